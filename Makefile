@@ -1,0 +1,55 @@
+# make demo   the whole method on a small real model; ends in a table and a report
+# make test   lint, types and the fast tests
+# make bench  time one step of each stage
+# Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
+# Paths are relative and tools run as modules, so a directory name with spaces is fine.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= work/demo
+RUN := "$(VENV)/bin/python"
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean env env-dev
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+
+demo: env
+	$(RUN) -m moextend_jax.cli run --config configs/demo.py --workdir "$(WORKDIR)"
+	@echo "report: $(WORKDIR)/report.html"
+
+test: lint
+	$(RUN) -m pytest -q
+
+lint: env-dev
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+bench: env
+	$(RUN) -m moextend_jax.cli bench --config configs/bench.py
+
+clean:
+	rm -rf "$(VENV)" build *.egg-info .pytest_cache .ruff_cache
+	find moextend_jax configs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+env: $(VENV)/.run
+env-dev: $(VENV)/.dev
+
+# pip -qq: errors only; its warnings are about the machine's own settings.
+$(VENV)/.run: requirements.txt pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than Python 3.11: name a newer one, e.g. make PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into $(VENV) (a minute or two, once)"
+	@"$(PYTHON)" -m venv "$(VENV)"
+	@$(RUN) -m pip install -qq -e .
+	@touch "$@"
+
+$(VENV)/.dev: $(VENV)/.run
+	@$(RUN) -m pip install -qq -e ".[dev]"
+	@touch "$@"

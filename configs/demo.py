@@ -1,0 +1,41 @@
+"""The demo: a small real Mixtral learns to see easy-VQA's images, on 2 CPU cores in minutes.
+
+moextend run --config configs/demo.py --workdir work/demo
+moextend run --config configs/demo.py:released --workdir work/released      the released code's recipe
+moextend run --config configs/demo.py --config.baseline=true ...            with full fine-tuning beside it
+"""
+
+from ml_collections import ConfigDict
+
+from moextend_jax.config import RECIPES
+from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings, to_config_dict
+from moextend_jax.train.optimizer import OptimizerConfig
+
+
+def get_config(arg: str = "paper") -> ConfigDict:
+    def stage(data: str, *, steps: int, batch_size: int, length: int, learning_rate: float) -> StageSettings:
+        return StageSettings(
+            data=data,
+            steps=steps,
+            batch_size=batch_size,
+            length=length,
+            loss_chunk=4,
+            optimizer=OptimizerConfig(learning_rate=learning_rate),
+        )
+
+    questions = "easy_vqa/questions"
+    return to_config_dict(
+        RunSettings(
+            recipe=RECIPES[arg],
+            align=stage("easy_vqa/captions", steps=150, batch_size=64, length=40, learning_rate=3e-3),
+            extend=stage(questions, steps=60, batch_size=64, length=48, learning_rate=3e-3),
+            finetune=stage(questions, steps=400, batch_size=64, length=48, learning_rate=2e-3),
+            full=stage(questions, steps=400, batch_size=64, length=48, learning_rate=1e-3),
+            select=SelectSettings(held_out=1000, batch_size=100),
+            evaluate=EvaluateSettings(data=questions, questions=1000, length=48),
+            dtype="float32",
+            remat="none",
+            checkpoint_every=200,
+            log_every=5,
+        )
+    )

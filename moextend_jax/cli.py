@@ -1,0 +1,183 @@
+"""The `moextend` command: parses, calls one function, and turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from moextend_jax.config import MoextendError
+from moextend_jax.settings import RunSettings, from_config_dict
+
+USAGE = """moextend COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR
+
+Stages, in order:
+  align      train the projector
+  extend     train the routers alone, as a probe
+  select     count routing before and after the probe; choose layers and source experts
+  grow       add new experts, router columns and calibrators to the chosen layers
+  finetune   train what was added
+  run        all of them, then evaluate and report
+
+More:
+  full       full fine-tuning, the baseline
+  evaluate   accuracy and forgetting of every model in the work directory
+  report     WORKDIR/report.html
+  generate   --prompt TEXT [--image FILE] [--max_new_tokens N] [--temperature T] [--top_k K] [--model aligned|...]
+  bench      time one step of each stage of a configuration
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 2 a mistake of input or use (one line on standard error)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(USAGE)
+            return
+        command, arguments = argv[0], argv[1:]
+        if command not in COMMANDS:
+            raise MoextendError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+        COMMANDS[command](*_parse(command, arguments))
+    except MoextendError as error:
+        print(f"moextend: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flags.FlagValues]:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "configs/X.py[:arg]", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    if command == "generate":
+        flags.DEFINE_string("prompt", None, "what to say to the model", flag_values=values)
+        flags.DEFINE_string("image", None, "picture file to show it", flag_values=values)
+        flags.DEFINE_integer("max_new_tokens", 64, "most tokens to say", flag_values=values)
+        flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
+        flags.DEFINE_integer("top_k", 0, "draw from the k most likely, 0: from all", flag_values=values)
+        flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", ["base", "aligned", "moextend", "full"], "which one", flag_values=values)
+    if command == "report" and arguments and not arguments[0].startswith("-"):
+        arguments = ["--workdir", *arguments]
+    try:
+        rest = values(["moextend", *arguments])[1:]
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, SyntaxError) as error:
+        raise MoextendError(f"{command}: {error}") from error
+    if rest:
+        raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
+    # Grain's workers look at absl's global flags, which nobody else parses here.
+    flags.FLAGS(["moextend"], known_only=True)
+    if values.workdir is None and command != "bench":
+        raise MoextendError(f"{command} needs --workdir DIR")
+    config = values.config
+    if config is None and command == "generate":
+        return None, values
+    if config is None and command != "report":
+        raise MoextendError(f"{command} needs --config configs/X.py")
+    return (from_config_dict(config) if config is not None else None), values
+
+
+def _stage(name: str) -> Callable:
+    def command(settings: RunSettings, values: flags.FlagValues) -> None:
+        from moextend_jax import pipeline
+
+        getattr(pipeline, name)(pipeline.open_run(settings, Path(values.workdir)))
+
+    return command
+
+
+def _run(settings: RunSettings, values: flags.FlagValues) -> None:
+    from moextend_jax import pipeline
+    from moextend_jax.evaluate import demo
+    from moextend_jax.report.page import write_report
+
+    console, started = Console(), time.perf_counter()
+    run = pipeline.open_run(settings, Path(values.workdir))
+    for name in ("align", "extend", "select", "grow", "finetune", *(("full",) if settings.baseline else ())):
+        getattr(pipeline, name)(run)
+        if name == "select":
+            chosen = pipeline.read_selection(run)
+            console.print(f"layers to extend: {chosen['chosen_layers']}, copying experts {chosen['sources']}")
+    evaluated = demo.evaluate(run)
+    summary = demo.summarise(run, evaluated, total_seconds=time.perf_counter() - started)
+    demo.print_table(summary, console)
+    console.print(f"report: {write_report(run.workdir)}")
+
+
+def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
+    from moextend_jax import pipeline
+    from moextend_jax.evaluate import demo
+
+    run = pipeline.open_run(settings, Path(values.workdir))
+    demo.print_table(demo.summarise(run, demo.evaluate(run), total_seconds=None), Console())
+
+
+def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
+    from moextend_jax.report.page import write_report
+
+    print(write_report(Path(values.workdir)))
+
+
+def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
+    from moextend_jax import pipeline
+    from moextend_jax.evaluate.speak import speak
+    from moextend_jax.generate import Sampling
+
+    if not values.prompt:
+        raise MoextendError("generate needs --prompt TEXT")
+    if values.max_new_tokens < 1:
+        raise MoextendError("--max_new_tokens must be at least 1")
+    workdir = Path(values.workdir)
+    run = pipeline.open_run(settings or _remembered(workdir), workdir, remember=settings is not None)
+    pieces = speak(
+        run,
+        which=values.model,
+        prompt=values.prompt,
+        image=Path(values.image) if values.image else None,
+        max_new_tokens=values.max_new_tokens,
+        sampling=Sampling(values.temperature, values.top_k),
+        seed=values.seed,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _remembered(workdir: Path) -> RunSettings:
+    """The settings that the work directory's stages were run with."""
+    path = workdir / "config.json"
+    try:
+        return from_config_dict(json.loads(path.read_text())["settings"])
+    except (OSError, ValueError, KeyError) as error:
+        raise MoextendError(f"{path} cannot be read ({error}): run a stage with this --workdir first") from None
+
+
+def _bench(settings: RunSettings, values: flags.FlagValues) -> None:
+    from moextend_jax.bench import bench
+
+    bench(settings, Console())
+
+
+COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
+    **{name: _stage(name) for name in ("align", "extend", "select", "grow", "finetune", "full")},
+    "run": _run,
+    "evaluate": _evaluate,
+    "report": _report,
+    "generate": _generate,
+    "bench": _bench,
+}
+
+
+if __name__ == "__main__":
+    main()

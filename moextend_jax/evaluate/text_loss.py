@@ -1,0 +1,31 @@
+"""Held-out text loss: passages in, mean nats per token out; what a model forgot is its loss less the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moextend_jax.config import Batch
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.train.loss import cross_entropy
+
+
+def text_loss_step(model: nnx.Module, *, chunk: int) -> Callable:
+    """Jitted `(arrays, batch) -> (summed nats, tokens)`."""
+
+    def step(arrays: dict[str, jax.Array], batch: Batch):
+        whole = with_arrays(model, arrays)
+        return cross_entropy(whole.decoder.logits, whole(batch).hidden_BLD, batch.labels_BL, chunk=chunk)
+
+    return jax.jit(step)
+
+
+def text_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:
+    total, tokens = 0.0, 0
+    for batch in batches:
+        nats, count = step(arrays, jax.tree.map(jnp.asarray, batch))
+        total, tokens = total + float(nats), tokens + int(count)
+    return total / tokens

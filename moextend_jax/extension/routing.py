@@ -1,0 +1,83 @@
+"""Routing statistics and the extender's choice: counts of picks [Z, O] in, chosen layers and source experts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moextend_jax.config import Batch, MoextendError, Recipe
+from moextend_jax.models.parameters import with_arrays
+
+
+class Counts(NamedTuple):
+    """Picks of every expert in every layer, text and image tokens apart, and the numbers of those tokens."""
+
+    text_ZO: Any
+    image_ZO: Any
+    text_tokens: Any
+    image_tokens: Any
+
+    @property
+    def total_ZO(self) -> np.ndarray:
+        return np.asarray(self.text_ZO) + np.asarray(self.image_ZO)
+
+
+class Selection(NamedTuple):
+    """shift_Z: d_j of every layer. layers: chosen, ascending. sources: expert to copy in each chosen layer."""
+
+    shift_Z: np.ndarray
+    layers: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
+def count_picks(model: nnx.Module, batch: Batch, *, recipe: Recipe) -> Counts:
+    """Counts of one batch, traceable. `least_likely` counts the k experts that the router likes least."""
+    routing = model(batch).routing
+    ids_ZTk = routing.ids_Tk
+    if recipe.counted_picks == "least_likely":
+        ids_ZTk = jax.lax.top_k(-routing.logits_TO, ids_ZTk.shape[-1])[1]
+    picks_ZTO = jax.nn.one_hot(ids_ZTk, routing.logits_TO.shape[-1], dtype=jnp.int32).sum(axis=-2)
+    image_T = (batch.patches_BL >= 0).reshape(-1)
+    text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
+
+    def total(of_T):
+        return (picks_ZTO * of_T[None, :, None]).sum(axis=1)
+
+    return Counts(total(text_T), total(image_T), text_T.sum(), image_T.sum())
+
+
+def count_all(model: nnx.Module, arrays: dict[str, jax.Array], batches: Iterable[Batch], *, recipe: Recipe) -> Counts:
+    """Counts over batches, summed in 64 bits on the host. `model` gives the structure, `arrays` the parameters."""
+    counted = jax.jit(lambda arrays, batch: count_picks(with_arrays(model, arrays), batch, recipe=recipe))
+    total = None
+    for batch in batches:
+        counts = [np.asarray(part, np.int64) for part in counted(arrays, batch)]
+        total = counts if total is None else [a + b for a, b in zip(total, counts, strict=True)]
+    if total is None:
+        raise MoextendError("no batch to count routing on: the held-out data set is empty")
+    return Counts(*total)
+
+
+def select(before: Counts, after: Counts, *, share: float, recipe: Recipe) -> Selection:
+    """The layers whose routing moved most (paper section 3.2).
+
+    r[i, j] = share of layer j's picks that go to expert i; d_j = sample standard deviation over i of the difference
+    of r before and after the probe. The top floor(share * Z) layers are chosen; ties go to the lower layer.
+    """
+    before_ZE, after_ZE = _shares(before.total_ZO), _shares(after.total_ZO)
+    shift_Z = np.std(before_ZE - after_ZE, axis=1, ddof=1)
+    count = int(share * len(shift_Z))
+    if count < 1:
+        raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
+    layers = tuple(sorted(int(z) for z in np.argsort(-shift_Z, kind="stable")[:count]))
+    decided_ZE = before_ZE if recipe.source_under == "before" else after_ZE
+    return Selection(shift_Z, layers, tuple(int(decided_ZE[z].argmax()) for z in layers))
+
+
+def _shares(counts_ZO: np.ndarray) -> np.ndarray:
+    return counts_ZO / counts_ZO.sum(axis=1, keepdims=True)

@@ -1,0 +1,148 @@
+"""The Mixtral decoder, plain or extended: embeddings `x_BLD` in, final hidden states and routing of all layers out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moextend_jax.config import DecoderConfig, ExtensionConfig
+from moextend_jax.models.attention import Attention, KeysValues, Rotation, rotation
+from moextend_jax.models.experts import Experts, apply_experts
+from moextend_jax.models.parameters import constant, weight
+from moextend_jax.models.router import NewColumns, Routing, route, route_extended
+
+
+class MoE(nnx.Module):
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+        self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
+        self.experts = Experts("Z", "E", sizes, rngs=rngs, dtype=dtype)
+
+
+class DecoderLayers(nnx.Module):
+    """All layers, stacked over Z; `run_layers` scans over them, so a method sees one layer's slice."""
+
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+        self.attention_norm = constant("ZD", sizes, dtype=dtype, value=1.0)
+        self.attention = Attention(sizes, rngs=rngs, dtype=dtype)
+        self.moe_norm = constant("ZD", sizes, dtype=dtype, value=1.0)
+        self.moe = MoE(sizes, rngs=rngs, dtype=dtype)
+
+
+class Mixtral(nnx.Module):
+    """Parameters of the pretrained decoder. The head is None where it is tied to the embedding."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes = config.sizes()
+        self.embed = weight("VD", sizes, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayers(sizes, rngs=rngs, dtype=dtype)
+        self.norm = constant("D", sizes, dtype=dtype, value=1.0)
+        self.head = None if config.tied_head else weight("DV", sizes, rngs=rngs, dtype=dtype)
+
+    def logits(self, hidden_BLD: jax.Array) -> jax.Array:
+        """float32 logits `[B, L, V]`."""
+        w_DV = self.embed[...].T if self.head is None else self.head[...]
+        return jnp.einsum("BLD,DV->BLV", hidden_BLD, w_DV.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32)
+
+
+class Extension(nnx.Module):
+    """Everything new: per extended layer X experts, their router columns and one calibrator, stacked over Y."""
+
+    def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
+        sizes = {**decoder.sizes(), **extension.sizes()}
+        self.router = NewColumns(decoder, extension, rngs=rngs, dtype=dtype, std=std)
+        self.new_experts = Experts("Y", "X", sizes, rngs=rngs, dtype=dtype)
+
+
+class Decoded(NamedTuple):
+    """hidden_BLD: after the final norm. routing: stacked over Z, T = B*L. keys_values: stacked over Z."""
+
+    hidden_BLD: jax.Array
+    routing: Routing
+    keys_values: KeysValues
+
+
+def run_layers(
+    decoder: Mixtral,
+    x_BLD: jax.Array,
+    *,
+    config: DecoderConfig,
+    positions_BL: jax.Array,
+    mask_B1LS: jax.Array,
+    extension: Extension | None = None,
+    extension_config: ExtensionConfig | None = None,
+    past: KeysValues | None = None,
+    slots_BL: jax.Array | None = None,
+    remat: str = "none",
+) -> Decoded:
+    """Runs all layers in one scan, whose body is compiled once whatever the depth.
+
+    Args:
+      past: keys and values of earlier positions (stacked over Z); then `slots_BL` says where in S the new ones go.
+      remat: see `ModelConfig.remat`.
+    """
+    turns = rotation(positions_BL, head_size=config.head_size, theta=config.rope_theta)
+    slots_BL = positions_BL if slots_BL is None else slots_BL
+    layer_def, layers = nnx.split(decoder.layers)
+    if extension is None or extension_config is None:
+        extension_def, slots, extended_Z = None, None, jnp.zeros(config.layers, bool)
+    else:
+        extension_def, state = nnx.split(extension)
+        slots, extended_Z = _one_slot_per_layer(state, extension_config.layers, config.layers)
+
+    def layer(x_BLD, layer_slice):
+        params, extension_slice, extended, past = layer_slice
+        this: DecoderLayers = nnx.merge(layer_def, params)
+        new = None if extension_def is None else nnx.merge(extension_def, extension_slice)
+
+        def attend(x_BLD, past):
+            normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
+            return this.attention(normed_BLD, turns, mask_B1LS, past, slots_BL)
+
+        if remat == "attention":
+            attend = jax.checkpoint(attend)
+        with jax.named_scope("attention"):
+            y_BLD, present = attend(x_BLD, past)
+            x_BLD = x_BLD + y_BLD
+        normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=config.norm_eps)
+        y_BLD, routing = mixture(normed_BLD, this.moe, new, extended=extended, top_k=config.top_k)
+        return x_BLD + y_BLD, (routing, present)
+
+    if remat == "layer":
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, (layers, slots, extended_Z, past))
+    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=config.norm_eps), routing, keys_values)
+
+
+def mixture(x_BLD: jax.Array, moe: MoE, new: Extension | None, *, extended: jax.Array, top_k: int):
+    """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`."""
+    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+    with jax.named_scope("router"):
+        if new is None:
+            routing, parts = route(x_TD, moe.gate[...], top_k=top_k), [moe.experts]
+        else:
+            routing = route_extended(x_TD, moe.gate[...], new.router, extended=extended, top_k=top_k)
+            parts = [moe.experts, new.new_experts]
+    return apply_experts(x_TD, routing, parts).reshape(x_BLD.shape), routing
+
+
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
+    x32_BLD = x_BLD.astype(jnp.float32)
+    x32_BLD = x32_BLD * jax.lax.rsqrt(jnp.mean(x32_BLD**2, axis=-1, keepdims=True) + eps)
+    return x32_BLD.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None, :]
+
+
+def _one_slot_per_layer(state: nnx.State, extended_layers: tuple[int, ...], layers: int):
+    """Extension leaves `[Y, ...]` spread to `[Z, ...]`, zeros on plain layers, as inputs of the scan.
+
+    One scan over all layers with zeros is cheaper than it looks: an unchosen expert gets no rows, hence no FLOPs,
+    and the body stays one program without branches, which collectives of a mesh could not cross.
+    """
+    slot_Z = jnp.full(layers, len(extended_layers)).at[jnp.array(extended_layers)].set(jnp.arange(len(extended_layers)))
+    spread = jax.tree.map(lambda leaf: jnp.take(leaf, slot_Z, axis=0, mode="fill", fill_value=0), state)
+    return spread, slot_Z < len(extended_layers)
+
+
+__all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "mixture", "rms_norm", "run_layers"]

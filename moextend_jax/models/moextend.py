@@ -1,0 +1,85 @@
+"""The whole model: a `Batch` of text and images in, hidden states, routing and keys/values out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moextend_jax.config import Batch, ModelConfig
+from moextend_jax.models.attention import KeysValues, segment_mask
+from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
+from moextend_jax.models.vision import Projector, VisionTower
+
+
+class MoExtend(nnx.Module):
+    """Pretrained decoder, and where configured a vision tower with its projector and an extension."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, calibrator_std: float = 1.0):
+        self.config = config
+        self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype)
+        self.vision = VisionTower(config.vision, rngs=rngs, dtype=config.dtype) if config.vision else None
+        self.projector = (
+            Projector(sizes={"C": config.vision.width, "D": config.decoder.width}, rngs=rngs, dtype=config.train_dtype)
+            if config.vision
+            else None
+        )
+        self.extension = (
+            Extension(config.decoder, config.extension, rngs=rngs, dtype=config.train_dtype, std=calibrator_std)
+            if config.extension
+            else None
+        )
+
+    def __call__(self, batch: Batch) -> Decoded:
+        """Final hidden states of every position; `self.decoder.logits` turns them into logits."""
+        return self.decode(
+            self.embed(batch),
+            positions_BL=batch.positions_BL,
+            mask_B1LS=segment_mask(batch.segments_BL),
+        )
+
+    def embed(self, batch: Batch) -> jax.Array:
+        """Token embeddings `[B, L, D]` with projected image features in the places that `patches_BL` names."""
+        x_BLD = jnp.take(self.decoder.embed[...], batch.ids_BL, axis=0).astype(self.config.dtype)
+        if batch.images_BMhwc is None and batch.features_BMPC is None:
+            return x_BLD
+        image_BpD = self.project(batch)
+        index_BL1 = jnp.maximum(batch.patches_BL, 0)[..., None]
+        spliced_BLD = jnp.take_along_axis(image_BpD, index_BL1, axis=1)
+        return jnp.where((batch.patches_BL >= 0)[..., None], spliced_BLD, x_BLD)
+
+    def project(self, batch: Batch) -> jax.Array:
+        """Visual tokens `[B, M*P, D]` of the rows' images."""
+        assert self.projector is not None
+        features_BMPC = batch.features_BMPC
+        if features_BMPC is None:
+            assert self.vision is not None
+            B, M, *image = batch.images_BMhwc.shape
+            with jax.named_scope("vision"):
+                features_BMPC = self.vision(batch.images_BMhwc.reshape(B * M, *image).astype(self.config.dtype))
+                features_BMPC = features_BMPC.reshape(B, M, *features_BMPC.shape[1:])
+        B, M, P, C = features_BMPC.shape
+        with jax.named_scope("projector"):
+            return self.projector(features_BMPC.reshape(B, M * P, C).astype(self.config.dtype))
+
+    def decode(
+        self,
+        x_BLD: jax.Array,
+        *,
+        positions_BL: jax.Array,
+        mask_B1LS: jax.Array,
+        past: KeysValues | None = None,
+        slots_BL: jax.Array | None = None,
+    ) -> Decoded:
+        return run_layers(
+            self.decoder,
+            x_BLD,
+            config=self.config.decoder,
+            positions_BL=positions_BL,
+            mask_B1LS=mask_B1LS,
+            extension=self.extension,
+            extension_config=self.config.extension,
+            past=past,
+            slots_BL=slots_BL,
+            remat=self.config.remat,
+        )

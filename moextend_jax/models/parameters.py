@@ -1,0 +1,49 @@
+"""How a parameter is declared: the letters of its axes give its shape, and later its sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[letter] for letter in axes)
+
+
+def weight(
+    axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, dtype: str, std: float = 0.02, mean: float = 0.0
+) -> nnx.Param:
+    """A parameter with normal entries; `axes`, e.g. "ZEDF", are letters of the legend in config.py.
+
+    The letters stay on the parameter as its `axes` metadata: `sharding.py` reads them there.
+    """
+    array = mean + std * jax.random.normal(rngs.params(), shape(axes, sizes), jnp.float32)
+    return nnx.Param(array.astype(dtype), axes=axes)
+
+
+def constant(axes: str, sizes: Mapping[str, int], *, dtype: str, value: float) -> nnx.Param:
+    """A parameter that starts as one value everywhere (norm scales 1, biases 0)."""
+    return nnx.Param(jnp.full(shape(axes, sizes), value, dtype), axes=axes)
+
+
+def by_path(state: nnx.State) -> dict[str, nnx.Param]:
+    """The parameters of a state under slash-joined paths, e.g. "decoder/layers/moe/gate"."""
+    return {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}
+
+
+def arrays_of(model: nnx.Module) -> dict[str, jax.Array]:
+    """The model's arrays by path: the form in which steps, optimizers and checkpoints hold parameters."""
+    return {path: param[...] for path, param in by_path(nnx.state(model, nnx.Param)).items()}
+
+
+def with_arrays(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+    """A model of the same structure (real or abstract) around these arrays, of which every path must be given."""
+    graph, state = nnx.split(model)
+    params = by_path(state)
+    if params.keys() != arrays.keys():
+        raise KeyError(f"paths that differ: {sorted(params.keys() ^ arrays.keys())}")
+    flat = [(tuple(path.split("/")), params[path].replace(array)) for path, array in arrays.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -1,0 +1,81 @@
+"""The router decides: `x_TD -> Routing(logits, expert ids, weights)`, with or without new columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moextend_jax.config import DecoderConfig, ExtensionConfig
+from moextend_jax.models.parameters import weight
+
+
+class Routing(NamedTuple):
+    """What a layer decided; with a leading Z where layers are stacked.
+
+    logits_TO: float32 router logits before the softmax; O = E, or E+X in an extended model, whose plain layers
+      hold -inf in the new columns. The load-balancing loss and every statistic come from these.
+    ids_Tk: chosen experts, most likely first; ids from E on are new experts.
+    weights_Tk: float32 combine weights, summing to one over k.
+    """
+
+    logits_TO: jax.Array
+    ids_Tk: jax.Array
+    weights_Tk: jax.Array
+
+
+class Calibrator(nnx.Module):
+    """`q -> q + gelu(q w_in) w_out`; w_out starts at zero, so it starts as the identity (paper section 3.3)."""
+
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, std: float):
+        self.w_in = weight("YOA", sizes, rngs=rngs, dtype=dtype, std=std)
+        self.w_out = weight("YAO", sizes, rngs=rngs, dtype=dtype, std=0.0)
+
+    def __call__(self, q_TO: jax.Array) -> jax.Array:
+        w_OA, w_AO = self.w_in[...].astype(q_TO.dtype), self.w_out[...].astype(q_TO.dtype)
+        return q_TO + jax.nn.gelu(q_TO @ w_OA, approximate=False) @ w_AO
+
+
+class NewColumns(nnx.Module):
+    """New router columns and the calibrator of the extended layers."""
+
+    def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
+        sizes = {**decoder.sizes(), **extension.sizes(), "O": decoder.experts + extension.new_experts}
+        self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
+        self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
+
+
+def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int) -> Routing:
+    """Mixtral's router: softmax over all experts in float32, top-k, renormalised over the chosen."""
+    logits_TE = _logits(x_TD, gate_DE)
+    probs_TE = jax.nn.softmax(logits_TE, axis=-1)
+    weights_Tk, ids_Tk = jax.lax.top_k(probs_TE, top_k)
+    return Routing(logits_TE, ids_Tk, _normalise(weights_Tk))
+
+
+def route_extended(x_TD: jax.Array, gate_DE: jax.Array, new: NewColumns, *, extended: jax.Array, top_k: int) -> Routing:
+    """The router of a layer of an extended model (method of the paper, order of the released code).
+
+    Experts are chosen by the uncalibrated probabilities over E+X, weighted by the calibrated ones.
+
+    Args:
+      new: the new columns of this layer; for a plain layer its leaves are zeros, which makes the calibrator
+        the identity.
+      extended: bool scalar; on a plain layer no token can choose a new expert, and the result is `route`'s.
+    """
+    new_TX = jnp.where(extended, _logits(x_TD, new.new_gate[...]), -jnp.inf)
+    logits_TO = jnp.concatenate([_logits(x_TD, gate_DE), new_TX], axis=-1)
+    probs_TO = jax.nn.softmax(logits_TO, axis=-1)
+    _, ids_Tk = jax.lax.top_k(probs_TO, top_k)
+    weights_Tk = jnp.take_along_axis(new.calibrator(probs_TO), ids_Tk, axis=-1)
+    return Routing(logits_TO, ids_Tk, _normalise(weights_Tk))
+
+
+def _logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
+    return jnp.einsum("TD,DE->TE", x_TD, gate_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+
+
+def _normalise(weights_Tk: jax.Array) -> jax.Array:
+    return weights_Tk / weights_Tk.sum(axis=-1, keepdims=True)

@@ -1,0 +1,84 @@
+"""Sample images with question, answers and the patches that new experts took.
+
+In: examples.json; its texts come from a data set, so all are escaped, and its images are decoded and written anew.
+Out: HTML; "" where there are no examples.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moextend_jax.config import MoextendError
+from moextend_jax.report.results_pictures import MODELS
+from moextend_jax.report.svg import how
+
+MOST_EXAMPLES = 24
+IMAGE_PIXELS = 256
+"""Examples shown, and the longest side of their images: what keeps the file small."""
+
+
+def cards(examples: Sequence[Mapping[str, Any]] | None) -> str:
+    """One card per example, the first MOST_EXAMPLES of them; MoextendError if one is malformed or its image is none."""
+    if not examples:
+        return ""
+    shown = examples[:MOST_EXAMPLES]
+    try:
+        shares = [np.asarray(example["new_expert_share"], float) for example in shown if "new_expert_share" in example]
+        top = max((share.max() for share in shares if share.size), default=0.0) or 1.0
+        drawn = "".join(_card(example, top=top) for example in shown)
+    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise MoextendError(f"examples.json: {error}; evaluate again or delete the file") from error
+    return f'<div class="cards">{drawn}</div>' + how(
+        "Left the image as given, right the same in grey with each patch tinted by how many of the extended layers "
+        f'sent it to a new expert: 0%<span class="scale"></span>{top:.0%}.'
+    )
+
+
+def _card(example: Mapping[str, Any], *, top: float) -> str:
+    image = _image(str(example["image_png"]))
+    frames = f'<div class="frame">{image}</div>'
+    if "new_expert_share" in example:
+        frames += f'<div class="frame grey">{image}{_overlay(example["new_expert_share"], top=top)}</div>'
+    answer, lines = str(example["answer"]), []
+    for model, said in example["predictions"].items():
+        right = str(said).strip().lower() == answer.strip().lower()
+        mark = '<i class="good">✓</i>' if right else '<i class="bad">✗</i>'
+        name = str(MODELS.get(model, model))
+        lines.append(f"<li><span>{escape(name)}</span><span>{escape(str(said))} {mark}</span></li>")
+    return (
+        f'<div class="card"><div class="pair">{frames}</div><p><b>{escape(str(example["question"]))}</b></p>'
+        f"<ul><li><span>Right answer</span><span>{escape(answer)}</span></li>{''.join(lines)}</ul></div>"
+    )
+
+
+def _image(encoded: str) -> str:
+    """Decoded and written anew: what is no image cannot reach the page, and a photograph cannot swell it."""
+    with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
+        image = image.convert("RGB")
+    image.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
+    # Drawings of a few pixels keep their edges; photographs are a tenth of the size as JPEG.
+    small, file = max(image.size) <= 128, io.BytesIO()
+    image.save(file, "PNG" if small else "JPEG", optimize=True)
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    kind, look = ("png", ' class="drawing"') if small else ("jpeg", "")
+    return f'<img{look} alt="" src="data:image/{kind};base64,{data}">'
+
+
+def _overlay(share: Any, *, top: float) -> str:
+    share_gg = np.asarray(share, float)
+    if share_gg.ndim != 2:
+        raise ValueError(f"new_expert_share has {share_gg.ndim} axes, not 2")
+    rows, columns = share_gg.shape
+    cells = "".join(
+        f'<rect x="{x}" y="{y}" width="1" height="1" opacity="{0.85 * value / top:.2f}"/>'
+        for (y, x), value in np.ndenumerate(share_gg)
+        if value > 0
+    )
+    return f'<svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" aria-hidden="true">{cells}</svg>'

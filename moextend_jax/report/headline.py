@@ -1,0 +1,98 @@
+"""The first thing a reader wants: accuracy, forgetting and whether the pretrained weights are untouched.
+
+In: summary.json. Out: HTML of the tiles and of the table; "" where there is no summary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from moextend_jax.report.results_pictures import CORPORA, MODELS, duration, forgetting
+from moextend_jax.report.svg import how
+from moextend_jax.report.workdir import number
+
+
+def tiles(summary: Mapping[str, Any] | None) -> str:
+    """The three or four numbers to remember."""
+    ours, alone = (number(summary, "easy_vqa", model) for model in ("moextend", "question_only"))
+    shown = []
+    if ours is not None:
+        against = "" if alone is None else f"; the question alone gives {alone:.1%}"
+        shown.append((f"{ours:.1%}", f"easy-VQA accuracy{against}"))
+    lost, rival = (forgetting(summary, model=model) for model in ("moextend", "full"))
+    if lost is not None:
+        against = "" if rival is None else f"; full tuning {rival.mean:+.3f}"
+        shown.append((f"{lost.mean:+.3f}", f"nats of text loss gained (forgetting){against}"))
+    unchanged = (summary or {}).get("frozen_unchanged")
+    if isinstance(unchanged, bool):
+        mark = '<i class="good">✓ identical</i>' if unchanged else '<i class="bad">✗ changed</i>'
+        shown.append((mark, "pretrained weights, bit for bit"))
+    total = number(summary, "seconds", "total")
+    if total is not None:
+        shown.append((duration(total), "for the whole run"))
+    cells = "".join(f'<div class="tile"><b>{figure}</b><span>{of}</span></div>' for figure, of in shown)
+    return f'<div class="tiles">{cells}</div>' if shown else ""
+
+
+def table(summary: Mapping[str, Any] | None) -> str:
+    """Accuracy, and loss with what it gained over the base, of every model; a model that was not run says so."""
+    if summary is None:
+        return ""
+    questions = number(summary, "easy_vqa", "questions")
+    heads = ["", "accuracy"] + [f"{name}<br>loss / gained" for name in CORPORA.values()]
+    rows = [["Base model, text only", ""] + [_loss(summary, corpus, "base") for corpus in CORPORA]]
+    for model, name in MODELS.items():
+        rows.append([name, _accuracy(number(summary, "easy_vqa", model), questions)])
+        rows[-1] += [_loss(summary, corpus, model) for corpus in CORPORA]
+    lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
+    for row in rows:
+        ours = ' class="ours"' if row[0] == MODELS["moextend"] else ""
+        lines.append(f"<tr{ours}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
+    asked = "" if questions is None else f" on {questions:,.0f} test questions, ± its 95% interval"
+    return (
+        f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        + how(
+            f"Accuracy is the share of answers that match exactly{asked}. Loss is in nats per token of held-out text; "
+            "what it gains over the base model is what was forgotten, so 0 is perfect and less is better. "
+            "Aligning leaves the language model as it was."
+        )
+        + _frozen(summary)
+        + _trained(summary)
+    )
+
+
+def _accuracy(accuracy: float | None, questions: float | None) -> str:
+    if accuracy is None:
+        return "<small>not run</small>"
+    if not questions:
+        return f"{accuracy:.1%}"
+    return f"{accuracy:.1%} <small>±\u00a0{1.96 * math.sqrt(accuracy * (1 - accuracy) / questions):.1%}</small>"
+
+
+def _loss(summary: Mapping[str, Any], corpus: str, model: str) -> str:
+    loss, base = number(summary, "text_loss", corpus, model), number(summary, "text_loss", corpus, "base")
+    if loss is None:
+        return {"aligned": "<small>as the base</small>", "question_only": ""}.get(model, "<small>not run</small>")
+    return f"{loss:.3f}" if model == "base" or base is None else f"{loss:.3f} / {loss - base:+.3f}"
+
+
+def _frozen(summary: Mapping[str, Any]) -> str:
+    unchanged = summary.get("frozen_unchanged")
+    if unchanged is None:
+        return ""
+    if unchanged is True:
+        return '<p><b class="good">✓</b> Every pretrained weight of MoExtend is bit-identical to the base model’s.</p>'
+    return '<p><b class="bad">✗ Pretrained weights changed: MoExtend’s freezing is broken in this run.</b></p>'
+
+
+def _trained(summary: Mapping[str, Any]) -> str:
+    total = number(summary, "parameters", "total")
+    trained = (summary.get("parameters") or {}).get("trained")
+    if total is None or not isinstance(trained, Mapping):
+        return ""
+    counts = {name: number(summary, "parameters", "trained", name) or 0.0 for name in trained}
+    listed = ", ".join(f"{escape(str(name))} {count:,.0f} ({count / total:.1%})" for name, count in counts.items())
+    return how(f"Parameters: {total:,.0f}; trained: {listed}.")

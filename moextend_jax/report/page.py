@@ -1,0 +1,183 @@
+"""Writes a run's report as one HTML file that needs nothing else: no network, no scripts.
+
+In: a WORKDIR as `workdir.py` reads it. Out: WORKDIR/report.html; parts that have not been run say so. Every text
+from outside (questions, answers, configuration) is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from moextend_jax.report import results_pictures, routing_pictures
+from moextend_jax.report.canvas import canvas
+from moextend_jax.report.examples import cards
+from moextend_jax.report.headline import table, tiles
+from moextend_jax.report.style import CSS
+from moextend_jax.report.svg import beside, how, inline_svg
+from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, number, read_workdir
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes WORKDIR/report.html and returns its path; MoextendError if nothing of a run is there."""
+    found = read_workdir(workdir)
+    config = found.config or {}
+    about = [f"{name} {config[name]}" for name in ("recipe", "seed") if isinstance(config.get(name), str | int)]
+    parts = [
+        f"<h1>MoExtend: {escape(workdir.resolve().name)}</h1>",
+        f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
+        tiles(found.summary),
+        _section("Accuracy and forgetting", table(found.summary), missing="summary.json"),
+        _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
+        _section("What it sees", cards(found.examples), missing="examples.json"),
+        _section("Routing before and after the probe", _routing(found.selection), missing="select/routing.json"),
+        _section("Which layers were extended", _choice(found.selection), missing="select/routing.json"),
+        _section("What the new experts get", _new_experts(found.new_experts), missing="finetune/routing.json"),
+        _section("Loss of each stage", _curves(found), missing="STAGE/metrics.jsonl"),
+        _section("Time", _seconds(found.summary), missing="summary.json"),
+        _section("Configuration, versions, seeds", _configuration(found.config), missing="config.json"),
+    ]
+    path = workdir / "report.html"
+    path.write_text(
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>MoExtend: {escape(workdir.resolve().name)}</title>\n<style>{CSS}</style>\n</head>\n"
+        "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def _section(title: str, body: str, *, missing: str) -> str:
+    body = body or f'<p class="missing">Not run yet: {missing} is not there.</p>'
+    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
+
+
+def _width(bars: int) -> float:
+    """Inches: text stays legible on a phone as long as the bars allow it."""
+    return 5.4 if bars <= 16 else 8.0
+
+
+def _picture(draw: Callable[[Axes], None], *, name: str, label: str, width: float, height: float) -> str:
+    with canvas(width=width, height=height) as figure:
+        draw(figure.add_subplot())
+        return f"<figure>{inline_svg(figure, name=name, label=label)}</figure>"
+
+
+def _trade(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return ""
+    drawn = _picture(
+        lambda ax: results_pictures.trade_panel(ax, summary),
+        name="trade", label="Accuracy against forgetting of each model", width=5.4, height=3.2,
+    )  # fmt: skip
+    return beside(
+        drawn,
+        "Best is top left: sees well, forgot nothing. A dot is the mean over the text corpora, the line through it "
+        "reaches from the least to the most forgotten corpus.",
+    )
+
+
+def _routing(selection: Selection | None) -> str:
+    if selection is None:
+        return ""
+    top, most = routing_pictures.scales(selection)
+    size = {"width": 3.3, "height": routing_pictures.heatmap_height(len(selection.shift_Z))}
+    drawn = []
+    for kind in KINDS:
+        panels = routing_pictures.selection_panels(selection, kind=kind, top=top, most=most)
+        drawn += [
+            _picture(draw, name=f"{kind}-{step}", label=f"Routing of {kind} tokens, {step}", **size)
+            for step, draw in panels.items()
+        ]
+    return f'<div class="pictures">{"".join(drawn)}</div>' + how(
+        "A cell is the share, in per cent, of a layer’s picks that went to an expert; rows add up to 100. Shift is "
+        "after the router-only probe less before. Orange frames mark the experts that were copied, in the routing "
+        "that named them."
+    )
+
+
+def _choice(selection: Selection | None) -> str:
+    if selection is None:
+        return ""
+    drawn = _picture(
+        lambda ax: routing_pictures.choice_panel(ax, selection),
+        name="choice", label="Shift of routing per layer and the chosen layers",
+        width=_width(len(selection.shift_Z)), height=2.8,
+    )  # fmt: skip
+    pairs = ", ".join(f"{z} ← expert {e}" for z, e in zip(selection.chosen, selection.sources, strict=False))
+    return beside(
+        drawn,
+        "d<sub>j</sub> is the standard deviation over experts of the shift of their share in layer j: the layers "
+        "whose routing the new data moved most (blue) get new experts, copied from the expert numbered above the bar. "
+        f"Layer {pairs}.",
+    )
+
+
+def _new_experts(new: NewExperts | None) -> str:
+    if new is None:
+        return ""
+    drawn = _picture(
+        lambda ax: routing_pictures.share_panel(ax, new),
+        name="share", label="Share of image and text tokens per new expert",
+        width=_width(new.share_YX["text"].size), height=3.1,
+    )  # fmt: skip
+    return beside(
+        drawn,
+        "A tall image bar beside a short text bar is a new expert that learned to see and leaves text to the "
+        "pretrained ones. The dashed line is what it would get if the router knew no difference between experts.",
+    )
+
+
+def _curves(found: Workdir) -> str:
+    drawn = []
+    for stage, rows in found.metrics.items():
+        if any(isinstance(row.get("loss"), int | float) for row in rows):
+            drawn.append(_curve(rows, stage=stage))
+    if not drawn:
+        return ""
+    return f'<div class="pictures two">{"".join(drawn)}</div>' + how(
+        "Training loss per logged step, pale, and its running mean over about a thirtieth of the run. Stages train on "
+        "different data, so only shapes compare. Very high first steps are cut off."
+    )
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], *, stage: str) -> str:
+    return _picture(
+        lambda ax: results_pictures.curve_panel(ax, rows, stage=stage),
+        name=f"loss-{stage}", label=f"Loss of stage {stage}", width=4.9, height=2.7,
+    )  # fmt: skip
+
+
+def _seconds(summary: Mapping[str, Any] | None) -> str:
+    stages = (summary or {}).get("seconds")
+    if not isinstance(stages, Mapping):
+        return ""
+    timed = {str(stage): number(summary, "seconds", stage) for stage in stages if stage != "total"}
+    timed = {stage: seconds for stage, seconds in timed.items() if seconds is not None}
+    total = number(summary, "seconds", "total")
+    drawn = _picture(
+        lambda ax: results_pictures.seconds_panel(ax, timed),
+        name="seconds", label="Seconds per stage", width=5.4, height=0.9 + 0.34 * max(1, len(timed)),
+    ) if timed else ""  # fmt: skip
+    whole = "" if total is None else f" The whole run took {results_pictures.duration(total)}."
+    return beside(drawn, f"Wall time of each stage, compilation included.{whole}")
+
+
+def _configuration(config: Mapping[str, Any] | None) -> str:
+    if config is None:
+        return ""
+    versions = config.get("versions")
+    named = versions if isinstance(versions, Mapping) else {}
+    listed = ", ".join(f"{escape(str(name))} {escape(str(version))}" for name, version in named.items())
+    seed = f"Seed {escape(str(config['seed']))}. " if "seed" in config else ""
+    rest = {name: value for name, value in config.items() if name != "versions"}
+    return (
+        f"<p>{seed}{listed}</p><details><summary>Resolved configuration</summary>"
+        f"<pre>{escape(json.dumps(rest, indent=2, default=str))}</pre></details>"
+    )

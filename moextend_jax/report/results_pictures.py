@@ -1,0 +1,137 @@
+"""Draws what a run achieved and cost: accuracy, forgetting, loss curves, time.
+
+In: summary.json and the lines of metrics.jsonl as `workdir.py` reads them. Out: panels on an Axes that the page shows
+one by one, and the PNG file for a README.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL, canvas
+from moextend_jax.report.workdir import number
+
+MODELS = {"question_only": "Question only", "aligned": "Aligned only", "moextend": "MoExtend", "full": "Full tuning"}
+MODEL_COLOUR = {"question_only": PLAIN, "aligned": PLAIN, "moextend": OURS, "full": RIVAL}
+CORPORA = {"wordnet": "WordNet", "kjv": "King James Bible"}
+CURVE_POINTS = 400
+"""Points a loss curve is thinned to."""
+
+
+class Forgetting(NamedTuple):
+    """Nats of held-out text loss gained over the base model, by corpus."""
+
+    by_corpus: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.by_corpus.values()) / len(self.by_corpus)
+
+
+def forgetting(summary: Mapping[str, Any] | None, *, model: str) -> Forgetting | None:
+    """None where the model or the base was not evaluated on any text."""
+    gained = {}
+    for corpus in CORPORA:
+        after, base = number(summary, "text_loss", corpus, model), number(summary, "text_loss", corpus, "base")
+        if after is not None and base is not None:
+            gained[corpus] = after - base
+    return Forgetting(gained) if gained else None
+
+
+def results_picture(summary: Mapping[str, Any], path: Path) -> None:
+    """Writes the PNG for a README: accuracy of the four models, forgetting of the two that train the decoder."""
+    with canvas(width=9.5, height=3.4) as figure:
+        left, right = figure.subplots(1, 2)
+        accuracy_panel(left, summary)
+        forgetting_panel(right, summary)
+        figure.savefig(path, dpi=150)
+
+
+def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
+    """Accuracy against forgetting: a dot at the mean over corpora, a line from the least to the most forgotten."""
+    floor = number(summary, "easy_vqa", "question_only")
+    if floor is not None:
+        ax.axhline(floor, color=PLAIN, linewidth=1, linestyle=(0, (4, 3)))
+        ax.annotate(
+            "question only", (1, floor), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
+            ha="right", color=MUTED,
+        )  # fmt: skip
+    for model in ("aligned", "moextend", "full"):
+        accuracy, lost = number(summary, "easy_vqa", model), forgetting(summary, model=model)
+        if model == "aligned":
+            lost = Forgetting({"both": 0.0})  # align trains the projector only, which text never passes through
+        if accuracy is None or lost is None:
+            continue
+        colour, gained = MODEL_COLOUR[model], lost.by_corpus.values()
+        ax.plot([min(gained), max(gained)], [accuracy] * 2, color=colour, linewidth=2, alpha=0.5)
+        ax.plot(lost.mean, accuracy, "o", markersize=9, color=colour)
+        ax.annotate(MODELS[model], (lost.mean, accuracy), (7, 6), textcoords="offset points", color=colour)
+    ax.axvline(0, color=MUTED, linewidth=0.8)
+    ax.set(xlabel="forgetting: text loss gained (nats)", ylabel="accuracy")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.margins(x=0.25, y=0.2)
+    ax.grid()
+
+
+def accuracy_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
+    scores = {model: number(summary, "easy_vqa", model) for model in MODELS}
+    measured = {model: score for model, score in scores.items() if score is not None}
+    bars = ax.bar(
+        [MODELS[model] for model in measured], list(measured.values()), color=[MODEL_COLOUR[m] for m in measured]
+    )
+    ax.bar_label(bars, [f"{score:.1%}" for score in measured.values()], padding=2)
+    ax.set(title="easy-VQA accuracy (higher is better)", ylim=(0, 1.08))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def forgetting_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
+    models = {model: forgetting(summary, model=model) for model in ("moextend", "full")}
+    for place, (model, lost) in enumerate((m, lost) for m, lost in models.items() if lost):
+        corpora = [list(CORPORA).index(corpus) for corpus in lost.by_corpus]
+        bars = ax.bar(
+            np.asarray(corpora) + 0.38 * place - 0.19, list(lost.by_corpus.values()), width=0.36,
+            color=MODEL_COLOUR[model], label=MODELS[model],
+        )  # fmt: skip
+        ax.bar_label(bars, [f"{nats:+.3f}" for nats in lost.by_corpus.values()], padding=2)
+    ax.set_xticks(range(len(CORPORA)), list(CORPORA.values()))
+    ax.axhline(0, color=MUTED, linewidth=0.8)
+    ax.set(title="Forgetting: text loss gained, nats (lower is better)")
+    ax.margins(y=0.15)
+    if ax.patches:
+        ax.legend(loc="upper left")
+
+
+def curve_panel(ax: Axes, rows: Sequence[Mapping[str, Any]], *, stage: str) -> None:
+    """Loss over steps: every value pale, a running mean over about a thirtieth of the run on top."""
+    points = [(row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
+    step_n, loss_n = np.asarray(points, float).T
+    width = min(len(points), max(5, len(points) // 30))
+    smooth_n = np.convolve(loss_n, np.ones(width) / width, "valid")
+    middle_n = step_n[width // 2 :][: len(smooth_n)]  # a mean belongs to the middle of what it covers
+    thin = slice(None, None, max(1, len(points) // CURVE_POINTS))
+    ax.plot(step_n[thin], loss_n[thin], color=OURS, alpha=0.45, linewidth=0.8)
+    ax.plot(middle_n[thin], smooth_n[thin], color=OURS, linewidth=1.8)
+    # The first steps may tower over the rest: cut them off rather than flatten what follows.
+    low, high = float(loss_n.min()), float(np.quantile(loss_n, 0.98))
+    pad = 0.06 * max(high - low, 1e-3)
+    ax.set(title=f"{stage}: last {smooth_n[-1]:.3f}", xlabel="step", ylabel="loss", ylim=(low - pad, high + pad))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.grid(axis="y")
+
+
+def seconds_panel(ax: Axes, seconds: Mapping[str, float]) -> None:
+    bars = ax.barh(list(seconds), list(seconds.values()), color=OURS, height=0.6)
+    ax.bar_label(bars, [duration(value) for value in seconds.values()], padding=4)
+    ax.invert_yaxis()
+    ax.set(xlabel="seconds")
+    ax.margins(x=0.18)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"

@@ -1,0 +1,143 @@
+"""Draws how tokens are routed: shares per layer and expert, which layers were chosen, what the new experts get.
+
+In: what `workdir.py` reads of select/routing.json and finetune/routing.json. Out: panels on an Axes that the page
+shows one by one, and the PNG file of `moextend select`. The scales cividis and PuOr suit the colour-blind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, RIVAL, TEXT, canvas
+from moextend_jax.report.workdir import KINDS, NewExperts, Selection, parse_selection
+
+KIND_COLOUR = {"image": IMAGE, "text": TEXT}
+NUMBERED_CELLS = 160
+"""Heatmaps of at most this many cells print their numbers."""
+
+
+def routing_picture(routing: Mapping[str, Any], path: Path) -> None:
+    """Writes the PNG of `moextend select`: shares before, after and shift for image and text tokens, and d_j.
+
+    `routing` is the content of select/routing.json; MoextendError if it is not.
+    """
+    selection = parse_selection(routing, where="routing")
+    top, most = scales(selection)
+    layers = len(selection.shift_Z)
+    tall = heatmap_height(layers)
+    with canvas(width=11, height=2 * tall + 2.4) as figure:
+        grid = figure.add_gridspec(3, 3, height_ratios=[tall, tall, 2.4])
+        for row, kind in enumerate(KINDS):
+            panels = selection_panels(selection, kind=kind, top=top, most=most)
+            for column, draw in enumerate(panels.values()):
+                draw(figure.add_subplot(grid[row, column]))
+        bottom = figure.add_subplot(grid[2, :])
+        choice_panel(bottom, selection)
+        bottom.set_title("Layers that get new experts, and the expert each one copies")
+        figure.savefig(path, dpi=130)
+
+
+def selection_panels(selection: Selection, *, kind: str, top: float, most: float) -> dict[str, Callable[[Axes], None]]:
+    """Before, after and shift of one kind of token; copied experts are framed in the routing that named them."""
+    copied = tuple(zip(selection.chosen, selection.sources, strict=False))
+    before_ZE, after_ZE = selection.before_ZE[kind], selection.after_ZE[kind]
+    frames = {"before": (), "after": (), selection.source_under: copied}
+    name = f"{kind.capitalize()} tokens"
+    shown = partial(routing_panel, top=top)
+    return {
+        "before": partial(shown, share_ZE=before_ZE, title=f"{name}: before", marked=frames["before"]),
+        "after": partial(shown, share_ZE=after_ZE, title=f"{name}: after", marked=frames["after"]),
+        "shift": partial(shift_panel, shift_ZE=after_ZE - before_ZE, title=f"{name}: shift", top=most),
+    }
+
+
+def scales(selection: Selection) -> tuple[float, float]:
+    """The largest share and the largest change, so that all heatmaps of a selection share two scales."""
+    shares = [share_ZE.max() for part in (selection.before_ZE, selection.after_ZE) for share_ZE in part.values()]
+    changes = [np.abs(selection.after_ZE[kind] - selection.before_ZE[kind]).max() for kind in KINDS]
+    return max(*shares, 1e-6), max(*changes, 1e-6)
+
+
+def heatmap_height(layers: int) -> float:
+    """Inches of a heatmap with its title, axis and colour scale."""
+    return 1.1 + max(1.6, 0.22 * layers)
+
+
+def routing_panel(
+    ax: Axes, share_ZE: np.ndarray, *, title: str, top: float, marked: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Shares per layer and expert on a scale from 0 to `top`; `marked` (layer, expert) cells get a frame."""
+    _heatmap(ax, share_ZE, title=title, colours="cividis", low=0, high=top)
+    for layer, expert in marked:
+        frame = Rectangle((expert - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=RIVAL, linewidth=2.2)
+        ax.add_patch(frame)
+
+
+def shift_panel(ax: Axes, shift_ZE: np.ndarray, *, title: str, top: float) -> None:
+    """Change of share per layer and expert; white is no change, `top` the end of the scale on both sides."""
+    _heatmap(ax, shift_ZE, title=title, colours="PuOr_r", low=-top, high=top)
+
+
+def choice_panel(ax: Axes, selection: Selection) -> None:
+    """d_j per layer; chosen layers are filled and named after the expert that is copied."""
+    layers = range(len(selection.shift_Z))
+    chosen = dict(zip(selection.chosen, selection.sources, strict=False))
+    ax.bar(layers, selection.shift_Z, color=[OURS if layer in chosen else LINE for layer in layers], width=0.8)
+    for layer, expert in chosen.items():
+        ax.annotate(
+            f"{expert}", (layer, selection.shift_Z[layer]), (0, 2), textcoords="offset points", ha="center", color=OURS
+        )
+    ax.set(xlabel="layer", ylabel="shift of routing $d_j$")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+    ax.margins(x=0.01, y=0.12)
+
+
+def share_panel(ax: Axes, new: NewExperts) -> None:
+    """Two bars per new expert: share of the image tokens and of the text tokens that pick it."""
+    new_experts = new.share_YX["text"].shape[1]
+    names = [f"{layer}" if new_experts == 1 else f"{layer}.{x}" for layer in new.layers for x in range(new_experts)]
+    places = np.arange(len(names))
+    for kind, offset in zip(KINDS, (-0.2, 0.2), strict=True):
+        ax.bar(places + offset, new.share_YX[kind].ravel(), width=0.4, color=KIND_COLOUR[kind], label=f"{kind} tokens")
+    ax.axhline(new.fair_share, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="if all experts were used alike")
+    ax.set_xticks(places, names)
+    ax.set(
+        xlabel="extended layer" if new_experts == 1 else "extended layer . new expert",
+        ylabel="share of tokens" if new.of_tokens else "share of picks",
+    )
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3, fontsize=8.5, handlelength=1.2, columnspacing=1)
+
+
+def _heatmap(ax: Axes, values_ZE: np.ndarray, *, title: str, colours: str, low: float, high: float) -> None:
+    layers, experts = values_ZE.shape
+    edges = np.arange(experts + 1) - 0.5, np.arange(layers + 1) - 0.5
+    # Edges in the colour of the face close the hairlines that SVG viewers leave between cells.
+    mesh = ax.pcolormesh(*edges, values_ZE, cmap=colours, vmin=low, vmax=high, edgecolor="face", linewidth=0.3)
+    ax.invert_yaxis()
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set(title=title, xlabel="expert", ylabel="layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
+    if layers * experts <= NUMBERED_CELLS:
+        for (layer, expert), value in np.ndenumerate(values_ZE):
+            red, green, blue, _ = mesh.cmap(mesh.norm(value))
+            bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
+            sign = "+" if low < 0 and round(100 * value) > 0 else ""
+            text = f"{sign}{round(100 * value)}"
+            inside = {"ha": "center", "va": "center", "in_layout": False}  # laying out text is most of the time
+            ax.text(expert, layer, text, fontsize=7.5, color="#000" if bright else "#fff", **inside)
+    percent = PercentFormatter(1, decimals=0)
+    bar = ax.figure.colorbar(mesh, ax=ax, location="bottom", aspect=40, pad=0.02, format=percent)
+    bar.outline.set_visible(False)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    bar.ax.tick_params(length=0, labelsize=8)

@@ -1,0 +1,151 @@
+"""Reads what a run left behind for its report.
+
+In: WORKDIR with any of config.json, summary.json, examples.json, select/routing.json, finetune/routing.json and
+STAGE/metrics.jsonl. Out: `Workdir`, None or empty where a part has not been run; letters as in config.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moextend_jax.config import MoextendError
+from moextend_jax.train.metrics import read_metrics
+
+STAGES = ("align", "extend", "finetune", "full")
+KINDS = ("image", "text")
+
+
+class Selection(NamedTuple):
+    """Routing of held-out tokens before and after the probe, and the choice made from it."""
+
+    before_ZE: dict[str, np.ndarray]
+    """Share of each kind's picks, rows sum to 1 (0 where the kind had no tokens)."""
+    after_ZE: dict[str, np.ndarray]
+    shift_Z: np.ndarray
+    chosen: tuple[int, ...]
+    sources: tuple[int, ...]
+    source_under: str
+    """The routing that named the sources: "before" or "after"."""
+
+
+class NewExperts(NamedTuple):
+    """How much of each kind of token the new experts of the grown model get."""
+
+    layers: tuple[int, ...]
+    share_YX: dict[str, np.ndarray]
+    fair_share: float
+    """Share of an expert if all were used alike."""
+    of_tokens: bool
+    """Shares are of tokens; False: of picks, because the file does not say how many tokens there were."""
+
+
+class Workdir(NamedTuple):
+    config: Mapping[str, Any] | None
+    summary: Mapping[str, Any] | None
+    examples: Sequence[Mapping[str, Any]] | None
+    selection: Selection | None
+    new_experts: NewExperts | None
+    metrics: dict[str, list[dict[str, Any]]]
+
+
+def read_workdir(workdir: Path) -> Workdir:
+    """Raises MoextendError if nothing of a run is there, or if a file does not hold what its name says."""
+    if not workdir.is_dir():
+        raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
+    selection, routing = _json(workdir / "select/routing.json", dict), _json(workdir / "finetune/routing.json", dict)
+    metrics = {stage: workdir / stage / "metrics.jsonl" for stage in STAGES}
+    found = Workdir(
+        config=_json(workdir / "config.json", dict),
+        summary=_json(workdir / "summary.json", dict),
+        examples=_json(workdir / "examples.json", list),
+        selection=None if selection is None else parse_selection(selection, where=workdir / "select/routing.json"),
+        new_experts=None if routing is None else _new_experts(routing, where=workdir / "finetune/routing.json"),
+        metrics={stage: read_metrics(path) for stage, path in metrics.items() if path.exists()},
+    )
+    if all(part is None or part == {} for part in found):
+        raise MoextendError(f"{workdir}: nothing of a run is here; run a stage first, e.g. `moextend align`")
+    return found
+
+
+def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selection:
+    """The content of select/routing.json; `where` names it in errors."""
+    with _malformed(where):
+        shape = (int(routing["layers"]), int(routing["experts"]))
+        chosen = tuple(int(layer) for layer in routing["chosen_layers"])
+        shift_Z = np.asarray(routing["shift"], float)
+        if shift_Z.shape != shape[:1] or not all(0 <= layer < shape[0] for layer in chosen):
+            raise ValueError(f"shift or chosen_layers do not fit {shape[0]} layers")
+        return Selection(
+            before_ZE={kind: _shares(routing["before"][kind], shape) for kind in KINDS},
+            after_ZE={kind: _shares(routing["after"][kind], shape) for kind in KINDS},
+            shift_Z=shift_Z,
+            chosen=chosen,
+            sources=tuple(int(expert) for expert in routing["sources"]),
+            source_under=str(routing.get("recipe", {}).get("source_under", "before")),
+        )
+
+
+def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:
+    """The number at `path` of nested mappings; None if it, or anything on the way, is absent or null."""
+    value: Any = summary
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MoextendError(f"summary.json: {'.'.join(path)} is {value!r}, not a number; evaluate again")
+    return float(value)
+
+
+def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
+    with _malformed(where):
+        layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
+        extended = tuple(int(layer) for layer in routing["extended_layers"])
+        if not all(0 <= layer < layers for layer in extended):
+            raise ValueError(f"extended_layers do not fit {layers} layers")
+        share_ZO = {kind: _shares(routing["counts"][kind], (layers, experts + new)) for kind in KINDS}
+        # A token makes k picks, so its share of tokens is k times its share of picks; k follows from the counts.
+        tokens, top_k = routing.get("tokens"), 1.0
+        if tokens is not None:
+            picks = sum(np.sum(routing["counts"][kind], axis=1).max() for kind in KINDS)
+            top_k = float(picks) / max(1, sum(tokens[kind] for kind in KINDS))
+        return NewExperts(
+            layers=extended,
+            share_YX={kind: top_k * share_ZO[kind][list(extended), experts:] for kind in KINDS},
+            fair_share=top_k / (experts + new),
+            of_tokens=tokens is not None,
+        )
+
+
+def _shares(counts: Any, shape: tuple[int, int]) -> np.ndarray:
+    counts = np.asarray(counts, float)
+    if counts.shape != shape or not np.isfinite(counts).all() or (counts < 0).any():
+        raise ValueError(f"counts of shape {counts.shape}, not {shape} numbers >= 0")
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def _json(path: Path, kind: type) -> Any:
+    if not path.exists():
+        return None
+    with _malformed(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"a JSON {type(content).__name__}, not a {kind.__name__}")
+        return content
+
+
+@contextlib.contextmanager
+def _malformed(where: Path | str) -> Iterator[None]:
+    """Turns what goes wrong while a file's content is taken apart into one line that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise MoextendError(f"{where}: {error} is missing; run its stage again or delete the file") from error
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise MoextendError(f"{where}: {error}; run its stage again or delete the file") from error

@@ -1,0 +1,135 @@
+"""Settings of a run: what a configuration file holds, checked and typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from moextend_jax.config import RECIPES, MoextendError, Recipe
+from moextend_jax.train.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
+
+    data: str
+    steps: int
+    batch_size: int
+    length: int
+    split: str = "train"
+    images_per_row: int = 1
+    conversations_per_row: int = 1
+    """Conversations packed into a row at most; 0 packs as many as fit."""
+    too_long: Literal["error", "drop_turns"] = "error"
+    loss_chunk: int = 128
+    """Labelled positions per row that go through the head at once."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectSettings:
+    """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
+
+    held_out: int = 10_000
+    share: float = 0.5
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    data: str
+    questions: int
+    split: str = "test"
+    batch_size: int = 250
+    length: int = 64
+    max_new_tokens: int = 8
+    text_length: int = 256
+    text_batch_size: int = 16
+    examples: int = 8
+    """Questions shown in the report."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything a run needs; `base` and `vision` are Hugging Face folders, "embedded" the small real model inside."""
+
+    align: StageSettings
+    extend: StageSettings
+    finetune: StageSettings
+    full: StageSettings
+    evaluate: EvaluateSettings
+    select: SelectSettings = SelectSettings()
+    recipe: Recipe = RECIPES["paper"]
+    base: str = "embedded"
+    vision: str = "embedded"
+    seed: int = 0
+    data_dir: str = ""
+    """Where prepared data sets go; "" is WORKDIR/data."""
+    manual_dir: str = ""
+    """Where LLaVA's JSON and image folder are."""
+    cache_features: bool = True
+    """Keep the frozen tower's output on disk, so that it runs once per image."""
+    workers: int = 0
+    aux_coefficient: float = 0.001
+    dtype: str = "bfloat16"
+    train_dtype: str = "float32"
+    remat: Literal["none", "attention", "layer"] = "layer"
+    mesh: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
+    )
+    checkpoint_every: int = 500
+    checkpoints_kept: int = 2
+    log_every: int = 10
+    baseline: bool = False
+    """`moextend run` also trains the full fine-tuning baseline."""
+
+
+def to_config_dict(settings: RunSettings) -> ConfigDict:
+    """The settings as an editable ConfigDict, which is what files in configs/ return."""
+    return ConfigDict(dataclasses.asdict(settings))
+
+
+def from_config_dict(config: Mapping[str, Any]) -> RunSettings:
+    """Checks names and types; a mistake is an error that names the field."""
+    return _build(RunSettings, config, where="config")
+
+
+def _build(kind: Any, value: Any, *, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        names = {field.name for field in dataclasses.fields(kind)}
+        for name in value:
+            if name not in names:
+                raise MoextendError(f"{where}.{name} is no setting; there are {', '.join(sorted(names))}")
+        missing = [
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.name not in value
+            and field.default is dataclasses.MISSING
+            and field.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise MoextendError(f"{where}: {', '.join(missing)} must be set")
+        return kind(**{name: _build(hints[name], value[name], where=f"{where}.{name}") for name in value})
+    if origin is Literal:
+        if value not in arguments:
+            raise MoextendError(f"{where} = {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        return tuple(_build(part, one, where=where) for part, one in zip(arguments, value, strict=True))
+    if origin in (typing.Union, types.UnionType):
+        return value
+    if origin is not None:  # Mapping
+        return dict(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise MoextendError(f"{where} = {value!r} is not of type {kind.__name__}")
+    return value

@@ -1,0 +1,67 @@
+"""The optimizer of a stage: clip by the norm of what trains, then AdamW per group of leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import optax
+
+from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.train.stages import GROUPS, group
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as the paper sets it; `multipliers` and `weight_decays` are by group (see `stages.GROUPS`)."""
+
+    learning_rate: float = 1e-3
+    warmup_share: float = 0.03
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weight_decays: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in {*self.multipliers, *self.weight_decays} - set(GROUPS.values()):
+            raise MoextendError(f"optimizer group {name!r} is unknown; there are {sorted(set(GROUPS.values()))}")
+
+
+def learning_rate(config: OptimizerConfig, *, steps: int, recipe: Recipe) -> optax.Schedule:
+    """`cosine`: linear warm-up, then half a cosine to zero. `constant`: logarithmic warm-up, then constant
+    (the released code's DeepSpeed WarmupLR: lr * log(step + 1) / log(warm-up steps))."""
+    warmup = max(1, round(config.warmup_share * steps)) if config.warmup_share > 0 else 0
+    if recipe.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup else config.learning_rate, config.learning_rate,
+                                                  warmup, max(steps, warmup + 1))  # fmt: skip
+    if warmup < 2:
+        return optax.constant_schedule(config.learning_rate)
+
+    def logarithmic(step):
+        risen = jnp.log(jnp.maximum(step, 0) + 1.0) / jnp.log(float(warmup))
+        return config.learning_rate * jnp.minimum(risen, 1.0)
+
+    return logarithmic
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, paths: Mapping[str, object], schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Over a flat dict of the trainable leaves by path: nothing else reaches the clip, the norm or the moments."""
+    labels = {path: group(path) for path in paths}
+
+    def adamw(name: str) -> optax.GradientTransformation:
+        scale = config.multipliers.get(name, 1.0)
+        return optax.adamw(
+            lambda step: scale * schedule(step),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decays.get(name, 0.0),
+        )
+
+    groups = {name: adamw(name) for name in sorted(set(labels.values()))}
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels))

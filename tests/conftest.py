@@ -1,0 +1,53 @@
+"""What every test shares: JAX on the CPU with strict broadcasting, quiet logs, and paths.
+
+In: the environment, before JAX starts. Out: the fixtures `shared`, `workdir` and `eight_devices`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read when the libraries are imported, so set before any test module imports them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests of sharding need several devices and the rest must not pay for them: those tests run in a pytest of their own
+# with this variable set to 8.
+DEVICES = int(os.environ.get("MOEXTEND_TEST_DEVICES", "1"))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if DEVICES > 1:
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference values beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no reference values: {SHARED} is absent")
+    return SHARED
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """An empty working directory for a run."""
+    path = tmp_path / "workdir"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def eight_devices() -> None:
+    """Skips unless this pytest was started with eight CPU devices."""
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: run with MOEXTEND_TEST_DEVICES=8")

@@ -1,0 +1,215 @@
+import io
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moextend_jax.config import IGNORE, RECIPES, MoextendError
+from moextend_jax.data.batches import Features, Pixels, Shard, batches, fill_ratio, text_batches
+from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.data.datasets import open_dataset
+from moextend_jax.data.features import cache_features
+from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.data.tokenizer import load_tokenizer
+
+BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
+PATCHES, ROWS = 4, 40
+TOKENIZER = load_tokenizer(BASE)
+
+
+def tower(images_nhwc):
+    n = images_nhwc.shape[0]
+    return images_nhwc.reshape(n, PATCHES, -1, 3)[:, :, 0]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Rows with 0, 1 or 2 images; each answer is the row's number, each image a shade of its own."""
+    folder = tmp_path_factory.mktemp("llava")
+    entries = []
+    for n in range(ROWS):
+        images = [f"{n}-{m}.png" for m in range(n % 3)]
+        for m, name in enumerate(images):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), (n, m * 50, 0)).save(file, "PNG")
+            (folder / name).write_bytes(file.getvalue())
+        question = "<image>" * len(images) + "what is it? " + "word " * (n % 5)
+        talk = [{"from": "human", "value": question}, {"from": "gpt", "value": f"number {n}"}]
+        entries.append({"id": f"row{n}", "image": images, "conversations": talk})
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(entries))
+    return open_dataset("llava_instruct", data_dir=folder / "built", manual_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def features(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache") / "c"
+    return Features(
+        store=cache_features(
+            source.images, path=path, compute=tower, tower="t", feature_layer=-2, size=8, preparation="pad"
+        )
+    )
+
+
+def make(source, images, **more):
+    settings: dict[str, Any] = {"length": 64, "batch_size": 4, "images_per_row": 3, "epochs": 1}
+    return batches(
+        source, tokenizer=TOKENIZER, recipe=RECIPES["paper"], images=images, patches=PATCHES, **(settings | more)
+    )
+
+
+def segments(batch):
+    """Every conversation of a batch: (row, slice)."""
+    for row, segments_L in enumerate(batch.segments_BL):
+        for segment in range(1, segments_L.max() + 1):
+            here = np.flatnonzero(segments_L == segment)
+            assert (np.diff(here) == 1).all()
+            yield row, slice(here[0], here[-1] + 1)
+
+
+def answers(batch):
+    for row, here in segments(batch):
+        labels = batch.labels_BL[row, here]
+        yield int(TOKENIZER.decode(labels[labels != IGNORE]).split()[1])
+
+
+def all_answers(batches):
+    return [answer for batch in batches for answer in answers(batch)]
+
+
+def same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("kind", ["features", "pixels"])
+@pytest.mark.parametrize("conversations_per_row", [1, None])
+def test_each_conversation_comes_once_with_its_own_images(source, features, kind, conversations_per_row):
+    images = features if kind == "features" else Pixels(images=source.images, size=8, preparation="pad")
+    seen = []
+    for batch in make(source, images, conversations_per_row=conversations_per_row):
+        assert batch.ids_BL.shape == (4, 64) and batch.ids_BL.dtype == np.int32
+        for row, here in segments(batch):
+            example = source[next(iter(n for n in answers(_only(batch, row, here))))]
+            wanted = encode_conversation(
+                example.conversations,
+                example_id=example.id,
+                images=len(example.images),
+                tokenizer=TOKENIZER,
+                recipe=RECIPES["paper"],
+                patches=PATCHES,
+            )
+            np.testing.assert_array_equal(batch.ids_BL[row, here], wanted.ids_L)
+            np.testing.assert_array_equal(batch.labels_BL[row, here], wanted.labels_L)
+            np.testing.assert_array_equal(batch.positions_BL[row, here], np.arange(len(wanted.ids_L)))
+            _check_images(batch, row, here, source, example, wanted)
+            seen.append(example.id)
+        padding = batch.segments_BL == 0
+        assert (batch.labels_BL[padding] == IGNORE).all() and (batch.patches_BL[padding] == -1).all()
+    assert sorted(seen) == sorted(f"row{n}" for n in range(ROWS))
+
+
+def _only(batch, row, here):
+    return batch._replace(
+        segments_BL=(batch.segments_BL[row : row + 1, here] > 0).astype(int),
+        labels_BL=batch.labels_BL[row : row + 1, here],
+    )
+
+
+def _check_images(batch, row, here, source, example, wanted):
+    slots = batch.patches_BL[row, here]
+    assert ((slots >= 0) == (wanted.patches_L >= 0)).all()
+    given = batch.features_BMPC if batch.images_BMhwc is None else batch.images_BMhwc
+    for m, ref in enumerate(example.images):
+        slot = slots[wanted.patches_L == m * PATCHES][0] // PATCHES
+        np.testing.assert_array_equal(slots[wanted.patches_L // PATCHES == m], slot * PATCHES + np.arange(PATCHES))
+        pixels = prepare_image(decode_image(source.images[ref.row].encoded), size=8, preparation="pad")
+        np.testing.assert_array_equal(
+            given[row, slot], pixels if batch.features_BMPC is None else tower(pixels[None])[0]
+        )
+
+
+def test_packing_fills_rows(source, features):
+    packed = [fill_ratio(batch) for batch in islice(make(source, features, length=128, images_per_row=8, epochs=9), 8)]
+    alone = [fill_ratio(b) for b in islice(make(source, features, length=128, conversations_per_row=1, epochs=9), 8)]
+    assert np.mean(packed) > 0.85 > 0.4 > np.mean(alone)
+
+
+def test_order_seed_and_epochs(source, features):
+    kept = {"conversations_per_row": 1}
+    assert all_answers(make(source, features, seed=None, **kept)) == list(range(ROWS))
+    one, same_again, other = (all_answers(make(source, features, seed=s, **kept)) for s in (1, 1, 2))
+    assert one == same_again != other
+    two = all_answers(make(source, features, seed=1, epochs=2, **kept))
+    assert sorted(two) == sorted([*range(ROWS), *range(ROWS)])
+    assert len(list(islice(make(source, features, epochs=None), 60))) == 60
+
+
+def test_hosts_share_the_rows(source, features):
+    parts = [all_answers(make(source, features, shard=Shard(n, 3))) for n in range(3)]
+    assert sorted(sum(parts, [])) == list(range(ROWS)) and all(len(part) in (13, 14) for part in parts)
+    with pytest.raises(MoextendError, match="cannot be shared"):
+        make(source, features, shard=Shard(0, ROWS + 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resumed_equals_uninterrupted(source, features, workers):
+    dataset = make(source, features, epochs=None, workers=workers)
+    iterator = iter(dataset)
+    for _ in range(7):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    wanted = [next(iterator) for _ in range(12)]
+    again = iter(dataset)
+    again.set_state(state)
+    for batch in wanted:
+        same(batch, next(again))
+
+
+def test_question_alone_has_no_trace_of_the_image(source):
+    for batch in make(source, None):
+        assert batch.features_BMPC is None and batch.images_BMhwc is None
+        assert (batch.patches_BL == -1).all() and not np.isin(batch.ids_BL[batch.segments_BL > 0], [3, 5, 6]).any()
+
+
+def test_what_does_not_fit_is_named(source, features):
+    with pytest.raises(MoextendError, match=r"row\d+: .* do not fit a row of 12"):
+        list(make(source, features, length=12))
+    with pytest.raises(MoextendError, match=r"row\d+: 2 images, but a row holds 1"):
+        list(make(source, features, images_per_row=1))
+
+
+def test_an_error_in_a_worker_process_stays_one_clear_line(source, features):
+    with pytest.raises(MoextendError, match=r"row\d+: .* do not fit a row of 12"):
+        next(iter(make(source, features, length=12, workers=1)))
+
+
+def test_released_template_hides_its_end_from_attention(source, features):
+    dataset = batches(
+        source, tokenizer=TOKENIZER, recipe=RECIPES["released"], images=features, patches=PATCHES, length=64,
+        batch_size=4, images_per_row=3, epochs=1,
+    )  # fmt: skip
+    for batch in dataset:
+        ends = batch.ids_BL == TOKENIZER.eos
+        assert ends.any() and (batch.segments_BL[ends] == 0).all() and (batch.labels_BL[ends] == TOKENIZER.eos).all()
+        assert (batch.labels_BL[batch.positions_BL == 0] == IGNORE).all()
+
+
+def test_text_rows():
+    passages = ["In the beginning", "a word", "x " * 70, "the end of it"]
+    (batch,) = text_batches(passages, tokenizer=TOKENIZER, length=32, batch_size=8, epochs=1)
+    pieces = {}
+    for row, here in segments(batch):
+        ids, labels = batch.ids_BL[row, here], batch.labels_BL[row, here]
+        assert ids[0] == TOKENIZER.bos and labels[0] == IGNORE
+        np.testing.assert_array_equal(ids[1:], labels[1:])
+        pieces.setdefault(TOKENIZER.decode(ids).split()[0], []).append(ids)
+    assert {key: len(some) for key, some in pieces.items()} == {"In": 1, "a": 1, "x": 3, "the": 1}
+    assert sum(int(piece[-1] == TOKENIZER.eos) for piece in pieces["x"]) == 1
+    assert sum(len(piece) - 1 for piece in pieces["x"]) == len(TOKENIZER.encode(passages[2])) + 1
+    assert (batch.patches_BL == -1).all() and batch.features_BMPC is None

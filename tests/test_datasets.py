@@ -1,0 +1,135 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.builders import COLOURS, SHAPES, easy_caption
+from moextend_jax.data.datasets import hold_out, open_dataset, open_text, select
+
+TALK = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+def open_llava(folder, entries, *, images=("a.png", "b.png")):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    text = entries if isinstance(entries, str) else json.dumps(entries)
+    (folder / "llava_v1_5_mix665k.json").write_text(text)
+    for shade, name in enumerate(images):
+        Image.new("RGB", (3, 4), (shade, 0, 0)).save(folder / "images" / name)
+    return open_dataset("llava_instruct", data_dir=folder / "built", manual_dir=folder)
+
+
+def test_easy_vqa_rows_and_images_belong_together(data_dir):
+    easy_vqa = pytest.importorskip("easy_vqa")
+    questions, answers, numbers = easy_vqa.get_test_questions()
+    paths = easy_vqa.get_test_image_paths()
+    source = open_dataset("easy_vqa/questions", split="test", data_dir=data_dir)
+    assert len(open_dataset("easy_vqa/questions", split="train[:2000]", data_dir=data_dir)) == 2000
+    assert len(source) == len(questions) and len(source.images) == len(set(numbers))
+    wanted = sorted(zip(numbers, questions, answers, strict=True))
+    got = []
+    for example in source.read(np.arange(0, len(source))):
+        question, answer = (turn["value"] for turn in example.conversations)
+        got.append((int(example.images[0].key.split("/")[1]), question.removeprefix("<image>\n"), answer))
+    assert sorted(got) == wanted
+    for example in (source[0], source[len(source) // 2], source[len(source) - 1]):
+        (ref,) = example.images
+        key, encoded = source.images[ref.row]
+        assert key == ref.key
+        with open(paths[int(key.split("/")[1])], "rb") as file:
+            assert encoded == file.read()
+
+
+def test_easy_vqa_conversations_and_captions(data_dir):
+    pytest.importorskip("easy_vqa")
+    talks = open_dataset("easy_vqa/conversations", split="test", data_dir=data_dir)
+    assert len(talks) == 1000
+    assert sum(len(talk.conversations) for talk in talks) == 2 * 9673
+    assert all(str(talk.conversations).count("<image>") == 1 for talk in talks)
+    for caption in open_dataset("easy_vqa/captions", split="test", data_dir=data_dir):
+        words = caption.conversations[1]["value"].split()
+        assert words[0] == "a" and set(words[1:]) <= SHAPES | COLOURS | {"shape"}
+
+
+def test_captions_follow_from_the_questions():
+    pytest.importorskip("easy_vqa")
+    assert easy_caption([("is there a red shape?", "no"), ("what color is the triangle?", "blue")]) == "a blue triangle"
+    assert easy_caption([("is there not a circle?", "no"), ("is no red shape present?", "yes")]) == "a circle"
+    assert easy_caption([("what is the color of the shape?", "teal")]) == "a teal shape"
+    assert easy_caption([("is there a circle?", "no")]) is None
+
+
+def test_llava_rows(tmp_path):
+    entries = [
+        {"id": 7, "image": "a.png", "conversations": TALK},
+        {"id": "text", "conversations": TALK},
+        {"id": "two", "image": ["b.png", "a.png"], "conversations": TALK},
+    ]
+    source = open_llava(tmp_path, entries)
+    assert [row.id for row in source] == ["7", "text", "two"]
+    assert source[0].conversations == TALK and source[1].images == ()
+    assert len(source.images) == 2  # a.png is stored once
+    assert [source.images[ref.row].key for ref in source[2].images] == ["b.png", "a.png"]
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
+
+
+def test_another_json_file_is_another_data_set(tmp_path):
+    assert len(open_llava(tmp_path, [{"id": 1, "conversations": TALK}])) == 1
+    assert len(open_llava(tmp_path, [{"id": n, "conversations": TALK} for n in (1, 2)])) == 2
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([], "holds no entries"),
+        ("[{", "is not JSON"),
+        ([{"id": 1}], "entry 0 is not"),
+        ([{"id": 1, "image": "z.png", "conversations": TALK}], "no image z.png"),
+    ],
+)
+def test_bad_llava_files_are_one_clear_line(tmp_path, entries, message):
+    with pytest.raises(MoextendError, match=message):
+        open_llava(tmp_path, entries)
+
+
+def test_wrong_names_list_what_there_is(data_dir, tmp_path):
+    for name, more, message in [
+        ("vqa", {}, "there are easy_vqa, llava_instruct, llava_pretrain"),
+        ("easy_vqa/images", {}, "there are questions, conversations, captions"),
+        ("easy_vqa/captions", {"split": "val"}, "there are train, test"),
+        ("llava_pretrain", {}, "needs a manual folder with blip_laion_cc_sbu_558k.json"),
+        ("llava_pretrain", {"manual_dir": tmp_path}, "no file .*blip_laion_cc_sbu_558k.json"),
+    ]:
+        with pytest.raises(MoextendError, match=message):
+            open_dataset(name, data_dir=data_dir, **more)
+
+
+def test_hold_out_is_a_random_partition(tmp_path):
+    source = open_llava(tmp_path, [{"id": n, "conversations": TALK} for n in range(30)])
+    held, rest = hold_out(source, samples=10, seed=1)
+    ids = [row.id for row in held]
+    assert len(ids) == 10 and len(rest) == 20
+    assert sorted(ids + [row.id for row in rest], key=int) == [str(n) for n in range(30)]
+    assert ids == [row.id for row in hold_out(source, samples=10, seed=1).held_out] != [str(n) for n in range(10)]
+    assert ids != [row.id for row in hold_out(source, samples=10, seed=2).held_out]
+    assert [row.id for row in select(rest, [3, 0])] == [rest[3].id, rest[0].id]
+    for samples in (0, 30):
+        with pytest.raises(MoextendError, match="cannot hold out"):
+            hold_out(source, samples=samples, seed=0)
+
+
+def test_text_is_one_passage_per_line(tmp_path):
+    (tmp_path / "text").write_text("one café\n\n two\u2028same \n", encoding="utf-8")
+    assert open_text(tmp_path / "text") == ["one café", "two\u2028same"]
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for name, message in [("none", "cannot read"), ("empty", "no passages"), ("latin", "cannot read")]:
+        with pytest.raises(MoextendError, match=message):
+            open_text(tmp_path / name)

@@ -1,0 +1,84 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.datasets import EncodedImage
+from moextend_jax.data.features import FeatureStore, cache_features
+from moextend_jax.data.images import decode_image, prepare_image
+
+
+def encoded(shade):
+    import io
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+IMAGES = [EncodedImage(f"k{n}", encoded(10 * n)) for n in range(5)]
+
+
+def tower(images_nhwc):
+    n, h, _, _ = images_nhwc.shape
+    return images_nhwc.reshape(n, 4, h * h // 4, 3)[:, :, 0]
+
+
+def make(path, *, images=IMAGES, compute=tower, **more):
+    settings = {"tower": "t1", "feature_layer": -2, "size": 8, "preparation": "pad", "batch_size": 2}
+    return cache_features(images, path=path, compute=compute, **(settings | more))
+
+
+def refuse(images_nhwc):
+    raise AssertionError("the cache should have been used")
+
+
+def test_features_are_those_of_the_key(tmp_path):
+    shapes = []
+    store = make(tmp_path / "c", compute=lambda x: shapes.append(x.shape) or tower(x))
+    assert set(shapes) == {(2, 8, 8, 3)}  # one shape, so one compilation
+    for image in IMAGES:
+        wanted = tower(prepare_image(decode_image(image.encoded), size=8, preparation="pad")[None])[0]
+        np.testing.assert_array_equal(store[image.key], wanted)
+        np.testing.assert_array_equal(FeatureStore.open(tmp_path / "c")[image.key], wanted)
+    with pytest.raises(MoextendError, match="image k9 is not in"):
+        store["k9"]
+
+
+def test_a_fitting_cache_is_used_again_and_a_stale_one_is_not(tmp_path):
+    first = make(tmp_path / "c")
+    make(tmp_path / "c", compute=refuse)
+    for change in ({"tower": "t2"}, {"feature_layer": -1}, {"preparation": "crop"}, {"images": IMAGES[:4]}):
+        with pytest.raises(AssertionError):
+            make(tmp_path / "c", compute=refuse, **change)
+        with pytest.raises(MoextendError, match="was made with"):
+            FeatureStore.open(tmp_path / "c", fingerprint=first.fingerprint | {"tower": "t2"})
+    half = make(tmp_path / "c", dtype="float16")
+    assert half["k1"].dtype == np.float16
+
+
+def test_a_run_that_dies_leaves_no_cache(tmp_path):
+    def dies(images_nhwc):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        make(tmp_path / "c", compute=dies)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(MoextendError, match="no feature cache"):
+        FeatureStore.open(tmp_path / "c")
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    make(tmp_path / "c")
+    (tmp_path / "c" / "cache.json").write_text("{")
+    assert len(make(tmp_path / "c").rows) == 5
+    assert json.loads((tmp_path / "c" / "cache.json").read_text())["keys"] == [image.key for image in IMAGES]
+
+
+def test_no_images_and_broken_images_are_errors(tmp_path):
+    with pytest.raises(MoextendError, match="no images"):
+        make(tmp_path / "c", images=[])
+    with pytest.raises(MoextendError, match="cannot read image bad"):
+        make(tmp_path / "c", images=[EncodedImage("bad", b"x")])

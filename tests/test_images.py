@@ -1,0 +1,55 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.images import MEAN_c, STD_c, decode_image, prepare_image
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with the released code's arrays")
+def test_crop_equals_the_released_pixels():
+    wanted = np.load(SHARED / "oracle" / "images.npz")["pixel_values"]
+    for name, image_chw in zip("abcdef", wanted, strict=True):
+        image = decode_image((SHARED / "oracle" / "images" / name).read_bytes())
+        got = prepare_image(image, size=28, preparation="crop")
+        np.testing.assert_allclose(got, image_chw.transpose(1, 2, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (31, 50), (50, 31), (200, 29), (17, 20)])
+def test_crop_equals_the_clip_image_processor(size):
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    processor = clip.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)
+    wanted = processor(noise(*size), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(prepare_image(noise(*size), size=28, preparation="crop"), wanted, atol=1e-5)
+
+
+def test_pad_keeps_the_whole_picture_in_the_middle_of_mean_colour():
+    red = Image.new("RGB", (40, 20), (255, 0, 0))
+    got = prepare_image(red, size=40, preparation="pad")
+    assert got.shape == (40, 40, 3) and got.dtype == np.float32
+    colour = got * STD_c + MEAN_c
+    np.testing.assert_allclose(colour[10:30], np.broadcast_to([1.0, 0, 0], (20, 40, 3)), atol=1e-5)
+    assert np.abs(got[:10]).max() < 0.02 and np.abs(got[30:]).max() < 0.02  # the mean, rounded to whole levels
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1"])
+def test_every_mode_becomes_rgb(mode):
+    file = io.BytesIO()
+    noise(9, 7).convert(mode).save(file, "PNG")
+    image = decode_image(file.getvalue())
+    assert image.mode == "RGB" and image.size == (9, 7)
+
+
+@pytest.mark.parametrize("encoded", [b"", b"not an image", b"\x89PNG\r\n\x1a\nbroken"])
+def test_a_broken_file_is_named(encoded):
+    with pytest.raises(MoextendError, match="cannot read cat.png as an image"):
+        decode_image(encoded, name="cat.png")

@@ -1,0 +1,95 @@
+"""Metrics files survive interruption, hold valid JSON and TensorBoard events; the progress bar shows its numbers."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moextend_jax.config import MoextendError
+from moextend_jax.train.metrics import MetricsWriter, progress, read_metrics
+
+
+def write(directory, steps, **options):
+    with MetricsWriter(directory, **options) as writer:
+        for step in steps:
+            writer.write(step, {"loss": np.float32(1 / step), "tokens": 512 * step})
+
+
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
+    write(tmp_path / "whole", range(1, 11))
+    write(tmp_path / "cut", range(1, 8))  # killed after step 7; its last checkpoint is step 5
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    write(tmp_path / "cut", range(6, 11), resume_step=5)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_fresh_start_forgets_the_run_before(tmp_path):
+    write(tmp_path, range(1, 5))
+    write(tmp_path, range(1, 3))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_lines_are_strict_json_even_when_the_loss_is_not_a_number(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 3})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row == {"step": 1, "loss": None, "grad_norm": None, "tokens": 3}
+
+
+def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 2.0})
+        assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
+    from tensorboardX.record_writer import masked_crc32c
+
+    write(tmp_path, [1, 2])
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, scalars = path.read_bytes(), {}
+    while data:  # records: length, its checksum, the event, its checksum
+        length = int.from_bytes(data[:8], "little")
+        body = data[12 : 12 + length]
+        assert int.from_bytes(data[12 + length : 16 + length], "little") == masked_crc32c(body)
+        event = Event.FromString(body)
+        scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    assert scalars == {("loss", 1): 1.0, ("loss", 2): 0.5, ("tokens", 1): 512.0, ("tokens", 2): 1024.0}
+
+
+def test_only_process_0_writes(tmp_path):
+    write(tmp_path / "run", [1], process_index=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_file_is_named_with_its_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
+    with pytest.raises(MoextendError, match=r"metrics\.jsonl:2: not a line of metrics"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_plain_lines_are_few_and_end_with_the_last_step(capsys):
+    with progress("align", 1000, every_seconds=3600, console=Console(file=io.StringIO())) as bar:
+        for step in range(1, 1001):
+            bar.update(step, loss=2.0, tokens_per_second=1234.0)
+    assert capsys.readouterr().out == "align 1000/1000  loss 2.0000  1,234 tokens/s  0:00 left\n"
+
+
+def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left():
+    screen = io.StringIO()
+    with progress("align", 10, console=Console(file=screen, force_terminal=True, width=100)) as bar:
+        bar.update(4, loss=2.5, tokens_per_second=1234.0)
+    text = screen.getvalue()
+    assert "4/10" in text and "loss 2.5000" in text and "1,234 tokens/s" in text and "-:--:--" in text
+
+
+def test_other_processes_show_nothing(capsys):
+    with progress("align", 2, process_index=1, every_seconds=0) as bar:
+        bar.update(2, loss=1.0)
+    assert capsys.readouterr().out == ""

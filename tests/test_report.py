@@ -1,0 +1,259 @@
+"""The report holds what the run measured, escapes what it was given, needs no network, and survives missing parts."""
+
+import base64
+import io
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moextend_jax.config import MoextendError
+from moextend_jax.report.page import write_report
+from moextend_jax.report.results_pictures import forgetting, results_picture
+from moextend_jax.report.routing_pictures import routing_picture
+from moextend_jax.report.workdir import read_workdir
+
+SUMMARY = {
+    "easy_vqa": {"question_only": 0.671, "aligned": 0.702, "moextend": 0.934, "full": 0.951, "questions": 1000},
+    "text_loss": {
+        "wordnet": {"base": 3.105, "moextend": 3.118, "full": 3.402},
+        "kjv": {"base": 2.511, "moextend": 2.519, "full": 3.006},
+    },
+    "seconds": {"align": 61.2, "extend": 30.4, "finetune": 144.9, "full": 190.1, "total": 431.0},
+    "frozen_unchanged": True,
+    "parameters": {"total": 12_345_678, "trained": {"align": 61_000, "extend": 16_384, "finetune": 1_200_000}},
+}
+
+
+def selection(layers=8, experts=8, seed=0):
+    rng = np.random.default_rng(seed)
+    counts = {}
+    before = {kind: rng.dirichlet(np.full(experts, 4), layers) for kind in ("text", "image")}
+    for name, noise in (("before", 0.0), ("after", 0.5)):
+        moved = {kind: share * np.exp(noise * rng.normal(size=share.shape)) for kind, share in before.items()}
+        counts[name] = {k: (20000 * m / m.sum(1, keepdims=True)).astype(int).tolist() for k, m in moved.items()}
+    shift = rng.uniform(0.01, 0.09, layers)
+    chosen = sorted(np.argsort(-shift)[: layers // 2].tolist())
+    sources = [int(np.argmax(before["text"][layer] + before["image"][layer])) for layer in chosen]
+    return {
+        "layers": layers, "experts": experts, "samples": 500, "tokens": {"text": 10000, "image": 10000}, **counts,
+        "shift": shift.tolist(), "chosen_layers": chosen, "sources": sources, "recipe": {"source_under": "before"},
+    }  # fmt: skip
+
+
+def grown(layers=8, experts=8, chosen=(1, 3, 4, 6)):
+    rng = np.random.default_rng(1)
+    counts = {}
+    for kind, share in (("text", 0.05), ("image", 0.4)):
+        old = rng.dirichlet(np.full(experts, 4), layers)
+        new = np.zeros((layers, 1))
+        new[list(chosen)] = share * rng.uniform(0.5, 1.2, (len(chosen), 1))
+        counts[kind] = (20000 * np.concatenate([old * (1 - new), new], axis=1)).astype(int).tolist()
+    return {
+        "layers": layers, "experts": experts, "new_experts": 1, "extended_layers": list(chosen), "counts": counts,
+        "tokens": {"text": 10000, "image": 10000},
+    }  # fmt: skip
+
+
+def example(seed=0, question="What color is the shape?"):
+    rng = np.random.default_rng(seed)
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[16:48, 12 + 2 * seed : 44] = rng.integers(0, 255, 3)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    share = np.round(rng.uniform(0, 0.2, (8, 8)) + 0.5 * (picture[4::8, 4::8].mean(-1) < 250), 2)
+    return {
+        "image_png": base64.b64encode(file.getvalue()).decode(), "question": question, "answer": "blue", "grid": 8,
+        "predictions": {"aligned": "red", "moextend": "blue", "full": "Blue"}, "new_expert_share": share.tolist(),
+    }  # fmt: skip
+
+
+def loss_lines(steps, start=4.0, end=0.4):
+    rng = np.random.default_rng(steps)
+    for step in range(1, steps + 1):
+        loss = end + (start - end) * np.exp(-4 * step / steps) + 0.1 * rng.normal() * start / 4
+        yield json.dumps({"step": step, "loss": loss, "ce": loss, "tokens_per_second": 2000.0}) + "\n"
+
+
+def put(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def fake_workdir(workdir: Path, layers=8) -> Path:
+    chosen = selection(layers)["chosen_layers"]
+    put(workdir / "summary.json", SUMMARY)
+    put(workdir / "select/routing.json", selection(layers))
+    put(workdir / "finetune/routing.json", grown(layers, chosen=chosen))
+    put(workdir / "examples.json", [example(seed) for seed in range(6)])
+    versions = {"python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8"}
+    model = {"decoder": {"width": 64}}
+    put(workdir / "config.json", {"recipe": "paper", "seed": 7, "versions": versions, "model": model})
+    for stage, steps in {"align": 300, "extend": 100, "finetune": 600, "full": 600}.items():
+        put(workdir / stage / "metrics.jsonl", "".join(loss_lines(steps)))
+    return workdir
+
+
+class Outside(HTMLParser):
+    """Collects what a browser would fetch or run, and every identifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.ids, self.scripts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "poster") and not (value or "").startswith(("data:", "#")):
+                self.fetched.append(value)
+            if name == "id":
+                self.ids.append(value)
+            if name.startswith("on"):
+                self.scripts.append(f"{tag} {name}")
+        if tag in ("script", "iframe", "object", "link"):
+            self.scripts.append(tag)
+
+
+def read(page: str) -> Outside:
+    parser = Outside()
+    parser.feed(page)
+    return parser
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> str:
+    return write_report(fake_workdir(tmp_path_factory.mktemp("run"))).read_text()
+
+
+def test_the_table_holds_accuracy_and_forgetting(page):
+    row = re.search(r'<tr class="ours">.*?</tr>', page)
+    assert row
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row[0])]
+    assert cells == ["MoExtend", "93.4% ±\u00a01.5%", "3.118 / +0.013", "2.519 / +0.008"]
+    assert "3.402 / +0.297" in page and "bit-identical" in page
+
+
+def test_forgetting_is_the_loss_gained_over_the_base():
+    lost = forgetting(SUMMARY, model="full")
+    assert lost is not None
+    assert lost.by_corpus == pytest.approx({"wordnet": 0.297, "kjv": 0.495})
+    assert lost.mean == pytest.approx(0.396)
+    assert forgetting({"text_loss": {"wordnet": {"base": 3.0}}}, model="full") is None
+
+
+def test_the_page_needs_no_network_and_runs_nothing(page):
+    parser = read(page)
+    assert parser.fetched == [] and parser.scripts == []
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_identifiers_are_unique_and_every_reference_has_its_target(page):
+    ids = read(page).ids
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]+)', page)) <= set(ids)
+
+
+def test_pictures_follow_the_dark_scheme(page):
+    drawings = "".join(re.findall(r"<figure>.*?</figure>", page, flags=re.DOTALL))
+    assert "var(--ink)" in drawings and "#1b1f24" not in drawings
+    assert "DejaVu" not in page
+
+
+def test_questions_and_configuration_cannot_inject_markup(tmp_path):
+    attack = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
+    bad = {**example(), "question": attack, "answer": attack, "predictions": {attack: attack}}
+    put(tmp_path / "examples.json", [bad])
+    put(tmp_path / "config.json", {"recipe": attack, "seed": attack, "versions": {attack: attack}, attack: attack})
+    parameters = {"total": 5, "trained": {attack: 1}}
+    put(tmp_path / "summary.json", {**SUMMARY, "seconds": {attack: 3}, "parameters": parameters})
+    parser = read(write_report(tmp_path).read_text())
+    assert parser.fetched == [] and parser.scripts == []
+
+
+def test_an_image_that_is_none_is_refused(tmp_path):
+    put(tmp_path / "examples.json", [{**example(), "image_png": '"><script>alert(1)</script>'}])
+    with pytest.raises(MoextendError, match=r"examples\.json"):
+        write_report(tmp_path)
+
+
+PARTS = ("summary.json", "examples.json", "config.json", "select/routing.json", "finetune/routing.json")
+
+
+@pytest.mark.parametrize("kept", [*PARTS, "align/metrics.jsonl"])
+def test_any_single_part_is_enough(tmp_path, kept):
+    source, alone = fake_workdir(tmp_path / "whole"), tmp_path / "alone"
+    put(alone / kept, (source / kept).read_text())
+    page = write_report(alone).read_text()
+    assert page.count("Not run yet") == {"summary.json": 6, "select/routing.json": 7}.get(kept, 8)
+
+
+def test_half_a_summary_is_enough(tmp_path):
+    put(tmp_path / "summary.json", {"easy_vqa": {"moextend": 0.9, "full": None}, "text_loss": {"kjv": {"base": 2.0}}})
+    assert "90.0%" in write_report(tmp_path).read_text()
+
+
+def test_changed_weights_are_shouted_about(tmp_path):
+    put(tmp_path / "summary.json", {**SUMMARY, "frozen_unchanged": False})
+    page = write_report(tmp_path).read_text()
+    assert "Pretrained weights changed" in page and "bit-identical" not in page
+
+
+def test_new_experts_are_measured_in_tokens(tmp_path):
+    counts = [[60, 100, 0], [40, 60, 60]]  # 80 tokens, 2 picks each, in layer 1 a third expert
+    routing = {"layers": 2, "experts": 2, "new_experts": 1, "extended_layers": [1], "tokens": {"text": 80, "image": 80}}
+    put(tmp_path / "finetune/routing.json", {**routing, "counts": {"text": counts, "image": counts}})
+    new = read_workdir(tmp_path).new_experts
+    assert new is not None and new.share_YX["image"].tolist() == [[0.75]]  # 60 of 80 tokens
+    assert new.fair_share == pytest.approx(2 / 3) and new.of_tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("summary.json", "{", r"summary\.json: .*column"),
+        ("summary.json", "[]", r"summary\.json: a JSON list, not a dict"),
+        ("summary.json", {"easy_vqa": {"moextend": "high"}}, r"easy_vqa\.moextend is 'high'"),
+        ("select/routing.json", {"layers": 4}, r"routing\.json: 'experts' is missing"),
+        ("select/routing.json", {**selection(), "shift": [1.0]}, "do not fit 8 layers"),
+        ("finetune/routing.json", {**grown(), "counts": {"text": [[1]], "image": [[1]]}}, r"\(1, 1\), not \(8, 9\)"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, name, content, complaint):
+    put(tmp_path / name, content)
+    with pytest.raises(MoextendError, match=complaint):
+        write_report(tmp_path)
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(MoextendError, match="nothing of a run"):
+        write_report(tmp_path)
+    with pytest.raises(MoextendError, match="no such directory"):
+        write_report(tmp_path / "absent")
+
+
+def test_a_long_run_of_the_full_model_stays_small_and_quick(tmp_path):
+    workdir = fake_workdir(tmp_path, layers=32)
+    put(workdir / "align/metrics.jsonl", "".join(loss_lines(20_000)))
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (600, 800, 3), dtype=np.uint8)).save(file, "PNG")
+    photo = {**example(), "grid": 24, "image_png": base64.b64encode(file.getvalue()).decode()}
+    photo["new_expert_share"] = rng.uniform(0, 1, (24, 24)).tolist()
+    put(workdir / "examples.json", [photo] * 40)
+    began = time.monotonic()
+    assert write_report(workdir).stat().st_size < 6e6
+    assert time.monotonic() - began < 30
+
+
+def test_picture_files_are_pictures(tmp_path):
+    routing_picture(selection(), tmp_path / "routing.png")
+    results_picture(SUMMARY, tmp_path / "results.png")
+    for name in ("routing.png", "results.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.format == "PNG" and image.width > 1000
+    with pytest.raises(MoextendError, match="routing: 'layers' is missing"):
+        routing_picture({}, tmp_path / "none.png")

@@ -1,0 +1,153 @@
+"""The vision tower equals transformers' CLIP, runs only the layers it needs, and lets gradients through."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from moextend_jax.checkpoints import names
+from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.models.vision import Projector, VisionTower
+
+CLIP = Path(__file__).parents[2] / "shared" / "oracle" / "clip"
+TINY_CLIP = Path(__file__).parent / "data" / "clip.npz"
+"""A tiny CLIPVisionModel of transformers with its outputs, made by data/make_clip.py: runs anywhere."""
+
+
+def load(tensors: dict[str, np.ndarray], config: VisionConfig) -> VisionTower:
+    """A tower with a file's tensors; an assertion fails unless both sides match one to one."""
+    left = dict(tensors)
+    stacks: dict[str, list[np.ndarray]] = {}
+    for row in names.tensors("clip", ModelConfig(decoder=DecoderConfig(), vision=config)):
+        letters = {} if "h w" in row.layout else config.sizes()
+        array = einops.rearrange(left.pop(row.file), row.layout, **names.axis_sizes(row.layout, letters))
+        stacks.setdefault(row.path.removeprefix("vision/"), []).append(array)
+    assert not left
+    tower = nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0), dtype="float32"))
+    arrays = {path: jnp.asarray(np.stack(s) if path.startswith("layers") else s[0]) for path, s in stacks.items()}
+    for path, param in by_path(nnx.state(tower)).items():
+        assert param.shape == arrays[path].shape, path
+    tower = with_arrays(tower, arrays)
+    assert isinstance(tower, VisionTower)
+    return tower
+
+
+def clip(config: dict) -> VisionConfig:
+    return VisionConfig(
+        width=config["hidden_size"],
+        hidden=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        image_size=config["image_size"],
+        patch_size=config["patch_size"],
+        norm_eps=config["layer_norm_eps"],
+        activation=config["hidden_act"],
+    )
+
+
+def with_feature_layer(tower: VisionTower, feature_layer: int) -> VisionTower:
+    graph, state = nnx.split(tower)
+    copy = nnx.merge(graph, state)
+    copy.config = dataclasses.replace(tower.config, feature_layer=feature_layer)
+    return copy
+
+
+def check_parity(tower: VisionTower, oracle: dict[str, np.ndarray]) -> None:
+    last = with_feature_layer(tower, -1)
+
+    @jax.jit
+    def compute(pixels: jax.Array) -> dict[str, jax.Array]:
+        pixels_nhwc = einops.rearrange(pixels, "n c h w -> n h w c")
+        depths = range(tower.config.layers + 1)
+        hidden = {f"hidden_states/{u}": tower.hidden_state(pixels_nhwc, layer=u) for u in depths}
+        features = {"patch_m1": last(pixels_nhwc), "patch_m2": tower(pixels_nhwc)}
+        return hidden | features | {"pooler_output": tower.pooled(pixels_nhwc)}
+
+    if "patch_m1" not in oracle:
+        depth = tower.config.layers
+        both = {f"patch_m{m}": oracle[f"hidden_states/{depth + 1 - m}"][:, 1:] for m in (1, 2)}
+        oracle = oracle | both
+
+    for prefix in ("", "rand/"):
+        ours = compute(oracle[prefix + "pixel_values"]) if prefix + "pixel_values" in oracle else {}
+        compared = [name for name in ours if prefix + name in oracle]
+        for name in compared:
+            np.testing.assert_allclose(ours[name], oracle[prefix + name], atol=1e-5, rtol=0, err_msg=name)
+        assert prefix or len(compared) == tower.config.layers + 4
+
+
+def test_parity_with_transformers_three_layers():
+    arrays = dict(np.load(TINY_CLIP))
+    names = [name for name in arrays if name.startswith("vision_model.")]
+    tensors = {name: arrays.pop(name) for name in names}
+    check_parity(load(tensors, clip(json.loads(str(arrays.pop("config"))))), arrays)
+
+
+@pytest.mark.skipif(not CLIP.is_dir(), reason="no oracle folder beside the repository")
+def test_parity_with_the_whole_oracle():
+    config = clip(json.loads((CLIP / "config.json").read_text()))
+    check_parity(load(load_file(CLIP / "model.safetensors"), config), dict(np.load(CLIP.with_suffix(".npz"))))
+
+
+TINY = VisionConfig(width=16, hidden=24, layers=3, heads=2, image_size=12, patch_size=4)
+IMAGES_nhwc = np.random.default_rng(1).normal(size=(2, 12, 12, 3)).astype(np.float32)
+
+
+@functools.cache
+def tiny() -> VisionTower:
+    return nnx.jit(lambda: VisionTower(TINY, rngs=nnx.Rngs(0), dtype="float32"))()
+
+
+def test_rank_promotion_is_explicit():
+    projector = Projector(sizes={"C": 16, "D": 20}, rngs=nnx.Rngs(1), dtype="float32")
+
+    @nnx.jit
+    def run(tower: VisionTower, projector: Projector, images_nhwc: jax.Array) -> tuple[jax.Array, ...]:
+        x_nPC = tower(images_nhwc)
+        return tower.pooled(images_nhwc), x_nPC, projector(x_nPC)
+
+    with jax.numpy_rank_promotion("raise"):
+        pooled_nC, x_nPC, x_nPD = run(tiny(), projector, jnp.asarray(IMAGES_nhwc))
+    assert pooled_nC.shape == (2, 16) and x_nPC.shape == (2, 9, 16)
+    first, second = (np.asarray(w[...]) for w in (projector.first, projector.second))
+    h_nPD = np.asarray(x_nPC) @ first
+    h_nPD = h_nPD * 0.5 * (1 + np.vectorize(math.erf)(h_nPD / math.sqrt(2)))
+    np.testing.assert_allclose(x_nPD, h_nPD @ second, atol=1e-5)
+
+
+def test_gradient_reaches_every_leaf_up_to_the_feature_layer_and_none_above():
+    graph, state = nnx.split(tiny())
+
+    def loss(state: nnx.State) -> jax.Array:
+        return jnp.sum(jnp.sin(3 * nnx.merge(graph, state)(jnp.asarray(IMAGES_nhwc))))
+
+    for path, param in nnx.to_flat_state(jax.jit(jax.grad(loss))(state)):
+        size = np.abs(np.asarray(param[...]))
+        if path[0] == "layers":
+            by_layer = size.max(axis=tuple(range(1, size.ndim)))
+            # A key bias shifts all scores of a query alike, which softmax takes away: zero but for rounding.
+            assert "key_bias" in path or (by_layer[:2] > 1e-6).all(), path
+            assert by_layer[2] == 0, path
+        else:
+            assert (size.max() > 1e-6) == (path[0] != "post_norm"), path
+
+
+def test_bfloat16_stays_bfloat16_and_close():
+    graph, state = nnx.split(tiny())
+    half = nnx.merge(graph, jax.tree.map(lambda w: w.astype(jnp.bfloat16), state))
+    run = nnx.jit(lambda tower, images_nhwc: tower(images_nhwc))
+    x_nPC = run(half, jnp.asarray(IMAGES_nhwc))
+    assert x_nPC.dtype == jnp.bfloat16
+    np.testing.assert_allclose(x_nPC.astype(jnp.float32), run(tiny(), jnp.asarray(IMAGES_nhwc)), atol=0.05)
