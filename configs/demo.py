@@ -27,12 +27,12 @@ def get_config(arg: str = "paper") -> ConfigDict:
     return to_config_dict(
         RunSettings(
             recipe=RECIPES[arg],
-            align=stage("easy_vqa/captions", steps=150, batch_size=64, length=40, learning_rate=3e-3),
-            extend=stage(questions, steps=60, batch_size=64, length=48, learning_rate=3e-3),
-            finetune=stage(questions, steps=400, batch_size=64, length=48, learning_rate=2e-3),
-            full=stage(questions, steps=400, batch_size=64, length=48, learning_rate=1e-3),
+            align=stage("easy_vqa/captions", steps=150, batch_size=64, length=36, learning_rate=3e-3),
+            extend=stage(questions, steps=60, batch_size=64, length=40, learning_rate=3e-3),
+            finetune=stage(questions, steps=400, batch_size=64, length=40, learning_rate=2e-3),
+            full=stage(questions, steps=400, batch_size=64, length=40, learning_rate=1e-3),
             select=SelectSettings(held_out=1000, batch_size=100),
-            evaluate=EvaluateSettings(data=questions, questions=1000, length=48),
+            evaluate=EvaluateSettings(data=questions, questions=1000, length=40, max_new_tokens=6),
             dtype="float32",
             remat="none",
             checkpoint_every=200,

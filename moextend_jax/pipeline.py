@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +212,7 @@ def rows_of(
     images: Pixels | Features | None = None,
     epochs: int | None = None,
     seed: int | None = 0,
+    parts: Literal["conversation", "bare_question"] = "conversation",
 ):
     """The pipeline of a stage over a source; images come from the feature cache unless given."""
     assert run.config.vision is not None
@@ -231,6 +232,7 @@ def rows_of(
         shard=Shard(jax.process_index(), jax.process_count()),
         workers=run.settings.workers,
         too_long=stage.too_long,
+        parts=parts,
     )
 
 
@@ -261,13 +263,14 @@ def select(run: Run) -> dict[str, Any]:
     after_arrays = {**before_arrays, **_result(run, "extend")}
     stage = dataclasses.replace(run.settings.extend, batch_size=settings.batch_size)
     if recipe.probe_data == "captions":
-        source = open_source(run, run.settings.align.data, run.settings.align.split)
+        captions = open_source(run, run.settings.align.data, run.settings.align.split)
+        source, parts = hold_out(captions, samples=settings.held_out, seed=run.settings.seed).held_out, "bare_question"
     else:
-        source = instructions(run).held_out
+        source, parts = instructions(run).held_out, "conversation"
     model = abstract(run.config)
 
     def count(arrays: Arrays) -> routing.Counts:
-        rows = rows_of(run, source, stage, epochs=1, seed=None)
+        rows = rows_of(run, source, stage, epochs=1, seed=None, parts=parts)
         return routing.count_all(model, arrays, (put_batch(row, run.mesh) for row in rows), recipe=recipe)
 
     before, after = count(before_arrays), count(after_arrays)

@@ -12,14 +12,14 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from images import SIZE, emoji_picture, render_emoji, shape_picture
+from images import SIZE, emoji_picture, render_emoji, shape_pair, shape_set
 
 from moextend_jax.checkpoints.huggingface import write_parameters
 from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
@@ -31,7 +31,8 @@ CONFIG = VisionConfig(width=128, hidden=512, layers=4, heads=4, image_size=SIZE,
 FOLDER = Path(__file__).parents[2] / "moextend_jax" / "assets" / "base" / "vision"
 WORDS = 24
 """Caption length in words; longer ones are cut."""
-EMOJI_SHARE = 0.3
+EMOJI_SHARE, PAIR_SHARE = 0.15, 0.1
+"""Of a batch; the rest are sets of four single shapes."""
 
 
 class TextEncoder(nnx.Module):
@@ -50,20 +51,39 @@ class TextEncoder(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """Tower and text encoder, each projected to the common space, and the logarithm of the inverse temperature."""
+    """Tower and text encoder, their projections to the common space, and the logarithm of the inverse temperature."""
 
     def __init__(self, vocabulary: int, *, rngs: nnx.Rngs):
         self.tower = VisionTower(CONFIG, rngs=rngs, dtype="float32")
+        # Weights of 0.02 suit wide towers: at this width layers would start as almost nothing, and learn late.
+        for part in (self.tower.layers.attention, self.tower.layers.mlp):
+            for param in jax.tree.leaves(nnx.state(part), is_leaf=lambda x: isinstance(x, nnx.Param)):
+                param[...] = 3 * param[...]
+        self.tower.position[...] = 5 * self.tower.position[...]
         self.text = TextEncoder(vocabulary, CONFIG.width, rngs=rngs)
-        self.image_head = nnx.Linear(CONFIG.width, CONFIG.width, use_bias=False, rngs=rngs)
+        self.class_head = nnx.Linear(CONFIG.width, CONFIG.width, use_bias=False, rngs=rngs)
+        self.patch_head = nnx.Linear(CONFIG.width, CONFIG.width, use_bias=False, rngs=rngs)
         self.text_head = nnx.Linear(CONFIG.width, CONFIG.width, use_bias=False, rngs=rngs)
         self.scale = nnx.Param(jnp.log(1 / 0.07))
 
+    def views(self, images_nhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Projections of the pooled class token, as in CLIP, and of the mean of the patches at hidden state -2.
+
+        A projector reads the patches at -2, and the class token alone does not make them say what they show.
+        """
+        below_nQC = self.tower.hidden_state(images_nhwc, layer=-2)
+        graph, stack_U = nnx.split(self.tower.layers)
+        last = nnx.merge(graph, jax.tree.map(lambda w_U: w_U[-1], stack_U))
+        pooled_nC = self.tower.post_norm(last(below_nQC)[:, :1])[:, 0]
+        return self.class_head(pooled_nC), self.patch_head(below_nQC[:, 1:].mean(axis=1))
+
 
 class Pictures(NamedTuple):
-    images_nhwc: np.ndarray
-    words_nl: np.ndarray
-    captions_n: np.ndarray
+    """Host or device arrays of one batch."""
+
+    images_nhwc: Any
+    words_nl: Any
+    captions_n: Any
     """A number per caption: pictures with the same one are no negatives of each other."""
 
 
@@ -74,13 +94,16 @@ class Source:
         self.rng = np.random.default_rng(seed)
         self.symbols = render_emoji(font)
         probe = np.random.default_rng(0)
-        captions = [shape_picture(probe)[1] for _ in range(5000)] + [name for _, name in self.symbols]
+        captions = [caption for _ in range(1000) for _, caption in shape_set(probe)]
+        captions += [name for _, name in self.symbols] + ["and"]
         self.vocabulary = {word: i + 1 for i, word in enumerate(sorted(set(" ".join(captions).split())))}
 
     def batch(self, n: int) -> Pictures:
-        emoji_count = int(n * EMOJI_SHARE)
-        pairs = [shape_picture(self.rng) for _ in range(n - emoji_count)]
-        pairs += [emoji_picture(self.rng, self.symbols) for _ in range(emoji_count)]
+        pairs = [emoji_picture(self.rng, self.symbols) for _ in range(int(n * EMOJI_SHARE))]
+        pairs += [shape_pair(self.rng) for _ in range(int(n * PAIR_SHARE))]
+        while len(pairs) < n:
+            pairs += shape_set(self.rng)
+        pairs = pairs[:n]
         words_nl = np.zeros((n, WORDS), np.int32)
         for row, (_, caption) in enumerate(pairs):
             ids = [self.vocabulary[word] for word in caption.split() if word in self.vocabulary][:WORDS]
@@ -91,17 +114,21 @@ class Source:
 
 
 def contrastive_loss(pair: Pair, pictures: Pictures) -> tuple[jax.Array, jax.Array]:
-    """CLIP's symmetric cross-entropy over the batch, and the share of images whose own caption scores highest."""
-    image_nC = pair.image_head(pair.tower.pooled(pictures.images_nhwc))
-    text_nC = pair.text_head(pair.text(pictures.words_nl))
-    image_nC, text_nC = (x_nC / jnp.linalg.norm(x_nC, axis=-1, keepdims=True) for x_nC in (image_nC, text_nC))
-    logits_nm = jnp.minimum(jnp.exp(pair.scale[...]), 100.0) * image_nC @ text_nC.T
+    """CLIP's symmetric cross-entropy over the batch, mean over both views, and each view's share of first places."""
     same_nm = (pictures.captions_n[:, None] == pictures.captions_n[None]).astype(jnp.float32)
     target_nm = same_nm / same_nm.sum(axis=1, keepdims=True)
-    loss = optax.softmax_cross_entropy(logits_nm, target_nm).mean()
-    loss += optax.softmax_cross_entropy(logits_nm.T, target_nm).mean()
-    hits_n = jnp.take_along_axis(same_nm, logits_nm.argmax(axis=1)[:, None], axis=1)
-    return loss / 2, hits_n.mean()
+    text_nC = unit(pair.text_head(pair.text(pictures.words_nl)))
+    losses, hits = [], []
+    for view_nC in pair.views(pictures.images_nhwc):
+        logits_nm = jnp.minimum(jnp.exp(pair.scale[...]), 100.0) * unit(view_nC) @ text_nC.T
+        losses.append(optax.softmax_cross_entropy(logits_nm, target_nm).mean())
+        losses.append(optax.softmax_cross_entropy(logits_nm.T, target_nm).mean())
+        hits.append(jnp.take_along_axis(same_nm, logits_nm.argmax(axis=1)[:, None], axis=1).mean())
+    return jnp.mean(jnp.stack(losses)), jnp.stack(hits)
+
+
+def unit(x_nC: jax.Array) -> jax.Array:
+    return x_nC / jnp.linalg.norm(x_nC, axis=-1, keepdims=True)
 
 
 def save(tower: VisionTower, folder: Path) -> None:
@@ -131,8 +158,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the tower goes")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     source = Source(options.font, seed=options.seed)
@@ -158,8 +185,9 @@ def main() -> None:
     for i in range(1, options.steps + 1):
         state, moments, loss, hits = step(state, moments, source.batch(options.batch))
         if i % 50 == 0 or i == options.steps:
-            print(f"step {i} loss {loss:.3f} own caption first {hits:.3f} {time.time() - start:.0f} s", flush=True)
-    save(nnx.merge(graph, state).tower, options.folder)
+            print(f"step {i} loss {loss:.3f} own caption first {hits} {time.time() - start:.0f} s", flush=True)
+        if i % 500 == 0 or i == options.steps:
+            save(nnx.merge(graph, state).tower, options.folder)
 
 
 if __name__ == "__main__":

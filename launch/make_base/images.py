@@ -7,6 +7,7 @@ Both are made here, nothing is downloaded but the font (Debian's fonts-noto-colo
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -43,13 +44,12 @@ TINTS = {
     "orange": (252, 240, 230),
 }
 POLYGONS = {  # corners as angles in degrees, clockwise from the top, and radii in units of the shape's own
-    "pentagon": [(72 * i, 1.0) for i in range(5)],
-    "hexagon": [(60 * i + 30, 1.0) for i in range(6)],
     "star": [(36 * i, (1.0, 0.42)[i % 2]) for i in range(10)],
     "diamond": [(0, 1.0), (90, 0.7), (180, 1.0), (270, 0.7)],
+    "hexagon": [(60 * i + 30, 1.0) for i in range(6)],
 }
-SHAPES = ("circle", "circle", "rectangle", "rectangle", "square", "triangle", "triangle", "ellipse", "cross", "ring")
-KINDS = (*SHAPES, *POLYGONS)
+COMMON = ("circle", "rectangle", "triangle")
+RARE = ("ellipse", "cross", "ring", *POLYGONS)
 
 
 def draw(pen: ImageDraw.ImageDraw, kind: str, box: tuple[float, float, float, float], colour: tuple[int, ...]) -> None:
@@ -58,7 +58,7 @@ def draw(pen: ImageDraw.ImageDraw, kind: str, box: tuple[float, float, float, fl
     x, y, half_width, half_height = (left + right) / 2, (top + bottom) / 2, (right - left) / 2, (bottom - top) / 2
     if kind in ("circle", "ellipse"):
         pen.ellipse(box, fill=colour)
-    elif kind in ("rectangle", "square"):
+    elif kind == "rectangle":
         pen.rectangle(box, fill=colour)
     elif kind == "triangle":
         pen.polygon([(left, bottom), (x, top), (right, bottom)], fill=colour)
@@ -93,42 +93,81 @@ def place(x: float, y: float) -> str:
     return " ".join(filter(None, (row, column))) or "middle"
 
 
-def shape_picture(rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """One or two shapes on a plain background; all that varies is named in the caption, or left out at random."""
+class Shape(NamedTuple):
+    """One shape of a scene; `x`, `y` its centre, `width` its width, all in pixels."""
+
+    kind: str
+    colour_name: str
+    colour: tuple[int, ...]
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def shape_set(rng: np.random.Generator) -> list[tuple[np.ndarray, str]]:
+    """Four pictures that differ in the kind of shape and hardly else, so that a caption's noun has to be seen.
+
+    Without such sets colour, place and background tell the pictures of a batch apart, and shape is learned last.
+    """
     ground, ground_name = background(rng)
+    name = contrasting(rng, ground)
+    colour = jitter(rng, COLOURS[name], 12 if rng.random() < 0.7 else 0)
+    side = rng.uniform(7, 36)
+    x, y = rng.uniform(side / 2, SIZE - side / 2, 2)
     # Half are drawn large and scaled down, so that both hard and smooth edges are seen.
     zoom = int(rng.choice([1, 4]))
+    says_size, says_place, says_ground = rng.random(3) < (0.4, 0.4, 0.4)
+    pairs = []
+    for kind in (*COMMON, str(rng.choice(RARE))):
+        width, height = side * rng.uniform(0.85, 1.1, 2) if kind == "triangle" else (side, side)
+        if kind in ("rectangle", "ellipse"):
+            wide = rng.uniform(0.5, 1.0) if kind == "rectangle" else rng.uniform(0.45, 0.75)
+            width, height = (side, side * wide) if rng.random() < 0.5 else (side * wide, side)
+        shift_x, shift_y = rng.uniform(-3, 3, 2)
+        shape = Shape(kind, name, colour, x + shift_x, y + shift_y, width, height)
+        caption = describe(shape, says_size=says_size, says_place=says_place)
+        caption += f" on a {ground_name} background" if says_ground else ""
+        pairs.append((paint([shape], ground=ground, zoom=zoom), caption))
+    return pairs
+
+
+def shape_pair(rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """A picture of two shapes side by side, so that neither hides the other."""
+    ground, _ = background(rng)
+    shapes = []
+    for half in range(2):
+        name, side = contrasting(rng, ground), rng.uniform(8, 26)
+        x = rng.uniform(half * 32 + side / 2, half * 32 + 32 - side / 2)
+        kind = str(rng.choice(COMMON + RARE))
+        shapes.append(Shape(kind, name, COLOURS[name], x, rng.uniform(side / 2, SIZE - side / 2), side, side))
+    captions = [describe(shape, says_size=False, says_place=False) for shape in shapes]
+    return paint(shapes, ground=ground, zoom=4), " and ".join(captions)
+
+
+def contrasting(rng: np.random.Generator, ground: tuple[int, ...]) -> str:
+    return str(rng.choice([name for name in COLOURS if np.abs(np.subtract(COLOURS[name], ground)).sum() > 120]))
+
+
+def describe(shape: Shape, *, says_size: bool, says_place: bool) -> str:
+    extent = max(shape.width, shape.height)
+    size = "small " if extent < 14 else "large " if extent > 25 else ""
+    words = f"a {size if says_size else ''}{shape.colour_name} {shape.kind}"
+    return words + (f" at the {place(shape.x, shape.y)}" if says_place else "")
+
+
+def paint(shapes: list[Shape], *, ground: tuple[int, ...], zoom: int) -> np.ndarray:
     image = Image.new("RGB", (SIZE * zoom, SIZE * zoom), ground)
     pen = ImageDraw.Draw(image)
-    two = rng.random() < 0.15
-    parts = []
-    for half in range(1 + two):
-        kind = str(rng.choice(KINDS))
-        name = str(rng.choice([c for c in COLOURS if np.abs(np.subtract(COLOURS[c], ground)).sum() > 120]))
-        width = rng.uniform(7, 28 if two else 36)
-        height = width
-        if kind in ("rectangle", "ellipse"):
-            height = width * rng.choice([rng.uniform(0.45, 0.8), rng.uniform(1.25, 2.0)])
-            width, height = np.array([width, height]) * min(1, 36 / height)
-        # Two shapes stand side by side, so that neither hides the other.
-        low, high = (half * SIZE / 2, (half + 1) * SIZE / 2) if two else (0, SIZE)
-        x = rng.uniform(low + width / 2, max(high - width / 2, low + width / 2))
-        y = rng.uniform(height / 2, SIZE - height / 2)
-        left, top, right, bottom = x - width / 2, y - height / 2, x + width / 2, y + height / 2
-        colour = jitter(rng, COLOURS[name], 12 if rng.random() < 0.7 else 0)
-        draw(pen, kind, (left * zoom, top * zoom, right * zoom, bottom * zoom), colour)
-        extent = max(width, height)
-        size = "small " if extent < 14 else "large " if extent > 25 else ""
-        words = f"a {size if rng.random() < 0.8 else ''}{name} {kind}"
-        parts.append(words + (f" at the {place(x, y)}" if rng.random() < 0.7 else ""))
-    caption = " and ".join(parts)
-    pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
-    return pixels, caption + (f" on a {ground_name} background" if rng.random() < 0.6 else "")
+    for s in shapes:
+        left, top, right, bottom = s.x - s.width / 2, s.y - s.height / 2, s.x + s.width / 2, s.y + s.height / 2
+        draw(pen, s.kind, (left * zoom, top * zoom, right * zoom, bottom * zoom), s.colour)
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
 def render_emoji(font: Path) -> list[tuple[Image.Image, str]]:
     """Every emoji the font can draw in one glyph, less the skin-tone variants, with its name."""
-    import emoji
+    import emoji  # pyright: ignore[reportMissingImports] - only this script needs it
 
     face = ImageFont.truetype(str(font), 109)  # the only size of this bitmap font
     pictures = []

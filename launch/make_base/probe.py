@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import easy_vqa
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -41,7 +42,10 @@ def load_tower(folder: Path) -> VisionTower:
     tower = nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0), dtype="float32"))
     whole = ModelConfig(decoder=DecoderConfig(), vision=config)
     arrays = read_parameters(folder, nnx.Dict(vision=tower), table="clip", config=whole)
-    return with_arrays(tower, {path.removeprefix("vision/"): w.astype(np.float32) for path, w in arrays.items()})
+    float32 = {path.removeprefix("vision/"): jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
+    tower = with_arrays(tower, float32)
+    assert isinstance(tower, VisionTower)
+    return tower
 
 
 def split(tower: VisionTower, *, paths: dict[int, str], questions: tuple[list, list, list]) -> Split:

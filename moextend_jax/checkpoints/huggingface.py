@@ -167,7 +167,7 @@ def _open_files(folder: Path) -> dict[str, Any]:
     if not paths:
         raise MoextendError(f"{folder} holds no *.safetensors file")
     try:
-        return {name: file for path in paths for file in [safe_open(path, "flax")] for name in file.keys()}
+        return {name: file for path in paths for file in [safe_open(path, "flax")] for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise MoextendError(f"{folder}: a safetensors file cannot be read: {error}") from None
 

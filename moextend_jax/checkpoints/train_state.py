@@ -78,7 +78,8 @@ def load_leaves(folder: Path, *, facts: dict[str, Any]) -> dict[str, np.ndarray]
     """What `save_leaves` wrote, or None where nothing is there; `facts` that differ are an error."""
     if not folder.exists():
         return None
-    with ocp.CheckpointManager(folder.resolve()) as manager:
+    handlers = {"leaves": ocp.StandardCheckpointHandler(), "facts": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(folder.resolve(), item_handlers=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             return None

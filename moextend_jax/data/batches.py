@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from moextend_jax.config import Batch, MoextendError, Recipe
-from moextend_jax.data.conversations import Encoded, encode_conversation
+from moextend_jax.data.conversations import Encoded, encode_bare_question, encode_conversation
 from moextend_jax.data.datasets import Example, Images, Source
 from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.images import decode_image, prepare_image
@@ -89,6 +89,7 @@ def batches(
     shard: Shard = Shard(),  # noqa: B008  (immutable)
     workers: int = 0,
     too_long: Literal["error", "drop_turns"] = "error",
+    parts: Literal["conversation", "bare_question"] = "conversation",
 ) -> grain.IterDataset[Batch]:
     """Batches of `batch_size` rows of `length` tokens with room for `images_per_row` images (M).
 
@@ -102,6 +103,7 @@ def batches(
       batch_size: rows on this host.
       workers: processes that read, encode and decode; 0 does it in the caller's process.
       too_long: `drop_turns` leaves out trailing question-answer pairs that do not fit.
+      parts: what of an example is fed; `bare_question` is `conversations.encode_bare_question`.
 
     Raises:
       MoextendError: no rows; while iterating, a conversation that `encode_conversation` refuses, or one with
@@ -116,6 +118,7 @@ def batches(
         length=length,
         images_per_row=images_per_row,
         too_long=too_long,
+        parts=parts,
     )
     return _pipeline(
         source,
@@ -238,13 +241,23 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
 
 
 def _encode_example(
-    example: Example, *, tokenizer, recipe, images: Pixels | Features | None, patches, length, images_per_row, too_long
+    example: Example,
+    *,
+    tokenizer,
+    recipe,
+    images: Pixels | Features | None,
+    patches,
+    length,
+    images_per_row,
+    too_long,
+    parts,
 ) -> Item:
     turns, refs = example.conversations, example.images
     if images is None:
         turns = [{**turn, "value": turn["value"].replace("<image>\n", "").replace("<image>", "")} for turn in turns]
         refs = ()
-    encoded = encode_conversation(
+    encode = encode_bare_question if parts == "bare_question" else partial(encode_conversation, too_long=too_long)
+    encoded = encode(
         turns,
         example_id=example.id,
         images=len(refs),
@@ -252,7 +265,6 @@ def _encode_example(
         recipe=recipe,
         patches=patches,
         length=length,
-        too_long=too_long,
     )
     if encoded.images > images_per_row:
         raise MoextendError(

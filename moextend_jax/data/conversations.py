@@ -96,6 +96,26 @@ def encode_prompt(question: str, *, images: int = 0, tokenizer: Tokenizer, recip
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
 
 
+def encode_bare_question(
+    turns: Sequence[dict[str, Any]],
+    *,
+    example_id: str,
+    images: int,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    patches: int,
+    length: int | None = None,
+) -> Encoded:
+    """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
+    question, _ = _pairs(turns, example_id)[0]
+    if question.count(MARK) != images:
+        raise MoextendError(f"example {example_id}: {question.count(MARK)} {MARK} marks but {images} images")
+    ids = [tokenizer.bos, *_released_text(question, tokenizer, patches)]
+    if length is not None and len(ids) > length:
+        raise MoextendError(f"example {example_id}: a question of {len(ids)} tokens does not fit a row of {length}")
+    return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
+
+
 def _pairs(turns: Sequence[dict[str, Any]], example_id: str) -> list[tuple[str, str]]:
     try:
         roles, texts = [turn["from"] for turn in turns], [turn["value"] for turn in turns]

@@ -1,0 +1,139 @@
+"""Attention: rotary positions are relative, masks follow segments, grouped heads equal a loop, the cache too."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+
+from moextend_jax.models.attention import Attention, KeysValues, rotate, rotation, segment_mask
+from moextend_jax.models.parameters import with_arrays
+
+B, L = 2, 9
+N, K, H, D = 4, 2, 6, 24
+
+
+def attention() -> Attention:
+    prefix = "decoder/layers/attention/"
+    arrays = {path.removeprefix(prefix): leaf[1] for path, leaf in tiny.arrays(tiny.PLAIN).items() if prefix in path}
+    made = nnx.eval_shape(lambda: Attention(tiny.DECODER.sizes(), rngs=nnx.Rngs(0), dtype="float32"))
+    whole = with_arrays(made, arrays)
+    assert isinstance(whole, Attention)
+    return whole
+
+
+X_BLD = jnp.asarray(np.random.default_rng(0).normal(size=(B, L, D)), jnp.float32)
+POSITIONS_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+SEGMENTS_BL = jnp.array([[1] * 9, [1] * 4 + [2] * 3 + [0] * 2])
+
+
+def turn(positions_BL):
+    return rotation(positions_BL, head_size=H, theta=100.0)
+
+
+def test_scores_depend_on_distance_alone():
+    rng = np.random.default_rng(1)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, H)), jnp.float32) for _ in range(2))
+
+    def score(at_q: int, at_k: int) -> float:
+        turned = [rotate(x, turn(jnp.array([[at]]))) for x, at in ((q, at_q), (k, at_k))]
+        return float((turned[0] * turned[1]).sum())
+
+    assert abs(score(5, 2) - score(103, 100)) < 1e-4
+    assert abs(score(5, 2) - score(5, 3)) > 1e-2
+    np.testing.assert_allclose(rotate(q, turn(jnp.array([[0]]))), q, atol=1e-7)
+
+
+def test_rotation_is_the_half_split_one():
+    """Hugging Face's layout: dimension i turns with i + H/2 by position * theta^(-2i/H)."""
+    x_H = np.arange(1.0, H + 1)
+    ours = np.asarray(rotate(jnp.asarray(x_H, jnp.float32).reshape(1, 1, 1, H), turn(jnp.array([[3]]))))[0, 0, 0]
+    for i in range(H // 2):
+        angle = 3 * 100.0 ** (-2 * i / H)
+        z = (x_H[i] + 1j * x_H[i + H // 2]) * np.exp(1j * angle)
+        np.testing.assert_allclose([ours[i], ours[i + H // 2]], [z.real, z.imag], atol=1e-5)
+
+
+def test_mask_by_hand():
+    mask_LL = np.asarray(segment_mask(SEGMENTS_BL))[1, 0]
+    expected = np.zeros((9, 9), bool)
+    for query in range(9):
+        for key in range(query + 1):
+            same = SEGMENTS_BL[1, query] == SEGMENTS_BL[1, key] and key < 7
+            expected[query, key] = same or (query >= 7 and key < 7)
+    np.testing.assert_array_equal(mask_LL, expected)
+    only_padding = np.asarray(segment_mask(jnp.zeros((1, 3), jnp.int32)))[0, 0]
+    np.testing.assert_array_equal(only_padding, np.eye(3, dtype=bool))
+
+
+def test_grouped_heads_equal_a_loop():
+    this, mask = attention(), np.asarray(segment_mask(SEGMENTS_BL))
+    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), jnp.asarray(mask), None, POSITIONS_BL)
+    x_BLD = np.asarray(X_BLD)
+    q, k, v = (np.einsum("bld,dnh->blnh", x_BLD, np.asarray(w[...])) for w in (this.query, this.key, this.value))
+    q, k = (np.asarray(rotate(jnp.asarray(one), turn(POSITIONS_BL))) for one in (q, k))
+    expected = np.zeros((B, L, D))
+    for head in range(N):
+        shared = head // (N // K)
+        scores = np.einsum("blh,bsh->bls", q[:, :, head], k[:, :, shared]) / np.sqrt(H)
+        scores = np.where(mask[:, 0], scores, -np.inf)
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        expected += np.einsum("bls,bsh->blh", p, v[:, :, shared]) @ np.asarray(this.out[...])[head]
+    np.testing.assert_allclose(y_BLD, expected, atol=1e-5, rtol=0)
+
+
+def test_one_position_at_a_time_through_a_cache():
+    this = attention()
+    causal = segment_mask(jnp.ones((B, L), jnp.int32))
+    whole_BLD, present = this(X_BLD, turn(POSITIONS_BL), causal, None, POSITIONS_BL)
+    past = KeysValues(*(jnp.zeros((B, L, K, H)) for _ in range(2)))
+    for at in range(L):
+        slots_B1 = jnp.full((B, 1), at)
+        mask = (jnp.arange(L)[None] <= slots_B1)[:, None, None]
+        y_B1D, past = this(X_BLD[:, at : at + 1], turn(slots_B1), mask, past, slots_B1)
+        np.testing.assert_allclose(y_B1D[:, 0], whole_BLD[:, at], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(past.keys_BSKH, present.keys_BSKH, atol=1e-5, rtol=0)
+
+
+# --- in the whole model -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def forward():
+    model, arrays = tiny.structure(tiny.EXTENDED), tiny.arrays(tiny.EXTENDED)
+
+    @jax.jit
+    def run(batch):
+        whole = with_arrays(model, arrays)
+        return whole.decoder.logits(whole(batch).hidden_BLD)
+
+    return lambda batch: np.asarray(run(batch))
+
+
+def test_a_later_token_does_not_change_earlier_logits():
+    batch = tiny.batch()
+    ids_BL = batch.ids_BL.copy()
+    ids_BL[:, 9:] = (ids_BL[:, 9:] + 3) % 50 + 7
+    before, after = forward()(batch), forward()(batch._replace(ids_BL=ids_BL))
+    np.testing.assert_allclose(after[:, :9], before[:, :9], atol=1e-5, rtol=0)
+    assert np.abs(after[:, 9:] - before[:, 9:]).max() > 0.1
+
+
+def test_an_image_changes_only_what_comes_after_it():
+    batch = tiny.batch()
+    moved = forward()(batch._replace(features_BMPC=-batch.features_BMPC)) - forward()(batch)
+    assert np.abs(moved[0, :2]).max() < 1e-5 and np.abs(moved[0, 2:]).max() > 0.1
+    assert np.abs(moved[1]).max() < 1e-5  # a row of text alone
+
+
+def test_what_stands_in_the_padding_has_no_effect():
+    batch = tiny.batch()
+    padding_BL = batch.segments_BL == 0
+    other = forward()(batch._replace(ids_BL=np.where(padding_BL, 9, batch.ids_BL)))
+    np.testing.assert_allclose(other[~padding_BL], forward()(batch)[~padding_BL], atol=1e-5, rtol=0)
+    assert padding_BL.any()

@@ -1,0 +1,186 @@
+"""Sorted and grouped experts equal a loop over tokens, with gradients; copy-init changes what the method says."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from moextend_jax.config import RECIPES
+from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, sort_by_expert
+from moextend_jax.models.mixtral import Extension, MoE, mixture
+from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.models.router import Routing
+from moextend_jax.train import stages
+from moextend_jax.train.loss import losses
+
+T, D, F, E, X = 30, 6, 10, 4, 1
+
+
+@functools.cache
+def parts() -> list[Experts]:
+    rng = np.random.default_rng(0)
+
+    def made(groups: int) -> Experts:
+        sizes = {"Z": 1, "E": groups, "D": D, "F": F}
+        experts = nnx.eval_shape(lambda: Experts("Z", "E", sizes, rngs=nnx.Rngs(0), dtype="float32"))
+        arrays = {
+            path: jnp.asarray(rng.normal(size=param.shape[1:]), jnp.float32)
+            for path, param in by_path(nnx.state(experts)).items()
+        }
+        one = with_arrays(experts, arrays)
+        assert isinstance(one, Experts)
+        return one
+
+    return [made(E), made(X)]
+
+
+@functools.cache
+def routing() -> Routing:
+    rng = np.random.default_rng(1)
+    logits_TO = rng.normal(size=(T, E + X)).astype(np.float32)
+    logits_TO[:, 2] = -9.0  # nobody chooses expert 2
+    ids_Tk = np.argsort(-logits_TO, axis=1)[:, :2].astype(np.int32)
+    weights_Tk = rng.normal(size=(T, 2)).astype(np.float32)
+    return Routing(jnp.asarray(logits_TO), jnp.asarray(ids_Tk), jnp.asarray(weights_Tk))
+
+
+X_TD = jnp.asarray(np.random.default_rng(2).normal(size=(T, D)), jnp.float32)
+
+
+def reference(x_TD, weights_Tk, parts):
+    """Every expert on every token."""
+    w_gate, w_up, w_down = (
+        jnp.concatenate([getattr(part, name)[...] for part in parts]) for name in ("w_gate", "w_up", "w_down")
+    )
+    hidden_TOF = jax.nn.silu(jnp.einsum("TD,ODF->TOF", x_TD, w_gate)) * jnp.einsum("TD,ODF->TOF", x_TD, w_up)
+    y_TOD = jnp.einsum("TOF,OFD->TOD", hidden_TOF, w_down)
+    y_TkD = jnp.take_along_axis(y_TOD, routing().ids_Tk[..., None], axis=1)
+    return (weights_Tk[..., None] * y_TkD).sum(axis=1)
+
+
+def test_equals_every_expert_on_every_token_with_all_gradients():
+    dy_TD = jnp.cos(jnp.arange(T * D, dtype=jnp.float32)).reshape(T, D)
+
+    def ours(x_TD, weights_Tk, parts):
+        return apply_experts(x_TD, routing()._replace(weights_Tk=weights_Tk), parts)
+
+    results = []
+    for function in (ours, reference):
+        y_TD, pull = jax.vjp(function, X_TD, routing().weights_Tk, parts())
+        results.append(jax.tree.leaves((y_TD, jax.tree.map(lambda leaf: leaf, pull(dy_TD)))))
+    assert len(results[0]) == len(results[1]) == 1 + 2 + 6
+    for mine, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=0)
+
+
+def test_sorting_brings_each_expert_its_rows_and_back():
+    ids_Tk = routing().ids_Tk
+    sorting = sort_by_expert(ids_Tk, experts=E + X)
+    ids_R = np.asarray(ids_Tk).reshape(-1)
+    np.testing.assert_array_equal(ids_R[sorting.order_R], np.repeat(np.arange(E + X), sorting.sizes_O))
+    np.testing.assert_array_equal(np.asarray(sorting.order_R)[sorting.inverse_R], np.arange(2 * T))
+    assert sorting.sizes_O[2] == 0 and sorting.sizes_O.sum() == 2 * T
+
+
+def test_the_backward_passes_written_by_hand_are_the_true_ones():
+    sorting = sort_by_expert(routing().ids_Tk, experts=E + X)
+    y_RD = jnp.asarray(np.random.default_rng(5).normal(size=(2 * T, D)), jnp.float32)
+
+    def plain_combine(y_RD):
+        return jnp.zeros((T, D)).at[sorting.order_R // 2].add(y_RD)
+
+    for ours, plain, given in (
+        (lambda x: dispatch(2, x, sorting), lambda x: x[sorting.order_R // 2], X_TD),
+        (lambda y: combine(2, y, sorting), plain_combine, y_RD),
+    ):
+        out, pull = jax.vjp(ours, given)
+        plain_out, plain_pull = jax.vjp(plain, given)
+        np.testing.assert_allclose(out, plain_out, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(pull(jnp.sin(out))[0], plain_pull(jnp.sin(out))[0], atol=1e-5, rtol=0)
+
+
+def test_a_token_does_not_depend_on_the_other_tokens():
+    few = Routing(*(array[:7] for array in routing()))
+    np.testing.assert_allclose(
+        apply_experts(X_TD[:7], few, parts()), apply_experts(X_TD, routing(), parts())[:7], atol=1e-5, rtol=0
+    )
+
+
+def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():
+    """method.md, known properties: expert and clone then take both slots; elsewhere the output is unchanged."""
+    source, rng = 1, np.random.default_rng(0)
+    arrays = {path.removeprefix("decoder/layers/moe/"): leaf[0] for path, leaf in tiny.arrays(tiny.PLAIN).items()
+              if path.startswith("decoder/layers/moe/")}  # fmt: skip
+    sizes = tiny.DECODER.sizes()
+    moe = with_arrays(nnx.eval_shape(lambda: MoE(sizes, rngs=nnx.Rngs(0), dtype="float32")), arrays)
+    experts = {name: arrays[f"experts/{name}"][source][None] for name in ("w_gate", "w_up", "w_down")}
+    clone = {f"new_experts/{name}": leaf for name, leaf in experts.items()} | {
+        "router/new_gate": arrays["gate"][:, source][:, None],
+        "router/calibrator/w_in": jnp.ones((sizes["E"] + 1, 5)),
+        "router/calibrator/w_out": jnp.zeros((5, sizes["E"] + 1)),
+    }
+    fresh = nnx.eval_shape(
+        lambda: Extension(tiny.DECODER, tiny.EXTENSION, rngs=nnx.Rngs(0), dtype="float32", std=1.0)
+    )
+    new = with_arrays(fresh, clone)
+    assert isinstance(moe, MoE) and isinstance(new, Extension)
+    x_BLD = jnp.asarray(rng.normal(size=(1, 200, sizes["D"])), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames="grown")
+    def run(x_BLD, grown: bool):
+        return mixture(x_BLD, moe, new if grown else None, extended=jnp.array(True), top_k=2)
+
+    (before_BLD, before), (after_BLD, _) = run(x_BLD, grown=False), run(x_BLD, grown=True)
+    first_T = np.asarray(before.ids_Tk)[:, 0] == source
+    second_T = np.asarray(before.ids_Tk)[:, 1] == source
+    moved_T = np.abs(np.asarray(after_BLD - before_BLD))[0].max(axis=1)
+    assert first_T.any() and second_T.any() and not (first_T | second_T).all()
+    assert moved_T[~first_T].max() < 1e-5
+    assert moved_T[first_T].min() > 1e-3
+
+
+# --- what the compiled gradient computes ------------------------------------------------------------------------------
+
+
+@functools.cache
+def program(stage: str) -> str:
+    """The optimized program of a stage's gradient; experts are the only arrays with sides 24 and 40."""
+    arrays = tiny.arrays(tiny.EXTENDED)
+    trainable, frozen = stages.split(arrays, stages.STAGES[stage])
+    model = tiny.structure(tiny.EXTENDED)
+
+    def total(trainable, frozen, batch):
+        whole = with_arrays(model, {**trainable, **frozen})
+        return losses(whole, batch, recipe=RECIPES["paper"], aux_coefficient=0.01, chunk=4)[0].total
+
+    lowered = jax.jit(jax.grad(total)).lower(trainable, frozen, tiny.batch())
+    return lowered.compile().as_text()
+
+
+def weight_gradients(program: str) -> int:
+    """Products whose result has the shape of one expert's matrix."""
+    return len(re.findall(r"= f32\[(?:24,40|40,24)\]\S* (?:dot|custom-call)\(", program))
+
+
+@pytest.mark.parametrize(("stage", "products"), [("align", 0), ("extend", 0), ("finetune", 3), ("full", 3)])
+def test_no_weight_gradient_of_a_frozen_expert_is_computed(stage: str, products: int):
+    assert weight_gradients(program(stage)) == products
+
+
+@pytest.mark.parametrize("stage", ["extend", "finetune"])
+def test_nor_of_frozen_attention_embedding_or_head(stage: str):
+    results = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|custom-call|scatter)\(", program(stage))
+    assert results
+    heads, kv, size, width = 4, 2, 6, tiny.DECODER.width
+    weights = {
+        (width, heads, size), (width, kv, size), (heads, size, width), (width, heads * size), (width, kv * size),
+        (heads * size, width), (tiny.DECODER.vocab_size, width), (width, tiny.DECODER.vocab_size),
+    } - {(width, width)}  # fmt: skip
+    assert not weights & {tuple(map(int, shape.split(","))) for shape in results}

@@ -1,0 +1,181 @@
+"""The router equals the released code, plain layers of an extended model stay plain, ties go to the pretrained."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+from flax import nnx
+
+from moextend_jax.config import DecoderConfig, ExtensionConfig
+from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.models.router import NewColumns, Routing, route, route_extended
+
+pytestmark = pytest.mark.smoke
+
+
+def new_columns(new_gate_DX, w_in_OA, w_out_AO) -> NewColumns:
+    """One layer's slice, as the scan over layers hands it to the router."""
+    decoder = DecoderConfig(width=new_gate_DX.shape[0], experts=w_in_OA.shape[0] - new_gate_DX.shape[1])
+    extension = ExtensionConfig(
+        layers=(0,), sources=(0,), new_experts=new_gate_DX.shape[1], calibrator_width=w_in_OA.shape[1]
+    )
+    made = nnx.eval_shape(lambda: NewColumns(decoder, extension, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
+    arrays = {"new_gate": new_gate_DX, "calibrator/w_in": w_in_OA, "calibrator/w_out": w_out_AO}
+    whole = with_arrays(made, {path: jnp.asarray(array) for path, array in arrays.items()})
+    assert isinstance(whole, NewColumns)
+    return whole
+
+
+@functools.cache
+def layer() -> dict[str, np.ndarray]:
+    kept = np.load(oracle.SLICE)
+    return {name.removeprefix("router/"): kept[name] for name in kept if name.startswith("router/")}
+
+
+def routed(*, extended: bool) -> Routing:
+    one = layer()
+    columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
+    if not extended:
+        columns = with_arrays(columns, {path: 0 * leaf[...] for path, leaf in by_path(nnx.state(columns)).items()})
+    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, columns, extended=flag, top_k=2))
+    return jax.tree.map(np.asarray, run(one["x_TD"], one["gate_DE"], extended))
+
+
+def test_an_extended_layer_equals_the_released_code():
+    one, ours = layer(), routed(extended=True)
+    np.testing.assert_allclose(ours.logits_TO, one["router_logits"], atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(ours.ids_Tk, one["topk_idx"])
+    np.testing.assert_allclose(ours.weights_Tk, one["topk_weight"], atol=1e-5, rtol=0)
+    probs_TO = np.asarray(jax.nn.softmax(ours.logits_TO, axis=-1))
+    np.testing.assert_allclose(np.take_along_axis(probs_TO, ours.ids_Tk, 1), one["topk_prob"], atol=1e-5, rtol=0)
+    assert (ours.ids_Tk == 8).any() and (ours.ids_Tk < 8).any()
+
+
+def test_the_calibrator_equals_the_released_code():
+    one = layer()
+    columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
+    q_TO = columns.calibrator(jax.nn.softmax(jnp.asarray(one["router_logits"]), axis=-1))
+    np.testing.assert_allclose(
+        jnp.take_along_axis(q_TO, one["topk_idx"], axis=1), one["topk_calibrated"], atol=1e-5, rtol=0
+    )
+
+
+def test_weights_are_calibrated_but_the_choice_is_not():
+    """By hand in float64: a calibrator strong enough to turn the order of the two round."""
+    rng = np.random.default_rng(3)
+    x_TD, gate_DE, new_gate_DX = rng.normal(size=(50, 6)), rng.normal(size=(6, 4)), rng.normal(size=(6, 1))
+    w_in_OA, w_out_AO = rng.normal(size=(5, 3)), 0.2 * rng.normal(size=(3, 5))
+    logits_TO = np.concatenate([x_TD @ gate_DE, x_TD @ new_gate_DX], axis=1)
+    p_TO = np.exp(logits_TO) / np.exp(logits_TO).sum(axis=1, keepdims=True)
+    ids_Tk = np.argsort(-p_TO, axis=1, kind="stable")[:, :2]
+    h_TA = p_TO @ w_in_OA
+    gelu_TA = 0.5 * h_TA * (1 + np.vectorize(math.erf)(h_TA / math.sqrt(2)))
+    q_TO = p_TO + gelu_TA @ w_out_AO
+    chosen_Tk = np.take_along_axis(q_TO, ids_Tk, axis=1)
+    single = [array.astype(np.float32) for array in (x_TD, gate_DE, new_gate_DX, w_in_OA, w_out_AO)]
+    ours = route_extended(single[0], single[1], new_columns(*single[2:]), extended=jnp.array(True), top_k=2)
+    np.testing.assert_array_equal(ours.ids_Tk, ids_Tk)
+    total_T1 = chosen_Tk.sum(axis=1, keepdims=True)
+    assert np.abs(total_T1).min() > 1e-2
+    np.testing.assert_allclose(ours.weights_Tk, chosen_Tk / total_T1, atol=1e-4, rtol=0)
+    assert (chosen_Tk[:, 0] < chosen_Tk[:, 1]).any()
+
+
+def test_a_plain_layer_of_an_extended_model_routes_like_the_plain_model():
+    one, ours = layer(), routed(extended=False)
+    plain = jax.jit(functools.partial(route, top_k=2))(one["x_TD"], one["gate_DE"])
+    np.testing.assert_array_equal(ours.logits_TO[:, :8], plain.logits_TO)
+    assert np.isneginf(ours.logits_TO[:, 8:]).all()
+    np.testing.assert_array_equal(ours.ids_Tk, plain.ids_Tk)
+    np.testing.assert_allclose(ours.weights_Tk, plain.weights_Tk, atol=1e-6, rtol=0)
+
+
+def test_a_plain_layer_gives_new_leaves_a_zero_gradient_and_no_nan():
+    one = layer()
+
+    def total(columns: NewColumns, gate_DE: jax.Array):
+        routing = route_extended(one["x_TD"], gate_DE, columns, extended=jnp.array(False), top_k=2)
+        return (routing.weights_Tk * jnp.arange(2.0)[None]).sum()
+
+    zeros = new_columns(*(np.zeros_like(one[name]) for name in ("new_gate_DX", "w_in_OA", "w_out_AO")))
+    columns, gate_DE = jax.grad(total, argnums=(0, 1))(zeros, jnp.asarray(one["gate_DE"]))
+    for path, leaf in by_path(nnx.state(columns)).items():
+        assert np.isfinite(leaf[...]).all(), path
+        assert not np.any(leaf[...]), path
+    assert np.isfinite(gate_DE).all() and np.abs(gate_DE).max() > 1e-3
+
+
+def test_weights_sum_to_one_and_the_likeliest_comes_first():
+    one = layer()
+    plain = route(one["x_TD"], one["gate_DE"], top_k=3)
+    np.testing.assert_allclose(plain.weights_Tk.sum(axis=1), 1, atol=1e-6)
+    assert (np.diff(np.asarray(plain.weights_Tk), axis=1) <= 0).all()
+    np.testing.assert_array_equal(plain.ids_Tk, np.argsort(-plain.logits_TO, axis=1)[:, :3])
+    np.testing.assert_allclose(routed(extended=True).weights_Tk.sum(axis=1), 1, atol=1e-5)
+
+
+def test_of_a_clone_and_its_source_the_source_comes_first():
+    rng = np.random.default_rng(0)
+    x_TD, gate_DE = (rng.integers(-3, 4, size=shape).astype(np.float32) for shape in ((40, 6), (6, 4)))
+    columns = new_columns(gate_DE[:, 2:3], np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float32))
+    ids_Tk = np.asarray(route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), top_k=2).ids_Tk)
+    both_T = (ids_Tk == 2).any(axis=1) & (ids_Tk == 4).any(axis=1)
+    assert both_T.any()
+    assert (ids_Tk[both_T] == [2, 4]).all()
+    assert ((ids_Tk == 2).any(axis=1) | ~(ids_Tk == 4).any(axis=1)).all()
+
+
+def test_router_logits_are_float32_in_a_bfloat16_model():
+    one = layer()
+    routing = route(jnp.asarray(one["x_TD"], jnp.bfloat16), jnp.asarray(one["gate_DE"]), top_k=2)
+    assert routing.logits_TO.dtype == routing.weights_Tk.dtype == jnp.float32
+
+
+# --- in the whole model -----------------------------------------------------------------------------------------------
+
+
+def whole(config, arrays):
+    model = tiny.structure(config)
+
+    @jax.jit
+    def run(arrays, batch):
+        made = with_arrays(model, arrays)
+        decoded = made(batch)
+        return made.decoder.logits(decoded.hidden_BLD), decoded.routing
+
+    return jax.tree.map(np.asarray, run(arrays, tiny.batch()))
+
+
+def test_new_columns_that_nobody_can_choose_leave_the_model_as_it_was():
+    """All hidden states share a large first coordinate, which the new columns dislike."""
+    arrays = tiny.arrays(tiny.EXTENDED, std=0.2)
+    arrays["decoder/embed"] = arrays["decoder/embed"].at[:, 0].set(20.0)
+    arrays["projector/second_bias"] = arrays["projector/second_bias"].at[0].set(20.0)
+    arrays["projector/second"] = arrays["projector/second"].at[:, 0].set(0.0)
+    arrays["extension/router/new_gate"] = jnp.zeros_like(arrays["extension/router/new_gate"]).at[:, 0].set(-1e4)
+    arrays["extension/router/calibrator/w_out"] *= 0
+    plain = {path: leaf for path, leaf in arrays.items() if not path.startswith("extension/")}
+    (logits_BLV, routing), (plain_BLV, plain_routing) = whole(tiny.EXTENDED, arrays), whole(tiny.PLAIN, plain)
+    experts = tiny.DECODER.experts
+    assert (routing.logits_TO[list(tiny.EXTENSION.layers)][..., experts] < -1e3).all()
+    np.testing.assert_array_equal(routing.ids_Tk, plain_routing.ids_Tk)
+    np.testing.assert_array_equal(logits_BLV, plain_BLV)
+    assert len(np.unique(routing.ids_Tk)) == experts
+
+
+def test_plain_layers_of_an_extended_model_never_choose_new_experts():
+    config = dataclasses.replace(tiny.EXTENDED, extension=dataclasses.replace(tiny.EXTENSION, layers=(1,), sources=(0,)))
+    _, routing = whole(config, tiny.arrays(config))
+    new = tiny.DECODER.experts
+    assert np.isneginf(routing.logits_TO[[0, 2], :, new:]).all()
+    assert np.isfinite(routing.logits_TO[1]).all()
+    assert (routing.ids_Tk[[0, 2]] < new).all() and (routing.ids_Tk[1] == new).any()
+    np.testing.assert_allclose(routing.weights_Tk[[0, 2]].sum(axis=-1), 1, atol=1e-5)

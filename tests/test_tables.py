@@ -1,0 +1,178 @@
+"""The three tables cover the full Mixtral-8x7B with CLIP ViT-L/336 and the published extension, each leaf once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import re
+from fnmatch import fnmatchcase
+
+import pytest
+from flax import nnx
+
+from moextend_jax import sharding
+from moextend_jax.checkpoints import names
+from moextend_jax.config import RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.parameters import by_path
+from moextend_jax.train.stages import GROUPS, STAGES, group, patterns, split
+
+PUBLISHED = ExtensionConfig(
+    layers=(2, 3, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 19, 20, 25, 27),
+    sources=(1, 3, 3, 1, 0, 7, 2, 7, 0, 5, 5, 3, 0, 3, 3, 1),
+)
+FULL = ModelConfig(decoder=DecoderConfig(), vision=VisionConfig(), extension=PUBLISHED)
+
+
+@functools.cache
+def parameters() -> dict[str, nnx.Param]:
+    model = nnx.eval_shape(lambda: MoExtend(FULL, rngs=nnx.Rngs(0)))
+    return by_path(nnx.state(model))
+
+
+def size(prefix: str) -> int:
+    return sum(int(param.size) for path, param in parameters().items() if path.startswith(prefix))
+
+
+def test_it_is_the_real_model():
+    assert size("decoder/") == 46_702_792_704  # Mixtral-8x7B
+    assert size("vision/") == 303_507_456  # CLIP ViT-L/14 at 336 pixels
+    assert size("extension/new_experts/") == 16 * 3 * 4096 * 14336  # 2.82 B
+    assert size("extension/router/") == 16 * (4096 + 2 * 16 * 9)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_is_in_the_file_exactly_once():
+    tensors = list(names.tensors("released", FULL))
+    files = collections.Counter(tensor.file for tensor in tensors)
+    assert set(files.values()) == {1}
+    decoder, extension, vision = 3 + 32 * (2 + 4 + 1 + 8 * 3), 16 * (1 + 2 + 3), 7 + 24 * 16
+    assert len(files) == decoder + extension + vision + 4
+
+    indices = collections.defaultdict(list)
+    for tensor in tensors:
+        indices[tensor.path].append(tensor.index)
+    assert set(indices) == set(parameters())
+    for path, seen in indices.items():
+        depth = len(seen[0])
+        stacked = itertools.product(*map(range, parameters()[path].shape[:depth]))
+        assert sorted(seen) == list(stacked), path
+
+
+def test_layouts_end_in_the_axes_of_the_parameter():
+    for tensor in names.tensors("released", FULL):
+        ours = tensor.layout.split(" -> ")[1]
+        axes = parameters()[tensor.path].axes[len(tensor.index) :]
+        assert re.sub(r"\([^)]*\)", "W", ours).split() == list(axes), tensor
+
+
+def test_numbers_in_file_names():
+    files = {tensor.file for tensor in names.tensors("released", FULL)}
+    for layer in range(32):
+        block = f"model.layers.{layer}.block_sparse_moe."
+        experts = {int(m[1]) for file in files if (m := re.match(re.escape(block) + r"experts\.(\d+)\.w1", file))}
+        extended = layer in PUBLISHED.layers
+        assert experts == set(range(9 if extended else 8))
+        assert (block + "gate_vision.weight" in files) == extended
+        assert (block + "weight_scale.weight_scale.2.weight" in files) == extended
+
+
+def test_inverse_layout_is_the_two_sides_swapped():
+    assert names.inverse("(N H) D -> D N H") == "D N H -> (N H) D"
+    for rows in names.TABLES.values():
+        for row in rows:
+            assert names.inverse(names.inverse(row.layout)) == row.layout
+
+
+def test_a_tied_head_and_a_text_model_ask_for_less():
+    tied = dataclasses.replace(FULL, decoder=DecoderConfig(tied_head=True))
+    text = dataclasses.replace(FULL, vision=None, extension=None)
+    everything = {tensor.file for tensor in names.tensors("released", FULL)}
+    assert everything - {t.file for t in names.tensors("released", tied)} == {"lm_head.weight"}
+    assert {t.file for t in names.tensors("released", text)} == {t.file for t in names.tensors("mixtral", FULL)}
+
+
+# --- sharding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(parameters()))
+def test_every_parameter_has_a_sharding(path: str):
+    param = parameters()[path]
+    assert len(param.axes) == len(param.shape)
+    used = [axis for entry in sharding.spec(param.axes) if entry for axis in entry]
+    assert len(used) == len(set(used)) and set(used) <= set(sharding.MESH_AXES)
+
+
+def test_every_row_of_the_sharding_table_is_used():
+    letters = {letter for param in parameters().values() for letter in param.axes}
+    letters |= {letter for field in Batch._fields for letter in field.split("_")[1]}
+    assert set(sharding.TABLE) == letters
+
+
+def test_an_unknown_letter_and_a_mesh_axis_used_twice_are_errors():
+    with pytest.raises(KeyError):
+        sharding.spec("D?")
+    with pytest.raises(ValueError, match="twice"):
+        sharding.spec("DD")
+    with pytest.raises(ValueError, match="fsdp"):
+        sharding.spec("BD")
+
+
+def test_the_experts_of_the_big_model_are_split_by_expert_width_and_hidden():
+    assert sharding.spec(parameters()["decoder/layers/moe/experts/w_gate"].axes) == (
+        None, ("expert",), ("fsdp",), ("tensor",),
+    )  # fmt: skip
+
+
+# --- stages and groups ------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    for path in parameters():
+        assert group(path) in set(GROUPS.values())
+
+
+def test_every_row_of_groups_is_used():
+    for pattern in GROUPS:
+        assert any(fnmatchcase(path, pattern) for path in parameters()), pattern
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_pattern_of_a_stage_matches_something(stage: str):
+    for pattern in STAGES[stage]:
+        assert any(fnmatchcase(path, pattern) for path in parameters()), pattern
+
+
+TRAINS = {
+    "align": {"projector"},
+    "extend": {"routers"},
+    "finetune": {"new_experts", "router_columns", "calibrators"},
+    "finetune_with_projector": {"new_experts", "router_columns", "calibrators", "projector"},
+    "full": {"projector", "routers", "base", "vision"},
+    "full_text": {"routers", "base"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_trains_all_of_its_groups_and_nothing_else(stage: str):
+    trainable, frozen = split(parameters(), STAGES[stage])
+    assert {*trainable, *frozen} == set(parameters()) and not set(trainable) & set(frozen)
+    assert {group(path) for path in trainable} == TRAINS[stage]
+    assert not {group(path) for path in frozen} & TRAINS[stage]
+
+
+def test_the_recipe_decides_whether_finetune_trains_the_projector():
+    assert patterns("finetune", recipe=RECIPES["paper"]) == STAGES["finetune"]
+    assert patterns("finetune", recipe=RECIPES["released"]) == STAGES["finetune_with_projector"]
+    with pytest.raises(MoextendError, match="'dance'"):
+        patterns("dance", recipe=RECIPES["paper"])
+
+
+def test_a_stage_whose_leaves_are_missing_is_an_error():
+    plain = {path: param for path, param in parameters().items() if not path.startswith("extension/")}
+    with pytest.raises(MoextendError, match="extension"):
+        split(plain, STAGES["finetune"])

@@ -1,0 +1,119 @@
+"""Tiny models with random weights in which every part has an effect, and batches for them; also on disk.
+
+In: nothing, or a folder to write to. Out: structures, arrays by path, `Batch`es, a Hugging Face folder, LLaVA data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from moextend_jax.checkpoints import huggingface
+from moextend_jax.config import IGNORE, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
+from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.parameters import by_path
+
+DECODER = DecoderConfig(
+    vocab_size=61, width=24, hidden=40, layers=3, heads=4, kv_heads=2, head_size=6, experts=4, rope_theta=1e4
+)
+VISION = VisionConfig(width=12, hidden=20, layers=2, heads=2, image_size=8, patch_size=4, feature_layer=-1)
+EXTENSION = ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5)
+PLAIN = ModelConfig(decoder=DECODER, vision=VISION, dtype="float32", remat="none")
+EXTENDED = dataclasses.replace(PLAIN, extension=EXTENSION)
+
+ASSETS = Path(__file__).parents[1] / "moextend_jax" / "assets"
+
+
+def structure(config: ModelConfig) -> MoExtend:
+    return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+
+
+def arrays(config: ModelConfig, *, seed: int = 0, std: float = 0.3) -> dict[str, jax.Array]:
+    """Random arrays by path; scales of norms near one. A path's entries do not depend on which others exist."""
+    made = {}
+    for path, param in by_path(nnx.state(structure(config), nnx.Param)).items():
+        rng = np.random.default_rng([seed, *path.encode()])
+        centre = 1.0 if path.endswith(("norm", "scale")) else 0.0
+        made[path] = jnp.asarray(centre + rng.normal(0, std, param.shape), jnp.float32)
+    return made
+
+
+def batch(*, rows: int = 3, length: int = 14, seed: int = 0, pixels: bool = False) -> Batch:
+    """Row 0 is full, later rows end in padding; even rows have an image (4 patches), odd rows are text."""
+    rng = np.random.default_rng(seed)
+    P = VISION.patches
+    ids_BL = rng.integers(7, DECODER.vocab_size, (rows, length)).astype(np.int32)
+    segments_BL = np.ones_like(ids_BL)
+    patches_BL = np.full_like(ids_BL, -1)
+    for row in range(rows):
+        segments_BL[row, length - row :] = 0
+        if row % 2 == 0:
+            patches_BL[row, 2 : 2 + P] = np.arange(P)
+    labels_BL = np.where((segments_BL > 0) & (np.arange(length) > 7), ids_BL, IGNORE).astype(np.int32)
+    positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BL.shape)
+    size = VISION.image_size
+    images = {
+        "images_BMhwc": rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32)
+        if pixels
+        else None,
+        "features_BMPC": None if pixels else rng.normal(size=(rows, 1, P, VISION.width)).astype(np.float32),
+    }
+    return Batch(ids_BL, labels_BL, positions_BL, segments_BL, patches_BL, **images)
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+BASE_CONFIG = ModelConfig(
+    decoder=DecoderConfig(
+        vocab_size=32000, width=16, hidden=24, layers=3, heads=2, kv_heads=1, head_size=8, experts=4, tied_head=True
+    ),
+    vision=VisionConfig(width=12, hidden=20, layers=2, heads=2, image_size=32, patch_size=16),
+    dtype="float32",
+)
+
+
+def write_base(folder: Path, *, seed: int = 0) -> Path:
+    """A random base with the real tokenizer, and its tower in `vision/`, as Hugging Face folders."""
+    config, vision = BASE_CONFIG, BASE_CONFIG.vision
+    assert vision is not None
+    made = arrays(config, seed=seed, std=0.1)
+    huggingface.write_parameters(folder, made, table="mixtral", config=config)
+    huggingface.write_decoder_config(folder, config.decoder, dtype="float32")
+    huggingface.write_parameters(folder / "vision", made, table="clip", config=config)
+    (folder / "vision" / "config.json").write_text(json.dumps(clip_attributes(vision)))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "base" / name, folder / name)
+    return folder
+
+
+def clip_attributes(config: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": "clip_vision_model", "hidden_size": config.width, "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers, "num_attention_heads": config.heads, "image_size": config.image_size,
+        "patch_size": config.patch_size, "layer_norm_eps": config.norm_eps, "hidden_act": config.activation,
+    }  # fmt: skip
+
+
+def write_llava(folder: Path, *, rows: int = 24) -> Path:
+    """LLaVA's two mixes in small: pictures of one colour and short questions about them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for n in range(rows):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (10 * n % 256, 90, 20 * n % 256)).save(file, "PNG")
+        (folder / f"{n}.png").write_bytes(file.getvalue())
+        talk = [{"from": "human", "value": f"<image>\nWhich is it? {n}"}, {"from": "gpt", "value": f"number {n % 5}"}]
+        entries.append({"id": f"row{n}", "image": f"{n}.png", "conversations": talk})
+    for name in ("llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json"):
+        (folder / name).write_text(json.dumps(entries))
+    return folder
