@@ -51,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     except MoextendError as error:
         print(f"moextend: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that is a file, no permission, a full disk: the message names the path
+        print(f"moextend: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -58,7 +61,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flags.FlagValues]:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "configs/X.py[:arg]", flag_values=values)
+    # Which overrides there are is read from the arguments, which are not sys.argv when Python calls `main`.
+    config_flags.DEFINE_config_file(
+        "config", None, "configs/X.py[:arg]", flag_values=values, sys_argv=["moextend", *arguments]
+    )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "what to say to the model", flag_values=values)
@@ -72,8 +78,9 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         arguments = ["--workdir", *arguments]
     try:
         rest = values(["moextend", *arguments])[1:]
-    except (flags.Error, ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, SyntaxError) as error:
-        raise MoextendError(f"{command}: {error}") from error
+    except Exception as error:  # a configuration file is a program: it can raise anything
+        said = str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
+        raise MoextendError(f"{command}: {said}") from error
     if rest:
         raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
     # Grain's workers look at absl's global flags, which nobody else parses here.
@@ -92,7 +99,9 @@ def _stage(name: str) -> Callable:
     def command(settings: RunSettings, values: flags.FlagValues) -> None:
         from moextend_jax import pipeline
 
-        getattr(pipeline, name)(pipeline.open_run(settings, Path(values.workdir)))
+        run = pipeline.open_run(settings, Path(values.workdir))
+        getattr(pipeline, name)(run)
+        pipeline.remember(run)
 
     return command
 
@@ -106,6 +115,7 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
     run = pipeline.open_run(settings, Path(values.workdir))
     for name in ("align", "extend", "select", "grow", "finetune", *(("full",) if settings.baseline else ())):
         getattr(pipeline, name)(run)
+        pipeline.remember(run)
         if name == "select":
             chosen = pipeline.read_selection(run)
             console.print(f"layers to extend: {chosen['chosen_layers']}, copying experts {chosen['sources']}")
@@ -121,6 +131,7 @@ def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
 
     run = pipeline.open_run(settings, Path(values.workdir))
     demo.print_table(demo.summarise(run, demo.evaluate(run), total_seconds=None), Console())
+    pipeline.remember(run)
 
 
 def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
@@ -138,8 +149,10 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
         raise MoextendError("generate needs --prompt TEXT")
     if values.max_new_tokens < 1:
         raise MoextendError("--max_new_tokens must be at least 1")
+    if values.temperature < 0 or values.top_k < 0:
+        raise MoextendError("--temperature and --top_k must not be negative")
     workdir = Path(values.workdir)
-    run = pipeline.open_run(settings or _remembered(workdir), workdir, remember=settings is not None)
+    run = pipeline.open_run(settings or _remembered(workdir), workdir)
     pieces = speak(
         run,
         which=values.model,

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moextend_jax.config import Batch
 from moextend_jax.models.attention import KeysValues
+from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 
 
@@ -37,7 +37,7 @@ class Generator:
     `suppress` are token ids that are never produced (the image tags).
     """
 
-    def __init__(self, model: nnx.Module, *, eos: int, suppress: tuple[int, ...] = ()):
+    def __init__(self, model: MoExtend, *, eos: int, suppress: tuple[int, ...] = ()):
         self._eos, self._suppress = eos, suppress
         self._prefill = jax.jit(functools.partial(_prefill, model), static_argnames="room")
         self._decode = jax.jit(functools.partial(_decode, model), donate_argnums=2)
@@ -87,12 +87,12 @@ def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress
     if sampling.temperature == 0.0:
         return jnp.argmax(logits_BV, axis=-1)
     if sampling.top_k:
-        least_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        least_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return jax.random.categorical(key, logits_BV / sampling.temperature, axis=-1)
 
 
-def _prefill(model: nnx.Module, arrays: dict[str, jax.Array], prompts: Batch, *, room: int) -> Cursor:
+def _prefill(model: MoExtend, arrays: dict[str, jax.Array], prompts: Batch, *, room: int) -> Cursor:
     whole = with_arrays(model, arrays)
     decoded = whole(prompts)
     length_B = (prompts.segments_BL > 0).sum(axis=1).astype(jnp.int32)
@@ -101,7 +101,7 @@ def _prefill(model: nnx.Module, arrays: dict[str, jax.Array], prompts: Batch, *,
     return Cursor(whole.decoder.logits(last_B1D)[:, 0], past, length_B)
 
 
-def _decode(model: nnx.Module, arrays: dict[str, jax.Array], ids_B: jax.Array, cursor: Cursor) -> Cursor:
+def _decode(model: MoExtend, arrays: dict[str, jax.Array], ids_B: jax.Array, cursor: Cursor) -> Cursor:
     whole = with_arrays(model, arrays)
     slot_B1 = cursor.slot_B[:, None]
     nothing = jnp.full_like(slot_B1, -1)

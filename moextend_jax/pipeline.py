@@ -58,8 +58,8 @@ class Run:
         return {"base": self.base_hash, "recipe": dataclasses.asdict(self.settings.recipe) | {"global_batch": None}}
 
 
-def open_run(settings: RunSettings, workdir: Path, *, remember: bool = True) -> Run:
-    """Reads the pretrained decoder and tower; remembers the settings in the work directory's config.json."""
+def open_run(settings: RunSettings, workdir: Path) -> Run:
+    """Reads the pretrained decoder and tower."""
     base = EMBEDDED if settings.base == "embedded" else Path(settings.base)
     vision = EMBEDDED / "vision" if settings.vision == "embedded" else Path(settings.vision)
     config = ModelConfig(
@@ -77,7 +77,7 @@ def open_run(settings: RunSettings, workdir: Path, *, remember: bool = True) -> 
     }
     shardings = parameter_shardings(model, mesh)
     pretrained = {path: jax.device_put(host[path].astype(settings.dtype), shardings[path]) for path in host}
-    run = Run(
+    return Run(
         settings=settings,
         workdir=workdir,
         config=config,
@@ -86,9 +86,14 @@ def open_run(settings: RunSettings, workdir: Path, *, remember: bool = True) -> 
         base_hash=content_hash(pretrained),
         mesh=mesh,
     )
-    if remember:
-        write_json(workdir / "config.json", _described(run))
-    return run
+
+
+def remember(run: Run) -> None:
+    """Keeps the settings in WORKDIR/config.json, for the report and for `generate`.
+
+    Only what worked is worth remembering: call it after a command, so that a refused one changes nothing.
+    """
+    write_json(run.workdir / "config.json", _described(run))
 
 
 def abstract(config: ModelConfig) -> MoExtend:
@@ -196,6 +201,7 @@ def _tower(run: Run, tower: Arrays, images_nhwc: np.ndarray) -> jax.Array:
 @functools.cache
 def _tower_step(config: ModelConfig):
     model = abstract(config).vision
+    assert model is not None
 
     def compute(tower: Arrays, images_nhwc):
         vision = with_arrays(model, {path.removeprefix("vision/"): leaf for path, leaf in tower.items()})
@@ -399,6 +405,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def frozen_unchanged(run: Run) -> bool:
-    """Whether the pretrained arrays inside the finished model are bit for bit those of the files."""
+    """Whether the pretrained arrays inside the finished model are bit for bit those of the files.
+
+    The released recipe keeps the probe's routers (`routers_kept`): those are not frozen there, all others are.
+    """
     _, arrays = moextend_model(run)
-    return content_hash({path: arrays[path] for path in run.pretrained}) == run.base_hash
+    frozen = run.pretrained.keys() - _result(run, "grow").keys()
+    return content_hash({path: arrays[path] for path in frozen}) == content_hash(
+        {path: run.pretrained[path] for path in frozen}
+    )

@@ -14,6 +14,12 @@ from moextend_jax.config import RECIPES, MoextendError, Recipe
 from moextend_jax.train.optimizer import OptimizerConfig
 
 
+def _at_least_one(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise MoextendError(f"{name} = {getattr(settings, name)} must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
@@ -31,6 +37,9 @@ class StageSettings:
     """Labelled positions per row that go through the head at once."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    def __post_init__(self):
+        _at_least_one(self, "steps", "batch_size", "length", "images_per_row", "loss_chunk")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectSettings:
@@ -39,6 +48,9 @@ class SelectSettings:
     held_out: int = 10_000
     share: float = 0.5
     batch_size: int = 64
+
+    def __post_init__(self):
+        _at_least_one(self, "held_out", "batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,9 @@ class EvaluateSettings:
     text_batch_size: int = 16
     examples: int = 8
     """Questions shown in the report."""
+
+    def __post_init__(self):
+        _at_least_one(self, "batch_size", "length", "max_new_tokens", "text_length", "text_batch_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +92,8 @@ class RunSettings:
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: int = 0
     aux_coefficient: float = 0.001
-    dtype: str = "bfloat16"
-    train_dtype: str = "float32"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    train_dtype: Literal["bfloat16", "float32"] = "float32"
     remat: Literal["none", "attention", "layer"] = "layer"
     mesh: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
@@ -95,15 +110,18 @@ def to_config_dict(settings: RunSettings) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(settings))
 
 
-def from_config_dict(config: Mapping[str, Any]) -> RunSettings:
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
     """Checks names and types; a mistake is an error that names the field."""
-    return _build(RunSettings, config, where="config")
+    return _build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
 
 
 def _build(kind: Any, value: Any, *, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
+        assert isinstance(kind, type)
+        if not isinstance(value, Mapping):
+            raise MoextendError(f"{where} = {value!r} is not a group of settings")
         names = {field.name for field in dataclasses.fields(kind)}
         for name in value:
             if name not in names:
@@ -117,17 +135,25 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
         ]
         if missing:
             raise MoextendError(f"{where}: {', '.join(missing)} must be set")
-        return kind(**{name: _build(hints[name], value[name], where=f"{where}.{name}") for name in value})
+        parts = {name: _build(hints[name], value[name], where=f"{where}.{name}") for name in value}
+        try:
+            return kind(**parts)
+        except MoextendError as error:  # the dataclass's own checks do not know where they stand
+            raise MoextendError(f"{where}: {error}") from None
     if origin is Literal:
         if value not in arguments:
             raise MoextendError(f"{where} = {value!r} is not one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise MoextendError(f"{where} = {value!r} must be {len(arguments)} values")
         return tuple(_build(part, one, where=where) for part, one in zip(arguments, value, strict=True))
     if origin in (typing.Union, types.UnionType):
         return value
     if origin is not None:  # Mapping
-        return dict(value)
+        if not isinstance(value, Mapping):
+            raise MoextendError(f"{where} = {value!r} is not a group of settings")
+        return {name: _build(arguments[1], one, where=f"{where}.{name}") for name, one in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

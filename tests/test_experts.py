@@ -126,9 +126,7 @@ def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():
         "router/calibrator/w_in": jnp.ones((sizes["E"] + 1, 5)),
         "router/calibrator/w_out": jnp.zeros((5, sizes["E"] + 1)),
     }
-    fresh = nnx.eval_shape(
-        lambda: Extension(tiny.DECODER, tiny.EXTENSION, rngs=nnx.Rngs(0), dtype="float32", std=1.0)
-    )
+    fresh = nnx.eval_shape(lambda: Extension(tiny.DECODER, tiny.EXTENSION, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
     new = with_arrays(fresh, clone)
     assert isinstance(moe, MoE) and isinstance(new, Extension)
     x_BLD = jnp.asarray(rng.normal(size=(1, 200, sizes["D"])), jnp.float32)
@@ -161,7 +159,9 @@ def program(stage: str) -> str:
         return losses(whole, batch, recipe=RECIPES["paper"], aux_coefficient=0.01, chunk=4)[0].total
 
     lowered = jax.jit(jax.grad(total)).lower(trainable, frozen, tiny.batch())
-    return lowered.compile().as_text()
+    text = lowered.compile().as_text()
+    assert text is not None
+    return text
 
 
 def weight_gradients(program: str) -> int:

@@ -74,7 +74,7 @@ def test_backends_agree_on_random_sizes(seed: int):
     x_RD, w_parts, _ = make(70, (4, 2))
     y = [jax.jit(backend)(x_RD, w_parts, jnp.asarray(sizes, jnp.int32)) for backend in BACKENDS.values()]
     np.testing.assert_allclose(y[0], y[1], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(y[0], dense(x_RD, w_parts, sizes), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(y[0], dense(x_RD, w_parts, sizes.tolist()), atol=1e-5, rtol=0)
 
 
 def test_what_stands_in_unused_rows_has_no_effect():

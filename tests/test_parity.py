@@ -123,10 +123,13 @@ def test_image_features_and_splice_from_pixels_and_from_cached_features(name: st
     expected = theirs(name, "train0")
     model, arrays, _ = oracle.load(name)
     whole = with_arrays(model, arrays)
+    assert whole.vision is not None and whole.projector is not None
     batch = oracle.batch("train0")
     features_nPC = np.asarray(whole.vision(jnp.asarray(expected["pixel_values"].transpose(0, 2, 3, 1))))
     np.testing.assert_allclose(features_nPC, expected["clip_patch_features"], atol=SIMPLE, rtol=0)
-    np.testing.assert_allclose(whole.projector(features_nPC), expected["image_features"], atol=SIMPLE, rtol=0)
+    np.testing.assert_allclose(
+        whole.projector(jnp.asarray(features_nPC)), expected["image_features"], atol=SIMPLE, rtol=0
+    )
 
     B, M = batch.images_BMhwc.shape[:2]
     features_BMPC = np.zeros((B, M, *features_nPC.shape[1:]), np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def new_columns(new_gate_DX, w_in_OA, w_out_AO) -> NewColumns:
 
 
 @functools.cache
-def layer() -> dict[str, np.ndarray]:
+def layer() -> dict[str, Any]:
     kept = np.load(oracle.SLICE)
     return {name.removeprefix("router/"): kept[name] for name in kept if name.startswith("router/")}
 
@@ -64,7 +65,7 @@ def test_the_calibrator_equals_the_released_code():
     columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
     q_TO = columns.calibrator(jax.nn.softmax(jnp.asarray(one["router_logits"]), axis=-1))
     np.testing.assert_allclose(
-        jnp.take_along_axis(q_TO, one["topk_idx"], axis=1), one["topk_calibrated"], atol=1e-5, rtol=0
+        np.take_along_axis(np.asarray(q_TO), one["topk_idx"], axis=1), one["topk_calibrated"], atol=1e-5, rtol=0
     )
 
 
@@ -80,7 +81,7 @@ def test_weights_are_calibrated_but_the_choice_is_not():
     gelu_TA = 0.5 * h_TA * (1 + np.vectorize(math.erf)(h_TA / math.sqrt(2)))
     q_TO = p_TO + gelu_TA @ w_out_AO
     chosen_Tk = np.take_along_axis(q_TO, ids_Tk, axis=1)
-    single = [array.astype(np.float32) for array in (x_TD, gate_DE, new_gate_DX, w_in_OA, w_out_AO)]
+    single = [jnp.asarray(array, jnp.float32) for array in (x_TD, gate_DE, new_gate_DX, w_in_OA, w_out_AO)]
     ours = route_extended(single[0], single[1], new_columns(*single[2:]), extended=jnp.array(True), top_k=2)
     np.testing.assert_array_equal(ours.ids_Tk, ids_Tk)
     total_T1 = chosen_Tk.sum(axis=1, keepdims=True)
@@ -124,7 +125,7 @@ def test_weights_sum_to_one_and_the_likeliest_comes_first():
 
 def test_of_a_clone_and_its_source_the_source_comes_first():
     rng = np.random.default_rng(0)
-    x_TD, gate_DE = (rng.integers(-3, 4, size=shape).astype(np.float32) for shape in ((40, 6), (6, 4)))
+    x_TD, gate_DE = (jnp.asarray(rng.integers(-3, 4, size=shape), jnp.float32) for shape in ((40, 6), (6, 4)))
     columns = new_columns(gate_DE[:, 2:3], np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float32))
     ids_Tk = np.asarray(route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), top_k=2).ids_Tk)
     both_T = (ids_Tk == 2).any(axis=1) & (ids_Tk == 4).any(axis=1)
@@ -172,7 +173,9 @@ def test_new_columns_that_nobody_can_choose_leave_the_model_as_it_was():
 
 
 def test_plain_layers_of_an_extended_model_never_choose_new_experts():
-    config = dataclasses.replace(tiny.EXTENDED, extension=dataclasses.replace(tiny.EXTENSION, layers=(1,), sources=(0,)))
+    config = dataclasses.replace(
+        tiny.EXTENDED, extension=dataclasses.replace(tiny.EXTENSION, layers=(1,), sources=(0,))
+    )
     _, routing = whole(config, tiny.arrays(config))
     new = tiny.DECODER.experts
     assert np.isneginf(routing.logits_TO[[0, 2], :, new:]).all()

@@ -63,9 +63,7 @@ def batch(*, rows: int = 3, length: int = 14, seed: int = 0, pixels: bool = Fals
     positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BL.shape)
     size = VISION.image_size
     images = {
-        "images_BMhwc": rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32)
-        if pixels
-        else None,
+        "images_BMhwc": rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32) if pixels else None,
         "features_BMPC": None if pixels else rng.normal(size=(rows, 1, P, VISION.width)).astype(np.float32),
     }
     return Batch(ids_BL, labels_BL, positions_BL, segments_BL, patches_BL, **images)
@@ -117,3 +115,55 @@ def write_llava(folder: Path, *, rows: int = 24) -> Path:
     for name in ("llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json"):
         (folder / name).write_text(json.dumps(entries))
     return folder
+
+
+CONFIG_FILE = """
+from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings, to_config_dict
+
+
+def get_config(_=""):
+    def stage(steps, length=48):
+        return StageSettings(data={data!r}, split={split!r}, steps=steps, batch_size=4, length=length, loss_chunk=4)
+
+    return to_config_dict(
+        RunSettings(
+            align=stage(3),
+            extend=stage(3),
+            finetune=stage(3),
+            full=stage(2),
+            select=SelectSettings(held_out={held_out}, batch_size=4),
+            evaluate=EvaluateSettings(
+                data={data!r}, split={evaluated!r}, questions={questions}, batch_size=4, length=48, max_new_tokens=3,
+                text_length=64, text_batch_size=4, examples=2,
+            ),
+            base={base!r},
+            vision={vision!r},
+            manual_dir={manual!r},
+            data_dir={data_dir!r},
+            dtype="float32",
+            remat="none",
+            checkpoint_every=2,
+            log_every=1,
+        )
+    )
+"""
+
+
+def write_config(
+    folder: Path, *, base: Path, data: str, split: str, evaluated: str, manual: Path | None = None, questions: int = 8
+) -> Path:
+    """A configuration file for the tiny base in `base`."""
+    path = folder / "config.py"
+    text = CONFIG_FILE.format(
+        data=data,
+        split=split,
+        evaluated=evaluated,
+        questions=questions,
+        held_out=8,
+        base=str(base),
+        vision=str(base / "vision"),
+        manual=str(manual or ""),
+        data_dir=str(folder / "data"),
+    )
+    path.write_text(text)
+    return path

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 from images import SIZE, emoji_picture, render_emoji, shape_pair, shape_set
+from probe import load_tower
 
 from moextend_jax.checkpoints.huggingface import write_parameters
 from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
@@ -158,12 +159,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the tower goes")
+    parser.add_argument("--start", type=Path, help="tower to go on from, instead of random weights")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     source = Source(options.font, seed=options.seed)
     pair = nnx.jit(lambda: Pair(len(source.vocabulary) + 1, rngs=nnx.Rngs(options.seed)))()
+    if options.start:
+        pair.tower = load_tower(options.start)
     graph, state = nnx.split(pair)
     schedule = optax.warmup_cosine_decay_schedule(0, 1e-3, options.steps // 10, options.steps, 1e-5)
     optimizer = optax.chain(

@@ -1,7 +1,12 @@
-"""Pretrains the embedded language model from scratch with the package's own "full_text" stage.
+"""Pretrains the embedded language model with the package's own "full_text" stage, from scratch or from a folder.
 
-Run after text.py: `python launch/make_base/pretrain.py --text BUILD --out moextend_jax/assets/base --state BUILD/lm`.
-It saves its whole state every 50 steps and goes on from there when run again. About 25 minutes on 2 idle cores.
+Run after text.py and instructions.py, once for each phase:
+
+    python launch/make_base/pretrain.py --text BUILD --phase text --out BUILD/text --state BUILD/lm
+    python launch/make_base/pretrain.py --text BUILD --phase instructions --start BUILD/text \
+        --out moextend_jax/assets/base --state BUILD/lm2
+
+It saves its whole state every 50 steps and goes on from there when run again. About 40 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moextend_jax.checkpoints.huggingface import write_decoder_config, write_parameters
+from moextend_jax.checkpoints.huggingface import read_parameters, write_decoder_config, write_parameters
 from moextend_jax.config import RECIPES, DecoderConfig, ModelConfig
 from moextend_jax.data.batches import text_batches
 from moextend_jax.data.datasets import open_text
@@ -33,30 +38,42 @@ MODEL = ModelConfig(
     dtype="float32",
     remat="none",
 )
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_share=0.05, b2=0.98)
-BATCH, LENGTH, STEPS, SEED = 8, 512, 560, 0
+PHASES = {  # files, steps, learning rate
+    "text": (("wordnet", "kjv"), 560, 3e-3),
+    "instructions": (("instructions",), 150, 2e-3),
+}
+BATCH, LENGTH, SEED = 8, 512, 0
+TOKENIZER = Path(__file__).parents[2] / "moextend_jax" / "assets" / "base"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="folder with {wordnet,kjv}.train.txt")
-    parser.add_argument("--out", type=Path, required=True, help="Hugging Face folder with the tokenizer")
+    parser.add_argument("--phase", choices=PHASES, required=True)
+    parser.add_argument("--start", type=Path, help="Hugging Face folder of the phase before")
+    parser.add_argument("--out", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--state", type=Path, required=True, help="folder for the state of the run")
     arguments = parser.parse_args()
     arguments.state.mkdir(parents=True, exist_ok=True)
 
     model = jax.jit(lambda: nnx.split(MoExtend(MODEL, rngs=nnx.Rngs(SEED))))
     model = nnx.merge(*model())
-    trainable, frozen = stages.split(arrays_of(model), stages.patterns("full_text", recipe=RECIPES["paper"]))
-    schedule = learning_rate(OPTIMIZER, steps=STEPS, recipe=RECIPES["paper"])
-    optimizer = make_optimizer(OPTIMIZER, paths=trainable, schedule=schedule)
+    arrays = arrays_of(model)
+    if arguments.start:
+        read = read_parameters(arguments.start, model, table="mixtral", config=MODEL)
+        arrays = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in read.items()}
+    files, steps, peak = PHASES[arguments.phase]
+    settings = OptimizerConfig(learning_rate=peak, warmup_share=0.05, b2=0.98)
+    trainable, frozen = stages.split(arrays, stages.patterns("full_text", recipe=RECIPES["paper"]))
+    schedule = learning_rate(settings, steps=steps, recipe=RECIPES["paper"])
+    optimizer = make_optimizer(settings, paths=trainable, schedule=schedule)
     step = make_step(
         model, optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"], aux_coefficient=0.01, loss_chunk=64
     )
     state = init_state(trainable, optimizer)
 
-    tokenizer = load_tokenizer(arguments.out)
-    passages = [line for name in ("wordnet", "kjv") for line in open_text(arguments.text / f"{name}.train.txt")]
+    tokenizer = load_tokenizer(TOKENIZER)
+    passages = [line for name in files for line in open_text(arguments.text / f"{name}.train.txt")]
     rows = iter(text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=BATCH, seed=SEED))
     saved = arguments.state / "state.pkl"
     if saved.exists():
@@ -65,18 +82,18 @@ def main() -> None:
         rows.set_state(position)
 
     started, first = time.time(), int(state.step)
-    for count in range(first, STEPS):
+    for count in range(first, steps):
         state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, next(rows)))
         if (count + 1) % 10 == 0:
             speed = (count + 1 - first) * BATCH * LENGTH / (time.time() - started)
             print(
                 json.dumps({"step": count + 1, "tokens_per_second": speed} | jax.tree.map(float, metrics)), flush=True
             )
-        if (count + 1) % 50 == 0 or count + 1 == STEPS:
+        if (count + 1) % 50 == 0 or count + 1 == steps:
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
             saved.with_suffix(".new").write_bytes(pickle.dumps((leaves, rows.get_state())))
             saved.with_suffix(".new").rename(saved)
-            save_model(state, arguments.out if count + 1 == STEPS else arguments.state)
+            save_model(state, arguments.out if count + 1 == steps else arguments.state)
 
 
 def save_model(state: TrainState, folder: Path) -> None:

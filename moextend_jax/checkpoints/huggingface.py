@@ -39,6 +39,8 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "test": (False,), "attention_dropout": (0, 0.0), "router_jitter_noise": (0, 0.0), "dropout": (0, 0.0),
 }  # fmt: skip
 """Attributes that change the computation, with the only values that this code computes."""
+_HAS_A_DEFAULT = {"head_dim", "tie_word_embeddings"}
+"""Sizes that files leave out and everybody fills in alike; any other that is missing is an error."""
 _WITHOUT_EFFECT = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pad_token_id",
     "bos_token_id", "eos_token_id", "initializer_range", "initializer_factor", "max_position_embeddings",
@@ -149,16 +151,21 @@ def _fields(attributes: dict, known: dict[str, str], *, where: Path, model_type:
             raise MoextendError(f"{where}: attribute {name!r} is unknown to this code, so it cannot be honoured")
     if model_type == "mixtral" and attributes.get("hidden_act", "silu") != "silu":
         raise MoextendError(f"{where}: hidden_act = {attributes['hidden_act']!r} cannot be honoured (only 'silu')")
+    if missing := sorted(known.keys() - attributes.keys() - _HAS_A_DEFAULT):
+        raise MoextendError(f"{where}: {', '.join(missing)} must be given")
     return {ours: attributes[theirs] for theirs, ours in known.items() if theirs in attributes}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        attributes = json.loads(path.read_text())
     except FileNotFoundError:
         raise MoextendError(f"{path} does not exist: not a Hugging Face model folder") from None
     except (ValueError, OSError) as error:
         raise MoextendError(f"{path} cannot be read: {error}") from None
+    if not isinstance(attributes, dict):
+        raise MoextendError(f"{path} holds no attributes of a model")
+    return attributes
 
 
 def _open_files(folder: Path) -> dict[str, Any]:

@@ -144,11 +144,12 @@ def _write_examples(run: Run, model, arrays, shown, answers, make_batch, images)
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
     experts, extension = run.config.decoder.experts, model.config.extension
     batch = make_batch(shown)
+    assert run.config.vision is not None
     ids_ZTk = jax.jit(lambda arrays, batch: with_arrays(model, arrays)(batch).routing.ids_Tk)(
         arrays, jax.tree.map(jnp.asarray, batch)
     )
-    chose_ZT = (np.asarray(ids_ZTk) >= experts).any(axis=-1)[list(extension.layers)]
-    share_BL = chose_ZT.mean(axis=0).reshape(batch.ids_BL.shape)
+    chose_ZT = np.any(np.asarray(ids_ZTk) >= experts, axis=-1)
+    share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
     grid = round(run.config.vision.patches**0.5)
     records = []
     for row, question in enumerate(shown):

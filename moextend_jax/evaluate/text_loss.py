@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moextend_jax.config import Batch
+from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.train.loss import cross_entropy
 
 
-def text_loss_step(model: nnx.Module, *, chunk: int) -> Callable:
+def text_loss_step(model: MoExtend, *, chunk: int) -> Callable:
     """Jitted `(arrays, batch) -> (summed nats, tokens)`."""
 
     def step(arrays: dict[str, jax.Array], batch: Batch):

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moextend_jax.config import Batch, MoextendError, Recipe
+from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 
 
@@ -35,7 +35,7 @@ class Selection(NamedTuple):
     sources: tuple[int, ...]
 
 
-def count_picks(model: nnx.Module, batch: Batch, *, recipe: Recipe) -> Counts:
+def count_picks(model: MoExtend, batch: Batch, *, recipe: Recipe) -> Counts:
     """Counts of one batch, traceable. `least_likely` counts the k experts that the router likes least."""
     routing = model(batch).routing
     ids_ZTk = routing.ids_Tk
@@ -51,7 +51,7 @@ def count_picks(model: nnx.Module, batch: Batch, *, recipe: Recipe) -> Counts:
     return Counts(total(text_T), total(image_T), text_T.sum(), image_T.sum())
 
 
-def count_all(model: nnx.Module, arrays: dict[str, jax.Array], batches: Iterable[Batch], *, recipe: Recipe) -> Counts:
+def count_all(model: MoExtend, arrays: dict[str, jax.Array], batches: Iterable[Batch], *, recipe: Recipe) -> Counts:
     """Counts over batches, summed in 64 bits on the host. `model` gives the structure, `arrays` the parameters."""
     counted = jax.jit(lambda arrays, batch: count_picks(with_arrays(model, arrays), batch, recipe=recipe))
     total = None

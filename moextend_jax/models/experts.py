@@ -52,12 +52,17 @@ def apply_experts(x_TD: jax.Array, routing: Routing, parts: Sequence[Experts]) -
         x_RD = dispatch(top_k, x_TD, sorting)
         weights_R1 = routing.weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
     with jax.named_scope("experts"):
-        gate_RF = grouped_matmul(x_RD, [part.w_gate[...] for part in parts], sorting.sizes_O)
-        up_RF = grouped_matmul(x_RD, [part.w_up[...] for part in parts], sorting.sizes_O)
-        hidden_RF = jax.nn.silu(gate_RF) * up_RF * weights_R1
-        y_RD = grouped_matmul(hidden_RF, [part.w_down[...] for part in parts], sorting.sizes_O)
+        y_RD = swiglu(x_RD, weights_R1, parts, sorting.sizes_O)
     with jax.named_scope("combine"):
         return combine(top_k, y_RD, sorting)
+
+
+def swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: Sequence[Experts], sizes_O: jax.Array) -> jax.Array:
+    """Each sorted row through its own expert, times its combine weight."""
+    gate_RF = grouped_matmul(x_RD, [part.w_gate[...] for part in parts], sizes_O)
+    up_RF = grouped_matmul(x_RD, [part.w_up[...] for part in parts], sizes_O)
+    hidden_RF = jax.nn.silu(gate_RF) * up_RF * weights_R1
+    return grouped_matmul(hidden_RF, [part.w_down[...] for part in parts], sizes_O)
 
 
 # Dispatch and combine are transposes of each other. Said so by hand, the backward pass gathers instead of

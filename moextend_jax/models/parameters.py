@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -39,7 +42,7 @@ def arrays_of(model: nnx.Module) -> dict[str, jax.Array]:
     return {path: param[...] for path, param in by_path(nnx.state(model, nnx.Param)).items()}
 
 
-def with_arrays(model: nnx.Module, arrays: Mapping[str, jax.Array]) -> nnx.Module:
+def with_arrays(model: Module, arrays: Mapping[str, jax.Array]) -> Module:
     """A model of the same structure (real or abstract) around these arrays, of which every path must be given."""
     graph, state = nnx.split(model)
     params = by_path(state)

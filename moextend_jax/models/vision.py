@@ -146,9 +146,10 @@ class Projector(nnx.Module):
     def __init__(self, *, sizes: dict[str, int], rngs: nnx.Rngs, dtype: str):
         """`sizes` holds C (tower) and D (decoder); d is D as an input axis, so that no letter stands twice."""
         sizes = {**sizes, "d": sizes["D"]}
-        self.first = weight("CD", sizes, rngs=rngs, dtype=dtype)
+        # The spread of PyTorch's Linear, from which LLaVA's and the released projector start.
+        self.first = weight("CD", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["C"]) ** -0.5)
         self.first_bias = constant("D", sizes, dtype=dtype, value=0.0)
-        self.second = weight("dD", sizes, rngs=rngs, dtype=dtype)
+        self.second = weight("dD", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["D"]) ** -0.5)
         self.second_bias = constant("D", sizes, dtype=dtype, value=0.0)
 
     def __call__(self, x_nPC: jax.Array) -> jax.Array:

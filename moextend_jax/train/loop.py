@@ -10,10 +10,10 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from flax import nnx
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import Recipe
+from moextend_jax.models.moextend import MoExtend
 from moextend_jax.sharding import put_batch
 from moextend_jax.train import stages
 from moextend_jax.train.metrics import MetricsWriter, progress
@@ -22,7 +22,7 @@ from moextend_jax.train.step import init_state, make_step
 
 
 def train(
-    model: nnx.Module,
+    model: MoExtend,
     arrays: Mapping[str, jax.Array],
     rows: grain.IterDataset,
     *,

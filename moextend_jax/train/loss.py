@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -34,8 +35,8 @@ def cross_entropy(
     """Sum of next-token losses over labelled positions, and their number.
 
     Every row's labelled positions are brought to its front, then `chunk` positions per row at a time go through the
-    head; chunks without a label are skipped, and logits are recomputed in the backward pass, so that neither
-    [B, L, V] nor the head's product over unlabelled positions ever exists.
+    head; chunks without a label are skipped, and a chunk's gradient is taken while its logits are there, so that no
+    [B, L, V] and no product of the head over unlabelled positions ever exists.
     """
     B, L = labels_BL.shape
     targets_BL = jnp.concatenate([labels_BL[:, 1:], jnp.full((B, 1), IGNORE, labels_BL.dtype)], axis=1)
@@ -46,21 +47,67 @@ def cross_entropy(
     targets_nBc = _chunks(jnp.pad(targets_BL, ((0, 0), (0, rest)), constant_values=IGNORE), chunk)
     hidden_nBcD = _chunks(jnp.pad(hidden_BLD, ((0, 0), (0, rest), (0, 0))), chunk)
 
-    @jax.checkpoint
+    logits_of, constants = jax.closure_convert(logits_of, hidden_nBcD[0])
+    with jax.named_scope("cross_entropy"):
+        total = _sum_of_nats(logits_of, hidden_nBcD, targets_nBc, constants)
+    return total, (targets_BL != IGNORE).sum()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_of_nats(logits_of, hidden_nBcD, targets_nBc, constants):
     def one_chunk(hidden_BcD, targets_Bc):
-        logits_BcV = logits_of(hidden_BcD)
-        picked_Bc = jnp.take_along_axis(logits_BcV, jnp.maximum(targets_Bc, 0)[..., None], axis=-1)[..., 0]
-        nats_Bc = jax.nn.logsumexp(logits_BcV, axis=-1) - picked_Bc
-        return jnp.where(targets_Bc == IGNORE, 0.0, nats_Bc).sum()
+        return _nats(logits_of(hidden_BcD, *constants), targets_Bc)[0]
 
     def body(total, piece):
-        hidden_BcD, targets_Bc = piece
-        labelled = (targets_Bc != IGNORE).any()
-        return total + jax.lax.cond(labelled, one_chunk, lambda *_: jnp.float32(0), hidden_BcD, targets_Bc), None
+        labelled = (piece[1] != IGNORE).any()
+        return total + jax.lax.cond(labelled, one_chunk, lambda *_: jnp.float32(0), *piece), None
 
-    with jax.named_scope("cross_entropy"):
-        total, _ = jax.lax.scan(body, jnp.float32(0), (hidden_nBcD, targets_nBc))
-    return total, (targets_BL != IGNORE).sum()
+    return jax.lax.scan(body, jnp.float32(0), (hidden_nBcD, targets_nBc))[0]
+
+
+def _nats(logits_BcV, targets_Bc):
+    """The sum of the losses of a chunk, and its gradient with respect to the logits."""
+    is_target_BcV = jnp.arange(logits_BcV.shape[-1])[None, None, :] == targets_Bc[..., None]
+    picked_Bc = jnp.where(is_target_BcV, logits_BcV, 0).sum(axis=-1)
+    norm_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
+    labelled_Bc = targets_Bc != IGNORE
+    d_logits_BcV = jnp.where(labelled_Bc[..., None], jnp.exp(logits_BcV - norm_Bc[..., None]) - is_target_BcV, 0)
+    return jnp.where(labelled_Bc, norm_Bc - picked_Bc, 0).sum(), d_logits_BcV
+
+
+def _sum_of_nats_fwd(logits_of, hidden, targets, constants):
+    """The gradient comes with the loss: the backward pass then computes no logits a second time, and has no scatter."""
+    hidden_nBcD, targets_nBc = hidden.value, targets.value
+    values, trained = [c.value for c in constants], [c.perturbed for c in constants]  # a frozen head has no gradient
+    wanted = [value for value, is_trained in zip(values, trained, strict=True) if is_trained]
+
+    def one_chunk(hidden_BcD, targets_Bc):
+        logits_BcV, pull = jax.vjp(logits_of, hidden_BcD, *values)
+        nats, d_logits_BcV = _nats(logits_BcV, targets_Bc)
+        d_hidden_BcD, *d_values = pull(d_logits_BcV)
+        return nats, d_hidden_BcD, [d for d, is_trained in zip(d_values, trained, strict=True) if is_trained]
+
+    def nothing(hidden_BcD, _):
+        return jnp.float32(0), jnp.zeros_like(hidden_BcD), jax.tree.map(jnp.zeros_like, wanted)
+
+    def body(carry, piece):
+        total, d_wanted = carry
+        nats, d_hidden_BcD, more = jax.lax.cond((piece[1] != IGNORE).any(), one_chunk, nothing, *piece)
+        return (total + nats, jax.tree.map(jnp.add, d_wanted, more)), d_hidden_BcD
+
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, wanted))
+    (total, d_wanted), d_hidden_nBcD = jax.lax.scan(body, start, (hidden_nBcD, targets_nBc))
+    d_wanted = iter(d_wanted)
+    return total, (d_hidden_nBcD, [next(d_wanted) if is_trained else None for is_trained in trained])
+
+
+def _sum_of_nats_bwd(logits_of, saved, d_total):
+    # One factor, because a chunk's gradient is that of a sum.
+    d_hidden_nBcD, d_constants = jax.tree.map(lambda d: (d * d_total).astype(d.dtype), saved)
+    return d_hidden_nBcD, None, d_constants
+
+
+_sum_of_nats.defvjp(_sum_of_nats_fwd, _sum_of_nats_bwd, symbolic_zeros=True)
 
 
 def _chunks(x_BL: jax.Array, chunk: int) -> jax.Array:

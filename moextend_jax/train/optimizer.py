@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import jax.numpy as jnp
 import optax
@@ -63,5 +63,5 @@ def make_optimizer(
             weight_decay=config.weight_decays.get(name, 0.0),
         )
 
-    groups = {name: adamw(name) for name in sorted(set(labels.values()))}
+    groups: dict[Hashable, optax.GradientTransformation] = {name: adamw(name) for name in sorted(set(labels.values()))}
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels))

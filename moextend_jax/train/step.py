@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from moextend_jax.config import Batch, Recipe
+from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.train.loss import losses
 
@@ -27,7 +27,7 @@ def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransfo
 
 
 def make_step(
-    model: nnx.Module,
+    model: MoExtend,
     *,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -49,13 +49,13 @@ def make_step(
     def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
         gradient, losses_ = jax.grad(loss_of, has_aux=True)(state.trainable, frozen, batch)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
         metrics = {
             "loss": losses_.total,
             "ce": losses_.ce,
             "aux": losses_.aux,
             "labelled_tokens": losses_.tokens,
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": schedule(state.step),
         }
         return TrainState(trainable, optimizer_state, state.step + 1), metrics

@@ -1,0 +1,233 @@
+"""Times one training step of each stage: settings in, tokens/s, peak memory and the time of each part out.
+
+The model has the sizes of the settings' base and random weights; a row is one image and random text. Each stage runs
+in a process of its own, so that peak memory is its own. `moextend bench` prints the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from moextend_jax.checkpoints import huggingface
+from moextend_jax.config import IGNORE, Batch, ExtensionConfig, ModelConfig, MoextendError
+from moextend_jax.models.attention import rotation, segment_mask
+from moextend_jax.models.experts import combine, dispatch, sort_by_expert, swiglu
+from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.models.router import route
+from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.train import stages
+from moextend_jax.train.loss import cross_entropy
+from moextend_jax.train.optimizer import learning_rate, make_optimizer
+from moextend_jax.train.step import init_state, make_step
+
+STAGES = ("align", "extend", "finetune")
+LABELS = {
+    "answers": "labels on every other run of 32 text positions, as answers are",
+    "all": "labels on every position, the head's work of a model that computes all logits",
+}
+STEPS, WARMUP = 5, 2
+
+
+def bench(settings: RunSettings, console: Console, *, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """Runs every stage (or `only` one) under both kinds of labels, prints two tables and returns the figures."""
+    report = {f"{stage}/{kind}": _apart(settings, stage, kind) for stage in STAGES if only in (None, stage)
+              for kind in LABELS}  # fmt: skip
+    table = Table("stage", "labels", "tokens/s", "s/step", "peak RSS GB", "XLA temporaries GB", "trained parameters")
+    for name, row in report.items():
+        table.add_row(*name.split("/"), f"{row['tokens_per_second']:,.0f}", f"{row['seconds_per_step']:.3f}",
+                      f"{row['peak_memory_gb']:.2f}", f"{row['temporaries_gb']:.2f}",
+                      f"{row['trained_parameters']:,}")  # fmt: skip
+    console.print(table)
+    parts = Table("part", *report, caption="share of the sum of the parts; each is timed by itself, forward and "
+                  "backward to its input, times the layers that run it")  # fmt: skip
+    for part in next(iter(report.values()))["parts"]:
+        shares = [row["parts"][part] / sum(row["parts"].values()) for row in report.values()]
+        parts.add_row(part, *(f"{share:.0%}" for share in shares))
+    console.print(parts)
+    for kind, meaning in LABELS.items():
+        console.print(f"{kind}: {meaning}")
+    return report
+
+
+def _apart(settings: RunSettings, stage: str, labels: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "moextend_jax.bench", stage, labels],
+        input=json.dumps(dataclasses.asdict(settings)), capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise MoextendError(f"bench: stage {stage} failed: {last}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def model_config(settings: RunSettings, *, stage: str) -> ModelConfig:
+    """Sizes of the settings' base and tower; in finetune every second layer has one new expert."""
+    base = huggingface_folder(settings.base)
+    vision = huggingface_folder(settings.vision, "vision")
+    decoder = huggingface.read_decoder_config(base)
+    layers = tuple(range(1, decoder.layers, 2))
+    return ModelConfig(
+        decoder=decoder,
+        vision=huggingface.read_vision_config(vision, feature_layer=settings.recipe.feature_layer),
+        extension=ExtensionConfig(layers=layers, sources=(0,) * len(layers)) if stage == "finetune" else None,
+        dtype=settings.dtype,
+        train_dtype=settings.train_dtype,
+        remat=settings.remat,
+    )
+
+
+def huggingface_folder(name: str, inside: str = "") -> Path:
+    return Path(__file__).parent / "assets" / "base" / inside if name == "embedded" else Path(name)
+
+
+def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) -> Batch:
+    """Two tokens, a start tag, an image, an end tag, then text; the image and its tags have no labels."""
+    assert config.vision is not None
+    P, rng = config.vision.patches, np.random.default_rng(0)
+    text = P + 4
+    if length <= text:
+        raise MoextendError(f"bench: rows of {length} tokens cannot hold an image of {P} patches and text")
+    ids_BL = rng.integers(7, config.decoder.vocab_size, (rows, length), dtype=np.int32)
+    patches_BL = np.full_like(ids_BL, -1)
+    patches_BL[:, 3 : 3 + P] = np.arange(P)
+    position_L = np.arange(length, dtype=np.int32)
+    labelled_L = (position_L >= text) & ((position_L - text) // 32 % 2 == 1) if labels == "answers" else position_L >= 0
+    return Batch(
+        ids_BL=ids_BL,
+        labels_BL=np.where(labelled_L, ids_BL, IGNORE),
+        positions_BL=np.tile(position_L, (rows, 1)),
+        segments_BL=np.ones_like(ids_BL),
+        patches_BL=patches_BL,
+        features_BMPC=rng.standard_normal((rows, 1, P, config.vision.width), dtype=np.float32),
+    )
+
+
+def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]:
+    """Median over steps after warm-up, in this process."""
+    stage_settings = getattr(settings, stage)
+    config = model_config(settings, stage=stage)
+    abstract = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(settings.seed)
+    # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
+    arrays = {
+        path: jnp.asarray(
+            float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32), param.dtype
+        )
+        for path, param in by_path(nnx.state(abstract, nnx.Param)).items()
+    }
+    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=settings.recipe))
+    schedule = learning_rate(stage_settings.optimizer, steps=stage_settings.steps, recipe=settings.recipe)
+    optimizer = make_optimizer(stage_settings.optimizer, paths=trainable, schedule=schedule)
+    step = make_step(
+        abstract, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
+        aux_coefficient=settings.aux_coefficient, loss_chunk=stage_settings.loss_chunk,
+    )  # fmt: skip
+    rows, length = stage_settings.batch_size, stage_settings.length
+    batch = jax.device_put(random_batch(config, rows=rows, length=length, labels=labels))
+    state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+    compiled = step.lower(state, frozen, batch).compile()
+    seconds = []
+    for _ in range(WARMUP + STEPS):
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[WARMUP:])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    analysis = compiled.memory_analysis()
+    return {
+        "tokens_per_second": rows * length / median,
+        "seconds_per_step": median,
+        "peak_memory_gb": peak / 1e9,
+        "temporaries_gb": analysis.temp_size_in_bytes / 1e9 if analysis else float("nan"),
+        "trained_parameters": sum(leaf.size for leaf in trainable.values()),
+        "loss": float(metrics["loss"]),
+        "device": jax.devices()[0].device_kind,
+        "parts": _parts(with_arrays(abstract, arrays), batch, optimizer, trainable, chunk=stage_settings.loss_chunk),
+    }
+
+
+def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainable, *, chunk: int) -> dict[str, float]:
+    """Seconds of each part of a step. Plain experts stand for extended ones: a new expert adds no rows."""
+    decoder = model.config.decoder
+    graph, layers = nnx.split(model.decoder.layers)
+    layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))
+    B, L = batch.ids_BL.shape
+    turns = rotation(batch.positions_BL, head_size=decoder.head_size, theta=decoder.rope_theta)
+    x_BLD = jax.random.normal(jax.random.key(0), (B, L, decoder.width), model.config.dtype)
+    x_TD = x_BLD.reshape(B * L, -1)
+    routing = route(x_TD, layer.moe.gate[...], top_k=decoder.top_k)
+    sorting = sort_by_expert(routing.ids_Tk, experts=decoder.experts)
+    x_RD = dispatch(decoder.top_k, x_TD, sorting)
+    weights_R1 = routing.weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
+    mask_B1LS = segment_mask(batch.segments_BL)
+
+    def dispatched(x_TD):
+        return dispatch(decoder.top_k, x_TD, sort_by_expert(routing.ids_Tk, experts=decoder.experts))
+
+    def routed(x_TD):
+        return route(x_TD, layer.moe.gate[...], top_k=decoder.top_k).weights_Tk
+
+    def attended(x_BLD):
+        return layer.attention(x_BLD, turns, mask_B1LS, None, batch.positions_BL)[0]
+
+    def updated():
+        updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
+        return optax.apply_updates(trainable, updates)
+
+    Z = decoder.layers
+    return {
+        "router": Z * _seconds(_with_pull(routed, x_TD)),
+        "dispatch": Z * _seconds(_with_pull(dispatched, x_TD)),
+        "experts": Z * _seconds(
+            _with_pull(lambda x, w: swiglu(x, w, [layer.moe.experts], sorting.sizes_O), x_RD, weights_R1)
+        ),
+        "combine": Z * _seconds(_with_pull(lambda y: combine(decoder.top_k, y, sorting), x_RD)),
+        "attention": Z * _seconds(_with_pull(attended, x_BLD)),
+        "projector": _seconds(_with_pull(model.projector, batch.features_BMPC[:, 0])),
+        "cross_entropy": _seconds(
+            _with_pull(lambda h: cross_entropy(model.decoder.logits, h, batch.labels_BL, chunk=chunk)[0], x_BLD)
+        ),
+        "optimizer": _seconds(updated),
+    }  # fmt: skip
+
+
+def _with_pull(function: Callable, *inputs: jax.Array) -> Callable[[], Any]:
+    """The function and its backward pass as one computation."""
+
+    def both(*inputs):
+        y, pull = jax.vjp(function, *inputs)
+        return y, pull(jnp.ones_like(y))
+
+    jitted = jax.jit(both)
+    return lambda: jitted(*inputs)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(WARMUP + STEPS):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARMUP:])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(from_config_dict(json.load(sys.stdin)), stage=sys.argv[1], labels=sys.argv[2])))

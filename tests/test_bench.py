@@ -1,0 +1,57 @@
+"""The bench measures the stage it names, on rows that hold what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.bench import get_config
+from moextend_jax import bench
+from moextend_jax.config import IGNORE, MoextendError
+from moextend_jax.settings import RunSettings, StageSettings, from_config_dict
+
+TINY = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> RunSettings:
+    """configs/bench.py with the sizes made small."""
+    whole = from_config_dict(get_config())
+    for inside in ("", "vision"):
+        attributes = json.loads((Path(whole.base) / inside / "config.json").read_text())
+        attributes |= {name: value for name, value in TINY.items() if name in attributes}
+        (tmp_path / inside).mkdir(exist_ok=True)
+        (tmp_path / inside / "config.json").write_text(json.dumps(attributes))
+    stage = StageSettings(data="none", steps=9, batch_size=1, length=160, loss_chunk=32)
+    return dataclasses.replace(
+        whole, base=str(tmp_path), vision=str(tmp_path / "vision"), align=stage, extend=stage, finetune=stage
+    )
+
+
+def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "STEPS", 1)
+    row = bench.measure(settings, stage="finetune", labels="answers")
+    # One layer of two is extended: three matrices, a router column, a calibrator of width 16 over 9 outputs.
+    assert row["trained_parameters"] == 3 * 16 * 8 + 16 + 2 * 16 * 9
+    assert row["tokens_per_second"] == pytest.approx(160 / row["seconds_per_step"])
+    assert np.isfinite(row["loss"]) and row["temporaries_gb"] > 0 and row["peak_memory_gb"] > row["temporaries_gb"]
+    assert all(seconds > 0 for seconds in row["parts"].values())
+
+
+def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):
+    config = bench.model_config(settings, stage="align")
+    answers, every = (bench.random_batch(config, rows=2, length=160, labels=kind) for kind in bench.LABELS)
+    assert [sorted(row[row >= 0]) for row in answers.patches_BL] == [list(range(64))] * 2
+    assert not (answers.labels_BL[answers.patches_BL >= 0] != IGNORE).any()
+    assert (answers.labels_BL != IGNORE).sum(axis=1).tolist() == [32, 32]
+    assert (every.labels_BL != IGNORE).all()
+
+
+def test_rows_too_short_for_the_image_are_refused(settings: RunSettings):
+    config = bench.model_config(settings, stage="align")
+    with pytest.raises(MoextendError, match="64 patches"):
+        bench.random_batch(config, rows=1, length=40, labels="all")

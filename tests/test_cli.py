@@ -1,0 +1,257 @@
+"""Every mistake of input or use ends in exit code 2 and one line on standard error that says what to mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+
+from moextend_jax import cli
+
+# ml_collections reads a configuration file through a method of importlib that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+class Ground(NamedTuple):
+    """A tiny base, data and configuration, and a work directory in which align has been run."""
+
+    folder: Path
+    base: Path
+    config: Path
+    aligned: Path
+
+    def arguments(self, workdir: Path, *more: str) -> list[str]:
+        return [f"--config={self.config}", f"--workdir={workdir}", *more]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Ground:
+    folder = tmp_path_factory.mktemp("cli")
+    base = tiny.write_base(folder / "base")
+    manual = tiny.write_llava(folder / "llava")
+    config = tiny.write_config(
+        folder, base=base, data="llava_instruct", split="train", evaluated="train", manual=manual
+    )
+    made = Ground(folder, base, config, folder / "aligned")
+    cli.main(["align", *made.arguments(made.aligned)])
+    return made
+
+
+@pytest.fixture
+def refused(capfd) -> Callable[..., str]:
+    """Runs a command that must fail and returns its line."""
+
+    def run(*argv: str) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(argument) for argument in argv])
+        said = capfd.readouterr().err
+        assert exit.value.code == 2, said
+        assert len(said.splitlines()) == 1, said
+        assert said.startswith("moextend: ") and "Traceback" not in said
+        return said
+
+    return run
+
+
+# --- the command line itself ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(argv, capsys):
+    cli.main(argv)
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in cli.COMMANDS)
+
+
+def test_an_unknown_command_is_named(refused):
+    assert "'alingn'" in refused("alingn")
+    assert "align" in refused("alingn")
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("report", "generate")])
+def test_a_command_without_a_configuration(refused, tmp_path, command: str):
+    assert "--config" in refused(command, f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "bench"])
+def test_a_command_without_a_work_directory(refused, ground, command: str):
+    assert "--workdir" in refused(command, f"--config={ground.config}")
+
+
+@pytest.mark.parametrize("extra", ["--nope=1", "--config.nope=1", "--config.align.nope=1", "stray"])
+def test_an_option_that_does_not_exist(refused, ground, tmp_path, extra: str):
+    assert extra.split("=")[0].split(".")[-1].lstrip("-") in refused("align", *ground.arguments(tmp_path, extra))
+
+
+@pytest.mark.parametrize("extra", ["--config.align.steps=many", "--config.align.steps=1.5", "--config.baseline=7"])
+def test_a_value_of_the_wrong_type(refused, ground, tmp_path, extra: str):
+    assert extra.split("=")[1] in refused("align", *ground.arguments(tmp_path, extra))
+
+
+def test_a_value_that_is_no_choice(refused, ground, tmp_path):
+    said = refused("align", *ground.arguments(tmp_path, "--config.remat=everything"))
+    assert "config.remat" in said and "'layer'" in said
+
+
+@pytest.mark.parametrize("text", [None, "def get_config(:", "def get_config():\n    return nope()", "import nope"])
+def test_a_configuration_file_that_is_missing_or_broken(refused, tmp_path, text):
+    path = tmp_path / "broken_config.py"
+    if text is not None:
+        path.write_text(text)
+    refused("align", f"--config={path}", f"--workdir={tmp_path / 'work'}")
+
+
+def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("align", *ground.arguments(tmp_path / "file"))
+
+
+# --- stages and what they need ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"), [("extend", "align"), ("select", "align"), ("grow", "select"), ("finetune", "select"),
+                           ("full", "align"), ("evaluate", "align")],
+)  # fmt: skip
+def test_a_stage_before_its_predecessor(refused, ground, tmp_path, command: str, needs: str):
+    said = refused(command, *ground.arguments(tmp_path))
+    assert f"{needs} has not been run" in said and f"moextend {needs}" in said
+
+
+def test_select_before_extend_and_generate_before_finetune(refused, ground):
+    assert "extend has not been run" in refused("select", *ground.arguments(ground.aligned))
+    said = refused("generate", *ground.arguments(ground.aligned, "--prompt=hello"))
+    assert "has not been run" in said
+
+
+def test_a_grown_model_is_not_finetuned_before_grow(refused, ground, tmp_path):
+    shutil.copytree(ground.aligned, tmp_path / "work")
+    (tmp_path / "work" / "select").mkdir()
+    base = json.loads((ground.aligned / "config.json").read_text())["base_hash"]
+    record = {"chosen_layers": [1], "sources": [0], "base": base}
+    (tmp_path / "work" / "select" / "routing.json").write_text(json.dumps(record))
+    assert "grow has not been run" in refused("finetune", *ground.arguments(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("which", ["base", "vision"])
+def test_a_base_that_is_not_there(refused, ground, tmp_path, which: str):
+    said = refused("align", *ground.arguments(tmp_path, f"--config.{which}={tmp_path / 'nothing'}"))
+    assert "nothing" in said
+
+
+def test_a_base_without_a_tokenizer(refused, ground, tmp_path):
+    shutil.copytree(ground.base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").unlink()
+    said = refused("align", *ground.arguments(tmp_path / "work", f"--config.base={tmp_path / 'base'}"))
+    assert "tokenizer.model" in said
+
+
+def test_a_checkpoint_of_another_model(refused, ground, tmp_path):
+    tiny.write_base(tmp_path / "other", seed=1)
+    said = refused("extend", *ground.arguments(ground.aligned, f"--config.base={tmp_path / 'other'}"))
+    assert "another run" in said and "base" in said
+
+
+def test_a_checkpoint_of_another_recipe(refused, ground):
+    said = refused("extend", *ground.arguments(ground.aligned, "--config.recipe.turns=first"))
+    assert "another run" in said and "turns" in said
+
+
+def test_a_stage_that_goes_on_with_other_settings(refused, ground):
+    said = refused("align", *ground.arguments(ground.aligned, "--config.align.batch_size=2"))
+    assert "another run" in said and "batch_size" in said
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_longer_than_the_sequence(refused, ground, tmp_path):
+    said = refused("align", *ground.arguments(tmp_path, "--config.align.length=10"))
+    assert "row" in said and "10" in said
+
+
+def test_an_empty_data_set(refused, ground, tmp_path):
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "llava_v1_5_mix665k.json").write_text("[]")
+    extra = [f"--config.manual_dir={tmp_path / 'llava'}", f"--config.data_dir={tmp_path / 'data'}"]
+    refused("align", *ground.arguments(tmp_path / "work", *extra))
+
+
+def test_a_data_set_that_does_not_exist_and_a_split_that_does_not(refused, ground, tmp_path):
+    assert "'coco'" in refused("align", *ground.arguments(tmp_path, "--config.align.data=coco"))
+    assert "'dev'" in refused("align", *ground.arguments(tmp_path, "--config.align.split=dev"))
+
+
+def test_data_without_its_manual_folder(refused, ground, tmp_path):
+    said = refused("align", *ground.arguments(tmp_path / "work", f"--config.manual_dir={tmp_path / 'none'}"))
+    assert "none" in said
+
+
+def test_more_samples_held_out_than_there_are(refused, ground):
+    assert "24" in refused("extend", *ground.arguments(ground.aligned, "--config.select.held_out=5000"))
+
+
+def test_more_questions_than_rows(refused, ground):
+    assert "evaluate.questions" in refused(
+        "evaluate", *ground.arguments(ground.aligned, "--config.evaluate.questions=5000")
+    )
+
+
+# --- generate and report ----------------------------------------------------------------------------------------------
+
+
+def test_generate_without_a_prompt_or_with_a_picture_that_cannot_be_read(refused, ground, tmp_path):
+    aligned = ground.arguments(ground.aligned, "--model=aligned")
+    assert "--prompt" in refused("generate", *aligned)
+    assert "nope.png" in refused("generate", *aligned, "--prompt=hi", "--image=nope.png")
+    (tmp_path / "text.png").write_text("no picture")
+    assert "text.png" in refused("generate", *aligned, "--prompt=hi", f"--image={tmp_path / 'text.png'}")
+    assert "--image" in refused(
+        "generate", *ground.arguments(ground.aligned, "--model=base"), "--prompt=hi", "--image=nope.png"
+    )
+
+
+@pytest.mark.parametrize(
+    "extra", ["--max_new_tokens=0", "--max_new_tokens=x", "--model=gpt", "--temperature=-1", "--top_k=-2"]
+)
+def test_generate_with_an_impossible_number(refused, ground, extra: str):
+    refused("generate", *ground.arguments(ground.aligned, "--model=aligned", "--prompt=hi", extra))
+
+
+def test_generate_in_a_folder_that_was_never_used(refused, tmp_path):
+    assert str(tmp_path) in refused("generate", f"--workdir={tmp_path}", "--prompt=hi")
+
+
+def test_a_report_on_an_empty_folder(refused, tmp_path):
+    assert str(tmp_path) in refused("report", str(tmp_path))
+    assert "nowhere" in refused("report", str(tmp_path / "nowhere"))
+
+
+# --- and what works ---------------------------------------------------------------------------------------------------
+
+
+def test_generate_remembers_the_settings_and_streams(ground, capsys):
+    for model in ("aligned", "base"):
+        cli.main(
+            ["generate", f"--workdir={ground.aligned}", "--prompt=hello", f"--model={model}", "--max_new_tokens=3"]
+        )
+        assert capsys.readouterr().out.strip()
+
+
+def test_generate_looks_at_a_picture(ground, capsys):
+    arguments = ground.arguments(ground.aligned, "--prompt=Which?", "--model=aligned", "--max_new_tokens=2")
+    cli.main(["generate", *arguments, f"--image={ground.folder / 'llava' / '3.png'}"])
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_finished_stage_run_again_keeps_its_result(ground):
+    before = (ground.aligned / "align" / "metrics.jsonl").read_text()
+    cli.main(["align", *ground.arguments(ground.aligned)])
+    assert (ground.aligned / "align" / "metrics.jsonl").read_text() == before
+    assert json.loads((ground.aligned / "align" / "stage.json").read_text())["frozen_unchanged"] is True

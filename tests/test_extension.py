@@ -1,0 +1,152 @@
+"""The extender chooses what the released code chose; growing copies the source and touches nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
+from moextend_jax.extension import routing
+from moextend_jax.extension.grow import grow
+from moextend_jax.models.parameters import by_path, with_arrays
+
+PAPER, RELEASED = RECIPES["paper"], RECIPES["released"]
+
+
+def counts(total_ZE) -> routing.Counts:
+    total_ZE = np.asarray(total_ZE)
+    text_ZE = total_ZE // 3
+    return routing.Counts(text_ZE, total_ZE - text_ZE, 1, 1)
+
+
+@pytest.mark.parametrize("mode", ["top2", "ascending"])
+def test_selection_equals_the_released_code(mode: str):
+    kept = np.load(oracle.SLICE)
+    before, after = (counts(kept[f"selection/{mode}/counts_{when}"]) for when in ("before", "after"))
+    chosen = routing.select(before, after, share=0.5, recipe=RELEASED)
+    theirs = kept[f"selection/{mode}/selected_layers"]
+    order = np.argsort(theirs)
+    np.testing.assert_allclose(chosen.shift_Z, kept[f"selection/{mode}/std"], atol=1e-9)
+    assert list(chosen.layers) == theirs[order].tolist()
+    assert list(chosen.sources) == kept[f"selection/{mode}/expert_idxmax"][order].tolist()
+
+
+BEFORE = counts([[50, 30, 20], [10, 10, 80], [40, 30, 30], [20, 60, 20]])
+AFTER = counts([[50, 30, 20], [70, 20, 10], [10, 30, 60], [200, 590, 210]])
+
+
+def test_the_shift_is_a_sample_deviation_of_shares():
+    """Layer 3 is counted on ten times the tokens after the probe: shares, not counts, are compared."""
+    chosen = routing.select(BEFORE, AFTER, share=0.5, recipe=PAPER)
+    deltas = np.array([[0, 0, 0], [-0.6, -0.1, 0.7], [0.3, 0, -0.3], [0, 0.01, -0.01]])
+    np.testing.assert_allclose(chosen.shift_Z, np.sqrt((deltas**2).sum(axis=1) / 2), atol=1e-9)
+    assert chosen.layers == (1, 2)
+
+
+def test_the_source_is_the_favourite_before_the_probe_or_after_it():
+    assert routing.select(BEFORE, AFTER, share=0.5, recipe=PAPER).sources == (2, 0)
+    assert routing.select(BEFORE, AFTER, share=0.5, recipe=RELEASED).sources == (0, 2)
+
+
+@pytest.mark.parametrize(("share", "layers"), [(0.25, (1,)), (0.74, (1, 2)), (1.0, (0, 1, 2, 3))])
+def test_the_share_is_rounded_down_and_layers_ascend(share: float, layers: tuple[int, ...]):
+    assert routing.select(BEFORE, AFTER, share=share, recipe=PAPER).layers == layers
+
+
+def test_ties_go_to_the_lower_layer():
+    same = counts([[3, 3, 4]] * 4)
+    assert routing.select(same, same, share=0.5, recipe=PAPER).layers == (0, 1)
+
+
+def test_a_share_that_chooses_no_layer_is_an_error():
+    with pytest.raises(MoextendError, match="select.share = 0.2 of 4 layers"):
+        routing.select(BEFORE, AFTER, share=0.2, recipe=PAPER)
+
+
+def test_counting_nothing_is_an_error():
+    with pytest.raises(MoextendError, match="empty"):
+        routing.count_all(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN), [], recipe=PAPER)
+
+
+@pytest.mark.parametrize("counted", ["top_k", "least_likely"])
+def test_counts_equal_a_loop_over_tokens(counted):
+    model, arrays = tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN)
+    batches = [tiny.batch(seed=seed) for seed in (0, 1)]
+    recipe = dataclasses.replace(PAPER, counted_picks=counted)
+    ours = routing.count_all(model, arrays, batches, recipe=recipe)
+    Z, E = tiny.DECODER.layers, tiny.DECODER.experts
+    expected = {"text": np.zeros((Z, E), int), "image": np.zeros((Z, E), int)}
+    run = jax.jit(lambda batch: with_arrays(model, arrays)(batch).routing.logits_TO)
+    for batch in batches:
+        logits_ZTE = np.asarray(run(batch))
+        for token, (segment, patch) in enumerate(zip(batch.segments_BL.flat, batch.patches_BL.flat, strict=True)):
+            if segment == 0:
+                continue
+            for layer in range(Z):
+                order = np.argsort(logits_ZTE[layer, token])
+                picked = order[-2:] if counted == "top_k" else order[:2]
+                expected["image" if patch >= 0 else "text"][layer, picked] += 1
+    np.testing.assert_array_equal(ours.text_ZO, expected["text"])
+    np.testing.assert_array_equal(ours.image_ZO, expected["image"])
+    assert ours.image_tokens == expected["image"][0].sum() / 2 == 2 * 2 * tiny.VISION.patches
+    assert ours.text_tokens == expected["text"][0].sum() / 2
+
+
+# --- growing ----------------------------------------------------------------------------------------------------------
+
+
+def test_new_leaves_are_copies_of_the_source_expert_and_the_calibrator_is_the_identity():
+    arrays = tiny.arrays(tiny.PLAIN)
+    extension = dataclasses.replace(tiny.EXTENSION, new_experts=2)
+    config = dataclasses.replace(tiny.PLAIN, extension=extension)
+    leaves = grow(arrays, config=config, recipe=PAPER, seed=0)
+    new = {path: leaf.shape for path, leaf in _params(config).items() if path.startswith("extension/")}
+    assert {path: leaf.shape for path, leaf in leaves.items()} == new
+    experts = "decoder/layers/moe/experts/"
+    for y, (layer, source) in enumerate(zip(extension.layers, extension.sources, strict=True)):
+        for x in range(2):
+            for name in ("w_gate", "w_up", "w_down"):
+                ours = leaves[f"extension/new_experts/{name}"][y, x]
+                np.testing.assert_array_equal(ours, arrays[experts + name][layer, source])
+            column = arrays["decoder/layers/moe/gate"][layer, :, source]
+            np.testing.assert_array_equal(leaves["extension/router/new_gate"][y, :, x], column)
+    assert not leaves["extension/router/calibrator/w_out"].any()
+
+
+@pytest.mark.parametrize(("recipe", "std"), [(PAPER, 1.0), (RELEASED, 0.02)])
+def test_the_calibrator_starts_with_the_recipe_s_deviation(recipe, std: float):
+    extension = dataclasses.replace(tiny.EXTENSION, calibrator_width=200)
+    config = dataclasses.replace(tiny.PLAIN, extension=extension)
+    w_in = grow(tiny.arrays(tiny.PLAIN), config=config, recipe=recipe, seed=0)["extension/router/calibrator/w_in"]
+    np.testing.assert_allclose(np.std(w_in), std, rtol=0.1)
+
+
+def test_new_leaves_have_the_training_dtype():
+    half = dataclasses.replace(tiny.EXTENDED, dtype="bfloat16")
+    arrays = {path: leaf.astype(jnp.bfloat16) for path, leaf in tiny.arrays(tiny.PLAIN).items()}
+    leaves = grow(arrays, config=half, recipe=PAPER, seed=0)
+    assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
+    np.testing.assert_array_equal(
+        leaves["extension/new_experts/w_up"][0, 0].astype(jnp.bfloat16),
+        arrays["decoder/layers/moe/experts/w_up"][0, 1],
+    )
+
+
+def test_growing_without_a_selection_or_beyond_the_last_layer_is_an_error():
+    with pytest.raises(MoextendError, match="select"):
+        grow(tiny.arrays(tiny.PLAIN), config=tiny.PLAIN, recipe=PAPER, seed=0)
+    beyond = dataclasses.replace(tiny.PLAIN, extension=ExtensionConfig(layers=(1, 3), sources=(0, 0)))
+    with pytest.raises(MoextendError, match="layer 3.*has 3"):
+        grow(tiny.arrays(tiny.PLAIN), config=beyond, recipe=PAPER, seed=0)
+
+
+def _params(config):
+    from flax import nnx
+
+    return by_path(nnx.state(tiny.structure(config)))

@@ -1,0 +1,161 @@
+"""Generation with a cache equals the loop without one, row by row, whatever else stands in the batch."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax.config import IGNORE, Batch
+from moextend_jax.generate import Generator, Sampling, choose
+from moextend_jax.models.parameters import with_arrays
+
+NEW, EOS = 6, 9
+NEVER = -1
+
+
+@functools.cache
+def model():
+    arrays = tiny.arrays(tiny.EXTENDED)
+    arrays["decoder/embed"] = arrays["decoder/embed"] * 2  # livelier answers
+    return tiny.structure(tiny.EXTENDED), arrays
+
+
+@functools.cache
+def generator(eos: int = NEVER, suppress: tuple[int, ...] = ()) -> Generator:
+    return Generator(model()[0], eos=eos, suppress=suppress)
+
+
+def prompts() -> Batch:
+    """Three prompts of 14, 13 and 12 tokens; the first and third with an image."""
+    batch = tiny.batch()
+    return jax.tree.map(jnp.asarray, batch._replace(labels_BL=np.full_like(batch.labels_BL, IGNORE)))
+
+
+def padded(batch: Batch, by: int) -> Batch:
+    def pad(array, value):
+        return jnp.pad(array, ((0, 0), (0, by)), constant_values=value)
+
+    return batch._replace(
+        ids_BL=pad(batch.ids_BL, 8), labels_BL=pad(batch.labels_BL, IGNORE), positions_BL=pad(batch.positions_BL, 0),
+        segments_BL=pad(batch.segments_BL, 0), patches_BL=pad(batch.patches_BL, -1),
+    )  # fmt: skip
+
+
+@functools.cache
+def greedy() -> np.ndarray:
+    return generator().complete(model()[1], prompts(), max_new_tokens=NEW)
+
+
+def test_the_answers_are_worth_comparing():
+    assert greedy().shape == (3, NEW)
+    assert len(np.unique(greedy())) > 4 and len({tuple(row) for row in greedy()}) == 3
+
+
+def test_a_cached_greedy_answer_equals_running_the_whole_model_for_each_token():
+    structure, arrays = model()
+
+    @jax.jit
+    def next_logits(batch: Batch):
+        whole = with_arrays(structure, arrays)
+        return whole.decoder.logits(whole(batch).hidden_BLD)
+
+    batch = padded(prompts(), NEW)
+    length_B = np.asarray((prompts().segments_BL > 0).sum(axis=1))
+    rows_B = np.arange(3)
+    for count in range(NEW):
+        at_B = length_B + count
+        logits_BV = next_logits(batch)[rows_B, at_B - 1]
+        ids_B = np.asarray(logits_BV.argmax(axis=-1))
+        np.testing.assert_array_equal(ids_B, greedy()[:, count])
+        batch = batch._replace(
+            ids_BL=batch.ids_BL.at[rows_B, at_B].set(ids_B),
+            positions_BL=batch.positions_BL.at[rows_B, at_B].set(at_B),
+            segments_BL=batch.segments_BL.at[rows_B, at_B].set(1),
+        )
+
+
+def test_streaming_says_the_same():
+    said = list(generator().stream(model()[1], prompts(), max_new_tokens=NEW))
+    np.testing.assert_array_equal(np.stack(said, axis=1), greedy())
+
+
+def test_a_row_depends_neither_on_the_others_nor_on_padding():
+    one = jax.tree.map(lambda array: array[1:2], prompts())
+    np.testing.assert_array_equal(generator().complete(model()[1], one, max_new_tokens=NEW)[0], greedy()[1])
+    wider = generator().complete(model()[1], padded(prompts(), 7), max_new_tokens=NEW)
+    np.testing.assert_array_equal(wider, greedy())
+
+
+def test_a_row_that_ended_is_filled_with_eos_and_the_others_go_on():
+    eos = int(greedy()[0, 2])
+    firsts = [int(np.flatnonzero(row == eos)[0]) if (row == eos).any() else NEW for row in greedy()]
+    expected = np.array([[*row[: first + 1], *[eos] * NEW][:NEW] for row, first in zip(greedy(), firsts, strict=True)])
+    assert max(firsts) > firsts[0]
+    np.testing.assert_array_equal(generator(eos).complete(model()[1], prompts(), max_new_tokens=NEW), expected)
+    said = np.stack(list(generator(eos).stream(model()[1], prompts(), max_new_tokens=NEW)), axis=1)
+    np.testing.assert_array_equal(said, expected[:, : said.shape[1]])
+
+
+def test_streaming_stops_when_every_row_has_ended():
+    one = jax.tree.map(lambda array: array[:1], prompts())
+    eos = int(greedy()[0, 2])
+    first = int(np.flatnonzero(greedy()[0] == eos)[0])
+    said = [int(ids_B[0]) for ids_B in generator(eos).stream(model()[1], one, max_new_tokens=NEW)]
+    assert said == greedy()[0, : first + 1].tolist()
+
+
+def test_suppressed_tokens_are_never_said():
+    banned = tuple(sorted({int(token) for token in greedy()[:, 0]}))
+    said = generator(NEVER, banned).complete(model()[1], prompts(), max_new_tokens=NEW)
+    assert not np.isin(said, banned).any()
+
+
+# --- the choice of one token ------------------------------------------------------------------------------------------
+
+LOGITS_BV = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12)), jnp.float32)
+
+
+def draws(sampling: Sampling, *, suppress: tuple[int, ...] = (), count: int = 400) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(0), count)
+    return np.asarray(jax.vmap(lambda key: choose(LOGITS_BV, key, sampling, suppress=suppress))(keys))
+
+
+def test_sampling_gives_the_top_k_tokens_alone_and_all_of_them():
+    said_nB = draws(Sampling(temperature=1.5, top_k=3))
+    for row in range(2):
+        assert set(said_nB[:, row]) == set(np.argsort(-LOGITS_BV[row])[:3].tolist())
+
+
+def test_draws_follow_the_softmax_at_the_temperature():
+    said_n = draws(Sampling(temperature=2.0), count=4000)[:, 0]
+    shares_V = np.bincount(said_n, minlength=12) / len(said_n)
+    np.testing.assert_allclose(shares_V, jax.nn.softmax(LOGITS_BV[0] / 2.0), atol=0.03)
+
+
+def test_suppressed_tokens_are_never_drawn_and_leave_room_for_others():
+    best = np.argsort(-LOGITS_BV[0]).tolist()
+    said_n = draws(Sampling(temperature=1.0, top_k=2), suppress=tuple(best[:2]))[:, 0]
+    assert set(said_n) == set(best[2:4])
+
+
+def test_the_same_seed_draws_the_same_tokens_and_another_one_others():
+    def sampled(seed: int) -> list[list[int]]:
+        said = generator().complete(
+            model()[1], prompts(), max_new_tokens=NEW, sampling=Sampling(temperature=3.0), seed=seed
+        )
+        return said.tolist()
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.0, top_k=3)])
+def test_temperature_zero_is_greedy(sampling: Sampling):
+    np.testing.assert_array_equal(
+        choose(LOGITS_BV, jax.random.key(0), sampling, suppress=()), LOGITS_BV.argmax(axis=-1)
+    )

@@ -1,0 +1,257 @@
+"""Hugging Face folders: bitwise round trips, transformers' own numbers, and refusals that name what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from moextend_jax.checkpoints import huggingface, names
+from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.models.parameters import with_arrays
+
+TABLES = {
+    "mixtral": dataclasses.replace(tiny.PLAIN, vision=None),
+    "clip": tiny.PLAIN,
+    "released": tiny.EXTENDED,
+}
+
+
+def half(config: ModelConfig, table: str) -> dict[str, np.ndarray]:
+    """bfloat16 arrays of the table's paths."""
+    paths = {row.path for row in names.tensors(table, config)}
+    return {
+        path: np.asarray(leaf).astype(ml_dtypes.bfloat16) for path, leaf in tiny.arrays(config).items() if path in paths
+    }
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_written_and_read_again_every_bit_is_the_same(table: str, tmp_path: Path):
+    config = TABLES[table]
+    arrays = half(config, table)
+    huggingface.write_parameters(tmp_path, arrays, table=table, config=config)
+    again = huggingface.read_parameters(tmp_path, tiny.structure(config), table=table, config=config)
+    assert set(again) == set(arrays)
+    for path, array in arrays.items():
+        assert again[path].dtype == array.dtype
+        assert again[path].tobytes() == array.tobytes(), path
+
+
+def test_a_tied_head_is_not_in_the_file(tmp_path: Path):
+    config = dataclasses.replace(TABLES["mixtral"], decoder=dataclasses.replace(tiny.DECODER, tied_head=True))
+    huggingface.write_parameters(tmp_path, half(config, "mixtral"), table="mixtral", config=config)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again = huggingface.read_parameters(tmp_path, tiny.structure(config), table="mixtral", config=config)
+    assert "decoder/head" not in again
+
+
+def test_several_files_are_one_model(tmp_path: Path):
+    config = TABLES["mixtral"]
+    arrays = half(config, "mixtral")
+    huggingface.write_parameters(tmp_path, arrays, table="mixtral", config=config)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for n in range(2):
+        some = {name: tensors[name] for name in sorted(tensors)[n::2]}
+        save_file(some, tmp_path / f"model-0000{n + 1}-of-00002.safetensors")
+    again = huggingface.read_parameters(tmp_path, tiny.structure(config), table="mixtral", config=config)
+    assert all(again[path].tobytes() == array.tobytes() for path, array in arrays.items())
+
+
+# --- mistakes in files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = TABLES["mixtral"]
+    huggingface.write_parameters(tmp_path, half(config, "mixtral"), table="mixtral", config=config)
+    huggingface.write_decoder_config(tmp_path, config.decoder, dtype="bfloat16")
+    return tmp_path
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    config = TABLES["mixtral"]
+    return huggingface.read_parameters(folder, tiny.structure(config), table="mixtral", config=config)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
+
+
+def test_a_missing_and_a_surplus_tensor_are_both_named(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.extra.weight"] = tensors.pop(NORM)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MoextendError, match=rf"Missing: {NORM}\. Not asked for: model\.layers\.1\.extra\.weight"):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", [NORM, EXPERT, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
+def test_a_tensor_of_another_shape_is_named(folder: Path, name: str):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = np.ascontiguousarray(tensors[name][..., :-1])
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MoextendError, match=name):
+        read(folder)
+
+
+def test_a_vector_where_a_matrix_is_expected_is_named(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[EXPERT] = np.ascontiguousarray(tensors[EXPERT].reshape(-1))
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MoextendError, match=EXPERT):
+        read(folder)
+
+
+def test_old_buffers_are_ignored(folder: Path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = tensors[NORM][:3].copy()
+    save_file(tensors, folder / "model.safetensors")
+    read(folder)
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, 5000])
+def test_a_truncated_file_is_an_error(folder: Path, left: int):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(MoextendError, match="cannot be read"):
+        read(folder)
+
+
+def test_a_folder_without_weights_is_an_error(tmp_path: Path):
+    with pytest.raises(MoextendError, match=r"no \*\.safetensors"):
+        read(tmp_path)
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def with_attributes(folder: Path, **changed) -> Path:
+    path = folder / "config.json"
+    attributes = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({name: value for name, value in attributes.items() if value is not ...}))
+    return folder
+
+
+def test_sizes_round_trip(folder: Path):
+    assert huggingface.read_decoder_config(folder) == tiny.DECODER
+
+
+def test_vision_sizes(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny.clip_attributes(tiny.VISION)))
+    assert huggingface.read_vision_config(tmp_path, feature_layer=-1) == tiny.VISION
+
+
+@pytest.mark.parametrize("head_dim", [None, ...])
+def test_the_head_size_defaults_to_width_over_heads(folder: Path, head_dim):
+    assert huggingface.read_decoder_config(with_attributes(folder, head_dim=head_dim)).head_size == 6
+
+
+def test_transformers_5_writes_rope_theta_elsewhere(folder: Path):
+    rope = {"rope_theta": 12345.0, "rope_type": "default"}
+    config = huggingface.read_decoder_config(with_attributes(folder, rope_theta=..., rope_parameters=rope))
+    assert config.rope_theta == 12345.0
+    with pytest.raises(MoextendError, match="yarn"):
+        huggingface.read_decoder_config(with_attributes(folder, rope_parameters=rope | {"rope_type": "yarn"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sliding_window", 4096),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("attention_bias", True),
+        ("hidden_act", "gelu"),
+        ("hidden_act", "relu"),
+        ("model_type", "llama"),
+        ("router_jitter_noise", 0.1),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"bits": 4}),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(folder: Path, name: str, value):
+    with pytest.raises(MoextendError, match=name):
+        huggingface.read_decoder_config(with_attributes(folder, **{name: value}))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "null"])
+def test_a_broken_config_is_an_error_that_names_the_file(tmp_path: Path, text: str):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(MoextendError, match="config.json"):
+        huggingface.read_decoder_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_a_config_without_a_size_is_an_error_that_names_it(folder: Path, name: str):
+    """transformers' default for a left-out size is not ours to guess."""
+    with pytest.raises(MoextendError, match=name):
+        huggingface.read_decoder_config(with_attributes(folder, **{name: ...}))
+
+
+def test_a_missing_folder_is_an_error(tmp_path: Path):
+    with pytest.raises(MoextendError, match="nowhere"):
+        huggingface.read_decoder_config(tmp_path / "nowhere")
+
+
+# --- transformers' own classes ----------------------------------------------------------------------------------------
+
+
+def test_transformers_and_we_read_each_other_s_files_and_agree(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = tiny.DECODER
+    theirs = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=sizes.vocab_size,
+            hidden_size=sizes.width,
+            intermediate_size=sizes.hidden,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.kv_heads,
+            head_dim=sizes.head_size,
+            num_local_experts=sizes.experts,
+            num_experts_per_tok=sizes.top_k,
+            initializer_range=0.3,
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    decoder = huggingface.read_decoder_config(tmp_path / "theirs")
+    assert dataclasses.replace(decoder, rope_theta=sizes.rope_theta) == sizes
+    config = ModelConfig(decoder=decoder, dtype="float32", remat="none")
+    model = tiny.structure(config)
+    arrays = huggingface.read_parameters(tmp_path / "theirs", model, table="mixtral", config=config)
+    arrays = {path: jnp.asarray(leaf) for path, leaf in arrays.items()}
+
+    batch = tiny.batch()._replace(features_BMPC=None)
+    batch = batch._replace(patches_BL=np.full_like(batch.patches_BL, -1))
+
+    @jax.jit
+    def logits_of(arrays: dict[str, jax.Array]):
+        whole = with_arrays(model, arrays)
+        return whole.decoder.logits(whole(batch).hidden_BLD)
+
+    def their_logits(model) -> np.ndarray:
+        with torch.no_grad():
+            mask = torch.tensor(batch.segments_BL)
+            return model(torch.tensor(batch.ids_BL, dtype=torch.long), attention_mask=mask).logits.numpy()
+
+    real_BL = batch.segments_BL > 0
+    ours = np.asarray(logits_of(arrays))
+    np.testing.assert_allclose(ours[real_BL], their_logits(theirs)[real_BL], atol=1e-4, rtol=0)
+
+    huggingface.write_parameters(tmp_path / "ours", arrays, table="mixtral", config=config)
+    huggingface.write_decoder_config(tmp_path / "ours", decoder, dtype="float32")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    np.testing.assert_array_equal(their_logits(again), their_logits(theirs))
+    assert isinstance(model, nnx.Module)

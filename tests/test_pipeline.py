@@ -1,0 +1,165 @@
+"""`moextend run` from a random base to summary and report, on a slice of easy-VQA, through the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax import cli, pipeline
+from moextend_jax.evaluate import demo
+from moextend_jax.settings import from_config_dict
+from moextend_jax.train.metrics import read_metrics
+
+# ml_collections reads a configuration file through a method of importlib that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+RECIPE_CHANGES = {
+    "paper": [],
+    "mixed": [  # the released code's other choices, one by one, as flags
+        "--config.recipe.routers_kept=after",
+        "--config.recipe.source_under=after",
+        "--config.recipe.finetune_trains=extension_and_projector",
+        "--config.recipe.counted_picks=least_likely",
+        "--config.recipe.aux_loss=released",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Path]:
+    """(configuration file, work directory) after `moextend run` with the baseline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    base = tiny.write_base(folder / "base")
+    config = tiny.write_config(
+        folder, base=base, data="easy_vqa/questions", split="train[:400]", evaluated="test", questions=8
+    )
+    short = folder / "text"
+    short.mkdir()
+    for path in demo.TEXTS.glob("*.txt"):
+        (short / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TEXTS", short)
+        cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", "--config.baseline=true"])
+    return config, folder / "work"
+
+
+def open_again(finished) -> pipeline.Run:
+    _, workdir = finished
+    settings = from_config_dict(json.loads((workdir / "config.json").read_text())["settings"])
+    return pipeline.open_run(settings, workdir)
+
+
+def test_the_summary_has_every_figure(finished):
+    summary = json.loads((finished[1] / "summary.json").read_text())
+    assert {"question_only", "aligned", "moextend", "full"} <= set(summary["easy_vqa"])
+    for text in ("wordnet", "kjv"):
+        assert set(summary["text_loss"][text]) == {"base", "moextend", "full"}
+        assert all(5 < value < 15 for value in summary["text_loss"][text].values())
+    assert {"align", "extend", "finetune", "total"} <= set(summary["seconds"])
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+    assert all(0 <= summary["easy_vqa"][name] <= 1 for name in ("question_only", "aligned", "moextend", "full"))
+    assert summary["frozen_unchanged"] is True
+
+
+def test_the_selection_is_recorded_with_a_picture(finished):
+    record = json.loads((finished[1] / "select" / "routing.json").read_text())
+    total = {when: np.array(record[when]["text"]) + np.array(record[when]["image"]) for when in ("before", "after")}
+    tokens = record["tokens"]["text"] + record["tokens"]["image"]
+    for counts_ZE in total.values():
+        assert counts_ZE.shape == (3, 4)
+        np.testing.assert_array_equal(counts_ZE.sum(axis=1), 2 * tokens)
+    shares = {when: counts_ZE / counts_ZE.sum(axis=1, keepdims=True) for when, counts_ZE in total.items()}
+    shift_Z = np.std(shares["before"] - shares["after"], axis=1, ddof=1)
+    np.testing.assert_allclose(record["shift"], shift_Z, atol=1e-12)
+    assert record["chosen_layers"] == [int(shift_Z.argmax())]
+    assert record["sources"] == [int(shares["before"][record["chosen_layers"][0]].argmax())]
+    assert record["samples"] == 8 and record["tokens"]["image"] == 8 * 4
+    assert (finished[1] / "select" / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("stage", ["align", "extend", "finetune", "full"])
+def test_every_stage_leaves_its_records(finished, stage: str):
+    folder = finished[1] / stage
+    record = json.loads((folder / "stage.json").read_text())
+    assert record["frozen_unchanged"] is True and record["steps"] == (2 if stage == "full" else 3)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, record["steps"] + 1))
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["tokens"] > 0 for row in rows)
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_results_hold_what_the_stage_trains_and_nothing_else(finished):
+    trained = {
+        stage: set(json.loads((finished[1] / stage / "stage.json").read_text())["trained"])
+        for stage in ("align", "extend", "finetune", "full")
+    }
+    assert {path.split("/")[0] for path in trained["align"]} == {"projector"}
+    assert trained["extend"] == {"decoder/layers/moe/gate"}
+    assert {path.split("/")[0] for path in trained["finetune"]} == {"extension"}
+    assert {path.split("/")[0] for path in trained["full"]} == {"decoder", "projector", "vision"}
+
+
+def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
+    run = open_again(finished)
+    _, arrays = pipeline.moextend_model(run)
+    _, start = pipeline.moextend_model(run, trained=False)
+    for path, leaf in run.pretrained.items():  # the probe's routers are gone, in the paper's recipe
+        assert np.asarray(arrays[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    for path in ("extension/new_experts/w_up", "extension/router/new_gate", "extension/router/calibrator/w_out"):
+        assert np.abs(np.asarray(arrays[path]) - np.asarray(start[path])).max() > 0, path
+    layer, source = run_selection(finished)
+    np.testing.assert_array_equal(
+        start["extension/new_experts/w_up"][0, 0], run.pretrained["decoder/layers/moe/experts/w_up"][layer, source]
+    )
+    assert pipeline.frozen_unchanged(run)
+
+
+def run_selection(finished) -> tuple[int, int]:
+    record = json.loads((finished[1] / "select" / "routing.json").read_text())
+    return record["chosen_layers"][0], record["sources"][0]
+
+
+def test_the_hash_sees_one_changed_bit():
+    arrays = {"a": np.zeros(3, np.float32), "b": np.ones((2, 2), np.float32)}
+    digest = pipeline.content_hash(arrays)
+    assert pipeline.content_hash(dict(reversed(arrays.items()))) == digest
+    for other in (
+        arrays | {"a": np.array([0, 0, -0.0], np.float32)},
+        arrays | {"b": np.ones(4, np.float32)},
+        {"c": arrays["a"], "b": arrays["b"]},
+    ):
+        assert pipeline.content_hash(other) != digest
+
+
+def test_the_report_is_one_self_contained_file(finished):
+    text = (finished[1] / "report.html").read_text()
+    assert len(text) > 10_000 and "</html>" in text
+    assert not any(mark in text for mark in ('src="http', 'href="http', "@import", "url(http"))
+
+
+def test_generate_streams_from_the_finished_model(finished, capsys, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), (200, 20, 20)).save(tmp_path / "red.png")
+    for extra in ([], [f"--image={tmp_path / 'red.png'}"], ["--model=full"], ["--temperature=1.0", "--top_k=5"]):
+        cli.main(["generate", f"--workdir={finished[1]}", "--prompt=What is it?", "--max_new_tokens=3", *extra])
+        assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_the_other_choices_of_the_recipe_run_too(finished, tmp_path):
+    config, _ = finished
+    arguments = [f"--config={config}", f"--workdir={tmp_path}", *RECIPE_CHANGES["mixed"]]
+    for stage in ("align", "extend", "select", "grow", "finetune"):
+        cli.main([stage, *arguments])
+    record = json.loads((tmp_path / "finetune" / "stage.json").read_text())
+    assert {path.split("/")[0] for path in record["trained"]} == {"extension", "projector"}
+    run = open_again((config, tmp_path))
+    _, arrays = pipeline.moextend_model(run)
+    gate = "decoder/layers/moe/gate"
+    assert np.abs(np.asarray(arrays[gate]) - np.asarray(run.pretrained[gate])).max() > 0

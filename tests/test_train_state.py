@@ -1,0 +1,145 @@
+"""A run that was cut off and goes on ends bit for bit where an uninterrupted one does; other runs are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax.checkpoints import train_state
+from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.data.batches import Pixels, batches
+from moextend_jax.data.datasets import Source, open_dataset
+from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.sharding import make_mesh
+from moextend_jax.train import loop
+from moextend_jax.train.metrics import read_metrics
+from moextend_jax.train.optimizer import OptimizerConfig
+
+FACTS = {"base": "abc", "stage": "align", "recipe": {"turns": "all"}}
+CONFIG = tiny.BASE_CONFIG
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Source:
+    folder = tiny.write_llava(tmp_path_factory.mktemp("llava"), rows=7)  # less than 6 batches: epochs turn over
+    return open_dataset("llava_instruct", data_dir=folder / "built", manual_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(tiny.ASSETS / "base")
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, jax.Array]:
+    return tiny.arrays(CONFIG, std=0.1)
+
+
+@pytest.fixture
+def run(source, tokenizer, arrays, monkeypatch):
+    """Trains align for six steps with a checkpoint every three; `dies_at` cuts it off before that step."""
+    seen: list[np.ndarray] = []
+
+    def train(folder: Path, *, dies_at: int | None = None, facts=FACTS):
+        seen.clear()
+        rows = batches(
+            source,
+            tokenizer=tokenizer,
+            recipe=RECIPES["paper"],
+            images=Pixels(images=source.images, size=32, preparation="pad"),
+            patches=4,
+            length=40,
+            batch_size=2,
+            conversations_per_row=1,
+            seed=3,
+        )
+
+        def put(batch, mesh):
+            seen.append(np.asarray(batch.ids_BL))
+            if len(seen) == dies_at:
+                raise KeyboardInterrupt
+            return batch
+
+        monkeypatch.setattr(loop, "put_batch", put)
+        trained = loop.train(
+            tiny.structure(CONFIG),
+            arrays,
+            rows,
+            stage="align",
+            steps=6,
+            folder=folder,
+            mesh=make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
+            optimizer_config=OptimizerConfig(learning_rate=1e-2),
+            recipe=RECIPES["paper"],
+            aux_coefficient=0.01,
+            loss_chunk=4,
+            facts=facts,
+            checkpoint_every=3,
+            checkpoints_kept=2,
+            log_every=1,
+        )
+        return trained, list(seen)
+
+    return train
+
+
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def lines(folder: Path) -> list[dict]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays):
+    whole, order = run(tmp_path / "whole")
+    assert len(order) == 6 and [row["step"] for row in lines(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", dies_at=6)
+    assert [row["step"] for row in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5]
+    resumed, rest = run(tmp_path / "cut")
+    assert len(rest) == 3
+    np.testing.assert_array_equal(rest, order[3:])
+    assert set(resumed) == set(whole)
+    for path, leaf in whole.items():
+        assert np.asarray(resumed[path]).tobytes() == np.asarray(leaf).tobytes(), path
+        assert np.abs(leaf - arrays[path]).max() > 0
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+    finished, nothing = run(tmp_path / "whole")
+    assert not nothing
+    for path, leaf in whole.items():
+        np.testing.assert_array_equal(finished[path], leaf)
+
+    with pytest.raises(MoextendError, match=r"base: 'abc' there, 'xyz' now") as error:
+        run(tmp_path / "whole", facts=FACTS | {"base": "xyz"})
+    assert "recipe" not in str(error.value)
+
+
+# --- results of a stage -----------------------------------------------------------------------------------------------
+
+
+def leaves(scale: float) -> dict[str, jax.Array]:
+    made = {path: leaf for path, leaf in tiny.arrays(tiny.EXTENDED).items() if path.startswith("extension/")}
+    return {path: (scale * leaf).astype("bfloat16" if "w_up" in path else "float32") for path, leaf in made.items()}
+
+
+def test_leaves_come_back_bit_for_bit_and_the_newest_wins(tmp_path: Path):
+    for scale in (1.0, 2.0):
+        train_state.save_leaves(tmp_path / "result", leaves(scale), facts=FACTS)
+    again = train_state.load_leaves(tmp_path / "result", facts=FACTS)
+    assert again is not None and set(again) == set(leaves(2.0))
+    for path, leaf in leaves(2.0).items():
+        assert again[path].dtype == leaf.dtype
+        assert np.asarray(again[path]).tobytes() == np.asarray(leaf).tobytes(), path
+
+
+def test_no_result_is_none_and_another_run_s_is_an_error(tmp_path: Path):
+    assert train_state.load_leaves(tmp_path / "result", facts=FACTS) is None
+    train_state.save_leaves(tmp_path / "result", leaves(1.0), facts=FACTS)
+    with pytest.raises(MoextendError, match="recipe.*'first'"):
+        train_state.load_leaves(tmp_path / "result", facts=FACTS | {"recipe": {"turns": "first"}})
