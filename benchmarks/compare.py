@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter of the torch environment")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

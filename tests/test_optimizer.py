@@ -98,8 +98,8 @@ def test_equals_adamw_by_hand_with_groups_decay_and_clip():
         updates, state = optimizer.update(gradient, state, leaves)
         leaves = optax.apply_updates(leaves, updates)
     assert isinstance(leaves, dict)
-    for path, leaf in leaves.items():
-        np.testing.assert_allclose(leaf, expected[path], atol=1e-5, rtol=0, err_msg=path)
+    for path, value in expected.items():
+        np.testing.assert_allclose(np.asarray(leaves[path]), value, atol=1e-5, rtol=0, err_msg=path)
 
 
 @pytest.mark.parametrize("stage", stages.STAGES)

@@ -56,7 +56,9 @@ def test_an_extended_layer_equals_the_released_code():
     np.testing.assert_array_equal(ours.ids_Tk, one["topk_idx"])
     np.testing.assert_allclose(ours.weights_Tk, one["topk_weight"], atol=1e-5, rtol=0)
     probs_TO = np.asarray(jax.nn.softmax(ours.logits_TO, axis=-1))
-    np.testing.assert_allclose(np.take_along_axis(probs_TO, ours.ids_Tk, 1), one["topk_prob"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        np.take_along_axis(probs_TO, np.asarray(ours.ids_Tk), 1), one["topk_prob"], atol=1e-5, rtol=0
+    )
     assert (ours.ids_Tk == 8).any() and (ours.ids_Tk < 8).any()
 
 

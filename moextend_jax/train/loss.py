@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def cross_entropy(
 
     logits_of, constants = jax.closure_convert(logits_of, hidden_nBcD[0])
     with jax.named_scope("cross_entropy"):
-        total = _sum_of_nats(logits_of, hidden_nBcD, targets_nBc, constants)
+        total = cast(jax.Array, _sum_of_nats(logits_of, hidden_nBcD, targets_nBc, constants))
     return total, (targets_BL != IGNORE).sum()
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     arrays |= {f"hidden_states/{i}": state.numpy() for i, state in enumerate(outputs.hidden_states)}
     arrays |= {"pixel_values": pixels.numpy(), "pooler_output": outputs.pooler_output.numpy()}
     arrays["config"] = np.array(json.dumps(SIZES))
-    np.savez_compressed(Path(__file__).with_name("clip.npz"), **arrays)
+    np.savez_compressed(Path(__file__).with_name("clip.npz"), **arrays)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":
