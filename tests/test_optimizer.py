@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +97,7 @@ def test_equals_adamw_by_hand_with_groups_decay_and_clip():
     state = optimizer.init(leaves)
     for gradient in gradients:
         updates, state = optimizer.update(gradient, state, leaves)
-        leaves = optax.apply_updates(leaves, updates)
-    assert isinstance(leaves, dict)
+        leaves = cast(dict[str, jax.Array], optax.apply_updates(leaves, updates))
     for path, value in expected.items():
         np.testing.assert_allclose(np.asarray(leaves[path]), value, atol=1e-5, rtol=0, err_msg=path)
 
