@@ -113,8 +113,8 @@ def _blocked_weight_gradient(x_RD, dy_RF, w_GDF, sizes_O, first: int):
 
         def one_block(i, dw_DF):
             row = start + i * block
-            x_bD = lax.dynamic_slice_in_dim(x_RD, row, block)
             mine_b1 = jnp.arange(block)[:, None] < size - i * block
+            x_bD = jnp.where(mine_b1, lax.dynamic_slice_in_dim(x_RD, row, block), 0)
             dy_bF = jnp.where(mine_b1, lax.dynamic_slice_in_dim(dy_RF, row, block), 0)
             return dw_DF + lax.dot_general(x_bD, dy_bF, (((0,), (0,)), ((), ())))
 
