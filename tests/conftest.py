@@ -16,6 +16,9 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Tests compile many small programs and run each a few times: cheap machine code halves their time. What XLA itself
+# decides (fusion, which products exist at all) stays the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # Tests of sharding need several devices and the rest must not pay for them: those tests run in a pytest of their own
 # with this variable set to 8.
 DEVICES = int(os.environ.get("MOEXTEND_TEST_DEVICES", "1"))
