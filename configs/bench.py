@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
 
     def stage(learning_rate: float) -> StageSettings:
         optimizer = OptimizerConfig(learning_rate=learning_rate)
-        return StageSettings(data="none", steps=100, batch_size=4, length=512, loss_chunk=64, optimizer=optimizer)
+        return StageSettings(data="none", steps=100, batch_size=4, length=512, loss_chunk=512, optimizer=optimizer)
 
     return to_config_dict(
         RunSettings(

@@ -16,7 +16,7 @@ def get_config(arg: str = "paper") -> ConfigDict:
     def stage(data: str, *, steps: int, length: int, learning_rate: float) -> StageSettings:
         # One calibrator step at the experts' rate could turn a weight of 1 negative: it learns 50 times slower.
         optimizer = OptimizerConfig(learning_rate=learning_rate, multipliers={"calibrators": 0.02})
-        return StageSettings(data=data, steps=steps, batch_size=64, length=length, loss_chunk=4, optimizer=optimizer)
+        return StageSettings(data=data, steps=steps, batch_size=64, length=length, loss_chunk=128, optimizer=optimizer)
 
     questions = "easy_vqa/questions"
     return to_config_dict(
@@ -30,6 +30,8 @@ def get_config(arg: str = "paper") -> ConfigDict:
             evaluate=EvaluateSettings(data=questions, questions=1000, length=40, max_new_tokens=6),
             dtype="float32",
             remat="none",
+            cpu_devices=2,
+            mesh={"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
             checkpoint_every=200,
             log_every=5,
         )

@@ -33,6 +33,7 @@ from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.router import route
 from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch, split_cpu
 from moextend_jax.train import stages
 from moextend_jax.train.loss import cross_entropy
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
@@ -125,11 +126,15 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
     stage_settings = getattr(settings, stage)
     config = model_config(settings, stage=stage)
     abstract = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    split_cpu(settings.cpu_devices)
+    mesh = make_mesh(settings.mesh)
+    shardings = parameter_shardings(abstract, mesh)
     rng = np.random.default_rng(settings.seed)
     # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
     arrays = {
-        path: jnp.asarray(
-            float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32), param.dtype
+        path: jax.device_put(
+            (float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32)).astype(param.dtype),
+            shardings[path],
         )
         for path, param in by_path(nnx.state(abstract, nnx.Param)).items()
     }
@@ -141,9 +146,10 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
         aux_coefficient=settings.aux_coefficient, loss_chunk=stage_settings.loss_chunk,
     )  # fmt: skip
     rows, length = stage_settings.batch_size, stage_settings.length
-    batch = jax.device_put(random_batch(config, rows=rows, length=length, labels=labels))
+    batch = put_batch(random_batch(config, rows=rows, length=length, labels=labels), mesh)
     state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
-    compiled = step.lower(state, frozen, batch).compile()
+    with jax.set_mesh(mesh):
+        compiled = step.lower(state, frozen, batch).compile()
     seconds = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
@@ -192,18 +198,18 @@ def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainab
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
         return optax.apply_updates(trainable, updates)
 
-    Z = decoder.layers
+    Z, experts = decoder.layers, layer.moe.experts.weights(x_TD.dtype)
     return {
         "router": Z * _seconds(_with_pull(routed, x_TD)),
         "dispatch": Z * _seconds(_with_pull(dispatched, x_TD)),
         "experts": Z * _seconds(
-            _with_pull(lambda x, w: swiglu(x, w, [layer.moe.experts], sorting.sizes_O), x_RD, weights_R1)
+            _with_pull(lambda x, w: swiglu(x, w, (experts,), sorting.sizes_O), x_RD, weights_R1)
         ),
         "combine": Z * _seconds(_with_pull(lambda y: combine(decoder.top_k, y, sorting), x_RD)),
         "attention": Z * _seconds(_with_pull(attended, x_BLD)),
         "projector": _seconds(_with_pull(model.projector, batch.features_BMPC[:, 0])),
         "cross_entropy": _seconds(
-            _with_pull(lambda h: cross_entropy(model.decoder.logits, h, batch.labels_BL, chunk=chunk)[0], x_BLD)
+            _with_pull(lambda h: cross_entropy(h, model.decoder.head_DV, batch.labels_BL, chunk=chunk)[0], x_BLD)
         ),
         "optimizer": _seconds(updated),
     }  # fmt: skip

@@ -31,7 +31,7 @@ from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import arrays_of, with_arrays
 from moextend_jax.settings import RunSettings, StageSettings
-from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
+from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch, split_cpu
 from moextend_jax.train import stages
 from moextend_jax.train.loop import train
 
@@ -60,6 +60,7 @@ class Run:
 
 def open_run(settings: RunSettings, workdir: Path) -> Run:
     """Reads the pretrained decoder and tower."""
+    split_cpu(settings.cpu_devices)
     base = EMBEDDED if settings.base == "embedded" else Path(settings.base)
     vision = EMBEDDED / "vision" if settings.vision == "embedded" else Path(settings.vision)
     config = ModelConfig(
@@ -277,7 +278,8 @@ def select(run: Run) -> dict[str, Any]:
 
     def count(arrays: Arrays) -> routing.Counts:
         rows = rows_of(run, source, stage, epochs=1, seed=None, parts=parts)
-        return routing.count_all(model, arrays, (put_batch(row, run.mesh) for row in rows), recipe=recipe)
+        with jax.set_mesh(run.mesh):
+            return routing.count_all(model, arrays, (put_batch(row, run.mesh) for row in rows), recipe=recipe)
 
     before, after = count(before_arrays), count(after_arrays)
     chosen = routing.select(before, after, share=settings.share, recipe=recipe)

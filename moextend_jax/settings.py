@@ -33,8 +33,8 @@ class StageSettings:
     conversations_per_row: int = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     too_long: Literal["error", "drop_turns"] = "error"
-    loss_chunk: int = 128
-    """Labelled positions per row that go through the head at once."""
+    loss_chunk: int = 1024
+    """Labelled positions that go through the head at once on a device."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
@@ -91,6 +91,8 @@ class RunSettings:
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: int = 0
+    cpu_devices: int = 1
+    """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
     aux_coefficient: float = 0.001
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     train_dtype: Literal["bfloat16", "float32"] = "float32"

@@ -6,10 +6,12 @@ from here. No PartitionSpec is written anywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -28,6 +30,12 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     # activations
     "B": ("data", "fsdp", "expert"), "L": None, "M": None, "h": None, "w": None, "c": None,
 }  # fmt: skip
+
+
+def split_cpu(devices: int) -> None:
+    """Makes that many XLA devices of a CPU. A process that has used JAX before keeps the devices it has."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
@@ -62,10 +70,39 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedShardin
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A host batch on the devices, rows split as the table splits B."""
+    """A host batch on the devices, rows split as the table splits B; rows that do not divide go to every device."""
+    shards = int(np.prod([mesh.shape[axis] for axis in TABLE["B"] or ()]))
 
     def put(name: str, array: Any) -> Any:
-        axes = name.split("_")[1].replace("hwc", "") if array is not None else ""
-        return None if array is None else jax.device_put(array, NamedSharding(mesh, spec(axes)))
+        if array is None:
+            return None
+        axes = name.split("_")[1].replace("hwc", "") if array.shape[0] % shards == 0 else ""
+        return jax.device_put(array, NamedSharding(mesh, spec(axes)))
 
     return Batch(**{name: put(name, array) for name, array in batch._asdict().items()})
+
+
+def map_rows(function: Callable[[Any, Any], Any], split: Any, *, whole: Any = ()) -> Any:
+    """`function(split, whole)` on every device's own rows: the arrays of `split`, and what is returned, have B or T in
+    front; those of `whole` go to every device.
+
+    The mesh is the one of `jax.set_mesh`; without one, or where the rows do not divide over it (a single prompt), the
+    function sees them all. The gradient of `whole` is summed over the devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in TABLE["B"] or () if mesh.shape.get(axis, 1) > 1)
+    if not axes or jax.tree.leaves(split)[0].shape[0] % int(np.prod([mesh.shape[axis] for axis in axes])):
+        return function(split, whole)
+
+    def local(split, whole):
+        return function(split, jax.tree.map(lambda array: jax.lax.pcast(array, axes, to="varying"), whole))
+
+    rows = PartitionSpec(axes)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=set(axes))
+    return sharded(split, whole)
+
+
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Zeros with the dtype of `like`, which inside `map_rows` differ by device as `like` does: a loop's start."""
+    array, axes = jnp.zeros(shape, like.dtype), tuple(jax.typeof(like).manual_axis_type.varying)
+    return jax.lax.pcast(array, axes, to="varying") if axes else array

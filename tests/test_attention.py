@@ -7,9 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 
+from moextend_jax.models import blocked_attention
 from moextend_jax.models.attention import Attention, KeysValues, rotate, rotation, segment_mask
 from moextend_jax.models.parameters import with_arrays
 
@@ -137,3 +139,30 @@ def test_what_stands_in_the_padding_has_no_effect():
     other = forward()(batch._replace(ids_BL=np.where(padding_BL, 9, batch.ids_BL)))
     np.testing.assert_allclose(other[~padding_BL], forward()(batch)[~padding_BL], atol=1e-5, rtol=0)
     assert padding_BL.any()
+
+
+@pytest.mark.parametrize("block", [4, 16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_blocked_attention_equals_the_plain_one_with_gradients(block: int, packed: bool, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "BLOCK", block)
+    B, L, N, K, H = 3, 22, 4, 2, 6
+    rng = np.random.default_rng(0)
+    query, key, value, dy = (jnp.asarray(rng.normal(size=(B, L, n, H)), jnp.float32) for n in (N, K, K, N))
+    segments_BL = np.ones((B, L), np.int32)
+    segments_BL[1, 15:] = 0  # padding
+    segments_BL[2, :3] = 0  # padding before the first token, which sees only itself
+    if packed:
+        segments_BL[0, 9:] = 2
+    mask = segment_mask(jnp.asarray(segments_BL))
+
+    def plain(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+    def ours(query, key, value):
+        return blocked_attention.causal_attention(query, key, value, mask)
+
+    y, pull = jax.vjp(plain, query, key, value)
+    mine, mine_pull = jax.vjp(jax.jit(ours), query, key, value)
+    np.testing.assert_allclose(mine, y, atol=1e-5, rtol=0)
+    for got, expected in zip(mine_pull(dy), pull(dy), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)

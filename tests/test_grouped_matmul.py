@@ -1,4 +1,4 @@
-"""Both backends multiply each row by its group's matrix: forward, gradients, empty groups, rows past the last."""
+"""Grouped products and the blocked SwiGLU do each row's own product: forward, gradients, empty groups, spare rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moextend_jax.models import grouped_matmul as module
+from moextend_jax.models import blocked_swiglu as blocked
+from moextend_jax.models.grouped_matmul import grouped_matmul
 
 D, F = 6, 10
-BACKENDS = {"blocked": module._blocked, "ragged_dot": module._ragged_dot}
 CASES = {
     "mixed": ([5, 0, 17, 1, 9], 32, (4, 1)),
     "all rows in one group": ([0, 0, 32], 32, (3,)),
@@ -25,81 +25,110 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True, params=[8, 256])
+@pytest.fixture(params=[8, 256])
 def block(request, monkeypatch):
     """Groups of several blocks, and all rows in one block."""
-    monkeypatch.setattr(module, "BLOCK", request.param)
+    monkeypatch.setattr(blocked, "BLOCK", request.param)
 
 
-def dense(x_RD: jax.Array, w_parts: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
-    """Every row by its own matrix, one after another."""
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+def swiglu_weights(parts: Sequence[int]) -> tuple[blocked.Weights, ...]:
+    return tuple((normal(g, D, F), normal(g, D, F) / 2, normal(g, F, D)) for g in parts)
+
+
+def product_per_row(x_RD: jax.Array, w_parts: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
     w_ODF = jnp.concatenate(w_parts)
     group_R = np.repeat(np.arange(len(sizes)), sizes)
     y_RF = jnp.einsum("RD,RDF->RF", x_RD[: len(group_R)], w_ODF[group_R])
     return jnp.pad(y_RF, ((0, x_RD.shape[0] - len(group_R)), (0, 0)))
 
 
-def make(rows: int, parts: Sequence[int]):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    return normal(rows, D), tuple(normal(groups, D, F) for groups in parts), normal(rows, F)
+def swiglu_per_row(x_RD, weights_R1, parts, sizes):
+    gate, up, down = zip(*parts, strict=True)
+    hidden_RF = jax.nn.silu(product_per_row(x_RD, gate, sizes)) * product_per_row(x_RD, up, sizes) * weights_R1
+    return product_per_row(hidden_RF, down, sizes)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES)
-def test_equals_one_product_per_row(backend: str, case: str):
-    sizes, rows, parts = CASES[case]
-    x_RD, w_parts, dy_RF = make(rows, parts)
-
+def assert_same_with_gradients(ours, theirs, *inputs: object, dy: jax.Array):
     @jax.jit
-    def ours(x_RD, w_parts, sizes_O):
-        y_RF, pull = jax.vjp(lambda x, w: BACKENDS[backend](x, w, sizes_O), x_RD, w_parts)
-        return y_RF, pull(dy_RF)
+    def run(inputs):
+        y, pull = jax.vjp(ours, *inputs)
+        return y, pull(dy)
 
-    y_RF, pull = jax.vjp(lambda x, w: dense(x, w, sizes), x_RD, w_parts)
-    got = ours(x_RD, w_parts, jnp.array(sizes, jnp.int32))
-    for mine, reference in zip(jax.tree.leaves(got), jax.tree.leaves((y_RF, pull(dy_RF))), strict=True):
-        np.testing.assert_allclose(mine, reference, atol=1e-5, rtol=0)
-    assert not np.asarray(got[0])[sum(sizes) :].any()
-    assert not np.asarray(got[1][0])[sum(sizes) :].any()
+    got = run(inputs)
+    y, pull = jax.vjp(theirs, *inputs)
+    for mine, reference in zip(jax.tree.leaves(got), jax.tree.leaves((y, pull(dy))), strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5, rtol=1e-5)
+    return got
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_matmul_equals_one_product_per_row(case: str):
+    sizes, rows, parts = CASES[case]
+    sizes_O = jnp.array(sizes, jnp.int32)
+    y_RF, pulled = assert_same_with_gradients(
+        lambda x, w: grouped_matmul(x, w, sizes_O),
+        lambda x, w: product_per_row(x, w, sizes),
+        normal(rows, D),
+        tuple(normal(g, D, F) for g in parts),
+        dy=normal(rows, F),
+    )
+    assert not np.asarray(y_RF)[sum(sizes) :].any() and not np.asarray(pulled[0])[sum(sizes) :].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocked_swiglu_equals_one_swiglu_per_row(case: str, block: None):
+    sizes, rows, parts = CASES[case]
+    sizes_O = jnp.array(sizes, jnp.int32)
+    y_RD, pulled = assert_same_with_gradients(
+        lambda x, w, parts: blocked.blocked_swiglu(x, w, parts, sizes_O),
+        lambda x, w, parts: swiglu_per_row(x, w, parts, sizes),
+        normal(rows, D) / 3,
+        normal(rows, 1),
+        swiglu_weights(parts),
+        dy=normal(rows, D) / 3,
+    )
+    for array in (y_RD, *pulled[:2]):
+        assert not np.asarray(array)[sum(sizes) :].any()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_backends_agree_on_random_sizes(seed: int):
+def test_blocked_swiglu_on_random_sizes(seed: int, block: None):
     rng = np.random.default_rng(seed)
     sizes = rng.multinomial(rng.integers(60, 70), rng.dirichlet([0.5] * 6))
-    x_RD, w_parts, _ = make(70, (4, 2))
-    y = [jax.jit(backend)(x_RD, w_parts, jnp.asarray(sizes, jnp.int32)) for backend in BACKENDS.values()]
-    np.testing.assert_allclose(y[0], y[1], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(y[0], dense(x_RD, w_parts, sizes.tolist()), atol=1e-5, rtol=0)
+    x_RD, weights_R1, parts = normal(70, D), normal(70, 1), swiglu_weights((4, 2))
+    y_RD = jax.jit(blocked.blocked_swiglu)(x_RD, weights_R1, parts, jnp.asarray(sizes, jnp.int32))
+    np.testing.assert_allclose(y_RD, swiglu_per_row(x_RD, weights_R1, parts, sizes.tolist()), atol=1e-4, rtol=0)
 
 
-def test_what_stands_in_unused_rows_has_no_effect():
-    x_RD, w_parts, dy_RF = make(16, (2,))
+def test_what_stands_in_unused_rows_has_no_effect(block: None):
+    x_RD, weights_R1, parts, dy_RD = normal(16, D), normal(16, 1), swiglu_weights((2,)), normal(16, D)
     sizes_O = jnp.array([3, 6], jnp.int32)
 
     @jax.jit
-    def run(x_RD, dy_RF):
-        y_RF, pull = jax.vjp(lambda x, w: module.grouped_matmul(x, w, sizes_O), x_RD, w_parts)
-        return y_RF, pull(dy_RF)
+    def run(x_RD, weights_R1, dy_RD):
+        y_RD, pull = jax.vjp(lambda x, w, p: blocked.blocked_swiglu(x, w, p, sizes_O), x_RD, weights_R1, parts)
+        return y_RD, pull(dy_RD)
 
-    clean = run(x_RD, dy_RF)
-    dirty = run(x_RD.at[9:].set(jnp.nan), dy_RF.at[9:].set(jnp.nan))
+    clean = run(x_RD, weights_R1, dy_RD)
+    dirty = run(*(array.at[9:].set(jnp.nan) for array in (x_RD, weights_R1, dy_RD)))
     for a, b in zip(jax.tree.leaves(clean), jax.tree.leaves(dirty), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_weights_follow_the_rows_dtype_and_gradients_the_weights():
-    x_RD, w_parts, _ = make(16, (2, 1))
-    sizes_O = jnp.array([3, 6, 7], jnp.int32)
-
-    def total(w_parts):
-        y_RF = module.grouped_matmul(x_RD.astype(jnp.bfloat16), w_parts, sizes_O)
-        assert y_RF.dtype == jnp.bfloat16
-        return y_RF.astype(jnp.float32).sum()
-
-    gradient = jax.jit(jax.grad(total))(w_parts)
-    assert {dw.dtype for dw in gradient} == {jnp.dtype("float32")}
+@pytest.mark.parametrize("which", ["matmul", "swiglu"])
+def test_bfloat16_rows_give_bfloat16(which: str):
+    sizes_O = jnp.array([10, 6], jnp.int32)
+    x_RD, weights_R1, parts = normal(16, D), normal(16, 1), swiglu_weights((2,))
+    if which == "matmul":
+        y, exact = (grouped_matmul(x_RD.astype(t), [parts[0][0]], sizes_O) for t in (jnp.bfloat16, jnp.float32))
+    else:
+        y, exact = (
+            blocked.blocked_swiglu(*jax.tree.map(lambda a, t=t: a.astype(t), (x_RD, weights_R1, parts)), sizes_O)
+            for t in (jnp.bfloat16, jnp.float32)
+        )
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.05 * float(jnp.abs(exact).max()), rtol=0)

@@ -48,7 +48,7 @@ def test_chunked_cross_entropy_equals_the_direct_form_with_gradients(kind: str, 
     labels_BL = labels(kind)
 
     def chunked(head_DV, hidden_BLD):
-        return cross_entropy(lambda hidden: hidden @ head_DV, hidden_BLD, labels_BL, chunk=chunk)
+        return cross_entropy(hidden_BLD, head_DV, labels_BL, chunk=chunk)
 
     (value, count), gradient = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))(HEAD_DV, HIDDEN_BLD)
     expected, expected_gradient = jax.value_and_grad(direct, argnums=(0, 1))(HEAD_DV, HIDDEN_BLD, labels_BL)

@@ -1,52 +1,94 @@
-"""Text-only instructions, made here, that turn the pretrained base into one that answers: questions about described
-drawings, and "what is a ...?" from WordNet's glosses. No pictures, and nothing of easy-VQA.
+"""Text-only conversations, made here, that teach the base to read: questions about drawings and things described in
+words, repeating words, and "what is a ...?" from WordNet's glosses. No pictures, and nothing of easy-VQA.
 
-Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes BUILD/instructions.train.txt.
+Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes BUILD/instructions.json in LLaVA's
+format. A model that has only read books cannot look back at what it was told; an aligned picture is something told.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import re
 from pathlib import Path
 
 from images import COLOURS, COMMON, RARE
 
+CONVERSATIONS = {"drawing": 40_000, "thing": 14_000, "repeat": 6_000, "definition": 4_000}
 SHAPES = (*COMMON, *COMMON, *RARE)
+PLACES = ("image", "picture", "drawing")
+
+Turns = list[tuple[str, str]]
 
 
-def described(draw: random.Random) -> str:
-    """A described drawing, a question about it, its answer."""
-    colour, shape = draw.choice(list(COLOURS)), draw.choice(SHAPES)
+def drawing(draw: random.Random) -> Turns:
+    """A described drawing and three questions about it."""
+    colour, shape, place = draw.choice(list(COLOURS)), draw.choice(SHAPES), draw.choice(PLACES)
+    tags = [colour, shape] * draw.randint(1, 6)
+    draw.shuffle(tags)
+    description = draw.choice(
+        [f"a {colour} {shape}", f"{colour} {shape}", f"{shape}, {colour}", " ".join(tags), " ".join(tags)]
+        + [f"The {place} shows a {colour} {shape}.", f"One {shape} is in the {place}, and it is {colour}."]
+    )
+    turns = [_about_drawing(draw, colour, shape, place) for _ in range(3)]
+    return [(f"{description} {turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def _about_drawing(draw: random.Random, colour: str, shape: str, place: str) -> tuple[str, str]:
+    kind = draw.choice(["colour", "shape", "is it", "is it", "caption"])
+    if kind == "colour":
+        question = [
+            f"what color is the {shape}?",
+            f"what is the color of the {shape}?",
+            f"which color has the {shape}?",
+        ]
+        return draw.choice([*question, f"what color is in the {place}?"]), colour
+    if kind == "shape":
+        question = [f"what shape is in the {place}?", f"what is the {colour} shape?", "what shape is it?"]
+        return draw.choice([*question, f"which shape does the {place} show?"]), shape
+    if kind == "caption":
+        return draw.choice(["Describe it.", f"Describe the {place}.", "What do you see?"]), f"a {colour} {shape}"
     other_colour = colour if draw.random() < 0.5 else draw.choice(list(COLOURS))
     other_shape = shape if draw.random() < 0.5 else draw.choice(SHAPES)
-    place = draw.choice(["image", "picture", "drawing"])
-    description = draw.choice(
-        [f"a {colour} {shape}", f"{colour} {shape}", f"The {place} shows a {colour} {shape}.", f"{shape}, {colour}"]
+    thing, there = draw.choice(
+        [(other_shape, other_shape == shape), (f"{other_colour} shape", other_colour == colour)]
+        + [(f"{other_colour} {other_shape}", (other_colour, other_shape) == (colour, shape))]
     )
-    yes_colour, yes_shape = ("yes" if colour == other_colour else "no"), ("yes" if shape == other_shape else "no")
-    question, answer = draw.choice(
-        [
-            (f"what color is the {shape}?", colour),
-            (f"what is the color of the {shape}?", colour),
-            (f"what color is in the {place}?", colour),
-            (f"what shape is in the {place}?", shape),
-            (f"what is the {colour} shape?", shape),
-            (f"is there a {other_shape}?", yes_shape),
-            (f"does the {place} contain a {other_shape}?", yes_shape),
-            (f"is no {other_shape} in the {place}?", "no" if yes_shape == "yes" else "yes"),
-            (f"is there a {other_colour} shape?", yes_colour),
-            (f"does the {place} not contain a {other_colour} shape?", "no" if yes_colour == "yes" else "yes"),
-            ("Describe the image.", f"a {colour} {shape}"),
-        ]
+    article = "an" if thing[0] in "aeiou" else "a"
+    question, yes = draw.choice(
+        [(f"is there {article} {thing}?", there), (f"does the {place} show {article} {thing}?", there)]
+        + [(f"is there not {article} {thing} in the {place}?", not there), (f"is no {thing} there?", not there)]
     )
-    return f"[INST] {description} {question} [/INST] {answer}"
+    return question, "yes" if yes else "no"
 
 
-def defined(passage: str) -> str:
+def thing(draw: random.Random, words: list[str]) -> Turns:
+    """The same with any word, so that reading does not mean knowing the colours."""
+    first, second, third, other = draw.sample(words, 4)
+    asked = draw.choice([first, second, other])
+    turns = [
+        ("what comes first?", first),
+        ("what comes second?", second),
+        (f"what comes after {first}?", second),
+        (f"what comes before {third}?", second),
+        (f"is there {asked}?", "no" if asked == other else "yes"),
+        (f"is {asked} there?", "no" if asked == other else "yes"),
+        ("say it again.", f"{first}, {second}, {third}"),
+    ]
+    turns = draw.sample(turns, 3)
+    return [(f"{first}, {second}, {third}. {turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def repeat(draw: random.Random, words: list[str]) -> Turns:
+    some = ", ".join(draw.sample(words, draw.randint(1, 8)))
+    return [(draw.choice([f"Repeat: {some}", f"{some}. Repeat it.", f"Say {some}."]), some)]
+
+
+def definition(passage: str) -> Turns:
     """The first entry of a WordNet passage as a question and its answer."""
     word, _, gloss = passage.partition(": ")
-    return f"[INST] what is {word.split(',')[0]}? [/INST] {gloss.split('. ')[0][:200]}"
+    return [(f"what is {word.split(',')[0]}?", gloss.split("; ")[0].split(". ")[0][:200])]
 
 
 def main() -> None:
@@ -54,15 +96,29 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="folder that text.py wrote")
     folder = parser.parse_args().text
     draw = random.Random(0)
-    glosses, verses = (
-        [line for line in (folder / f"{name}.train.txt").read_text().splitlines() if line]
-        for name in ("wordnet", "kjv")
-    )
-    lines = [described(draw) for _ in range(9000)]
-    lines += [defined(passage) for passage in draw.sample(glosses, 1500)]
-    lines += draw.sample(glosses, 2500) + draw.sample(verses, 1200)  # so that it does not forget
-    draw.shuffle(lines)
-    (folder / "instructions.train.txt").write_text("\n".join(lines) + "\n")
+    glosses = [line for line in (folder / "wordnet.train.txt").read_text().splitlines() if line]
+    words = sorted({line.split(":")[0].split(",")[0] for line in glosses})
+    words = [word for word in words if re.fullmatch(r"[a-z]{3,10}", word)]
+    makers = {
+        "drawing": lambda: drawing(draw),
+        "thing": lambda: thing(draw, words),
+        "repeat": lambda: repeat(draw, words),
+        "definition": lambda: definition(draw.choice(glosses)),
+    }
+    conversations = [makers[kind]() for kind, count in CONVERSATIONS.items() for _ in range(count)]
+    draw.shuffle(conversations)
+    rows = [
+        {
+            "id": str(number),
+            "conversations": [
+                {"from": speaker, "value": text}
+                for turn in turns
+                for speaker, text in zip(("human", "gpt"), turn, strict=True)
+            ],
+        }
+        for number, turns in enumerate(conversations)
+    ]
+    (folder / "instructions.json").write_text(json.dumps(rows) + "\n")
 
 
 if __name__ == "__main__":

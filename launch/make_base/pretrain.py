@@ -3,10 +3,11 @@
 Run after text.py and instructions.py, once for each phase:
 
     python launch/make_base/pretrain.py --text BUILD --phase text --out BUILD/text --state BUILD/lm
-    python launch/make_base/pretrain.py --text BUILD --phase instructions --start BUILD/text \
+    python launch/make_base/pretrain.py --text BUILD --phase reading --start BUILD/text \
         --out moextend_jax/assets/base --state BUILD/lm2
 
-It saves its whole state every 50 steps and goes on from there when run again. About 40 minutes on 2 idle cores.
+Rows of text have a label on each token, rows of conversations on their answers. The whole state is saved every 50
+steps, and the script goes on from there when run again. About 1 hour on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import pickle
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +26,12 @@ from flax import nnx
 
 from moextend_jax.checkpoints.huggingface import read_parameters, write_decoder_config, write_parameters
 from moextend_jax.config import RECIPES, DecoderConfig, ModelConfig
-from moextend_jax.data.batches import text_batches
-from moextend_jax.data.datasets import open_text
+from moextend_jax.data.batches import batches, text_batches
+from moextend_jax.data.datasets import Images, Source, open_text
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import arrays_of
+from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
@@ -38,17 +41,36 @@ MODEL = ModelConfig(
     dtype="float32",
     remat="none",
 )
-PHASES = {  # files, steps, learning rate
-    "text": (("wordnet", "kjv"), 560, 3e-3),
-    "instructions": (("instructions",), 150, 2e-3),
-}
-BATCH, LENGTH, SEED = 8, 512, 0
+LENGTH, SEED = 512, 0
+
+
+class Phase(NamedTuple):
+    text_rows: int
+    chat_rows: int
+    steps: int
+    peak: float
+
+
+PHASES = {"text": Phase(8, 0, 560, 3e-3), "reading": Phase(3, 5, 1300, 3e-3)}
+MESH = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
 TOKENIZER = Path(__file__).parents[2] / "moextend_jax" / "assets" / "base"
+
+
+class Conversations(list):
+    """Rows of LLaVA's JSON as `data.datasets.Source` reads them."""
+
+    def __init__(self, path: Path):
+        rows = json.loads(path.read_text())
+        super().__init__({"id": row["id"].encode(), "conversations": json.dumps(row["conversations"]),
+                          "images": [], "image_rows": []} for row in rows)  # fmt: skip
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [self[index] for index in indices]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="folder with {wordnet,kjv}.train.txt")
+    parser.add_argument("--text", type=Path, required=True, help="{wordnet,kjv}.train.txt, instructions.json")
     parser.add_argument("--phase", choices=PHASES, required=True)
     parser.add_argument("--start", type=Path, help="Hugging Face folder of the phase before")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face folder to write")
@@ -56,44 +78,57 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.state.mkdir(parents=True, exist_ok=True)
 
+    phase = PHASES[arguments.phase]
+    mesh = make_mesh(MESH)
     model = jax.jit(lambda: nnx.split(MoExtend(MODEL, rngs=nnx.Rngs(SEED))))
     model = nnx.merge(*model())
     arrays = arrays_of(model)
     if arguments.start:
         read = read_parameters(arguments.start, model, table="mixtral", config=MODEL)
         arrays = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in read.items()}
-    files, steps, peak = PHASES[arguments.phase]
-    settings = OptimizerConfig(learning_rate=peak, warmup_share=0.05, b2=0.98)
-    trainable, frozen = stages.split(arrays, stages.patterns("full_text", recipe=RECIPES["paper"]))
-    schedule = learning_rate(settings, steps=steps, recipe=RECIPES["paper"])
+    recipe, settings = RECIPES["paper"], OptimizerConfig(learning_rate=phase.peak, warmup_share=0.05, b2=0.98)
+    arrays = jax.device_put(arrays, parameter_shardings(model, mesh))
+    trainable, frozen = stages.split(arrays, stages.patterns("full_text", recipe=recipe))
+    schedule = learning_rate(settings, steps=phase.steps, recipe=recipe)
     optimizer = make_optimizer(settings, paths=trainable, schedule=schedule)
-    step = make_step(
-        model, optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"], aux_coefficient=0.01, loss_chunk=64
-    )
+    step = make_step(model, optimizer=optimizer, schedule=schedule, recipe=recipe, aux_coefficient=0.01, loss_chunk=512)
     state = init_state(trainable, optimizer)
 
     tokenizer = load_tokenizer(TOKENIZER)
-    passages = [line for name in files for line in open_text(arguments.text / f"{name}.train.txt")]
-    rows = iter(text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=BATCH, seed=SEED))
+    passages = [line for name in ("wordnet", "kjv") for line in open_text(arguments.text / f"{name}.train.txt")]
+    text = iter(text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=phase.text_rows, seed=SEED))
+    source = Source(rows=Conversations(arguments.text / "instructions.json"), images=Images(()))
+    chats = iter(
+        batches(
+            source, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, length=LENGTH, batch_size=max(1, phase.chat_rows),
+            seed=SEED,
+        )
+    )  # fmt: skip
     saved = arguments.state / "state.pkl"
     if saved.exists():
-        leaves, position = pickle.loads(saved.read_bytes())
-        state = jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(leaf) for leaf in leaves])
-        rows.set_state(position)
+        leaves, *positions = pickle.loads(saved.read_bytes())
+        old, structure = jax.tree.flatten(state)
+        leaves = [jax.device_put(leaf, like.sharding) for leaf, like in zip(leaves, old, strict=True)]
+        state = jax.tree.unflatten(structure, leaves)
+        for rows, position in zip((text, chats), positions, strict=True):
+            rows.set_state(position)
 
     started, first = time.time(), int(state.step)
-    for count in range(first, steps):
-        state, metrics = step(state, frozen, jax.tree.map(jnp.asarray, next(rows)))
+    for count in range(first, phase.steps):
+        parts = [next(text)] + [next(chats)] * (phase.chat_rows > 0)
+        batch = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, frozen, put_batch(batch, mesh))
         if (count + 1) % 10 == 0:
-            speed = (count + 1 - first) * BATCH * LENGTH / (time.time() - started)
+            speed = (count + 1 - first) * (phase.text_rows + phase.chat_rows) * LENGTH / (time.time() - started)
             print(
                 json.dumps({"step": count + 1, "tokens_per_second": speed} | jax.tree.map(float, metrics)), flush=True
             )
-        if (count + 1) % 50 == 0 or count + 1 == steps:
+        if (count + 1) % 50 == 0 or count + 1 == phase.steps:
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-            saved.with_suffix(".new").write_bytes(pickle.dumps((leaves, rows.get_state())))
+            saved.with_suffix(".new").write_bytes(pickle.dumps((leaves, text.get_state(), chats.get_state())))
             saved.with_suffix(".new").rename(saved)
-            save_model(state, arguments.out if count + 1 == steps else arguments.state)
+            save_model(state, arguments.out if count + 1 == phase.steps else arguments.state)
 
 
 def save_model(state: TrainState, folder: Path) -> None:

@@ -27,6 +27,7 @@ from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.pipeline import Arrays, Run
+from moextend_jax.sharding import put_batch
 from moextend_jax.train.metrics import progress
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
@@ -34,6 +35,11 @@ TEXTS = Path(__file__).parents[1] / "assets" / "text"
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Evaluates every model the work directory holds; writes summary.json, examples.json, finetune/routing.json."""
+    with jax.set_mesh(run.mesh):
+        return _evaluate(run)
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
     settings = run.settings.evaluate
     source = pipeline.open_source(run, settings.data, settings.split)
     if settings.questions > len(source):
@@ -102,14 +108,14 @@ def _completer(run: Run, model: MoExtend, arrays: Arrays, max_new_tokens: int):
     generator = Generator(model, eos=run.tokenizer.eos, suppress=(tags.start, tags.end, tags.pad))
 
     def complete(batch: Batch) -> np.ndarray:
-        return generator.complete(arrays, jax.tree.map(jnp.asarray, batch), max_new_tokens=max_new_tokens)
+        return generator.complete(arrays, put_batch(batch, run.mesh), max_new_tokens=max_new_tokens)
 
     return complete
 
 
 def _text_losses(run: Run, model: MoExtend, arrays: Arrays) -> dict[str, float]:
     settings = run.settings.evaluate
-    step = text_loss_step(model, chunk=64)
+    step = text_loss_step(model, chunk=512)
     rows = functools.partial(
         text_batches,
         tokenizer=run.tokenizer,
@@ -118,13 +124,19 @@ def _text_losses(run: Run, model: MoExtend, arrays: Arrays) -> dict[str, float]:
         seed=None,
         epochs=1,
     )
-    return {text: text_loss(step, arrays, rows(open_text(TEXTS / f"{text}.txt"))) for text in ("wordnet", "kjv")}
+
+
+    def loss(text: str) -> float:
+        batches = (put_batch(batch, run.mesh) for batch in rows(open_text(TEXTS / f"{text}.txt")))
+        return text_loss(step, arrays, batches)
+
+    return {text: loss(text) for text in ("wordnet", "kjv")}
 
 
 def _write_routing(run: Run, model: MoExtend, arrays: Arrays, make_batch, questions: Sequence[asking.Question]) -> None:
     rows = run.settings.evaluate.batch_size
     batches = (
-        jax.tree.map(jnp.asarray, make_batch(questions[first : first + rows]))
+        put_batch(make_batch(questions[first : first + rows]), run.mesh)
         for first in range(0, len(questions) - rows + 1, rows)
     )
     counts = routing.count_all(model, arrays, batches, recipe=run.settings.recipe)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 
 from moextend_jax.config import Batch
 from moextend_jax.models.moextend import MoExtend
@@ -18,7 +17,7 @@ def text_loss_step(model: MoExtend, *, chunk: int) -> Callable:
 
     def step(arrays: dict[str, jax.Array], batch: Batch):
         whole = with_arrays(model, arrays)
-        return cross_entropy(whole.decoder.logits, whole(batch).hidden_BLD, batch.labels_BL, chunk=chunk)
+        return cross_entropy(whole(batch).hidden_BLD, whole.decoder.head_DV, batch.labels_BL, chunk=chunk)
 
     return jax.jit(step)
 
@@ -26,6 +25,6 @@ def text_loss_step(model: MoExtend, *, chunk: int) -> Callable:
 def text_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:
     total, tokens = 0.0, 0
     for batch in batches:
-        nats, count = step(arrays, jax.tree.map(jnp.asarray, batch))
+        nats, count = step(arrays, batch)
         total, tokens = total + float(nats), tokens + int(count)
     return total / tokens

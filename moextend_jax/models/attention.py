@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import weight
+from moextend_jax.sharding import map_rows
 
 
 class KeysValues(NamedTuple):
@@ -47,8 +49,16 @@ class Attention(nnx.Module):
         if past is not None:
             rows_B1 = jnp.arange(x_BLD.shape[0])[:, None]
             present = KeysValues(*(old.at[rows_B1, slots_BL].set(new) for old, new in zip(past, present, strict=True)))
-        y_BLNH = jax.nn.dot_product_attention(query_BLNH, present.keys_BSKH, present.values_BSKH, mask=mask_B1LS)
+        y_BLNH = attend(query_BLNH, present, mask_B1LS, causal=past is None)
         return jnp.einsum("BLNH,NHD->BLD", y_BLNH, cast(self.out)), present
+
+
+def attend(query_BLNH: jax.Array, present: KeysValues, mask_B1LS: jax.Array, *, causal: bool) -> jax.Array:
+    """`causal` says that the mask hides all later positions, which long rows on CPU make use of."""
+    if causal and query_BLNH.shape[1] > blocked_attention.BLOCK and jax.default_backend() == "cpu":
+        split = (query_BLNH, present.keys_BSKH, present.values_BSKH, mask_B1LS)
+        return map_rows(lambda split, _: blocked_attention.causal_attention(*split), split)
+    return jax.nn.dot_product_attention(query_BLNH, present.keys_BSKH, present.values_BSKH, mask=mask_B1LS)
 
 
 def rotation(positions_BL: jax.Array, *, head_size: int, theta: float) -> Rotation:

@@ -1,19 +1,20 @@
 """Experts compute: `x_TD` and a routing go in, the weighted sum of SwiGLU experts `y_TD` comes out, dropless.
 
 Rows are sorted by expert, so that each expert sees one run of rows; pretrained and new experts are separate
-parts of the weights (see grouped_matmul.py). The combine weight enters before the down projection: the same sum,
-and the backward pass of a frozen expert then needs neither its output nor a third product again.
+parts of the weights. The combine weight enters before the down projection: the same sum, and the backward pass of a
+frozen expert then needs neither its output nor a third product again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.grouped_matmul import grouped_matmul
 from moextend_jax.models.parameters import weight
 from moextend_jax.models.router import Routing
@@ -27,6 +28,10 @@ class Experts(nnx.Module):
         self.w_gate = weight(stack + "DF", sizes, rngs=rngs, dtype=dtype)
         self.w_up = weight(stack + "DF", sizes, rngs=rngs, dtype=dtype)
         self.w_down = weight(stack + "FD", sizes, rngs=rngs, dtype=dtype)
+
+    def weights(self, dtype: Any) -> Weights:
+        """One layer's arrays, in the dtype of the activations."""
+        return tuple(param[...].astype(dtype) for param in (self.w_gate, self.w_up, self.w_down))
 
 
 class Sorting(NamedTuple):
@@ -52,17 +57,18 @@ def apply_experts(x_TD: jax.Array, routing: Routing, parts: Sequence[Experts]) -
         x_RD = dispatch(top_k, x_TD, sorting)
         weights_R1 = routing.weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
     with jax.named_scope("experts"):
-        y_RD = swiglu(x_RD, weights_R1, parts, sorting.sizes_O)
+        y_RD = swiglu(x_RD, weights_R1, tuple(part.weights(x_TD.dtype) for part in parts), sorting.sizes_O)
     with jax.named_scope("combine"):
         return combine(top_k, y_RD, sorting)
 
 
-def swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: Sequence[Experts], sizes_O: jax.Array) -> jax.Array:
+def swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array) -> jax.Array:
     """Each sorted row through its own expert, times its combine weight."""
-    gate_RF = grouped_matmul(x_RD, [part.w_gate[...] for part in parts], sizes_O)
-    up_RF = grouped_matmul(x_RD, [part.w_up[...] for part in parts], sizes_O)
-    hidden_RF = jax.nn.silu(gate_RF) * up_RF * weights_R1
-    return grouped_matmul(hidden_RF, [part.w_down[...] for part in parts], sizes_O)
+    if jax.default_backend() == "cpu":
+        return blocked_swiglu(x_RD, weights_R1, parts, sizes_O)
+    w_gate, w_up, w_down = zip(*parts, strict=True)
+    gate_RF, up_RF = grouped_matmul(x_RD, w_gate, sizes_O), grouped_matmul(x_RD, w_up, sizes_O)
+    return grouped_matmul(jax.nn.silu(gate_RF) * up_RF * weights_R1, w_down, sizes_O)
 
 
 # Dispatch and combine are transposes of each other. Said so by hand, the backward pass gathers instead of

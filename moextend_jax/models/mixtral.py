@@ -13,6 +13,7 @@ from moextend_jax.models.attention import Attention, KeysValues, Rotation, rotat
 from moextend_jax.models.experts import Experts, apply_experts
 from moextend_jax.models.parameters import constant, weight
 from moextend_jax.models.router import NewColumns, Routing, route, route_extended
+from moextend_jax.sharding import map_rows
 
 
 class MoE(nnx.Module):
@@ -41,10 +42,13 @@ class Mixtral(nnx.Module):
         self.norm = constant("D", sizes, dtype=dtype, value=1.0)
         self.head = None if config.tied_head else weight("DV", sizes, rngs=rngs, dtype=dtype)
 
+    @property
+    def head_DV(self) -> jax.Array:
+        return self.embed[...].T if self.head is None else self.head[...]
+
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """float32 logits `[B, L, V]`."""
-        w_DV = self.embed[...].T if self.head is None else self.head[...]
-        return jnp.einsum("BLD,DV->BLV", hidden_BLD, w_DV.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32)
+        return logits(hidden_BLD, self.head_DV)
 
 
 class Extension(nnx.Module):
@@ -117,15 +121,25 @@ def run_layers(
 
 
 def mixture(x_BLD: jax.Array, moe: MoE, new: Extension | None, *, extended: jax.Array, top_k: int):
-    """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`."""
-    x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-    with jax.named_scope("router"):
-        if new is None:
-            routing, parts = route(x_TD, moe.gate[...], top_k=top_k), [moe.experts]
-        else:
-            routing = route_extended(x_TD, moe.gate[...], new.router, extended=extended, top_k=top_k)
-            parts = [moe.experts, new.new_experts]
-    return apply_experts(x_TD, routing, parts).reshape(x_BLD.shape), routing
+    """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`; every device routes and computes its own tokens."""
+
+    def local(x_TD, whole):
+        moe, new, extended = whole
+        with jax.named_scope("router"):
+            if new is None:
+                routing, parts = route(x_TD, moe.gate[...], top_k=top_k), [moe.experts]
+            else:
+                routing = route_extended(x_TD, moe.gate[...], new.router, extended=extended, top_k=top_k)
+                parts = [moe.experts, new.new_experts]
+        return apply_experts(x_TD, routing, parts), routing
+
+    y_TD, routing = map_rows(local, x_BLD.reshape(-1, x_BLD.shape[-1]), whole=(moe, new, extended))
+    return y_TD.reshape(x_BLD.shape), routing
+
+
+def logits(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """float32 logits; any axes may stand before D."""
+    return jnp.einsum("...D,DV->...V", hidden_BLD, head_DV.astype(hidden_BLD.dtype), preferred_element_type=jnp.float32)
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
@@ -145,4 +159,4 @@ def _one_slot_per_layer(state: nnx.State, extended_layers: tuple[int, ...], laye
     return spread, slot_Z < len(extended_layers)
 
 
-__all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "mixture", "rms_norm", "run_layers"]
+__all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]

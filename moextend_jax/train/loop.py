@@ -64,6 +64,7 @@ def train(
             state = train_state.restore(manager, state, iterator, facts=facts, where=folder)
         done = int(state.step)
         with (
+            jax.set_mesh(mesh),
             MetricsWriter(folder, resume_step=done, process_index=process) as writer,
             progress(stage, steps, start_step=done, process_index=process) as bar,
         ):

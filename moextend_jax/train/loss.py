@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moextend_jax.config import IGNORE, ModelConfig, Recipe
+from moextend_jax.models.mixtral import logits
 from moextend_jax.models.router import Routing
+from moextend_jax.sharding import map_rows, zeros
 
 
 class Losses(NamedTuple):
@@ -30,89 +32,90 @@ class Load(NamedTuple):
 
 
 def cross_entropy(
-    logits_of: Callable[[jax.Array], jax.Array], hidden_BLD: jax.Array, labels_BL: jax.Array, *, chunk: int
+    hidden_BLD: jax.Array, head_DV: jax.Array, labels_BL: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of next-token losses over labelled positions, and their number.
 
-    Every row's labelled positions are brought to its front, then `chunk` positions per row at a time go through the
-    head; chunks without a label are skipped, and a chunk's gradient is taken while its logits are there, so that no
+    Labelled positions are brought to the front, then `chunk` of them at a time go through the head (on every device
+    of a mesh its own); the rest is skipped, and a chunk's gradient is taken while its logits are there. So no
     [B, L, V] and no product of the head over unlabelled positions ever exists.
     """
-    B, L = labels_BL.shape
-    targets_BL = jnp.concatenate([labels_BL[:, 1:], jnp.full((B, 1), IGNORE, labels_BL.dtype)], axis=1)
-    order_BL = jnp.argsort(targets_BL == IGNORE, axis=1, stable=True)
-    targets_BL = jnp.take_along_axis(targets_BL, order_BL, axis=1)
-    hidden_BLD = jnp.take_along_axis(hidden_BLD, order_BL[..., None], axis=1)
-    rest = -L % chunk
-    targets_nBc = _chunks(jnp.pad(targets_BL, ((0, 0), (0, rest)), constant_values=IGNORE), chunk)
-    hidden_nBcD = _chunks(jnp.pad(hidden_BLD, ((0, 0), (0, rest), (0, 0))), chunk)
+    targets_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
-    logits_of, constants = jax.closure_convert(logits_of, hidden_nBcD[0])
+    def local(split, head_DV):
+        hidden_TD, targets_T = (array.reshape(-1, *array.shape[2:]) for array in split)
+        order_T = jnp.argsort(targets_T == IGNORE, stable=True)
+        rest = -len(order_T) % chunk
+        targets_T = jnp.pad(targets_T[order_T], (0, rest), constant_values=IGNORE)
+        hidden_TD = jnp.pad(hidden_TD[order_T], ((0, rest), (0, 0)))
+        return _sum_of_nats(chunk, hidden_TD, head_DV.astype(hidden_TD.dtype), targets_T)[None]
+
     with jax.named_scope("cross_entropy"):
-        total = cast(jax.Array, _sum_of_nats(logits_of, hidden_nBcD, targets_nBc, constants))
+        total = map_rows(local, (hidden_BLD, targets_BL), whole=head_DV).sum()
     return total, (targets_BL != IGNORE).sum()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_nats(logits_of, hidden_nBcD, targets_nBc, constants):
-    def one_chunk(hidden_BcD, targets_Bc):
-        return _nats(logits_of(hidden_BcD, *constants), targets_Bc)[0]
+def _sum_of_nats(chunk, hidden_TD, head_DV, targets_T):
+    def one_chunk(i, total):
+        hidden_cD, targets_c = _piece(i, chunk, hidden_TD, targets_T)
+        return total + _nats(logits(hidden_cD, head_DV), targets_c)[0]
 
-    def body(total, piece):
-        labelled = (piece[1] != IGNORE).any()
-        return total + jax.lax.cond(labelled, one_chunk, lambda *_: jnp.float32(0), *piece), None
-
-    return jax.lax.scan(body, jnp.float32(0), (hidden_nBcD, targets_nBc))[0]
+    return jax.lax.fori_loop(0, _chunks(targets_T, chunk), one_chunk, _zero(hidden_TD))
 
 
-def _nats(logits_BcV, targets_Bc):
+def _nats(logits_cV, targets_c):
     """The sum of the losses of a chunk, and its gradient with respect to the logits."""
-    is_target_BcV = jnp.arange(logits_BcV.shape[-1])[None, None, :] == targets_Bc[..., None]
-    picked_Bc = jnp.where(is_target_BcV, logits_BcV, 0).sum(axis=-1)
-    norm_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
-    labelled_Bc = targets_Bc != IGNORE
-    d_logits_BcV = jnp.where(labelled_Bc[..., None], jnp.exp(logits_BcV - norm_Bc[..., None]) - is_target_BcV, 0)
-    return jnp.where(labelled_Bc, norm_Bc - picked_Bc, 0).sum(), d_logits_BcV
+    is_target_cV = jnp.arange(logits_cV.shape[-1])[None, :] == targets_c[..., None]
+    picked_c = jnp.where(is_target_cV, logits_cV, 0).sum(axis=-1)
+    norm_c = jax.nn.logsumexp(logits_cV, axis=-1)
+    labelled_c = targets_c != IGNORE
+    d_logits_cV = jnp.where(labelled_c[..., None], jnp.exp(logits_cV - norm_c[..., None]) - is_target_cV, 0)
+    return jnp.where(labelled_c, norm_c - picked_c, 0).sum(), d_logits_cV
 
 
-def _sum_of_nats_fwd(logits_of, hidden, targets, constants):
-    """The gradient comes with the loss: the backward pass then computes no logits a second time, and has no scatter."""
-    hidden_nBcD, targets_nBc = hidden.value, targets.value
-    values, trained = [c.value for c in constants], [c.perturbed for c in constants]  # a frozen head has no gradient
-    wanted = [value for value, is_trained in zip(values, trained, strict=True) if is_trained]
+def _sum_of_nats_fwd(chunk, hidden, head, targets):
+    """The gradient comes with the loss: the backward pass then computes no logits a second time."""
+    hidden_TD, head_DV, targets_T = hidden.value, head.value, targets.value
 
-    def one_chunk(hidden_BcD, targets_Bc):
-        logits_BcV, pull = jax.vjp(logits_of, hidden_BcD, *values)
-        nats, d_logits_BcV = _nats(logits_BcV, targets_Bc)
-        d_hidden_BcD, *d_values = pull(d_logits_BcV)
-        return nats, d_hidden_BcD, [d for d, is_trained in zip(d_values, trained, strict=True) if is_trained]
+    def one_chunk(i, carry):
+        total, d_hidden_TD, d_head_DV = carry
+        hidden_cD, targets_c = _piece(i, chunk, hidden_TD, targets_T)
+        nats, d_logits_cV = _nats(logits(hidden_cD, head_DV), targets_c)
+        d_logits_cV = d_logits_cV.astype(hidden_cD.dtype)
+        d_hidden_cD = jnp.einsum("cV,DV->cD", d_logits_cV, head_DV)
+        d_hidden_TD = jax.lax.dynamic_update_slice_in_dim(d_hidden_TD, d_hidden_cD, i * chunk, axis=0)
+        if d_head_DV is not None:
+            d_head_DV = d_head_DV + jnp.einsum("cD,cV->DV", hidden_cD, d_logits_cV, preferred_element_type=jnp.float32)
+        return total + nats, d_hidden_TD, d_head_DV
 
-    def nothing(hidden_BcD, _):
-        return jnp.float32(0), jnp.zeros_like(hidden_BcD), jax.tree.map(jnp.zeros_like, wanted)
-
-    def body(carry, piece):
-        total, d_wanted = carry
-        nats, d_hidden_BcD, more = jax.lax.cond((piece[1] != IGNORE).any(), one_chunk, nothing, *piece)
-        return (total + nats, jax.tree.map(jnp.add, d_wanted, more)), d_hidden_BcD
-
-    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, wanted))
-    (total, d_wanted), d_hidden_nBcD = jax.lax.scan(body, start, (hidden_nBcD, targets_nBc))
-    d_wanted = iter(d_wanted)
-    return total, (d_hidden_nBcD, [next(d_wanted) if is_trained else None for is_trained in trained])
+    # A frozen head has no gradient.
+    d_head_DV = zeros(head_DV.shape, head_DV).astype(jnp.float32) if head.perturbed else None
+    start = (_zero(hidden_TD), zeros(hidden_TD.shape, hidden_TD), d_head_DV)
+    total, *gradients = jax.lax.fori_loop(0, _chunks(targets_T, chunk), one_chunk, start)
+    return total, (gradients, jnp.zeros(0, head_DV.dtype))
 
 
-def _sum_of_nats_bwd(logits_of, saved, d_total):
+def _sum_of_nats_bwd(chunk, saved, d_total):
     # One factor, because a chunk's gradient is that of a sum.
-    d_hidden_nBcD, d_constants = jax.tree.map(lambda d: (d * d_total).astype(d.dtype), saved)
-    return d_hidden_nBcD, None, d_constants
+    (d_hidden_TD, d_head_DV), like = saved
+    d_hidden_TD = (d_hidden_TD * d_total).astype(d_hidden_TD.dtype)
+    return d_hidden_TD, None if d_head_DV is None else (d_head_DV * d_total).astype(like.dtype), None
 
 
 _sum_of_nats.defvjp(_sum_of_nats_fwd, _sum_of_nats_bwd, symbolic_zeros=True)
 
 
-def _chunks(x_BL: jax.Array, chunk: int) -> jax.Array:
-    B, L, *rest = x_BL.shape
-    return jnp.moveaxis(x_BL.reshape(B, L // chunk, chunk, *rest), 1, 0)
+def _chunks(targets_T: jax.Array, chunk: int) -> jax.Array:
+    return -(-(targets_T != IGNORE).sum() // chunk)
+
+
+def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
+    return [jax.lax.dynamic_slice_in_dim(array, i * chunk, chunk) for array in arrays]
+
+
+def _zero(like: jax.Array) -> jax.Array:
+    return zeros((), like).astype(jnp.float32)
 
 
 def load(routing: Routing, valid_T: jax.Array) -> Load:
@@ -148,7 +151,7 @@ AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "release
 def losses(model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int) -> tuple[Losses, Routing]:
     """All losses of a `MoExtend` model on a `Batch`, and the routing they came from."""
     decoded = model(batch)
-    total_ce, tokens = cross_entropy(model.decoder.logits, decoded.hidden_BLD, batch.labels_BL, chunk=chunk)
+    total_ce, tokens = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
     ce = total_ce / jnp.maximum(tokens, 1)
     valid_T = batch.segments_BL.reshape(-1) > 0
     aux = AUX[recipe.aux_loss](load(decoded.routing, valid_T), config=model.config)

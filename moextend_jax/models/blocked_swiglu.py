@@ -1,0 +1,163 @@
+"""The experts' SwiGLU on CPU, in blocks of sorted rows: `x_RD, weights_R1, parts, sizes_O -> y_RD`.
+
+XLA has no grouped product on CPU (`ragged_dot` is dense over the experts), so each expert's rows go through its three
+matrices block by block, in loops whose lengths are the real numbers of rows. One loop does the whole SwiGLU of a block
+while it is in cache, and its hand-written backward pass keeps only the gate and up products of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moextend_jax.sharding import zeros
+
+BLOCK = 64
+"""Rows per product. Half a block per expert is wasted on average; 64 was fastest at few and at many rows per expert
+(docs/benchmarks.md)."""
+
+Weights = tuple[jax.Array, jax.Array, jax.Array]
+"""w_GDF of the gate, w_GDF up, w_GFD down of one part; group numbers run on from one part to the next."""
+
+
+@jax.custom_vjp
+def blocked_swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array) -> jax.Array:
+    """Each sorted row through the expert of its group, times its combine weight; rows past the last group give zeros.
+
+    Args:
+      x_RD: rows, those of group 0 first, then group 1, ...; what stands past `sum(sizes_O)` has no effect.
+      sizes_O: int32, rows of each group over all parts.
+    """
+    return _forward(x_RD, weights_R1, parts, sizes_O)[0]
+
+
+def _forward(x_RD, weights_R1, parts, sizes_O):
+    (R, D), F = x_RD.shape, parts[0][0].shape[-1]
+    rows = _Rows(sizes_O, R)
+    x_RD, padded_R1 = rows.pad(x_RD), rows.pad(weights_R1)
+
+    def one_block(carry, row, weights):
+        y_RD, gate_RF, up_RF = carry
+        w_gate_DF, w_up_DF, w_down_FD = weights
+        x_bD = rows.read(x_RD, row)
+        gate_bF, up_bF = x_bD @ w_gate_DF, x_bD @ w_up_DF
+        y_bD = (jax.nn.silu(gate_bF) * up_bF * rows.read(padded_R1, row)) @ w_down_FD
+        return rows.write(y_RD, y_bD, row), rows.write(gate_RF, gate_bF, row), rows.write(up_RF, up_bF, row)
+
+    y_RD, gate_RF, up_RF = rows.for_each_block(one_block, (rows.zeros(D, x_RD), *[rows.zeros(F, x_RD)] * 2), parts)
+    return rows.cut(y_RD), (x_RD, padded_R1, gate_RF, up_RF, parts, sizes_O)
+
+
+def _backward(saved, dy_RD):
+    x_RD, weights_R1, gate_RF, up_RF, parts, sizes_O = saved
+    rows = _Rows(sizes_O, dy_RD.shape[0])
+    dy_RD = rows.pad(dy_RD)
+
+    def inner(row, w_down_FD):
+        """Of one block: silu(gate) * up, and the gradients of gate, up and the combine weight."""
+        gate_bF, up_bF, weight_b1 = (rows.read(array, row) for array in (gate_RF, up_RF, weights_R1))
+        sigmoid_bF = jax.nn.sigmoid(gate_bF)
+        silu_bF = gate_bF * sigmoid_bF
+        d_hidden_bF = _times_transposed(rows.read(dy_RD, row), w_down_FD)
+        d_weight_b1 = (d_hidden_bF * silu_bF * up_bF).sum(axis=1, keepdims=True)
+        d_hidden_bF = d_hidden_bF * weight_b1
+        d_gate_bF = d_hidden_bF * up_bF * sigmoid_bF * (1 + gate_bF - silu_bF)
+        return silu_bF * up_bF * weight_b1, d_gate_bF, d_hidden_bF * silu_bF, d_weight_b1
+
+    def to_the_rows(carry, row, weights):
+        dx_RD, d_weights_R1 = carry
+        w_gate_DF, w_up_DF, w_down_FD = weights
+        _, d_gate_bF, d_up_bF, d_weight_b1 = inner(row, w_down_FD)
+        dx_bD = _times_transposed(d_gate_bF, w_gate_DF) + _times_transposed(d_up_bF, w_up_DF)
+        return rows.write(dx_RD, dx_bD, row), rows.write(d_weights_R1, d_weight_b1, row)
+
+    def to_the_weights(carry, row, weights, mine_b1):
+        x_bD, dy_bD = (jnp.where(mine_b1, rows.read(array, row), 0) for array in (x_RD, dy_RD))
+        hidden_bF, d_gate_bF, d_up_bF, _ = (jnp.where(mine_b1, array, 0) for array in inner(row, weights[2]))
+        products = (x_bD.T @ d_gate_bF, x_bD.T @ d_up_bF, hidden_bF.T @ dy_bD)
+        return jax.tree.map(jnp.add, carry, products)
+
+    start = (rows.zeros(x_RD.shape[1], x_RD), rows.zeros(1, x_RD))
+    dx_RD, d_weights_R1 = rows.for_each_block(to_the_rows, start, parts)
+    # A loop of its own: the compiler drops it for frozen parts, whose gradient nobody reads.
+    d_parts = rows.sum_by_group(to_the_weights, parts)
+    return rows.cut(dx_RD), rows.cut(d_weights_R1), d_parts, None
+
+
+blocked_swiglu.defvjp(_forward, _backward)
+
+
+def _times_transposed(x_bF: jax.Array, w_DF: jax.Array) -> jax.Array:
+    return lax.dot_general(x_bF, w_DF, (((1,), (1,)), ((), ())))
+
+
+class _Rows:
+    """Blocks of the sorted rows. A group's last block reads and writes into the next group, which overwrites that."""
+
+    def __init__(self, sizes_O: jax.Array, R: int):
+        self.sizes_O, self.R, self.block = sizes_O, R, min(BLOCK, R)
+        self.ends_O = jnp.cumsum(sizes_O)
+        self.starts_O = self.ends_O - sizes_O
+
+    def pad(self, x_RD: jax.Array) -> jax.Array:
+        """Room for a block that starts at the last row; zeros there and in rows of no group, which may hold NaN."""
+        real_R1 = jnp.arange(self.R)[:, None] < self.ends_O[-1]
+        return jnp.pad(jnp.where(real_R1, x_RD, 0), ((0, self.block), (0, 0)))
+
+    def zeros(self, width: int, like: jax.Array) -> jax.Array:
+        return zeros((self.R + self.block, width), like)
+
+    def cut(self, x_RD: jax.Array) -> jax.Array:
+        return jnp.where(jnp.arange(self.R)[:, None] < self.ends_O[-1], x_RD[: self.R], 0)
+
+    def read(self, x_RD: jax.Array, row: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x_RD, row, self.block)
+
+    def write(self, x_RD: jax.Array, x_bD: jax.Array, row: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(x_RD, x_bD, row, axis=0)
+
+    def for_each_block(self, body: Callable, carry: Any, parts: tuple[Weights, ...]) -> Any:
+        """`body(carry, row, weights of the block's group)` over all blocks of all groups, in order."""
+        first = 0
+        for part in parts:
+
+            def one_group(group, carry, part=part, first=first):
+                weights = _of_group(part, group)
+                start, blocks = self.starts_O[first + group], self.blocks(first + group)
+                return lax.fori_loop(0, blocks, lambda i, c: body(c, start + i * self.block, weights), carry)
+
+            carry = lax.fori_loop(0, part[0].shape[0], one_group, carry)
+            first += part[0].shape[0]
+        return carry
+
+    def sum_by_group(self, body: Callable, parts: tuple[Weights, ...]) -> tuple[Weights, ...]:
+        """Sums `body(sum, row, weights, mine_b1)` over each group's blocks; mine_b1 is false past the group's end."""
+        sums, first = [], 0
+        for part in parts:
+
+            def one_group(group, part=part, first=first):
+                weights = _of_group(part, group)
+                start, size = self.starts_O[first + group], self.sizes_O[first + group]
+
+                def one_block(i, carry):
+                    mine_b1 = jnp.arange(self.block)[:, None] < size - i * self.block
+                    return body(carry, start + i * self.block, weights, mine_b1)
+
+                start_at = jax.tree.map(lambda w: zeros(w.shape, w), weights)
+                return lax.fori_loop(0, self.blocks(first + group), one_block, start_at)
+
+            sums.append(lax.map(one_group, jnp.arange(part[0].shape[0])))
+            first += part[0].shape[0]
+        return tuple(sums)
+
+    def blocks(self, group: jax.Array) -> jax.Array:
+        return -(-self.sizes_O[group] // self.block)
+
+
+def _of_group(part: Weights, group: jax.Array) -> Weights:
+    gate, up, down = (lax.dynamic_index_in_dim(w, group, keepdims=False) for w in part)
+    return gate, up, down
