@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -32,12 +33,19 @@ More:
   evaluate   accuracy and forgetting of every model in the work directory
   report     WORKDIR/report.html
   generate   --prompt TEXT [--image FILE] [--max_new_tokens N] [--temperature T] [--top_k K] [--model aligned|...]
-  bench      time one step of each stage of a configuration
+  bench      time one step of each stage of a configuration: [--stage NAME] [--json FILE]
+
+Checkpoints and comparison with PyTorch (each has --help):
+  import     SRC DST: a published checkpoint, or a dense one made a mixture of experts, as JAX arrays
+  export     SRC DST: an imported checkpoint or a work directory as PyTorch files, or as a delta
+  compare    --checkpoint DIR --reference REF.npz: what a PyTorch reference holds, computed here
+  routing    collect | compare | plot: routing statistics of checkpoints and PyTorch dumps
 """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 a mistake of input or use (one line on standard error)."""
+    """Entry point. Exit codes: 0 done, 1 a comparison that failed, 2 a mistake of input or use (one line on standard
+    error)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -45,8 +53,11 @@ def main(argv: list[str] | None = None) -> None:
             print(USAGE)
             return
         command, arguments = argv[0], argv[1:]
+        if command in TOOLS:
+            module, function = TOOLS[command]
+            sys.exit(getattr(importlib.import_module(module), function)(arguments))
         if command not in COMMANDS:
-            raise MoextendError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+            raise MoextendError(f"there is no command {command!r}; there are {', '.join((*COMMANDS, *TOOLS))}")
         COMMANDS[command](*_parse(command, arguments))
     except MoextendError as error:
         print(f"moextend: {' '.join(str(error).split())}", file=sys.stderr)
@@ -74,6 +85,9 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_integer("top_k", 0, "draw from the k most likely, 0: from all", flag_values=values)
         flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
         flags.DEFINE_enum("model", "moextend", ["base", "aligned", "moextend", "full"], "which one", flag_values=values)
+    if command == "bench":
+        flags.DEFINE_enum("stage", None, ["align", "extend", "finetune"], "time only this one", flag_values=values)
+        flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
     if command == "report" and arguments and not arguments[0].startswith("-"):
         arguments = ["--workdir", *arguments]
     try:
@@ -179,7 +193,9 @@ def _remembered(workdir: Path) -> RunSettings:
 def _bench(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.bench import bench
 
-    bench(settings, Console())
+    figures = bench(settings, Console(), only=values.stage)
+    if values.json:
+        Path(values.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
 COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
@@ -190,6 +206,13 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "generate": _generate,
     "bench": _bench,
 }
+TOOLS = {
+    "import": ("moextend_jax.checkpoints.convert", "import_main"),
+    "export": ("moextend_jax.checkpoints.convert", "export_main"),
+    "compare": ("moextend_jax.compare.command", "main"),
+    "routing": ("moextend_jax.compare.routing_command", "main"),
+}
+"""Commands without a configuration, which parse their own arguments and return an exit code."""
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moextend_jax.checkpoints import huggingface, train_state
+from moextend_jax.checkpoints import train_state
+from moextend_jax.checkpoints.leaves import base_hash, read_sharded
+from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError
 from moextend_jax.data.batches import Features, Pixels, Shard, batches
 from moextend_jax.data.datasets import HoldOut, Source, hold_out, open_dataset
@@ -61,30 +63,25 @@ class Run:
 def open_run(settings: RunSettings, workdir: Path) -> Run:
     """Reads the pretrained decoder and tower."""
     split_cpu(settings.cpu_devices)
-    base = EMBEDDED if settings.base == "embedded" else Path(settings.base)
-    vision = EMBEDDED / "vision" if settings.vision == "embedded" else Path(settings.vision)
+    source = open_base(
+        settings.base, settings.vision, embedded=EMBEDDED, feature_layer=settings.recipe.feature_layer
+    )
     config = ModelConfig(
-        decoder=huggingface.read_decoder_config(base),
-        vision=huggingface.read_vision_config(vision, feature_layer=settings.recipe.feature_layer),
+        decoder=source.config.decoder,
+        vision=source.config.vision,
         dtype=settings.dtype,
         train_dtype=settings.train_dtype,
         remat=settings.remat,
     )
     mesh = make_mesh(settings.mesh)
-    model = abstract(config)
-    host = {
-        **huggingface.read_parameters(base, model, table="mixtral", config=config),
-        **huggingface.read_parameters(vision, model, table="clip", config=config),
-    }
-    shardings = parameter_shardings(model, mesh)
-    pretrained = {path: jax.device_put(host[path].astype(settings.dtype), shardings[path]) for path in host}
+    shardings = parameter_shardings(abstract(config), mesh)
     return Run(
         settings=settings,
         workdir=workdir,
         config=config,
-        tokenizer=load_tokenizer(base),
-        pretrained=pretrained,
-        base_hash=content_hash(pretrained),
+        tokenizer=load_tokenizer(EMBEDDED if settings.base == "embedded" else Path(settings.base)),
+        pretrained=read_sharded(source.leaves, shardings, dtype=settings.dtype),
+        base_hash=base_hash(source.leaves),
         mesh=mesh,
     )
 
@@ -117,7 +114,7 @@ def content_hash(arrays: Mapping[str, Any]) -> str:
 
 def kappa(run: Run) -> Arrays:
     """The aligned model: pretrained parts and the projector of align."""
-    return {**run.pretrained, **_result(run, "align")}
+    return _on_mesh(run, abstract(run.config), {**run.pretrained, **_result(run, "align")})
 
 
 def moextend_model(run: Run, *, trained: bool = True) -> tuple[MoExtend, Arrays]:
@@ -127,13 +124,18 @@ def moextend_model(run: Run, *, trained: bool = True) -> tuple[MoExtend, Arrays]
         run.config,
         extension=ExtensionConfig(layers=tuple(selection["chosen_layers"]), sources=tuple(selection["sources"])),
     )
-    leaves = {**kappa(run), **_result(run, "grow")}
-    return abstract(config), {**leaves, **_result(run, "finetune")} if trained else leaves
+    model, leaves = abstract(config), {**kappa(run), **_result(run, "grow")}
+    return model, _on_mesh(run, model, {**leaves, **_result(run, "finetune")} if trained else leaves)
 
 
 def full_model(run: Run) -> Arrays:
     """The baseline's arrays; its structure is the plain model's."""
-    return {**kappa(run), **_result(run, "full")}
+    return _on_mesh(run, abstract(run.config), {**kappa(run), **_result(run, "full")})
+
+
+def _on_mesh(run: Run, model: MoExtend, arrays: Mapping[str, Any]) -> Arrays:
+    shardings = parameter_shardings(model, run.mesh)
+    return {path: jax.device_put(leaf, shardings[path]) for path, leaf in arrays.items()}
 
 
 def _result(run: Run, stage: str) -> Arrays:
@@ -144,7 +146,7 @@ def _result(run: Run, stage: str) -> Arrays:
         raise MoextendError(
             f"{stage} has not been run in {run.workdir}: run `moextend {stage}` with this --workdir first"
         )
-    return {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+    return leaves
 
 
 def _fresh_projector(run: Run) -> Arrays:
@@ -248,7 +250,7 @@ def rows_of(
 
 def align(run: Run) -> None:
     settings = run.settings.align
-    arrays = {**run.pretrained, **_fresh_projector(run)}
+    arrays = _on_mesh(run, abstract(run.config), {**run.pretrained, **_fresh_projector(run)})
     source = open_source(run, settings.data, settings.split)
     _train(run, "align", abstract(run.config), arrays, source, settings)
 
@@ -267,7 +269,7 @@ def select(run: Run) -> dict[str, Any]:
     """Counts routing before and after the probe on S_e, and writes select/routing.json and .png."""
     settings, recipe = run.settings.select, run.settings.recipe
     before_arrays = kappa(run)
-    after_arrays = {**before_arrays, **_result(run, "extend")}
+    after_arrays = _on_mesh(run, abstract(run.config), {**before_arrays, **_result(run, "extend")})
     stage = dataclasses.replace(run.settings.extend, batch_size=settings.batch_size)
     if recipe.probe_data == "captions":
         captions = open_source(run, run.settings.align.data, run.settings.align.split)
@@ -327,7 +329,8 @@ def grow(run: Run) -> None:
     leaves: Arrays = {}
     if recipe.routers_kept == "after":
         leaves = _result(run, "extend")
-    leaves |= grow_leaves({**arrays, **leaves}, config=config, recipe=recipe, seed=run.settings.seed)
+    arrays = _on_mesh(run, abstract(run.config), {**arrays, **leaves})
+    leaves |= grow_leaves(arrays, config=config, recipe=recipe, seed=run.settings.seed)
     train_state.save_leaves(run.workdir / "grow" / "result", leaves, facts=run.facts)
 
 

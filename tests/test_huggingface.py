@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moextend_jax.checkpoints import huggingface, names
-from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.models.parameters import with_arrays
 
 TABLES = {
@@ -200,6 +201,144 @@ def test_a_config_without_a_size_is_an_error_that_names_it(folder: Path, name: s
 def test_a_missing_folder_is_an_error(tmp_path: Path):
     with pytest.raises(MoextendError, match="nowhere"):
         huggingface.read_decoder_config(tmp_path / "nowhere")
+
+
+# --- published config.json files --------------------------------------------------------------------------------------
+
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True,
+    "vocab_size": 32000,
+}  # fmt: skip
+MIXTRAL_8X22B = MIXTRAL_8X7B | {
+    "hidden_size": 6144, "intermediate_size": 16384, "max_position_embeddings": 65536, "num_attention_heads": 48,
+    "num_hidden_layers": 56, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+    "transformers_version": "4.38.0",
+}  # fmt: skip
+M8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
+OF_EVERY_MODEL = {
+    "_name_or_path": "", "add_cross_attention": False, "architectures": None, "bad_words_ids": None,
+    "bos_token_id": None, "chunk_size_feed_forward": 0, "cross_attention_hidden_size": None,
+    "decoder_start_token_id": None, "diversity_penalty": 0.0, "do_sample": False, "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0, "eos_token_id": None, "exponential_decay_length_penalty": None,
+    "finetuning_task": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "is_decoder": False, "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20, "min_length": 0,
+    "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1,
+    "output_attentions": False, "output_hidden_states": False, "output_scores": False, "pad_token_id": None,
+    "prefix": None, "problem_type": None, "pruned_heads": {}, "remove_invalid_values": False,
+    "repetition_penalty": 1.0, "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None,
+    "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False,
+    "tie_word_embeddings": True, "tokenizer_class": None, "top_k": 50, "top_p": 1.0, "torch_dtype": None,
+    "torchscript": False, "transformers_version": "4.21.3", "typical_p": 1.0, "use_bfloat16": False,
+}  # fmt: skip
+CLIP_L_336 = {
+    "architectures": ["CLIPModel"], "initializer_factor": 1.0, "logit_scale_init_value": 2.6592, "model_type": "clip",
+    "projection_dim": 768, "text_config": {"model_type": "clip_text_model", "hidden_size": 768},
+    "text_config_dict": {"hidden_size": 768, "num_hidden_layers": 12}, "torch_dtype": "float32",
+    "vision_config": OF_EVERY_MODEL | {
+        "attention_dropout": 0.0, "dropout": 0.0, "hidden_act": "quick_gelu", "hidden_size": 1024, "image_size": 336,
+        "initializer_factor": 1.0, "initializer_range": 0.02, "intermediate_size": 4096, "layer_norm_eps": 1e-05,
+        "model_type": "clip_vision_model", "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 24,
+        "patch_size": 14, "projection_dim": 768,
+    },
+    "vision_config_dict": {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "num_attention_heads": 16,
+        "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        (MIXTRAL_8X7B, DecoderConfig()),
+        (MIXTRAL_8X7B | {"transformers_version": "4.36.0"}, DecoderConfig()),  # instruct
+        (MIXTRAL_8X22B, M8X22B),
+        (MIXTRAL_8X22B | {"vocab_size": 32768}, dataclasses.replace(M8X22B, vocab_size=32768)),  # instruct
+    ],
+)
+def test_published_mixtrals_are_understood(attributes: dict[str, Any], expected: DecoderConfig):
+    assert huggingface.decoder_config(attributes, where=Path("config.json")) == expected
+
+
+def test_the_published_clip_is_understood():
+    assert huggingface.vision_config(CLIP_L_336, where=Path("config.json"), feature_layer=-2) == VisionConfig()
+    # As a LLaVA writes it: what every CLIP has in common is left out.
+    brief = {"model_type": "clip", "vision_config": CLIP_L_336["vision_config_dict"]}
+    assert huggingface.vision_config(brief, where=Path("config.json"), feature_layer=-2) == VisionConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_act", "gelu_new"),
+        ("num_channels", 1),
+        ("use_head", True),
+        ("pruned_heads", {"0": [1]}),
+        ("hidden_size", 1030),
+        ("layer_norm_eps", 0),
+        ("vision_config_dict", {"patch_size": 16}),
+    ],
+)
+def test_a_tower_that_cannot_be_honoured_is_refused_by_name(name: str, value: Any):
+    if name == "vision_config_dict":
+        changed, said = CLIP_L_336 | {name: value}, "vision_config_dict.patch_size"
+    else:
+        changed, said = CLIP_L_336 | {"vision_config": CLIP_L_336["vision_config"] | {name: value}}, name
+        changed["vision_config_dict"] = None
+    with pytest.raises(MoextendError, match=said):
+        huggingface.vision_config(changed, where=Path("config.json"), feature_layer=-2)
+
+
+@pytest.mark.parametrize("model_type", ["siglip", "siglip_vision_model"])
+def test_siglip_is_refused_by_name(model_type: str):
+    with pytest.raises(MoextendError, match="SigLIP tower is another network"):
+        huggingface.vision_config({"model_type": model_type}, where=Path("config.json"), feature_layer=-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", "4096"),
+        ("num_hidden_layers", -1),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 5),
+        ("num_experts_per_tok", 9),
+        ("rope_theta", float("nan")),
+        ("vocab_size", True),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 1e6, "factor": 2.0}),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(name: str, value: Any):
+    with pytest.raises(MoextendError, match=name):
+        huggingface.decoder_config(MIXTRAL_8X7B | {name: value}, where=Path("config.json"))
+
+
+def test_attributes_round_trip():
+    config = dataclasses.replace(tiny.EXTENDED, tags=ImageTags(start=50, end=51, pad=52))
+    attributes = json.loads(json.dumps(huggingface.released_attributes(config, dtype="float32")))
+    where = Path("config.json")
+    assert huggingface.decoder_config(attributes, where=where) == config.decoder
+    assert huggingface.vision_config(attributes["vision_config"], where=where, feature_layer=-1) == config.vision
+    extension = huggingface.extension_config(attributes, where=where)
+    assert extension and extension.layers == tiny.EXTENSION.layers
+    assert huggingface.image_tags(attributes) == config.tags
+
+
+@pytest.mark.parametrize("layers", [[2, 1], [1, 1], "1", [0.5], [-1]])
+def test_a_strange_list_of_extended_layers_is_refused(layers: Any):
+    with pytest.raises(MoextendError, match="add_layer"):
+        huggingface.extension_config(MIXTRAL_8X7B | {"add_layer": layers}, where=Path("config.json"))
+
+
+def test_extended_layers_beyond_the_model_are_refused():
+    with pytest.raises(MoextendError, match=r"layers \[32\], but the model has only 32"):
+        huggingface.extension_config(MIXTRAL_8X7B | {"add_layer": [3, 32]}, where=Path("config.json"))
 
 
 # --- transformers' own classes ----------------------------------------------------------------------------------------

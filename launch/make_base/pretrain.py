@@ -100,7 +100,8 @@ def main() -> None:
     source = Source(rows=Conversations(arguments.text / "instructions.json"), images=Images(()))
     chats = iter(
         batches(
-            source, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, length=LENGTH, batch_size=max(1, phase.chat_rows),
+            source, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, length=LENGTH,
+            batch_size=max(1, phase.chat_rows),
             seed=SEED,
         )
     )  # fmt: skip

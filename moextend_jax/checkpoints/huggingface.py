@@ -1,7 +1,7 @@
-"""Hugging Face folders in and out: `config.json` -> sizes, safetensors files <-> our parameters by path.
+"""Hugging Face folders in and out: `config.json` <-> sizes, and a folder's parameters as host arrays by our path.
 
-Every tensor is matched once through `names.TABLES`; unknown, missing or misshapen ones, and attributes of
-config.json that we cannot honour, are errors that name them.
+Attributes of config.json that we do not know or cannot honour are errors that name them; so are tensors that are
+unknown, missing or misshapen (`leaves.match`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import einops
-import ml_dtypes  # noqa: F401 - gives NumPy its bfloat16
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from moextend_jax.checkpoints.names import IGNORED, axis_sizes, inverse, tensors
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.checkpoints import leaves
+from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.models.parameters import by_path
 
 _DECODER = {
@@ -33,130 +30,185 @@ _VISION = {
     "num_attention_heads": "heads", "image_size": "image_size", "patch_size": "patch_size",
     "layer_norm_eps": "norm_eps", "hidden_act": "activation",
 }  # fmt: skip
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "model_type": ("mixtral", "clip_vision_model"), "hidden_act": ("silu", "quick_gelu", "gelu"),
-    "sliding_window": (None,), "rope_scaling": (None,), "attention_bias": (False,), "num_channels": (3,),
-    "test": (False,), "attention_dropout": (0, 0.0), "router_jitter_noise": (0, 0.0), "dropout": (0, 0.0),
+_HAS_A_DEFAULT = {"head_dim", "tie_word_embeddings", "layer_norm_eps", "hidden_act"}
+"""Attributes that files leave out and everybody fills in alike; any other that is missing is an error."""
+
+_MUST_BE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "mixtral": {
+        "hidden_act": ("silu",), "sliding_window": (None,), "rope_scaling": (None,), "attention_bias": (False,),
+        "test": (False,), "attention_dropout": (0,), "router_jitter_noise": (0,),
+    },
+    "clip_vision_model": {
+        "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
+        "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
+    },
 }  # fmt: skip
 """Attributes that change the computation, with the only values that this code computes."""
-_HAS_A_DEFAULT = {"head_dim", "tie_word_embeddings"}
-"""Sizes that files leave out and everybody fills in alike; any other that is missing is an error."""
+
 _WITHOUT_EFFECT = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pad_token_id",
     "bos_token_id", "eos_token_id", "initializer_range", "initializer_factor", "max_position_embeddings",
     "output_router_logits", "router_aux_loss_coef", "projection_dim", "quantization_config_note",
-    # the released code's own: its image tower is described elsewhere, these lines are left over
+    "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "vocab_size", "model_type",
+    # the released code's own: its image tower is described elsewhere, most of these lines are left over
     "add_layer", "visual", "embed_dim", "img_size", "in_chans", "patch_size", "tiny_vocab",
+    # ours, in exported models: the sizes of the tower inside
+    "vision_config",
+    # what transformers 4 wrote of every model, about text generation, outputs and labels
+    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript",
+    "typical_p", "use_bfloat16",
 }  # fmt: skip
+
+PUBLISHED_TOWERS = tuple(
+    VisionConfig(width=width, hidden=4 * width, layers=layers, heads=width // 64, patch_size=patch, image_size=image)
+    for width, layers, patch, image in (
+        (768, 12, 32, 224), (768, 12, 16, 224), (1024, 24, 14, 224), (1024, 24, 14, 336),
+    )
+)  # fmt: skip
+"""OpenAI's CLIP towers: the only ones whose number of heads follows from the shapes of their tensors."""
+
+
+# --- config.json -> sizes ---------------------------------------------------------------------------------------------
 
 
 def read_decoder_config(folder: Path) -> DecoderConfig:
     """Sizes from a Mixtral `config.json`; of an extended model in the released layout the pretrained experts count."""
-    attributes = _read_json(folder / "config.json")
-    if isinstance(attributes.get("rope_parameters"), dict):  # transformers 5 writes it so
-        rope = attributes.pop("rope_parameters")
-        if rope.get("rope_type", "default") != "default":
-            raise MoextendError(f"{folder / 'config.json'}: rope_parameters.rope_type {rope['rope_type']!r} is unknown")
-        attributes["rope_theta"] = rope["rope_theta"]
-    fields = _fields(attributes, _DECODER, where=folder / "config.json", model_type="mixtral")
-    fields.setdefault("head_size", fields["width"] // fields["heads"])
-    if fields["head_size"] is None:
-        fields["head_size"] = fields["width"] // fields["heads"]
-    if attributes.get("add_layer"):
-        fields["experts"] -= 1
-    return DecoderConfig(**fields)
+    return decoder_config(read_json(folder / "config.json"), where=folder / "config.json")
 
 
 def read_vision_config(folder: Path, *, feature_layer: int) -> VisionConfig:
-    attributes = _read_json(folder / "config.json")
-    fields = _fields(attributes, _VISION, where=folder / "config.json", model_type="clip_vision_model")
-    return VisionConfig(feature_layer=feature_layer, **fields)
+    """Sizes of the tower from the `config.json` of a CLIP vision model or of a whole CLIP."""
+    return vision_config(read_json(folder / "config.json"), where=folder / "config.json", feature_layer=feature_layer)
 
 
 def read_extension_config(folder: Path) -> ExtensionConfig | None:
     """The extended layers of a checkpoint in the released layout; its source experts are not in the file (-1)."""
-    layers = _read_json(folder / "config.json").get("add_layer")
-    return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers)) if layers else None
+    return extension_config(read_json(folder / "config.json"), where=folder / "config.json")
 
 
-def write_decoder_config(folder: Path, config: DecoderConfig, *, dtype: str) -> None:
-    attributes = {theirs: getattr(config, ours) for theirs, ours in _DECODER.items()}
-    attributes |= {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
-        "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(attributes, indent=1, sort_keys=True) + "\n")
+def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig:
+    attributes = dict(attributes)
+    rope = attributes.pop("rope_parameters", None)
+    if isinstance(rope, dict):  # transformers 5 writes it so
+        for name, value in rope.items():
+            if name not in ("rope_theta", "rope_type") or (name == "rope_type" and value != "default"):
+                raise MoextendError(f"{where}: rope_parameters.{name} = {value!r} cannot be honoured")
+        if "rope_theta" in rope:
+            attributes["rope_theta"] = rope["rope_theta"]
+    fields = _fields(attributes, _DECODER, where=where, model_type="mixtral")
+    if fields.get("head_size") is None:
+        if fields["width"] % fields["heads"]:
+            raise MoextendError(f"{where}: num_attention_heads does not divide hidden_size, and head_dim is not given")
+        fields["head_size"] = fields["width"] // fields["heads"]
+    if attributes.get("add_layer"):
+        fields["experts"] -= 1
+    if fields["heads"] % fields["kv_heads"] or not 1 <= fields["top_k"] <= fields["experts"]:
+        raise MoextendError(
+            f"{where}: num_key_value_heads must divide num_attention_heads, and num_experts_per_tok be at most "
+            "num_local_experts"
+        )
+    return DecoderConfig(**fields)
 
 
-def read_parameters(
-    folder: Path, model: nnx.Module, *, table: str, config: ModelConfig, into: str | None = None
-) -> dict[str, np.ndarray]:
-    """Reads a folder's safetensors into stacked arrays by our path, in the file's dtype.
-
-    Args:
-      model: the abstract or real model; it gives the shapes to expect.
-      table: layout of the file, a key of `names.TABLES`.
-    """
-    wanted = {tensor.file: tensor for tensor in tensors(table, config)}
-    shapes = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
-    sizes = config.sizes() if into is None else {}
-    files = _open_files(folder)
-    found = {name for name in files if not IGNORED.fullmatch(name)}
-    if missing_or_surplus := _difference(set(wanted), found):
-        raise MoextendError(f"{folder}: the tensors are not those of this model.{missing_or_surplus}")
-    arrays: dict[str, np.ndarray] = {}
-    vision_sizes = config.vision.sizes() if config.vision else {}
-    for name, tensor in wanted.items():
-        value = _tensor(files[name], name)
-        letters = vision_sizes if tensor.path.startswith("vision") else sizes
-        if tensor.layout.startswith("C c h w"):
-            letters = {}
-        try:
-            value = einops.rearrange(value, tensor.layout, **axis_sizes(tensor.layout, letters))
-        except einops.EinopsError as error:
-            raise MoextendError(f"{folder}: {name} has shape {value.shape}, not {tensor.layout}: {error}") from None
-        expected = shapes[tensor.path][len(tensor.index) :]
-        if value.shape != expected:
-            raise MoextendError(f"{folder}: {name} has shape {value.shape} ({tensor.layout}), expected {expected}")
-        if not tensor.index:
-            arrays[tensor.path] = value
-            continue
-        stacked = arrays.setdefault(tensor.path, np.empty(shapes[tensor.path], value.dtype))
-        stacked[tensor.index] = value
-    return arrays
+def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: int) -> VisionConfig:
+    attributes = dict(attributes)
+    if attributes.get("model_type") == "clip":
+        attributes = vision_half(attributes, where)
+    fields = _fields(attributes, _VISION, where=where, model_type="clip_vision_model")
+    config = VisionConfig(feature_layer=feature_layer, **fields)
+    if config.width % config.heads or config.image_size % config.patch_size:
+        raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, and patch_size divide image_size")
+    if not -config.layers - 1 <= feature_layer < 0:
+        raise MoextendError(f"feature layer {feature_layer} is not among the {config.layers} layers of {where}")
+    return config
 
 
-def write_parameters(folder: Path, arrays: Mapping[str, Any], *, table: str, config: ModelConfig) -> None:
-    """Writes arrays by our path as one safetensors file of layout `table`."""
-    vision_sizes = config.vision.sizes() if config.vision else {}
-    written = {}
-    for tensor in tensors(table, config):
-        letters = vision_sizes if tensor.path.startswith("vision") else config.sizes()
-        if tensor.layout.startswith("C c h w") and config.vision:
-            letters = {"h": config.vision.patch_size, "w": config.vision.patch_size, "c": 3}
-        layout = inverse(tensor.layout)
-        value = einops.rearrange(np.asarray(arrays[tensor.path][tensor.index]), layout, **axis_sizes(layout, letters))
-        written[tensor.file] = np.ascontiguousarray(value)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+def vision_half(attributes: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    half = attributes.get("vision_config")
+    if not isinstance(half, dict):
+        raise MoextendError(f"{where}: a CLIP without vision_config has no tower whose sizes are known")
+    for name, value in (attributes.get("vision_config_dict") or {}).items():  # transformers lets these win
+        if half.setdefault(name, value) != value:
+            raise MoextendError(f"{where}: vision_config.{name} and vision_config_dict.{name} differ")
+    return {"model_type": "clip_vision_model", **half}
 
 
-def _fields(attributes: dict, known: dict[str, str], *, where: Path, model_type: str) -> dict[str, Any]:
-    if attributes.get("model_type") != model_type:
-        raise MoextendError(f"{where}: model_type is {attributes.get('model_type')!r}, expected {model_type!r}")
+def extension_config(attributes: Mapping[str, Any], *, where: Path) -> ExtensionConfig | None:
+    layers = attributes.get("add_layer")
+    if not layers:
+        return None
+    if (
+        not isinstance(layers, list)
+        or not all(type(n) is int and n >= 0 for n in layers)
+        or layers != sorted({*layers})
+    ):
+        raise MoextendError(f"{where}: add_layer = {layers!r} is no ascending list of layers")
+    beyond = [layer for layer in layers if layer >= attributes["num_hidden_layers"]]
+    if beyond:
+        raise MoextendError(
+            f"{where}: add_layer names layers {beyond}, but the model has only {attributes['num_hidden_layers']} layers"
+        )
+    return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
+
+
+def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
+    """Where the released layout says so, the ids that it added for images: start, end, pad in a row."""
+    start = (attributes.get("visual") or {}).get("image_start_id")
+    return ImageTags(start=start, end=start + 1, pad=start + 2) if isinstance(start, int) else ImageTags()
+
+
+def _fields(attributes: Mapping[str, Any], known: dict[str, str], *, where: Path, model_type: str) -> dict[str, Any]:
+    if (said := attributes.get("model_type")) != model_type:
+        raise MoextendError(f"{where}: model_type is {said!r}, expected {model_type!r}{_why_not(said)}")
+    must_be = _MUST_BE[model_type]
     for name, value in attributes.items():
-        if name in _MUST_BE and value not in _MUST_BE[name]:
-            raise MoextendError(f"{where}: {name} = {value!r} cannot be honoured (only {_MUST_BE[name]})")
-        if name not in known and name not in _MUST_BE and name not in _WITHOUT_EFFECT:
+        if name in must_be and value not in must_be[name]:
+            only = " or ".join(map(repr, must_be[name]))
+            raise MoextendError(f"{where}: {name} = {value!r} cannot be honoured (only {only})")
+        if name not in known and name not in must_be and name not in _WITHOUT_EFFECT:
             raise MoextendError(f"{where}: attribute {name!r} is unknown to this code, so it cannot be honoured")
-    if model_type == "mixtral" and attributes.get("hidden_act", "silu") != "silu":
-        raise MoextendError(f"{where}: hidden_act = {attributes['hidden_act']!r} cannot be honoured (only 'silu')")
     if missing := sorted(known.keys() - attributes.keys() - _HAS_A_DEFAULT):
         raise MoextendError(f"{where}: {', '.join(missing)} must be given")
-    return {ours: attributes[theirs] for theirs, ours in known.items() if theirs in attributes}
+    fields = {ours: attributes[theirs] for theirs, ours in known.items() if theirs in attributes}
+    for theirs, ours in known.items():
+        if ours in fields and not (_fits(ours, fields[ours]) or (ours == "head_size" and fields[ours] is None)):
+            raise MoextendError(f"{where}: {theirs} = {fields[ours]!r} is impossible")
+    return fields
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _fits(field: str, value: Any) -> bool:
+    if field == "tied_head":
+        return isinstance(value, bool)
+    if field == "activation":
+        return isinstance(value, str)
+    if field in ("rope_theta", "norm_eps"):
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return type(value) is int and value > 0
+
+
+def _why_not(model_type: Any) -> str:
+    if model_type in ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"):
+        # A SigLIP tower has a bias on its patches, no class token, no norm before the layers and a pooling head
+        # with attention: another forward pass, not other names.
+        return ": a SigLIP tower is another network than CLIP's and is not supported"
+    if model_type in ("llama", "mistral"):
+        return ": a dense model has to be upcycled: give --experts N to moextend import"
+    return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      MoextendError: no such file, or something else in it; names the file.
+    """
     try:
         attributes = json.loads(path.read_text())
     except FileNotFoundError:
@@ -168,26 +220,81 @@ def _read_json(path: Path) -> dict[str, Any]:
     return attributes
 
 
-def _open_files(folder: Path) -> dict[str, Any]:
-    """Tensor name -> open file that holds it."""
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise MoextendError(f"{folder} holds no *.safetensors file")
-    try:
-        return {name: file for path in paths for file in [safe_open(path, "flax")] for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise MoextendError(f"{folder}: a safetensors file cannot be read: {error}") from None
+# --- sizes -> config.json ---------------------------------------------------------------------------------------------
 
 
-def _tensor(file: Any, name: str) -> np.ndarray:
-    return np.asarray(file.get_tensor(name))
+def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for theirs, ours in _DECODER.items()} | {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+        "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+    }  # fmt: skip
 
 
-def _difference(wanted: set[str], found: set[str]) -> str:
-    def some(names: set[str]) -> str:
-        listed = sorted(names)
-        return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+def vision_attributes(config: VisionConfig) -> dict[str, Any]:
+    return {theirs: getattr(config, ours) for theirs, ours in _VISION.items()} | {
+        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "num_channels": 3,
+    }  # fmt: skip
 
-    missing = f" Missing: {some(wanted - found)}." if wanted - found else ""
-    surplus = f" Not asked for: {some(found - wanted)}." if found - wanted else ""
-    return missing + surplus
+
+def released_attributes(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
+    """Attributes of the released layout: experts counted with the new one, `add_layer`, ids of the image tags."""
+    extension, vision, tags = config.extension, config.vision, config.tags
+    added = {"num_local_experts": config.decoder.experts + extension.new_experts} if extension else {}
+    tower = {"vision_config": vision_attributes(vision)} if vision else {}
+    in_a_row = (tags.end, tags.pad) == (tags.start + 1, tags.start + 2)
+    return {
+        **decoder_attributes(config.decoder, dtype=dtype), **added, **tower,
+        "add_layer": list(extension.layers) if extension else None,
+        **({"visual": {"image_start_id": tags.start}} if in_a_row else {}),
+    }  # fmt: skip
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def write_decoder_config(folder: Path, config: DecoderConfig, *, dtype: str) -> None:
+    write_json(folder / "config.json", decoder_attributes(config, dtype=dtype))
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def read_parameters(folder: Path, model: nnx.Module, *, table: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    """A folder's tensors as stacked host arrays by our path, in the file's element type.
+
+    Args:
+      model: the abstract or real model that must have these shapes.
+      table: layout of the file, a key of `names.TABLES`.
+    """
+    shapes = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
+    matched = leaves.match(open_tensors(folder), table=table, config=config, where=folder)
+    for path, leaf in matched.items():
+        assert leaf.shape == shapes[path], path
+    return {path: leaves.read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in matched.items()}
+
+
+def write_parameters(folder: Path, arrays: Mapping[str, Any], *, table: str, config: ModelConfig) -> None:
+    """Writes arrays by our path as one safetensors file of layout `table`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = plan(from_arrays(arrays, config=config), table=table, config=config)
+    write_safetensors(folder, planned, max_shard_bytes=1 << 62)
+
+
+def from_arrays(arrays: Mapping[str, Any], *, config: ModelConfig) -> dict[str, leaves.Leaf]:
+    """Leaves over arrays in memory."""
+
+    def stored(array: Any) -> Stored:
+        return Stored(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array), "memory")
+
+    return {path: leaves.from_ours(path, stored(array), config=config) for path, array in arrays.items()}
+
+
+def plan(
+    matched: Mapping[str, leaves.Leaf], *, table: str, config: ModelConfig, prefix: str = ""
+) -> dict[str, leaves.Planned]:
+    """The tensors of a file of layout `table`; leaves that the layout does not have are left out."""
+    return {
+        prefix + tensor.file: leaves.plan_theirs(matched[tensor.path], tensor.index)
+        for tensor in leaves.names.tensors(table, config)
+    }

@@ -8,6 +8,7 @@ experts, "{X}" new experts (numbered on from E), "{U}" vision layers.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -63,12 +64,15 @@ EXTENSION = (
     Name("extension/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D F -> F D"),
 )
 
-PROJECTOR = (
-    Name("projector/first", "model.visual.mm_projector.0.weight", "D C -> C D"),
-    Name("projector/first_bias", "model.visual.mm_projector.0.bias", "D -> D"),
-    Name("projector/second", "model.visual.mm_projector.2.weight", "D d -> d D"),
-    Name("projector/second_bias", "model.visual.mm_projector.2.bias", "D -> D"),
-)
+
+def _projector(first: str, second: str) -> tuple[Name, ...]:
+    return (
+        Name("projector/first", first + ".weight", "D C -> C D"),
+        Name("projector/first_bias", first + ".bias", "D -> D"),
+        Name("projector/second", second + ".weight", "D d -> d D"),
+        Name("projector/second_bias", second + ".bias", "D -> D"),
+    )
+
 
 _LAYER = "vision_model.encoder.layers.{U}."
 CLIP = (
@@ -100,17 +104,30 @@ CLIP = (
 TABLES: dict[str, tuple[Name, ...]] = {
     "mixtral": MIXTRAL,
     "clip": CLIP,
+    "llava": _projector("mm_projector.0", "mm_projector.2"),
+    "llava_hf": _projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     "released": (
         *MIXTRAL,
         *EXTENSION,
-        *PROJECTOR,
-        *(name._replace(file="model.visual.vision_tower." + name.file) for name in CLIP),
+        *_projector("model.visual.mm_projector.0", "model.visual.mm_projector.2"),
+        *(row._replace(file="model.visual.vision_tower." + row.file) for row in CLIP),
     ),
 }
-"""File layouts: Hugging Face's Mixtral and CLIP, and the method's released checkpoints, which hold everything."""
+"""File layouts: Hugging Face's Mixtral and CLIP, LLaVA's projector in its own spelling and in transformers', and the
+method's released checkpoints, which hold everything."""
+
+PREFIXES = {"llava": "model.", "llava_hf": "model."}
+"""What some files write before every name of a layout."""
 
 IGNORED = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
 """Buffers that old files carry and nobody needs: they are computed from the configuration."""
+
+BESIDE: dict[str, re.Pattern[str]] = {
+    "clip": re.compile(r"text_model\..*|logit_scale|(text|visual)_projection\.weight"),
+    "llava": re.compile(r"(model\.)?(embed_tokens|layers|norm|vision_tower)\..*|lm_head\.weight"),
+    "llava_hf": re.compile(r"(model\.)?(language_model|vision_tower)\..*|lm_head\.weight"),
+}
+"""Tensors of the whole model that a part was taken from: CLIP's text half, a LLaVA's decoder and tower."""
 
 
 def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:
@@ -118,11 +135,16 @@ def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:
     for name in TABLES[table]:
         if not _exists(name.path, config):
             continue
-        letters = re.findall(r"{(\w)}", name.file)
-        counts = [_numbers(letter, config) for letter in letters]
-        for index in itertools.product(*(range(len(numbers)) for numbers in counts)):
-            numbers = {letter: counts[axis][index[axis]] for axis, letter in enumerate(letters)}
-            yield Tensor(name.file.format(**numbers), name.path, index, name.layout)
+        counters = stacked(name.file)
+        counts = [numbers(letter, config) for letter in counters]
+        for index in itertools.product(*(range(len(count)) for count in counts)):
+            at = {letter: counts[axis][index[axis]] for axis, letter in enumerate(counters)}
+            yield Tensor(name.file.format(**at), name.path, index, name.layout)
+
+
+def stacked(file: str) -> list[str]:
+    """Letters of the stacked axes in a row's file name, in order."""
+    return re.findall(r"{(\w)}", file)
 
 
 def inverse(layout: str) -> str:
@@ -136,6 +158,22 @@ def axis_sizes(layout: str, sizes: Mapping[str, int]) -> dict[str, int]:
     return {letter: sizes[letter] for letter in grouped if letter in sizes}
 
 
+def letters(path: str, config: ModelConfig) -> dict[str, int]:
+    """Sizes of every letter that a layout of this path uses: N and H mean other heads in the vision tower."""
+    vision = config.vision
+    if path.startswith("vision/"):
+        assert vision is not None
+        return {**vision.sizes(), "h": vision.patch_size, "w": vision.patch_size, "c": 3}
+    shared = {"d": config.decoder.width, **({"C": vision.width} if vision else {})}
+    return {**config.sizes(), **shared}
+
+
+def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of one side of a layout, e.g. "(N H) D"."""
+    groups = re.findall(r"\(([^)]*)\)|(\w)", side)
+    return tuple(math.prod(sizes[letter] for letter in (group or one).split()) for group, one in groups)
+
+
 def _exists(path: str, config: ModelConfig) -> bool:
     if path == "decoder/head":
         return not config.decoder.tied_head
@@ -143,7 +181,8 @@ def _exists(path: str, config: ModelConfig) -> bool:
     return needs.get(path.split("/")[0], config.decoder) is not None
 
 
-def _numbers(letter: str, config: ModelConfig) -> list[int]:
+def numbers(letter: str, config: ModelConfig) -> list[int]:
+    """What a stacked axis counts in file names, e.g. the extended layers' numbers for "Y"."""
     if letter == "U":
         assert config.vision is not None
         return list(range(config.vision.layers))

@@ -8,7 +8,6 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from moextend_jax.config import MoextendError
@@ -74,7 +73,7 @@ def save_leaves(folder: Path, leaves: dict[str, jax.Array], *, facts: dict[str, 
         manager.wait_until_finished()
 
 
-def load_leaves(folder: Path, *, facts: dict[str, Any]) -> dict[str, np.ndarray] | None:
+def load_leaves(folder: Path, *, facts: dict[str, Any]) -> dict[str, jax.Array] | None:
     """What `save_leaves` wrote, or None where nothing is there; `facts` that differ are an error."""
     if not folder.exists():
         return None

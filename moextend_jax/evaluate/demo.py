@@ -193,8 +193,8 @@ def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | Non
             "total": sum(int(leaf.size) for leaf in run.pretrained.values()),
             "trained": {name: sum(stage["trained"].values()) for name, stage in stages.items()},
         },
-        "frozen_unchanged": pipeline.frozen_unchanged(run)
-        and all(stage["frozen_unchanged"] for stage in stages.values()),
+        "frozen_unchanged": all(stage["frozen_unchanged"] for stage in stages.values())
+        and ("moextend" not in evaluated["easy_vqa"] or pipeline.frozen_unchanged(run)),
     }
     pipeline.write_json(run.workdir / "summary.json", summary)
     return summary

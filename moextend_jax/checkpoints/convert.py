@@ -1,0 +1,252 @@
+"""The commands `moextend import` and `moextend export`: checkpoint folders in and out, streaming.
+
+In: command lines. Out: a new folder, whole or not at all, and a line on what it cost. Everything is opened and checked
+before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moextend_jax.checkpoints import delta, huggingface, leaves, names, store
+from moextend_jax.checkpoints.cost import Cost, watched
+from moextend_jax.checkpoints.loading import Source, open_source
+from moextend_jax.checkpoints.tensors import Planned, new_folder, some, write_safetensors
+from moextend_jax.checkpoints.workdir import is_workdir, open_workdir
+from moextend_jax.config import MoextendError
+
+SHARD = "5GB"
+LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def import_main(arguments: list[str]) -> None:
+    """`moextend import SRC DST`: a PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one
+    (Llama or Mistral, folder or GGUF) becomes a mixture of copies of its feed-forward layers."""
+    parser = _Parser(prog="moextend import", description=import_main.__doc__, allow_abbrev=False)
+    parser.add_argument("src", type=Path, help="folder of a checkpoint, file of a projector, or GGUF file")
+    parser.add_argument("dst", type=Path, help="new folder")
+    parser.add_argument("--base", type=Path, help="folder of the base, for partial saves and deltas")
+    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
+    parser.add_argument("--projector", type=Path, help="folder or file of a LLaVA projector")
+    parser.add_argument("--feature_layer", "--feature-layer", type=int, help="hidden state the projector reads")
+    parser.add_argument("--dtype", choices=[str(dtype) for dtype in leaves.FLOATS], help="store in this element type")
+    dense = parser.add_argument_group("sparse upcycling of a dense model")
+    dense.add_argument("--experts", type=int, help="copies of every feed-forward layer")
+    dense.add_argument("--top_k", "--top-k", type=int, help="experts per token; default 2")
+    dense.add_argument("--noise", type=float, help="relative noise on each copy; default 0, which is exact")
+    dense.add_argument("--seed", type=int, help="of noise and routers; default 0")
+    values = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        if values.experts is not None:
+            source = _upcycled(values, Path(scratch))
+        else:
+            if any(value is not None for value in (values.top_k, values.noise, values.seed)):
+                raise MoextendError("--top_k, --noise and --seed go with --experts N")
+            if values.src.suffix == ".gguf":
+                raise MoextendError(f"{values.src} is a dense model: give --experts N to upcycle it")
+            source = open_source(
+                values.src,
+                base=values.base,
+                vision=values.vision,
+                projector=values.projector,
+                feature_layer=values.feature_layer,
+            )
+        cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
+    if said := source.record.facts.get("tokenizer"):
+        print(f"tokenizer {said}")
+    print(f"imported {_described(source)} to {values.dst}: {cost}")
+    print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
+
+
+def _upcycled(values: argparse.Namespace, scratch: Path) -> Source:
+    from moextend_jax.checkpoints.upcycle import open_upcycled  # the gguf package takes a quarter of a second
+
+    if values.base or values.vision or values.projector or values.feature_layer is not None:
+        raise MoextendError("--experts takes SRC alone: leave --base, --vision, --projector and --feature_layer out")
+    return open_upcycled(
+        values.src,
+        experts=values.experts,
+        top_k=2 if values.top_k is None else values.top_k,
+        noise=values.noise or 0.0,
+        seed=values.seed or 0,
+        tokenizer_folder=scratch,
+    )
+
+
+def export_main(arguments: list[str]) -> None:
+    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
+    parser = _Parser(prog="moextend export", description=export_main.__doc__, allow_abbrev=False)
+    parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
+    parser.add_argument("dst", type=Path, help="new folder")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
+    parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
+    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
+    parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
+    values = parser.parse_args(arguments)
+    shard = _bytes(values.max_shard_size)
+    if is_workdir(values.src):
+        if values.base or values.vision:
+            raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
+        source = open_workdir(values.src)
+    else:
+        source = open_source(values.src, base=values.base, vision=values.vision)
+    layout = values.layout or default_layout(source)
+    cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=Console(stderr=True))
+    print(f"exported {_described(source)} to {values.dst} in layout {layout}: {cost}")
+    if left := source.parts - _parts_of(layout, source):
+        print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # argparse would print its usage and exit
+        raise MoextendError(f"{self.prog.removeprefix('moextend ')}: {message}; see `{self.prog} --help`")
+
+
+def _described(source: Source) -> str:
+    return f"{', '.join(sorted(source.parts))} ({source.record.layout})"
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+def import_source(source: Source, dst: Path, *, dtype: str | None = None, console: Console | None = None) -> Cost:
+    """Writes an opened checkpoint as a folder of stacked leaves; see store.py for what is in it."""
+    planned = {path: leaves.plan_ours(leaf, dtype=dtype) for path, leaf in source.leaves.items()}
+    with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
+        # The base of an applied delta or of a partial save is in the folder too: what is written is whole.
+        record = source.record
+        if record.base is not None:
+            record = record._replace(base=None, layout="released", facts=record.facts | {"base_hash": record.base})
+        store.write(folder, source.leaves, record, dtype=dtype, max_shard_bytes=_bytes(SHARD), written=written)
+        _copy_files(source.files, folder)
+    return meter.cost()
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def default_layout(source: Source) -> str:
+    if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
+        return "released"
+    return "mixtral" if "decoder" in source.parts else "clip" if "vision" in source.parts else "llava"
+
+
+def export_source(
+    source: Source, dst: Path, *, layout: str, max_shard_bytes: int, console: Console | None = None
+) -> Cost:
+    """Writes an opened checkpoint in a layout of LAYOUTS.
+
+    Raises:
+      MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
+    """
+    needed = {"mixtral": {"decoder"}, "clip": {"vision"}, "llava": {"projector"}, "delta": {"extension"}}
+    if missing := needed.get(layout, {"decoder"}) - source.parts:
+        raise MoextendError(f"layout {layout} needs this part: {some(missing)}; there is only {some(source.parts)}")
+    if layout == "mixtral" and "extension" in source.parts:
+        raise MoextendError("an extended model is no Mixtral: export it with --layout released or delta")
+    if layout == "delta":
+        return _export_delta(source, dst, console=console)
+    files = _layout(source, layout)
+    everything = {f"{name}/{file}": one for name, (planned, _) in files.items() for file, one in planned.items()}
+    with watched(everything, dst, console) as (meter, written), new_folder(dst) as folder:
+        for name, (planned, attributes) in files.items():
+            inside = folder / name
+            inside.mkdir(exist_ok=True)
+            write_safetensors(inside, planned, max_shard_bytes=max_shard_bytes, written=written)
+            if attributes:
+                huggingface.write_json(inside / "config.json", attributes)
+        processor = {name: path for name, path in source.files.items() if name.startswith("preprocessor")}
+        tower = folder / "vision" if "vision" in files else folder
+        if layout != "llava":
+            _copy_files(source.files.items() - processor.items() if layout != "clip" else (), folder)
+            _copy_files(processor, tower)
+    return meter.cost()
+
+
+def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], dict[str, Any]]]:
+    """Tensors and config.json of every folder of an export, by the folder's name inside it."""
+    config, said = source.config, source.record.attributes
+    tower = {"vision": said.get("vision") or huggingface.vision_attributes(config.vision)} if config.vision else {}
+
+    def plan(table: str, prefix: str = "") -> dict[str, Planned]:
+        return {
+            prefix + tensor.file: leaves.plan_theirs(source.leaves[tensor.path], tensor.index)
+            for tensor in names.tensors(table, config)
+        }
+
+    if layout == "llava":
+        table, prefix = source.record.projector
+        return {".": (plan(table, prefix), {})}
+    if layout == "clip":
+        return {".": (plan("clip"), tower["vision"])}
+    dtype = str(source.leaves["decoder/embed"].dtype)
+    attributes = said.get("decoder") or huggingface.decoder_attributes(config.decoder, dtype=dtype)
+    for name in ("torch_dtype", "dtype"):  # an import may have cast
+        if isinstance(attributes.get(name), str):
+            attributes = attributes | {name: dtype}
+    if layout == "mixtral":
+        files = {".": (plan("mixtral"), {k: v for k, v in attributes.items() if k not in _RELEASED_ONLY})}
+        return files | ({"vision": (plan("clip"), tower["vision"])} if "vision" in source.parts else {})
+    if config.vision and (missing := {"projector", "vision"} - source.parts):
+        if missing != {"projector", "vision"}:
+            raise MoextendError(
+                f"layout released needs this part too: {some(missing)}; there is only {some(source.parts)}"
+            )
+        config = dataclasses.replace(config, vision=None)
+    added = huggingface.released_attributes(config, dtype=dtype)
+    merged = attributes | {name: added[name] for name in _RELEASED_ONLY | {"num_local_experts"} if name in added}
+    if isinstance(attributes.get("visual"), dict):  # what the released code wrote there besides stays
+        merged["visual"] = attributes["visual"] | added.get("visual", {})
+    if tower and config.vision:
+        merged["vision_config"] = tower["vision"]
+    return {".": (plan("released"), merged)}
+
+
+_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
+
+
+def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:
+    changed = set(source.record.facts.get("changed", ()))  # pretrained leaves that a recipe trains, such as routers
+    kept = delta.of_model(source.leaves) | {path: leaf for path, leaf in source.leaves.items() if path in changed}
+    base = source.record.base or source.record.facts.get("base_hash") or leaves.base_hash(source.leaves)
+    record = source.record._replace(layout="delta", base=base)
+    planned = {path: leaves.plan_ours(leaf) for path, leaf in kept.items()}
+    with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
+        store.write(folder, kept, record, max_shard_bytes=_bytes(SHARD), written=written)
+    return meter.cost()
+
+
+def _parts_of(layout: str, source: Source) -> set[str]:
+    kept = {
+        "mixtral": {"decoder", "vision"}, "clip": {"vision"}, "llava": {"projector"},
+        "delta": {"decoder", "vision", "projector", "extension"},  # the first two by their hash
+    }  # fmt: skip
+    return kept.get(layout, source.parts)
+
+
+def _copy_files(files: Any, folder: Path) -> None:
+    for name, path in dict(files).items():
+        shutil.copyfile(path, folder / name)
+
+
+def _bytes(text: str) -> int:
+    """Bytes of a size such as 5GB or 200MB (powers of ten)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
+    number = text.strip().upper().rstrip("KMGTB")
+    try:
+        size = int(float(number) * units[text.strip().upper().removeprefix(number).strip()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise MoextendError(f"--max_shard_size {text!r} is no size; write it like 5GB or 200MB")
+    return size

@@ -1,0 +1,90 @@
+"""What a conversion costs: bytes, time and peak memory, a progress bar meanwhile, and an early word on a full disk.
+
+In: the tensors that will be written, and where. Out: a callback that hears of every piece, and a `Cost` at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from moextend_jax.checkpoints.tensors import Planned
+from moextend_jax.config import MoextendError
+
+
+class Cost(NamedTuple):
+    """What a conversion took. `peak` is the most memory above the start (mapped file pages included), or None where the
+    system does not tell; `largest` is the biggest tensor written: of an import, a stacked one."""
+
+    nbytes: int
+    seconds: float
+    peak: int | None
+    largest: int
+
+    def __str__(self) -> str:
+        peak = "unknown" if self.peak is None else _size(self.peak)
+        return (
+            f"{_size(self.nbytes)} in {self.seconds:.1f} s, {self.nbytes / 1e6 / self.seconds:.0f} MB/s; peak memory "
+            f"{peak} above the start (largest tensor written {_size(self.largest)})"
+        )
+
+
+class Meter:
+    """Counts the bytes written, the time, and the peak of resident memory above what it was at the start.
+
+    Resident memory includes the pages of mapped files, so nothing hides in them. Linux tells the peak since a
+    reset.
+    """
+
+    def __init__(self, planned: Mapping[str, Planned]):
+        sizes: dict[str, int] = {name: one.nbytes for name, one in planned.items()}
+        self.total, self.largest = sum(sizes.values()), max(sizes.values(), default=0)
+        self.started, self.before = time.perf_counter(), None
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = _memory("VmRSS")
+
+    def cost(self) -> Cost:
+        peak = None if self.before is None else max(0, _memory("VmHWM") - self.before)
+        return Cost(self.total, time.perf_counter() - self.started, peak, self.largest)
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+@contextlib.contextmanager
+def watched(
+    planned: Mapping[str, Planned], dst: Path, console: Console | None
+) -> Iterator[tuple[Meter, Callable[[int], None]]]:
+    """A meter, a progress bar where there is a terminal, and an early error where the disk is too small."""
+    meter = Meter(planned)
+    there = next(parent for parent in dst.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(there).free) < meter.total:
+        raise MoextendError(f"{dst} needs {_size(meter.total)}, and its disk has {_size(free)} left")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=console is None or not console.is_terminal) as progress:
+        task = progress.add_task(dst.name, total=meter.total)
+        yield meter, lambda nbytes: progress.advance(task, nbytes)
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:,.2f} GB"

@@ -1,0 +1,200 @@
+"""GGUF files of Llama-shaped models: a path in, sizes and tensors under Hugging Face's names out, none read yet.
+
+Quantised tensors come out as float32 (`gguf` dequantises them), float32, float16 and bfloat16 ones as they are. GGUF
+keeps the rows of query and key as rotation pairs side by side; here they come in Hugging Face's order, halves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import einops
+import gguf
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType as Kind
+
+from moextend_jax.checkpoints.tensors import Stored, difference
+from moextend_jax.config import DecoderConfig, MoextendError
+
+
+class Opened(NamedTuple):
+    """tensors: under a Hugging Face Llama's names. config: of the dense model, experts = top_k = 1.
+
+    metadata: the file's keys and values; `gguf_tokenizer.write_tokenizer` makes tokenizer files of them.
+    """
+
+    tensors: dict[str, Stored]
+    config: DecoderConfig
+    metadata: dict[str, Any]
+
+
+class _Row(NamedTuple):
+    gguf: str
+    file: str
+    shape: tuple[str, ...]
+
+
+TABLE = (
+    _Row("token_embd.weight", "model.embed_tokens.weight", ("V", "D")),
+    _Row("output_norm.weight", "model.norm.weight", ("D",)),
+    _Row("output.weight", "lm_head.weight", ("V", "D")),
+    _Row("blk.{Z}.attn_norm.weight", "model.layers.{Z}.input_layernorm.weight", ("D",)),
+    _Row("blk.{Z}.attn_q.weight", "model.layers.{Z}.self_attn.q_proj.weight", ("NH", "D")),
+    _Row("blk.{Z}.attn_k.weight", "model.layers.{Z}.self_attn.k_proj.weight", ("KH", "D")),
+    _Row("blk.{Z}.attn_v.weight", "model.layers.{Z}.self_attn.v_proj.weight", ("KH", "D")),
+    _Row("blk.{Z}.attn_output.weight", "model.layers.{Z}.self_attn.o_proj.weight", ("D", "NH")),
+    _Row("blk.{Z}.ffn_norm.weight", "model.layers.{Z}.post_attention_layernorm.weight", ("D",)),
+    _Row("blk.{Z}.ffn_gate.weight", "model.layers.{Z}.mlp.gate_proj.weight", ("F", "D")),
+    _Row("blk.{Z}.ffn_up.weight", "model.layers.{Z}.mlp.up_proj.weight", ("F", "D")),
+    _Row("blk.{Z}.ffn_down.weight", "model.layers.{Z}.mlp.down_proj.weight", ("D", "F")),
+)
+
+TEXT_ATTRIBUTES = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id", "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id", "max_position_embeddings": "llama.context_length",
+}  # fmt: skip
+"""Attributes of a config.json that say nothing about the computation, and their keys in GGUF."""
+
+_FLOAT32 = np.dtype(np.float32)
+_KEPT = {Kind.F32: _FLOAT32, Kind.F16: np.dtype(np.float16), Kind.BF16: np.dtype(ml_dtypes.bfloat16)}
+_QUANTISED = {
+    Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K,
+    Kind.IQ1_S, Kind.IQ1_M, Kind.IQ2_XXS, Kind.IQ2_XS, Kind.IQ2_S, Kind.IQ3_XXS, Kind.IQ3_S, Kind.IQ4_NL, Kind.IQ4_XS,
+    Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4,
+}  # fmt: skip
+
+_SIZES = {
+    "embedding_length": "width", "feed_forward_length": "hidden", "block_count": "layers",
+    "attention.head_count": "heads", "attention.head_count_kv": "kv_heads", "attention.key_length": "head_size",
+    "rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "norm_eps",
+}  # fmt: skip
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,), "expert_used_count": (0,), "rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0), "attention.causal": (True,),
+}  # fmt: skip
+"""Keys that change the computation, with the only values that this code computes."""
+_WITHOUT_EFFECT = {"context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+_CHECKED_ELSEWHERE = {"vocab_size", "rope.dimension_count", "attention.value_length"}
+
+
+def open_gguf(path: Path) -> Opened:
+    """Reads the header of a file of architecture "llama"; `Stored.read` reads and dequantises one tensor.
+
+    Raises:
+      MoextendError: not a GGUF file, cut short, of another architecture, with a key or a tensor that this decoder
+        does not compute (rope scaling, experts, biases), or with a tensor missing, misshapen or of an unknown type.
+    """
+    try:
+        reader = _Reader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
+        # gguf raises whatever the first bad byte led to
+        raise MoextendError(f"{path} cannot be read as GGUF: {str(error).splitlines()[0] or error!r}") from None
+    if reader.byte_order != "I":
+        raise MoextendError(f"{path} has the byte order of other machines; convert it with gguf-convert-endian")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(metadata, found, where=path)
+    return Opened(_tensors(found, config, where=path), config, metadata)
+
+
+class _Reader(gguf.GGUFReader):
+    """Asks for bytes only where the file has them: the library's own would go on with empty arrays."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
+        self.data = self.data.view(np.ndarray)  # slices of a memmap are several times slower, and tokens are many
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            raise ValueError(f"it is cut short: {len(self.data)} bytes are not all")
+        return super()._get(offset, dtype, count, override_order)
+
+
+def _config(metadata: dict[str, Any], found: dict[str, Any], *, where: Path) -> DecoderConfig:
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise MoextendError(f'{where}: architecture is {architecture!r}; only "llama" can be read')
+    if metadata.get("split.count", 1) > 1:
+        raise MoextendError(f"{where} is one of {metadata['split.count']} parts; merge them with llama-gguf-split")
+    given = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
+    for name, value in given.items():
+        if name in _MUST_BE and value not in _MUST_BE[name]:
+            raise MoextendError(f"{where}: llama.{name} = {value!r} cannot be honoured (only {_MUST_BE[name][-1]!r})")
+        if name not in (_SIZES.keys() | _MUST_BE.keys() | _WITHOUT_EFFECT | _CHECKED_ELSEWHERE):
+            raise MoextendError(f"{where}: key llama.{name} is unknown to this code, so it cannot be honoured")
+    given.setdefault("attention.head_count_kv", given.get("attention.head_count"))
+    given.setdefault("rope.freq_base", 1e4)
+    width, heads = given.get("embedding_length"), given.get("attention.head_count")
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        given.setdefault("attention.key_length", width // heads)
+    fields: dict[str, Any] = {}
+    for theirs, ours in _SIZES.items():
+        value = given.get(theirs)
+        kind = (int, float) if ours in ("rope_theta", "norm_eps") else int
+        if not isinstance(value, kind) or value <= 0:  # a list: other sizes in other layers
+            raise MoextendError(f"{where}: llama.{theirs} must be one positive number, not {value!r}")
+        # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
+        fields[ours] = float(str(np.float32(value))) if isinstance(value, float) else value
+    head_size = fields["head_size"]
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if given.get(name, head_size) != head_size:
+            raise MoextendError(f"{where}: llama.{name} = {given[name]} is not the head size {head_size}: not computed")
+    if fields["heads"] % fields["kv_heads"]:
+        raise MoextendError(
+            f"{where}: {fields['heads']} heads cannot share {fields['kv_heads']} key/value heads evenly"
+        )
+    if "token_embd.weight" not in found:
+        raise MoextendError(f"{where}: missing: token_embd.weight")
+    vocab_size = int(found["token_embd.weight"].shape[-1])
+    tied_head = "output.weight" not in found
+    return DecoderConfig(experts=1, top_k=1, vocab_size=vocab_size, tied_head=tied_head, **fields)
+
+
+def _tensors(found: dict[str, Any], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:
+    # Upcycling asks for a matrix once per expert, one after the other: dequantise it once.
+    read = functools.lru_cache(maxsize=1)(functools.partial(_read, found, config))
+    tensors: dict[str, Stored] = {}
+    wanted: set[str] = set()
+    for row in TABLE:
+        if row.gguf == "output.weight" and config.tied_head:
+            continue
+        numbers = range(config.layers if "{Z}" in row.gguf else 1)
+        names = {row.gguf.format(Z=layer): row.file.format(Z=layer) for layer in numbers}
+        wanted |= names.keys()
+        shape = tuple(math.prod(config.sizes()[letter] for letter in axis) for axis in row.shape)
+        there = {name: found[name] for name in names if name in found}
+        _check(there.values(), shape, where=where)
+        # Layers are stacked into one array: its type is what they have in common.
+        kinds = {_KEPT.get(tensor.tensor_type, _FLOAT32) for tensor in there.values()}
+        dtype = kinds.pop() if len(kinds) == 1 else _FLOAT32
+        for name in there:
+            tensors[names[name]] = Stored(shape, dtype, functools.partial(read, name, dtype), str(where))
+    if "rope_freqs.weight" in found:
+        raise MoextendError(
+            f"{where}: rope_freqs.weight scales the rotary positions (Llama 3.1 and later): not computed"
+        )
+    if missing_or_surplus := difference(wanted, found):
+        raise MoextendError(f"{where}: the tensors are not those of this model.{missing_or_surplus}")
+    return tensors
+
+
+def _check(tensors: Iterable[Any], shape: tuple[int, ...], *, where: Path) -> None:
+    for tensor in tensors:
+        there = tuple(int(size) for size in reversed(tensor.shape))
+        if tensor.tensor_type not in _KEPT.keys() | _QUANTISED:
+            raise MoextendError(f"{where}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be read")
+        if there != shape:
+            raise MoextendError(f"{where}: {tensor.name} has shape {list(there)}, expected {list(shape)}")
+
+
+def _read(found: dict[str, Any], config: DecoderConfig, name: str, dtype: np.dtype) -> np.ndarray:
+    tensor = found[name]
+    kept = _KEPT.get(tensor.tensor_type)
+    array = tensor.data.view(kept) if kept else gguf.dequantize(tensor.data, tensor.tensor_type)
+    if heads := {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2]):
+        array = einops.rearrange(array, "(N h pair) D -> (N pair h) D", N=heads, pair=2)
+    array = np.asarray(array, dtype).view()
+    array.flags.writeable = False
+    return array

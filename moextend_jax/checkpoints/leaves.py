@@ -1,0 +1,290 @@
+"""Our stacked arrays over the tensors of files: matched and checked first, read slice by slice after.
+
+In: `Stored` tensors by file name and a layout of `names.TABLES`. Out: `Leaf` by our path, from which a device's shard,
+a piece in either layout, or a hash is read without ever holding the stacked array.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import ml_dtypes
+import numpy as np
+
+from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints.tensors import Planned, Stored, difference, some
+from moextend_jax.config import ModelConfig, MoextendError
+
+FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+"""Element types that a model may be stored in; anything else is quantised or not a weight."""
+
+STRIP = 1 << 22
+"""Bytes that are copied at a time on the way from file to file."""
+
+Index = tuple[int, ...]
+
+
+class Leaf(NamedTuple):
+    """One of our arrays. `stacked` are the sizes of its leading, stacked axes; a piece is what one index of them picks.
+
+    `ours` and `theirs` give a piece in our layout and in the file's, as views where possible; `sha256` is known
+    beforehand where an imported folder says it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stacked: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    """Shape of a piece in the file's layout."""
+    ours: Callable[[Index], np.ndarray]
+    theirs: Callable[[Index], np.ndarray]
+    where: str
+    sha256: str | None = None
+
+    def indices(self) -> Iterator[Index]:
+        return itertools.product(*map(range, self.stacked))
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+def match(
+    stored: Mapping[str, Stored],
+    *,
+    table: str,
+    config: ModelConfig,
+    where: Path | str,
+    elsewhere: Collection[str] = (),
+    hint: str = "",
+) -> dict[str, Leaf]:
+    """Leaves of a model of this configuration in files of layout `table`, with their file names' prefix if any.
+
+    Args:
+      elsewhere: paths of whole leaves that other files supply (the base of a partial save): they may be absent here.
+      hint: what to do about missing tensors, for the message.
+
+    Raises:
+      MoextendError: tensors are missing or not asked for, or one has another shape or element type; names them.
+    """
+    prefix = names.PREFIXES.get(table, "")
+    ignored = names.BESIDE.get(table)
+    found = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not names.IGNORED.fullmatch(name) and not (ignored and ignored.fullmatch(name))
+    }
+    if prefix and all(name.startswith(prefix) for name in found):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    wanted = list(names.tensors(table, config))
+    there = {tensor.path for tensor in wanted if tensor.file in found}
+    wanted = [tensor for tensor in wanted if tensor.path in there or tensor.path not in elsewhere]
+    if unequal := difference((tensor.file for tensor in wanted), found):
+        raise MoextendError(f"{where}: the tensors are not those of this model.{unequal}{hint}")
+    by_path: dict[str, dict[Index, names.Tensor]] = collections.defaultdict(dict)
+    for tensor in wanted:
+        by_path[tensor.path][tensor.index] = tensor
+    return {path: _leaf(path, tensors, found, config) for path, tensors in by_path.items()}
+
+
+def _leaf(path: str, tensors: Mapping[Index, names.Tensor], found: Mapping[str, Stored], config: ModelConfig) -> Leaf:
+    letters = names.letters(path, config)
+    layout = next(iter(tensors.values())).layout
+    file_side, our_side = layout.split(" -> ")
+    expected = names.shape(file_side, letters)
+    for tensor in tensors.values():
+        at = found[tensor.file]
+        if at.shape != expected:
+            raise MoextendError(
+                f"{at.where}: {tensor.file} has shape {list(at.shape)}, expected {list(expected)} ({file_side})"
+            )
+        if at.dtype not in FLOATS:
+            raise MoextendError(
+                f"{at.where}: {tensor.file} has element type {at.dtype}, expected one of {some(map(str, FLOATS))}"
+            )
+    kinds = collections.Counter(found[tensor.file].dtype for tensor in tensors.values()).most_common()
+    if len(kinds) > 1:
+        usual, odd = kinds[0][0], [t.file for t in tensors.values() if found[t.file].dtype != kinds[0][0]]
+        at = found[odd[0]]
+        raise MoextendError(f"{at.where}: {some(odd)} has element type {at.dtype}, where its siblings have {usual}")
+    sizes = names.axis_sizes(layout, letters)
+    stacked = tuple(max(axis) + 1 for axis in zip(*tensors, strict=True))
+
+    def theirs(index: Index) -> np.ndarray:
+        return found[tensors[index].file].read()
+
+    return Leaf(
+        shape=(*stacked, *names.shape(our_side, letters)),
+        dtype=kinds[0][0],
+        stacked=stacked,
+        file_shape=expected,
+        ours=lambda index: einops.rearrange(theirs(index), layout, **sizes),
+        theirs=theirs,
+        where=found[next(iter(tensors.values())).file].where,
+    )
+
+
+def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | None = None) -> Leaf:
+    """A leaf over an array that is already stacked in our layout.
+
+    Raises:
+      MoextendError: it has another shape than a model of this configuration, or is not of a floating type.
+    """
+    rows = [row for row in names.TABLES["released"] if row.path == path]
+    if not rows:
+        raise MoextendError(f"{stored.where}: {path} is no parameter of this model")
+    file_side, our_side = rows[0].layout.split(" -> ")
+    letters = names.letters(path, config)
+    stacked = tuple(len(names.numbers(letter, config)) for letter in names.stacked(rows[0].file))
+    expected = (*stacked, *names.shape(our_side, letters))
+    if stored.shape != expected or stored.dtype not in FLOATS:
+        raise MoextendError(
+            f"{stored.where}: {path} is {stored.dtype}{list(stored.shape)}, expected {list(expected)}, floating point"
+        )
+    layout = names.inverse(rows[0].layout)
+    sizes = names.axis_sizes(layout, letters)
+    return Leaf(
+        shape=expected,
+        dtype=stored.dtype,
+        stacked=stacked,
+        file_shape=names.shape(file_side, letters),
+        ours=lambda index: stored.read()[index],
+        theirs=lambda index: einops.rearrange(stored.read()[index], layout, **sizes),
+        where=stored.where,
+        sha256=sha256,
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_slice(leaf: Leaf, index: tuple[slice, ...], *, dtype: Any = None) -> np.ndarray:
+    """Part of a leaf, in its own or another element type; only the pieces it touches are read."""
+    dtype = np.dtype(dtype or leaf.dtype)
+    ranges = [range(*one.indices(size)) for one, size in zip(index, leaf.shape, strict=True)]
+    out = np.empty([len(one) for one in ranges], dtype)
+    depth = len(leaf.stacked)
+    for place in itertools.product(*(range(len(one)) for one in ranges[:depth])):
+        piece = leaf.ours(tuple(one[at] for one, at in zip(ranges, place, strict=False)))
+        _copy(piece[tuple(index[depth:])], out[place] if place else out)
+    return out
+
+
+def read_sharded(
+    leaves: Mapping[str, Leaf], shardings: Mapping[str, jax.sharding.Sharding], *, dtype: str | None = None
+) -> dict[str, jax.Array]:
+    """Arrays on devices, leaf by leaf; each process reads only the byte ranges of its own shards.
+
+    Args:
+      dtype: element type to cast to, shard by shard; None keeps the file's.
+    """
+
+    # `jax.make_array_from_callback` would hold all of a process's shards of a leaf in host memory; here it is one.
+    def one(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+        devices: dict[str, list[Any]] = collections.defaultdict(list)
+        slices = {}
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            whole = index if index is not None else (slice(None),) * len(leaf.shape)
+            devices[str(whole)].append(device)
+            slices[str(whole)] = whole
+        shards: list[jax.Array] = []
+        for key, index in slices.items():
+            read = read_slice(leaf, index, dtype=dtype)
+            shards += jax.block_until_ready([jax.device_put(read, device) for device in devices[key]])
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return {path: one(leaf, shardings[path]) for path, leaf in leaves.items()}
+
+
+def _copy(source: np.ndarray, out: np.ndarray) -> None:
+    """Copies any view into an array, casting where the types differ.
+
+    A big transposition is done in strips that stay in the processor's cache (four times as fast), and as integers,
+    because NumPy copies types that it does not know element by element.
+    """
+    if source.dtype == out.dtype:
+        source, out = _as_integers(source), _as_integers(out)
+    if source.strides[-1] == source.itemsize or source.nbytes < 1 << 20:
+        out[...] = source
+        return
+    for start in range(0, source.shape[-1], 64):
+        out[..., start : start + 64] = source[..., start : start + 64]
+
+
+def _as_integers(array: np.ndarray) -> np.ndarray:
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+# --- writing and hashing ----------------------------------------------------------------------------------------------
+
+
+def plan_ours(leaf: Leaf, *, dtype: Any = None, digest: Any = None) -> Planned:
+    """The leaf as one tensor in our layout, written piece by piece; `digest` takes the bytes that `leaf_hash` takes."""
+    kind = np.dtype(dtype or leaf.dtype)
+
+    def pieces() -> Iterator[np.ndarray]:
+        for index in leaf.indices():
+            yield from _strips(leaf.ours(index), kind)
+            if digest is not None:
+                for strip in _strips(leaf.theirs(index), kind):
+                    digest.update(_bytes(strip))
+
+    return Planned(leaf.shape, kind, pieces)
+
+
+def plan_theirs(leaf: Leaf, index: Index) -> Planned:
+    """One piece as the tensor of a file."""
+    return Planned(leaf.file_shape, leaf.dtype, lambda: _strips(leaf.theirs(index), leaf.dtype))
+
+
+def _strips(piece: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """A piece as contiguous runs of rows, so that no copy is larger than a few megabytes."""
+    rows = max(1, STRIP // (dtype.itemsize * max(1, math.prod(piece.shape[1:]))))
+    for start in range(0, len(piece), rows):
+        yield contiguous(piece[start : start + rows], dtype)
+
+
+def contiguous(array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array itself where it is C-contiguous and of this type, else a copy."""
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
+    out = np.empty(array.shape, dtype)
+    _copy(array, out)
+    return out
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def leaf_hash(leaf: Leaf) -> str:
+    """SHA-256 over a leaf's pieces in the files' layout, so that a file's hash needs no transposition."""
+    if leaf.sha256:
+        return leaf.sha256
+    digest = hashlib.sha256()
+    for index in leaf.indices():
+        for strip in _strips(leaf.theirs(index), leaf.dtype):
+            digest.update(_bytes(strip))
+    return digest.hexdigest()
+
+
+def content_hash(leaves: Mapping[str, Leaf]) -> str:
+    """SHA-256 over path, stored element type, shape and bytes of every leaf: what is in the files, not in a run."""
+    return combine({path: (leaf.dtype, leaf.shape, leaf_hash(leaf)) for path, leaf in leaves.items()})
+
+
+def base_hash(leaves: Mapping[str, Leaf]) -> str:
+    """The content hash of the pretrained part: decoder and vision tower."""
+    return content_hash({path: leaf for path, leaf in leaves.items() if path.startswith(("decoder/", "vision/"))})
+
+
+def combine(hashes: Mapping[str, tuple[np.dtype, tuple[int, ...], str]]) -> str:
+    lines = [f"{path} {dtype} {list(shape)} {sha}\n" for path, (dtype, shape, sha) in sorted(hashes.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

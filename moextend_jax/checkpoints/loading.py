@@ -1,0 +1,449 @@
+"""Any checkpoint folder -> its configuration and leaves, matched and checked, nothing read yet; or arrays on devices.
+
+In: a Hugging Face folder (Mixtral, CLIP, a LLaVA projector), the method's released layout (whole, or a partial save
+with its base), a folder that `moextend import` made, a delta with its base. Out: `Source`, or `Checkpoint`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from moextend_jax.checkpoints import delta, huggingface, leaves, names, store
+from moextend_jax.checkpoints.leaves import Leaf
+from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.models.moextend import MoExtend
+from moextend_jax.sharding import parameter_shardings
+
+SIDE_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+)  # fmt: skip
+"""What lies beside weights and belongs to them."""
+
+
+class Source(NamedTuple):
+    """An opened checkpoint. Leaves may be those of a part alone (a tower, a projector): sizes of absent parts mean
+    nothing. `files` are the side files by name; `record` is what an import would write of it."""
+
+    leaves: dict[str, Leaf]
+    record: store.Record
+    files: dict[str, Path]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.record.config
+
+    @property
+    def parts(self) -> set[str]:
+        return {path.partition("/")[0] for path in self.leaves}
+
+
+class Checkpoint(NamedTuple):
+    """A model that can run. `arrays` are by our path; `base_hash` is the content hash of the pretrained part as stored;
+    `layout` is what the folder was: mixtral, released, delta."""
+
+    config: ModelConfig
+    arrays: dict[str, jax.Array]
+    base_hash: str
+    layout: str
+
+
+def open_checkpoint(
+    folder: Path,
+    *,
+    base: Path | None = None,
+    vision: Path | None = None,
+    feature_layer: int | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    remat: Any = "none",
+) -> Checkpoint:
+    """Opens and reads a whole model. A tower that no projector reads is left out: that model sees no images.
+
+    Args:
+      base: folder of the base, for partial saves and deltas.
+      vision: folder of the CLIP tower: its sizes, and its weights where `folder` has none.
+      feature_layer: hidden state that the projector reads; default -1 for the released layout, else -2.
+      dtype: element type of parameters and activations; default what is stored.
+      mesh: devices to spread the arrays over; default the first device.
+    """
+    source = open_source(folder, base=base, vision=vision, feature_layer=feature_layer)
+    matched, config = source.leaves, source.config
+    if "decoder" not in source.parts:
+        raise MoextendError(f"{folder} holds no decoder, only {', '.join(sorted(source.parts))}")
+    if "projector" not in source.parts:
+        matched = {path: leaf for path, leaf in matched.items() if not path.startswith("vision/")}
+        config = dataclasses.replace(config, vision=None)
+    kind = dtype or str(matched["decoder/embed"].dtype)
+    config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat=remat)
+    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    if mesh is None:
+        shardings = dict.fromkeys(matched, SingleDeviceSharding(jax.local_devices()[0]))
+    else:
+        shardings = parameter_shardings(model, mesh)
+    return Checkpoint(
+        config=config,
+        arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
+        base_hash=source.record.base or leaves.base_hash(source.leaves),
+        layout=source.record.layout,
+    )
+
+
+def open_source(
+    folder: Path,
+    *,
+    base: Path | None = None,
+    vision: Path | None = None,
+    projector: Path | None = None,
+    feature_layer: int | None = None,
+) -> Source:
+    """Opens a checkpoint, checking every name, shape, element type and byte range; no tensor is read.
+
+    Raises:
+      MoextendError: anything that is not as it should be.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise MoextendError(f"{folder} does not exist: not a Hugging Face model folder")
+    if store.is_imported(folder):
+        source = _imported(folder, base=base, vision=vision, projector=projector, feature_layer=feature_layer)
+    else:
+        source = _foreign(folder, base=base, vision=vision, projector=projector, feature_layer=feature_layer)
+    if vision and "vision" not in source.parts:
+        source = _with_tower(source, vision, feature_layer=feature_layer)
+    elif vision and base is None and (store.is_imported(folder) or source.record.layout != "released"):
+        raise MoextendError(f"{folder} has a vision tower already; leave --vision {vision} out")
+    if projector and "projector" not in source.parts:
+        source = _with_projector(source, projector)
+    elif projector and base is None:
+        raise MoextendError(f"{folder} has a projector already; leave --projector {projector} out")
+    return source
+
+
+def open_base(base: str, vision: str, *, embedded: Path, feature_layer: int) -> Source:
+    """The decoder and tower that a run's settings name; "embedded" stands for the model inside the package.
+
+    A base that brings a tower of its own goes before the embedded tower. A projector in it is not taken: align trains
+    one.
+    """
+    folder = embedded if base == "embedded" else Path(base)
+    source = open_source(folder, vision=None if vision == "embedded" else Path(vision), feature_layer=feature_layer)
+    if "vision" not in source.parts:
+        source = _with_tower(source, embedded / "vision", feature_layer=feature_layer)
+    if "decoder" not in source.parts or "extension" in source.parts:
+        raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
+    kept = {path: leaf for path, leaf in source.leaves.items() if path.startswith(("decoder/", "vision/"))}
+    return source._replace(leaves=kept)
+
+
+# --- one layout each --------------------------------------------------------------------------------------------------
+
+
+def _imported(folder: Path, *, base: Path | None, vision: Path | None, projector: Path | None, feature_layer) -> Source:
+    record, matched = store.read(folder)
+    source = Source(matched, record, _side_files(folder))
+    if record.base is None:
+        if base is not None:
+            raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
+        return _with_feature_layer(source, feature_layer)
+    if base is None:
+        raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
+    below = open_source(base, vision=vision, projector=projector, feature_layer=feature_layer)
+    delta.check_base(record, below.leaves, decoder=below.config.decoder, where=folder, base=base)
+    vision_config = below.config.vision if feature_layer is not None else record.config.vision
+    config = dataclasses.replace(record.config, vision=vision_config)
+    below_record = below.record._replace(config=config, layout="delta", base=record.base, facts=record.facts)
+    return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files})
+
+
+def _foreign(folder: Path, *, base: Path | None, vision: Path | None, projector: Path | None, feature_layer) -> Source:
+    stored = open_tensors(folder)
+    at = folder / "config.json"
+    attributes = huggingface.read_json(at) if folder.is_dir() and at.exists() else None
+    model_type = attributes.get("model_type") if attributes else None
+    if base is not None or _is_released(stored, attributes):
+        return _released(
+            folder, stored, attributes, base=base, vision=vision, projector=projector, feature_layer=feature_layer
+        )
+    if _projector_table(stored) and (attributes is None or str(model_type).startswith("llava")):
+        source = _projector(folder, stored, attributes)
+        if beside := len(stored) - len(source.leaves):
+            raise MoextendError(f"{folder} holds {beside} tensors besides its projector; to take that, use --projector")
+        return source
+    if attributes is None:
+        raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
+    if model_type in ("clip", "clip_vision_model"):
+        return _clip(folder, stored, attributes, feature_layer=feature_layer)
+    config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=at))
+    matched = leaves.match(
+        stored, table="mixtral", config=config, where=folder, hint=" A partial save needs its base: --base DIR."
+    )
+    _check_dtypes(matched, attributes, table="mixtral", config=config, where=at)
+    record = _record(config, "mixtral", {"decoder": attributes})
+    source = Source(matched, record, _side_files(folder))
+    inside = folder / "vision"
+    if vision is None and (inside / "config.json").is_file():
+        source = _with_tower(source, inside, feature_layer=feature_layer)
+    return source
+
+
+def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], *, feature_layer) -> Source:
+    sizes = huggingface.vision_config(attributes, where=folder / "config.json", feature_layer=feature_layer or -2)
+    config = ModelConfig(decoder=DecoderConfig(), vision=sizes)
+    matched = leaves.match(stored, table="clip", config=config, where=folder)
+    _check_dtypes(matched, {}, table="clip", config=config, where=folder)
+    if attributes.get("model_type") == "clip":  # what is imported is the tower, so that is what it says from here on
+        attributes = {"architectures": ["CLIPVisionModel"], **huggingface.vision_half(attributes, folder)}
+    return Source(matched, _record(config, "clip", {"vision": attributes}), _side_files(folder))
+
+
+def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
+    table = _projector_table(stored)
+    if table is None:
+        raise MoextendError(f"{path} holds no projector: no tensor is called mm_projector or multi_modal_projector")
+    for name, only in {"mm_projector_type": "mlp2x_gelu", "projector_hidden_act": "gelu"}.items():
+        if attributes and attributes.get(name, only) != only:
+            raise MoextendError(f"{path}: {name} = {attributes[name]!r} cannot be honoured (only {only!r})")
+    first = names.TABLES[table][0].file
+    prefix = names.PREFIXES[table] if names.PREFIXES[table] + first in stored else ""
+    weight = stored.get(prefix + first)
+    D, C = weight.shape if weight and len(weight.shape) == 2 else (1, 1)
+    config = ModelConfig(decoder=DecoderConfig(width=D), vision=VisionConfig(width=C))
+    matched = leaves.match(stored, table=table, config=config, where=path)
+    return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
+
+
+def _released(
+    folder: Path,
+    stored: Mapping[str, Stored],
+    attributes: dict[str, Any] | None,
+    *,
+    base: Path | None,
+    vision: Path | None,
+    projector: Path | None,
+    feature_layer: int | None,
+) -> Source:
+    """A whole released checkpoint, or the tensors that a stage trained over those of its base."""
+    at = folder / "config.json"
+    stored = {
+        re.sub(r"^(model\.)?(visual\.)?mm_projector\.", "model.visual.mm_projector.", n): t for n, t in stored.items()
+    }
+    has_tower = any(name.startswith("model.visual.vision_tower.") for name in stored)
+    below = None
+    if base is not None:
+        below = open_source(
+            base, vision=None if has_tower else vision, projector=projector, feature_layer=feature_layer
+        )
+        if "decoder" not in below.parts or "extension" in below.parts:
+            raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
+    extension = _extension_in(stored)
+    if attributes is not None:
+        decoder = huggingface.decoder_config({**attributes, "add_layer": None}, where=at)
+        said = huggingface.extension_config(attributes, where=at)
+        if said:
+            decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or said).new_experts)
+        if (said.layers if said else ()) != (extension.layers if extension else ()) and (extension or below is None):
+            raise MoextendError(
+                f"{at}: add_layer is {said and list(said.layers)}, but the files hold new experts in layers "
+                f"{extension and list(extension.layers)}"
+            )
+    elif below is not None:
+        decoder = below.config.decoder
+    else:
+        raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
+    if below is not None:
+        delta.check_layers(extension, below.config.decoder, where=folder, base=base)
+        if decoder != below.config.decoder:
+            raise MoextendError(f"{folder} and its base {base} differ: {_differing(decoder, below.config.decoder)}")
+    delta.check_layers(extension, decoder, where=folder, base=folder)
+    tower, tower_attributes = _tower_sizes(
+        folder,
+        stored,
+        attributes,
+        below=below,
+        vision=vision,
+        feature_layer=-1 if feature_layer is None else feature_layer,
+    )
+    config = ModelConfig(decoder=decoder, vision=tower, extension=extension)
+    if attributes is not None:
+        config = dataclasses.replace(config, tags=huggingface.image_tags(attributes))
+    elsewhere = dict(below.leaves) if below else {}
+    if vision is not None and not has_tower and below is None:
+        elsewhere |= open_source(vision, feature_layer=feature_layer).leaves
+    if projector is not None and below is None:
+        elsewhere |= _projector(projector, open_tensors(projector), None).leaves
+    hint = "" if base else " A partial save needs its base: --base DIR."
+    own = leaves.match(stored, table="released", config=config, where=folder, elsewhere=elsewhere, hint=hint)
+    _check_dtypes(own, attributes or {}, table="released", config=config, where=at)
+    decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
+    record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
+    files = {**(below.files if below else {}), **_side_files(folder)}
+    return Source({**elsewhere, **own}, record, files)
+
+
+def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> bool:
+    marks = (".gate_vision.", ".weight_scale.", "model.visual.")
+    return "add_layer" in (attributes or {}) or any(mark in name for name in stored for mark in marks)
+
+
+def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
+    """The extension whose router columns these tensors hold; a file does not say which experts it copied (-1)."""
+    pattern = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.(gate_vision|weight_scale)\..*")
+    layers = sorted({int(match[1]) for name in stored if (match := pattern.fullmatch(name))})
+    if not layers:
+        return None
+    block = f"model.layers.{layers[0]}.block_sparse_moe."
+    gate = stored.get(block + "gate_vision.weight")
+    calibrator = stored.get(block + "weight_scale.weight_scale.0.weight")
+    return ExtensionConfig(
+        layers=tuple(layers),
+        sources=(-1,) * len(layers),
+        new_experts=gate.shape[0] if gate and gate.shape else 1,
+        calibrator_width=calibrator.shape[0] if calibrator and calibrator.shape else 16,
+    )
+
+
+def _tower_sizes(
+    folder: Path,
+    stored: Mapping[str, Stored],
+    attributes: Mapping[str, Any] | None,
+    *,
+    below: Source | None,
+    vision: Path | None,
+    feature_layer: int,
+) -> tuple[VisionConfig | None, dict[str, Any]]:
+    """Sizes of the tower inside a released checkpoint, whose config.json does not tell them."""
+    prefix = "model.visual.vision_tower."
+    tower = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+    seen = [path for path in (vision, folder / "vision") if path and (path / "config.json").is_file()]
+    if seen:
+        said = huggingface.read_json(seen[0] / "config.json")
+        return huggingface.vision_config(said, where=seen[0] / "config.json", feature_layer=feature_layer), said
+    if vision is not None:
+        source = open_source(vision, feature_layer=feature_layer)
+        return source.config.vision, source.record.attributes.get("vision", {})
+    if attributes and isinstance(said := attributes.get("vision_config"), dict):
+        return huggingface.vision_config(said, where=folder / "config.json", feature_layer=feature_layer), said
+    if below is not None and "vision" in below.parts and below.config.vision:
+        sizes = dataclasses.replace(below.config.vision, feature_layer=feature_layer)
+        return sizes, below.record.attributes.get("vision", {})
+    for sizes in huggingface.PUBLISHED_TOWERS:
+        config = ModelConfig(decoder=DecoderConfig(), vision=dataclasses.replace(sizes, feature_layer=feature_layer))
+        try:
+            leaves.match(tower, table="clip", config=config, where=folder)
+        except MoextendError:
+            continue
+        return config.vision, {}
+    if not tower and not any("mm_projector" in name for name in stored):
+        return None, {}
+    raise MoextendError(
+        f"{folder}: the sizes of its vision tower are not in its config.json and are none of CLIP's published ones; "
+        "name the folder of that tower (its config.json is enough) with --vision DIR"
+    )
+
+
+# --- putting parts together -------------------------------------------------------------------------------------------
+
+
+def _with_tower(source: Source, vision: Path, *, feature_layer: int | None) -> Source:
+    tower = open_source(vision, feature_layer=feature_layer)
+    if "vision" not in tower.parts:
+        raise MoextendError(f"{vision} holds no vision tower")
+    matched = {path: leaf for path, leaf in tower.leaves.items() if path.startswith("vision/")}
+    record = source.record._replace(
+        config=dataclasses.replace(source.config, vision=tower.config.vision),
+        attributes=source.record.attributes | {"vision": tower.record.attributes.get("vision", {})},
+    )
+    # A CLIP folder's tokenizer is not this model's.
+    files = {name: path for name, path in tower.files.items() if name == "preprocessor_config.json"}
+    return Source({**source.leaves, **matched}, record, {**files, **source.files})
+
+
+def _with_projector(source: Source, projector: Path) -> Source:
+    stored = open_tensors(projector)
+    if store.is_imported(projector):
+        other = open_source(projector)
+        projector_leaves, record = other.leaves, other.record
+    else:
+        at = projector / "config.json"
+        attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
+        opened = _projector(projector, stored, attributes)
+        projector_leaves, record = opened.leaves, opened.record
+    config, there = source.config, projector_leaves["projector/first"].shape
+    if config.vision is None or "vision" not in source.parts:
+        raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
+    here = (config.vision.width, config.decoder.width)
+    if here != there:
+        raise MoextendError(
+            f"{projector} leads from width {there[0]} to {there[1]}, the model's tower and decoder have {here[0]} and "
+            f"{here[1]}"
+        )
+    matched = {path: leaf for path, leaf in projector_leaves.items() if path.startswith("projector/")}
+    return Source({**source.leaves, **matched}, source.record._replace(projector=record.projector), source.files)
+
+
+def _with_feature_layer(source: Source, feature_layer: int | None) -> Source:
+    if feature_layer is None or source.config.vision is None:
+        return source
+    vision = dataclasses.replace(source.config.vision, feature_layer=feature_layer)
+    config = dataclasses.replace(source.config, vision=vision)
+    return source._replace(record=source.record._replace(config=config))
+
+
+def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, Any]]) -> store.Record:
+    return store.Record(config, layout, attributes, ("llava", ""), None, {})
+
+
+def _side_files(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()} if folder.is_dir() else {}
+
+
+def _projector_table(stored: Mapping[str, Stored]) -> str | None:
+    found = {name.removeprefix("model.").partition(".")[0] for name in stored}
+    tables = [
+        table for table, first in (("llava", "mm_projector"), ("llava_hf", "multi_modal_projector")) if first in found
+    ]
+    return tables[0] if tables else None
+
+
+def _check_dtypes(
+    matched: Mapping[str, Leaf], attributes: Mapping[str, Any], *, table: str, config: ModelConfig, where: Path
+) -> None:
+    """A decoder is stored in the one element type that its config.json says, a tower in one.
+
+    Routers are let off: a recipe trains them, in float32.
+    """
+    said = attributes.get("torch_dtype") or attributes.get("dtype")
+    for part in ("decoder/", "vision/"):
+        own = {path: leaf for path, leaf in matched.items() if path.startswith(part) and not path.endswith("/gate")}
+        if not own:
+            continue
+        known = part == "decoder/" and said in ("float32", "bfloat16", "float16")
+        usual = (
+            np.dtype(said) if known else collections.Counter(leaf.dtype for leaf in own.values()).most_common()[0][0]
+        )
+        odd = [
+            tensor for tensor in names.tensors(table, config) if tensor.path in own and own[tensor.path].dtype != usual
+        ]
+        if odd:
+            leaf, so = own[odd[0].path], f"{where} says" if known else "the others have"
+            raise MoextendError(
+                f"{leaf.where}: {some(tensor.file for tensor in odd)} has element type {leaf.dtype}, where {so} {usual}"
+            )
+
+
+def _differing(one: DecoderConfig, other: DecoderConfig) -> str:
+    pairs = zip(dataclasses.asdict(one).items(), dataclasses.asdict(other).values(), strict=True)
+    return "; ".join(f"{name} is {json.dumps(a)} and {json.dumps(b)}" for (name, a), b in pairs if a != b)

@@ -1,0 +1,341 @@
+"""Tensors in files, one at a time: safetensors and torch pickles open without being read; writing streams.
+
+In: a file, or a folder with one file or with shards and their index. Out: `Stored` by tensor name, checked against
+the headers and the sizes of the files. The other way round `Planned` tensors become files, and a folder appears whole
+or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from moextend_jax.config import MoextendError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "BOOL": np.dtype(np.bool_),
+    "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16), "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32), "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8),
+}  # fmt: skip
+"""The format's names of element types."""
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+
+class Stored(NamedTuple):
+    """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    where: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Planned(NamedTuple):
+    """One tensor to write: its bytes come in pieces, in order, each a C-contiguous array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_tensors(path: Path) -> dict[str, Stored]:
+    """Tensors of a file or folder: safetensors where there are any, else torch pickles."""
+    names = [path.name] if path.is_file() else [entry.name for entry in sorted(path.glob("*"))]
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return open_safetensors(path)
+    pickled = any(name.endswith((".bin", ".pth", ".pt")) for name in names)
+    return open_pickles(path) if pickled else open_safetensors(path)
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """Tensors of a folder (one file, or shards, with or without their index) or of one file; headers alone are read.
+
+    Raises:
+      MoextendError: no such file, an index that lists a missing shard or does not fit its shards, a broken header,
+        a tensor that ends past the end of its file.
+    """
+    if not path.exists():
+        raise MoextendError(f"{path} does not exist")
+    if path.is_file():
+        return _read_header(path)
+    return _merge(path, _shards(path, ".safetensors", "model.safetensors.index.json"), _read_header)
+
+
+def open_pickles(path: Path) -> dict[str, Stored]:
+    """Tensors of `.bin`, `.pth` or `.pt` files, by torch's own restricted unpickler: no code of the file runs."""
+    try:
+        torch = importlib.import_module("torch")  # optional, so not known to the type checker everywhere
+    except ImportError:
+        raise MoextendError(
+            f"{path}: torch pickles need the optional dependency torch: pip install 'moextend-jax[torch]', "
+            "or save the checkpoint as safetensors"
+        ) from None
+
+    def load(file: Path) -> dict[str, Any]:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # pickle, zipfile and torch each raise their own
+            said = (str(error).strip() or repr(error)).splitlines()[0]
+            raise MoextendError(f"{file} cannot be read by torch.load(weights_only=True, mmap=True): {said}") from None
+        if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+            loaded = loaded["state_dict"]
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise MoextendError(f"{file} holds something other than a dict of tensors")
+        return loaded
+
+    def array(tensor: Any) -> np.ndarray:
+        if tensor.dtype == torch.bfloat16:  # NumPy's bfloat16 is unknown to torch
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.contiguous().numpy()
+
+    def stored(name: str, tensor: Any, file: Path) -> Stored:
+        try:
+            dtype = array(tensor.flatten()[:0]).dtype
+        except (TypeError, RuntimeError) as error:
+            raise MoextendError(f"{file}: {name} of type {tensor.dtype} cannot be read: {error}") from None
+        # Opened anew for each tensor: the mapping goes away with the last view of it, and its pages with the mapping.
+        return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file))
+
+    def read(file: Path) -> dict[str, Stored]:
+        return {name: stored(name, tensor, file) for name, tensor in load(file).items()}
+
+    if path.is_file():
+        return read(path)
+    for ending in (".bin", ".pth", ".pt"):
+        if any(path.glob(f"*{ending}")) or (path / f"pytorch_model{ending}.index.json").exists():
+            return _merge(path, _shards(path, ending, f"pytorch_model{ending}.index.json"), read)
+    raise MoextendError(f"{path} holds no *.bin, *.pth or *.pt file")
+
+
+def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] | None]:
+    """Files of a folder, with the tensors that the index says they hold (None without an index)."""
+    index_path = folder / index_name
+    if not index_path.exists():
+        paths = sorted(folder.glob(f"*{ending}"))
+        if not paths:
+            raise MoextendError(f"{folder} holds no *{ending} file")
+        totals = {int(total) for path in paths if (total := path.stem.rpartition("-of-")[2]).isdigit()}
+        if totals and len(paths) != max(totals):
+            raise MoextendError(f"{folder} holds {len(paths)} *{ending} files of {max(totals)}")
+        return dict.fromkeys(paths)
+    try:
+        weight_map = json.loads(index_path.read_text())["weight_map"]
+        listed: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(f"{file!r} is not a file name")
+            listed.setdefault(folder / file, set()).add(name)  # pyright: ignore[reportOptionalMemberAccess]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoextendError(f"{index_path} cannot be read as an index of shards: {error!r}") from None
+    if missing := sorted(path.name for path in listed if not path.is_file()):
+        raise MoextendError(f"{index_path} lists shards that do not exist: {some(missing)}")
+    if surplus := sorted(path.name for path in folder.glob(f"model*{ending}") if path not in listed):
+        raise MoextendError(f"{folder} holds shards that {index_path.name} does not list: {some(surplus)}")
+    return listed
+
+
+def _merge(
+    folder: Path, shards: Mapping[Path, set[str] | None], read: Callable[[Path], dict[str, Stored]]
+) -> dict[str, Stored]:
+    merged: dict[str, Stored] = {}
+    for path, listed in shards.items():
+        found = read(path)
+        if listed is not None and listed != found.keys():
+            raise MoextendError(f"{path} does not hold what the index says.{difference(listed, found.keys())}")
+        if twice := merged.keys() & found.keys():
+            raise MoextendError(f"{folder}: {some(sorted(twice))} stands in more than one file")
+        merged |= found
+    return merged
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > MAX_HEADER:
+            raise MoextendError(
+                f"{path} cannot be read: a header of {length:,} bytes in a file of {size:,} is no safetensors header, "
+                "or the file was cut short"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_repeats)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoextendError(f"{path} cannot be read: its safetensors header is broken ({error!r})") from None
+    start, data, end_before = 8 + length, size - 8 - length, 0
+    stored = {}
+    for name, (kind, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if (dtype := DTYPES.get(kind)) is None:
+            raise MoextendError(f"{path}: {name} has the unknown element type {kind!r}")
+        if end - begin != math.prod(shape) * dtype.itemsize or begin != end_before:
+            raise MoextendError(f"{path}: {name} {kind}{list(shape)} does not fit its bytes {begin}..{end}")
+        if end > data:
+            raise MoextendError(
+                f"{path} cannot be read: it is cut short, {name} needs its bytes {begin:,}..{end:,} of {data:,}"
+            )
+        stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path))
+        end_before = end
+    if end_before != data:
+        raise MoextendError(f"{path} cannot be read: {data - end_before:,} bytes after its last tensor")
+    return stored
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    begin, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*entry["shape"], begin, end)):
+        raise ValueError(f"impossible shape or place: {entry}")
+    return str(entry["dtype"]), tuple(entry["shape"]), begin, end
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
+    """Every call maps the tensor's own byte range anew, so that its pages leave memory together with the view."""
+    if not math.prod(shape):
+        return lambda: np.zeros(shape, dtype)
+    return lambda: np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name stands twice")
+    return made
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(
+    folder: Path,
+    planned: Mapping[str, Planned],
+    *,
+    max_shard_bytes: int,
+    written: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Writes tensors in the given order as `model.safetensors`, or as shards with `model.safetensors.index.json`.
+
+    No more than one piece is in memory at a time; `written` hears the size of each.
+    """
+    shards: list[dict[str, Planned]] = [{}]
+    for name, tensor in planned.items():
+        if shards[-1] and sum(one.nbytes for one in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    many = len(shards)
+    files = [
+        f"model-{n:05d}-of-{many:05d}.safetensors" if many > 1 else "model.safetensors" for n in range(1, many + 1)
+    ]
+    for name, shard in zip(files, shards, strict=True):
+        _write_file(folder / name, shard, written)
+    if many > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in planned.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_file(path: Path, planned: Mapping[str, Planned], written: Callable[[int], None]) -> None:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, tensor in planned.items():
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in planned.items():
+            left = tensor.nbytes
+            for piece in tensor.pieces():
+                assert piece.dtype == tensor.dtype and piece.flags.c_contiguous, name
+                file.write(piece.reshape(-1).view(np.uint8).data)
+                left -= piece.nbytes
+                written(piece.nbytes)
+                del piece  # it may be the last view of a mapped tensor, and the next one is about to be mapped
+            assert left == 0, name
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to write into; it takes the name `path` at the end, and goes away after an error.
+
+    Raises:
+      MoextendError: `path` exists already and is not an empty folder.
+    """
+    path = path.absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise MoextendError(f"{path} exists already: name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
+    try:
+        hidden.chmod(0o777 & ~_umask())
+        yield hidden
+        for folder in (hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())):
+            _sync(folder)
+        hidden.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# --- lists in messages ------------------------------------------------------------------------------------------------
+
+
+def some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def difference(wanted: Iterable[str], found: Iterable[str]) -> str:
+    """What is missing of `wanted` and what nobody asked for, as sentences."""
+    wanted, found = set(wanted), set(found)
+    missing = f" Missing: {some(wanted - found)}." if wanted - found else ""
+    surplus = f" Not asked for: {some(found - wanted)}." if found - wanted else ""
+    return missing + surplus

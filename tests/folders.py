@@ -1,0 +1,139 @@
+"""Checkpoint folders of every layout, holding tiny random models.
+
+In: a folder to write to. Out: that folder, as the tools of the PyTorch side would have written it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from moextend_jax.checkpoints import huggingface, names
+from moextend_jax.config import ImageTags, ModelConfig
+
+HALF = np.dtype(ml_dtypes.bfloat16)
+TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
+RELEASED = dataclasses.replace(tiny.EXTENDED, tags=ImageTags(start=40, end=41, pad=42))
+ALIGNED = dataclasses.replace(RELEASED, extension=None)
+
+
+def arrays(config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf).astype(dtype) for path, leaf in tiny.arrays(config, seed=seed).items()}
+
+
+def files(table: str, config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) -> dict[str, np.ndarray]:
+    """Tensors by file name, written down with plain transpositions instead of the code under test."""
+    made = arrays(config, dtype=dtype, seed=seed)
+    by_file = {}
+    for tensor in names.tensors(table, config):
+        value = made[tensor.path][tensor.index]
+        if tensor.path == "vision/patch":
+            size = config.vision.patch_size if config.vision else 0
+            value = value.reshape(size, size, 3, -1).transpose(3, 2, 0, 1)
+        elif tensor.path.endswith("/out") or tensor.path.endswith("attention/out"):
+            value = value.reshape(-1, value.shape[-1]).T
+        elif "attention/" in tensor.path and value.ndim == 3:
+            value = value.reshape(value.shape[0], -1).T
+        elif "attention/" in tensor.path and value.ndim == 2 and tensor.path.endswith("_bias"):
+            value = value.reshape(-1)
+        elif value.ndim == 2 and tensor.path not in ("decoder/embed", "vision/position"):
+            value = value.T
+        by_file[tensor.file] = np.ascontiguousarray(value)
+    return by_file
+
+
+def write(folder: Path, tensors: Mapping[str, np.ndarray], attributes: Mapping[str, Any] | None, *, shards: int = 1):
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = list(tensors)
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {}
+        for n in range(shards):
+            name = f"model-{n + 1:05d}-of-{shards:05d}.safetensors"
+            part = {one: tensors[one] for one in listed[n::shards]}
+            save_file(part, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, name)
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if attributes is not None:
+        (folder / "config.json").write_text(json.dumps(attributes))
+    return folder
+
+
+def mixtral(folder: Path, *, shards: int = 1, seed: int = 0, config: ModelConfig = TEXT, dtype: Any = HALF) -> Path:
+    attributes = huggingface.decoder_attributes(config.decoder, dtype=str(np.dtype(dtype)))
+    write(folder, files("mixtral", config, seed=seed, dtype=dtype), attributes, shards=shards)
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    return folder
+
+
+def clip(folder: Path, *, seed: int = 0) -> Path:
+    write(folder, files("clip", tiny.PLAIN, seed=seed), tiny.clip_attributes(tiny.VISION))
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("of CLIP")
+    return folder
+
+
+def whole_clip(folder: Path) -> Path:
+    """A CLIP with its text half."""
+    others = {"text_model.embeddings.token_embedding.weight": np.ones((3, 2), HALF), "logit_scale": np.ones((), HALF)}
+    others |= {"visual_projection.weight": np.ones((2, 2), HALF)}
+    others |= {"vision_model.embeddings.position_ids": np.arange(5)[None]}
+    attributes = {"model_type": "clip", "text_config": {}, "vision_config": tiny.clip_attributes(tiny.VISION)}
+    return write(folder, files("clip", tiny.PLAIN) | others, attributes)
+
+
+def projector(path: Path, *, table: str = "llava", prefix: str = "", file: str = "model.safetensors") -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    save_file({prefix + name: value for name, value in files(table, tiny.PLAIN).items()}, path / file)
+    return path
+
+
+def released(
+    folder: Path, *, config: ModelConfig = RELEASED, seed: int = 0, keep: str = "", tower: bool = True
+) -> Path:
+    """A released checkpoint; `keep` (a regular expression over our paths) makes it a partial save."""
+    paths = {tensor.file: tensor.path for tensor in names.tensors("released", config)}
+    tensors = files("released", config, seed=seed)
+    if keep:
+        tensors = {name: value for name, value in tensors.items() if re.match(keep, paths[name])}
+    attributes = huggingface.released_attributes(config, dtype="bfloat16")
+    attributes["visual"]["heads"] = 16
+    if not tower:
+        attributes.pop("vision_config", None)
+    return write(folder, tensors, attributes)
+
+
+def read(folder: Path) -> dict[str, np.ndarray]:
+    return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def change(folder: Path, changes: Mapping[str, Callable[[np.ndarray], np.ndarray] | None]) -> Path:
+    """Changes tensors of a one-file folder in place; None takes one away."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, changed in changes.items():
+        old = tensors.pop(name, np.zeros(2, HALF))
+        if changed is not None:
+            tensors[name] = np.ascontiguousarray(changed(old))
+    save_file(tensors, path)
+    return folder
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """The same names, element types, shapes and bytes."""
+    assert one.keys() == other.keys()
+    for name in one:
+        ours, theirs = np.asarray(one[name]), np.asarray(other[name])
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        assert ours.tobytes() == theirs.tobytes(), name

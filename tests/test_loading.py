@@ -1,0 +1,283 @@
+"""Every kind of checkpoint folder opens as the same arrays; what does not fit together is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import folders
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from moextend_jax.checkpoints import convert, leaves
+from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.sharding import MESH_AXES, make_mesh
+
+TRAINED = {"align": "projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extension/"}
+
+
+def sizes(config):
+    """A configuration without what depends on how it is run, or is not in files."""
+    extension = config.extension and dataclasses.replace(config.extension, sources=())
+    return dataclasses.replace(config, extension=extension, dtype="", train_dtype="", remat="none")
+
+
+def test_a_mixtral(tmp_path: Path):
+    opened = open_checkpoint(folders.mixtral(tmp_path, shards=3))
+    folders.assert_same(opened.arrays, folders.arrays(folders.TEXT))
+    assert (opened.layout, opened.config.dtype) == ("mixtral", "bfloat16")
+    assert sizes(opened.config) == sizes(folders.TEXT)
+
+
+def test_a_tower_without_projector_is_left_out_of_a_model_that_runs(tmp_path: Path):
+    folders.clip(folders.mixtral(tmp_path) / "vision")
+    assert open_source(tmp_path).parts == {"decoder", "vision"}
+    opened = open_checkpoint(tmp_path, dtype="float32")
+    assert opened.config.vision is None and opened.config.dtype == "float32"
+    with_arrays(tiny.structure(opened.config), opened.arrays)
+
+
+@pytest.mark.parametrize("config", [folders.RELEASED, folders.ALIGNED], ids=["extended", "aligned"])
+@pytest.mark.parametrize("sizes_from", ["config", "folder", "subfolder"])
+def test_a_released_checkpoint(tmp_path: Path, config, sizes_from: str):
+    folder = folders.released(tmp_path / "released", config=config, tower=sizes_from == "config")
+    vision = None
+    if sizes_from == "folder":
+        vision = tmp_path / "tower"
+    if sizes_from != "config":
+        where = vision or folder / "vision"
+        where.mkdir()
+        (where / "config.json").write_text(json.dumps(tiny.clip_attributes(tiny.VISION)))
+    opened = open_checkpoint(folder, vision=vision)
+    folders.assert_same(opened.arrays, folders.arrays(config))
+    assert sizes(opened.config) == sizes(config) and opened.config.tags == config.tags
+    with_arrays(tiny.structure(opened.config), opened.arrays)  # a model that can run
+
+
+def test_a_tower_of_unknown_sizes_says_which_option_to_give(tmp_path: Path):
+    with pytest.raises(MoextendError, match="--vision DIR"):
+        open_checkpoint(folders.released(tmp_path, tower=False))
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("config_json", [True, False])
+def test_a_partial_save_over_its_base(tmp_path: Path, stage: str, config_json: bool):
+    """Each stage's tensors alone, from another seed, over a Mixtral, a tower and a projector."""
+    config = folders.RELEASED if stage == "finetune" else folders.ALIGNED
+    folder = folders.released(tmp_path / "partial", config=config, seed=1, keep=TRAINED[stage], tower=False)
+    if not config_json:
+        (folder / "config.json").unlink()
+    base = folders.released(tmp_path / "base", config=folders.ALIGNED)
+    opened = open_checkpoint(folder, base=base)
+    trained = {p: leaf for p, leaf in folders.arrays(config, seed=1).items() if re.match(TRAINED[stage], p)}
+    assert trained
+    folders.assert_same(opened.arrays, folders.arrays(folders.ALIGNED) | trained)
+    assert opened.layout == "released"
+
+    if stage == "align":  # here the base may come in its parts
+        mixtral, clip = folders.mixtral(tmp_path / "mixtral"), folders.clip(tmp_path / "clip")
+        folders.assert_same(open_checkpoint(folder, base=mixtral, vision=clip).arrays, opened.arrays)
+
+
+@pytest.mark.parametrize("prefix", ["mm_projector.", "model.mm_projector."])
+def test_a_partial_save_of_a_projector_may_be_spelled_as_llava_does(tmp_path: Path, prefix: str):
+    folder = folders.projector(tmp_path / "partial", prefix=prefix.removesuffix("mm_projector."))
+    base = folders.mixtral(tmp_path / "mixtral")
+    opened = open_checkpoint(folder, base=base, vision=folders.clip(tmp_path / "clip"))
+    folders.assert_same(opened.arrays, folders.arrays(tiny.PLAIN))
+
+
+def test_an_imported_folder_is_the_same_checkpoint(tmp_path: Path):
+    opened = open_checkpoint(folders.released(tmp_path / "released"))
+    convert.import_source(open_source(tmp_path / "released"), tmp_path / "imported")
+    again = open_checkpoint(tmp_path / "imported")
+    folders.assert_same(again.arrays, opened.arrays)
+    assert again.config == opened.config and again.base_hash == opened.base_hash
+
+
+def test_the_embedded_base_opens():
+    opened = open_source(tiny.ASSETS / "base")
+    assert opened.parts == {"decoder", "vision"} and set(opened.files) >= {"tokenizer.model"}
+
+
+@oracle.needs_oracle
+@pytest.mark.parametrize("name", oracle.MODELS)
+def test_the_released_checkpoints(name: str):
+    opened, expected = open_checkpoint(oracle.FOLDER / name, vision=oracle.FOLDER / "clip"), oracle.load(name)
+    assert dataclasses.replace(opened.config, remat="none") == expected.config
+    folders.assert_same(opened.arrays, expected.arrays)
+
+
+# --- the content hash -------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_of_what_is_stored_however_it_is_stored_and_run(tmp_path: Path):
+    one = open_checkpoint(folders.mixtral(tmp_path / "one"))
+    assert open_checkpoint(folders.mixtral(tmp_path / "shards", shards=4)).base_hash == one.base_hash
+    assert open_checkpoint(tmp_path / "one", dtype="float32").base_hash == one.base_hash
+    convert.import_source(open_source(tmp_path / "one"), tmp_path / "imported")
+    assert open_checkpoint(tmp_path / "imported").base_hash == one.base_hash
+    assert json.loads((tmp_path / "imported" / "moextend.json").read_text())["base_hash"] == one.base_hash
+    assert open_checkpoint(folders.mixtral(tmp_path / "other", seed=1)).base_hash != one.base_hash
+    assert open_checkpoint(folders.mixtral(tmp_path / "f32", dtype=np.float32)).base_hash != one.base_hash
+    folders.change(tmp_path / "one", {"model.norm.weight": lambda old: np.nextafter(old, np.ones_like(old) * 9)})
+    assert open_checkpoint(tmp_path / "one").base_hash != one.base_hash
+
+
+def test_a_tensor_moved_to_another_place_changes_the_hash(tmp_path: Path):
+    before = leaves.base_hash(open_source(folders.mixtral(tmp_path)).leaves)
+    old = folders.read(tmp_path)
+    one, other = (f"model.layers.{n}.input_layernorm.weight" for n in (0, 1))
+    folders.change(tmp_path, {one: lambda _: old[other], other: lambda _: old[one]})
+    assert leaves.base_hash(open_source(tmp_path).leaves) != before
+
+
+# --- sharded reading --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("mesh", [(1, 2, 2, 2), (2, 1, 4, 1), (8, 1, 1, 1), (1, 8, 1, 1)])
+def test_arrays_spread_over_devices_are_the_same(tmp_path: Path, mesh: tuple[int, ...]):
+    even = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, vocab_size=64))
+    folder = folders.mixtral(tmp_path, config=even)
+    config: dict[str, int] = dict(zip(MESH_AXES, mesh, strict=True))
+    whole, spread = open_checkpoint(folder), open_checkpoint(folder, mesh=make_mesh(config), dtype="float32")
+    for path, array in spread.arrays.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(whole.arrays[path]).astype(np.float32), path)
+    experts = spread.arrays["decoder/layers/moe/experts/w_gate"]
+    split = mesh[1] * mesh[2] * mesh[3]
+    assert experts.addressable_shards[0].data.size == experts.size // split
+    assert len({shard.device for shard in experts.addressable_shards}) == 8
+
+
+def test_only_the_pieces_of_a_slice_are_read(tmp_path: Path):
+    leaf = open_source(folders.mixtral(tmp_path)).leaves["decoder/layers/moe/experts/w_down"]
+    asked = []
+    watched = leaf._replace(ours=lambda index: asked.append(index) or leaf.ours(index))
+    part = (slice(1, 2), slice(2, 4), slice(None), slice(3, 9))
+    made = leaves.read_slice(watched, part, dtype="float32")
+    assert asked == [(1, 2), (1, 3)]
+    expected = folders.arrays(folders.TEXT)["decoder/layers/moe/experts/w_down"][part]
+    np.testing.assert_array_equal(made, expected.astype(np.float32))
+
+
+def test_big_transpositions_are_exact():
+    """Above a megabyte they are copied in strips."""
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 2**16, (700, 1100)).astype(np.uint16).view(folders.HALF)
+    for view in (
+        array.T,
+        array.reshape(7, 100, 1100).transpose(2, 0, 1),
+        array.reshape(700, 11, 100).transpose(1, 2, 0),
+    ):
+        assert leaves.contiguous(view, array.dtype).tobytes() == view.tobytes()
+        made = leaves.contiguous(view, np.float32)
+        np.testing.assert_array_equal(made, view.astype(np.float32))
+
+
+# --- what does not fit together ---------------------------------------------------------------------------------------
+
+GATE = "model.layers.2.block_sparse_moe.gate_vision.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+
+
+def test_a_partial_save_needs_its_base(tmp_path: Path):
+    folder = folders.released(tmp_path, keep="extension/")
+    with pytest.raises(MoextendError, match=r"Missing: lm_head.weight.*A partial save needs its base: --base DIR"):
+        open_source(folder)
+
+
+def test_half_a_leaf_is_never_completed_from_the_base(tmp_path: Path):
+    folder = folders.released(tmp_path / "partial", keep="decoder/layers/moe/gate$", config=folders.ALIGNED)
+    folders.change(folder, {"model.layers.1.block_sparse_moe.gate.weight": None})
+    with pytest.raises(MoextendError, match=r"Missing: model\.layers\.1\.block_sparse_moe\.gate\.weight"):
+        open_source(folder, base=folders.released(tmp_path / "base", config=folders.ALIGNED))
+
+
+def test_an_extension_of_layers_that_the_base_does_not_have(tmp_path: Path):
+    small = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, layers=2))
+    folder = folders.released(tmp_path / "partial", keep="extension/")
+    base = folders.clip(folders.mixtral(tmp_path / "base", config=small) / "vision").parent
+    with pytest.raises(MoextendError, match=rf"extends layers \[2\], but {base} has only 2 layers"):
+        open_source(folder, base=base)
+
+
+def test_a_base_of_other_sizes_names_them(tmp_path: Path):
+    wide = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, hidden=48))
+    folder = folders.released(tmp_path / "partial", keep="extension/")
+    with pytest.raises(MoextendError, match="hidden is 40 and 48"):
+        open_source(folder, base=folders.mixtral(tmp_path / "base", config=wide))
+
+
+def test_layers_of_the_files_and_of_config_json_must_agree(tmp_path: Path):
+    folder = folders.released(tmp_path)
+    attributes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(attributes | {"add_layer": [0, 1]}))
+    with pytest.raises(
+        MoextendError, match=r"add_layer is \[0, 1\], but the files hold new experts in layers \[0, 2\]"
+    ):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({EXPERT: lambda old: old[:-1]}, rf"{EXPERT} has shape \[39, 24\], expected \[40, 24\]"),
+        (
+            {EXPERT: lambda old: old.astype(np.float16)},
+            rf"{EXPERT} has element type float16, .* siblings have bfloat16",
+        ),
+        ({EXPERT: lambda old: old.astype(np.int8)}, rf"{EXPERT} has element type int8"),
+        ({"lm_head.weight": lambda old: old.astype(np.float16)}, r"lm_head\.weight has .* float16, .* says bfloat16"),
+        ({"lm_head.weight": lambda old: old.astype(np.float32)}, r"lm_head\.weight has .* float32, .* says bfloat16"),
+        ({EXPERT: None, "model.odd": lambda old: old}, rf"Missing: {EXPERT}\. Not asked for: model\.odd\."),
+    ],
+)
+def test_a_wrong_tensor_is_named(tmp_path: Path, changes, said: str):
+    with pytest.raises(MoextendError, match=said):
+        open_source(folders.change(folders.mixtral(tmp_path), changes))
+
+
+def test_one_tensor_of_a_tower_in_another_element_type_is_named(tmp_path: Path):
+    name = "vision_model.pre_layrnorm.bias"
+    folder = folders.change(folders.clip(tmp_path), {name: lambda old: old.astype(np.float32)})
+    with pytest.raises(MoextendError, match=rf"{name} has element type float32, where the others have bfloat16"):
+        open_source(folder)
+
+
+def test_parts_alone_do_not_run(tmp_path: Path):
+    with pytest.raises(MoextendError, match="holds no decoder, only vision"):
+        open_checkpoint(folders.clip(tmp_path))
+
+
+def test_a_projector_of_other_widths_is_refused(tmp_path: Path):
+    folders.clip(folders.mixtral(tmp_path / "base") / "vision")
+    path = folders.projector(tmp_path / "projector")
+    assert open_source(tmp_path / "base", projector=path).parts == {"decoder", "vision", "projector"}
+    tensors = {name: np.zeros([2 * n for n in value.shape], value.dtype) for name, value in folders.read(path).items()}
+    folders.write(path, tensors, None)
+    with pytest.raises(MoextendError, match="leads from width 24 to 48"):
+        open_source(tmp_path / "base", projector=path)
+    folders.mixtral(tmp_path / "text")
+    with pytest.raises(MoextendError, match="needs a vision tower"):
+        open_source(tmp_path / "text", projector=path)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [({"model_type": "llama"}, "upcycled"), ({"model_type": "bert"}, "'bert'"), ({}, "None"), (None, "does not exist")],
+)
+def test_another_kind_of_model_is_refused(tmp_path: Path, attributes, said: str):
+    with pytest.raises(MoextendError, match=said):
+        open_source(folders.write(tmp_path, {"a": np.zeros(2, np.float32)}, attributes))
+
+
+def test_tags_of_the_released_layout(tmp_path: Path):
+    config = open_source(folders.released(tmp_path)).config
+    assert config.tags == ImageTags(start=40, end=41, pad=42) and config.vision and config.vision.feature_layer == -1

@@ -1,0 +1,163 @@
+"""The name table against the names that are published, written down here from the index files' own scheme."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+
+import pytest
+from flax import nnx
+
+from moextend_jax.checkpoints import names
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
+from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.parameters import by_path
+
+M8X7B = DecoderConfig()
+M8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
+M8X22B_INSTRUCT = dataclasses.replace(M8X22B, vocab_size=32768)
+CLIP_L_336 = VisionConfig()
+PUBLISHED = ExtensionConfig(layers=(2, 3, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 19, 20, 25, 27), sources=(0,) * 16)
+
+
+def mixtral(layers: int, *, width: int, hidden: int, vocab: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published Mixtral files (all have 8 experts and 8 key/value heads of 128)."""
+    made: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (vocab, width),
+    }
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        made[layer + "input_layernorm.weight"] = made[layer + "post_attention_layernorm.weight"] = (width,)
+        made[layer + "self_attn.q_proj.weight"] = made[layer + "self_attn.o_proj.weight"] = (width, width)
+        made[layer + "self_attn.k_proj.weight"] = made[layer + "self_attn.v_proj.weight"] = (1024, width)
+        made[layer + "block_sparse_moe.gate.weight"] = (8, width)
+        for e in range(8):
+            expert = f"{layer}block_sparse_moe.experts.{e}."
+            made[expert + "w1.weight"] = made[expert + "w3.weight"] = (hidden, width)
+            made[expert + "w2.weight"] = (width, hidden)
+    return made
+
+
+def clip_l_336() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tower in openai/clip-vit-large-patch14-336, less its position_ids buffer."""
+    top = "vision_model."
+    made: dict[str, tuple[int, ...]] = {
+        top + "embeddings.class_embedding": (1024,),
+        top + "embeddings.patch_embedding.weight": (1024, 3, 14, 14),
+        top + "embeddings.position_embedding.weight": (577, 1024),
+    }
+    norms = [top + "pre_layrnorm", top + "post_layernorm"]
+    for n in range(24):
+        layer = f"{top}encoder.layers.{n}."
+        norms += [layer + "layer_norm1", layer + "layer_norm2"]
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            made[f"{layer}self_attn.{part}.weight"] = (1024, 1024)
+            made[f"{layer}self_attn.{part}.bias"] = (1024,)
+        made |= {layer + "mlp.fc1.weight": (4096, 1024), layer + "mlp.fc1.bias": (4096,)}
+        made |= {layer + "mlp.fc2.weight": (1024, 4096), layer + "mlp.fc2.bias": (1024,)}
+    return made | {f"{norm}.{part}": (1024,) for norm in norms for part in ("weight", "bias")}
+
+
+def extension(width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the released code adds in the published layers: one expert, calibrators of width 16."""
+    made = {}
+    for n in PUBLISHED.layers:
+        block = f"model.layers.{n}.block_sparse_moe."
+        made |= {
+            block + "gate_vision.weight": (1, width),
+            block + "weight_scale.weight_scale.0.weight": (16, 9),
+            block + "weight_scale.weight_scale.2.weight": (9, 16),
+            block + "experts.8.w1.weight": (hidden, width),
+            block + "experts.8.w2.weight": (width, hidden),
+            block + "experts.8.w3.weight": (hidden, width),
+        }
+    return made
+
+
+def projector(first: str, second: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        first + ".weight": (width, 1024), first + ".bias": (width,),
+        second + ".weight": (width, width), second + ".bias": (width,),
+    }  # fmt: skip
+
+
+CASES = {
+    "mixtral 8x7B": ("mixtral", M8X7B, mixtral(32, width=4096, hidden=14336, vocab=32000)),
+    "mixtral 8x22B": ("mixtral", M8X22B, mixtral(56, width=6144, hidden=16384, vocab=32000)),
+    "mixtral 8x22B instruct": ("mixtral", M8X22B_INSTRUCT, mixtral(56, width=6144, hidden=16384, vocab=32768)),
+    "clip": ("clip", M8X7B, clip_l_336()),
+    "llava": ("llava", M8X7B, projector("mm_projector.0", "mm_projector.2", 4096)),
+    "llava_hf": (
+        "llava_hf",
+        M8X7B,
+        projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2", 4096),
+    ),
+    "released": (
+        "released",
+        M8X7B,
+        mixtral(32, width=4096, hidden=14336, vocab=32000)
+        | {"model.visual.vision_tower." + name: shape for name, shape in clip_l_336().items()}
+        | projector("model.visual.mm_projector.0", "model.visual.mm_projector.2", 4096)
+        | extension(4096, 14336),
+    ),
+}
+
+
+@functools.cache
+def shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Our parameters of the full-size model."""
+    config = ModelConfig(decoder=decoder, vision=CLIP_L_336, extension=PUBLISHED)
+    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    return {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
+
+
+def test_the_counts_are_the_published_ones():
+    """995 and 1,739 tensors, and 46.7 and 140.6 billion parameters, stand in the index files and model cards."""
+    for case, count, parameters in (("mixtral 8x7B", 995, 46_702_792_704), ("mixtral 8x22B", 1739, 140_620_634_112)):
+        expected = CASES[case][2]
+        assert len(expected) == count
+        assert sum(math.prod(shape) for shape in expected.values()) == parameters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_published_name_is_matched_once_and_has_its_shape(case: str):
+    table, decoder, published = CASES[case]
+    config = ModelConfig(decoder=decoder, vision=CLIP_L_336, extension=PUBLISHED)
+    tensors = list(names.tensors(table, config))
+    assert collections.Counter(tensor.file for tensor in tensors) == collections.Counter(published.keys())
+    ours = shapes(decoder)
+    indices = collections.defaultdict(list)
+    for tensor in tensors:
+        letters = names.letters(tensor.path, config)
+        theirs, inner = (names.shape(side, letters) for side in tensor.layout.split(" -> "))
+        assert theirs == published[tensor.file], tensor.file
+        assert inner == ours[tensor.path][len(tensor.index) :], tensor.path
+        indices[tensor.path].append(tensor.index)
+    for path, seen in indices.items():  # and together they fill the stacked arrays
+        assert sorted(seen) == list(itertools.product(*map(range, ours[path][: len(seen[0])]))), path
+    if table == "released":
+        assert indices.keys() == ours.keys()
+
+
+def test_no_pattern_of_other_tensors_swallows_one_of_ours():
+    for table, pattern in names.BESIDE.items():
+        config = ModelConfig(decoder=M8X7B, vision=CLIP_L_336)
+        for tensor in names.tensors(table, config):
+            for prefix in ("", names.PREFIXES.get(table, "")):
+                assert not pattern.fullmatch(prefix + tensor.file)
+                assert not names.IGNORED.fullmatch(prefix + tensor.file)
+
+
+def test_the_text_half_of_a_clip_is_known_by_name():
+    """Of openai/clip-vit-large-patch14-336, all that is not the tower."""
+    others = ["logit_scale", "text_projection.weight", "visual_projection.weight", "text_model.final_layer_norm.bias"]
+    others += ["text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.11.mlp.fc2.bias"]
+    assert all(names.BESIDE["clip"].fullmatch(name) for name in others)
+    assert names.IGNORED.fullmatch("vision_model.embeddings.position_ids")
+    assert not names.BESIDE["clip"].fullmatch("vision_projection.weight")
+    assert not names.BESIDE["clip"].fullmatch("logit_bias")
