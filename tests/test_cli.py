@@ -255,3 +255,22 @@ def test_a_finished_stage_run_again_keeps_its_result(ground):
     cli.main(["align", *ground.arguments(ground.aligned)])
     assert (ground.aligned / "align" / "metrics.jsonl").read_text() == before
     assert json.loads((ground.aligned / "align" / "stage.json").read_text())["frozen_unchanged"] is True
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["import", "nowhere", "made"], "nowhere"),
+        (["import", "nowhere"], "dst"),
+        (["import", "dense.gguf", "made"], "--experts"),
+        (["import", "nowhere", "made", "--top_k", "2"], "--experts"),
+        (["export", "nowhere", "made"], "nowhere"),
+        (["compare", "--checkpoint", "nowhere", "--reference", "missing.npz"], "missing.npz"),
+        (["routing", "compare", "a.npz", "b.npz"], "a.npz"),
+        (["routing", "sing"], "sing"),
+    ],
+)
+def test_mistakes_of_the_checkpoint_commands(argv: list[str], said: str, refused, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(*argv)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,215 @@
+"""Compares a forward pass, batch by batch: logits, losses, routing, hidden states, image features.
+
+In: a `Reference` of kind "forward" and a model. Out: one `Row` per array of the file. What a position that sees no
+token holds is nobody's business: padding on the left differs between attention back ends, so there only real tokens
+are compared. Where router logits tie, rounding decides the top-k, so picks of tied tokens are not compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moextend_jax.compare.observe import observer
+from moextend_jax.compare.reference import FORWARD, Reference, Rows, image_places, rows_of, to_batch
+from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
+from moextend_jax.config import IGNORE, MoextendError
+from moextend_jax.models.moextend import MoExtend
+
+_SIMPLE = {"loss_total", "loss_ce", "loss_aux", "loss_aux_nomask", "image_features", "clip_patch_features",
+           "pixel_values", "hidden_states/0"}  # fmt: skip
+_PER_POSITION = {"logits", "logits_eager", "hidden_states", "moe_in", "moe_out"}
+
+
+class Defined(NamedTuple):
+    """Places whose values the attention mask defines, [B, L]; whether the cross-entropy reads only such places."""
+
+    where_BL: np.ndarray
+    ce: bool
+
+
+class Ties(NamedTuple):
+    """Tokens whose picks rounding decides. boundary_T: which experts; any_T: those, or only in which order."""
+
+    boundary_T: np.ndarray
+    any_T: np.ndarray
+
+
+def compare_forward(
+    reference: Reference,
+    model: MoExtend,
+    arrays: dict[str, jax.Array],
+    *,
+    start: int | None,
+    aux_coefficient: float,
+    tolerances: Tolerances,
+    batch: str,
+) -> list[Row]:
+    """`batch` is the name of the batch that arrays without one belong to."""
+    groups: dict[str, list[str]] = {}
+    for key in reference.arrays:
+        head, _, rest = key.partition("/")
+        named, quantity = (batch, key) if head in FORWARD else (head, rest)
+        groups.setdefault(named, []).append(quantity)
+    known = {key.split("/")[0] for key in reference.beside["batches"]}
+    if not known & set(groups):
+        raise MoextendError(
+            f"{reference.path.name} is of the batches {', '.join(sorted(groups))}; "
+            f"{reference.folder / 'batches.npz'} holds {', '.join(sorted(known)) or 'none'}"
+        )
+    patches = model.config.vision.patches if model.config.vision else 0
+    tag = start if patches else None
+    if not patches and any(f"{name}/image_index" in reference.beside["images"] for name in groups):
+        raise MoextendError("the reference has images, but the checkpoint no vision tower: give one with --vision DIR")
+    rows = {name: rows_of(reference, name, start=tag) for name in groups if name in known}
+    room = max(_most_images(some, tag) for some in rows.values())
+    heads = {quantity.split("/")[0] for quantities in groups.values() for quantity in quantities}
+    inside = bool(heads & {"hidden_states", "moe_in", "moe_out", "topk_calibrated"})
+    observe = observer(model, aux_coefficient=aux_coefficient, inside=inside)
+    found: list[Row] = []
+    for name, quantities in groups.items():
+        if name not in rows:
+            why = f"batches.npz holds no batch {name!r}"
+            found += [left_out(name, quantity, why) for quantity in quantities]
+            continue
+        some = rows[name]
+        places = image_places(some.ids_BL, start=tag, patches=patches)
+        if some.pixels_nhwc is None and room:  # one compiled program serves batches with and without images
+            some = some._replace(pixels_nhwc=_any_pixels(rows))
+        ours = observe(arrays, to_batch(some, start=tag, patches=patches, room=room))
+        _add_what_is_given(ours, some, places, room=room)
+        theirs = {quantity: _theirs(reference, name, quantity, batch) for quantity in quantities}
+        found += _judge(name, ours, theirs, some, model=model, tolerances=tolerances)
+    return found
+
+
+def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> Ties:
+    """Tokens whose k-th and k+1-th largest logits, or two of the k largest, are closer than `noise`."""
+    ordered_TO = -np.sort(-logits_TO.astype(np.float64), axis=-1)
+    gaps = -np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise
+    boundary_T = gaps[:, top_k - 1] if gaps.shape[1] >= top_k else np.zeros(len(gaps), bool)
+    return Ties(boundary_T, np.asarray(gaps.any(axis=-1)))
+
+
+def defined(rows: Rows) -> Defined:
+    """A row that begins with padding has positions that see nothing: there only its real tokens count."""
+    where_BL = (rows.mask_BL > 0) | (rows.mask_BL[:, :1] > 0)
+    labelled_BL = rows.labels_BL[:, 1:] != IGNORE
+    return Defined(where_BL, bool(where_BL[:, :-1][labelled_BL].all()))
+
+
+def _judge(
+    name: str,
+    ours: dict[str, Any],
+    theirs: dict[str, np.ndarray],
+    rows: Rows,
+    *,
+    model: MoExtend,
+    tolerances: Tolerances,
+) -> list[Row]:
+    where = defined(rows)
+    where_T = where.where_BL.reshape(-1)
+    top_k = model.config.decoder.top_k
+    found = []
+    for quantity, array in theirs.items():
+        head, _, index = quantity.partition("/")
+        atol = tolerances.simple if head in _SIMPLE or quantity in _SIMPLE else tolerances.composed
+        if head not in FORWARD:
+            found.append(left_out(name, quantity, "no such quantity is known here"))
+        elif why := _no_value(quantity, array, where, model):
+            found.append(left_out(name, quantity, why))
+        elif (mine := ours.get("logits" if head == "logits_eager" else quantity)) is None:
+            found.append(left_out(name, quantity, _why_absent(name, quantity, model)))
+        elif head in _PER_POSITION:
+            found.append(close(name, quantity, mine, array, atol=atol, where=where.where_BL))
+        elif head == "router_logits":
+            found.append(close(name, quantity, mine, array, atol=atol, where=where_T))
+        elif head.startswith("topk_"):
+            key = f"router_logits/{index}"
+            tied = ties(theirs[key] if key in theirs else ours[key], top_k=top_k, noise=tolerances.tie)
+            if head == "topk_idx":
+                found.append(_picks(name, quantity, mine, array, ours[key], where_T=where_T, tied=tied, atol=atol))
+            elif head == "topk_prob":  # sorted values: no matter whose they are
+                found.append(close(name, quantity, mine, array, atol=atol, where=where_T))
+            else:
+                note = _tied_note(tied.any_T & where_T, where_T)
+                found.append(close(name, quantity, mine, array, atol=atol, where=where_T & ~tied.any_T, note=note))
+        else:
+            found.append(close(name, quantity, mine, array, atol=0 if head == "img_pos" else atol))
+    return found
+
+
+def _picks(
+    name: str, quantity: str, ours_Tk, theirs_Tk, logits_TO, *, where_T: np.ndarray, tied: Ties, atol: float
+) -> Row:
+    """Top-k agreement of the untied tokens; the difference is what following the other's picks would cost, in
+    probability, and holds for tied tokens too."""
+    if ours_Tk.shape != theirs_Tk.shape:
+        return close(name, quantity, ours_Tk, theirs_Tk, atol=0)  # raises: says which shapes
+    if theirs_Tk.min(initial=0) < 0 or theirs_Tk.max(initial=0) >= logits_TO.shape[1]:
+        raise MoextendError(
+            f"{name}/{quantity} names expert {theirs_Tk.max()}, but the router has {logits_TO.shape[1]} outputs here: "
+            "the checkpoint is not the one that the reference was made with"
+        )
+    probs_TO = np.asarray(jax.nn.softmax(logits_TO.astype(np.float32), axis=-1))
+    picked = [np.take_along_axis(probs_TO, ids_Tk, axis=-1)[where_T] for ids_Tk in (ours_Tk, theirs_Tk)]
+    row = close(name, quantity, picked[0], picked[1], atol=atol)
+    same_T = (ours_Tk == theirs_Tk).all(axis=-1)[where_T & ~tied.any_T]
+    agreement = float(same_T.mean()) if same_T.size else None
+    row = row._replace(agreement=agreement, note=_tied_note(tied.any_T & where_T, where_T))
+    return row if agreement in (None, 1.0) else row._replace(verdict="differs")
+
+
+def _tied_note(tied_T: np.ndarray, where_T: np.ndarray) -> str:
+    return f"{tied_T.sum()} of {where_T.sum()} tokens tied: picks not compared" if tied_T.any() else ""
+
+
+def _no_value(quantity: str, array: np.ndarray, where: Defined, model: MoExtend) -> str:
+    if quantity in ("loss_ce", "loss_total") and not where.ce:
+        return "a label follows left padding, whose logits no mask defines"
+    if quantity == "loss_aux_nomask":
+        if not where.where_BL.all():
+            return "counts left padding, whose routing no mask defines"
+        if model.config.extension and not array.any():
+            return "the released code returns 0 for an extended model without a mask"
+    return ""
+
+
+def _why_absent(name: str, quantity: str, model: MoExtend) -> str:
+    if not quantity.partition("/")[2]:  # of images: everything else is there in any model
+        return "the checkpoint has no vision tower"
+    extended = model.config.extension.layers if model.config.extension else ()
+    raise MoextendError(
+        f"the reference holds {name}/{quantity}, but this model has {model.config.decoder.layers} layers, extended "
+        f"ones {list(extended)}: the checkpoint is not the one that the reference was made with"
+    )
+
+
+def _add_what_is_given(ours: dict[str, Any], rows: Rows, places: list[tuple[int, int, int]], *, room: int) -> None:
+    """Features of the images that there are, in the order of their tags; and the inputs, as files repeat them."""
+    seen: dict[int, int] = {}
+    slots = []
+    for row, _, _ in places:
+        slots.append(row * room + seen.get(row, 0))
+        seen[row] = seen.get(row, 0) + 1
+    for name in ("clip_patch_features", "image_features"):
+        if name in ours:
+            ours[name] = ours[name][slots]
+    ours["img_pos"] = np.asarray(places, np.int32).reshape(-1, 3)
+    if rows.pixels_nhwc is not None:
+        ours["pixel_values"] = rows.pixels_nhwc[list(rows.images)].transpose(0, 3, 1, 2)
+
+
+def _most_images(rows: Rows, start: int | None) -> int:
+    return 0 if start is None else int((rows.ids_BL == start).sum(axis=1).max(initial=0))
+
+
+def _any_pixels(rows: dict[str, Rows]) -> np.ndarray:
+    return next(some.pixels_nhwc for some in rows.values() if some.pixels_nhwc is not None)
+
+
+def _theirs(reference: Reference, name: str, quantity: str, unnamed: str) -> np.ndarray:
+    named = reference.arrays.get(f"{name}/{quantity}")
+    return reference.arrays[quantity] if named is None and name == unnamed else reference.arrays[f"{name}/{quantity}"]

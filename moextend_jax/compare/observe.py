@@ -1,0 +1,132 @@
+"""Everything inside a forward pass, by the names that reference files use: (arrays, batch) -> {name: array}.
+
+Routing, logits and losses are those of the model as it trains. Hidden states and what goes into and out of the
+experts of each layer come from running the same parts one layer after another, because the model's scan keeps neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moextend_jax.config import RECIPES, Batch
+from moextend_jax.models.attention import rotation, segment_mask
+from moextend_jax.models.mixtral import mixture, rms_norm
+from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.models.router import Routing
+from moextend_jax.train.loss import aux_released, load, losses
+
+RELEASED = RECIPES["released"]
+
+Arrays = dict[str, jax.Array]
+
+
+class Layer(NamedTuple):
+    """One layer seen from inside. in_BLD: its input. calibrated_Tk: None in a plain layer."""
+
+    in_BLD: jax.Array
+    moe_in_BLD: jax.Array
+    moe_out_BLD: jax.Array
+    calibrated_Tk: jax.Array | None
+
+
+def observer(model: MoExtend, *, aux_coefficient: float, inside: bool) -> Callable[[Arrays, Batch], dict[str, Any]]:
+    """A compiled forward pass; `inside` also runs layer by layer for `hidden_states`, `moe_in` and the like."""
+
+    def run(arrays: Arrays, batch: Batch) -> dict[str, Any]:
+        whole = with_arrays(model, arrays)
+        decoded = whole(batch)
+        losses_, _ = losses(whole, batch, recipe=RELEASED, aux_coefficient=aux_coefficient, chunk=64)
+        everyone = load(decoded.routing, jnp.ones(batch.ids_BL.size, bool))
+        seen: dict[str, Any] = {
+            "logits": whole.decoder.logits(decoded.hidden_BLD),
+            "loss_total": losses_.total,
+            "loss_ce": losses_.ce,
+            "loss_aux": losses_.aux,
+            "loss_aux_nomask": aux_released(everyone, config=model.config),
+            **_routing(decoded.routing, model),
+            **_images(whole, batch),
+        }
+        if inside:
+            for z, layer in enumerate(layer_by_layer(whole, batch)):
+                seen |= {f"hidden_states/{z}": layer.in_BLD, f"moe_in/{z}": layer.moe_in_BLD}
+                seen |= {f"moe_out/{z}": layer.moe_out_BLD}
+                if layer.calibrated_Tk is not None:
+                    seen[f"topk_calibrated/{z}"] = layer.calibrated_Tk
+            seen[f"hidden_states/{model.config.decoder.layers}"] = decoded.hidden_BLD
+        return seen
+
+    compiled = jax.jit(run)
+    return lambda arrays, batch: {name: np.asarray(array) for name, array in compiled(arrays, batch).items()}
+
+
+def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
+    """The layers of `models.mixtral.run_layers`, from the same parts, with what passes between them."""
+    config = model.config.decoder
+    turns = rotation(batch.positions_BL, head_size=config.head_size, theta=config.rope_theta)
+    mask_B1LS = segment_mask(batch.segments_BL)
+    layer_def, layers = nnx.split(model.decoder.layers)
+    x_BLD = model.embed(batch)
+    for z in range(config.layers):
+        this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
+        normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
+        attended_BLD, _ = this.attention(normed_BLD, turns, mask_B1LS, None, batch.positions_BL)
+        between_BLD = x_BLD + attended_BLD
+        moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
+        new = _extension_of(model, z)
+        moe_out_BLD, routing = mixture(
+            moe_in_BLD, this.moe, new, extended=jnp.bool_(new is not None), top_k=config.top_k
+        )
+        calibrated_Tk = None
+        if new is not None:
+            probs_TO = new.router.calibrator(jax.nn.softmax(routing.logits_TO, axis=-1))
+            calibrated_Tk = jnp.take_along_axis(probs_TO, routing.ids_Tk, axis=-1)
+        yield Layer(x_BLD, moe_in_BLD, moe_out_BLD, calibrated_Tk)
+        x_BLD = between_BLD + moe_out_BLD
+
+
+def outputs_Z(model: MoExtend) -> list[int]:
+    """Router outputs of every layer: E, or E+X in an extended one."""
+    config = model.config
+    extended = config.extension.layers if config.extension else ()
+    more = config.extension.new_experts if config.extension else 0
+    return [config.decoder.experts + (more if z in extended else 0) for z in range(config.decoder.layers)]
+
+
+def _extension_of(model: MoExtend, layer: int):
+    extension = model.config.extension
+    if extension is None or layer not in extension.layers:
+        return None
+    definition, state = nnx.split(model.extension)
+    y = extension.layers.index(layer)
+    return nnx.merge(definition, jax.tree.map(lambda leaf: leaf[y], state))
+
+
+def _routing(routing: Routing, model: MoExtend) -> dict[str, Any]:
+    seen = {}
+    for z, outputs in enumerate(outputs_Z(model)):
+        logits_TO, ids_Tk = routing.logits_TO[z], routing.ids_Tk[z]
+        probs_TO = jax.nn.softmax(logits_TO, axis=-1)
+        seen |= {
+            f"router_logits/{z}": logits_TO[:, :outputs],
+            f"topk_idx/{z}": ids_Tk,
+            f"topk_prob/{z}": jnp.take_along_axis(probs_TO, ids_Tk, axis=-1),
+            f"topk_weight/{z}": routing.weights_Tk[z],
+        }
+    return seen
+
+
+def _images(model: MoExtend, batch: Batch) -> dict[str, Any]:
+    """`clip_patch_features` and `image_features` of every image slot [B*M, P, ...], empty slots included."""
+    if batch.images_BMhwc is None:
+        return {}
+    assert model.vision is not None and model.projector is not None
+    B, M, *image = batch.images_BMhwc.shape
+    features_nPC = model.vision(batch.images_BMhwc.reshape(B * M, *image).astype(model.config.dtype))
+    return {"clip_patch_features": features_nPC, "image_features": model.projector(features_nPC)}

@@ -1,0 +1,215 @@
+"""Reads a folder of reference numbers: one npz file of arrays, and the batches and images that they belong to.
+
+In: the path of a file that another implementation wrote (forward pass, training stage, selection, tower, generation);
+`batches.npz` (ids, labels, masks), `images.npz` (pixels, and which image goes where) and `manifest.json` (`spec`: the
+first image tag, loss coefficient) lie beside it. Out: its arrays, what kind it is, and our `Batch`es.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import einops
+import numpy as np
+
+from moextend_jax.config import Batch, MoextendError
+
+Kind = Literal["forward", "stage", "selection", "generate", "clip"]
+
+BATCH_OF_NONE = "text"
+"""The batch of a forward file whose arrays name none (plain transformers on text)."""
+FORWARD = (
+    "logits", "logits_eager", "hidden_states", "router_logits", "topk_idx", "topk_prob", "topk_calibrated",
+    "topk_weight", "moe_in", "moe_out", "image_features", "clip_patch_features", "pixel_values", "img_pos",
+    "loss_total", "loss_ce", "loss_aux", "loss_aux_nomask",
+)  # fmt: skip
+"""First part of the name of every array that a forward pass is known by."""
+
+
+class Reference(NamedTuple):
+    """`arrays`: all of the file, by name. `beside`: batches.npz and images.npz. `spec`: facts of manifest.json."""
+
+    path: Path
+    kind: Kind
+    arrays: dict[str, np.ndarray]
+    beside: dict[str, dict[str, np.ndarray]]
+    spec: dict[str, Any]
+    image_names: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+
+class Rows(NamedTuple):
+    """Token rows of one batch. images: positions in `pixels_nhwc`, one per image start tag, row by row."""
+
+    ids_BL: np.ndarray
+    labels_BL: np.ndarray
+    mask_BL: np.ndarray
+    images: tuple[int, ...]
+    pixels_nhwc: np.ndarray | None
+
+
+def read_reference(path: Path) -> Reference:
+    if path.is_dir():
+        files = ", ".join(sorted(file.name for file in path.glob("*.npz")))
+        raise MoextendError(f"{path} is a folder; name one of its files ({files or 'it holds no .npz'})")
+    arrays = read_npz(path)
+    beside = {name: _if_there(path.parent / f"{name}.npz") for name in ("batches", "images")}
+    manifest: Any = {}
+    if (path.parent / "manifest.json").is_file():
+        try:
+            manifest = json.loads((path.parent / "manifest.json").read_text())
+        except ValueError as error:
+            raise MoextendError(f"{path.parent / 'manifest.json'} is not JSON: {error}") from None
+    spec, names = manifest.get("spec", {}), manifest.get("images", [])
+    return Reference(path, _kind(path, arrays), arrays, beside, spec, [str(name) for name in names])
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file; pickles are never unpacked."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise MoextendError(f"{path} does not exist") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise MoextendError(f"{path} is not a readable npz file of plain arrays: {error}") from None
+
+
+def rows_of(reference: Reference, name: str, *, start: int | None) -> Rows:
+    """Batch `name` of batches.npz. `start` is the id of the image start tag; None: there are no images."""
+    batches = reference.beside["batches"]
+    if f"{name}/input_ids" not in batches:
+        known = sorted({key.split("/")[0] for key in batches})
+        raise MoextendError(
+            f"{reference.folder / 'batches.npz'} holds no batch {name!r}; it holds {known or 'nothing'}"
+        )
+    ids_BL = _whole_numbers(batches[f"{name}/input_ids"])
+    labels_BL = batches.get(f"{name}/labels", np.full_like(ids_BL, -100))
+    mask_BL = batches.get(f"{name}/attention_mask", np.ones_like(ids_BL))
+    if ids_BL.ndim != 2 or labels_BL.shape != ids_BL.shape or mask_BL.shape != ids_BL.shape:
+        shapes = ids_BL.shape, labels_BL.shape, mask_BL.shape
+        raise MoextendError(f"batch {name!r}: ids, labels and mask must be [B, L] alike; their shapes are {shapes}")
+    wanted = 0 if start is None else int((ids_BL == start).sum())
+    images, pixels_nhwc = _images(reference, name) if wanted else ((), None)
+    if len(images) != wanted:
+        raise MoextendError(f"batch {name!r} has {wanted} image start tags but {len(images)} images")
+    return Rows(ids_BL, _whole_numbers(labels_BL), (mask_BL != 0).astype(np.int32), images, pixels_nhwc)
+
+
+def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> Batch:
+    """Our form of the rows, with room for at least `room` images per row.
+
+    Places where the mask is 0, at an end or in the middle, belong to no segment: nobody sees them, and positions
+    count on across them, as transformers counts when nobody gives it positions.
+    """
+    B, L = rows.ids_BL.shape
+    patches_BL = np.full((B, L), -1, np.int32)
+    places = image_places(rows.ids_BL, start=start, patches=patches)
+    most = max([room, *(sum(row == place[0] for place in places) for row in range(B))])
+    images_BMhwc, seen = None, dict.fromkeys(range(B), 0)
+    if rows.pixels_nhwc is not None and most:
+        images_BMhwc = np.zeros((B, most, *rows.pixels_nhwc.shape[1:]), np.float32)
+    for image, (row, first, end) in zip(rows.images, places, strict=True):
+        assert images_BMhwc is not None and rows.pixels_nhwc is not None
+        patches_BL[row, first + 1 : end] = np.arange(patches) + seen[row] * patches
+        images_BMhwc[row, seen[row]] = rows.pixels_nhwc[image]
+        seen[row] += 1
+    positions_BL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
+    return Batch(rows.ids_BL, rows.labels_BL, positions_BL, rows.mask_BL, patches_BL, images_BMhwc)
+
+
+def image_places(ids_BL: np.ndarray, *, start: int | None, patches: int) -> list[tuple[int, int, int]]:
+    """(row, place of the start tag, place of the end tag) of every image, row by row."""
+    if start is None:
+        return []
+    places = []
+    for row, first in zip(*np.nonzero(ids_BL == start), strict=True):
+        end = first + patches + 1
+        if end >= ids_BL.shape[1] or ids_BL[row, end] != start + 1:
+            raise MoextendError(
+                f"row {row}: no image end tag ({start + 1}) {patches + 1} places after the start tag ({start}) at "
+                f"{first}; is this the vision tower of the reference ({patches} patches)?"
+            )
+        places.append((int(row), int(first), int(end)))
+    return places
+
+
+def start_tag(reference: Reference, *, given: int | None, attributes: Mapping[str, Any]) -> int | None:
+    """The id of the image start tag: as given, or the manifest's, or config.json's, or what `img_pos` points at."""
+    visual = attributes.get("visual")
+    named = (given, reference.spec.get("image_start_id"), (visual or {}).get("image_start_id"))
+    for value in named:
+        if isinstance(value, int):
+            return value
+    for key, places in reference.arrays.items():
+        name, _, last = key.rpartition("/")
+        if last == "img_pos" and len(places) and f"{name}/input_ids" in reference.beside["batches"]:
+            return int(reference.beside["batches"][f"{name}/input_ids"][places[0][0], places[0][1]])
+    return None
+
+
+def pixels_nhwc(reference: Reference) -> np.ndarray | None:
+    """Every image of images.npz, prepared for the tower."""
+    pixels_nchw = reference.beside["images"].get("pixel_values")
+    return None if pixels_nchw is None else to_nhwc(pixels_nchw)
+
+
+def to_nhwc(pixels_nchw: np.ndarray) -> np.ndarray:
+    if pixels_nchw.ndim != 4:
+        raise MoextendError(f"pixel_values has shape {pixels_nchw.shape}, expected [images, channels, height, width]")
+    return einops.rearrange(pixels_nchw, "n c h w -> n h w c").astype(np.float32)
+
+
+def _images(reference: Reference, name: str) -> tuple[tuple[int, ...], np.ndarray]:
+    order = reference.beside["images"].get(f"{name}/image_index")
+    pixels = pixels_nhwc(reference)
+    if order is not None and pixels is not None:
+        return chosen_images(order, count=len(pixels)), pixels
+    own = reference.arrays.get(f"{name}/pixel_values")  # in the order of the start tags
+    if own is None:
+        raise MoextendError(
+            f"batch {name!r} has images, but {reference.folder / 'images.npz'} does not say which "
+            f"({name}/image_index and pixel_values), nor does {reference.path.name} hold {name}/pixel_values"
+        )
+    return tuple(range(len(own))), to_nhwc(own)
+
+
+def chosen_images(order: np.ndarray, *, count: int) -> tuple[int, ...]:
+    """Image numbers row by row; -1 stands for none."""
+    images = tuple(int(image) for image in np.asarray(order).reshape(-1) if image >= 0)
+    if images and max(images) >= count:
+        raise MoextendError(f"image_index names image {max(images)}, but images.npz holds {count} images")
+    return images
+
+
+def _whole_numbers(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array).astype(np.int32)
+
+
+def _if_there(path: Path) -> dict[str, np.ndarray]:
+    return read_npz(path) if path.is_file() else {}
+
+
+def _kind(path: Path, arrays: Mapping[str, np.ndarray]) -> Kind:
+    parts: set[str] = {part for key in arrays for part in key.split("/")}
+    signs: Sequence[tuple[Kind, set[str]]] = (
+        ("stage", {"grad", "param1", "param3", "steps"}),
+        ("selection", {"counts_before", "selected_layers"}),
+        ("generate", {"tokens_cache", "tokens_nocache", "logits_last"}),
+        ("clip", {"patch_m1", "patch_m2", "pooler_output", "last_hidden_state"}),
+        ("forward", {"logits", "router_logits", "hidden_states"}),
+    )
+    for kind, names in signs:
+        if names & parts:
+            return kind
+    raise MoextendError(
+        f"{path} holds none of the arrays of a reference ({', '.join(sorted(parts)[:8]) or 'it is empty'}); expected a "
+        "forward pass (logits, router_logits/L), a stage (grad/NAME, steps), selection, generate or clip file"
+    )

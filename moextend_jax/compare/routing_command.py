@@ -1,0 +1,377 @@
+"""`moextend routing collect | compare | plot`: what a model's routers do, measured, set side by side, drawn.
+
+In: a checkpoint and a data set or token ids; or files of statistics (`routing_stats.py` describes them), which
+tools/dump_torch_routing.py writes from PyTorch. Out: such a file; a table or JSON; a PNG and an HTML page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.compare.command import Parser, abstract
+from moextend_jax.compare.reference import Rows, read_npz, to_batch
+from moextend_jax.compare.routing_compare import (
+    Choice,
+    LayerDistance,
+    as_json,
+    check_same_shape,
+    choices,
+    distances,
+    why_no_agreement,
+)
+from moextend_jax.compare.routing_stats import KINDS, Stats, collect, load_of, read_stats, write_stats
+from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, MoextendError
+from moextend_jax.models.moextend import MoExtend
+
+USAGE = """moextend routing collect --checkpoint DIR (--data NAME | --text FILE | --ids IDS.npz) --out STATS.npz
+moextend routing compare A.npz B.npz [--after A2.npz B2.npz] [--share 0.5] [--json]
+moextend routing plot STATS.npz [OTHER.npz] --out PREFIX"""
+
+
+class Opened(NamedTuple):
+    model: MoExtend
+    arrays: dict[str, jax.Array]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code 0; mistakes are raised."""
+    commands = {"collect": _collect, "compare": _compare, "plot": _plot}
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if not arguments or arguments[0] not in commands:
+        said = f"{arguments[0]!r} is none" if arguments else "none was given"
+        raise MoextendError(f"routing needs one of {', '.join(commands)}; {said}")
+    commands[arguments[0]](list(arguments[1:]))
+    return 0
+
+
+# --- collect ----------------------------------------------------------------------------------------------------------
+
+
+def _collect(arguments: list[str]) -> None:
+    parser = Parser(prog="moextend routing collect", allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="folder of a model, or a --workdir that was trained in")
+    parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
+    parser.add_argument("--vision", help="folder of the vision tower")
+    parser.add_argument("--feature_layer", type=int, help="hidden state of the tower that the projector reads")
+    parser.add_argument("--model", default="moextend", choices=["base", "aligned", "probed", "moextend", "full"],
+                        help="which model of a --workdir (%(default)s)")  # fmt: skip
+    parser.add_argument("--data", help="data set, e.g. easy_vqa/questions")
+    parser.add_argument("--text", help="file of passages, one per line")
+    parser.add_argument("--ids", help="npz file with input_ids [rows, length] and attention_mask")
+    parser.add_argument("--split", default="train", help="of the data set (%(default)s)")
+    parser.add_argument("--samples", type=int, help="so many rows of it, drawn with --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data_dir", "--data-dir", help="where prepared data sets go")
+    parser.add_argument("--manual_dir", "--manual-dir", help="where LLaVA's JSON and image folder are")
+    parser.add_argument("--recipe", default="paper", choices=sorted(RECIPES), help="prompt and images as there")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once (%(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="of the computation (float32; of a --workdir, as trained)")  # fmt: skip
+    parser.add_argument("--per_token", action=argparse.BooleanOptionalAction, help="keep every token's picks")
+    parser.add_argument("--ids_out", help="also write the token ids, for --ids and for PyTorch")
+    parser.add_argument("--out", required=True, help="file of statistics to write")
+    options = parser.parse_args(arguments)
+    if sum(value is not None for value in (options.data, options.text, options.ids)) != 1:
+        raise MoextendError("routing collect needs one of --data NAME, --text FILE and --ids IDS.npz")
+    for name in ("length", "batch_size", "samples"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise MoextendError(f"routing collect: --{name} must be at least 1")
+    with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
+        opened = _open(options)
+        batches = _batches(options, opened.model.config)
+        kept: list[Batch] = []
+        stats = collect(*opened, _keeping(batches, kept if options.ids_out else None), per_token=options.per_token)
+    write_stats(Path(options.out), stats)
+    if options.ids_out:
+        _write_ids(Path(options.ids_out), kept)
+    _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
+
+
+def _open(options: argparse.Namespace) -> Opened:
+    folder = Path(options.checkpoint)
+    settings = _settings_of_run(folder)
+    if settings is None:
+        opened = open_checkpoint(
+            folder,
+            base=Path(options.base) if options.base else None,
+            vision=Path(options.vision) if options.vision else None,
+            feature_layer=options.feature_layer,
+            dtype=options.dtype or "float32",
+        )
+        return Opened(abstract(opened.config), opened.arrays)
+    return _open_run(folder, settings, which=options.model, dtype=options.dtype)
+
+
+def _open_run(folder: Path, settings: dict[str, Any], *, which: str, dtype: str | None) -> Opened:
+    """A model of a work directory, as it was trained unless `dtype` is another."""
+    from moextend_jax import pipeline
+    from moextend_jax.checkpoints import train_state
+    from moextend_jax.settings import from_config_dict
+
+    run = pipeline.open_run(from_config_dict(settings), folder)
+    config, arrays = run.config, dict(run.pretrained)
+    if which == "moextend":
+        model, arrays = pipeline.moextend_model(run)
+        config = model.config
+    elif which == "full":
+        arrays = pipeline.full_model(run)
+    elif which == "base":  # a text model: without a projector, the tower has nobody to talk to
+        config = dataclasses.replace(config, vision=None)
+        arrays = {path: leaf for path, leaf in arrays.items() if path.startswith("decoder/")}
+    else:
+        arrays = pipeline.kappa(run)
+    if which == "probed":
+        routers = train_state.load_leaves(folder / "extend" / "result", facts=run.facts)
+        if routers is None:
+            raise MoextendError(f"extend has not been run in {folder}: run `moextend extend` with this --workdir first")
+        arrays |= {path: jax.numpy.asarray(leaf) for path, leaf in routers.items()}
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, train_dtype=dtype)
+        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
+    return Opened(abstract(config), arrays)
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any] | None:
+    """The settings in a work directory's config.json; None if the folder is a model."""
+    try:
+        record = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record.get("settings") if isinstance(record, dict) else None
+
+
+def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch]:
+    if options.ids:
+        return _id_batches(Path(options.ids), config, batch_size=options.batch_size)
+    from moextend_jax.data.batches import Pixels, batches, text_batches
+    from moextend_jax.data.datasets import hold_out, open_dataset, open_text
+    from moextend_jax.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(_tokenizer_folder(options))
+    shape = {"length": options.length, "batch_size": options.batch_size, "seed": None, "epochs": 1}
+    if options.text:
+        passages = open_text(options.text)
+        if options.samples and options.samples < len(passages):
+            drawn = np.random.default_rng(options.seed).choice(len(passages), options.samples, replace=False)
+            passages = [passages[row] for row in np.sort(drawn)]
+        return text_batches(passages, tokenizer=tokenizer, **shape)
+    if options.data_dir is None:
+        raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
+    source = open_dataset(options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir)
+    if options.samples and options.samples < len(source):
+        source = hold_out(source, samples=options.samples, seed=options.seed).held_out
+    recipe, images, most = RECIPES[options.recipe], None, 1
+    if config.vision is not None:
+        images = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
+        most = max(1, max(len(source[row].images) for row in range(len(source))))
+    return batches(
+        source,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        images=images,
+        patches=config.vision.patches if config.vision else 0,
+        images_per_row=most,
+        conversations_per_row=1,
+        too_long="drop_turns",
+        **shape,
+    )
+
+
+def _tokenizer_folder(options: argparse.Namespace) -> Path:
+    """The base's tokenizer, where the checkpoint does not bring one."""
+    settings = _settings_of_run(Path(options.checkpoint))
+    if settings is not None:
+        from moextend_jax import pipeline
+
+        return pipeline.EMBEDDED if settings["base"] == "embedded" else Path(settings["base"])
+    own = Path(options.checkpoint)
+    return Path(options.base) if options.base and not (own / "tokenizer.model").is_file() else own
+
+
+def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator[Batch]:
+    """Rows of text as they are; those short of a batch are filled up with empty ones."""
+    arrays = read_npz(path)
+    if "input_ids" not in arrays:
+        raise MoextendError(f"{path} holds no input_ids; it holds {', '.join(sorted(arrays)) or 'nothing'}")
+    ids_BL = arrays["input_ids"].astype(np.int32)
+    mask_BL = (arrays.get("attention_mask", np.ones_like(ids_BL)) != 0).astype(np.int32)
+    if ids_BL.ndim != 2 or mask_BL.shape != ids_BL.shape:
+        raise MoextendError(f"{path}: input_ids and attention_mask must be [rows, length] alike")
+    real = ids_BL[mask_BL > 0]
+    if real.size and not 0 <= real.min() <= real.max() < config.decoder.vocab_size:
+        raise MoextendError(f"{path}: ids from {real.min()} to {real.max()}, but the vocabulary has "
+                            f"{config.decoder.vocab_size}")  # fmt: skip
+    ids_BL = np.where(mask_BL > 0, ids_BL, 0)
+    for first in range(0, len(ids_BL), batch_size):
+        some = [array[first : first + batch_size] for array in (ids_BL, mask_BL)]
+        ids, mask = (np.pad(array, ((0, batch_size - len(array)), (0, 0))) for array in some)
+        yield to_batch(Rows(ids, np.full_like(ids, IGNORE), mask, (), None), start=None, patches=0)
+
+
+def _keeping(batches: Iterable[Batch], kept: list[Batch] | None) -> Iterator[Batch]:
+    for batch in batches:
+        if kept is not None:
+            kept.append(batch._replace(images_BMhwc=None, features_BMPC=None))
+        yield batch
+
+
+def _write_ids(path: Path, batches: list[Batch]) -> None:
+    if any((np.asarray(batch.patches_BL) >= 0).any() for batch in batches):
+        raise MoextendError("--ids_out: these rows have images, which token ids alone do not carry")
+    ids_BL, mask_BL = (np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
+                       for name in ("ids_BL", "segments_BL"))  # fmt: skip
+    used = (mask_BL > 0).any(axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez_compressed(file, input_ids=ids_BL[used], attention_mask=(mask_BL[used] > 0).astype(np.int8))
+
+
+def _print_loads(stats: Stats, *, title: str) -> None:
+    table = Table(title=title, caption="balance 1 and entropy of the mean = ln(experts) are even")
+    for name in ("layer", "tokens", "balance", "max/mean load", "busiest expert", "entropy of mean", "of tokens"):
+        table.add_column(name, justify="right")
+    for kind in KINDS:
+        if not stats.tokens[kind]:
+            continue
+        load = load_of(stats, kind)
+        for z in range(len(stats.outputs_Z)):
+            numbers = (load.balance_Z[z], load.busiest_Z[z], load.entropy_Z[z], load.token_entropy_Z[z])
+            balance, busiest, entropy, own = (f"{number:.3f}" for number in numbers)
+            table.add_row(f"{z}", kind, balance, busiest, f"{load.share_ZO[z].argmax()}", entropy, own)
+    console().print(table)
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = Parser(prog="moextend routing compare", allow_abbrev=False)
+    parser.add_argument("a", help="file of statistics")
+    parser.add_argument("b", help="another")
+    parser.add_argument("--after", nargs=2, metavar=("A2", "B2"), help="the same two models after the probe")
+    parser.add_argument("--share", type=float, default=0.5, help="share of the layers to choose (%(default)s)")
+    parser.add_argument("--tie", type=float, default=1e-5, help="logits this close tie (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options = parser.parse_args(arguments)
+    names = (options.a, options.b)
+    a, b = (read_stats(Path(name)) for name in names)
+    check_same_shape(a, b, names=names)
+    rows = distances(a, b, tie=options.tie)
+    why = why_no_agreement(a, b)
+    chosen: dict[str, list[Choice] | None] = {}
+    if options.after:
+        after = [read_stats(Path(name)) for name in options.after]
+        for one, other, name in ((a, after[0], options.after[0]), (b, after[1], options.after[1])):
+            check_same_shape(one, other, names=(options.a, name))
+        chosen = {"a": choices(a, after[0], share=options.share), "b": choices(b, after[1], share=options.share)}
+    else:
+        chosen = {"a_to_b": choices(a, b, share=options.share)}
+    record = {
+        "a": options.a,
+        "b": options.b,
+        "tokens": {kind: [a.tokens[kind], b.tokens[kind]] for kind in KINDS},
+        "top_k_agreement_missing": why,
+        "layers": as_json(rows),
+        "choices": {side: as_json(found) for side, found in chosen.items()},
+        "same_choice": _same(chosen),
+        "same_source_experts": all(row.source_a == row.source_b for row in rows if row.kind == "all"),
+    }
+    if options.json:
+        print(json.dumps(record, indent=1, allow_nan=False))
+        return
+    _print_distances(rows, title=f"{options.a} and {options.b}", why=why)
+    _print_choices(chosen, record)
+
+
+def _same(chosen: dict[str, list[Choice] | None]) -> dict[str, bool] | None:
+    """Per recipe: would both pairs choose the same layers and source experts? None without two pairs."""
+    a, b = chosen.get("a"), chosen.get("b")
+    if a is None or b is None:
+        return None
+    return {
+        one.recipe: (one.layers, one.sources) == (other.layers, other.sources) for one, other in zip(a, b, strict=True)
+    }
+
+
+def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) -> None:
+    table = Table(title=title, caption="TV total variation, KL in nats; d_j standard deviation over experts")
+    names = ["layer", "tokens", "top-k equal", "tied", "TV picks", "KL picks", "TV probs", "KL probs", "d_j",
+             "d_j least", "source a", "source b"]  # fmt: skip
+    for name in names:
+        table.add_column(name, justify="right")
+    kinds = {row.kind for row in rows}
+    for row in rows:
+        if row.kind == "all" and len(kinds) == 2:  # the same numbers again
+            continue
+        agreement = "" if row.agreement is None else f"{100 * row.agreement:.4g} %"
+        tied = "" if row.tied is None else f"{row.tied}"
+        numbers = (row.tv_picks, row.kl_picks, row.tv_probs, row.kl_probs, row.shift, row.shift_least)
+        colour = "" if row.source_a == row.source_b else "[yellow]"
+        table.add_row(f"{row.layer}", row.kind, agreement, tied, *(f"{number:.2e}" for number in numbers),
+                      f"{colour}{row.source_a}", f"{colour}{row.source_b}")  # fmt: skip
+    console().print(table)
+    if why:
+        console().print(f"no top-k agreement per token: {why}", highlight=False)
+
+
+def _print_choices(chosen: dict[str, list[Choice] | None], record: dict[str, Any]) -> None:
+    titles = {"a": "chosen by the first pair", "b": "chosen by the second pair", "a_to_b": "if the second were the "
+              "first after the probe"}  # fmt: skip
+    for side, found in chosen.items():
+        if found is None:
+            console().print("no choice of layers: the models are extended already", highlight=False)
+            return
+        if not any(any(one.shift_Z) for one in found):
+            console().print("no layer's picks differ: there is nothing to choose layers by", highlight=False)
+            continue
+        for one in found:
+            layers, sources = list(one.layers), list(one.sources)
+            console().print(f"{titles[side]}, recipe {one.recipe}: layers {layers}, copying {sources}", highlight=False)
+    if record["same_choice"] is not None:
+        for recipe, same in record["same_choice"].items():
+            said = "the same layers and source experts" if same else "[bold red]not the same[/]"
+            console().print(f"recipe {recipe}: {said}", highlight=False)
+    same = record["same_source_experts"]
+    console().print(f"the most picked expert of every layer is {'' if same else '[yellow]not [/]'}the same in both")
+
+
+# --- plot -------------------------------------------------------------------------------------------------------------
+
+
+def _plot(arguments: list[str]) -> None:
+    parser = Parser(prog="moextend routing plot", allow_abbrev=False)
+    parser.add_argument("stats", help="file of statistics")
+    parser.add_argument("other", nargs="?", help="another, whose difference is drawn")
+    parser.add_argument("--out", required=True, help="PREFIX of PREFIX.png and PREFIX.html")
+    options = parser.parse_args(arguments)
+    files = [name for name in (options.stats, options.other) if name]
+    read = [read_stats(Path(name)) for name in files]
+    if options.other:
+        check_same_shape(*read, names=(options.stats, options.other))
+    from moextend_jax.report.routing_page import write_routing_page  # matplotlib takes a second to import
+
+    names = [Path(name).stem for name in files]
+    if len(set(names)) < len(names):
+        names = [f"{Path(name).resolve().parent.name}/{Path(name).stem}" for name in files]
+    for path in write_routing_page(list(zip(names, read, strict=True)), Path(options.out)):
+        print(path)
+
+
+def console() -> Console:
+    """As wide as the terminal; a log or a pipe has no width, and rich would cut tables to 80 columns."""
+    made = Console()
+    return made if made.is_terminal else Console(width=160)

@@ -1,0 +1,152 @@
+"""Two routings side by side: how far apart, layer by layer, and whether the extender would choose the same.
+
+In: two `Stats` of models of the same sizes, or two pairs of them (before and after the probe). Out: `LayerDistance`s
+and `Choice`s. Distributions of picks are compared with half a pick added per expert, so that an expert that one side
+never picked does not make a divergence infinite.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from moextend_jax.compare.routing_stats import KINDS, Kind, Stats, counts_of, load_of
+from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.extension import routing
+
+
+class LayerDistance(NamedTuple):
+    """One layer, one kind of token. tv: total variation, half the sum of absolute differences. kl: from A to B, nats.
+
+    agreement: share of tokens with the same set of picks, ties left out; None where it cannot be said.
+    tied: tokens whose last pick hangs on less than the tie threshold, on either side.
+    """
+
+    layer: int
+    kind: str
+    agreement: float | None
+    tied: int | None
+    tv_picks: float
+    kl_picks: float
+    tv_probs: float
+    kl_probs: float
+    shift: float
+    """d_j of the picks: sample standard deviation over experts of the difference of their shares."""
+    shift_least: float
+    """d_j of the k least likely, which the released code counts."""
+    source_a: int
+    """The most picked expert, which a new one would be copied from."""
+    source_b: int
+
+
+class Choice(NamedTuple):
+    """Layers and source experts under one recipe."""
+
+    recipe: str
+    layers: tuple[int, ...]
+    sources: tuple[int, ...]
+    shift_Z: list[float]
+
+
+def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
+    for what, one, other in (
+        ("experts", a.experts, b.experts),
+        ("picks per token", a.top_k, b.top_k),
+        ("router outputs per layer", a.outputs_Z.tolist(), b.outputs_Z.tolist()),
+    ):
+        if one != other:
+            raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {one} and {other}")
+
+
+def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
+    found = []
+    for kind in (*KINDS, "all"):
+        tokens = [sum(stats.tokens[k] for k in KINDS if kind in (k, "all")) for stats in (a, b)]
+        if not all(tokens):
+            continue
+        loads = [load_of(stats, kind) for stats in (a, b)]
+        picks = [_counts(stats.picks_ZO, kind) for stats in (a, b)]
+        least = [_counts(stats.least_ZO, kind) for stats in (a, b)]
+        for z, outputs in enumerate(a.outputs_Z):
+            own = slice(0, int(outputs))
+            agreement, tied = _agreement(a, b, z, kind, tie=tie)
+            smoothed = [counts_ZO[z, own] + 0.5 for counts_ZO in picks]
+            found.append(
+                LayerDistance(
+                    layer=z,
+                    kind=kind,
+                    agreement=agreement,
+                    tied=tied,
+                    tv_picks=_tv(*(load.share_ZO[z, own] for load in loads)),
+                    kl_picks=_kl(*(counts_O / counts_O.sum() for counts_O in smoothed)),
+                    tv_probs=_tv(*(load.probs_ZO[z, own] for load in loads)),
+                    kl_probs=_kl(*(load.probs_ZO[z, own] for load in loads)),
+                    shift=_shift(*(counts_ZO[z, own] for counts_ZO in picks)),
+                    shift_least=_shift(*(counts_ZO[z, own] for counts_ZO in least)),
+                    source_a=int(picks[0][z].argmax()),
+                    source_b=int(picks[1][z].argmax()),
+                )
+            )
+    return found
+
+
+def choices(before: Stats, after: Stats, *, share: float) -> list[Choice] | None:
+    """What the extender would choose for this pair under each recipe; None for a model that is extended already."""
+    if (before.outputs_Z != before.experts).any():
+        return None
+    found = []
+    for name, recipe in RECIPES.items():
+        counts = [counts_of(stats, recipe.counted_picks) for stats in (before, after)]
+        chosen = routing.select(*counts, share=share, recipe=recipe)
+        found.append(Choice(name, chosen.layers, chosen.sources, chosen.shift_Z.tolist()))
+    return found
+
+
+def why_no_agreement(a: Stats, b: Stats) -> str | None:
+    """Why picks cannot be compared token by token."""
+    without = [name for name, stats in (("the first", a), ("the second", b)) if stats.per_token is None]
+    if without:
+        return f"{' and '.join(without)} keeps no picks per token (collect with --per_token)"
+    return None if a.inputs == b.inputs else "they were not collected on the same tokens"
+
+
+def _agreement(
+    a: Stats, b: Stats, layer: int, kind: Kind | Literal["all"], *, tie: float
+) -> tuple[float | None, int | None]:
+    if a.per_token is None or b.per_token is None or why_no_agreement(a, b):
+        return None, None
+    image_T = a.per_token.image_T
+    of_T = np.ones_like(image_T) if kind == "all" else image_T == (kind == "image")
+    tied_T = (a.per_token.gaps_ZT[layer] < tie) | (b.per_token.gaps_ZT[layer] < tie)
+    sets = [np.sort(stats.per_token.ids_ZTk[layer], axis=-1) for stats in (a, b) if stats.per_token is not None]
+    same_T = (sets[0] == sets[1]).all(axis=-1)[of_T & ~tied_T]
+    return (float(same_T.mean()) if same_T.size else None), int((of_T & tied_T).sum())
+
+
+def _counts(by_kind: dict[str, np.ndarray], kind: str) -> np.ndarray:
+    return np.sum([by_kind[k] for k in KINDS if kind in (k, "all")], axis=0)
+
+
+def _tv(p_O: np.ndarray, q_O: np.ndarray) -> float:
+    return float(np.abs(p_O - q_O).sum() / 2)
+
+
+def _kl(p_O: np.ndarray, q_O: np.ndarray) -> float:
+    where = p_O > 0
+    with np.errstate(divide="ignore"):  # a router never gives exactly 0, but float32 can
+        return float(max(0.0, (p_O[where] * np.log(p_O[where] / q_O[where])).sum()))
+
+
+def _shift(before_O: np.ndarray, after_O: np.ndarray) -> float:
+    """The definition of `extension.routing.select`, for a layer with its own number of experts."""
+    return float(np.std(before_O / before_O.sum() - after_O / after_O.sum(), ddof=1))
+
+
+def as_json(value: Any) -> Any:
+    """NamedTuples as objects, numbers that are none as null."""
+    if hasattr(value, "_asdict"):
+        return {name: as_json(part) for name, part in value._asdict().items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,146 @@
+"""Draws routing statistics: heatmaps of picks and mean probabilities, entropy and load balance, as PNG and HTML.
+
+In: one or two `Stats` with their names. Out: PREFIX.png, and PREFIX.html, one file that needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from moextend_jax.compare.routing_stats import KINDS, Kind, Load, Stats, load_of
+from moextend_jax.report.canvas import IMAGE, MUTED, TEXT, canvas
+from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, shift_panel
+from moextend_jax.report.style import CSS
+from moextend_jax.report.svg import how, inline_svg
+
+Panel = tuple[str, Callable[[Axes], None]]
+"""What the picture is called when it is read out, and the function that draws it."""
+NAME = 18
+"""Characters of a name that titles and legends have room for."""
+_LINES = {"text": TEXT, "image": IMAGE}
+_CELLS = (
+    "A cell is in per cent: the share of a layer’s picks that went to an expert, or the mean probability that its "
+    "router gave it; rows add up to 100. A difference is the second less the first."
+)
+_EVENNESS = (
+    "Balance is O times the sum over a layer’s O experts of share of picks times mean probability: 1 (dotted) where "
+    "all are used alike. The entropy of the mean probability is high where a layer spreads its tokens, that of single "
+    "tokens where its router is unsure; the dotted line is the logarithm of O."
+)
+
+
+def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tuple[Path, Path]:
+    """Writes both files and returns their paths. Of two statistics, the second less the first is drawn too."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    named = [(name if len(name) <= NAME else f"…{name[1 - NAME :]}", stats) for name, stats in named]
+    heatmaps, lines = _heatmaps(named), _lines(named)
+    layers = len(named[0][1].outputs_Z)
+    png, page = (prefix.with_name(f"{prefix.name}.{ending}") for ending in ("png", "html"))
+    _png(png, heatmaps, lines, layers=layers)
+    title = " and ".join(name for name, _ in named)
+    parts = [f"<h1>Routing: {escape(title)}</h1>", f'<p class="lead">{escape(_about(named))}</p>']
+    for kind, rows in heatmaps.items():
+        size = {"width": 3.3, "height": heatmap_height(layers)}
+        drawn = enumerate(panel for row in rows for panel in row)
+        figures = [_figure(draw, label, name=f"{kind}-{n}", **size) for n, (label, draw) in drawn]
+        parts.append(_section(f"{kind.capitalize()} tokens", figures, columns="pictures", below=_CELLS))
+    figures = [_figure(draw, label, name=f"line-{n}", width=4.9, height=2.9) for n, (label, draw) in enumerate(lines)]
+    parts.append(_section("Evenness", figures, columns="pictures two", below=_EVENNESS))
+    page.write_text(
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Routing: {escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
+        "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n",
+        encoding="utf-8",
+    )
+    return png, page
+
+
+def _heatmaps(named: Sequence[tuple[str, Stats]]) -> dict[str, list[list[Panel]]]:
+    """Per kind of token that both have, a row of panels for picks and one for mean probabilities."""
+    found: dict[str, list[list[Panel]]] = {}
+    for kind in KINDS:
+        if not all(stats.tokens[kind] for _, stats in named):
+            continue
+        loads = [load_of(stats, kind) for _, stats in named]
+        names = [name for name, _ in named]
+        picks = _panels([load.share_ZO for load in loads], names, what="picks", kind=kind)
+        probs = _panels([load.probs_ZO for load in loads], names, what="probability", kind=kind)
+        found[kind] = [picks + probs] if len(named) == 1 else [picks, probs]
+    return found
+
+
+def _panels(values: list[np.ndarray], names: list[str], *, what: str, kind: Kind) -> list[Panel]:
+    top = max(float(value_ZO.max()) for value_ZO in values) or 1e-6
+    titles = [f"{name}: {what}, {kind}" for name in names]
+    panels: list[Panel] = [
+        (f"{title} tokens", partial(routing_panel, share_ZE=value_ZO, title=title, top=top))
+        for title, value_ZO in zip(titles, values, strict=True)
+    ]
+    if len(values) == 2:
+        shift_ZO = values[1] - values[0]
+        most = max(float(np.abs(shift_ZO).max()), 1e-6)
+        title = f"difference of {what}, {kind}"
+        panels.append((f"{title} tokens", partial(shift_panel, shift_ZE=shift_ZO, title=title, top=most)))
+    return panels
+
+
+def _lines(named: Sequence[tuple[str, Stats]]) -> list[Panel]:
+    def draw(ax: Axes, value: Callable[[Load], np.ndarray], title: str, even: float) -> None:
+        for (name, stats), style in zip(named, ("-", "--"), strict=False):
+            for kind in KINDS:
+                if stats.tokens[kind]:
+                    label = f"{name}, {kind}" if len(named) > 1 else f"{kind} tokens"
+                    ax.plot(value(load_of(stats, kind)), style, marker=".", color=_LINES[kind], label=label)
+        ax.axhline(even, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        ax.set(title=title, xlabel="layer")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=2)
+
+    most = float(np.log(named[0][1].outputs_Z.max()))
+    wanted = (
+        ("Load balance", lambda load: load.balance_Z, 1.0),
+        ("Busiest expert over the mean", lambda load: load.busiest_Z, 1.0),
+        ("Entropy of the mean probability, nats", lambda load: load.entropy_Z, most),
+        ("Mean entropy of single tokens, nats", lambda load: load.token_entropy_Z, most),
+    )
+    return [(title, partial(draw, value=value, title=title, even=even)) for title, value, even in wanted]
+
+
+def _png(path: Path, heatmaps: dict[str, list[list[Panel]]], lines: list[Panel], *, layers: int) -> None:
+    rows = [row for kind in heatmaps.values() for row in kind]
+    tall = heatmap_height(layers)
+    with canvas(width=11, height=len(rows) * tall + 6.4) as figure:
+        grid = figure.add_gridspec(len(rows) + 2, 6, height_ratios=[tall] * len(rows) + [3.2, 3.2])
+        for y, row in enumerate(rows):
+            wide = 6 // max(2, len(row))
+            for x, (_, draw) in enumerate(row):
+                draw(figure.add_subplot(grid[y, x * wide : (x + 1) * wide]))
+        for n, (_, draw) in enumerate(lines):
+            draw(figure.add_subplot(grid[len(rows) + n // 2, 3 * (n % 2) : 3 * (n % 2) + 3]))
+        figure.savefig(path, dpi=130)
+
+
+def _figure(draw: Callable[[Axes], None], label: str, *, name: str, width: float, height: float) -> str:
+    with canvas(width=width, height=height) as figure:
+        draw(figure.add_subplot())
+        return f"<figure>{inline_svg(figure, name=name, label=label)}</figure>"
+
+
+def _section(title: str, figures: list[str], *, columns: str, below: str) -> str:
+    return f'<section>\n<h2>{title}</h2>\n<div class="{columns}">{"".join(figures)}</div>\n{how(below)}\n</section>'
+
+
+def _about(named: Sequence[tuple[str, Stats]]) -> str:
+    return " · ".join(
+        f"{name}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens, {stats.experts} experts, "
+        f"top-{stats.top_k}, from {stats.source}"
+        for name, stats in named
+    )

@@ -1,0 +1,293 @@
+"""`moextend routing collect | compare | plot` on tiny models: counts, distances, choices, pictures, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax import pipeline
+from moextend_jax.checkpoints import huggingface, train_state
+from moextend_jax.compare import routing_command, routing_compare, routing_stats
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.extension import routing
+
+TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
+
+
+@functools.cache
+def collected(config: ModelConfig, **options: Any) -> routing_stats.Stats:
+    arrays = tiny.arrays(config)
+    return routing_stats.collect(tiny.structure(config), arrays, [tiny.batch(), tiny.batch(seed=1)], **options)
+
+
+def moved(seed: int) -> dict[str, Any]:
+    """The plain model with other routers."""
+    gate = tiny.arrays(tiny.PLAIN, seed=seed)["decoder/layers/moe/gate"]
+    return {**tiny.arrays(tiny.PLAIN), "decoder/layers/moe/gate": gate}
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[routing_stats.Stats, routing_stats.Stats]:
+    """A model before and after a change of its routers, on the same tokens."""
+    model, rows = tiny.structure(tiny.PLAIN), [tiny.batch(), tiny.batch(seed=1)]
+    a, b = (routing_stats.collect(model, arrays, rows) for arrays in (tiny.arrays(tiny.PLAIN), moved(5)))
+    return a, b
+
+
+def run(*arguments: object) -> int:
+    return routing_command.main([str(argument) for argument in arguments])
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_counts_are_those_that_the_extender_counts(pair, recipe: str):
+    rows = [tiny.batch(), tiny.batch(seed=1)]
+    model = tiny.structure(tiny.PLAIN)
+    expected = routing.count_all(model, tiny.arrays(tiny.PLAIN), rows, recipe=RECIPES[recipe])
+    counts = routing_stats.counts_of(pair[0], RECIPES[recipe].counted_picks)
+    for name, part in expected._asdict().items():
+        np.testing.assert_array_equal(getattr(counts, name), part, err_msg=name)
+
+
+def test_an_extended_model_keeps_columns_that_a_layer_lacks_empty():
+    stats = collected(tiny.EXTENDED)
+    assert stats.outputs_Z.tolist() == [5, 4, 5] and stats.experts == 4
+    for by_kind in (stats.picks_ZO, stats.least_ZO, stats.probs_ZO):
+        for array_ZO in by_kind.values():
+            assert not array_ZO[1, 4].any() and array_ZO[0].sum() > 0
+    for kind, tokens in stats.tokens.items():
+        assert (stats.least_ZO[kind].sum(axis=1) == tokens * stats.top_k).all()
+        np.testing.assert_allclose(stats.probs_ZO[kind].sum(axis=1), 1, atol=1e-5)
+        assert (stats.entropy_Z[kind] < np.log(stats.outputs_Z)).all() and (stats.entropy_Z[kind] > 0).all()
+
+
+def test_loads_of_even_and_of_one_sided_routing(pair):
+    def made(picks_O, probs_O):
+        picks_ZO, probs_ZO = np.array([picks_O]), np.array([probs_O], float)
+        nothing = np.zeros_like(picks_ZO)
+        return pair[0]._replace(
+            outputs_Z=np.array([4]), tokens={"text": 8, "image": 0}, picks_ZO={"text": picks_ZO, "image": nothing},
+            probs_ZO={"text": probs_ZO, "image": nothing}, entropy_Z={"text": np.zeros(1), "image": np.zeros(1)},
+        )  # fmt: skip
+
+    even = routing_stats.load_of(made([4, 4, 4, 4], [0.25] * 4), "all")
+    assert even.balance_Z == even.busiest_Z == 1 and np.isclose(even.entropy_Z, np.log(4))
+    one = routing_stats.load_of(made([16, 0, 0, 0], [1, 0, 0, 0]), "text")
+    assert one.balance_Z == one.busiest_Z == 4 and one.entropy_Z == 0
+
+
+def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: Path):
+    path = tmp_path / "a.npz"
+    routing_stats.write_stats(path, pair[0])
+    again = routing_stats.read_stats(path)
+    for name, part in pair[0]._asdict().items():
+        np.testing.assert_equal(getattr(again, name), part, err_msg=name)
+    assert again.per_token is not None and again.per_token.ids_ZTk.dtype == np.int8
+    arrays = dict(np.load(path))
+    for change, said in (
+        ({"format": np.array("other")}, "no file of routing statistics"),
+        ({"picks/text": None}, "lacks picks/text"),
+        ({"probs/image": np.zeros((1, 2))}, r"probs/image has shape \(1, 2\)"),
+        ({"picks/text": arrays["picks/text"] + 1}, "are not 2 per token"),
+        ({"gaps": None}, "holds ids but lacks gaps"),
+        ({"ids": arrays["ids"][:, 1:]}, "ids has shape"),
+    ):
+        changed: dict[str, Any] = {name: array for name, array in (arrays | change).items() if array is not None}
+        np.savez(path, **changed)
+        with pytest.raises(MoextendError, match=said):
+            routing_stats.read_stats(path)
+
+
+def test_picks_per_token_are_kept_when_asked_or_few(monkeypatch: pytest.MonkeyPatch):
+    assert collected(tiny.PLAIN, per_token=False).per_token is None
+    monkeypatch.setattr(routing_stats, "FEW", 10)
+    assert collected(tiny.PLAIN, per_token=None).per_token is None
+    kept = collected(tiny.PLAIN, per_token=True).per_token
+    assert kept is not None and kept.image_T.sum() == 4 * tiny.VISION.patches
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def test_distances_are_zero_to_itself_and_right_to_another(pair):
+    a, b = pair
+    for row in routing_compare.distances(a, a, tie=1e-5):
+        assert row.agreement == 1.0
+        assert (row.tv_picks, row.kl_picks, row.tv_probs, row.kl_probs, row.shift, row.shift_least) == (0,) * 6
+    rows = [row for row in routing_compare.distances(a, b, tie=0.0) if row.kind == "all"]
+    assert a.per_token is not None and b.per_token is not None
+    for z, row in enumerate(rows):
+        p, q = (stats.picks_ZO["text"][z] + stats.picks_ZO["image"][z] for stats in pair)
+        assert row.tv_picks == pytest.approx(np.abs(p / p.sum() - q / q.sum()).sum() / 2)
+        same = [set(x) == set(y) for x, y in zip(a.per_token.ids_ZTk[z], b.per_token.ids_ZTk[z], strict=True)]
+        assert row.agreement == pytest.approx(np.mean(same)) and row.tied == 0
+        assert row.kl_picks > 0 and row.kl_probs > 0
+    expected = routing.select(*(routing_stats.counts_of(s, "top_k") for s in pair), share=0.5, recipe=RECIPES["paper"])
+    np.testing.assert_allclose([row.shift for row in rows], expected.shift_Z, rtol=1e-12)
+
+
+def test_ties_are_left_out_of_the_agreement(pair):
+    a = pair[0]
+    assert a.per_token is not None
+    other = a.per_token.ids_ZTk.copy()
+    other[0, 0, 1] = next(e for e in range(4) if e not in other[0, 0])
+    gaps = a.per_token.gaps_ZT.copy()
+    b = a._replace(per_token=a.per_token._replace(ids_ZTk=other))
+    assert 0.5 < (routing_compare.distances(a, b, tie=1e-5)[-3].agreement or 0) < 1
+    gaps[0, 0] = 1e-6
+    b = b._replace(per_token=a.per_token._replace(ids_ZTk=other, gaps_ZT=gaps))
+    row = routing_compare.distances(a, b, tie=1e-5)[-3]
+    assert (row.kind, row.layer, row.agreement, row.tied) == ("all", 0, 1.0, 1)
+
+
+def test_choices_are_the_extender_s_under_both_recipes(pair):
+    found = routing_compare.choices(*pair, share=0.7)
+    assert found is not None
+    for choice in found:
+        recipe = RECIPES[choice.recipe]
+        counts = [routing_stats.counts_of(stats, recipe.counted_picks) for stats in pair]
+        expected = routing.select(*counts, share=0.7, recipe=recipe)
+        assert (choice.layers, choice.sources) == (expected.layers, expected.sources)
+    assert routing_compare.choices(collected(tiny.EXTENDED), collected(tiny.EXTENDED), share=0.5) is None
+
+
+def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: Path, capsys):
+    files = [tmp_path / f"{name}.npz" for name in ("a", "b", "c")]
+    for file, stats in zip(files, (*pair, pair[1]._replace(inputs="other tokens")), strict=True):
+        routing_stats.write_stats(file, stats)
+    assert run("compare", *files[:2], "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["top_k_agreement_missing"] is None and record["same_choice"] is None
+    assert [choice["recipe"] for choice in record["choices"]["a_to_b"]] == list(RECIPES)
+    assert {row["kind"] for row in record["layers"]} == {"text", "image", "all"}
+    assert run("compare", files[0], files[0], "--after", files[1], files[2], "--json") == 0
+    assert json.loads(capsys.readouterr().out)["same_choice"] == {"paper": True, "released": True}
+    assert run("compare", files[0], files[2], "--share", "0.7") == 0
+    said = capsys.readouterr().out
+    assert "not collected on the same tokens" in said and "recipe released: layers" in said
+
+
+def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
+    routing_stats.write_stats(tmp_path / "a.npz", pair[0])
+    routing_stats.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))
+    with pytest.raises(MoextendError, match="not of the same sizes: router outputs per layer"):
+        run("compare", tmp_path / "a.npz", tmp_path / "b.npz")
+    with pytest.raises(MoextendError, match="routing needs one of collect, compare, plot; 'colect' is none"):
+        run("colect")
+
+
+def test_plot_writes_a_picture_and_a_page_that_needs_nothing_else(pair, tmp_path: Path):
+    for folder, stats in zip(("one", "two"), pair, strict=True):
+        (tmp_path / folder).mkdir()
+        routing_stats.write_stats(tmp_path / folder / "stats.npz", stats)
+    files = [tmp_path / folder / "stats.npz" for folder in ("one", "two")]
+    assert run("plot", *files, "--out", tmp_path / "drawn" / "both") == 0
+    assert (tmp_path / "drawn" / "both.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "drawn" / "both.html").read_text()
+    assert page.count("<svg") == 2 * 6 + 4 and "image tokens" in page  # two kinds of two heatmaps and a difference
+    assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    assert run("plot", files[0], "--out", tmp_path / "one") == 0
+    assert (tmp_path / "one.html").read_text().count("<svg") == 2 * 2 + 4
+
+
+# --- collecting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+def test_collect_counts_given_token_ids_whatever_the_batching(tmp_path: Path, capsys):
+    huggingface.write_parameters(tmp_path / "m", tiny.arrays(TEXT), table="mixtral", config=TEXT)
+    huggingface.write_decoder_config(tmp_path / "m", TEXT.decoder, dtype="float32")
+    rng = np.random.default_rng(0)
+    mask = np.ones((5, 9), np.int8)
+    mask[1, 6:] = mask[2, 2:4] = 0
+    np.savez(tmp_path / "ids.npz", input_ids=rng.integers(0, 61, (5, 9)), attention_mask=mask)
+    for size in (2, 5):
+        assert run("collect", "--checkpoint", tmp_path / "m", "--ids", tmp_path / "ids.npz",
+                   "--batch_size", size, "--out", tmp_path / f"{size}.npz") == 0  # fmt: skip
+    a, b = (routing_stats.read_stats(tmp_path / f"{size}.npz") for size in (2, 5))
+    assert a.tokens == {"text": int(mask.sum()), "image": 0} and a.inputs == b.inputs
+    assert all(row.agreement == 1 and row.tv_picks == 0 for row in routing_compare.distances(a, b, tie=1e-5))
+    assert "balance" in capsys.readouterr().out
+    np.savez(tmp_path / "ids.npz", input_ids=rng.integers(0, 90, (5, 9)))
+    with pytest.raises(MoextendError, match="but the vocabulary has 61"):
+        run("collect", "--checkpoint", tmp_path / "m", "--ids", tmp_path / "ids.npz", "--out", tmp_path / "x.npz")
+    np.savez(tmp_path / "ids.npz", ids=mask)
+    with pytest.raises(MoextendError, match="holds no input_ids; it holds ids"):
+        run("collect", "--checkpoint", tmp_path / "m", "--ids", tmp_path / "ids.npz", "--out", tmp_path / "x.npz")
+    with pytest.raises(MoextendError, match="needs one of --data NAME, --text FILE and --ids"):
+        run("collect", "--checkpoint", tmp_path / "m", "--out", tmp_path / "x.npz")
+
+
+def test_collect_reads_passages_and_writes_their_ids_for_others(base: Path, tmp_path: Path):
+    (tmp_path / "text.txt").write_text("A badger digs.\nThe sett is old.\nIt sleeps.\n")
+    common = ("collect", "--checkpoint", base, "--length", 16, "--batch_size", 2)
+    assert run(*common, "--text", tmp_path / "text.txt", "--out", tmp_path / "a.npz", "--ids_out",
+               tmp_path / "ids.npz") == 0  # fmt: skip
+    assert run(*common, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "b.npz") == 0
+    a, b = (routing_stats.read_stats(tmp_path / name) for name in ("a.npz", "b.npz"))
+    assert a.inputs == b.inputs and a.tokens == b.tokens and a.tokens["text"] > 10
+
+
+def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Path, tmp_path: Path):
+    config = tiny.BASE_CONFIG
+    seeing = tmp_path / "seeing"  # the released layout: decoder, projector and tower in one
+    huggingface.write_parameters(seeing, tiny.arrays(config, std=0.1), table="released", config=config)
+    shutil.copytree(base, seeing, ignore=shutil.ignore_patterns("*.safetensors", "vision"), dirs_exist_ok=True)
+    tiny.write_llava(tmp_path / "llava")
+    common = ("--data", "llava_instruct", "--data_dir", tmp_path / "data", "--manual_dir", tmp_path / "llava")
+    common = ("collect", *common, "--length", 48, "--batch_size", 4, "--samples", 6)
+    assert run(*common, "--checkpoint", seeing, "--vision", base / "vision", "--out", tmp_path / "a.npz") == 0
+    stats = routing_stats.read_stats(tmp_path / "a.npz")
+    assert config.vision is not None and stats.tokens["image"] == 6 * config.vision.patches
+    assert stats.tokens["text"] > 60
+    assert run(*common, "--checkpoint", base, "--out", tmp_path / "b.npz") == 0  # a model without a projector is blind
+    assert routing_stats.read_stats(tmp_path / "b.npz").tokens["image"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_collect_opens_the_models_of_a_work_directory(base: Path, tmp_path: Path):
+    from moextend_jax.cli import main
+
+    tiny.write_llava(tmp_path / "llava")
+    config = tiny.write_config(
+        tmp_path, base=base, data="llava_instruct", split="train[:16]", evaluated="train[16:]",
+        manual=tmp_path / "llava",
+    )  # fmt: skip
+    workdir = tmp_path / "workdir"
+    main(["align", "--config", str(config), "--workdir", str(workdir)])
+    np.savez(tmp_path / "ids.npz", input_ids=np.arange(20, 40).reshape(2, 10))
+    common = ("collect", "--checkpoint", workdir, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "a.npz")
+    assert run(*common, "--model", "aligned") == 0
+    aligned = routing_stats.read_stats(tmp_path / "a.npz")
+    assert run(*common, "--model", "base") == 0
+    np.testing.assert_array_equal(
+        routing_stats.read_stats(tmp_path / "a.npz").picks_ZO["text"], aligned.picks_ZO["text"]
+    )
+    with pytest.raises(MoextendError, match="extend has not been run"):
+        run(*common, "--model", "probed")
+    opened = pipeline.open_run(pipeline_settings(workdir), workdir)
+    routers = {"decoder/layers/moe/gate": -pipeline.kappa(opened)["decoder/layers/moe/gate"]}
+    train_state.save_leaves(workdir / "extend" / "result", routers, facts=opened.facts)
+    assert run(*common, "--model", "probed", "--dtype", "float32") == 0
+    assert routing_compare.distances(aligned, routing_stats.read_stats(tmp_path / "a.npz"), tie=0)[0].tv_picks > 0.1
+
+
+def pipeline_settings(workdir: Path):
+    from moextend_jax.settings import from_config_dict
+
+    return from_config_dict(json.loads((workdir / "config.json").read_text())["settings"])
