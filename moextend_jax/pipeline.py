@@ -63,9 +63,7 @@ class Run:
 def open_run(settings: RunSettings, workdir: Path) -> Run:
     """Reads the pretrained decoder and tower."""
     split_cpu(settings.cpu_devices)
-    source = open_base(
-        settings.base, settings.vision, embedded=EMBEDDED, feature_layer=settings.recipe.feature_layer
-    )
+    source = open_base(settings.base, settings.vision, embedded=EMBEDDED, feature_layer=settings.recipe.feature_layer)
     config = ModelConfig(
         decoder=source.config.decoder,
         vision=source.config.vision,

@@ -1,8 +1,9 @@
 """Text-only conversations, made here, that teach the base to read: questions about drawings and things described in
 words, repeating words, and "what is a ...?" from WordNet's glosses. No pictures, and nothing of easy-VQA.
 
-Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes BUILD/instructions.json in LLaVA's
-format. A model that has only read books cannot look back at what it was told; an aligned picture is something told.
+Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes reading.json, checking.json and
+comparing.json there, in LLaVA's format. A model that has only read books cannot look back at what it was told; an
+aligned picture is something told.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from pathlib import Path
 
 from images import COLOURS, COMMON, RARE
 
-CONVERSATIONS = {"drawing": 40_000, "thing": 14_000, "repeat": 6_000, "definition": 4_000}
+CONVERSATIONS = {
+    "reading": {"drawing": 40_000, "thing": 14_000, "repeat": 6_000, "definition": 4_000},
+    "checking": {"check": 24_000, "drawing": 4_000, "thing": 2_000, "repeat": 1_000, "definition": 1_000},
+}
 SHAPES = (*COMMON, *COMMON, *RARE)
 PLACES = ("image", "picture", "drawing")
 
@@ -25,14 +29,40 @@ Turns = list[tuple[str, str]]
 def drawing(draw: random.Random) -> Turns:
     """A described drawing and three questions about it."""
     colour, shape, place = draw.choice(list(COLOURS)), draw.choice(SHAPES), draw.choice(PLACES)
+    description = _described(draw, colour, shape, place)
+    turns = [_about_drawing(draw, colour, shape, place) for _ in range(3)]
+    return [(f"{description} {turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def check(draw: random.Random) -> Turns:
+    """A described drawing and whether other things are in it, each asked for once; four in five without "not"."""
+    colour, shape, place = draw.choice(list(COLOURS)), draw.choice(SHAPES), draw.choice(PLACES)
+    others = [other for other in COLOURS if other != colour], [other for other in set(SHAPES) if other != shape]
+    asked = [(colour, True), (shape, True)]
+    asked += [(other, False) for kind in others for other in draw.sample(sorted(kind), draw.randint(1, 2))]
+    draw.shuffle(asked)
+    turns = []
+    for word, there in asked:
+        thing = f"{word} shape" if word in COLOURS else word
+        article = "an" if thing[0] in "aeiou" else "a"
+        plain = [
+            f"is there {article} {thing}?",
+            f"does the {place} show {article} {thing}?",
+            f"is {article} {thing} there?",
+        ]
+        negated = [f"is there not {article} {thing}?", f"is no {thing} in the {place}?"]
+        turned = draw.random() < 0.2
+        turns.append((draw.choice(negated if turned else plain), "yes" if there != turned else "no"))
+    return [(f"{_described(draw, colour, shape, place)} {turns[0][0]}", turns[0][1]), *turns[1:]]
+
+
+def _described(draw: random.Random, colour: str, shape: str, place: str) -> str:
     tags = [colour, shape] * draw.randint(1, 6)
     draw.shuffle(tags)
-    description = draw.choice(
+    return draw.choice(
         [f"a {colour} {shape}", f"{colour} {shape}", f"{shape}, {colour}", " ".join(tags), " ".join(tags)]
         + [f"The {place} shows a {colour} {shape}.", f"One {shape} is in the {place}, and it is {colour}."]
     )
-    turns = [_about_drawing(draw, colour, shape, place) for _ in range(3)]
-    return [(f"{description} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
 def _about_drawing(draw: random.Random, colour: str, shape: str, place: str) -> tuple[str, str]:
@@ -101,24 +131,30 @@ def main() -> None:
     words = [word for word in words if re.fullmatch(r"[a-z]{3,10}", word)]
     makers = {
         "drawing": lambda: drawing(draw),
+        "check": lambda: check(draw),
         "thing": lambda: thing(draw, words),
         "repeat": lambda: repeat(draw, words),
         "definition": lambda: definition(draw.choice(glosses)),
     }
-    conversations = [makers[kind]() for kind, count in CONVERSATIONS.items() for _ in range(count)]
-    draw.shuffle(conversations)
-    rows = [
-        {
-            "id": str(number),
-            "conversations": [
-                {"from": speaker, "value": text}
-                for turn in turns
-                for speaker, text in zip(("human", "gpt"), turn, strict=True)
-            ],
-        }
-        for number, turns in enumerate(conversations)
+    for name, counts in CONVERSATIONS.items():
+        conversations = [makers[kind]() for kind, count in counts.items() for _ in range(count)]
+        draw.shuffle(conversations)
+        rows = [{"id": str(number), "conversations": _said(turns)} for number, turns in enumerate(conversations)]
+        (folder / f"{name}.json").write_text(json.dumps(rows) + "\n")
+        if name == "checking":
+            checks = [row for row in rows if _checks(row["conversations"])]
+            (folder / "comparing.json").write_text(json.dumps(checks) + "\n")
+
+
+def _said(turns: Turns) -> list[dict[str, str]]:
+    return [
+        {"from": speaker, "value": text} for turn in turns for speaker, text in zip(("human", "gpt"), turn, strict=True)
     ]
-    (folder / "instructions.json").write_text(json.dumps(rows) + "\n")
+
+
+def _checks(said: list[dict[str, str]]) -> bool:
+    """Four questions or more, all answered by yes or no."""
+    return len(said) >= 8 and all(message["value"] in ("yes", "no") for message in said[1::2])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Pretrains the embedded language model with the package's own "full_text" stage, from scratch or from a folder.
 
-Run after text.py and instructions.py, once for each phase:
+Run after text.py and instructions.py, once for each phase of PHASES, each from the folder of the one before:
 
-    python launch/make_base/pretrain.py --text BUILD --phase text --out BUILD/text --state BUILD/lm
-    python launch/make_base/pretrain.py --text BUILD --phase reading --start BUILD/text \
-        --out moextend_jax/assets/base --state BUILD/lm2
+    python launch/make_base/pretrain.py --text BUILD --phase text --out BUILD/text --state BUILD/text.state
+    python launch/make_base/pretrain.py --text BUILD --phase reading --start BUILD/text --out BUILD/reading \
+        --state BUILD/reading.state
 
 Rows of text have a label on each token, rows of conversations on their answers. The whole state is saved every 50
-steps, and the script goes on from there when run again. About 1 hour on 2 idle cores.
+steps, and the script goes on from there when run again. About 80 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -45,13 +45,24 @@ LENGTH, SEED = 512, 0
 
 
 class Phase(NamedTuple):
+    """`schedule` counts the steps of the learning rate's schedule, `steps` those that are run of it."""
+
     text_rows: int
     chat_rows: int
+    chats: str
     steps: int
+    schedule: int
     peak: float
 
 
-PHASES = {"text": Phase(8, 0, 560, 3e-3), "reading": Phase(3, 5, 1300, 3e-3)}
+PHASES = {
+    "text": Phase(8, 0, "reading", 560, 560, 3e-3),
+    "reading": Phase(3, 5, "reading", 1300, 1300, 3e-3),
+    "checking": Phase(2, 6, "checking", 300, 400, 2e-3),
+    # Comparing words came within 150 steps without text beside it, and had not come in 1,700 steps with it.
+    "comparing": Phase(0, 8, "comparing", 150, 400, 2e-3),
+    "settling": Phase(3, 5, "checking", 110, 110, 1.5e-3),
+}
 MESH = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
 TOKENIZER = Path(__file__).parents[2] / "moextend_jax" / "assets" / "base"
 
@@ -70,7 +81,7 @@ class Conversations(list):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", type=Path, required=True, help="{wordnet,kjv}.train.txt, instructions.json")
+    parser.add_argument("--text", type=Path, required=True, help="folder that text.py and instructions.py wrote")
     parser.add_argument("--phase", choices=PHASES, required=True)
     parser.add_argument("--start", type=Path, help="Hugging Face folder of the phase before")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face folder to write")
@@ -89,15 +100,17 @@ def main() -> None:
     recipe, settings = RECIPES["paper"], OptimizerConfig(learning_rate=phase.peak, warmup_share=0.05, b2=0.98)
     arrays = jax.device_put(arrays, parameter_shardings(model, mesh))
     trainable, frozen = stages.split(arrays, stages.patterns("full_text", recipe=recipe))
-    schedule = learning_rate(settings, steps=phase.steps, recipe=recipe)
+    schedule = learning_rate(settings, steps=phase.schedule, recipe=recipe)
     optimizer = make_optimizer(settings, paths=trainable, schedule=schedule)
     step = make_step(model, optimizer=optimizer, schedule=schedule, recipe=recipe, aux_coefficient=0.01, loss_chunk=512)
     state = init_state(trainable, optimizer)
 
     tokenizer = load_tokenizer(TOKENIZER)
     passages = [line for name in ("wordnet", "kjv") for line in open_text(arguments.text / f"{name}.train.txt")]
-    text = iter(text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=phase.text_rows, seed=SEED))
-    source = Source(rows=Conversations(arguments.text / "instructions.json"), images=Images(()))
+    text = iter(
+        text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=max(1, phase.text_rows), seed=SEED)
+    )
+    source = Source(rows=Conversations(arguments.text / f"{phase.chats}.json"), images=Images(()))
     chats = iter(
         batches(
             source, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, length=LENGTH,
@@ -116,7 +129,7 @@ def main() -> None:
 
     started, first = time.time(), int(state.step)
     for count in range(first, phase.steps):
-        parts = [next(text)] + [next(chats)] * (phase.chat_rows > 0)
+        parts = [next(rows) for rows, wanted in ((text, phase.text_rows), (chats, phase.chat_rows)) if wanted]
         batch = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
         with jax.set_mesh(mesh):
             state, metrics = step(state, frozen, put_batch(batch, mesh))

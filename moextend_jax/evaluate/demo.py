@@ -125,7 +125,6 @@ def _text_losses(run: Run, model: MoExtend, arrays: Arrays) -> dict[str, float]:
         epochs=1,
     )
 
-
     def loss(text: str) -> float:
         batches = (put_batch(batch, run.mesh) for batch in rows(open_text(TEXTS / f"{text}.txt")))
         return text_loss(step, arrays, batches)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ def cross_entropy(
         rest = -len(order_T) % chunk
         targets_T = jnp.pad(targets_T[order_T], (0, rest), constant_values=IGNORE)
         hidden_TD = jnp.pad(hidden_TD[order_T], ((0, rest), (0, 0)))
-        return _sum_of_nats(chunk, hidden_TD, head_DV.astype(hidden_TD.dtype), targets_T)[None]
+        nats = _sum_of_nats(chunk, hidden_TD, head_DV.astype(hidden_TD.dtype), targets_T)
+        return cast(jax.Array, nats)[None]
 
     with jax.named_scope("cross_entropy"):
         total = map_rows(local, (hidden_BLD, targets_BL), whole=head_DV).sum()
