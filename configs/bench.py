@@ -31,6 +31,6 @@ def get_config() -> ConfigDict:
             base=str(MODEL),
             vision=str(MODEL / "vision"),
             dtype="float32",
-            remat="attention",
+            remat="none",
         )
     )
