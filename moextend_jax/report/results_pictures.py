@@ -102,9 +102,9 @@ def forgetting_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
     ax.set_xticks(range(len(CORPORA)), list(CORPORA.values()))
     ax.axhline(0, color=MUTED, linewidth=0.8)
     ax.set(title="Forgetting: text loss gained, nats (lower is better)")
-    ax.margins(y=0.15)
+    ax.margins(y=0.3)
     if ax.patches:
-        ax.legend(loc="upper left")
+        ax.legend(loc="upper center", ncols=2)
 
 
 def curve_panel(ax: Axes, rows: Sequence[Mapping[str, Any]], *, stage: str) -> None:
