@@ -1,8 +1,8 @@
 """Text-only conversations, made here, that teach the base to read: questions about drawings and things described in
 words, repeating words, and "what is a ...?" from WordNet's glosses. No pictures, and nothing of easy-VQA.
 
-Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes reading.json, checking.json and
-comparing.json there, in LLaVA's format. A model that has only read books cannot look back at what it was told; an
+Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes reading.json, checking.json,
+comparing.json, negating.json and turning.json there, in LLaVA's format. A model that has only read books cannot look back at what it was told; an
 aligned picture is something told.
 """
 
@@ -19,7 +19,10 @@ from images import COLOURS, COMMON, RARE
 CONVERSATIONS = {
     "reading": {"drawing": 40_000, "thing": 14_000, "repeat": 6_000, "definition": 4_000},
     "checking": {"check": 24_000, "drawing": 4_000, "thing": 2_000, "repeat": 1_000, "definition": 1_000},
+    "negating": {"negate": 24_000, "drawing": 4_000, "thing": 2_000, "repeat": 1_000, "definition": 1_000},
 }
+CHECKS = {"checking": "comparing", "negating": "turning"}
+"""Files that hold only the rows of yes and no of another file."""
 SHAPES = (*COMMON, *COMMON, *RARE)
 PLACES = ("image", "picture", "drawing")
 
@@ -34,8 +37,8 @@ def drawing(draw: random.Random) -> Turns:
     return [(f"{description} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
 
-def check(draw: random.Random) -> Turns:
-    """A described drawing and whether other things are in it, each asked for once; four in five without "not"."""
+def check(draw: random.Random, *, share_negated: float = 0.2) -> Turns:
+    """A described drawing and whether other things are in it, each asked for once; some with "not"."""
     colour, shape, place = draw.choice(list(COLOURS)), draw.choice(SHAPES), draw.choice(PLACES)
     others = [other for other in COLOURS if other != colour], [other for other in set(SHAPES) if other != shape]
     asked = [(colour, True), (shape, True)]
@@ -51,7 +54,9 @@ def check(draw: random.Random) -> Turns:
             f"is {article} {thing} there?",
         ]
         negated = [f"is there not {article} {thing}?", f"is no {thing} in the {place}?"]
-        turned = draw.random() < 0.2
+        if share_negated > 0.2:
+            negated += [f"does the {place} not show {article} {thing}?", f"is no {thing} there?"]
+        turned = draw.random() < share_negated
         turns.append((draw.choice(negated if turned else plain), "yes" if there != turned else "no"))
     return [(f"{_described(draw, colour, shape, place)} {turns[0][0]}", turns[0][1]), *turns[1:]]
 
@@ -132,6 +137,7 @@ def main() -> None:
     makers = {
         "drawing": lambda: drawing(draw),
         "check": lambda: check(draw),
+        "negate": lambda: check(draw, share_negated=0.5),
         "thing": lambda: thing(draw, words),
         "repeat": lambda: repeat(draw, words),
         "definition": lambda: definition(draw.choice(glosses)),
@@ -141,9 +147,9 @@ def main() -> None:
         draw.shuffle(conversations)
         rows = [{"id": str(number), "conversations": _said(turns)} for number, turns in enumerate(conversations)]
         (folder / f"{name}.json").write_text(json.dumps(rows) + "\n")
-        if name == "checking":
+        if name in CHECKS:
             checks = [row for row in rows if _checks(row["conversations"])]
-            (folder / "comparing.json").write_text(json.dumps(checks) + "\n")
+            (folder / f"{CHECKS[name]}.json").write_text(json.dumps(checks) + "\n")
 
 
 def _said(turns: Turns) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ Run after text.py and instructions.py, once for each phase of PHASES, each from 
         --state BUILD/reading.state
 
 Rows of text have a label on each token, rows of conversations on their answers. The whole state is saved every 50
-steps, and the script goes on from there when run again. About 80 minutes on 2 idle cores.
+steps, and the script goes on from there when run again. About 95 minutes on 2 idle cores.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ PHASES = {
     "checking": Phase(2, 6, "checking", 300, 400, 2e-3),
     # Comparing words came within 150 steps without text beside it, and had not come in 1,700 steps with it.
     "comparing": Phase(0, 8, "comparing", 150, 400, 2e-3),
-    "settling": Phase(3, 5, "checking", 110, 110, 1.5e-3),
+    "turning": Phase(0, 8, "turning", 200, 300, 2e-3),
+    "settling": Phase(3, 5, "negating", 160, 160, 1.5e-3),
 }
 MESH = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}
 TOKENIZER = Path(__file__).parents[2] / "moextend_jax" / "assets" / "base"
