@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax.checkpoints import huggingface
+from moextend_jax.checkpoints.loading import folder_of
 from moextend_jax.config import IGNORE, Batch, ExtensionConfig, ModelConfig, MoextendError
-from moextend_jax.models.attention import rotation, segment_mask
+from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.experts import combine, dispatch, sort_by_expert, swiglu
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.moextend import abstract
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.router import route
 from moextend_jax.settings import RunSettings, from_config_dict
@@ -81,22 +81,15 @@ def _apart(settings: RunSettings, stage: str, labels: str) -> dict[str, Any]:
 
 def model_config(settings: RunSettings, *, stage: str) -> ModelConfig:
     """Sizes of the settings' base and tower; in finetune every second layer has one new expert."""
-    base = huggingface_folder(settings.base)
-    vision = huggingface_folder(settings.vision, "vision")
-    decoder = huggingface.read_decoder_config(base)
+    decoder = huggingface.read_decoder_config(folder_of(settings.base))
+    vision = folder_of(settings.vision, inside="vision")
     layers = tuple(range(1, decoder.layers, 2))
     return ModelConfig(
         decoder=decoder,
         vision=huggingface.read_vision_config(vision, feature_layer=settings.recipe.feature_layer),
         extension=ExtensionConfig(layers=layers, sources=(0,) * len(layers)) if stage == "finetune" else None,
-        dtype=settings.dtype,
-        train_dtype=settings.train_dtype,
-        remat=settings.remat,
+        **settings.model_options,
     )
-
-
-def huggingface_folder(name: str, inside: str = "") -> Path:
-    return Path(__file__).parent / "assets" / "base" / inside if name == "embedded" else Path(name)
 
 
 def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) -> Batch:
@@ -125,10 +118,10 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
     """Median over steps after warm-up, in this process."""
     stage_settings = getattr(settings, stage)
     config = model_config(settings, stage=stage)
-    abstract = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    model = abstract(config)
     split_cpu(settings.cpu_devices)
     mesh = make_mesh(settings.mesh)
-    shardings = parameter_shardings(abstract, mesh)
+    shardings = parameter_shardings(model, mesh)
     rng = np.random.default_rng(settings.seed)
     # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
     arrays = {
@@ -136,13 +129,13 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
             (float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32)).astype(param.dtype),
             shardings[path],
         )
-        for path, param in by_path(nnx.state(abstract, nnx.Param)).items()
+        for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
     trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=settings.recipe))
     schedule = learning_rate(stage_settings.optimizer, steps=stage_settings.steps, recipe=settings.recipe)
     optimizer = make_optimizer(stage_settings.optimizer, paths=trainable, schedule=schedule)
     step = make_step(
-        abstract, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
+        model, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
         aux_coefficient=settings.aux_coefficient, loss_chunk=stage_settings.loss_chunk,
     )  # fmt: skip
     rows, length = stage_settings.batch_size, stage_settings.length
@@ -166,7 +159,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
         "trained_parameters": sum(leaf.size for leaf in trainable.values()),
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
-        "parts": _parts(with_arrays(abstract, arrays), batch, optimizer, trainable, chunk=stage_settings.loss_chunk),
+        "parts": _parts(with_arrays(model, arrays), batch, optimizer, trainable, chunk=stage_settings.loss_chunk),
     }
 
 
@@ -183,7 +176,7 @@ def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainab
     sorting = sort_by_expert(routing.ids_Tk, experts=decoder.experts)
     x_RD = dispatch(decoder.top_k, x_TD, sorting)
     weights_R1 = routing.weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
-    mask_B1LS = segment_mask(batch.segments_BL)
+    visible = Visible.in_rows(batch.segments_BL)
 
     def dispatched(x_TD):
         return dispatch(decoder.top_k, x_TD, sort_by_expert(routing.ids_Tk, experts=decoder.experts))
@@ -192,7 +185,7 @@ def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainab
         return route(x_TD, layer.moe.gate[...], top_k=decoder.top_k).weights_Tk
 
     def attended(x_BLD):
-        return layer.attention(x_BLD, turns, mask_B1LS, None, batch.positions_BL)[0]
+        return layer.attention(x_BLD, turns, visible, None, batch.positions_BL)[0]
 
     def updated():
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)

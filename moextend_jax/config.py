@@ -7,8 +7,9 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     E pretrained experts    X new experts per layer  F expert hidden width    k experts per token
     R routed rows = T*k     V vocabulary             A calibrator width       O = E+X router outputs
     Z decoder layers        Y extended layers        U vision layers          M images per row
+    f F of new experts      n images = B*M           d model width as an input axis
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
-    Q vision positions = 1+P (the class token first)                     d model width as an input axis
+    Q vision positions = 1+P (the class token first)
 
 Nothing here imports the rest of the package.
 """
@@ -43,7 +44,7 @@ class DecoderConfig:
     def sizes(self) -> dict[str, int]:
         return {
             "V": self.vocab_size, "D": self.width, "F": self.hidden, "Z": self.layers, "N": self.heads,
-            "K": self.kv_heads, "H": self.head_size, "E": self.experts,
+            "K": self.kv_heads, "H": self.head_size, "E": self.experts, "f": self.hidden,
         }  # fmt: skip
 
 
@@ -101,6 +102,12 @@ class ImageTags:
     pad: int = 3
 
 
+Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]
+"""What a rematerialised layer can keep: attention's inputs and output, the residual stream between attention and
+experts, the experts' two products (those exist on TPU and GPU). Each is a product over D, so each costs the same memory
+per FLOP that it saves; "attended" saves the attention itself."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole model. `vision` None is a text model; `extension` None is a model not grown yet."""
@@ -115,6 +122,10 @@ class ModelConfig:
     """Storage dtype of whatever a stage trains."""
     remat: Literal["none", "attention", "layer"] = "layer"
     """What the backward pass recomputes: nothing, attention only, or whole layers (least memory)."""
+    saved: tuple[Saved, ...] = ()
+    """With remat "layer": what is kept all the same."""
+    dispatch: Literal["gather", "exchange"] = "gather"
+    """How tokens meet experts on other devices: a row of `expert_parallel.DISPATCHES`."""
 
     def sizes(self) -> dict[str, int]:
         parts = [self.decoder.sizes()]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moextend_jax.config import Batch
-from moextend_jax.models.attention import KeysValues
+from moextend_jax.distributed import gathered
+from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 
@@ -55,7 +56,7 @@ class Generator:
         """New ids `[B, max_new_tokens]`; a row that has ended is filled up with EOS."""
         cursor = self._prefill(arrays, prompts, room=max_new_tokens)
         key = jax.random.key(seed)
-        return np.asarray(self._complete(arrays, (cursor, key), max_new_tokens, sampling, self._eos, self._suppress))
+        return gathered(self._complete(arrays, (cursor, key), max_new_tokens, sampling, self._eos, self._suppress))
 
     def stream(
         self,
@@ -72,7 +73,7 @@ class Generator:
         ended_B = np.zeros(prompts.ids_BL.shape[0], bool)
         for count in range(max_new_tokens):
             ids_B = choose(cursor.logits_BV, jax.random.fold_in(key, count), sampling, suppress=self._suppress)
-            ids_B = np.where(ended_B, self._eos, np.asarray(ids_B))
+            ids_B = np.where(ended_B, self._eos, gathered(ids_B))
             ended_B |= ids_B == self._eos
             yield ids_B
             if ended_B.all():
@@ -108,7 +109,8 @@ def _decode(model: MoExtend, arrays: dict[str, jax.Array], ids_B: jax.Array, cur
     x_B1D = whole.embed(Batch(ids_B[:, None], nothing, slot_B1, jnp.ones_like(slot_B1), nothing))
     slots_1S = jnp.arange(cursor.past.keys_BSKH.shape[2])[None, :]
     mask_B11S = (slots_1S <= slot_B1)[:, None, None, :]
-    decoded = whole.decode(x_B1D, positions_BL=slot_B1, mask_B1LS=mask_B11S, past=cursor.past, slots_BL=slot_B1)
+    visible = Visible.by_mask(mask_B11S)
+    decoded = whole.decode(x_B1D, positions_BL=slot_B1, visible=visible, past=cursor.past, slots_BL=slot_B1)
     return Cursor(whole.decoder.logits(decoded.hidden_BLD)[:, 0], decoded.keys_values, cursor.slot_B + 1)
 
 

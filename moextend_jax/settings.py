@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, MoextendError, Recipe
+from moextend_jax.config import RECIPES, MoextendError, Recipe, Saved
 from moextend_jax.train.optimizer import OptimizerConfig
 
 
@@ -35,10 +35,14 @@ class StageSettings:
     too_long: Literal["error", "drop_turns"] = "error"
     loss_chunk: int = 1024
     """Labelled positions that go through the head at once on a device."""
+    accumulate: int = 1
+    """Parts in which a step computes its batch, one after another, where the whole does not fit."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     def __post_init__(self):
-        _at_least_one(self, "steps", "batch_size", "length", "images_per_row", "loss_chunk")
+        _at_least_one(self, "steps", "batch_size", "length", "images_per_row", "loss_chunk", "accumulate")
+        if self.batch_size % self.accumulate:
+            raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,9 @@ class RunSettings:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     train_dtype: Literal["bfloat16", "float32"] = "float32"
     remat: Literal["none", "attention", "layer"] = "layer"
+    saved: tuple[Saved, ...] = ()
+    dispatch: Literal["gather", "exchange"] = "gather"
+    """`remat`, `saved` and `dispatch` are those of `config.ModelConfig`."""
     mesh: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
     )
@@ -105,6 +112,12 @@ class RunSettings:
     log_every: int = 10
     baseline: bool = False
     """`moextend run` also trains the full fine-tuning baseline."""
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """The fields of `config.ModelConfig` that are choices of a run, not sizes of a checkpoint."""
+        names = ("dtype", "train_dtype", "remat", "saved", "dispatch")
+        return {name: getattr(self, name) for name in names}
 
 
 def to_config_dict(settings: RunSettings) -> ConfigDict:
@@ -147,6 +160,8 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
             raise MoextendError(f"{where} = {value!r} is not one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple:
+        if arguments[-1] is Ellipsis and isinstance(value, list | tuple):
+            arguments = arguments[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise MoextendError(f"{where} = {value!r} must be {len(arguments)} values")
         return tuple(_build(part, one, where=where) for part, one in zip(arguments, value, strict=True))

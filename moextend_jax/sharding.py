@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,14 @@ from moextend_jax.models.parameters import by_path
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 TABLE: dict[str, tuple[str, ...] | None] = {
-    # parameters
+    # parameters; f is sharded further than F: new experts are computed in slices of f by the whole expert group
     "Z": None, "Y": None, "U": None,
-    "D": ("fsdp",), "d": None, "C": None, "W": None, "Q": None, "P": None, "A": None, "O": None, "H": None,
-    "E": ("expert",), "X": None, "F": ("tensor",), "J": ("tensor",),
+    "D": ("fsdp",), "d": None, "C": ("fsdp",), "W": None, "Q": None, "P": None, "A": None, "O": None, "H": None,
+    "E": ("expert",), "X": None, "F": ("tensor",), "f": ("expert", "tensor"), "J": ("tensor",),
     "N": ("tensor",), "K": ("tensor",), "V": ("tensor",),
-    # activations
-    "B": ("data", "fsdp", "expert"), "L": None, "M": None, "h": None, "w": None, "c": None,
+    # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
+    "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
+    "h": None, "w": None, "c": None,
 }  # fmt: skip
 
 
@@ -50,59 +51,139 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def spec(axes: str) -> PartitionSpec:
-    """The PartitionSpec of an array with these axes, e.g. "ZEDF". A letter without a rule is an error."""
-    entries: list[Any] = []
+def platform() -> str:
+    """ "cpu", "tpu" or "gpu": what the program is compiled for, which ahead of time is not what runs the compiler."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name := device.platform if device else jax.default_backend(), name)
+
+
+def spec(axes: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> PartitionSpec:
+    """The PartitionSpec of an array with these axes, e.g. "ZEDF". A letter without a rule is an error.
+
+    With the array's shape and a mesh, an axis is split over as many of its mesh axes, from the first on, as divide
+    it: 2 key heads on a tensor axis of 4 stay whole on every device.
+    """
+    return PartitionSpec(*[entry or None for entry in _split(axes, shape, mesh)])
+
+
+def _split(axes: str, shape: tuple[int, ...] | None, mesh: Any) -> tuple[tuple[str, ...], ...]:
+    entries: list[tuple[str, ...]] = []
     used: set[str] = set()
-    for letter in axes:
+    for index, letter in enumerate(axes):
         mesh_axes = TABLE[letter] or ()
         if used & set(mesh_axes):
             raise ValueError(f"axes {axes!r} use mesh axis {sorted(used & set(mesh_axes))} twice")
         used |= set(mesh_axes)
-        entries.append(mesh_axes or None)
-    return PartitionSpec(*entries)
+        entries.append(mesh_axes if shape is None else _dividing(mesh_axes, shape[index], mesh))
+    return tuple(entries)
+
+
+def _dividing(mesh_axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ...]:
+    kept: list[str] = []
+    for axis in mesh_axes:
+        if size % mesh.shape[axis]:
+            break
+        size //= mesh.shape[axis]
+        if mesh.shape[axis] > 1:
+            kept.append(axis)
+    return tuple(kept)
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:
     """Sharding of every parameter of a real or abstract model, by path."""
     params = by_path(nnx.state(model, nnx.Param))
-    return {path: NamedSharding(mesh, spec(param.axes)) for path, param in params.items()}
+    return {path: NamedSharding(mesh, spec(param.axes, param.shape, mesh)) for path, param in params.items()}
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Shardings of a batch's arrays, split by rows; None where the batch has none. Rows that do not divide go to
+    every device."""
+    rows = batch.ids_BL.shape[0]
+    whole = rows % int(np.prod([mesh.shape[axis] for axis in TABLE["B"] or ()])) != 0
+    sharding = NamedSharding(mesh, PartitionSpec() if whole else spec("B"))
+    return Batch(*[None if array is None else sharding for array in batch])
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A host batch on the devices, rows split as the table splits B; rows that do not divide go to every device."""
-    shards = int(np.prod([mesh.shape[axis] for axis in TABLE["B"] or ()]))
-
-    def put(name: str, array: Any) -> Any:
-        if array is None:
-            return None
-        axes = name.split("_")[1].replace("hwc", "") if array.shape[0] % shards == 0 else ""
-        return jax.device_put(array, NamedSharding(mesh, spec(axes)))
-
-    return Batch(**{name: put(name, array) for name, array in batch._asdict().items()})
+    """A host batch on the devices. With several processes each gives the rows of its own devices, which must divide
+    (`distributed.share_of_rows`)."""
+    if jax.process_count() > 1:
+        rows = NamedSharding(mesh, spec("B"))
+        return Batch(*[None if a is None else jax.make_array_from_process_local_data(rows, a) for a in batch])
+    shardings = batch_shardings(batch, mesh)
+    return Batch(*[None if a is None else jax.device_put(a, s) for a, s in zip(batch, shardings, strict=True)])
 
 
-def map_rows(function: Callable[[Any, Any], Any], split: Any, *, whole: Any = ()) -> Any:
-    """`function(split, whole)` on every device's own rows: the arrays of `split`, and what is returned, have B or T in
-    front; those of `whole` go to every device.
+def constrain(array: jax.Array, axes: str) -> jax.Array:
+    """Tells the compiler how an activation or a gradient is sharded on the mesh of `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or mesh.manual_axes or mesh.empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, spec(axes, array.shape, mesh))
 
-    The mesh is the one of `jax.set_mesh`; without one, or where the rows do not divide over it (a single prompt), the
-    function sees them all. The gradient of `whole` is summed over the devices.
+
+def split_rows(array: jax.Array, parts: int) -> jax.Array:
+    """`[B, ...] -> [parts, B/parts, ...]`, rows dealt out so that every device keeps its own."""
+    rows = array.shape[0] // parts
+    return jnp.moveaxis(array.reshape(rows, parts, *array.shape[1:]), 1, 0)
+
+
+class Shards(NamedTuple):
+    """An argument of `map_shards`: arrays of one letter string, and how each of their axes is split there."""
+
+    axes: str
+    split: tuple[tuple[str, ...], ...]
+
+    def without_first(self) -> Shards:
+        """Of one layer of a stack."""
+        return Shards(self.axes[1:], self.split[1:])
+
+    def over(self, letters: str) -> tuple[str, ...]:
+        """Mesh axes over which these letters' axes are split."""
+        pairs = zip(self.axes, self.split, strict=True)
+        return tuple(axis for letter, axes in pairs if letter in letters for axis in axes)
+
+
+def shards(axes: str, shape: tuple[int, ...]) -> Shards:
+    """How an array with these axes is split on the current mesh, by the table."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return Shards(axes, ((),) * len(axes))
+    return Shards(axes, _split(axes, shape, mesh))
+
+
+def module_shards(module: nnx.Module) -> tuple[dict[str, jax.Array], dict[str, Shards]]:
+    """A module's arrays by path, and how each is split. Of a module that is one layer of a stack the arrays lack the
+    first of their letters."""
+    params = by_path(nnx.state(module, nnx.Param))
+    arrays = {path: param[...] for path, param in params.items()}
+    return arrays, {path: shards(params[path].axes[-array.ndim :], array.shape) for path, array in arrays.items()}
+
+
+def map_shards(function: Callable[..., Any], ins: tuple[Any, ...], out: Any) -> Callable[..., Any]:
+    """`function` on every device's own part of its arguments, `jax.shard_map` with specs from the table.
+
+    Args:
+      ins: for each argument a pytree of `Shards`, or a prefix of one; what is split in no way is the same everywhere.
+      out: `Shards` of the results. The function itself gathers and sums over the mesh where it must (`gather`).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in TABLE["B"] or () if mesh.shape.get(axis, 1) > 1)
-    if not axes or jax.tree.leaves(split)[0].shape[0] % int(np.prod([mesh.shape[axis] for axis in axes])):
-        return function(split, whole)
+    if mesh.empty or mesh.size == 1:
+        return function
 
-    def local(split, whole):
-        return function(split, jax.tree.map(lambda array: jax.lax.pcast(array, axes, to="varying"), whole))
+    def to_spec(tree: Any) -> Any:
+        is_leaf = lambda x: isinstance(x, Shards)  # noqa: E731
+        return jax.tree.map(lambda s: PartitionSpec(*[entry or None for entry in s.split]), tree, is_leaf=is_leaf)
 
-    rows = PartitionSpec(axes)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=set(axes))
-    return sharded(split, whole)
+    # Pallas kernels do not say over which mesh axes their results differ, so JAX cannot check it.
+    return jax.shard_map(function, mesh=mesh, in_specs=to_spec(ins), out_specs=to_spec(out), check_vma=False)
 
 
-def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """Zeros with the dtype of `like`, which inside `map_rows` differ by device as `like` does: a loop's start."""
-    array, axes = jnp.zeros(shape, like.dtype), tuple(jax.typeof(like).manual_axis_type.varying)
-    return jax.lax.pcast(array, axes, to="varying") if axes else array
+def gather(array: jax.Array, how: Shards, *, keep: tuple[str, ...] = ()) -> jax.Array:
+    """Inside `map_shards`: the array whole along all mesh axes but `keep`. Its gradient comes back summed over the
+    devices and split as the array was (a reduce-scatter)."""
+    for index, axes in enumerate(how.split):
+        wanted = tuple(axis for axis in axes if axis not in keep)
+        if wanted:
+            array = jax.lax.all_gather(array, wanted, axis=index, tiled=True)
+    return array

@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 
 from moextend_jax.models import blocked_attention
-from moextend_jax.models.attention import Attention, KeysValues, rotate, rotation, segment_mask
+from moextend_jax.models.attention import Attention, KeysValues, Visible, rotate, rotation, segment_mask
 from moextend_jax.models.parameters import with_arrays
 
 B, L = 2, 9
@@ -74,7 +74,7 @@ def test_mask_by_hand():
 
 def test_grouped_heads_equal_a_loop():
     this, mask = attention(), np.asarray(segment_mask(SEGMENTS_BL))
-    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), jnp.asarray(mask), None, POSITIONS_BL)
+    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), Visible.by_mask(jnp.asarray(mask)), None, POSITIONS_BL)
     x_BLD = np.asarray(X_BLD)
     q, k, v = (np.einsum("bld,dnh->blnh", x_BLD, np.asarray(w[...])) for w in (this.query, this.key, this.value))
     q, k = (np.asarray(rotate(jnp.asarray(one), turn(POSITIONS_BL))) for one in (q, k))
@@ -91,13 +91,13 @@ def test_grouped_heads_equal_a_loop():
 
 def test_one_position_at_a_time_through_a_cache():
     this = attention()
-    causal = segment_mask(jnp.ones((B, L), jnp.int32))
+    causal = Visible.in_rows(jnp.ones((B, L), jnp.int32))
     whole_BLD, present = this(X_BLD, turn(POSITIONS_BL), causal, None, POSITIONS_BL)
     past = KeysValues(*(jnp.zeros((B, L, K, H)) for _ in range(2)))
     for at in range(L):
         slots_B1 = jnp.full((B, 1), at)
         mask = (jnp.arange(L)[None] <= slots_B1)[:, None, None]
-        y_B1D, past = this(X_BLD[:, at : at + 1], turn(slots_B1), mask, past, slots_B1)
+        y_B1D, past = this(X_BLD[:, at : at + 1], turn(slots_B1), Visible.by_mask(mask), past, slots_B1)
         np.testing.assert_allclose(y_B1D[:, 0], whole_BLD[:, at], atol=1e-5, rtol=0)
     np.testing.assert_allclose(past.keys_BSKH, present.keys_BSKH, atol=1e-5, rtol=0)
 

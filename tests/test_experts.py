@@ -29,7 +29,7 @@ def parts() -> list[Experts]:
 
     def made(groups: int) -> Experts:
         sizes = {"Z": 1, "E": groups, "D": D, "F": F}
-        experts = nnx.eval_shape(lambda: Experts("Z", "E", sizes, rngs=nnx.Rngs(0), dtype="float32"))
+        experts = nnx.eval_shape(lambda: Experts("ZEDF", sizes, rngs=nnx.Rngs(0), dtype="float32"))
         arrays = {
             path: jnp.asarray(rng.normal(size=param.shape[1:]), jnp.float32)
             for path, param in by_path(nnx.state(experts)).items()
@@ -69,7 +69,7 @@ def test_equals_every_expert_on_every_token_with_all_gradients():
     dy_TD = jnp.cos(jnp.arange(T * D, dtype=jnp.float32)).reshape(T, D)
 
     def ours(x_TD, weights_Tk, parts):
-        return apply_experts(x_TD, routing()._replace(weights_Tk=weights_Tk), parts)
+        return apply_experts(x_TD, routing().ids_Tk, weights_Tk, [part.weights(x_TD.dtype) for part in parts])
 
     results = []
     for function in (ours, reference):
@@ -107,10 +107,17 @@ def test_the_backward_passes_written_by_hand_are_the_true_ones():
 
 
 def test_a_token_does_not_depend_on_the_other_tokens():
-    few = Routing(*(array[:7] for array in routing()))
-    np.testing.assert_allclose(
-        apply_experts(X_TD[:7], few, parts()), apply_experts(X_TD, routing(), parts())[:7], atol=1e-5, rtol=0
-    )
+    given, weights = (X_TD, routing().ids_Tk, routing().weights_Tk), [part.weights("float32") for part in parts()]
+    few = apply_experts(*(array[:7] for array in given), weights)
+    np.testing.assert_allclose(few, apply_experts(*given, weights)[:7], atol=1e-5, rtol=0)
+
+
+def test_a_pick_of_nobodys_expert_adds_nothing():
+    weights = [part.weights("float32") for part in parts()]
+    elsewhere_Tk = routing().ids_Tk.at[:, 1].set(E + X)
+    y_TD = apply_experts(X_TD, elsewhere_Tk, routing().weights_Tk, weights)
+    first_alone_TD = reference(X_TD, routing().weights_Tk.at[:, 1].set(0.0), parts())
+    np.testing.assert_allclose(y_TD, first_alone_TD, atol=1e-4, rtol=0)
 
 
 def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,29 +13,36 @@ import pytest
 import tiny
 
 from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.extension import routing
 from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES, make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
-from moextend_jax.train.step import init_state, make_step
+from moextend_jax.train.step import TrainState, init_state, make_step
 
 pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("eight_devices")]
 
-MESHES = {"data": (8, 1, 1, 1), "two by four": (2, 4, 1, 1), "fsdp and expert": (1, 4, 2, 1), "tensor": (2, 2, 1, 2)}
+MESHES = {
+    "data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "no tensor": (2, 2, 2, 1),
+    "no data": (1, 2, 2, 2),
+}  # fmt: skip
 MODEL = dataclasses.replace(tiny.EXTENDED, decoder=dataclasses.replace(tiny.DECODER, vocab_size=64))
 
 
-def sharded(shape: tuple[int, ...], rows: int):
+BATCHES = [tiny.batch(rows=8, seed=seed, pixels=True) for seed in range(3)]
+
+
+def sharded(shape: tuple[int, ...]):
     mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
     shardings = parameter_shardings(tiny.structure(MODEL), mesh)
     arrays = {path: jax.device_put(leaf, shardings[path]) for path, leaf in tiny.arrays(MODEL).items()}
-    return mesh, arrays, put_batch(tiny.batch(rows=rows), mesh)
+    return mesh, arrays
 
 
-def value_and_gradient(stage: str):
-    structure = tiny.structure(MODEL)
+def value_and_gradient(stage: str, structure=None):
+    structure = structure or tiny.structure(MODEL)
 
     @jax.jit
     def run(trainable, frozen, batch):
@@ -45,57 +55,82 @@ def value_and_gradient(stage: str):
     return run, lambda arrays: stages.split(arrays, stages.patterns(stage, recipe=RECIPES["paper"]))
 
 
-@pytest.mark.parametrize(
-    ("stage", "shape"),
-    [("align", "data"), ("align", "tensor"), ("extend", "fsdp and expert"), ("finetune", "two by four")]
-    + [("finetune", "tensor"), ("full_text", "fsdp and expert")],
-)
-def test_loss_and_gradient_do_not_depend_on_the_mesh(stage: str, shape: str, monkeypatch):
+class Trained(NamedTuple):
+    """`first`: optimizer state after one step, whose first moments are the gradient; `last`: after three."""
+
+    first: Any
+    last: TrainState
+    losses: list[dict[str, float]]
+    counts: routing.Counts
+
+
+def three_steps(stage: str, arrays, batches, mesh=None) -> Trained:
+    def schedule(_):
+        return 1e-3
+
+    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=RECIPES["paper"]))
+    # Adam divides by the gradient's size, so a gradient of 1e-8 would be all rounding without an epsilon above it.
+    optimizer = make_optimizer(OptimizerConfig(eps=1e-4), paths=trainable, schedule=schedule)
+    step = make_step(
+        tiny.structure(MODEL), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
+        aux_coefficient=0.01, loss_chunk=5,
+    )  # fmt: skip
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        counts = routing.count_all(tiny.structure(MODEL), arrays, iter(batches), recipe=RECIPES["paper"])
+        state, seen, first = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), [], None
+        for batch in batches:
+            state, metrics = step(state, frozen, batch)
+            seen.append({name: float(value) for name, value in metrics.items()})
+            first = first or jax.tree.map(np.asarray, state.optimizer)
+    return Trained(first, jax.tree.map(np.asarray, state), seen, counts)
+
+
+@functools.cache
+def on_one_device(stage: str) -> Trained:
+    return three_steps(stage, tiny.arrays(MODEL), BATCHES)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("stage", ["align", "extend", "finetune", "full"])
+def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: str, shape: str, monkeypatch):
     monkeypatch.setattr(blocked_attention, "BLOCK", 4)  # rows of 14 are long then
-    run, split = value_and_gradient(stage)
-    expected = run(*split(tiny.arrays(MODEL)), tiny.batch(rows=8))
-    mesh, arrays, batch = sharded(MESHES[shape], rows=8)
-    with jax.set_mesh(mesh):
-        got = run(*split(arrays), batch)
-    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
-    for path, gradient in expected[1].items():
-        np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)
+    expected = on_one_device(stage)
+    mesh, arrays = sharded(MESHES[shape])
+    got = three_steps(stage, arrays, [put_batch(batch, mesh) for batch in BATCHES], mesh)
+    for mine, theirs in zip(got.losses, expected.losses, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+    for mine, theirs in zip(jax.tree.leaves(got.first), jax.tree.leaves(expected.first), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
+    for path, leaf in expected.last.trainable.items():
+        np.testing.assert_allclose(got.last.trainable[path], leaf, atol=1e-5, rtol=0, err_msg=path)
+    for mine, theirs in zip(got.counts, expected.counts, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_rows_that_do_not_divide_go_to_every_device():
     run, split = value_and_gradient("align")
     expected = run(*split(tiny.arrays(MODEL)), tiny.batch(rows=3))
-    mesh, arrays, batch = sharded((8, 1, 1, 1), rows=3)
+    mesh, arrays = sharded((8, 1, 1, 1))
     with jax.set_mesh(mesh):
-        got = run(*split(arrays), batch)
+        got = run(*split(arrays), put_batch(tiny.batch(rows=3), mesh))
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
-
-
-def test_two_steps_on_a_mesh():
-    def schedule(_):
-        return 1e-2
-
-    def train(arrays, batch):
-        trainable, frozen = stages.split(arrays, stages.STAGES["finetune"])
-        optimizer = make_optimizer(OptimizerConfig(), paths=trainable, schedule=schedule)
-        step = make_step(
-            tiny.structure(MODEL), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
-            aux_coefficient=0.01, loss_chunk=4,
-        )  # fmt: skip
-        state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer)
-        for _ in range(2):
-            state, metrics = step(state, frozen, batch)
-        return state, metrics
-
-    expected, expected_metrics = train(tiny.arrays(MODEL), tiny.batch(rows=8))
-    mesh, arrays, batch = sharded((2, 4, 1, 1), rows=8)
-    with jax.set_mesh(mesh):
-        state, metrics = train(arrays, batch)
-    np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)
-    for path, leaf in expected.trainable.items():
-        np.testing.assert_allclose(state.trainable[path], leaf, atol=1e-4, rtol=0, err_msg=path)
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
     with pytest.raises(MoextendError, match="does not cover 8 devices"):
         make_mesh({"data": 3, "fsdp": 1, "expert": 1, "tensor": 1})
+
+
+@pytest.mark.parametrize("shape", ["expert", "no tensor", "no data"])
+def test_exchanged_rows_give_what_gathered_tokens_give(shape: str):
+    """The emulation on CPU of `ragged_all_to_all`, in value and gradient."""
+    structure = tiny.structure(dataclasses.replace(MODEL, dispatch="exchange"))
+    run, split = value_and_gradient("finetune")
+    expected = run(*split(tiny.arrays(MODEL)), tiny.batch(rows=8))
+    run, _ = value_and_gradient("finetune", structure)
+    mesh, arrays = sharded(MESHES[shape])
+    with jax.set_mesh(mesh):
+        got = run(*split(arrays), put_batch(tiny.batch(rows=8), mesh))
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+    for path, gradient in expected[1].items():
+        np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)

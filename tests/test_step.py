@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from moextend_jax.config import RECIPES
+from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moextend_jax.train.step import init_state, make_step
@@ -24,6 +28,10 @@ def hashes(leaves) -> dict[str, str]:
 
 @functools.cache
 def compiled(stage: str):
+    return built(stage)
+
+
+def built(stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01):
     """The stage's jitted step, a fresh state, and the frozen leaves."""
     arrays = tiny.arrays(tiny.EXTENDED)
     trainable, frozen = stages.split(arrays, stages.STAGES[stage])
@@ -33,10 +41,11 @@ def compiled(stage: str):
         optimizer=optimizer,
         schedule=schedule,
         recipe=RECIPES["paper"],
-        aux_coefficient=0.01,
+        aux_coefficient=aux_coefficient,
         loss_chunk=4,
+        accumulate=accumulate,
     )
-    return step, init_state(trainable, optimizer), frozen
+    return step, init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), frozen
 
 
 def schedule(_):
@@ -78,3 +87,31 @@ def test_no_parameter_is_a_constant_of_the_program(stage: str):
     arguments = {leaf.aval.shape for leaf in jaxpr.jaxpr.invars}
     for path, leaf in frozen.items():
         assert leaf.shape in arguments, path
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int):
+    """Without load balancing, whose loss is a product of means over each part."""
+    batch, updated = tiny.batch(rows=4), []
+    for accumulate in (1, parts):
+        step, state, frozen = built("finetune", accumulate=accumulate, aux_coefficient=0.0)
+        state, metrics = step(state, frozen, batch)
+        updated.append((state.trainable, {name: float(value) for name, value in metrics.items() if name != "aux"}))
+    (expected, metrics), (got, metrics_of_parts) = updated
+    assert metrics_of_parts == pytest.approx(metrics, rel=1e-5)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(got[path], leaf, atol=1e-5, rtol=0, err_msg=path)
+
+
+def test_activations_keep_the_dtype_of_the_model():
+    """A float32 projector among bfloat16 weights must not lift all that follows to float32."""
+    config = dataclasses.replace(tiny.EXTENDED, dtype="bfloat16")
+    structure = tiny.structure(config)
+
+    def run(batch):
+        return with_arrays(structure, {path: leaf.astype(param.dtype) for (path, leaf), param in params})(batch)
+
+    params = list(zip(tiny.arrays(config).items(), by_path(nnx.state(structure, nnx.Param)).values(), strict=True))
+    decoded = jax.eval_shape(run, tiny.batch())
+    assert decoded.hidden_BLD.dtype == decoded.keys_values.keys_BSKH.dtype == jnp.bfloat16
+    assert decoded.routing.weights_Tk.dtype == jnp.float32

@@ -59,16 +59,16 @@ EXTENSION = (
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.2.weight",
         "O A -> A O",
     ),
-    Name("extension/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "F D -> D F"),
-    Name("extension/new_experts/w_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.weight", "F D -> D F"),
-    Name("extension/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D F -> F D"),
+    Name("extension/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "f D -> D f"),
+    Name("extension/new_experts/w_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.weight", "f D -> D f"),
+    Name("extension/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D f -> f D"),
 )
 
 
 def _projector(first: str, second: str) -> tuple[Name, ...]:
     return (
-        Name("projector/first", first + ".weight", "D C -> C D"),
-        Name("projector/first_bias", first + ".bias", "D -> D"),
+        Name("projector/first", first + ".weight", "d C -> C d"),
+        Name("projector/first_bias", first + ".bias", "d -> d"),
         Name("projector/second", second + ".weight", "D d -> d D"),
         Name("projector/second_bias", second + ".bias", "D -> D"),
     )

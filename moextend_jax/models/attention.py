@@ -1,4 +1,9 @@
-"""Grouped-query attention with rotary positions: `x_BLD -> y_BLD`, and the keys and values a cache wants."""
+"""Grouped-query attention with rotary positions: `x_BLD -> y_BLD`, and the keys and values a cache wants.
+
+Kernels by platform: splash attention on TPU and the blocked one on CPU for whole rows, which never write the weights
+of all pairs of positions; cuDNN's on GPU; `jax.nn.dot_product_attention` for the rest. On a mesh, L is split between
+the layers and S = L whole within, where heads are split instead.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import weight
-from moextend_jax.sharding import map_rows
+from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
 
 class KeysValues(NamedTuple):
@@ -27,6 +33,23 @@ class Rotation(NamedTuple):
     sin_BLh: jax.Array
 
 
+class Visible(NamedTuple):
+    """What each position sees: `segments_BL` of whole rows (see `segment_mask`), or a mask over a cache. Splash
+    attention reads segments, so on TPU long rows have no mask."""
+
+    segments_BL: jax.Array | None
+    mask_B1LS: jax.Array | None
+
+    @classmethod
+    def in_rows(cls, segments_BL: jax.Array) -> Visible:
+        splash = platform() == "tpu" and segments_BL.shape[1] % SPLASH_BLOCK == 0
+        return cls(segments_BL, None if splash else segment_mask(segments_BL))
+
+    @classmethod
+    def by_mask(cls, mask_B1LS: jax.Array) -> Visible:
+        return cls(None, mask_B1LS)
+
+
 class Attention(nnx.Module):
     def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
         self.query = weight("ZDNH", sizes, rngs=rngs, dtype=dtype)
@@ -35,30 +58,93 @@ class Attention(nnx.Module):
         self.out = weight("ZNHD", sizes, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x_BLD: jax.Array, rotation: Rotation, mask_B1LS: jax.Array, past: KeysValues | None, slots_BL: jax.Array
+        self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None, slots_BL: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """Attends where the mask is true; with `past`, new keys and values first go into its slots `slots_BL`."""
+        """Attends to what is visible; with `past`, new keys and values first go into its slots `slots_BL`."""
 
-        def cast(param: nnx.Param) -> jax.Array:
-            return param[...].astype(x_BLD.dtype)
+        arrays, splits = module_shards(self)
+        x_split = shards("BLd", x_BLD.shape)
+        apart = x_split.over("L")  # mesh axes that split positions between the layers
+        heads = splits["key"].over("K")  # and heads within; key heads that do not divide keep all heads together
+        heads = heads if heads == splits["query"].over("N") else ()
+        keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
+        rows = Shards("B", (x_split.over("B"),))
 
-        query_BLNH = rotate(jnp.einsum("BLD,DNH->BLNH", x_BLD, cast(self.query)), rotation)
-        key_BLKH = rotate(jnp.einsum("BLD,DKH->BLKH", x_BLD, cast(self.key)), rotation)
-        value_BLKH = jnp.einsum("BLD,DKH->BLKH", x_BLD, cast(self.value))
-        present = KeysValues(key_BLKH, value_BLKH)
-        if past is not None:
-            rows_B1 = jnp.arange(x_BLD.shape[0])[:, None]
-            present = KeysValues(*(old.at[rows_B1, slots_BL].set(new) for old, new in zip(past, present, strict=True)))
-        y_BLNH = attend(query_BLNH, present, mask_B1LS, causal=past is None)
-        return jnp.einsum("BLNH,NHD->BLD", y_BLNH, cast(self.out)), present
+        def local(x_BLD, arrays, rotation, visible, past, slots_BL):
+            w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=heads) for name, leaf in arrays.items()}
+            x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
+            query_BSNH = checkpoint_name(rotate(jnp.einsum("BSD,DNH->BSNH", x_BSD, w["query"]), rotation), "query")
+            key_BSKH = checkpoint_name(rotate(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["key"]), rotation), "key")
+            value_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["value"]), "value")
+            present = KeysValues(key_BSKH, value_BSKH)
+            if past is not None:
+                rows_B1 = jnp.arange(x_BLD.shape[0])[:, None]
+                updated = (old.at[rows_B1, slots_BL].set(new) for old, new in zip(past, present, strict=True))
+                present = KeysValues(*updated)
+            y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, present, visible), w["out"])
+            return own_positions(y_BSD, apart=apart, heads=heads), present
+
+        past_split = None if past is None else KeysValues(keys_split, keys_split)
+        ins = (x_split, splits, rows, jax.tree.map(lambda _: rows, visible), past_split, rows)
+        run = map_shards(local, ins, (x_split, KeysValues(keys_split, keys_split)))
+        return run(x_BLD, arrays, rotation, visible, past, slots_BL)
 
 
-def attend(query_BLNH: jax.Array, present: KeysValues, mask_B1LS: jax.Array, *, causal: bool) -> jax.Array:
-    """`causal` says that the mask hides all later positions, which long rows on CPU make use of."""
-    if causal and query_BLNH.shape[1] > blocked_attention.BLOCK and jax.default_backend() == "cpu":
-        split = (query_BLNH, present.keys_BSKH, present.values_BSKH, mask_B1LS)
-        return map_rows(lambda split, _: blocked_attention.causal_attention(*split), split)
-    return jax.nn.dot_product_attention(query_BLNH, present.keys_BSKH, present.values_BSKH, mask=mask_B1LS)
+def own_positions(y_BSD: jax.Array, *, apart: tuple[str, ...], heads: tuple[str, ...]) -> jax.Array:
+    """From every device's share of the heads at all positions to all heads at its own."""
+    if apart and heads:
+        return jax.lax.psum_scatter(y_BSD, apart, scatter_dimension=1, tiled=True)
+    if apart:
+        length = y_BSD.shape[1] // jax.lax.axis_size(apart)
+        return jax.lax.dynamic_slice_in_dim(y_BSD, jax.lax.axis_index(apart) * length, length, axis=1)
+    return jax.lax.psum(y_BSD, heads) if heads else y_BSD
+
+
+def attend(query_BSNH: jax.Array, present: KeysValues, visible: Visible) -> jax.Array:
+    """`y_BSNH`; the kernel by platform, and by whether whole rows or a cache are attended to."""
+    if visible.mask_B1LS is None:
+        assert visible.segments_BL is not None
+        return splash(query_BSNH, *present, visible.segments_BL)
+    long = query_BSNH.shape[1] > blocked_attention.BLOCK
+    if visible.segments_BL is not None and long and platform() == "cpu":
+        return blocked_attention.causal_attention(query_BSNH, *present, visible.mask_B1LS)
+    # cuDNN asks the GPU, so a program compiled for GPUs where there is none goes without.
+    cudnn = jax.default_backend() == "gpu" and query_BSNH.dtype != jnp.float32
+    y_BSNH = jax.nn.dot_product_attention(
+        query_BSNH, *present, mask=visible.mask_B1LS, implementation="cudnn" if cudnn else None
+    )
+    return checkpoint_name(y_BSNH, "attended")
+
+
+SPLASH_BLOCK = 128
+"""Splash attention wants rows of a multiple of this."""
+
+
+def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array) -> jax.Array:
+    """JAX's Pallas flash attention for TPU, causal within segments. Positions of segment 0 see each other, not the
+    earlier positions that `segment_mask` gives them; nothing reads what they see."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, S, N, H = query_BSNH.shape
+    K = key_BSKH.shape[2]
+    block = next(size for size in (512, 256, SPLASH_BLOCK) if S % size == 0)
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    attend_GSH = kernels.make_splash_mqa_single_device(
+        masks.MultiHeadMask([masks.CausalMask((S, S))] * (N // K)), block_sizes=sizes,
+        residual_checkpoint_name="attended", interpret=platform() != "tpu",
+    )  # fmt: skip
+
+    def one_row(query_KGSH, key_KSH, value_KSH, segments_S):
+        ids = kernels.SegmentIds(segments_S, segments_S)
+        return jax.vmap(lambda q, k, v: attend_GSH(q, k, v, segment_ids=ids))(query_KGSH, key_KSH, value_KSH)
+
+    query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    keys_values = (array.transpose(0, 2, 1, 3) for array in (key_BSKH, value_BSKH))
+    y_BKGSH = jax.vmap(one_row)(query_BKGSH, *keys_values, segments_BS)
+    return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
 def rotation(positions_BL: jax.Array, *, head_size: int, theta: float) -> Rotation:

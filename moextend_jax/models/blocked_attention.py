@@ -10,8 +10,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from moextend_jax.sharding import zeros
-
 BLOCK = 64
 """Queries per block; at 512 positions 64 was ahead of 128 and 256 (docs/benchmarks.md)."""
 
@@ -58,7 +56,7 @@ def _backward(saved, dy_nGLH):
     n, G, L, H = query_nGLH.shape
 
     def one(i):
-        d_queries, d_key_LH, d_value_LH = [], zeros((L, H), dy_nGLH), zeros((L, H), dy_nGLH)
+        d_queries, d_key_LH, d_value_LH = [], *[jnp.zeros((L, H), dy_nGLH.dtype)] * 2
         for block, seen in _blocks(L):
             query_GbH, dy_GbH = query_nGLH[i, :, block], dy_nGLH[i, :, block]
             key_sH, value_sH = key_nLH[i, seen], value_nLH[i, seen]

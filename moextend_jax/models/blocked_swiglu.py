@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moextend_jax.sharding import zeros
-
 BLOCK = 64
 """Rows per product. Half a block per expert is wasted on average; 64 was fastest at few and at many rows per expert
 (docs/benchmarks.md)."""
@@ -109,7 +107,7 @@ class _Rows:
         return jnp.pad(jnp.where(real_R1, x_RD, 0), ((0, self.block), (0, 0)))
 
     def zeros(self, width: int, like: jax.Array) -> jax.Array:
-        return zeros((self.R + self.block, width), like)
+        return jnp.zeros((self.R + self.block, width), like.dtype)
 
     def cut(self, x_RD: jax.Array) -> jax.Array:
         return jnp.where(jnp.arange(self.R)[:, None] < self.ends_O[-1], x_RD[: self.R], 0)
@@ -147,7 +145,7 @@ class _Rows:
                     mine_b1 = jnp.arange(self.block)[:, None] < size - i * self.block
                     return body(carry, start + i * self.block, weights, mine_b1)
 
-                start_at = jax.tree.map(lambda w: zeros(w.shape, w), weights)
+                start_at = jax.tree.map(jnp.zeros_like, weights)
                 return lax.fori_loop(0, self.blocks(first + group), one_block, start_at)
 
             sums.append(lax.map(one_group, jnp.arange(part[0].shape[0])))

@@ -13,21 +13,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.grouped_matmul import grouped_matmul
 from moextend_jax.models.parameters import weight
-from moextend_jax.models.router import Routing
+from moextend_jax.sharding import platform
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts of stacked layers: axes `layer_axis` (Z or Y), `group_axis` (E or X), D, F."""
+    """SwiGLU experts of stacked layers; `axes` are those of the gate: "ZEDF", or "YXDf" for new experts."""
 
-    def __init__(self, layer_axis: str, group_axis: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
-        stack = layer_axis + group_axis
-        self.w_gate = weight(stack + "DF", sizes, rngs=rngs, dtype=dtype)
-        self.w_up = weight(stack + "DF", sizes, rngs=rngs, dtype=dtype)
-        self.w_down = weight(stack + "FD", sizes, rngs=rngs, dtype=dtype)
+    def __init__(self, axes: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+        stack, hidden = axes[:2], axes[3]
+        self.w_gate = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
+        self.w_up = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
+        self.w_down = weight(f"{stack}{hidden}D", sizes, rngs=rngs, dtype=dtype)
 
     def weights(self, dtype: Any) -> Weights:
         """One layer's arrays, in the dtype of the activations."""
@@ -35,7 +36,8 @@ class Experts(nnx.Module):
 
 
 class Sorting(NamedTuple):
-    """order_R: row r of the sorted buffer is pick `order_R[r]` (token * k + slot); inverse_R undoes it."""
+    """order_R: row r of the sorted buffer is pick `order_R[r]` (token * k + slot); inverse_R undoes it.
+    sizes_O: rows of each expert; those of ids past the last expert come last and belong to nobody."""
 
     order_R: jax.Array
     inverse_R: jax.Array
@@ -46,28 +48,35 @@ def sort_by_expert(ids_Tk: jax.Array, *, experts: int) -> Sorting:
     ids_R = ids_Tk.reshape(-1)
     order_R = jnp.argsort(ids_R, stable=True)
     inverse_R = jnp.argsort(order_R)
-    return Sorting(order_R, inverse_R, jnp.bincount(ids_R, length=experts).astype(jnp.int32))
+    sizes_O = jnp.bincount(ids_R, length=experts + 1)[:experts]
+    return Sorting(order_R, inverse_R, sizes_O.astype(jnp.int32))
 
 
-def apply_experts(x_TD: jax.Array, routing: Routing, parts: Sequence[Experts]) -> jax.Array:
-    """Sums each token's chosen experts by weight; `parts` hold experts 0..E-1, then E..E+X-1, ..."""
-    top_k = routing.ids_Tk.shape[-1]
+def apply_experts(x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, parts: Sequence[Weights]) -> jax.Array:
+    """Sums each token's chosen experts by weight.
+
+    Args:
+      ids_Tk: `parts` hold experts 0, 1, ... on from one part to the next; a larger id adds nothing (another device's
+        expert).
+    """
+    top_k, experts = ids_Tk.shape[-1], sum(part[0].shape[0] for part in parts)
     with jax.named_scope("dispatch"):
-        sorting = sort_by_expert(routing.ids_Tk, experts=routing.logits_TO.shape[-1])
+        sorting = sort_by_expert(ids_Tk, experts=experts)
         x_RD = dispatch(top_k, x_TD, sorting)
-        weights_R1 = routing.weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
+        weights_R1 = weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
     with jax.named_scope("experts"):
-        y_RD = swiglu(x_RD, weights_R1, tuple(part.weights(x_TD.dtype) for part in parts), sorting.sizes_O)
+        y_RD = swiglu(x_RD, weights_R1, tuple(parts), sorting.sizes_O)
     with jax.named_scope("combine"):
         return combine(top_k, y_RD, sorting)
 
 
 def swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array) -> jax.Array:
     """Each sorted row through its own expert, times its combine weight."""
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return blocked_swiglu(x_RD, weights_R1, parts, sizes_O)
     w_gate, w_up, w_down = zip(*parts, strict=True)
-    gate_RF, up_RF = grouped_matmul(x_RD, w_gate, sizes_O), grouped_matmul(x_RD, w_up, sizes_O)
+    gate_RF = checkpoint_name(grouped_matmul(x_RD, w_gate, sizes_O), "gate")
+    up_RF = checkpoint_name(grouped_matmul(x_RD, w_up, sizes_O), "up")
     return grouped_matmul(jax.nn.silu(gate_RF) * up_RF * weights_R1, w_down, sizes_O)
 
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig
-from moextend_jax.models.attention import Attention, KeysValues, Rotation, rotation
-from moextend_jax.models.experts import Experts, apply_experts
+from moextend_jax.models.attention import Attention, KeysValues, Rotation, Visible, rotation
+from moextend_jax.models.expert_parallel import mixture
+from moextend_jax.models.experts import Experts
 from moextend_jax.models.parameters import constant, weight
-from moextend_jax.models.router import NewColumns, Routing, route, route_extended
-from moextend_jax.sharding import map_rows
+from moextend_jax.models.router import NewColumns, Routing
+from moextend_jax.sharding import constrain
 
 
 class MoE(nnx.Module):
     def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
         self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
-        self.experts = Experts("Z", "E", sizes, rngs=rngs, dtype=dtype)
+        self.experts = Experts("ZEDF", sizes, rngs=rngs, dtype=dtype)
 
 
 class DecoderLayers(nnx.Module):
@@ -57,7 +59,7 @@ class Extension(nnx.Module):
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
         sizes = {**decoder.sizes(), **extension.sizes()}
         self.router = NewColumns(decoder, extension, rngs=rngs, dtype=dtype, std=std)
-        self.new_experts = Experts("Y", "X", sizes, rngs=rngs, dtype=dtype)
+        self.new_experts = Experts("YXDf", sizes, rngs=rngs, dtype=dtype)
 
 
 class Decoded(NamedTuple):
@@ -74,18 +76,21 @@ def run_layers(
     *,
     config: DecoderConfig,
     positions_BL: jax.Array,
-    mask_B1LS: jax.Array,
+    visible: Visible,
     extension: Extension | None = None,
     extension_config: ExtensionConfig | None = None,
     past: KeysValues | None = None,
     slots_BL: jax.Array | None = None,
     remat: str = "none",
+    saved: tuple[str, ...] = (),
+    dispatch: str = "gather",
 ) -> Decoded:
     """Runs all layers in one scan, whose body is compiled once whatever the depth.
 
     Args:
       past: keys and values of earlier positions (stacked over Z); then `slots_BL` says where in S the new ones go.
-      remat: see `ModelConfig.remat`.
+      visible: the segments of a batch's rows, or with `past` a mask.
+      remat, saved, dispatch: see `ModelConfig`.
     """
     turns = rotation(positions_BL, head_size=config.head_size, theta=config.rope_theta)
     slots_BL = positions_BL if slots_BL is None else slots_BL
@@ -94,7 +99,7 @@ def run_layers(
         extension_def, slots, extended_Z = None, None, jnp.zeros(config.layers, bool)
     else:
         extension_def, state = nnx.split(extension)
-        slots, extended_Z = _one_slot_per_layer(state, extension_config.layers, config.layers)
+        slots, extended_Z = _one_slot_per_layer(state, extension_config.layers, config.layers, dtype=x_BLD.dtype)
 
     def layer(x_BLD, layer_slice):
         params, extension_slice, extended, past = layer_slice
@@ -103,38 +108,23 @@ def run_layers(
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
-            return this.attention(normed_BLD, turns, mask_B1LS, past, slots_BL)
+            return this.attention(normed_BLD, turns, visible, past, slots_BL)
 
         if remat == "attention":
             attend = jax.checkpoint(attend)
         with jax.named_scope("attention"):
             y_BLD, present = attend(x_BLD, past)
-            x_BLD = x_BLD + y_BLD
+            x_BLD = checkpoint_name(constrain(x_BLD + y_BLD, "BLd"), "middle")
         normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=config.norm_eps)
-        y_BLD, routing = mixture(normed_BLD, this.moe, new, extended=extended, top_k=config.top_k)
-        return x_BLD + y_BLD, (routing, present)
+        y_BLD, routing = mixture(normed_BLD, this.moe, new, extended=extended, top_k=config.top_k, how=dispatch)
+        return constrain(x_BLD + y_BLD, "BLd"), (routing, present)
 
     if remat == "layer":
-        layer = jax.checkpoint(layer, prevent_cse=False)
+        policy = jax.checkpoint_policies.save_only_these_names(*saved)
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+    x_BLD = constrain(x_BLD, "BLd")
     x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, (layers, slots, extended_Z, past))
     return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=config.norm_eps), routing, keys_values)
-
-
-def mixture(x_BLD: jax.Array, moe: MoE, new: Extension | None, *, extended: jax.Array, top_k: int):
-    """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`; every device routes and computes its own tokens."""
-
-    def local(x_TD, whole):
-        moe, new, extended = whole
-        with jax.named_scope("router"):
-            if new is None:
-                routing, parts = route(x_TD, moe.gate[...], top_k=top_k), [moe.experts]
-            else:
-                routing = route_extended(x_TD, moe.gate[...], new.router, extended=extended, top_k=top_k)
-                parts = [moe.experts, new.new_experts]
-        return apply_experts(x_TD, routing, parts), routing
-
-    y_TD, routing = map_rows(local, x_BLD.reshape(-1, x_BLD.shape[-1]), whole=(moe, new, extended))
-    return y_TD.reshape(x_BLD.shape), routing
 
 
 def logits(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
@@ -148,15 +138,22 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
     return x32_BLD.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None, :]
 
 
-def _one_slot_per_layer(state: nnx.State, extended_layers: tuple[int, ...], layers: int):
+def _one_slot_per_layer(state: nnx.State, extended_layers: tuple[int, ...], layers: int, *, dtype: Any):
     """Extension leaves `[Y, ...]` spread to `[Z, ...]`, zeros on plain layers, as inputs of the scan.
 
     One scan over all layers with zeros is cheaper than it looks: an unchosen expert gets no rows, hence no FLOPs,
-    and the body stays one program without branches, which collectives of a mesh could not cross.
+    and the body stays one program without branches, which collectives of a mesh could not cross. Experts are spread
+    in the dtype they compute in.
     """
     slot_Z = jnp.full(layers, len(extended_layers)).at[jnp.array(extended_layers)].set(jnp.arange(len(extended_layers)))
-    spread = jax.tree.map(lambda leaf: jnp.take(leaf, slot_Z, axis=0, mode="fill", fill_value=0), state)
-    return spread, slot_Z < len(extended_layers)
+
+    def spread(path, param: nnx.Param):
+        leaf = param[...].astype(dtype) if "new_experts" in path else param[...]
+        leaf = constrain(jnp.take(leaf, slot_Z, axis=0, mode="fill", fill_value=0), param.axes)
+        return param.replace(leaf)
+
+    flat = [(path, spread(path, param)) for path, param in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(flat), slot_Z < len(extended_layers)
 
 
 __all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import Batch, ModelConfig
-from moextend_jax.models.attention import KeysValues, segment_mask
+from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
 from moextend_jax.models.vision import Projector, VisionTower
+from moextend_jax.sharding import constrain
 
 
 class MoExtend(nnx.Module):
@@ -35,7 +36,7 @@ class MoExtend(nnx.Module):
         return self.decode(
             self.embed(batch),
             positions_BL=batch.positions_BL,
-            mask_B1LS=segment_mask(batch.segments_BL),
+            visible=Visible.in_rows(batch.segments_BL),
         )
 
     def embed(self, batch: Batch) -> jax.Array:
@@ -60,14 +61,16 @@ class MoExtend(nnx.Module):
                 features_BMPC = features_BMPC.reshape(B, M, *features_BMPC.shape[1:])
         B, M, P, C = features_BMPC.shape
         with jax.named_scope("projector"):
-            return self.projector(features_BMPC.reshape(B, M * P, C).astype(self.config.dtype))
+            image_nPD = self.projector(features_BMPC.reshape(B * M, P, C).astype(self.config.dtype))
+        # The projector computes in its own dtype.
+        return constrain(image_nPD.astype(self.config.dtype).reshape(B, M * P, -1), "BSd")
 
     def decode(
         self,
         x_BLD: jax.Array,
         *,
         positions_BL: jax.Array,
-        mask_B1LS: jax.Array,
+        visible: Visible,
         past: KeysValues | None = None,
         slots_BL: jax.Array | None = None,
     ) -> Decoded:
@@ -76,10 +79,17 @@ class MoExtend(nnx.Module):
             x_BLD,
             config=self.config.decoder,
             positions_BL=positions_BL,
-            mask_B1LS=mask_B1LS,
+            visible=visible,
             extension=self.extension,
             extension_config=self.config.extension,
             past=past,
             slots_BL=slots_BL,
             remat=self.config.remat,
+            saved=self.config.saved,
+            dispatch=self.config.dispatch,
         )
+
+
+def abstract(config: ModelConfig) -> MoExtend:
+    """The model's structure without arrays."""
+    return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))

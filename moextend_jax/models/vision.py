@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import VisionConfig
-from moextend_jax.models.parameters import constant, weight
+from moextend_jax.models.parameters import constant, weight, with_arrays
+from moextend_jax.sharding import Shards, gather, map_shards, module_shards, shards
 
 
 class LayerNorm(nnx.Module):
@@ -121,15 +122,27 @@ class VisionTower(nnx.Module):
     def hidden_state(self, images_nhwc: jax.Array, *, layer: int) -> jax.Array:
         """Hidden state x_nQC: 0 is the input of the first layer, U or -1 the last output; layers above do not run."""
         depth = range(self.config.layers + 1)[layer]
-        graph, stack_U = nnx.split(self.layers)
-        below_U = jax.tree.map(lambda w_U: w_U[:depth], stack_U)
+        arrays, splits = module_shards(self)
+        images = shards("nhwc", images_nhwc.shape)
 
-        def run(x_nQC: jax.Array, one_layer: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, one_layer)(x_nQC), None
+        def local(images_nhwc, arrays):
+            """Every device its own images, with a layer's weights gathered while it runs."""
+            here = {path: leaf if path.startswith("layers/") else gather(leaf, splits[path])
+                    for path, leaf in arrays.items()}  # fmt: skip
+
+            def run(x_nQC: jax.Array, one_layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+                whole = {
+                    path: gather(leaf, splits[f"layers/{path}"].without_first()) for path, leaf in one_layer.items()
+                }
+                return with_arrays(self.layers, whole)(x_nQC), None
+
+            stacked = (path for path in arrays if path.startswith("layers/"))
+            below_U = {path.removeprefix("layers/"): here[path][:depth] for path in stacked}
+            return jax.lax.scan(run, with_arrays(self, here).embed(images_nhwc), below_U)[0]
 
         with jax.named_scope("vision_tower"):
-            x_nQC, _ = jax.lax.scan(run, self.embed(images_nhwc), below_U)
-        return x_nQC
+            run = map_shards(local, (images, splits), Shards("nQc", (images.split[0], (), ())))
+            return run(images_nhwc, arrays)
 
     def embed(self, images_nhwc: jax.Array) -> jax.Array:
         p = self.config.patch_size
@@ -147,11 +160,18 @@ class Projector(nnx.Module):
         """`sizes` holds C (tower) and D (decoder); d is D as an input axis, so that no letter stands twice."""
         sizes = {**sizes, "d": sizes["D"]}
         # The spread of PyTorch's Linear, from which LLaVA's and the released projector start.
-        self.first = weight("CD", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["C"]) ** -0.5)
-        self.first_bias = constant("D", sizes, dtype=dtype, value=0.0)
+        self.first = weight("Cd", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["C"]) ** -0.5)
+        self.first_bias = constant("d", sizes, dtype=dtype, value=0.0)
         self.second = weight("dD", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["D"]) ** -0.5)
         self.second_bias = constant("D", sizes, dtype=dtype, value=0.0)
 
     def __call__(self, x_nPC: jax.Array) -> jax.Array:
-        h_nPD = gelu(jnp.einsum("nPC,CD->nPD", x_nPC, self.first[...]) + self.first_bias[None, None])
-        return jnp.einsum("nPd,dD->nPD", h_nPD, self.second[...]) + self.second_bias[None, None]
+        arrays, splits = module_shards(self)
+        images = Shards("nPc", (shards("n", x_nPC.shape).split[0], (), ()))
+
+        def local(x_nPC, arrays):
+            w = {name: gather(leaf, splits[name]) for name, leaf in arrays.items()}
+            h_nPd = gelu(jnp.einsum("nPC,Cd->nPd", x_nPC, w["first"]) + w["first_bias"][None, None])
+            return jnp.einsum("nPd,dD->nPD", h_nPd, w["second"]) + w["second_bias"][None, None]
+
+        return map_shards(local, (images, splits), images)(x_nPC, arrays)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from moextend_jax.config import IGNORE, ModelConfig, Recipe
 from moextend_jax.models.mixtral import logits
 from moextend_jax.models.router import Routing
-from moextend_jax.sharding import map_rows, zeros
+from moextend_jax.sharding import Shards, gather, map_shards, shards
 
 
 class Losses(NamedTuple):
@@ -42,18 +42,28 @@ def cross_entropy(
     """
     targets_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
-    def local(split, head_DV):
-        hidden_TD, targets_T = (array.reshape(-1, *array.shape[2:]) for array in split)
+    tokens = shards("BLd", hidden_BLD.shape)
+    head = shards("DV", head_DV.shape)
+
+    def local(hidden_BLD, targets_BL, head_DV):
+        hidden_TD, targets_T = hidden_BLD.reshape(-1, hidden_BLD.shape[-1]), targets_BL.reshape(-1)
         order_T = jnp.argsort(targets_T == IGNORE, stable=True)
         rest = -len(order_T) % chunk
         targets_T = jnp.pad(targets_T[order_T], (0, rest), constant_values=IGNORE)
         hidden_TD = jnp.pad(hidden_TD[order_T], ((0, rest), (0, 0)))
-        nats = _sum_of_nats(chunk, hidden_TD, head_DV.astype(hidden_TD.dtype), targets_T)
+        nats = _sum_of_nats(chunk, hidden_TD, gather(head_DV.astype(hidden_TD.dtype), head), targets_T)
         return cast(jax.Array, nats)[None]
 
+    ins = (tokens, Shards("BL", tokens.split[:2]), head)
     with jax.named_scope("cross_entropy"):
-        total = map_rows(local, (hidden_BLD, targets_BL), whole=head_DV).sum()
-    return total, (targets_BL != IGNORE).sum()
+        by_device = map_shards(local, ins, Shards("T", (tokens.over("BL"),)))(hidden_BLD, targets_BL, head_DV)
+        total = by_device.sum()
+    return total, labelled_tokens(labels_BL)
+
+
+def labelled_tokens(labels_BL: jax.Array) -> jax.Array:
+    """How many positions are predicted: nobody predicts the first of a row."""
+    return (labels_BL[:, 1:] != IGNORE).sum()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,7 +72,7 @@ def _sum_of_nats(chunk, hidden_TD, head_DV, targets_T):
         hidden_cD, targets_c = _piece(i, chunk, hidden_TD, targets_T)
         return total + _nats(logits(hidden_cD, head_DV), targets_c)[0]
 
-    return jax.lax.fori_loop(0, _chunks(targets_T, chunk), one_chunk, _zero(hidden_TD))
+    return jax.lax.fori_loop(0, _chunks(targets_T, chunk), one_chunk, jnp.float32(0))
 
 
 def _nats(logits_cV, targets_c):
@@ -91,8 +101,8 @@ def _sum_of_nats_fwd(chunk, hidden, head, targets):
         return total + nats, d_hidden_TD, d_head_DV
 
     # A frozen head has no gradient.
-    d_head_DV = zeros(head_DV.shape, head_DV).astype(jnp.float32) if head.perturbed else None
-    start = (_zero(hidden_TD), zeros(hidden_TD.shape, hidden_TD), d_head_DV)
+    d_head_DV = jnp.zeros(head_DV.shape, jnp.float32) if head.perturbed else None
+    start = (jnp.float32(0), jnp.zeros_like(hidden_TD), d_head_DV)
     total, *gradients = jax.lax.fori_loop(0, _chunks(targets_T, chunk), one_chunk, start)
     return total, (gradients, jnp.zeros(0, head_DV.dtype))
 
@@ -113,10 +123,6 @@ def _chunks(targets_T: jax.Array, chunk: int) -> jax.Array:
 
 def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
     return [jax.lax.dynamic_slice_in_dim(array, i * chunk, chunk) for array in arrays]
-
-
-def _zero(like: jax.Array) -> jax.Array:
-    return zeros((), like).astype(jnp.float32)
 
 
 def load(routing: Routing, valid_T: jax.Array) -> Load:
@@ -149,11 +155,17 @@ def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
 AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "released": aux_released}
 
 
-def losses(model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int) -> tuple[Losses, Routing]:
-    """All losses of a `MoExtend` model on a `Batch`, and the routing they came from."""
+def losses(
+    model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int, tokens: jax.Array | None = None
+) -> tuple[Losses, Routing]:
+    """All losses of a `MoExtend` model on a `Batch`, and the routing they came from.
+
+    Args:
+      tokens: by what the sum of the cross-entropy is divided; None: the batch's labelled tokens.
+    """
     decoded = model(batch)
-    total_ce, tokens = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
-    ce = total_ce / jnp.maximum(tokens, 1)
+    total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
+    ce = total_ce / jnp.maximum(labelled if tokens is None else tokens, 1)
     valid_T = batch.segments_BL.reshape(-1) > 0
     aux = AUX[recipe.aux_loss](load(decoded.routing, valid_T), config=model.config)
-    return Losses(ce + aux_coefficient * aux, ce, aux, tokens), decoded.routing
+    return Losses(ce + aux_coefficient * aux, ce, aux, labelled), decoded.routing

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from moextend_jax.config import Batch, Recipe
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import with_arrays
-from moextend_jax.train.loss import losses
+from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.sharding import constrain, split_rows
+from moextend_jax.train.loss import labelled_tokens, losses
 
 
 class TrainState(NamedTuple):
@@ -34,22 +36,50 @@ def make_step(
     recipe: Recipe,
     aux_coefficient: float,
     loss_chunk: int,
+    accumulate: int = 1,
 ):
     """The jitted step. `model` gives the structure only; its arrays come as `state.trainable` and `frozen`.
 
     The gradient is taken of the trainable dict alone, so no gradient, norm or moment of a frozen leaf exists. The
     state is donated; the frozen leaves are arguments, never constants of the program.
-    """
 
-    def loss_of(trainable, frozen, batch: Batch):
+    Args:
+      accumulate: parts the batch's rows are computed in, one after another, with one update at the end. The loss is
+        the whole batch's mean over labelled tokens all the same; load balancing is the mean over the parts.
+    """
+    axes = {path: param.axes for path, param in by_path(nnx.state(model, nnx.Param)).items()}
+
+    def loss_of(trainable, frozen, batch: Batch, tokens):
         whole = with_arrays(model, {**trainable, **frozen})
-        losses_, _ = losses(whole, batch, recipe=recipe, aux_coefficient=aux_coefficient, chunk=loss_chunk)
+        losses_, _ = losses(
+            whole, batch, recipe=recipe, aux_coefficient=aux_coefficient, chunk=loss_chunk, tokens=tokens
+        )
         return losses_.total, losses_
 
+    def value_and_gradient(trainable, frozen, batch: Batch):
+        gradient_of = jax.grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            return gradient_of(trainable, frozen, batch, None)
+        tokens = labelled_tokens(batch.labels_BL) / accumulate
+
+        def part(total, batch):
+            added = gradient_of(trainable, frozen, batch, tokens)
+            return jax.tree.map(jnp.add, total, added), None
+
+        parts = jax.tree.map(lambda leaf: split_rows(leaf, accumulate), batch)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(
+            gradient_of, trainable, frozen, jax.tree.map(lambda leaf: leaf[0], parts), tokens))  # fmt: skip
+        gradient, losses_ = jax.lax.scan(part, start, parts)[0]
+        gradient, mean = jax.tree.map(lambda leaf: leaf / accumulate, (gradient, losses_))
+        return gradient, mean._replace(tokens=losses_.tokens)
+
     def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
-        gradient, losses_ = jax.grad(loss_of, has_aux=True)(state.trainable, frozen, batch)
+        gradient, losses_ = value_and_gradient(state.trainable, frozen, batch)
+        gradient = {path: constrain(leaf, axes[path]) for path, leaf in gradient.items()}
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
+        # As they came, so that the donated buffers take them.
+        trainable = {path: constrain(leaf, axes[path]) for path, leaf in trainable.items()}
         metrics = {
             "loss": losses_.total,
             "ce": losses_.ce,

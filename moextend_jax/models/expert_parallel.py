@@ -1,0 +1,218 @@
+"""Where tokens meet their experts on a mesh: `x_BLD -> (y_BLD, Routing)`, dropless.
+
+Pretrained experts are split over devices by number (mesh axis "expert") and by hidden width ("tensor"), new ones by
+hidden width over both; "fsdp" splits everything for storage and is gathered for use. The devices that hold all experts
+of a layer between them are a group. TABLE of dispatches, each of one signature:
+
+    gather    every device of the group sees the group's tokens, computes its own experts' rows and its slice of the
+              new experts, and the sums are scattered back: any backend, balanced for new experts
+    exchange  rows travel to the device that holds their expert and back (`ragged_all_to_all`), new experts are
+              gathered and computed where the tokens are: TPU and GPU; on CPU the same arithmetic on gathered rows
+
+docs/plans.md has what each costs. Everything runs in one `shard_map`, whose transpose is the backward pass: a
+reduce-scatter for what trains, nothing for what is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moextend_jax.models.blocked_swiglu import Weights
+from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.models.router import Routing, route, route_extended
+from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
+
+
+class Split(NamedTuple):
+    """How a layer's experts and tokens are split over mesh axes; () where nothing splits them.
+
+    expert: pretrained experts by number; tensor: by hidden width; new: new experts by hidden width; tokens.
+    """
+
+    expert: tuple[str, ...]
+    tensor: tuple[str, ...]
+    new: tuple[str, ...]
+    tokens: tuple[str, ...]
+
+
+def mixture(x_BLD: jax.Array, moe: Any, new: Any, *, extended: jax.Array, top_k: int, how: str = "gather"):
+    """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
+
+    Args:
+      moe: modules `gate`, `experts` of one layer. new: its extension (`router`, `new_experts`), or None.
+      extended: bool scalar, false on layers whose extension is only a placeholder of zeros.
+      how: a row of DISPATCHES.
+    """
+    x_split = shards("BLd", x_BLD.shape)
+    arrays, splits = zip(*(module_shards(module) if module else ({}, {}) for module in (moe, new)), strict=True)
+    experts, new_experts = splits[0]["experts/w_gate"], splits[1].get("new_experts/w_gate")
+    split = Split(
+        experts.over("E"), experts.over("F"), new_experts.over("f") if new_experts else (), x_split.over("BL")
+    )
+    # Mesh axes over which an expert stays split in use: where tokens come to the experts, a new one's slices too.
+    kept = {"experts": split.expert + split.tensor}
+    kept["new_experts"] = kept["experts"] if how == "gather" else split.tensor
+
+    def local(x_BLD, arrays, extended):
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        this, added = map(whole, (moe, new), arrays, splits)
+        with jax.named_scope("router"):
+            if added is None:
+                routing = route(x_TD, this.gate[...], top_k=top_k)
+            else:
+                routing = route_extended(x_TD, this.gate[...], added.router, extended=extended, top_k=top_k)
+        parts = [this.experts.weights(x_TD.dtype), *([added.new_experts.weights(x_TD.dtype)] if added else [])]
+        y_TD = DISPATCHES[how](x_TD, routing, parts, split)
+        return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
+
+    def whole(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:
+        """The module with its parameters as this device uses them."""
+
+        def used(path: str, leaf: jax.Array) -> jax.Array:
+            kind = path.partition("/")[0]
+            leaf = leaf.astype(x_BLD.dtype) if kind.endswith("experts") else leaf
+            return gather(leaf, splits[path], keep=kept.get(kind, ()))
+
+        return module and with_arrays(module, {path: used(path, leaf) for path, leaf in arrays.items()})
+
+    y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ())), x_split)(x_BLD, arrays, extended)
+    return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
+
+
+def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split) -> jax.Array:
+    """Tokens come to the experts: all-gather within the group, reduce-scatter of the results."""
+    group = split.expert + split.tensor
+    together = tuple(axis for axis in group if axis in split.tokens)
+    x_TD, ids_Tk, weights_Tk = (_gathered(array, together) for array in (x_TD, routing.ids_Tk, routing.weights_Tk))
+
+    pretrained, *new = parts
+    here = pretrained[0].shape[0]
+    experts = here * _devices(split.expert)
+    local_Tk = ids_Tk - _index(split.expert) * here
+    is_here_Tk = (local_Tk >= 0) & (local_Tk < here) & (ids_Tk < experts)
+    if not new:
+        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts)
+    elif new[0][0].shape[-1] == pretrained[0].shape[-1]:  # one buffer of rows serves both
+        added = new[0][0].shape[0]
+        local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
+        local_Tk = jnp.where(ids_Tk >= experts, ids_Tk - experts + here, local_Tk)
+        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split), parts)
+    else:
+        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, [pretrained])
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new[0], group, split)
+    return _summed(y_TD, group, together)
+
+
+def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split) -> jax.Array:
+    """Rows go to the experts and come back: `ragged_all_to_all` over the expert axis, twice.
+
+    Every buffer has room for all rows of the group, because all may choose one device's experts: nothing is dropped.
+    """
+    together = tuple(axis for axis in split.tensor if axis in split.tokens)
+    x_TD, ids_Tk, weights_Tk = (_gathered(array, together) for array in (x_TD, routing.ids_Tk, routing.weights_Tk))
+
+    pretrained, *new = parts
+    here, top_k = pretrained[0].shape[0], ids_Tk.shape[-1]
+    devices, me = _devices(split.expert), _index(split.expert)
+    experts = here * devices
+    sorting = sort_by_expert(ids_Tk, experts=experts)
+    x_RD = dispatch(top_k, x_TD, sorting)
+    weights_R1 = weights_Tk.reshape(-1)[sorting.order_R][:, None]
+
+    counts_pqe = _gathered(sorting.sizes_O[None], split.expert).reshape(devices, devices, here)
+    rows_pq = counts_pqe.sum(axis=-1)
+    before_p, before_q = _before(rows_pq, axis=0), _before(rows_pq, axis=1)
+    there = _Trip(before_q[me], rows_pq[me], before_p[me], rows_pq[:, me])
+    back = _Trip(before_p[:, me], rows_pq[:, me], before_q[:, me], rows_pq[me])
+    room = devices * len(x_RD)
+    arrived_RD, arrived_weights_R1 = (there.send(array, room, split.expert) for array in (x_RD, weights_R1))
+
+    counts_pe = counts_pqe[:, me]
+    expert_R = jnp.repeat(jnp.tile(jnp.arange(here), devices), counts_pe.reshape(-1), total_repeat_length=room)
+    expert_R1 = jnp.where(jnp.arange(room) < counts_pe.sum(), expert_R, here)[:, None]
+    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained])
+    y_TD = combine(top_k, back.send(y_RD, len(x_RD), split.expert), sorting)
+    if new:
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new[0], split.tensor, split)
+    return _summed(y_TD, split.tensor, together)
+
+
+DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split], jax.Array]] = {
+    "gather": gather_tokens,
+    "exchange": exchange_rows,
+}
+
+
+class _Trip(NamedTuple):
+    """Who sends which rows where, seen from one device: to each device q `sizes_q` rows from `starts_q` on, to its
+    place `places_q`; from each device p come `arriving_p`."""
+
+    starts_q: jax.Array
+    sizes_q: jax.Array
+    places_q: jax.Array
+    arriving_p: jax.Array
+
+    def send(self, x_RD: jax.Array, room: int, axes: tuple[str, ...]) -> jax.Array:
+        out_RD = jnp.zeros((room, x_RD.shape[1]), x_RD.dtype)
+        if not axes:
+            return lax.dynamic_update_slice_in_dim(out_RD, x_RD, 0, axis=0)
+        if platform() != "cpu":
+            (axis,) = axes
+            sizes = (self.starts_q, self.sizes_q, self.places_q, self.arriving_p)
+            return lax.ragged_all_to_all(x_RD, out_RD, *sizes, axis_name=axis)
+        # The same by hand: of every device's rows take those meant for this one.
+        rows_pRD, *offsets = (_gathered(array[None], axes) for array in (x_RD, *self[:3]))
+        starts_p, sizes_p, places_p = (offset_pq[:, _index(axes)] for offset_pq in offsets)
+        row_R1 = jnp.arange(room)[:, None]
+        from_Rp = (row_R1 >= places_p[None]) & (row_R1 < (places_p + sizes_p)[None])
+        sender_R = jnp.argmax(from_Rp, axis=1)
+        index_R = starts_p[sender_R] + jnp.arange(room) - places_p[sender_R]
+        return jnp.where(from_Rp.any(axis=1)[:, None], rows_pRD[sender_R, index_R], out_RD)
+
+
+def _new_alone(x_TD, ids_Tk, weights_Tk, part: Weights, group: tuple[str, ...], split: Split) -> jax.Array:
+    """The new experts' share of the sum; `ids_Tk` is negative for pretrained ones. A token chooses each new expert at
+    most once, so it needs no more rows than there are new experts."""
+    X, top_k = part[0].shape[0], ids_Tk.shape[-1]
+    is_new_Tk = ids_Tk >= 0
+    slots_Tk = jnp.argsort(~is_new_Tk, axis=1, stable=True)[:, : min(X, top_k)]
+    ids_Tk, weights_Tk, is_new_Tk = (
+        jnp.take_along_axis(array, slots_Tk, axis=1) for array in (ids_Tk, weights_Tk, is_new_Tk)
+    )
+    return apply_experts(x_TD, jnp.where(is_new_Tk, ids_Tk, X), _shared(weights_Tk, is_new_Tk, group, split), [part])
+
+
+def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], split: Split) -> jax.Array:
+    """Where several devices of the group hold the same slice of a new expert, each contributes its part of the sum."""
+    repeats = _devices(tuple(axis for axis in group if axis not in split.new))
+    return weights_Tk if repeats == 1 else jnp.where(is_new_Tk, weights_Tk / repeats, weights_Tk)
+
+
+def _gathered(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.all_gather(array, axes, axis=0, tiled=True) if axes else array
+
+
+def _summed(y_TD: jax.Array, group: tuple[str, ...], together: tuple[str, ...]) -> jax.Array:
+    """Over the group; each device keeps its own tokens, or all of them where the tokens were never split."""
+    if together:
+        y_TD = lax.psum_scatter(y_TD, together, scatter_dimension=0, tiled=True)
+    same = tuple(axis for axis in group if axis not in together)
+    return lax.psum(y_TD, same) if same else y_TD
+
+
+def _before(sizes: jax.Array, *, axis: int) -> jax.Array:
+    return jnp.cumsum(sizes, axis=axis) - sizes
+
+
+def _devices(axes: tuple[str, ...]) -> int:
+    return lax.axis_size(axes) if axes else 1
+
+
+def _index(axes: tuple[str, ...]) -> jax.Array | int:
+    return lax.axis_index(axes) if axes else 0

@@ -1,0 +1,68 @@
+"""TPU kernels, interpreted on CPU, compute what the plain code does, with gradients."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moextend_jax.models.attention import segment_mask, splash
+from moextend_jax.models.grouped_matmul import megablox, ragged_dot
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize("sizes", [(5, 0, 9, 2), (0, 16, 0, 0), (3, 3, 0, 1), (0, 0, 0, 0)])
+@pytest.mark.parametrize("trained", [(), (1,), (0, 1)])
+def test_megablox_equals_ragged_dot_where_rows_belong_to_somebody(sizes: tuple[int, ...], trained: tuple[int, ...]):
+    """What the kernel leaves unwritten past the last group (NaN when interpreted) reaches nobody."""
+    x_RD, dy_RF, sizes_O = normal(16, 8), normal(16, 24), jnp.asarray(sizes, jnp.int32)
+    parts = [normal(3, 8, 24), normal(1, 8, 24)]
+
+    def run(kernel):
+        def of(x_RD, some):
+            return kernel(x_RD, tuple(some.get(n, part) for n, part in enumerate(parts)), sizes_O)
+
+        y_RF, pull = jax.vjp(of, x_RD, {n: parts[n] for n in trained})
+        return y_RF, *pull(dy_RF)
+
+    got, expected = run(megablox), run(ragged_dot)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
+    assert len(jax.tree.leaves(got)) == 2 + len(trained)
+
+
+def test_megablox_computes_no_gradient_of_a_frozen_part():
+    x_RD, parts, sizes_O = normal(16, 8), (normal(3, 8, 24), normal(1, 8, 24)), jnp.array([5, 5, 3, 3], jnp.int32)
+
+    def total(x_RD, new):
+        return megablox(x_RD, (parts[0], new), sizes_O).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x_RD, parts[1]))
+    assert program.count("name=tgmm") == 1 or program.count("tgmm") == 1
+    assert "f32[3,8,24]" not in "".join(line for line in program.splitlines() if "tgmm" in line)
+
+
+def test_splash_attention_equals_the_masked_one_with_gradients():
+    B, S, N, K, H = 2, 128, 4, 2, 16
+    query, key, value, dy = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H), normal(B, S, N, H)
+    segments_BS = np.ones((B, S), np.int32)
+    segments_BS[0, 50:] = 2  # two conversations
+    segments_BS[1, 100:] = 0  # padding
+    real = jnp.asarray(segments_BS > 0)[..., None, None]
+
+    def plain(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, mask=segment_mask(jnp.asarray(segments_BS))) * real
+
+    def ours(query, key, value):
+        return splash(query, key, value, jnp.asarray(segments_BS)) * real
+
+    (y, pull), (mine, mine_pull) = (jax.vjp(function, query, key, value) for function in (plain, ours))
+    np.testing.assert_allclose(mine, y, atol=1e-4, rtol=0)
+    for got, expected in zip(mine_pull(dy), pull(dy), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
