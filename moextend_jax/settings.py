@@ -32,6 +32,8 @@ class StageSettings:
     images_per_row: int = 1
     conversations_per_row: int = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
+    conversation_length: int = 0
+    """Most tokens of one conversation in a packed row; 0 is the row's length."""
     too_long: Literal["error", "drop_turns"] = "error"
     loss_chunk: int = 1024
     """Labelled positions that go through the head at once on a device."""

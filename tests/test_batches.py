@@ -157,6 +157,16 @@ def test_hosts_share_the_rows(source, features):
         make(source, features, shard=Shard(0, ROWS + 1))
 
 
+@pytest.mark.parametrize(("hosts", "rows"), [(2, 2), (4, 1), (3, 2)])
+def test_hosts_together_read_the_batches_of_one(source, features, hosts: int, rows: int, monkeypatch):
+    monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 14)  # several windows, which hosts do not divide
+    kept: dict[str, Any] = {"conversations_per_row": 1, "seed": 5, "epochs": 3}
+    alone = [sorted(answers(batch)) for batch in make(source, features, batch_size=hosts * rows, **kept)]
+    shards = [make(source, features, batch_size=rows, shard=Shard(n, hosts), **kept) for n in range(hosts)]
+    together = [sorted(answer for part in parts for answer in answers(part)) for parts in zip(*shards, strict=True)]
+    assert together == alone and sorted(sum(alone, [])) == sorted([*range(ROWS)] * 3)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resumed_equals_uninterrupted(source, features, workers):
     dataset = make(source, features, epochs=None, workers=workers)
@@ -182,6 +192,13 @@ def test_what_does_not_fit_is_named(source, features):
         list(make(source, features, length=12))
     with pytest.raises(MoextendError, match=r"row\d+: 2 images, but a row holds 1"):
         list(make(source, features, images_per_row=1))
+
+
+def test_a_conversation_has_a_limit_of_its_own_in_longer_rows(source, features):
+    whole = list(make(source, features, length=128, conversation_length=64, images_per_row=6))
+    assert sorted(all_answers(whole)) == list(range(ROWS)) and max(batch.segments_BL.max() for batch in whole) > 2
+    with pytest.raises(MoextendError, match=r"row\d+: .* do not fit a row of 12"):
+        list(make(source, features, length=128, conversation_length=12))
 
 
 def test_an_error_in_a_worker_process_stays_one_clear_line(source, features):

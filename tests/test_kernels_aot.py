@@ -63,7 +63,9 @@ def compiled(name: str, mesh_shape: tuple[int, ...], how: str, gradient: str):
 
 def products(name: str, gradient: str) -> float:
     """FLOPs on all four chips in units of all rows through one matrix."""
-    return 4 * compiled(name, (1, 4, 1, 1), "gather", gradient).cost_analysis()["flops"] / ONE_PRODUCT
+    costs = compiled(name, (1, 4, 1, 1), "gather", gradient).cost_analysis()
+    assert costs is not None
+    return 4 * costs["flops"] / ONE_PRODUCT
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -85,12 +87,13 @@ def test_frozen_experts_have_no_weight_gradient(name: str):
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 4, 1), (1, 2, 2, 1), (1, 1, 2, 2)])
 def test_both_dispatches_compile(mesh_shape: tuple[int, ...], how: str):
     analysis = compiled("v5e:2x2", mesh_shape, how, "extension").memory_analysis()
-    assert analysis.temp_size_in_bytes > 0
+    assert analysis is not None and analysis.temp_size_in_bytes > 0
 
 
 def test_gradients_of_new_experts_are_split_as_the_experts_are():
     """Each chip's part of the gradient is what its part of the weights is: nothing whole anywhere in the outputs."""
     analysis = compiled("v5e:2x2", (1, 2, 2, 1), "gather", "extension").memory_analysis()
+    assert analysis is not None
     new_experts, x = 3 * D * F * 2, ROWS * LENGTH * D * 2
     assert analysis.output_size_in_bytes == pytest.approx((new_experts + x) / 4, rel=0.05)
     assert np.isfinite(analysis.temp_size_in_bytes)

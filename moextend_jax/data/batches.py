@@ -27,7 +27,8 @@ from moextend_jax.data.packing import Item, Row, empty_row, pack
 from moextend_jax.data.tokenizer import Tokenizer
 
 WINDOW = 256
-"""Conversations that are read and packed together."""
+"""Conversations that are read and packed together. A window's last rows stay partly empty (docs/benchmarks.md), and a
+resumed run reads at most this many again."""
 
 
 class Shard(NamedTuple):
@@ -84,6 +85,7 @@ def batches(
     batch_size: int,
     images_per_row: int = 1,
     conversations_per_row: int | None = None,
+    conversation_length: int | None = None,
     seed: int | None = 0,
     epochs: int | None = None,
     shard: Shard = Shard(),  # noqa: B008  (immutable)
@@ -97,10 +99,14 @@ def batches(
       images: where pixels or features come from; None leaves every image out (and its `<image>` mark), which is
         how the question alone is asked.
       conversations_per_row: at most so many share a row; 1 is one conversation per row, None as many as fit.
+      conversation_length: most tokens of one conversation; None is a whole row. Rows of several times this length
+        can be filled where single ones can not (docs/benchmarks.md).
       seed: order of the rows, another in every epoch; None keeps the source's order.
       epochs: None goes on for ever. At the end of the last one the batch is filled up with empty rows; hosts may
-        then differ by a batch, so with several hosts count steps instead.
+        then differ by a batch, so with several hosts count steps instead, or use `distributed.in_step`.
       batch_size: rows on this host.
+      shard: this host's part. Each conversation is on one host, once an epoch; with one conversation per row the
+        hosts' batches together are those of a single host.
       workers: processes that read, encode and decode; 0 does it in the caller's process.
       too_long: `drop_turns` leaves out trailing question-answer pairs that do not fit.
       parts: what of an example is fed; `bare_question` is `conversations.encode_bare_question`.
@@ -115,7 +121,7 @@ def batches(
         recipe=recipe,
         images=images,
         patches=patches,
-        length=length,
+        length=min(length, conversation_length or length),
         images_per_row=images_per_row,
         too_long=too_long,
         parts=parts,
@@ -198,7 +204,11 @@ def _pipeline(
     indices = grain.MapDataset.range(len(source))
     if seed is not None:
         indices = indices.seed(seed).shuffle()
-    windows = indices.slice(slice(shard.index, None, shard.count)).repeat(epochs).batch(WINDOW)
+    indices = indices.repeat(epochs)
+    if conversations_per_row == 1:
+        windows = indices.batch(WINDOW).map_with_index(_Deal(shard=shard, seed=seed))
+    else:
+        windows = indices.slice(slice(shard.index, None, shard.count)).batch(WINDOW)
     to_rows = _WindowToRows(
         source=source,
         encode=encode,
@@ -209,7 +219,7 @@ def _pipeline(
             patches=patches,
             conversations_per_row=conversations_per_row,
         ),
-        seed=seed,
+        seed=None if conversations_per_row == 1 else seed,
     )
     # Threads would only take turns: the work is Python.
     rows = grain.experimental.FlatMapIterDataset(
@@ -222,6 +232,21 @@ def _pipeline(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own
     return made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Deal(grain.transforms.MapWithIndex):
+    """A window's rows, dealt one by one to the hosts: together they read the batches that one host would read."""
+
+    shard: Shard
+    seed: int | None
+
+    def map_with_index(self, index: int, element: np.ndarray) -> np.ndarray:
+        order = list(range(len(element)))
+        if self.seed is not None:
+            np.random.default_rng([self.seed, *element]).shuffle(order)  # pyright: ignore[reportArgumentType]
+        mine = order[(self.shard.index - index * WINDOW) % self.shard.count :: self.shard.count]
+        return element[np.array(mine, np.int64)]
 
 
 @dataclass(frozen=True, kw_only=True)

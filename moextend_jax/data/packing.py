@@ -1,7 +1,12 @@
-"""Conversations of different lengths into rows of one length: first-fit, longest first, spans never cut.
+"""Conversations of different lengths into rows of one length; spans are never cut.
 
 Goes in: a window of `Encoded` conversations, each with the row numbers of its images. Comes out: `Row`s of L
 tokens and M image slots. A window is packed on its own, so the pipeline's place is just a window number.
+
+A row takes the shortest conversation left and the others that fill it best, found exactly (a subset sum that prefers
+short ones). Images make lengths so much alike that first-fit, longest first, leaves gaps that nothing fits: three to
+five times the padding in rows of four or five conversations. `benchmarks/packing.py` has the figures, and how full
+rows can be at all.
 """
 
 from __future__ import annotations
@@ -38,20 +43,45 @@ def pack(
 
     With one conversation per row the order is kept.
     """
-    most = conversations_per_row or len(items)
-    lengths = np.array([len(item.encoded.ids_L) for item in items])
-    order = np.arange(len(items)) if most == 1 else np.argsort(-lengths, kind="stable")
-    bins: list[list[Item]] = [[] for _ in items]
-    free, slots, room = np.full(len(items), length), np.full(len(items), images_per_row), np.full(len(items), most)
-    for n in order.tolist():
-        item = items[n]
-        fits = (free >= lengths[n]) & (slots >= len(item.image_rows)) & (room > 0)
-        row = int(np.argmax(fits))
-        bins[row].append(item)
-        free[row] -= lengths[n]
-        slots[row] -= len(item.image_rows)
-        room[row] -= 1
-    return [_row(some, length, images_per_row, patches) for some in bins if some]
+    if conversations_per_row == 1:
+        return [_row([item], length, images_per_row, patches) for item in items]
+    # What a row has of each kind, and what an item takes of it.
+    limited = conversations_per_row is not None
+    room = np.array([conversations_per_row or 0, images_per_row, length])
+    takes = [np.array([int(limited), len(item.image_rows), len(item.encoded.ids_L)]) for item in items]
+    left = sorted(range(len(items)), key=lambda n: takes[n][-1])
+    rows = []
+    while left:
+        first, *left = left
+        chosen = _best_fill([takes[n] for n in left], room - takes[first])
+        rows.append(_row([items[n] for n in (first, *(left[k] for k in chosen))], length, images_per_row, patches))
+        left = [n for k, n in enumerate(left) if k not in chosen]
+    return rows
+
+
+def _best_fill(takes: list[np.ndarray], room: np.ndarray) -> list[int]:
+    """Which of `takes` to choose so that their sum is within `room` and its last entry, the length, is largest.
+
+    `reached[k]` holds the sums that the first k can make; the search ends at the first k that fills the row.
+    """
+    reached = [np.zeros(room + 1, bool)]
+    reached[0][0, 0, 0] = True
+    for take in takes:
+        if (take > room).any():
+            reached.append(reached[-1])
+            continue
+        with_it = reached[-1].copy()
+        with_it[tuple(slice(n, None) for n in take)] |= reached[-1][tuple(slice(0, n) for n in room + 1 - take)]
+        reached.append(with_it)
+        if with_it[..., -1].any():
+            break
+    sums = np.argwhere(reached[-1])
+    total, chosen = sums[sums[:, -1].argmax()], []
+    for k in reversed(range(len(reached) - 1)):
+        if not reached[k][tuple(total)]:  # only with item k
+            chosen.append(k)
+            total = total - takes[k]
+    return chosen[::-1]
 
 
 def empty_row(*, length: int, images_per_row: int) -> Row:

@@ -84,9 +84,8 @@ class Attention(nnx.Module):
             y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, present, visible), w["out"])
             return own_positions(y_BSD, apart=apart, heads=heads), present
 
-        past_split = None if past is None else KeysValues(keys_split, keys_split)
-        ins = (x_split, splits, rows, jax.tree.map(lambda _: rows, visible), past_split, rows)
-        run = map_shards(local, ins, (x_split, KeysValues(keys_split, keys_split)))
+        ins = (x_split, splits, rows, rows, keys_split, rows)  # those that are None have no parts to split
+        run = map_shards(local, ins, (x_split, keys_split))
         return run(x_BLD, arrays, rotation, visible, past, slots_BL)
 
 
@@ -142,8 +141,8 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
         return jax.vmap(lambda q, k, v: attend_GSH(q, k, v, segment_ids=ids))(query_KGSH, key_KSH, value_KSH)
 
     query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    keys_values = (array.transpose(0, 2, 1, 3) for array in (key_BSKH, value_BSKH))
-    y_BKGSH = jax.vmap(one_row)(query_BKGSH, *keys_values, segments_BS)
+    key_BKSH, value_BKSH = (array.transpose(0, 2, 1, 3) for array in (key_BSKH, value_BSKH))
+    y_BKGSH = jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, segments_BS)
     return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 

@@ -53,7 +53,7 @@ def ragged_dot(
 def tokamax_triton(x_RD: jax.Array, w_parts: tuple[jax.Array, ...], sizes_O: jax.Array) -> jax.Array:
     """tokamax's grouped product for NVIDIA GPUs. Asked for by name: left to itself tokamax may take XLA's dense one."""
     try:
-        import tokamax
+        import tokamax  # pyright: ignore[reportMissingImports]  an extra, for GPUs only
     except ImportError:
         raise MoextendError('experts on GPUs need tokamax: pip install "moextend-jax[gpu]"') from None
     return ragged_dot(x_RD, w_parts, sizes_O, product=functools.partial(tokamax.ragged_dot, implementation="triton"))

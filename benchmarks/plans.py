@@ -1,0 +1,138 @@
+"""Compiles the plans of docs/plans.md and writes its tables; what was compiled before is taken from work/plans.
+
+    python benchmarks/plans.py [--only TEXT] [--again] [--python PYTHON]
+
+Each line of RUNS is one `moextend plan --json`, minutes of two cores. `--only` compiles those whose line contains the
+text; GPU topologies need a PYTHON that has jax[cuda12].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moextend_jax.plan.table import describe
+
+HERE = Path(__file__).parents[1]
+DOCUMENT, WORK = HERE / "docs" / "plans.md", HERE / "work" / "plans"
+GIB = 2**30
+
+
+class Run(NamedTuple):
+    """`mesh` is data, fsdp, expert, tensor; `saved` what remat "layer" keeps, joined by "+"."""
+
+    table: str
+    topology: str
+    stage: str
+    mesh: tuple[int, int, int, int]
+    saved: str
+    accumulate: int = 1
+    options: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        mesh = dict(zip(("data", "fsdp", "expert", "tensor"), self.mesh, strict=True))
+        saved = "".join(f"{name!r}," for name in self.saved.split("+") if name)
+        return [
+            "plan", "--config", "configs/mixtral_8x7b.py", "--stage", self.stage, "--topology", self.topology, "--json",
+            *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
+            f"--config.{self.stage}.accumulate={self.accumulate}",
+            f"--config.saved=({saved})",
+            *self.options,
+        ]  # fmt: skip
+
+
+STAGES = ("finetune", "align", "extend", "full")
+SAVED = "query+key+value+attended+middle"
+WITH_GATE = f"{SAVED}+gate"
+ANCHOR = ("--text_only", "--config.full.length=2048")
+RUNS = [
+    Run("anchor", "v5p:4x4x4", "extend", (1, 16, 1, 4), saved="", options=ANCHOR),
+    Run("anchor", "v5p:4x4x4", "extend", (1, 16, 4, 1), saved="", options=ANCHOR),
+    Run("anchor", "v5p:4x4x4", "full", (1, 16, 1, 4), saved="", options=(*ANCHOR, "--config.train_dtype=bfloat16")),
+    *(Run("published", "v5p:4x4x4", stage, (1, 16, 1, 4), saved="" if stage == "full" else SAVED) for stage in STAGES),
+    Run("published", "v5p:4x4x4", "finetune", (1, 16, 1, 4), saved=WITH_GATE),
+    *(Run("published", "v5e:16x16", stage, (1, 32, 1, 8), saved="") for stage in STAGES),
+    *(Run("published", "v6e:8x8", stage, (1, 16, 1, 4), saved="") for stage in STAGES),
+    *(Run("published", "h100:8", stage, (1, 2, 1, 4), accumulate=16, saved="") for stage in STAGES),
+]
+COLUMNS = {
+    "topology": lambda f: f["topology"],
+    "stage": lambda f: f["stage"] + ("" if f["images"] else ", text only"),
+    "mesh, remat, micro-batches": lambda f: describe(f),
+    "rows x length": lambda f: f"{f['rows']} x {f['length']}",
+    "fits": lambda f: "yes" if f["fits"] else "**no**",
+    "frozen": lambda f: gib(f, "frozen"),
+    "trainable": lambda f: gib(f, "trainable"),
+    "optimizer": lambda f: gib(f, "optimizer"),
+    "temporaries": lambda f: gib(f, "temporaries"),
+    "total": lambda f: f"**{gib(f, 'total')}**",
+    "TFLOP per chip": lambda f: f"{f['flops_per_step']['per_chip'] / 1e12:,.1f}",
+    "compiled / counted": lambda f: ratio(f, "compiled_over_analytic"),
+    "of full training": lambda f: ratio(f, "share_of_full_training"),
+    "s/step at least": lambda f: f"{f['step_seconds']:.2f} ({f['bound']})",
+    "tokens/s": lambda f: f"{f['tokens_per_second']:,.0f}",
+    "MFU": lambda f: f"{f['mfu']:.0%}",
+    "compiled in": lambda f: f"{f['compile_seconds']:.0f} s ({f['compile_cpu_seconds']:.0f} s of CPU)",
+}
+
+
+def gib(figures: dict[str, Any], kind: str) -> str:
+    return f"{figures['bytes_per_chip'][kind] / GIB:.2f}"
+
+
+def ratio(figures: dict[str, Any], name: str) -> str:
+    value = figures["flops_per_step"].get(name)
+    return "" if value is None else f"{value:.3f}"
+
+
+def figures_of(run: Run, *, python: str, chosen: bool, again: bool) -> dict[str, Any] | None:
+    name = "_".join((run.table, run.topology.replace(":", "-"), run.stage, "x".join(map(str, run.mesh)),
+                     str(run.accumulate), run.saved))  # fmt: skip
+    path = WORK / f"{name.rstrip('_')}.json"
+    if path.exists() and not (chosen and again):
+        return json.loads(path.read_text())
+    if not chosen:
+        return None
+    print(" ".join(run.arguments), flush=True)
+    done = subprocess.run([python, "-m", "moextend_jax.cli", *run.arguments], cwd=HERE, capture_output=True, text=True)
+    if done.returncode:
+        print(f"  failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(done.stdout)
+    return json.loads(done.stdout)
+
+
+def write_table(table: str, rows: list[dict[str, Any]]) -> None:
+    """Between the document's two comments with the table's name."""
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    lines += [" | ".join(column(figures) for column in COLUMNS.values()) for figures in rows]
+    made = "\n".join(f"| {line} |" for line in lines)
+    start, end = f"<!-- {table} -->", f"<!-- end of {table} -->"
+    before, rest = DOCUMENT.read_text().split(start)
+    DOCUMENT.write_text(f"{before}{start}\n{made}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="compile only lines that contain this")
+    parser.add_argument("--again", action="store_true", help="compile also what was compiled before")
+    parser.add_argument("--python", default=sys.executable, help="interpreter to compile with")
+    options = parser.parse_args()
+    done: dict[str, list[dict[str, Any]]] = {run.table: [] for run in RUNS}
+    for run in RUNS:
+        chosen = options.only in " ".join((run.table, *run.arguments))
+        figures = figures_of(run, python=options.python, chosen=chosen, again=options.again)
+        if figures is not None:
+            done[run.table].append(figures)
+    for table, rows in done.items():
+        write_table(table, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The real jitted step and its arguments as shapes with shardings: settings in, what `.lower` takes out.
+
+No array is made. Optimizer leaves are sharded as the leaves that they belong to, as in a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moextend_jax.config import Batch, ModelConfig, MoextendError
+from moextend_jax.models.moextend import abstract as structure
+from moextend_jax.models.parameters import by_path
+from moextend_jax.settings import RunSettings, StageSettings
+from moextend_jax.sharding import batch_shardings, parameter_shardings
+from moextend_jax.train import stages
+from moextend_jax.train.optimizer import learning_rate, make_optimizer
+from moextend_jax.train.step import TrainState, init_state, make_step
+
+
+class AbstractStep(NamedTuple):
+    """`step(state, frozen, batch)`, to be lowered on `mesh`; leaves are ShapeDtypeStructs with shardings."""
+
+    step: Any
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: Batch
+    mesh: Mesh
+
+
+def stage_settings(settings: RunSettings, stage: str) -> StageSettings:
+    if stage not in ("align", "extend", "finetune", "full"):
+        raise MoextendError(f"stage {stage!r} is unknown; there are align, extend, finetune, full")
+    return getattr(settings, stage)
+
+
+def patterns(settings: RunSettings, *, stage: str) -> tuple[str, ...]:
+    """What trains. Full training of a text model is of its decoder."""
+    return stages.patterns("full_text" if stage == "full" and not settings.vision else stage, recipe=settings.recipe)
+
+
+def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mesh: Mesh) -> AbstractStep:
+    run = stage_settings(settings, stage)
+    model = structure(config)
+    shardings = parameter_shardings(model, mesh)
+    leaves = {
+        path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=shardings[path])
+        for path, param in by_path(nnx.state(model, nnx.Param)).items()
+    }
+    trainable, frozen = stages.split(leaves, patterns(settings, stage=stage))
+    schedule = learning_rate(run.optimizer, steps=run.steps, recipe=settings.recipe)
+    optimizer = make_optimizer(run.optimizer, paths=trainable, schedule=schedule)
+    step = make_step(
+        model,
+        optimizer=optimizer,
+        schedule=schedule,
+        recipe=settings.recipe,
+        aux_coefficient=settings.aux_coefficient,
+        loss_chunk=run.loss_chunk,
+        accumulate=run.accumulate,
+    )
+    state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), trainable)
+    state = jax.tree_util.tree_map_with_path(lambda path, leaf: _placed(path, leaf, leaves, mesh), state)
+    return AbstractStep(step, state, frozen, abstract_batch(config, run, mesh), mesh)
+
+
+def _placed(path: Any, leaf: jax.ShapeDtypeStruct, leaves: dict[str, Any], mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A leaf of the state with the sharding of the parameter whose path it stands under."""
+    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in leaves]
+    owner = leaves[keys[-1]] if keys and leaves[keys[-1]].shape == leaf.shape else None
+    sharding = owner.sharding if owner else NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch:
+    """The batch of a step as data makes it, with pixels: a tower's cached features would be smaller."""
+    rows = jax.ShapeDtypeStruct((run.batch_size, run.length), jnp.int32)
+    images = None
+    if config.vision:
+        size = config.vision.image_size
+        images = jax.ShapeDtypeStruct((run.batch_size, run.images_per_row, size, size, 3), jnp.float32)
+    batch = Batch(rows, rows, rows, rows, rows, images_BMhwc=images)
+    placed = {
+        name: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        for (name, array), sharding in zip(batch._asdict().items(), batch_shardings(batch, mesh), strict=True)
+    }
+    return Batch(**placed)
+
+
+def text_only(settings: RunSettings) -> RunSettings:
+    """The same run without images, as language models are compared."""
+    return dataclasses.replace(settings, vision="")

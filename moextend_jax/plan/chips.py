@@ -1,0 +1,45 @@
+"""TABLE of chips: what one of each computes, holds and sends per second, from the vendors' data sheets.
+
+In: a name as topologies spell it ("v5p"). Out: its numbers; bytes and FLOPs are plain numbers, bfloat16 products.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moextend_jax.config import MoextendError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """`hbm` is what a program may use: the memory less what the runtime keeps for itself.
+
+    `link` is what one chip sends over one link of its torus in one direction per second (a GPU has one link, to all
+    others of its node); `network` the same to chips of another node, where there are nodes. `dimensions` of the torus;
+    a ring of at least `wraps` chips is closed.
+    """
+
+    platform: str
+    flops: float
+    hbm: int
+    hbm_bandwidth: float
+    link: float
+    dimensions: int
+    wraps: int = 0
+    network: float = 0.0
+
+
+CHIPS = {
+    "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2765e9, 90e9, 3, 4),
+    "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 819e9, 45e9, 2, 16),
+    "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1640e9, 90e9, 2, 16),
+    # 80 GB as the driver counts them, less CUDA's context and 5 % that XLA's allocator leaves
+    "h100": Chip("gpu", 989e12, int(0.95 * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9),
+}
+
+
+def chip(name: str) -> Chip:
+    if name not in CHIPS:
+        raise MoextendError(f"chip {name!r} is unknown; there are {', '.join(CHIPS)}")
+    return CHIPS[name]

@@ -1,0 +1,59 @@
+"""Compiles the step for a machine that is not there: an `AbstractStep` in, sizes and the program's text out."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from moextend_jax.config import MoextendError
+from moextend_jax.plan.abstract_step import AbstractStep
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class Compiled(NamedTuple):
+    """`memory` are the compiler's totals (None where the program does not fit: then `needed` is what it said it
+    needs), `text` its final program; `cpu_seconds` is the work of all cores, which a busy machine does not stretch."""
+
+    memory: Any
+    needed: int | None
+    text: str
+    seconds: float
+    cpu_seconds: float
+
+
+def compile_step(abstract: AbstractStep) -> Compiled:
+    """Lowers and compiles. A program too big for the chip is an answer, any other failure a MoextendError."""
+    started, worked = time.perf_counter(), time.process_time()
+    platform = abstract.mesh.devices.flat[0].platform
+    with tempfile.TemporaryDirectory(prefix="moextend-plan-") as folder, jax.set_mesh(abstract.mesh):
+        lowered = abstract.step.lower(abstract.state, abstract.frozen, abstract.batch)
+        # libtpu writes its program down itself: it may be newer than jaxlib, which then cannot read it back.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
+        try:
+            compiled = lowered.compile(compiler_options=options if platform == "tpu" else None)
+        except jax.errors.JaxRuntimeError as error:
+            needed = memory_needed(str(error))
+            if needed is None:
+                raise MoextendError(f"the compiler failed: {str(error).splitlines()[0]}") from error
+            return Compiled(None, needed, "", time.perf_counter() - started, time.process_time() - worked)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+        if platform == "tpu":
+            (path,) = Path(folder).glob("*after_optimizations.txt")
+            text = path.read_text()
+        else:
+            text = compiled.as_text() or ""
+    return Compiled(compiled.memory_analysis(), None, text, seconds, cpu_seconds)
+
+
+def memory_needed(message: str) -> int | None:
+    """Bytes that a compiler asked for when it ran out of memory; None if that was not its trouble."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    match = re.search(r"Used ([\d.]+)([KMG])i?B? of [\d.]+[KMG]i?B? hbm", message)
+    return int(float(match[1]) * UNITS[match[2]]) if match else 0

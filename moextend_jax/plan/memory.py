@@ -1,0 +1,61 @@
+"""Bytes per chip: the step's arguments by kind, exact from their shardings, and the compiler's totals.
+
+In: an `AbstractStep` and what it compiled to. Out: `Memory`, which adds up to what a chip must hold at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from moextend_jax.plan.abstract_step import AbstractStep
+from moextend_jax.plan.compiling import Compiled
+
+
+class Memory(NamedTuple):
+    """All in bytes of one chip. `padding` is what layouts add to the arguments, less those that the step does not
+    use; `outputs` less `aliased` are results
+    that do not take the place of a donated argument. The total counts each byte once."""
+
+    frozen: int
+    trainable: int
+    optimizer: int
+    batch: int
+    padding: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    total: int
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one chip's parts of these arrays."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def memory(abstract: AbstractStep, compiled: Compiled) -> Memory:
+    state = abstract.state
+    kinds = {
+        "frozen": shard_bytes(abstract.frozen),
+        "trainable": shard_bytes(state.trainable),
+        "optimizer": shard_bytes((state.optimizer, state.step)),
+        "batch": shard_bytes(abstract.batch),
+    }
+    exact, stats = sum(kinds.values()), compiled.memory
+    if stats is None:  # too big to compile: only the sum is known
+        total = max(compiled.needed or 0, exact)
+        return Memory(**kinds, padding=0, outputs=0, aliased=0, temporaries=total - exact, code=0, total=total)
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    aliased, temporaries, code = stats.alias_size_in_bytes, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes
+    return Memory(
+        **kinds,
+        padding=arguments - exact,
+        outputs=outputs,
+        aliased=aliased,
+        temporaries=temporaries,
+        code=code,
+        total=arguments + outputs - aliased + temporaries + code,
+    )

@@ -1,0 +1,135 @@
+"""One plan: settings, stage and topology in; whether it fits, bytes, FLOPs, messages and the least time of a step out.
+
+The step is compiled for the topology's chips on this machine's CPU. What data would decide is assumed: every position
+has a label, and routers are balanced (or new experts get `new_share` of the picks of their layers).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.sharding import NamedSharding
+
+from moextend_jax.config import ModelConfig
+from moextend_jax.plan import collectives, hlo, topology
+from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_settings
+from moextend_jax.plan.compiling import compile_step
+from moextend_jax.plan.flops import full_training, step_flops
+from moextend_jax.plan.memory import memory
+from moextend_jax.plan.products import Kernel, Products, products
+from moextend_jax.plan.roofline import Roofline, roofline
+from moextend_jax.plan.sizes import model_config
+from moextend_jax.plan.traffic import traffic
+from moextend_jax.settings import RunSettings, StageSettings
+from moextend_jax.sharding import spec
+
+
+def plan(settings: RunSettings, *, stage: str, topology_name: str, new_share: float | None = None) -> dict[str, Any]:
+    """The plan as plain numbers, ready for JSON. FLOPs are of a whole step on all chips, bytes of one chip."""
+    place = topology.parse(topology_name)
+    run = stage_settings(settings, stage)
+    config = model_config(settings, stage=stage)
+    mesh = topology.make_mesh(place, settings.mesh)
+    abstract = abstract_step(settings, config, stage=stage, mesh=mesh)
+    compiled = compile_step(abstract)
+    held = memory(abstract, compiled)
+    shape = {"rows": run.batch_size, "length": run.length, "images": run.images_per_row if config.vision else 0}
+    flops = step_flops(config, trains=patterns(settings, stage=stage), new_share=new_share, **shape)
+    full = full_training(config, **shape)
+    figures: dict[str, Any] = {
+        "fits": compiled.memory is not None and held.total <= place.chip.hbm,
+        "stage": stage,
+        "topology": place.name,
+        "chips": place.chips,
+        "mesh": dict(mesh.shape),
+        "rows": run.batch_size,
+        "accumulate": run.accumulate,
+        "length": run.length,
+        "images": shape["images"],
+        "remat": settings.remat,
+        "saved": list(settings.saved),
+        "bytes_per_chip": {**held._asdict(), "limit": place.chip.hbm},
+        "flops_per_step": {
+            "total": flops.total,
+            "full_training": full.total,
+            "share_of_full_training": flops.total / full.total,
+            "per_chip": flops.total / place.chips,
+            **flops.by_phase(),
+            "parts": flops.parts,
+        },
+        "compile_seconds": compiled.seconds,
+        "compile_cpu_seconds": compiled.cpu_seconds,
+    }
+    if not compiled.text:
+        line = _times(Roofline(flops.total / place.chips / place.chip.flops, 0.0, 0.0, {}), run, flops.model, place)
+        return {**figures, **line}
+    module = hlo.parse(compiled.text)
+    tokens = local_tokens(run, mesh)
+
+    def unknown(loop: hlo.Instruction) -> float:
+        """The loss goes through its labelled positions; nothing else in a step depends on data."""
+        return math.ceil(tokens / run.loss_chunk) if "cross_entropy" in loop.op_name else 1.0
+
+    done = products(module, unknown=unknown, share=_share(config, run, mesh, new_share))
+    sent = collectives.collectives(module, mesh, unknown=unknown)
+    moved = traffic(module, unknown=unknown)
+    line = roofline(place.chip, mesh, flops=done.flops, traffic=moved, sent=sent)
+    figures["flops_per_step"] |= _compiled_flops(done, chips=place.chips, analytic=flops.total)
+    figures["collective_bytes_per_chip"] = collectives.by_axis(sent)
+    figures["collective_bytes_per_chip_by_phase"] = {
+        phase: collectives.by_axis([one for one in sent if one.phase == phase])
+        for phase in ("forward", "recomputed", "backward")
+    }
+    figures["memory_traffic_per_chip"] = moved
+    return {**figures, **_times(line, run, flops.model, place)}
+
+
+def local_tokens(run: StageSettings, mesh: Any) -> int:
+    """Positions of one micro-batch on one chip."""
+    shape = (run.batch_size // run.accumulate, run.length)
+    return math.prod(NamedSharding(mesh, spec("BL", shape, mesh)).shard_shape(shape))
+
+
+def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float | None):
+    """Share of a grouped product's rows that its groups get: see models/expert_parallel.py for who computes what."""
+    decoder, extension = config.decoder, config.extension
+    expert, tensor, k = mesh.shape["expert"], mesh.shape["tensor"], decoder.top_k
+    X = extension.new_experts if extension else 0
+    new = 0.0 if not extension else X / (decoder.experts + X) if new_share is None else new_share
+    extended = len(extension.layers) if extension else 0
+    here = max(1, decoder.experts // expert)
+    picks = local_tokens(run, mesh) * expert * tensor * k
+    # With experts split over devices new ones have rows of their own, of which a token has no more than there are.
+    alone = expert > 1 or config.dispatch == "exchange"
+    new_rows = new * k / min(X, k) if alone and X else new
+
+    def share(kernel: Kernel, times: float) -> float:
+        like_pretrained = kernel.groups == here and decoder.hidden // tensor in kernel.matrix and kernel.rows >= picks
+        if X and not like_pretrained:
+            # Run in every layer, though only the extended ones have rows for them.
+            return new_rows * min(1.0, extended * run.accumulate / times)
+        return (1 - new * extended / decoder.layers) * here / decoder.experts
+
+    return share
+
+
+def _compiled_flops(done: Products, *, chips: int, analytic: float) -> dict[str, Any]:
+    return {
+        "compiled": done.flops * chips,
+        "compiled_over_analytic": done.flops * chips / analytic,
+        "compiled_by_phase": {phase: flops * chips for phase, flops in done.by_phase().items()},
+        "uncounted_kernels": done.uncounted,
+    }
+
+
+def _times(line: Roofline, run: StageSettings, model_flops: float, place: topology.Topology) -> dict[str, Any]:
+    peak = place.chip.flops * place.chips
+    return {
+        "step_seconds": line.seconds,
+        "bound": line.bound,
+        "roofline": {name: getattr(line, name) for name in ("compute", "memory", "network")},
+        "network_seconds": line.by_axis,
+        "tokens_per_second": run.batch_size * run.length / line.seconds,
+        "mfu": model_flops / (line.seconds * peak),
+    }

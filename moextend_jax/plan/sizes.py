@@ -1,0 +1,73 @@
+"""Sizes of the model that a stage trains, without its weights: settings in, `ModelConfig` out.
+
+A base or tower whose folder is not there may be named as published: its sizes are in the table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moextend_jax.checkpoints import huggingface
+from moextend_jax.checkpoints.loading import open_source
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.settings import RunSettings
+
+_8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
+DECODERS = {
+    "Mixtral-8x7B-v0.1": DecoderConfig(),
+    "Mixtral-8x7B-Instruct-v0.1": DecoderConfig(),
+    "Mixtral-8x22B-v0.1": _8X22B,
+    "Mixtral-8x22B-Instruct-v0.1": _8X22B,
+}
+TOWERS = {
+    "clip-vit-large-patch14-336": VisionConfig(),
+    "clip-vit-large-patch14": VisionConfig(image_size=224),
+}
+EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
+
+
+def model_config(settings: RunSettings, *, stage: str) -> ModelConfig:
+    """In finetune the share p of the layers has one new expert, evenly spread; `settings.vision` "" is a text model."""
+    feature_layer = settings.recipe.feature_layer
+    decoder = _decoder(settings.base)
+    return ModelConfig(
+        decoder=decoder,
+        vision=_tower(settings.vision, feature_layer=feature_layer) if settings.vision else None,
+        extension=extension(decoder, share=settings.select.share) if stage == "finetune" else None,
+        **settings.model_options,
+    )
+
+
+def extension(decoder: DecoderConfig, *, share: float) -> ExtensionConfig:
+    """floor(p * layers) layers, the last of each run of 1/p: which ones the data will choose makes no difference."""
+    extended = int(share * decoder.layers)
+    if not extended:
+        raise MoextendError(f"select.share = {share} extends none of {decoder.layers} layers")
+    layers = tuple((n + 1) * decoder.layers // extended - 1 for n in range(extended))
+    return ExtensionConfig(layers=layers, sources=(0,) * extended)
+
+
+def _decoder(base: str) -> DecoderConfig:
+    folder = EMBEDDED if base == "embedded" else Path(base)
+    if folder.exists():
+        return _sizes(folder) or open_source(folder).config.decoder
+    if folder.name not in DECODERS:
+        raise MoextendError(f"base {base!r} is no folder, and no published model: {', '.join(DECODERS)}")
+    return DECODERS[folder.name]
+
+
+def _sizes(folder: Path) -> DecoderConfig | None:
+    """From config.json alone, so that a folder without weights will do."""
+    path = folder / "config.json"
+    if not path.exists() or huggingface.read_json(path).get("model_type") != "mixtral":
+        return None
+    return huggingface.read_decoder_config(folder)
+
+
+def _tower(vision: str, *, feature_layer: int) -> VisionConfig:
+    folder = EMBEDDED / "vision" if vision == "embedded" else Path(vision)
+    if folder.exists():
+        return huggingface.read_vision_config(folder, feature_layer=feature_layer)
+    if folder.name not in TOWERS:
+        raise MoextendError(f"vision {vision!r} is no folder, and no published tower: {', '.join(TOWERS)}")
+    return VisionConfig(**{**TOWERS[folder.name].__dict__, "feature_layer": feature_layer})

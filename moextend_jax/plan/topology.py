@@ -1,0 +1,110 @@
+"""Devices that are not there: a topology's name in ("v5p:4x4x4", "h100:2x8"), a mesh to compile for out.
+
+TPU topologies come from libtpu, those of GPUs from JAX's CUDA plugin; neither needs the hardware.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
+from moextend_jax.config import MoextendError
+from moextend_jax.plan.chips import Chip, chip
+from moextend_jax.sharding import MESH_AXES
+
+TARGETS = Path(__file__).parent
+"""Holds NAME.txtpb, what the CUDA compiler wants to know of a GPU."""
+
+
+class Topology(NamedTuple):
+    """`shape`: a TPU's torus, or (nodes, GPUs per node)."""
+
+    name: str
+    kind: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+
+def parse(name: str) -> Topology:
+    """Raises MoextendError for what is no topology, in words that say what one looks like."""
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    if not match:
+        raise MoextendError(f"topology {name!r}: write CHIP:SHAPE, for instance v5p:4x4x4, v5e:16x16 or h100:2x8")
+    kind, shape = match[1], tuple(map(int, match[2].split("x")))
+    found = chip(kind)
+    dimensions = {"tpu": (found.dimensions,), "gpu": (1, 2)}[found.platform]
+    if len(shape) not in dimensions or 0 in shape:
+        wanted = {3: "AxBxC", 2: "AxB", 1: "GPUS or NODESxGPUS"}[found.dimensions]
+        raise MoextendError(f"topology {name!r}: {kind} is written {kind}:{wanted}")
+    if found.platform == "gpu" and len(shape) == 1:
+        shape = (1, *shape)
+    return Topology(name, kind, found, shape)
+
+
+def mesh_shape(sizes: Mapping[str, int], chips: int) -> dict[str, int]:
+    """Sizes of the mesh axes on that many chips; one may be -1, which takes what is left."""
+    if set(sizes) != set(MESH_AXES):
+        raise MoextendError(f"mesh axes are {', '.join(MESH_AXES)}; got {', '.join(sizes)}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shape = {axis: chips // max(known, 1) if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
+    if list(sizes.values()).count(-1) > 1 or math.prod(shape.values()) != chips:
+        raise MoextendError(f"a mesh of {dict(sizes)} does not cover {chips} chips")
+    return shape
+
+
+def make_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
+    """A mesh of compile-only devices."""
+    shape = tuple(mesh_shape(sizes, topology.chips).values())
+    devices = _tpus(topology) if topology.chip.platform == "tpu" else _gpus(topology)
+    if len(devices) != topology.chips:
+        raise MoextendError(f"topology {topology.name!r} has {len(devices)} chips, not {topology.chips}")
+    if topology.chip.platform == "gpu":
+        array = np.array(devices).reshape(shape)  # nodes are the slowest: they go to the first axis
+    else:
+        # A 2-D torus has too few dimensions for most meshes unless an axis of it may be split.
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _tpus(topology: Topology) -> list[Any]:
+    # libtpu would look for a TPU, ask a metadata server about it, and refuse to run beside another process.
+    for variable, value in {
+        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
+    }.items():  # fmt: skip
+        os.environ.setdefault(variable, value)
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise MoextendError('plans for TPUs need their compiler: pip install "moextend-jax[plan]"') from None
+    try:
+        return list(topologies.get_topology_desc(topology.name, platform="tpu").devices)
+    except Exception as error:  # libtpu's own wording of what it does not have
+        said = str(error).splitlines()[0]
+        raise MoextendError(f"topology {topology.name!r} is unknown to libtpu: {said}") from None
+
+
+def _gpus(topology: Topology) -> list[Any]:
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    target = TARGETS / f"{topology.kind}.txtpb"
+    nodes, gpus = topology.shape
+    try:
+        described = topologies.get_topology_desc(
+            "", platform="cuda", topology=f"1x{nodes}x{gpus}", target_config=target.read_text()
+        )
+    except Exception as error:  # whatever is missing: the plugin, CUDA's libraries, a field of the target
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoextendError(f'plans for GPUs need JAX\'s CUDA plugin (pip install "jax[cuda12]"): {said}') from None
+    return list(described.devices)

@@ -1,0 +1,323 @@
+"""Plans: topologies, the readers of compiled programs against counts by hand, and what a plan says of a small model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.mixtral_8x7b import get_config
+from moextend_jax import settings as settings_module
+from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
+from moextend_jax.plan import chips, collectives, flops, hlo, products, roofline, sizes, sweep, topology, traffic
+from moextend_jax.plan.command import plan_command
+from moextend_jax.settings import RunSettings, from_config_dict
+
+TINY = DecoderConfig(vocab_size=512, width=256, hidden=512, layers=4, heads=4, kv_heads=2, head_size=64)
+TOWER = VisionConfig(width=128, hidden=256, layers=2, heads=2, image_size=56, patch_size=14)
+
+
+def once(_: hlo.Instruction) -> float:
+    return 1.0
+
+
+def compiled(function, *arguments) -> hlo.Module:
+    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text() or "")
+
+
+# --- topologies -------------------------------------------------------------------------------------------------------
+
+
+def test_topology_names():
+    assert topology.parse("v5p:4x4x4").chips == 64
+    assert topology.parse("v5e:16x16").chip.platform == "tpu"
+    assert topology.parse("h100:8").shape == (1, 8)
+    assert topology.parse("h100:2x8").shape == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["v5p", "v5p:4x4", "v5e:2x2x2", "v9z:2x2", "h100:1x2x3", "v5p:0x2x2", "v5p:axbxc"])
+def test_a_wrong_topology_is_a_mistake_of_the_user(name: str):
+    with pytest.raises(MoextendError):
+        topology.parse(name)
+
+
+def test_mesh_sizes_fill_and_must_cover():
+    sizes_ = {"data": 1, "fsdp": -1, "expert": 4, "tensor": 1}
+    assert topology.mesh_shape(sizes_, 64) == {"data": 1, "fsdp": 16, "expert": 4, "tensor": 1}
+    with pytest.raises(MoextendError, match="does not cover"):
+        topology.mesh_shape({**sizes_, "expert": 3}, 64)
+
+
+# --- compiled programs ------------------------------------------------------------------------------------------------
+
+
+def test_products_in_nested_loops_count_as_often_as_they_run():
+    def function(x_AB, w_BB):
+        def inner(x_AB, _):
+            return jnp.sin(x_AB @ w_BB), None
+
+        def outer(x_AB, _):
+            return jax.lax.scan(inner, x_AB @ w_BB, length=3)[0], None
+
+        return jax.lax.scan(outer, x_AB, length=5)[0]
+
+    found = products.products(compiled(function, jnp.ones((8, 16)), jnp.ones((16, 16))), unknown=once)
+    assert found.flops == 5 * (3 + 1) * 2 * 8 * 16 * 16
+
+
+def test_backward_and_recomputed_products_are_told_apart():
+    def loss(w_BB, x_AB):
+        layer = jax.checkpoint(lambda x_AB: jnp.sin(x_AB @ w_BB))
+        y_AB, _ = jax.lax.scan(lambda x_AB, _: (layer(x_AB), None), x_AB, length=6)
+        return y_AB.sum()
+
+    text = compiled(jax.grad(loss), jnp.ones((32, 32)), jnp.ones((8, 32)))
+    one = 2 * 8 * 32 * 32
+    phases = products.products(text, unknown=once).by_phase()
+    assert phases == {"forward": 6 * one, "recomputed": 6 * one, "backward": 2 * 6 * one}
+
+
+def test_loops_whose_length_depends_on_data_are_asked_for():
+    def function(n, x_BB):
+        return jax.lax.fori_loop(0, n, lambda _, y_BB: jnp.sin(y_BB @ x_BB), x_BB)
+
+    module = compiled(function, 3, jnp.ones((16, 16)))
+    assert products.products(module, unknown=lambda _: 7.0).flops == 7 * 2 * 16**3
+
+
+SNIPPET = """
+HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (z: f32[64,32]) -> f32[16,32] {
+  %z = f32[64,32] parameter(0)
+  %all = f32[64,32] all-reduce(%z), replica_groups={{0,1,2,3}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[16,32] dynamic-slice(%all, %zero, %zero), dynamic_slice_sizes={16,32}
+}
+
+%condition (p: (s32[], f32[64,32])) -> pred[] {
+  %p = (s32[]{:T(128)}, f32[64,32]{1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], f32[64,32])) -> (s32[], f32[64,32]) {
+  %p = (s32[], /*index=1*/f32[64,32]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[64,32]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %all-gather-start.1 = (f32[64,32], f32[256,32]) all-gather-start(%x), replica_groups=[16,4]<=[64], dimensions={0}
+  %all-gather-done.1 = f32[256,32] all-gather-done(%all-gather-start.1), frontend_attributes={notes={
+"broken":"{a line}"
+}}, metadata={op_name="body"}
+  %reduce-scatter.1 = f32[64,32] reduce-scatter(%all-gather-done.1), replica_groups=[16,4]<=[64], to_apply=%add
+  ROOT %both = (s32[], f32[64,32]) tuple(%i, %reduce-scatter.1)
+}
+
+ENTRY %main (x: f32[64,32]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[64,32]) tuple(%zero, %x)
+  %loop = (s32[], f32[64,32]) while(%start), condition=%condition, body=%body
+  %y = f32[64,32] get-tuple-element(%loop), index=1
+  %scattered = f32[16,32] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="a/transpose(b)"}
+  %all-reduce.1 = f32[64,32] all-reduce(%y), replica_groups=[4,16]<=[16,4]T(1,0), to_apply=%add
+  %convolution.1 = f32[64,16] convolution(%y, %x), dim_labels=bf_oi->bf
+  ROOT %collective-permute.1 = f32[64,32] collective-permute(%all-reduce.1), source_target_pairs={{0,1},{1,0}}
+}
+"""
+MESH = SimpleNamespace(shape={"data": 1, "fsdp": 16, "expert": 4, "tensor": 1})
+
+
+def test_collectives_count_once_per_pair_and_by_the_axes_they_cross():
+    found = collectives.collectives(hlo.parse(SNIPPET), MESH, unknown=once)
+    array = 64 * 32 * 4
+    assert collectives.by_axis(found) == {
+        "all-gather": {"expert": 12 * 3 * array},
+        "reduce-scatter": {"expert": (12 * 4 * array + array) * 3 / 4},
+        "all-reduce": {"fsdp": 2 * array * 15 / 16},
+        "collective-permute": {"expert": array},
+    }
+    assert [one.phase for one in found if one.kind == "reduce-scatter"].count("backward") == 1
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,2,1,0) {'b'}", [[3, 2], [1, 0]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_every_way_to_write_replica_groups(text: str, groups: list[list[int]]):
+    assert collectives.parse_groups(text, 4).tolist() == groups
+
+
+@pytest.mark.devices
+def test_collectives_of_a_real_program(eight_devices: None):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    lowered = jax.jit(lambda w_BC: w_BC + 1, out_shardings=whole).lower(
+        jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=split)
+    )
+    found = collectives.collectives(hlo.parse(lowered.compile().as_text() or ""), mesh, unknown=once)
+    assert collectives.by_axis(found) == {"all-gather": {"fsdp": 8 * 16 * 4 * 3 / 4}}
+
+
+GROUPED = """
+ENTRY %main (x: bf16[512,256], w: bf16[8,256,1024]) -> bf16[512,1024] {
+  %x = bf16[512,256] parameter(0)
+  %w = bf16[8,256,1024] parameter(1)
+  ROOT %gmm.1 = bf16[512,1024] custom-call(%x, %w), custom_call_target="tpu_custom_call", metadata={op_name="a/gmm"}
+}
+"""
+
+
+def test_a_grouped_kernel_counts_the_rows_of_its_groups():
+    seen = []
+
+    def share(kernel: products.Kernel, times: float) -> float:
+        seen.append(kernel)
+        return 0.25
+
+    found = products.products(hlo.parse(GROUPED), unknown=once, share=share)
+    assert found.flops == 0.25 * 2 * 512 * 256 * 1024
+    assert (seen[0].groups, seen[0].matrix, seen[0].rows) == (8, (256, 1024), 512)
+
+
+def test_products_written_as_windows_count_no_padding():
+    """An outer product over a batch axis, as TPUs write it: 2 batches of [3, 4] x [4, 5]."""
+    text = """
+ENTRY %main (x: f32[2,3,4], w: f32[2,4,5]) -> f32[2,3,5] {
+  %x = f32[2,3,4] parameter(0)
+  %w = f32[2,4,5] parameter(1)
+  ROOT %c = f32[2,3,5] convolution(%x, %w), window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert products.products(hlo.parse(text), unknown=once).flops == 2 * 2 * 3 * 4 * 5
+
+
+def test_traffic_of_a_scan_reads_each_slice_once():
+    module = compiled(lambda x_ZB: jax.lax.scan(lambda c, x_B: (c + x_B, None), jnp.zeros(4096), x_ZB)[0],
+                      jnp.ones((50, 4096)))  # fmt: skip
+    moved = traffic.traffic(module, unknown=once)
+    least = 50 * 4096 * 4
+    assert least <= moved <= 10 * least  # and not 50 times all slices
+
+
+# --- counts from sizes ------------------------------------------------------------------------------------------------
+
+
+def mixtral(**changes: typing.Any):
+    settings = dataclasses.replace(from_config_dict(get_config()), vision="", **changes)
+    return sizes.model_config(settings, stage="extend")
+
+
+def test_the_anchor_is_8_times_weights_times_tokens():
+    """MaxText's full training of Mixtral-8x7B does 12.94 TFLOP per layer and chip at 4,096 tokens per chip."""
+    full = flops.full_training(mixtral(), rows=128, length=2048, images=0)
+    weights = {name: phases for name, phases in full.parts.items() if name not in ("head", "attention/scores")}
+    per_layer = sum(sum(phases.values()) for phases in weights.values()) / 32 / 64
+    assert per_layer == pytest.approx(12.94e12, rel=5e-3)
+
+
+def test_router_training_needs_no_weight_gradient_and_less_than_6_times():
+    extend = flops.step_flops(mixtral(), trains=("decoder/layers/moe/gate",), rows=128, length=2048, images=0)
+    gate = 2 * 32 * 128 * 2048 * 4096 * 8
+    assert extend.by_phase()["weight_gradients"] == gate
+    weights = {name: phases for name, phases in extend.parts.items() if name not in ("head", "attention/scores")}
+    per_layer = sum(sum(phases.values()) for phases in weights.values()) / 32 / 64
+    assert per_layer < 9.70e12
+
+
+def test_every_remat_policy_of_the_settings_is_counted():
+    assert set(typing.get_args(typing.get_type_hints(settings_module.RunSettings)["remat"])) == set(flops.RECOMPUTED)
+
+
+def test_published_sizes_without_files():
+    config = sizes.model_config(from_config_dict(get_config()), stage="finetune")
+    assert config.decoder == DecoderConfig() and config.vision == VisionConfig()
+    assert config.extension is not None and len(config.extension.layers) == 16
+    wrong = dataclasses.replace(from_config_dict(get_config()), base="Mixtral-9x9B")
+    with pytest.raises(MoextendError, match="Mixtral-9x9B"):
+        sizes.model_config(wrong, stage="align")
+
+
+def test_a_closed_ring_is_twice_as_fast_as_an_open_one():
+    devices = np.array([SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(2)]).reshape(1, 4, 2, 1)
+    mesh = SimpleNamespace(devices=devices, axis_names=("data", "fsdp", "expert", "tensor"))
+    v5p = chips.chip("v5p")
+    assert roofline.axis_bandwidth(v5p, mesh, ("fsdp",)) == 2 * v5p.link
+    assert roofline.axis_bandwidth(v5p, mesh, ("expert",)) == v5p.link
+    assert roofline.axis_bandwidth(v5p, mesh, ("fsdp", "expert")) == 3 * v5p.link
+
+
+# --- whole plans ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> RunSettings:
+    """The 8x7B configuration with the sizes made small."""
+    monkeypatch.setitem(sizes.DECODERS, "Mixtral-8x7B-Instruct-v0.1", TINY)
+    monkeypatch.setitem(sizes.TOWERS, "clip-vit-large-patch14-336", TOWER)
+    settings = from_config_dict(get_config())
+    short = {"batch_size": 8, "length": 128, "loss_chunk": 64}
+    stages = {name: dataclasses.replace(getattr(settings, name), **short) for name in ("extend", "finetune")}
+    return dataclasses.replace(settings, **stages)
+
+
+def test_a_plan_compiled_for_a_tpu(small: RunSettings, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
+    plan_command(small, stage="finetune", topology="v5p:2x2x1", as_json=True)
+    figures = json.loads(capsys.readouterr().out)
+    held, counted = figures["bytes_per_chip"], figures["flops_per_step"]
+    assert figures["fits"] and figures["chips"] == 4
+    arguments = sum(held[kind] for kind in ("frozen", "trainable", "optimizer", "batch", "padding"))
+    assert held["total"] == arguments + held["outputs"] - held["aliased"] + held["temporaries"] + held["code"]
+    assert held["padding"] >= 0 and held["optimizer"] == pytest.approx(2 * held["trainable"], rel=0.01)
+    # the donated state is written in place
+    assert held["aliased"] >= 0.99 * (held["trainable"] + held["optimizer"])
+    assert counted["total"] == pytest.approx(sum(counted[phase] for phase in flops.PHASES))
+    assert counted["compiled_over_analytic"] == pytest.approx(1, abs=0.06)  # attention here computes its masked half
+    assert not counted["uncounted_kernels"]
+    assert counted["total"] < counted["full_training"]
+    assert figures["step_seconds"] > 0 and 0 < figures["mfu"] < 1 and figures["compile_seconds"] > 0
+    assert figures["collective_bytes_per_chip"]["all-gather"]["fsdp"] > 0
+
+
+def test_a_sweep_tries_only_what_divides(small: RunSettings):
+    place = topology.parse("v5p:2x2x1")
+    found = list(sweep.choices(small, stage="finetune", place=place))
+    meshes = {tuple(one.mesh.values()) for one in found}
+    assert (1, 4, 1, 1) in meshes and (1, 1, 2, 2) in meshes
+    assert all(math.prod(mesh) == 4 and mesh[3] <= TINY.kv_heads for mesh in meshes)
+
+
+@pytest.mark.parametrize("stage, name, match", [
+    ("finetune", "v5p:9x9x9", "libtpu|v5p:9x9x9"), ("select", "v5p:2x2x1", "stage"), (None, "v5p:2x2x1", "--stage"),
+])  # fmt: skip
+def test_mistakes_are_named(small: RunSettings, stage, name: str, match: str):
+    pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
+    with pytest.raises(MoextendError, match=match):
+        plan_command(small, stage=stage, topology=name)
