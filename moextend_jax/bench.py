@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,14 +25,13 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from moextend_jax.checkpoints import huggingface
-from moextend_jax.checkpoints.loading import folder_of
-from moextend_jax.config import IGNORE, Batch, ExtensionConfig, ModelConfig, MoextendError
+from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.experts import combine, dispatch, sort_by_expert, swiglu
 from moextend_jax.models.moextend import abstract
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.router import route
+from moextend_jax.plan.sizes import model_config
 from moextend_jax.settings import RunSettings, from_config_dict
 from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch, split_cpu
 from moextend_jax.train import stages
@@ -47,11 +47,17 @@ LABELS = {
 STEPS, WARMUP = 5, 2
 
 
-def bench(settings: RunSettings, console: Console, *, only: str | None = None) -> dict[str, dict[str, Any]]:
-    """Runs every stage (or `only` one) under both kinds of labels, prints two tables and returns the figures."""
-    report = {f"{stage}/{kind}": _apart(settings, stage, kind) for stage in STAGES if only in (None, stage)
+def bench(
+    settings: RunSettings, console: Console, *, only: str | None = None, layers: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Runs every stage (or `only` one) under both kinds of labels, prints two tables and returns the figures.
+
+    Args:
+      layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
+    """
+    report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in STAGES if only in (None, stage)
               for kind in LABELS}  # fmt: skip
-    table = Table("stage", "labels", "tokens/s", "s/step", "peak RSS GB", "XLA temporaries GB", "trained parameters")
+    table = Table("stage", "labels", "tokens/s", "s/step", "peak memory GB", "XLA temporaries GB", "trained parameters")
     for name, row in report.items():
         table.add_row(*name.split("/"), f"{row['tokens_per_second']:,.0f}", f"{row['seconds_per_step']:.3f}",
                       f"{row['peak_memory_gb']:.2f}", f"{row['temporaries_gb']:.2f}",
@@ -68,28 +74,15 @@ def bench(settings: RunSettings, console: Console, *, only: str | None = None) -
     return report
 
 
-def _apart(settings: RunSettings, stage: str, labels: str) -> dict[str, Any]:
+def _apart(settings: RunSettings, stage: str, labels: str, layers: int | None) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "moextend_jax.bench", stage, labels],
+        [sys.executable, "-m", "moextend_jax.bench", stage, labels, str(layers or 0)],
         input=json.dumps(dataclasses.asdict(settings)), capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise MoextendError(f"bench: stage {stage} failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def model_config(settings: RunSettings, *, stage: str) -> ModelConfig:
-    """Sizes of the settings' base and tower; in finetune every second layer has one new expert."""
-    decoder = huggingface.read_decoder_config(folder_of(settings.base))
-    vision = folder_of(settings.vision, inside="vision")
-    layers = tuple(range(1, decoder.layers, 2))
-    return ModelConfig(
-        decoder=decoder,
-        vision=huggingface.read_vision_config(vision, feature_layer=settings.recipe.feature_layer),
-        extension=ExtensionConfig(layers=layers, sources=(0,) * len(layers)) if stage == "finetune" else None,
-        **settings.model_options,
-    )
 
 
 def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) -> Batch:
@@ -114,29 +107,23 @@ def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) ->
     )
 
 
-def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]:
+def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | None = None) -> dict[str, Any]:
     """Median over steps after warm-up, in this process."""
     stage_settings = getattr(settings, stage)
-    config = model_config(settings, stage=stage)
+    config = model_config(settings, stage=stage, layers=layers)
     model = abstract(config)
     split_cpu(settings.cpu_devices)
     mesh = make_mesh(settings.mesh)
     shardings = parameter_shardings(model, mesh)
-    rng = np.random.default_rng(settings.seed)
-    # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
-    arrays = {
-        path: jax.device_put(
-            (float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32)).astype(param.dtype),
-            shardings[path],
-        )
-        for path, param in by_path(nnx.state(model, nnx.Param)).items()
-    }
+    params = by_path(nnx.state(model, nnx.Param))
+    arrays = {path: _random(path, param, shardings[path]) for path, param in params.items()}
     trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=settings.recipe))
     schedule = learning_rate(stage_settings.optimizer, steps=stage_settings.steps, recipe=settings.recipe)
     optimizer = make_optimizer(stage_settings.optimizer, paths=trainable, schedule=schedule)
     step = make_step(
         model, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
         aux_coefficient=settings.aux_coefficient, loss_chunk=stage_settings.loss_chunk,
+        accumulate=stage_settings.accumulate,
     )  # fmt: skip
     rows, length = stage_settings.batch_size, stage_settings.length
     batch = put_batch(random_batch(config, rows=rows, length=length, labels=labels), mesh)
@@ -149,7 +136,11 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
         state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[WARMUP:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    on_device = jax.local_devices()[0].memory_stats()
+    if on_device:
+        peak = on_device["peak_bytes_in_use"]
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     analysis = compiled.memory_analysis()
     return {
         "tokens_per_second": rows * length / median,
@@ -161,6 +152,20 @@ def measure(settings: RunSettings, *, stage: str, labels: str) -> dict[str, Any]
         "device": jax.devices()[0].device_kind,
         "parts": _parts(with_arrays(model, arrays), batch, optimizer, trainable, chunk=stage_settings.loss_chunk),
     }
+
+
+def _random(path: str, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Norms near one, all else near zero."""
+    centre, key = float(path.endswith("norm")), zlib.crc32(path.encode())
+    if jax.default_backend() == "cpu":
+        # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
+        array = centre + 0.02 * np.random.default_rng(key).standard_normal(param.shape, np.float32)
+        return jax.device_put(array.astype(param.dtype), sharding)
+
+    def make(key):  # where it will be: billions of entries take a host minutes
+        return (centre + 0.02 * jax.random.normal(key, param.shape, jnp.float32)).astype(param.dtype)
+
+    return jax.jit(make, out_shardings=sharding)(jax.random.key(key))
 
 
 def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainable, *, chunk: int) -> dict[str, float]:
@@ -229,4 +234,6 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(from_config_dict(json.load(sys.stdin)), stage=sys.argv[1], labels=sys.argv[2])))
+    _stage, _labels, _layers = sys.argv[1:]
+    _settings = from_config_dict(json.load(sys.stdin))
+    print(json.dumps(measure(_settings, stage=_stage, labels=_labels, layers=int(_layers) or None)))

@@ -33,7 +33,9 @@ More:
   evaluate   accuracy and forgetting of every model in the work directory
   report     WORKDIR/report.html
   generate   --prompt TEXT [--image FILE] [--max_new_tokens N] [--temperature T] [--top_k K] [--model aligned|...]
-  bench      time one step of each stage of a configuration: [--stage NAME] [--json FILE]
+  bench      time one step of each stage of a configuration: [--stage NAME] [--layers N] [--json FILE]
+  plan       compile a stage's step for chips that are not here: --stage NAME --topology v5p:4x4x4|v5e:16x16|h100:2x8
+             [--json] [--text_only] [--layers N] [--sweep [--most N]]; does it fit, bytes, FLOPs, messages, least time
 
 Checkpoints and comparison with PyTorch (each has --help):
   import     SRC DST: a published checkpoint, or a dense one made a mixture of experts, as JAX arrays
@@ -88,6 +90,16 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
     if command == "bench":
         flags.DEFINE_enum("stage", None, ["align", "extend", "finetune"], "time only this one", flag_values=values)
         flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
+        flags.DEFINE_integer("layers", None, "decoder layers to keep of the base", flag_values=values)
+    if command == "plan":
+        flags.DEFINE_enum("stage", None, ["align", "extend", "finetune", "full"], "what trains", flag_values=values)
+        flags.DEFINE_string("topology", None, "CHIP:SHAPE", flag_values=values)
+        flags.DEFINE_bool("json", False, "JSON instead of tables", flag_values=values)
+        flags.DEFINE_bool("text_only", False, "leave tower, projector and images out", flag_values=values)
+        flags.DEFINE_float("new_share", None, "share of picks that new experts get (balanced)", flag_values=values)
+        flags.DEFINE_integer("layers", None, "decoder layers to keep of the base", flag_values=values)
+        flags.DEFINE_bool("sweep", False, "try meshes, micro-batches and what is saved", flag_values=values)
+        flags.DEFINE_integer("most", 8, "programs a sweep compiles at most", flag_values=values)
     if command == "report" and arguments and not arguments[0].startswith("-"):
         arguments = ["--workdir", *arguments]
     try:
@@ -99,7 +111,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
     # Grain's workers look at absl's global flags, which nobody else parses here.
     flags.FLAGS(["moextend"], known_only=True)
-    if values.workdir is None and command != "bench":
+    if values.workdir is None and command not in ("bench", "plan"):
         raise MoextendError(f"{command} needs --workdir DIR")
     config = values.config
     if config is None and command == "generate":
@@ -183,19 +195,38 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
 
 def _remembered(workdir: Path) -> RunSettings:
     """The settings that the work directory's stages were run with."""
-    path = workdir / "config.json"
-    try:
-        return from_config_dict(json.loads(path.read_text())["settings"])
-    except (OSError, ValueError, KeyError) as error:
-        raise MoextendError(f"{path} cannot be read ({error}): run a stage with this --workdir first") from None
+    from moextend_jax.checkpoints.workdir import settings_of
+
+    settings = settings_of(workdir)
+    if settings is None:
+        raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
+    return settings
 
 
 def _bench(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.bench import bench
 
-    figures = bench(settings, Console(), only=values.stage)
+    figures = bench(settings, Console(), only=values.stage, layers=values.layers)
     if values.json:
         Path(values.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _plan(settings: RunSettings, values: flags.FlagValues) -> None:
+    import jax
+
+    from moextend_jax.plan.command import plan_command
+
+    jax.config.update("jax_platforms", "cpu")  # the chips of a plan are not here, and those that are stay free
+    plan_command(
+        settings,
+        stage=values.stage,
+        topology=values.topology,
+        without_images=values.text_only,
+        new_share=values.new_share,
+        layers=values.layers,
+        most=values.most if values.sweep else 0,
+        as_json=values.json,
+    )
 
 
 COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
@@ -205,6 +236,7 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "report": _report,
     "generate": _generate,
     "bench": _bench,
+    "plan": _plan,
 }
 TOOLS = {
     "import": ("moextend_jax.checkpoints.convert", "import_main"),

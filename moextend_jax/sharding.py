@@ -7,13 +7,14 @@ from here. No PartitionSpec is written anywhere else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moextend_jax.config import Batch, MoextendError
@@ -48,7 +49,21 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES)
     if list(sizes.values()).count(-1) > 1 or int(np.prod(shape)) != devices:
         raise MoextendError(f"a mesh of {dict(sizes)} does not cover {devices} devices")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(arranged(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Devices in the mesh's shape, so that neighbours in it are near each other: a slice's links are fast, and between
+    slices only replicas ("data") talk. GPUs come node by node, so the first axes span nodes."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        # The torus of v5e and v6e has two dimensions, fewer than a mesh, unless one of them may be split.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise MoextendError(f"mesh.data = {shape[0]} must be a multiple of {slices} slices: only replicas span them")
+    within = (shape[0] // slices, *shape[1:])
+    between = (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def platform() -> str:

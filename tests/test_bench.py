@@ -12,6 +12,7 @@ import pytest
 from configs.bench import get_config
 from moextend_jax import bench
 from moextend_jax.config import IGNORE, MoextendError
+from moextend_jax.plan.sizes import model_config
 from moextend_jax.settings import RunSettings, StageSettings, from_config_dict
 
 TINY = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
@@ -43,7 +44,7 @@ def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypa
 
 
 def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):
-    config = bench.model_config(settings, stage="align")
+    config = model_config(settings, stage="align")
     answers, every = (bench.random_batch(config, rows=2, length=160, labels=kind) for kind in bench.LABELS)
     assert [sorted(row[row >= 0]) for row in answers.patches_BL] == [list(range(64))] * 2
     assert not (answers.labels_BL[answers.patches_BL >= 0] != IGNORE).any()
@@ -52,6 +53,6 @@ def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):
 
 
 def test_rows_too_short_for_the_image_are_refused(settings: RunSettings):
-    config = bench.model_config(settings, stage="align")
+    config = model_config(settings, stage="align")
     with pytest.raises(MoextendError, match="64 patches"):
         bench.random_batch(config, rows=1, length=40, labels="all")

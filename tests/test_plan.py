@@ -284,7 +284,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> RunSettings:
     settings = from_config_dict(get_config())
     short = {"batch_size": 8, "length": 128, "loss_chunk": 64}
     stages = {name: dataclasses.replace(getattr(settings, name), **short) for name in ("extend", "finetune")}
-    return dataclasses.replace(settings, **stages)
+    mesh = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
+    return dataclasses.replace(settings, mesh=mesh, saved=(), **stages)
 
 
 def test_a_plan_compiled_for_a_tpu(small: RunSettings, capsys: pytest.CaptureFixture[str]):

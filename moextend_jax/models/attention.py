@@ -141,7 +141,7 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
         return jax.vmap(lambda q, k, v: attend_GSH(q, k, v, segment_ids=ids))(query_KGSH, key_KSH, value_KSH)
 
     query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    key_BKSH, value_BKSH = (array.transpose(0, 2, 1, 3) for array in (key_BSKH, value_BSKH))
+    key_BKSH, value_BKSH = key_BSKH.transpose(0, 2, 1, 3), value_BSKH.transpose(0, 2, 1, 3)
     y_BKGSH = jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, segments_BS)
     return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 

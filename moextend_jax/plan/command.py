@@ -23,6 +23,7 @@ def plan_command(
     topology: str | None,
     without_images: bool = False,
     new_share: float | None = None,
+    layers: int | None = None,
     most: int = 0,
     as_json: bool = False,
 ) -> None:
@@ -37,7 +38,7 @@ def plan_command(
     if most:
         figures: Any = sweep(settings, stage=stage, topology_name=topology, most=most, tell=console.print)
     else:
-        figures = plan(settings, stage=stage, topology_name=topology, new_share=new_share)
+        figures = plan(settings, stage=stage, topology_name=topology, new_share=new_share, layers=layers)
     if as_json:
         print(json.dumps(figures, indent=1))
     elif most:

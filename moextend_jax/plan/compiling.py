@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import time
@@ -30,9 +31,12 @@ class Compiled(NamedTuple):
 def compile_step(abstract: AbstractStep) -> Compiled:
     """Lowers and compiles. A program too big for the chip is an answer, any other failure a MoextendError."""
     started, worked = time.perf_counter(), time.process_time()
-    platform = abstract.mesh.devices.flat[0].platform
+    platform = (chip := abstract.mesh.devices.flat[0]).platform
+    # tokamax asks the default device what it may use.
+    default = jax.default_device(chip) if platform == "gpu" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="moextend-plan-") as folder, jax.set_mesh(abstract.mesh):
-        lowered = abstract.step.lower(abstract.state, abstract.frozen, abstract.batch)
+        with default:
+            lowered = abstract.step.lower(abstract.state, abstract.frozen, abstract.batch)
         # libtpu writes its program down itself: it may be newer than jaxlib, which then cannot read it back.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:

@@ -25,11 +25,19 @@ from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import spec
 
 
-def plan(settings: RunSettings, *, stage: str, topology_name: str, new_share: float | None = None) -> dict[str, Any]:
-    """The plan as plain numbers, ready for JSON. FLOPs are of a whole step on all chips, bytes of one chip."""
+def plan(
+    settings: RunSettings,
+    *,
+    stage: str,
+    topology_name: str,
+    new_share: float | None = None,
+    layers: int | None = None,
+) -> dict[str, Any]:
+    """The plan as plain numbers, ready for JSON. FLOPs are of a whole step on all chips, bytes of one chip; `layers`
+    keeps that many of the base."""
     place = topology.parse(topology_name)
     run = stage_settings(settings, stage)
-    config = model_config(settings, stage=stage)
+    config = model_config(settings, stage=stage, layers=layers)
     mesh = topology.make_mesh(place, settings.mesh)
     abstract = abstract_step(settings, config, stage=stage, mesh=mesh)
     compiled = compile_step(abstract)

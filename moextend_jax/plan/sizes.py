@@ -5,6 +5,7 @@ A base or tower whose folder is not there may be named as published: its sizes a
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from moextend_jax.checkpoints import huggingface
@@ -26,10 +27,18 @@ TOWERS = {
 EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
 
 
-def model_config(settings: RunSettings, *, stage: str) -> ModelConfig:
-    """In finetune the share p of the layers has one new expert, evenly spread; `settings.vision` "" is a text model."""
+def model_config(settings: RunSettings, *, stage: str, layers: int | None = None) -> ModelConfig:
+    """In finetune the share p of the layers has one new expert, evenly spread; `settings.vision` "" is a text model.
+
+    Args:
+      layers: decoder layers to keep of the base; None: all.
+    """
     feature_layer = settings.recipe.feature_layer
     decoder = _decoder(settings.base)
+    if layers is not None:
+        if not 1 <= layers <= decoder.layers:
+            raise MoextendError(f"--layers {layers}: {settings.base} has {decoder.layers}")
+        decoder = dataclasses.replace(decoder, layers=layers)
     return ModelConfig(
         decoder=decoder,
         vision=_tower(settings.vision, feature_layer=feature_layer) if settings.vision else None,
