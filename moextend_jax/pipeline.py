@@ -20,24 +20,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moextend_jax import distributed
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.leaves import base_hash, read_sharded
-from moextend_jax.checkpoints.loading import open_base
+from moextend_jax.checkpoints.loading import EMBEDDED as EMBEDDED  # here too, for whoever runs the stages
+from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError
 from moextend_jax.data.batches import Features, Pixels, Shard, batches
 from moextend_jax.data.datasets import HoldOut, Source, hold_out, open_dataset
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moextend_jax.extension import routing
+from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.folders import folder, is_url, local
+from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.models.parameters import arrays_of, with_arrays
 from moextend_jax.settings import RunSettings, StageSettings
-from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch, split_cpu
+from moextend_jax.sharding import TABLE, make_mesh, parameter_shardings, put_batch, spec
 from moextend_jax.train import stages
 from moextend_jax.train.loop import train
-
-EMBEDDED = Path(__file__).parent / "assets" / "base"
 
 Arrays = dict[str, jax.Array]
 
@@ -61,15 +63,14 @@ class Run:
 
 
 def open_run(settings: RunSettings, workdir: Path) -> Run:
-    """Reads the pretrained decoder and tower."""
-    split_cpu(settings.cpu_devices)
-    source = open_base(settings.base, settings.vision, embedded=EMBEDDED, feature_layer=settings.recipe.feature_layer)
+    """Joins the other processes, if any, and reads the pretrained decoder and tower."""
+    distributed.start(cpu_devices=settings.cpu_devices)
+    distributed.check_shared(workdir)
+    source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     config = ModelConfig(
         decoder=source.config.decoder,
         vision=source.config.vision,
-        dtype=settings.dtype,
-        train_dtype=settings.train_dtype,
-        remat=settings.remat,
+        **settings.model_options,
     )
     mesh = make_mesh(settings.mesh)
     shardings = parameter_shardings(abstract(config), mesh)
@@ -77,7 +78,7 @@ def open_run(settings: RunSettings, workdir: Path) -> Run:
         settings=settings,
         workdir=workdir,
         config=config,
-        tokenizer=load_tokenizer(EMBEDDED if settings.base == "embedded" else Path(settings.base)),
+        tokenizer=load_tokenizer(folder_of(settings.base)),
         pretrained=read_sharded(source.leaves, shardings, dtype=settings.dtype),
         base_hash=base_hash(source.leaves),
         mesh=mesh,
@@ -92,18 +93,19 @@ def remember(run: Run) -> None:
     write_json(run.workdir / "config.json", _described(run))
 
 
-def abstract(config: ModelConfig) -> MoExtend:
-    """The model's structure without arrays."""
-    return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
-
-
 def content_hash(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 over paths, dtypes and bytes: equal exactly if every array is bit-identical."""
+    """SHA-256 over paths, dtypes and bytes: equal exactly if every array is bit-identical.
+
+    Of an array that several processes share only shards are hashed: it then compares arrays on one mesh.
+    """
     digest = hashlib.sha256()
     for path in sorted(arrays):
-        array = np.asarray(arrays[path])
+        array = arrays[path]
         digest.update(f"{path} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        if getattr(array, "is_fully_addressable", True):
+            digest.update(np.ascontiguousarray(np.asarray(array)).view(np.uint8).data)
+        else:
+            digest.update(distributed.shard_hashes(array))
     return digest.hexdigest()
 
 
@@ -115,14 +117,14 @@ def kappa(run: Run) -> Arrays:
     return _on_mesh(run, abstract(run.config), {**run.pretrained, **_result(run, "align")})
 
 
+def probed(run: Run) -> Arrays:
+    """Kappa': the aligned model with the routers that extend trained."""
+    return _on_mesh(run, abstract(run.config), {**kappa(run), **_result(run, "extend")})
+
+
 def moextend_model(run: Run, *, trained: bool = True) -> tuple[MoExtend, Arrays]:
     """The grown model; `trained` False is its start."""
-    selection = read_selection(run)
-    config = dataclasses.replace(
-        run.config,
-        extension=ExtensionConfig(layers=tuple(selection["chosen_layers"]), sources=tuple(selection["sources"])),
-    )
-    model, leaves = abstract(config), {**kappa(run), **_result(run, "grow")}
+    model, leaves = abstract(_grown(run)), {**kappa(run), **_result(run, "grow")}
     return model, _on_mesh(run, model, {**leaves, **_result(run, "finetune")} if trained else leaves)
 
 
@@ -133,13 +135,20 @@ def full_model(run: Run) -> Arrays:
 
 def _on_mesh(run: Run, model: MoExtend, arrays: Mapping[str, Any]) -> Arrays:
     shardings = parameter_shardings(model, run.mesh)
-    return {path: jax.device_put(leaf, shardings[path]) for path, leaf in arrays.items()}
+    return {path: distributed.place(leaf, shardings[path]) for path, leaf in arrays.items()}
+
+
+def _grown(run: Run) -> ModelConfig:
+    selection = read_selection(run)
+    extension = ExtensionConfig(layers=tuple(selection["chosen_layers"]), sources=tuple(selection["sources"]))
+    return dataclasses.replace(run.config, extension=extension)
 
 
 def _result(run: Run, stage: str) -> Arrays:
     """Leaves that a stage wrote; an error that says what to run where it has not been run."""
-    folder = run.workdir / stage / "result"
-    leaves = train_state.load_leaves(folder, facts=run.facts)
+    config = _grown(run) if stage in ("grow", "finetune") else run.config
+    shardings = parameter_shardings(abstract(config), run.mesh)
+    leaves = train_state.load_leaves(run.workdir / stage / "result", facts=run.facts, shardings=shardings)
     if leaves is None:
         raise MoextendError(
             f"{stage} has not been run in {run.workdir}: run `moextend {stage}` with this --workdir first"
@@ -159,8 +168,9 @@ def _fresh_projector(run: Run) -> Arrays:
 
 
 def open_source(run: Run, name: str, split: str) -> Source:
-    data_dir = Path(run.settings.data_dir) if run.settings.data_dir else run.workdir / "data"
-    return open_dataset(name, split=split, data_dir=data_dir, manual_dir=run.settings.manual_dir or None)
+    data_dir = local(folder(run.settings.data_dir) if run.settings.data_dir else run.workdir / "data", what="data_dir")
+    with distributed.first_alone(f"open {name} {split}"):
+        return open_dataset(name, split=split, data_dir=data_dir, manual_dir=run.settings.manual_dir or None)
 
 
 def instructions(run: Run) -> HoldOut:
@@ -185,9 +195,9 @@ def images_of(run: Run, source: Source, name: str) -> Pixels | Features:
     return Features(
         store=cache_features(
             source.images,
-            path=run.workdir / "features" / name,
+            path=local(run.workdir / "features" / name, what="cache_features: a cache of features"),
             compute=functools.partial(_tower, run, tower),
-            tower=content_hash(tower),
+            tower=content_hash({path: distributed.gathered(leaf) for path, leaf in tower.items()}),
             feature_layer=vision.feature_layer,
             size=vision.image_size,
             preparation=run.settings.recipe.image_preparation,
@@ -195,8 +205,9 @@ def images_of(run: Run, source: Source, name: str) -> Pixels | Features:
     )
 
 
-def _tower(run: Run, tower: Arrays, images_nhwc: np.ndarray) -> jax.Array:
-    return _tower_step(run.config)(tower, images_nhwc)
+def _tower(run: Run, tower: Arrays, images_nhwc: np.ndarray) -> np.ndarray:
+    rows = jax.sharding.NamedSharding(run.mesh, spec("B", images_nhwc.shape[:1], run.mesh))
+    return distributed.gathered(_tower_step(run.config)(tower, distributed.place(images_nhwc, rows)))
 
 
 @functools.cache
@@ -223,7 +234,8 @@ def rows_of(
 ):
     """The pipeline of a stage over a source; images come from the feature cache unless given."""
     assert run.config.vision is not None
-    family = stage.data.partition("/")[0]
+    family, share = stage.data.partition("/")[0], distributed.share_of_rows(run.mesh)
+    _check_rows(run, stage.batch_size)
     return batches(
         source,
         tokenizer=run.tokenizer,
@@ -231,16 +243,23 @@ def rows_of(
         images=images or images_of(run, source, f"{family}-{stage.split.partition('[')[0]}"),
         patches=run.config.vision.patches,
         length=stage.length,
-        batch_size=stage.batch_size // jax.process_count(),
+        batch_size=stage.batch_size // share.count,
         images_per_row=stage.images_per_row,
         conversations_per_row=stage.conversations_per_row or None,
+        conversation_length=stage.conversation_length or None,
         seed=seed if seed is None else seed + run.settings.seed,
         epochs=epochs,
-        shard=Shard(jax.process_index(), jax.process_count()),
+        shard=Shard(*share),
         workers=run.settings.workers,
         too_long=stage.too_long,
         parts=parts,
     )
+
+
+def _check_rows(run: Run, rows: int) -> None:
+    shards = int(np.prod([run.mesh.shape[axis] for axis in TABLE["B"] or ()]))
+    if jax.process_count() > 1 and rows % shards:
+        raise MoextendError(f"batch_size = {rows} must be a multiple of {shards}, the parts that the mesh makes of it")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -266,8 +285,7 @@ def extend(run: Run) -> None:
 def select(run: Run) -> dict[str, Any]:
     """Counts routing before and after the probe on S_e, and writes select/routing.json and .png."""
     settings, recipe = run.settings.select, run.settings.recipe
-    before_arrays = kappa(run)
-    after_arrays = _on_mesh(run, abstract(run.config), {**before_arrays, **_result(run, "extend")})
+    before_arrays, after_arrays = kappa(run), probed(run)
     stage = dataclasses.replace(run.settings.extend, batch_size=settings.batch_size)
     if recipe.probe_data == "captions":
         captions = open_source(run, run.settings.align.data, run.settings.align.split)
@@ -279,7 +297,8 @@ def select(run: Run) -> dict[str, Any]:
     def count(arrays: Arrays) -> routing.Counts:
         rows = rows_of(run, source, stage, epochs=1, seed=None, parts=parts)
         with jax.set_mesh(run.mesh):
-            return routing.count_all(model, arrays, (put_batch(row, run.mesh) for row in rows), recipe=recipe)
+            batches = (put_batch(batch, run.mesh) for batch in distributed.in_step(rows))
+            return routing.count_all(model, arrays, batches, recipe=recipe)
 
     before, after = count(before_arrays), count(after_arrays)
     chosen = routing.select(before, after, share=settings.share, recipe=recipe)
@@ -297,9 +316,10 @@ def select(run: Run) -> dict[str, Any]:
         "base": run.base_hash,
     }
     write_json(run.workdir / "select" / "routing.json", record)
-    from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
+    if distributed.first():
+        from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
 
-    routing_picture(record, run.workdir / "select" / "routing.png")
+        routing_picture(record, run.workdir / "select" / "routing.png")
     return record
 
 
@@ -317,18 +337,13 @@ def read_selection(run: Run) -> dict[str, Any]:
 
 def grow(run: Run) -> None:
     """Kappa plus the selection -> leaves of the extended model (and the probe's routers, in the released recipe)."""
-    selection = read_selection(run)
-    recipe = run.settings.recipe
-    config = dataclasses.replace(
-        run.config,
-        extension=ExtensionConfig(layers=tuple(selection["chosen_layers"]), sources=tuple(selection["sources"])),
-    )
-    arrays = kappa(run)
-    leaves: Arrays = {}
-    if recipe.routers_kept == "after":
-        leaves = _result(run, "extend")
-    arrays = _on_mesh(run, abstract(run.config), {**arrays, **leaves})
-    leaves |= grow_leaves(arrays, config=config, recipe=recipe, seed=run.settings.seed)
+    config, recipe = _grown(run), run.settings.recipe
+    leaves: Arrays = _result(run, "extend") if recipe.routers_kept == "after" else {}
+    copied = {path: leaf for path, leaf in {**kappa(run), **leaves}.items() if path in COPIED.values()}
+    # Jitted for its shardings: every process makes only its own part of the new leaves.
+    shardings = parameter_shardings(abstract(config), run.mesh)
+    made = functools.partial(grow_leaves, config=config, recipe=recipe, seed=run.settings.seed)
+    leaves |= jax.jit(made, out_shardings={path: shardings[path] for path in jax.eval_shape(made, copied)})(copied)
     train_state.save_leaves(run.workdir / "grow" / "result", leaves, facts=run.facts)
 
 
@@ -364,6 +379,7 @@ def _train(run: Run, stage: str, model: MoExtend, arrays: Arrays, source: Source
         recipe=run.settings.recipe,
         aux_coefficient=run.settings.aux_coefficient,
         loss_chunk=settings.loss_chunk,
+        accumulate=settings.accumulate,
         facts=run.facts | {"stage": stage, "settings": _json(dataclasses.asdict(settings))},
         checkpoint_every=run.settings.checkpoint_every,
         checkpoints_kept=run.settings.checkpoints_kept,
@@ -401,10 +417,14 @@ def _json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n")
-    unfinished.rename(path)
+    """Process 0 writes; when it returns, all processes can read."""
+    if distributed.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path if is_url(path) else path.with_suffix(".unfinished")  # a bucket's objects come whole
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        if unfinished != path:
+            unfinished.rename(path)
+    distributed.barrier(f"wrote {path}")
 
 
 def frozen_unchanged(run: Run) -> bool:

@@ -194,6 +194,19 @@ def test_the_parameters_of_a_stage_must_be_a_recipe_s(other, tmp_path: Path):
         assert training.stage_of(read._replace(arrays=arrays), config, stage=None) == expected
 
 
+def test_a_stage_whose_batches_are_not_there_has_nothing_to_compare(other, tmp_path: Path):
+    for name in ("images.npz", "manifest.json"):
+        shutil.copy(other.folder / name, tmp_path / name)
+    batches: dict[str, Any] = {"text/input_ids": np.zeros((1, 2), int)}
+    np.savez(tmp_path / "batches.npz", **batches)
+    names = [name for name in other.models["plain"] if "mm_projector" in name]
+    arrays: dict[str, Any] = {"steps": np.zeros((3, 4)), **{f"param3/{name}": np.zeros(1) for name in names}}
+    np.savez(tmp_path / "stage_align_x.npz", **arrays)
+    folders = ["--checkpoint", str(other.folder / "plain"), "--vision", str(other.folder / "clip")]
+    with pytest.raises(MoextendError, match="nothing in .* could be compared: steps/1/loss: .* no 'train0'"):
+        command.main([*folders, "--reference", str(tmp_path / "stage_align_x.npz")])
+
+
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ import tiny
 
 from moextend_jax.checkpoints import convert, huggingface, leaves, names, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.workdir import is_workdir, open_workdir, settings_of
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -222,6 +223,22 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
         open_checkpoint(tmp_path / "delta", base=folders.mixtral(tmp_path / "text"))
 
 
+def test_the_settings_of_a_run_are_those_it_was_run_with_and_a_model_has_none(tmp_path: Path, base: Path):
+    run_of(tmp_path / "run", base, extended=False)
+    settings = settings_of(tmp_path / "run")
+    assert settings is not None and settings.base == str(base) and is_workdir(tmp_path / "run")
+    for folder in (base, tmp_path / "nowhere"):
+        assert settings_of(folder) is None and not is_workdir(folder)
+    with pytest.raises(MoextendError, match="nowhere is no work directory"):
+        open_workdir(tmp_path / "nowhere")
+    (tmp_path / "run" / "config.json").write_text('{"settings": {"bass": 1}}')
+    with pytest.raises(MoextendError, match="config.bass is no setting"):
+        settings_of(tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(MoextendError, match=r"config\.json cannot be read"):
+        settings_of(tmp_path / "run")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_whose_base_has_changed_is_not_exported(tmp_path: Path, base: Path):
     run_of(tmp_path / "run", base, extended=True)
@@ -269,6 +286,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda f: folders.change(folders.mixtral(f), {NORM: None, "x": lambda a: a}),
         f"Missing: {NORM}. Not asked for: x",
     ),
+    "surplus": (lambda f: folders.change(folders.mixtral(f), {"x": lambda a: a}), r"Not asked for: x\.$"),
     "attribute": (lambda f: with_attribute(folders.mixtral(f), sliding_window=4096), "sliding_window = 4096"),
     "rope": (lambda f: with_attribute(folders.mixtral(f), rope_scaling={"type": "yarn"}), "rope_scaling"),
     "activation": (lambda f: with_attribute(folders.clip(f), hidden_act="relu"), "hidden_act = 'relu'"),

@@ -98,6 +98,18 @@ def test_counts_equal_a_loop_over_tokens(counted):
     assert ours.text_tokens == expected["text"][0].sum() / 2
 
 
+def test_the_least_likely_experts_of_a_plain_layer_are_among_those_it_has():
+    """In an extended model its logits of new experts are -inf, which nothing is less likely than."""
+    model, arrays, batch = tiny.structure(tiny.EXTENDED), tiny.arrays(tiny.EXTENDED), tiny.batch()
+    recipe = dataclasses.replace(PAPER, counted_picks="least_likely")
+    counted = routing.count_all(model, arrays, [batch], recipe=recipe).total_ZO
+    run = jax.jit(lambda batch: with_arrays(model, arrays)(batch).routing.logits_TO)
+    logits_ZTO = np.asarray(run(batch))[:, batch.segments_BL.reshape(-1) > 0]
+    for z, outputs in enumerate((5, 4, 5)):
+        least_Tk = np.argsort(logits_ZTO[z, :, :outputs])[:, :2]
+        np.testing.assert_array_equal(counted[z], np.bincount(least_Tk.reshape(-1), minlength=5))
+
+
 # --- growing ----------------------------------------------------------------------------------------------------------
 
 

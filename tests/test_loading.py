@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from moextend_jax.checkpoints import convert, leaves
-from moextend_jax.checkpoints.loading import open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import EMBEDDED, folder_of, open_checkpoint, open_source
 from moextend_jax.config import ImageTags, MoextendError
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES, make_mesh
@@ -102,7 +102,7 @@ def test_an_imported_folder_is_the_same_checkpoint(tmp_path: Path):
 
 
 def test_the_embedded_base_opens():
-    opened = open_source(tiny.ASSETS / "base")
+    opened = open_source(EMBEDDED)
     assert opened.parts == {"decoder", "vision"} and set(opened.files) >= {"tokenizer.model"}
 
 
@@ -267,6 +267,22 @@ def test_a_projector_of_other_widths_is_refused(tmp_path: Path):
     folders.mixtral(tmp_path / "text")
     with pytest.raises(MoextendError, match="needs a vision tower"):
         open_source(tmp_path / "text", projector=path)
+
+
+def test_a_projector_may_be_imported_and_a_folder_without_one_is_refused(tmp_path: Path):
+    folders.clip(folders.mixtral(tmp_path / "base") / "vision")
+    path = folders.projector(tmp_path / "projector")
+    for src, dst in ((path, tmp_path / "imported"), (tmp_path / "base", tmp_path / "whole")):
+        convert.import_source(open_source(src), dst)
+    opened, again = (open_source(tmp_path / "base", projector=one).leaves for one in (path, tmp_path / "imported"))
+    assert opened.keys() == again.keys() and leaves.content_hash(opened) == leaves.content_hash(again)
+    with pytest.raises(MoextendError, match="whole holds no projector, only decoder, vision"):
+        open_source(tmp_path / "base", projector=tmp_path / "whole")
+
+
+def test_a_setting_names_a_folder_or_the_embedded_base():
+    assert (folder_of("embedded"), folder_of("embedded", inside="vision")) == (EMBEDDED, EMBEDDED / "vision")
+    assert folder_of("some/where", inside="vision") == Path("some/where")
 
 
 @pytest.mark.parametrize(

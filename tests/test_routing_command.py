@@ -15,9 +15,12 @@ import tiny
 
 from moextend_jax import pipeline
 from moextend_jax.checkpoints import huggingface, train_state
+from moextend_jax.checkpoints.workdir import settings_of
 from moextend_jax.compare import routing_command, routing_compare, routing_stats
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.compare.reference import Rows, to_batch
+from moextend_jax.config import IGNORE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.extension import routing
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
 
@@ -240,6 +243,7 @@ def test_collect_reads_passages_and_writes_their_ids_for_others(base: Path, tmp_
     assert run(*common, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "b.npz") == 0
     a, b = (routing_stats.read_stats(tmp_path / name) for name in ("a.npz", "b.npz"))
     assert a.inputs == b.inputs and a.tokens == b.tokens and a.tokens["text"] > 10
+    assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in routing_compare.distances(a, b, tie=1e-5))
 
 
 def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Path, tmp_path: Path):
@@ -287,7 +291,36 @@ def test_collect_opens_the_models_of_a_work_directory(base: Path, tmp_path: Path
     assert routing_compare.distances(aligned, routing_stats.read_stats(tmp_path / "a.npz"), tie=0)[0].tv_picks > 0.1
 
 
-def pipeline_settings(workdir: Path):
-    from moextend_jax.settings import from_config_dict
+def pipeline_settings(workdir: Path) -> RunSettings:
+    settings = settings_of(workdir)
+    assert settings is not None
+    return settings
 
-    return from_config_dict(json.loads((workdir / "config.json").read_text())["settings"])
+
+@pytest.mark.devices
+@pytest.mark.usefixtures("eight_devices")
+def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, tmp_path: Path):
+    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
+    evaluated = EvaluateSettings(data="d", questions=1)
+    settings = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluated, dtype="float32", base=str(base),
+        vision=str(base / "vision"),
+    )  # fmt: skip
+    opened = pipeline.open_run(settings, tmp_path)
+    made = tiny.arrays(tiny.BASE_CONFIG, seed=1, std=0.1)
+    for name, trained in (("align", "projector/"), ("extend", "decoder/layers/moe/gate")):
+        result = {path: leaf for path, leaf in made.items() if path.startswith(trained)}
+        train_state.save_leaves(tmp_path / name / "result", result, facts=opened.facts)
+    pipeline.remember(opened)
+    ids_BL = np.arange(20, 180, dtype=np.int32).reshape(8, 20)
+    np.savez(tmp_path / "ids.npz", input_ids=ids_BL)
+    assert run("collect", "--checkpoint", tmp_path, "--model", "probed", "--ids", tmp_path / "ids.npz",
+               "--out", tmp_path / "a.npz") == 0  # fmt: skip
+
+    arrays = tiny.arrays(tiny.BASE_CONFIG, std=0.1) | {"decoder/layers/moe/gate": made["decoder/layers/moe/gate"]}
+    rows = Rows(ids_BL, np.full_like(ids_BL, IGNORE), np.ones_like(ids_BL), (), None)
+    expected = routing_stats.collect(
+        tiny.structure(tiny.BASE_CONFIG), arrays, [to_batch(rows, start=None, patches=0)], per_token=True
+    )
+    got = routing_stats.read_stats(tmp_path / "a.npz")
+    assert all(row.agreement == 1.0 for row in routing_compare.distances(got, expected, tie=1e-5))

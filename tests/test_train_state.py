@@ -77,6 +77,7 @@ def run(source, tokenizer, arrays, monkeypatch):
             recipe=RECIPES["paper"],
             aux_coefficient=0.01,
             loss_chunk=4,
+            accumulate=1,
             facts=facts,
             checkpoint_every=3,
             checkpoints_kept=2,

@@ -47,12 +47,18 @@ class ExtendedRouter(MixtralTopKRouter):
 
 
 def load(folder: Path) -> MixtralForCausalLM:
+    if not (folder / "config.json").is_file():  # transformers would make the largest Mixtral up, with random weights
+        raise SystemExit(f"{folder} holds no config.json; moextend export makes such a folder of an imported one")
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, "pt")
         files |= dict.fromkeys(file.keys(), file)
     if not any("gate_vision" in name or name.startswith("model.visual.") for name in files):
-        return MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+        model, report = MixtralForCausalLM.from_pretrained(folder, **options)
+        if bad := {kind: sorted(names) for kind, names in report.items() if names}:  # only a warning to transformers
+            raise SystemExit(f"{folder} does not hold this model: {str(bad)[:400]}")
+        return model.eval()
     attributes = json.loads((folder / "config.json").read_text())
     layers = attributes.pop("add_layer", None) or []
     block = "model.layers.{}.block_sparse_moe."
@@ -69,6 +75,8 @@ def load(folder: Path) -> MixtralForCausalLM:
         model.model.layers[layer].mlp.gate = ExtendedRouter(config, new[0][0], new[1][0])
 
     def read(name):
+        if name not in files:
+            raise SystemExit(f"{folder} holds no {name}; a partial save becomes whole by moextend import and export")
         return files[name].get_tensor(name).float()
 
     renamed = {
@@ -190,10 +198,13 @@ def main() -> None:
     mask = (file["attention_mask"] != 0).astype(np.int64) if "attention_mask" in file else np.ones_like(ids)
     ids = np.where(mask > 0, ids, 0)
     model = load(options.checkpoint)
+    if not 0 <= ids.min() <= ids.max() < model.config.vocab_size:
+        raise SystemExit(f"{options.ids}: ids from {ids.min()} to {ids.max()}, the vocabulary has "
+                         f"{model.config.vocab_size}")  # fmt: skip
+    arrays = statistics(model, ids, mask, batch_size=options.batch_size, per_token=options.per_token)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("wb") as out:
-        np.savez_compressed(out, **statistics(model, ids, mask, batch_size=options.batch_size,
-                                              per_token=options.per_token))  # fmt: skip
+        np.savez_compressed(out, **arrays)
     if options.forward:
         labels = file["labels"] if "labels" in file else np.where(mask > 0, ids, -100)
         coefficient = getattr(model.config, "router_aux_loss_coef", None)

@@ -2,8 +2,8 @@
 words, repeating words, and "what is a ...?" from WordNet's glosses. No pictures, and nothing of easy-VQA.
 
 Run after text.py: `python launch/make_base/instructions.py --text BUILD`; writes reading.json, checking.json,
-comparing.json, negating.json and turning.json there, in LLaVA's format. A model that has only read books cannot look back at what it was told; an
-aligned picture is something told.
+comparing.json, negating.json and turning.json there, in LLaVA's format. A model that has only read books cannot look
+back at what it was told; an aligned picture is something told.
 """
 
 from __future__ import annotations

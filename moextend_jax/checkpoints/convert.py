@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,12 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import delta, huggingface, leaves, names, store
+from moextend_jax.checkpoints import delta, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, some, write_safetensors
 from moextend_jax.checkpoints.workdir import is_workdir, open_workdir
 from moextend_jax.config import MoextendError
+from moextend_jax.terminal import Parser
 
 SHARD = "5GB"
 LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
@@ -32,7 +34,7 @@ LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
 def import_main(arguments: list[str]) -> None:
     """`moextend import SRC DST`: a PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one
     (Llama or Mistral, folder or GGUF) becomes a mixture of copies of its feed-forward layers."""
-    parser = _Parser(prog="moextend import", description=import_main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="moextend import", description=import_main.__doc__)
     parser.add_argument("src", type=Path, help="folder of a checkpoint, file of a projector, or GGUF file")
     parser.add_argument("dst", type=Path, help="new folder")
     parser.add_argument("--base", type=Path, help="folder of the base, for partial saves and deltas")
@@ -85,7 +87,7 @@ def _upcycled(values: argparse.Namespace, scratch: Path) -> Source:
 
 def export_main(arguments: list[str]) -> None:
     """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
-    parser = _Parser(prog="moextend export", description=export_main.__doc__, allow_abbrev=False)
+    parser = Parser(prog="moextend export", description=export_main.__doc__)
     parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
     parser.add_argument("dst", type=Path, help="new folder")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
@@ -105,11 +107,6 @@ def export_main(arguments: list[str]) -> None:
     print(f"exported {_described(source)} to {values.dst} in layout {layout}: {cost}")
     if left := source.parts - _parts_of(layout, source):
         print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # argparse would print its usage and exit
-        raise MoextendError(f"{self.prog.removeprefix('moextend ')}: {message}; see `{self.prog} --help`")
 
 
 def _described(source: Source) -> str:
@@ -177,26 +174,23 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     """Tensors and config.json of every folder of an export, by the folder's name inside it."""
     config, said = source.config, source.record.attributes
     tower = {"vision": said.get("vision") or huggingface.vision_attributes(config.vision)} if config.vision else {}
-
-    def plan(table: str, prefix: str = "") -> dict[str, Planned]:
-        return {
-            prefix + tensor.file: leaves.plan_theirs(source.leaves[tensor.path], tensor.index)
-            for tensor in names.tensors(table, config)
-        }
-
+    plan = functools.partial(leaves.plan_theirs, source.leaves)
     if layout == "llava":
         table, prefix = source.record.projector
-        return {".": (plan(table, prefix), {})}
+        return {".": (plan(table=table, config=config, prefix=prefix), {})}
     if layout == "clip":
-        return {".": (plan("clip"), tower["vision"])}
+        return {".": (plan(table="clip", config=config), tower["vision"])}
     dtype = str(source.leaves["decoder/embed"].dtype)
     attributes = said.get("decoder") or huggingface.decoder_attributes(config.decoder, dtype=dtype)
     for name in ("torch_dtype", "dtype"):  # an import may have cast
         if isinstance(attributes.get(name), str):
             attributes = attributes | {name: dtype}
     if layout == "mixtral":
-        files = {".": (plan("mixtral"), {k: v for k, v in attributes.items() if k not in _RELEASED_ONLY})}
-        return files | ({"vision": (plan("clip"), tower["vision"])} if "vision" in source.parts else {})
+        kept = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
+        files = {".": (plan(table="mixtral", config=config), kept)}
+        if "vision" in source.parts:
+            files["vision"] = (plan(table="clip", config=config), tower["vision"])
+        return files
     if config.vision and (missing := {"projector", "vision"} - source.parts):
         if missing != {"projector", "vision"}:
             raise MoextendError(
@@ -209,7 +203,7 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
         merged["visual"] = attributes["visual"] | added.get("visual", {})
     if tower and config.vision:
         merged["vision_config"] = tower["vision"]
-    return {".": (plan("released"), merged)}
+    return {".": (plan(table="released", config=config), merged)}
 
 
 _RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})

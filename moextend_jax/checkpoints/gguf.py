@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from moextend_jax.checkpoints.llama import dense_config
 from moextend_jax.checkpoints.tensors import Stored, difference
 from moextend_jax.config import DecoderConfig, MoextendError
 
@@ -141,15 +142,11 @@ def _config(metadata: dict[str, Any], found: dict[str, Any], *, where: Path) -> 
     for name in ("rope.dimension_count", "attention.value_length"):
         if given.get(name, head_size) != head_size:
             raise MoextendError(f"{where}: llama.{name} = {given[name]} is not the head size {head_size}: not computed")
-    if fields["heads"] % fields["kv_heads"]:
-        raise MoextendError(
-            f"{where}: {fields['heads']} heads cannot share {fields['kv_heads']} key/value heads evenly"
-        )
     if "token_embd.weight" not in found:
         raise MoextendError(f"{where}: missing: token_embd.weight")
     vocab_size = int(found["token_embd.weight"].shape[-1])
     tied_head = "output.weight" not in found
-    return DecoderConfig(experts=1, top_k=1, vocab_size=vocab_size, tied_head=tied_head, **fields)
+    return dense_config(where=where, vocab_size=vocab_size, tied_head=tied_head, **fields)
 
 
 def _tensors(found: dict[str, Any], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:

@@ -277,7 +277,7 @@ def read_parameters(folder: Path, model: nnx.Module, *, table: str, config: Mode
 def write_parameters(folder: Path, arrays: Mapping[str, Any], *, table: str, config: ModelConfig) -> None:
     """Writes arrays by our path as one safetensors file of layout `table`."""
     folder.mkdir(parents=True, exist_ok=True)
-    planned = plan(from_arrays(arrays, config=config), table=table, config=config)
+    planned = leaves.plan_theirs(from_arrays(arrays, config=config), table=table, config=config)
     write_safetensors(folder, planned, max_shard_bytes=1 << 62)
 
 
@@ -288,13 +288,3 @@ def from_arrays(arrays: Mapping[str, Any], *, config: ModelConfig) -> dict[str, 
         return Stored(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array), "memory")
 
     return {path: leaves.from_ours(path, stored(array), config=config) for path, array in arrays.items()}
-
-
-def plan(
-    matched: Mapping[str, leaves.Leaf], *, table: str, config: ModelConfig, prefix: str = ""
-) -> dict[str, leaves.Planned]:
-    """The tensors of a file of layout `table`; leaves that the layout does not have are left out."""
-    return {
-        prefix + tensor.file: leaves.plan_theirs(matched[tensor.path], tensor.index)
-        for tensor in leaves.names.tensors(table, config)
-    }

@@ -87,7 +87,8 @@ def match(
     there = {tensor.path for tensor in wanted if tensor.file in found}
     wanted = [tensor for tensor in wanted if tensor.path in there or tensor.path not in elsewhere]
     if unequal := difference((tensor.file for tensor in wanted), found):
-        raise MoextendError(f"{where}: the tensors are not those of this model.{unequal}{hint}")
+        what_to_do = hint if any(tensor.file not in found for tensor in wanted) else ""
+        raise MoextendError(f"{where}: the tensors are not those of this model.{unequal}{what_to_do}")
     by_path: dict[str, dict[Index, names.Tensor]] = collections.defaultdict(dict)
     for tensor in wanted:
         by_path[tensor.path][tensor.index] = tensor
@@ -239,9 +240,13 @@ def plan_ours(leaf: Leaf, *, dtype: Any = None, digest: Any = None) -> Planned:
     return Planned(leaf.shape, kind, pieces)
 
 
-def plan_theirs(leaf: Leaf, index: Index) -> Planned:
-    """One piece as the tensor of a file."""
-    return Planned(leaf.file_shape, leaf.dtype, lambda: _strips(leaf.theirs(index), leaf.dtype))
+def plan_theirs(leaves: Mapping[str, Leaf], *, table: str, config: ModelConfig, prefix: str = "") -> dict[str, Planned]:
+    """The tensors of a file of layout `table`, each one piece; leaves that the layout does not have are left out."""
+
+    def one(leaf: Leaf, index: Index) -> Planned:
+        return Planned(leaf.file_shape, leaf.dtype, lambda: _strips(leaf.theirs(index), leaf.dtype))
+
+    return {prefix + tensor.file: one(leaves[tensor.path], tensor.index) for tensor in names.tensors(table, config)}
 
 
 def _strips(piece: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

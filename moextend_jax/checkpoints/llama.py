@@ -74,7 +74,12 @@ def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig
         if type(value) is not int and (theirs in _SIZES or type(value) is not float) or not 0 < value < math.inf:
             raise MoextendError(f"{where}: {theirs} must be a positive number, not {value!r}")
         fields[ours] = value
-    config = DecoderConfig(experts=1, top_k=1, tied_head=attributes.get("tie_word_embeddings", False), **fields)
+    return dense_config(where=where, tied_head=attributes.get("tie_word_embeddings", False), **fields)
+
+
+def dense_config(*, where: Path, **sizes: Any) -> DecoderConfig:
+    """Sizes of a dense model, here and in GGUF files: a mixture of one expert."""
+    config = DecoderConfig(experts=1, top_k=1, **sizes)
     if config.heads % config.kv_heads:
         raise MoextendError(f"{where}: {config.heads} heads cannot share {config.kv_heads} key/value heads evenly")
     return config

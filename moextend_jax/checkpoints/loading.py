@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from moextend_jax.checkpoints import delta, huggingface, leaves, names, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.moextend import abstract
 from moextend_jax.sharding import parameter_shardings
+
+EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
+"""The small base that the package brings, with its tokenizer, and its tower in `vision/`."""
 
 SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -88,11 +90,10 @@ def open_checkpoint(
         config = dataclasses.replace(config, vision=None)
     kind = dtype or str(matched["decoder/embed"].dtype)
     config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat=remat)
-    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
     if mesh is None:
         shardings = dict.fromkeys(matched, SingleDeviceSharding(jax.local_devices()[0]))
     else:
-        shardings = parameter_shardings(model, mesh)
+        shardings = parameter_shardings(abstract(config), mesh)
     return Checkpoint(
         config=config,
         arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
@@ -132,16 +133,21 @@ def open_source(
     return source
 
 
-def open_base(base: str, vision: str, *, embedded: Path, feature_layer: int) -> Source:
-    """The decoder and tower that a run's settings name; "embedded" stands for the model inside the package.
+def folder_of(name: str, *, inside: str = "") -> Path:
+    """The folder that a setting names; "embedded" stands for the embedded base, or for what is `inside` it."""
+    return EMBEDDED / inside if name == "embedded" else Path(name)
+
+
+def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
+    """The decoder and tower that a run's settings name.
 
     A base that brings a tower of its own goes before the embedded tower. A projector in it is not taken: align trains
     one.
     """
-    folder = embedded if base == "embedded" else Path(base)
+    folder = folder_of(base)
     source = open_source(folder, vision=None if vision == "embedded" else Path(vision), feature_layer=feature_layer)
     if "vision" not in source.parts:
-        source = _with_tower(source, embedded / "vision", feature_layer=feature_layer)
+        source = _with_tower(source, EMBEDDED / "vision", feature_layer=feature_layer)
     if "decoder" not in source.parts or "extension" in source.parts:
         raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
     kept = {path: leaf for path, leaf in source.leaves.items() if path.startswith(("decoder/", "vision/"))}
@@ -372,16 +378,15 @@ def _with_tower(source: Source, vision: Path, *, feature_layer: int | None) -> S
 
 
 def _with_projector(source: Source, projector: Path) -> Source:
-    stored = open_tensors(projector)
     if store.is_imported(projector):
         other = open_source(projector)
-        projector_leaves, record = other.leaves, other.record
+        if "projector" not in other.parts:
+            raise MoextendError(f"{projector} holds no projector, only {', '.join(sorted(other.parts))}")
     else:
         at = projector / "config.json"
         attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
-        opened = _projector(projector, stored, attributes)
-        projector_leaves, record = opened.leaves, opened.record
-    config, there = source.config, projector_leaves["projector/first"].shape
+        other = _projector(projector, open_tensors(projector), attributes)
+    config, there = source.config, other.leaves["projector/first"].shape
     if config.vision is None or "vision" not in source.parts:
         raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
     here = (config.vision.width, config.decoder.width)
@@ -390,8 +395,8 @@ def _with_projector(source: Source, projector: Path) -> Source:
             f"{projector} leads from width {there[0]} to {there[1]}, the model's tower and decoder have {here[0]} and "
             f"{here[1]}"
         )
-    matched = {path: leaf for path, leaf in projector_leaves.items() if path.startswith("projector/")}
-    return Source({**source.leaves, **matched}, source.record._replace(projector=record.projector), source.files)
+    matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("projector/")}
+    return Source({**source.leaves, **matched}, source.record._replace(projector=other.record.projector), source.files)
 
 
 def _with_feature_layer(source: Source, feature_layer: int | None) -> Source:

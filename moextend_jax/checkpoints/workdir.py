@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,11 +18,29 @@ from moextend_jax.checkpoints import huggingface, leaves, train_state
 from moextend_jax.checkpoints.loading import Source, open_base
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
+from moextend_jax.folders import absolute
+
+if TYPE_CHECKING:
+    from moextend_jax.settings import RunSettings
 
 
 def is_workdir(folder: Path) -> bool:
+    return bool(_remembered(folder))
+
+
+def settings_of(folder: Path) -> RunSettings | None:
+    """The settings that a work directory's stages were run with; None where the folder is no work directory."""
+    from moextend_jax.settings import from_config_dict  # a higher floor
+
+    remembered = _remembered(folder)
+    return from_config_dict(remembered["settings"]) if remembered else None
+
+
+def _remembered(folder: Path) -> dict[str, Any]:
+    """What `pipeline.remember` wrote to WORKDIR/config.json; nothing where that file is a model's, or not there."""
     path = folder / "config.json"
-    return path.is_file() and "settings" in huggingface.read_json(path)
+    attributes = huggingface.read_json(path) if path.is_file() else {}
+    return attributes if "settings" in attributes else {}
 
 
 def open_workdir(workdir: Path) -> Source:
@@ -31,20 +49,14 @@ def open_workdir(workdir: Path) -> Source:
     Raises:
       MoextendError: no stage has been run, or the base is not the one that the run was made with.
     """
-    # Higher floors, which only this function needs.
-    from moextend_jax import pipeline
-    from moextend_jax.settings import from_config_dict
-
-    remembered = huggingface.read_json(workdir / "config.json")
-    settings = from_config_dict(remembered["settings"])
-    source = open_base(
-        settings.base, settings.vision, embedded=pipeline.EMBEDDED, feature_layer=settings.recipe.feature_layer
-    )
-    found = leaves.base_hash(source.leaves)
-    if found != remembered.get("base_hash"):
+    settings = settings_of(workdir)
+    if settings is None:
+        raise MoextendError(f"{workdir} is no work directory: no stage has been run in it")
+    source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
+    found, expected = leaves.base_hash(source.leaves), _remembered(workdir).get("base_hash")
+    if found != expected:
         raise MoextendError(
-            f"{workdir} was run on the base with content hash {remembered.get('base_hash')}, but {settings.base} has "
-            f"{found}"
+            f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {found}"
         )
     recipe = dataclasses.asdict(settings.recipe)
     facts = {"base": found, "recipe": recipe | {"global_batch": None}}
@@ -77,17 +89,10 @@ def open_workdir(workdir: Path) -> Source:
 
 def _open_result(folder: Path, *, facts: Mapping[str, Any]) -> dict[str, Stored] | None:
     """What `train_state.save_leaves` wrote, to be read leaf by leaf; None where nothing is there."""
-    if not folder.exists():
-        return None
-    handlers = {"leaves": ocp.StandardCheckpointHandler(), "facts": ocp.JsonCheckpointHandler()}
-    with ocp.CheckpointManager(folder.resolve(), item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:
+    with train_state.open_result(folder, facts=facts) as result:
+        if result is None:
             return None
-        saved = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-        train_state.check_facts(saved, dict(facts), where=folder)
-        metadata = dict(manager.item_metadata(step)["leaves"])
-    at = folder.resolve() / str(step) / "leaves"
+    at = absolute(folder) / str(result.step) / "leaves"
     last: dict[str, np.ndarray] = {}  # the leaf that is being written, and no other
 
     def reader(path: str, leaf: Any) -> Callable[[], np.ndarray]:
@@ -107,5 +112,5 @@ def _open_result(folder: Path, *, facts: Mapping[str, Any]) -> dict[str, Stored]
 
     return {
         path: Stored(tuple(leaf.shape), np.dtype(leaf.dtype), reader(path, leaf), str(folder))
-        for path, leaf in metadata.items()
+        for path, leaf in result.leaves.items()
     }

@@ -12,11 +12,9 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
 from moextend_jax.checkpoints import leaves, store
@@ -26,18 +24,12 @@ from moextend_jax.compare.others import compare_generation, compare_selection, c
 from moextend_jax.compare.reference import BATCH_OF_NONE, Reference, read_reference, start_tag
 from moextend_jax.compare.training import Setup, compare_stage, equal_columns
 from moextend_jax.compare.verdict import Row, Tolerances, summarised
-from moextend_jax.config import ModelConfig, MoextendError
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.config import MoextendError
+from moextend_jax.models.moextend import abstract
+from moextend_jax.terminal import Parser, console
 
 SIDE = {"before": "vision", "after": "vision_gate", "vision": "clip"}
 """Folders beside the reference that are taken where no option names others."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are ours: one line, exit code 2, by whoever prints a MoextendError."""
-
-    def error(self, message: str) -> NoReturn:
-        raise MoextendError(f"{self.prog.removeprefix('moextend ')}: {message}")
 
 
 class Comparison(NamedTuple):
@@ -117,13 +109,8 @@ def compare(reference: Reference, options: argparse.Namespace) -> Comparison:
     return Comparison(rows, notes)
 
 
-def abstract(config: ModelConfig) -> MoExtend:
-    """The model's structure without arrays."""
-    return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="moextend compare", allow_abbrev=False, description="compares with a reference")
+    parser = Parser(prog="moextend compare", description="compares with a reference")
     parser.add_argument("--checkpoint", help="folder of the model (of selection: the one before the probe)")
     parser.add_argument("--reference", required=True, help="npz file, beside its batches.npz and images.npz")
     parser.add_argument("--stage", help="stage of training; else by the file's name and parameters")
@@ -249,13 +236,11 @@ def _print(reference: Reference, rows: list[Row], notes: list[str], *, seconds: 
         cells += ([_share(row.agreement)] if agreements else []) + [_small(row.tolerance)]
         verdict = f"[{colour.get(row.verdict, 'yellow')}]{row.verdict}[/]"
         table.add_row(*([row.batch] if batches else []), *cells, verdict, row.note)
-    console = Console()
-    if not console.is_terminal:  # a log or a pipe has no width, and rich would cut the table to 80 columns
-        console = Console(width=160)
-    console.print(table)
+    screen = console()
+    screen.print(table)
     for note in notes:
-        console.print(note, highlight=False)
-    console.print(f"{seconds:.1f} s", highlight=False)
+        screen.print(note, highlight=False)
+    screen.print(f"{seconds:.1f} s", highlight=False)
 
 
 def _small(value: float | None) -> str:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from moextend_jax.compare.observe import observer
-from moextend_jax.compare.reference import FORWARD, Reference, Rows, image_places, rows_of, to_batch
+from moextend_jax.compare.reference import FORWARD, Reference, Rows, image_places, most_images, rows_of, to_batch
 from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
 from moextend_jax.config import IGNORE, MoextendError
 from moextend_jax.models.moextend import MoExtend
@@ -64,7 +64,7 @@ def compare_forward(
     if not patches and any(f"{name}/image_index" in reference.beside["images"] for name in groups):
         raise MoextendError("the reference has images, but the checkpoint no vision tower: give one with --vision DIR")
     rows = {name: rows_of(reference, name, start=tag) for name in groups if name in known}
-    room = max(_most_images(some, tag) for some in rows.values())
+    room = most_images(rows.values(), start=tag)
     heads = {quantity.split("/")[0] for quantities in groups.values() for quantity in quantities}
     inside = bool(heads & {"hidden_states", "moe_in", "moe_out", "topk_calibrated"})
     observe = observer(model, aux_coefficient=aux_coefficient, inside=inside)
@@ -200,10 +200,6 @@ def _add_what_is_given(ours: dict[str, Any], rows: Rows, places: list[tuple[int,
     ours["img_pos"] = np.asarray(places, np.int32).reshape(-1, 3)
     if rows.pixels_nhwc is not None:
         ours["pixel_values"] = rows.pixels_nhwc[list(rows.images)].transpose(0, 3, 1, 2)
-
-
-def _most_images(rows: Rows, start: int | None) -> int:
-    return 0 if start is None else int((rows.ids_BL == start).sum(axis=1).max(initial=0))
 
 
 def _any_pixels(rows: dict[str, Rows]) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.config import RECIPES, Batch
-from moextend_jax.models.attention import rotation, segment_mask
+from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import mixture, rms_norm
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
@@ -70,13 +70,13 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
     """The layers of `models.mixtral.run_layers`, from the same parts, with what passes between them."""
     config = model.config.decoder
     turns = rotation(batch.positions_BL, head_size=config.head_size, theta=config.rope_theta)
-    mask_B1LS = segment_mask(batch.segments_BL)
+    visible = Visible.in_rows(batch.segments_BL)
     layer_def, layers = nnx.split(model.decoder.layers)
     x_BLD = model.embed(batch)
     for z in range(config.layers):
         this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
-        attended_BLD, _ = this.attention(normed_BLD, turns, mask_B1LS, None, batch.positions_BL)
+        attended_BLD, _ = this.attention(normed_BLD, turns, visible, None, batch.positions_BL)
         between_BLD = x_BLD + attended_BLD
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
         new = _extension_of(model, z)

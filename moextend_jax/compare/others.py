@@ -63,7 +63,7 @@ def _chosen(
     layers = theirs.get("selected_layers", np.arange(len(before) // 2))
     chosen = routing.select(*counted, share=(len(layers) + 0.5) / len(before), recipe=recipe)
     order = np.argsort(layers)
-    shares = [counts_ZO / counts_ZO.sum(axis=1, keepdims=True) for counts_ZO in (before, after)]
+    shares = [routing.shares(counts_ZO) for counts_ZO in (before, after)]
     ours: dict[str, Any] = {
         "counts_before": before,
         "counts_after": after,

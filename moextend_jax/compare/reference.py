@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -139,6 +139,12 @@ def image_places(ids_BL: np.ndarray, *, start: int | None, patches: int) -> list
             )
         places.append((int(row), int(first), int(end)))
     return places
+
+
+def most_images(rows: Iterable[Rows], *, start: int | None) -> int:
+    """Images of the row that has most of them; 0 without a start tag."""
+    counts = [int((some.ids_BL == start).sum(axis=1).max(initial=0)) for some in rows if start is not None]
+    return max(counts, default=0)
 
 
 def start_tag(reference: Reference, *, given: int | None, attributes: Mapping[str, Any]) -> int | None:

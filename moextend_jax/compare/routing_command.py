@@ -11,15 +11,14 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from moextend_jax.checkpoints.loading import open_checkpoint
-from moextend_jax.compare.command import Parser, abstract
+from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
+from moextend_jax.checkpoints.workdir import settings_of
 from moextend_jax.compare.reference import Rows, read_npz, to_batch
 from moextend_jax.compare.routing_compare import (
     Choice,
@@ -32,7 +31,11 @@ from moextend_jax.compare.routing_compare import (
 )
 from moextend_jax.compare.routing_stats import KINDS, Stats, collect, load_of, read_stats, write_stats
 from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, MoextendError
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.terminal import Parser, console
+
+if TYPE_CHECKING:
+    from moextend_jax.settings import RunSettings
 
 USAGE = """moextend routing collect --checkpoint DIR (--data NAME | --text FILE | --ids IDS.npz) --out STATS.npz
 moextend routing compare A.npz B.npz [--after A2.npz B2.npz] [--share 0.5] [--json]
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _collect(arguments: list[str]) -> None:
-    parser = Parser(prog="moextend routing collect", allow_abbrev=False)
+    parser = Parser(prog="moextend routing collect")
     parser.add_argument("--checkpoint", required=True, help="folder of a model, or a --workdir that was trained in")
     parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
     parser.add_argument("--vision", help="folder of the vision tower")
@@ -103,7 +106,7 @@ def _collect(arguments: list[str]) -> None:
 
 def _open(options: argparse.Namespace) -> Opened:
     folder = Path(options.checkpoint)
-    settings = _settings_of_run(folder)
+    settings = settings_of(folder)
     if settings is None:
         opened = open_checkpoint(
             folder,
@@ -116,13 +119,11 @@ def _open(options: argparse.Namespace) -> Opened:
     return _open_run(folder, settings, which=options.model, dtype=options.dtype)
 
 
-def _open_run(folder: Path, settings: dict[str, Any], *, which: str, dtype: str | None) -> Opened:
+def _open_run(folder: Path, settings: RunSettings, *, which: str, dtype: str | None) -> Opened:
     """A model of a work directory, as it was trained unless `dtype` is another."""
     from moextend_jax import pipeline
-    from moextend_jax.checkpoints import train_state
-    from moextend_jax.settings import from_config_dict
 
-    run = pipeline.open_run(from_config_dict(settings), folder)
+    run = pipeline.open_run(settings, folder)
     config, arrays = run.config, dict(run.pretrained)
     if which == "moextend":
         model, arrays = pipeline.moextend_model(run)
@@ -133,25 +134,11 @@ def _open_run(folder: Path, settings: dict[str, Any], *, which: str, dtype: str 
         config = dataclasses.replace(config, vision=None)
         arrays = {path: leaf for path, leaf in arrays.items() if path.startswith("decoder/")}
     else:
-        arrays = pipeline.kappa(run)
-    if which == "probed":
-        routers = train_state.load_leaves(folder / "extend" / "result", facts=run.facts)
-        if routers is None:
-            raise MoextendError(f"extend has not been run in {folder}: run `moextend extend` with this --workdir first")
-        arrays |= {path: jax.numpy.asarray(leaf) for path, leaf in routers.items()}
+        arrays = pipeline.probed(run) if which == "probed" else pipeline.kappa(run)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype, train_dtype=dtype)
         arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
     return Opened(abstract(config), arrays)
-
-
-def _settings_of_run(folder: Path) -> dict[str, Any] | None:
-    """The settings in a work directory's config.json; None if the folder is a model."""
-    try:
-        record = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record.get("settings") if isinstance(record, dict) else None
 
 
 def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch]:
@@ -168,7 +155,8 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         if options.samples and options.samples < len(passages):
             drawn = np.random.default_rng(options.seed).choice(len(passages), options.samples, replace=False)
             passages = [passages[row] for row in np.sort(drawn)]
-        return text_batches(passages, tokenizer=tokenizer, **shape)
+        # One passage to a row: --ids_out and PyTorch know no passages that share one.
+        return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, **shape)
     if options.data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     source = open_dataset(options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir)
@@ -193,12 +181,10 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
 
 def _tokenizer_folder(options: argparse.Namespace) -> Path:
     """The base's tokenizer, where the checkpoint does not bring one."""
-    settings = _settings_of_run(Path(options.checkpoint))
-    if settings is not None:
-        from moextend_jax import pipeline
-
-        return pipeline.EMBEDDED if settings["base"] == "embedded" else Path(settings["base"])
     own = Path(options.checkpoint)
+    settings = settings_of(own)
+    if settings is not None:
+        return folder_of(settings.base)
     return Path(options.base) if options.base and not (own / "tokenizer.model").is_file() else own
 
 
@@ -259,7 +245,7 @@ def _print_loads(stats: Stats, *, title: str) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    parser = Parser(prog="moextend routing compare", allow_abbrev=False)
+    parser = Parser(prog="moextend routing compare")
     parser.add_argument("a", help="file of statistics")
     parser.add_argument("b", help="another")
     parser.add_argument("--after", nargs=2, metavar=("A2", "B2"), help="the same two models after the probe")
@@ -353,7 +339,7 @@ def _print_choices(chosen: dict[str, list[Choice] | None], record: dict[str, Any
 
 
 def _plot(arguments: list[str]) -> None:
-    parser = Parser(prog="moextend routing plot", allow_abbrev=False)
+    parser = Parser(prog="moextend routing plot")
     parser.add_argument("stats", help="file of statistics")
     parser.add_argument("other", nargs="?", help="another, whose difference is drawn")
     parser.add_argument("--out", required=True, help="PREFIX of PREFIX.png and PREFIX.html")
@@ -369,9 +355,3 @@ def _plot(arguments: list[str]) -> None:
         names = [f"{Path(name).resolve().parent.name}/{Path(name).stem}" for name in files]
     for path in write_routing_page(list(zip(names, read, strict=True)), Path(options.out)):
         print(path)
-
-
-def console() -> Console:
-    """As wide as the terminal; a log or a pipe has no width, and rich would cut tables to 80 columns."""
-    made = Console()
-    return made if made.is_terminal else Console(width=160)

@@ -82,8 +82,8 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
                     kl_picks=_kl(*(counts_O / counts_O.sum() for counts_O in smoothed)),
                     tv_probs=_tv(*(load.probs_ZO[z, own] for load in loads)),
                     kl_probs=_kl(*(load.probs_ZO[z, own] for load in loads)),
-                    shift=_shift(*(counts_ZO[z, own] for counts_ZO in picks)),
-                    shift_least=_shift(*(counts_ZO[z, own] for counts_ZO in least)),
+                    shift=float(routing.shift(*(counts_ZO[z, own] for counts_ZO in picks))),
+                    shift_least=float(routing.shift(*(counts_ZO[z, own] for counts_ZO in least))),
                     source_a=int(picks[0][z].argmax()),
                     source_b=int(picks[1][z].argmax()),
                 )
@@ -136,11 +136,6 @@ def _kl(p_O: np.ndarray, q_O: np.ndarray) -> float:
     where = p_O > 0
     with np.errstate(divide="ignore"):  # a router never gives exactly 0, but float32 can
         return float(max(0.0, (p_O[where] * np.log(p_O[where] / q_O[where])).sum()))
-
-
-def _shift(before_O: np.ndarray, after_O: np.ndarray) -> float:
-    """The definition of `extension.routing.select`, for a layer with its own number of experts."""
-    return float(np.std(before_O / before_O.sum() - after_O / after_O.sum(), ddof=1))
 
 
 def as_json(value: Any) -> Any:

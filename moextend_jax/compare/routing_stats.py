@@ -33,7 +33,7 @@ import numpy as np
 from moextend_jax.compare.observe import outputs_Z
 from moextend_jax.compare.reference import read_npz
 from moextend_jax.config import Batch, MoextendError
-from moextend_jax.extension.routing import Counts
+from moextend_jax.extension.routing import Counts, least_likely, tally
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 
@@ -234,18 +234,17 @@ def _count(model: MoExtend, batch: Batch):
     routing = model(batch).routing
     logits_ZTO = routing.logits_TO
     outputs, top_k = logits_ZTO.shape[-1], routing.ids_Tk.shape[-1]
-    absent_ZTO = jnp.isneginf(logits_ZTO)  # new columns of plain layers
-    least_ZTk = jax.lax.top_k(jnp.where(absent_ZTO, -jnp.inf, -logits_ZTO), top_k)[1]
+    least_ZTk = least_likely(logits_ZTO, top_k=top_k)
     log_probs_ZTO = jax.nn.log_softmax(logits_ZTO, axis=-1)
     probs_ZTO = jnp.exp(log_probs_ZTO)
+    absent_ZTO = jnp.isneginf(logits_ZTO)  # new columns of plain layers
     entropy_ZT = -jnp.where(absent_ZTO, 0.0, probs_ZTO * log_probs_ZTO).sum(axis=-1)
     image_T = (batch.patches_BL >= 0).reshape(-1)
     real_T = (batch.segments_BL > 0).reshape(-1)
     sums = {}
     for kind, of_T in (("text", real_T & ~image_T), ("image", real_T & image_T)):
         for name, ids_ZTk in (("picks", routing.ids_Tk), ("least", least_ZTk)):
-            picks_ZTO = jax.nn.one_hot(ids_ZTk, outputs, dtype=jnp.int32).sum(axis=-2)
-            sums[f"{name}/{kind}"] = (picks_ZTO * of_T[None, :, None]).sum(axis=1)
+            sums[f"{name}/{kind}"] = tally(ids_ZTk, of_T, outputs=outputs)
         sums[f"probs/{kind}"] = jnp.where(of_T[None, :, None], probs_ZTO, 0).sum(axis=1)
         sums[f"entropy/{kind}"] = jnp.where(of_T[None], entropy_ZT, 0).sum(axis=1)
         sums[f"tokens/{kind}"] = of_T.sum()

@@ -7,17 +7,18 @@ norm; batches train0, train1, ... beside it; AdamW with clipping) and a model. O
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints import huggingface, names
+from moextend_jax.checkpoints.tensors import some
 from moextend_jax.compare.forward import ties
 from moextend_jax.compare.observe import RELEASED
-from moextend_jax.compare.reference import Reference, Rows, rows_of, to_batch
+from moextend_jax.compare.reference import Reference, Rows, most_images, rows_of, to_batch
 from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.models.moextend import MoExtend
@@ -28,9 +29,6 @@ from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moextend_jax.train.step import init_state, make_step
 
 FIRST = "train0"
-SMALL = 1e-7
-"""Adam divides a gradient by its own size: below this, which is what rounding leaves of a sum of larger terms, the
-direction of a step is noise. Exact zeros are none."""
 STEP = ("loss", "ce", "aux", "grad_norm")
 _CHUNK = 64
 
@@ -56,17 +54,16 @@ def compare_stage(
     trainable, frozen = stages.split(arrays, stages.STAGES[stage_of(reference, model.config, stage=stage)])
     parts = _parts(reference)
     steps = parts.pop("steps", {})
-    wanted = {int(part.removeprefix("param")) for part in parts if part.startswith("param")}
-    last = max([len(array) for array in steps.values()] + [*wanted, 0])
+    after = [int(part.removeprefix("param")) for part in parts if part.startswith("param")]
+    last = max([0, *after, *(len(array) for array in steps.values())])
     known = {key.split("/")[0] for key in reference.beside["batches"]}
-    rows = {name: _rows(reference, name, setup, model) for n in range(last) if (name := f"train{n}") in known}
-    if "grad" in parts and FIRST not in rows:
-        rows[FIRST] = _rows(reference, FIRST, setup, model)
-    room = max([int((some.ids_BL == setup.start).sum(axis=1).max(initial=0)) for some in rows.values()])
-    batches = {name: _batch(some, setup, model, room=room) for name, some in rows.items()}
+    wanted = [name for n in range(last) if (name := f"train{n}") in known]
+    batches = _batches(reference, dict.fromkeys([*wanted, FIRST] if "grad" in parts else wanted), setup, model)
 
-    tied = tied_tokens(model, arrays, batches[FIRST], noise=tolerances.tie) if FIRST in batches else 0
-    note = f"{tied} of {batches[FIRST].segments_BL.astype(bool).sum()} tokens of {FIRST} tie between equal columns"
+    tied, note = 0, ""
+    if FIRST in batches:
+        tied = tied_tokens(model, arrays, batches[FIRST], noise=tolerances.tie)
+        note = f"{tied} of {batches[FIRST].segments_BL.astype(bool).sum()} tokens of {FIRST} tie between equal columns"
     found: list[Row] = []
     if gradients := parts.pop("grad", {}):
         if tied:
@@ -81,13 +78,12 @@ def compare_stage(
     for count, metric, trained in _run(model, trainable, frozen, batches, setup, steps=1 if tied else last):
         metrics.append(metric)
         if parameters := {} if tied else parts.pop(f"param{count}", {}):
-            atol = tolerances.composed
-            found += _by_name(f"param{count}", trained, parameters, model.config, atol=atol, gradients=gradients)
+            found += _by_name(f"param{count}", trained, parameters, model.config, atol=tolerances.composed)
     found += _steps(metrics, steps.get(""), tied=note if tied else "", tolerances=tolerances)
-    for part, some in parts.items():
+    for part, arrays_left in parts.items():
         why = f"batches.npz holds no {'train' + str(len(metrics))!r}" if part.startswith("param") else "unknown"
         row = Row("", "", "tied: not compared", note=note) if tied else left_out("", "", why)
-        found += [row._replace(quantity=f"{part}/{name}" if name else part) for name in some]
+        found += [row._replace(quantity=f"{part}/{name}" if name else part) for name in arrays_left]
     return found
 
 
@@ -103,7 +99,7 @@ def stage_of(reference: Reference, config: ModelConfig, *, stage: str | None) ->
         return stage
     files = {tensor.file: tensor.path for tensor in names.tensors("released", config)}
     if unknown := sorted(named - files.keys()):
-        raise MoextendError(f"{reference.path} names parameters that this model does not have: {_some(unknown)}")
+        raise MoextendError(f"{reference.path} names parameters that this model does not have: {some(unknown)}")
     candidates = [name for name in stages.STAGES if stage is None or name.startswith(stage)]
     trains = {}
     for name in candidates:
@@ -115,8 +111,8 @@ def stage_of(reference: Reference, config: ModelConfig, *, stage: str | None) ->
     missing, surplus = sorted(trains[nearest] - named), sorted(named - trains[nearest])
     raise MoextendError(
         f"the parameters in {reference.path} are those of no stage ({', '.join(candidates)}); nearest is {nearest}."
-        + (f" Missing: {_some(missing)}." if missing else "")
-        + (f" Not trained there: {_some(surplus)}." if surplus else "")
+        + (f" Missing: {some(missing)}." if missing else "")
+        + (f" Not trained there: {some(surplus)}." if surplus else "")
     )
 
 
@@ -152,16 +148,19 @@ def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tup
     return found
 
 
-def _rows(reference: Reference, name: str, setup: Setup, model: MoExtend) -> Rows:
-    return rows_of(reference, name, start=setup.start if model.config.vision else None)
-
-
-def _batch(rows: Rows, setup: Setup, model: MoExtend, *, room: int) -> Batch:
+def _batches(reference: Reference, named: Iterable[str], setup: Setup, model: MoExtend) -> dict[str, Batch]:
+    """All with the same room for images, so that one compiled program serves them."""
     vision = model.config.vision
-    patches = vision.patches if vision else 0
-    if rows.pixels_nhwc is None and room and vision:
-        rows = rows._replace(pixels_nhwc=np.zeros((1, vision.image_size, vision.image_size, 3), np.float32))
-    return to_batch(rows, start=setup.start if vision else None, patches=patches, room=room if vision else 0)
+    tag = setup.start if vision else None
+    rows = {name: rows_of(reference, name, start=tag) for name in named}
+    room = most_images(rows.values(), start=tag)
+
+    def batch(own: Rows) -> Batch:
+        if own.pixels_nhwc is None and room and vision:
+            own = own._replace(pixels_nhwc=np.zeros((1, vision.image_size, vision.image_size, 3), np.float32))
+        return to_batch(own, start=tag, patches=vision.patches if vision else 0, room=room)
+
+    return {name: batch(own) for name, own in rows.items()}
 
 
 def _gradient(model: MoExtend, trainable, frozen, batch: Batch, setup: Setup) -> dict[str, jax.Array]:
@@ -215,31 +214,15 @@ def _steps(metrics: list[list[float]], theirs: np.ndarray | None, *, tied: str, 
     return found
 
 
-def _by_name(
-    part: str,
-    ours,
-    theirs: dict[str, np.ndarray],
-    config: ModelConfig,
-    *,
-    atol: float,
-    gradients: dict[str, np.ndarray] | None = None,
-) -> list[Row]:
-    """Tensor by tensor, in the file's layout; of parameters, those whose first gradient is no smaller than SMALL."""
+def _by_name(part: str, ours, theirs: dict[str, np.ndarray], config: ModelConfig, *, atol: float) -> list[Row]:
+    """Tensor by tensor, in the file's layout."""
     tensors = {tensor.file: tensor for tensor in names.tensors("released", config)}
-    found = []
-    for file, array in theirs.items():
-        tensor = tensors[file]
-        layout = names.inverse(tensor.layout)
-        sizes = names.axis_sizes(layout, names.letters(tensor.path, config))
-        value = einops.rearrange(np.asarray(ours[tensor.path])[tensor.index], layout, **sizes)
-        where, note = None, ""
-        if gradients and file in gradients and gradients[file].shape == array.shape:
-            noise = (gradients[file] != 0) & (np.abs(gradients[file]) < SMALL)
-            where, note = (
-                (~noise, f"{noise.sum()} of {noise.size} gradients under {SMALL}") if noise.any() else (None, "")
-            )
-        found.append(close("", f"{part}/{file}", value, array, atol=atol, where=where, note=note))
-    return found
+    leaves = huggingface.from_arrays(ours, config=config)
+
+    def value(file: str) -> np.ndarray:
+        return leaves[tensors[file].path].theirs(tensors[file].index)
+
+    return [close("", f"{part}/{file}", value(file), array, atol=atol) for file, array in theirs.items()]
 
 
 def _parts(reference: Reference) -> dict[str, dict[str, np.ndarray]]:
@@ -256,7 +239,3 @@ def _split_paths(paths: set[str], patterns: tuple[str, ...]) -> tuple[set[str], 
     except MoextendError:  # this model lacks what the stage trains
         return set(), paths
     return set(trained), set(frozen)
-
-
-def _some(listed: list[str]) -> str:
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

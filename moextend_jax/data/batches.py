@@ -148,6 +148,7 @@ def text_batches(
     tokenizer: Tokenizer,
     length: int,
     batch_size: int,
+    conversations_per_row: int | None = None,
     seed: int | None = 0,
     epochs: int | None = None,
     shard: Shard = Shard(),  # noqa: B008
@@ -171,7 +172,7 @@ def text_batches(
         length=length,
         batch_size=batch_size,
         images_per_row=0,
-        conversations_per_row=None,
+        conversations_per_row=conversations_per_row,
         seed=seed,
         epochs=epochs,
         shard=shard,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import EncodedImage, Images
 from moextend_jax.data.images import decode_image, prepare_image
@@ -91,27 +92,33 @@ def cache_features(
         "tower": tower, "feature_layer": feature_layer, "size": size, "preparation": preparation, "dtype": dtype,
         "images": len(images),
     }  # fmt: skip
-    if path.exists():
-        try:
-            return FeatureStore.open(path, fingerprint=fingerprint)
-        except MoextendError:
-            pass  # stale or broken: made again below
+    found = _find(path, fingerprint)
+    if not distributed.any_process(found is None):
+        assert found is not None
+        return found
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
-        keys = _write(
-            unfinished / "features.npy", images, compute, size, preparation, dtype, batch_size, threads, progress
-        )
-        (unfinished / "cache.json").write_text(json.dumps({"fingerprint": fingerprint, "keys": keys}))
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
+        keys = _write(unfinished, images, compute, size, preparation, dtype, batch_size, threads, progress)
+        if distributed.first():
+            (unfinished / "cache.json").write_text(json.dumps({"fingerprint": fingerprint, "keys": keys}))
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    distributed.barrier(f"cached {path}")
     return FeatureStore.open(path)
 
 
-def _write(file: Path, images, compute, size, preparation, dtype, batch_size, threads, progress) -> list[str]:
+def _find(path: Path, fingerprint: dict[str, Any]) -> FeatureStore | None:
+    try:
+        return FeatureStore.open(path, fingerprint=fingerprint)
+    except MoextendError:
+        return None  # not there, stale or broken: to be made
+
+
+def _write(folder: Path, images, compute, size, preparation, dtype, batch_size, threads, progress) -> list[str]:
+    """All processes compute, on one mesh; the first writes."""
     prepare = partial(_prepare, size=size, preparation=preparation)
     keys, out_nPC = [], None
     with ThreadPoolExecutor(threads) as pool:
@@ -120,15 +127,17 @@ def _write(file: Path, images, compute, size, preparation, dtype, batch_size, th
             images_nhwc = np.zeros((batch_size, size, size, 3), np.float32)  # one shape, one compilation
             images_nhwc[: len(some)] = list(pool.map(prepare, some))
             features_nPC = np.asarray(compute(images_nhwc))[: len(some)].astype(dtype)
-            if out_nPC is None:
+            if out_nPC is None and distributed.first():
+                folder.mkdir(parents=True)
                 shape = (len(images), *features_nPC.shape[1:])
-                out_nPC = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-            out_nPC[first : first + len(some)] = features_nPC
+                out_nPC = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=shape)
+            if out_nPC is not None:
+                out_nPC[first : first + len(some)] = features_nPC
             keys += [image.key for image in some]
             if progress:
                 progress(len(keys), len(images))
-    assert out_nPC is not None
-    out_nPC.flush()
+    if out_nPC is not None:
+        out_nPC.flush()
     return keys
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +19,7 @@ from moextend_jax.config import Batch, MoextendError
 from moextend_jax.data.batches import text_batches
 from moextend_jax.data.datasets import open_text
 from moextend_jax.data.datasets import select as select_rows
+from moextend_jax.distributed import gathered, put_whole
 from moextend_jax.evaluate import questions as asking
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
@@ -27,7 +27,6 @@ from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.pipeline import Arrays, Run
-from moextend_jax.sharding import put_batch
 from moextend_jax.train.metrics import progress
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
@@ -108,7 +107,7 @@ def _completer(run: Run, model: MoExtend, arrays: Arrays, max_new_tokens: int):
     generator = Generator(model, eos=run.tokenizer.eos, suppress=(tags.start, tags.end, tags.pad))
 
     def complete(batch: Batch) -> np.ndarray:
-        return generator.complete(arrays, put_batch(batch, run.mesh), max_new_tokens=max_new_tokens)
+        return generator.complete(arrays, put_whole(batch, run.mesh), max_new_tokens=max_new_tokens)
 
     return complete
 
@@ -126,7 +125,7 @@ def _text_losses(run: Run, model: MoExtend, arrays: Arrays) -> dict[str, float]:
     )
 
     def loss(text: str) -> float:
-        batches = (put_batch(batch, run.mesh) for batch in rows(open_text(TEXTS / f"{text}.txt")))
+        batches = (put_whole(batch, run.mesh) for batch in rows(open_text(TEXTS / f"{text}.txt")))
         return text_loss(step, arrays, batches)
 
     return {text: loss(text) for text in ("wordnet", "kjv")}
@@ -135,7 +134,7 @@ def _text_losses(run: Run, model: MoExtend, arrays: Arrays) -> dict[str, float]:
 def _write_routing(run: Run, model: MoExtend, arrays: Arrays, make_batch, questions: Sequence[asking.Question]) -> None:
     rows = run.settings.evaluate.batch_size
     batches = (
-        put_batch(make_batch(questions[first : first + rows]), run.mesh)
+        put_whole(make_batch(questions[first : first + rows]), run.mesh)
         for first in range(0, len(questions) - rows + 1, rows)
     )
     counts = routing.count_all(model, arrays, batches, recipe=run.settings.recipe)
@@ -157,9 +156,9 @@ def _write_examples(run: Run, model, arrays, shown, answers, make_batch, images)
     batch = make_batch(shown)
     assert run.config.vision is not None
     ids_ZTk = jax.jit(lambda arrays, batch: with_arrays(model, arrays)(batch).routing.ids_Tk)(
-        arrays, jax.tree.map(jnp.asarray, batch)
+        arrays, put_whole(batch, run.mesh)
     )
-    chose_ZT = np.any(np.asarray(ids_ZTk) >= experts, axis=-1)
+    chose_ZT = np.any(gathered(ids_ZTk) >= experts, axis=-1)
     share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
     grid = round(run.config.vision.patches**0.5)
     records = []

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax.config import MoextendError
+from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import MODELS
-from moextend_jax.report.svg import how
 
 MOST_EXAMPLES = 24
 IMAGE_PIXELS = 256

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import CORPORA, MODELS, duration, forgetting
-from moextend_jax.report.svg import how
 from moextend_jax.report.workdir import number
 
 

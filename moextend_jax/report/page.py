@@ -7,19 +7,16 @@ from outside (questions, answers, configuration) is escaped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
+from moextend_jax.folders import absolute
 from moextend_jax.report import results_pictures, routing_pictures
-from moextend_jax.report.canvas import canvas
 from moextend_jax.report.examples import cards
 from moextend_jax.report.headline import table, tiles
-from moextend_jax.report.style import CSS
-from moextend_jax.report.svg import beside, how, inline_svg
+from moextend_jax.report.markup import beside, picture, pictures, section, write_page
 from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, number, read_workdir
 
 
@@ -28,8 +25,9 @@ def write_report(workdir: Path) -> Path:
     found = read_workdir(workdir)
     config = found.config or {}
     about = [f"{name} {config[name]}" for name in ("recipe", "seed") if isinstance(config.get(name), str | int)]
+    title = f"MoExtend: {absolute(workdir).name}"
     parts = [
-        f"<h1>MoExtend: {escape(workdir.resolve().name)}</h1>",
+        f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
         tiles(found.summary),
         _section("Accuracy and forgetting", table(found.summary), missing="summary.json"),
@@ -43,19 +41,12 @@ def write_report(workdir: Path) -> Path:
         _section("Configuration, versions, seeds", _configuration(found.config), missing="config.json"),
     ]
     path = workdir / "report.html"
-    path.write_text(
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>MoExtend: {escape(workdir.resolve().name)}</title>\n<style>{CSS}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    write_page(path, parts, title=title)
     return path
 
 
 def _section(title: str, body: str, *, missing: str) -> str:
-    body = body or f'<p class="missing">Not run yet: {missing} is not there.</p>'
-    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>"
+    return section(title, body or f'<p class="missing">Not run yet: {missing} is not there.</p>')
 
 
 def _width(bars: int) -> float:
@@ -63,16 +54,10 @@ def _width(bars: int) -> float:
     return 5.4 if bars <= 16 else 8.0
 
 
-def _picture(draw: Callable[[Axes], None], *, name: str, label: str, width: float, height: float) -> str:
-    with canvas(width=width, height=height) as figure:
-        draw(figure.add_subplot())
-        return f"<figure>{inline_svg(figure, name=name, label=label)}</figure>"
-
-
 def _trade(summary: Mapping[str, Any] | None) -> str:
     if summary is None:
         return ""
-    drawn = _picture(
+    drawn = picture(
         lambda ax: results_pictures.trade_panel(ax, summary),
         name="trade", label="Accuracy against forgetting of each model", width=5.4, height=3.2,
     )  # fmt: skip
@@ -92,20 +77,21 @@ def _routing(selection: Selection | None) -> str:
     for kind in KINDS:
         panels = routing_pictures.selection_panels(selection, kind=kind, top=top, most=most)
         drawn += [
-            _picture(draw, name=f"{kind}-{step}", label=f"Routing of {kind} tokens, {step}", **size)
+            picture(draw, name=f"{kind}-{step}", label=f"Routing of {kind} tokens, {step}", **size)
             for step, draw in panels.items()
         ]
-    return f'<div class="pictures">{"".join(drawn)}</div>' + how(
+    return pictures(
+        drawn,
         "A cell is the share, in per cent, of a layer’s picks that went to an expert; rows add up to 100. Shift is "
         "after the router-only probe less before. Orange frames mark the experts that were copied, in the routing "
-        "that named them."
+        "that named them.",
     )
 
 
 def _choice(selection: Selection | None) -> str:
     if selection is None:
         return ""
-    drawn = _picture(
+    drawn = picture(
         lambda ax: routing_pictures.choice_panel(ax, selection),
         name="choice", label="Shift of routing per layer and the chosen layers",
         width=_width(len(selection.shift_Z)), height=2.8,
@@ -122,7 +108,7 @@ def _choice(selection: Selection | None) -> str:
 def _new_experts(new: NewExperts | None) -> str:
     if new is None:
         return ""
-    drawn = _picture(
+    drawn = picture(
         lambda ax: routing_pictures.share_panel(ax, new),
         name="share", label="Share of image and text tokens per new expert",
         width=_width(new.share_YX["text"].size), height=3.1,
@@ -141,14 +127,16 @@ def _curves(found: Workdir) -> str:
             drawn.append(_curve(rows, stage=stage))
     if not drawn:
         return ""
-    return f'<div class="pictures two">{"".join(drawn)}</div>' + how(
+    return pictures(
+        drawn,
         "Training loss per logged step, pale, and its running mean over about a thirtieth of the run. Stages train on "
-        "different data, so only shapes compare. Very high first steps are cut off."
+        "different data, so only shapes compare. Very high first steps are cut off.",
+        columns="pictures two",
     )
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], *, stage: str) -> str:
-    return _picture(
+    return picture(
         lambda ax: results_pictures.curve_panel(ax, rows, stage=stage),
         name=f"loss-{stage}", label=f"Loss of stage {stage}", width=4.9, height=2.7,
     )  # fmt: skip
@@ -161,7 +149,7 @@ def _seconds(summary: Mapping[str, Any] | None) -> str:
     timed = {str(stage): number(summary, "seconds", stage) for stage in stages if stage != "total"}
     timed = {stage: seconds for stage, seconds in timed.items() if seconds is not None}
     total = number(summary, "seconds", "total")
-    drawn = _picture(
+    drawn = picture(
         lambda ax: results_pictures.seconds_panel(ax, timed),
         name="seconds", label="Seconds per stage", width=5.4, height=0.9 + 0.34 * max(1, len(timed)),
     ) if timed else ""  # fmt: skip

@@ -16,9 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from moextend_jax.compare.routing_stats import KINDS, Kind, Load, Stats, load_of
 from moextend_jax.report.canvas import IMAGE, MUTED, TEXT, canvas
+from moextend_jax.report.markup import picture, pictures, section, write_page
 from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, shift_panel
-from moextend_jax.report.style import CSS
-from moextend_jax.report.svg import how, inline_svg
 
 Panel = tuple[str, Callable[[Axes], None]]
 """What the picture is called when it is read out, and the function that draws it."""
@@ -44,22 +43,17 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
     layers = len(named[0][1].outputs_Z)
     png, page = (prefix.with_name(f"{prefix.name}.{ending}") for ending in ("png", "html"))
     _png(png, heatmaps, lines, layers=layers)
-    title = " and ".join(name for name, _ in named)
-    parts = [f"<h1>Routing: {escape(title)}</h1>", f'<p class="lead">{escape(_about(named))}</p>']
+    title = f"Routing: {' and '.join(name for name, _ in named)}"
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(_about(named))}</p>']
     for kind, rows in heatmaps.items():
         size = {"width": 3.3, "height": heatmap_height(layers)}
         drawn = enumerate(panel for row in rows for panel in row)
-        figures = [_figure(draw, label, name=f"{kind}-{n}", **size) for n, (label, draw) in drawn]
-        parts.append(_section(f"{kind.capitalize()} tokens", figures, columns="pictures", below=_CELLS))
-    figures = [_figure(draw, label, name=f"line-{n}", width=4.9, height=2.9) for n, (label, draw) in enumerate(lines)]
-    parts.append(_section("Evenness", figures, columns="pictures two", below=_EVENNESS))
-    page.write_text(
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Routing: {escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+        figures = [picture(draw, name=f"{kind}-{n}", label=label, **size) for n, (label, draw) in drawn]
+        parts.append(section(f"{kind.capitalize()} tokens", pictures(figures, _CELLS)))
+    size = {"width": 4.9, "height": 2.9}
+    figures = [picture(draw, name=f"line-{n}", label=label, **size) for n, (label, draw) in enumerate(lines)]
+    parts.append(section("Evenness", pictures(figures, _EVENNESS, columns="pictures two")))
+    write_page(page, parts, title=title)
     return png, page
 
 
@@ -126,16 +120,6 @@ def _png(path: Path, heatmaps: dict[str, list[list[Panel]]], lines: list[Panel],
         for n, (_, draw) in enumerate(lines):
             draw(figure.add_subplot(grid[len(rows) + n // 2, 3 * (n % 2) : 3 * (n % 2) + 3]))
         figure.savefig(path, dpi=130)
-
-
-def _figure(draw: Callable[[Axes], None], label: str, *, name: str, width: float, height: float) -> str:
-    with canvas(width=width, height=height) as figure:
-        draw(figure.add_subplot())
-        return f"<figure>{inline_svg(figure, name=name, label=label)}</figure>"
-
-
-def _section(title: str, figures: list[str], *, columns: str, below: str) -> str:
-    return f'<section>\n<h2>{title}</h2>\n<div class="{columns}">{"".join(figures)}</div>\n{how(below)}\n</section>'
 
 
 def _about(named: Sequence[tuple[str, Stats]]) -> str:

@@ -42,7 +42,8 @@ def routing_picture(routing: Mapping[str, Any], path: Path) -> None:
         bottom = figure.add_subplot(grid[2, :])
         choice_panel(bottom, selection)
         bottom.set_title("Layers that get new experts, and the expert each one copies")
-        figure.savefig(path, dpi=130)
+        with path.open("wb") as file:
+            figure.savefig(file, dpi=130, format="png")
 
 
 def selection_panels(selection: Selection, *, kind: str, top: float, most: float) -> dict[str, Callable[[Axes], None]]:

@@ -36,15 +36,5 @@ def inline_svg(figure: Figure, *, name: str, label: str) -> str:
     return re.sub(r"\n\s*", "\n", svg.replace("xlink:href", "href"))
 
 
-def how(text: str) -> str:
-    """The sentence beneath a picture that says how to read it; `text` is markup, escape what comes from outside."""
-    return f'<p class="how">{text}</p>'
-
-
-def beside(picture: str, text: str) -> str:
-    """A picture and its sentence, side by side where there is room."""
-    return f'<div class="beside">{picture}{how(text)}</div>'
-
-
 def _size(match: re.Match[str]) -> str:
     return f"font-size: {match[2]}" + (f"; font-weight: {match[1]}" if match[1] else "")

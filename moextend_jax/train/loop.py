@@ -9,10 +9,10 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import Recipe
+from moextend_jax.distributed import everywhere, shares_of_rows
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.sharding import put_batch
 from moextend_jax.train import stages
@@ -34,6 +34,7 @@ def train(
     recipe: Recipe,
     aux_coefficient: float,
     loss_chunk: int,
+    accumulate: int,
     facts: dict[str, Any],
     checkpoint_every: int,
     checkpoints_kept: int,
@@ -53,15 +54,16 @@ def train(
         recipe=recipe,
         aux_coefficient=aux_coefficient,
         loss_chunk=loss_chunk,
+        accumulate=accumulate,
     )
     # The step donates its state, the caller keeps its arrays: train a copy.
-    state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer)
+    state = everywhere(init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), mesh)
     iterator = iter(rows)
-    process = jax.process_index()
+    process, shares = jax.process_index(), [share.index for share in shares_of_rows(mesh)]
 
     with train_state.open_manager(folder / "checkpoints", every=checkpoint_every, kept=checkpoints_kept) as manager:
         if manager.latest_step() is not None:
-            state = train_state.restore(manager, state, iterator, facts=facts, where=folder)
+            state = train_state.restore(manager, state, iterator, facts=facts, shares=shares, where=folder)
         done = int(state.step)
         with (
             jax.set_mesh(mesh),
@@ -70,16 +72,16 @@ def train(
         ):
             started, tokens = time.perf_counter(), 0
             for count in range(done + 1, steps + 1):
-                batch = next(iterator)
-                tokens += int((np.asarray(batch.segments_BL) > 0).sum())
-                state, metrics = step(state, frozen, put_batch(batch, mesh))
+                batch = put_batch(next(iterator), mesh)
+                tokens += (batch.segments_BL > 0).sum()  # of all processes; nobody waits for it here
+                state, metrics = step(state, frozen, batch)
                 if count % log_every == 0 or count in (1, steps):
                     numbers = {name: float(value) for name, value in metrics.items()}  # waits for the step
                     seconds = time.perf_counter() - started
-                    numbers |= {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+                    numbers |= {"tokens": int(tokens), "tokens_per_second": int(tokens) / seconds, "seconds": seconds}
                     writer.write(count, numbers)
                     bar.update(count, loss=numbers["loss"], tokens_per_second=numbers["tokens_per_second"])
                     started, tokens = time.perf_counter(), 0
-                train_state.save(manager, state, iterator, facts=facts, force=count == steps)
+                train_state.save(manager, state, iterator, facts=facts, shares=shares, force=count == steps)
         manager.wait_until_finished()
     return state.trainable

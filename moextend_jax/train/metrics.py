@@ -10,6 +10,8 @@ import contextlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,13 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import is_url
 
 
 class MetricsWriter:
     """Appends scalars of a step to `directory`; a context manager.
 
     `resume_step` is the step of the checkpoint the run starts from: later lines, left by a run that was cut off,
-    are dropped, so that the file equals an uninterrupted run's. 0 starts afresh. Only process 0 writes.
+    are dropped, so that the file equals an uninterrupted run's. 0 starts afresh. Only process 0 writes. Where the
+    directory is a URL, TensorBoard's files arrive at the end.
     """
 
     def __init__(self, directory: Path, *, resume_step: int = 0, process_index: int = 0):
@@ -35,8 +39,12 @@ class MetricsWriter:
         # Imported here: reading metrics, and every other command, should not wait for protobuf.
         from tensorboardX import SummaryWriter
 
+        # A bucket's objects cannot grow: lines are kept here, and sent whole.
+        self._away, directory = (directory, Path(tempfile.mkdtemp())) if is_url(directory) else (None, directory)
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        self._path = path = directory / "metrics.jsonl"
+        if self._away is not None and (self._away / path.name).exists():
+            path.write_text((self._away / path.name).read_text())
         _drop_after(path, step=resume_step)
         self._lines = path.open("a", buffering=1, encoding="utf-8")  # whole lines reach the disk even if we are killed
         # purge_step makes TensorBoard hide the same steps from the older event files.
@@ -49,6 +57,8 @@ class MetricsWriter:
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._lines.write(json.dumps({"step": int(step), **finite}) + "\n")
+        if self._away is not None:
+            (self._away / self._path.name).write_text(self._path.read_text())
         for name, value in numbers.items():
             self._events.add_scalar(name, value, int(step))
 
@@ -57,6 +67,11 @@ class MetricsWriter:
             self._lines.close()
             self._events.close()
             self._lines = self._events = None
+            if self._away is not None:
+                (self._away / "tensorboard").mkdir(parents=True, exist_ok=True)
+                for file in (self._path.parent / "tensorboard").iterdir():
+                    (self._away / "tensorboard" / file.name).write_bytes(file.read_bytes())
+                shutil.rmtree(self._path.parent)
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -1,0 +1,231 @@
+"""Several processes as one run, on JAX's own runtime: start it, share out rows, go in step, gather what is small.
+
+In: what a launcher put into the environment (a Slurm step, a TPU pod, GKE, `launch/local.py`). Out: processes that run
+the same commands on one mesh; `first()` is the one that writes what is written once. In a single process nothing here
+does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from moextend_jax.config import IGNORE, Batch, MoextendError
+from moextend_jax.sharding import TABLE, batch_shardings, spec, split_cpu
+
+# --- starting and ending ----------------------------------------------------------------------------------------------
+
+
+def start(*, cpu_devices: int = 1) -> None:
+    """Joins the other processes of the run, if there are any. Call before anything else touches JAX's devices.
+
+    A CPU is split into `cpu_devices`, unless JAX_NUM_CPU_DEVICES says otherwise. From here on only process 0 prints.
+
+    Raises:
+      MoextendError: the environment is incomplete, or the processes do not find each other.
+    """
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        split_cpu(cpu_devices)
+    if jax.distributed.is_initialized():
+        return
+    arguments = _arguments()
+    if arguments is None:
+        return
+    try:
+        jax.distributed.initialize(**arguments)
+        printed = os.dup(1) if first() else os.open(os.devnull, os.O_WRONLY)
+    except (RuntimeError, ValueError) as error:
+        raise MoextendError(f"the processes of this run do not find each other: {error}") from error
+    # Gloo writes to the file of standard output whenever processes first talk: only Python's own prints go on there.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(printed, "w", buffering=1)
+
+
+def _arguments() -> dict[str, Any] | None:
+    """How to call `jax.distributed.initialize`, or None where this process is alone."""
+    if "JAX_NUM_PROCESSES" in os.environ:
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        try:
+            address, count, index = os.environ[names[0]], int(os.environ[names[1]]), int(os.environ[names[2]])
+        except (KeyError, ValueError) as error:
+            raise MoextendError(f"{', '.join(names)} must all be set, the last two to numbers ({error})") from None
+        if count == 1:
+            return None
+        # All is said: JAX need not look for a cluster, which in Kubernetes takes another package.
+        return {
+            "coordinator_address": address,
+            "num_processes": count,
+            "process_id": index,
+            "cluster_detection_method": "deactivate",
+        }
+    if (asked := os.environ.get("MOEXTEND_PROCESSES", "")) not in ("", "auto"):
+        raise MoextendError(f"MOEXTEND_PROCESSES = {asked!r}: it can only be auto")
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or "1") > 1
+    return {} if asked or slurm or slices or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that has failed. It does not wait for the others, which may be waiting for it."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+# --- in step ----------------------------------------------------------------------------------------------------------
+
+
+def first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """Process 0 does it before the others, which then find done what is done once (files that are prepared)."""
+    if not first():
+        barrier(name)
+    try:
+        yield
+    finally:  # also after an error: the others then make the same one, and nobody waits for ever
+        if first():
+            barrier(name)
+
+
+def any_process(here: bool) -> bool:
+    """Whether it is so in any process; all get the same answer."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.array(here)).any())
+
+
+def check_shared(folder: Path) -> None:
+    """Refuses a work directory that is another one on every host."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / ".seen-by-all-processes"
+    if first():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+    barrier(f"marked {folder}")
+    missing = any_process(not mark.exists())
+    if first():
+        mark.unlink()
+    if missing:
+        raise MoextendError(f"{folder} is not the same folder in all processes: use a file system that they share")
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """The part `index` of `count` of every batch's rows."""
+
+    index: int
+    count: int
+
+
+def shares_of_rows(mesh: Mesh) -> list[Share]:
+    """Which rows each process reads: those of its devices.
+
+    Processes whose devices hold the same rows (the tensor axis crosses them) have the same share.
+    """
+    shards = int(np.prod([mesh.shape[axis] for axis in TABLE["B"] or ()]))
+    held: dict[int, set[int]] = {}
+    for device, (rows,) in NamedSharding(mesh, spec("B")).devices_indices_map((shards,)).items():
+        held.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(some)) for some in held.values()})
+    if sum(map(len, parts)) != shards or len({len(part) for part in parts}) > 1:
+        raise MoextendError(f"a mesh of {dict(mesh.shape)} gives processes rows that overlap; choose other sizes")
+    return [Share(parts.index(tuple(sorted(held[process]))), len(parts)) for process in sorted(held)]
+
+
+def share_of_rows(mesh: Mesh) -> Share:
+    """This process's."""
+    return shares_of_rows(mesh)[jax.process_index()]
+
+
+def put_whole(batch: Batch, mesh: Mesh) -> Batch:
+    """A batch that every process has whole on the devices (`sharding.put_batch` takes each process's own rows)."""
+    shardings = batch_shardings(batch, mesh)
+    return Batch(*[None if a is None else place(a, s) for a, s in zip(batch, shardings, strict=True)])
+
+
+def in_step(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """As many batches in every process: one that has no more gives empty ones until all have none."""
+    if jax.process_count() == 1:
+        yield from batches
+        return
+    iterator, last = iter(batches), None
+    while any_process((batch := next(iterator, None)) is not None):
+        last = batch if batch is not None else _empty(last)
+        yield last
+
+
+def _empty(batch: Batch | None) -> Batch:
+    if batch is None:
+        raise MoextendError("a process has no rows at all: use more data, or fewer processes")
+    return batch._replace(
+        labels_BL=np.full_like(batch.labels_BL, IGNORE),
+        segments_BL=np.zeros_like(batch.segments_BL),
+        patches_BL=np.full_like(batch.patches_BL, -1),
+    )
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array on the devices of `sharding`: one that is there already in another way, or the same in every process."""
+    if sharding.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, sharding)
+    here = np.asarray(array)
+    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """A tree whose leaves that are on one device only (counts of steps) are on all of the mesh, as checkpoints want."""
+    if jax.process_count() == 1:
+        return tree
+    sharding = NamedSharding(mesh, spec(""))
+    return jax.tree.map(lambda leaf: place(leaf, sharding) if leaf.is_fully_addressable else leaf, tree)
+
+
+def gathered(array: Any) -> np.ndarray:
+    """A whole array on the host; what other processes hold of it is fetched. For small ones."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def shard_hashes(array: jax.Array) -> bytes:
+    """SHA-256 of each of an array's shards, in order of place: all its bytes, each hashed where it is."""
+    places = sorted({_place(index) for index in array.sharding.devices_indices_map(array.shape).values()})
+    table = np.zeros((len(places), 32), np.uint8)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            data = np.ascontiguousarray(np.asarray(shard.data)).reshape(-1).view(np.uint8).data
+            table[places.index(_place(shard.index))] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+    return multihost_utils.process_allgather(table).sum(axis=0, dtype=np.uint8).tobytes()
+
+
+def _place(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(axis.start or 0 for axis in index)

@@ -1,0 +1,17 @@
+"""A process of a test: the command line, with only the first lines of the texts that `evaluate` reads."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from moextend_jax import cli
+from moextend_jax.evaluate import demo
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as short:
+        for path in demo.TEXTS.glob("*.txt"):
+            (Path(short) / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
+        demo.TEXTS = Path(short)
+        cli.main(sys.argv[1:])

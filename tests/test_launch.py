@@ -1,0 +1,250 @@
+"""Launchers: what they show is what they run, words arrive as they were given, manifests and shell files are valid.
+
+The programs they call (sbatch, gcloud, xpk, kubectl) are stand-ins that note their words; no cluster is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+MOEXTEND = ["run", "--config", "my configs/it's.py:paper", "--workdir", "/d/a b", '--config.base=a "b" $(c) $HOME \\ *']
+"""Words with everything that a shell could stumble over."""
+
+NOTE = """#!{python}
+import json, os, sys
+with open({file!r}, "a") as file:
+    file.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+"""
+PASS_ON = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
+exec "$@"
+"""
+KUBECTL = """#!/bin/sh
+cat > {file}.yaml
+printf '["%s"]\\n' "$*" > {file}
+"""
+
+
+@pytest.fixture
+def noted(tmp_path: Path):
+    """`noted.run(words)` runs a command beside the stand-ins and returns what those were called with."""
+
+    class Noted:
+        folder, file = tmp_path / "bin", tmp_path / "noted.jsonl"
+
+        def add(self, name: str, *, at: Path | None = None, text: str = NOTE) -> Path:
+            path = (at or self.folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = text.format(python=sys.executable, file=str(self.file), name=name) if text is NOTE else text
+            path.write_text(made)
+            path.chmod(0o755)
+            return path
+
+        def run(self, command: list[str], *, cwd: Path = tmp_path) -> list[list[str]]:
+            self.file.unlink(missing_ok=True)
+            path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+            subprocess.run(command, check=True, cwd=cwd, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE)
+            return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    return Noted()
+
+
+def launch(script: str, *options: str, moextend: list[str] = MOEXTEND, code: int = 0) -> str:
+    words = [sys.executable, str(LAUNCH / script), *options, *(["--", *moextend] if moextend else [])]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def both_ways(noted, script: str, *options: str) -> list[list[str]]:
+    """What the launcher called; the shown line, run by a shell, must call the same."""
+    really = noted.run([sys.executable, str(LAUNCH / script), *options, "--", *MOEXTEND])
+    shown = launch(script, *options, "--dry-run")
+    assert noted.run(["sh", "-c", shown]) == really
+    return really
+
+
+def test_slurm(noted):
+    noted.add("sbatch", text=PASS_ON)
+    noted.add("srun", text=PASS_ON)
+    python = noted.add("python on nodes")
+    options = ["--nodes=2", "--sbatch=--partition=big", f"--python={python}"]
+    (called,) = both_ways(noted, "slurm.py", *options)
+    assert called == ["python on nodes", "-m", "moextend_jax.cli", *MOEXTEND]
+    noted.add("sbatch")
+    ((_, *words),) = both_ways(noted, "slurm.py", *options)
+    flags = words[: words.index(str(LAUNCH / "slurm_job.sh"))]
+    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=big"} <= set(flags)
+
+
+def test_tpu_pod_runs_on_all_workers(noted, tmp_path):
+    noted.add("gcloud")
+    ((_, *words),) = both_ways(noted, "tpu_pod.py", "run", "pod", "--zone=us-east5-a")
+    assert words[:5] == ["compute", "tpus", "tpu-vm", "ssh", "pod"] and "--worker=all" in words
+    assert "--zone=us-east5-a" in words
+    (line,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    noted.add("python", at=tmp_path / "moextend_jax" / ".venv" / "bin")
+    assert noted.run(["sh", "-c", line]) == [["python", "-m", "moextend_jax.cli", *MOEXTEND]]
+    assert "MOEXTEND_PROCESSES=auto" in line
+
+
+def test_tpu_pod_life(noted):
+    noted.add("gcloud")
+    where = ["pod", "--zone=z", "--project=p"]
+    kind = ["--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5"]
+    (created,) = both_ways(noted, "tpu_pod.py", "create", *where, *kind, "--spot")
+    queued = ["gcloud", "compute", "tpus", "queued-resources"]
+    assert created == [*queued, "create", "pod", "--node-id=pod", "--zone=z", "--project=p", *kind, "--spot"]
+    (deleted,) = both_ways(noted, "tpu_pod.py", "delete", *where)
+    assert deleted[:6] == [*queued, "delete", "pod"]
+    noted.add("git")
+    archived, copied, unpacked = both_ways(noted, "tpu_pod.py", "setup", *where)
+    assert archived[0] == "git" and copied[4] == "scp" and unpacked[4] == "ssh"
+
+
+def test_xpk(noted):
+    noted.add("xpk")
+    noted.add("moextend")
+    options = ["xpk", "job-1", "--cluster=c", "--zone=z", "--image=i:1", "--tpu-type=v5p-128", "--slices=2"]
+    ((_, *words),) = both_ways(noted, "gke.py", *options)
+    assert words[:2] == ["workload", "create"]
+    assert {"--workload=job-1", "--num-slices=2", "--docker-image=i:1", "--tpu-type=v5p-128"} <= set(words)
+    (line,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    assert noted.run(["sh", "-c", line]) == [["moextend", *MOEXTEND]]
+
+
+# --- JobSet -----------------------------------------------------------------------------------------------------------
+
+# The fields of jobset.x-k8s.io/v1alpha2 that we write, from the API's documentation. The jobs inside are checked
+# against Kubernetes' own schemas.
+JOBSET = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "properties": {
+        "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
+        "kind": {"const": "JobSet"},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", "maxLength": 63},
+                "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
+            },
+        },
+        "spec": {
+            "type": "object",
+            "required": ["replicatedJobs"],
+            "additionalProperties": False,
+            "properties": {
+                "failurePolicy": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"maxRestarts": {"type": "integer", "minimum": 0}},
+                },
+                "replicatedJobs": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {
+                        "type": "object",
+                        "required": ["name", "template"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "name": {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
+                            "replicas": {"type": "integer", "minimum": 1},
+                            "template": {"type": "object"},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "jobs", "pods", "limit"),
+    [
+        (["--tpu=tpu-v5p-slice:4x4x4:4", "--slices=2"], 2, 16, {"google.com/tpu": 4}),
+        (["--tpu=tpu-v6e-slice:2x2:4"], 1, 1, {"google.com/tpu": 4}),
+        (["--gpu=nvidia-h100-80gb:8", "--nodes=3", "--claim=files:/mnt/my files"], 1, 3, {"nvidia.com/gpu": 8}),
+    ],
+)
+def test_jobset_manifest(noted, options: list[str], jobs: int, pods: int, limit: dict[str, int]):
+    import yaml
+
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="the dev extra brings it")
+    import jsonschema
+
+    noted.add("kubectl", text=KUBECTL.format(file=shlex.quote(str(noted.file))))
+    assert both_ways(noted, "gke.py", "jobset", "job-1", "--image=i:1", *options) == [["apply -f -"]]
+    manifest = yaml.safe_load(Path(f"{noted.file}.yaml").read_text())
+    jsonschema.validate(manifest, JOBSET)
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "one"}, **replicated["template"]}
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+    assert (replicated["replicas"], job["spec"]["parallelism"], job["spec"]["completions"]) == (jobs, pods, pods)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == limit
+    assert [word.replace("$$", "$") for word in container["command"]] == ["moextend", *MOEXTEND]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(manifest | {"spec": manifest["spec"] | {"replicas": 1}}, JOBSET)
+
+
+def test_gpu_pods_know_each_other():
+    import yaml
+
+    shown = launch("gke.py", "jobset", "job-1", "--image=i", "--gpu=nvidia-h100-80gb:8", "--nodes=3", "--dry-run")
+    manifest = yaml.safe_load(shown.partition("\n")[2].rpartition("END")[0])
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    values = {one["name"]: one.get("value") for one in job["template"]["spec"]["containers"][0]["env"]}
+    assert values["JAX_COORDINATOR_ADDRESS"].startswith("job-1-hosts-0-0.job-1:")
+    assert values["JAX_NUM_PROCESSES"] == "3" and "JAX_PROCESS_ID" in values
+
+
+# --- mistakes, shell --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["slurm.py"], "after --"),
+        (["tpu_pod.py", "create", "pod", "--zone=z"], "--accelerator-type"),
+        (["gke.py", "jobset", "job_1", "--image=i"], "lower case"),
+        (["gke.py", "jobset", "a", "--image=i"], "--tpu or --gpu"),
+        (["gke.py", "xpk", "a", "--image=i", "--zone=z"], "--cluster, --tpu-type"),
+        (["local.py", "--processes=0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(words: list[str], said: str):
+    told = launch(*words, moextend=[] if words == ["slurm.py"] else MOEXTEND, code=2)
+    assert said in told.strip().splitlines()[-1] and "Traceback" not in told
+
+
+def test_shell_files_are_clean():
+    checker = Path(sys.executable).parent / "shellcheck"
+    if not checker.exists():
+        pytest.skip("no shellcheck: the dev extra brings it")
+    files = sorted(map(str, LAUNCH.glob("*.sh")))
+    assert len(files) == 2
+    done = subprocess.run([str(checker), "--severity=style", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    for script, *options in (
+        ("slurm.py",),
+        ("local.py", "--processes=2"),
+        ("tpu_pod.py", "run", "p", "--zone=z"),
+        ("gke.py", "xpk", "a", "--cluster=c", "--zone=z", "--image=i", "--tpu-type=v5p-8"),
+    ):
+        shown = launch(script, *options, "--dry-run")
+        checked = [str(checker), "--shell=sh", "--severity=warning", "--exclude=SC2154", "-"]
+        done = subprocess.run(checked, input=shown, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout

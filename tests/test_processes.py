@@ -1,0 +1,195 @@
+"""Several processes, started by the local launcher, train, count and save as one process does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import process_of_a_run as one
+import pytest
+import tiny
+
+from moextend_jax import distributed
+from moextend_jax.config import MoextendError
+from moextend_jax.sharding import MESH_AXES
+from moextend_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+ALONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+
+
+def launch(*words: str, processes: int, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch" / "local.py"), f"--processes={processes}", f"--devices={devices}"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def launch_work(folder: Path, llava: Path, sizes: dict[str, int], *, processes: int, devices: int) -> str:
+    script = f"--script={ROOT / 'tests' / 'process_of_a_run.py'}"
+    words = [script, "--", str(folder), str(llava), json.dumps(sizes)]
+    return launch(*words, processes=processes, devices=devices).stdout
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    return tiny.write_llava(tmp_path_factory.mktemp("llava"), rows=one.ROWS)
+
+
+@pytest.fixture(scope="module")
+def alone(llava, tmp_path_factory) -> tuple[Path, one.Done]:
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, one.work(folder, llava, ALONE)
+
+
+def check(folder: Path, alone: tuple[Path, one.Done], *, parts: list[list[int]]) -> None:
+    """`parts`: which processes read which rows, by share."""
+    read = [json.loads((folder / f"read-{process}.json").read_text()) for part in parts for process in part[:1]]
+    assert sorted(sum(read, [])) == list(range(one.ROWS))  # each conversation once, whoever read it
+    for part in parts:
+        assert len({(folder / f"read-{process}.json").read_text() for process in part}) == 1
+    _same_training(folder, alone)
+    np.testing.assert_array_equal(np.load(folder / "out.npz")["counts"], alone[1].counts)
+
+
+def _same_training(folder: Path, alone: tuple[Path, one.Done]) -> None:
+    wanted, got = (read_metrics(where / "metrics.jsonl") for where in (alone[0], folder))
+    assert [row["step"] for row in got] == list(range(1, one.STEPS + 1))
+    for a, b in zip(wanted, got, strict=True):
+        assert a["tokens"] == b["tokens"]
+        np.testing.assert_allclose([b["loss"], b["ce"], b["aux"]], [a["loss"], a["ce"], a["aux"]], atol=1e-5, rtol=0)
+    with np.load(folder / "out.npz") as out:
+        for path, leaf in alone[1].trained.items():
+            np.testing.assert_allclose(out[f"trained {path}"], leaf, atol=1e-5, rtol=0, err_msg=path)
+
+
+def cut_off(source: Path, folder: Path) -> Path:
+    """A copy of a finished run as it was after its first checkpoint."""
+    shutil.copytree(source, folder)
+    shutil.rmtree(folder / "checkpoints" / str(one.STEPS))
+    return folder
+
+
+def test_two_processes_are_one_run(llava, alone, tmp_path: Path):
+    """Also: their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""
+    sizes = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+    said = launch_work(tmp_path / "two", llava, sizes, processes=2, devices=1)
+    assert "finetune 4/4" in said and "Gloo" not in said
+    check(tmp_path / "two", alone, parts=[[0], [1]])
+    folder = cut_off(tmp_path / "two", tmp_path / "goes on alone")
+    done = one.work(folder, llava, ALONE)
+    trained: dict[str, Any] = {f"trained {path}": leaf for path, leaf in done.trained.items()}
+    np.savez(folder / "out.npz", **trained)
+    _same_training(folder, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "devices", "shape", "parts"),
+    [
+        (4, 1, (2, 2, 1, 1), [[0], [1], [2], [3]]),
+        (2, 4, (1, 2, 2, 2), [[0], [1]]),
+        (4, 1, (1, 2, 1, 2), [[0, 1], [2, 3]]),  # the tensor axis crosses processes: they read the same rows
+    ],
+)
+def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devices, shape, parts):
+    """Starting from a checkpoint that one process saved, too."""
+    sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
+    launch_work(tmp_path / "all", llava, sizes, processes=processes, devices=devices)
+    check(tmp_path / "all", alone, parts=parts)
+    folder = cut_off(alone[0], tmp_path / "go on")
+    assert "reading 2 batches again" in launch_work(folder, llava, sizes, processes=processes, devices=devices)
+    _same_training(folder, alone)
+
+
+@pytest.mark.slow
+def test_the_whole_run_in_two_processes(tmp_path: Path):
+    """`moextend run` on a folder with a space in its name; then other commands on what it wrote."""
+    base = tiny.write_base(tmp_path / "base")
+    config = tiny.write_config(tmp_path, base=base, data="easy_vqa/questions", split="train[:400]", evaluated="test")
+    script, alone = f"--script={ROOT / 'tests' / 'short_run.py'}", tmp_path / "alone"
+    workdir = tmp_path / "work dir"
+    said = launch(script, "--", "run", f"--config={config}", f"--workdir={workdir}", processes=2, devices=2)
+    assert said.stdout.count("layers to extend") == 1 and not said.stderr.strip()
+    launch(script, "--", "run", f"--config={config}", f"--workdir={alone}", processes=1)
+    for stage in ("align", "extend", "finetune"):
+        record = json.loads((workdir / stage / "stage.json").read_text())
+        assert record["frozen_unchanged"] is True
+        a, b = (read_metrics(where / stage / "metrics.jsonl") for where in (alone, workdir))
+        np.testing.assert_allclose([row["loss"] for row in b], [row["loss"] for row in a], atol=1e-5)
+    routed, expected = (json.loads((where / "select" / "routing.json").read_text()) for where in (workdir, alone))
+    assert routed["chosen_layers"] == expected["chosen_layers"] and routed["tokens"] == expected["tokens"]
+    summary, expected = (json.loads((where / "summary.json").read_text()) for where in (workdir, alone))
+    assert summary["frozen_unchanged"] is True and summary["easy_vqa"] == expected["easy_vqa"]
+    for text, losses in expected["text_loss"].items():
+        np.testing.assert_allclose(list(summary["text_loss"][text].values()), list(losses.values()), atol=1e-5)
+    assert "</html>" in (workdir / "report.html").read_text()
+    words = ["--", "generate", f"--workdir={workdir}", "--prompt=What is it?", "--max_new_tokens=3"]
+    assert launch(*words, processes=2).stdout == launch(*words, processes=1).stdout
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_process_ends_all(tmp_path: Path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit('no disk')\ntime.sleep(60)"
+    )
+    done = launch(f"--script={script}", processes=3, code=1)
+    assert done.stderr.strip() == "[1] no disk"
+
+
+def test_a_mistake_is_one_line(tmp_path: Path):
+    words = [
+        "--",
+        "align",
+        f"--config={ROOT / 'configs' / 'demo.py'}",
+        f"--workdir={tmp_path}",
+        "--config.base=nothing",
+    ]
+    lines = launch(*words, processes=2, code=2).stderr.strip().splitlines()
+    assert lines and all("nothing" in line and line.removeprefix("[1] ").startswith("moextend: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"JAX_NUM_PROCESSES": "1", "JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, None),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NODELIST": "n[1-2]"}, {}),
+        ({"SLURM_NTASKS": "16"}, None),  # in the batch script itself, outside srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, {}),
+        ({"MOEXTEND_PROCESSES": "auto"}, {}),
+    ],
+)
+def test_who_is_asked_for_the_other_processes(monkeypatch, environment: dict[str, str], expected):
+    _set(monkeypatch, environment)
+    assert distributed._arguments() == expected
+
+
+def test_an_incomplete_environment_is_an_error(monkeypatch):
+    _set(monkeypatch, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
+    with pytest.raises(MoextendError, match="JAX_COORDINATOR_ADDRESS"):
+        distributed.start()
+    _set(monkeypatch, {"MOEXTEND_PROCESSES": "4"})
+    with pytest.raises(MoextendError, match="can only be auto"):
+        distributed.start()
+
+
+def _set(monkeypatch, environment: dict[str, str]) -> None:
+    for name in (
+        "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_STEP_NODELIST",
+        "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "MOEXTEND_PROCESSES",
+    ):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
