@@ -7,15 +7,17 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import folder
 from moextend_jax.settings import RunSettings, from_config_dict
 
 USAGE = """moextend COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR
@@ -63,13 +65,27 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[command](*_parse(command, arguments))
     except MoextendError as error:
         print(f"moextend: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except OSError as error:  # a folder that is a file, no permission, a full disk: the message names the path
         print(f"moextend: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except KeyboardInterrupt:
         print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _exit(130)
+    except Exception:  # a bug in one of several processes must not leave the others waiting
+        if "moextend_jax.distributed" not in sys.modules:
+            raise
+        traceback.print_exc()
+        _exit(1)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends a command that failed; of several processes without waiting for the others."""
+    if "moextend_jax.distributed" in sys.modules:
+        from moextend_jax.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flags.FlagValues]:
@@ -125,7 +141,7 @@ def _stage(name: str) -> Callable:
     def command(settings: RunSettings, values: flags.FlagValues) -> None:
         from moextend_jax import pipeline
 
-        run = pipeline.open_run(settings, Path(values.workdir))
+        run = pipeline.open_run(settings, folder(values.workdir))
         getattr(pipeline, name)(run)
         pipeline.remember(run)
 
@@ -133,12 +149,12 @@ def _stage(name: str) -> Callable:
 
 
 def _run(settings: RunSettings, values: flags.FlagValues) -> None:
-    from moextend_jax import pipeline
+    from moextend_jax import distributed, pipeline
     from moextend_jax.evaluate import demo
     from moextend_jax.report.page import write_report
 
     console, started = Console(), time.perf_counter()
-    run = pipeline.open_run(settings, Path(values.workdir))
+    run = pipeline.open_run(settings, folder(values.workdir))
     for name in ("align", "extend", "select", "grow", "finetune", *(("full",) if settings.baseline else ())):
         getattr(pipeline, name)(run)
         pipeline.remember(run)
@@ -148,14 +164,15 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
     evaluated = demo.evaluate(run)
     summary = demo.summarise(run, evaluated, total_seconds=time.perf_counter() - started)
     demo.print_table(summary, console)
-    console.print(f"report: {write_report(run.workdir)}")
+    if distributed.first():
+        console.print(f"report: {write_report(run.workdir)}")
 
 
 def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax import pipeline
     from moextend_jax.evaluate import demo
 
-    run = pipeline.open_run(settings, Path(values.workdir))
+    run = pipeline.open_run(settings, folder(values.workdir))
     demo.print_table(demo.summarise(run, demo.evaluate(run), total_seconds=None), Console())
     pipeline.remember(run)
 
@@ -163,7 +180,7 @@ def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
 def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
     from moextend_jax.report.page import write_report
 
-    print(write_report(Path(values.workdir)))
+    print(write_report(folder(values.workdir)))
 
 
 def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
@@ -177,7 +194,7 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
         raise MoextendError("--max_new_tokens must be at least 1")
     if values.temperature < 0 or values.top_k < 0:
         raise MoextendError("--temperature and --top_k must not be negative")
-    workdir = Path(values.workdir)
+    workdir = folder(values.workdir)
     run = pipeline.open_run(settings or _remembered(workdir), workdir)
     pieces = speak(
         run,

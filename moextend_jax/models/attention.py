@@ -7,7 +7,7 @@ the layers and S = L whole within, where heads are split instead.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
 
     query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key_BKSH, value_BKSH = key_BSKH.transpose(0, 2, 1, 3), value_BSKH.transpose(0, 2, 1, 3)
-    y_BKGSH = jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, segments_BS)
+    y_BKGSH = cast(jax.Array, jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, segments_BS))
     return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
