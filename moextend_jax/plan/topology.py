@@ -86,7 +86,7 @@ def _tpus(topology: Topology) -> list[Any]:
     }.items():  # fmt: skip
         os.environ.setdefault(variable, value)
     try:
-        import libtpu  # noqa: F401
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]  an extra
     except ImportError:
         raise MoextendError('plans for TPUs need their compiler: pip install "moextend-jax[plan]"') from None
     try:
