@@ -107,13 +107,20 @@ def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: s
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_rows_that_do_not_divide_go_to_every_device():
-    run, split = value_and_gradient("align")
-    expected = run(*split(tiny.arrays(MODEL)), tiny.batch(rows=3))
-    mesh, arrays = sharded((8, 1, 1, 1))
+@pytest.mark.parametrize(
+    ("stage", "shape", "rows", "length"),
+    [("align", (8, 1, 1, 1), 3, 14), ("full_text", (1, 2, 2, 2), 3, 14), ("finetune", (1, 2, 2, 2), 8, 13)],
+)
+def test_rows_and_positions_that_do_not_divide_go_to_every_device(stage: str, shape, rows: int, length: int):
+    run, split = value_and_gradient(stage)
+    batch = tiny.batch(rows=rows, length=length)
+    expected = run(*split(tiny.arrays(MODEL)), batch)
+    mesh, arrays = sharded(shape)
     with jax.set_mesh(mesh):
-        got = run(*split(arrays), put_batch(tiny.batch(rows=3), mesh))
+        got = run(*split(arrays), put_batch(batch, mesh))
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+    for path, gradient in expected[1].items():
+        np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

@@ -61,7 +61,6 @@ class Attention(nnx.Module):
         self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None, slots_BL: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
         """Attends to what is visible; with `past`, new keys and values first go into its slots `slots_BL`."""
-
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)
         apart = x_split.over("L")  # mesh axes that split positions between the layers
