@@ -45,7 +45,7 @@ def test_the_entry_point_names_the_command_line() -> None:
     assert PROJECT["scripts"] == {"moextend": "moextend_jax.cli:main"}
 
 
-def test_every_import_of_the_package_is_a_pinned_requirement() -> None:
+def test_every_import_of_the_package_is_a_pinned_requirement_or_extra() -> None:
     imported = set()
     for path in (ROOT / "moextend_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -53,12 +53,14 @@ def test_every_import_of_the_package_is_a_pinned_requirement() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             imported |= {name.split(".")[0] for name in names}
-    pinned = {canonicalize_name(pin.name) for pin in PINS}
+    extras = [Requirement(line) for name in ("plan", "gpu", "gcs") for line in PROJECT["optional-dependencies"][name]]
+    assert all(str(extra.specifier).startswith("==") for extra in extras)
+    pinned = {canonicalize_name(pin.name) for pin in [*PINS, *extras]}
     distributions = metadata.packages_distributions()
     loose = {
         name
         for name in imported - sys.stdlib_module_names - {"moextend_jax"}
-        if not pinned & {canonicalize_name(distribution) for distribution in distributions.get(name, [])}
+        if not pinned & {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
     }
     assert not loose
     assert not imported & {"tensorflow", "torch"}

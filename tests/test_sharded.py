@@ -90,8 +90,16 @@ def on_one_device(stage: str) -> Trained:
     return three_steps(stage, tiny.arrays(MODEL), BATCHES)
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("stage", ["align", "extend", "finetune", "full"])
+QUICK = {(stage, shape) for stage in ("finetune", "full") for shape in ("fsdp", "no tensor", "no data")}
+QUICK |= {("align", "no data"), ("extend", "no data"), ("finetune", "data"), ("finetune", "expert")}
+CASES = [
+    pytest.param(stage, shape, marks=() if (stage, shape) in QUICK else pytest.mark.slow)
+    for stage in ("align", "extend", "finetune", "full")
+    for shape in MESHES
+]
+
+
+@pytest.mark.parametrize(("stage", "shape"), CASES)
 def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: str, shape: str, monkeypatch):
     monkeypatch.setattr(blocked_attention, "BLOCK", 4)  # rows of 14 are long then
     expected = on_one_device(stage)
