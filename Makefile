@@ -25,7 +25,7 @@ demo: env
 
 test: lint
 	$(RUN) -m pytest -q
-	MOEXTEND_TEST_DEVICES=8 $(RUN) -m pytest -q -m devices
+	MOEXTEND_TEST_DEVICES=8 $(RUN) -m pytest -q -m "devices and not slow"
 
 lint: env-dev
 	$(RUN) -m ruff check
