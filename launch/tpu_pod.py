@@ -3,7 +3,7 @@
     python launch/tpu_pod.py create NAME --zone us-east5-a --accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5
     python launch/tpu_pod.py setup  NAME --zone us-east5-a
     python launch/tpu_pod.py run    NAME --zone us-east5-a \\
-        -- run --config configs/mixtral_8x7b.py --workdir gs://BUCKET/mixtral --config.mesh.fsdp=64
+        -- run --config configs/mixtral_8x7b.py --workdir gs://BUCKET/mixtral
     python launch/tpu_pod.py delete NAME --zone us-east5-a
 
 `create` returns when the resource is queued; `status` says whether it is ACTIVE. `setup` copies the committed checkout

@@ -29,15 +29,14 @@ from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.experts import combine, dispatch, sort_by_expert, swiglu
 from moextend_jax.models.moextend import abstract
-from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import route
+from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.settings import RunSettings, from_config_dict
-from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch, split_cpu
-from moextend_jax.train import stages
+from moextend_jax.sharding import make_mesh, put_batch, split_cpu
 from moextend_jax.train.loss import cross_entropy
-from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import init_state, make_step
+from moextend_jax.train.step import init_state
 
 STAGES = ("align", "extend", "finetune")
 LABELS = {
@@ -111,25 +110,17 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
     """Median over steps after warm-up, in this process."""
     stage_settings = getattr(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
-    model = abstract(config)
     split_cpu(settings.cpu_devices)
     mesh = make_mesh(settings.mesh)
-    shardings = parameter_shardings(model, mesh)
-    params = by_path(nnx.state(model, nnx.Param))
-    arrays = {path: _random(path, param, shardings[path]) for path, param in params.items()}
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=settings.recipe))
-    schedule = learning_rate(stage_settings.optimizer, steps=stage_settings.steps, recipe=settings.recipe)
-    optimizer = make_optimizer(stage_settings.optimizer, paths=trainable, schedule=schedule)
-    step = make_step(
-        model, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
-        aux_coefficient=settings.aux_coefficient, loss_chunk=stage_settings.loss_chunk,
-        accumulate=stage_settings.accumulate,
-    )  # fmt: skip
+    whole = abstract_step(settings, config, stage=stage, mesh=mesh)
+    trainable, frozen = (
+        {path: _random(path, leaf) for path, leaf in leaves.items()} for leaves in (whole.state.trainable, whole.frozen)
+    )
     rows, length = stage_settings.batch_size, stage_settings.length
     batch = put_batch(random_batch(config, rows=rows, length=length, labels=labels), mesh)
-    state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
+    state = init_state(jax.tree.map(jnp.copy, trainable), whole.optimizer)
     with jax.set_mesh(mesh):
-        compiled = step.lower(state, frozen, batch).compile()
+        compiled = whole.step.lower(state, frozen, batch).compile()
     seconds = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
@@ -141,7 +132,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         peak = on_device["peak_bytes_in_use"]
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    analysis = compiled.memory_analysis()
+    analysis, model = compiled.memory_analysis(), with_arrays(abstract(config), {**trainable, **frozen})
     return {
         "tokens_per_second": rows * length / median,
         "seconds_per_step": median,
@@ -150,22 +141,22 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         "trained_parameters": sum(leaf.size for leaf in trainable.values()),
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
-        "parts": _parts(with_arrays(model, arrays), batch, optimizer, trainable, chunk=stage_settings.loss_chunk),
+        "parts": _parts(model, batch, whole.optimizer, trainable, chunk=stage_settings.loss_chunk),
     }
 
 
-def _random(path: str, param: nnx.Param, sharding: jax.sharding.Sharding) -> jax.Array:
+def _random(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Norms near one, all else near zero."""
     centre, key = float(path.endswith("norm")), zlib.crc32(path.encode())
     if jax.default_backend() == "cpu":
         # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
-        array = centre + 0.02 * np.random.default_rng(key).standard_normal(param.shape, np.float32)
-        return jax.device_put(array.astype(param.dtype), sharding)
+        array = centre + 0.02 * np.random.default_rng(key).standard_normal(leaf.shape, np.float32)
+        return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
 
     def make(key):  # where it will be: billions of entries take a host minutes
-        return (centre + 0.02 * jax.random.normal(key, param.shape, jnp.float32)).astype(param.dtype)
+        return (centre + 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
 
-    return jax.jit(make, out_shardings=sharding)(jax.random.key(key))
+    return jax.jit(make, out_shardings=leaf.sharding)(jax.random.key(key))
 
 
 def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainable, *, chunk: int) -> dict[str, float]:

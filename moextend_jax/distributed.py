@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from moextend_jax.config import IGNORE, Batch, MoextendError
-from moextend_jax.sharding import TABLE, batch_shardings, spec, split_cpu
+from moextend_jax.sharding import batch_shardings, row_shards, spec, split_cpu
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
 
@@ -148,7 +148,7 @@ def shares_of_rows(mesh: Mesh) -> list[Share]:
 
     Processes whose devices hold the same rows (the tensor axis crosses them) have the same share.
     """
-    shards = int(np.prod([mesh.shape[axis] for axis in TABLE["B"] or ()]))
+    shards = row_shards(mesh)
     held: dict[int, set[int]] = {}
     for device, (rows,) in NamedSharding(mesh, spec("B")).devices_indices_map((shards,)).items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)

@@ -37,7 +37,7 @@ from moextend_jax.folders import folder, is_url, local
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.models.parameters import arrays_of, with_arrays
 from moextend_jax.settings import RunSettings, StageSettings
-from moextend_jax.sharding import TABLE, make_mesh, parameter_shardings, put_batch, spec
+from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch, row_shards, spec
 from moextend_jax.train import stages
 from moextend_jax.train.loop import train
 
@@ -257,7 +257,7 @@ def rows_of(
 
 
 def _check_rows(run: Run, rows: int) -> None:
-    shards = int(np.prod([run.mesh.shape[axis] for axis in TABLE["B"] or ()]))
+    shards = row_shards(run.mesh)
     if jax.process_count() > 1 and rows % shards:
         raise MoextendError(f"batch_size = {rows} must be a multiple of {shards}, the parts that the mesh makes of it")
 

@@ -7,6 +7,7 @@ from here. No PartitionSpec is written anywhere else.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,10 @@ TABLE: dict[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 
 
+GPUS = ("gpu", "cuda", "rocm")
+"""How JAX and the topologies of its plugins spell that platform."""
+
+
 def split_cpu(devices: int) -> None:
     """Makes that many XLA devices of a CPU. A process that has used JAX before keeps the devices it has."""
     with contextlib.suppress(RuntimeError):
@@ -42,19 +47,31 @@ def split_cpu(devices: int) -> None:
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     """A mesh over all devices; one size may be -1, which takes what is left."""
+    return mesh_of(jax.devices(), sizes)
+
+
+def mesh_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:
+    """The same over these devices, which may be ones to compile for only."""
+    shape = tuple(mesh_shape(sizes, len(devices)).values())
+    return Mesh(arranged(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Sizes of the mesh axes, in order, on that many devices."""
     if set(sizes) != set(MESH_AXES):
         raise MoextendError(f"mesh axes are {', '.join(MESH_AXES)}; got {', '.join(sizes)}")
-    devices = len(jax.devices())
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES)
-    if list(sizes.values()).count(-1) > 1 or int(np.prod(shape)) != devices:
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shape = {axis: devices // max(known, 1) if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
+    if list(sizes.values()).count(-1) > 1 or math.prod(shape.values()) != devices:
         raise MoextendError(f"a mesh of {dict(sizes)} does not cover {devices} devices")
-    return Mesh(arranged(jax.devices(), shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return shape
 
 
 def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     """Devices in the mesh's shape, so that neighbours in it are near each other: a slice's links are fast, and between
     slices only replicas ("data") talk. GPUs come node by node, so the first axes span nodes."""
+    if devices[0].platform in GPUS:
+        return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         # The torus of v5e and v6e has two dimensions, fewer than a mesh, unless one of them may be split.
@@ -69,7 +86,8 @@ def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 def platform() -> str:
     """ "cpu", "tpu" or "gpu": what the program is compiled for, which ahead of time is not what runs the compiler."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name := device.platform if device else jax.default_backend(), name)
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in GPUS else name
 
 
 def spec(axes: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> PartitionSpec:
@@ -110,12 +128,16 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedShardin
     return {path: NamedSharding(mesh, spec(param.axes, param.shape, mesh)) for path, param in params.items()}
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts that a mesh makes of a batch's rows."""
+    return math.prod(mesh.shape[axis] for axis in TABLE["B"] or ())
+
+
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Shardings of a batch's arrays, split by rows; None where the batch has none. Rows that do not divide go to
     every device."""
     rows = batch.ids_BL.shape[0]
-    whole = rows % int(np.prod([mesh.shape[axis] for axis in TABLE["B"] or ()])) != 0
-    sharding = NamedSharding(mesh, PartitionSpec() if whole else spec("B"))
+    sharding = NamedSharding(mesh, spec("B") if rows % row_shards(mesh) == 0 else PartitionSpec())
     return Batch(*[None if array is None else sharding for array in batch])
 
 

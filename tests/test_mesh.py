@@ -59,6 +59,13 @@ def test_one_slice_keeps_the_order_of_nodes():
     assert [device.id for device in array.flat] == list(range(8))
 
 
+def test_nodes_of_gpus_are_no_slices():
+    """Their devices are numbered by slice too, but any axis may span nodes."""
+    gpus = [dataclasses.replace(device, platform="gpu") for device in DEVICES]
+    array = sharding.arranged(gpus, (1, 16, 1, 1))
+    assert [device.id for device in array.flat] == list(range(16))
+
+
 def test_minus_one_takes_what_is_left():
     mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
     assert mesh.shape["fsdp"] == jax.device_count()

@@ -54,7 +54,7 @@ def check(draw: random.Random, *, share_negated: float = 0.2) -> Turns:
             f"is {article} {thing} there?",
         ]
         negated = [f"is there not {article} {thing}?", f"is no {thing} in the {place}?"]
-        if share_negated > 0.2:
+        if share_negated > 0.2:  # phrasings that came later: the files of earlier phases stay byte for byte
             negated += [f"does the {place} not show {article} {thing}?", f"is no {thing} there?"]
         turned = draw.random() < share_negated
         turns.append((draw.choice(negated if turned else plain), "yes" if there != turned else "no"))

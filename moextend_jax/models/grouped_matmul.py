@@ -17,8 +17,9 @@ from jax import lax
 from moextend_jax.config import MoextendError
 from moextend_jax.sharding import platform
 
-TILES = (512, 1024, 1024)
-"""Rows, contracted and output columns of a megablox tile: 9 MB of a TPU core's vector memory in bfloat16."""
+ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
+"""Of a megablox tile: rows, the most that divide the buffer, and contracted and output columns. The largest takes 9 MB
+of a TPU core's vector memory in bfloat16."""
 
 
 def grouped_matmul(x_RD: jax.Array, w_parts: Sequence[jax.Array], sizes_O: jax.Array) -> jax.Array:
@@ -115,8 +116,8 @@ def _product(x_RD, w_parts, sizes_O, *, transpose: bool):
 
 
 def _tiles(R: int, D: int, F: int) -> tuple[int, int, int]:
-    rows = next(tile for tile in (512, 256, 128, 64, 32, 16, 8, R) if R % tile == 0 and tile <= TILES[0] or tile == R)
-    return rows, min(TILES[1], D), min(TILES[2], F)
+    rows = next(tile for tile in (*ROWS, R) if R % tile == 0)
+    return rows, min(COLUMNS, D), min(COLUMNS, F)
 
 
 def _mask(y_RF: jax.Array, sizes_O: jax.Array) -> jax.Array:

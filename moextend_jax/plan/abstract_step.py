@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,6 +28,7 @@ class AbstractStep(NamedTuple):
     """`step(state, frozen, batch)`, to be lowered on `mesh`; leaves are ShapeDtypeStructs with shardings."""
 
     step: Any
+    optimizer: optax.GradientTransformation
     state: TrainState
     frozen: dict[str, jax.ShapeDtypeStruct]
     batch: Batch
@@ -66,7 +68,7 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
     )
     state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), trainable)
     state = jax.tree_util.tree_map_with_path(lambda path, leaf: _placed(path, leaf, leaves, mesh), state)
-    return AbstractStep(step, state, frozen, abstract_batch(config, run, mesh), mesh)
+    return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh)
 
 
 def _placed(path: Any, leaf: jax.ShapeDtypeStruct, leaves: dict[str, Any], mesh: Mesh) -> jax.ShapeDtypeStruct:

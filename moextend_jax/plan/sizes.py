@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.checkpoints.loading import open_source
+from moextend_jax.checkpoints.loading import folder_of, open_source
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.settings import RunSettings
 
@@ -24,7 +24,6 @@ TOWERS = {
     "clip-vit-large-patch14-336": VisionConfig(),
     "clip-vit-large-patch14": VisionConfig(image_size=224),
 }
-EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
 
 
 def model_config(settings: RunSettings, *, stage: str, layers: int | None = None) -> ModelConfig:
@@ -57,7 +56,7 @@ def extension(decoder: DecoderConfig, *, share: float) -> ExtensionConfig:
 
 
 def _decoder(base: str) -> DecoderConfig:
-    folder = EMBEDDED if base == "embedded" else Path(base)
+    folder = folder_of(base)
     if folder.exists():
         return _sizes(folder) or open_source(folder).config.decoder
     if folder.name not in DECODERS:
@@ -74,9 +73,9 @@ def _sizes(folder: Path) -> DecoderConfig | None:
 
 
 def _tower(vision: str, *, feature_layer: int) -> VisionConfig:
-    folder = EMBEDDED / "vision" if vision == "embedded" else Path(vision)
+    folder = folder_of(vision, inside="vision")
     if folder.exists():
         return huggingface.read_vision_config(folder, feature_layer=feature_layer)
     if folder.name not in TOWERS:
         raise MoextendError(f"vision {vision!r} is no folder, and no published tower: {', '.join(TOWERS)}")
-    return VisionConfig(**{**TOWERS[folder.name].__dict__, "feature_layer": feature_layer})
+    return dataclasses.replace(TOWERS[folder.name], feature_layer=feature_layer)

@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from moextend_jax.config import MoextendError
 from moextend_jax.plan.chips import Chip, chip
-from moextend_jax.sharding import MESH_AXES
+from moextend_jax.sharding import mesh_of
 
 TARGETS = Path(__file__).parent
 """Holds NAME.txtpb, what the CUDA compiler wants to know of a GPU."""
@@ -53,29 +52,12 @@ def parse(name: str) -> Topology:
     return Topology(name, kind, found, shape)
 
 
-def mesh_shape(sizes: Mapping[str, int], chips: int) -> dict[str, int]:
-    """Sizes of the mesh axes on that many chips; one may be -1, which takes what is left."""
-    if set(sizes) != set(MESH_AXES):
-        raise MoextendError(f"mesh axes are {', '.join(MESH_AXES)}; got {', '.join(sizes)}")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    shape = {axis: chips // max(known, 1) if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
-    if list(sizes.values()).count(-1) > 1 or math.prod(shape.values()) != chips:
-        raise MoextendError(f"a mesh of {dict(sizes)} does not cover {chips} chips")
-    return shape
-
-
 def make_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
     """A mesh of compile-only devices."""
-    shape = tuple(mesh_shape(sizes, topology.chips).values())
     devices = _tpus(topology) if topology.chip.platform == "tpu" else _gpus(topology)
     if len(devices) != topology.chips:
         raise MoextendError(f"topology {topology.name!r} has {len(devices)} chips, not {topology.chips}")
-    if topology.chip.platform == "gpu":
-        array = np.array(devices).reshape(shape)  # nodes are the slowest: they go to the first axis
-    else:
-        # A 2-D torus has too few dimensions for most meshes unless an axis of it may be split.
-        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return mesh_of(devices, sizes)
 
 
 def _tpus(topology: Topology) -> list[Any]:
