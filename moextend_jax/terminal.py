@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
         raise MoextendError(f"{self.prog.removeprefix('moextend ')}: {message}; see `{self.prog} --help`")
 
 
-def console() -> Console:
+def console(*, stderr: bool = False) -> Console:
     """As wide as the terminal; a log or a pipe has no width, and rich would cut tables to 80 columns."""
-    made = Console()
-    return made if made.is_terminal else Console(width=160)
+    made = Console(stderr=stderr)
+    return made if made.is_terminal else Console(stderr=stderr, width=160)

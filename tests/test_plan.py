@@ -316,6 +316,26 @@ def test_a_sweep_tries_only_what_divides(small: RunSettings):
     assert all(math.prod(mesh) == 4 and mesh[3] <= TINY.kv_heads for mesh in meshes)
 
 
+def test_a_sweep_ranks_what_fits_and_keeps_within(small: RunSettings, monkeypatch):
+    """What is compiled is the most promising by estimate; the ranking goes by what was compiled."""
+    asked = []
+
+    def compiled(settings, **_):
+        asked.append(settings)
+        total = 2**30 * len(asked)
+        return {"fits": len(asked) != 1, "bytes_per_chip": {"total": total}, "step_seconds": 1 / len(asked)}
+
+    monkeypatch.setattr(sweep, "_apart", compiled)
+    found = sweep.sweep(
+        small, stage="finetune", topology_name="v5p:2x2x1", most=4, within=3.0, tell=lambda text: None
+    )
+    assert [plan["bytes_per_chip"]["total"] // 2**30 for plan in found] == [3, 2, 4, 1]
+    assert [plan["fits"] for plan in found] == [True, True, False, False]
+    assert len({tuple(one.mesh.values()) for one in asked}) > 1
+    with pytest.raises(MoextendError, match="does not fit into 0.0 GiB"):
+        sweep.sweep(small, stage="finetune", topology_name="v5p:2x2x1", most=4, within=1e-4, tell=lambda text: None)
+
+
 @pytest.mark.parametrize("stage, name, match", [
     ("finetune", "v5p:9x9x9", "libtpu|v5p:9x9x9"), ("select", "v5p:2x2x1", "stage"), (None, "v5p:2x2x1", "--stage"),
 ])  # fmt: skip

@@ -1,7 +1,8 @@
 """Tries meshes, remat policies and micro-batches for a stage on a topology, and ranks what fits by time per step.
 
 In: settings. Out: one plan per combination that was compiled, best first. Each is compiled in a process of its own,
-and only if its arguments and the saved layer inputs leave room; the most promising first, by a rough count.
+and only if its arguments, gathered weights and saved activations leave room; the most promising first, by a rough
+count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from moextend_jax.config import ModelConfig, MoextendError
 from moextend_jax.plan import topology
@@ -31,29 +34,55 @@ class Candidate(NamedTuple):
     """A combination to compile. `held` are bytes it needs at the very least, `seconds` a rough time per step."""
 
     settings: RunSettings
+    accumulate: int
     held: int
     seconds: float
 
 
 def sweep(
-    settings: RunSettings, *, stage: str, topology_name: str, most: int, tell: Callable[[str], None]
+    settings: RunSettings,
+    *,
+    stage: str,
+    topology_name: str,
+    most: int,
+    within: float | None,
+    tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Compiles the `most` most promising candidates; `tell` hears of each."""
+    """Compiles the `most` most promising candidates; `tell` hears of each. `within` GiB per chip are to be enough,
+    None is all that a chip has."""
     place = topology.parse(topology_name)
-    possible = [estimate(one, stage=stage, place=place) for one in choices(settings, stage=stage, place=place)]
-    able = sorted((one for one in possible if one.held <= place.chip.hbm), key=lambda one: one.seconds)
-    if not able:
+    limit = place.chip.hbm if within is None else int(within * 2**30)
+    possible: list[list[Candidate]] = []
+    for _, group in itertools.groupby(choices(settings, stage=stage, place=place), key=lambda one: one.mesh):
+        on_mesh = list(group)
+        held = held_on_mesh(on_mesh[0], stage=stage, place=place)
+        possible.append([estimate(one, held, stage=stage, place=place) for one in on_mesh])
+    able = [sorted((one for one in group if one.held <= limit), key=_promise) for group in possible]
+    if not any(able):
+        least = min(one.held for group in possible for one in group)
         raise MoextendError(
-            f"{stage} does not fit on {topology_name} in any of {len(possible)} ways: arguments and layer inputs alone "
-            f"need {min(one.held for one in possible) / 2**30:.1f} GiB per chip"
+            f"{stage} does not fit into {limit / 2**30:.1f} GiB per chip of {topology_name} in any of "
+            f"{sum(map(len, possible))} ways: arguments and layer inputs alone need {least / 2**30:.1f} GiB"
         )
-    tell(f"{len(possible)} combinations, {len(able)} may fit, compiling {min(most, len(able))}")
+    chosen = sorted((one for group in able for one in group[:PER_MESH]), key=_promise)[:most]
+    tell(f"{sum(map(len, possible))} combinations, {sum(map(len, able))} may fit, compiling {len(chosen)}")
     plans = []
-    for number, one in enumerate(able[:most], 1):
-        accumulate = stage_settings(one.settings, stage).accumulate
-        tell(f"{number}: {describe({**dataclasses.asdict(one.settings), 'accumulate': accumulate})}")
-        plans.append(_apart(one.settings, stage=stage, topology_name=topology_name, tell=tell))
-    return sorted(filter(None, plans), key=lambda plan: (not plan["fits"], plan["step_seconds"]))
+    for number, one in enumerate(chosen, 1):
+        tell(f"{number}: {describe({**dataclasses.asdict(one.settings), 'accumulate': one.accumulate})}")
+        plan = _apart(one.settings, stage=stage, topology_name=topology_name, tell=tell)
+        if plan is not None:
+            plan["fits"] &= plan["bytes_per_chip"]["total"] <= limit
+            plans.append(plan)
+    return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds"]))
+
+
+PER_MESH = 2
+"""Candidates of one mesh: the estimate is rough, and what it does not see differs more from mesh to mesh."""
+
+
+def _promise(one: Candidate) -> tuple[int, int, int]:
+    """Time to one part in a hundred, then fewer micro-batches, then memory."""
+    return round(100 * math.log(one.seconds)), one.accumulate, one.held
 
 
 SAVED = ("attended", "middle", "key", "value", "query", "gate", "up")
@@ -61,10 +90,12 @@ SAVED = ("attended", "middle", "key", "value", "query", "gate", "up")
 
 
 def choices(settings: RunSettings, *, stage: str, place: topology.Topology) -> Iterator[RunSettings]:
-    """All meshes that divide experts, key heads and rows, with every remat policy and power-of-two micro-batches."""
+    """All meshes that divide experts, key heads and rows, with power-of-two micro-batches and remat policies.
+
+    Not remat "none": it computes no less than "layer" with everything in SAVED kept, and keeps three times as much.
+    """
     run, config = stage_settings(settings, stage), model_config(settings, stage=stage)
-    policies: list[dict[str, Any]] = [{"remat": "none", "saved": ()}]
-    policies += [{"remat": "layer", "saved": SAVED[:count]} for count in range(len(SAVED) + 1)]
+    policies: list[dict[str, Any]] = [{"remat": "layer", "saved": SAVED[:count]} for count in range(len(SAVED) + 1)]
     data = place.shape[0] if place.chip.platform == "gpu" else 1  # replicas across nodes, sharded within one
     inside = place.chips // data
     for expert, tensor in itertools.product((1, 2, 4, 8), repeat=2):
@@ -77,40 +108,51 @@ def choices(settings: RunSettings, *, stage: str, place: topology.Topology) -> I
                 yield dataclasses.replace(settings, mesh=mesh, **policy, **chosen)
 
 
-def estimate(settings: RunSettings, *, stage: str, place: topology.Topology) -> Candidate:
+class Held(NamedTuple):
+    """Bytes of a chip that depend on the mesh alone."""
+
+    mesh: Mesh
+    arguments: int
+    frozen: int
+
+
+def held_on_mesh(settings: RunSettings, *, stage: str, place: topology.Topology) -> Held:
+    mesh = topology.make_mesh(place, settings.mesh)
+    abstract = abstract_step(settings, model_config(settings, stage=stage), stage=stage, mesh=mesh)
+    arguments = shard_bytes((abstract.state, abstract.frozen, abstract.batch))
+    return Held(mesh, arguments, shard_bytes(abstract.frozen))
+
+
+def estimate(settings: RunSettings, held: Held, *, stage: str, place: topology.Topology) -> Candidate:
     """From sizes and shardings alone."""
     run, config = stage_settings(settings, stage), model_config(settings, stage=stage)
-    mesh = topology.make_mesh(place, settings.mesh)
-    abstract = abstract_step(settings, config, stage=stage, mesh=mesh)
-    tokens, micro = local_tokens(run, mesh), run.accumulate
-    arguments = shard_bytes((abstract.state, abstract.frozen, abstract.batch))
+    tokens = local_tokens(run, held.mesh)
     images = run.images_per_row if config.vision else 0
     flops = step_flops(
         config, trains=patterns(settings, stage=stage), rows=run.batch_size, length=run.length, images=images
     )
     compute = flops.total / place.chips / place.chip.flops
-    sent = micro * _sent(config, abstract, tokens, mesh)
-    return Candidate(settings, arguments + _saved(config, tokens), max(compute, sent / (2 * place.chip.link)))
+    sent = run.accumulate * _sent(config, held, tokens)
+    gathered = 2 * held.frozen * held.mesh.shape["fsdp"] // config.decoder.layers  # this layer's weights and the next's
+    least = held.arguments + gathered + _saved(config, tokens, held.mesh)
+    return Candidate(settings, run.accumulate, least, max(compute, sent / (2 * place.chip.link)))
 
 
-def _saved(config: ModelConfig, tokens: int) -> int:
+def _saved(config: ModelConfig, tokens: int, mesh: Mesh) -> int:
     """Bytes of what every layer keeps for the backward pass, at the least its input."""
     decoder = config.decoder
     heads, keys = decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
-    rows = decoder.top_k * decoder.hidden
+    rows = decoder.top_k * decoder.hidden * mesh.shape["expert"]  # room for all picks of the group, were they all here
     sizes = dict(zip(SAVED, (heads, decoder.width, keys, keys, heads, rows, rows), strict=True))
-    kept = sizes if config.remat == "none" else config.saved
-    return 2 * decoder.layers * tokens * (decoder.width + sum(sizes[name] for name in kept))
+    return 2 * decoder.layers * tokens * (decoder.width + sum(sizes[name] for name in config.saved))
 
 
-def _sent(config: ModelConfig, abstract: Any, tokens: int, mesh: Any) -> float:
+def _sent(config: ModelConfig, held: Held, tokens: int) -> float:
     """Bytes that a chip receives per micro-batch: frozen weights twice, and tokens where experts or heads are split."""
-    weights = 2 * shard_bytes(abstract.frozen) * (mesh.shape["fsdp"] - 1)
+    shape = held.mesh.shape
+    weights = 2 * held.frozen * (shape["fsdp"] - 1)
     activations = 2 * tokens * config.decoder.width * config.decoder.layers
-    passes = 2 if config.remat == "none" else 3
-    return weights + passes * activations * (
-        2 * (mesh.shape["expert"] - 1) + 4 * math.log2(mesh.shape["tensor"])
-    )  # fmt: skip
+    return weights + 3 * activations * (2 * (shape["expert"] - 1) + 4 * math.log2(shape["tensor"]))
 
 
 def _apart(settings: RunSettings, *, stage: str, topology_name: str, tell: Callable[[str], None]) -> Any:
