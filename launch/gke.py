@@ -22,6 +22,10 @@ from typing import Any
 import commands
 import yaml
 
+PREEMPTED = 75
+"""Exit code of a run that was told to stop (SIGTERM) and has saved."""
+GRACE = 300
+"""Seconds that Kubernetes gives it for that, where the cloud does not give less."""
 PORT = 1234
 """Where the first GPU node's process waits for the others."""
 
@@ -90,7 +94,12 @@ def manifest(options: argparse.Namespace, moextend: Sequence[str]) -> dict[str, 
         "ports": ports,
         "resources": {"limits": limits},
     }
-    pod: dict[str, Any] = {"restartPolicy": "Never", "nodeSelector": selector, "containers": [container]}
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE,
+        "nodeSelector": selector,
+        "containers": [container],
+    }
     if options.claim:
         claimed, mount = options.claim
         container["volumeMounts"] = [{"name": "shared", "mountPath": mount}]
@@ -100,6 +109,15 @@ def manifest(options: argparse.Namespace, moextend: Sequence[str]) -> dict[str, 
         "completions": pods,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one pod that fails ends its job, and the JobSet starts all of them again
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": "moextend", "operator": "In", "values": [PREEMPTED]},
+                },
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
         "template": {"spec": pod},
     }
     metadata: dict[str, Any] = {"name": name}
@@ -110,7 +128,17 @@ def manifest(options: argparse.Namespace, moextend: Sequence[str]) -> dict[str, 
         "kind": "JobSet",
         "metadata": metadata,
         "spec": {
-            "failurePolicy": {"maxRestarts": options.restarts},
+            "failurePolicy": {
+                "maxRestarts": options.restarts,
+                # A run that was told to stop and has saved is no failure.
+                "rules": [
+                    {
+                        "name": "preempted",
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
+                ],
+            },
             "replicatedJobs": [{"name": "hosts", "replicas": replicas, "template": {"spec": job}}],
         },
     }

@@ -15,6 +15,10 @@ from collections.abc import Sequence
 import commands
 
 
+NOTICE = 300
+"""Seconds before the end of the time limit at which tasks are told to save."""
+
+
 def main(argv: Sequence[str]) -> int:
     parser = commands.parser(__doc__)
     parser.add_argument("--nodes", type=int, default=1)
@@ -33,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         f"--ntasks-per-node={gpus or 1}",
         *([f"--gpus-per-node={gpus}"] if gpus else []),
         f"--time={options.time}",
+        "--requeue",
+        f"--signal=TERM@{NOTICE}",
         *options.sbatch,
         str(commands.ROOT / "launch" / "slurm_job.sh"),
         options.python, "-m", "moextend_jax.cli", *moextend,

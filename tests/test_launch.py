@@ -85,6 +85,17 @@ def test_slurm(noted):
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=big"} <= set(flags)
 
 
+@pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue", "12"]), (2, []), (0, [])])
+def test_slurm_puts_a_preempted_job_back(tmp_path: Path, code: int, requeued: list[str]):
+    for name, text in {"srun": f"exit {code}", "scontrol": f'printf "%s\\n" "$@" > "{tmp_path}/asked"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    done = subprocess.run(["sh", str(LAUNCH / "slurm_job.sh"), "moextend", "run"], env=environment, check=False)
+    asked = tmp_path / "asked"
+    assert done.returncode == code and (asked.read_text().split() if asked.exists() else []) == requeued
+
+
 def test_tpu_pod_runs_on_all_workers(noted, tmp_path):
     noted.add("gcloud")
     ((_, *words),) = both_ways(noted, "tpu_pod.py", "run", "pod", "--zone=us-east5-a")
@@ -149,7 +160,35 @@ JOBSET = {
                 "failurePolicy": {
                     "type": "object",
                     "additionalProperties": False,
-                    "properties": {"maxRestarts": {"type": "integer", "minimum": 0}},
+                    "properties": {
+                        "maxRestarts": {"type": "integer", "minimum": 0},
+                        "rules": {
+                            "type": "array",
+                            "items": {
+                                "type": "object",
+                                "additionalProperties": False,
+                                "required": ["name", "action"],
+                                "properties": {
+                                    "name": {"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+                                    "action": {
+                                        "enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
+                                    },
+                                    "onJobFailureReasons": {
+                                        "type": "array",
+                                        "items": {
+                                            "enum": [
+                                                "BackoffLimitExceeded",
+                                                "DeadlineExceeded",
+                                                "FailedIndexes",
+                                                "MaxFailedIndexesExceeded",
+                                                "PodFailurePolicy",
+                                            ]  # fmt: skip
+                                        },
+                                    },
+                                },
+                            },
+                        },
+                    },
                 },
                 "replicatedJobs": {
                     "type": "array",
