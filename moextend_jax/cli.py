@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import folder
+from moextend_jax.preemption import EXIT_CODE, Preempted
 from moextend_jax.settings import RunSettings, from_config_dict
 
 USAGE = """moextend COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR
@@ -37,7 +39,8 @@ More:
   generate   --prompt TEXT [--image FILE] [--max_new_tokens N] [--temperature T] [--top_k K] [--model aligned|...]
   bench      time one step of each stage of a configuration: [--stage NAME] [--layers N] [--json FILE]
   plan       compile a stage's step for chips that are not here: --stage NAME --topology v5p:4x4x4|v5e:16x16|h100:2x8
-             [--json] [--text_only] [--layers N] [--sweep [--most N]]; does it fit, bytes, FLOPs, messages, least time
+             [--json] [--text_only] [--layers N] [--sweep [--most N] [--within GIB]]; does it fit, bytes, FLOPs,
+             messages, least time
 
 Checkpoints and comparison with PyTorch (each has --help):
   import     SRC DST: a published checkpoint, or a dense one made a mixture of experts, as JAX arrays
@@ -49,7 +52,7 @@ Checkpoints and comparison with PyTorch (each has --help):
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a comparison that failed, 2 a mistake of input or use (one line on standard
-    error)."""
+    error), 75 the machine was taken away and the same command goes on, 130 interrupted from the keyboard."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -66,6 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     except MoextendError as error:
         print(f"moextend: {' '.join(str(error).split())}", file=sys.stderr)
         _exit(2)
+    except Preempted as notice:
+        print(f"moextend: told to stop: {notice}; the same command goes on from there", file=sys.stderr)
+        _exit(EXIT_CODE)
     except OSError as error:  # a folder that is a file, no permission, a full disk: the message names the path
         print(f"moextend: {error}", file=sys.stderr)
         _exit(2)
@@ -95,6 +101,8 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         "config", None, "configs/X.py[:arg]", flag_values=values, sys_argv=["moextend", *arguments]
     )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    if command in TRAINING:
+        flags.DEFINE_string("resume_from", None, "checkpoint of another folder to start from", flag_values=values)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "what to say to the model", flag_values=values)
         flags.DEFINE_string("image", None, "picture file to show it", flag_values=values)
@@ -116,8 +124,10 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_integer("layers", None, "decoder layers to keep of the base", flag_values=values)
         flags.DEFINE_bool("sweep", False, "try meshes, micro-batches and what is saved", flag_values=values)
         flags.DEFINE_integer("most", 8, "programs a sweep compiles at most", flag_values=values)
+        flags.DEFINE_float("within", None, "GiB per chip that a sweep may use", flag_values=values)
     if command == "report" and arguments and not arguments[0].startswith("-"):
         arguments = ["--workdir", *arguments]
+    arguments = [re.sub("^--resume-from", "--resume_from", argument) for argument in arguments]
     try:
         rest = values(["moextend", *arguments])[1:]
     except Exception as error:  # a configuration file is a program: it can raise anything
@@ -140,12 +150,21 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
 def _stage(name: str) -> Callable:
     def command(settings: RunSettings, values: flags.FlagValues) -> None:
         from moextend_jax import pipeline
+        from moextend_jax.checkpoints import train_state
 
-        run = pipeline.open_run(settings, folder(values.workdir))
-        getattr(pipeline, name)(run)
-        pipeline.remember(run)
+        resume_from = _resume_from(values)
+        if resume_from is not None and (found := train_state.facts_at(resume_from).get("stage")) != name:
+            raise MoextendError(f"--resume_from {resume_from} is a checkpoint of {found}, not of {name}")
+        with pipeline.working(settings, folder(values.workdir), resume_from=resume_from) as run:
+            getattr(pipeline, name)(run)
+            pipeline.remember(run)
 
     return command
+
+
+def _resume_from(values: flags.FlagValues) -> Path | None:
+    given = getattr(values, "resume_from", None)  # select and grow have no checkpoints
+    return folder(given) if given else None
 
 
 def _run(settings: RunSettings, values: flags.FlagValues) -> None:
@@ -154,27 +173,27 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.report.page import write_report
 
     console, started = Console(), time.perf_counter()
-    run = pipeline.open_run(settings, folder(values.workdir))
-    for name in ("align", "extend", "select", "grow", "finetune", *(("full",) if settings.baseline else ())):
-        getattr(pipeline, name)(run)
-        pipeline.remember(run)
-        if name == "select":
-            chosen = pipeline.read_selection(run)
-            console.print(f"layers to extend: {chosen['chosen_layers']}, copying experts {chosen['sources']}")
-    evaluated = demo.evaluate(run)
-    summary = demo.summarise(run, evaluated, total_seconds=time.perf_counter() - started)
-    demo.print_table(summary, console)
-    if distributed.first():
-        console.print(f"report: {write_report(run.workdir)}")
+    with pipeline.working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
+        for name in ("align", "extend", "select", "grow", "finetune", *(("full",) if settings.baseline else ())):
+            getattr(pipeline, name)(run)
+            pipeline.remember(run)
+            if name == "select":
+                chosen = pipeline.read_selection(run)
+                console.print(f"layers to extend: {chosen['chosen_layers']}, copying experts {chosen['sources']}")
+        evaluated = demo.evaluate(run)
+        summary = demo.summarise(run, evaluated, total_seconds=time.perf_counter() - started)
+        demo.print_table(summary, console)
+        if distributed.first():
+            console.print(f"report: {write_report(run.workdir)}")
 
 
 def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax import pipeline
     from moextend_jax.evaluate import demo
 
-    run = pipeline.open_run(settings, folder(values.workdir))
-    demo.print_table(demo.summarise(run, demo.evaluate(run), total_seconds=None), Console())
-    pipeline.remember(run)
+    with pipeline.working(settings, folder(values.workdir)) as run:
+        demo.print_table(demo.summarise(run, demo.evaluate(run), total_seconds=None), Console())
+        pipeline.remember(run)
 
 
 def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
@@ -242,6 +261,7 @@ def _plan(settings: RunSettings, values: flags.FlagValues) -> None:
         new_share=values.new_share,
         layers=values.layers,
         most=values.most if values.sweep else 0,
+        within=values.within,
         as_json=values.json,
     )
 
@@ -255,6 +275,7 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "bench": _bench,
     "plan": _plan,
 }
+TRAINING = ("align", "extend", "finetune", "full", "run")
 TOOLS = {
     "import": ("moextend_jax.checkpoints.convert", "import_main"),
     "export": ("moextend_jax.checkpoints.convert", "export_main"),

@@ -10,6 +10,8 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     f F of new experts      n images = B*M           d model width as an input axis
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
     Q vision positions = 1+P (the class token first)
+    G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
+    g most conversations in a row
 
 Nothing here imports the rest of the package.
 """
@@ -126,6 +128,9 @@ class ModelConfig:
     """With remat "layer": what is kept all the same."""
     dispatch: Literal["gather", "exchange"] = "gather"
     """How tokens meet experts on other devices: a row of `expert_parallel.DISPATCHES`."""
+    text_isolation: Literal["none", "strict"] = "none"
+    """Which tokens may choose new experts: all (the paper), or those of conversations with an image, so that text alone
+    is computed as before the extension, bit for bit."""
 
     def sizes(self) -> dict[str, int]:
         parts = [self.decoder.sizes()]
@@ -200,7 +205,8 @@ class Batch(NamedTuple):
     the conversations, tokens see only their own segment, and `positions_BL` restart with each.
     `patches_BL` is -1 on text; on an image's pad tokens it is the index into the row's `M*P` patch features.
     Exactly one of `images_BMhwc` (float, normalised) and `features_BMPC` (from a frozen tower) is given for a
-    batch with images; both are None for text.
+    batch with images; both are None for text. For the host's books alone: `faults_BG` counts the conversations behind a
+    row, None where nothing can be skipped; `examples_Bg` are the data set's rows in it, -1 on empty places.
     """
 
     ids_BL: Any
@@ -210,3 +216,5 @@ class Batch(NamedTuple):
     patches_BL: Any
     images_BMhwc: Any = None
     features_BMPC: Any = None
+    faults_BG: Any = None
+    examples_Bg: Any = None

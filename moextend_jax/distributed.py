@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from moextend_jax.config import IGNORE, Batch, MoextendError
+from moextend_jax.config import Batch, MoextendError
 from moextend_jax.sharding import batch_shardings, row_shards, spec, split_cpu
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
@@ -117,6 +117,11 @@ def any_process(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
+def from_first(number: int) -> int:
+    """Process 0's number, in all processes."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def check_shared(folder: Path) -> None:
     """Refuses a work directory that is another one on every host."""
     if jax.process_count() == 1:
@@ -167,27 +172,6 @@ def put_whole(batch: Batch, mesh: Mesh) -> Batch:
     """A batch that every process has whole on the devices (`sharding.put_batch` takes each process's own rows)."""
     shardings = batch_shardings(batch, mesh)
     return Batch(*[None if a is None else place(a, s) for a, s in zip(batch, shardings, strict=True)])
-
-
-def in_step(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """As many batches in every process: one that has no more gives empty ones until all have none."""
-    if jax.process_count() == 1:
-        yield from batches
-        return
-    iterator, last = iter(batches), None
-    while any_process((batch := next(iterator, None)) is not None):
-        last = batch if batch is not None else _empty(last)
-        yield last
-
-
-def _empty(batch: Batch | None) -> Batch:
-    if batch is None:
-        raise MoextendError("a process has no rows at all: use more data, or fewer processes")
-    return batch._replace(
-        labels_BL=np.full_like(batch.labels_BL, IGNORE),
-        segments_BL=np.zeros_like(batch.segments_BL),
-        patches_BL=np.full_like(batch.patches_BL, -1),
-    )
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------

@@ -5,22 +5,23 @@ WORKDIR holds config.json, data/, features/, one folder per stage, summary.json,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moextend_jax import distributed
+from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.leaves import base_hash, read_sharded
 from moextend_jax.checkpoints.loading import EMBEDDED as EMBEDDED  # here too, for whoever runs the stages
@@ -34,6 +35,7 @@ from moextend_jax.extension import routing
 from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.folders import folder, is_url, local
+from moextend_jax.lock import locked
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.models.parameters import arrays_of, with_arrays
 from moextend_jax.settings import RunSettings, StageSettings
@@ -55,11 +57,29 @@ class Run:
     pretrained: Arrays
     base_hash: str
     mesh: jax.sharding.Mesh
+    resume_from: Path | None = None
+    """A checkpoint of another work directory, for the stage that it is of."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What every checkpoint of this run must agree on."""
         return {"base": self.base_hash, "recipe": dataclasses.asdict(self.settings.recipe) | {"global_batch": None}}
+
+    def facts_of(self, stage: str, *, parents: tuple[str, ...], **more: Any) -> dict[str, Any]:
+        """What a checkpoint of a stage must agree on beyond that: all that decides what it computes."""
+        decisive = ("seed", "aux_coefficient", "dtype", "train_dtype", "text_isolation")
+        return self.facts | {
+            "stage": stage,
+            "run": {name: getattr(self.settings, name) for name in decisive},
+            "parents": {parent: self.result_identity(parent) for parent in parents},
+            **more,
+        }
+
+    def result_identity(self, stage: str) -> str:
+        found = train_state.result_facts(self.workdir / stage / "result")
+        if found is None:
+            raise not_run(self, stage)
+        return found["identity"]
 
 
 def open_run(settings: RunSettings, workdir: Path) -> Run:
@@ -83,6 +103,23 @@ def open_run(settings: RunSettings, workdir: Path) -> Run:
         base_hash=base_hash(source.leaves),
         mesh=mesh,
     )
+
+
+@contextlib.contextmanager
+def working(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> Iterator[Run]:
+    """A run that may write: alone in its work directory, and told when its machine is to be taken away.
+
+    Raises:
+      MoextendError: another run is there, or `resume_from` holds no checkpoint.
+      Preempted: inside, at any place.
+    """
+    distributed.start(cpu_devices=settings.cpu_devices)
+    with locked(workdir):
+        if jax.process_count() == 1:
+            preemption.listen()
+        if resume_from is not None:
+            train_state.facts_at(resume_from)
+        yield dataclasses.replace(open_run(settings, workdir), resume_from=resume_from)
 
 
 def remember(run: Run) -> None:
@@ -150,10 +187,12 @@ def _result(run: Run, stage: str) -> Arrays:
     shardings = parameter_shardings(abstract(config), run.mesh)
     leaves = train_state.load_leaves(run.workdir / stage / "result", facts=run.facts, shardings=shardings)
     if leaves is None:
-        raise MoextendError(
-            f"{stage} has not been run in {run.workdir}: run `moextend {stage}` with this --workdir first"
-        )
+        raise not_run(run, stage)
     return leaves
+
+
+def not_run(run: Run, stage: str) -> MoextendError:
+    return MoextendError(f"{stage} has not been run in {run.workdir}: run `moextend {stage}` with this --workdir first")
 
 
 def _fresh_projector(run: Run) -> Arrays:
@@ -170,7 +209,13 @@ def _fresh_projector(run: Run) -> Arrays:
 def open_source(run: Run, name: str, split: str) -> Source:
     data_dir = local(folder(run.settings.data_dir) if run.settings.data_dir else run.workdir / "data", what="data_dir")
     with distributed.first_alone(f"open {name} {split}"):
-        return open_dataset(name, split=split, data_dir=data_dir, manual_dir=run.settings.manual_dir or None)
+        return open_dataset(
+            name,
+            split=split,
+            data_dir=data_dir,
+            manual_dir=run.settings.manual_dir or None,
+            faults=run.settings.faults,
+        )
 
 
 def instructions(run: Run) -> HoldOut:
@@ -201,6 +246,7 @@ def images_of(run: Run, source: Source, name: str) -> Pixels | Features:
             feature_layer=vision.feature_layer,
             size=vision.image_size,
             preparation=run.settings.recipe.image_preparation,
+            faults=run.settings.faults,
         )
     )
 
@@ -253,6 +299,7 @@ def rows_of(
         workers=run.settings.workers,
         too_long=stage.too_long,
         parts=parts,
+        faults=run.settings.faults,
     )
 
 
@@ -265,27 +312,35 @@ def _check_rows(run: Run, rows: int) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+PARENTS = {"align": (), "extend": ("align",), "finetune": ("align", "grow"), "full": ("align",)}
+"""Stages that train, and those whose results they start from."""
+
+
 def align(run: Run) -> None:
-    settings = run.settings.align
-    arrays = _on_mesh(run, abstract(run.config), {**run.pretrained, **_fresh_projector(run)})
-    source = open_source(run, settings.data, settings.split)
-    _train(run, "align", abstract(run.config), arrays, source, settings)
+    def start() -> Start:
+        model = abstract(run.config)
+        return Start(model, _on_mesh(run, model, {**run.pretrained, **_fresh_projector(run)}))
+
+    _train(run, "align", start, lambda: open_source(run, run.settings.align.data, run.settings.align.split))
 
 
 def extend(run: Run) -> None:
-    settings, recipe = run.settings.extend, run.settings.recipe
-    arrays = kappa(run)
-    if recipe.probe_data == "captions":
-        source = open_source(run, run.settings.align.data, run.settings.align.split)
-    else:
-        source = instructions(run).rest
-    _train(run, "extend", abstract(run.config), arrays, source, settings)
+    def source() -> Source:
+        if run.settings.recipe.probe_data == "captions":
+            return open_source(run, run.settings.align.data, run.settings.align.split)
+        return instructions(run).rest
+
+    _train(run, "extend", lambda: Start(abstract(run.config), kappa(run)), source)
 
 
 def select(run: Run) -> dict[str, Any]:
-    """Counts routing before and after the probe on S_e, and writes select/routing.json and .png."""
+    """Counts routing before and after the probe on S_e, and writes select/routing.json and .png, once."""
     settings, recipe = run.settings.select, run.settings.recipe
-    before_arrays, after_arrays = kappa(run), probed(run)
+    facts = _json(run.facts_of("select", parents=("align", "extend"), settings=dataclasses.asdict(settings)))
+    if (run.workdir / "select" / "routing.json").exists() and (done := read_selection(run))["facts"] == facts:
+        return done
+    before_arrays = kappa(run)
+    after_arrays = _on_mesh(run, abstract(run.config), {**before_arrays, **_result(run, "extend")})
     stage = dataclasses.replace(run.settings.extend, batch_size=settings.batch_size)
     if recipe.probe_data == "captions":
         captions = open_source(run, run.settings.align.data, run.settings.align.split)
@@ -297,7 +352,7 @@ def select(run: Run) -> dict[str, Any]:
     def count(arrays: Arrays) -> routing.Counts:
         rows = rows_of(run, source, stage, epochs=1, seed=None, parts=parts)
         with jax.set_mesh(run.mesh):
-            batches = (put_batch(batch, run.mesh) for batch in distributed.in_step(rows))
+            batches = (put_batch(batch, run.mesh) for batch in rows)
             return routing.count_all(model, arrays, batches, recipe=recipe)
 
     before, after = count(before_arrays), count(after_arrays)
@@ -314,6 +369,7 @@ def select(run: Run) -> dict[str, Any]:
         "sources": list(chosen.sources),
         "recipe": dataclasses.asdict(recipe),
         "base": run.base_hash,
+        "facts": facts,
     }
     write_json(run.workdir / "select" / "routing.json", record)
     if distributed.first():
@@ -326,9 +382,7 @@ def select(run: Run) -> dict[str, Any]:
 def read_selection(run: Run) -> dict[str, Any]:
     path = run.workdir / "select" / "routing.json"
     if not path.exists():
-        raise MoextendError(
-            f"select has not been run in {run.workdir}: run `moextend select` with this --workdir first"
-        )
+        raise not_run(run, "select")
     record = json.loads(path.read_text())
     if record["base"] != run.base_hash:
         raise MoextendError(f"{path} was made with another base model; run `moextend select` again")
@@ -338,34 +392,59 @@ def read_selection(run: Run) -> dict[str, Any]:
 def grow(run: Run) -> None:
     """Kappa plus the selection -> leaves of the extended model (and the probe's routers, in the released recipe)."""
     config, recipe = _grown(run), run.settings.recipe
+    extension = dataclasses.asdict(config)["extension"]
+    facts = run.facts_of("grow", parents=("align", "extend"), extension=_json(extension))
+    if _done(run, "grow", facts):
+        return
     leaves: Arrays = _result(run, "extend") if recipe.routers_kept == "after" else {}
     copied = {path: leaf for path, leaf in {**kappa(run), **leaves}.items() if path in COPIED.values()}
     # Jitted for its shardings: every process makes only its own part of the new leaves.
     shardings = parameter_shardings(abstract(config), run.mesh)
     made = functools.partial(grow_leaves, config=config, recipe=recipe, seed=run.settings.seed)
     leaves |= jax.jit(made, out_shardings={path: shardings[path] for path in jax.eval_shape(made, copied)})(copied)
-    train_state.save_leaves(run.workdir / "grow" / "result", leaves, facts=run.facts)
+    train_state.save_leaves(run.workdir / "grow" / "result", leaves, facts=facts)
 
 
 def finetune(run: Run) -> None:
     settings = run.settings.finetune
-    model, arrays = moextend_model(run, trained=False)
-    source = open_source(run, settings.data, settings.split)
-    _train(run, "finetune", model, arrays, source, settings)
+    _train(
+        run,
+        "finetune",
+        lambda: Start(*moextend_model(run, trained=False)),
+        lambda: open_source(run, settings.data, settings.split),
+    )
 
 
 def full(run: Run) -> None:
     """The baseline: everything trains, starting from the aligned model."""
     settings = run.settings.full
-    arrays = kappa(run)
-    source = open_source(run, settings.data, settings.split)
-    _train(run, "full", abstract(run.config), arrays, source, settings)
+    _train(
+        run,
+        "full",
+        lambda: Start(abstract(run.config), kappa(run)),
+        lambda: open_source(run, settings.data, settings.split),
+    )
 
 
-def _train(run: Run, stage: str, model: MoExtend, arrays: Arrays, source: Source, settings: StageSettings) -> None:
+class Start(NamedTuple):
+    """What a stage trains: a structure, and the arrays it starts with."""
+
+    model: MoExtend
+    arrays: Arrays
+
+
+def _train(run: Run, stage: str, start: Callable[[], Start], open_data: Callable[[], Source]) -> None:
+    settings: StageSettings = getattr(run.settings, stage)
+    decisive = {name: value for name, value in dataclasses.asdict(settings).items() if name != "loss_chunk"}
+    facts = run.facts_of(stage, parents=PARENTS[stage], settings=_json(decisive))
+    facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
+    if _done(run, stage, facts):
+        return
     started = time.perf_counter()
+    (model, arrays), source = start(), open_data()
     _, frozen = stages.split(arrays, stages.patterns(stage, recipe=run.settings.recipe))
     hash_before = content_hash(frozen)
+    from_elsewhere = run.resume_from is not None and train_state.facts_at(run.resume_from).get("stage") == stage
     trained = train(
         model,
         arrays,
@@ -380,20 +459,37 @@ def _train(run: Run, stage: str, model: MoExtend, arrays: Arrays, source: Source
         aux_coefficient=run.settings.aux_coefficient,
         loss_chunk=settings.loss_chunk,
         accumulate=settings.accumulate,
-        facts=run.facts | {"stage": stage, "settings": _json(dataclasses.asdict(settings))},
+        facts=facts | {"examples": len(source)},
         checkpoint_every=run.settings.checkpoint_every,
         checkpoints_kept=run.settings.checkpoints_kept,
         log_every=run.settings.log_every,
+        resume_from=run.resume_from if from_elsewhere else None,
+        nonfinite_limit=run.settings.nonfinite_limit,
+        rollbacks=run.settings.rollbacks,
+        fault_settings=run.settings.faults,
+        name_of=lambda row: source[row].id,
     )
-    train_state.save_leaves(run.workdir / stage / "result", trained, facts=run.facts)
+    train_state.save_leaves(run.workdir / stage / "result", trained, facts=facts)
     record = {
         "seconds": time.perf_counter() - started,
         "steps": settings.steps,
         "frozen_unchanged": content_hash(frozen) == hash_before,
         "trained": {path: int(leaf.size) for path, leaf in trained.items()},
         "frozen_parameters": sum(int(leaf.size) for leaf in frozen.values()),
+        "result": run.result_identity(stage),
     }
     write_json(run.workdir / stage / "stage.json", record)
+
+
+def _done(run: Run, stage: str, facts: Mapping[str, Any]) -> bool:
+    """Whether a stage's result is there already; one of other settings is an error."""
+    folder = run.workdir / stage
+    found = train_state.result_facts(folder / "result")
+    if found is None:
+        return False
+    train_state.check_facts(found, facts, where=folder)
+    # Written last: without it the stage was cut off while it ended.
+    return stage == "grow" or (folder / "stage.json").exists()
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

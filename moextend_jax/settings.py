@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES, MoextendError, Recipe, Saved
+from moextend_jax.data.faults import FaultSettings
 from moextend_jax.train.optimizer import OptimizerConfig
 
 
@@ -105,20 +106,37 @@ class RunSettings:
     remat: Literal["none", "attention", "layer"] = "layer"
     saved: tuple[Saved, ...] = ()
     dispatch: Literal["gather", "exchange"] = "gather"
-    """`remat`, `saved` and `dispatch` are those of `config.ModelConfig`."""
+    text_isolation: Literal["none", "strict"] = "none"
+    """`remat`, `saved`, `dispatch` and `text_isolation` are those of `config.ModelConfig`."""
     mesh: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
     )
     checkpoint_every: int = 500
     checkpoints_kept: int = 2
     log_every: int = 10
+    faults: FaultSettings = FaultSettings()
+    """What training does about damaged examples."""
+    nonfinite_limit: int = 10
+    """Steps of a stage that may be skipped because their loss or gradient is not finite."""
+    rollbacks: int = 0
+    """How often, above that limit, a stage goes back to its newest checkpoint and on with later data."""
     baseline: bool = False
     """`moextend run` also trains the full fine-tuning baseline."""
+
+    def __post_init__(self):
+        _at_least_one(self, "checkpoint_every", "log_every")
+        if self.checkpoints_kept < 2:
+            raise MoextendError("checkpoints_kept must be at least 2: the older one is there if the newest is damaged")
+
+        if self.text_isolation == "strict" and self.recipe.routers_kept == "after":
+            raise MoextendError(
+                "text_isolation strict needs routers_kept before: routers that the probe trained change text too"
+            )
 
     @property
     def model_options(self) -> dict[str, Any]:
         """The fields of `config.ModelConfig` that are choices of a run, not sizes of a checkpoint."""
-        names = ("dtype", "train_dtype", "remat", "saved", "dispatch")
+        names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation")
         return {name: getattr(self, name) for name in names}
 
 

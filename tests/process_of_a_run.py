@@ -1,14 +1,18 @@
 """What test_processes.py runs once in its own process and once in several: a tiny finetune stage and what goes with it.
 
-In, as a script: FOLDER LLAVA MESH (JSON). Out: FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each.
+In, as a script: FOLDER LLAVA MESH (JSON) [PROCESS STEP]: that one is told to stop before that step. Out:
+FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +20,7 @@ import jax
 import numpy as np
 import tiny
 
-from moextend_jax import distributed, pipeline
+from moextend_jax import distributed, pipeline, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import RECIPES, ExtensionConfig
 from moextend_jax.data.batches import Pixels, Shard, batches
@@ -25,6 +29,7 @@ from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.extension.routing import count_all
 from moextend_jax.models.moextend import abstract
 from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
+from moextend_jax.train import loop
 from moextend_jax.train.loop import train
 from moextend_jax.train.optimizer import OptimizerConfig
 
@@ -74,7 +79,7 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
             yield batch
 
     with jax.set_mesh(mesh):
-        put = (put_batch(batch, mesh) for batch in distributed.in_step(noted(rows(seed=None, epochs=1))))
+        put = (put_batch(batch, mesh) for batch in noted(rows(seed=None, epochs=1)))
         counts = count_all(model, arrays, put, recipe=RECIPES["paper"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"read-{jax.process_index()}.json").write_text(json.dumps(read))
@@ -105,10 +110,31 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
     return Done(whole, counts.total_ZO, before)
 
 
+def tell_to_stop(process: int, step: int) -> None:
+    """SIGTERM to one of the processes; steps are slow, so that the others hear of it before the last."""
+    put, seen = loop.put_batch, 0
+
+    def put_slowly(batch, mesh):
+        nonlocal seen
+        seen += 1
+        if seen == step and jax.process_index() == process:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return put(batch, mesh)
+
+    loop.put_batch = put_slowly
+
+
 if __name__ == "__main__":
     distributed.start()
+    if len(sys.argv) > 4:
+        tell_to_stop(int(sys.argv[4]), int(sys.argv[5]))
     folder = Path(sys.argv[1])
-    done = work(folder, Path(sys.argv[2]), json.loads(sys.argv[3]))
+    try:
+        done = work(folder, Path(sys.argv[2]), json.loads(sys.argv[3]))
+    except preemption.Preempted as notice:
+        print(notice)
+        distributed.leave(preemption.EXIT_CODE)
     if distributed.first():
         trained: dict[str, Any] = {f"trained {path}": leaf for path, leaf in done.trained.items()}
         np.savez(folder / "out.npz", counts=done.counts, **trained)

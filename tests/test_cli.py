@@ -116,7 +116,7 @@ def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "needs"), [("extend", "align"), ("select", "align"), ("grow", "select"), ("finetune", "select"),
+    ("command", "needs"), [("extend", "align"), ("select", "align"), ("grow", "select"), ("finetune", "align"),
                            ("full", "align"), ("evaluate", "align")],
 )  # fmt: skip
 def test_a_stage_before_its_predecessor(refused, ground, tmp_path, command: str, needs: str):

@@ -114,7 +114,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, changes: dic
 
 def test_another_format_an_empty_file_and_none_are_refused(tmp_path: Path):
     path = tmp_path / "m.gguf"
-    with pytest.raises(MoextendError, match="m.gguf cannot be read as GGUF: .*No such file"):
+    with pytest.raises(MoextendError, match="m.gguf does not exist"):
         open_gguf(path)
     for content in (b"", b"GG", b"not a GGUF file at all, only some text", b"GGUF" + bytes(60)):
         path.write_bytes(content)

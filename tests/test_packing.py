@@ -90,7 +90,7 @@ def test_every_conversation_is_there_once_and_whole(seed: int, conversations_per
         assert 1 <= count <= (conversations_per_row or L)
         for segment in range(1, count + 1):
             (here,) = np.nonzero(row.segments_L == segment)
-            encoded, image_rows = left.pop(row.ids_L[here].tobytes())
+            encoded, image_rows, _ = left.pop(row.ids_L[here].tobytes())
             assert (here == here[0] + np.arange(len(encoded.ids_L))).all()
             np.testing.assert_array_equal(row.positions_L[here], np.arange(len(here)))
             np.testing.assert_array_equal(row.labels_L[here][1:], encoded.labels_L[1:])

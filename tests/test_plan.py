@@ -326,9 +326,7 @@ def test_a_sweep_ranks_what_fits_and_keeps_within(small: RunSettings, monkeypatc
         return {"fits": len(asked) != 1, "bytes_per_chip": {"total": total}, "step_seconds": 1 / len(asked)}
 
     monkeypatch.setattr(sweep, "_apart", compiled)
-    found = sweep.sweep(
-        small, stage="finetune", topology_name="v5p:2x2x1", most=4, within=3.0, tell=lambda text: None
-    )
+    found = sweep.sweep(small, stage="finetune", topology_name="v5p:2x2x1", most=4, within=3.0, tell=lambda text: None)
     assert [plan["bytes_per_chip"]["total"] // 2**30 for plan in found] == [3, 2, 4, 1]
     assert [plan["fits"] for plan in found] == [True, True, False, False]
     assert len({tuple(one.mesh.values()) for one in asked}) > 1

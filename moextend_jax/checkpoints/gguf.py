@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,10 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from moextend_jax.checkpoints.gguf_header import Placed, read_header
+from moextend_jax.checkpoints.huggingface import fits
 from moextend_jax.checkpoints.llama import dense_config
+from moextend_jax.checkpoints.outside import said_by, short, shown
 from moextend_jax.checkpoints.tensors import Stored, difference
 from moextend_jax.config import DecoderConfig, MoextendError
 
@@ -80,6 +83,8 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Keys that change the computation, with the only values that this code computes."""
 _WITHOUT_EFFECT = {"context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+MORE_LAYERS = 1000
+"""A file may lack so many of the layers that it says it has, and still hear their names."""
 _CHECKED_ELSEWHERE = {"vocab_size", "rope.dimension_count", "attention.value_length"}
 
 
@@ -90,68 +95,55 @@ def open_gguf(path: Path) -> Opened:
       MoextendError: not a GGUF file, cut short, of another architecture, with a key or a tensor that this decoder
         does not compute (rope scaling, experts, biases), or with a tensor missing, misshapen or of an unknown type.
     """
-    try:
-        reader = _Reader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
-        # gguf raises whatever the first bad byte led to
-        raise MoextendError(f"{path} cannot be read as GGUF: {str(error).splitlines()[0] or error!r}") from None
-    if reader.byte_order != "I":
-        raise MoextendError(f"{path} has the byte order of other machines; convert it with gguf-convert-endian")
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, found = read_header(path)
     config = _config(metadata, found, where=path)
     return Opened(_tensors(found, config, where=path), config, metadata)
 
 
-class _Reader(gguf.GGUFReader):
-    """Asks for bytes only where the file has them: the library's own would go on with empty arrays."""
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:
-        self.data = self.data.view(np.ndarray)  # slices of a memmap are several times slower, and tokens are many
-        if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-            raise ValueError(f"it is cut short: {len(self.data)} bytes are not all")
-        return super()._get(offset, dtype, count, override_order)
-
-
-def _config(metadata: dict[str, Any], found: dict[str, Any], *, where: Path) -> DecoderConfig:
+def _config(metadata: Mapping[str, Any], found: Mapping[str, Placed], *, where: Path) -> DecoderConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise MoextendError(f'{where}: architecture is {architecture!r}; only "llama" can be read')
-    if metadata.get("split.count", 1) > 1:
-        raise MoextendError(f"{where} is one of {metadata['split.count']} parts; merge them with llama-gguf-split")
+        raise MoextendError(f'{where}: architecture is {shown(architecture)}; only "llama" can be read')
+    if (parts := metadata.get("split.count", 1)) not in (0, 1):
+        raise MoextendError(f"{where} is one of {shown(parts)} parts; merge them with llama-gguf-split")
     given = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
     for name, value in given.items():
         if name in _MUST_BE and value not in _MUST_BE[name]:
-            raise MoextendError(f"{where}: llama.{name} = {value!r} cannot be honoured (only {_MUST_BE[name][-1]!r})")
+            raise MoextendError(
+                f"{where}: llama.{name} = {shown(value)} cannot be honoured (only {_MUST_BE[name][-1]!r})"
+            )
         if name not in (_SIZES.keys() | _MUST_BE.keys() | _WITHOUT_EFFECT | _CHECKED_ELSEWHERE):
-            raise MoextendError(f"{where}: key llama.{name} is unknown to this code, so it cannot be honoured")
+            raise MoextendError(f"{where}: key llama.{short(name)} is unknown to this code, so it cannot be honoured")
     given.setdefault("attention.head_count_kv", given.get("attention.head_count"))
     given.setdefault("rope.freq_base", 1e4)
     width, heads = given.get("embedding_length"), given.get("attention.head_count")
-    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+    if fits("width", width) and fits("heads", heads):
         given.setdefault("attention.key_length", width // heads)
     fields: dict[str, Any] = {}
     for theirs, ours in _SIZES.items():
         value = given.get(theirs)
-        kind = (int, float) if ours in ("rope_theta", "norm_eps") else int
-        if not isinstance(value, kind) or value <= 0:  # a list: other sizes in other layers
-            raise MoextendError(f"{where}: llama.{theirs} must be one positive number, not {value!r}")
+        if not fits(ours, value):  # a list: other sizes in other layers
+            raise MoextendError(f"{where}: llama.{theirs} must be one positive number, not {shown(value)}")
         # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
         fields[ours] = float(str(np.float32(value))) if isinstance(value, float) else value
     head_size = fields["head_size"]
     for name in ("rope.dimension_count", "attention.value_length"):
         if given.get(name, head_size) != head_size:
-            raise MoextendError(f"{where}: llama.{name} = {given[name]} is not the head size {head_size}: not computed")
+            raise MoextendError(
+                f"{where}: llama.{name} = {shown(given[name])} is not the head size {head_size}: not computed"
+            )
     if "token_embd.weight" not in found:
         raise MoextendError(f"{where}: missing: token_embd.weight")
-    vocab_size = int(found["token_embd.weight"].shape[-1])
+    if fields["layers"] > MORE_LAYERS + len(found):  # before anything is made of so many names
+        raise MoextendError(f"{where}: llama.block_count = {fields['layers']}, but the file holds {len(found)} tensors")
+    vocab_size = found["token_embd.weight"].shape[0]
     tied_head = "output.weight" not in found
     return dense_config(where=where, vocab_size=vocab_size, tied_head=tied_head, **fields)
 
 
-def _tensors(found: dict[str, Any], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:
+def _tensors(found: Mapping[str, Placed], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:
     # Upcycling asks for a matrix once per expert, one after the other: dequantise it once.
-    read = functools.lru_cache(maxsize=1)(functools.partial(_read, found, config))
+    read = functools.lru_cache(maxsize=1)(functools.partial(_read, where, found, config))
     tensors: dict[str, Stored] = {}
     wanted: set[str] = set()
     for row in TABLE:
@@ -164,7 +156,7 @@ def _tensors(found: dict[str, Any], config: DecoderConfig, *, where: Path) -> di
         there = {name: found[name] for name in names if name in found}
         _check(there.values(), shape, where=where)
         # Layers are stacked into one array: its type is what they have in common.
-        kinds = {_KEPT.get(tensor.tensor_type, _FLOAT32) for tensor in there.values()}
+        kinds = {_KEPT.get(tensor.kind, _FLOAT32) for tensor in there.values()}
         dtype = kinds.pop() if len(kinds) == 1 else _FLOAT32
         for name in there:
             tensors[names[name]] = Stored(shape, dtype, functools.partial(read, name, dtype), str(where))
@@ -177,19 +169,25 @@ def _tensors(found: dict[str, Any], config: DecoderConfig, *, where: Path) -> di
     return tensors
 
 
-def _check(tensors: Iterable[Any], shape: tuple[int, ...], *, where: Path) -> None:
+def _check(tensors: Iterable[Placed], shape: tuple[int, ...], *, where: Path) -> None:
     for tensor in tensors:
-        there = tuple(int(size) for size in reversed(tensor.shape))
-        if tensor.tensor_type not in _KEPT.keys() | _QUANTISED:
-            raise MoextendError(f"{where}: {tensor.name} is of type {tensor.tensor_type.name}, which cannot be read")
-        if there != shape:
-            raise MoextendError(f"{where}: {tensor.name} has shape {list(there)}, expected {list(shape)}")
+        if tensor.kind not in _KEPT.keys() | _QUANTISED:
+            raise MoextendError(f"{where}: {tensor.name} is of type {tensor.kind.name}, which cannot be read")
+        if tensor.shape != shape:
+            raise MoextendError(f"{where}: {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def _read(found: dict[str, Any], config: DecoderConfig, name: str, dtype: np.dtype) -> np.ndarray:
+def _read(path: Path, found: Mapping[str, Placed], config: DecoderConfig, name: str, dtype: np.dtype) -> np.ndarray:
     tensor = found[name]
-    kept = _KEPT.get(tensor.tensor_type)
-    array = tensor.data.view(kept) if kept else gguf.dequantize(tensor.data, tensor.tensor_type)
+    try:
+        stored = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,)).view(np.ndarray)
+    except (OSError, ValueError) as error:  # it was whole when its header was read
+        raise MoextendError(f"{path} has changed since it was opened: {said_by(error)}") from None
+    if kept := _KEPT.get(tensor.kind):
+        array = stored.view(kept).reshape(tensor.shape)
+    else:
+        with np.errstate(all="ignore"):  # scales may be anything: what comes of them is theirs
+            array = gguf.dequantize(stored.reshape(*tensor.shape[:-1], -1), tensor.kind)
     if heads := {"attn_q": config.heads, "attn_k": config.kv_heads}.get(name.split(".")[-2]):
         array = einops.rearrange(array, "(N h pair) D -> (N pair h) D", N=heads, pair=2)
     array = np.asarray(array, dtype).view()

@@ -14,6 +14,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from moextend_jax.checkpoints.outside import said_by, shown
 from moextend_jax.config import MoextendError
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -48,19 +49,27 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise MoextendError(f"the GGUF's tokenizer is {kind!r}; only gpt2 (byte-level BPE) and llama can be written")
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        raise MoextendError(
+            f"the GGUF's tokenizer is {shown(kind)}; only gpt2 (byte-level BPE) and llama can be written"
+        )
+    tokens = _list(metadata, "tokens", str)
+    types = _list(metadata, "token_type", int) or [1] * len(tokens)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise MoextendError(f"the GGUF's tokenizer has {len(set(tokens))} different tokens and {len(types)} types")
     ids = {role: metadata.get(f"tokenizer.ggml.{key}") for role, key in _ROLES.items()}
-    if bad := {role: id for role, id in ids.items() if id is not None and not 0 <= id < len(tokens)}:
-        raise MoextendError(f"the GGUF's tokenizer has {len(tokens)} tokens, but {bad}")
+    if bad := {r: id for r, id in ids.items() if id is not None and not (type(id) is int and 0 <= id < len(tokens))}:
+        raise MoextendError(f"the GGUF's tokenizer has {len(tokens)} tokens, but {shown(bad)}")
+    if bad := sorted(set(types) - set(range(1, 7))):
+        raise MoextendError(f"the GGUF's tokenizer has tokens of the unknown types {shown(bad)}")
+    if not tokens or "" in tokens:
+        raise MoextendError("the GGUF's tokenizer has no tokens, or one without a letter")
     settings: dict[str, Any] = {f"{role}_token": tokens[id] for role, id in ids.items() if id is not None}
     settings["clean_up_tokenization_spaces"] = False
     settings["add_bos_token"] = add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
     if "tokenizer.chat_template" in metadata:
-        settings["chat_template"] = metadata["tokenizer.chat_template"]
+        settings["chat_template"] = template = metadata["tokenizer.chat_template"]
+        if not isinstance(template, str):
+            raise MoextendError(f"the GGUF's chat template is no text: {shown(template)}")
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "gpt2":
         made, settings["tokenizer_class"] = folder / "tokenizer.json", "PreTrainedTokenizerFast"
@@ -74,17 +83,27 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> list[Path]:
     return [made, config]
 
 
+def _list(metadata: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:
+    """Values of a key, all of the one kind; empty where the file has none."""
+    values = metadata.get(f"tokenizer.ggml.{name}") or []
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise MoextendError(f"the GGUF's tokenizer.ggml.{name} is of another type than it should be: {shown(values)}")
+    return values
+
+
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int], *, bos: int | None) -> Tokenizer:
     pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in PRE_TOKENIZERS:
-        raise MoextendError(f"the GGUF's tokenizer cuts text as {pre!r}; only {', '.join(PRE_TOKENIZERS)} are known")
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        raise MoextendError(
+            f"the GGUF's tokenizer cuts text as {shown(pre)}; only {', '.join(PRE_TOKENIZERS)} are known"
+        )
     vocab = {token: id for id, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges") or []]
+    merges = [tuple(merge.split(" ", 1)) for merge in _list(metadata, "merges", str)]
     try:
         # Llama 3's vocabulary has words that its merges do not reach.
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre] is _LLAMA3))  # pyright: ignore[reportArgumentType]
     except Exception as error:  # the library raises Exception itself
-        raise MoextendError(f"the GGUF's tokenizer has merges that do not fit its tokens: {error}") from None
+        raise MoextendError(f"the GGUF's tokenizer has merges that do not fit its tokens: {said_by(error)}") from None
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
@@ -102,7 +121,7 @@ def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int], *, ids: dict[str, int | None]
 ) -> bytes:
     """GGUF numbers the types of pieces as SentencePiece does, and keeps its scores."""
-    scores = metadata.get("tokenizer.ggml.scores") or []
+    scores = _list(metadata, "scores", (int, float))
     if len(scores) != len(tokens):
         raise MoextendError(f"the GGUF's tokenizer has {len(tokens)} tokens and {len(scores)} scores")
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]

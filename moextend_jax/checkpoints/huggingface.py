@@ -15,8 +15,10 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.checkpoints import leaves
+from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.folders import is_url
 from moextend_jax.models.parameters import by_path
 
 _DECODER = {
@@ -99,7 +101,7 @@ def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConf
     if isinstance(rope, dict):  # transformers 5 writes it so
         for name, value in rope.items():
             if name not in ("rope_theta", "rope_type") or (name == "rope_type" and value != "default"):
-                raise MoextendError(f"{where}: rope_parameters.{name} = {value!r} cannot be honoured")
+                raise MoextendError(f"{where}: rope_parameters.{short(name)} = {shown(value)} cannot be honoured")
         if "rope_theta" in rope:
             attributes["rope_theta"] = rope["rope_theta"]
     fields = _fields(attributes, _DECODER, where=where, model_type="mixtral")
@@ -134,9 +136,12 @@ def vision_half(attributes: Mapping[str, Any], where: Path) -> dict[str, Any]:
     half = attributes.get("vision_config")
     if not isinstance(half, dict):
         raise MoextendError(f"{where}: a CLIP without vision_config has no tower whose sizes are known")
-    for name, value in (attributes.get("vision_config_dict") or {}).items():  # transformers lets these win
+    wins = attributes.get("vision_config_dict") or {}
+    if not isinstance(wins, dict):
+        raise MoextendError(f"{where}: vision_config_dict = {shown(wins)} holds no attributes")
+    for name, value in wins.items():  # transformers lets these win
         if half.setdefault(name, value) != value:
-            raise MoextendError(f"{where}: vision_config.{name} and vision_config_dict.{name} differ")
+            raise MoextendError(f"{where}: vision_config.{short(name)} and vision_config_dict.{short(name)} differ")
     return {"model_type": "clip_vision_model", **half}
 
 
@@ -149,48 +154,58 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         or not all(type(n) is int and n >= 0 for n in layers)
         or layers != sorted({*layers})
     ):
-        raise MoextendError(f"{where}: add_layer = {layers!r} is no ascending list of layers")
-    beyond = [layer for layer in layers if layer >= attributes["num_hidden_layers"]]
-    if beyond:
-        raise MoextendError(
-            f"{where}: add_layer names layers {beyond}, but the model has only {attributes['num_hidden_layers']} layers"
-        )
+        raise MoextendError(f"{where}: add_layer = {shown(layers)} is no ascending list of layers")
+    count = attributes.get("num_hidden_layers")
+    if not fits("layers", count):
+        raise MoextendError(f"{where}: num_hidden_layers = {shown(count)} is impossible")
+    if beyond := [layer for layer in layers if layer >= count]:
+        raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
     return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
 
 
 def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
     """Where the released layout says so, the ids that it added for images: start, end, pad in a row."""
-    start = (attributes.get("visual") or {}).get("image_start_id")
-    return ImageTags(start=start, end=start + 1, pad=start + 2) if isinstance(start, int) else ImageTags()
+    visual = attributes.get("visual")
+    start = visual.get("image_start_id") if isinstance(visual, dict) else None
+    if type(start) is not int or not 0 <= start < MOST:
+        return ImageTags()
+    return ImageTags(start=start, end=start + 1, pad=start + 2)
 
 
 def _fields(attributes: Mapping[str, Any], known: dict[str, str], *, where: Path, model_type: str) -> dict[str, Any]:
     if (said := attributes.get("model_type")) != model_type:
-        raise MoextendError(f"{where}: model_type is {said!r}, expected {model_type!r}{_why_not(said)}")
+        raise MoextendError(f"{where}: model_type is {shown(said)}, expected {model_type!r}{_why_not(said)}")
     must_be = _MUST_BE[model_type]
     for name, value in attributes.items():
         if name in must_be and value not in must_be[name]:
             only = " or ".join(map(repr, must_be[name]))
-            raise MoextendError(f"{where}: {name} = {value!r} cannot be honoured (only {only})")
+            raise MoextendError(f"{where}: {name} = {shown(value)} cannot be honoured (only {only})")
         if name not in known and name not in must_be and name not in _WITHOUT_EFFECT:
-            raise MoextendError(f"{where}: attribute {name!r} is unknown to this code, so it cannot be honoured")
+            raise MoextendError(f"{where}: attribute {short(name)!r} is unknown to this code, so it cannot be honoured")
     if missing := sorted(known.keys() - attributes.keys() - _HAS_A_DEFAULT):
         raise MoextendError(f"{where}: {', '.join(missing)} must be given")
     fields = {ours: attributes[theirs] for theirs, ours in known.items() if theirs in attributes}
     for theirs, ours in known.items():
-        if ours in fields and not (_fits(ours, fields[ours]) or (ours == "head_size" and fields[ours] is None)):
-            raise MoextendError(f"{where}: {theirs} = {fields[ours]!r} is impossible")
+        if ours in fields and not (fits(ours, fields[ours]) or (ours == "head_size" and fields[ours] is None)):
+            raise MoextendError(f"{where}: {theirs} = {shown(fields[ours])} is impossible")
     return fields
 
 
-def _fits(field: str, value: Any) -> bool:
+MOST = 1 << 31
+"""Sizes stay below; what they multiply to stays a number that can be written down."""
+
+
+def fits(field: str, value: Any) -> bool:
+    """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
     if field == "tied_head":
         return isinstance(value, bool)
     if field == "activation":
-        return isinstance(value, str)
+        return value in ("quick_gelu", "gelu")
+    if field == "feature_layer":
+        return type(value) is int and -MOST < value < 0
     if field in ("rope_theta", "norm_eps"):
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-    return type(value) is int and value > 0
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    return type(value) is int and 0 < value < MOST
 
 
 def _why_not(model_type: Any) -> str:
@@ -209,12 +224,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       MoextendError: no such file, or something else in it; names the file.
     """
-    try:
-        attributes = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise MoextendError(f"{path} does not exist: not a Hugging Face model folder") from None
-    except (ValueError, OSError) as error:
-        raise MoextendError(f"{path} cannot be read: {error}") from None
+    if not path.exists():
+        raise MoextendError(f"{path} does not exist: not a Hugging Face model folder")
+    attributes = parse_json(read_small(path if is_url(path) else inside(path)), where=f"{path} cannot be read")
     if not isinstance(attributes, dict):
         raise MoextendError(f"{path} holds no attributes of a model")
     return attributes

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import Planned, Stored, difference, some
 from moextend_jax.config import ModelConfig, MoextendError
 
@@ -28,6 +29,9 @@ FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float1
 
 STRIP = 1 << 22
 """Bytes that are copied at a time on the way from file to file."""
+
+MORE_TENSORS = 2000
+"""So many more tensors than there are may be asked for, of one parameter, and each be named that is missing."""
 
 Index = tuple[int, ...]
 
@@ -83,6 +87,13 @@ def match(
     }
     if prefix and all(name.startswith(prefix) for name in found):
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    for row in names.TABLES[table]:
+        asked = names.count(row, config)
+        if asked > MORE_TENSORS + len(found) and row.path not in elsewhere:
+            raise MoextendError(
+                f"{where}: the tensors are not those of this model: its sizes ask for {asked:,} like {row.file}, and "
+                f"there are {len(found):,} tensors in all"
+            )
     wanted = list(names.tensors(table, config))
     there = {tensor.path for tensor in wanted if tensor.file in found}
     wanted = [tensor for tensor in wanted if tensor.path in there or tensor.path not in elsewhere]
@@ -140,10 +151,12 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
     """
     rows = [row for row in names.TABLES["released"] if row.path == path]
     if not rows:
-        raise MoextendError(f"{stored.where}: {path} is no parameter of this model")
+        raise MoextendError(f"{stored.where}: {short(path)} is no parameter of this model")
+    if not names.count(rows[0], config):
+        raise MoextendError(f"{stored.where}: {path} belongs to a part that this model does not have")
     file_side, our_side = rows[0].layout.split(" -> ")
     letters = names.letters(path, config)
-    stacked = tuple(len(names.numbers(letter, config)) for letter in names.stacked(rows[0].file))
+    stacked = names.stack(rows[0].file, config)
     expected = (*stacked, *names.shape(our_side, letters))
     if stored.shape != expected or stored.dtype not in FLOATS:
         raise MoextendError(

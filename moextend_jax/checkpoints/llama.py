@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.checkpoints.huggingface import read_json
+from moextend_jax.checkpoints.huggingface import fits, read_json
+from moextend_jax.checkpoints.outside import short, shown
 from moextend_jax.config import DecoderConfig, MoextendError
 
 MODEL_TYPES = ("llama", "mistral")
@@ -44,7 +44,9 @@ def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig
     attributes = _without_rope_parameters(dict(attributes), where=where)
     model_type = attributes.get("model_type")
     if model_type not in MODEL_TYPES:
-        raise MoextendError(f"{where}: model_type is {model_type!r}; only {' and '.join(MODEL_TYPES)} can be upcycled")
+        raise MoextendError(
+            f"{where}: model_type is {shown(model_type)}; only {' and '.join(MODEL_TYPES)} can be upcycled"
+        )
     if model_type == "mistral":
         # Where the file is silent transformers takes 4096, and 8 key/value heads.
         attributes.setdefault("sliding_window", 4096)
@@ -52,13 +54,13 @@ def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig
     for name, value in attributes.items():
         if name == "sliding_window" and value is not None:
             raise MoextendError(
-                f"{where}: sliding_window = {value} cannot be honoured: here every token sees all before it. The two "
-                f"agree on texts of up to {value} tokens; if yours are, write null there"
+                f"{where}: sliding_window = {shown(value)} cannot be honoured: here every token sees all before it. "
+                f"The two agree on texts of up to {shown(value)} tokens; if yours are, write null there"
             )
         if name in _MUST_BE and value not in _MUST_BE[name]:
-            raise MoextendError(f"{where}: {name} = {value!r} cannot be honoured (only {_MUST_BE[name][-1]!r})")
+            raise MoextendError(f"{where}: {name} = {shown(value)} cannot be honoured (only {_MUST_BE[name][-1]!r})")
         if name not in (_SIZES.keys() | _NUMBERS.keys() | _MUST_BE.keys() | _WITHOUT_EFFECT):
-            raise MoextendError(f"{where}: attribute {name!r} is unknown to this code, so it cannot be honoured")
+            raise MoextendError(f"{where}: attribute {short(name)!r} is unknown to this code, so it cannot be honoured")
     attributes.setdefault("rope_theta", 1e4)
     if attributes.get("num_key_value_heads") is None:
         attributes["num_key_value_heads"] = attributes.get("num_attention_heads")
@@ -71,10 +73,11 @@ def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig
                 raise MoextendError(
                     f"{where}: num_attention_heads does not divide hidden_size, and there is no head_dim"
                 )
-        if type(value) is not int and (theirs in _SIZES or type(value) is not float) or not 0 < value < math.inf:
-            raise MoextendError(f"{where}: {theirs} must be a positive number, not {value!r}")
+        if not fits(ours, value):
+            raise MoextendError(f"{where}: {theirs} must be a positive number, not {shown(value)}")
         fields[ours] = value
-    return dense_config(where=where, tied_head=attributes.get("tie_word_embeddings", False), **fields)
+    tied_head = attributes.get("tie_word_embeddings", False)
+    return dense_config(where=where, tied_head=bool(tied_head), **fields)
 
 
 def dense_config(*, where: Path, **sizes: Any) -> DecoderConfig:
@@ -94,7 +97,7 @@ def _without_rope_parameters(attributes: dict[str, Any], *, where: Path) -> dict
         kind = rope.get("rope_type", rope.get("type", "default"))
         surplus = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
         if kind != "default" or surplus or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise MoextendError(f"{where}: {name} = {rope} cannot be honoured (only plain rotary positions)")
+            raise MoextendError(f"{where}: {name} = {shown(rope)} cannot be honoured (only plain rotary positions)")
         attributes = {other: value for other, value in attributes.items() if other != name}
         if "rope_theta" in rope:
             attributes["rope_theta"] = rope["rope_theta"]

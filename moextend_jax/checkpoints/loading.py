@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from moextend_jax.checkpoints import delta, huggingface, leaves, names, store
 from moextend_jax.checkpoints.leaves import Leaf
+from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.models.moextend import abstract
@@ -199,9 +199,9 @@ def _foreign(folder: Path, *, base: Path | None, vision: Path | None, projector:
     _check_dtypes(matched, attributes, table="mixtral", config=config, where=at)
     record = _record(config, "mixtral", {"decoder": attributes})
     source = Source(matched, record, _side_files(folder))
-    inside = folder / "vision"
-    if vision is None and (inside / "config.json").is_file():
-        source = _with_tower(source, inside, feature_layer=feature_layer)
+    beside = folder / "vision"
+    if vision is None and (beside / "config.json").is_file():
+        source = _with_tower(source, beside, feature_layer=feature_layer)
     return source
 
 
@@ -221,11 +221,13 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
         raise MoextendError(f"{path} holds no projector: no tensor is called mm_projector or multi_modal_projector")
     for name, only in {"mm_projector_type": "mlp2x_gelu", "projector_hidden_act": "gelu"}.items():
         if attributes and attributes.get(name, only) != only:
-            raise MoextendError(f"{path}: {name} = {attributes[name]!r} cannot be honoured (only {only!r})")
+            raise MoextendError(f"{path}: {name} = {shown(attributes[name])} cannot be honoured (only {only!r})")
     first = names.TABLES[table][0].file
     prefix = names.PREFIXES[table] if names.PREFIXES[table] + first in stored else ""
     weight = stored.get(prefix + first)
     D, C = weight.shape if weight and len(weight.shape) == 2 else (1, 1)
+    if not D or not C:
+        raise MoextendError(f"{path}: the projector's {prefix + first} is empty")
     config = ModelConfig(decoder=DecoderConfig(width=D), vision=VisionConfig(width=C))
     matched = leaves.match(stored, table=table, config=config, where=path)
     return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
@@ -260,10 +262,12 @@ def _released(
         said = huggingface.extension_config(attributes, where=at)
         if said:
             decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or said).new_experts)
+            if decoder.experts < decoder.top_k:
+                raise MoextendError(f"{at}: num_local_experts leaves {decoder.experts} besides the new experts")
         if (said.layers if said else ()) != (extension.layers if extension else ()) and (extension or below is None):
             raise MoextendError(
-                f"{at}: add_layer is {said and list(said.layers)}, but the files hold new experts in layers "
-                f"{extension and list(extension.layers)}"
+                f"{at}: add_layer is {shown(said and list(said.layers))}, but the files hold new experts in "
+                f"layers {shown(extension and list(extension.layers))}"
             )
     elif below is not None:
         decoder = below.config.decoder
@@ -272,7 +276,9 @@ def _released(
     if below is not None:
         delta.check_layers(extension, below.config.decoder, where=folder, base=base)
         if decoder != below.config.decoder:
-            raise MoextendError(f"{folder} and its base {base} differ: {_differing(decoder, below.config.decoder)}")
+            raise MoextendError(
+                f"{folder} and its base {base} differ: {delta.differing(decoder, below.config.decoder)}"
+            )
     delta.check_layers(extension, decoder, where=folder, base=folder)
     tower, tower_attributes = _tower_sizes(
         folder,
@@ -306,7 +312,7 @@ def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | N
 
 def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
     """The extension whose router columns these tensors hold; a file does not say which experts it copied (-1)."""
-    pattern = re.compile(r"model\.layers\.(\d+)\.block_sparse_moe\.(gate_vision|weight_scale)\..*")
+    pattern = re.compile(r"model\.layers\.([0-9]{1,9})\.block_sparse_moe\.(gate_vision|weight_scale)\..*")
     layers = sorted({int(match[1]) for name in stored if (match := pattern.fullmatch(name))})
     if not layers:
         return None
@@ -316,8 +322,8 @@ def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
     return ExtensionConfig(
         layers=tuple(layers),
         sources=(-1,) * len(layers),
-        new_experts=gate.shape[0] if gate and gate.shape else 1,
-        calibrator_width=calibrator.shape[0] if calibrator and calibrator.shape else 16,
+        new_experts=max(1, gate.shape[0]) if gate and gate.shape else 1,
+        calibrator_width=max(1, calibrator.shape[0]) if calibrator and calibrator.shape else 16,
     )
 
 
@@ -412,7 +418,9 @@ def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, An
 
 
 def _side_files(folder: Path) -> dict[str, Path]:
-    return {name: folder / name for name in SIDE_FILES if (folder / name).is_file()} if folder.is_dir() else {}
+    if not folder.is_dir():
+        return {}
+    return {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
 
 
 def _projector_table(stored: Mapping[str, Stored]) -> str | None:
@@ -447,8 +455,3 @@ def _check_dtypes(
             raise MoextendError(
                 f"{leaf.where}: {some(tensor.file for tensor in odd)} has element type {leaf.dtype}, where {so} {usual}"
             )
-
-
-def _differing(one: DecoderConfig, other: DecoderConfig) -> str:
-    pairs = zip(dataclasses.asdict(one).items(), dataclasses.asdict(other).values(), strict=True)
-    return "; ".join(f"{name} is {json.dumps(a)} and {json.dumps(b)}" for (name, a), b in pairs if a != b)

@@ -142,6 +142,18 @@ def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:
             yield Tensor(name.file.format(**at), name.path, index, name.layout)
 
 
+def count(row: Name, config: ModelConfig) -> int:
+    """How many tensors a row stands for in a file, before any of their names is made."""
+    if not _exists(row.path, config):
+        return 0
+    return math.prod(stack(row.file, config))
+
+
+def stack(file: str, config: ModelConfig) -> tuple[int, ...]:
+    """Sizes of the stacked axes of a row's file name."""
+    return tuple(_count(letter, config) for letter in stacked(file))
+
+
 def stacked(file: str) -> list[str]:
     """Letters of the stacked axes in a row's file name, in order."""
     return re.findall(r"{(\w)}", file)
@@ -179,6 +191,13 @@ def _exists(path: str, config: ModelConfig) -> bool:
         return not config.decoder.tied_head
     needs = {"extension": config.extension, "projector": config.vision, "vision": config.vision}
     return needs.get(path.split("/")[0], config.decoder) is not None
+
+
+def _count(letter: str, config: ModelConfig) -> int:
+    if letter == "U":
+        assert config.vision is not None
+        return config.vision.layers
+    return config.sizes()[letter]
 
 
 def numbers(letter: str, config: ModelConfig) -> list[int]:

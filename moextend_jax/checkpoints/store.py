@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moextend_jax.checkpoints import leaves
-from moextend_jax.checkpoints.huggingface import read_json
+from moextend_jax.checkpoints.huggingface import fits, read_json
 from moextend_jax.checkpoints.leaves import Leaf
+from moextend_jax.checkpoints.names import PREFIXES
+from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.tensors import difference, open_safetensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
 
@@ -91,17 +94,19 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
     where = folder / FILE
     value = read_json(where)
     if value.get("format") != FORMAT:
-        raise MoextendError(f"{where} has format {value.get('format')!r}; this version reads format {FORMAT}")
+        raise MoextendError(f"{where} has format {shown(value.get('format'))}; this version reads format {FORMAT}")
     stored = open_safetensors(folder)
     try:
         model, listed = value["model"], value["leaves"]
-        record = Record(
-            config=_config(model, projector_shape=listed.get("projector/first", {}).get("shape")),
-            layout=value["layout"],
-            attributes=value["attributes"],
-            projector=tuple(value["projector"]),
-            base=value["base_hash"] if value["layout"] == "delta" else None,
-            facts=value["facts"],
+        record = _checked(
+            Record(
+                config=_config(model, projector_shape=listed.get("projector/first", {}).get("shape")),
+                layout=value["layout"],
+                attributes=value["attributes"],
+                projector=tuple(value["projector"]),
+                base=value["base_hash"] if value["layout"] == "delta" else None,
+                facts=value["facts"],
+            )
         )
         if unequal := difference(listed, stored):
             raise MoextendError(f"{folder}: the tensors are not those of {FILE}.{unequal}")
@@ -111,12 +116,47 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
             if said != (tensor.shape, str(tensor.dtype)):
                 raise MoextendError(
                     f"{tensor.where}: {path} is {tensor.dtype}{list(tensor.shape)}; {FILE} says "
-                    f"{said[1]}{list(said[0])}"
+                    f"{shown(said[1])}{shown(list(said[0]))}"
                 )
-            matched[path] = leaves.from_ours(path, tensor, config=record.config, sha256=listed[path]["sha256"])
+            if not _is_hash(sha256 := listed[path]["sha256"]):
+                raise ValueError(f"the sha256 of {path} is {shown(sha256)}")
+            matched[path] = leaves.from_ours(path, tensor, config=record.config, sha256=sha256)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise MoextendError(f"{where} cannot be read: {error!r}") from None
+        raise MoextendError(f"{where} cannot be read: {shown(error)}") from None
     return record, matched
+
+
+def _checked(record: Record) -> Record:
+    """Raises ValueError where another program would have gone wrong later."""
+    config, extension = record.config, record.config.extension
+    for part in (config.decoder, config.vision):
+        for name, value in dataclasses.asdict(part).items() if part else ():
+            if not fits(name, value):
+                raise ValueError(f"{name} = {shown(value)} is impossible")
+    tags = dataclasses.astuple(config.tags)
+    if not all(type(tag) is int and -1 <= tag < 1 << 31 for tag in tags):
+        raise ValueError(f"image tags {shown(tags)} are impossible")
+    if extension:
+        numbers = (extension.new_experts, extension.calibrator_width)
+        if not all(type(n) is int for n in (*extension.layers, *extension.sources, *numbers)):
+            raise ValueError(f"extension {shown(dataclasses.asdict(extension))} is impossible")
+        if list(extension.layers) != sorted({*extension.layers}) or min(0, *extension.layers) < 0 or min(numbers) < 1:
+            raise ValueError(f"extended layers {shown(extension.layers)} are impossible")
+        if len(extension.sources) != len(extension.layers) or not extension.layers:
+            raise ValueError(f"{len(extension.layers)} layers copy {len(extension.sources)} experts")
+    if not isinstance(record.layout, str) or not isinstance(record.facts, dict):
+        raise ValueError("layout or facts are of another type than they should be")
+    if not all(isinstance(one, dict) for one in (record.attributes, *record.attributes.values())):
+        raise ValueError("attributes are of another type than they should be")
+    if record.projector not in {(table, prefix) for table, own in PREFIXES.items() for prefix in ("", own)}:
+        raise ValueError(f"projector {shown(record.projector)} is spelled in no known way")
+    if record.layout == "delta" and not _is_hash(record.base):
+        raise ValueError(f"base_hash is {shown(record.base)}")
+    return record
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:

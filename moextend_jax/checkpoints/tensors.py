@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from moextend_jax.checkpoints.outside import MAX_JSON, inside, parse_json, plain_file, read_small, said_by, short, shown
 from moextend_jax.config import MoextendError
 
 DTYPES: dict[str, np.dtype] = {
@@ -32,8 +34,8 @@ DTYPES: dict[str, np.dtype] = {
 }  # fmt: skip
 """The format's names of element types."""
 
-MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
+MAX_AXES, MAX_BYTES = 64, 1 << 62
+"""Of one tensor: axes that NumPy has, and a size whose arithmetic stays within 64 bits."""
 
 
 class Stored(NamedTuple):
@@ -98,14 +100,18 @@ def open_pickles(path: Path) -> dict[str, Stored]:
         ) from None
 
     def load(file: Path) -> dict[str, Any]:
+        _check_archive(file)
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # pickle, zipfile and torch each raise their own
-            said = (str(error).strip() or repr(error)).splitlines()[0]
-            raise MoextendError(f"{file} cannot be read by torch.load(weights_only=True, mmap=True): {said}") from None
+            raise MoextendError(
+                f"{file} cannot be read by torch.load(weights_only=True, mmap=True): {said_by(error)}"
+            ) from None
         if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
             loaded = loaded["state_dict"]
-        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+        ):
             raise MoextendError(f"{file} holds something other than a dict of tensors")
         return loaded
 
@@ -116,9 +122,12 @@ def open_pickles(path: Path) -> dict[str, Stored]:
 
     def stored(name: str, tensor: Any, file: Path) -> Stored:
         try:
-            dtype = array(tensor.flatten()[:0]).dtype
+            held = tensor.untyped_storage().nbytes()
+            dtype = array(tensor.new_empty(0)).dtype
         except (TypeError, RuntimeError) as error:
-            raise MoextendError(f"{file}: {name} of type {tensor.dtype} cannot be read: {error}") from None
+            raise MoextendError(f"{file}: {short(name)} of type {tensor.dtype} cannot be read: {error}") from None
+        if tensor.numel() * tensor.element_size() > held:  # strides of 0 make any size of a few bytes
+            raise MoextendError(f"{file}: {short(name)} {list(tensor.shape)} is larger than the {held:,} bytes it has")
         # Opened anew for each tensor: the mapping goes away with the last view of it, and its pages with the mapping.
         return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file))
 
@@ -133,26 +142,39 @@ def open_pickles(path: Path) -> dict[str, Stored]:
     raise MoextendError(f"{path} holds no *.bin, *.pth or *.pt file")
 
 
+def _check_archive(file: Path) -> None:
+    """torch stores its parts as they are; one that is compressed could unpack to any size."""
+    plain_file(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            parts = archive.infolist()
+    except Exception as error:  # zipfile, struct and OSError
+        raise MoextendError(f"{file} cannot be read as torch's zip file: {said_by(error)}") from None
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size for part in parts):
+        raise MoextendError(f"{file} cannot be read: it is a compressed zip file, which torch does not write")
+
+
 def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] | None]:
     """Files of a folder, with the tensors that the index says they hold (None without an index)."""
     index_path = folder / index_name
     if not index_path.exists():
-        paths = sorted(folder.glob(f"*{ending}"))
+        paths = [inside(path) for path in sorted(folder.glob(f"*{ending}"))]
         if not paths:
             raise MoextendError(f"{folder} holds no *{ending} file")
-        totals = {int(total) for path in paths if (total := path.stem.rpartition("-of-")[2]).isdigit()}
+        totals = {int(total) for path in paths if (total := path.stem.rpartition("-of-")[2]).isdecimal()}
         if totals and len(paths) != max(totals):
             raise MoextendError(f"{folder} holds {len(paths)} *{ending} files of {max(totals)}")
         return dict.fromkeys(paths)
-    try:
-        weight_map = json.loads(index_path.read_text())["weight_map"]
-        listed: dict[Path, set[str] | None] = {}
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise ValueError(f"{file!r} is not a file name")
-            listed.setdefault(folder / file, set()).add(name)  # pyright: ignore[reportOptionalMemberAccess]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MoextendError(f"{index_path} cannot be read as an index of shards: {error!r}") from None
+    broken = f"{index_path} cannot be read as an index of shards"
+    index = parse_json(read_small(inside(index_path)), where=broken, object_pairs_hook=_without_repeats)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise MoextendError(f"{broken}: it has no weight_map")
+    listed: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(ending) or Path(file).name != file or "\0" in file:
+            raise MoextendError(f"{broken}: {shown(file)} is not the name of a *{ending} file")
+        listed.setdefault(inside(folder / file), set()).add(name)  # pyright: ignore[reportOptionalMemberAccess]
     if missing := sorted(path.name for path in listed if not path.is_file()):
         raise MoextendError(f"{index_path} lists shards that do not exist: {some(missing)}")
     if surplus := sorted(path.name for path in folder.glob(f"model*{ending}") if path not in listed):
@@ -175,31 +197,32 @@ def _merge(
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
-    size = path.stat().st_size
+    size = plain_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8 or length > MAX_HEADER:
+        if size < 8 or length > size - 8 or length > MAX_JSON:
             raise MoextendError(
                 f"{path} cannot be read: a header of {length:,} bytes in a file of {size:,} is no safetensors header, "
                 "or the file was cut short"
             )
         text = file.read(length)
-    try:
-        header = json.loads(text, object_pairs_hook=_without_repeats)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MoextendError(f"{path} cannot be read: its safetensors header is broken ({error!r})") from None
+    broken = f"{path} cannot be read: its safetensors header is broken"
+    header = parse_json(text, where=broken, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+    if not isinstance(header, dict):
+        raise MoextendError(f"{broken}: it is no JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _entry(entry, where=f"{broken}: {short(name)}") for name, entry in header.items()}
     start, data, end_before = 8 + length, size - 8 - length, 0
     stored = {}
     for name, (kind, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        said = f"{path}: {short(name)}"
         if (dtype := DTYPES.get(kind)) is None:
-            raise MoextendError(f"{path}: {name} has the unknown element type {kind!r}")
+            raise MoextendError(f"{said} has the unknown element type {shown(kind)}")
         if end - begin != math.prod(shape) * dtype.itemsize or begin != end_before:
-            raise MoextendError(f"{path}: {name} {kind}{list(shape)} does not fit its bytes {begin}..{end}")
+            raise MoextendError(f"{said} {kind}{shown(list(shape))} does not fit its bytes {begin}..{end}")
         if end > data:
             raise MoextendError(
-                f"{path} cannot be read: it is cut short, {name} needs its bytes {begin:,}..{end:,} of {data:,}"
+                f"{path} cannot be read: it is cut short, {short(name)} needs its bytes {begin:,}..{end:,} of {data:,}"
             )
         stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path))
         end_before = end
@@ -208,18 +231,32 @@ def _read_header(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    begin, end = entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*entry["shape"], begin, end)):
-        raise ValueError(f"impossible shape or place: {entry}")
-    return str(entry["dtype"]), tuple(entry["shape"]), begin, end
+def _entry(entry: Any, *, where: str) -> tuple[str, tuple[int, ...], int, int]:
+    """(element type, shape, first byte, byte after the last), each of them a possible one."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, place = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(kind, str) and isinstance(shape, list) and isinstance(place, list) and len(place) == 2):
+        raise MoextendError(f"{where} is not described: {shown(entry)}")
+    if not all(type(n) is int and 0 <= n < MAX_BYTES for n in (*shape, *place)) or len(shape) > MAX_AXES:
+        raise MoextendError(f"{where} has an impossible shape or place: {shown(entry)}")
+    # An axis of 0 makes any other axis fit its bytes, so the others count by themselves.
+    if math.prod(n for n in shape if n) >= MAX_BYTES // 8:
+        raise MoextendError(f"{where} has an impossible shape: {shown(shape)}")
+    return kind, tuple(shape), *place
 
 
 def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
     """Every call maps the tensor's own byte range anew, so that its pages leave memory together with the view."""
     if not math.prod(shape):
         return lambda: np.zeros(shape, dtype)
-    return lambda: np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+    def read() -> np.ndarray:
+        try:
+            return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+        except (OSError, ValueError) as error:  # it was whole when its header was read
+            raise MoextendError(f"{path} has changed since it was opened: {said_by(error)}") from None
+
+    return read
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -227,6 +264,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         raise ValueError("a name stands twice")
     return made
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -330,7 +371,7 @@ def _umask() -> int:
 
 def some(names: Iterable[str]) -> str:
     listed = sorted(names)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+    return ", ".join(map(short, listed[:8])) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
 def difference(wanted: Iterable[str], found: Iterable[str]) -> str:

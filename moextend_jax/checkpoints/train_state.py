@@ -3,25 +3,82 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from moextend_jax import distributed
+from moextend_jax.checkpoints import sums
 from moextend_jax.config import MoextendError
+from moextend_jax.data import faults
 from moextend_jax.folders import absolute
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+# What Orbax logs as an error, a traceback for each of its threads, it also raises: `disk_errors` says it in one line.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def open_manager(folder: Path, *, every: int, kept: int) -> ocp.CheckpointManager:
-    """Asynchronous, atomic, keeps the newest `kept`."""
-    options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=kept, create=True)
-    return ocp.CheckpointManager(absolute(folder), options=options)
+DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ESTALE,
+)
+"""What a file system says when it refuses; TensorStore hides it in a page of its own settings."""
+
+
+@contextlib.contextmanager
+def open_manager(folder: Path, *, kept: int) -> Iterator[ocp.CheckpointManager]:
+    """Asynchronous, atomic, with checksums; keeps the newest `kept`."""
+    root = absolute(folder)
+
+    def add_sums() -> None:  # Orbax calls this when all files are there and the checkpoint is not yet committed
+        for made in root.iterdir():
+            if made.is_dir() and not (made / sums.NAME).exists():
+                sums.write_sums(made)
+
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=kept,
+        create=True,
+        cleanup_tmp_directories=True,  # of a run that was killed while it saved
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=add_sums),
+    )
+    manager = ocp.CheckpointManager(root, options=options)
+    with _quiet_threads():
+        try:
+            yield manager
+        except BaseException:
+            with contextlib.suppress(Exception):  # what is under way already is the better message
+                manager.close()
+            raise
+        with disk_errors(manager):
+            manager.close()
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Threads that fail print nothing: Orbax raises their errors again where the caller waits for them."""
+    threads, unraisable = threading.excepthook, sys.unraisablehook
+    threading.excepthook = sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        threading.excepthook, sys.unraisablehook = threads, unraisable
 
 
 def save(
@@ -29,72 +86,194 @@ def save(
     state: Any,
     rows: grain.DatasetIterator,
     *,
+    step: int,
     facts: dict[str, Any],
-    shares: Sequence[int] = (0,),
-    force: bool,
+    counts_G: Any = (),
 ) -> None:
-    """Saves the named tuple `state` where the interval or `force` says so; `facts` (JSON) say what it belongs to.
-
-    `shares` is which part of every batch's rows each process reads.
-    """
-    step = int(state.step)
-    if step in manager.all_steps():
+    """Saves the named tuple `state` after that step; `facts` (JSON) say what it belongs to, `counts_G` what of the data
+    was skipped so far."""
+    if step == manager.latest_step():
         return
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state._asdict()),
-        rows=grain.checkpoint.CheckpointSave(rows),  # pyright: ignore[reportCallIssue]
-        facts=ocp.args.JsonSave(facts | {"shares": list(shares)}),
+        rows=ocp.args.JsonSave({"place": rows.get_state(), "faults": np.asarray(counts_G).tolist()}),
+        facts=ocp.args.JsonSave(facts),
     )
-    manager.save(step, args=args, force=force)
+    with disk_errors(manager):
+        manager.save(step, args=args, force=True)
 
 
-def restore(
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Returns when everything is on disk."""
+    with disk_errors(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Whatever a save raises, in whichever thread, as a mistake that the user can mend."""
+    try:
+        yield
+    except Exception as error:  # OSError of Python, ValueError and RuntimeError of TensorStore
+        said = " ".join(str(error).split())
+        reason = next((os.strerror(code) for code in DISK if os.strerror(code) in said), said[:300])
+        raise MoextendError(
+            f"cannot save a checkpoint in {manager.directory}: {reason}. Those that were finished are intact: mend "
+            f"the disk, and the same command goes on"
+        ) from error
+
+
+class Started(NamedTuple):
+    """The state to go on from, and what of the data was skipped before it (`data/faults.py`)."""
+
+    state: Any
+    counts_G: np.ndarray
+
+
+def start(
     manager: ocp.CheckpointManager,
     state: Any,
     rows: grain.DatasetIterator,
     *,
     facts: dict[str, Any],
-    shares: Sequence[int] = (0,),
+    resume_from: Path | None,
     where: Path,
-) -> Any:
-    """The newest checkpoint into the structure (and shardings) of `state`; `rows` goes to its place in the data.
-
-    The mesh may be another one. Where processes now read other parts of the rows than those that saved, the batches
-    so far are read again; with several conversations in a row, these are then not quite the same ones.
+) -> Started:
+    """The newest whole checkpoint, else the one at `resume_from`, else the `state` given. `rows` goes to its place in
+    the data, which is the same for any mesh and number of processes.
 
     Raises:
       MoextendError: the checkpoint belongs to another model or run; names the facts that differ.
     """
-    step = manager.latest_step()
-    assert step is not None
-    saved = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-    check_facts(saved, facts, where=where)
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
-    items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
-    if saved.get("shares", [0]) == list(shares):
-        items["rows"] = grain.checkpoint.CheckpointRestore(rows)  # pyright: ignore[reportCallIssue]
-    else:
-        print(f"{where}: other processes saved this; reading {step} batches again to find the place in the data")
-        for _ in range(step):
-            next(rows)
-    return type(state)(**manager.restore(step, args=ocp.args.Composite(**items))["state"])
+    good, broken = _newest_good(manager)
+    for step in broken:  # the run makes them again
+        manager.delete(step)
+    if good is not None:
+        return _restore(manager, good, state, rows, facts=facts, where=where)
+    if resume_from is None:
+        return Started(state, faults.counts())
+    root, step = _checkpoint_at(absolute(resume_from))
+    with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as other:
+        if step is None:
+            step, _ = _newest_good(other)
+        else:
+            _check_whole(root / str(step), advice="Name another one")
+        if step is None:
+            raise MoextendError(f"resume_from {resume_from} holds no checkpoint")
+        if distributed.first():
+            print(f"{where}: starting from step {step} in {root}")
+        return _restore(other, step, state, rows, facts=facts, where=root)
+
+
+def facts_at(path: Path) -> dict[str, Any]:
+    """What the checkpoints at a path that `start` takes as `resume_from` belong to."""
+    root, step = _checkpoint_at(absolute(path))
+    with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return manager.restore(manager.latest_step() if step is None else step, args=args)["facts"]
+
+
+def _checkpoint_at(path: Path) -> tuple[Path, int | None]:
+    """A folder of checkpoints, and which of them if the path is one."""
+    if path.name.isdigit() and (path / sums.NAME).exists():
+        return path.parent, int(path.name)
+    for folder in (path / "checkpoints", path):
+        if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
+            return folder, None
+    raise MoextendError(f"resume_from {path} holds no checkpoints: name WORKDIR/STAGE/checkpoints, or one step in it")
+
+
+def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]:
+    """The newest step whose files are what was written, and the newer ones, with a warning of each.
+
+    Raises:
+      MoextendError: there are checkpoints, and all of them are broken.
+    """
+    found = sorted(manager.all_steps(), reverse=True)
+    broken = 0
+    if distributed.first():
+        for step in found:
+            if (wrong := sums.fault(Path(manager.directory) / str(step))) is None:
+                break
+            print(f"moextend: checkpoint {manager.directory / str(step)} is skipped: {wrong}", file=sys.stderr)
+            broken += 1
+    broken = distributed.from_first(broken)
+    if found and broken == len(found):
+        raise MoextendError(
+            f"no checkpoint in {manager.directory} is whole. Bring one back from a copy, or delete the folder to begin "
+            f"again"
+        )
+    return (found[broken] if found else None), found[:broken]
+
+
+def _check_whole(folder: Path, *, advice: str) -> None:
+    wrong = sums.fault(folder) if distributed.first() else None
+    if distributed.any_process(wrong is not None):
+        raise MoextendError(f"{folder} is broken: {wrong or 'process 0 says why'}. {advice}")
+
+
+def roll_back(manager: ocp.CheckpointManager, state: Any) -> Any:
+    """The state of the newest checkpoint, None where there is none; the data go on from where they are."""
+    finish(manager)
+    step, _ = _newest_good(manager)
+    return None if step is None else _state(manager, step, state)
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, state: Any, rows, *, facts, where: Path) -> Started:
+    args = ocp.args.Composite(facts=ocp.args.JsonRestore(), rows=ocp.args.JsonRestore())
+    found = manager.restore(step, args=args)
+    check_facts(found["facts"], facts, where=where)
+    restored = _state(manager, step, state)
+    rows.set_state(found["rows"]["place"])
+    return Started(restored, np.asarray(found["rows"]["faults"], np.int64))
+
+
+def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
+    """Into the structure and the shardings of `like`; the mesh may be another than the one that saved."""
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    return type(like)(
+        **manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    )
 
 
 def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Path) -> None:
-    differing = [name for name in sorted(facts) if saved.get(name) != facts[name]]
+    differing = list(_differing(saved, facts))
     if differing:
-        said = "; ".join(f"{name}: {saved.get(name)!r} there, {facts[name]!r} now" for name in differing)
-        raise MoextendError(f"{where} belongs to another run ({said}). Use another --workdir, or the old settings")
+        raise MoextendError(
+            f"{where} belongs to another run ({'; '.join(differing)}). Use another --workdir, or the old settings"
+        )
+
+
+def _differing(saved: Any, facts: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    saved = saved if isinstance(saved, Mapping) else {}
+    for name in sorted(facts):
+        there, now = saved.get(name), facts[name]
+        if isinstance(now, Mapping) and isinstance(there, Mapping):
+            yield from _differing(there, now, f"{prefix}{name}.")
+        elif there != now:
+            yield f"{prefix}{name}: {there!r} there, {now!r} now"
 
 
 def save_leaves(folder: Path, leaves: dict[str, jax.Array], *, facts: dict[str, Any]) -> None:
     """Parameters alone by path, as a stage's result; replaces an older one."""
-    with ocp.CheckpointManager(absolute(folder), options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
-        step = (manager.latest_step() or 0) + 1
-        manager.save(
-            step, args=ocp.args.Composite(leaves=ocp.args.StandardSave(leaves), facts=ocp.args.JsonSave(facts))
-        )
-        manager.wait_until_finished()
+    with open_manager(folder, kept=1) as manager:
+        args = ocp.args.Composite(leaves=ocp.args.StandardSave(leaves), facts=ocp.args.JsonSave(facts))
+        with disk_errors(manager):
+            manager.save((manager.latest_step() or 0) + 1, args=args)
+            manager.wait_until_finished()
+
+
+def result_facts(folder: Path) -> dict[str, Any] | None:
+    """What `save_leaves` was told that a result belongs to, with the `identity` of its files; None: no result."""
+    handlers = {"facts": ocp.JsonCheckpointHandler()}
+    if not folder.exists():
+        return None
+    with ocp.CheckpointManager(absolute(folder), item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
+        return {**facts, "identity": sums.identity(absolute(folder) / str(step))}
 
 
 class Result(NamedTuple):
@@ -117,6 +296,7 @@ def open_result(folder: Path, *, facts: Mapping[str, Any]) -> Iterator[Result | 
         if step is None:
             yield None
             return
+        _check_whole(absolute(folder) / str(step), advice="Delete it and run its stage again")
         saved = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
         check_facts(saved, facts, where=folder)
         yield Result(manager, step, dict(manager.item_metadata(step)["leaves"]))

@@ -26,7 +26,7 @@ from moextend_jax.checkpoints.loading import SIDE_FILES, Source
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError
 
-_FFN = re.compile(r"model\.layers\.(?P<layer>\d+)\.mlp\.(?P<matrix>gate|up|down)_proj\.weight")
+_FFN = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.mlp\.(?P<matrix>gate|up|down)_proj\.weight")
 _MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
 _EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
 _ROUTER = "model.layers.{layer}.block_sparse_moe.gate.weight"
@@ -101,6 +101,8 @@ def upcycle(
     if not ffn:
         raise MoextendError("nothing to upcycle: no tensor is called model.layers.N.mlp.{gate,up,down}_proj.weight")
     layers = range(1 + max(layer for layer, _ in ffn))
+    if len(layers) > len(source):
+        raise MoextendError(f"{source[next(iter(ffn.values()))].where}: of {len(layers)} layers most are missing")
     if missing := [f"model.layers.{n}.mlp.{m}_proj.weight" for n in layers for m in _MATRICES if (n, m) not in ffn]:
         raise MoextendError(f"{source[next(iter(ffn.values()))].where}: missing: {some(missing)}")
 

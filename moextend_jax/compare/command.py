@@ -18,6 +18,7 @@ import jax
 from rich.table import Table
 
 from moextend_jax.checkpoints import leaves, store
+from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.loading import Checkpoint, open_checkpoint, open_source
 from moextend_jax.compare.forward import compare_forward
 from moextend_jax.compare.others import compare_generation, compare_selection, compare_tower
@@ -202,11 +203,8 @@ def _start(reference: Reference, options: argparse.Namespace, folder: Path) -> i
 
 def _attributes(folder: Path) -> dict[str, Any]:
     """config.json as it is, for what only the released code keeps there."""
-    try:
-        attributes = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return attributes if isinstance(attributes, dict) else {}
+    at = folder / "config.json"
+    return read_json(at) if at.is_file() else {}
 
 
 def _coefficient(reference: Reference, options: argparse.Namespace) -> float:

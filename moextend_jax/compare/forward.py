@@ -13,7 +13,17 @@ import jax
 import numpy as np
 
 from moextend_jax.compare.observe import observer
-from moextend_jax.compare.reference import FORWARD, Reference, Rows, image_places, most_images, rows_of, to_batch
+from moextend_jax.compare.reference import (
+    FORWARD,
+    Reference,
+    Rows,
+    check_fits,
+    image_places,
+    most_images,
+    rows_of,
+    to_batch,
+    whole_numbers,
+)
 from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
 from moextend_jax.config import IGNORE, MoextendError
 from moextend_jax.models.moextend import MoExtend
@@ -64,6 +74,8 @@ def compare_forward(
     if not patches and any(f"{name}/image_index" in reference.beside["images"] for name in groups):
         raise MoextendError("the reference has images, but the checkpoint no vision tower: give one with --vision DIR")
     rows = {name: rows_of(reference, name, start=tag) for name in groups if name in known}
+    for name, some in rows.items():
+        check_fits(some, model.config, name=name)
     room = most_images(rows.values(), start=tag)
     heads = {quantity.split("/")[0] for quantities in groups.values() for quantity in quantities}
     inside = bool(heads & {"hidden_states", "moe_in", "moe_out", "topk_calibrated"})
@@ -128,7 +140,10 @@ def _judge(
             found.append(close(name, quantity, mine, array, atol=atol, where=where_T))
         elif head.startswith("topk_"):
             key = f"router_logits/{index}"
-            tied = ties(theirs[key] if key in theirs else ours[key], top_k=top_k, noise=tolerances.tie)
+            logits_TO = theirs.get(key, ours[key])
+            if logits_TO.shape != ours[key].shape:
+                close(name, key, ours[key], logits_TO, atol=0)  # raises: says which shapes
+            tied = ties(logits_TO, top_k=top_k, noise=tolerances.tie)
             if head == "topk_idx":
                 found.append(_picks(name, quantity, mine, array, ours[key], where_T=where_T, tied=tied, atol=atol))
             elif head == "topk_prob":  # sorted values: no matter whose they are
@@ -148,6 +163,7 @@ def _picks(
     probability, and holds for tied tokens too."""
     if ours_Tk.shape != theirs_Tk.shape:
         return close(name, quantity, ours_Tk, theirs_Tk, atol=0)  # raises: says which shapes
+    theirs_Tk = whole_numbers(theirs_Tk, what=f"{name}/{quantity}")
     if theirs_Tk.min(initial=0) < 0 or theirs_Tk.max(initial=0) >= logits_TO.shape[1]:
         raise MoextendError(
             f"{name}/{quantity} names expert {theirs_Tk.max()}, but the router has {logits_TO.shape[1]} outputs here: "

@@ -13,7 +13,17 @@ import jax
 import numpy as np
 
 from moextend_jax.compare.observe import RELEASED, observer
-from moextend_jax.compare.reference import Reference, Rows, chosen_images, pixels_nhwc, to_batch, to_nhwc
+from moextend_jax.compare.reference import (
+    Reference,
+    Rows,
+    check_fits,
+    check_pixels,
+    chosen_images,
+    pixels_nhwc,
+    to_batch,
+    to_nhwc,
+    whole_numbers,
+)
 from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe
 from moextend_jax.extension import routing
@@ -60,7 +70,9 @@ def _chosen(
     mode: str, theirs: dict[str, np.ndarray], counted: Counted, recipe: Recipe, tolerances: Tolerances
 ) -> list[Row]:
     before, after = counted.before.total_ZO, counted.after.total_ZO
-    layers = theirs.get("selected_layers", np.arange(len(before) // 2))
+    layers = whole_numbers(theirs.get("selected_layers", np.arange(len(before) // 2)), what=f"{mode}/selected_layers")
+    if layers.ndim != 1 or len(layers) > len(before):
+        raise MoextendError(f"{mode}/selected_layers has shape {layers.shape}, but the model has {len(before)} layers")
     chosen = routing.select(*counted, share=(len(layers) + 0.5) / len(before), recipe=recipe)
     order = np.argsort(layers)
     shares = [routing.shares(counts_ZO) for counts_ZO in (before, after)]
@@ -80,9 +92,11 @@ def _chosen(
             found.append(left_out(mode, name, "no such quantity is known here"))
             continue
         if name in ("selected_layers", "expert_idxmax"):  # files may rank by d_j; ours ascend
+            if array.shape != layers.shape:
+                raise MoextendError(f"{mode}/{name} has shape {array.shape}, but {len(layers)} layers are selected")
             array = array[order]
         exact = np.issubdtype(array.dtype, np.integer)
-        row = close(mode, name, ours[name], array, atol=0 if exact else tolerances.simple)
+        row = close(mode, name, ours[name], array, atol=0 if exact else tolerances.simple)  # refuses another shape
         found.append(row._replace(agreement=float((ours[name] == array).mean())) if exact else row)
     return found
 
@@ -108,8 +122,12 @@ def _sequences(
     """The sequences, a few to a batch: padding is not counted, and one row does not change another."""
     if "input_ids" not in theirs:
         raise MoextendError(f"{reference.path} holds no input_ids: there is nothing to count on")
-    ids_BL = theirs["input_ids"].astype(np.int32)
-    lengths_B = theirs["lengths"] if "lengths" in theirs else (ids_BL >= 0).sum(axis=1)
+    ids_BL = whole_numbers(theirs["input_ids"], what="input_ids")
+    if ids_BL.ndim != 2:
+        raise MoextendError(f"{reference.path}: input_ids must be [rows, length]; their shape is {ids_BL.shape}")
+    lengths_B = whole_numbers(theirs["lengths"], what="lengths") if "lengths" in theirs else (ids_BL >= 0).sum(axis=1)
+    if lengths_B.shape != ids_BL.shape[:1]:
+        raise MoextendError(f"{reference.path}: lengths must be one per row; their shape is {lengths_B.shape}")
     mask_BL = (np.arange(ids_BL.shape[1])[None] < lengths_B[:, None]).astype(np.int32)
     ids_BL = np.where(mask_BL > 0, ids_BL, 0)
     pixels, vision = pixels_nhwc(reference), model.config.vision
@@ -127,11 +145,13 @@ def _sequences(
         grown = [np.pad(array[some], ((0, short), (0, 0))) for array in (ids_BL, mask_BL)]
         chosen = tuple(image for row in images[some] for image in row)
         rows = Rows(grown[0], np.full_like(grown[0], IGNORE), grown[1], chosen, pixels if starts_B.any() else None)
+        check_fits(rows, model.config, name="selection")
         yield to_batch(rows, start=tag, patches=vision.patches if vision else 0, room=int(starts_B.max()))
 
 
 def _per_row(order: np.ndarray, starts_B: np.ndarray, *, count: int) -> list[tuple[int, ...]]:
     """Images of every row, from a line per row (-1: none) or from one number per start tag."""
+    order = np.atleast_1d(order)
     if len(order) == len(starts_B):
         images = [chosen_images(row, count=count) for row in order]
     else:
@@ -152,8 +172,14 @@ def compare_generation(
     theirs = dict(reference.arrays)
     if missing := {"prompt", "tokens_cache"} - theirs.keys():
         raise MoextendError(f"{reference.path} lacks {', '.join(sorted(missing))}")
-    prompt = theirs.pop("prompt").astype(np.int32)
+    vocabulary = model.config.decoder.vocab_size
+    for name in ("prompt", "tokens_cache", "tokens_nocache"):
+        if name in theirs:
+            theirs[name] = _tokens(theirs[name], what=name, vocabulary=vocabulary)
+    prompt = theirs.pop("prompt")
     length, new = prompt.shape[1], theirs["tokens_cache"].shape[1] - prompt.shape[1]
+    if new < 1 or length < 1:
+        raise MoextendError(f"{reference.path}: tokens_cache must be the prompt and at least one token after it")
     suppress = () if start is None else tuple(range(start, model.config.decoder.vocab_size))
     generator = Generator(model, eos=-1, suppress=suppress)
 
@@ -167,7 +193,7 @@ def compare_generation(
 
     found = [left_out("", "prompt", "an input")]
     written = np.concatenate([prompt, generator.complete(arrays, batch(prompt), max_new_tokens=new)], axis=1)
-    whole = theirs.get("tokens_nocache", theirs["tokens_cache"]).astype(np.int32)
+    whole = theirs.get("tokens_nocache", theirs["tokens_cache"])
     observe = observer(model, aux_coefficient=0.0, inside=False)
     logits_BLV = observe(arrays, batch(whole))["logits"][:, length - 1 :]
     for name, array in theirs.items():
@@ -180,10 +206,19 @@ def compare_generation(
         elif name == "logits_last":
             if array.ndim == 2:
                 array = array[None]
+            if array.ndim != 3:
+                raise MoextendError(f"logits_last must be [rows, places, vocabulary]; its shape is {array.shape}")
             found.append(close("", name, logits_BLV[:, : array.shape[1]], array, atol=tolerances.composed))
         else:
             found.append(left_out("", name, "no such quantity is known here"))
     return found
+
+
+def _tokens(array: np.ndarray, *, what: str, vocabulary: int) -> np.ndarray:
+    ids_BL = whole_numbers(array, what=what)
+    if ids_BL.ndim != 2 or (ids_BL.size and not 0 <= ids_BL.min() <= ids_BL.max() < vocabulary):
+        raise MoextendError(f"{what} must be [rows, length] of ids below {vocabulary}; its shape is {ids_BL.shape}")
+    return ids_BL
 
 
 def _same_tokens(name: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
@@ -199,11 +234,13 @@ def _pictured(reference: Reference, prompt: np.ndarray, start: int | None) -> tu
     assert start is not None
     order = reference.beside["images"].get("generate/image_index")
     if order is not None:
-        return chosen_images(order, count=len(reference.beside["images"]["pixel_values"]))
+        pixels = pixels_nhwc(reference)
+        return chosen_images(order, count=0 if pixels is None else len(pixels))
     images = []
     for row, place in places:
         ids = prompt[row, place + 1 :].tolist()
-        name = bytes(piece for piece in ids[: ids.index(start + 1)] if piece < 256).decode(errors="replace")
+        ids = ids[: ids.index(start + 1)] if start + 1 in ids else ids
+        name = bytes(piece for piece in ids if piece < 256).decode(errors="replace")
         if name not in reference.image_names:
             raise MoextendError(f"the prompt shows image {name!r}, which manifest.json does not list")
         images.append(reference.image_names.index(name))
@@ -232,7 +269,9 @@ def compare_tower(reference: Reference, tower: VisionTower, arrays: Arrays, *, t
         if "pixel_values" not in theirs:
             found += [left_out(group, name, "it comes with no pixel_values") for name in theirs]
             continue
-        states, pooled = run(arrays, to_nhwc(theirs.pop("pixel_values")))
+        pixels = to_nhwc(theirs.pop("pixel_values"))
+        check_pixels(pixels, tower.config)
+        states, pooled = run(arrays, pixels)
         ours: dict[str, Any] = {f"hidden_states/{u}": state for u, state in enumerate(states)}
         ours |= {f"patch_m{u}": states[-u][:, 1:] for u in range(1, len(states) + 1)}
         ours |= {"last_hidden_state": states[-1], "pooler_output": pooled}

@@ -7,8 +7,6 @@ first image tag, loss coefficient) lie beside it. Out: its arrays, what kind it 
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +14,10 @@ from typing import Any, Literal, NamedTuple
 import einops
 import numpy as np
 
-from moextend_jax.config import Batch, MoextendError
+from moextend_jax.checkpoints.outside import parse_json, read_small, shown
+from moextend_jax.checkpoints.tensors import some
+from moextend_jax.compare.npz import read_npz
+from moextend_jax.config import Batch, ModelConfig, MoextendError, VisionConfig
 
 Kind = Literal["forward", "stage", "selection", "generate", "clip"]
 
@@ -59,27 +60,23 @@ def read_reference(path: Path) -> Reference:
     if path.is_dir():
         files = ", ".join(sorted(file.name for file in path.glob("*.npz")))
         raise MoextendError(f"{path} is a folder; name one of its files ({files or 'it holds no .npz'})")
-    arrays = read_npz(path)
+    arrays = _numeric(path)
     beside = {name: _if_there(path.parent / f"{name}.npz") for name in ("batches", "images")}
-    manifest: Any = {}
-    if (path.parent / "manifest.json").is_file():
-        try:
-            manifest = json.loads((path.parent / "manifest.json").read_text())
-        except ValueError as error:
-            raise MoextendError(f"{path.parent / 'manifest.json'} is not JSON: {error}") from None
-    spec, names = manifest.get("spec", {}), manifest.get("images", [])
-    return Reference(path, _kind(path, arrays), arrays, beside, spec, [str(name) for name in names])
+    at = path.parent / "manifest.json"
+    manifest = parse_json(read_small(at), where=f"{at} is not JSON") if at.is_file() else {}
+    if not isinstance(manifest, dict):
+        raise MoextendError(f"{at} holds no facts of a reference")
+    spec, images = (manifest.get(name, kind()) for name, kind in (("spec", dict), ("images", list)))
+    if not isinstance(spec, dict) or not isinstance(images, list):
+        raise MoextendError(f"{at}: spec or images are of another type than they should be")
+    return Reference(path, _kind(path, arrays), arrays, beside, spec, [str(name) for name in images])
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file; pickles are never unpacked."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise MoextendError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise MoextendError(f"{path} is not a readable npz file of plain arrays: {error}") from None
+def _numeric(path: Path) -> dict[str, np.ndarray]:
+    arrays = read_npz(path)
+    if texts := [name for name, array in arrays.items() if array.dtype.kind == "U"]:
+        raise MoextendError(f"{path}: {some(texts)} is text, where numbers are compared")
+    return arrays
 
 
 def rows_of(reference: Reference, name: str, *, start: int | None) -> Rows:
@@ -90,8 +87,10 @@ def rows_of(reference: Reference, name: str, *, start: int | None) -> Rows:
         raise MoextendError(
             f"{reference.folder / 'batches.npz'} holds no batch {name!r}; it holds {known or 'nothing'}"
         )
-    ids_BL = _whole_numbers(batches[f"{name}/input_ids"])
+    at = reference.folder / "batches.npz"
+    ids_BL = whole_numbers(batches[f"{name}/input_ids"], what=f"{at}: {name}/input_ids")
     labels_BL = batches.get(f"{name}/labels", np.full_like(ids_BL, -100))
+    labels_BL = whole_numbers(labels_BL, what=f"{at}: {name}/labels")
     mask_BL = batches.get(f"{name}/attention_mask", np.ones_like(ids_BL))
     if ids_BL.ndim != 2 or labels_BL.shape != ids_BL.shape or mask_BL.shape != ids_BL.shape:
         shapes = ids_BL.shape, labels_BL.shape, mask_BL.shape
@@ -100,7 +99,28 @@ def rows_of(reference: Reference, name: str, *, start: int | None) -> Rows:
     images, pixels_nhwc = _images(reference, name) if wanted else ((), None)
     if len(images) != wanted:
         raise MoextendError(f"batch {name!r} has {wanted} image start tags but {len(images)} images")
-    return Rows(ids_BL, _whole_numbers(labels_BL), (mask_BL != 0).astype(np.int32), images, pixels_nhwc)
+    return Rows(ids_BL, labels_BL, (mask_BL != 0).astype(np.int32), images, pixels_nhwc)
+
+
+def check_fits(rows: Rows, config: ModelConfig, *, name: str) -> None:
+    """Refuses token ids that the model has no embedding for, which a gather would replace by others, and images of
+    another size than its tower's."""
+    real = rows.ids_BL[rows.mask_BL > 0]
+    if real.size and not 0 <= real.min() <= real.max() < config.decoder.vocab_size:
+        raise MoextendError(
+            f"batch {name!r} has ids from {real.min()} to {real.max()}, but the vocabulary has "
+            f"{config.decoder.vocab_size}"
+        )
+    if rows.pixels_nhwc is not None and config.vision is not None:
+        check_pixels(rows.pixels_nhwc, config.vision)
+
+
+def check_pixels(pixels_nhwc: np.ndarray, vision: VisionConfig) -> None:
+    if pixels_nhwc.shape[1:] != (vision.image_size, vision.image_size, 3):
+        raise MoextendError(
+            f"images are {list(pixels_nhwc.shape[1:])} (height, width, channels), the vision tower takes "
+            f"{[vision.image_size, vision.image_size, 3]}"
+        )
 
 
 def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> Batch:
@@ -150,14 +170,26 @@ def most_images(rows: Iterable[Rows], *, start: int | None) -> int:
 def start_tag(reference: Reference, *, given: int | None, attributes: Mapping[str, Any]) -> int | None:
     """The id of the image start tag: as given, or the manifest's, or config.json's, or what `img_pos` points at."""
     visual = attributes.get("visual")
-    named = (given, reference.spec.get("image_start_id"), (visual or {}).get("image_start_id"))
-    for value in named:
-        if isinstance(value, int):
+    visual = visual if isinstance(visual, dict) else {}
+    for value in (given, reference.spec.get("image_start_id"), visual.get("image_start_id")):
+        if type(value) is int:
+            if not 0 <= value < 1 << 31:
+                raise MoextendError(f"the image start tag cannot have the id {shown(value)}")
             return value
     for key, places in reference.arrays.items():
         name, _, last = key.rpartition("/")
-        if last == "img_pos" and len(places) and f"{name}/input_ids" in reference.beside["batches"]:
-            return int(reference.beside["batches"][f"{name}/input_ids"][places[0][0], places[0][1]])
+        ids_BL = reference.beside["batches"].get(f"{name}/input_ids")
+        if last != "img_pos" or ids_BL is None or not places.size:
+            continue
+        places = whole_numbers(places, what=f"{reference.path}: {key}")
+        first = tuple(places[0, :2]) if places.ndim == 2 and places.shape[1] == 3 else ()
+        if (
+            len(first) != 2
+            or ids_BL.ndim != 2
+            or not all(0 <= at < n for at, n in zip(first, ids_BL.shape, strict=True))
+        ):
+            raise MoextendError(f"{reference.path}: {key} names no place in {name}/input_ids")
+        return int(whole_numbers(ids_BL, what=f"{reference.folder / 'batches.npz'}: {name}/input_ids")[first])
     return None
 
 
@@ -189,18 +221,22 @@ def _images(reference: Reference, name: str) -> tuple[tuple[int, ...], np.ndarra
 
 def chosen_images(order: np.ndarray, *, count: int) -> tuple[int, ...]:
     """Image numbers row by row; -1 stands for none."""
-    images = tuple(int(image) for image in np.asarray(order).reshape(-1) if image >= 0)
+    order = whole_numbers(order, what="image_index").reshape(-1)
+    images = tuple(int(image) for image in order if image >= 0)
     if images and max(images) >= count:
         raise MoextendError(f"image_index names image {max(images)}, but images.npz holds {count} images")
     return images
 
 
-def _whole_numbers(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array).astype(np.int32)
+def whole_numbers(array: np.ndarray, *, what: str) -> np.ndarray:
+    """As int32; an error where that would make other numbers of them."""
+    if array.dtype.kind in "biu" and (not array.size or -(1 << 31) <= array.min() <= array.max() < 1 << 31):
+        return array.astype(np.int32)
+    raise MoextendError(f"{what} ({array.dtype}{list(array.shape)}) must be whole numbers of 32 bits")
 
 
 def _if_there(path: Path) -> dict[str, np.ndarray]:
-    return read_npz(path) if path.is_file() else {}
+    return _numeric(path) if path.is_file() else {}
 
 
 def _kind(path: Path, arrays: Mapping[str, np.ndarray]) -> Kind:

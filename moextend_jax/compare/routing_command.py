@@ -19,7 +19,8 @@ from rich.table import Table
 
 from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
 from moextend_jax.checkpoints.workdir import settings_of
-from moextend_jax.compare.reference import Rows, read_npz, to_batch
+from moextend_jax.compare.npz import read_npz
+from moextend_jax.compare.reference import Rows, to_batch, whole_numbers
 from moextend_jax.compare.routing_compare import (
     Choice,
     LayerDistance,
@@ -193,7 +194,7 @@ def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator
     arrays = read_npz(path)
     if "input_ids" not in arrays:
         raise MoextendError(f"{path} holds no input_ids; it holds {', '.join(sorted(arrays)) or 'nothing'}")
-    ids_BL = arrays["input_ids"].astype(np.int32)
+    ids_BL = whole_numbers(arrays["input_ids"], what=f"{path}: input_ids")
     mask_BL = (arrays.get("attention_mask", np.ones_like(ids_BL)) != 0).astype(np.int32)
     if ids_BL.ndim != 2 or mask_BL.shape != ids_BL.shape:
         raise MoextendError(f"{path}: input_ids and attention_mask must be [rows, length] alike")

@@ -30,8 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moextend_jax.compare.npz import read_npz
 from moextend_jax.compare.observe import outputs_Z
-from moextend_jax.compare.reference import read_npz
+from moextend_jax.compare.reference import whole_numbers
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.extension.routing import Counts, least_likely, tally
 from moextend_jax.models.moextend import MoExtend
@@ -189,7 +190,13 @@ def read_stats(path: Path) -> Stats:
     wanted = [*needed, *(f"{name}/{kind}" for name in by_kind for kind in KINDS)]
     if missing := [name for name in wanted if name not in arrays]:
         raise MoextendError(f"{path} lacks {', '.join(missing)}")
-    layers, most = len(arrays["outputs"]), int(arrays["outputs"].max())
+    for name in ("experts", "top_k", *(f"tokens/{kind}" for kind in KINDS)):
+        if arrays[name].shape != () or arrays[name].dtype.kind not in "iu" or not 0 <= arrays[name] < 1 << 62:
+            raise MoextendError(f"{path}: {name} must be a whole number")
+    outputs_Z = whole_numbers(arrays["outputs"], what=f"{path}: outputs")
+    if outputs_Z.ndim != 1 or not outputs_Z.size or outputs_Z.min() < 1:
+        raise MoextendError(f"{path}: outputs must be one positive number per layer")
+    layers, most = len(outputs_Z), int(outputs_Z.max())
     top_k = int(arrays["top_k"])
     shapes = {"tokens": (), "picks": (layers, most), "least": (layers, most), "probs": (layers, most),
               "entropy": (layers,)}  # fmt: skip
@@ -198,6 +205,8 @@ def read_stats(path: Path) -> Stats:
             if arrays[f"{name}/{kind}"].shape != shapes[name]:
                 was = arrays[f"{name}/{kind}"].shape
                 raise MoextendError(f"{path}: {name}/{kind} has shape {was}, expected {shapes[name]}")
+            if arrays[f"{name}/{kind}"].dtype.kind not in ("f" if name in ("probs", "entropy") else "iu"):
+                raise MoextendError(f"{path}: {name}/{kind} has element type {arrays[f'{name}/{kind}'].dtype}")
         if (arrays[f"picks/{kind}"].sum(axis=1) != arrays[f"tokens/{kind}"] * top_k).any():
             raise MoextendError(f"{path}: picks/{kind} are not {top_k} per token in every layer")
     kinds = {name: {kind: arrays[f"{name}/{kind}"] for kind in KINDS} for name in by_kind}
@@ -226,6 +235,9 @@ def _per_token(path: Path, arrays: dict[str, np.ndarray], layers: int, top_k: in
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise MoextendError(f"{path}: {name} has shape {arrays[name].shape}, expected {shape}")
+    kinds = {"ids": "iu", "gaps": "f", "image": "b"}
+    if wrong := [name for name in kinds if arrays[name].dtype.kind not in kinds[name]]:
+        raise MoextendError(f"{path}: {', '.join(wrong)} has another element type than it should")
     return PerToken(arrays["ids"], arrays["gaps"], arrays["image"].astype(bool))
 
 

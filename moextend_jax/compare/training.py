@@ -18,7 +18,7 @@ from moextend_jax.checkpoints import huggingface, names
 from moextend_jax.checkpoints.tensors import some
 from moextend_jax.compare.forward import ties
 from moextend_jax.compare.observe import RELEASED
-from moextend_jax.compare.reference import Reference, Rows, most_images, rows_of, to_batch
+from moextend_jax.compare.reference import Reference, Rows, check_fits, most_images, rows_of, to_batch
 from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.models.moextend import MoExtend
@@ -54,8 +54,8 @@ def compare_stage(
     trainable, frozen = stages.split(arrays, stages.STAGES[stage_of(reference, model.config, stage=stage)])
     parts = _parts(reference)
     steps = parts.pop("steps", {})
-    after = [int(part.removeprefix("param")) for part in parts if part.startswith("param")]
-    last = max([0, *after, *(len(array) for array in steps.values())])
+    after = [int(part.removeprefix("param")) for part in parts if re.fullmatch("param[0-9]{1,6}", part)]
+    last = max([0, *after, *(len(np.atleast_1d(array)) for array in steps.values())])
     known = {key.split("/")[0] for key in reference.beside["batches"]}
     wanted = [name for n in range(last) if (name := f"train{n}") in known]
     batches = _batches(reference, dict.fromkeys([*wanted, FIRST] if "grad" in parts else wanted), setup, model)
@@ -153,6 +153,8 @@ def _batches(reference: Reference, named: Iterable[str], setup: Setup, model: Mo
     vision = model.config.vision
     tag = setup.start if vision else None
     rows = {name: rows_of(reference, name, start=tag) for name in named}
+    for name, own in rows.items():
+        check_fits(own, model.config, name=name)
     room = most_images(rows.values(), start=tag)
 
     def batch(own: Rows) -> Batch:

@@ -5,10 +5,19 @@ Goes in: a `Source` of conversations with cached features or pixels, or passages
 
 Several conversations share a row where they fit, each a segment of its own. They are read and packed a window at
 a time: reading rows one by one through TFDS and packing them with Grain's own packer took four times as long.
+
+All hosts read and pack the same windows, and each then decodes the images of its own rows: batches do not depend on how
+many hosts there are, and the place in the data is the same on all of them. Text is the cheap part: one core encodes and
+packs some thousand conversations a second (benchmarks/packing.py).
+
+A `Fault` whose policy is `skip` costs its own conversation and moves no other batch's rows: with one conversation per
+row its row stays empty; in a packed window it is left out before packing, or, where an image turns out bad only when
+it is decoded, its place in the row is empty. `Batch.faults_BG` counts them.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,16 +28,30 @@ import numpy as np
 from absl import flags
 
 from moextend_jax.config import Batch, MoextendError, Recipe
-from moextend_jax.data.conversations import Encoded, encode_bare_question, encode_conversation
+from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Images, Source
+from moextend_jax.data.faults import STRICT, Fault, FaultSettings, counts, described
 from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.images import decode_image, prepare_image
-from moextend_jax.data.packing import Item, Row, empty_row, pack
+from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
 from moextend_jax.data.tokenizer import Tokenizer
 
 WINDOW = 256
 """Conversations that are read and packed together. A window's last rows stay partly empty (docs/benchmarks.md), and a
 resumed run reads at most this many again."""
+
+
+SHORTEST = 2
+"""Tokens of a conversation at least, so that it is known how many a row may hold."""
+MOST_TRIED = 10_000
+"""Conversations that are tried before a data set counts as one that is skipped whole."""
+
+OnFault = Callable[[tuple[int, int], Fault], None]
+"""Told which slot (B, M) has an image that cannot be read; its pixels stay zero."""
+
+
+def _raise(slot: tuple[int, int], fault: Fault) -> None:
+    raise fault
 
 
 class Shard(NamedTuple):
@@ -46,17 +69,26 @@ class Pixels:
     size: int
     preparation: Literal["pad", "crop"]
 
+    field = "images_BMhwc"
+
     def row(self, ref) -> int:
+        """Raises a `Fault` that was found when the data set was built."""
+        self.images.check(ref.row)
         return ref.row
 
-    def fill(self, batch: Batch, rows_BM: np.ndarray) -> Batch:
+    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
         images_BMhwc = np.zeros((*rows_BM.shape, self.size, self.size, 3), np.float32)
-        for slot in zip(*np.nonzero(rows_BM >= 0), strict=True):
-            key, encoded = self.images[rows_BM[slot]]
-            images_BMhwc[slot] = prepare_image(
-                decode_image(encoded, name=f"image {key}"), size=self.size, preparation=self.preparation
-            )
-        return batch._replace(images_BMhwc=images_BMhwc)
+        for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
+            try:
+                key, encoded = self.images[rows_BM[b, m]]
+                picture = decode_image(encoded, name=f"image {key}", id=key)
+                images_BMhwc[b, m] = prepare_image(picture, size=self.size, preparation=self.preparation, id=key)
+            except Fault as fault:
+                on_fault((int(b), int(m)), fault)
+        return images_BMhwc
+
+    def fill(self, batch: Batch, rows_BM: np.ndarray) -> Batch:
+        return batch._replace(images_BMhwc=self.read(rows_BM))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +97,19 @@ class Features:
 
     store: FeatureStore
 
+    field = "features_BMPC"
+
     def row(self, ref) -> int:
+        """Raises the `Fault` of an image that could not be read when the cache was made."""
         return self.store.row(ref.key)
 
-    def fill(self, batch: Batch, rows_BM: np.ndarray) -> Batch:
+    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
         features_BMPC = self.store.features_nPC[np.maximum(rows_BM, 0)]
         features_BMPC[rows_BM < 0] = 0
-        return batch._replace(features_BMPC=features_BMPC)
+        return features_BMPC
+
+    def fill(self, batch: Batch, rows_BM: np.ndarray) -> Batch:
+        return batch._replace(features_BMPC=self.read(rows_BM))
 
 
 def batches(
@@ -92,6 +130,7 @@ def batches(
     workers: int = 0,
     too_long: Literal["error", "drop_turns"] = "error",
     parts: Literal["conversation", "bare_question"] = "conversation",
+    faults: FaultSettings = STRICT,
 ) -> grain.IterDataset[Batch]:
     """Batches of `batch_size` rows of `length` tokens with room for `images_per_row` images (M).
 
@@ -102,18 +141,18 @@ def batches(
       conversation_length: most tokens of one conversation; None is a whole row. Rows of several times this length
         can be filled where single ones can not (docs/benchmarks.md).
       seed: order of the rows, another in every epoch; None keeps the source's order.
-      epochs: None goes on for ever. At the end of the last one the batch is filled up with empty rows; hosts may
-        then differ by a batch, so with several hosts count steps instead, or use `distributed.in_step`.
+      epochs: None goes on for ever. At the end of the last one the batch is filled up with empty rows.
       batch_size: rows on this host.
-      shard: this host's part. Each conversation is on one host, once an epoch; with one conversation per row the
-        hosts' batches together are those of a single host.
+      shard: this host's part of every batch. The hosts' batches together are those of a single host.
       workers: processes that read, encode and decode; 0 does it in the caller's process.
       too_long: `drop_turns` leaves out trailing question-answer pairs that do not fit.
       parts: what of an example is fed; `bare_question` is `conversations.encode_bare_question`.
+      faults: which kinds of faults are errors and which are skipped and counted.
 
     Raises:
-      MoextendError: no rows; while iterating, a conversation that `encode_conversation` refuses, or one with
-        more than `images_per_row` images.
+      MoextendError: no rows; while iterating, a `Fault` that is not skipped (a conversation that
+        `encode_conversation` refuses, one with more than `images_per_row` images, an image that cannot be read), or
+        that all conversations are skipped.
     """
     encode = partial(
         _encode_example,
@@ -125,6 +164,7 @@ def batches(
         images_per_row=images_per_row,
         too_long=too_long,
         parts=parts,
+        faults=faults,
     )
     return _pipeline(
         source,
@@ -139,6 +179,7 @@ def batches(
         epochs=epochs,
         shard=shard,
         workers=workers,
+        faults=faults,
     )
 
 
@@ -199,17 +240,12 @@ def _pipeline(
     epochs: int | None,
     shard: Shard,
     workers: int,
+    faults: FaultSettings = STRICT,
 ) -> grain.IterDataset[Batch]:
-    if len(source) < shard.count:
-        raise MoextendError(f"{len(source)} rows cannot be shared by {shard.count} hosts; use more data")
     indices = grain.MapDataset.range(len(source))
     if seed is not None:
         indices = indices.seed(seed).shuffle()
-    indices = indices.repeat(epochs)
-    if conversations_per_row == 1:
-        windows = indices.batch(WINDOW).map_with_index(_Deal(shard=shard, seed=seed))
-    else:
-        windows = indices.slice(slice(shard.index, None, shard.count)).batch(WINDOW)
+    windows = indices.repeat(epochs).batch(WINDOW)
     to_rows = _WindowToRows(
         source=source,
         encode=encode,
@@ -220,34 +256,38 @@ def _pipeline(
             patches=patches,
             conversations_per_row=conversations_per_row,
         ),
-        seed=None if conversations_per_row == 1 else seed,
+        seed=seed,
+        faults=faults,
+        rows_stay=conversations_per_row == 1,
     )
     # Threads would only take turns: the work is Python.
     rows = grain.experimental.FlatMapIterDataset(
         windows.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)), to_rows
     )
-    finish = partial(_batch, batch_size=batch_size, length=length, images=images, images_per_row=images_per_row)
-    made = rows.batch(batch_size, batch_fn=finish)
+    finish = partial(
+        _batch,
+        batch_size=batch_size,
+        shard=shard,
+        length=length,
+        images=images,
+        images_per_row=images_per_row,
+        faults=faults,
+        check=partial(_check_any_good, source, encode, images),
+        examples=(conversations_per_row or length // SHORTEST) if isinstance(source, Source) else 0,
+    )
+    made = rows.batch(batch_size * shard.count, batch_fn=finish)
     if not workers:
         return made
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own
-    return made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_outlive_signals)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Deal(grain.transforms.MapWithIndex):
-    """A window's rows, dealt one by one to the hosts: together they read the batches that one host would read."""
-
-    shard: Shard
-    seed: int | None
-
-    def map_with_index(self, index: int, element: np.ndarray) -> np.ndarray:
-        order = list(range(len(element)))
-        if self.seed is not None:
-            np.random.default_rng([self.seed, *element]).shuffle(order)  # pyright: ignore[reportArgumentType]
-        mine = order[(self.shard.index - index * WINDOW) % self.shard.count :: self.shard.count]
-        return element[np.array(mine, np.int64)]
+def _outlive_signals(*_: int) -> None:
+    """Clusters send SIGTERM, and terminals SIGINT, to workers too: what they make is needed until the run has saved,
+    which then ends them itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,58 +296,133 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
     encode: Callable[[Any], Item]
     pack: Callable[[list[Item]], list[Row]]
     seed: int | None
+    faults: FaultSettings
+    rows_stay: bool
+    """One conversation per row: one that is skipped leaves its row empty, so that all others keep theirs."""
     max_fan_out: int = WINDOW
 
     def flat_map(self, element: np.ndarray) -> list[Row]:
         examples = self.source.read(element) if isinstance(self.source, Source) else [self.source[n] for n in element]
-        rows = self.pack([self.encode(example) for example in examples])
-        if self.seed is not None:  # packing sorts by length: mix the rows again
+        items, skipped = [], {}
+        for n, example in enumerate(examples):
+            try:
+                items.append(self.encode(example)._replace(example=int(element[n])))
+            except Fault as fault:
+                if not self.faults.skips(fault):
+                    raise
+                skipped[n] = fault.kind
+                if self.rows_stay:
+                    items.append(NOTHING)
+        # Without any row the counts would be lost, and a data set of such windows would be waited for without end.
+        rows = self.pack(items) if items else [self.pack([NOTHING])[0]._replace(places=())]
+        rows = self._counted(rows, skipped) if self.faults.can_skip else rows
+        if self.seed is not None:  # packing sorts by length, and hosts take blocks of rows: mix them
             np.random.default_rng([self.seed, *element]).shuffle(rows)  # pyright: ignore[reportArgumentType]
         return rows
 
+    def _counted(self, rows: list[Row], skipped: dict[int, str]) -> list[Row]:
+        """Those left out of a packed window count in one of its rows."""
+        if self.rows_stay:
+            by_row = [counts([skipped[n]] if n in skipped else (), read=1) for n in range(len(rows))]
+        else:
+            by_row = [counts(read=len(row.places)) for row in rows]
+            by_row[0] += counts(skipped.values(), read=len(skipped))
+        return [row._replace(faults_G=faults_G) for row, faults_G in zip(rows, by_row, strict=True)]
+
 
 def _encode_example(
-    example: Example,
-    *,
-    tokenizer,
-    recipe,
-    images: Pixels | Features | None,
-    patches,
-    length,
-    images_per_row,
-    too_long,
-    parts,
+    example: Example, *, images: Pixels | Features | None, faults: FaultSettings, **options: Any
 ) -> Item:
+    if example.fault is not None and faults.policies[example.fault.kind] != "keep":
+        raise example.fault.again()
     turns, refs = example.conversations, example.images
     if images is None:
-        turns = [{**turn, "value": turn["value"].replace("<image>\n", "").replace("<image>", "")} for turn in turns]
-        refs = ()
-    encode = encode_bare_question if parts == "bare_question" else partial(encode_conversation, too_long=too_long)
-    encoded = encode(
-        turns,
-        example_id=example.id,
-        images=len(refs),
-        tokenizer=tokenizer,
-        recipe=recipe,
-        patches=patches,
-        length=length,
-    )
-    if encoded.images > images_per_row:
-        raise MoextendError(
-            f"example {example.id}: {encoded.images} images, but a row holds {images_per_row}; raise images_per_row"
-        )
+        turns, refs = [_without_marks(turn) for turn in turns], ()
+    encoded = encode_row(turns, example_id=example.id, images=len(refs), **options)
     return Item(encoded, [images.row(ref) for ref in refs[: encoded.images]] if images else [])
+
+
+def _without_marks(turn: Any) -> Any:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        return turn  # for encoding to refuse
+    return {**turn, "value": turn["value"].replace("<image>\n", "").replace("<image>", "")}
 
 
 def _encode_piece(ids_L: np.ndarray) -> Item:
     return Item(Encoded(ids_L, ids_L, np.full_like(ids_L, -1), np.ones_like(ids_L), 0), [])
 
 
+NOTHING = _encode_piece(np.zeros(0, np.int32))
+"""In place of a conversation that is skipped."""
+
+
 def _batch(
-    rows: Sequence[Row], *, batch_size: int, length: int, images: Pixels | Features | None, images_per_row: int
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    length: int,
+    images: Pixels | Features | None,
+    images_per_row: int,
+    shard: Shard = Shard(),  # noqa: B008
+    faults: FaultSettings = STRICT,
+    check: Callable[[], None] = lambda: None,
+    examples: int = 0,
 ) -> Batch:
+    """This host's rows of all hosts' `rows`; `examples` is g, most conversations of a row, 0 does not say which they
+    are."""
+    rows = rows[shard.index * batch_size :][:batch_size]
     missing = batch_size - len(rows)
     rows = [*rows, *[empty_row(length=length, images_per_row=images_per_row)] * missing]
-    *text, rows_BM = (np.stack(column) for column in zip(*rows, strict=True))
+    bad: dict[tuple[int, int], Fault] = {}
+
+    def on_fault(slot: tuple[int, int], fault: Fault) -> None:
+        if not faults.skips(fault):
+            raise fault
+        bad[slot] = fault
+
+    pixels = images.read(np.stack([row.image_rows_M for row in rows]), on_fault) if images else None
+    for (b, m), fault in bad.items():
+        for place in rows[b].places:  # none, if it is out for another of its images
+            if not place.images.start <= m < place.images.stop:
+                continue
+            rows[b] = _skip(rows[b], place, fault.kind)
+            assert pixels is not None
+            pixels[b, place.images] = 0
+    text = (np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True))
     batch = Batch(*text)
-    return images.fill(batch, rows_BM) if images else batch
+    if images:
+        batch = batch._replace(**{images.field: pixels})
+    if examples:
+        examples_Bg = np.full((batch_size, examples), -1, np.int32)
+        for b, row in enumerate(rows):
+            examples_Bg[b, : len(row.places)] = [place.example for place in row.places]
+        batch = batch._replace(examples_Bg=examples_Bg)
+    if not faults.can_skip:
+        return batch
+    faults_BG = np.stack([counts() if row.faults_G is None else row.faults_G for row in rows])
+    read, *skipped = faults_BG.sum(axis=0)
+    if read == sum(skipped):
+        check()
+    return batch._replace(faults_BG=faults_BG)
+
+
+def _skip(row: Row, place: Place, kind: str) -> Row:
+    places = tuple(one for one in row.places if one is not place)
+    row = Row(*(array.copy() for array in row[:6]), places=places, faults_G=row.faults_G + counts([kind]))
+    take_out(row, place)
+    return row
+
+
+def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Item], images: Pixels | Features | None) -> None:
+    """After a batch in which everything was skipped: raises where there is nothing else."""
+    tried = np.random.default_rng(0).permutation(len(source))[:MOST_TRIED]
+    found = counts(read=len(tried))
+    for n in tried:
+        try:
+            item = encode(source[int(n)])
+            if images:
+                images.read(np.array([item.image_rows], np.int32))
+            return
+        except Fault as fault:
+            found += counts([fault.kind])
+    raise MoextendError(f"all of {len(tried)} conversations tried are skipped: {described(found)}; there is no data")

@@ -3,12 +3,14 @@
 Goes in: the installed `easy_vqa` package, or a manual folder with LLaVA's JSON file and images. Comes out: per
 config, rows `{id, conversations (JSON), images (keys), image_rows}`; config `images` has `{id, image (encoded)}`,
 one row per image file, so that no image is stored again for each of its questions.
+
+A faulty entry or image of LLaVA's is built as a row without content, and its `Fault` goes into the metadata of the
+built files, so that policies can change without building again.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
+from moextend_jax.data.entries import read_entries
+from moextend_jax.data.faults import Fault
+from moextend_jax.data.images import find_image, read_image
 
 
 class ImageRef(NamedTuple):
@@ -40,16 +45,29 @@ def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
             "image_rows": tfds.features.Sequence(np.int64),
         }
     # Row numbers of images must be the order in which they were generated; the pipeline shuffles later.
-    return tfds.core.DatasetInfo(builder=builder, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        features=tfds.features.FeaturesDict(features),
+        disable_shuffling=True,
+        metadata=tfds.core.MetadataDict() if isinstance(builder, Llava) else None,
+    )
 
 
-def _row(id: str, conversations: list[dict[str, str]], images: Sequence[ImageRef]) -> dict[str, Any]:
+def _row(
+    id: str, conversations: list[dict[str, str]], images: Sequence[ImageRef], fault: Fault | None = None
+) -> dict[str, Any]:
+    talk = conversations if fault is None else {"fault": written(fault), "turns": conversations}
     return {
         "id": id,
-        "conversations": json.dumps(conversations),
+        "conversations": json.dumps(talk),
         "images": [ref.key for ref in images],
         "image_rows": np.array([ref.row for ref in images], np.int64),
     }
+
+
+def written(fault: Fault) -> list[str]:
+    """A fault in JSON."""
+    return [str(fault), fault.kind, fault.id]
 
 
 def _config(builder: tfds.core.DatasetBuilder) -> str:
@@ -171,27 +189,51 @@ class Llava(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _info(self)
 
     def _split_generators(self, dl_manager):
-        path = self.find_json(Path(dl_manager.manual_dir))
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MoextendError(f"{path} is not JSON: {error}") from error
-        if not isinstance(entries, list) or not entries:
-            raise MoextendError(f"{path} holds no entries; it must be a list of conversations")
-        return {"train": self._generate_examples(path, entries)}
+        return {"train": self._generate_examples(self.find_json(Path(dl_manager.manual_dir)))}
 
-    def _generate_examples(self, path: Path, entries: list[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-        names = [_image_names(path, n, entry) for n, entry in enumerate(entries)]
-        refs = {name: ImageRef(name, row) for row, name in enumerate(dict.fromkeys(itertools.chain(*names)))}
+    def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows, and last the faults found on the way: {row: fault}."""
+        faults: dict[str, list[str]] = {}
         if _config(self) == "images":
-            rows = ({"id": name, "image": _image_path(path.parent, name).read_bytes()} for name in refs)
-            rows = rows if refs else iter([NO_IMAGE])
+            names = dict.fromkeys(name for entry in read_entries(path) for name in entry.images)
+            rows = (_image_row(path.parent, name) for name in names) if names else iter([(NO_IMAGE, None)])
         else:
-            rows = (
-                _row(_entry_id(entry, n), entry["conversations"], [refs[name] for name in names[n]])
-                for n, entry in enumerate(entries)
-            )
-        yield from enumerate(rows)
+            rows = _llava_rows(path)
+        for n, (row, fault) in enumerate(rows):
+            if fault is not None:
+                faults[str(n)] = written(fault)
+            yield n, row
+        self.info.metadata["faults"] = faults  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+
+
+def _llava_rows(path: Path) -> Iterator[tuple[dict[str, Any], Fault | None]]:
+    refs: dict[str, ImageRef] = {}
+    for entry in read_entries(path):
+        images = [refs.setdefault(name, ImageRef(name, len(refs))) for name in entry.images]
+        yield _row(entry.id, entry.turns, images, entry.fault), entry.fault
+
+
+def _image_row(folder: Path, name: str) -> tuple[dict[str, Any], Fault | None]:
+    try:
+        return {"id": name, "image": read_image(folder, name)}, None
+    except Fault as fault:
+        return {"id": name, "image": b""}, fault
+
+
+def scan(path: Path) -> Iterator[Fault]:
+    """What building would record, as far as it shows without reading any image."""
+    seen: dict[str, Fault | None] = {}
+    for entry in read_entries(path):
+        for name in entry.images:
+            if name not in seen:
+                try:
+                    find_image(path.parent, name)
+                    seen[name] = None
+                except Fault as fault:
+                    seen[name] = fault
+                    yield fault
+        if entry.fault is not None:
+            yield entry.fault
 
 
 class LlavaPretrain(Llava):
@@ -211,21 +253,3 @@ BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {
     "llava_pretrain": LlavaPretrain,
     "llava_instruct": LlavaInstruct,
 }
-
-
-def _entry_id(entry: Mapping[str, Any], n: int) -> str:
-    return str(entry.get("id", n))
-
-
-def _image_names(path: Path, n: int, entry: Any) -> list[str]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise MoextendError(f'{path}: entry {n} is not {{"id", "image", "conversations": [...]}}')
-    image = entry.get("image") or []
-    return [image] if isinstance(image, str) else list(image)
-
-
-def _image_path(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / "images" / name):
-        if path.is_file():
-            return path
-    raise MoextendError(f"no image {name} in {folder} or {folder / 'images'}")

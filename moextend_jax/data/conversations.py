@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moextend_jax.config import IGNORE, MoextendError, Recipe
+from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
 
 MARK = "<image>"
@@ -54,27 +56,30 @@ def encode_conversation(
     fits; images of a dropped pair are dropped with it.
 
     Raises:
-      MoextendError: names the example; wrong roles, an empty answer, `<image>` marks that do not match the
-        images, or more tokens than `length`.
+      Fault: names the example; wrong turns or roles, an empty answer, text that is no Unicode or stands for images,
+        `<image>` marks that do not match the images, or more tokens than `length`.
     """
     pairs = _pairs(turns, example_id)
     marks = sum(question.count(MARK) for question, _ in pairs)
     if marks != images:
-        raise MoextendError(f"example {example_id}: {marks} {MARK} marks in the questions but {images} images")
+        message = f"example {example_id}: {marks} {MARK} marks in the questions but {images} images"
+        raise Fault(message, "marks", example_id)
     if recipe.turns == "first":
         pairs = pairs[:1]
     try:
         parts = [_encode_pair(question, answer, tokenizer, recipe, patches) for question, answer in pairs]
     except MoextendError as error:
-        raise MoextendError(f"example {example_id}: {error}") from error
+        raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
     final = [tokenizer.eos] if recipe.prompt == "released" else []
     total = 1 + len(final) + sum(len(question) + len(answer) for question, answer in parts)
     while length is not None and total > length:
         if too_long == "error" or len(parts) == 1:
             hint = "raise the sequence length" + (" or drop turns that do not fit" if len(parts) > 1 else "")
-            raise MoextendError(
+            raise Fault(
                 f"example {example_id}: {total} tokens ({images} images of {patches + 2}) do not fit a row of "
-                f"{length}; {hint}"
+                f"{length}; {hint}",
+                "too_long",
+                example_id,
             )
         question, answer = parts.pop()
         total -= len(question) + len(answer)
@@ -83,6 +88,39 @@ def encode_conversation(
         ids += question + answer
         labels += [IGNORE] * len(question) + answer
     return _encoded(ids + final, labels + final, tokenizer, recipe, patches)
+
+
+def encode_row(
+    turns: Sequence[dict[str, Any]],
+    *,
+    example_id: str,
+    images: int,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    patches: int,
+    length: int,
+    images_per_row: int,
+    too_long: Literal["error", "drop_turns"] = "error",
+    parts: Literal["conversation", "bare_question"] = "conversation",
+) -> Encoded:
+    """What a stage feeds of an example: the conversation, or its bare question; it fits a row, or is a `Fault`."""
+    encode = encode_bare_question if parts == "bare_question" else partial(encode_conversation, too_long=too_long)
+    encoded = encode(
+        turns,
+        example_id=example_id,
+        images=images,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        patches=patches,
+        length=length,
+    )
+    if encoded.images > images_per_row:
+        raise Fault(
+            f"example {example_id}: {encoded.images} images, but a row holds {images_per_row}; raise images_per_row",
+            "too_many_images",
+            example_id,
+        )
+    return encoded
 
 
 def encode_prompt(question: str, *, images: int = 0, tokenizer: Tokenizer, recipe: Recipe, patches: int = 0) -> Encoded:
@@ -109,29 +147,44 @@ def encode_bare_question(
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
     question, _ = _pairs(turns, example_id)[0]
     if question.count(MARK) != images:
-        raise MoextendError(f"example {example_id}: {question.count(MARK)} {MARK} marks but {images} images")
-    ids = [tokenizer.bos, *_released_text(question, tokenizer, patches)]
+        message = f"example {example_id}: {question.count(MARK)} {MARK} marks but {images} images"
+        raise Fault(message, "marks", example_id)
+    try:
+        ids = [tokenizer.bos, *_released_text(question, tokenizer, patches)]
+    except MoextendError as error:
+        raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
     if length is not None and len(ids) > length:
-        raise MoextendError(f"example {example_id}: a question of {len(ids)} tokens does not fit a row of {length}")
+        message = f"example {example_id}: a question of {len(ids)} tokens does not fit a row of {length}"
+        raise Fault(message, "too_long", example_id)
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
 
 
 def _pairs(turns: Sequence[dict[str, Any]], example_id: str) -> list[tuple[str, str]]:
+    def fault(kind: str, what: str) -> Fault:
+        return Fault(f"example {example_id}: {what}", kind, example_id)
+
     try:
         roles, texts = [turn["from"] for turn in turns], [turn["value"] for turn in turns]
     except (KeyError, TypeError) as error:
-        raise MoextendError(f'example {example_id}: a turn is not {{"from": ..., "value": ...}}') from error
+        raise fault("turn", 'a turn is not {"from": ..., "value": ...}') from error
+    for role in roles:
+        if role not in ("human", "gpt"):
+            raise fault("roles", f"unknown role {role!r:.60}; there are human and gpt")
     if not roles or len(roles) % 2 or roles != ["human", "gpt"] * (len(roles) // 2):
-        raise MoextendError(f"example {example_id}: roles must alternate human, gpt and end with gpt; got {roles}")
+        raise fault("order", f"roles must alternate human, gpt and end with gpt; got {roles}")
     for text in texts:
         if not isinstance(text, str):
-            raise MoextendError(f"example {example_id}: a turn's value is not text: {text!r}")
+            raise fault("turn", f"a turn's value is not text: {text!r:.60}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a pair, which JSON can spell
+            raise fault("encoding", f"text that is not UTF-8: {error}") from error
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     for n, (_, answer) in enumerate(pairs):
         if not answer.strip():
-            raise MoextendError(f"example {example_id}: answer {n + 1} is empty")
+            raise fault("empty_answer", f"answer {n + 1} is empty")
         if MARK in answer:
-            raise MoextendError(f"example {example_id}: answer {n + 1} holds an {MARK} mark; only questions may")
+            raise fault("marks", f"answer {n + 1} holds an {MARK} mark; only questions may")
     return pairs
 
 

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.builders import BUILDERS, ImageRef, Llava
+from moextend_jax.data.builders import BUILDERS, ImageRef, Llava, scan
+from moextend_jax.data.faults import STRICT, Fault, FaultSettings, refuse
 
 
 class Example(NamedTuple):
+    """`fault` is what was wrong with it when the data set was built."""
+
     id: str
     conversations: list[dict[str, str]]
     images: tuple[ImageRef, ...]
+    fault: Fault | None = None
 
 
 class EncodedImage(NamedTuple):
@@ -37,14 +41,21 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Sequence[EncodedImage]):
-    """Encoded image files by row number; picklable."""
+    """Encoded image files by row number; picklable. `faults`: what was wrong with some when they were built."""
 
     rows: Any
+    faults: Mapping[int, Fault] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def check(self, row: int) -> None:
+        if row in self.faults:
+            raise self.faults[row].again()
+
     def __getitem__(self, row: Any) -> EncodedImage:
+        """Raises a `Fault` whose id is the key where the image could not be built."""
+        self.check(int(row))
         item = self.rows[int(row)]
         return EncodedImage(item["id"].decode(), bytes(item["image"]))
 
@@ -73,11 +84,10 @@ class Source(Sequence[Example]):
 
 def _example(item: Mapping[str, Any]) -> Example:
     refs = zip(item["images"], item["image_rows"], strict=True)
-    return Example(
-        item["id"].decode(),
-        json.loads(item["conversations"]),
-        tuple(ImageRef(key.decode(), int(row)) for key, row in refs),
-    )
+    talk, fault = json.loads(item["conversations"]), None
+    if isinstance(talk, dict):
+        talk, fault = talk["turns"], Fault(*talk["fault"])
+    return Example(item["id"].decode(), talk, tuple(ImageRef(key.decode(), int(row)) for key, row in refs), fault)
 
 
 class HoldOut(NamedTuple):
@@ -101,38 +111,56 @@ def hold_out(source: Source, *, samples: int, seed: int) -> HoldOut:
 
 
 def open_dataset(
-    name: str, *, split: str = "train", data_dir: Path | str, manual_dir: Path | str | None = None
+    name: str,
+    *,
+    split: str = "train",
+    data_dir: Path | str,
+    manual_dir: Path | str | None = None,
+    faults: FaultSettings = STRICT,
 ) -> Source:
     """Opens `easy_vqa/{questions,conversations,captions}`, `llava_pretrain` or `llava_instruct`.
 
     Builds the files under `data_dir` on first use. `split` is `train` (easy_vqa: or `test`) or a slice of it,
     e.g. `train[:1000]`. LLaVA's data are read from `manual_dir`: the JSON file, and the image folder beside it.
+    Faulty entries and image files of it, the whole file's, are an error before anything is built where `faults` says
+    so; the others are kept as faulty.
 
     Raises:
       MoextendError: unknown name or split, missing package, missing or malformed manual files, no rows.
+      Fault: entries or image files that are not to be skipped; names the first few.
     """
-    family, _, config = name.partition("/")
-    if family not in BUILDERS:
-        raise MoextendError(f"no data set {name!r}; there are {', '.join(sorted(BUILDERS))}")
+    family, config = family_of(name)
     builder = BUILDERS[family]
-    configs = [known for known in builder.builder_configs if known != "images"]
-    config = config or configs[0]
-    if config not in configs:
-        raise MoextendError(f"data set {family} has no rows {config!r}; there are {', '.join(configs)}")
     data_dir = Path(data_dir)
+    json_path = None
     if issubclass(builder, Llava):
         json_path = builder.find_json(manual_dir)
         # Another JSON file must never find the rows built from this one.
         stat = json_path.stat()
         mark = f"{json_path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         data_dir = data_dir / hashlib.sha256(mark.encode()).hexdigest()[:12]
-    rows = _open(builder, config, split, data_dir, manual_dir)
-    images = _open(builder, "images", split.partition("[")[0], data_dir, manual_dir)
-    if len(images) == 1 and not images[0]["image"]:
-        images = ()
-    if not len(rows):
+    parts = [builder(config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")]
+    if json_path is not None and not all(map(_is_built, parts)):  # before a million images are copied
+        refuse(scan(json_path), faults, where=str(json_path), hint="; `moextend data check` names all")
+    rows = _open(parts[0], split, manual_dir, faults)
+    images = _open(parts[1], split.partition("[")[0], manual_dir, faults)
+    if len(images.rows) == 1 and not images.rows[0]["id"]:
+        images = Built((), {})
+    if not len(rows.rows):
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
-    return Source(rows=rows, images=Images(images))
+    return Source(rows=rows.rows, images=Images(images.rows, images.faults))
+
+
+def family_of(name: str) -> tuple[str, str]:
+    """The builder and the config that a data set's name stands for."""
+    family, _, config = name.partition("/")
+    if family not in BUILDERS:
+        raise MoextendError(f"no data set {name!r}; there are {', '.join(sorted(BUILDERS))}")
+    configs = [known for known in BUILDERS[family].builder_configs if known != "images"]
+    config = config or configs[0]
+    if config not in configs:
+        raise MoextendError(f"data set {family} has no rows {config!r}; there are {', '.join(configs)}")
+    return family, config
 
 
 def open_text(path: Path | str) -> list[str]:
@@ -146,15 +174,27 @@ def open_text(path: Path | str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _open(builder_class, config: str, split: str, data_dir: Path, manual_dir) -> Any:
-    builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
-    if not (builder.data_path / "dataset_info.json").exists():
+class Built(NamedTuple):
+    rows: Any
+    faults: dict[int, Fault]
+
+
+def _is_built(builder: tfds.core.DatasetBuilder) -> bool:
+    return (builder.data_path / "dataset_info.json").exists()
+
+
+def _open(builder: Any, split: str, manual_dir: Any, faults: FaultSettings) -> Built:
+    if not _is_built(builder):
         download = tfds.download.DownloadConfig(manual_dir=manual_dir, verify_ssl=True)
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
+    recorded = (builder.info.metadata or {}).get("faults", {})
+    found = {int(row): Fault(*fault) for row, fault in recorded.items()}
+    hint = f" (so when it was built; to build it again delete {builder.data_path})"
+    refuse(found.values(), faults, where=str(builder.data_path), hint=hint)
     try:
-        return builder.as_data_source(split=split)
+        return Built(builder.as_data_source(split=split), found)
     except ValueError as error:
         known = ", ".join(builder.info.splits)
         raise MoextendError(f"data set {builder.name} has no split {split!r}; there are {known}") from error

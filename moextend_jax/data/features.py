@@ -1,7 +1,8 @@
 """Cache on disk of what the frozen vision tower makes of every image, so that later epochs and stages skip it.
 
 Goes in: encoded images and a function `images_nhwc -> features_nPC`. Comes out: `FeatureStore`, memory-mapped
-`features_nPC` by image key. The folder holds `features.npy` and `cache.json` (keys and fingerprint).
+`features_nPC` by image key. The folder holds `features.npy` and `cache.json` (keys, fingerprint, and the faults of
+images that could not be read, whose features are zero).
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import EncodedImage, Images
+from moextend_jax.data.datasets import Images
+from moextend_jax.data.faults import STRICT, Fault, FaultSettings, refuse
 from moextend_jax.data.images import decode_image, prepare_image
 
 
@@ -32,6 +34,7 @@ class FeatureStore:
     rows: dict[str, int]
     features_nPC: np.ndarray
     fingerprint: dict[str, Any]
+    faults: dict[str, Fault] = field(default_factory=dict)
 
     @staticmethod
     def open(path: Path | str, *, fingerprint: dict[str, Any] | None = None) -> FeatureStore:
@@ -47,12 +50,18 @@ class FeatureStore:
                 f"feature cache {path} was made with {facts['fingerprint']}, wanted {fingerprint}; make it again"
             )
         rows = {key: row for row, key in enumerate(facts["keys"])}
-        return FeatureStore(path=path, rows=rows, features_nPC=features_nPC, fingerprint=facts["fingerprint"])
+        faults = {key: Fault(*fault) for key, fault in facts.get("faults", {}).items()}
+        return FeatureStore(
+            path=path, rows=rows, features_nPC=features_nPC, fingerprint=facts["fingerprint"], faults=faults
+        )
 
     def __reduce__(self):
         return FeatureStore.open, (self.path,)  # worker processes map the file again instead of copying it
 
     def row(self, key: str) -> int:
+        """Raises the `Fault` of an image that could not be read."""
+        if key in self.faults:
+            raise self.faults[key].again()
         try:
             return self.rows[key]
         except KeyError:
@@ -75,6 +84,7 @@ def cache_features(
     batch_size: int = 64,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    faults: FaultSettings = STRICT,
 ) -> FeatureStore:
     """Runs every image through the tower once and keeps the features; a cache that fits is only opened.
 
@@ -84,6 +94,10 @@ def cache_features(
         number of images it is the cache's fingerprint; a cache with another one is made again.
       threads: how many images are decoded at once.
       progress: called with (images done, images in all).
+      faults: an image whose fault is skipped is noted in the cache; conversations that show it are then skipped.
+
+    Raises:
+      Fault: an image that cannot be read and is not to be skipped, now or when the cache was made.
     """
     if not len(images):
         raise MoextendError(f"no images to cache features of in {path}")
@@ -93,15 +107,19 @@ def cache_features(
         "images": len(images),
     }  # fmt: skip
     found = _find(path, fingerprint)
+    if found is not None and not _still_faulty(found, images, size, preparation):
+        found = None
     if not distributed.any_process(found is None):
         assert found is not None
+        refuse(found.faults.values(), faults, where=f"feature cache {path}")
         return found
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        keys = _write(unfinished, images, compute, size, preparation, dtype, batch_size, threads, progress)
+        keys, bad = _write(unfinished, images, compute, size, preparation, dtype, batch_size, threads, progress, faults)
         if distributed.first():
-            (unfinished / "cache.json").write_text(json.dumps({"fingerprint": fingerprint, "keys": keys}))
+            facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
+            (unfinished / "cache.json").write_text(json.dumps(facts))
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
     finally:
@@ -117,29 +135,56 @@ def _find(path: Path, fingerprint: dict[str, Any]) -> FeatureStore | None:
         return None  # not there, stale or broken: to be made
 
 
-def _write(folder: Path, images, compute, size, preparation, dtype, batch_size, threads, progress) -> list[str]:
-    """All processes compute, on one mesh; the first writes."""
-    prepare = partial(_prepare, size=size, preparation=preparation)
-    keys, out_nPC = [], None
+def _still_faulty(store: FeatureStore, images, size, preparation) -> bool:
+    """Whether the images noted as faulty are so; one that was mended needs its features."""
+    return all(
+        isinstance(_prepare(images, store.rows[key], size=size, preparation=preparation), Fault) for key in store.faults
+    )
+
+
+def _write(
+    folder: Path, images, compute, size, preparation, dtype, batch_size, threads, progress, faults: FaultSettings
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Keys and faults. All processes compute, on one mesh; the first writes."""
+    prepare = partial(_prepare, images, size=size, preparation=preparation)
+    keys, bad, out_nPC = [], {}, None
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(images), batch_size):
-            some = [images[row] for row in range(first, min(first + batch_size, len(images)))]
             images_nhwc = np.zeros((batch_size, size, size, 3), np.float32)  # one shape, one compilation
-            images_nhwc[: len(some)] = list(pool.map(prepare, some))
+            some = list(pool.map(prepare, range(first, min(first + batch_size, len(images)))))
+            for n, made in enumerate(some):
+                if isinstance(made, Fault):
+                    if not faults.skips(made):
+                        raise made
+                    bad[made.id] = [str(made), made.kind, made.id]
+                    keys.append(made.id)
+                else:
+                    keys.append(made.key)
+                    images_nhwc[n] = made.image_hwc
             features_nPC = np.asarray(compute(images_nhwc))[: len(some)].astype(dtype)
+            features_nPC[[isinstance(made, Fault) for made in some]] = 0
             if out_nPC is None and distributed.first():
                 folder.mkdir(parents=True)
                 shape = (len(images), *features_nPC.shape[1:])
                 out_nPC = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=shape)
             if out_nPC is not None:
                 out_nPC[first : first + len(some)] = features_nPC
-            keys += [image.key for image in some]
             if progress:
                 progress(len(keys), len(images))
     if out_nPC is not None:
         out_nPC.flush()
-    return keys
+    return keys, bad
 
 
-def _prepare(image: EncodedImage, *, size: int, preparation: Literal["pad", "crop"]) -> np.ndarray:
-    return prepare_image(decode_image(image.encoded, name=f"image {image.key}"), size=size, preparation=preparation)
+class _Prepared(NamedTuple):
+    key: str
+    image_hwc: np.ndarray
+
+
+def _prepare(images: Images, row: int, *, size: int, preparation: Literal["pad", "crop"]) -> _Prepared | Fault:
+    try:
+        key, encoded = images[row]
+        picture = decode_image(encoded, name=f"image {key}", id=key)
+        return _Prepared(key, prepare_image(picture, size=size, preparation=preparation, id=key))
+    except Fault as fault:
+        return fault

@@ -1,37 +1,178 @@
 """Image files to the pixels a CLIP tower expects.
 
-Goes in: encoded bytes of any format Pillow reads. Comes out: `image_hwc` float32, normalised by CLIP's mean and
-standard deviation.
+Goes in: a path below a folder, then its bytes, in one of `FORMATS`. Comes out: `image_hwc` float32, normalised by
+CLIP's mean and standard deviation; or a `Fault` of `data/faults.py`. Nothing here trusts the file: how large a picture
+is is known from its header before memory is taken for it.
 """
 
 from __future__ import annotations
 
 import io
+import stat
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from moextend_jax.config import MoextendError
+from moextend_jax.data.faults import Fault
 
 MEAN_c = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD_c = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
+MOST_BYTES = 64 * 2**20
+"""Of an image file."""
+MOST_PIXELS = 89_478_485
+"""Of a picture as its header says: a quarter of a GB as RGB, and where Pillow begins to warn."""
+MOST_SCALED = 2**28
+"""Pixels of the square around a picture, or of one scaled before its centre is cut out: a picture of few pixels that is
+very long has more."""
 
-def decode_image(encoded: bytes, *, name: str = "image") -> Image.Image:
-    """The picture as RGB; `name` is for the error message."""
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF")
+"""Of Pillow's formats those that pictures come in. Others run programs (EPS) or take almost any file (TGA)."""
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+"""How files of the usual formats begin, also where no more of them is left."""
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def find_image(folder: Path, name: str) -> Path:
+    """The file of an image named relative to `folder` or to its folder `images`; nothing is read.
+
+    Raises:
+      Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more than MOST_BYTES.
+    """
+    if "://" in name or name.startswith("data:"):
+        raise Fault(f"image {name[:200]} is a URL; nothing is downloaded: put the file into {folder}", "url", name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Fault(f"image {name} leaves {folder}; name it by its path below that folder", "outside", name)
+    roots = folder, folder / "images"
+    for root in roots:
+        try:
+            path = (root / name).resolve(strict=True)
+            facts = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, RuntimeError) as error:  # no permission; a name no file can have; a loop of links
+            raise Fault(f"cannot read image {name} in {folder}: {error}", "unreadable", name) from error
+        if not any(path.is_relative_to(root.resolve()) for root in roots):
+            raise Fault(
+                f"image {name} is a link out of {folder}, to {path}; only the folder images itself may be a link",
+                "outside",
+                name,
+            )
+        if not stat.S_ISREG(facts.st_mode):  # to open a pipe would wait for ever
+            raise Fault(f"image {name} in {folder} is not a file", "unreadable", name)
+        if not facts.st_size:
+            raise Fault(f"image {name} in {folder} is an empty file", "empty_file", name)
+        if facts.st_size > MOST_BYTES:
+            raise Fault(
+                f"image {name} in {folder} has {facts.st_size} bytes, more than {MOST_BYTES}", "oversized", name
+            )
+        return path
+    raise Fault(f"no image {name} in {folder} or {folder / 'images'}", "missing", name)
+
+
+def read_image(folder: Path, name: str) -> bytes:
+    """Its bytes; raises as `find_image`, also where reading fails."""
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MoextendError(f"cannot read {name} as an image: {error}") from error
+        with find_image(folder, name).open("rb") as file:
+            encoded = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise Fault(f"cannot read image {name} in {folder}: {error}", "unreadable", name) from error
+    if len(encoded) > MOST_BYTES:  # it grew
+        raise Fault(f"image {name} in {folder} has more than {MOST_BYTES} bytes", "oversized", name)
+    return encoded
 
 
-def prepare_image(image: Image.Image, *, size: int, preparation: Literal["pad", "crop"]) -> np.ndarray:
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def decode_image(encoded: bytes, *, name: str = "image", id: str = "") -> Image.Image:
+    """The picture as RGB, of an animation its first frame; `name` is for the error message, `id` for its `Fault`."""
+
+    def fault(kind: str, why: object) -> Fault:
+        return Fault(f"cannot read {name} as an image: {why}", kind, id or name)
+
+    if not encoded:
+        raise fault("empty_file", "it has no bytes")
+    if len(encoded) > MOST_BYTES:
+        raise fault("oversized", f"{len(encoded)} bytes are more than {MOST_BYTES}")
+    file = _Watched(encoded)
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise fault("oversized", f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
+            image.load()
+            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                raise fault("not_finite", "it has NaN or infinite pixels")
+            return _rgb(image)
+    except Fault:
+        raise
+    except UnidentifiedImageError as error:
+        if not _looks_like_image(encoded):
+            raise fault("not_image", f"it is none of {', '.join(FORMATS)}") from error
+        kind = "truncated" if file.ended or _cut_riff(encoded) else "unreadable"
+        raise fault(kind, "it begins as one, but its header is cut off or damaged") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise fault("oversized", error) from error
+    except MemoryError as error:
+        raise fault("oversized", "not enough memory") from error
+    except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged data
+        said = str(error) or type(error).__name__
+        cut = isinstance(error, EOFError) or _cut_riff(encoded) or any(sign in said.lower() for sign in CUT)
+        raise fault("truncated" if cut else "unreadable", said) from error
+
+
+CUT = ("truncated", "not enough", "but only got", "end of file", "unexpected end")
+"""How Pillow's decoders say that the data end too early."""
+
+
+class _Watched(io.BytesIO):
+    """Knows whether more was asked for than there was."""
+
+    ended = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        got = super().read(size)
+        self.ended |= size is not None and len(got) < size
+        return got
+
+
+def _looks_like_image(encoded: bytes) -> bool:
+    return encoded.startswith(MAGIC) or encoded[:4] + encoded[8:12] == b"RIFFWEBP" or encoded[4:12] == b"ftypavif"
+
+
+def _cut_riff(encoded: bytes) -> bool:
+    """A WebP file says how long it is."""
+    return encoded[:4] == b"RIFF" and len(encoded) < 8 + int.from_bytes(encoded[4:8], "little")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut every level above 255 off
+        levels = np.asarray(image).astype(np.uint16) >> 8
+        image = Image.fromarray(levels.astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning
+    return image.convert("RGB")
+
+
+def check_scaled(width: int, height: int, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> None:
+    """Raises a `Fault` where preparing a picture of this size would take more memory than MOST_SCALED pixels."""
+    short, long = sorted((width, height))
+    pixels = long * long if preparation == "pad" else size * int(size * long / short)
+    if pixels > MOST_SCALED:
+        raise Fault(f"image {id} of {width} x {height} pixels is too long and thin", "oversized", id)
+
+
+def prepare_image(image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> np.ndarray:
     """Scales a picture to `size` x `size` pixels with bicubic resampling and normalises it.
 
     `pad` (LLaVA's settings, the paper) first widens the short side with CLIP's mean colour so that nothing is
     lost; `crop` (CLIP's own, the released code) scales the short side to `size` and cuts out the centre.
     """
+    check_scaled(*image.size, size=size, preparation=preparation, id=id)
     image = image.convert("RGB")
     image = _pad(image, size) if preparation == "pad" else _crop(image, size)
     return (np.asarray(image, np.float32) / np.float32(255) - MEAN_c) / STD_c

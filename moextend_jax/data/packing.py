@@ -21,12 +21,24 @@ from moextend_jax.data.conversations import Encoded
 
 
 class Item(NamedTuple):
+    """`example` is the conversation's row in the data set."""
+
     encoded: Encoded
     image_rows: Sequence[int]
+    example: int = -1
+
+
+class Place(NamedTuple):
+    """Where a row holds a conversation: its positions and its image slots; and which one it is."""
+
+    positions: slice
+    images: slice
+    example: int = -1
 
 
 class Row(NamedTuple):
-    """As in `config.Batch`, for one row; `image_rows_M` is -1 on empty slots."""
+    """As in `config.Batch`, for one row; `image_rows_M` is -1 on empty slots. `places` are the row's conversations, in
+    order; `faults_G` is None where nothing can be skipped."""
 
     ids_L: np.ndarray
     labels_L: np.ndarray
@@ -34,6 +46,8 @@ class Row(NamedTuple):
     segments_L: np.ndarray
     patches_L: np.ndarray
     image_rows_M: np.ndarray
+    places: tuple[Place, ...]
+    faults_G: np.ndarray | None = None
 
 
 def pack(
@@ -93,7 +107,8 @@ def _row(items: Sequence[Item], length: int, images_per_row: int, patches: int) 
     labels_L, patches_L = np.full(length, IGNORE, np.int32), np.full(length, -1, np.int32)
     image_rows_M = np.full(images_per_row, -1, np.int32)
     start = image = 0
-    for segment, (encoded, image_rows) in enumerate(items, 1):
+    places = []
+    for segment, (encoded, image_rows, example) in enumerate(items, 1):
         here = slice(start, start + len(encoded.ids_L))
         ids_L[here] = encoded.ids_L
         labels_L[here] = encoded.labels_L
@@ -101,6 +116,16 @@ def _row(items: Sequence[Item], length: int, images_per_row: int, patches: int) 
         positions_L[here] = np.arange(len(encoded.ids_L))
         segments_L[here] = encoded.segments_L * segment
         patches_L[here] = np.where(encoded.patches_L >= 0, encoded.patches_L + image * patches, -1)
-        image_rows_M[image : image + len(image_rows)] = image_rows
-        start, image = here.stop, image + len(image_rows)
-    return Row(ids_L, labels_L, positions_L, segments_L, patches_L, image_rows_M)
+        slots = slice(image, image + len(image_rows))
+        image_rows_M[slots] = image_rows
+        places.append(Place(here, slots, example))
+        start, image = here.stop, slots.stop
+    return Row(ids_L, labels_L, positions_L, segments_L, patches_L, image_rows_M, tuple(places))
+
+
+def take_out(row: Row, place: Place) -> None:
+    """Makes the place of a conversation empty, in the row's own arrays."""
+    for array_L, empty in ((row.ids_L, 0), (row.labels_L, IGNORE), (row.positions_L, 0), (row.segments_L, 0)):
+        array_L[place.positions] = empty
+    row.patches_L[place.positions] = -1
+    row.image_rows_M[place.images] = -1

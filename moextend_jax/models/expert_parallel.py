@@ -41,13 +41,23 @@ class Split(NamedTuple):
     tokens: tuple[str, ...]
 
 
-def mixture(x_BLD: jax.Array, moe: Any, new: Any, *, extended: jax.Array, top_k: int, how: str = "gather"):
+def mixture(
+    x_BLD: jax.Array,
+    moe: Any,
+    new: Any,
+    *,
+    extended: jax.Array,
+    top_k: int,
+    how: str = "gather",
+    sighted_BL: jax.Array | None = None,
+):
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
       moe: modules `gate`, `experts` of one layer. new: its extension (`router`, `new_experts`), or None.
       extended: bool scalar, false on layers whose extension is only a placeholder of zeros.
       how: a row of DISPATCHES.
+      sighted_BL: tokens that may choose new experts, None: all.
     """
     x_split = shards("BLd", x_BLD.shape)
     arrays, splits = zip(*(module_shards(module) if module else ({}, {}) for module in (moe, new)), strict=True)
@@ -59,14 +69,17 @@ def mixture(x_BLD: jax.Array, moe: Any, new: Any, *, extended: jax.Array, top_k:
     kept = {"experts": split.expert + split.tensor}
     kept["new_experts"] = kept["experts"] if how == "gather" else split.tensor
 
-    def local(x_BLD, arrays, extended):
+    def local(x_BLD, arrays, extended, sighted_BL):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, added = map(whole, (moe, new), arrays, splits)
         with jax.named_scope("router"):
             if added is None:
                 routing = route(x_TD, this.gate[...], top_k=top_k)
             else:
-                routing = route_extended(x_TD, this.gate[...], added.router, extended=extended, top_k=top_k)
+                sighted_T = None if sighted_BL is None else sighted_BL.reshape(-1)
+                routing = route_extended(
+                    x_TD, this.gate[...], added.router, extended=extended, top_k=top_k, sighted_T=sighted_T
+                )
         parts = [this.experts.weights(x_TD.dtype), *([added.new_experts.weights(x_TD.dtype)] if added else [])]
         y_TD = DISPATCHES[how](x_TD, routing, parts, split)
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
@@ -81,7 +94,10 @@ def mixture(x_BLD: jax.Array, moe: Any, new: Any, *, extended: jax.Array, top_k:
 
         return module and with_arrays(module, {path: used(path, leaf) for path, leaf in arrays.items()})
 
-    y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ())), x_split)(x_BLD, arrays, extended)
+    tokens = None if sighted_BL is None else shards("BL", sighted_BL.shape)
+    y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ()), tokens), x_split)(
+        x_BLD, arrays, extended, sighted_BL
+    )
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
 
 

@@ -84,6 +84,7 @@ def run_layers(
     remat: str = "none",
     saved: tuple[str, ...] = (),
     dispatch: str = "gather",
+    sighted_BL: jax.Array | None = None,
 ) -> Decoded:
     """Runs all layers in one scan, whose body is compiled once whatever the depth.
 
@@ -91,6 +92,7 @@ def run_layers(
       past: keys and values of earlier positions (stacked over Z); then `slots_BL` says where in S the new ones go.
       visible: the segments of a batch's rows, or with `past` a mask.
       remat, saved, dispatch: see `ModelConfig`.
+      sighted_BL: tokens that may choose new experts, None: all.
     """
     turns = rotation(positions_BL, head_size=config.head_size, theta=config.rope_theta)
     slots_BL = positions_BL if slots_BL is None else slots_BL
@@ -116,7 +118,15 @@ def run_layers(
             y_BLD, present = attend(x_BLD, past)
             x_BLD = checkpoint_name(constrain(x_BLD + y_BLD, "BLd"), "middle")
         normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=config.norm_eps)
-        y_BLD, routing = mixture(normed_BLD, this.moe, new, extended=extended, top_k=config.top_k, how=dispatch)
+        y_BLD, routing = mixture(
+            normed_BLD,
+            this.moe,
+            new,
+            extended=extended,
+            top_k=config.top_k,
+            how=dispatch,
+            sighted_BL=sighted_BL if new else None,
+        )
         return constrain(x_BLD + y_BLD, "BLd"), (routing, present)
 
     if remat == "layer":

@@ -37,6 +37,7 @@ class MoExtend(nnx.Module):
             self.embed(batch),
             positions_BL=batch.positions_BL,
             visible=Visible.in_rows(batch.segments_BL),
+            sighted_BL=sighted(batch),
         )
 
     def embed(self, batch: Batch) -> jax.Array:
@@ -73,7 +74,15 @@ class MoExtend(nnx.Module):
         visible: Visible,
         past: KeysValues | None = None,
         slots_BL: jax.Array | None = None,
+        sighted_BL: jax.Array | None = None,
     ) -> Decoded:
+        """Runs the layers on embeddings.
+
+        Args:
+          sighted_BL: tokens whose conversation has an image (`sighted`); only "strict" text isolation reads it.
+        """
+        strict = self.config.text_isolation == "strict" and self.extension is not None
+        assert sighted_BL is not None or not strict
         return run_layers(
             self.decoder,
             x_BLD,
@@ -87,7 +96,17 @@ class MoExtend(nnx.Module):
             remat=self.config.remat,
             saved=self.config.saved,
             dispatch=self.config.dispatch,
+            sighted_BL=sighted_BL if strict else None,
         )
+
+
+def sighted(batch: Batch) -> jax.Array:
+    """`[B, L]`: whether a token's conversation, its segment of the row, has an image."""
+    segments_BL, here_BL = jnp.asarray(batch.segments_BL), jnp.asarray(batch.patches_BL) >= 0
+    B, L = segments_BL.shape
+    row_B1 = jnp.arange(B)[:, None]
+    seen_BS = jnp.zeros((B, L + 1), bool).at[row_B1, segments_BL].max(here_BL)
+    return seen_BS[row_B1, segments_BL]
 
 
 def abstract(config: ModelConfig) -> MoExtend:

@@ -55,7 +55,15 @@ def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int) -> Routing:
     return Routing(logits_TE, ids_Tk, _normalise(weights_Tk))
 
 
-def route_extended(x_TD: jax.Array, gate_DE: jax.Array, new: NewColumns, *, extended: jax.Array, top_k: int) -> Routing:
+def route_extended(
+    x_TD: jax.Array,
+    gate_DE: jax.Array,
+    new: NewColumns,
+    *,
+    extended: jax.Array,
+    top_k: int,
+    sighted_T: jax.Array | None = None,
+) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
     Experts are chosen by the uncalibrated probabilities over E+X, weighted by the calibrated ones.
@@ -64,13 +72,23 @@ def route_extended(x_TD: jax.Array, gate_DE: jax.Array, new: NewColumns, *, exte
       new: the new columns of this layer; for a plain layer its leaves are zeros, which makes the calibrator
         the identity.
       extended: bool scalar; on a plain layer no token can choose a new expert, and the result is `route`'s.
+      sighted_T: tokens that may choose new experts, None: all. What the others get is `route`'s bit for bit, which a
+        softmax over more columns is not.
     """
-    new_TX = jnp.where(extended, _logits(x_TD, new.new_gate[...]), -jnp.inf)
+    open_T1 = jnp.broadcast_to(extended, x_TD.shape[:1])[:, None]
+    open_T1 = open_T1 if sighted_T is None else open_T1 & sighted_T[:, None]
+    new_TX = jnp.where(open_T1, _logits(x_TD, new.new_gate[...]), -jnp.inf)
     logits_TO = jnp.concatenate([_logits(x_TD, gate_DE), new_TX], axis=-1)
     probs_TO = jax.nn.softmax(logits_TO, axis=-1)
     _, ids_Tk = jax.lax.top_k(probs_TO, top_k)
-    weights_Tk = jnp.take_along_axis(new.calibrator(probs_TO), ids_Tk, axis=-1)
-    return Routing(logits_TO, ids_Tk, _normalise(weights_Tk))
+    weights_Tk = _normalise(jnp.take_along_axis(new.calibrator(probs_TO), ids_Tk, axis=-1))
+    if sighted_T is not None:
+        plain = route(x_TD, gate_DE, top_k=top_k)
+        ids_Tk, weights_Tk = (
+            jnp.where(open_T1, extended_Tk, plain_Tk)
+            for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
+        )
+    return Routing(logits_TO, ids_Tk, weights_Tk)
 
 
 def _logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:

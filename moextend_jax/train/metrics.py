@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,26 +29,25 @@ class MetricsWriter:
 
     `resume_step` is the step of the checkpoint the run starts from: later lines, left by a run that was cut off,
     are dropped, so that the file equals an uninterrupted run's. 0 starts afresh. Only process 0 writes. Where the
-    directory is a URL, TensorBoard's files arrive at the end.
+    directory is a URL, TensorBoard's files arrive at the end. What the disk refuses is a MoextendError.
     """
 
     def __init__(self, directory: Path, *, resume_step: int = 0, process_index: int = 0):
         self._lines = self._events = None
         if process_index != 0:
             return
-        # Imported here: reading metrics, and every other command, should not wait for protobuf.
-        from tensorboardX import SummaryWriter
-
         # A bucket's objects cannot grow: lines are kept here, and sent whole.
-        self._away, directory = (directory, Path(tempfile.mkdtemp())) if is_url(directory) else (None, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = path = directory / "metrics.jsonl"
-        if self._away is not None and (self._away / path.name).exists():
-            path.write_text((self._away / path.name).read_text())
-        _drop_after(path, step=resume_step)
-        self._lines = path.open("a", buffering=1, encoding="utf-8")  # whole lines reach the disk even if we are killed
-        # purge_step makes TensorBoard hide the same steps from the older event files.
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+        self._away, here = (directory, Path(tempfile.mkdtemp())) if is_url(directory) else (None, directory)
+        self._path = path = here / "metrics.jsonl"
+        with self._disk_errors():
+            here.mkdir(parents=True, exist_ok=True)
+            if self._away is not None and (self._away / path.name).exists():
+                path.write_text((self._away / path.name).read_text())
+            _drop_after(path, step=resume_step)
+            # Whole lines reach the disk even if we are killed.
+            self._lines = path.open("a", buffering=1, encoding="utf-8")
+            self._events = Events(here / "tensorboard")
+            self._events.hide_from(resume_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes one line; values are Python numbers or 0-d arrays. JSON has no NaN or infinity: they become null."""
@@ -56,28 +55,83 @@ class MetricsWriter:
             return
         numbers = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._lines.write(json.dumps({"step": int(step), **finite}) + "\n")
-        if self._away is not None:
-            (self._away / self._path.name).write_text(self._path.read_text())
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, int(step))
+        with self._disk_errors():
+            if self._away is None and not _is_open_here(self._lines, self._path):
+                raise OSError("it is gone: somebody has moved or deleted the work directory")
+            self._lines.write(json.dumps({"step": int(step), **finite}) + "\n")
+            if self._away is not None:
+                (self._away / self._path.name).write_text(self._path.read_text())
+            self._events.scalars(int(step), numbers)
+
+    def go_back(self, step: int) -> None:
+        """Drops the lines of later steps: the run does them again."""
+        if self._lines is None or self._events is None:
+            return
+        with self._disk_errors():
+            self._lines.close()
+            _drop_after(self._path, step=step)
+            self._lines = self._path.open("a", buffering=1, encoding="utf-8")
+            self._events.hide_from(step + 1)
 
     def close(self) -> None:
-        if self._lines is not None and self._events is not None:
-            self._lines.close()
-            self._events.close()
-            self._lines = self._events = None
+        if self._lines is None or self._events is None:
+            return
+        lines, events, self._lines, self._events = self._lines, self._events, None, None
+        with self._disk_errors():
+            lines.close()
+            events.close()
             if self._away is not None:
                 (self._away / "tensorboard").mkdir(parents=True, exist_ok=True)
                 for file in (self._path.parent / "tensorboard").iterdir():
                     (self._away / "tensorboard" / file.name).write_bytes(file.read_bytes())
                 shutil.rmtree(self._path.parent)
 
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MoextendError(f"cannot write {self._away or self._path.parent}: {error.strerror or error}") from error
+
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except MoextendError:
+            if kind is None:  # otherwise what is under way is the better message
+                raise
+
+
+class Events:
+    """A TensorBoard file, written in the caller's thread, so that errors are the caller's too."""
+
+    def __init__(self, folder: Path):
+        # Imported here: reading metrics, and every other command, should not wait for protobuf.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        self._scalar, self._proto = summary.scalar, event_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(folder / "events"))
+
+    def hide_from(self, step: int) -> None:
+        """TensorBoard shows nothing that older files, or this one so far, say of this step and later ones."""
+        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._write(step, session_log=started)
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._write(step, summary=self._scalar(name, value))
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **what))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -92,6 +146,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             raise MoextendError(f"{path}:{number}: not a line of metrics ({error}); mend or delete the file") from error
     return rows
+
+
+def _is_open_here(file: TextIO, path: Path) -> bool:
+    """Whether an open file is still the one at its path: a file that was moved or deleted can be written to."""
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
 def _drop_after(path: Path, *, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,15 +18,17 @@ from moextend_jax.train.loss import labelled_tokens, losses
 
 
 class TrainState(NamedTuple):
-    """All that a stage changes: trainable leaves by path, optimizer state over them, steps done."""
+    """All that a stage changes: trainable leaves by path, optimizer state over them, steps done, and how many of these
+    were skipped because their loss or gradient was not finite."""
 
     trainable: dict[str, jax.Array]
     optimizer: Any
     step: jax.Array
+    skipped: jax.Array
 
 
 def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0))
+    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jnp.int32(0))
 
 
 def make_step(
@@ -41,7 +44,8 @@ def make_step(
     """The jitted step. `model` gives the structure only; its arrays come as `state.trainable` and `frozen`.
 
     The gradient is taken of the trainable dict alone, so no gradient, norm or moment of a frozen leaf exists. The
-    state is donated; the frozen leaves are arguments, never constants of the program.
+    state is donated; the frozen leaves are arguments, never constants of the program. A step whose loss or gradient
+    is not finite counts, and changes nothing else.
 
     Args:
       accumulate: parts the batch's rows are computed in, one after another, with one update at the end. The loss is
@@ -76,8 +80,13 @@ def make_step(
     def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
         gradient, losses_ = value_and_gradient(state.trainable, frozen, batch)
         gradient = {path: constrain(leaf, axes[path]) for path, leaf in gradient.items()}
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(losses_.total) & jnp.isfinite(norm)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
+        trainable, optimizer_state = jax.tree.map(
+            functools.partial(jnp.where, finite), (trainable, optimizer_state), (state.trainable, state.optimizer)
+        )
         # As they came, so that the donated buffers take them.
         trainable = {path: constrain(leaf, axes[path]) for path, leaf in trainable.items()}
         metrics = {
@@ -85,9 +94,11 @@ def make_step(
             "ce": losses_.ce,
             "aux": losses_.aux,
             "labelled_tokens": losses_.tokens,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": norm,
             "learning_rate": schedule(state.step),
+            "finite": finite,
         }
-        return TrainState(trainable, optimizer_state, state.step + 1), metrics
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        return TrainState(trainable, optimizer_state, state.step + 1, skipped), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,164 @@
+"""`moextend data check`: a run's settings in; every row and image of its data read once; a table or JSON out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.config import MoextendError
+from moextend_jax.data.check import Report, check, open_origin
+from moextend_jax.data.faults import KINDS, FaultSettings
+from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.settings import RunSettings, StageSettings
+
+
+def check_command(
+    settings: RunSettings, *, data_dir: Path | None, processes: int, as_json: bool, console: Console
+) -> int:
+    """Exit code: 0 where nothing was found whose policy is `error` and no more would be skipped than may be, else 1.
+
+    Args:
+      data_dir: where data sets are built that must be (LLaVA's are read where they are); None: a folder that goes away.
+      processes: that decode; 0 does all in this one.
+      console: for the progress, and the table unless `as_json`, which prints to standard output.
+    """
+    if processes < 0:
+        raise MoextendError(f"processes = {processes} must not be negative")
+    faults, manual_dir = settings.faults, settings.manual_dir or None
+    base = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
+    vision = base.config.vision
+    if vision is None:
+        raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
+    work = Work(
+        tokenizer_folder=Path(folder_of(settings.base)),
+        recipe=settings.recipe,
+        patches=vision.patches,
+        size=vision.image_size,
+        readings=(),
+        files={},
+    )
+    with contextlib.ExitStack() as stack:
+        folder = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        reports = check(
+            readings_of(settings),
+            open_origin=partial(open_origin, data_dir=folder, manual_dir=manual_dir),
+            work=work,
+            faults=faults,
+            processes=processes,
+            tell=stack.enter_context(_progress(console)),
+        )
+    fine = all(report.ok(faults) for report in reports)
+    if as_json:
+        print(json.dumps({"ok": fine, "data": [described(report, faults) for report in reports]}, indent=1))
+    else:
+        for report in reports:
+            print_report(report, faults, console)
+    return 0 if fine else 1
+
+
+def readings_of(settings: RunSettings) -> list[Reading]:
+    """What the stages read, those that read alike together. The probe reads the data of the recipe, not its own."""
+    align, finetune, evaluate = settings.align, settings.finetune, settings.evaluate
+    source = align if settings.recipe.probe_data == "captions" else finetune
+    extend = dataclasses.replace(settings.extend, data=source.data, split=source.split)
+    found: dict[Reading, tuple[str, ...]] = {}
+    for name, stage in (("align", align), ("extend", extend), ("finetune", finetune), ("full", settings.full)):
+        reading = _reading(stage)
+        found[reading] = (*found.get(reading, ()), name)
+    asked = Reading(stages=(), data=evaluate.data, split=evaluate.split, length=evaluate.length, parts="prompt")
+    found[asked] = ("evaluate",)
+    return [dataclasses.replace(reading, stages=names) for reading, names in found.items()]
+
+
+def _reading(stage: StageSettings) -> Reading:
+    return Reading(
+        stages=(),
+        data=stage.data,
+        split=stage.split,
+        length=min(stage.length, stage.conversation_length or stage.length),
+        images_per_row=stage.images_per_row,
+        too_long=stage.too_long,
+    )
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    columns = (
+        "{task.description}",
+        "{task.fields[rows]:,} rows",
+        "{task.completed:,.0f} images",
+        "{task.fields[speed]}",
+    )
+    screen = Progress(*(TextColumn(column) for column in columns), TimeElapsedColumn(), console=console)
+    tasks: dict[str, tuple[Any, float]] = {}
+
+    def tell(name: str, rows: int, images: int) -> None:
+        if name not in tasks:
+            tasks[name] = screen.add_task(name, total=None, rows=0, speed=""), time.monotonic()
+        task, began = tasks[name]
+        speed = f"{images / max(time.monotonic() - began, 1e-3):,.0f} images/s"
+        screen.update(task, completed=images, rows=rows, speed=speed)
+
+    with screen:
+        yield tell
+
+
+def described(report: Report, faults: FaultSettings) -> dict[str, Any]:
+    """A report as JSON."""
+    reading = report.reading
+    return {
+        "stages": list(reading.stages),
+        "data": reading.data,
+        "split": reading.split,
+        "rows": report.rows,
+        "images": report.images,
+        "skipped": report.skipped,
+        "most_skipped": faults.most_skipped,
+        "ok": report.ok(faults),
+        "error": report.error,
+        "kinds": {
+            kind: {
+                "count": count,
+                "policy": report.policy(kind, faults),
+                "first": [named._asdict() for named in report.first[kind]],
+            }
+            for kind, count in report.counts.items()
+        },
+    }
+
+
+def print_report(report: Report, faults: FaultSettings, console: Console) -> None:
+    reading = report.reading
+    title = f"{reading.data} {reading.split} ({', '.join(reading.stages)})"
+    size = f"{report.rows:,} conversations, {report.images:,} images"
+    if report.counts:
+        table = Table(title=escape(f"{title}: {size}"), title_justify="left")
+        for column in ("kind", "policy", "count", "first", "what is wrong"):
+            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+        for kind, count in report.counts.items():
+            first = "\n".join(f"entry {named.entry}: {named.id}" for named in report.first[kind][:3])
+            policy = report.policy(kind, faults)
+            said = f"{KINDS[kind].means}: {report.first[kind][0].message}"
+            table.add_row(kind, policy, f"{count:,}", escape(first), escape(said[:400]))
+        console.print(table)
+    else:
+        console.print(escape(f"{title}: {size}, no faults"))
+    if report.skipped:
+        share = report.skipped / report.rows
+        limit = f"{'more than' if share > faults.most_skipped else 'within'} the {faults.most_skipped:.2%} allowed"
+        console.print(f"  {report.skipped:,} conversations ({share:.2%}) would be skipped, {limit}")
+    if report.error:
+        console.print(escape(f"  cannot be read: {report.error}"))

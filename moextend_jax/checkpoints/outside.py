@@ -1,0 +1,98 @@
+"""What may come from anybody, and is not believed: a path or text in, a plain file or a JSON value out.
+
+Everything that is wrong is a `MoextendError` of one line, however long or odd what stands in the file is.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moextend_jax.config import MoextendError
+from moextend_jax.folders import is_url
+
+MAX_JSON = 32 << 20
+"""Bytes. As Python objects it takes up to thirty times as much; the largest models' files have a few million."""
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = 8
+_REPR.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """`repr` for a message: short, and of values nested as deep as may be."""
+    return _REPR.repr(value)
+
+
+def short(name: str) -> str:
+    """A name for a message: as it is, unless it is very long or would move the cursor."""
+    name = name if name.isprintable() else ascii(name)[1:-1]
+    return name if len(name) <= 160 else f"{name[:80]}...{name[-60:]}"
+
+
+def said_by(error: BaseException) -> str:
+    """First line of what another library's exception says."""
+    return short((str(error).strip() or repr(error)).splitlines()[0])
+
+
+def plain_file(path: Path) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+      MoextendError: there is no such file, or it is a folder, a pipe or a device, which would never end.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise MoextendError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise MoextendError(f"{path} cannot be read: it is no plain file")
+    return found.st_size
+
+
+def inside(path: Path) -> Path:
+    """A file of a folder that came from elsewhere, as it is.
+
+    Raises:
+      MoextendError: it is a link to a place outside: what is read gets copied into exports. The Hugging Face cache's
+        own links (from `snapshots/` to `blobs/`) are let off.
+    """
+    if path.is_symlink():
+        home, target = path.parent.resolve(), path.resolve()
+        allowed = [home, *(up.parent / "blobs" for up in home.parents if up.name == "snapshots")]
+        if not any(target.is_relative_to(one) for one in allowed):
+            raise MoextendError(f"{path} is a link out of its folder, to {target}: put the file itself there")
+    return path
+
+
+def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
+    """The bytes of a plain file, or of an object in a bucket, that is no larger than `most`."""
+    if is_url(path):
+        return path.read_bytes()
+    size = plain_file(path)
+    if size > most:
+        raise MoextendError(f"{path} cannot be read: {size:,} bytes are too many for a file of its kind ({most:,})")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
+
+
+def parse_json(text: bytes, *, where: str, **hooks: Callable[[Any], Any]) -> Any:
+    """A JSON value from UTF-8; `hooks` are those of `json.loads`. `where` starts the message of an error."""
+    try:
+        value = json.loads(text.decode(), **hooks)
+        if b"\\ud" in text.lower():  # halves of letters, which no file can be written with and no line printed
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise MoextendError(f"{where}: it is nested too deep") from None
+    except ValueError as error:  # JSON, UTF-8, a number of too many digits, and what a hook says
+        raise MoextendError(f"{where}: {said_by(error)}") from None

@@ -1,0 +1,76 @@
+"""Checksums of a checkpoint's files: written before Orbax commits it, checked before it is read.
+
+In: a folder. Out: its file SHA256SUMS, as coreutils writes it (`sha256sum -c SHA256SUMS`), or what is wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NAME = "SHA256SUMS"
+METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's, which it writes once more after that."""
+THREADS = 8
+BLOCK = 2**22
+
+
+def write_sums(folder: Path) -> None:
+    lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, _files(folder)).items()]
+    (folder / NAME).write_text("".join(lines))
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a folder that `write_sums` finished; None: nothing."""
+    try:
+        lines = (folder / NAME).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        return f"its {NAME} cannot be read ({type(error).__name__}): it was not finished"
+    try:
+        json.loads((folder / METADATA).read_text())
+    except (OSError, ValueError) as error:
+        return f"its {METADATA} cannot be read ({error})"
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    found = _files(folder)
+    if missing := sorted(expected.keys() - set(found)):
+        return f"{len(missing)} of its {len(expected)} files are missing, for instance {missing[0]}"
+    digests = _digests(folder, [name for name in found if name in expected])
+    if changed := [name for name, digest in digests.items() if digest != expected[name]]:
+        return f"{len(changed)} of its {len(expected)} files are not what was written, for instance {changed[0]}"
+    return None
+
+
+def identity(folder: Path) -> str:
+    """Names one finished checkpoint: another one with the same arrays has another."""
+    return hashlib.sha256((folder / NAME).read_bytes()).hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[str]:
+    """Of all folders inside, by path; without `Path.walk`, which paths of buckets lack."""
+    found, folders = [], [("", folder)]
+    while folders:
+        prefix, here = folders.pop()
+        for path in here.iterdir():
+            name = f"{prefix}{path.name}"
+            if path.is_dir():
+                folders.append((f"{name}/", path))
+            elif name not in (NAME, METADATA):
+                found.append(name)
+    return sorted(found)
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        found = hashlib.sha256()
+        try:
+            with (folder / name).open("rb") as file:
+                while block := file.read(BLOCK):
+                    found.update(block)
+        except OSError as error:
+            return f"unreadable: {error}"
+        return found.hexdigest()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

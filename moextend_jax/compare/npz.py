@@ -1,0 +1,72 @@
+"""npz files from elsewhere: a path in, plain arrays by name out, none of them larger than the file can account for.
+
+An npz file is a zip file, of which a thousandth can be enough to fill the memory, and each array in it begins with a
+header that may ask for any size. Both are added up before anything is unpacked.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from moextend_jax.checkpoints.outside import plain_file, said_by, short
+from moextend_jax.config import MoextendError
+
+FREE, TIMES = 64 << 20, 100
+"""Bytes that any file may unpack to, and so many times its own size beyond."""
+
+_ENDING = ".npy"
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file: numbers, booleans and text. Pickles are never unpacked.
+
+    Raises:
+      MoextendError: no such file, or anything else in it; names the file and the array.
+    """
+    size = plain_file(path)
+    try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":  # a zip file may stand behind something else, which is then another file too
+                raise ValueError("it does not begin as a zip file does")
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if (total := sum(member.file_size for member in members)) > FREE + TIMES * size:
+                raise ValueError(f"its {size:,} bytes would unpack to {total:,}")
+            if len({member.filename for member in members}) != len(members):
+                raise ValueError("two arrays have the same name")
+            arrays = [_read(archive, member) for member in members]
+    except Exception as error:  # zipfile, zlib, struct, NumPy's headers (ast, tokenize), and what _read says
+        raise MoextendError(f"{path} is not a readable npz file of plain arrays: {said_by(error)}") from None
+    return {member.filename.removesuffix(_ENDING): array for member, array in zip(members, arrays, strict=True)}
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    name = short(member.filename)
+    if not name.endswith(_ENDING) or member.compress_type not in _METHODS:
+        raise ValueError(f"{name} is no array as NumPy writes it")
+    with archive.open(member) as file, warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy's, about headers as no program writes them today
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(file)]
+        shape, _, dtype = read_header(file)
+        if dtype.kind not in "biufU":
+            raise ValueError(f"{name} has element type {dtype}: neither numbers nor text")
+        # Text of no letters takes no bytes, however many there are.
+        nbytes, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if nbytes != held or min(shape, default=0) < 0 or math.prod(shape) > max(1, held):
+            raise ValueError(f"{name} {dtype}{list(shape)} does not fit its {held:,} bytes")
+    with archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    if dtype.kind == "U":
+        letters = np.ascontiguousarray(array).reshape(-1).view(dtype.byteorder.replace("|", "=") + "u4")
+        if ((letters > 0x10FFFF) | ((letters >= 0xD800) & (letters < 0xE000))).any():
+            raise ValueError(f"{name} is no text")
+    return array

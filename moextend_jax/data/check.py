@@ -1,0 +1,354 @@
+"""Reads every row and every image of data sets once, in parallel, and says what is wrong with them.
+
+Goes in: `Reading`s (which stages read which data how) and `Origin`s (where the rows are). Comes out: a `Report` per
+reading. The text of one chunk after another and the names of images are all that is held in memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data import inspector
+from moextend_jax.data.builders import BUILDERS, Llava
+from moextend_jax.data.datasets import Example, Source, family_of, open_dataset
+from moextend_jax.data.entries import Entry, read_entries
+from moextend_jax.data.faults import KINDS, FaultSettings
+from moextend_jax.data.inspector import Folder, Found, Inspector, Reading, Work
+
+ROWS, IMAGES = 256, 32
+"""A chunk of work of each kind."""
+SHOWN = 5
+"""First faults of a kind that a report names."""
+
+
+# --- where rows are ---------------------------------------------------------------------------------------------------
+
+
+class Origin(NamedTuple):
+    """`entries()` starts again each time; `files` reads images by the names that entries have; `images` names the set
+    of images, which several origins share."""
+
+    entries: Callable[[], Iterator[Entry]]
+    files: Any
+    images: str
+    json: Path | None = None
+
+
+class BuiltFiles(NamedTuple):
+    source: Source
+    rows: dict[str, int]
+
+    def read(self, name: str) -> bytes:
+        return self.source.images[self.rows[name]].encoded
+
+
+def open_origin(reading: Reading, *, data_dir: Path, manual_dir: Path | str | None) -> Origin:
+    """LLaVA's data are read where they are, so that nothing need be built to check them."""
+    family, _ = family_of(reading.data)
+    builder = BUILDERS[family]
+    if issubclass(builder, Llava):
+        path = builder.find_json(manual_dir)
+        return Origin(lambda: read_entries(path), Folder(path.parent), str(path), path)
+    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, manual_dir=manual_dir)
+    rows = {ref.key: ref.row for example in _examples(source) for ref in example.images}
+    images = f"{family} {reading.split.partition('[')[0]}"
+    return Origin(lambda: _entries(source), BuiltFiles(source, rows), images)
+
+
+def _entries(source: Source) -> Iterator[Entry]:
+    for number, example in enumerate(_examples(source)):
+        names = tuple(ref.key for ref in example.images)
+        yield Entry(number, example.id, names, example.conversations, example.fault)
+
+
+def _examples(source: Source) -> Iterator[Example]:
+    for first in range(0, len(source), ROWS):
+        yield from source.read(range(first, min(first + ROWS, len(source))))
+
+
+def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:
+    """Which entries of a JSON file are in the reading's split; a source is cut already."""
+    if origin.json is None or reading.split == "train":
+        return lambda number: True
+    total = sum(1 for _ in origin.entries())
+    info = tfds.core.SplitInfo(name="train", shard_lengths=[total], num_bytes=0)  # pyright: ignore[reportCallIssue]
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(reading.split).to_absolute({"train": info})
+    except (ValueError, KeyError) as error:
+        raise MoextendError(f"data set {reading.data} has no split {reading.split!r}; there is train") from error
+    ranges = [(part.from_ or 0, total if part.to is None else part.to) for part in parts]
+    return lambda number: any(first <= number < end for first, end in ranges)
+
+
+# --- what was found ---------------------------------------------------------------------------------------------------
+
+
+class Named(NamedTuple):
+    """An entry's number and id; of an image, its name and the first entry that shows it."""
+
+    entry: int
+    id: str
+    message: str
+
+
+@dataclass(kw_only=True)
+class Report:
+    """`first` are the first faults of each kind; `skipped` counts conversations, each once."""
+
+    reading: Reading
+    rows: int = 0
+    images: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[Named]] = field(default_factory=dict)
+    skipped: int = 0
+    error: str | None = None
+    """Why the rest could not be read."""
+
+    def policy(self, kind: str, faults: FaultSettings) -> str:
+        asked = self.reading.parts == "prompt"
+        return "error" if asked and faults.policies[kind] == "skip" else faults.policies[kind]
+
+    def ok(self, faults: FaultSettings) -> bool:
+        refused = any(self.policy(kind, faults) == "error" for kind in self.counts)
+        return self.error is None and not refused and self.skipped <= faults.most_skipped * self.rows
+
+
+@dataclass
+class _Images:
+    """Images of one set: by name the place in order of appearance, and what is wrong with some."""
+
+    places: dict[str, int] = field(default_factory=dict)
+    faults: dict[int, Found] = field(default_factory=dict)
+
+
+@dataclass
+class _Rows:
+    """What is gathered of a reading while its rows go by: faults of the text, and which images each row shows."""
+
+    report: Report
+    faulty: dict[int, set[str]] = field(default_factory=dict)
+    shows: list[np.ndarray] = field(default_factory=list)
+
+
+def check(
+    readings: Sequence[Reading],
+    *,
+    open_origin: Callable[[Reading], Origin],
+    work: Work,
+    faults: FaultSettings,
+    processes: int,
+    tell: Callable[[str, int, int], None] = lambda what, rows, images: None,
+) -> list[Report]:
+    """A report for each reading; a data set that cannot be opened or read on is one with an `error`.
+
+    Args:
+      work: its readings and files are filled in here.
+      processes: 0 works in this one.
+      tell: called with a data set's name, and the rows and images done so far.
+    """
+    reports = [Report(reading=reading) for reading in readings]
+    opened: dict[tuple[str, str], tuple[Origin, list[int]]] = {}
+    for n, reading in enumerate(readings):
+        llava = issubclass(BUILDERS.get(reading.data.partition("/")[0], tfds.core.GeneratorBasedBuilder), Llava)
+        key = (reading.data, "" if llava else reading.split)
+        try:
+            if key not in opened:
+                opened[key] = (open_origin(reading), [])
+            opened[key][1].append(n)
+        except MoextendError as error:
+            reports[n].error = str(error)
+    files = {origin.images: origin.files for origin, _ in opened.values()}
+    work = replace(work, readings=tuple(readings), files=files)
+    images: dict[str, _Images] = {name: _Images() for name in files}
+    gathered = {n: _Rows(reports[n]) for _, which in opened.values() for n in which}
+    with _Pool(work, processes) as pool:
+        for (name, split), (origin, which) in opened.items():
+            try:
+                wanted = {n: _wanted(readings[n], origin) for n in which}
+                done = partial(_tell, tell, f"{name} {split}".strip(), Counter())
+                pool.run(_tasks(origin, wanted, gathered, images[origin.images], done))
+            except MoextendError as error:
+                for n in which:
+                    reports[n].error = str(error)
+    for origin, which in opened.values():
+        for n in which:
+            _finish(gathered[n], images[origin.images], faults)
+    return reports
+
+
+def _tell(tell: Callable[[str, int, int], None], name: str, told: Counter[str], kind: str, count: int) -> None:
+    told[kind] += count
+    tell(name, told["rows"], told["images"])
+
+
+class Task(NamedTuple):
+    """`method` of an `Inspector` on `items`; `take` gets what was found, by place."""
+
+    method: str
+    items: Sequence[Any]
+    what: Any
+    take: Callable[[list[Found]], None]
+
+
+def _tasks(
+    origin: Origin,
+    wanted: Mapping[int, Callable[[int], bool]],
+    gathered: Mapping[int, _Rows],
+    images: _Images,
+    done: Callable[[str, int], None],
+) -> Iterator[Task]:
+    new: list[str] = []
+
+    def of_images(names: list[str]) -> Task:
+        def take(found: list[Found]) -> None:
+            images.faults.update({images.places[names[one.place]]: one for one in found})
+            done("images", len(names))
+
+        return Task("images", names, origin.images, take)
+
+    for entries in _chunks(origin.entries(), ROWS):
+        for entry in entries:
+            for name in entry.images:
+                if name not in images.places:
+                    images.places[name] = len(images.places)
+                    new.append(name)
+        for n, is_wanted in wanted.items():
+            chosen = [entry for entry in entries if is_wanted(entry.number)]
+            shows = [(entry.number, images.places[name]) for entry in chosen for name in entry.images]
+            gathered[n].shows.append(np.array(shows, np.int32).reshape(-1, 2))
+            gathered[n].report.rows += len(chosen)
+            yield Task("rows", chosen, n, _take_rows(gathered[n], [(entry.number, entry.id) for entry in chosen]))
+        done("rows", len(entries))
+        while len(new) >= IMAGES:
+            yield of_images(new[:IMAGES])
+            new = new[IMAGES:]
+    if new:
+        yield of_images(new)
+
+
+def _chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:
+    while chunk := list(islice(entries, size)):
+        yield chunk
+
+
+def _take_rows(rows: _Rows, ids: list[tuple[int, str]]) -> Callable[[list[Found]], None]:
+    def take(found: list[Found]) -> None:
+        for place, kind, message in found:
+            number, id = ids[place]
+            rows.report.counts[kind] += 1
+            _note(rows.report, kind, Named(number, id, message))
+            rows.faulty.setdefault(number, set()).add(kind)
+
+    return take
+
+
+def _note(report: Report, kind: str, named: Named) -> None:
+    """Keeps the first few in order of entries: chunks come back in any order."""
+    report.first[kind] = sorted([*report.first.get(kind, []), named])[:SHOWN]
+
+
+def _finish(rows: _Rows, images: _Images, faults: FaultSettings) -> None:
+    """Faults of images become those of the readings that show them."""
+    report, names = rows.report, list(images.places)
+    shows = np.concatenate(rows.shows) if rows.shows else np.zeros((0, 2), np.int32)
+    shown, first = np.unique(shows[:, 1], return_index=True)
+    report.images = len(shown)
+    by_image = {int(image): int(shows[at, 0]) for image, at in zip(shown, first, strict=True)}
+    faulty = [image for image in sorted(images.faults) if image in by_image]
+    for image in faulty:
+        _, kind, message = images.faults[image]
+        report.counts[kind] += 1
+        _note(report, kind, Named(by_image[image], names[image], message))
+    for number, image in shows[np.isin(shows[:, 1], faulty)]:
+        rows.faulty.setdefault(int(number), set()).add(images.faults[int(image)].kind)
+    report.skipped = sum(any(faults.policies[kind] == "skip" for kind in kinds) for kinds in rows.faulty.values())
+    report.counts = Counter({kind: report.counts[kind] for kind in KINDS if report.counts[kind]})
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class _Pool:
+    """Runs tasks, a few for each process at a time. One that ends its process (a crash in a decoder, no memory) is
+    taken apart, and the item that does it is a fault."""
+
+    def __init__(self, work: Work, processes: int):
+        self.work, self.processes = work, processes
+        self.inspector = None if processes else Inspector(work)
+        self.executor = self._start(processes) if processes else None
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)
+
+    def _start(self, processes: int) -> ProcessPoolExecutor:
+        # Not forked: the libraries that are loaded here have threads.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(processes, mp_context=context, initializer=inspector.start, initargs=(self.work,))
+
+    def run(self, tasks: Iterable[Task]) -> None:
+        if self.inspector is not None:
+            for task in tasks:
+                task.take(getattr(self.inspector, task.method)(task.items, task.what))
+            return
+        waiting: deque[tuple[Task, Future]] = deque()
+        for task in tasks:
+            self._submit(task, waiting)
+            while len(waiting) > 4 * self.processes:
+                self._take(waiting)
+        while waiting:
+            self._take(waiting)
+
+    def _submit(self, task: Task, waiting: deque[tuple[Task, Future]]) -> None:
+        assert self.executor is not None
+        try:
+            waiting.append((task, self.executor.submit(inspector.do, task.method, task.items, task.what)))  # pyright: ignore
+        except BrokenProcessPool:
+            self._mend([*[one for one, _ in waiting], task])
+            waiting.clear()
+
+    def _take(self, waiting: deque[tuple[Task, Future]]) -> None:
+        task, future = waiting.popleft()
+        try:
+            found = future.result()
+        except BrokenProcessPool:
+            self._mend([task, *[one for one, _ in waiting]])
+            waiting.clear()
+            return
+        task.take(found)
+
+    def _mend(self, tasks: list[Task]) -> None:
+        """After a process has ended: what was under way is done again, one item at a time."""
+        assert self.executor is not None
+        self.executor.shutdown(cancel_futures=True)
+        alone = self._start(1)
+        for task in tasks:
+            found = []
+            for place, item in enumerate(task.items):
+                try:
+                    some = alone.submit(inspector.do, task.method, [item], task.what).result()  # pyright: ignore
+                    found += [one._replace(place=place) for one in some]
+                except BrokenProcessPool:
+                    kind = "unreadable" if task.method == "images" else "entry"
+                    name = item if isinstance(item, str) else item.id
+                    found.append(Found(place, kind, f"{name}: reading it ends the process that does it"))
+                    alone = self._start(1)
+            task.take(found)
+        alone.shutdown(cancel_futures=True)
+        self.executor = self._start(self.processes)

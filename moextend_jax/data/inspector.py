@@ -1,0 +1,153 @@
+"""What is wrong with rows and with images: the work of one process of `moextend data check`.
+
+Goes in: a chunk of entries, or of image names. Comes out: what was found, small enough to send back. Nothing here
+raises, whatever the data, and nothing imports the training libraries: a worker process starts in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from PIL import Image
+
+from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.data.conversations import encode_prompt, encode_row
+from moextend_jax.data.entries import Entry
+from moextend_jax.data.faults import Fault
+from moextend_jax.data.images import check_scaled, decode_image, read_image
+from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked: those cannot be
+    skipped."""
+
+    stages: tuple[str, ...]
+    data: str
+    split: str
+    length: int
+    images_per_row: int = 1
+    too_long: Literal["error", "drop_turns"] = "error"
+    parts: Literal["conversation", "prompt"] = "conversation"
+
+
+class ImageFiles(Protocol):
+    """Where a data set's images come from, by name."""
+
+    def read(self, name: str) -> bytes: ...
+
+
+class Folder(NamedTuple):
+    path: Path
+
+    def read(self, name: str) -> bytes:
+        return read_image(self.path, name)
+
+
+class Found(NamedTuple):
+    """`place` counts from 0 among the items given."""
+
+    place: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a process needs to know; the tokenizer is read again in each."""
+
+    tokenizer_folder: Path
+    recipe: Recipe
+    patches: int
+    size: int
+    readings: tuple[Reading, ...]
+    files: dict[str, Any]
+    """`ImageFiles` by the name of an image set."""
+
+
+class Inspector:
+    def __init__(self, work: Work):
+        self.work = work
+        self.tokenizer: Tokenizer = load_tokenizer(work.tokenizer_folder)
+
+    def rows(self, entries: Sequence[Entry], which: int) -> list[Found]:
+        """What `readings[which]` would refuse; at most one fault of each entry's turns, besides one of its form."""
+        found = []
+        for place, entry in enumerate(entries):
+            if entry.fault is not None:
+                found.append(Found(place, entry.fault.kind, str(entry.fault)))
+                if entry.fault.kind != "duplicate_id":
+                    continue
+            try:
+                self._encode(entry, self.work.readings[which])
+            except Fault as fault:
+                found.append(Found(place, fault.kind, str(fault)))
+            except Exception as error:  # that would be a bug, and still a row to look at
+                found.append(Found(place, "entry", f"example {entry.id}: {type(error).__name__}: {error}"))
+        return found
+
+    def _encode(self, entry: Entry, reading: Reading) -> None:
+        asked = reading.parts == "prompt"
+        encode_row(
+            entry.turns,
+            example_id=entry.id,
+            images=len(entry.images),
+            tokenizer=self.tokenizer,
+            recipe=self.work.recipe,
+            patches=self.work.patches,
+            length=1 << 30 if asked else reading.length,
+            images_per_row=len(entry.images) if asked else reading.images_per_row,
+            too_long=reading.too_long,
+        )
+        if not asked:
+            return
+        try:
+            prompt = encode_prompt(
+                entry.turns[0]["value"],
+                images=len(entry.images),
+                tokenizer=self.tokenizer,
+                recipe=self.work.recipe,
+                patches=self.work.patches,
+            )
+        except MoextendError as error:
+            raise Fault(f"question {entry.id}: {error}", "marks", entry.id) from error
+        if len(prompt.ids_L) > reading.length:
+            message = f"question {entry.id}: a prompt of {len(prompt.ids_L)} tokens does not fit {reading.length}"
+            raise Fault(message, "too_long", entry.id)
+
+    def images(self, names: Sequence[str], files: str) -> list[Found]:
+        found = []
+        for place, name in enumerate(names):
+            try:
+                picture = decode_image(self.work.files[files].read(name), name=f"image {name}", id=name)
+                check_scaled(
+                    *picture.size, size=self.work.size, preparation=self.work.recipe.image_preparation, id=name
+                )
+            except Fault as fault:
+                found.append(Found(place, fault.kind, str(fault)))
+            except Exception as error:
+                found.append(Found(place, "unreadable", f"image {name}: {type(error).__name__}: {error}"))
+        return found
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------
+
+_inspector: Inspector | None = None
+
+
+def start(work: Work) -> None:
+    global _inspector
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is an error of ours
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders in C write about damaged files there
+    _inspector = Inspector(work)
+
+
+def do(method: Literal["rows", "images"], items: Sequence[Any], what: Any) -> list[Found]:
+    assert _inspector is not None
+    return getattr(_inspector, method)(items, what)

@@ -1,0 +1,55 @@
+"""One run at a time in a work directory.
+
+The lock is the kernel's (flock on WORKDIR/.lock), so that a run that dies in any way gives it back. Buckets have no
+such lock: there nothing is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from moextend_jax.config import MoextendError
+from moextend_jax.distributed import first
+from moextend_jax.folders import is_url
+
+NAME = ".lock"
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a work directory, in process 0 for all processes of the run.
+
+    Raises:
+      MoextendError: another run holds it; says which.
+    """
+    if is_url(workdir) or not first():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    # "a": whoever is refused must not empty what the holder wrote.
+    with (workdir / NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            raise MoextendError(f"{workdir} is in use by {holder}; wait for it, or give another --workdir") from None
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since} ({' '.join(sys.argv[:2])})")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            if [path.name for path in workdir.iterdir()] == [NAME]:  # refused before it wrote anything
+                (workdir / NAME).unlink()
+                with contextlib.suppress(OSError):
+                    workdir.rmdir()

@@ -1,0 +1,69 @@
+"""Steps whose loss or gradient was not finite: counted, and their batches kept for replay.
+
+In: each step's batch and its `finite` metric, a device scalar that nobody waits for until `check`. Out: the batches of
+bad steps as FOLDER/step_0000123-process_0.npz (arrays by the names of `config.Batch`) beside a JSON file that names the
+examples in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from moextend_jax.config import Batch
+
+
+class Seen(NamedTuple):
+    step: int
+    batch: Batch
+    metrics: dict[str, Any]
+
+
+class Watch:
+    """Holds the batches since the last check, and writes at most `most` bad ones."""
+
+    def __init__(self, folder: Path, *, most: int, name_of: Callable[[int], str]):
+        """`name_of` gives the id of a row of the data set."""
+        self.folder, self.most, self.name_of = folder, most, name_of
+        self._seen: list[Seen] = []
+        self._written = 0
+
+    def note(self, step: int, batch: Batch, metrics: dict[str, Any]) -> None:
+        """`batch` is this process's part, still in NumPy."""
+        self._seen.append(Seen(step, batch, metrics))
+
+    def check(self) -> list[int]:
+        """Waits for the noted steps and returns those that were skipped; their batches are on disk."""
+        bad = [seen for seen in self._seen if not bool(seen.metrics["finite"])]
+        self._seen = []
+        for seen in bad[: max(0, self.most - self._written)]:
+            self._write(seen)
+            self._written += 1
+        return [seen.step for seen in bad]
+
+    def _write(self, seen: Seen) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"step_{seen.step:07d}-process_{jax.process_index()}"
+        arrays = {field: array for field, array in seen.batch._asdict().items() if array is not None}
+        with (self.folder / f"{name}.npz").open("wb") as file:
+            np.savez(file, **arrays)
+        rows = [] if seen.batch.examples_Bg is None else np.unique(seen.batch.examples_Bg)
+        record = {
+            "step": seen.step,
+            "process": jax.process_index(),
+            "loss": repr(float(seen.metrics["loss"])),
+            "grad_norm": repr(float(seen.metrics["grad_norm"])),
+            "examples": [self.name_of(int(row)) for row in rows if row >= 0],
+        }
+        (self.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_batch(path: Path) -> Batch:
+    """A batch that `Watch` wrote."""
+    with np.load(path, allow_pickle=False) as found:
+        return Batch(**{name: found[name] for name in found.files})

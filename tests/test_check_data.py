@@ -1,0 +1,110 @@
+"""`moextend data check`: its exit code, its table and its JSON, on LLaVA-like data for every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from moextend_jax.check_data import check_command, readings_of
+from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.data.faults import FaultSettings
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+ROWS = 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """LLaVA's two files with images that both show; row 3's image is not there, row 5's is cut off."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), (90, 0, 0)).save(file, "JPEG")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for n in range(ROWS):
+        if n != 3:
+            (tmp_path / "images" / f"{n}.jpg").write_bytes(file.getvalue()[: -100 if n == 5 else None])
+        talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": f"thing {n}"}]
+        rows.append({"id": f"row{n}", "image": f"{n}.jpg", "conversations": talk})
+    for name in ("llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    return tmp_path
+
+
+def settings(folder: Path, **more: Any) -> RunSettings:
+    def stage(data: str, **change: Any) -> StageSettings:
+        return StageSettings(data=data, steps=1, batch_size=4, length=300, **change)
+
+    instruct = stage("llava_instruct")
+    return RunSettings(
+        align=stage("llava_pretrain", split="train[:10]"), extend=instruct, finetune=instruct, full=instruct,
+        evaluate=EvaluateSettings(data="llava_instruct", split="train[6:]", questions=1, length=300),
+        manual_dir=str(folder), **more,
+    )  # fmt: skip
+
+
+def checked(run: RunSettings, capsys, *, as_json: bool = True) -> tuple[int, Any]:
+    written = io.StringIO()
+    console = Console(file=written, width=160)
+    code = check_command(run, data_dir=None, processes=0, as_json=as_json, console=console)
+    return code, json.loads(capsys.readouterr().out) if as_json else written.getvalue()
+
+
+def skipping(**more: Any) -> FaultSettings:
+    return FaultSettings(policies={"missing": "skip"}, **more)
+
+
+def test_stages_that_read_alike_are_one_reading(folder):
+    run = settings(folder)
+    assert [(one.data, one.stages) for one in readings_of(run)] == [
+        ("llava_pretrain", ("align",)), ("llava_instruct", ("extend", "finetune", "full")),
+        ("llava_instruct", ("evaluate",)),
+    ]  # fmt: skip
+    released = dataclasses.replace(run, recipe=RECIPES["released"])
+    assert [one.stages for one in readings_of(released)] == [("align", "extend"), ("finetune", "full"), ("evaluate",)]
+    packed = dataclasses.replace(run, finetune=dataclasses.replace(run.finetune, conversation_length=50))
+    assert [one.length for one in readings_of(packed)] == [300, 300, 50, 300]
+
+
+def test_json_says_what_where_and_whether_it_may_be(folder, capsys):
+    code, said = checked(settings(folder), capsys)
+    assert code == 1 and said["ok"] is False
+    align, instruct, evaluate = said["data"]
+    assert (align["rows"], align["images"], instruct["rows"], evaluate["rows"]) == (10, 10, ROWS, ROWS - 6)
+    for one in (align, instruct):
+        assert {kind: (found["count"], found["policy"]) for kind, found in one["kinds"].items()} == {
+            "missing": (1, "error"), "truncated": (1, "skip")
+        }  # fmt: skip
+        first = one["kinds"]["truncated"]["first"]
+        assert [(named["entry"], named["id"]) for named in first] == [(5, "5.jpg")] and one["skipped"] == 1
+    assert evaluate["ok"] and not evaluate["kinds"]
+
+
+def test_exit_code_follows_policies_and_the_share(folder, capsys):
+    assert checked(settings(folder, faults=skipping(most_skipped=0.2)), capsys)[0] == 0
+    assert checked(settings(folder, faults=skipping(most_skipped=0.15)), capsys)[0] == 1  # 2 of the 10 that align reads
+    only = settings(folder, faults=skipping(most_skipped=0.1))
+    assert checked(dataclasses.replace(only, align=only.finetune), capsys)[0] == 0
+
+
+def test_the_table_names_the_first(folder, capsys):
+    code, text = checked(settings(folder, faults=skipping()), capsys, as_json=False)
+    assert code == 1
+    for part in ("llava_instruct train (extend, finetune, full)", "entry 5: 5.jpg", "truncated", "no faults"):
+        assert part in text
+    assert "2 conversations (10.00%) would be skipped, more than the 1.00% allowed" in text
+
+
+def test_a_file_that_cannot_be_read_does_not_end_the_check_of_the_others(folder, capsys):
+    (folder / "blip_laion_cc_sbu_558k.json").write_text('[{"id": 1')
+    code, said = checked(settings(folder, faults=skipping(most_skipped=0.2)), capsys)
+    assert code == 1 and "is not JSON" in said["data"][0]["error"]
+    assert said["data"][1]["ok"] and said["data"][1]["rows"] == ROWS
+    with pytest.raises(MoextendError, match="processes = -1"):
+        check_command(settings(folder), data_dir=None, processes=-1, as_json=True, console=Console())

@@ -1,0 +1,684 @@
+"""Each fault of data, planted in a small data set: found by the check, refused by policy, or skipped and counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
+from moextend_jax.data import entries, images
+from moextend_jax.data.batches import Features, Pixels, Shard, batches
+from moextend_jax.data.check import _Pool, check, open_origin
+from moextend_jax.data.datasets import open_dataset
+from moextend_jax.data.entries import read_entries
+from moextend_jax.data.faults import KINDS, STRICT, Fault, FaultSettings, Policy, check_share, counts, named
+from moextend_jax.data.features import cache_features
+from moextend_jax.data.images import decode_image, find_image, read_image
+from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.data.tokenizer import load_tokenizer
+
+BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
+TOKENIZER = load_tokenizer(BASE)
+JSON, PATCHES, LENGTH, IMAGES_PER_ROW = "llava_v1_5_mix665k.json", 4, 64, 3
+INVALID = "a byte that is wrong"
+SKIP = FaultSettings(policies=dict.fromkeys(KINDS, "skip"), most_skipped=1.0)
+
+
+def skip_but(kind: str, policy: Policy) -> FaultSettings:
+    return dataclasses.replace(SKIP, policies={**SKIP.policies, kind: policy})
+
+
+# --- the data set -----------------------------------------------------------------------------------------------------
+
+
+def picture(shade: int, *, format: str = "PNG", mode: str = "RGB", size=(8, 8)) -> bytes:
+    file = io.BytesIO()
+    if mode == "F":
+        Image.fromarray(np.array([[1.0, np.nan], [0, 2]], np.float32)).save(file, "TIFF")
+    else:
+        Image.new(mode, size, (shade, 0, 0)).save(file, format)
+    return file.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of that size in a few bytes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def entry(n: int) -> dict[str, Any]:
+    """Even ones show an image."""
+    talk = [
+        {"from": "human", "value": "<image>\n" * (n % 2 == 0) + "what is it?"},
+        {"from": "gpt", "value": f"row {n}"},
+    ]
+    return {"id": f"row{n}", "conversations": talk} | ({"image": f"{n}.png"} if n % 2 == 0 else {})
+
+
+def shows(name: str):
+    def plant(one: dict[str, Any], file: Path) -> None:
+        one["image"] = name
+
+    return plant
+
+
+def holds(data: bytes):
+    return lambda one, file: file.write_bytes(data)
+
+
+def says(turn: int, **change: Any):
+    return lambda one, file: one["conversations"][turn].update(change)
+
+
+def other(**change: Any):
+    return lambda one, file: one.update(change)
+
+
+def links_out(one: dict[str, Any], file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/etc/hostname")
+
+
+def is_folder(one: dict[str, Any], file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+class Plant(NamedTuple):
+    """`at` is the entry; `id` is what names the fault, "" for the entry's own id."""
+
+    kind: str
+    at: int
+    do: Any
+    id: str = ""
+
+
+def four_images(one: dict[str, Any], file: Path) -> None:
+    one["conversations"][0]["value"] = "<image>" * 4
+    one["image"] = ["0.png"] * 4
+
+
+PLANTS = [
+    Plant("missing", 2, shows("none.png"), "none.png"),
+    Plant("outside", 4, shows("/etc/hostname"), "/etc/hostname"),
+    Plant("outside", 6, shows("../other.png"), "../other.png"),
+    Plant("outside", 8, links_out, "8.png"),
+    Plant("url", 10, shows("https://example.org/a.png"), "https://example.org/a.png"),
+    Plant("unreadable", 12, is_folder, "12.png"),
+    Plant("empty_file", 14, holds(b""), "14.png"),
+    Plant("truncated", 16, holds(picture(9, size=(64, 64), format="JPEG")[:-200]), "16.png"),
+    Plant("oversized", 18, holds(png_header(60_000, 60_000)), "18.png"),
+    Plant("not_image", 20, holds(b"<html>not found</html>"), "20.png"),
+    Plant("not_finite", 22, holds(picture(0, mode="F")), "22.png"),
+    Plant("entry", 1, other(conversations="hello")),
+    Plant("encoding", 3, says(0, value=INVALID)),
+    Plant("encoding", 5, says(1, value="half of a pair: \ud83d")),
+    Plant("reserved", 7, says(0, value="a\0b")),
+    Plant("turn", 9, says(1, value=None)),
+    Plant("roles", 11, says(1, **{"from": "assistant"})),
+    Plant("order", 13, says(0, **{"from": "gpt"})),
+    Plant("empty_answer", 15, says(1, value=" \n")),
+    Plant("marks", 17, says(0, value="<image> what?")),
+    Plant("too_long", 19, says(1, value="word " * LENGTH)),
+    Plant("too_many_images", 24, four_images),
+    Plant("duplicate_id", 21, other(id="row0"), "row0"),
+]  # fmt: skip
+ROWS = 40
+FED = ("ids_BL", "labels_BL", "positions_BL", "segments_BL", "patches_BL", "images_BMhwc", "features_BMPC")
+LATE = ("truncated", "oversized", "not_image", "not_finite")
+"""Kinds that show only when the image is decoded."""
+
+
+def test_every_kind_is_planted():
+    assert {plant.kind for plant in PLANTS} == set(KINDS)
+    assert len({plant.at for plant in PLANTS}) == len(PLANTS) < ROWS
+
+
+def write(folder: Path, plants: list[Plant]) -> Path:
+    (folder / "images").mkdir(parents=True)
+    rows = [entry(n) for n in range(ROWS)]
+    for n in range(0, ROWS, 2):
+        (folder / "images" / f"{n}.png").write_bytes(picture(n))
+    for plant in plants:
+        plant.do(rows[plant.at], folder / "images" / f"{plant.at}.png")
+    text = json.dumps(rows).encode().replace(INVALID.encode(), INVALID.encode() + b"\xff")
+    (folder / JSON).write_bytes(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("faulty"), PLANTS)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sound"), [])
+
+
+def open_folder(folder: Path, faults: FaultSettings):
+    return open_dataset("llava_instruct", data_dir=folder / "built", manual_dir=folder, faults=faults)
+
+
+def tower(images_nhwc):
+    n = images_nhwc.shape[0]
+    return images_nhwc.reshape(n, PATCHES, -1, 3)[:, :, 0] + 1
+
+
+def cached(folder: Path, faults: FaultSettings) -> Features:
+    settings: dict[str, Any] = {"tower": "t", "feature_layer": -2, "size": 8, "preparation": "pad"}
+    source = open_folder(folder, faults)
+    return Features(store=cache_features(source.images, path=folder / "c", compute=tower, faults=faults, **settings))
+
+
+def make(folder: Path, faults: FaultSettings, *, kind: str = "pixels", **more: Any):
+    source = open_folder(folder, faults)
+    files = Pixels(images=source.images, size=8, preparation="pad") if kind == "pixels" else cached(folder, faults)
+    settings: dict[str, Any] = {
+        "length": LENGTH, "batch_size": 4, "images_per_row": IMAGES_PER_ROW, "epochs": 1, "conversations_per_row": 1,
+    }  # fmt: skip
+    return batches(
+        source,
+        tokenizer=TOKENIZER,
+        recipe=RECIPES["paper"],
+        images=files,
+        patches=PATCHES,
+        faults=faults,
+        **(settings | more),
+    )
+
+
+def joined(some) -> Batch:
+    """Batches as one."""
+    return Batch(*[None if column[0] is None else np.concatenate(column) for column in zip(*some, strict=True)])
+
+
+def assert_same(one: Batch, two: Batch) -> None:
+    for name, a, b in zip(Batch._fields, one, two, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def totals(faults_BG) -> dict[str, int]:
+    return dict(zip(("read", *KINDS), faults_BG.sum(axis=0).tolist(), strict=True))
+
+
+def planted(*kinds: str) -> dict[str, int]:
+    return {kind: sum(plant.kind == kind for plant in PLANTS) for kind in kinds or KINDS}
+
+
+# --- found ------------------------------------------------------------------------------------------------------------
+
+
+def run_check(folder: Path, *, processes: int = 0, faults: FaultSettings = SKIP, **change: Any):
+    work = Work(tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={})
+    reading: dict[str, Any] = {
+        "stages": ("finetune",), "data": "llava_instruct", "split": "train", "length": LENGTH,
+        "images_per_row": IMAGES_PER_ROW,
+    }  # fmt: skip
+    (report,) = check(
+        [Reading(**(reading | change))],
+        open_origin=lambda one: open_origin(one, data_dir=folder / "built", manual_dir=folder),
+        work=work,
+        faults=faults,
+        processes=processes,
+    )
+    return report
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_the_check_finds_each_with_its_place_and_name(faulty, processes: int, monkeypatch):
+    monkeypatch.setattr("moextend_jax.data.check.ROWS", 7)
+    monkeypatch.setattr("moextend_jax.data.check.IMAGES", 3)
+    report = run_check(faulty, processes=processes)
+    assert report.counts == planted() and report.rows == ROWS and report.skipped == len(PLANTS)
+    for plant in PLANTS:
+        assert (plant.at, plant.id or f"row{plant.at}") in [one[:2] for one in report.first[plant.kind]], plant
+    assert report.ok(SKIP)
+    assert not report.ok(FaultSettings(policies=dict.fromkeys(KINDS, "skip"), most_skipped=0.5))
+    for kind in KINDS:
+        assert not report.ok(skip_but(kind, "error")), kind
+
+
+def test_the_check_of_sound_data_finds_nothing(sound):
+    report = run_check(sound)
+    assert report.ok(STRICT) and not report.counts and (report.rows, report.images) == (ROWS, ROWS // 2)
+
+
+def test_the_check_keeps_to_the_split(faulty):
+    report = run_check(faulty, split="train[25:]+train[:1]")
+    assert report.ok(STRICT) and report.rows == ROWS - 24
+    assert run_check(faulty, split="train[:2]").counts == {"entry": 1}
+    assert "no split" in (run_check(faulty, split="test").error or "")
+
+
+def test_questions_that_are_only_asked_cannot_be_skipped(sound, faulty):
+    text = len(TOKENIZER.encode("[INST] what is it? [/INST]")) + 1
+    shown = len(TOKENIZER.encode_continued("\nwhat is it? [/INST]")) + len(TOKENIZER.encode("[INST]")) + 1 + PATCHES + 2
+    assert run_check(sound, parts="prompt", length=shown).ok(STRICT) and shown > text
+    report = run_check(sound, parts="prompt", length=shown - 1)
+    assert report.counts == {"too_long": ROWS // 2} and not report.ok(SKIP)
+
+
+def test_a_file_that_is_not_json_ends_only_its_own_report(tmp_path):
+    (tmp_path / JSON).write_text(json.dumps([entry(1)])[:-2])
+    report = run_check(tmp_path)
+    assert "is not JSON" in (report.error or "") and not report.ok(SKIP)
+    (tmp_path / JSON).unlink()
+    assert "no file" in (run_check(tmp_path).error or "")
+
+
+class Deadly(NamedTuple):
+    """An image file that ends the process that reads it, as a bug in a decoder would."""
+
+    def read(self, name: str) -> bytes:
+        if name == "deadly":
+            os._exit(11)
+        return picture(1)
+
+
+def test_a_decoder_that_crashes_is_a_fault_of_the_image():
+    from moextend_jax.data.check import Task
+
+    found = []
+    work = Work(
+        tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={"f": Deadly()}
+    )
+    names = [["a"], ["b", "deadly", "c"]]
+    with _Pool(work, 1) as pool:
+        pool.run(
+            [
+                Task("images", some, "f", lambda new, some=some: found.extend((some, one) for one in new))
+                for some in names
+            ]
+        )
+    ((some, one),) = found
+    assert (some[one.place], one.kind) == ("deadly", "unreadable")
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: f"{plant.kind}-{plant.at}")
+def test_the_policy_error_refuses_and_names_it(faulty, plant: Plant):
+    faults = skip_but(plant.kind, "error")
+    names = {one.id or f"row{one.at}" for one in PLANTS if one.kind == plant.kind}
+    with pytest.raises(Fault) as caught:
+        list(make(faulty, faults, seed=None))
+    assert caught.value.kind == plant.kind and caught.value.id in names
+    assert caught.value.id in str(caught.value)
+
+
+def test_refused_before_anything_is_built(tmp_path):
+    write(tmp_path, PLANTS)
+    with pytest.raises(Fault, match=r"9 faults: .*entry 1 is not.*; and 6 more"):
+        open_folder(tmp_path, STRICT)
+    assert not (tmp_path / "built").exists()
+
+
+def test_the_library_is_strict_unless_told(faulty, sound):
+    assert STRICT.can_skip is False and next(iter(make(sound, STRICT))).faults_BG is None
+    with pytest.raises(Fault):
+        open_dataset("llava_instruct", data_dir=faulty / "built", manual_dir=faulty)
+
+
+def test_a_fault_in_a_worker_process_stays_what_it_is(faulty):
+    faults = skip_but("truncated", "error")
+    with pytest.raises(Exception, match=r"cannot read image 16.png as an image"):
+        list(make(faulty, faults, workers=1))
+
+
+# --- skipped ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_skipped_rows_are_empty_and_all_others_as_they_were(faulty, sound, kind: str, seed: int | None):
+    ours, theirs = (joined(make(folder, SKIP, kind=kind, seed=seed)) for folder in (faulty, sound))
+    bad = ours.faults_BG[:, 1:].any(axis=1)
+    assert bad.sum() == len(PLANTS) and totals(ours.faults_BG) == {"read": ROWS} | planted()
+    assert totals(theirs.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0)
+    for name in FED:
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if a is not None:
+            np.testing.assert_array_equal(a[~bad], b[~bad], err_msg=name)
+            empty = {"labels_BL": IGNORE, "patches_BL": -1}.get(name, 0)
+            assert (a[bad] == empty).all(), name
+    assert sorted(ours.examples_Bg[~bad].ravel()) == sorted(set(range(ROWS)) - {plant.at for plant in PLANTS})
+    assert (ours.examples_Bg[bad] == -1).all()
+    if seed is None:
+        assert np.flatnonzero(bad).tolist() == sorted(plant.at for plant in PLANTS)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+def test_packed_rows_lose_only_the_conversations_themselves(faulty, sound, kind: str, monkeypatch):
+    monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 16)
+    more = {"kind": kind, "conversations_per_row": None, "length": 96, "conversation_length": LENGTH, "seed": 1}
+    ours, theirs = (joined(make(folder, SKIP, **more)) for folder in (faulty, sound))
+    assert totals(ours.faults_BG) == {"read": ROWS} | planted()
+    bad = {plant.at for plant in PLANTS}
+    assert answers(ours) == sorted(set(range(ROWS)) - bad) and answers(theirs) == list(range(ROWS))
+    assert sorted(ours.examples_Bg[ours.examples_Bg >= 0]) == answers(ours)
+    given = ours.images_BMhwc if kind == "pixels" else ours.features_BMPC
+    used = np.zeros(given.shape[:2], bool)
+    for row, slots in enumerate(ours.patches_BL):
+        used[row, np.unique(slots[slots >= 0]) // PATCHES] = True
+    assert used.sum() == sum(n % 2 == 0 for n in set(range(ROWS)) - bad)
+    assert (given[~used] == 0).all() and (np.abs(given[used]).max(axis=tuple(range(1, given.ndim - 1))) > 0).all()
+
+
+def answers(batch: Batch) -> list[int]:
+    found = []
+    for labels_L in batch.labels_BL:
+        said = TOKENIZER.pieces.decode([int(id) for id in labels_L[labels_L != IGNORE] if id != TOKENIZER.eos])
+        found += [int(number) for number in said.split("row")[1:]]
+    return sorted(found)
+
+
+def test_an_image_that_turns_out_bad_leaves_its_place_and_moves_nothing(tmp_path):
+    """Packed; the picture shows only when decoded, so that the row keeps a gap with its neighbours unchanged."""
+    late = [plant for plant in PLANTS if plant.kind in LATE]
+    more = {"conversations_per_row": None, "length": 96, "conversation_length": LENGTH}
+    ours, theirs = (joined(make(write(tmp_path / name, some), SKIP, **more)) for name, some in (("a", late), ("b", [])))
+    assert totals(ours.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | planted(*LATE)
+    changed = ours.segments_BL != theirs.segments_BL
+    assert changed.sum() > 0 and (ours.segments_BL[changed] == 0).all() and (ours.labels_BL[changed] == IGNORE).all()
+    for name in ("ids_BL", "labels_BL", "positions_BL", "segments_BL", "patches_BL"):
+        np.testing.assert_array_equal(getattr(ours, name)[~changed], getattr(theirs, name)[~changed], err_msg=name)
+    rows = changed.any(axis=1)
+    assert (ours.segments_BL[rows] > 0).any()  # neighbours in the same row stay
+    np.testing.assert_array_equal(rows, ours.faults_BG[:, 1:].any(axis=1))
+
+
+@pytest.mark.parametrize("conversations_per_row", [1, None])
+def test_workers_and_resumed_runs_skip_the_same(faulty, conversations_per_row):
+    more: dict[str, Any] = {"conversations_per_row": conversations_per_row, "epochs": 2, "seed": 5}
+    wanted = list(make(faulty, SKIP, **more))
+    if conversations_per_row is None:  # the slower and the harder one
+        assert_same(joined(make(faulty, SKIP, workers=2, **more)), joined(wanted))
+    for stop in (1, len(wanted) // 2):
+        dataset = make(faulty, SKIP, **more)
+        iterator = iter(dataset)
+        for _ in range(stop):
+            next(iterator)
+        again = iter(dataset)
+        again.set_state(json.loads(json.dumps(iterator.get_state())))
+        assert_same(joined(list(again)), joined(wanted[stop:]))
+
+
+def test_hosts_together_skip_what_one_skips(faulty):
+    more: dict[str, Any] = {"seed": 5, "epochs": 2}
+    alone = [totals(batch.faults_BG) for batch in make(faulty, SKIP, **more)]
+    parts = [make(faulty, SKIP, shard=Shard(n, 2), batch_size=2, **more) for n in range(2)]
+    both = [totals(np.concatenate([a.faults_BG, b.faults_BG])) for a, b in zip(*parts, strict=True)]
+    assert both == alone
+
+
+def test_duplicate_ids_are_kept_by_default(faulty):
+    keeps = skip_but("duplicate_id", "keep")
+    batch = joined(make(faulty, keeps, seed=None))
+    assert batch.labels_BL[21].max() > 0 and totals(batch.faults_BG)["duplicate_id"] == 0
+    assert FaultSettings().policies["duplicate_id"] == STRICT.policies["duplicate_id"] == "keep"
+
+
+def test_without_images_only_text_counts(faulty):
+    source = open_folder(faulty, SKIP)
+    found = joined(
+        batches(
+            source, tokenizer=TOKENIZER, recipe=RECIPES["paper"], images=None, patches=PATCHES, length=LENGTH,
+            batch_size=4, epochs=1, faults=SKIP,
+        )
+    )  # fmt: skip
+    assert totals(found.faults_BG) == {"read": ROWS} | {
+        kind: 0 if KINDS[kind].image or kind in ("too_many_images", "marks") else count
+        for kind, count in planted().items()
+    }
+
+
+@pytest.mark.parametrize("conversations_per_row", [1, None])
+def test_data_that_are_skipped_whole_are_an_error(tmp_path, conversations_per_row, monkeypatch):
+    monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 8)
+    rows = [{**entry(n), "conversations": []} for n in range(ROWS)]
+    (tmp_path / JSON).write_text(json.dumps([{"id": row["id"], "conversations": []} for row in rows]))
+    with pytest.raises(MoextendError, match="all of 40 conversations tried are skipped: 40 order; there is no data"):
+        next(iter(make(tmp_path, SKIP, epochs=None, conversations_per_row=conversations_per_row)))
+
+
+@pytest.mark.parametrize("conversations_per_row", [1, None])
+def test_windows_and_batches_that_are_skipped_whole_are_passed(tmp_path, conversations_per_row, monkeypatch):
+    monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 8)
+    rows = [{"id": n, "conversations": entry(1)["conversations"] if n == 30 else []} for n in range(ROWS)]
+    (tmp_path / JSON).write_text(json.dumps(rows))
+    found = joined(make(tmp_path, SKIP, conversations_per_row=conversations_per_row, seed=None))
+    assert answers(found) == [1] and totals(found.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | {"order": 39}
+
+
+# --- the cache of features --------------------------------------------------------------------------------------------
+
+
+def test_a_cache_notes_bad_images_and_a_mended_one_is_made_again(tmp_path):
+    write(tmp_path, [plant for plant in PLANTS if plant.kind == "truncated"])
+    source = open_folder(tmp_path, SKIP)
+    settings: dict[str, Any] = {"path": tmp_path / "c", "tower": "t", "feature_layer": -2, "size": 8}
+    settings |= {"preparation": "pad", "compute": tower}
+    store = cache_features(source.images, faults=SKIP, **settings)
+    noted = json.loads((tmp_path / "c" / "cache.json").read_text())["faults"]
+    assert (
+        {key: fault[1] for key, fault in noted.items()}
+        == {"16.png": "truncated"}
+        == {key: fault.kind for key, fault in store.faults.items()}
+    )
+    assert (store.features_nPC[store.rows["16.png"]] == 0).all() and store["14.png"].min() > -2
+    with pytest.raises(Fault, match="16.png"):
+        store.row("16.png")
+    with pytest.raises(Fault, match="16.png"):
+        cache_features(source.images, faults=STRICT, **settings)
+    mended = write(tmp_path / "mended", [])
+    store = cache_features(open_folder(mended, SKIP).images, faults=SKIP, **settings)
+    assert not store.faults and (store["16.png"] != 0).any()
+
+
+# --- paths and files --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch):
+    inside = tmp_path / "root"
+    (inside / "images" / "sub").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    (inside / "images" / "sub" / "up").symlink_to(tmp_path)
+    (inside / "images" / "ok.png").write_bytes(picture(2))
+    (inside / "images" / "within.png").symlink_to("ok.png")
+    opened = []
+    plain = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *more, **options: opened.append(self) or plain(self, *more, **options)
+    )
+    for name in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "link.png",
+        "sub/up/secret.png",
+        "images/../../secret.png",
+    ):
+        with pytest.raises(Fault) as caught:
+            read_image(inside, name)
+        assert caught.value.kind == "outside" and not opened, name
+    for name in ("ok.png", "images/ok.png", "within.png"):
+        assert read_image(inside, name) == picture(2)
+
+
+def test_the_image_folder_itself_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.png").write_bytes(picture(1))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "images").symlink_to(tmp_path / "disk")
+    assert read_image(tmp_path / "root", "a.png") == read_image(tmp_path / "root", "images/a.png") == picture(1)
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, kind in [
+        ("a\0b", "unreadable"), ("x" * 300, "unreadable"), ("pipe.png", "unreadable"), ("loop.png", "unreadable"),
+        ("data:image/png;base64,AAAA", "url"), ("s3://a/b.png", "url"), ("a.png/b.png", "missing"), (".", "unreadable"),
+    ]:  # fmt: skip
+        with pytest.raises(Fault) as caught:
+            find_image(tmp_path, name)
+        assert caught.value.kind == kind, name
+
+
+def test_a_large_file_is_never_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MOST_BYTES", 1000)
+    (tmp_path / "a.png").write_bytes(bytes(1001))
+    with pytest.raises(Fault, match="1001 bytes") as caught:
+        read_image(tmp_path, "a.png")
+    assert caught.value.kind == "oversized"
+    monkeypatch.setattr(images, "find_image", lambda folder, name: Path("/dev/zero"))  # grew after it was measured
+    with pytest.raises(Fault, match="more than 1000") as caught:
+        read_image(tmp_path, "a.png")
+    assert caught.value.kind == "oversized"
+
+
+@pytest.mark.parametrize("size", [(9_500, 9_500), (14_000, 14_000), (2**31 - 1, 1)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_known_by_its_header(size, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(Fault) as caught:
+        decode_image(png_header(*size), name="bomb", id="bomb")
+    assert (caught.value.kind, caught.value.id) == ("oversized", "bomb")
+
+
+@pytest.mark.parametrize("preparation", ["pad", "crop"])
+def test_a_long_thin_picture_is_no_bomb_either(preparation):
+    thin = Image.new("RGB", (60_000, 2 if preparation == "pad" else 1))
+    with pytest.raises(Fault, match="too long and thin") as caught:
+        images.prepare_image(thin, size=336, preparation=preparation, id="thin")
+    assert caught.value.kind == "oversized"
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_file_cut_anywhere_is_truncated(format: str):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, format)
+    whole = file.getvalue()
+    for end in np.linspace(20, len(whole) - 40, 12).astype(int):
+        with pytest.raises(Fault) as caught:
+            decode_image(whole[:end])
+        assert caught.value.kind == "truncated", end
+
+
+def test_levels_of_sixteen_bits_keep_their_order():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[0, 256, 2**15, 2**16 - 1]], np.uint16)).save(file, "PNG")
+    assert np.asarray(decode_image(file.getvalue()))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_an_animation_is_its_first_picture_and_transparency_no_warning():
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (4, 4), (shade, 0, 0)) for shade in (50, 200)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert np.asarray(decode_image(file.getvalue()))[..., 0].max() == 50
+    file = io.BytesIO()
+    Image.new("P", (4, 4), 3).save(file, "PNG", transparency=b"\0\1\2\3")
+    assert decode_image(file.getvalue()).mode == "RGB"
+
+
+# --- the JSON file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
+def test_entries_are_the_same_in_blocks_of_any_size(tmp_path, monkeypatch, block: int):
+    monkeypatch.setattr(entries, "BLOCK", block)
+    rows = [{"id": f"é漢😀{n}", "conversations": [{"from": "human", "value": 'a"\\b é' * n}]} for n in range(6)]
+    for text in (json.dumps(rows), json.dumps(rows, ensure_ascii=False, indent=1) + "\n"):
+        (tmp_path / "a.json").write_text(text, encoding="utf-8")
+        got = list(read_entries(tmp_path / "a.json"))
+        assert [(one.id, one.turns, one.fault) for one in got] == [
+            (row["id"], row["conversations"], None) for row in rows
+        ]
+
+
+def test_invalid_utf8_is_named_by_its_byte(tmp_path):
+    rows = [{"id": f"é{n}", "conversations": [{"from": "human", "value": "x"}]} for n in range(3)]
+    data = json.dumps(rows, ensure_ascii=False).encode()
+    at = [n for n, byte in enumerate(data) if data[n : n + 3] == b'"x"']
+    (tmp_path / "a.json").write_bytes(data[: at[1] + 1] + b"\xff" + data[at[1] + 2 :])
+    kinds = [one.fault and (one.fault.kind, str(one.fault)) for one in read_entries(tmp_path / "a.json")]
+    assert kinds[0] is kinds[2] is None and kinds[1] is not None
+    assert kinds[1][0] == "encoding" and f"not UTF-8 at byte {at[1] + 1}" in kinds[1][1] and "entry 1" in kinds[1][1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "[{", '{"a": 1}', "[1,]", "[1 2]", "[1] x", "[tru]", "[" * 100_000, "[" + "9" * 5000 + "]", '["a', "nul"],
+)
+def test_what_is_no_list_of_entries_is_one_clear_line(tmp_path, text: str):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(MoextendError, match="a.json (is not JSON|holds no entries)"):
+        list(read_entries(tmp_path / "a.json"))
+
+
+def test_repeated_ids_are_all_counted(tmp_path):
+    rows = [{"id": id, "conversations": []} for id in ("a", "b", "a", 1, "1", "a")]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = [one.fault.kind if one.fault else None for one in read_entries(tmp_path / "a.json")]
+    assert found == [None, None, "duplicate_id", None, "duplicate_id", "duplicate_id"]
+
+
+# --- settings and counts ----------------------------------------------------------------------------------------------
+
+
+def test_settings_name_every_kind_and_refuse_others():
+    settings = FaultSettings(policies={"truncated": "error"})
+    assert settings.policies == {kind: row.default for kind, row in KINDS.items()} | {"truncated": "error"}
+    for policies, message in [
+        ({"torn": "skip"}, "torn is no kind of fault; there are missing, "),
+        ({"roles": "ignore"}, "roles = 'ignore' is not one of error, skip"),
+        ({"roles": "keep"}, "roles = 'keep' is not one of error, skip"),
+    ]:
+        with pytest.raises(MoextendError, match=message):
+            FaultSettings(policies=policies)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(MoextendError, match="most_skipped = 2"):
+        FaultSettings(most_skipped=2)
+
+
+def test_the_share_has_a_limit():
+    settings = FaultSettings(most_skipped=0.01)
+    check_share(counts(["truncated"] * 10, read=10), settings)  # the first ones of a run
+    check_share(counts(["truncated"] * 50, read=5000), settings)
+    for kinds, read in [(["truncated"] * 11, 12), (["truncated"] * 50 + ["roles"], 5000)]:
+        with pytest.raises(MoextendError, match=f"{len(kinds)} of {read} conversations were skipped"):
+            check_share(counts(kinds, read=read), settings)
+    assert named(counts(["truncated", "roles", "roles"], read=9)) == {
+        "skipped": 3, "skipped/truncated": 1, "skipped/roles": 2,
+    }  # fmt: skip
+
+
+def test_a_fault_travels_between_processes():
+    fault = pickle.loads(pickle.dumps(Fault("what", "roles", "row1")))
+    assert (str(fault), fault.kind, fault.id) == ("what", "roles", "row1") and isinstance(fault, MoextendError)
+
+
+def test_kinds_are_counted_in_the_tables_order():
+    for n, kind in enumerate(KINDS):
+        assert counts([kind])[1 + n] == 1
+    assert list(itertools.chain(counts(read=3))) == [3, *[0] * len(KINDS)]

@@ -1,0 +1,101 @@
+"""Strict text isolation: conversations without an image come out as before the extension, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
+from moextend_jax.models.moextend import sighted
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+STRICT = dataclasses.replace(tiny.EXTENDED, text_isolation="strict")
+ROWS, LENGTH = 1000, 16
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, jax.Array]:
+    """New columns and calibrators with weight: without isolation many tokens choose them."""
+    made = tiny.arrays(tiny.EXTENDED, std=0.3)
+    assert np.abs(made["extension/router/calibrator/w_out"]).max() > 0
+    return made
+
+
+def text(rows: int, *, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    ids_BL = rng.integers(7, tiny.DECODER.vocab_size, (rows, LENGTH)).astype(np.int32)
+    positions_BL = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ids_BL.shape)
+    segments_BL = (positions_BL < rng.integers(3, LENGTH + 1, (rows, 1))).astype(np.int32)
+    nothing = np.full_like(ids_BL, -1)
+    return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, segments_BL, nothing)
+
+
+def logits_of(config, arrays, batch: Batch) -> np.ndarray:
+    model = tiny.structure(config)
+    paths = {path for path in arrays if config.extension or not path.startswith("extension/")}
+
+    @jax.jit
+    def compute(some, batch):
+        whole = with_arrays(model, some)
+        return whole.decoder.logits(whole(batch).hidden_BLD)
+
+    return np.asarray(compute({path: arrays[path] for path in paths}, batch))
+
+
+def test_a_thousand_text_rows_are_the_base_s(arrays):
+    batch = text(ROWS)
+    base, strict, free = (logits_of(config, arrays, batch) for config in (tiny.PLAIN, STRICT, tiny.EXTENDED))
+    real = batch.segments_BL > 0
+    assert strict[real].tobytes() == base[real].tobytes()
+    assert (np.abs(free - base).max(axis=-1) > 1e-3)[real].mean() > 0.3  # so there was something to isolate
+
+
+def test_beside_images_in_the_batch_and_in_the_row(arrays):
+    """Rows of text, rows with an image, and rows that hold one conversation of each."""
+    mixed = tiny.batch(rows=6, length=LENGTH)
+    seen = (mixed.patches_BL >= 0).any(axis=1)
+    assert seen.any() and not seen.all()
+    base, strict, free = (logits_of(config, arrays, mixed) for config in (tiny.PLAIN, STRICT, tiny.EXTENDED))
+    real = mixed.segments_BL > 0
+    blind = real & ~np.asarray(sighted(mixed))
+    assert blind.any() and (real & ~blind).any()
+    np.testing.assert_allclose(strict[blind], base[blind], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(strict[real & ~blind], free[real & ~blind], rtol=0, atol=1e-5)
+    assert np.abs(strict - base)[real & ~blind].max() > 1e-3
+
+
+def test_who_is_sighted():
+    segments_BL = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0]], np.int32)
+    patches_BL = np.array([[-1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1], [-1] * 6], np.int32)
+    batch = Batch(segments_BL, segments_BL, segments_BL, segments_BL, patches_BL)
+    expected = [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0] * 6]
+    np.testing.assert_array_equal(sighted(batch), np.array(expected, bool))
+
+
+def test_gradients_of_text_do_not_reach_the_extension(arrays):
+    model = tiny.structure(STRICT)
+
+    def loss(new, batch):
+        whole = with_arrays(model, {**arrays, **new})
+        return jnp.abs(whole(batch).hidden_BLD).sum()
+
+    new = {path: leaf for path, leaf in arrays.items() if path.startswith("extension/")}
+    for batch, reaches in ((text(4), False), (tiny.batch(rows=3), True)):
+        gradient = jax.jit(jax.grad(loss))(new, batch)
+        total = sum(float(jnp.abs(leaf).sum()) for leaf in gradient.values())
+        assert np.isfinite(total) and (total > 0) == reaches
+
+
+def test_trained_routers_cannot_be_isolated():
+    stage = StageSettings(data="none", steps=1, batch_size=1, length=8)
+    parts: dict[str, Any] = dict(align=stage, extend=stage, finetune=stage, full=stage)
+    evaluate = EvaluateSettings(data="none", questions=1)
+    with pytest.raises(MoextendError, match="routers_kept"):
+        RunSettings(**parts, evaluate=evaluate, recipe=RECIPES["released"], text_isolation="strict")

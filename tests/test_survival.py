@@ -1,0 +1,401 @@
+"""Runs that are killed, told to stop, find their disk full or their files damaged go on, or say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moextend_jax import preemption
+from moextend_jax.checkpoints import sums, train_state
+from moextend_jax.config import RECIPES, Batch, MoextendError
+from moextend_jax.lock import locked
+from moextend_jax.sharding import make_mesh
+from moextend_jax.train import loop
+from moextend_jax.train.metrics import read_metrics
+from moextend_jax.train.nonfinite import read_batch
+from moextend_jax.train.optimizer import OptimizerConfig
+
+HERE = Path(__file__).parent
+FACTS = {"base": "abc", "settings": {"length": 40, "optimizer": {"learning_rate": 0.1}}}
+
+
+# --- a stage with batches of one's own --------------------------------------------------------------------------------
+
+
+class Rows:
+    """The same few batches again and again; stands for a Grain data set and its iterator."""
+
+    def __init__(self, count: int = 5):
+        self.made = [tiny.batch(rows=2, seed=seed) for seed in range(count)]
+        self.at = 0
+
+    def __iter__(self):
+        self.at = 0
+        return self
+
+    def __next__(self) -> Batch:
+        self.at += 1
+        rows_Bg = np.array([[self.at], [-1]], np.int32)
+        return self.made[self.at % len(self.made)]._replace(examples_Bg=rows_Bg)
+
+    def get_state(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+    def close(self) -> None:
+        pass
+
+
+def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, **more: Any):
+    return loop.train(
+        tiny.structure(tiny.PLAIN),
+        tiny.arrays(tiny.PLAIN, std=0.1),
+        cast(Any, Rows() if rows is None else rows),
+        stage="align",
+        steps=steps,
+        folder=folder,
+        mesh=make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
+        optimizer_config=OptimizerConfig(learning_rate=1e-2),
+        recipe=RECIPES["paper"],
+        aux_coefficient=0.01,
+        loss_chunk=4,
+        accumulate=1,
+        facts=facts,
+        **{"checkpoint_every": 2, "checkpoints_kept": 2, "log_every": 1, **more},
+    )
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        np.asarray(one[path]).tobytes() == np.asarray(other[path]).tobytes() for path in one
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("whole")
+    return SimpleNamespace(trained=train(folder), folder=folder)
+
+
+# --- damaged and foreign checkpoints ----------------------------------------------------------------------------------
+
+
+def damage(folder: Path, how: str) -> None:
+    file = max((path for path in folder.rglob("*") if path.parent.name == "d"), key=lambda path: path.stat().st_size)
+    if how == "a flipped bit":
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+    elif how == "a shorter file":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "a missing file":
+        file.unlink()
+    elif how == "Orbax's own record":
+        (folder / "_CHECKPOINT_METADATA").write_text("{")
+    else:
+        (folder / sums.NAME).unlink()
+
+
+@pytest.mark.parametrize(
+    "how", ["a flipped bit", "a shorter file", "a missing file", "Orbax's own record", "no checksums"]
+)
+def test_a_damaged_checkpoint_is_skipped(whole, tmp_path: Path, capsys, how: str):
+    train(tmp_path / "run", steps=8)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    damage(tmp_path / "run" / "checkpoints" / "6", how)  # kept: 6 and 8; so nothing whole is left
+    with pytest.raises(MoextendError, match="no checkpoint in .* is whole"):
+        train(tmp_path / "run")
+    shutil.copytree(whole.folder / "checkpoints" / "8", tmp_path / "run" / "checkpoints" / "8")
+    damage(tmp_path / "run" / "checkpoints" / "8", how)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    shutil.copytree(whole.folder / "checkpoints" / "6", tmp_path / "run" / "checkpoints" / "6")
+    capsys.readouterr()
+    assert same(train(tmp_path / "run"), whole.trained)
+    assert "checkpoints/8 is skipped: " in capsys.readouterr().err
+    assert sums.fault(tmp_path / "run" / "checkpoints" / "8") is None  # made again
+
+
+def test_other_settings_are_named(whole, tmp_path: Path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    other = {"base": "abc", "settings": {"length": 48, "optimizer": {"learning_rate": 0.2}}}
+    with pytest.raises(MoextendError) as error:
+        train(tmp_path / "run", facts=other)
+    assert "settings.length: 40 there, 48 now" in str(error.value)
+    assert "settings.optimizer.learning_rate: 0.1 there, 0.2 now" in str(error.value)
+    assert "base" not in str(error.value).split("(")[1]
+
+
+def test_resume_from_starts_elsewhere_once(whole, tmp_path: Path, capsys):
+    there = whole.folder / "checkpoints"
+    rows = Rows()
+    assert same(train(tmp_path / "a", resume_from=there / "6", rows=rows), whole.trained)
+    assert [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")] == [7, 8]
+    assert f"starting from step 6 in {there}" in capsys.readouterr().out
+    train(tmp_path / "a", resume_from=there / "6")  # its own checkpoints come first
+    assert "starting from" not in capsys.readouterr().out
+    train(tmp_path / "b", resume_from=whole.folder)
+    assert f"starting from step 8 in {there}" in capsys.readouterr().out
+    with pytest.raises(MoextendError, match="holds no checkpoints"):
+        train(tmp_path / "c", resume_from=tmp_path)
+    with pytest.raises(MoextendError, match="settings.length"):
+        train(tmp_path / "d", resume_from=there, facts={**FACTS, "settings": {"length": 41}})
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    arrays=st.dictionaries(
+        st.text("abcd/_", min_size=1, max_size=8).map(lambda name: f"x{name}y".replace("//", "/")),
+        hnp.arrays(
+            st.sampled_from(["float32", "float16", "int32", "uint8", "bool"]), hnp.array_shapes(min_dims=0, max_side=4)
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_any_leaves_come_back_bit_for_bit(tmp_path_factory, arrays: dict[str, np.ndarray]):
+    folder = tmp_path_factory.mktemp("leaves") / "result"
+    train_state.save_leaves(folder, {path: jax.numpy.asarray(array) for path, array in arrays.items()}, facts={"a": 1})
+    again = train_state.load_leaves(folder, facts={"a": 1})
+    assert again is not None and again.keys() == arrays.keys()
+    for path, array in arrays.items():
+        assert (again[path].dtype, again[path].shape) == (array.dtype, array.shape)
+        assert np.asarray(again[path]).tobytes() == array.tobytes(), path
+
+
+# --- losses that are not finite ---------------------------------------------------------------------------------------
+
+
+class Poisoned(Rows):
+    """Some steps' batches have an image that is not a number."""
+
+    def __init__(self, *bad: int):
+        super().__init__()
+        self.bad = bad
+
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        return batch._replace(features_BMPC=batch.features_BMPC * np.nan) if self.at in self.bad else batch
+
+
+def test_steps_that_are_not_finite_change_nothing(tmp_path: Path):
+    before = train(tmp_path / "before", steps=2)
+    after = train(tmp_path / "after", rows=Poisoned(3), steps=3, nonfinite_limit=1)
+    assert not same(before, tiny.arrays(tiny.PLAIN, std=0.1)) and same(after, before)
+    rows = read_metrics(tmp_path / "after" / "metrics.jsonl")
+    assert [row["nonfinite_steps"] for row in rows] == [0, 0, 1] and rows[2]["loss"] is None
+    saved = tmp_path / "after" / "nonfinite" / "step_0000003-process_0.npz"
+    batch = read_batch(saved)
+    assert np.isnan(batch.features_BMPC).all()
+    np.testing.assert_array_equal(batch.ids_BL, Rows().made[3].ids_BL)
+    assert json.loads(saved.with_suffix(".json").read_text())["examples"] == ["3"]
+
+
+def test_too_many_of_them_end_the_run_and_a_restart_goes_on(tmp_path: Path):
+    with pytest.raises(MoextendError, match=r"2 steps until step 6 .* 1 are allowed; their batches are in .*nonfinite"):
+        train(tmp_path, rows=Poisoned(4, 6), nonfinite_limit=1)
+    names = {path.stem for path in (tmp_path / "nonfinite").glob("*.npz")}
+    assert names == {"step_0000004-process_0", "step_0000006-process_0"}
+    # What is on disk is from before step 6, with step 4 counted.
+    train(tmp_path, rows=Poisoned(4), nonfinite_limit=1)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["nonfinite_steps"] == 1
+
+
+def test_roll_back_goes_on_with_later_data(tmp_path: Path, capsys):
+    rows = Poisoned(4, 6)
+    with pytest.raises(MoextendError, match="1 steps until step 5"):  # the sixth batch is the fifth step's
+        train(tmp_path / "once", rows=rows, rollbacks=1, checkpoint_every=3)
+    assert "step 4 goes back to step 3, with later data" in capsys.readouterr().out
+    train(tmp_path / "twice", rows=rows, rollbacks=2, checkpoint_every=3)
+    assert [row["step"] for row in read_metrics(tmp_path / "twice" / "metrics.jsonl")] == list(range(1, 9))
+    assert rows.at == 11  # 4 is skipped; 5 was trained and undone; 6 is skipped
+    with pytest.raises(MoextendError, match="1 steps until step 1"):  # no checkpoint to go back to
+        train(tmp_path / "none", rows=Poisoned(1), rollbacks=1)
+
+
+# --- being told to stop -----------------------------------------------------------------------------------------------
+
+
+def told_at(monkeypatch, step: int, signals: int = 1):
+    """SIGTERM arrives while that step is prepared."""
+    put = loop.put_batch
+    seen = 0
+
+    def put_and_signal(batch, mesh):
+        nonlocal seen
+        seen += 1
+        if seen == step:
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop, "put_batch", put_and_signal)
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(preemption._Notice, "given", False)
+    preemption.listen()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("signals", [1, 3])
+def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(whole, tmp_path: Path, monkeypatch, listening, signals: int):
+    with monkeypatch.context() as patch, pytest.raises(preemption.Preempted, match="align is saved at step 5 of 8"):
+        told_at(patch, 5, signals)
+        train(tmp_path)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["4", "5"]
+    monkeypatch.setattr(preemption._Notice, "given", False)
+    assert same(train(tmp_path), whole.trained)
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, 9))
+
+
+def test_the_command_line_leaves_with_75(tmp_path: Path):
+    """A whole process, told while it trains; the same command then ends, and says nothing was lost."""
+    llava = tiny.write_llava(tmp_path / "llava")
+    config = tiny.write_config(
+        tmp_path, base=tiny.write_base(tmp_path / "base"), data="llava_pretrain", split="train", evaluated="train",
+        manual=llava,
+    )  # fmt: skip
+    config.write_text(config.read_text().replace("align=stage(3)", "align=stage(400)"))
+    command = [
+        sys.executable,
+        "-m",
+        "moextend_jax.cli",
+        "align",
+        "--config",
+        str(config),
+        "--workdir",
+        str(tmp_path / "w"),
+    ]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    lines = tmp_path / "w" / "align" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 2 and f"is in use by process {process.pid}" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == preemption.EXIT_CODE, said
+    (step,) = re.findall(r"align is saved at step (\d+) of 400; the same command goes on", said)
+    saved = max(int(path.name) for path in (tmp_path / "w" / "align" / "checkpoints").iterdir())
+    assert saved == int(step)
+
+
+# --- locks and disks --------------------------------------------------------------------------------------------------
+
+
+def test_a_work_directory_has_one_run(tmp_path: Path):
+    with locked(tmp_path / "w"):
+        code = (
+            "import sys; from pathlib import Path; from moextend_jax.lock import locked\n"
+            "with locked(Path(sys.argv[1])): print('alone', flush=True); sys.stdin.read()"
+        )
+        start = [sys.executable, "-c", code, str(tmp_path / "w")]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        other = subprocess.run(start, capture_output=True, text=True, env=environment, input="")
+        assert other.returncode and f"in use by process {os.getpid()} on " in other.stderr
+    # a holder that dies leaves nothing behind
+    holder = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert holder.stdout and holder.stdin and holder.stdout.readline() == "alone\n"
+    with pytest.raises(MoextendError, match=f"in use by process {holder.pid} "), locked(tmp_path / "w"):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdin.close()
+    holder.stdout.close()
+    with locked(tmp_path / "w"):
+        pass
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of 400 kB, where this user may mount one."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with (folder / "filler").open("wb") as file:
+        while True:
+            try:
+                os.write(file.fileno(), b"\0" * 4096)
+            except OSError:
+                return
+
+
+def test_a_full_disk(whole, small_disk: Path):
+    def full(batch, mesh, put=loop.put_batch):
+        nonlocal seen
+        seen += 1
+        if seen == 6:
+            fill(small_disk)
+        return put(batch, mesh)
+
+    seen = 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MoextendError, match="o space left|disk"):
+        patch.setattr(loop, "put_batch", full)
+        train(small_disk)
+    (small_disk / "filler").unlink()
+    finished = [path for path in (small_disk / "checkpoints").iterdir() if path.name.isdigit()]
+    assert finished and all(sums.fault(path) is None for path in finished)
+    assert same(train(small_disk), whole.trained)
+
+
+def test_a_work_directory_that_vanishes(whole, tmp_path: Path):
+    def vanishing(batch, mesh, put=loop.put_batch):
+        nonlocal seen
+        seen += 1
+        if seen == 5:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return put(batch, mesh)
+
+    seen = 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MoextendError, match="is gone|cannot save"):
+        patch.setattr(loop, "put_batch", vanishing)
+        train(tmp_path / "run")
+    # Orbax's threads may have made one again, in which nothing is whole.
+    shutil.copytree(tmp_path / "moved", tmp_path / "back")
+    assert same(train(tmp_path / "back"), whole.trained)
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_some_points_it_ends_where_it_would_have(tmp_path: Path):
+    """A few points of survival.py, in a process that has not started JAX."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "survival.py"), "--points", "4"],
+        capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same end True") == 4 and done.stdout.count("codes [-9, 0]") >= 3
