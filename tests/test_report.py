@@ -257,3 +257,58 @@ def test_picture_files_are_pictures(tmp_path):
             assert image.format == "PNG" and image.width > 1000
     with pytest.raises(MoextendError, match="routing: 'layers' is missing"):
         routing_picture({}, tmp_path / "none.png")
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def evaluated(workdir: Path) -> Path:
+    for model, value in (("aligned", 61.25), ("moextend", 84.5)):
+        folder = workdir / "eval" / "pope" / model
+        folder.mkdir(parents=True)
+        record = {
+            "headline": {"name": "mean F1", "value": value}, "published": {"MoExtend": 85.5, "LLaVA-1.5-13B": 85.9},
+            "answered": 8910, "questions": 8910,
+        }  # fmt: skip
+        (folder / "scores.json").write_text(json.dumps(record))
+    file = io.BytesIO()
+    Image.new("RGB", (20, 10), (200, 30, 30)).save(file, "PNG")
+    png = base64.b64encode(file.getvalue()).decode()
+    example = {"question": "Is there <b>snow</b>?", "said": "no", "answer": "yes", "points": 0.0, "image_png": png}
+    (folder / "examples.json").write_text(json.dumps([example]))
+    judged = workdir / "eval" / "mmvet" / "moextend"
+    judged.mkdir(parents=True)
+    record = {"headline": None, "published": {}, "answered": 218, "questions": 218}
+    (judged / "scores.json").write_text(json.dumps(record))
+    figures = {"base": 61.0, "moextend": 60.25}
+    of = {name: {"name": "acc,none", "value": value, "higher_is_better": True} for name, value in figures.items()}
+    forgot = {"tasks": {"piqa": of}, "average_drop": {"moextend": 0.75}, "published_average_drop": {"MoExtend": 0.41}}
+    (workdir / "eval" / "forgetting.json").write_text(json.dumps(forgot))
+    return workdir
+
+
+def test_benchmarks_stand_beside_published_numbers(workdir):
+    (workdir / "config.json").write_text('{"seed": 0}')
+    page = write_report(evaluated(workdir)).read_text()
+    (row,) = re.findall(r"<tr><td>pope</td>.*?</tr>", page)
+    assert re.findall(r"<td>(.*?)</td>", row) == ["pope", "mean F1", "61.2", "84.5", "85.5", "85.9", "8,910"]
+    (judged,) = re.findall(r"<tr><td>mmvet</td>.*?</tr>", page)
+    assert re.findall(r"<td>(.*?)</td>", judged) == ["mmvet", "to be judged", "not run", "–", "", "", "218"]
+    assert "<td>piqa</td><td>acc,none</td><td>61.00</td><td>60.25</td><td>+0.75</td>" in page
+    assert "average drop: MoExtend 0.41" in page
+    assert "Is there &lt;b&gt;snow&lt;/b&gt;?" in page and page.count("data:image/png") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("pope/moextend/scores.json", "[]"), ("pope/moextend/scores.json", "{}"), ("forgetting.json", '{"tasks": 3}'),
+        ("pope/moextend/examples.json", '[{"question": 1}]'),
+        ("pope/moextend/examples.json", '[{"question": "a", "said": "b", "image_png": "AAAA"}]'),
+    ],
+)  # fmt: skip
+def test_malformed_evaluations_are_one_line(workdir, file: str, content: str):
+    (workdir / "config.json").write_text('{"seed": 0}')
+    (evaluated(workdir) / "eval" / file).write_text(content)
+    with pytest.raises(MoextendError, match="evaluate again or delete the file"):
+        write_report(workdir)

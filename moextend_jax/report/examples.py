@@ -42,7 +42,7 @@ def cards(examples: Sequence[Mapping[str, Any]] | None) -> str:
 
 
 def _card(example: Mapping[str, Any], *, top: float) -> str:
-    image = _image(str(example["image_png"]))
+    image = small_image(str(example["image_png"]))
     frames = f'<div class="frame">{image}</div>'
     if "new_expert_share" in example:
         frames += f'<div class="frame grey">{image}{_overlay(example["new_expert_share"], top=top)}</div>'
@@ -58,7 +58,7 @@ def _card(example: Mapping[str, Any], *, top: float) -> str:
     )
 
 
-def _image(encoded: str) -> str:
+def small_image(encoded: str) -> str:
     """Decoded and written anew: what is no image cannot reach the page, and a photograph cannot swell it."""
     with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
         image = image.convert("RGB")

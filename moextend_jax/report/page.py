@@ -14,6 +14,13 @@ from typing import Any
 
 from moextend_jax.folders import absolute
 from moextend_jax.report import results_pictures, routing_pictures
+from moextend_jax.report.evaluations import (
+    Evaluations,
+    benchmark_table,
+    forgetting_table,
+    question_cards,
+    read_evaluations,
+)
 from moextend_jax.report.examples import cards
 from moextend_jax.report.headline import table, tiles
 from moextend_jax.report.markup import beside, picture, pictures, section, write_page
@@ -33,6 +40,7 @@ def write_report(workdir: Path) -> Path:
         _section("Accuracy and forgetting", table(found.summary), missing="summary.json"),
         _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
         _section("What it sees", cards(found.examples), missing="examples.json"),
+        *_evaluations(read_evaluations(workdir)),
         _section("Routing before and after the probe", _routing(found.selection), missing="select/routing.json"),
         _section("Which layers were extended", _choice(found.selection), missing="select/routing.json"),
         _section("What the new experts get", _new_experts(found.new_experts), missing="finetune/routing.json"),
@@ -43,6 +51,16 @@ def write_report(workdir: Path) -> Path:
     path = workdir / "report.html"
     write_page(path, parts, title=title)
     return path
+
+
+def _evaluations(found: Evaluations) -> list[str]:
+    """Nothing where no benchmark was run: a run does not do that by itself."""
+    parts = {
+        "Benchmarks": benchmark_table(found.benchmarks),
+        "What was forgotten of text": forgetting_table(found.forgetting),
+        "Questions of the benchmarks": question_cards(found.benchmarks),
+    }
+    return [section(title, body) for title, body in parts.items() if body]
 
 
 def _section(title: str, body: str, *, missing: str) -> str:

@@ -1,0 +1,161 @@
+"""Benchmarks beside published numbers, what was forgotten by task, and questions with their pictures.
+
+In: WORKDIR/eval: NAME/MODEL/scores.json and examples.json as `evaluate/benchmark.py` writes them, forgetting.json of
+`evaluate/forgetting.py`. Out: HTML; "" where nothing was evaluated. All texts come from outside, so all are escaped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moextend_jax.config import MoextendError
+from moextend_jax.report.examples import small_image
+from moextend_jax.report.markup import how
+from moextend_jax.report.results_pictures import MODELS
+
+MOST_QUESTIONS = 6
+"""Of a benchmark and model."""
+
+
+class Benchmark(NamedTuple):
+    """One benchmark, or a split of one, as one model answered it."""
+
+    name: str
+    model: str
+    record: Mapping[str, Any]
+    examples: Sequence[Mapping[str, Any]]
+
+
+class Evaluations(NamedTuple):
+    benchmarks: Sequence[Benchmark] = ()
+    forgetting: Mapping[str, Any] | None = None
+
+
+def read_evaluations(workdir: Path) -> Evaluations:
+    folder, found = workdir / "eval", []
+    if not folder.is_dir():
+        return Evaluations()
+    for name in sorted(child for child in folder.iterdir() if child.is_dir()):
+        for model in sorted(child for child in name.iterdir() if (child / "scores.json").exists()):
+            examples = model / "examples.json"
+            found.append(
+                Benchmark(
+                    name.name, model.name, _read(model / "scores.json", dict),
+                    _read(examples, list) if examples.exists() else (),
+                )
+            )  # fmt: skip
+    path = folder / "forgetting.json"
+    return Evaluations(found, _read(path, dict) if path.exists() else None)
+
+
+def benchmark_table(found: Sequence[Benchmark]) -> str:
+    """A line per benchmark: ours by model, then the published rows."""
+    if not found:
+        return ""
+    with _malformed("eval/*/scores.json"):
+        models = list(dict.fromkeys(one.model for one in found))
+        others = list(dict.fromkeys(name for one in found for name in one.record.get("published", {})))
+        heads = ["benchmark", "figure", *(str(MODELS.get(model, model)) for model in models), *others, "questions"]
+        lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+        for name in dict.fromkeys(one.name for one in found):
+            of = {one.model: one.record for one in found if one.name == name}
+            some = next(iter(of.values()))
+            figure = next((record["headline"]["name"] for record in of.values() if record["headline"]), "to be judged")
+            cells = [name, figure, *(_headline(of.get(model)) for model in models)]
+            cells += [_published(some, other) for other in others]
+            cells.append("/".join(dict.fromkeys(f"{record['answered']:,}" for record in of.values())))
+            lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(
+        "Each figure by the benchmark’s own rule (docs/evaluation.md). Published: the paper’s MoExtend and the row of "
+        "LLaVA-1.5 beside it; of another base model, so a scale more than a rival."
+    )
+
+
+def forgetting_table(record: Mapping[str, Any] | None) -> str:
+    """A line per task: the base, every other model and its drop."""
+    if record is None:
+        return ""
+    with _malformed("eval/forgetting.json"):
+        tasks: Mapping[str, Any] = record["tasks"]
+        models = [name for name in next(iter(tasks.values()), {}) if name != "base"]
+        named = [str(MODELS.get(model, model)) for model in models]
+        heads = ["task", "figure", "base", *(head for name in named for head in (name, "drop"))]
+        lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+        for task, of in tasks.items():
+            base = of["base"]
+            sign = 1 if base["higher_is_better"] else -1
+            cells = [task, base["name"], f"{base['value']:.2f}"]
+            for model in models:
+                cells += [f"{of[model]['value']:.2f}", f"{sign * (base['value'] - of[model]['value']):+.2f}"]
+            lines.append(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>")
+        drops = [record["average_drop"][model] for model in models]
+        last = [
+            "average drop",
+            "",
+            "",
+            *(cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")),
+        ]
+        lines.append(f'<tr class="ours">{"".join(f"<td>{cell}</td>" for cell in last)}</tr>')
+        said = ", ".join(f"{escape(str(k))} {v:.2f}" for k, v in record.get("published_average_drop", {}).items())
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(
+        f"Text benchmarks of lm-eval, in points; a drop is the base less the model, so 0 is perfect. The paper’s "
+        f"average drop: {said}."
+    )
+
+
+def question_cards(found: Sequence[Benchmark]) -> str:
+    """Some questions of each benchmark, with picture, answer and what the model said."""
+    parts = []
+    with _malformed("eval/*/examples.json"):
+        for one in found:
+            if one.examples:
+                drawn = "".join(_card(example) for example in one.examples[:MOST_QUESTIONS])
+                title = f"{one.name}, {MODELS.get(one.model, one.model)}"
+                parts.append(f'<h3>{escape(title)}</h3><div class="cards">{drawn}</div>')
+    return "".join(parts)
+
+
+def _card(example: Mapping[str, Any]) -> str:
+    image = f'<div class="pair"><div class="frame">{small_image(str(example["image_png"]))}</div></div>' if example.get(
+        "image_png"
+    ) else ""  # fmt: skip
+    points = example.get("points")
+    mark = "" if points is None else f' <i class="{"good" if points >= 0.5 else "bad"}">{points:.0%}</i>'
+    lines = f"<li><span>Said</span><span>{escape(str(example['said']))}{mark}</span></li>"
+    if example.get("answer") is not None:
+        lines = f"<li><span>Right answer</span><span>{escape(str(example['answer']))}</span></li>{lines}"
+    return f'<div class="card">{image}<p><b>{escape(str(example["question"]))}</b></p><ul>{lines}</ul></div>'
+
+
+def _headline(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return "not run"
+    return "–" if record["headline"] is None else f"{record['headline']['value']:.1f}"
+
+
+def _published(record: Mapping[str, Any], other: str) -> str:
+    value = record.get("published", {}).get(other)
+    return "" if value is None else f"{value:.1f}"
+
+
+def _read(path: Path, kind: type) -> Any:
+    with _malformed(str(path)):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, kind):
+            raise ValueError(f"a JSON {type(content).__name__}, not a {kind.__name__}")
+        return content
+
+
+@contextlib.contextmanager
+def _malformed(where: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise MoextendError(f"{where}: {error} is missing; evaluate again or delete the file") from error
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise MoextendError(f"{where}: {error}; evaluate again or delete the file") from error
