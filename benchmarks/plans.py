@@ -49,13 +49,16 @@ class Run(NamedTuple):
 STAGES = ("finetune", "align", "extend", "full")
 SAVED = "query+key+value+attended+middle"
 WITH_GATE = f"{SAVED}+gate"
+ALL = f"{WITH_GATE}+up"
 ANCHOR = ("--text_only", "--config.full.length=2048")
 RUNS = [
     Run("anchor", "v5p:4x4x4", "extend", (1, 16, 1, 4), saved="", options=ANCHOR),
     Run("anchor", "v5p:4x4x4", "extend", (1, 16, 4, 1), saved="", options=ANCHOR),
     Run("anchor", "v5p:4x4x4", "full", (1, 16, 1, 4), saved="", options=(*ANCHOR, "--config.train_dtype=bfloat16")),
-    *(Run("published", "v5p:4x4x4", stage, (1, 16, 1, 4), saved="" if stage == "full" else SAVED) for stage in STAGES),
-    Run("published", "v5p:4x4x4", "finetune", (1, 16, 1, 4), saved=WITH_GATE),
+    *(Run("published", "v5p:4x4x4", stage, (1, 8, 1, 8), saved=WITH_GATE, accumulate=2) for stage in STAGES[:3]),
+    Run("published", "v5p:4x4x4", "full", (1, 16, 1, 4), saved=""),
+    Run("published", "v5p:4x4x4", "finetune", (1, 8, 1, 8), saved=ALL, accumulate=2),
+    *(Run("published", "v5p:4x4x4", "finetune", (1, 16, 1, 4), saved=saved) for saved in (SAVED, WITH_GATE)),
     *(Run("published", "v5e:16x16", stage, (1, 32, 1, 8), saved="") for stage in STAGES),
     *(Run("published", "v6e:8x8", stage, (1, 16, 1, 4), saved="") for stage in STAGES),
     *(Run("published", "h100:8", stage, (1, 2, 1, 4), accumulate=16, saved="") for stage in STAGES),

