@@ -1,6 +1,6 @@
 """What test_processes.py runs once in its own process and once in several: a tiny finetune stage and what goes with it.
 
-In, as a script: FOLDER LLAVA MESH (JSON) [PROCESS STEP]: that one is told to stop before that step. Out:
+In, as a script: FOLDER LLAVA MESH (JSON) [PROCESS STEP SIGNAL]: that one gets the signal before that step. Out:
 FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each.
 """
 
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -110,15 +109,15 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
     return Done(whole, counts.total_ZO, before)
 
 
-def tell_to_stop(process: int, step: int) -> None:
-    """SIGTERM to one of the processes; steps are slow, so that the others hear of it before the last."""
+def strike(process: int, step: int, number: int) -> None:
+    """A signal to one of the processes; steps are slow, so that the others hear of it before the last."""
     put, seen = loop.put_batch, 0
 
     def put_slowly(batch, mesh):
         nonlocal seen
         seen += 1
         if seen == step and jax.process_index() == process:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         time.sleep(0.5)
         return put(batch, mesh)
 
@@ -128,7 +127,7 @@ def tell_to_stop(process: int, step: int) -> None:
 if __name__ == "__main__":
     distributed.start()
     if len(sys.argv) > 4:
-        tell_to_stop(int(sys.argv[4]), int(sys.argv[5]))
+        strike(*map(int, sys.argv[4:]))
     folder = Path(sys.argv[1])
     try:
         done = work(folder, Path(sys.argv[2]), json.loads(sys.argv[3]))

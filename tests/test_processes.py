@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,28 +77,47 @@ def cut_off(source: Path, folder: Path) -> Path:
     return folder
 
 
-def test_two_processes_are_one_run(llava, alone, tmp_path: Path):
-    """Also: their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""
-    sizes = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
-    said = launch_work(tmp_path / "two", llava, sizes, processes=2, devices=1)
+TWO = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+
+
+@pytest.fixture(scope="module")
+def two(llava, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    said = launch_work(folder, llava, TWO, processes=2, devices=1)
     assert "finetune 4/4" in said and "Gloo" not in said
-    check(tmp_path / "two", alone, parts=[[0], [1]])
-    folder = cut_off(tmp_path / "two", tmp_path / "goes on alone")
+    return folder
+
+
+def test_two_processes_are_one_run(llava, alone, two, tmp_path: Path):
+    """Also: their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""
+    check(two, alone, parts=[[0], [1]])
+    folder = cut_off(two, tmp_path / "goes on alone")
     done = one.work(folder, llava, ALONE)
     trained: dict[str, Any] = {f"trained {path}": leaf for path, leaf in done.trained.items()}
     np.savez(folder / "out.npz", **trained)
     _same_training(folder, alone)
 
 
-def test_one_process_that_is_told_to_stop_stops_both(llava, alone, tmp_path: Path):
-    """They agree on a step through JAX's service, save, and go on bit for bit; the launcher's exit code is theirs."""
-    sizes = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+@pytest.mark.parametrize(
+    ("number", "at", "code"),
+    [(signal.SIGTERM, 1, 75), pytest.param(signal.SIGKILL, 4, 128 + signal.SIGKILL, marks=pytest.mark.slow)],
+)
+def test_a_signal_to_one_process_stops_both(llava, two, tmp_path: Path, number: int, at: int, code: int):
+    """Told to stop, they agree on a step through JAX's service and save; killed, what was saved is there. Both go on
+    bit for bit; the launcher's exit code is theirs."""
     words = [f"--script={ROOT / 'tests' / 'process_of_a_run.py'}", "--", str(tmp_path / "cut"), str(llava)]
-    said = launch(*words, json.dumps(sizes), "1", "1", processes=2, code=75).stdout
-    (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", said))
-    assert step < one.STEPS and step in (int(p.name) for p in (tmp_path / "cut" / "checkpoints").iterdir())
-    launch(*words, json.dumps(sizes), processes=2)
-    _same_training(tmp_path / "cut", alone)
+    said = launch(*words, json.dumps(TWO), "1", str(at), str(int(number)), processes=2, code=code).stdout
+    saved = [int(p.name) for p in (tmp_path / "cut" / "checkpoints").iterdir() if p.name.isdigit()]
+    if code == 75:
+        (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", said))
+        assert step == max(saved)
+    assert 0 < max(saved) < one.STEPS
+    launch(*words, json.dumps(TWO), processes=2)
+    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (two, tmp_path / "cut")]
+    assert losses[0] == losses[1]
+    with np.load(two / "out.npz") as whole, np.load(tmp_path / "cut" / "out.npz") as cut:
+        assert set(whole) == set(cut)
+        assert all(whole[name].tobytes() == cut[name].tobytes() for name in whole)
 
 
 @pytest.mark.slow
