@@ -1,20 +1,38 @@
-"""Generation with a key/value cache: a batch of prompts (rows padded on the right) in, new token ids out."""
+"""Generation and scoring with a key/value cache: prompts (rows padded on the right) in, new ids or log-likelihoods out.
+
+A prompt may come in two pieces. Its head (everything up to its last image, or the context of several continuations) is
+read once for all rows that share it; its tail is read row by row on top of the head's keys and values.
+
+What a row says depends on nothing but the row and the shapes of the batch: an expert's rows, an attention row and a
+softmax are computed alike wherever they stand, as long as a device holds a multiple of `ALIGNED_ROWS` rows (without
+that, CPU products add up their last rows in another order).
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from moextend_jax.config import Batch
+from moextend_jax.config import IGNORE, Batch
 from moextend_jax.distributed import gathered
-from moextend_jax.models.attention import KeysValues, Visible
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.attention import KeysValues, Visible, segment_mask
+from moextend_jax.models.moextend import MoExtend, sighted
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.sharding import Shards, map_shards, shards, spec
+
+ALIGNED_ROWS = 8
+"""The rows of a batch on each device should be a multiple of this."""
+SCORED = 8
+"""Positions whose logits exist at a time when a text is scored: all at once would be rows x length x vocabulary."""
+
+Arrays = dict[str, jax.Array]
 
 
 class Sampling(NamedTuple):
@@ -24,43 +42,127 @@ class Sampling(NamedTuple):
     top_k: int = 0
 
 
-class Cursor(NamedTuple):
-    """Where generation stands: logits of the next token, the cache, and the slot the next token will take."""
+class Heads(NamedTuple):
+    """What rows have read before their tails: keys and values `[Z, B, S, K, H]`, of which a row has `length_B`; and
+    whether it has an image."""
 
-    logits_BV: jax.Array
     past: KeysValues
-    slot_B: jax.Array
+    length_B: jax.Array
+    sighted_B: jax.Array
+
+
+class State(NamedTuple):
+    """Where generation stands: the newest token of each row, which is not in the cache yet, its position, and the slot
+    of the cache that it will take (one for all rows); the slots that a row sees, and whether it has an image."""
+
+    said_B: jax.Array
+    ended_B: jax.Array
+    position_B: jax.Array
+    seen_BS: jax.Array
+    sighted_B: jax.Array
+    past: KeysValues
+    slot: jax.Array
+    count: jax.Array
+    key: jax.Array
 
 
 class Generator:
-    """Compiled prefill and decode steps of one model; shapes are compiled once each.
+    """Compiled steps of one model. Each is compiled once for each shape it is used with; `programs` counts them.
 
     `suppress` are token ids that are never produced (the image tags).
     """
 
     def __init__(self, model: MoExtend, *, eos: int, suppress: tuple[int, ...] = ()):
-        self._eos, self._suppress = eos, suppress
-        self._prefill = jax.jit(functools.partial(_prefill, model), static_argnames="room")
-        self._decode = jax.jit(functools.partial(_decode, model), donate_argnums=2)
-        self._complete = jax.jit(functools.partial(_complete, model), static_argnums=(2, 3, 4, 5))
+        self.model, self._eos = model, eos
+        self.programs: Counter[str] = Counter()
+        self._read = self._compiled(functools.partial(_read, model), donate_argnames="past")
+        self._prefill = self._compiled(
+            functools.partial(_prefill, model, eos=eos, suppress=suppress), static_argnames=("room", "sampling")
+        )
+        self._advance = self._compiled(
+            functools.partial(_advance, model, eos=eos, suppress=suppress),
+            static_argnames=("steps", "sampling"),
+            donate_argnames="state",
+        )
+        self._score = self._compiled(functools.partial(_score, model))
+
+    def _compiled(self, step: functools.partial, **options: Any) -> Callable[..., Any]:
+        name = step.func.__name__.lstrip("_")
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.programs[name] += 1  # runs when JAX traces, not when it calls
+            return step(*arguments, **named)
+
+        return jax.jit(counted, **options)
+
+    # --- heads --------------------------------------------------------------------------------------------------------
+
+    def no_heads(self, *, rows: int, length: int, mesh: Mesh) -> KeysValues:
+        """Room for the heads of `rows` rows, for `read` to fill."""
+        sizes = self.model.config.decoder
+        shape = (sizes.layers, rows, length, sizes.kv_heads, sizes.head_size)
+        sharding = NamedSharding(mesh, spec("ZBSKH", shape, mesh))
+        return _zeros(shape, self.model.config.dtype, sharding)
+
+    def read(self, arrays: Arrays, heads: Batch, past: KeysValues, rows_B: jax.Array) -> KeysValues:
+        """Reads some heads, and puts them into the rows that share them.
+
+        Args:
+          heads: rows of another number than B, with their images.
+          rows_B: which head each row of `past` takes, among those on the row's own device; -1 leaves it as it is.
+        """
+        return self._read(arrays, heads, past=past, rows_B=rows_B)
+
+    # --- tails --------------------------------------------------------------------------------------------------------
 
     def complete(
         self,
-        arrays: dict[str, jax.Array],
+        arrays: Arrays,
         prompts: Batch,
         *,
+        heads: Heads | None = None,
         max_new_tokens: int,
         sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
         seed: int = 0,
     ) -> np.ndarray:
-        """New ids `[B, max_new_tokens]`; a row that has ended is filled up with EOS."""
-        cursor = self._prefill(arrays, prompts, room=max_new_tokens)
-        key = jax.random.key(seed)
-        return gathered(self._complete(arrays, (cursor, key), max_new_tokens, sampling, self._eos, self._suppress))
+        """New ids `[B, max_new_tokens]`; a row that has ended is filled up with EOS, as is one without tokens.
+
+        Args:
+          prompts: whole prompts, or tails whose positions go on where their heads end.
+        """
+        pieces = self.begin(
+            arrays, prompts, heads=heads, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            steps=max_new_tokens,
+        )  # fmt: skip
+        ids_BL = np.concatenate([gathered(piece) for piece in pieces], axis=1)
+        return np.pad(ids_BL, ((0, 0), (0, max_new_tokens - ids_BL.shape[1])), constant_values=self._eos)
+
+    def begin(
+        self,
+        arrays: Arrays,
+        prompts: Batch,
+        *,
+        heads: Heads | None = None,
+        max_new_tokens: int,
+        steps: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+        seed: int = 0,
+    ) -> Iterator[jax.Array]:
+        """The same in pieces `[B, n]` on the devices, the first token alone and then up to `steps` at a time. Nothing
+        waits for the devices: whoever stops asking says when all rows have ended."""
+        state = self._prefill(
+            arrays, prompts, heads, jax.random.key(seed), room=max_new_tokens - 1, sampling=sampling
+        )  # fmt: skip
+        yield state.said_B[:, None]
+        left = max_new_tokens - 1
+        while left > 0:
+            state, ids_BL = self._advance(arrays, state=state, steps=min(steps, left), sampling=sampling)
+            yield ids_BL
+            left -= steps
 
     def stream(
         self,
-        arrays: dict[str, jax.Array],
+        arrays: Arrays,
         prompts: Batch,
         *,
         max_new_tokens: int,
@@ -68,17 +170,20 @@ class Generator:
         seed: int = 0,
     ) -> Iterator[np.ndarray]:
         """Ids `[B]`, one token at a time, until every row has ended (the last EOS is yielded too)."""
-        cursor = self._prefill(arrays, prompts, room=max_new_tokens)
-        key = jax.random.key(seed)
         ended_B = np.zeros(prompts.ids_BL.shape[0], bool)
-        for count in range(max_new_tokens):
-            ids_B = choose(cursor.logits_BV, jax.random.fold_in(key, count), sampling, suppress=self._suppress)
-            ids_B = np.where(ended_B, self._eos, gathered(ids_B))
-            ended_B |= ids_B == self._eos
+        for ids_B1 in self.begin(
+            arrays, prompts, max_new_tokens=max_new_tokens, steps=1, sampling=sampling, seed=seed
+        ):  # fmt: skip
+            ids_B = gathered(ids_B1)[:, 0]
             yield ids_B
+            ended_B |= ids_B == self._eos
             if ended_B.all():
                 return
-            cursor = self._decode(arrays, jnp.asarray(ids_B), cursor)
+
+    def score(self, arrays: Arrays, prompts: Batch, *, heads: Heads | None = None) -> tuple[jax.Array, jax.Array]:
+        """Of every labelled position, on the devices: the label's log-likelihood (float32, 0 elsewhere), and whether it
+        is the likeliest. A label says what comes after its position (nothing is shifted here)."""
+        return self._score(arrays, prompts, heads)
 
 
 def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress: tuple[int, ...]) -> jax.Array:
@@ -93,41 +198,144 @@ def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress
     return jax.random.categorical(key, logits_BV / sampling.temperature, axis=-1)
 
 
-def _prefill(model: MoExtend, arrays: dict[str, jax.Array], prompts: Batch, *, room: int) -> Cursor:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> KeysValues:
+    made = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+    return KeysValues(made, made)
+
+
+def _read(model: MoExtend, arrays: Arrays, heads: Batch, *, past: KeysValues, rows_B: jax.Array) -> KeysValues:
+    new = with_arrays(model, arrays)(heads).keys_values
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        def local(old_ZBSKH, new_ZBSKH, rows_B):
+            mine_ZBSKH = jnp.take(new_ZBSKH, jnp.maximum(rows_B, 0), axis=1)
+            return jnp.where((rows_B >= 0)[None, :, None, None, None], mine_ZBSKH, old_ZBSKH)
+
+        split = shards("ZBSKH", old.shape)
+        ins = (split, Shards("ZBSKH", split.split), Shards("B", (split.over("B"),)))
+        return map_shards(local, ins, split)(old, new.astype(old.dtype), rows_B)
+
+    return KeysValues(*(put(one, other) for one, other in zip(past, new, strict=True)))
+
+
+class _Prefilled(NamedTuple):
+    hidden_BLD: jax.Array
+    past: KeysValues
+    seen_BS: jax.Array
+    sighted_B: jax.Array
+
+
+def _prefilled(whole: MoExtend, prompts: Batch, heads: Heads | None) -> _Prefilled:
+    """All positions of the prompts, or of tails on top of their heads."""
+    real_BL = prompts.segments_BL > 0
+    if heads is None:
+        decoded = whole(prompts)
+        return _Prefilled(decoded.hidden_BLD, decoded.keys_values, real_BL, sighted(prompts).any(axis=1))
+    before, (B, L) = heads.past.keys_BSKH.shape[2], real_BL.shape
+    head_BS = jnp.arange(before)[None, :] < heads.length_B[:, None]
+    head_B1LS = jnp.broadcast_to(head_BS[:, None, None, :], (B, 1, L, before))
+    mask_B1LS = jnp.concatenate([head_B1LS, segment_mask(prompts.segments_BL)], axis=-1)
+    decoded = whole.decode(
+        whole.embed(prompts),
+        positions_BL=prompts.positions_BL,
+        visible=Visible.by_mask(mask_B1LS),
+        past=_with_room(heads.past, L),
+        slots_BL=jnp.broadcast_to(before + jnp.arange(L)[None, :], (B, L)),
+        sighted_BL=jnp.broadcast_to(heads.sighted_B[:, None], (B, L)),
+    )
+    seen_BS = jnp.concatenate([head_BS, real_BL], axis=1)
+    return _Prefilled(decoded.hidden_BLD, decoded.keys_values, seen_BS, heads.sighted_B)
+
+
+def _with_room(past: KeysValues, room: int) -> KeysValues:
+    return jax.tree.map(lambda kv: jnp.pad(kv, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), past)
+
+
+def _prefill(
+    model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, *,
+    room: int, sampling: Sampling, eos: int, suppress: tuple[int, ...],
+) -> State:  # fmt: skip
     whole = with_arrays(model, arrays)
-    decoded = whole(prompts)
+    hidden_BLD, past, seen_BS, sighted_B = _prefilled(whole, prompts, heads)
     length_B = (prompts.segments_BL > 0).sum(axis=1).astype(jnp.int32)
-    last_B1D = jnp.take_along_axis(decoded.hidden_BLD, (length_B - 1)[:, None, None], axis=1)
-    past = jax.tree.map(lambda kv: jnp.pad(kv, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), decoded.keys_values)
-    return Cursor(whole.decoder.logits(last_B1D)[:, 0], past, length_B)
+    last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
+    last_B1D = jnp.take_along_axis(hidden_BLD, last_B1[..., None], axis=1)
+    position_B = jnp.take_along_axis(prompts.positions_BL, last_B1, axis=1)[:, 0] + 1
+    logits_BV = whole.decoder.logits(last_B1D)[:, 0]
+    said_B = choose(logits_BV, jax.random.fold_in(key, 0), sampling, suppress=suppress)
+    said_B = jnp.where(length_B > 0, said_B, eos).astype(jnp.int32)
+    slot = jnp.int32(seen_BS.shape[1])
+    seen_BS = jnp.pad(seen_BS, ((0, 0), (0, room)))
+    return State(
+        said_B, said_B == eos, position_B, seen_BS, sighted_B, _with_room(past, room), slot, jnp.int32(1), key
+    )  # fmt: skip
 
 
-def _decode(model: MoExtend, arrays: dict[str, jax.Array], ids_B: jax.Array, cursor: Cursor) -> Cursor:
+def _advance(
+    model: MoExtend, arrays: Arrays, *, state: State, steps: int, sampling: Sampling, eos: int,
+    suppress: tuple[int, ...],
+) -> tuple[State, jax.Array]:  # fmt: skip
+    """Up to `steps` more tokens, fewer when all rows have ended. A token costs one pass; the last one costs none."""
     whole = with_arrays(model, arrays)
-    slot_B1 = cursor.slot_B[:, None]
-    nothing = jnp.full_like(slot_B1, -1)
-    x_B1D = whole.embed(Batch(ids_B[:, None], nothing, slot_B1, jnp.ones_like(slot_B1), nothing))
-    slots_1S = jnp.arange(cursor.past.keys_BSKH.shape[2])[None, :]
-    mask_B11S = (slots_1S <= slot_B1)[:, None, None, :]
-    visible = Visible.by_mask(mask_B11S)
-    decoded = whole.decode(x_B1D, positions_BL=slot_B1, visible=visible, past=cursor.past, slots_BL=slot_B1)
-    return Cursor(whole.decoder.logits(decoded.hidden_BLD)[:, 0], decoded.keys_values, cursor.slot_B + 1)
-
-
-def _complete(model, arrays, start, max_new_tokens: int, sampling: Sampling, eos: int, suppress: tuple[int, ...]):
-    cursor, key = start
-    B = cursor.slot_B.shape[0]
 
     def unfinished(carry):
-        _, count, ended_B, _ = carry
-        return (count < max_new_tokens) & ~ended_B.all()
+        state, count, _ = carry
+        return (count < steps) & ~state.ended_B.all()
 
     def one_token(carry):
-        cursor, count, ended_B, ids_BL = carry
-        ids_B = choose(cursor.logits_BV, jax.random.fold_in(key, count), sampling, suppress=suppress)
-        ids_B = jnp.where(ended_B, eos, ids_B).astype(jnp.int32)
-        ids_BL = ids_BL.at[:, count].set(ids_B)
-        return _decode(model, arrays, ids_B, cursor), count + 1, ended_B | (ids_B == eos), ids_BL
+        state, count, ids_BL = carry
+        logits_BV, past, seen_BS = _decode(whole, state)
+        said_B = choose(logits_BV, jax.random.fold_in(state.key, state.count), sampling, suppress=suppress)
+        said_B = jnp.where(state.ended_B, eos, said_B).astype(jnp.int32)
+        state = State(
+            said_B, state.ended_B | (said_B == eos), state.position_B + 1, seen_BS, state.sighted_B, past,
+            state.slot + 1, state.count + 1, state.key,
+        )  # fmt: skip
+        return state, count + 1, ids_BL.at[:, count].set(said_B)
 
-    ids_BL = jnp.full((B, max_new_tokens), eos, jnp.int32)
-    return jax.lax.while_loop(unfinished, one_token, (cursor, jnp.int32(0), jnp.zeros(B, bool), ids_BL))[3]
+    ids_BL = jnp.full((state.said_B.shape[0], steps), eos, jnp.int32)
+    state, _, ids_BL = jax.lax.while_loop(unfinished, one_token, (state, jnp.int32(0), ids_BL))
+    return state, ids_BL
+
+
+def _decode(whole: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.Array]:
+    position_B1 = state.position_B[:, None]
+    nothing_B1 = jnp.full_like(position_B1, IGNORE)
+    token = Batch(
+        state.said_B[:, None], nothing_B1, position_B1, jnp.ones_like(position_B1), jnp.full_like(position_B1, -1)
+    )
+    seen_BS = state.seen_BS.at[:, state.slot].set(True)
+    decoded = whole.decode(
+        whole.embed(token),
+        positions_BL=position_B1,
+        visible=Visible.by_mask(seen_BS[:, None, None, :]),
+        past=state.past,
+        slots_BL=jnp.full_like(position_B1, state.slot),
+        sighted_BL=state.sighted_B[:, None],
+    )
+    return whole.decoder.logits(decoded.hidden_BLD)[:, 0], decoded.keys_values, seen_BS
+
+
+def _score(model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None) -> tuple[jax.Array, jax.Array]:
+    whole = with_arrays(model, arrays)
+    hidden_BLD = _prefilled(whole, prompts, heads).hidden_BLD
+    B, L, _ = hidden_BLD.shape
+    short = -L % SCORED
+    hidden_BLD = jnp.pad(hidden_BLD, ((0, 0), (0, short), (0, 0)))
+    labels_BL = jnp.pad(prompts.labels_BL, ((0, 0), (0, short)), constant_values=IGNORE)
+
+    def some(start):
+        part_BlD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, SCORED, axis=1)
+        label_Bl = jax.lax.dynamic_slice_in_dim(labels_BL, start, SCORED, axis=1)
+        logits_BlV = whole.decoder.logits(part_BlD)
+        said_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(label_Bl, 0)[..., None], axis=-1)[..., 0]
+        nats_Bl = jnp.where(label_Bl == IGNORE, 0.0, said_Bl - jax.nn.logsumexp(logits_BlV, axis=-1))
+        return nats_Bl, jnp.argmax(logits_BlV, axis=-1) == label_Bl
+
+    nats_nBl, likeliest_nBl = jax.lax.map(some, jnp.arange(0, L + short, SCORED))
+    return _joined(nats_nBl, B, L), _joined(likeliest_nBl, B, L)
+
+
+def _joined(parts_nBl: jax.Array, B: int, L: int) -> jax.Array:
+    return jnp.moveaxis(parts_nBl, 0, 1).reshape(B, -1)[:, :L]

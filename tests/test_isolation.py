@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_asking
 import tiny
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
+from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import sighted
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
@@ -99,3 +101,22 @@ def test_trained_routers_cannot_be_isolated():
     evaluate = EvaluateSettings(data="none", questions=1)
     with pytest.raises(MoextendError, match="routers_kept"):
         RunSettings(**parts, evaluate=evaluate, recipe=RECIPES["released"], text_isolation="strict")
+
+
+def test_answers_to_text_are_the_base_s_and_answers_to_images_are_not(arrays):
+    """Through batched generation, where a prompt's image may lie in a head that is read apart."""
+    lively = arrays | {"decoder/embed": arrays["decoder/embed"] * 2}
+    every = test_asking.prompts(48)
+
+    def said(config):
+        of = {path: leaf for path, leaf in lively.items() if config.extension or not path.startswith("extension/")}
+        who = dataclasses.replace(
+            test_asking.asker(), generator=Generator(tiny.structure(config), eos=test_asking.EOS), arrays=of
+        )
+        return test_asking.said(who, every)
+
+    base, strict, free = said(tiny.PLAIN), said(STRICT), said(tiny.EXTENDED)
+    blind = [n for n, prompt in enumerate(every) if not prompt.images]
+    seeing = [n for n, prompt in enumerate(every) if prompt.images]
+    assert [strict[n] for n in blind] == [base[n] for n in blind] != [free[n] for n in blind]
+    assert [strict[n] for n in seeing] == [free[n] for n in seeing] != [base[n] for n in seeing]

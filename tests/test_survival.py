@@ -391,6 +391,35 @@ def test_a_work_directory_that_vanishes(whole, tmp_path: Path):
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_workers_of_a_killed_run_end(tmp_path: Path):
+    llava = tiny.write_llava(tmp_path / "llava", rows=13)
+    code = (
+        "import multiprocessing, os, sys, signal; from pathlib import Path\n"
+        "import survival; from moextend_jax.train import loop\n"
+        "def work():\n"
+        "    put = loop.put_batch\n"
+        "    def die(batch, mesh):\n"
+        "        print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    loop.put_batch = die\n"
+        "    survival.stage(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)\n"
+        "if __name__ == '__main__': work()\n"
+    )
+    (tmp_path / "killed.py").write_text(code)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "run"), str(llava)],
+        stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    workers = [int(word) for word in done.stdout.split()]
+    assert done.returncode == -signal.SIGKILL and len(workers) >= 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.2)
+
+
 def test_killed_at_some_points_it_ends_where_it_would_have(tmp_path: Path):
     """A few points of survival.py, in a process that has not started JAX."""
     done = subprocess.run(

@@ -17,7 +17,10 @@ it is decoded, its place in the row is empty. `Batch.faults_BG` counts them.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -280,14 +283,21 @@ def _pipeline(
         return made
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own
-    return made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_outlive_signals)
+    return made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_run)
 
 
-def _outlive_signals(*_: int) -> None:
-    """Clusters send SIGTERM, and terminals SIGINT, to workers too: what they make is needed until the run has saved,
-    which then ends them itself."""
+def _live_with_the_run(*_: int) -> None:
+    """In a worker. Clusters send SIGTERM, and terminals SIGINT, to workers too: what they make is needed until the run
+    has saved, which then ends them itself. One that is killed cannot: workers see that they have lost their parent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @dataclass(frozen=True, kw_only=True)

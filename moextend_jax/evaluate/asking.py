@@ -1,0 +1,219 @@
+"""One model, asked in batches: `Prompt`s in; new ids or log-likelihoods of each, batch by batch, out.
+
+Several processes ask together: each reads the pictures of its own devices' rows and computes those, and all get all
+answers. The next batch is made and started while the last one's answers are fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from moextend_jax.config import IGNORE, Batch
+from moextend_jax.distributed import gathered, share_of_rows
+from moextend_jax.evaluate.prompts import Prompt, Work, plan
+from moextend_jax.generate import Arrays, Generator, Heads
+from moextend_jax.sharding import row_shards, spec
+
+LOOK = 32
+"""Tokens between two looks at what has been said, where the text decides when to stop."""
+
+
+class Pictures(Protocol):
+    """`data.batches.Pixels`, `Features`, or anything that reads rows of images as they do."""
+
+    @property
+    def field(self) -> str:
+        """`images_BMhwc` or `features_BMPC`."""
+        ...
+
+    def read(self, rows_BM: np.ndarray, /) -> np.ndarray: ...
+
+
+class Completed(NamedTuple):
+    """ids: what the model said to prompt `index`, without EOS and what comes after."""
+
+    index: int
+    ids: list[int]
+
+
+class Scored(NamedTuple):
+    """nats: log-likelihood of the targets of prompt `index`; greedy: whether each is what the model would say."""
+
+    index: int
+    nats: float
+    greedy: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asker:
+    """A model on a mesh. `rows` and `tokens` are the most of a batch, over all devices; see `prompts.plan`."""
+
+    generator: Generator
+    arrays: Arrays
+    mesh: Mesh
+    eos: int
+    rows: int
+    tokens: int
+    pictures: Pictures | None = None
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int,
+        stop: Callable[[int, list[int]], bool] | None = None,
+    ) -> Iterator[list[Completed]]:
+        """Greedy answers, a batch at a time, in the order of the plan.
+
+        Args:
+          stop: told a prompt's index and its ids so far, from time to time: whether more are wanted. The answer
+            holds all ids up to that look.
+        """
+        steps = LOOK if stop else max_new_tokens
+        begun: list[tuple[Work, list[jax.Array]]] = []
+        for work, tails, heads in self._started(prompts, room=max_new_tokens):
+            pieces = self.generator.begin(
+                self.arrays, tails, heads=heads, max_new_tokens=max_new_tokens, steps=steps
+            )  # fmt: skip
+            begun.append((work, self._until(work, pieces, stop) if stop else list(pieces)))
+            if len(begun) > 1:
+                yield self._completed(*begun.pop(0))
+        for work, pieces in begun:
+            yield self._completed(work, pieces)
+
+    def score(self, prompts: Sequence[Prompt]) -> Iterator[list[Scored]]:
+        """Log-likelihoods of the prompts' targets."""
+        begun: list[tuple[Work, jax.Array, jax.Array]] = []
+        for work, tails, heads in self._started(prompts, room=0):
+            begun.append((work, *self.generator.score(self.arrays, tails, heads=heads)))
+            if len(begun) > 1:
+                yield self._scored(prompts, *begun.pop(0))
+        for some in begun:
+            yield self._scored(prompts, *some)
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[Completed]:
+        ids_BL = np.concatenate([gathered(piece) for piece in pieces], axis=1)
+        return [Completed(n, _until(ids_BL[row], self.eos)) for n, row in _placed(work)]
+
+    def _until(self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]) -> list[Any]:
+        """Pieces until no row wants more."""
+        seen: list[np.ndarray] = []
+        for piece in pieces:
+            seen.append(gathered(piece))
+            ids_BL = np.concatenate(seen, axis=1)
+            if all(self.eos in ids_BL[row] or stop(n, ids_BL[row].tolist()) for n, row in _placed(work)):
+                break
+        return seen
+
+    def _scored(self, prompts: Sequence[Prompt], work: Work, nats: jax.Array, likeliest: jax.Array) -> list[Scored]:
+        nats_BL, likeliest_BL = gathered(nats).astype(np.float64), gathered(likeliest)
+        found = []
+        for n, row in _placed(work):
+            targets_L = prompts[n].targets_L
+            assert targets_L is not None
+            asked_L = targets_L != IGNORE
+            greedy = bool(likeliest_BL[row, : len(asked_L)][asked_L].all())
+            found.append(Scored(n, float(nats_BL[row].sum()), greedy))
+        return found
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _started(self, prompts: Sequence[Prompt], *, room: int) -> Iterator[tuple[Work, Batch, Heads | None]]:
+        """Every batch on the devices, its heads read."""
+        parts = row_shards(self.mesh)
+        share = share_of_rows(self.mesh)
+        mine = range(share.index * parts // share.count, (share.index + 1) * parts // share.count)
+        works = plan(prompts, parts=parts, rows=self.rows // parts, tokens=self.tokens // parts, room=room)
+        most = max((len(prompt.images) for prompt in prompts), default=0)
+
+        def made(work: Work) -> tuple[Batch, list[tuple[Batch, np.ndarray]]]:
+            readings = [self._heads(prompts, work, mine, n, most) for n in range(work.readings)]
+            return _tails(prompts, work, mine), readings
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(made, works[0]) if works else None
+            for n, work in enumerate(works):
+                assert coming is not None
+                tails, readings = coming.result()
+                coming = pool.submit(made, works[n + 1]) if n + 1 < len(works) else None
+                yield work, self._put(tails), self._read(prompts, work, mine, readings)
+
+    def _heads(self, prompts, work: Work, mine: range, reading: int, most: int) -> tuple[Batch, np.ndarray]:
+        """Those of one reading, and which row takes which of them."""
+        first, count, length = reading * work.heads_at_once, work.heads_at_once, work.head_length
+        batch = _empty_batch(count * len(mine), length)
+        images_nM = np.full((count * len(mine), most), -1, np.int32)
+        rows_B = np.full(work.rows * len(mine), -1, np.int32)
+        for p, part in enumerate(mine):
+            for slot, n in enumerate(work.heads[part][first : first + count]):
+                row, prompt = p * count + slot, prompts[n]
+                batch.ids_BL[row, : prompt.head] = prompt.ids_L[: prompt.head]
+                batch.segments_BL[row, : prompt.head] = 1
+                batch.patches_BL[row, : prompt.head] = prompt.patches_L[: prompt.head]
+                images_nM[row, : len(prompt.images)] = prompt.images
+            for row, head in enumerate(work.head_of[part]):
+                if first <= head < first + count:
+                    rows_B[p * work.rows + row] = head - first
+        if most:
+            assert self.pictures is not None
+            batch = batch._replace(**{self.pictures.field: self.pictures.read(images_nM)})
+        return batch, rows_B
+
+    def _read(self, prompts, work: Work, mine: range, readings: list[tuple[Batch, np.ndarray]]) -> Heads | None:
+        if not readings:
+            return None
+        rows = work.rows * row_shards(self.mesh)
+        past = self.generator.no_heads(rows=rows, length=work.head_length, mesh=self.mesh)
+        for heads, rows_B in readings:
+            past = self.generator.read(self.arrays, self._put(heads), past, self._put(rows_B))
+        length_B, sighted_B = (np.zeros(work.rows * len(mine), kind) for kind in (np.int32, bool))
+        for p, part in enumerate(mine):
+            for row, n in enumerate(work.prompts[part], p * work.rows):
+                length_B[row], sighted_B[row] = prompts[n].head, bool(prompts[n].images)
+        return Heads(past, self._put(length_B), self._put(sighted_B))
+
+    def _put(self, tree: Any) -> Any:
+        """Rows of this process's devices, on them."""
+        rows = NamedSharding(self.mesh, spec("B"))
+        if jax.process_count() == 1:
+            return jax.tree.map(lambda array: jax.device_put(array, rows), tree)
+        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(rows, array), tree)
+
+
+def _tails(prompts: Sequence[Prompt], work: Work, mine: range) -> Batch:
+    batch = _empty_batch(work.rows * len(mine), work.tail_length)
+    for p, part in enumerate(mine):
+        for row, n in enumerate(work.prompts[part], p * work.rows):
+            prompt = prompts[n]
+            batch.ids_BL[row, : prompt.tail] = prompt.ids_L[prompt.head :]
+            batch.positions_BL[row] += prompt.head
+            batch.segments_BL[row, : prompt.tail] = 1
+            if prompt.targets_L is not None:
+                batch.labels_BL[row, : prompt.tail] = prompt.targets_L
+    return batch
+
+
+def _empty_batch(rows: int, length: int) -> Batch:
+    ids_BL = np.zeros((rows, length), np.int32)
+    positions_BL = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, np.zeros_like(ids_BL), np.full_like(ids_BL, -1))
+
+
+def _placed(work: Work) -> Iterator[tuple[int, int]]:
+    """(prompt, its row in the whole batch)."""
+    for part, some in enumerate(work.prompts):
+        yield from ((n, part * work.rows + row) for row, n in enumerate(some))
+
+
+def _until(ids_L: np.ndarray, eos: int) -> list[int]:
+    ended = np.flatnonzero(ids_L == eos)
+    return ids_L[: ended[0]].tolist() if len(ended) else ids_L.tolist()

@@ -1,0 +1,120 @@
+"""Prompts of many lengths to batches of few shapes: `Prompt`s in, a plan of `Work`, the same in every process, out.
+
+A prompt goes through programs that its own two lengths choose, never its neighbours, so that its answer is the same
+whatever is asked beside it: its head is padded to a bucket and its tail to another, and each pair of buckets has one
+number of rows. Prompts that share a head stand side by side, so that it is read once for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moextend_jax.config import MoextendError
+from moextend_jax.generate import ALIGNED_ROWS
+
+SMALLEST = 8
+"""Of the buckets."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """Token ids whose first `head` are shared with other prompts that have the same `ids_L[:head]` and `images`.
+
+    patches_L: as in `Batch`, of a row with these images; all images lie in the head. images: keys to be read by.
+    targets_L: what should come after each position of the tail (scoring), -100 for nothing.
+    where: for messages.
+    """
+
+    ids_L: np.ndarray
+    patches_L: np.ndarray
+    head: int = 0
+    images: tuple[int, ...] = ()
+    targets_L: np.ndarray | None = None
+    where: str = "prompt"
+
+    @property
+    def tail(self) -> int:
+        return len(self.ids_L) - self.head
+
+
+class Work(NamedTuple):
+    """One batch. prompts: for each part of the mesh's rows, indices of the prompts whose rows it holds.
+    heads: for each part, one prompt per different head; head_of: for each part, which of those each prompt has."""
+
+    head_length: int
+    tail_length: int
+    rows: int
+    heads_at_once: int
+    prompts: list[list[int]]
+    heads: list[list[int]]
+    head_of: list[list[int]]
+
+    @property
+    def readings(self) -> int:
+        """How many times `heads_at_once` heads per part are read."""
+        return -(-max(map(len, self.heads)) // self.heads_at_once) if self.head_length else 0
+
+
+def bucket(length: int, *, per_octave: int = 4) -> int:
+    """The smallest of 8, 10, 12, 14, 16, 20, ... that holds it, so `per_octave` lengths between a power of two and the
+    next: 4 pad by an eighth on average, and lengths up to n need 4 log2(n / 8) programs."""
+    top = SMALLEST
+    while top < length:
+        top *= 2
+    step = max(top // 2 // per_octave, 1)
+    return max(SMALLEST, -(-length // step) * step)
+
+
+def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room: int = 0) -> list[Work]:
+    """All prompts in batches.
+
+    Args:
+      parts: how many parts the mesh makes of a batch's rows.
+      rows: at most so many in a part; a multiple of ALIGNED_ROWS is used, and fewer where they are long.
+      tokens: about so many in a part.
+      room: of a row for new tokens, counted in `tokens`.
+    """
+    first_with: dict[object, int] = {}
+    order = []
+    for n, prompt in enumerate(prompts):
+        if prompt.tail < 1:
+            raise MoextendError(f"{prompt.where}: a prompt without tokens")
+        head = (prompt.ids_L[: prompt.head].tobytes(), prompt.images) if prompt.head else ()
+        shape = (bucket(prompt.head) if prompt.head else 0, bucket(prompt.tail, per_octave=2))
+        order.append((shape, first_with.setdefault(head, n), n))
+    order.sort()
+    found, start = [], 0
+    while start < len(order):
+        shape = order[start][0]
+        in_part = rows_of(sum(shape) + room, rows=rows, tokens=tokens)
+        some = [one[1:] for one in order[start : start + parts * in_part] if one[0] == shape]
+        found.append(_work(shape, some, parts=parts, rows=in_part))
+        start += len(some)
+    return found
+
+
+def rows_of(length: int, *, rows: int, tokens: int) -> int:
+    """Rows of a part for prompts of that length."""
+    return max(1, min(rows, tokens // length) // ALIGNED_ROWS) * ALIGNED_ROWS
+
+
+def _work(shape: tuple[int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:
+    """items: (first prompt with the same head, prompt), those with one head side by side."""
+    each = -(-len(items) // parts)
+    split = [items[part * each : (part + 1) * each] for part in range(parts)]
+    heads = [list(dict.fromkeys(head for head, _ in part)) for part in split] if shape[0] else [[] for _ in split]
+    return Work(
+        head_length=shape[0],
+        tail_length=shape[1],
+        rows=rows,
+        heads_at_once=-(-rows // 8 // ALIGNED_ROWS) * ALIGNED_ROWS,
+        prompts=[[n for _, n in part] for part in split],
+        heads=heads,
+        head_of=[
+            [mine.index(head) for head, _ in part] if mine else [] for part, mine in zip(split, heads, strict=True)
+        ],
+    )

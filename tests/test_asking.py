@@ -1,0 +1,250 @@
+"""Asking in batches says what asking one by one says, bit by bit, with few programs and each image read once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax.config import IGNORE, Batch
+from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.prompts import Prompt, plan
+from moextend_jax.generate import Generator, Sampling
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.sharding import make_mesh
+
+NEW, EOS = 5, 9
+P = tiny.VISION.patches
+
+
+class Pictures:
+    """Features of nine images, and which of them were read."""
+
+    field = "features_BMPC"
+
+    def __init__(self):
+        self.of = np.random.default_rng(5).normal(size=(9, P, tiny.VISION.width)).astype(np.float32)
+        self.read_rows: list[int] = []
+
+    def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
+        self.read_rows += rows_BM[rows_BM >= 0].tolist()
+        return np.where((rows_BM >= 0)[..., None, None], self.of[np.maximum(rows_BM, 0)], 0)
+
+
+@functools.cache
+def arrays() -> dict[str, jax.Array]:
+    made = tiny.arrays(tiny.EXTENDED)
+    return made | {"decoder/embed": made["decoder/embed"] * 2}  # livelier answers
+
+
+@functools.cache
+def generator(eos: int = EOS) -> Generator:
+    return Generator(tiny.structure(tiny.EXTENDED), eos=eos)
+
+
+def asker(*, rows: int = 16, tokens: int = 10**6, eos: int = EOS, mesh: dict[str, int] | None = None) -> Asker:
+    return Asker(
+        generator=generator(eos) if mesh is None else Generator(tiny.structure(tiny.EXTENDED), eos=eos),
+        arrays=arrays(), eos=eos, rows=rows, tokens=tokens, pictures=Pictures(),
+        mesh=make_mesh(mesh or {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}),
+    )  # fmt: skip
+
+
+def prompts(count: int = 40, *, seed: int = 0) -> list[Prompt]:
+    """Two of three with an image after two tokens; tails of 1 to 14 tokens."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for n in range(count):
+        tail = rng.integers(10, tiny.DECODER.vocab_size, 1 + n % 14).astype(np.int32)
+        if n % 3 == 2:
+            made.append(Prompt(ids_L=tail, patches_L=np.full(len(tail), -1, np.int32)))
+            continue
+        ids_L = np.concatenate([[7, 8], np.full(P, 3), [6], tail]).astype(np.int32)
+        patches_L = np.full(len(ids_L), -1, np.int32)
+        patches_L[2 : 2 + P] = np.arange(P)
+        made.append(Prompt(ids_L=ids_L, patches_L=patches_L, head=3 + P, images=(n % 9,)))
+    return made
+
+
+def said(who: Asker, some: Sequence[Prompt], **options) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    with jax.set_mesh(who.mesh):
+        for batch in who.complete(some, max_new_tokens=NEW, **options):
+            assert not found.keys() & {index for index, _ in batch}
+            found |= dict(batch)
+    return [found[n] for n in range(len(some))]
+
+
+def whole(prompt: Prompt, *, targets: bool = False) -> Batch:
+    """A row by itself, without a head apart."""
+    length = len(prompt.ids_L)
+    labels_L = np.full(length, IGNORE, np.int32)
+    if targets:
+        labels_L[prompt.head :] = prompt.targets_L
+    batch = Batch(
+        prompt.ids_L[None], labels_L[None], np.arange(length, dtype=np.int32)[None], np.ones((1, length), np.int32),
+        prompt.patches_L[None], features_BMPC=Pictures().of[list(prompt.images)][None] if prompt.images else None,
+    )  # fmt: skip
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@functools.cache
+def together() -> list[list[int]]:
+    return said(asker(), prompts())
+
+
+def test_a_batch_says_what_each_prompt_says_alone_and_whole():
+    lengths = {len(ids) for ids in together()}
+    assert len(lengths) > 1 and len({tuple(ids) for ids in together()}) > 10  # worth comparing
+    for n in (0, 1, 2, 17, 33):
+        ids_L = generator().complete(arrays(), whole(prompts()[n]), max_new_tokens=NEW)[0].tolist()
+        assert (ids_L[: ids_L.index(EOS)] if EOS in ids_L else ids_L) == together()[n]
+
+
+def test_answers_do_not_depend_on_what_else_is_asked():
+    some = prompts()
+    order = np.random.default_rng(1).permutation(len(some)).tolist()
+    assert said(asker(), [some[n] for n in order]) == [together()[n] for n in order]
+    assert said(asker(), some[5:9]) == together()[5:9]
+    assert said(asker(rows=8), some) == together()  # other shapes: equal here, where no two logits are as close
+    assert said(asker(tokens=16 * 20), some) == together()
+
+
+@pytest.mark.parametrize("with_heads", [True, False])
+def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
+    """All logits of two steps, of one prompt in every row of batches of other prompts. This is why an argmax cannot
+    change: a prompt's shapes are its own (test_prompts.py), and within a shape rows do not matter."""
+    every = [prompt for prompt in prompts(240) if bool(prompt.images) is with_heads]
+    shape = (every[0].head, 12)
+    alike = [prompt for prompt in every if 8 < prompt.tail <= 12]
+    who = asker()
+    assert plan(alike, parts=1, rows=16, tokens=10**6)[0].tail_length == shape[1] and len(alike) > 16
+    seen = []
+    with jax.set_mesh(who.mesh):
+        for turn in range(6):
+            others = np.random.default_rng(turn).permutation(alike[1:]).tolist()[:15]
+            others.insert(3 * turn % 16, alike[0])
+            (work, tails, heads), *_ = who._started(others, room=NEW)
+            row = work.prompts[0].index(3 * turn % 16)
+            found = [scores(who, tails, heads)[row]]
+            state = who.generator._prefill(
+                who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
+            )  # fmt: skip
+            found.append(np.asarray(state.past.keys_BSKH[:, row]))
+            state, _ = who.generator._advance(who.arrays, state=state, steps=2, sampling=Sampling())
+            keys_ZSKH = np.asarray(state.past.keys_BSKH[:, row])  # what every layer made of the tokens said
+            seen.append((row, [*found, keys_ZSKH[:, np.asarray(state.seen_BS[row])]]))
+    assert len({row for row, _ in seen}) > 3
+    for _, arrays_here in seen[1:]:
+        for one, other in zip(seen[0][1], arrays_here, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def scores(who: Asker, tails: Batch, heads) -> np.ndarray:
+    """Log-likelihoods of token 11 at every real position: a function of all the logits."""
+    labels_BL = jnp.where(tails.segments_BL > 0, 11, IGNORE)
+    return np.asarray(who.generator.score(who.arrays, tails._replace(labels_BL=labels_BL), heads=heads)[0])
+
+
+def test_programs_are_few_and_compiled_once():
+    who = Asker(
+        generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), eos=EOS, rows=16, tokens=10**6,
+        mesh=asker().mesh, pictures=Pictures(),
+    )  # fmt: skip
+    some = prompts(60)
+    pairs = {(work.head_length, work.tail_length) for work in plan(some, parts=1, rows=16, tokens=10**6, room=NEW)}
+    said(who, some)
+    counted = dict(who.generator.programs)
+    assert counted["read"] == 1 and counted["prefill"] == len(pairs) and counted["advance"] <= len(pairs)
+    assert len(pairs) == 6  # two kinds of head, tails up to 8, 12 and 16
+    said(who, prompts(60, seed=3)[::-1])
+    assert dict(who.generator.programs) == counted
+
+
+def test_an_image_is_read_once_for_all_questions_of_a_batch():
+    who = asker(rows=64)
+    assert isinstance(who.pictures, Pictures)
+    some = [prompt for prompt in prompts(60) if prompt.images]
+    alike = [prompt for prompt in some if prompt.tail <= 8]
+    said(who, alike)
+    assert len(alike) > 15 and sorted(who.pictures.read_rows) == sorted({prompt.images[0] for prompt in alike})
+
+
+def test_nobody_waits_for_rows_that_were_only_filled_up():
+    """A batch whose prompts have all ended stops there, though it has empty rows."""
+    n = next(n for n, ids in enumerate(together()) if len(ids) <= 1)
+    who = asker()
+    with jax.set_mesh(who.mesh):
+        (work, tails, heads), *_ = who._started([prompts()[n]], room=NEW)
+        state = who.generator._prefill(
+            who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
+        )  # fmt: skip
+        state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, sampling=Sampling())
+    assert work.rows > 1 and int(state.count) == len(together()[n]) + 1
+
+
+def test_asking_stops_where_the_text_says_enough(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("moextend_jax.evaluate.asking.LOOK", 2)
+    ids = said(asker(eos=-1), prompts()[:4], stop=lambda index, so_far: len(so_far) >= 2)
+    assert [len(one) for one in ids] == [3] * 4  # the first token, then two at a time
+    assert said(asker(eos=-1), prompts()[:4], stop=lambda index, so_far: False) == said(asker(eos=-1), prompts()[:4])
+
+
+def scored_prompts() -> list[Prompt]:
+    rng = np.random.default_rng(2)
+    made = []
+    for n, prompt in enumerate(prompts(24)):
+        targets_L = rng.integers(10, tiny.DECODER.vocab_size, prompt.tail).astype(np.int32)
+        targets_L[: n % 3] = IGNORE
+        made.append(Prompt(ids_L=prompt.ids_L, patches_L=prompt.patches_L, head=prompt.head, images=prompt.images,
+                           targets_L=targets_L))  # fmt: skip
+    return made
+
+
+def test_scores_are_those_of_the_whole_model():
+    some, who = scored_prompts(), asker()
+    structure = tiny.structure(tiny.EXTENDED)
+    with jax.set_mesh(who.mesh):
+        found = sorted(one for batch in who.score(some) for one in batch)
+    assert [one.index for one in found] == list(range(len(some)))
+    for one, prompt in zip(found, some, strict=True):
+        batch = whole(prompt, targets=True)
+        model = with_arrays(structure, arrays())
+        logits_LV = np.asarray(model.decoder.logits(model(batch).hidden_BLD)[0], np.float64)
+        nats_LV = logits_LV - np.log(np.exp(logits_LV).sum(axis=-1, keepdims=True))
+        labels_L = np.asarray(batch.labels_BL[0])
+        at = np.flatnonzero(labels_L != IGNORE)
+        np.testing.assert_allclose(one.nats, nats_LV[at, labels_L[at]].sum(), atol=1e-4, rtol=0)
+        assert one.greedy == bool((logits_LV[at].argmax(axis=-1) == labels_L[at]).all())
+
+
+def test_greedy_is_true_of_what_the_model_says():
+    prompt, ids = prompts()[0], said(asker(eos=-1), prompts()[:1])[0]
+    tail = np.concatenate([prompt.ids_L, ids[:-1]]).astype(np.int32)
+    targets_L = np.full(len(tail) - prompt.head, IGNORE, np.int32)
+    targets_L[-len(ids) :] = ids
+    patches_L = np.concatenate([prompt.patches_L, np.full(len(ids) - 1, -1)]).astype(np.int32)
+    asked = Prompt(ids_L=tail, patches_L=patches_L, head=prompt.head, images=prompt.images, targets_L=targets_L)
+    who = asker()
+    with jax.set_mesh(who.mesh):
+        (((_, _, greedy),),) = who.score([asked])
+    assert greedy
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 1, 4)])
+def test_a_mesh_says_and_scores_the_same(eight_devices, shape):
+    sizes = dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
+    alone = asker(mesh={"data": 1, "fsdp": 8, "expert": 1, "tensor": 1})
+    who = asker(rows=64, mesh=sizes)
+    assert said(who, prompts()) == said(alone, prompts())
+    with jax.set_mesh(who.mesh):
+        found = sorted(one for batch in who.score(scored_prompts()) for one in batch)
+    with jax.set_mesh(alone.mesh):
+        wanted = sorted(one for batch in alone.score(scored_prompts()) for one in batch)
+    np.testing.assert_allclose([one.nats for one in found], [one.nats for one in wanted], atol=1e-4, rtol=0)
