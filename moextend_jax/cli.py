@@ -44,6 +44,7 @@ More:
              messages, least time
   data       check CONFIG [--processes N] [--json] [--data_dir DIR]: every row and image of the configuration's data
              read once, faults named; exit code 1 if one would be refused
+  doctor     [--workdir DIR] [--json]: versions, devices, kernels, memory, limits; what is missing and what mends it
 
 Checkpoints and comparison with PyTorch (each has --help):
   import     SRC DST: a published checkpoint, or a dense one made a mixture of experts, as JAX arrays
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             raise MoextendError(f"there is no command {command!r}; there are {', '.join((*COMMANDS, *TOOLS))}")
         COMMANDS[command](*_parse(command, arguments))
     except MoextendError as error:
-        print(f"moextend: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())  # which may quote a file that is not to be trusted
+        print("moextend:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
         _exit(2)
     except Preempted as notice:
         print(f"moextend: told to stop: {notice}; the same command goes on from there", file=sys.stderr)
@@ -307,6 +309,7 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
 }
 TRAINING = ("align", "extend", "finetune", "full", "run")
 TOOLS = {
+    "doctor": ("moextend_jax.doctor", "main"),
     "import": ("moextend_jax.checkpoints.convert", "import_main"),
     "export": ("moextend_jax.checkpoints.convert", "export_main"),
     "compare": ("moextend_jax.compare.command", "main"),

@@ -129,8 +129,8 @@ class ModelConfig:
     dispatch: Literal["gather", "exchange"] = "gather"
     """How tokens meet experts on other devices: a row of `expert_parallel.DISPATCHES`."""
     text_isolation: Literal["none", "strict"] = "none"
-    """Which tokens may choose new experts: all (the paper), or those of conversations with an image, so that text alone
-    is computed as before the extension, bit for bit."""
+    """Which tokens may choose new experts: all (the paper), or those of conversations with an image, so that text is
+    computed as before the extension: batches of text by the same program, bit for bit."""
 
     def sizes(self) -> dict[str, int]:
         parts = [self.decoder.sizes()]

@@ -38,11 +38,11 @@ def start(*, cpu_devices: int = 1) -> None:
         split_cpu(cpu_devices)
     if jax.distributed.is_initialized():
         return
-    arguments = _arguments()
-    if arguments is None:
+    joining = arguments()
+    if joining is None:
         return
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**joining)
         printed = os.dup(1) if first() else os.open(os.devnull, os.O_WRONLY)
     except (RuntimeError, ValueError) as error:
         raise MoextendError(f"the processes of this run do not find each other: {error}") from error
@@ -51,7 +51,7 @@ def start(*, cpu_devices: int = 1) -> None:
     sys.stdout = os.fdopen(printed, "w", buffering=1)
 
 
-def _arguments() -> dict[str, Any] | None:
+def arguments() -> dict[str, Any] | None:
     """How to call `jax.distributed.initialize`, or None where this process is alone."""
     if "JAX_NUM_PROCESSES" in os.environ:
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax import distributed, preemption
-from moextend_jax.checkpoints import train_state
+from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.leaves import base_hash, read_sharded
 from moextend_jax.checkpoints.loading import EMBEDDED as EMBEDDED  # here too, for whoever runs the stages
 from moextend_jax.checkpoints.loading import folder_of, open_base
@@ -176,8 +176,8 @@ def _on_mesh(run: Run, model: MoExtend, arrays: Mapping[str, Any]) -> Arrays:
 
 
 def _grown(run: Run) -> ModelConfig:
-    selection = read_selection(run)
-    extension = ExtensionConfig(layers=tuple(selection["chosen_layers"]), sources=tuple(selection["sources"]))
+    chosen = read_selection(run)
+    extension = ExtensionConfig(layers=tuple(chosen["chosen_layers"]), sources=tuple(chosen["sources"]))
     return dataclasses.replace(run.config, extension=extension)
 
 
@@ -337,7 +337,7 @@ def select(run: Run) -> dict[str, Any]:
     """Counts routing before and after the probe on S_e, and writes select/routing.json and .png, once."""
     settings, recipe = run.settings.select, run.settings.recipe
     facts = _json(run.facts_of("select", parents=("align", "extend"), settings=dataclasses.asdict(settings)))
-    if (run.workdir / "select" / "routing.json").exists() and (done := read_selection(run))["facts"] == facts:
+    if (run.workdir / "select" / "routing.json").exists() and (done := read_selection(run)).get("facts") == facts:
         return done
     before_arrays = kappa(run)
     after_arrays = _on_mesh(run, abstract(run.config), {**before_arrays, **_result(run, "extend")})
@@ -383,7 +383,7 @@ def read_selection(run: Run) -> dict[str, Any]:
     path = run.workdir / "select" / "routing.json"
     if not path.exists():
         raise not_run(run, "select")
-    record = json.loads(path.read_text())
+    record = selection.read_selection(path, decoder=run.config.decoder)
     if record["base"] != run.base_hash:
         raise MoextendError(f"{path} was made with another base model; run `moextend select` again")
     return record

@@ -1,4 +1,5 @@
-"""Strict text isolation: conversations without an image come out as before the extension, bit for bit."""
+"""Strict text isolation: no conversation without an image can choose a new expert, and batches of text come out as
+before the extension, bit for bit."""
 
 from __future__ import annotations
 
@@ -77,6 +78,8 @@ def test_who_is_sighted():
     segments_BL = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0]], np.int32)
     patches_BL = np.array([[-1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1], [-1] * 6], np.int32)
     batch = Batch(segments_BL, segments_BL, segments_BL, segments_BL, patches_BL)
+    assert sighted(batch) is None
+    batch = batch._replace(features_BMPC=np.zeros((3, 1, 2, 4), np.float32))
     expected = [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0] * 6]
     np.testing.assert_array_equal(sighted(batch), np.array(expected, bool))
 

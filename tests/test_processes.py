@@ -205,7 +205,7 @@ def test_a_mistake_is_one_line(tmp_path: Path):
 )
 def test_who_is_asked_for_the_other_processes(monkeypatch, environment: dict[str, str], expected):
     _set(monkeypatch, environment)
-    assert distributed._arguments() == expected
+    assert distributed.arguments() == expected
 
 
 def test_an_incomplete_environment_is_an_error(monkeypatch):

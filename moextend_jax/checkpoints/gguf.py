@@ -117,7 +117,7 @@ def _config(metadata: Mapping[str, Any], found: Mapping[str, Placed], *, where: 
     given.setdefault("attention.head_count_kv", given.get("attention.head_count"))
     given.setdefault("rope.freq_base", 1e4)
     width, heads = given.get("embedding_length"), given.get("attention.head_count")
-    if fits("width", width) and fits("heads", heads):
+    if fits("width", width) and fits("heads", heads) and width and heads:
         given.setdefault("attention.key_length", width // heads)
     fields: dict[str, Any] = {}
     for theirs, ours in _SIZES.items():

@@ -22,7 +22,8 @@ from moextend_jax.config import MoextendError
 
 VERSIONS = (2, 3)
 MAX_BYTES = 128 << 20
-"""Of all that is read here; a vocabulary of a million words takes a third. Python's strings are longer than a file's."""
+"""Of all that is read here; a vocabulary of a million words takes a third. As Python objects it is several times
+that."""
 MAX_AXES = 4
 
 _SCALARS = {
@@ -90,12 +91,16 @@ class _Bytes:
         return Header(metadata, self.places(described, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
 
     def take(self, count: int) -> bytes:
+        self.check(count)
+        self.at += count
+        return self.file.read(count)
+
+    def check(self, count: int) -> None:
+        """Whether so many bytes can follow."""
         if count > self.size - self.at:
             raise ValueError(f"it is cut short: {self.size:,} bytes are not all")
         if count > MAX_BYTES - self.at:
             raise ValueError(f"what stands before its tensors takes more than {MAX_BYTES:,} bytes")
-        self.at += count
-        return self.file.read(count)
 
     def number(self, kind: str) -> int:
         return struct.unpack({"<u4": "<I", "<u8": "<Q"}[kind], self.take(int(kind[-1])))[0]
@@ -109,6 +114,7 @@ class _Bytes:
         if code == Type.ARRAY:
             inner, count = self.number("<u4"), self.number("<u8")
             if inner == Type.STRING:
+                self.check(8 * count)  # their lengths alone
                 return [self.string() for _ in range(count)]
             return self.scalars(inner, count, name)
         return self.scalars(code, 1, name)[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import reprlib
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
         raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
 
 
-def parse_json(text: bytes, *, where: str, **hooks: Callable[[Any], Any]) -> Any:
+def parse_json(text: bytes, *, where: str, **hooks: Any) -> Any:
     """A JSON value from UTF-8; `hooks` are those of `json.loads`. `where` starts the message of an error."""
     try:
         value = json.loads(text.decode(), **hooks)

@@ -21,7 +21,8 @@ def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
       MoextendError: they are not, or are not there; names the file.
     """
     record = read_json(path)
-    layers, sources = record.get("chosen_layers"), record.get("sources")
+    layers: Any = record.get("chosen_layers")
+    sources: Any = record.get("sources")
     if not _below(layers, decoder.layers) or layers != sorted({*layers}) or not layers:
         raise MoextendError(
             f"{path}: chosen_layers = {shown(layers)} is no ascending list of layers below {decoder.layers}"

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moextend_jax.checkpoints import huggingface, leaves, train_state
+from moextend_jax.checkpoints import huggingface, leaves, selection, train_state
 from moextend_jax.checkpoints.loading import Source, open_base
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
@@ -72,10 +72,10 @@ def open_workdir(workdir: Path) -> Source:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = source.config
     if "grow" in stages:
-        selection = huggingface.read_json(workdir / "select" / "routing.json")
+        chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
-            layers=tuple(selection["chosen_layers"]),
-            sources=tuple(selection["sources"]),
+            layers=tuple(chosen["chosen_layers"]),
+            sources=tuple(chosen["sources"]),
             new_experts=trained["extension/router/new_gate"].shape[-1],
             calibrator_width=trained["extension/router/calibrator/w_in"].shape[-1],
         )

@@ -140,7 +140,7 @@ def _judge(
             found.append(close(name, quantity, mine, array, atol=atol, where=where_T))
         elif head.startswith("topk_"):
             key = f"router_logits/{index}"
-            logits_TO = theirs.get(key, ours[key])
+            logits_TO = theirs[key] if key in theirs else ours[key]
             if logits_TO.shape != ours[key].shape:
                 close(name, key, ours[key], logits_TO, atol=0)  # raises: says which shapes
             tied = ties(logits_TO, top_k=top_k, noise=tolerances.tie)

@@ -79,17 +79,19 @@ class MoExtend(nnx.Module):
         """Runs the layers on embeddings.
 
         Args:
-          sighted_BL: tokens whose conversation has an image (`sighted`); only "strict" text isolation reads it.
+          sighted_BL: tokens whose conversation has an image (`sighted`), None: no token. Only "strict" text isolation
+            reads it. What no image belongs to then runs through the same program as before the extension: equal bit
+            for bit, which another program's roundings are not.
         """
-        strict = self.config.text_isolation == "strict" and self.extension is not None
-        assert sighted_BL is not None or not strict
-        return run_layers(
+        strict = self.config.text_isolation == "strict"
+        extension = None if strict and sighted_BL is None else self.extension
+        decoded = run_layers(
             self.decoder,
             x_BLD,
             config=self.config.decoder,
             positions_BL=positions_BL,
             visible=visible,
-            extension=self.extension,
+            extension=extension,
             extension_config=self.config.extension,
             past=past,
             slots_BL=slots_BL,
@@ -98,10 +100,18 @@ class MoExtend(nnx.Module):
             dispatch=self.config.dispatch,
             sighted_BL=sighted_BL if strict else None,
         )
+        if extension is self.extension:
+            return decoded
+        assert self.config.extension is not None
+        absent = ((0, 0), (0, 0), (0, self.config.extension.new_experts))
+        logits_ZTO = jnp.pad(decoded.routing.logits_TO, absent, constant_values=-jnp.inf)
+        return decoded._replace(routing=decoded.routing._replace(logits_TO=logits_ZTO))
 
 
-def sighted(batch: Batch) -> jax.Array:
-    """`[B, L]`: whether a token's conversation, its segment of the row, has an image."""
+def sighted(batch: Batch) -> jax.Array | None:
+    """`[B, L]`: whether a token's conversation, its segment of the row, has an image; None for a batch of text."""
+    if batch.images_BMhwc is None and batch.features_BMPC is None:
+        return None
     segments_BL, here_BL = jnp.asarray(batch.segments_BL), jnp.asarray(batch.patches_BL) >= 0
     B, L = segments_BL.shape
     row_B1 = jnp.arange(B)[:, None]

@@ -72,8 +72,7 @@ def route_extended(
       new: the new columns of this layer; for a plain layer its leaves are zeros, which makes the calibrator
         the identity.
       extended: bool scalar; on a plain layer no token can choose a new expert, and the result is `route`'s.
-      sighted_T: tokens that may choose new experts, None: all. What the others get is `route`'s bit for bit, which a
-        softmax over more columns is not.
+      sighted_T: tokens that may choose new experts, None: all. The others get `route`'s choice and weights.
     """
     open_T1 = jnp.broadcast_to(extended, x_TD.shape[:1])[:, None]
     open_T1 = open_T1 if sighted_T is None else open_T1 & sighted_T[:, None]
