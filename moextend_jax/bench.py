@@ -145,7 +145,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
     }
 
 
-def _random(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _random(path: str, leaf: Any) -> jax.Array:
     """Norms near one, all else near zero."""
     centre, key = float(path.endswith("norm")), zlib.crc32(path.encode())
     if jax.default_backend() == "cpu":

@@ -42,6 +42,9 @@ More:
   plan       compile a stage's step for chips that are not here: --stage NAME --topology v5p:4x4x4|v5e:16x16|h100:2x8
              [--json] [--text_only] [--layers N] [--sweep [--most N] [--within GIB]]; does it fit, bytes, FLOPs,
              messages, least time
+  eval       --benchmark NAME [--data FOLDER] [--split S] [--model M] [--limit N]: answers, scored by its own rule
+  eval       --forgetting [--tasks LIST] [--model M]: text tasks of lm-eval, base against model
+  eval score --benchmark NAME --data FOLDER --answers FILE: scores a file of answers
   data       check CONFIG [--processes N] [--json] [--data_dir DIR]: every row and image of the configuration's data
              read once, faults named; exit code 1 if one would be refused
   doctor     [--workdir DIR] [--json]: versions, devices, kernels, memory, limits; what is missing and what mends it
@@ -64,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
             print(USAGE)
             return
         command, arguments = argv[0], argv[1:]
+        if argv[:2] == ["eval", "score"]:
+            command, arguments = "eval score", argv[2:]
         if command in TOOLS:
             module, function = TOOLS[command]
             sys.exit(getattr(importlib.import_module(module), function)(arguments))
@@ -121,7 +126,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
         flags.DEFINE_integer("top_k", 0, "draw from the k most likely, 0: from all", flag_values=values)
         flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
-        flags.DEFINE_enum("model", "moextend", ["base", "aligned", "moextend", "full"], "which one", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", MODELS, "which one", flag_values=values)
     if command == "bench":
         flags.DEFINE_enum("stage", None, ["align", "extend", "finetune"], "time only this one", flag_values=values)
         flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
@@ -136,6 +141,18 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_bool("sweep", False, "try meshes, micro-batches and what is saved", flag_values=values)
         flags.DEFINE_integer("most", 8, "programs a sweep compiles at most", flag_values=values)
         flags.DEFINE_float("within", None, "GiB per chip that a sweep may use", flag_values=values)
+    if command == "eval":
+        flags.DEFINE_string("benchmark", None, "name of a benchmark; docs/evaluation.md has them", flag_values=values)
+        flags.DEFINE_string("data", None, "folder of the benchmark's official files", flag_values=values)
+        flags.DEFINE_string("split", None, "of the benchmark", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", MODELS, "which one answers", flag_values=values)
+        flags.DEFINE_integer("max_new_tokens", None, "most tokens of an answer", flag_values=values)
+        flags.DEFINE_integer("limit", None, "only the first so many questions", flag_values=values)
+        flags.DEFINE_bool("forgetting", False, "text tasks of lm-eval, base against model", flag_values=values)
+        flags.DEFINE_list("tasks", None, "of lm-eval, instead of the paper's", flag_values=values)
+        flags.DEFINE_integer("num_fewshot", None, "examples before each question", flag_values=values)
+        flags.DEFINE_string("include_path", None, "folder of further tasks (YAML)", flag_values=values)
+        flags.DEFINE_bool("run_code", False, "run programs that the model writes (MBPP)", flag_values=values)
     if command == "data":
         flags.DEFINE_string("data_dir", None, "folder of prepared data sets", flag_values=values)
         flags.DEFINE_integer("processes", os.cpu_count() or 1, "that read and decode; 0: this one", flag_values=values)
@@ -155,7 +172,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
     if values.workdir is None and command not in ("bench", "plan", "data"):
         raise MoextendError(f"{command} needs --workdir DIR")
     config = values.config
-    if config is None and command == "generate":
+    if config is None and command in ("generate", "eval"):
         return None, values
     if config is None and command != "report":
         raise MoextendError(f"{command} needs --config configs/X.py")
@@ -244,6 +261,40 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
     print()
 
 
+def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
+    if bool(values.benchmark) == values.forgetting:
+        raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
+    for name in ("limit", "max_new_tokens"):
+        if (given := getattr(values, name)) is not None and given < 1:
+            raise MoextendError(f"--{name} must be at least 1")
+    from moextend_jax import pipeline
+    from moextend_jax.evaluate.benchmark import benchmark
+    from moextend_jax.evaluate.forgetting import TASKS, forgetting
+
+    workdir = folder(values.workdir)
+    with pipeline.working(settings or _remembered(workdir), workdir) as run:
+        if values.benchmark:
+            benchmark(
+                run,
+                values.benchmark,
+                data=Path(values.data) if values.data else None,
+                split=values.split,
+                model=values.model,
+                limit=values.limit,
+                max_new_tokens=values.max_new_tokens,
+            )
+        else:
+            forgetting(
+                run,
+                tasks=values.tasks or TASKS,
+                models=(values.model,),
+                limit=values.limit,
+                num_fewshot=values.num_fewshot,
+                include_path=Path(values.include_path) if values.include_path else None,
+                run_code=values.run_code,
+            )
+
+
 def _remembered(workdir: Path) -> RunSettings:
     """The settings that the work directory's stages were run with."""
     from moextend_jax.checkpoints.workdir import settings_of
@@ -306,7 +357,9 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "bench": _bench,
     "plan": _plan,
     "data": _data,
+    "eval": _eval,
 }
+MODELS = ("base", "aligned", "moextend", "full")
 TRAINING = ("align", "extend", "finetune", "full", "run")
 TOOLS = {
     "doctor": ("moextend_jax.doctor", "main"),
@@ -314,6 +367,7 @@ TOOLS = {
     "export": ("moextend_jax.checkpoints.convert", "export_main"),
     "compare": ("moextend_jax.compare.command", "main"),
     "routing": ("moextend_jax.compare.routing_command", "main"),
+    "eval score": ("moextend_jax.evaluate.benchmarks.command", "score_main"),
 }
 """Commands without a configuration, which parse their own arguments and return an exit code."""
 

@@ -44,22 +44,23 @@ class Sampling(NamedTuple):
 
 class Heads(NamedTuple):
     """What rows have read before their tails: keys and values `[Z, B, S, K, H]`, of which a row has `length_B`; and
-    whether it has an image."""
+    whether it has an image, None where none has."""
 
     past: KeysValues
     length_B: jax.Array
-    sighted_B: jax.Array
+    sighted_B: jax.Array | None
 
 
 class State(NamedTuple):
     """Where generation stands: the newest token of each row, which is not in the cache yet, its position, and the slot
-    of the cache that it will take (one for all rows); the slots that a row sees, and whether it has an image."""
+    of the cache that it will take (one for all rows); the slots that a row sees, and whether it has an image (None:
+    none has)."""
 
     said_B: jax.Array
     ended_B: jax.Array
     position_B: jax.Array
     seen_BS: jax.Array
-    sighted_B: jax.Array
+    sighted_B: jax.Array | None
     past: KeysValues
     slot: jax.Array
     count: jax.Array
@@ -223,7 +224,7 @@ class _Prefilled(NamedTuple):
     hidden_BLD: jax.Array
     past: KeysValues
     seen_BS: jax.Array
-    sighted_B: jax.Array
+    sighted_B: jax.Array | None
 
 
 def _prefilled(whole: MoExtend, prompts: Batch, heads: Heads | None) -> _Prefilled:
@@ -231,7 +232,9 @@ def _prefilled(whole: MoExtend, prompts: Batch, heads: Heads | None) -> _Prefill
     real_BL = prompts.segments_BL > 0
     if heads is None:
         decoded = whole(prompts)
-        return _Prefilled(decoded.hidden_BLD, decoded.keys_values, real_BL, sighted(prompts).any(axis=1))
+        sighted_BL = sighted(prompts)
+        sighted_B = None if sighted_BL is None else sighted_BL.any(axis=1)
+        return _Prefilled(decoded.hidden_BLD, decoded.keys_values, real_BL, sighted_B)
     before, (B, L) = heads.past.keys_BSKH.shape[2], real_BL.shape
     head_BS = jnp.arange(before)[None, :] < heads.length_B[:, None]
     head_B1LS = jnp.broadcast_to(head_BS[:, None, None, :], (B, 1, L, before))
@@ -242,7 +245,7 @@ def _prefilled(whole: MoExtend, prompts: Batch, heads: Heads | None) -> _Prefill
         visible=Visible.by_mask(mask_B1LS),
         past=_with_room(heads.past, L),
         slots_BL=jnp.broadcast_to(before + jnp.arange(L)[None, :], (B, L)),
-        sighted_BL=jnp.broadcast_to(heads.sighted_B[:, None], (B, L)),
+        sighted_BL=None if heads.sighted_B is None else jnp.broadcast_to(heads.sighted_B[:, None], (B, L)),
     )
     seen_BS = jnp.concatenate([head_BS, real_BL], axis=1)
     return _Prefilled(decoded.hidden_BLD, decoded.keys_values, seen_BS, heads.sighted_B)
@@ -312,7 +315,7 @@ def _decode(whole: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.A
         visible=Visible.by_mask(seen_BS[:, None, None, :]),
         past=state.past,
         slots_BL=jnp.full_like(position_B1, state.slot),
-        sighted_BL=state.sighted_B[:, None],
+        sighted_BL=None if state.sighted_B is None else state.sighted_B[:, None],
     )
     return whole.decoder.logits(decoded.hidden_BLD)[:, 0], decoded.keys_values, seen_BS
 

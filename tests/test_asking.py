@@ -85,6 +85,7 @@ def whole(prompt: Prompt, *, targets: bool = False) -> Batch:
     length = len(prompt.ids_L)
     labels_L = np.full(length, IGNORE, np.int32)
     if targets:
+        assert prompt.targets_L is not None
         labels_L[prompt.head :] = prompt.targets_L
     batch = Batch(
         prompt.ids_L[None], labels_L[None], np.arange(length, dtype=np.int32)[None], np.ones((1, length), np.int32),
@@ -127,7 +128,7 @@ def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
     seen = []
     with jax.set_mesh(who.mesh):
         for turn in range(6):
-            others = np.random.default_rng(turn).permutation(alike[1:]).tolist()[:15]
+            others = [alike[1 + n] for n in np.random.default_rng(turn).permutation(len(alike) - 1)[:15]]
             others.insert(3 * turn % 16, alike[0])
             (work, tails, heads), *_ = who._started(others, room=NEW)
             row = work.prompts[0].index(3 * turn % 16)
@@ -239,7 +240,7 @@ def test_greedy_is_true_of_what_the_model_says():
 @pytest.mark.devices
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 1, 4)])
 def test_a_mesh_says_and_scores_the_same(eight_devices, shape):
-    sizes = dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
+    sizes: dict[str, int] = dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
     alone = asker(mesh={"data": 1, "fsdp": 8, "expert": 1, "tensor": 1})
     who = asker(rows=64, mesh=sizes)
     assert said(who, prompts()) == said(alone, prompts())

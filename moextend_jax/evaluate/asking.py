@@ -179,7 +179,8 @@ class Asker:
         for p, part in enumerate(mine):
             for row, n in enumerate(work.prompts[part], p * work.rows):
                 length_B[row], sighted_B[row] = prompts[n].head, bool(prompts[n].images)
-        return Heads(past, self._put(length_B), self._put(sighted_B))
+        seeing = any(prompt.images for prompt in prompts)
+        return Heads(past, self._put(length_B), self._put(sighted_B) if seeing else None)
 
     def _put(self, tree: Any) -> Any:
         """Rows of this process's devices, on them."""

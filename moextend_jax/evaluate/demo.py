@@ -15,19 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax import pipeline
-from moextend_jax.config import Batch, MoextendError
-from moextend_jax.data.batches import text_batches
+from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.data.batches import Features, Pixels, text_batches
 from moextend_jax.data.datasets import open_text
 from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.distributed import gathered, put_whole
 from moextend_jax.evaluate import questions as asking
+from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.counting import Bar, counting
+from moextend_jax.evaluate.running import asker_of, generator_of
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.pipeline import Arrays, Run
-from moextend_jax.train.metrics import progress
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
 
@@ -47,13 +49,12 @@ def _evaluate(run: Run) -> dict[str, Any]:
     test = select_rows(source, chosen)
     questions = asking.questions_of(test.read(range(len(test))))
     images = pipeline.images_of(run, source, f"{settings.data.partition('/')[0]}-{settings.split}")
-    assert images is not None and run.config.vision is not None
     make_batch = functools.partial(
         asking.prompt_batch,
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
         images=images,
-        patches=run.config.vision.patches,
+        patches=_patches(run),
         length=settings.length,
         rows=settings.batch_size,
     )
@@ -63,19 +64,14 @@ def _evaluate(run: Run) -> dict[str, Any]:
     models = _models(run)
     answers = {"question_only": asking.question_only_answers(known, questions)}
     losses: dict[str, dict[str, float]] = {}
-    with progress("evaluate", (len(models) - 1) * len(questions)) as bar:
+    generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
+    with counting("evaluate", (len(models) - 1) * len(questions), unit="questions") as bar:
         for name, (model, arrays) in models.items():
-            done = len(answers) - 1
             if name != "base":
-                complete = _completer(run, model, arrays, settings.max_new_tokens)
-                answers[name] = asking.answer_all(
-                    questions,
-                    complete=complete,
-                    make_batch=make_batch,
-                    rows=settings.batch_size,
-                    tokenizer=run.tokenizer,
-                    progress=lambda count, _, done=done: bar.update(done * len(questions) + count),
-                )
+                # A tower that was trained has no cached features.
+                seen = pipeline.pixels_of(run, source) if name == "full" else images
+                generator = generators.setdefault(model.config, generator_of(run, model))
+                answers[name] = _answers(run, asker_of(run, generator, arrays, pictures=seen), questions, bar)
             if name != "aligned":
                 losses[name] = _text_losses(run, model, arrays)
 
@@ -92,6 +88,11 @@ def _evaluate(run: Run) -> dict[str, Any]:
     return summary
 
 
+def _patches(run: Run) -> int:
+    assert run.config.vision is not None
+    return run.config.vision.patches
+
+
 def _models(run: Run) -> dict[str, tuple[MoExtend, Arrays]]:
     plain = pipeline.abstract(run.config)
     models = {"base": (plain, pipeline.kappa(run)), "aligned": (plain, pipeline.kappa(run))}
@@ -102,14 +103,26 @@ def _models(run: Run) -> dict[str, tuple[MoExtend, Arrays]]:
     return models
 
 
-def _completer(run: Run, model: MoExtend, arrays: Arrays, max_new_tokens: int):
-    tags = run.config.tags
-    generator = Generator(model, eos=run.tokenizer.eos, suppress=(tags.start, tags.end, tags.pad))
-
-    def complete(batch: Batch) -> np.ndarray:
-        return generator.complete(arrays, put_whole(batch, run.mesh), max_new_tokens=max_new_tokens)
-
-    return complete
+def _answers(run: Run, asker: Asker, questions: Sequence[asking.Question], bar: Bar) -> list[str]:
+    images = asker.pictures
+    assert isinstance(images, Pixels | Features)
+    prompts = [
+        asking.prompt_of(
+            question.text,
+            images=tuple(images.row(ref) for ref in question.example.images),
+            tokenizer=run.tokenizer,
+            recipe=run.settings.recipe,
+            patches=_patches(run),
+            where=f"question {question.example.id}",
+        )
+        for question in questions
+    ]
+    said = [""] * len(prompts)
+    for some in asker.complete(prompts, max_new_tokens=run.settings.evaluate.max_new_tokens):
+        for index, ids in some:
+            said[index] = run.tokenizer.decode(ids).strip()
+        bar.add(len(some))
+    return said
 
 
 def _text_losses(run: Run, model: MoExtend, arrays: Arrays) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""Short-answer accuracy: questions of a data set in, generated answers and the share that is right out."""
+"""Questions about images as prompts, and short-answer accuracy: what is right of the answers to a data set's."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from moextend_jax.data.batches import Features, Pixels
 from moextend_jax.data.conversations import encode_prompt
 from moextend_jax.data.datasets import Example
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.evaluate.prompts import Prompt
 
 
 class Question(NamedTuple):
@@ -25,6 +26,22 @@ class Question(NamedTuple):
 
 def questions_of(examples: Iterable[Example]) -> list[Question]:
     return [Question(one, one.conversations[0]["value"], one.conversations[1]["value"]) for one in examples]
+
+
+def prompt_of(
+    text: str, *, images: tuple[int, ...], tokenizer: Tokenizer, recipe: Recipe, patches: int, where: str
+) -> Prompt:
+    """The chat template around a question; its head is everything up to the last image.
+
+    Args:
+      images: rows of whatever the pictures are read from.
+    """
+    try:
+        encoded = encode_prompt(text, images=len(images), tokenizer=tokenizer, recipe=recipe, patches=patches)
+    except MoextendError as error:
+        raise MoextendError(f"{where}: {error}") from error
+    last = int(np.flatnonzero(encoded.patches_L >= 0)[-1]) if images else -2
+    return Prompt(ids_L=encoded.ids_L, patches_L=encoded.patches_L, head=last + 2, images=images, where=where)
 
 
 def prompt_batch(
@@ -60,26 +77,6 @@ def prompt_batch(
     return images.fill(batch, rows_BM) if most else batch
 
 
-def answer_all(
-    questions: Sequence[Question],
-    *,
-    complete: Callable[[Batch], np.ndarray],
-    make_batch: Callable[[Sequence[Question]], Batch],
-    rows: int,
-    tokenizer: Tokenizer,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Generated answers, `rows` questions at a time; `complete` turns a prompt batch into new ids `[B, new]`."""
-    answers = []
-    for first in range(0, len(questions), rows):
-        some = questions[first : first + rows]
-        ids_BL = complete(make_batch(some))
-        answers += [tokenizer.decode(_until(ids_L, tokenizer.eos)).strip() for ids_L in ids_BL[: len(some)]]
-        if progress:
-            progress(len(answers), len(questions))
-    return answers
-
-
 def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> float:
     """Share of answers equal to the right one but for case, outer spaces and a final full stop."""
     right = [_plain(question.answer) == _plain(said) for question, said in zip(questions, answers, strict=True)]
@@ -98,8 +95,3 @@ def question_only_answers(training: Iterable[Question], questions: Sequence[Ques
 
 def _plain(text: str) -> str:
     return text.strip().rstrip(".").lower()
-
-
-def _until(ids_L: np.ndarray, eos: int) -> list[int]:
-    ended = np.flatnonzero(ids_L == eos)
-    return ids_L[: ended[0]].tolist() if len(ended) else ids_L.tolist()

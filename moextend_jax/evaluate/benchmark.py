@@ -1,0 +1,127 @@
+"""`moextend eval --benchmark`: a benchmark's questions to one model's answers, a file that grows, and its scores.
+
+In: a run, a benchmark's name and the folder of its files. Out: WORKDIR/eval/NAME/MODEL/answers.jsonl in LLaVA's form,
+scores.json beside it, and a table. Killed and started again it goes on with the questions that have no answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moextend_jax import distributed, pipeline
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.benchmarks import answers, table
+from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
+from moextend_jax.evaluate.benchmarks.question import Question
+from moextend_jax.evaluate.counting import counting
+from moextend_jax.evaluate.pictures import QuestionPictures
+from moextend_jax.evaluate.questions import prompt_of
+from moextend_jax.evaluate.running import asker_of, generator_of, identity, open_model
+from moextend_jax.pipeline import Run
+
+
+def benchmark(
+    run: Run,
+    name: str,
+    *,
+    data: Path | None,
+    split: str | None = None,
+    model: str = "moextend",
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Answers what is not answered yet, scores, prints, and returns what scores.json holds.
+
+    Args:
+      data: the user's folder of benchmarks; None for easy_vqa.
+      limit: only the first so many questions.
+      max_new_tokens: None is the benchmark's own number.
+
+    Raises:
+      MoextendError: question files or images that are missing or broken (by line, before anything runs), a model that
+        cannot see, or a file of another model's answers.
+    """
+    most = max_new_tokens or table.benchmark(name).max_new_tokens
+    every = table.read(name, data, split)
+    questions = every[:limit]
+    if model == "base" and any(question.image is not None for question in questions):
+        raise MoextendError(f"the base model cannot see: benchmark {name} needs --model aligned, moextend or full")
+    path = folder_of(run, name, split=split, model=model) / "answers.jsonl"
+    asked = f"{identity(run, model)}-{most}"
+    speed = _answer(run, name, questions, every, path, model=model, model_id=asked, max_new_tokens=most)
+    record: dict[str, Any] = {}
+    if distributed.first():
+        wanted = {question.key for question in questions}
+        found = table.read_answered(name, path, questions=every, partial=True)
+        answered = [one for one in found if one.question.key in wanted]
+        scores = table.score(name, answered, data, split)
+        record = as_json(name, scores, questions=len(questions), answered=len(answered))
+        print_scores(name, scores, record)
+        record |= {"split": split or table.benchmark(name).splits[0], "limit": limit, "model": model} | speed
+        record |= {"model_id": asked, "max_new_tokens": most}
+    pipeline.write_json(path.with_name("scores.json"), record)
+    return record
+
+
+def folder_of(run: Run, name: str, *, split: str | None, model: str) -> Path:
+    default = table.benchmark(name).splits[0]
+    return run.workdir / "eval" / (name if split in (None, default) else f"{name}-{split}") / model
+
+
+def _answer(
+    run: Run,
+    name: str,
+    questions: Sequence[Question],
+    every: Sequence[Question],
+    path: Path,
+    *,
+    model: str,
+    model_id: str,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Appends the answers that the file lacks; it may hold those of `every` question."""
+    assert run.config.vision is not None
+    with contextlib.ExitStack() as stack:
+        written = (
+            stack.enter_context(table.open_answers(name, path, questions=every, model_id=model_id))
+            if distributed.first()
+            else None
+        )
+        distributed.barrier(f"opened {path}")  # from here to the first batch nobody writes: all read the same
+        key = table.benchmark(name).key
+        done = written.done if written else set(answers.read_answers(path, questions=every, key=key))
+        left = [question for question in questions if question.key not in done]
+        if not left:
+            return {"answered_now": 0, "questions_per_second": None}
+        pictures = QuestionPictures(
+            left, size=run.config.vision.image_size, preparation=run.settings.recipe.image_preparation
+        )
+        if len(pictures):
+            with counting("images", len(pictures), unit="images") as bar:
+                pictures.check(lambda: bar.add(1))
+        prompts = [
+            prompt_of(
+                question.text,
+                images=images,
+                tokenizer=run.tokenizer,
+                recipe=run.settings.recipe,
+                patches=run.config.vision.patches,
+                where=question.where,
+            )
+            for question, images in zip(left, pictures.numbers, strict=True)
+        ]
+        opened = open_model(run, model)
+        asker = asker_of(run, generator_of(run, opened.model), opened.arrays, pictures=pictures)
+        stack.enter_context(jax.set_mesh(run.mesh))
+        with counting(name, len(questions), unit="questions", done=len(questions) - len(left)) as bar:
+            for some in asker.complete(prompts, max_new_tokens=max_new_tokens):
+                for index, ids in some:
+                    if written:
+                        written.append(left[index], run.tokenizer.decode(ids).strip())
+                bar.add(len(some))
+            return {"answered_now": len(left), "questions_per_second": round(bar.per_second, 2)}

@@ -1,0 +1,166 @@
+"""`moextend eval --forgetting`: what an extended model forgot, by text benchmarks of lm-eval; the paper's table.
+
+In: a run, and names of lm-eval tasks. Out: WORKDIR/eval/forgetting.json and a table: each task's figure under the base
+and under each other model, and the average drop in points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.table import Table
+
+from moextend_jax import distributed, pipeline
+from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.evaluate.running import asker_of, generator_of, identity, open_model, text_only
+from moextend_jax.generate import Generator
+from moextend_jax.pipeline import Run
+from moextend_jax.terminal import console
+
+TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "mbpp", "mmlu", "gsm8k")
+"""The paper's."""
+PUBLISHED = {"MoExtend": 0.41, "full fine-tuning": 3.30}
+"""The paper's average drop over them, in points."""
+FIGURES = ("acc", "exact_match", "pass_at_1", "pass@1", "acc_norm", "f1")
+"""Which of a task's figures the table shows: the first that it has, else its first of all."""
+
+
+class Figure(NamedTuple):
+    """A task's figure, e.g. "acc,none"; in points (per cent) where it is a share."""
+
+    name: str
+    value: float
+    higher_is_better: bool
+
+
+def forgetting(
+    run: Run,
+    *,
+    tasks: Sequence[str] = TASKS,
+    models: Sequence[str] = ("moextend",),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_length: int = 4096,
+    include_path: Path | None = None,
+    run_code: bool = False,
+) -> dict[str, Any]:
+    """Runs the tasks on the base and on `models`, prints the table and returns what forgetting.json holds.
+
+    Args:
+      limit: questions of each task. num_fewshot: None is the task's own.
+      include_path: a folder of further tasks in lm-eval's YAML.
+      run_code: whether programs that the model writes may be run on this machine (MBPP does).
+
+    Raises:
+      MoextendError: lm-eval is not installed, a task it does not know, or data that it cannot get.
+    """
+    from moextend_jax.evaluate.harness import HarnessModel  # lm-eval is an extra
+
+    found: dict[str, dict[str, Any]] = {}
+    generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
+    for name in ("base", *models):
+        model, arrays = text_only(*open_model(run, name))
+        generator = generators.setdefault(model.config, generator_of(run, model))
+        asked = HarnessModel(asker_of(run, generator, arrays), tokenizer=run.tokenizer, max_length=max_length)
+        # lm-eval keeps answers by request in a file of SQLite, which one process alone can write.
+        cache = run.workdir / "eval" / "lm-eval" / f"{identity(run, name)}-{max_length}"
+        alone = jax.process_count() == 1
+        if alone:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        found[name] = _results(
+            asked, tasks=tasks, cache=str(cache) if alone else None, limit=limit, num_fewshot=num_fewshot,
+            include_path=include_path, run_code=run_code,
+        )  # fmt: skip
+    record = {
+        "tasks": {task: {name: figure(results, task)._asdict() for name, results in found.items()} for task in tasks},
+        "average_drop": {name: average_drop(found["base"], found[name], tasks) for name in models},
+        "published_average_drop": PUBLISHED,
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "models": {name: identity(run, name) for name in found},
+        "results": {name: results["results"] for name, results in found.items()},
+        "versions": {name: results.get("versions", {}) for name, results in found.items()},
+    }
+    pipeline.write_json(run.workdir / "eval" / "forgetting.json", record)
+    if distributed.first():
+        print_table(record)
+    return record
+
+
+def figure(results: Mapping[str, Any], task: str) -> Figure:
+    figures = {
+        name: value
+        for name, value in results["results"][task].items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in name and "_stderr" not in name
+    }
+    if not figures:
+        raise MoextendError(f"lm-eval task {task} has no figure")
+    rank = {name: FIGURES.index(head) if (head := name.split(",")[0]) in FIGURES else len(FIGURES) for name in figures}
+    name = min(figures, key=lambda one: rank[one])
+    better = results.get("higher_is_better", {}).get(task, {}).get(name.split(",")[0], True)
+    share = rank[name] < len(FIGURES)
+    return Figure(name, 100 * figures[name] if share else figures[name], better is not False)
+
+
+def average_drop(base: Mapping[str, Any], other: Mapping[str, Any], tasks: Sequence[str]) -> float | None:
+    """Mean of base less other over the tasks whose figure is a share; None where there is none."""
+    pairs = [(figure(base, task), figure(other, task)) for task in tasks]
+    drops = [a.value - b.value for a, b in pairs if a.name.split(",")[0] in FIGURES]
+    return sum(drops) / len(drops) if drops else None
+
+
+def print_table(record: Mapping[str, Any]) -> None:
+    names = [name for name in next(iter(record["tasks"].values())) if name != "base"]
+    shown = Table(title="What was forgotten of text")
+    for column in ("task", "figure", "base", *(cell for name in names for cell in (name, "drop"))):
+        shown.add_column(column, justify="left" if column in ("task", "figure") else "right")
+    for task, of in record["tasks"].items():
+        base = of["base"]
+        cells = [task, base["name"], f"{base['value']:.2f}"]
+        for name in names:
+            sign = 1 if base["higher_is_better"] else -1
+            cells += [f"{of[name]['value']:.2f}", f"{sign * (base['value'] - of[name]['value']):+.2f}"]
+        shown.add_row(*cells)
+    drops = [record["average_drop"][name] for name in names]
+    cells = [cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")]
+    shown.add_row("average drop", "", "", *cells)
+    out = console()
+    out.print(shown)
+    said = ", ".join(f"{name} {drop}" for name, drop in record["published_average_drop"].items())
+    out.print(f"published average drop over {', '.join(TASKS)}: {said}", markup=False)
+
+
+def _results(
+    asked: Any, *, tasks: Sequence[str], cache: str | None, limit: int | None, num_fewshot: int | None,
+    include_path: Path | None, run_code: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every default
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown or not tasks:
+        raise MoextendError(
+            f"lm-eval knows no task {', '.join(unknown) or 'at all'}; `lm-eval ls tasks` lists those it has, "
+            f"--include_path adds a folder of others"
+        )
+    with contextlib.redirect_stdout(None) if not distributed.first() else contextlib.nullcontext():
+        try:
+            results = simple_evaluate(
+                model=asked, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+                use_cache=cache, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code,
+            )  # fmt: skip
+        except OSError as error:  # of a data set: no network, no such file
+            raise MoextendError(f"lm-eval cannot get its data: {error}") from error
+        except ValueError as error:
+            if "unsafe" not in str(error):
+                raise
+            raise MoextendError(f"{error} Here: --run_code, which runs what the model writes on this machine") from None
+    assert results is not None
+    return dict(results)

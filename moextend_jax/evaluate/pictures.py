@@ -1,0 +1,82 @@
+"""The pictures of a benchmark's questions: files or encoded bytes in, pixels as the tower expects them out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.evaluate.benchmarks.question import Mistakes, Question, check_images, image_bytes
+
+THREADS = 8
+
+
+class QuestionPictures:
+    """Reads pictures by number; questions about the same one share its number."""
+
+    field = "images_BMhwc"
+
+    def __init__(self, questions: Sequence[Question], *, size: int, preparation: Literal["pad", "crop"]):
+        self._size = size
+        self._preparation: Literal["pad", "crop"] = preparation
+        self._asked: list[Question] = []
+        numbers: dict[Hashable, int] = {}
+        self.numbers: list[tuple[int, ...]] = []
+        """Of each question: the number of its picture, or nothing."""
+        for question in questions:
+            if question.image is None:
+                self.numbers.append(())
+                continue
+            same = hashlib.sha256(question.image).digest() if isinstance(question.image, bytes) else question.image
+            if same not in numbers:
+                numbers[same] = len(self._asked)
+                self._asked.append(question)
+            self.numbers.append((numbers[same],))
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def check(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Decodes every picture once, so that a broken one stops a run before it begins.
+
+        Raises:
+          MoextendError: names the lines of questions whose picture is missing or cannot be read.
+        """
+        check_images(self._asked)
+        mistakes = Mistakes()
+        with ThreadPoolExecutor(THREADS) as pool:
+            for question, wrong in zip(self._asked, pool.map(self._wrong, self._asked), strict=True):
+                if wrong:
+                    mistakes.add(question.where, wrong)
+                progress()
+        mistakes.check("Download these images again")
+
+    def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
+        """Pixels `[B, M, h, w, c]` of pictures by number, zeros for -1."""
+        size = self._size
+        images_BMhwc = np.zeros((*rows_BM.shape, size, size, 3), np.float32)
+        places = list(zip(*np.nonzero(rows_BM >= 0), strict=True))
+        with ThreadPoolExecutor(THREADS) as pool:
+            made = pool.map(lambda place: self._pixels(self._asked[rows_BM[place]]), places)
+            for place, image_hwc in zip(places, made, strict=True):
+                images_BMhwc[place] = image_hwc
+        return images_BMhwc
+
+    def _pixels(self, question: Question) -> np.ndarray:
+        encoded = image_bytes(question)
+        assert encoded is not None
+        named = "its picture" if isinstance(question.image, bytes) else f"image {question.image}"
+        picture = decode_image(encoded, name=named)
+        return prepare_image(picture, size=self._size, preparation=self._preparation, id=question.where)
+
+    def _wrong(self, question: Question) -> str:
+        try:
+            self._pixels(question)
+        except MoextendError as error:
+            return str(error)
+        return ""

@@ -1,0 +1,207 @@
+"""Answering a benchmark: killed and started again it loses and doubles nothing; bad images stop it before it begins."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+from moextend_jax import pipeline
+from moextend_jax.checkpoints import train_state
+from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.evaluate.benchmark import benchmark
+from moextend_jax.evaluate.benchmarks.answers import Answers
+from moextend_jax.evaluate.running import generator_of
+from moextend_jax.generate import Generator
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+QUESTIONS = 60
+
+
+def settings(base: Path) -> RunSettings:
+    stage = StageSettings(data="easy_vqa/questions", steps=1, batch_size=4, length=48)
+    return RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage,
+        evaluate=EvaluateSettings(data="easy_vqa/questions", questions=4, batch_size=16, length=64, max_new_tokens=3),
+        base=str(base), vision=str(base / "vision"), dtype="float32", remat="none",
+    )  # fmt: skip
+
+
+def aligned(workdir: Path, base: Path, *, seed: int = 0) -> pipeline.Run:
+    """A run whose projector is random."""
+    run = pipeline.open_run(settings(base), workdir)
+    leaves = {path: leaf for path, leaf in tiny.arrays(run.config, seed=seed).items() if path.startswith("projector/")}
+    train_state.save_leaves(workdir / "align" / "result", leaves, facts=run.facts)
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once() -> Iterator[None]:
+    """Every test asks the same structure of model."""
+    generators: dict[ModelConfig, Generator] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "moextend_jax.evaluate.benchmark.generator_of",
+            lambda run, model: generators.setdefault(model.config, generator_of(run, model)),
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> Path:
+    """answers.jsonl of a run that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("whole")
+    answer(aligned(workdir, base))
+    return path_of(workdir)
+
+
+def answer(run: pipeline.Run, **options) -> dict:
+    return benchmark(run, "easy_vqa", data=None, model="aligned", **{"limit": QUESTIONS, **options})
+
+
+def path_of(workdir: Path) -> Path:
+    return workdir / "eval" / "easy_vqa" / "aligned" / "answers.jsonl"
+
+
+def by_id(path: Path) -> dict[str, str]:
+    """The answers, each of which must be there once."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {line["question_id"]: line["text"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_every_question_is_answered_scored_and_recorded(whole: Path):
+    found = by_id(whole)
+    record = json.loads(whole.with_name("scores.json").read_text())
+    assert len(found) == QUESTIONS == record["answered"] == record["questions"] == record["answered_now"]
+    assert record["model"] == "aligned" and record["headline"]["name"] == "accuracy"
+    assert record["questions_per_second"] > 0
+    assert len(set(found.values())) > 3  # worth comparing
+
+
+def test_a_run_cut_off_between_and_within_lines_goes_on(base, whole, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    run = aligned(tmp_path, base)
+    append, before = Answers.append, []
+
+    def failing(self: Answers, *arguments) -> None:
+        if len(before) == 21:
+            raise KeyboardInterrupt
+        before.append(1)
+        append(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "append", failing)
+        with pytest.raises(KeyboardInterrupt):
+            answer(run)
+    path = path_of(tmp_path)
+    assert len(by_id(path)) == 21
+    with path.open("ab") as file:  # what a kill within a line leaves
+        file.write(whole.read_bytes().splitlines()[-1][:40])
+    assert answer(run)["answered_now"] == QUESTIONS - 21
+    assert by_id(path) == by_id(whole)
+    text = path.read_bytes()
+    assert answer(run)["answered_now"] == 0
+    assert path.read_bytes() == text
+
+
+def test_fewer_or_more_questions_of_the_same_file(base, whole, tmp_path):
+    run = aligned(tmp_path, base)
+    assert answer(run, limit=10)["answered_now"] == 10
+    assert answer(run, limit=QUESTIONS)["answered_now"] == QUESTIONS - 10
+    record = answer(run, limit=20)
+    assert (record["answered_now"], record["answered"]) == (0, 20)
+    assert by_id(path_of(tmp_path)) == by_id(whole)
+
+
+def test_answers_of_another_model_are_not_mixed_in(base, tmp_path):
+    answer(aligned(tmp_path, base), limit=5)
+    path = tmp_path / "align" / "result"
+    path.rename(tmp_path / "old")
+    run = aligned(tmp_path, base, seed=1)
+    with pytest.raises(MoextendError, match=r"answers\.jsonl:1: an answer of model 'aligned-"):
+        answer(run, limit=5)
+
+
+def write_mmvet(folder: Path, *, broken: tuple[int, ...] = (), missing: tuple[int, ...] = ()) -> Path:
+    images = folder / "mm-vet" / "images"
+    images.mkdir(parents=True)
+    lines = []
+    for n in range(6):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30), (40 * n, 90, 10)).save(file, "PNG")
+        if n not in missing:
+            (images / f"v1_{n}.png").write_bytes(file.getvalue()[: 60 if n in broken else None])
+        lines.append(json.dumps({"question_id": f"v1_{n}", "image": f"v1_{n}.png", "text": "What is it?"}) + "\n")
+    (folder / "mm-vet" / "llava-mm-vet.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_official_files_from_a_folder_of_the_user(base, tmp_path):
+    run = aligned(tmp_path / "work", base)
+    record = benchmark(run, "mmvet", data=write_mmvet(tmp_path), model="aligned", max_new_tokens=4)
+    assert record["answered"] == 6 and record["max_new_tokens"] == 4
+    assert len(by_id(tmp_path / "work" / "eval" / "mmvet" / "aligned" / "answers.jsonl")) == 6
+
+
+@pytest.mark.parametrize(("wrong", "line"), [({"broken": (3,)}, 4), ({"missing": (1, 5)}, 2)])
+def test_bad_images_are_named_by_line_before_anything_runs(base, tmp_path, monkeypatch, wrong, line):
+    run = aligned(tmp_path / "work", base)
+    monkeypatch.setattr("moextend_jax.evaluate.benchmark.open_model", None)
+    with pytest.raises(MoextendError, match=rf"llava-mm-vet\.jsonl:{line}: .*image") as raised:
+        benchmark(run, "mmvet", data=write_mmvet(tmp_path, **wrong), model="aligned")
+    assert str(raised.value).count("llava-mm-vet.jsonl:") == len(*wrong.values())
+    assert not (tmp_path / "work" / "eval" / "mmvet" / "aligned" / "answers.jsonl").read_bytes()
+
+
+def test_the_base_model_cannot_see(base, tmp_path):
+    with pytest.raises(MoextendError, match="cannot see"):
+        benchmark(aligned(tmp_path, base), "easy_vqa", data=None, model="base", limit=2)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_benchmark_run as here
+here.answer(here.pipeline.open_run(here.settings(Path({base!r})), Path({workdir!r})))
+"""
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(base, whole, tmp_path):
+    """SIGKILL to a process wherever it stands, until one finishes."""
+    aligned(tmp_path, base)
+    path, kills = path_of(tmp_path), 0
+    script = PROCESS.format(tests=str(Path(__file__).parent), base=str(base), workdir=str(tmp_path))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    while True:
+        had = len(path.read_bytes().splitlines()) if path.exists() else 0
+        process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            if path.exists() and len(path.read_bytes().splitlines()) > had and kills < 3:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                break
+            time.sleep(0.001)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills > 0
+    assert by_id(path) == by_id(whole)

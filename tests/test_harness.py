@@ -1,0 +1,223 @@
+"""lm-eval on our models: its log-likelihoods are those of the whole model, its tasks run unchanged."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moextend_jax import pipeline
+from moextend_jax.config import IGNORE, Batch, MoextendError
+from moextend_jax.evaluate.forgetting import average_drop, figure, forgetting
+from moextend_jax.evaluate.running import asker_of, generator_of, open_model
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+# lm-eval's own imports, and data sets' caches, warn about what is theirs.
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+QUESTIONS = [
+    ("In the beginning God created the", ["heaven and the earth", "green", "a of the", "seven"], 0),
+    ("Which of these is a shape?", ["blue", "a circle", "to eat"], 1),
+    ("The Lord is my", ["shepherd", "of the and it came to pass", "table"], 0),
+]
+CONTEXTS = ["In the beginning", "a person who ", "And the LORD said unto Moses,\n"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> pipeline.Run:
+    """The embedded base, a real small language model."""
+    stage = StageSettings(data="easy_vqa/questions", steps=1, batch_size=4, length=48)
+    settings = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage,
+        evaluate=EvaluateSettings(data="easy_vqa/questions", questions=4, batch_size=16, length=64),
+        dtype="float32", remat="none",
+    )  # fmt: skip
+    return pipeline.open_run(settings, tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from moextend_jax.evaluate.harness import HarnessModel
+
+    opened = open_model(run, "base")
+    asker = asker_of(run, generator_of(run, opened.model), opened.arrays)
+    return HarnessModel(asker, tokenizer=run.tokenizer, max_length=40)
+
+
+@pytest.fixture(scope="module")
+def direct(run):
+    """Log-probabilities `[L, V]` of what follows each of some ids: one pass of the whole model, no cache, no batch."""
+    opened = open_model(run, "base")
+
+    @jax.jit
+    def nats(arrays, ids_BL, segments_BL):
+        positions_BL = jnp.arange(ids_BL.shape[1])[None]
+        whole = with_arrays(opened.model, arrays)
+        nothing_BL = jnp.full_like(ids_BL, IGNORE)
+        hidden_BLD = whole(Batch(ids_BL, nothing_BL, positions_BL, segments_BL, jnp.full_like(ids_BL, -1))).hidden_BLD
+        return jax.nn.log_softmax(whole.decoder.logits(hidden_BLD), axis=-1)[0]
+
+    def of(ids: list[int]) -> np.ndarray:
+        ids_BL = np.zeros((1, 64), np.int32)
+        ids_BL[0, : len(ids)] = ids
+        segments_BL = (np.arange(64) < len(ids)).astype(np.int32)[None]
+        return np.asarray(nats(opened.arrays, ids_BL, segments_BL), np.float64)[: len(ids)]
+
+    return of
+
+
+def request(*arguments):
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+
+    return Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0, metadata=("", 0, 1))
+
+
+def test_loglikelihoods_are_those_of_the_whole_model(run, model, direct):
+    requests = [request(context, f" {choice}") for context, choices, _ in QUESTIONS for choice in choices]
+    requests.append(request("", "And it came to pass"))
+    requests.append(request("A space goes over ", "to the answer"))
+    for (context, continuation), (nats, greedy) in zip(
+        [one.args for one in requests], model.loglikelihood(requests), strict=True
+    ):
+        context = context.rstrip()
+        before = [run.tokenizer.bos, *(run.tokenizer.encode(context) if context else [])]
+        text = f"{context} {continuation.strip()}" if context else continuation
+        ids = [run.tokenizer.bos, *run.tokenizer.encode(text)]
+        assert ids[: len(before)] == before
+        nats_LV = direct(ids)
+        said = [nats_LV[n - 1, ids[n]] for n in range(len(before), len(ids))]
+        np.testing.assert_allclose(nats, sum(said), atol=1e-4, rtol=0)
+        assert greedy == all(nats_LV[n - 1].argmax() == ids[n] for n in range(len(before), len(ids)))
+
+
+def test_what_the_model_says_is_greedy_to_the_harness(run, model, direct):
+    ids = [run.tokenizer.bos, *run.tokenizer.encode("And the LORD")]
+    best = int(direct(ids)[-1].argmax())
+    (_, greedy), (_, not_greedy) = model._loglikelihood_tokens([(None, ids, [best]), (None, ids, [best + 1])])
+    assert greedy and not not_greedy
+
+
+def test_rolling_scores_each_token_once(run, model, direct):
+    """A text of more than two windows of 40 tokens: the first sees BOS, later ones the 40 tokens before each end."""
+    text = " ".join("And God said, Let there be light: and there was light." for _ in range(7))
+    ids = run.tokenizer.encode(text)
+    assert 80 < len(ids) < 120
+    wanted = 0.0
+    for start in range(0, len(ids), 40):
+        some = ids[start : start + 40]
+        full = len(some) == 40
+        before = [run.tokenizer.bos if start == 0 else ids[start - 1]] if full else ids[-41 : -len(some)]
+        nats_LV = direct(before + some)
+        wanted += sum(nats_LV[len(before) + n - 1, some[n]] for n in range(len(some)))
+    (found,) = model.loglikelihood_rolling([request(text)])
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_greedy_text_until_a_stop(run, model, direct):
+    options = {"until": ["\n", " the"], "max_gen_toks": 12}
+    said = model.generate_until([request(context, dict(options)) for context in CONTEXTS])
+    for context, text in zip(CONTEXTS, said, strict=True):
+        ids = [run.tokenizer.bos, *run.tokenizer.encode(context)]
+        start = len(ids)
+        for _ in range(12):
+            nats_V = direct(ids)[-1].copy()
+            nats_V[[run.config.tags.start, run.config.tags.end, run.config.tags.pad]] = -np.inf
+            ids.append(int(nats_V.argmax()))
+            if ids[-1] == run.tokenizer.eos:
+                break
+        whole = run.tokenizer.decode(ids)[len(run.tokenizer.decode(ids[:start])) :]
+        assert text == whole.split("\n")[0].split(" the")[0]
+    assert any(said)
+
+
+def test_sampling_is_refused(model):
+    with pytest.raises(MoextendError, match="greedily"):
+        model.generate_until([request("a", {"until": [], "do_sample": True, "temperature": 0.7})])
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+{rest}
+"""
+CHOICE = """
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list:
+  - metric: acc
+"""
+WORDS = """
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: word_perplexity
+"""
+
+
+def test_a_task_runs_unchanged_and_makes_the_table(run, model, direct, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "questions.jsonl"
+    lines = [{"question": context, "choices": choices, "answer": n} for context, choices, n in QUESTIONS]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, kind, rest in (
+        ("local_choice", "multiple_choice", CHOICE),
+        ("local_words", "loglikelihood_rolling", WORDS),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, rest=rest))
+    tasks = ["local_choice", "local_words"]
+    record = forgetting(run, tasks=tasks, models=["base"], include_path=tmp_path, max_length=64)
+    right = 0
+    for context, choices, answer in QUESTIONS:
+        before = len(run.tokenizer.encode(context)) + 1
+        nats = []
+        for choice in choices:
+            ids = [run.tokenizer.bos, *run.tokenizer.encode(f"{context} {choice}")]
+            nats_LV = direct(ids)
+            nats.append(sum(nats_LV[n - 1, ids[n]] for n in range(before, len(ids))))
+        right += int(np.argmax(nats)) == answer
+    assert record["tasks"]["local_choice"]["base"]["value"] == pytest.approx(100 * right / len(QUESTIONS))
+    assert record["tasks"]["local_words"]["base"]["higher_is_better"] is False
+    assert record["average_drop"] == {"base": 0.0}
+    assert json.loads((run.workdir / "eval" / "forgetting.json").read_text())["tasks"] == record["tasks"]
+    said = capsys.readouterr().out
+    assert "average drop" in said and "local_choice" in said
+    with pytest.raises(MoextendError, match="no task no_such_task"):
+        forgetting(run, tasks=["no_such_task"], models=["base"])
+
+
+# --- without lm-eval --------------------------------------------------------------------------------------------------
+
+
+def test_without_lm_eval_it_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "moextend_jax.evaluate.harness", raising=False)
+    with pytest.raises(MoextendError, match=r"lm-eval .*moextend-jax\[eval\]"):
+        forgetting(run, tasks=["arc_easy"])
+
+
+def results(**figures: dict[str, float]) -> dict:
+    better = {task: {name.split(",")[0]: name != "perplexity,none" for name in of} for task, of in figures.items()}
+    return {"results": figures, "higher_is_better": better}
+
+
+def test_the_average_drop_is_in_points_and_of_shares_alone():
+    base = results(a={"acc_norm,none": 0.9, "acc,none": 0.5, "acc_stderr,none": 0.1}, b={"exact_match,strict": 0.25},
+                   c={"perplexity,none": 10.0})  # fmt: skip
+    other = results(a={"acc_norm,none": 0.1, "acc,none": 0.48, "acc_stderr,none": 0.1}, b={"exact_match,strict": 0.26},
+                    c={"perplexity,none": 90.0})  # fmt: skip
+    assert figure(base, "a") == ("acc,none", 50.0, True)
+    assert figure(base, "c") == ("perplexity,none", 10.0, False)
+    assert average_drop(base, other, ["a", "b", "c"]) == pytest.approx((2 - 1) / 2)
+    assert average_drop(base, other, ["c"]) is None
