@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -93,6 +94,9 @@ def test_every_question_is_answered_scored_and_recorded(whole: Path):
     assert record["model"] == "aligned" and record["headline"]["name"] == "accuracy"
     assert record["questions_per_second"] > 0
     assert len(set(found.values())) > 3  # worth comparing
+    shown = json.loads(whole.with_name("examples.json").read_text())
+    assert len(shown) == 6 and sorted(one["points"] for one in shown) == [one["points"] for one in shown]
+    assert all(base64.b64decode(one["image_png"]).startswith(b"\x89PNG") for one in shown)
 
 
 def test_a_run_cut_off_between_and_within_lines_goes_on(base, whole, tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,9 @@ scores.json beside it, and a table. Killed and started again it goes on with the
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,18 @@ import jax
 
 from moextend_jax import distributed, pipeline
 from moextend_jax.config import MoextendError
+from moextend_jax.data.images import decode_image
 from moextend_jax.evaluate.benchmarks import answers, table
 from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
-from moextend_jax.evaluate.benchmarks.question import Question
+from moextend_jax.evaluate.benchmarks.question import Answered, Question, image_bytes
 from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.pictures import QuestionPictures
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of, generator_of, identity, open_model
 from moextend_jax.pipeline import Run
+
+EXAMPLES, PIXELS = 6, 256
+"""Questions that the report shows of a benchmark, and the longest side of their pictures."""
 
 
 def benchmark(
@@ -64,8 +70,40 @@ def benchmark(
         print_scores(name, scores, record)
         record |= {"split": split or table.benchmark(name).splits[0], "limit": limit, "model": model} | speed
         record |= {"model_id": asked, "max_new_tokens": most}
+        shown = examples(answered, scores.points)
+    else:
+        shown = []
+    pipeline.write_json(path.with_name("examples.json"), shown)
     pipeline.write_json(path.with_name("scores.json"), record)
     return record
+
+
+def examples(answered: Sequence[Answered], points: Sequence[float]) -> list[dict[str, Any]]:
+    """Some questions for the report, with their pictures: the worst and the best, evenly, the earliest of each."""
+    order = sorted(range(len(answered)), key=lambda n: points[n]) if points else list(range(len(answered)))
+    chosen = dict.fromkeys([*order[: EXAMPLES // 2], *order[::-1][: EXAMPLES - EXAMPLES // 2]])
+    found = []
+    for n in chosen:
+        question, text = answered[n]
+        encoded = image_bytes(question)
+        found.append(
+            {
+                "question": question.recorded,
+                "answer": question.answer,
+                "said": text,
+                "points": points[n] if points else None,
+                "image_png": None if encoded is None else small_png(encoded, name=question.where),
+            }
+        )
+    return found
+
+
+def small_png(encoded: bytes, *, name: str) -> str:
+    """Base64 of a picture no larger than a report shows it."""
+    picture, file = decode_image(encoded, name=name), io.BytesIO()
+    picture.thumbnail((PIXELS, PIXELS))
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def folder_of(run: Run, name: str, *, split: str | None, model: str) -> Path:
