@@ -61,7 +61,11 @@ RUNS = [
     *(Run("published", "v5p:4x4x4", "finetune", (1, 16, 1, 4), saved=saved) for saved in (SAVED, WITH_GATE)),
     *(Run("published", "v5e:16x16", stage, (1, 32, 1, 8), saved="") for stage in STAGES),
     *(Run("published", "v6e:8x8", stage, (1, 16, 1, 4), saved="") for stage in STAGES),
-    *(Run("published", "h100:8", stage, (1, 2, 1, 4), accumulate=16, saved="") for stage in STAGES),
+    # XLA finds no tiles for the tower's products of align with 16 micro-batches.
+    *(
+        Run("published", "h100:8", stage, (1, 2, 1, 4), accumulate=32 if stage == "align" else 16, saved="")
+        for stage in STAGES
+    ),
 ]
 COLUMNS = {
     "topology": lambda f: f["topology"],

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import commands
 
-
 NOTICE = 300
 """Seconds before the end of the time limit at which tasks are told to save."""
 
