@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +83,8 @@ def test_loglikelihoods_are_those_of_the_whole_model(run, model, direct):
     requests = [request(context, f" {choice}") for context, choices, _ in QUESTIONS for choice in choices]
     requests.append(request("", "And it came to pass"))
     requests.append(request("A space goes over ", "to the answer"))
-    for (context, continuation), (nats, greedy) in zip(
-        [one.args for one in requests], model.loglikelihood(requests), strict=True
-    ):
+    asked: list[Any] = [one.args for one in requests]
+    for (context, continuation), (nats, greedy) in zip(asked, model.loglikelihood(requests), strict=True):
         context = context.rstrip()
         before = [run.tokenizer.bos, *(run.tokenizer.encode(context) if context else [])]
         text = f"{context} {continuation.strip()}" if context else continuation
