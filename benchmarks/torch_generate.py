@@ -27,7 +27,7 @@ from torch import nn
 from torch_step import EXPERTS, ExtendedExperts, ExtendedGate
 from transformers import CLIPVisionConfig, CLIPVisionModel, MixtralConfig, MixtralForCausalLM
 
-ROWS, IMPLEMENTATIONS, TRIAL = (32, 128, 256), ("grouped_mm", "eager"), 256
+ROWS, IMPLEMENTATIONS, TRIAL = (32, 64, 128), ("grouped_mm", "eager"), 128
 
 
 class Model(nn.Module):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from PIL import Image
+from test_processes import launch
 
 from moextend_jax import pipeline
 from moextend_jax.checkpoints import train_state
@@ -209,3 +210,14 @@ def test_killed_again_and_again(base, whole, tmp_path):
         assert process.returncode == -signal.SIGKILL
     assert kills > 0
     assert by_id(path) == by_id(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 2)])
+def test_processes_share_the_questions(base, whole, tmp_path, processes, devices):
+    """Through the command line: the mesh holds the model's parts and the rows; the first process writes."""
+    pipeline.remember(aligned(tmp_path, base))
+    words = ["--", "eval", "--benchmark=easy_vqa", "--model=aligned", f"--limit={QUESTIONS}", f"--workdir={tmp_path}"]
+    said = launch(*words, processes=processes, devices=devices).stdout
+    assert said.count("questions answered") == 1
+    assert by_id(path_of(tmp_path)) == by_id(whole)

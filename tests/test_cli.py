@@ -74,14 +74,23 @@ def test_an_unknown_command_is_named(refused):
     assert "align" in refused("alingn")
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("report", "generate")])
+@pytest.mark.parametrize(
+    "command", [name for name in cli.COMMANDS if name not in ("report", "generate", "data", "eval")]
+)
 def test_a_command_without_a_configuration(refused, tmp_path, command: str):
     assert "--config" in refused(command, f"--workdir={tmp_path}")
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("bench", "plan")])
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("bench", "plan", "data")])
 def test_a_command_without_a_work_directory(refused, ground, command: str):
     assert "--workdir" in refused(command, f"--config={ground.config}")
+
+
+def test_data_check_and_eval_say_what_they_need(refused, tmp_path):
+    assert "data check CONFIG" in refused("data")
+    assert "--config" in refused("data", "check")
+    assert "--benchmark" in refused("eval", f"--workdir={tmp_path}")
+    assert "is no work directory" in refused("eval", "--benchmark=pope", f"--workdir={tmp_path}")
 
 
 @pytest.mark.parametrize("extra", ["--nope=1", "--config.nope=1", "--config.align.nope=1", "stray"])

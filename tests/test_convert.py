@@ -155,7 +155,8 @@ def run_of(
     results = {"align": {path: leaf for path, leaf in made.items() if path.startswith("projector/")}}
     if extended:
         (workdir / "select").mkdir()
-        (workdir / "select" / "routing.json").write_text(json.dumps({"chosen_layers": [0, 2], "sources": [1, 3]}))
+        record = {"chosen_layers": [0, 2], "sources": [1, 3], "base": facts["base"]}
+        (workdir / "select" / "routing.json").write_text(json.dumps(record))
         results["grow"] = {path: leaf for path, leaf in made.items() if path.startswith("extension/")}
         if changed:
             results["grow"]["decoder/layers/moe/gate"] = made["decoder/layers/moe/gate"]
