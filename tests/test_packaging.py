@@ -53,7 +53,9 @@ def test_every_import_of_the_package_is_a_pinned_requirement_or_extra() -> None:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module or ""]
             imported |= {name.split(".")[0] for name in names}
-    extras = [Requirement(line) for name in ("plan", "gpu", "gcs") for line in PROJECT["optional-dependencies"][name]]
+    extras = [
+        Requirement(line) for name in ("plan", "eval", "gpu", "gcs") for line in PROJECT["optional-dependencies"][name]
+    ]
     assert all(str(extra.specifier).startswith("==") for extra in extras)
     pinned = {canonicalize_name(pin.name) for pin in [*PINS, *extras]}
     distributions = metadata.packages_distributions()
