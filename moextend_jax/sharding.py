@@ -31,7 +31,7 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     "N": ("tensor",), "K": ("tensor",), "V": ("tensor",),
     # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
     "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
-    "h": None, "w": None, "c": None,
+    "h": None, "w": None, "c": None, "G": None, "g": None,
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ and under each other model, and the average drop in points.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,17 +149,16 @@ def _results(
             f"lm-eval knows no task {', '.join(unknown) or 'at all'}; `lm-eval ls tasks` lists those it has, "
             f"--include_path adds a folder of others"
         )
-    with contextlib.redirect_stdout(None) if not distributed.first() else contextlib.nullcontext():
-        try:
-            results = simple_evaluate(
-                model=asked, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-                use_cache=cache, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code,
-            )  # fmt: skip
-        except OSError as error:  # of a data set: no network, no such file
-            raise MoextendError(f"lm-eval cannot get its data: {error}") from error
-        except ValueError as error:
-            if "unsafe" not in str(error):
-                raise
-            raise MoextendError(f"{error} Here: --run_code, which runs what the model writes on this machine") from None
+    try:
+        results = simple_evaluate(
+            model=asked, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+            use_cache=cache, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code,
+        )  # fmt: skip
+    except OSError as error:  # of a data set: no network, no such file
+        raise MoextendError(f"lm-eval cannot get its data: {error}") from error
+    except ValueError as error:
+        if "unsafe" not in str(error):
+            raise
+        raise MoextendError(f"{error} Here: --run_code, which runs what the model writes on this machine") from None
     assert results is not None
     return dict(results)
