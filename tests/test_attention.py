@@ -74,7 +74,7 @@ def test_mask_by_hand():
 
 def test_grouped_heads_equal_a_loop():
     this, mask = attention(), np.asarray(segment_mask(SEGMENTS_BL))
-    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), Visible.by_mask(jnp.asarray(mask)), None, POSITIONS_BL)
+    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), Visible.by_mask(jnp.asarray(mask)))
     x_BLD = np.asarray(X_BLD)
     q, k, v = (np.einsum("bld,dnh->blnh", x_BLD, np.asarray(w[...])) for w in (this.query, this.key, this.value))
     q, k = (np.asarray(rotate(jnp.asarray(one), turn(POSITIONS_BL))) for one in (q, k))
@@ -89,17 +89,17 @@ def test_grouped_heads_equal_a_loop():
     np.testing.assert_allclose(y_BLD, expected, atol=1e-5, rtol=0)
 
 
-def test_one_position_at_a_time_through_a_cache():
+def test_one_position_at_a_time_after_its_past():
     this = attention()
-    causal = Visible.in_rows(jnp.ones((B, L), jnp.int32))
-    whole_BLD, present = this(X_BLD, turn(POSITIONS_BL), causal, None, POSITIONS_BL)
-    past = KeysValues(*(jnp.zeros((B, L, K, H)) for _ in range(2)))
+    whole_BLD, whole = this(X_BLD, turn(POSITIONS_BL), Visible.in_rows(jnp.ones((B, L), jnp.int32)))
+    past = KeysValues(*(jnp.full((B, L, K, H), 9.0) for _ in range(2)))  # room, of which only what is filled is seen
     for at in range(L):
-        slots_B1 = jnp.full((B, 1), at)
-        mask = (jnp.arange(L)[None] <= slots_B1)[:, None, None]
-        y_B1D, past = this(X_BLD[:, at : at + 1], turn(slots_B1), Visible.by_mask(mask), past, slots_B1)
+        seen_B11S = jnp.broadcast_to(jnp.append(jnp.arange(L) < at, True), (B, 1, 1, L + 1))
+        x_B1D, turn_B1 = X_BLD[:, at : at + 1], turn(jnp.full((B, 1), at))
+        y_B1D, present = this(x_B1D, turn_B1, Visible.by_mask(seen_B11S), past)
         np.testing.assert_allclose(y_B1D[:, 0], whole_BLD[:, at], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(past.keys_BSKH, present.keys_BSKH, atol=1e-5, rtol=0)
+        past = KeysValues(*(old.at[:, at].set(new[:, 0]) for old, new in zip(past, present, strict=True)))
+    np.testing.assert_allclose(past.keys_BSKH, whole.keys_BSKH, atol=1e-5, rtol=0)
 
 
 # --- in the whole model -----------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ import tiny
 from flax import nnx
 
 from moextend_jax.config import RECIPES
+from moextend_jax.models import experts
 from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, sort_by_expert
 from moextend_jax.models.mixtral import Extension, MoE, mixture
+from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.router import Routing
 from moextend_jax.train import stages
@@ -191,3 +193,26 @@ def test_nor_of_frozen_attention_embedding_or_head(stage: str):
         (heads * size, width), (tiny.DECODER.vocab_size, width), (width, tiny.DECODER.vocab_size),
     } - {(width, width)}  # fmt: skip
     assert not weights & {tuple(map(int, shape.split(","))) for shape in results}
+
+
+@pytest.mark.parametrize("how", ["gather", "exchange"])
+def test_tokens_that_are_not_real_cost_no_expert_and_change_nobody(how: str, monkeypatch: pytest.MonkeyPatch):
+    model = tiny.structure(tiny.EXTENDED)
+    whole = with_arrays(model, tiny.arrays(tiny.EXTENDED))
+    assert isinstance(whole, MoExtend) and whole.extension is not None and tiny.EXTENDED.extension is not None
+    layer = tiny.EXTENDED.extension.layers[0]
+    moe, new = (
+        nnx.merge(*nnx.split(jax.tree.map(lambda leaf, n=n: leaf[n], module)))
+        for module, n in ((whole.decoder.layers.moe, layer), (whole.extension, 0))
+    )
+    x_BLD = jax.random.normal(jax.random.key(3), (2, 9, tiny.DECODER.width))
+    real_BL = jnp.arange(9)[None, :] < jnp.array([[9], [4]])
+    rows = []
+    inner = experts.swiglu
+    monkeypatch.setattr(experts, "swiglu", lambda *args: rows.append(int(args[-1].sum())) or inner(*args))
+    run = functools.partial(mixture, x_BLD, moe, new, extended=jnp.array(True), top_k=2, how=how)
+    (all_BLD, all_routed), (some_BLD, routed) = run(), run(real_BL=real_BL)
+    assert sum(rows[: len(rows) // 2]) == 2 * 18 and sum(rows[len(rows) // 2 :]) == 2 * 13
+    np.testing.assert_array_equal(some_BLD, jnp.where(real_BL[..., None], all_BLD, 0))
+    for one, other in zip(all_routed, routed, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -60,8 +60,8 @@ class Work(NamedTuple):
 
 
 def bucket(length: int, *, per_octave: int = 4) -> int:
-    """The smallest of 8, 10, 12, 14, 16, 20, ... that holds it, so `per_octave` lengths between a power of two and the
-    next: 4 pad by an eighth on average, and lengths up to n need 4 log2(n / 8) programs."""
+    """The smallest of 8, 10, 12, 14, 16, 20, ... that holds it: `per_octave` lengths between a power of two and the next.
+    Four pad by an eighth on average, and lengths up to n need 4 log2(n / 8) programs."""
     top = SMALLEST
     while top < length:
         top *= 2
@@ -84,8 +84,7 @@ def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room:
         if prompt.tail < 1:
             raise MoextendError(f"{prompt.where}: a prompt without tokens")
         head = (prompt.ids_L[: prompt.head].tobytes(), prompt.images) if prompt.head else ()
-        shape = (bucket(prompt.head) if prompt.head else 0, bucket(prompt.tail, per_octave=2))
-        order.append((shape, first_with.setdefault(head, n), n))
+        order.append((buckets(prompt), first_with.setdefault(head, n), n))
     order.sort()
     found, start = [], 0
     while start < len(order):
@@ -95,6 +94,14 @@ def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room:
         found.append(_work(shape, some, parts=parts, rows=in_part))
         start += len(some)
     return found
+
+
+def buckets(prompt: Prompt) -> tuple[int, int]:
+    """Lengths of its head and its tail as they are padded. Tails behind a head are short, and tails of two buckets do
+    not share one: there buckets are coarse (and padding costs no expert)."""
+    if prompt.head:
+        return bucket(prompt.head), bucket(prompt.tail, per_octave=1)
+    return 0, bucket(prompt.tail, per_octave=2)
 
 
 def rows_of(length: int, *, rows: int, tokens: int) -> int:

@@ -34,8 +34,8 @@ class Rotation(NamedTuple):
 
 
 class Visible(NamedTuple):
-    """What each position sees: `segments_BL` of whole rows (see `segment_mask`), or a mask over a cache. Splash
-    attention reads segments, so on TPU long rows have no mask."""
+    """What each position sees: `segments_BL` of whole rows (see `segment_mask`), or a mask over the past and these
+    positions after it. Splash attention reads segments, so on TPU long rows have no mask."""
 
     segments_BL: jax.Array | None
     mask_B1LS: jax.Array | None
@@ -58,9 +58,10 @@ class Attention(nnx.Module):
         self.out = weight("ZNHD", sizes, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None, slots_BL: jax.Array
+        self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None
     ) -> tuple[jax.Array, KeysValues]:
-        """Attends to what is visible; with `past`, new keys and values first go into its slots `slots_BL`."""
+        """Attends to what is visible of the past (if any) and of these positions; also gives the keys and values of
+        these positions, for whoever keeps them."""
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)
         apart = x_split.over("L")  # mesh axes that split positions between the layers
@@ -69,23 +70,21 @@ class Attention(nnx.Module):
         keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
         rows = Shards("B", (x_split.over("B"),))
 
-        def local(x_BLD, arrays, rotation, visible, past, slots_BL):
+        def local(x_BLD, arrays, rotation, visible, past):
             w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=heads) for name, leaf in arrays.items()}
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
             query_BSNH = checkpoint_name(rotate(jnp.einsum("BSD,DNH->BSNH", x_BSD, w["query"]), rotation), "query")
             key_BSKH = checkpoint_name(rotate(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["key"]), rotation), "key")
             value_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["value"]), "value")
-            present = KeysValues(key_BSKH, value_BSKH)
+            present = whole = KeysValues(key_BSKH, value_BSKH)
             if past is not None:
-                rows_B1 = jnp.arange(x_BLD.shape[0])[:, None]
-                updated = (old.at[rows_B1, slots_BL].set(new) for old, new in zip(past, present, strict=True))
-                present = KeysValues(*updated)
-            y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, present, visible), w["out"])
+                whole = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
+            y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, whole, visible), w["out"])
             return own_positions(y_BSD, apart=apart, heads=heads), present
 
-        ins = (x_split, splits, rows, rows, keys_split, rows)  # those that are None have no parts to split
+        ins = (x_split, splits, rows, rows, keys_split)  # those that are None have no parts to split
         run = map_shards(local, ins, (x_split, keys_split))
-        return run(x_BLD, arrays, rotation, visible, past, slots_BL)
+        return run(x_BLD, arrays, rotation, visible, past)
 
 
 def own_positions(y_BSD: jax.Array, *, apart: tuple[str, ...], heads: tuple[str, ...]) -> jax.Array:

@@ -49,6 +49,7 @@ def mixture(
     extended: jax.Array,
     top_k: int,
     how: str = "gather",
+    real_BL: jax.Array | None = None,
     sighted_BL: jax.Array | None = None,
 ):
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
@@ -57,6 +58,7 @@ def mixture(
       moe: modules `gate`, `experts` of one layer. new: its extension (`router`, `new_experts`), or None.
       extended: bool scalar, false on layers whose extension is only a placeholder of zeros.
       how: a row of DISPATCHES.
+      real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
       sighted_BL: tokens that may choose new experts, None: all.
     """
     x_split = shards("BLd", x_BLD.shape)
@@ -69,7 +71,7 @@ def mixture(
     kept = {"experts": split.expert + split.tensor}
     kept["new_experts"] = kept["experts"] if how == "gather" else split.tensor
 
-    def local(x_BLD, arrays, extended, sighted_BL):
+    def local(x_BLD, arrays, extended, real_BL, sighted_BL):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, added = map(whole, (moe, new), arrays, splits)
         with jax.named_scope("router"):
@@ -81,7 +83,7 @@ def mixture(
                     x_TD, this.gate[...], added.router, extended=extended, top_k=top_k, sighted_T=sighted_T
                 )
         parts = [this.experts.weights(x_TD.dtype), *([added.new_experts.weights(x_TD.dtype)] if added else [])]
-        y_TD = DISPATCHES[how](x_TD, routing, parts, split)
+        y_TD = DISPATCHES[how](x_TD, _of_real(routing, real_BL), parts, split)
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
 
     def whole(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:
@@ -94,11 +96,19 @@ def mixture(
 
         return module and with_arrays(module, {path: used(path, leaf) for path, leaf in arrays.items()})
 
-    tokens = None if sighted_BL is None else shards("BL", sighted_BL.shape)
-    y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ()), tokens), x_split)(
-        x_BLD, arrays, extended, sighted_BL
+    tokens = Shards("BL", x_split.split[:2])
+    y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ()), tokens, tokens), x_split)(
+        x_BLD, arrays, extended, real_BL, sighted_BL
     )
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
+
+
+def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:
+    """The choices of tokens that are not real name no expert."""
+    if real_BL is None:
+        return routing
+    nobody = routing.logits_TO.shape[-1]
+    return routing._replace(ids_Tk=jnp.where(real_BL.reshape(-1, 1), routing.ids_Tk, nobody))
 
 
 def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split) -> jax.Array:

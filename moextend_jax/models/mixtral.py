@@ -63,7 +63,7 @@ class Extension(nnx.Module):
 
 
 class Decoded(NamedTuple):
-    """hidden_BLD: after the final norm. routing: stacked over Z, T = B*L. keys_values: stacked over Z."""
+    """hidden_BLD: after the final norm. routing: stacked over Z, T = B*L. keys_values: of these positions, over Z."""
 
     hidden_BLD: jax.Array
     routing: Routing
@@ -80,22 +80,22 @@ def run_layers(
     extension: Extension | None = None,
     extension_config: ExtensionConfig | None = None,
     past: KeysValues | None = None,
-    slots_BL: jax.Array | None = None,
     remat: str = "none",
     saved: tuple[str, ...] = (),
     dispatch: str = "gather",
+    real_BL: jax.Array | None = None,
     sighted_BL: jax.Array | None = None,
 ) -> Decoded:
     """Runs all layers in one scan, whose body is compiled once whatever the depth.
 
     Args:
-      past: keys and values of earlier positions (stacked over Z); then `slots_BL` says where in S the new ones go.
-      visible: the segments of a batch's rows, or with `past` a mask.
+      past: keys and values of earlier positions, stacked over Z.
+      visible: the segments of a batch's rows, or with `past` a mask over both.
       remat, saved, dispatch: see `ModelConfig`.
+      real_BL: tokens that experts compute, None: all. The others (padding) pass the experts by.
       sighted_BL: tokens that may choose new experts, None: all.
     """
     turns = rotation(positions_BL, head_size=config.head_size, theta=config.rope_theta)
-    slots_BL = positions_BL if slots_BL is None else slots_BL
     layer_def, layers = nnx.split(decoder.layers)
     if extension is None or extension_config is None:
         extension_def, slots, extended_Z = None, None, jnp.zeros(config.layers, bool)
@@ -110,7 +110,7 @@ def run_layers(
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
-            return this.attention(normed_BLD, turns, visible, past, slots_BL)
+            return this.attention(normed_BLD, turns, visible, past)
 
         if remat == "attention":
             attend = jax.checkpoint(attend)
@@ -125,6 +125,7 @@ def run_layers(
             extended=extended,
             top_k=config.top_k,
             how=dispatch,
+            real_BL=real_BL,
             sighted_BL=sighted_BL if new else None,
         )
         return constrain(x_BLD + y_BLD, "BLd"), (routing, present)

@@ -31,12 +31,17 @@ class MoExtend(nnx.Module):
             else None
         )
 
-    def __call__(self, batch: Batch) -> Decoded:
-        """Final hidden states of every position; `self.decoder.logits` turns them into logits."""
+    def __call__(self, batch: Batch, *, skip_padding: bool = False) -> Decoded:
+        """Final hidden states of every position; `self.decoder.logits` turns them into logits.
+
+        Args:
+          skip_padding: padding costs no expert; what comes out there is then not what PyTorch has there.
+        """
         return self.decode(
             self.embed(batch),
             positions_BL=batch.positions_BL,
             visible=Visible.in_rows(batch.segments_BL),
+            real_BL=batch.segments_BL > 0 if skip_padding else None,
             sighted_BL=sighted(batch),
         )
 
@@ -73,12 +78,13 @@ class MoExtend(nnx.Module):
         positions_BL: jax.Array,
         visible: Visible,
         past: KeysValues | None = None,
-        slots_BL: jax.Array | None = None,
+        real_BL: jax.Array | None = None,
         sighted_BL: jax.Array | None = None,
     ) -> Decoded:
         """Runs the layers on embeddings.
 
         Args:
+          past, real_BL: see `run_layers`.
           sighted_BL: tokens whose conversation has an image (`sighted`), None: no token. Only "strict" text isolation
             reads it. What no image belongs to then runs through the same program as before the extension: equal bit
             for bit, which another program's roundings are not.
@@ -94,10 +100,10 @@ class MoExtend(nnx.Module):
             extension=extension,
             extension_config=self.config.extension,
             past=past,
-            slots_BL=slots_BL,
             remat=self.config.remat,
             saved=self.config.saved,
             dispatch=self.config.dispatch,
+            real_BL=real_BL,
             sighted_BL=sighted_BL if strict else None,
         )
         if extension is self.extension:

@@ -163,7 +163,7 @@ def losses(
     Args:
       tokens: by what the sum of the cross-entropy is divided; None: the batch's labelled tokens.
     """
-    decoded = model(batch)
+    decoded = model(batch, skip_padding=True)
     total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
     ce = total_ce / jnp.maximum(labelled if tokens is None else tokens, 1)
     valid_T = batch.segments_BL.reshape(-1) > 0
