@@ -60,8 +60,8 @@ class Work(NamedTuple):
 
 
 def bucket(length: int, *, per_octave: int = 4) -> int:
-    """The smallest of 8, 10, 12, 14, 16, 20, ... that holds it: `per_octave` lengths between a power of two and the next.
-    Four pad by an eighth on average, and lengths up to n need 4 log2(n / 8) programs."""
+    """The smallest of 8, 10, 12, 14, 16, 20, ... that holds it: `per_octave` lengths between a power of two and the
+    next. Four pad by an eighth on average, and lengths up to n need 4 log2(n / 8) programs."""
     top = SMALLEST
     while top < length:
         top *= 2
