@@ -182,9 +182,15 @@ def show_step(console: Console, *, conversations: int, steps: int) -> None:
 
 
 def _batch(rows: list[Row], *, patches: int) -> Batch:
-    *text, rows_BM = (np.stack(column) for column in zip(*rows, strict=True))
-    features_BMPC = np.random.default_rng(2).standard_normal((*rows_BM.shape, patches, 256), dtype=np.float32)
-    return Batch(*text, features_BMPC=features_BMPC)
+    rows_BM = np.stack([row.image_rows_M for row in rows])
+    return Batch(
+        np.stack([row.ids_L for row in rows]),
+        np.stack([row.labels_L for row in rows]),
+        np.stack([row.positions_L for row in rows]),
+        np.stack([row.segments_L for row in rows]),
+        np.stack([row.patches_L for row in rows]),
+        features_BMPC=np.random.default_rng(2).standard_normal((*rows_BM.shape, patches, 256), dtype=np.float32),
+    )
 
 
 def _finetune():

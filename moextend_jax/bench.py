@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -77,6 +78,7 @@ def _apart(settings: RunSettings, stage: str, labels: str, layers: int | None) -
     done = subprocess.run(
         [sys.executable, "-m", "moextend_jax.bench", stage, labels, str(layers or 0)],
         input=json.dumps(dataclasses.asdict(settings)), capture_output=True, text=True,
+        env={**os.environ, "JAX_TRACEBACK_FILTERING": "off"},  # JAX's note on it would hide the error in the last line
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -181,7 +183,7 @@ def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainab
         return route(x_TD, layer.moe.gate[...], top_k=decoder.top_k).weights_Tk
 
     def attended(x_BLD):
-        return layer.attention(x_BLD, turns, visible, None, batch.positions_BL)[0]
+        return layer.attention(x_BLD, turns, visible)[0]
 
     def updated():
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
