@@ -18,7 +18,7 @@ from moextend_jax.extension.grow import grow
 from moextend_jax.generate import Generator
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.train import stages
-from moextend_jax.train.loss import aux_released, load, losses
+from moextend_jax.train.loss import aux_released, load, losses, losses_of
 from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
 from moextend_jax.train.step import init_state, make_step
 
@@ -40,7 +40,9 @@ def forward(name: str):
     def run(arrays, batch: Batch):
         whole = with_arrays(model, arrays)
         decoded = whole(batch)
-        losses_, _ = losses(whole, batch, recipe=RELEASED, aux_coefficient=oracle.COEFFICIENT, chunk=5)
+        losses_ = losses_of(
+            decoded, whole, batch, recipe=RELEASED, aux_coefficient=oracle.COEFFICIENT, chunk=5
+        )  # fmt: skip
         nomask = load(decoded.routing, jnp.ones(batch.ids_BL.size, bool))
         return {
             "embedded": whole.embed(batch),

@@ -20,7 +20,7 @@ from moextend_jax.models.mixtral import mixture, rms_norm
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import Routing
-from moextend_jax.train.loss import aux_released, load, losses
+from moextend_jax.train.loss import aux_released, load, losses_of
 
 RELEASED = RECIPES["released"]
 
@@ -42,7 +42,7 @@ def observer(model: MoExtend, *, aux_coefficient: float, inside: bool) -> Callab
     def run(arrays: Arrays, batch: Batch) -> dict[str, Any]:
         whole = with_arrays(model, arrays)
         decoded = whole(batch)
-        losses_, _ = losses(whole, batch, recipe=RELEASED, aux_coefficient=aux_coefficient, chunk=64)
+        losses_ = losses_of(decoded, whole, batch, recipe=RELEASED, aux_coefficient=aux_coefficient, chunk=64)
         everyone = load(decoded.routing, jnp.ones(batch.ids_BL.size, bool))
         seen: dict[str, Any] = {
             "logits": whole.decoder.logits(decoded.hidden_BLD),
@@ -76,7 +76,7 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
     for z in range(config.layers):
         this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
-        attended_BLD, _ = this.attention(normed_BLD, turns, visible, None, batch.positions_BL)
+        attended_BLD, _ = this.attention(normed_BLD, turns, visible)
         between_BLD = x_BLD + attended_BLD
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
         new = _extension_of(model, z)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moextend_jax.config import IGNORE, ModelConfig, Recipe
-from moextend_jax.models.mixtral import logits
+from moextend_jax.models.mixtral import Decoded, logits
 from moextend_jax.models.router import Routing
 from moextend_jax.sharding import Shards, gather, map_shards, shards
 
@@ -164,8 +164,19 @@ def losses(
       tokens: by what the sum of the cross-entropy is divided; None: the batch's labelled tokens.
     """
     decoded = model(batch, skip_padding=True)
+    found = losses_of(
+        decoded, model, batch, recipe=recipe, aux_coefficient=aux_coefficient, chunk=chunk, tokens=tokens
+    )  # fmt: skip
+    return found, decoded.routing
+
+
+def losses_of(
+    decoded: Decoded, model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int,
+    tokens: jax.Array | None = None,
+) -> Losses:  # fmt: skip
+    """The same of what the model made of the batch."""
     total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
     ce = total_ce / jnp.maximum(labelled if tokens is None else tokens, 1)
     valid_T = batch.segments_BL.reshape(-1) > 0
     aux = AUX[recipe.aux_loss](load(decoded.routing, valid_T), config=model.config)
-    return Losses(ce + aux_coefficient * aux, ce, aux, labelled), decoded.routing
+    return Losses(ce + aux_coefficient * aux, ce, aux, labelled)
