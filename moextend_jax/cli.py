@@ -95,6 +95,16 @@ def main(argv: list[str] | None = None) -> None:
         _exit(1)
 
 
+def _options(command: str, values: flags.FlagValues) -> str:
+    lines = [f"moextend {command} [options]; `moextend --help` says what it does", ""]
+    for name in sorted(set(values) - {"config"}):
+        flag = values[name]
+        default = "" if flag.default in (None, False) else f" (default {flag.default_as_str or flag.default})"
+        lines.append(f"  --{name:<16} {flag.help}{default}")
+    lines.append("  --config           configs/X.py[:arg], and --config.FIELD=VALUE for any of its settings")
+    return "\n".join(lines)
+
+
 def _exit(code: int) -> NoReturn:
     """Ends a command that failed; of several processes without waiting for the others."""
     if "moextend_jax.distributed" in sys.modules:
@@ -159,6 +169,9 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_bool("json", False, "JSON instead of tables", flag_values=values)
     if command == "report" and arguments and not arguments[0].startswith("-"):
         arguments = ["--workdir", *arguments]
+    if {"-h", "--help"} & set(arguments):
+        print(_options(command, values))
+        sys.exit(0)
     arguments = [re.sub("^--resume-from", "--resume_from", argument) for argument in arguments]
     try:
         rest = values(["moextend", *arguments])[1:]

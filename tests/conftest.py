@@ -19,6 +19,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile many small programs and run each a few times: cheap machine code halves their time. What XLA itself
 # decides (fusion, which products exist at all) stays the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# What was compiled once is read from here by later runs and by the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tests of sharding need several devices and the rest must not pay for them: those tests run in a pytest of their own
 # with this variable set to 8.
 DEVICES = int(os.environ.get("MOEXTEND_TEST_DEVICES", "1"))

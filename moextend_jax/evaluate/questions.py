@@ -25,7 +25,12 @@ class Question(NamedTuple):
 
 
 def questions_of(examples: Iterable[Example]) -> list[Question]:
-    return [Question(one, one.conversations[0]["value"], one.conversations[1]["value"]) for one in examples]
+    """Of the examples that are whole; the run has said of the others what is wrong with them, or refused them."""
+    return [
+        Question(one, one.conversations[0]["value"], one.conversations[1]["value"])
+        for one in examples
+        if one.fault is None
+    ]
 
 
 def prompt_of(
