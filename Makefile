@@ -2,11 +2,14 @@
 # make test   lint, types and the fast tests
 # make bench  time one step of each stage
 # Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
+# Tests run in JOBS processes; each takes up to 4 GB.
 # Paths are relative and tools run as modules, so a directory name with spaces is fine.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= work/demo
+JOBS ?= 2
+PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
 RUN := "$(VENV)/bin/python"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,8 +27,8 @@ demo: env
 	@echo "report: $(WORKDIR)/report.html"
 
 test: lint
-	$(RUN) -m pytest -q
-	MOEXTEND_TEST_DEVICES=8 $(RUN) -m pytest -q -m "devices and not slow"
+	$(PYTEST)
+	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "devices and not slow"
 
 lint: env-dev
 	$(RUN) -m ruff check

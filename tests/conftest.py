@@ -19,9 +19,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile many small programs and run each a few times: cheap machine code halves their time. What XLA itself
 # decides (fusion, which products exist at all) stays the same.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
-# What was compiled once is read from here by later runs and by the processes that tests start.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tests of sharding need several devices and the rest must not pay for them: those tests run in a pytest of their own
 # with this variable set to 8.
 DEVICES = int(os.environ.get("MOEXTEND_TEST_DEVICES", "1"))
@@ -30,6 +27,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What one test or run of the tests has compiled, the next reads. Processes that tests start do without: some are
+# killed, and half an entry would stay.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 if DEVICES > 1:
     jax.config.update("jax_num_cpu_devices", DEVICES)
 

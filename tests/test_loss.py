@@ -15,7 +15,7 @@ import tiny
 from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import Routing
-from moextend_jax.train.loss import Load, aux_per_layer, aux_released, cross_entropy, load, losses
+from moextend_jax.train.loss import Load, aux_per_layer, aux_released, cross_entropy, load, losses, losses_of
 
 B, L, D, V = 3, 11, 5, 17
 RNG = np.random.default_rng(0)
@@ -204,3 +204,27 @@ def test_packed_conversations_neither_see_nor_change_each_other():
     packed_ids, apart_ids = ours[2].ids_Tk.reshape(Z, 2, 16, -1), theirs[2].ids_Tk.reshape(Z, 4, 16, -1)
     for (row, here), (one, there) in places:
         np.testing.assert_array_equal(packed_ids[:, row, here], apart_ids[:, one, there])
+
+
+def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not():
+    """Holes in a row, as attention masks of other code may have: the token after one is predicted there."""
+    model, arrays = tiny.structure(tiny.EXTENDED), tiny.arrays(tiny.EXTENDED)
+    batch = tiny.batch()
+    batch = batch._replace(
+        segments_BL=jnp.asarray(batch.segments_BL).at[:, 5:7].set(0),
+        labels_BL=jnp.where(jnp.arange(batch.ids_BL.shape[1])[None] == 7, jnp.asarray(batch.ids_BL), batch.labels_BL),
+    )
+    options = {"recipe": RECIPES["released"], "aux_coefficient": 0.5, "chunk": 8}
+
+    def skipped(arrays):
+        return losses(with_arrays(model, arrays), batch, **options)[0].total
+
+    def everywhere(arrays):
+        whole = with_arrays(model, arrays)
+        return losses_of(whole(batch), whole, batch, **options).total
+
+    assert (np.asarray(batch.segments_BL)[:, 6] == 0).all() and (np.asarray(batch.labels_BL)[:, 7] != IGNORE).all()
+    (loss, gradient), (expected, theirs) = (jax.jit(jax.value_and_grad(f))(arrays) for f in (skipped, everywhere))
+    np.testing.assert_allclose(loss, expected, atol=1e-6)
+    for path in arrays:
+        np.testing.assert_allclose(gradient[path], theirs[path], atol=1e-5, err_msg=path)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import Batch, ModelConfig
+from moextend_jax.config import IGNORE, Batch, ModelConfig
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
 from moextend_jax.models.vision import Projector, VisionTower
@@ -35,13 +35,13 @@ class MoExtend(nnx.Module):
         """Final hidden states of every position; `self.decoder.logits` turns them into logits.
 
         Args:
-          skip_padding: padding costs no expert; what comes out there is then not what PyTorch has there.
+          skip_padding: padding costs no expert (`needed`); what comes out there is then not what PyTorch has there.
         """
         return self.decode(
             self.embed(batch),
             positions_BL=batch.positions_BL,
             visible=Visible.in_rows(batch.segments_BL),
-            real_BL=batch.segments_BL > 0 if skip_padding else None,
+            real_BL=needed(batch) if skip_padding else None,
             sighted_BL=sighted(batch),
         )
 
@@ -112,6 +112,12 @@ class MoExtend(nnx.Module):
         absent = ((0, 0), (0, 0), (0, self.config.extension.new_experts))
         logits_ZTO = jnp.pad(decoded.routing.logits_TO, absent, constant_values=-jnp.inf)
         return decoded._replace(routing=decoded.routing._replace(logits_TO=logits_ZTO))
+
+
+def needed(batch: Batch) -> jax.Array:
+    """`[B, L]`: tokens of conversations, and padding whose output is read because a label follows it."""
+    targets_BL = jnp.pad(batch.labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    return (batch.segments_BL > 0) | (targets_BL != IGNORE)
 
 
 def sighted(batch: Batch) -> jax.Array | None:

@@ -6,6 +6,7 @@ import contextlib
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ def compile_step(abstract: AbstractStep) -> Compiled:
         # libtpu writes its program down itself: it may be newer than jaxlib, which then cannot read it back.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_hlo_module_re": "jit_step"}
         try:
-            compiled = lowered.compile(compiler_options=options if platform == "tpu" else None)
+            with _not_kept():
+                compiled = lowered.compile(compiler_options=options if platform == "tpu" else None)
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
             if needed is None:
@@ -53,6 +55,18 @@ def compile_step(abstract: AbstractStep) -> Compiled:
         else:
             text = compiled.as_text() or ""
     return Compiled(compiled.memory_analysis(), None, text, seconds, cpu_seconds)
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Programs for chips that are not here stay out of JAX's compilation cache: it cannot read them back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def memory_needed(message: str) -> int | None:

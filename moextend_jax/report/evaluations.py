@@ -71,10 +71,13 @@ def benchmark_table(found: Sequence[Benchmark]) -> str:
             cells += [_published(some, other) for other in others]
             cells.append("/".join(dict.fromkeys(f"{record['answered']:,}" for record in of.values())))
             lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(
-        "Each figure by the benchmark’s own rule (docs/evaluation.md). Published: the paper’s MoExtend and the row of "
-        "LLaVA-1.5 beside it; of another base model, so a scale more than a rival."
-    )
+    said = "Each figure by the benchmark’s own rule (docs/evaluation.md)."
+    if others:
+        said += (
+            " Published: the paper’s MoExtend and the row of LLaVA-1.5 beside it; of another base model, so a scale "
+            "more than a rival."
+        )
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(said)
 
 
 def forgetting_table(record: Mapping[str, Any] | None) -> str:
