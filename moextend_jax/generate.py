@@ -25,7 +25,7 @@ from moextend_jax.distributed import gathered
 from moextend_jax.models.attention import KeysValues, Visible, segment_mask
 from moextend_jax.models.moextend import MoExtend, sighted
 from moextend_jax.models.parameters import with_arrays
-from moextend_jax.sharding import Shards, map_shards, shards, spec
+from moextend_jax.sharding import Shards, map_shards, platform, shards, spec
 
 ALIGNED_ROWS = 8
 """The rows of a batch on each device should be a multiple of this."""
@@ -199,21 +199,29 @@ def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress
     return jax.random.categorical(key, logits_BV / sampling.temperature, axis=-1)
 
 
-def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = (), block: int = 128) -> jax.Array:
-    """The first of the largest but those suppressed: the best block, then the best of it. All logits are read once and
-    none is written, where XLA's argmax on CPU takes ten times as long."""
-    B, V = logits_BV.shape
-    logits_BGb = jnp.pad(logits_BV, ((0, 0), (0, -V % block)), constant_values=-jnp.inf).reshape(B, -1, block)
-    never_V = np.zeros(logits_BGb.shape[1] * block, bool)
+def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = ()) -> jax.Array:
+    """The first of the largest but those suppressed, `[B]`."""
+    never_V = np.zeros(logits_BV.shape[1], bool)
     never_V[list(suppress)] = True
-    never_Gb = never_V.reshape(-1, block)
+    if platform() == "cpu":
+        return _likeliest_by_blocks(logits_BV, never_V)
+    return jnp.argmax(jnp.where(never_V[None, :], -jnp.inf, logits_BV), axis=-1)
+
+
+def _likeliest_by_blocks(logits_BV: jax.Array, never_V: np.ndarray, *, block: int = 128) -> jax.Array:
+    """The best block, then the best of it: all logits are read once and none is written, where XLA's argmax on CPU
+    takes ten times as long."""
+    rest = -len(never_V) % block
+    never_Gb = np.pad(never_V, (0, rest)).reshape(-1, block)
+    logits_BV = jnp.pad(logits_BV, ((0, 0), (0, rest)), constant_values=-jnp.inf)
+    logits_BGb = logits_BV.reshape(-1, *never_Gb.shape)
     largest_BG = logits_BGb.max(axis=-1)
     for g in np.flatnonzero(never_Gb.any(axis=1)):
-        largest_BG = largest_BG.at[:, g].set(jnp.where(never_Gb[g], -jnp.inf, logits_BGb[:, g]).max(axis=-1))
-    best_B1 = jnp.argmax(largest_BG, axis=-1)[:, None]
-    block_Bb = jnp.take_along_axis(logits_BGb, best_B1[..., None], axis=1)[:, 0]
-    block_Bb = jnp.where(jnp.asarray(never_Gb)[best_B1[:, 0]], -jnp.inf, block_Bb)
-    return best_B1[:, 0] * block + jnp.argmax(block_Bb, axis=-1)
+        largest_BG = largest_BG.at[:, g].set(jnp.where(never_Gb[g][None], -jnp.inf, logits_BGb[:, g]).max(axis=-1))
+    best_B = jnp.argmax(largest_BG, axis=-1)
+    block_Bb = jnp.take_along_axis(logits_BGb, best_B[:, None, None], axis=1)[:, 0]
+    block_Bb = jnp.where(jnp.asarray(never_Gb)[best_B], -jnp.inf, block_Bb)
+    return best_B * block + jnp.argmax(block_Bb, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tiny
 
+from moextend_jax import generate
 from moextend_jax.config import IGNORE, Batch
-from moextend_jax.generate import Generator, Sampling, choose
+from moextend_jax.generate import Generator, Sampling, choose, likeliest
 from moextend_jax.models.parameters import with_arrays
 
 NEW, EOS = 6, 9
@@ -159,3 +160,17 @@ def test_temperature_zero_is_greedy(sampling: Sampling):
     np.testing.assert_array_equal(
         choose(LOGITS_BV, jax.random.key(0), sampling, suppress=()), LOGITS_BV.argmax(axis=-1)
     )
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+@pytest.mark.parametrize("width", [3, 128, 129, 700])
+def test_the_likeliest_is_the_first_of_the_largest_that_may_be_said(monkeypatch, where: str, width: int):
+    monkeypatch.setattr(generate, "platform", lambda: where)
+    rng = np.random.default_rng(width)
+    logits_BV = rng.integers(-3, 3, (50, width)).astype(np.float32)  # many ties
+    logits_BV[0] = -np.inf
+    for suppress in ((), (0,), (1, width - 1), tuple(range(min(130, width - 1)))):
+        allowed_BV = logits_BV.copy()
+        allowed_BV[:, list(suppress)] = -np.inf
+        got_B = likeliest(jnp.asarray(logits_BV), suppress=suppress)
+        np.testing.assert_array_equal(got_B, allowed_BV.argmax(axis=1))
