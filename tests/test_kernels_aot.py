@@ -29,6 +29,7 @@ EXTENSION = ExtensionConfig(layers=(0,), sources=(0,))
 ONE_PRODUCT = 2 * ROWS * LENGTH * TOP_K * D * F
 """FLOPs of all rows through one of an expert's three matrices."""
 TOPOLOGIES = ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"]
+slow = pytest.mark.slow
 
 
 def sharded(module, mesh):
@@ -75,7 +76,7 @@ def test_the_grouped_products_do_no_flops_for_experts_not_chosen(name: str):
     assert products(name, "none") == pytest.approx(2 * 3, rel=0.05)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", [TOPOLOGIES[0], *(pytest.param(name, marks=slow) for name in TOPOLOGIES[1:])])
 def test_frozen_experts_have_no_weight_gradient(name: str):
     """Backward to the tokens: gate and up again for nobody (no remat here), three products; a weight gradient would be
     three more for pretrained experts. New experts' are three."""
@@ -84,7 +85,7 @@ def test_frozen_experts_have_no_weight_gradient(name: str):
 
 
 @pytest.mark.parametrize("how", ["gather", "exchange"])
-@pytest.mark.parametrize("mesh_shape", [(1, 1, 4, 1), (1, 2, 2, 1), (1, 1, 2, 2)])
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 4, 1), (1, 2, 2, 1), pytest.param((1, 1, 2, 2), marks=slow)])
 def test_both_dispatches_compile(mesh_shape: tuple[int, ...], how: str):
     analysis = compiled("v5e:2x2", mesh_shape, how, "extension").memory_analysis()
     assert analysis is not None and analysis.temp_size_in_bytes > 0
