@@ -2,7 +2,7 @@
 # make test   lint, types and the fast tests
 # make bench  time one step of each stage
 # Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
-# Tests run in JOBS processes; each takes up to 4 GB.
+# Tests run in JOBS processes (2).
 # Paths are relative and tools run as modules, so a directory name with spaces is fine.
 
 PYTHON ?= python3

@@ -144,15 +144,16 @@ def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devi
 
 @pytest.mark.slow
 def test_the_whole_run_in_two_processes(tmp_path: Path):
-    """`moextend run` on a folder with a space in its name, beside one process with as many devices (stage by stage, one
-    device is compared above: over a chain of stages its other order of sums grows); then other commands on it."""
+    """`moextend run` on a folder with a space in its name; then other commands on what it wrote. Finetune learns slowly
+    here: new router leaves begin where their gradients are next to nothing, and Adam makes whole steps of rounding."""
     base = tiny.write_base(tmp_path / "base")
     config = tiny.write_config(tmp_path, base=base, data="easy_vqa/questions", split="train[:400]", evaluated="test")
     script, alone = f"--script={ROOT / 'tests' / 'short_run.py'}", tmp_path / "alone"
     workdir = tmp_path / "work dir"
-    said = launch(script, "--", "run", f"--config={config}", f"--workdir={workdir}", processes=2, devices=2)
+    run = ["--", "run", f"--config={config}", "--config.finetune.optimizer.learning_rate=1e-5"]
+    said = launch(script, *run, f"--workdir={workdir}", processes=2, devices=2)
     assert said.stdout.count("layers to extend") == 1 and not said.stderr.strip()
-    launch(script, "--", "run", f"--config={config}", f"--workdir={alone}", processes=1, devices=4)
+    launch(script, *run, f"--workdir={alone}", processes=1)
     for stage in ("align", "extend", "finetune"):
         record = json.loads((workdir / stage / "stage.json").read_text())
         assert record["frozen_unchanged"] is True
@@ -163,10 +164,9 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
     summary, expected = (json.loads((where / "summary.json").read_text()) for where in (workdir, alone))
     assert summary["frozen_unchanged"] is True and summary["easy_vqa"] == expected["easy_vqa"]
     for text, losses in expected["text_loss"].items():
-        np.testing.assert_allclose(summary["text_loss"][text]["base"], losses["base"], atol=1e-5)
+        np.testing.assert_allclose(list(summary["text_loss"][text].values()), list(losses.values()), atol=1e-5)
     settings, arrays = finished(workdir)
-    # A new router column starts as a copy of its source's. Rounding decides which of the two a tied token picks, hence
-    # whose gradient it is: the routers may be as far apart as Adam's steps can bring them, and nothing else may.
+    # The routers may be as far apart as Adam's steps can bring them, and nothing else may.
     farthest = 2 * settings.finetune.steps * settings.finetune.optimizer.learning_rate
     for path, leaf in finished(alone)[1].items():
         atol = farthest if path.startswith("extension/router/") else 1e-6

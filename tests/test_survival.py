@@ -424,8 +424,8 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
 def test_killed_at_some_points_it_ends_where_it_would_have(tmp_path: Path):
     """A few points of survival.py, in a process that has not started JAX."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "survival.py"), "--points", "2"],
+        [sys.executable, str(HERE / "survival.py"), "--points", "4"],
         capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("same end True") == 2 and "codes [-9, 0]" in done.stdout
+    assert done.stdout.count("same end True") == 4 and done.stdout.count("codes [-9, 0]") >= 3

@@ -116,8 +116,12 @@ class MoExtend(nnx.Module):
 
 def needed(batch: Batch) -> jax.Array:
     """`[B, L]`: tokens of conversations, and padding whose output is read because a label follows it."""
-    targets_BL = jnp.pad(batch.labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
-    return (batch.segments_BL > 0) | (targets_BL != IGNORE)
+    return (batch.segments_BL > 0) | (targets(batch.labels_BL) != IGNORE)
+
+
+def targets(labels_BL: jax.Array) -> jax.Array:
+    """`[B, L]`: what each position predicts, its next one's label."""
+    return jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
 
 def sighted(batch: Batch) -> jax.Array | None:

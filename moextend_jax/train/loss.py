@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moextend_jax.config import IGNORE, ModelConfig, Recipe
 from moextend_jax.models.mixtral import Decoded, logits
+from moextend_jax.models.moextend import targets
 from moextend_jax.models.router import Routing
 from moextend_jax.sharding import Shards, gather, map_shards, shards
 
@@ -40,7 +41,7 @@ def cross_entropy(
     of a mesh its own); the rest is skipped, and a chunk's gradient is taken while its logits are there. So no
     [B, L, V] and no product of the head over unlabelled positions ever exists.
     """
-    targets_BL = jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
+    targets_BL = targets(labels_BL)
 
     tokens = shards("BLd", hidden_BLD.shape)
     head = shards("DV", head_DV.shape)
