@@ -27,7 +27,7 @@ from moextend_jax.checkpoints.leaves import base_hash, read_sharded
 from moextend_jax.checkpoints.loading import EMBEDDED as EMBEDDED  # here too, for whoever runs the stages
 from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError
-from moextend_jax.data.batches import Features, Pixels, Shard, batches
+from moextend_jax.data.batches import Features, Pixels, Share, batches
 from moextend_jax.data.datasets import HoldOut, Source, hold_out, open_dataset
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -284,20 +284,15 @@ def rows_of(
     _check_rows(run, stage.batch_size)
     return batches(
         source,
+        stage=stage,
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
         images=images or images_of(run, source, f"{family}-{stage.split.partition('[')[0]}"),
         patches=run.config.vision.patches,
-        length=stage.length,
-        batch_size=stage.batch_size // share.count,
-        images_per_row=stage.images_per_row,
-        conversations_per_row=stage.conversations_per_row or None,
-        conversation_length=stage.conversation_length or None,
+        share=Share((share.index,), share.count),
         seed=seed if seed is None else seed + run.settings.seed,
         epochs=epochs,
-        shard=Shard(*share),
         workers=run.settings.workers,
-        too_long=stage.too_long,
         parts=parts,
         faults=run.settings.faults,
     )
