@@ -35,6 +35,7 @@ from moextend_jax.config import RECIPES  # noqa: E402
 from moextend_jax.data.batches import Pixels, batches  # noqa: E402
 from moextend_jax.data.datasets import open_dataset  # noqa: E402
 from moextend_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from moextend_jax.settings import StageSettings  # noqa: E402
 from moextend_jax.sharding import make_mesh  # noqa: E402
 from moextend_jax.train.loop import train  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
@@ -51,14 +52,13 @@ def stage(folder: Path, llava: Path, *, workers: int = 0) -> str:
     source = open_dataset("llava_instruct", data_dir=llava / "built", manual_dir=llava)
     rows = batches(
         source,
+        stage=StageSettings(
+            data="llava_instruct", steps=STEPS, length=80, batch_size=2, images_per_row=2, conversations_per_row=2
+        ),
         tokenizer=load_tokenizer(tiny.ASSETS / "base"),
         recipe=RECIPES["paper"],
         images=Pixels(images=source.images, size=32, preparation="pad"),
         patches=4,
-        length=80,
-        batch_size=2,
-        images_per_row=2,
-        conversations_per_row=2,
         seed=3,
         workers=workers,
     )
