@@ -169,7 +169,9 @@ class Asker:
             batch = batch._replace(**{self.pictures.field: self.pictures.read(images_nM)})
         return batch, rows_B
 
-    def _read(self, prompts, work: Work, own: tuple[int, ...], readings: list[tuple[Batch, np.ndarray]]) -> Heads | None:
+    def _read(
+        self, prompts, work: Work, own: tuple[int, ...], readings: list[tuple[Batch, np.ndarray]]
+    ) -> Heads | None:
         if not readings:
             return None
         rows = work.rows * row_shards(self.mesh)

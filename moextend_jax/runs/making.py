@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,12 +41,19 @@ def make(run: Run, name: str) -> None:
       MoextendError: a parent is missing, the result that is there is of other settings, `resume_from` is of another
         stage, or whatever making it refuses.
     """
-    row = results.result(name)
-    if run.resume_from is not None and row.how == "train":
-        stage = train_state.facts_at(run.resume_from).get("stage")
-        if stage != name:
-            raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
-    MAKERS[row.how](run, name)
+    how = results.result(name).how
+    if how == "train" and run.resume_from is not None and (stage := _stage_at(run.resume_from)) != name:
+        raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
+    MAKERS[how](run, name)
+
+
+def make_all(run: Run) -> Iterator[str]:
+    """Makes every result in order, and the baselines if the settings want them; yields the name of each when it is
+    there."""
+    for name, row in results.RESULTS.items():
+        if run.settings.baseline or not row.optional:
+            MAKERS[row.how](run, name)
+            yield name
 
 
 def train(run: Run, name: str) -> None:
@@ -75,7 +83,7 @@ def train(run: Run, name: str) -> None:
             mesh=run.mesh,
             folder=run.workdir / name,
             facts=facts | {"examples": len(source)},
-            resume_from=run.resume_from,
+            resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
             name_of=lambda row: source[row].id,
         ),
     )
@@ -149,6 +157,10 @@ def grow(run: Run, name: str) -> None:
 
 
 MAKERS: dict[str, Callable[[Run, str], None]] = {"train": train, "select": select, "grow": grow}
+
+
+def _stage_at(resume_from: Path) -> str | None:
+    return train_state.facts_at(resume_from).get("stage")
 
 
 def _stage(run: Run, name: str) -> StageSettings:

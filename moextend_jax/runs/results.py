@@ -144,6 +144,11 @@ def patterns(name: str, *, recipe: Recipe, sees: bool = True) -> tuple[str, ...]
     return tuple(p for p in result(name).trains(recipe) if sees or not p.startswith(("projector/", "vision/")))
 
 
+def trains_tower(names: Iterable[str], *, recipe: Recipe) -> bool:
+    """Whether one of these results holds a trained vision tower."""
+    return any(path.startswith("vision/") for name in names for path in RESULTS[name].trains(recipe))
+
+
 def training() -> tuple[str, ...]:
     """Names of the results that are trained."""
     return tuple(name for name, row in RESULTS.items() if row.how == "train")
