@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moextend_jax.checkpoints import huggingface, leaves, selection, train_state
+from moextend_jax.checkpoints import hashes, huggingface, leaves, selection, train_state
 from moextend_jax.checkpoints.loading import Source, open_base
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
@@ -53,7 +53,7 @@ def open_workdir(workdir: Path) -> Source:
     if settings is None:
         raise MoextendError(f"{workdir} is no work directory: no stage has been run in it")
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
-    found, expected = leaves.base_hash(source.leaves), _remembered(workdir).get("base_hash")
+    found, expected = hashes.base_hash(source.leaves), _remembered(workdir).get("base_hash")
     if found != expected:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {found}"
