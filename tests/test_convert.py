@@ -18,7 +18,7 @@ import oracle
 import pytest
 import tiny
 
-from moextend_jax.checkpoints import convert, huggingface, leaves, names, train_state
+from moextend_jax.checkpoints import convert, hashes, huggingface, names, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.workdir import is_workdir, open_workdir, settings_of
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
@@ -124,7 +124,7 @@ def test_another_element_type_is_stored_where_asked_for(tmp_path: Path):
     src = folders.mixtral(tmp_path / "src")
     exported = there_and_back(src, tmp_path, "--dtype", "float32")
     folders.assert_same(folders.read(exported), {n: v.astype(np.float32) for n, v in folders.read(src).items()})
-    assert leaves.content_hash(open_source(exported).leaves) == leaves.content_hash(
+    assert hashes.stored_hash(open_source(exported).leaves) == hashes.stored_hash(
         open_source(tmp_path / "imported").leaves
     )
 
@@ -147,7 +147,7 @@ def run_of(
         base=str(base),
         vision=str(base / "vision"),
     )
-    found = leaves.base_hash(open_source(base).leaves)
+    found = hashes.base_hash(open_source(base).leaves)
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": found}))
     facts = {"base": found, "recipe": dataclasses.asdict(RECIPES[recipe]) | {"global_batch": None}}
@@ -194,7 +194,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
     convert.export_main([str(tmp_path / "run"), str(tmp_path / "delta"), "--layout=delta"])
     folders.assert_same(folders.read(tmp_path / "delta"), trained)
     said = json.loads((tmp_path / "delta" / "moextend.json").read_text())
-    assert said["base_hash"] == leaves.base_hash(open_source(base).leaves)
+    assert said["base_hash"] == hashes.base_hash(open_source(base).leaves)
     assert said["facts"]["recipe"]["calibrator_std"] == RECIPES[recipe].calibrator_std
 
     convert.import_main([str(base), str(tmp_path / "imported")])
@@ -213,7 +213,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
     assert json.loads((tmp_path / "again" / "moextend.json").read_text())["base_hash"] == said["base_hash"]
 
     other = folders.clip(folders.mixtral(tmp_path / "other", seed=9) / "vision").parent
-    found = leaves.base_hash(open_source(other).leaves)
+    found = hashes.base_hash(open_source(other).leaves)
     with pytest.raises(MoextendError, match=rf"content hash {said['base_hash']}, but {other} has {found}"):
         open_checkpoint(tmp_path / "delta", base=other)
     small = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, layers=2))

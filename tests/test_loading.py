@@ -13,7 +13,7 @@ import oracle
 import pytest
 import tiny
 
-from moextend_jax.checkpoints import convert, leaves
+from moextend_jax.checkpoints import convert, hashes, leaves
 from moextend_jax.checkpoints.loading import EMBEDDED, folder_of, open_checkpoint, open_source
 from moextend_jax.config import ImageTags, MoextendError
 from moextend_jax.models.parameters import with_arrays
@@ -131,11 +131,11 @@ def test_the_hash_is_of_what_is_stored_however_it_is_stored_and_run(tmp_path: Pa
 
 
 def test_a_tensor_moved_to_another_place_changes_the_hash(tmp_path: Path):
-    before = leaves.base_hash(open_source(folders.mixtral(tmp_path)).leaves)
+    before = hashes.base_hash(open_source(folders.mixtral(tmp_path)).leaves)
     old = folders.read(tmp_path)
     one, other = (f"model.layers.{n}.input_layernorm.weight" for n in (0, 1))
     folders.change(tmp_path, {one: lambda _: old[other], other: lambda _: old[one]})
-    assert leaves.base_hash(open_source(tmp_path).leaves) != before
+    assert hashes.base_hash(open_source(tmp_path).leaves) != before
 
 
 # --- sharded reading --------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_projector_may_be_imported_and_a_folder_without_one_is_refused(tmp_pat
     for src, dst in ((path, tmp_path / "imported"), (tmp_path / "base", tmp_path / "whole")):
         convert.import_source(open_source(src), dst)
     opened, again = (open_source(tmp_path / "base", projector=one).leaves for one in (path, tmp_path / "imported"))
-    assert opened.keys() == again.keys() and leaves.content_hash(opened) == leaves.content_hash(again)
+    assert opened.keys() == again.keys() and hashes.stored_hash(opened) == hashes.stored_hash(again)
     with pytest.raises(MoextendError, match="whole holds no projector, only decoder, vision"):
         open_source(tmp_path / "base", projector=tmp_path / "whole")
 

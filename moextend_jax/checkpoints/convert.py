@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import delta, huggingface, leaves, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
-from moextend_jax.checkpoints.loading import Source, open_source
+from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, some, write_safetensors
 from moextend_jax.config import MoextendError
 from moextend_jax.terminal import Parser
@@ -54,6 +54,9 @@ def import_main(arguments: list[str]) -> None:
             if any(value is not None for value in (values.top_k, values.noise, values.seed)):
                 raise MoextendError("--top_k, --noise and --seed go with --experts N")
             if values.src.suffix == ".gguf":
+                from moextend_jax.checkpoints.gguf import open_gguf  # it takes a quarter of a second
+
+                open_gguf(values.src)  # what is no dense model is refused as what it is
                 raise MoextendError(f"{values.src} is a dense model: give --experts N to upcycle it")
             source = open_source(
                 values.src,
@@ -119,6 +122,7 @@ def _described(source: Source) -> str:
 
 def import_source(source: Source, dst: Path, *, dtype: str | None = None, console: Console | None = None) -> Cost:
     """Writes an opened checkpoint as a folder of stacked leaves; see store.py for what is in it."""
+    check_routers(source)
     planned = {path: leaves.plan_ours(leaf, dtype=dtype) for path, leaf in source.leaves.items()}
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
         # The base of an applied delta or of a partial save is in the folder too: what is written is whole.
@@ -213,7 +217,7 @@ _RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
 def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:
     changed = set(source.record.facts.get("changed", ()))  # pretrained leaves that a recipe trains, such as routers
     kept = delta.of_model(source.leaves) | {path: leaf for path, leaf in source.leaves.items() if path in changed}
-    base = source.record.base or source.record.facts.get("base_hash") or leaves.base_hash(source.leaves)
+    base = source.record.base or source.record.facts.get("base_hash") or hashes.base_hash(source.leaves)
     record = source.record._replace(layout="delta", base=base)
     planned = {path: leaves.plan_ours(leaf) for path, leaf in kept.items()}
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from moextend_jax.checkpoints import leaves, store
+from moextend_jax.checkpoints import hashes, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.config import DecoderConfig, ExtensionConfig, MoextendError
 
@@ -41,9 +41,9 @@ def check_base(
         raise MoextendError(f"{where} and its base {base} differ: {differing(record.config.decoder, decoder)}")
     if record.config.vision and not any(path.startswith("vision/") for path in base_leaves):
         raise MoextendError(f"{where} was trained with a vision tower and {base} has none: name it with --vision DIR")
-    found = leaves.base_hash(base_leaves)
-    if found != record.base:
-        raise MoextendError(f"{where} belongs to the base with content hash {record.base}, but {base} has {found}")
+    base_hash = hashes.base_hash(base_leaves)
+    if base_hash != record.base:
+        raise MoextendError(f"{where} belongs to the base with content hash {record.base}, but {base} has {base_hash}")
 
 
 def differing(one: DecoderConfig, other: DecoderConfig) -> str:

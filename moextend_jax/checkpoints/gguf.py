@@ -107,6 +107,11 @@ def _config(metadata: Mapping[str, Any], found: Mapping[str, Placed], *, where: 
     if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise MoextendError(f"{where} is one of {shown(parts)} parts; merge them with llama-gguf-split")
     given = {name.removeprefix("llama."): value for name, value in metadata.items() if name.startswith("llama.")}
+    if experts := given.get("expert_count", 0):
+        raise MoextendError(
+            f"{where} is a mixture of {shown(experts)} experts, and as GGUF only dense models are read: import "
+            "the model's folder of safetensors"
+        )
     for name, value in given.items():
         if name in _MUST_BE and value not in _MUST_BE[name]:
             raise MoextendError(

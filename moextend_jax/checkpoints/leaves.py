@@ -39,10 +39,10 @@ Index = tuple[int, ...]
 class Leaf(NamedTuple):
     """One of our arrays. `stacked` are the sizes of its leading, stacked axes; a piece is what one index of them picks.
 
-    `ours` and `theirs` give a piece in our layout and in the file's, as views where possible; `sha256` is known
-    beforehand where an imported folder says it.
+    `ours` and `theirs` give a piece in our layout and in the file's, as views where possible.
     """
 
+    path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     stacked: tuple[int, ...]
@@ -51,7 +51,10 @@ class Leaf(NamedTuple):
     ours: Callable[[Index], np.ndarray]
     theirs: Callable[[Index], np.ndarray]
     where: str
+    files: tuple[Path, ...] = ()
+    """Every file that its bytes lie in as they are; none where they are computed, or not in files."""
     sha256: str | None = None
+    """What an imported folder says its bytes are: a claim, held against them wherever they all pass by."""
 
     def indices(self) -> Iterator[Index]:
         return itertools.product(*map(range, self.stacked))
@@ -98,7 +101,8 @@ def match(
     there = {tensor.path for tensor in wanted if tensor.file in found}
     wanted = [tensor for tensor in wanted if tensor.path in there or tensor.path not in elsewhere]
     if unequal := difference((tensor.file for tensor in wanted), found):
-        what_to_do = hint if any(tensor.file not in found for tensor in wanted) else ""
+        # A partial save has less than a whole one, and nothing else.
+        what_to_do = hint if found.keys() <= {tensor.file for tensor in wanted} else ""
         raise MoextendError(f"{where}: the tensors are not those of this model.{unequal}{what_to_do}")
     by_path: dict[str, dict[Index, names.Tensor]] = collections.defaultdict(dict)
     for tensor in wanted:
@@ -132,7 +136,9 @@ def _leaf(path: str, tensors: Mapping[Index, names.Tensor], found: Mapping[str, 
     def theirs(index: Index) -> np.ndarray:
         return found[tensors[index].file].read()
 
+    files = {found[tensor.file].file for tensor in tensors.values()}
     return Leaf(
+        path=path,
         shape=(*stacked, *names.shape(our_side, letters)),
         dtype=kinds[0][0],
         stacked=stacked,
@@ -140,6 +146,7 @@ def _leaf(path: str, tensors: Mapping[Index, names.Tensor], found: Mapping[str, 
         ours=lambda index: einops.rearrange(theirs(index), layout, **sizes),
         theirs=theirs,
         where=found[next(iter(tensors.values())).file].where,
+        files=() if None in files else tuple(sorted(file for file in files if file)),
     )
 
 
@@ -165,6 +172,7 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
     layout = names.inverse(rows[0].layout)
     sizes = names.axis_sizes(layout, letters)
     return Leaf(
+        path=path,
         shape=expected,
         dtype=stored.dtype,
         stacked=stacked,
@@ -172,6 +180,7 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
         ours=lambda index: stored.read()[index],
         theirs=lambda index: einops.rearrange(stored.read()[index], layout, **sizes),
         where=stored.where,
+        files=(stored.file,) if stored.file else (),
         sha256=sha256,
     )
 
@@ -240,26 +249,40 @@ def _as_integers(array: np.ndarray) -> np.ndarray:
 
 
 def plan_ours(leaf: Leaf, *, dtype: Any = None, digest: Any = None) -> Planned:
-    """The leaf as one tensor in our layout, written piece by piece; `digest` takes the bytes that `leaf_hash` takes."""
+    """The leaf as one tensor in our layout, written piece by piece; `digest` takes the bytes that `leaf_hash` takes,
+    cast. What a folder claims of them is checked on the way."""
     kind = np.dtype(dtype or leaf.dtype)
 
     def pieces() -> Iterator[np.ndarray]:
+        check = checking(leaf)
         for index in leaf.indices():
             yield from _strips(leaf.ours(index), kind)
-            if digest is not None:
-                for strip in _strips(leaf.theirs(index), kind):
-                    digest.update(_bytes(strip))
+            for strip in _strips(leaf.theirs(index), leaf.dtype) if digest is not None or leaf.sha256 else ():
+                check(strip)
+                if digest is not None:
+                    digest.update(bytes_of(contiguous(strip, kind)))
 
     return Planned(leaf.shape, kind, pieces)
 
 
 def plan_theirs(leaves: Mapping[str, Leaf], *, table: str, config: ModelConfig, prefix: str = "") -> dict[str, Planned]:
-    """The tensors of a file of layout `table`, each one piece; leaves that the layout does not have are left out."""
+    """The tensors of a file of layout `table`, each one piece; leaves that the layout does not have are left out.
 
-    def one(leaf: Leaf, index: Index) -> Planned:
-        return Planned(leaf.file_shape, leaf.dtype, lambda: _strips(leaf.theirs(index), leaf.dtype))
+    They are named, and so written, in the order in which `leaf_hash` takes a leaf's pieces: claims are checked.
+    """
+    checks = {path: checking(leaf) for path, leaf in leaves.items()}
 
-    return {prefix + tensor.file: one(leaves[tensor.path], tensor.index) for tensor in names.tensors(table, config)}
+    def tensor_of(leaf: Leaf, index: Index) -> Planned:
+        def pieces() -> Iterator[np.ndarray]:
+            for strip in _strips(leaf.theirs(index), leaf.dtype):
+                checks[leaf.path](strip)
+                yield strip
+
+        return Planned(leaf.file_shape, leaf.dtype, pieces)
+
+    return {
+        prefix + tensor.file: tensor_of(leaves[tensor.path], tensor.index) for tensor in names.tensors(table, config)
+    }
 
 
 def _strips(piece: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -278,31 +301,38 @@ def contiguous(array: np.ndarray, dtype: Any) -> np.ndarray:
     return out
 
 
-def _bytes(array: np.ndarray) -> memoryview:
+def bytes_of(array: np.ndarray) -> memoryview:
+    """Of a C-contiguous array, for a hash."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def leaf_hash(leaf: Leaf) -> str:
     """SHA-256 over a leaf's pieces in the files' layout, so that a file's hash needs no transposition."""
-    if leaf.sha256:
-        return leaf.sha256
     digest = hashlib.sha256()
     for index in leaf.indices():
         for strip in _strips(leaf.theirs(index), leaf.dtype):
-            digest.update(_bytes(strip))
+            digest.update(bytes_of(strip))
     return digest.hexdigest()
 
 
-def content_hash(leaves: Mapping[str, Leaf]) -> str:
-    """SHA-256 over path, stored element type, shape and bytes of every leaf: what is in the files, not in a run."""
-    return combine({path: (leaf.dtype, leaf.shape, leaf_hash(leaf)) for path, leaf in leaves.items()})
+def checking(leaf: Leaf) -> Callable[[np.ndarray], None]:
+    """Hears a leaf's bytes strip by strip, in the order of `leaf_hash`; the last one may be too much for its claim."""
+    digest, left = hashlib.sha256(), math.prod(leaf.shape) * leaf.dtype.itemsize
+
+    def hear(strip: np.ndarray) -> None:
+        nonlocal left
+        digest.update(bytes_of(strip))
+        left -= strip.nbytes
+        if not left:
+            check_claim(leaf, digest.hexdigest())
+
+    return hear if leaf.sha256 else lambda strip: None
 
 
-def base_hash(leaves: Mapping[str, Leaf]) -> str:
-    """The content hash of the pretrained part: decoder and vision tower."""
-    return content_hash({path: leaf for path, leaf in leaves.items() if path.startswith(("decoder/", "vision/"))})
-
-
-def combine(hashes: Mapping[str, tuple[np.dtype, tuple[int, ...], str]]) -> str:
-    lines = [f"{path} {dtype} {list(shape)} {sha}\n" for path, (dtype, shape, sha) in sorted(hashes.items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def check_claim(leaf: Leaf, sha256: str) -> None:
+    """Raises MoextendError where a leaf's bytes are others than its folder says."""
+    if leaf.sha256 not in (None, sha256):
+        raise MoextendError(
+            f"{leaf.where}: {leaf.path} is not what was imported: its bytes have SHA-256 {sha256[:12]}..., "
+            f"moextend.json says {leaf.sha256[:12]}...; the file is damaged or was exchanged, so import it again"
+        )

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from moextend_jax.checkpoints import delta, huggingface, leaves, names, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
@@ -82,6 +82,7 @@ def open_checkpoint(
       mesh: devices to spread the arrays over; default the first device.
     """
     source = open_source(folder, base=base, vision=vision, feature_layer=feature_layer)
+    check_routers(source)
     matched, config = source.leaves, source.config
     if "decoder" not in source.parts:
         raise MoextendError(f"{folder} holds no decoder, only {', '.join(sorted(source.parts))}")
@@ -97,7 +98,7 @@ def open_checkpoint(
     return Checkpoint(
         config=config,
         arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or leaves.base_hash(source.leaves),
+        base_hash=source.record.base or hashes.base_hash(source.leaves),
         layout=source.record.layout,
     )
 
@@ -150,8 +151,31 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
         source = _with_tower(source, EMBEDDED / "vision", feature_layer=feature_layer)
     if "decoder" not in source.parts or "extension" in source.parts:
         raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
-    kept = {path: leaf for path, leaf in source.leaves.items() if path.startswith(("decoder/", "vision/"))}
-    return source._replace(leaves=kept)
+    check_routers(source)
+    pretrained = {path: leaf for path, leaf in source.leaves.items() if path.startswith(hashes.PRETRAINED)}
+    return source._replace(leaves=pretrained)
+
+
+def check_routers(source: Source) -> None:
+    """Routers are small and decide everything: they are read before anything else is done with a model.
+
+    Raises:
+      MoextendError: a router's column is NaN or infinite; names layer and expert.
+    """
+    config = source.config
+    extended = config.extension.layers if config.extension else ()
+    for path, layers, first in (
+        ("decoder/layers/moe/gate", range(config.decoder.layers), 0),
+        ("extension/router/new_gate", extended, config.decoder.experts),
+    ):
+        leaf = source.leaves.get(path)
+        for index in leaf.indices() if leaf else ():
+            broken_E = ~np.isfinite(leaf.theirs(index).astype(np.float32)).all(axis=1)
+            if broken_E.any():
+                raise MoextendError(
+                    f"{leaf.where}: the router of layer {layers[index[0]]} has weights that are no numbers (NaN or "
+                    f"infinite), for expert {first + int(broken_E.argmax())}: such a model cannot choose; get it anew"
+                )
 
 
 # --- one layout each --------------------------------------------------------------------------------------------------
@@ -159,7 +183,7 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
 
 def _imported(folder: Path, *, base: Path | None, vision: Path | None, projector: Path | None, feature_layer) -> Source:
     record, matched = store.read(folder)
-    source = Source(matched, record, _side_files(folder))
+    source = Source(matched, record, side_files(folder))
     if record.base is None:
         if base is not None:
             raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
@@ -168,6 +192,7 @@ def _imported(folder: Path, *, base: Path | None, vision: Path | None, projector
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
     below = open_source(base, vision=vision, projector=projector, feature_layer=feature_layer)
     delta.check_base(record, below.leaves, decoder=below.config.decoder, where=folder, base=base)
+    hashes.leaf_hashes(matched)  # refuses a delta that is not what was written
     vision_config = below.config.vision if feature_layer is not None else record.config.vision
     config = dataclasses.replace(record.config, vision=vision_config)
     below_record = below.record._replace(config=config, layout="delta", base=record.base, facts=record.facts)
@@ -198,10 +223,9 @@ def _foreign(folder: Path, *, base: Path | None, vision: Path | None, projector:
     )
     _check_dtypes(matched, attributes, table="mixtral", config=config, where=at)
     record = _record(config, "mixtral", {"decoder": attributes})
-    source = Source(matched, record, _side_files(folder))
-    beside = folder / "vision"
-    if vision is None and (beside / "config.json").is_file():
-        source = _with_tower(source, beside, feature_layer=feature_layer)
+    source = Source(matched, record, side_files(folder))
+    if vision is None and (folder / "vision" / "config.json").is_file():
+        source = _with_tower(source, inside(folder / "vision"), feature_layer=feature_layer)
     return source
 
 
@@ -212,7 +236,7 @@ def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any]
     _check_dtypes(matched, {}, table="clip", config=config, where=folder)
     if attributes.get("model_type") == "clip":  # what is imported is the tower, so that is what it says from here on
         attributes = {"architectures": ["CLIPVisionModel"], **huggingface.vision_half(attributes, folder)}
-    return Source(matched, _record(config, "clip", {"vision": attributes}), _side_files(folder))
+    return Source(matched, _record(config, "clip", {"vision": attributes}), side_files(folder))
 
 
 def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
@@ -222,6 +246,7 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
     for name, only in {"mm_projector_type": "mlp2x_gelu", "projector_hidden_act": "gelu"}.items():
         if attributes and attributes.get(name, only) != only:
             raise MoextendError(f"{path}: {name} = {shown(attributes[name])} cannot be honoured (only {only!r})")
+    _check_kind(stored, where=path)
     first = names.TABLES[table][0].file
     prefix = names.PREFIXES[table] if names.PREFIXES[table] + first in stored else ""
     weight = stored.get(prefix + first)
@@ -248,6 +273,7 @@ def _released(
     stored = {
         re.sub(r"^(model\.)?(visual\.)?mm_projector\.", "model.visual.mm_projector.", n): t for n, t in stored.items()
     }
+    _check_kind(stored, where=folder)
     has_tower = any(name.startswith("model.visual.vision_tower.") for name in stored)
     below = None
     if base is not None:
@@ -301,7 +327,7 @@ def _released(
     _check_dtypes(own, attributes or {}, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
-    files = {**(below.files if below else {}), **_side_files(folder)}
+    files = {**(below.files if below else {}), **side_files(folder)}
     return Source({**elsewhere, **own}, record, files)
 
 
@@ -339,10 +365,12 @@ def _tower_sizes(
     """Sizes of the tower inside a released checkpoint, whose config.json does not tell them."""
     prefix = "model.visual.vision_tower."
     tower = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
-    seen = [path for path in (vision, folder / "vision") if path and (path / "config.json").is_file()]
-    if seen:
-        said = huggingface.read_json(seen[0] / "config.json")
-        return huggingface.vision_config(said, where=seen[0] / "config.json", feature_layer=feature_layer), said
+    for tower_folder in (vision, folder / "vision"):
+        if tower_folder and (at := tower_folder / "config.json").is_file():
+            if tower_folder != vision:
+                inside(tower_folder)
+            tower_attributes = huggingface.read_json(at)
+            return huggingface.vision_config(tower_attributes, where=at, feature_layer=feature_layer), tower_attributes
     if vision is not None:
         source = open_source(vision, feature_layer=feature_layer)
         return source.config.vision, source.record.attributes.get("vision", {})
@@ -417,7 +445,7 @@ def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, An
     return store.Record(config, layout, attributes, ("llava", ""), None, {})
 
 
-def _side_files(folder: Path) -> dict[str, Path]:
+def side_files(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         return {}
     return {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
@@ -429,6 +457,14 @@ def _projector_table(stored: Mapping[str, Stored]) -> str | None:
         table for table, first in (("llava", "mm_projector"), ("llava_hf", "multi_modal_projector")) if first in found
     ]
     return tables[0] if tables else None
+
+
+def _check_kind(stored: Mapping[str, Stored], *, where: Path) -> None:
+    """Of LLaVA's projectors the names tell the kind, which config.json often does not say."""
+    own = {match[1] for name in stored if (match := re.fullmatch(r"(?:model\.)?(?:visual\.)?mm_projector\.(.*)", name))}
+    numbers = sorted({int(match[1]) for name in own if (match := re.fullmatch(r"([0-9]{1,9})\.(weight|bias)", name))})
+    if kind := "linear" if "weight" in own else f"mlp{len(numbers)}x_gelu" if len(numbers) > 2 else None:
+        raise MoextendError(f"{where}: its projector is of kind {kind}; only mlp2x_gelu is read")
 
 
 def _check_dtypes(

@@ -13,14 +13,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.checkpoints import leaves
+from moextend_jax.checkpoints import hashes, leaves
 from moextend_jax.checkpoints.huggingface import fits, read_json
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.names import PREFIXES
@@ -63,8 +62,8 @@ def write(
     digests = {path: hashlib.sha256() for path in matched}
     planned = {path: leaves.plan_ours(leaf, dtype=dtype, digest=digests[path]) for path, leaf in matched.items()}
     write_safetensors(folder, planned, max_shard_bytes=max_shard_bytes, written=written)
-    hashes = {path: (one.dtype, one.shape, digests[path].hexdigest()) for path, one in planned.items()}
-    pretrained = {path: one for path, one in hashes.items() if path.startswith(("decoder/", "vision/"))}
+    written_leaves = {path: (plan.dtype, plan.shape, digests[path].hexdigest()) for path, plan in planned.items()}
+    pretrained = {path: leaf for path, leaf in written_leaves.items() if path.startswith(hashes.PRETRAINED)}
     parts = {path.partition("/")[0] for path in matched} if record.base is None else {"decoder", "vision", "extension"}
     value = {
         "format": FORMAT,
@@ -78,9 +77,11 @@ def write(
         "attributes": record.attributes,
         "projector": record.projector,
         "facts": record.facts,
-        "base_hash": record.base or (leaves.combine(pretrained) if pretrained else None),
-        "content_hash": leaves.combine(hashes),
-        "leaves": {path: {"dtype": str(d), "shape": list(s), "sha256": sha} for path, (d, s, sha) in hashes.items()},
+        "base_hash": record.base or (hashes.combine(pretrained) if pretrained else None),
+        "content_hash": hashes.combine(written_leaves),
+        "leaves": {
+            path: {"dtype": str(d), "shape": list(s), "sha256": sha} for path, (d, s, sha) in written_leaves.items()
+        },
     }
     (folder / FILE).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -118,7 +119,7 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
                     f"{tensor.where}: {path} is {tensor.dtype}{list(tensor.shape)}; {FILE} says "
                     f"{shown(said[1])}{shown(list(said[0]))}"
                 )
-            if not _is_hash(sha256 := listed[path]["sha256"]):
+            if not hashes.is_hash(sha256 := listed[path]["sha256"]):
                 raise ValueError(f"the sha256 of {path} is {shown(sha256)}")
             matched[path] = leaves.from_ours(path, tensor, config=record.config, sha256=sha256)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -150,13 +151,9 @@ def _checked(record: Record) -> Record:
         raise ValueError("attributes are of another type than they should be")
     if record.projector not in {(table, prefix) for table, own in PREFIXES.items() for prefix in ("", own)}:
         raise ValueError(f"projector {shown(record.projector)} is spelled in no known way")
-    if record.layout == "delta" and not _is_hash(record.base):
+    if record.layout == "delta" and not hashes.is_hash(record.base):
         raise ValueError(f"base_hash is {shown(record.base)}")
     return record
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:

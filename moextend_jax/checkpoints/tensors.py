@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -34,17 +35,26 @@ DTYPES: dict[str, np.dtype] = {
 }  # fmt: skip
 """The format's names of element types."""
 
+WRAPPERS = ("_orig_mod.", "module.")
+"""What torch.compile and DistributedDataParallel put before every name."""
+
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*\.(bin|pt|pth)")
+"""What trainers leave beside pickled weights."""
+
 MAX_AXES, MAX_BYTES = 64, 1 << 62
 """Of one tensor: axes that NumPy has, and a size whose arithmetic stays within 64 bits."""
 
 
 class Stored(NamedTuple):
-    """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon."""
+    """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon.
+
+    `file` is the one that holds the very bytes; None where they are computed, or not in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     where: str
+    file: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,12 +77,16 @@ class Planned(NamedTuple):
 
 
 def open_tensors(path: Path) -> dict[str, Stored]:
-    """Tensors of a file or folder: safetensors where there are any, else torch pickles."""
+    """Tensors of a file or folder: safetensors where there are any, else torch pickles; without `WRAPPERS`."""
     names = [path.name] if path.is_file() else [entry.name for entry in sorted(path.glob("*"))]
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        return open_safetensors(path)
     pickled = any(name.endswith((".bin", ".pth", ".pt")) for name in names)
-    return open_pickles(path) if pickled else open_safetensors(path)
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names) or not pickled:
+        stored = open_safetensors(path)
+    else:
+        stored = open_pickles(path)
+    while wrapper := next((one for one in WRAPPERS if stored and all(name.startswith(one) for name in stored)), None):
+        stored = {name.removeprefix(wrapper): tensor for name, tensor in stored.items()}
+    return stored
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -116,6 +130,7 @@ def open_pickles(path: Path) -> dict[str, Stored]:
         return loaded
 
     def array(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach()  # a Parameter asks for gradients, which NumPy has not
         if tensor.dtype == torch.bfloat16:  # NumPy's bfloat16 is unknown to torch
             return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.contiguous().numpy()
@@ -129,7 +144,7 @@ def open_pickles(path: Path) -> dict[str, Stored]:
         if tensor.numel() * tensor.element_size() > held:  # strides of 0 make any size of a few bytes
             raise MoextendError(f"{file}: {short(name)} {list(tensor.shape)} is larger than the {held:,} bytes it has")
         # Opened anew for each tensor: the mapping goes away with the last view of it, and its pages with the mapping.
-        return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file))
+        return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file), file)
 
     def read(file: Path) -> dict[str, Stored]:
         return {name: stored(name, tensor, file) for name, tensor in load(file).items()}
@@ -137,9 +152,9 @@ def open_pickles(path: Path) -> dict[str, Stored]:
     if path.is_file():
         return read(path)
     for ending in (".bin", ".pth", ".pt"):
-        if any(path.glob(f"*{ending}")) or (path / f"pytorch_model{ending}.index.json").exists():
+        if _weights(path, ending) or (path / f"pytorch_model{ending}.index.json").exists():
             return _merge(path, _shards(path, ending, f"pytorch_model{ending}.index.json"), read)
-    raise MoextendError(f"{path} holds no *.bin, *.pth or *.pt file")
+    raise MoextendError(f"{path} holds no *.bin, *.pth or *.pt file of weights")
 
 
 def _check_archive(file: Path) -> None:
@@ -158,7 +173,7 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
     """Files of a folder, with the tensors that the index says they hold (None without an index)."""
     index_path = folder / index_name
     if not index_path.exists():
-        paths = [inside(path) for path in sorted(folder.glob(f"*{ending}"))]
+        paths = [inside(path) for path in _weights(folder, ending)]
         if not paths:
             raise MoextendError(f"{folder} holds no *{ending} file")
         totals = {int(total) for path in paths if (total := path.stem.rpartition("-of-")[2]).isdecimal()}
@@ -180,6 +195,10 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
     if surplus := sorted(path.name for path in folder.glob(f"model*{ending}") if path not in listed):
         raise MoextendError(f"{folder} holds shards that {index_path.name} does not list: {some(surplus)}")
     return listed
+
+
+def _weights(folder: Path, ending: str) -> list[Path]:
+    return [path for path in sorted(folder.glob(f"*{ending}")) if not _NO_WEIGHTS.fullmatch(path.name)]
 
 
 def _merge(
@@ -224,7 +243,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise MoextendError(
                 f"{path} cannot be read: it is cut short, {short(name)} needs its bytes {begin:,}..{end:,} of {data:,}"
             )
-        stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path))
+        stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path), path)
         end_before = end
     if end_before != data:
         raise MoextendError(f"{path} cannot be read: {data - end_before:,} bytes after its last tensor")

@@ -22,7 +22,7 @@ from moextend_jax.checkpoints import gguf, huggingface, leaves, store
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
-from moextend_jax.checkpoints.loading import SIDE_FILES, Source
+from moextend_jax.checkpoints.loading import Source, side_files
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError
 
@@ -59,7 +59,7 @@ def open_upcycled(
         attributes = read_json(path / "config.json")
         dense, tensors = llama_config(attributes, where=path / "config.json"), open_tensors(path)
         of_text = {name: attributes[name] for name in gguf.TEXT_ATTRIBUTES if name in attributes}
-        files = {name: path / name for name in SIDE_FILES if (path / name).is_file()}
+        files = side_files(path)
     config = ModelConfig(decoder=upcycled_config(dense, experts=experts, top_k=top_k))
     mixture = upcycle(tensors, experts=experts, noise=noise, seed=seed)
     if dense.tied_head:
@@ -117,7 +117,7 @@ def upcycle(
             if noise:
                 read = functools.partial(noisy, name, layer, expert, list(_MATRICES).index(matrix))
             expert_name = _EXPERT.format(layer=layer, expert=expert, matrix=_MATRICES[matrix])
-            result[expert_name] = source[name]._replace(read=read)
+            result[expert_name] = source[name]._replace(read=read, file=None)
     for layer in layers:
         like = source[ffn[layer, "up"]]
         shape = (experts, like.shape[-1])

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moextend_jax.checkpoints import leaves, selection, train_state
+from moextend_jax.checkpoints import hashes, leaves, selection, train_state
 from moextend_jax.checkpoints.loading import Source, open_base
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
@@ -37,7 +37,7 @@ def open_workdir(workdir: Path) -> Source:
     if settings is None:
         raise MoextendError(f"{workdir} is no work directory: no stage has been run in it")
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
-    base, expected = leaves.base_hash(source.leaves), remembered(workdir).get("base_hash")
+    base, expected = hashes.base_hash(source.leaves), remembered(workdir).get("base_hash")
     if base != expected:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"

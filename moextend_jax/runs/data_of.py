@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import Batch, ModelConfig
 from moextend_jax.data.batches import Features, Pixels, batches
 from moextend_jax.data.datasets import Source, hold_out, open_dataset
@@ -70,7 +69,7 @@ def images_of(run: Run, source: Source, *, data: str, split: str) -> Pixels | Fe
             source.images,
             path=local(run.workdir / "features" / name, what="cache_features: a cache of features"),
             compute=functools.partial(_features, run, tower),
-            tower=content_hash({path: on_host(leaf) for path, leaf in tower.items()}),
+            tower=f"{run.base_hash} {run.settings.dtype}",
             feature_layer=vision.feature_layer,
             size=vision.image_size,
             preparation=run.settings.recipe.image_preparation,

@@ -18,7 +18,8 @@ import jax
 
 from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
-from moextend_jax.checkpoints.leaves import base_hash, read_sharded
+from moextend_jax.checkpoints.hashes import base_hash
+from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share

@@ -1,0 +1,200 @@
+"""Hashes of weights: of those in files, read once and remembered beside them, and of arrays on devices.
+
+In: leaves of checkpoint folders, or arrays by path. Out: SHA-256, or the refusal of bytes that are not what their
+folder says they are.
+
+A record stands in NAME in each folder that much was read from. A leaf's line in it counts while all files that the leaf
+lies in have the same size, time of writing and time of change. The last of these (ctime) no program can set or copy, so
+a record that comes along with a copied or downloaded folder says nothing, and the bytes are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moextend_jax.checkpoints.leaves import Leaf, bytes_of, check_claim, leaf_hash
+from moextend_jax.checkpoints.outside import inside, parse_json, read_small
+from moextend_jax.config import MoextendError
+
+NAME, FORMAT = ".moextend-hashes.json", 1
+WORTH = 1 << 28
+"""Bytes. To read fewer again costs less than a file more in somebody's folder (or in the installed package)."""
+SETTLED = 2 * 10**9
+"""Nanoseconds since a file's last change. Before, it could change once more within one tick of its file system's clock,
+which nobody would see."""
+THREADS = 8
+PRETRAINED = ("decoder/", "vision/")
+
+
+# --- of files ---------------------------------------------------------------------------------------------------------
+
+
+def base_hash(leaves: Mapping[str, Leaf]) -> str:
+    """The content hash of the pretrained part, decoder and vision tower: equal exactly if what is stored is.
+
+    Reads all of its bytes, or believes the record beside them. One process of a run should call it.
+
+    Raises:
+      MoextendError: a leaf (of any part) is not what its folder says it is.
+    """
+    counted = {path: leaf for path, leaf in leaves.items() if path.startswith(PRETRAINED) or leaf.sha256}
+    hashes = leaf_hashes(counted)
+    return combine(
+        {path: (leaf.dtype, leaf.shape, hashes[path]) for path, leaf in counted.items() if path.startswith(PRETRAINED)}
+    )
+
+
+def stored_hash(leaves: Mapping[str, Leaf]) -> str:
+    """SHA-256 over path, stored element type, shape and bytes of every leaf: what is in the files, not in a run."""
+    hashes = leaf_hashes(leaves)
+    return combine({path: (leaf.dtype, leaf.shape, hashes[path]) for path, leaf in leaves.items()})
+
+
+def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
+    """`leaf_hash` of each leaf, from the records where they hold, which are then brought up to date.
+
+    Raises:
+      MoextendError: one is not what its folder says it is.
+    """
+    started = time.time_ns()
+    lines = {path: _line(leaf) for path, leaf in leaves.items()}
+    records = {folder: _read_record(folder) for folder in {_folder(leaf) for leaf in leaves.values()} if folder}
+    hashes = {}
+    for path, leaf in leaves.items():
+        if known := _known(records.get(_folder(leaf), {}).get(path), lines[path]):
+            hashes[path] = known
+    # The largest first: a leaf is one thread's work.
+    unknown = sorted(leaves.keys() - hashes.keys(), key=lambda path: -_nbytes(leaves[path]))
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        hashes |= zip(unknown, pool.map(lambda path: leaf_hash(leaves[path]), unknown), strict=True)
+    for folder, record in records.items():
+        fresh = [path for path in unknown if _folder(leaves[path]) == folder and _settled(lines[path], started)]
+        fresh = [path for path in fresh if _line(leaves[path]) == lines[path]]
+        if sum(_nbytes(leaves[path]) for path in fresh) >= WORTH:
+            _write_record(folder, record | {path: lines[path] | {"sha256": hashes[path]} for path in fresh})
+    for path, leaf in leaves.items():
+        check_claim(leaf, hashes[path])
+    return hashes
+
+
+def combine(hashes: Mapping[str, tuple[np.dtype, tuple[int, ...], str]]) -> str:
+    lines = [f"{path} {dtype} {list(shape)} {sha}\n" for path, (dtype, shape, sha) in sorted(hashes.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _folder(leaf: Leaf) -> Path | None:
+    """Where the files lie, of which all are in one folder."""
+    return leaf.files[0].parent if leaf.files else None
+
+
+def _nbytes(leaf: Leaf) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _line(leaf: Leaf) -> dict[str, Any]:
+    """What a leaf's line in a record says besides its hash."""
+    stats = {file.name: file.stat() for file in leaf.files}
+    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "files": files}
+
+
+def _known(line: Any, expected: dict[str, Any]) -> str | None:
+    """The hash in a line of a record, where the rest of the line is as it should be."""
+    sha256 = line.get("sha256") if isinstance(line, dict) else None
+    return sha256 if is_hash(sha256) and line == expected | {"sha256": sha256} else None
+
+
+def _settled(line: dict[str, Any], now: int) -> bool:
+    return all(max(times) + SETTLED < now for _, *times in line["files"].values())
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Lines by path; none where there is no record, or one that cannot be read."""
+    try:
+        value = parse_json(read_small(inside(folder / NAME)), where=NAME)
+    except MoextendError:
+        return {}
+    lines = value.get("leaves") if isinstance(value, dict) and value.get("format") == FORMAT else None
+    return lines if isinstance(lines, dict) else {}
+
+
+def _write_record(folder: Path, lines: Mapping[str, Any]) -> None:
+    """All of it or nothing; nothing where the folder is not to be written to, which is no fault."""
+    with contextlib.suppress(OSError):
+        handle, unfinished = tempfile.mkstemp(prefix=NAME, dir=folder)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump({"format": FORMAT, "leaves": lines}, file, indent=1)
+            os.chmod(unfinished, 0o644)  # mkstemp's are their owner's alone
+            os.replace(unfinished, folder / NAME)
+        except BaseException:
+            os.unlink(unfinished)
+            raise
+
+
+# --- of arrays --------------------------------------------------------------------------------------------------------
+
+
+def content_hash(arrays: Mapping[str, jax.Array | np.ndarray]) -> str:
+    """SHA-256 over paths, element types, shapes and bytes: of arrays that lie alike, equal exactly if all are
+    bit-identical.
+
+    Arrays lie alike if they are on one mesh in one way; whole ones (on one device, on every device, in NumPy) are all
+    alike. Another way to split an array gives another hash. One shard at a time is on the host, and none stays there.
+    All processes must call it, if any array is spread over several.
+    """
+    digest = hashlib.sha256()
+    for path, array in sorted(arrays.items()):
+        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
+        digest.update(shard_hashes(array))
+    return digest.hexdigest()
+
+
+def shard_hashes(array: jax.Array | np.ndarray) -> bytes:
+    """Where each of an array's shards begins, and its SHA-256, in order of place; each is hashed where it is."""
+    if not isinstance(array, jax.Array):
+        return _table([(0,) * array.ndim], [_sha256(array)])
+    places = sorted({_place(index) for index in array.sharding.devices_indices_map(array.shape).values()})
+    hashes = np.zeros((len(places), 32), np.uint8)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            hashes[places.index(_place(shard.index))] = _sha256(_host(shard.data))
+    if not array.is_fully_addressable:
+        hashes = multihost_utils.process_allgather(hashes).sum(axis=0, dtype=np.uint8)
+    return _table(places, list(hashes))
+
+
+def _host(array: jax.Array) -> np.ndarray:
+    """A single device's array. JAX keeps the host's copy on the array that it was asked of: here, one made for that."""
+    return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
+
+
+def _sha256(array: np.ndarray) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(bytes_of(np.ascontiguousarray(array))).digest(), np.uint8)
+
+
+def _place(index: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(axis.start or 0 for axis in index)
+
+
+def _table(places: list[tuple[int, ...]], hashes: list[np.ndarray]) -> bytes:
+    return b"".join(f"{place} ".encode() + row.tobytes() for place, row in zip(places, hashes, strict=True))
