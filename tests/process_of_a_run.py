@@ -27,11 +27,10 @@ from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.extension.routing import count_all
 from moextend_jax.models.moextend import abstract
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import loop
 from moextend_jax.train.loop import train
-from moextend_jax.train.optimizer import OptimizerConfig
 
 CONFIG = dataclasses.replace(
     tiny.BASE_CONFIG, extension=ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5), remat="none"

@@ -35,11 +35,10 @@ from moextend_jax.config import RECIPES  # noqa: E402
 from moextend_jax.data.batches import Pixels, batches  # noqa: E402
 from moextend_jax.data.datasets import open_dataset  # noqa: E402
 from moextend_jax.data.tokenizer import load_tokenizer  # noqa: E402
-from moextend_jax.settings import StageSettings  # noqa: E402
+from moextend_jax.settings import OptimizerConfig, StageSettings  # noqa: E402
 from moextend_jax.sharding import make_mesh  # noqa: E402
 from moextend_jax.train.loop import train  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
-from moextend_jax.train.optimizer import OptimizerConfig  # noqa: E402
 
 STEPS, EVERY = 11, 3
 TIMES = ("seconds", "tokens_per_second", "tokens")

@@ -23,12 +23,12 @@ from moextend_jax.data.batches import Features, Pixels, Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.entries import read_entries
-from moextend_jax.data.faults import KINDS, STRICT, Fault, FaultSettings, Policy, check_share, counts, named
+from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.images import decode_image, find_image, read_image
 from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.data.tokenizer import load_tokenizer
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 TOKENIZER = load_tokenizer(BASE)
@@ -653,11 +653,11 @@ def test_repeated_ids_are_all_counted(tmp_path):
 
 def test_settings_name_every_kind_and_refuse_others():
     settings = FaultSettings(policies={"truncated": "error"})
-    assert settings.policies == {kind: row.default for kind, row in KINDS.items()} | {"truncated": "error"}
+    assert settings.policies == POLICIES | {"truncated": "error"} and list(settings.policies) == list(KINDS)
     for policies, message in [
-        ({"torn": "skip"}, "torn is no kind of fault; there are missing, "),
-        ({"roles": "ignore"}, "roles = 'ignore' is not one of error, skip"),
-        ({"roles": "keep"}, "roles = 'keep' is not one of error, skip"),
+        ({"torn": "skip"}, "policies.torn is no setting; there are .*, missing, "),
+        ({"roles": "ignore"}, "policies.roles = 'ignore' is not one of 'error', 'skip'"),
+        ({"roles": "keep"}, "policies.roles = 'keep' is not one of 'error', 'skip'"),
     ]:
         with pytest.raises(MoextendError, match=message):
             FaultSettings(policies=policies)  # pyright: ignore[reportArgumentType]

@@ -14,11 +14,10 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.batches import Pixels, batches
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import make_mesh
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
-from moextend_jax.train.optimizer import OptimizerConfig
 
 FACTS = {"base": "abc", "stage": "align", "recipe": {"turns": "all"}}
 CONFIG = tiny.BASE_CONFIG

@@ -31,10 +31,10 @@ from moextend_jax.data.datasets import Images, Source, open_text
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import arrays_of
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import stages
-from moextend_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
 
 MODEL = ModelConfig(

@@ -33,12 +33,12 @@ from absl import flags
 from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Images, Source
-from moextend_jax.data.faults import STRICT, Fault, FaultSettings, counts, described
+from moextend_jax.data.faults import STRICT, Fault, counts, described
 from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import FaultSettings, StageSettings
 
 WINDOW = 256
 """Conversations that are read and packed together. A window's last rows stay partly empty (docs/benchmarks.md), and a

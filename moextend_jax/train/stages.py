@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from moextend_jax.config import MoextendError
+from moextend_jax.settings import Group
 
 Leaf = TypeVar("Leaf")
 
-GROUPS: dict[str, str] = {
+GROUPS: dict[str, Group] = {
     "projector/*": "projector",
     "extension/new_experts/*": "new_experts",
     "extension/router/new_gate": "router_columns",
@@ -41,7 +42,7 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
 
-def group(path: str) -> str:
+def group(path: str) -> Group:
     """The optimizer group of a leaf; exactly one row of GROUPS matches."""
     names = [name for pattern, name in GROUPS.items() if fnmatchcase(path, pattern)]
     if len(names) != 1:
