@@ -37,19 +37,18 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     sys.path.insert(0, str(ROOT))
-    import jax
 
-    from moextend_jax import pipeline
     from moextend_jax.checkpoints.convert import export_main
-    from moextend_jax.checkpoints.workdir import settings_of
     from moextend_jax.evaluate.benchmarks import table
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
-    from moextend_jax.evaluate.running import asker_of, generator_of, open_model
+    from moextend_jax.evaluate.running import asker_of, generator_of
+    from moextend_jax.runs.models_of import open_model
+    from moextend_jax.runs.run import open_run, settings_of
 
     settings = settings_of(args.workdir)
     assert settings is not None, f"{args.workdir} is no work directory"
-    run = pipeline.open_run(settings, args.workdir)
+    run = open_run(settings, args.workdir)
     assert run.config.vision is not None
     questions = table.read("easy_vqa", None)[: args.questions]
     pictures = QuestionPictures(
@@ -58,7 +57,7 @@ def main() -> None:
     prompts = [
         prompt_of(
             question.text, images=images, tokenizer=run.tokenizer, recipe=settings.recipe,
-            patches=run.config.vision.patches, where=question.where,
+            patches=run.patches, where=question.where,
         )
         for question, images in zip(questions, pictures.numbers, strict=True)
     ]  # fmt: skip
@@ -69,10 +68,9 @@ def main() -> None:
     def answer() -> tuple[float, float, list[list[int]]]:
         said: list[list[int]] = [[] for _ in prompts]
         wall, cpu = time.perf_counter(), time.process_time()
-        with jax.set_mesh(run.mesh):
-            for some in asker.complete(prompts, max_new_tokens=NEW_TOKENS):
-                for index, ids in some:
-                    said[index] = ids
+        for some in asker.complete(prompts, max_new_tokens=NEW_TOKENS):
+            for index, ids in some:
+                said[index] = ids
         return time.perf_counter() - wall, time.process_time() - cpu, said
 
     compiling = answer()[0]

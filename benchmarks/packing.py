@@ -200,10 +200,11 @@ def _finetune():
 
     from configs.bench import get_config
     from moextend_jax.bench import model_config
+    from moextend_jax.mesh import make_mesh
     from moextend_jax.models.moextend import MoExtend
     from moextend_jax.models.parameters import by_path
+    from moextend_jax.runs.results import patterns
     from moextend_jax.settings import from_config_dict
-    from moextend_jax.sharding import make_mesh
     from moextend_jax.train import stages
     from moextend_jax.train.optimizer import learning_rate, make_optimizer
     from moextend_jax.train.step import init_state, make_step
@@ -216,19 +217,18 @@ def _finetune():
         path: jax.numpy.asarray(float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32))
         for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
-    trainable, frozen = stages.split(arrays, stages.patterns("finetune", recipe=settings.recipe))
+    trainable, frozen = stages.split(arrays, patterns("finetune", recipe=settings.recipe))
     schedule = learning_rate(finetune.optimizer, steps=finetune.steps, recipe=settings.recipe)
     optimizer = make_optimizer(finetune.optimizer, paths=trainable, schedule=schedule)
     step = make_step(
         model, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
-        aux_coefficient=settings.aux_coefficient, loss_chunk=finetune.loss_chunk,
+        aux_coefficient=settings.aux_coefficient, loss_chunk=finetune.loss_chunk, mesh=make_mesh(settings.mesh),
     )  # fmt: skip
-    state, mesh = init_state(trainable, optimizer), make_mesh(settings.mesh)
+    state = init_state(trainable, optimizer)
 
     def run(batch: Batch) -> None:
         nonlocal state
-        with jax.set_mesh(mesh):
-            state, _ = jax.block_until_ready(step(state, frozen, batch))
+        state, _ = jax.block_until_ready(step(state, frozen, batch))
 
     return run
 

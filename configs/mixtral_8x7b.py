@@ -64,7 +64,7 @@ def get_config(arg: str = "paper") -> ConfigDict:
             finetune=finetune,
             full=finetune,
             select=SelectSettings(held_out=10_000, share=0.5, batch_size=32),
-            evaluate=EvaluateSettings(data="easy_vqa/questions", questions=1000, length=704),
+            evaluate=EvaluateSettings(data="easy_vqa/questions", questions=1000, length=704, text_batch_size=64),
             # Scraped conversations; `moextend data check` says how many. Damaged images are skipped in any case.
             faults=FaultSettings(policies={"order": "skip", "empty_answer": "skip"}),
             cache_features=False,  # 1.2 GB per 1,000 images at this size: only worth it for several epochs

@@ -56,7 +56,8 @@ def bench(
     Args:
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
     """
-    report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in (only and [only] or [name for name in training() if not RESULTS[name].optional])
+    names = [only] if only else [name for name in training() if not RESULTS[name].optional]
+    report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in names
               for kind in LABELS}  # fmt: skip
     table = Table("stage", "labels", "tokens/s", "s/step", "peak memory GB", "XLA temporaries GB", "trained parameters")
     for name, row in report.items():

@@ -83,8 +83,13 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._jitted(*arguments, **named)
 
+    def trace(self, *arguments: Any, **named: Any) -> jax.stages.Traced:
+        """Traced for arguments, which may be `jax.ShapeDtypeStruct`s on devices that are not here."""
+        with jax.set_mesh(self.mesh):
+            return self._jitted.trace(*arguments, **named)
+
     def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
-        """Traced and lowered for arguments, which may be `jax.ShapeDtypeStruct`s on devices that are not here."""
+        """The same, and lowered."""
         with jax.set_mesh(self.mesh):
             return self._jitted.lower(*arguments, **named)
 
@@ -132,7 +137,7 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
         _check_divides(len(array), len(parts), what="rows of this process")
         rows = len(array) // len(parts)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             place = parts.index((index[0].start or 0) // max(rows, 1)) * rows
             return array[place : place + rows]
 

@@ -135,7 +135,7 @@ class EvaluateSettings:
     data: str
     questions: Count
     split: str = "test"
-    batch_size: Count = 250
+    batch_size: Count = 256
     length: Count = 64
     max_new_tokens: Count = 8
     text_length: Count = 256

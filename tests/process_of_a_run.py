@@ -19,18 +19,19 @@ import jax
 import numpy as np
 import tiny
 
-from moextend_jax import distributed, pipeline, preemption
+from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import train_state
+from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import RECIPES, ExtensionConfig
 from moextend_jax.data.batches import Pixels, Share, batches
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.extension.routing import count_all
+from moextend_jax.mesh import make_mesh, on_host, own_row_shards, place_leaves, place_rows, row_shards
 from moextend_jax.models.moextend import abstract
-from moextend_jax.settings import OptimizerConfig, StageSettings
-from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
+from moextend_jax.settings import StageSettings
+from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import loop
-from moextend_jax.train.loop import train
 
 CONFIG = dataclasses.replace(
     tiny.BASE_CONFIG, extension=ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5), remat="none"
@@ -50,9 +51,9 @@ class Done(NamedTuple):
 def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
     """Reads an epoch, counts routing over it, and trains STEPS steps, from the newest checkpoint in `folder` if any."""
     mesh = make_mesh(sizes)
-    model, share = abstract(CONFIG), distributed.share_of_rows(mesh)
+    model, share = abstract(CONFIG), Share(own_row_shards(mesh), row_shards(mesh))
     shardings = parameter_shardings(model, mesh)
-    arrays = {path: distributed.place(leaf, shardings[path]) for path, leaf in tiny.arrays(CONFIG, std=0.1).items()}
+    arrays = place_leaves(model, tiny.arrays(CONFIG, std=0.1), mesh)
     source = open_dataset("llava_instruct", data_dir=llava / "built", manual_dir=llava)
     tokenizer = load_tokenizer(tiny.ASSETS / "base")
 
@@ -64,7 +65,7 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
             recipe=RECIPES["paper"],
             images=Pixels(images=source.images, size=32, preparation="pad"),
             patches=4,
-            share=Share((share.index,), share.count),
+            share=share,
             **more,
         )
 
@@ -75,41 +76,27 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
             read.extend(int(n) for ids_L in batch.ids_BL for n in re.findall(r"it\? (\d+)", tokenizer.decode(ids_L)))
             yield batch
 
-    with jax.set_mesh(mesh):
-        put = (put_batch(batch, mesh) for batch in noted(rows(seed=None, epochs=1)))
-        counts = count_all(model, arrays, put, recipe=RECIPES["paper"])
+    put = (place_rows(batch, mesh) for batch in noted(rows(seed=None, epochs=1)))
+    counts = count_all(model, arrays, put, recipe=RECIPES["paper"], mesh=mesh)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"read-{jax.process_index()}.json").write_text(json.dumps(read))
-    before = pipeline.content_hash(arrays)
-    trained = train(
-        model,
-        arrays,
-        rows(seed=3),
-        stage="finetune",
-        steps=STEPS,
-        folder=folder,
-        mesh=mesh,
-        optimizer_config=OptimizerConfig(learning_rate=1e-3),
-        recipe=RECIPES["paper"],
-        aux_coefficient=0.01,
-        loss_chunk=4,
-        accumulate=1,
-        facts=FACTS,
-        checkpoint_every=SAVED,
+    before = content_hash(arrays)
+    job = tiny.job(
+        "finetune", folder, facts=FACTS, steps=STEPS, learning_rate=1e-3, mesh=mesh, checkpoint_every=SAVED,
         checkpoints_kept=5,
-        log_every=1,
-    )
-    assert pipeline.content_hash(arrays) == before
+    )  # fmt: skip
+    trained = loop.train_loop(model, arrays, rows(seed=3), job)
+    assert content_hash(arrays) == before
     train_state.save_leaves(folder / "result", trained, facts=FACTS)
     again = train_state.load_leaves(folder / "result", facts=FACTS, shardings=shardings)
-    assert again is not None and pipeline.content_hash(again) == pipeline.content_hash(trained)
-    whole = {path: distributed.gathered(leaf) for path, leaf in trained.items()}
+    assert again is not None and content_hash(again) == content_hash(trained)
+    whole = {path: on_host(leaf) for path, leaf in trained.items()}
     return Done(whole, counts.total_ZO, before)
 
 
 def strike(process: int, step: int, number: int) -> None:
     """A signal to one of the processes; steps are slow, so that the others hear of it before the last."""
-    put, seen = loop.put_batch, 0
+    put, seen = loop.place_rows, 0
 
     def put_slowly(batch, mesh):
         nonlocal seen
@@ -119,7 +106,7 @@ def strike(process: int, step: int, number: int) -> None:
         time.sleep(0.5)
         return put(batch, mesh)
 
-    loop.put_batch = put_slowly
+    loop.place_rows = put_slowly
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 from moextend_jax import cli
-from moextend_jax.evaluate import demo
+from moextend_jax.evaluate import summary
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as short:
-        for path in demo.TEXTS.glob("*.txt"):
+        for path in summary.TEXTS.glob("*.txt"):
             (Path(short) / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
-        demo.TEXTS = Path(short)
+        summary.TEXTS = Path(short)
         cli.main(sys.argv[1:])

@@ -29,15 +29,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import tiny  # noqa: E402
 
-from moextend_jax import pipeline  # noqa: E402
 from moextend_jax.checkpoints import train_state  # noqa: E402
+from moextend_jax.checkpoints.hashes import content_hash  # noqa: E402
 from moextend_jax.config import RECIPES  # noqa: E402
 from moextend_jax.data.batches import Pixels, batches  # noqa: E402
 from moextend_jax.data.datasets import open_dataset  # noqa: E402
 from moextend_jax.data.tokenizer import load_tokenizer  # noqa: E402
-from moextend_jax.settings import OptimizerConfig, StageSettings  # noqa: E402
-from moextend_jax.sharding import make_mesh  # noqa: E402
-from moextend_jax.train.loop import train  # noqa: E402
+from moextend_jax.settings import StageSettings  # noqa: E402
+from moextend_jax.train.loop import train_loop  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
 
 STEPS, EVERY = 11, 3
@@ -62,33 +61,17 @@ def stage(folder: Path, llava: Path, *, workers: int = 0) -> str:
         workers=workers,
     )
     facts = {"base": "tiny", "workers": workers}
-    trained = train(
-        tiny.structure(tiny.BASE_CONFIG),
-        tiny.arrays(tiny.BASE_CONFIG, std=0.1),
-        rows,
-        stage="align",
-        steps=STEPS,
-        folder=folder,
-        mesh=make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
-        optimizer_config=OptimizerConfig(learning_rate=1e-2),
-        recipe=RECIPES["paper"],
-        aux_coefficient=0.01,
-        loss_chunk=4,
-        accumulate=1,
-        facts=facts,
-        checkpoint_every=EVERY,
-        checkpoints_kept=2,
-        log_every=1,
-    )
+    job = tiny.job("align", folder, facts=facts, steps=STEPS, checkpoint_every=EVERY)
+    trained = train_loop(tiny.structure(tiny.BASE_CONFIG), tiny.arrays(tiny.BASE_CONFIG, std=0.1), rows, job)
     train_state.save_leaves(folder / "result", trained, facts=facts)
     kept = train_state.load_leaves(folder / "result", facts=facts)
-    assert kept is not None and pipeline.content_hash(kept) == pipeline.content_hash(trained)
+    assert kept is not None and content_hash(kept) == content_hash(trained)
     return end_of(folder, trained)
 
 
 def end_of(folder: Path, trained: dict[str, Any]) -> str:
     lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "metrics.jsonl")]
-    said = f"{pipeline.content_hash(trained)} {json.dumps(lines, sort_keys=True)}"
+    said = f"{content_hash(trained)} {json.dumps(lines, sort_keys=True)}"
     return hashlib.sha256(said.encode()).hexdigest()
 
 

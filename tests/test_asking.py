@@ -15,8 +15,8 @@ from moextend_jax.config import IGNORE, Batch
 from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.prompts import Prompt, buckets, plan
 from moextend_jax.generate import Generator, Sampling
+from moextend_jax.mesh import make_mesh
 from moextend_jax.models.parameters import with_arrays
-from moextend_jax.sharding import make_mesh
 
 NEW, EOS = 5, 38
 P = tiny.VISION.patches
@@ -44,14 +44,17 @@ def arrays() -> dict[str, jax.Array]:
 
 @functools.cache
 def generator(eos: int = EOS) -> Generator:
-    return Generator(tiny.structure(tiny.EXTENDED), eos=eos)
+    return on_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}, eos)
+
+
+def on_mesh(sizes: dict[str, int], eos: int = EOS) -> Generator:
+    return Generator(tiny.structure(tiny.EXTENDED), eos=eos, mesh=make_mesh(sizes))
 
 
 def asker(*, rows: int = 16, tokens: int = 10**6, eos: int = EOS, mesh: dict[str, int] | None = None) -> Asker:
     return Asker(
-        generator=generator(eos) if mesh is None else Generator(tiny.structure(tiny.EXTENDED), eos=eos),
+        generator=generator(eos) if mesh is None else on_mesh(mesh, eos),
         arrays=arrays(), eos=eos, rows=rows, tokens=tokens, pictures=Pictures(),
-        mesh=make_mesh(mesh or {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1}),
     )  # fmt: skip
 
 
@@ -73,10 +76,9 @@ def prompts(count: int = 40, *, seed: int = 0) -> list[Prompt]:
 
 def said(who: Asker, some: Sequence[Prompt], **options) -> list[list[int]]:
     found: dict[int, list[int]] = {}
-    with jax.set_mesh(who.mesh):
-        for batch in who.complete(some, max_new_tokens=NEW, **options):
-            assert not found.keys() & {index for index, _ in batch}
-            found |= dict(batch)
+    for batch in who.complete(some, max_new_tokens=NEW, **options):
+        assert not found.keys() & {index for index, _ in batch}
+        found |= dict(batch)
     return [found[n] for n in range(len(some))]
 
 
@@ -132,20 +134,19 @@ def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
     who = asker()
     assert len({buckets(prompt) for prompt in alike}) == 1 and len(alike) > 16
     seen = []
-    with jax.set_mesh(who.mesh):
-        for turn in range(6):
-            others = [alike[1 + n] for n in np.random.default_rng(turn).permutation(len(alike) - 1)[:15]]
-            others.insert(3 * turn % 16, alike[0])
-            (work, tails, heads), *_ = who._started(others, room=NEW)
-            row = work.prompts[0].index(3 * turn % 16)
-            found = [scores(who, tails, heads)[row]]
-            state = who.generator._prefill(
-                who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
-            )  # fmt: skip
-            found.append(np.asarray(state.past.keys_BSKH[:, row]))
-            state, _ = who.generator._advance(who.arrays, state=state, steps=2, sampling=Sampling())
-            keys_ZSKH = np.asarray(state.past.keys_BSKH[:, row])  # what every layer made of the tokens said
-            seen.append((row, [*found, keys_ZSKH[:, np.asarray(state.seen_BS[row])]]))
+    for turn in range(6):
+        others = [alike[1 + n] for n in np.random.default_rng(turn).permutation(len(alike) - 1)[:15]]
+        others.insert(3 * turn % 16, alike[0])
+        (work, tails, heads), *_ = who._started(others, room=NEW)
+        row = work.prompts[0].index(3 * turn % 16)
+        found = [scores(who, tails, heads)[row]]
+        state = who.generator._prefill(
+            who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
+        )  # fmt: skip
+        found.append(np.asarray(state.past.keys_BSKH[:, row]))
+        state, _ = who.generator._advance(who.arrays, state=state, steps=2, sampling=Sampling())
+        keys_ZSKH = np.asarray(state.past.keys_BSKH[:, row])  # what every layer made of the tokens said
+        seen.append((row, [*found, keys_ZSKH[:, np.asarray(state.seen_BS[row])]]))
     assert len({row for row, _ in seen}) > 3
     for _, arrays_here in seen[1:]:
         for one, other in zip(seen[0][1], arrays_here, strict=True):
@@ -161,7 +162,7 @@ def scores(who: Asker, tails: Batch, heads) -> np.ndarray:
 def test_programs_are_few_and_compiled_once():
     who = Asker(
         generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), eos=EOS, rows=16, tokens=10**6,
-        mesh=asker().mesh, pictures=Pictures(),
+        pictures=Pictures(),
     )  # fmt: skip
     some = prompts(60)
     pairs = {(work.head_length, work.tail_length) for work in plan(some, parts=1, rows=16, tokens=10**6, room=NEW)}
@@ -186,12 +187,11 @@ def test_nobody_waits_for_rows_that_were_only_filled_up():
     """A batch whose prompts have all ended stops there, though it has empty rows."""
     n = next(n for n, ids in enumerate(together()) if len(ids) <= 1)
     who = asker()
-    with jax.set_mesh(who.mesh):
-        (work, tails, heads), *_ = who._started([prompts()[n]], room=NEW)
-        state = who.generator._prefill(
-            who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
-        )  # fmt: skip
-        state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, sampling=Sampling())
+    (work, tails, heads), *_ = who._started([prompts()[n]], room=NEW)
+    state = who.generator._prefill(
+        who.arrays, tails, heads, jax.random.key(0), room=NEW - 1, sampling=Sampling()
+    )  # fmt: skip
+    state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, sampling=Sampling())
     assert work.rows > 1 and int(state.count) == len(together()[n]) + 1
 
 
@@ -221,8 +221,7 @@ def test_scores_are_those_of_the_whole_model():
         model = with_arrays(tiny.structure(tiny.EXTENDED), arrays())
         return model.decoder.logits(model(batch).hidden_BLD)[0]
 
-    with jax.set_mesh(who.mesh):
-        found = sorted(one for batch in who.score(some) for one in batch)
+    found = sorted(one for batch in who.score(some) for one in batch)
     assert [one.index for one in found] == list(range(len(some)))
     for one, prompt in zip(found, some, strict=True):
         batch = whole(prompt)
@@ -242,8 +241,7 @@ def test_greedy_is_true_of_what_the_model_says():
     patches_L = np.concatenate([prompt.patches_L, np.full(len(ids) - 1, -1)]).astype(np.int32)
     asked = Prompt(ids_L=tail, patches_L=patches_L, head=prompt.head, images=prompt.images, targets_L=targets_L)
     who = asker()
-    with jax.set_mesh(who.mesh):
-        (((_, _, greedy),),) = who.score([asked])
+    (((_, _, greedy),),) = who.score([asked])
     assert greedy
 
 
@@ -254,8 +252,6 @@ def test_a_mesh_says_and_scores_the_same(eight_devices, shape):
     alone = asker(mesh={"data": 1, "fsdp": 8, "expert": 1, "tensor": 1})
     who = asker(rows=64, mesh=sizes)
     assert said(who, prompts()) == said(alone, prompts())
-    with jax.set_mesh(who.mesh):
-        found = sorted(one for batch in who.score(scored_prompts()) for one in batch)
-    with jax.set_mesh(alone.mesh):
-        wanted = sorted(one for batch in alone.score(scored_prompts()) for one in batch)
+    found = sorted(one for batch in who.score(scored_prompts()) for one in batch)
+    wanted = sorted(one for batch in alone.score(scored_prompts()) for one in batch)
     np.testing.assert_allclose([one.nats for one in found], [one.nats for one in wanted], atol=1e-4, rtol=0)

@@ -18,13 +18,13 @@ import tiny
 from PIL import Image
 from test_processes import launch
 
-from moextend_jax import pipeline
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import ModelConfig, MoextendError
 from moextend_jax.evaluate.benchmark import benchmark
 from moextend_jax.evaluate.benchmarks.answers import Answers
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Generator
+from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 QUESTIONS = 60
@@ -39,9 +39,9 @@ def settings(base: Path) -> RunSettings:
     )  # fmt: skip
 
 
-def aligned(workdir: Path, base: Path, *, seed: int = 0) -> pipeline.Run:
+def aligned(workdir: Path, base: Path, *, seed: int = 0) -> Run:
     """A run whose projector is random."""
-    run = pipeline.open_run(settings(base), workdir)
+    run = open_run(settings(base), workdir)
     leaves = {path: leaf for path, leaf in tiny.arrays(run.config, seed=seed).items() if path.startswith("projector/")}
     train_state.save_leaves(workdir / "align" / "result", leaves, facts=run.facts)
     return run
@@ -72,7 +72,7 @@ def whole(base, tmp_path_factory) -> Path:
     return path_of(workdir)
 
 
-def answer(run: pipeline.Run, **options) -> dict:
+def answer(run: Run, **options) -> dict:
     return benchmark(run, "easy_vqa", data=None, model="aligned", **{"limit": QUESTIONS, **options})
 
 
@@ -184,7 +184,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_benchmark_run as here
-here.answer(here.pipeline.open_run(here.settings(Path({base!r})), Path({workdir!r})))
+here.answer(here.open_run(here.settings(Path({base!r})), Path({workdir!r})))
 """
 
 
@@ -216,7 +216,7 @@ def test_killed_again_and_again(base, whole, tmp_path):
 @pytest.mark.parametrize(("processes", "devices"), [(2, 1), (2, 2)])
 def test_processes_share_the_questions(base, whole, tmp_path, processes, devices):
     """Through the command line: the mesh holds the model's parts and the rows; the first process writes."""
-    pipeline.remember(aligned(tmp_path, base))
+    remember(aligned(tmp_path, base))
     words = ["--", "eval", "--benchmark=easy_vqa", "--model=aligned", f"--limit={QUESTIONS}", f"--workdir={tmp_path}"]
     said = launch(*words, processes=processes, devices=devices).stdout
     assert said.count("questions answered") == 1

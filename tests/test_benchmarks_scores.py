@@ -256,10 +256,11 @@ def test_easy_vqa_is_scored_as_the_demo_is():
     for question in some:
         said = draw.choice([question.answer or "", "yes", "no.", "", "blue"])
         answered.append(Answered(question, draw.choice([said, said.upper(), f" {said}. ", f"{said}, it is"])))
-    demo = [asking.Question(None, one.text, one.answer or "") for one in some]  # type: ignore[arg-type]
     scores = table.score("easy_vqa", answered, None)
     assert scores.headline is not None and 0 < scores.headline.value < 100
-    assert scores.headline.value / 100 == asking.accuracy(demo, [text for _, text in answered])
+    assert scores.headline.value / 100 == asking.accuracy(
+        [question.answer or "" for question in some], [text for _, text in answered]
+    )
     assert easy_vqa.plain("Yes.") == "yes" != easy_vqa.plain("Yes, it is")
 
 

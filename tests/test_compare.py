@@ -189,7 +189,7 @@ def test_the_parameters_of_a_stage_must_be_a_recipe_s(other, tmp_path: Path):
         training.stage_of(read, config, stage="finetunes")
     extension = [name for name in other.models["grown"] if name not in other.models["plain"]]
     projector = [name for name in other.models["grown"] if "mm_projector" in name]
-    for more, expected in (([], "finetune"), (projector, "finetune_with_projector")):
+    for more, expected in (([], "finetune"), (projector, "finetune, released")):
         arrays = {f"grad/{name}": np.zeros(1) for name in extension + more}
         assert training.stage_of(read._replace(arrays=arrays), config, stage=None) == expected
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import tiny
 
 from moextend_jax.checkpoints import huggingface
+from moextend_jax.checkpoints.loading import EMBEDDED
 from moextend_jax.config import ModelConfig
 from moextend_jax.data.batches import text_batches
 from moextend_jax.data.datasets import open_text
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
-from moextend_jax.pipeline import EMBEDDED, abstract
+from moextend_jax.models.moextend import abstract
 
 
 def test_the_files_are_those_of_the_hash_list():

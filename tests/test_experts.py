@@ -160,7 +160,7 @@ def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():
 def program(stage: str) -> str:
     """The optimized program of a stage's gradient; experts are the only arrays with sides 24 and 40."""
     arrays = tiny.arrays(tiny.EXTENDED)
-    trainable, frozen = stages.split(arrays, stages.STAGES[stage])
+    trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
     model = tiny.structure(tiny.EXTENDED)
 
     def total(trainable, frozen, batch):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax import folders, pipeline
+from moextend_jax import folders
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import MoextendError
+from moextend_jax.runs.run import write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 
@@ -72,7 +73,7 @@ def test_results_metrics_and_records(bucket: Path):
     assert [row["loss"] for row in rows] == [1, 2, 3, 4]
     assert list((bucket / "align" / "tensorboard").iterdir())
 
-    pipeline.write_json(bucket / "summary.json", {"a": 1})
+    write_json(bucket / "summary.json", {"a": 1})
     assert json.loads((bucket / "summary.json").read_text()) == {"a": 1}
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moextend_jax import pipeline
 from moextend_jax.config import IGNORE, Batch, MoextendError
 from moextend_jax.evaluate.forgetting import average_drop, figure, forgetting
-from moextend_jax.evaluate.running import asker_of, generator_of, open_model
+from moextend_jax.evaluate.running import asker_of, generator_of
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.runs.models_of import open_model
+from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 # lm-eval's own imports, and data sets' caches, warn about what is theirs.
@@ -30,7 +31,7 @@ CONTEXTS = ["In the beginning", "a person who ", "And the LORD said unto Moses,\
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> pipeline.Run:
+def run(tmp_path_factory) -> Run:
     """The embedded base, a real small language model."""
     stage = StageSettings(data="easy_vqa/questions", steps=1, batch_size=4, length=48)
     settings = RunSettings(
@@ -38,7 +39,7 @@ def run(tmp_path_factory) -> pipeline.Run:
         evaluate=EvaluateSettings(data="easy_vqa/questions", questions=4, batch_size=16, length=64),
         dtype="float32", remat="none",
     )  # fmt: skip
-    return pipeline.open_run(settings, tmp_path_factory.mktemp("work"))
+    return open_run(settings, tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ import tiny
 from moextend_jax.checkpoints import convert, hashes, leaves
 from moextend_jax.checkpoints.loading import EMBEDDED, folder_of, open_checkpoint, open_source
 from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.mesh import make_mesh
 from moextend_jax.models.parameters import with_arrays
-from moextend_jax.sharding import MESH_AXES, make_mesh
+from moextend_jax.sharding import MESH_AXES
 
 TRAINED = {"align": "projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extension/"}
 

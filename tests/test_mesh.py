@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from moextend_jax import mesh as meshes
 from moextend_jax import sharding
 from moextend_jax.config import MoextendError
 
@@ -38,36 +39,36 @@ DEVICES = [Device(id, slice_index=id // 8) for id in range(16)]
 
 
 def test_only_replicas_span_slices():
-    array = sharding.arranged(DEVICES, (2, 4, 2, 1))
+    array = meshes.arranged(DEVICES, (2, 4, 2, 1))
     assert sorted(device.id for device in array.flat) == list(range(16))
     for replica in array:
         assert len({device.slice_index for device in replica.flat}) == 1
 
 
 def test_replicas_inside_a_slice_too():
-    array = sharding.arranged(DEVICES, (4, 2, 1, 2))
+    array = meshes.arranged(DEVICES, (4, 2, 1, 2))
     assert [{device.slice_index for device in replica.flat} for replica in array] == [{0}, {0}, {1}, {1}]
 
 
 def test_a_mesh_that_would_cut_a_slice_is_refused():
     with pytest.raises(MoextendError, match=r"mesh.data = 1 must be a multiple of 2 slices"):
-        sharding.arranged(DEVICES, (1, 16, 1, 1))
+        meshes.arranged(DEVICES, (1, 16, 1, 1))
 
 
 def test_one_slice_keeps_the_order_of_nodes():
-    array = sharding.arranged(DEVICES[:8], (2, 4, 1, 1))
+    array = meshes.arranged(DEVICES[:8], (2, 4, 1, 1))
     assert [device.id for device in array.flat] == list(range(8))
 
 
 def test_nodes_of_gpus_are_no_slices():
     """Their devices are numbered by slice too, but any axis may span nodes."""
     gpus = [dataclasses.replace(device, platform="gpu") for device in DEVICES]
-    array = sharding.arranged(gpus, (1, 16, 1, 1))
+    array = meshes.arranged(gpus, (1, 16, 1, 1))
     assert [device.id for device in array.flat] == list(range(16))
 
 
 def test_minus_one_takes_what_is_left():
-    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
+    mesh = meshes.make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
     assert mesh.shape["fsdp"] == jax.device_count()
 
 

@@ -103,9 +103,9 @@ def test_equals_adamw_by_hand_with_groups_decay_and_clip():
         np.testing.assert_allclose(np.asarray(leaves[path]), value, atol=1e-5, rtol=0, err_msg=path)
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
+@pytest.mark.parametrize("stage", tiny.STAGES)
 def test_the_state_is_two_moments_of_what_trains_and_counters(stage: str):
-    trainable, _ = stages.split(tiny.arrays(tiny.EXTENDED), stages.STAGES[stage])
+    trainable, _ = stages.split(tiny.arrays(tiny.EXTENDED), tiny.STAGES[stage])
     optimizer = make_optimizer(OptimizerConfig(), paths=trainable, schedule=lambda _: 1e-3)
     state = jax.eval_shape(optimizer.init, trainable)
     sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]

@@ -178,7 +178,7 @@ def both(*, hidden_end: bool = False, pixels: bool = False) -> tuple[Batch, Batc
 @functools.cache
 def compiled(stage: str):
     """Jitted (batch) -> losses and the gradient of what the stage trains, split as a step splits it."""
-    trainable, frozen = stages.split(ARRAYS, stages.STAGES[stage])
+    trainable, frozen = stages.split(ARRAYS, tiny.STAGES[stage])
 
     def total(trainable, frozen, batch):
         whole = with_arrays(MODEL, {**trainable, **frozen})
@@ -194,7 +194,7 @@ def compiled(stage: str):
     return result
 
 
-WIDEST = ("align", "extend", "finetune_with_projector", "full")
+WIDEST = ("align", "extend", "finetune, released", "full")
 """Stages that together train what all of them train."""
 
 
@@ -211,8 +211,8 @@ def test_losses_and_the_gradients_of_every_stage_are_those_of_unpacked_rows(stag
 
 
 def test_the_widest_stages_cover_all():
-    covered = {pattern for stage in WIDEST for pattern in stages.STAGES[stage]}
-    assert covered >= {pattern for some in stages.STAGES.values() for pattern in some}
+    covered = {pattern for stage in WIDEST for pattern in tiny.STAGES[stage]}
+    assert covered >= {pattern for some in tiny.STAGES.values() for pattern in some}
 
 
 @pytest.mark.parametrize("hidden_end", [False, True])

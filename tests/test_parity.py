@@ -187,7 +187,7 @@ def stage_reference(stage: str, name: str, prefix: str) -> dict[str, np.ndarray]
 )
 def test_gradients(stage: str, name: str, remat: str):
     model, arrays, config = oracle.load(name, remat=remat)
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=RELEASED))
+    trainable, frozen = stages.split(arrays, results.patterns(stage, recipe=RELEASED))
     gradient = jax.jit(jax.grad(total_of(model)))(trainable, frozen, oracle.batch("train0"))
     oracle.assert_close_by_file_name(gradient, stage_reference(stage, name, "grad/"), config, atol=SIMPLE)
 
@@ -198,7 +198,7 @@ def test_gradients(stage: str, name: str, remat: str):
 )
 def test_losses_norms_and_parameters_of_three_steps(stage: str, name: str):
     model, arrays, config = oracle.load(name)
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=RELEASED))
+    trainable, frozen = stages.split(arrays, results.patterns(stage, recipe=RELEASED))
 
     def schedule(_):
         return 1e-3

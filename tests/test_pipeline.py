@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax import cli, pipeline
-from moextend_jax.evaluate import demo
+from moextend_jax import cli
+from moextend_jax.checkpoints.hashes import content_hash
+from moextend_jax.evaluate import summary
+from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
+from moextend_jax.runs.results import RESULTS
+from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import from_config_dict
 from moextend_jax.train.metrics import read_metrics
 
@@ -40,18 +44,18 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
     )
     short = folder / "text"
     short.mkdir()
-    for path in demo.TEXTS.glob("*.txt"):
+    for path in summary.TEXTS.glob("*.txt"):
         (short / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "TEXTS", short)
+        patch.setattr(summary, "TEXTS", short)
         cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", "--config.baseline=true"])
     return config, folder / "work"
 
 
-def open_again(finished) -> pipeline.Run:
+def open_again(finished) -> Run:
     _, workdir = finished
     settings = from_config_dict(json.loads((workdir / "config.json").read_text())["settings"])
-    return pipeline.open_run(settings, workdir)
+    return open_run(settings, workdir)
 
 
 def test_the_summary_has_every_figure(finished):
@@ -106,8 +110,8 @@ def test_results_hold_what_the_stage_trains_and_nothing_else(finished):
 
 def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
     run = open_again(finished)
-    _, arrays = pipeline.moextend_model(run)
-    _, start = pipeline.moextend_model(run, trained=False)
+    _, arrays = open_model(run, "moextend")
+    _, start = model_with(run, RESULTS["finetune"].parents)
     for path, leaf in run.pretrained.items():  # the probe's routers are gone, in the paper's recipe
         assert np.asarray(arrays[path]).tobytes() == np.asarray(leaf).tobytes(), path
     for path in ("extension/new_experts/w_up", "extension/router/new_gate", "extension/router/calibrator/w_out"):
@@ -116,7 +120,7 @@ def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
     np.testing.assert_array_equal(
         start["extension/new_experts/w_up"][0, 0], run.pretrained["decoder/layers/moe/experts/w_up"][layer, source]
     )
-    assert pipeline.frozen_unchanged(run)
+    assert frozen_unchanged(run)
 
 
 def run_selection(finished) -> tuple[int, int]:
@@ -126,14 +130,14 @@ def run_selection(finished) -> tuple[int, int]:
 
 def test_the_hash_sees_one_changed_bit():
     arrays = {"a": np.zeros(3, np.float32), "b": np.ones((2, 2), np.float32)}
-    digest = pipeline.content_hash(arrays)
-    assert pipeline.content_hash(dict(reversed(arrays.items()))) == digest
+    digest = content_hash(arrays)
+    assert content_hash(dict(reversed(arrays.items()))) == digest
     for other in (
         arrays | {"a": np.array([0, 0, -0.0], np.float32)},
         arrays | {"b": np.ones(4, np.float32)},
         {"c": arrays["a"], "b": arrays["b"]},
     ):
-        assert pipeline.content_hash(other) != digest
+        assert content_hash(other) != digest
 
 
 def test_the_report_is_one_self_contained_file(finished):
@@ -160,6 +164,6 @@ def test_the_other_choices_of_the_recipe_run_too(finished, tmp_path):
     record = json.loads((tmp_path / "finetune" / "stage.json").read_text())
     assert {path.split("/")[0] for path in record["trained"]} == {"extension", "projector"}
     run = open_again((config, tmp_path))
-    _, arrays = pipeline.moextend_model(run)
+    _, arrays = open_model(run, "moextend")
     gate = "decoder/layers/moe/gate"
     assert np.abs(np.asarray(arrays[gate]) - np.asarray(run.pretrained[gate])).max() > 0

@@ -15,8 +15,8 @@ import pytest
 
 from configs.mixtral_8x7b import get_config
 from moextend_jax import settings as settings_module
-from moextend_jax import sharding
 from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
+from moextend_jax.mesh import mesh_shape
 from moextend_jax.plan import chips, collectives, flops, hlo, products, roofline, sizes, sweep, topology, traffic
 from moextend_jax.plan.command import plan_command
 from moextend_jax.settings import RunSettings, from_config_dict
@@ -51,9 +51,9 @@ def test_a_wrong_topology_is_a_mistake_of_the_user(name: str):
 
 def test_mesh_sizes_fill_and_must_cover():
     sizes_ = {"data": 1, "fsdp": -1, "expert": 4, "tensor": 1}
-    assert sharding.mesh_shape(sizes_, 64) == {"data": 1, "fsdp": 16, "expert": 4, "tensor": 1}
+    assert mesh_shape(sizes_, 64) == {"data": 1, "fsdp": 16, "expert": 4, "tensor": 1}
     with pytest.raises(MoextendError, match="does not cover"):
-        sharding.mesh_shape({**sizes_, "expert": 3}, 64)
+        mesh_shape({**sizes_, "expert": 3}, 64)
 
 
 # --- compiled programs ------------------------------------------------------------------------------------------------

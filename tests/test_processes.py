@@ -16,10 +16,10 @@ import process_of_a_run as one
 import pytest
 import tiny
 
-from moextend_jax import distributed, pipeline
-from moextend_jax.checkpoints.workdir import settings_of
+from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.running import open_model
+from moextend_jax.runs.models_of import open_model
+from moextend_jax.runs.run import open_run, settings_of
 from moextend_jax.settings import RunSettings
 from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.metrics import read_metrics
@@ -179,7 +179,7 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
 def finished(workdir: Path) -> tuple[RunSettings, dict[str, Any]]:
     settings = settings_of(workdir)
     assert settings is not None
-    run = pipeline.open_run(settings, workdir)
+    run = open_run(settings, workdir)
     return settings, open_model(run, "moextend").arrays
 
 

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax import pipeline
 from moextend_jax.checkpoints import huggingface, train_state
-from moextend_jax.checkpoints.workdir import settings_of
 from moextend_jax.compare import routing_command, routing_compare, routing_stats
 from moextend_jax.compare.reference import Rows, to_batch
 from moextend_jax.config import IGNORE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.extension import routing
+from moextend_jax.runs.run import open_run, remember, settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
@@ -284,8 +283,8 @@ def test_collect_opens_the_models_of_a_work_directory(base: Path, tmp_path: Path
     )
     with pytest.raises(MoextendError, match="extend has not been run"):
         run(*common, "--model", "probed")
-    opened = pipeline.open_run(pipeline_settings(workdir), workdir)
-    routers = {"decoder/layers/moe/gate": -pipeline.kappa(opened)["decoder/layers/moe/gate"]}
+    opened = open_run(pipeline_settings(workdir), workdir)
+    routers = {"decoder/layers/moe/gate": -opened.pretrained["decoder/layers/moe/gate"]}
     train_state.save_leaves(workdir / "extend" / "result", routers, facts=opened.facts)
     assert run(*common, "--model", "probed", "--dtype", "float32") == 0
     assert routing_compare.distances(aligned, routing_stats.read_stats(tmp_path / "a.npz"), tie=0)[0].tv_picks > 0.1
@@ -306,12 +305,12 @@ def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, 
         align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluated, dtype="float32", base=str(base),
         vision=str(base / "vision"),
     )  # fmt: skip
-    opened = pipeline.open_run(settings, tmp_path)
+    opened = open_run(settings, tmp_path)
     made = tiny.arrays(tiny.BASE_CONFIG, seed=1, std=0.1)
     for name, trained in (("align", "projector/"), ("extend", "decoder/layers/moe/gate")):
         result = {path: leaf for path, leaf in made.items() if path.startswith(trained)}
         train_state.save_leaves(tmp_path / name / "result", result, facts=opened.facts)
-    pipeline.remember(opened)
+    remember(opened)
     ids_BL = np.arange(20, 180, dtype=np.int32).reshape(8, 20)
     np.savez(tmp_path / "ids.npz", input_ids=ids_BL)
     assert run("collect", "--checkpoint", tmp_path, "--model", "probed", "--ids", tmp_path / "ids.npz",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -14,10 +13,11 @@ import tiny
 
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.extension import routing
+from moextend_jax.mesh import make_mesh, place_rows
 from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.settings import OptimizerConfig
-from moextend_jax.sharding import MESH_AXES, make_mesh, parameter_shardings, put_batch
+from moextend_jax.sharding import MESH_AXES, parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import make_optimizer
@@ -53,7 +53,7 @@ def value_and_gradient(stage: str, structure=None):
 
         return jax.value_and_grad(total)(trainable)
 
-    return run, lambda arrays: stages.split(arrays, stages.patterns(stage, recipe=RECIPES["paper"]))
+    return run, lambda arrays: stages.split(arrays, tiny.STAGES[stage])
 
 
 class Trained(NamedTuple):
@@ -69,20 +69,19 @@ def three_steps(stage: str, arrays, batches, mesh=None) -> Trained:
     def schedule(_):
         return 1e-3
 
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=RECIPES["paper"]))
+    trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
     # Adam divides by the gradient's size, so a gradient of 1e-8 would be all rounding without an epsilon above it.
     optimizer = make_optimizer(OptimizerConfig(eps=1e-4), paths=trainable, schedule=schedule)
     step = make_step(
         tiny.structure(MODEL), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
-        aux_coefficient=0.01, loss_chunk=5,
+        aux_coefficient=0.01, loss_chunk=5, mesh=mesh,
     )  # fmt: skip
-    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-        counts = routing.count_all(tiny.structure(MODEL), arrays, iter(batches), recipe=RECIPES["paper"])
-        state, seen, first = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), [], None
-        for batch in batches:
-            state, metrics = step(state, frozen, batch)
-            seen.append({name: float(value) for name, value in metrics.items()})
-            first = first or jax.tree.map(np.asarray, state.optimizer)
+    counts = routing.count_all(tiny.structure(MODEL), arrays, iter(batches), recipe=RECIPES["paper"], mesh=mesh)
+    state, seen, first = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), [], None
+    for batch in batches:
+        state, metrics = step(state, frozen, batch)
+        seen.append({name: float(value) for name, value in metrics.items()})
+        first = first or jax.tree.map(np.asarray, state.optimizer)
     return Trained(first, jax.tree.map(np.asarray, state), seen, counts)
 
 
@@ -105,7 +104,7 @@ def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: s
     monkeypatch.setattr(blocked_attention, "BLOCK", 4)  # rows of 14 are long then
     expected = on_one_device(stage)
     mesh, arrays = sharded(MESHES[shape])
-    got = three_steps(stage, arrays, [put_batch(batch, mesh) for batch in BATCHES], mesh)
+    got = three_steps(stage, arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh)
     for mine, theirs in zip(got.losses, expected.losses, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
     for mine, theirs in zip(jax.tree.leaves(got.first), jax.tree.leaves(expected.first), strict=True):
@@ -118,15 +117,15 @@ def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: s
 
 @pytest.mark.parametrize(
     ("stage", "shape", "rows", "length"),
-    [("align", (8, 1, 1, 1), 3, 14), ("full_text", (1, 2, 2, 2), 3, 14), ("finetune", (1, 2, 2, 2), 8, 13)],
+    [("full, text", (1, 2, 2, 2), 4, 14), ("finetune", (1, 2, 2, 2), 8, 13)],
 )
-def test_rows_and_positions_that_do_not_divide_go_to_every_device(stage: str, shape, rows: int, length: int):
+def test_positions_that_do_not_divide_go_to_every_device(stage: str, shape, rows: int, length: int):
     run, split = value_and_gradient(stage)
     batch = tiny.batch(rows=rows, length=length)
     expected = run(*split(tiny.arrays(MODEL)), batch)
     mesh, arrays = sharded(shape)
     with jax.set_mesh(mesh):
-        got = run(*split(arrays), put_batch(batch, mesh))
+        got = run(*split(arrays), place_rows(batch, mesh))
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
     for path, gradient in expected[1].items():
         np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)
@@ -146,7 +145,7 @@ def test_exchanged_rows_give_what_gathered_tokens_give(shape: str):
     run, _ = value_and_gradient("finetune", structure)
     mesh, arrays = sharded(MESHES[shape])
     with jax.set_mesh(mesh):
-        got = run(*split(arrays), put_batch(tiny.batch(rows=8), mesh))
+        got = run(*split(arrays), place_rows(tiny.batch(rows=8), mesh))
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
     for path, gradient in expected[1].items():
         np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)

@@ -35,7 +35,7 @@ def compiled(stage: str):
 def built(stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01):
     """The stage's jitted step, a fresh state, and the frozen leaves."""
     arrays = tiny.arrays(tiny.EXTENDED)
-    trainable, frozen = stages.split(arrays, stages.STAGES[stage])
+    trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
     optimizer = make_optimizer(OptimizerConfig(), paths=trainable, schedule=schedule)
     step = make_step(
         tiny.structure(tiny.EXTENDED),
@@ -53,7 +53,7 @@ def schedule(_):
     return 1e-2
 
 
-@pytest.mark.parametrize("stage", stages.STAGES)
+@pytest.mark.parametrize("stage", tiny.STAGES)
 def test_three_steps_change_what_the_stage_trains_and_not_one_bit_else(stage: str):
     step, state, frozen = compiled(stage)
     before, frozen_before = hashes(state.trainable), hashes(frozen)

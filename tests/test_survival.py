@@ -24,10 +24,8 @@ from hypothesis.extra import numpy as hnp
 
 from moextend_jax import preemption
 from moextend_jax.checkpoints import sums, train_state
-from moextend_jax.config import RECIPES, Batch, MoextendError
+from moextend_jax.config import Batch, MoextendError
 from moextend_jax.lock import locked
-from moextend_jax.settings import OptimizerConfig
-from moextend_jax.sharding import make_mesh
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.nonfinite import read_batch
@@ -66,22 +64,9 @@ class Rows:
 
 
 def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, **more: Any):
-    return loop.train(
-        tiny.structure(tiny.PLAIN),
-        tiny.arrays(tiny.PLAIN, std=0.1),
-        cast(Any, Rows() if rows is None else rows),
-        stage="align",
-        steps=steps,
-        folder=folder,
-        mesh=make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
-        optimizer_config=OptimizerConfig(learning_rate=1e-2),
-        recipe=RECIPES["paper"],
-        aux_coefficient=0.01,
-        loss_chunk=4,
-        accumulate=1,
-        facts=facts,
-        **{"checkpoint_every": 2, "checkpoints_kept": 2, "log_every": 1, **more},
-    )
+    rows = cast(Any, Rows() if rows is None else rows)
+    job = tiny.job("align", folder, facts=facts, steps=steps, **more)
+    return loop.train_loop(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN, std=0.1), rows, job)
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -236,7 +221,7 @@ def test_roll_back_goes_on_with_later_data(tmp_path: Path, capsys):
 
 def told_at(monkeypatch, step: int, signals: int = 1):
     """SIGTERM arrives while that step is prepared."""
-    put = loop.put_batch
+    put = loop.place_rows
     seen = 0
 
     def put_and_signal(batch, mesh):
@@ -247,7 +232,7 @@ def told_at(monkeypatch, step: int, signals: int = 1):
                 os.kill(os.getpid(), signal.SIGTERM)
         return put(batch, mesh)
 
-    monkeypatch.setattr(loop, "put_batch", put_and_signal)
+    monkeypatch.setattr(loop, "place_rows", put_and_signal)
 
 
 @pytest.fixture
@@ -354,7 +339,7 @@ def fill(folder: Path) -> None:
 
 
 def test_a_full_disk(whole, small_disk: Path):
-    def full(batch, mesh, put=loop.put_batch):
+    def full(batch, mesh, put=loop.place_rows):
         nonlocal seen
         seen += 1
         if seen == 6:
@@ -363,7 +348,7 @@ def test_a_full_disk(whole, small_disk: Path):
 
     seen = 0
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MoextendError, match="o space left|disk"):
-        patch.setattr(loop, "put_batch", full)
+        patch.setattr(loop, "place_rows", full)
         train(small_disk)
     (small_disk / "filler").unlink()
     finished = [path for path in (small_disk / "checkpoints").iterdir() if path.name.isdigit()]
@@ -373,7 +358,7 @@ def test_a_full_disk(whole, small_disk: Path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads, which still save
 def test_a_work_directory_that_vanishes(whole, tmp_path: Path):
-    def vanishing(batch, mesh, put=loop.put_batch):
+    def vanishing(batch, mesh, put=loop.place_rows):
         nonlocal seen
         seen += 1
         if seen == 5:
@@ -382,7 +367,7 @@ def test_a_work_directory_that_vanishes(whole, tmp_path: Path):
 
     seen = 0
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MoextendError, match="is gone|cannot save"):
-        patch.setattr(loop, "put_batch", vanishing)
+        patch.setattr(loop, "place_rows", vanishing)
         train(tmp_path / "run")
     # Orbax's threads may have made one again, in which nothing is whole.
     shutil.copytree(tmp_path / "moved", tmp_path / "back")
@@ -399,11 +384,11 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
         "import multiprocessing, os, sys, signal; from pathlib import Path\n"
         "import survival; from moextend_jax.train import loop\n"
         "def work():\n"
-        "    put = loop.put_batch\n"
+        "    put = loop.place_rows\n"
         "    def die(batch, mesh):\n"
         "        print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    loop.put_batch = die\n"
+        "    loop.place_rows = die\n"
         "    survival.stage(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)\n"
         "if __name__ == '__main__': work()\n"
     )

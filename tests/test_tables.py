@@ -10,6 +10,7 @@ import re
 from fnmatch import fnmatchcase
 
 import pytest
+import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -18,7 +19,8 @@ from moextend_jax.checkpoints import names
 from moextend_jax.config import RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import by_path
-from moextend_jax.train.stages import GROUPS, STAGES, group, patterns, split
+from moextend_jax.runs.results import patterns
+from moextend_jax.train.stages import GROUPS, group, split
 
 PUBLISHED = ExtensionConfig(
     layers=(2, 3, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 19, 20, 25, 27),
@@ -142,9 +144,9 @@ def test_every_row_of_groups_is_used():
         assert any(fnmatchcase(path, pattern) for path in parameters()), pattern
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", tiny.STAGES)
 def test_every_pattern_of_a_stage_matches_something(stage: str):
-    for pattern in STAGES[stage]:
+    for pattern in tiny.STAGES[stage]:
         assert any(fnmatchcase(path, pattern) for path in parameters()), pattern
 
 
@@ -152,23 +154,23 @@ TRAINS = {
     "align": {"projector"},
     "extend": {"routers"},
     "finetune": {"new_experts", "router_columns", "calibrators"},
-    "finetune_with_projector": {"new_experts", "router_columns", "calibrators", "projector"},
+    "finetune, released": {"new_experts", "router_columns", "calibrators", "projector"},
     "full": {"projector", "routers", "base", "vision"},
-    "full_text": {"routers", "base"},
+    "full, text": {"routers", "base"},
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", tiny.STAGES)
 def test_a_stage_trains_all_of_its_groups_and_nothing_else(stage: str):
-    trainable, frozen = split(parameters(), STAGES[stage])
+    trainable, frozen = split(parameters(), tiny.STAGES[stage])
     assert {*trainable, *frozen} == set(parameters()) and not set(trainable) & set(frozen)
     assert {group(path) for path in trainable} == TRAINS[stage]
     assert not {group(path) for path in frozen} & TRAINS[stage]
 
 
 def test_the_recipe_decides_whether_finetune_trains_the_projector():
-    assert patterns("finetune", recipe=RECIPES["paper"]) == STAGES["finetune"]
-    assert patterns("finetune", recipe=RECIPES["released"]) == STAGES["finetune_with_projector"]
+    assert patterns("finetune", recipe=RECIPES["paper"]) == tiny.STAGES["finetune"]
+    assert patterns("finetune", recipe=RECIPES["released"]) == tiny.STAGES["finetune, released"]
     with pytest.raises(MoextendError, match="'dance'"):
         patterns("dance", recipe=RECIPES["paper"])
 
@@ -176,4 +178,4 @@ def test_the_recipe_decides_whether_finetune_trains_the_projector():
 def test_a_stage_whose_leaves_are_missing_is_an_error():
     plain = {path: param for path, param in parameters().items() if not path.startswith("extension/")}
     with pytest.raises(MoextendError, match="extension"):
-        split(plain, STAGES["finetune"])
+        split(plain, tiny.STAGES["finetune"])

@@ -14,8 +14,7 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.batches import Pixels, batches
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
-from moextend_jax.settings import OptimizerConfig, StageSettings
-from moextend_jax.sharding import make_mesh
+from moextend_jax.settings import StageSettings
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
 
@@ -62,25 +61,9 @@ def run(source, tokenizer, arrays, monkeypatch):
                 raise KeyboardInterrupt
             return batch
 
-        monkeypatch.setattr(loop, "put_batch", put)
-        trained = loop.train(
-            tiny.structure(CONFIG),
-            arrays,
-            rows,
-            stage="align",
-            steps=6,
-            folder=folder,
-            mesh=make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
-            optimizer_config=OptimizerConfig(learning_rate=1e-2),
-            recipe=RECIPES["paper"],
-            aux_coefficient=0.01,
-            loss_chunk=4,
-            accumulate=1,
-            facts=facts,
-            checkpoint_every=3,
-            checkpoints_kept=2,
-            log_every=1,
-        )
+        monkeypatch.setattr(loop, "place_rows", put)
+        job = tiny.job("align", folder, facts=facts, steps=6, checkpoint_every=3)
+        trained = loop.train_loop(tiny.structure(CONFIG), arrays, rows, job)
         return trained, list(seen)
 
     return train

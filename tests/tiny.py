@@ -19,9 +19,13 @@ from flax import nnx
 from PIL import Image
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.config import IGNORE, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
+from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
+from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import by_path
+from moextend_jax.runs import results
+from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings
+from moextend_jax.train.loop import Job
 
 DECODER = DecoderConfig(
     vocab_size=61, width=24, hidden=40, layers=3, heads=4, kv_heads=2, head_size=6, experts=4, rope_theta=1e4
@@ -67,6 +71,36 @@ def batch(*, rows: int = 3, length: int = 14, seed: int = 0, pixels: bool = Fals
         "features_BMPC": None if pixels else rng.normal(size=(rows, 1, P, VISION.width)).astype(np.float32),
     }
     return Batch(ids_BL, labels_BL, positions_BL, segments_BL, patches_BL, **images)
+
+
+STAGES = {
+    **{name: results.patterns(name, recipe=RECIPES["paper"]) for name in results.training()},
+    "finetune, released": results.patterns("finetune", recipe=RECIPES["released"]),
+    "full, text": results.patterns("full", recipe=RECIPES["paper"], sees=False),
+}
+"""What each stage trains, as path patterns; those that a recipe or a model without eyes changes stand twice."""
+
+
+def run_settings(**more: Any) -> RunSettings:
+    """Settings for whoever runs one stage with rows of its own."""
+    stage = StageSettings(data="none", steps=1, batch_size=1, length=1)
+    evaluate = EvaluateSettings(data="none", questions=1)
+    return RunSettings(align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, **more)
+
+
+def job(
+    name: str, folder: Path, *, facts: dict[str, Any], steps: int, learning_rate: float = 1e-2, mesh: Any = None,
+    resume_from: Path | None = None, name_of: Any = str, **more: Any,
+) -> Job:  # fmt: skip
+    """A stage of a few steps that saves and logs often; `more` are fields of `RunSettings`."""
+    optimizer = OptimizerConfig(learning_rate=learning_rate)
+    settings = {"checkpoint_every": 2, "log_every": 1, "aux_coefficient": 0.01, "nonfinite_limit": 0, **more}
+    return Job(
+        name=name, trains=STAGES[name], folder=folder, facts=facts, resume_from=resume_from, name_of=name_of,
+        stage=StageSettings(data="none", steps=steps, batch_size=2, length=40, loss_chunk=4, optimizer=optimizer),
+        settings=run_settings(**settings),
+        mesh=mesh or make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
+    )  # fmt: skip
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------

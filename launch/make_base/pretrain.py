@@ -1,4 +1,4 @@
-"""Pretrains the embedded language model with the package's own "full_text" stage, from scratch or from a folder.
+"""Pretrains the embedded language model with the package's own "full, text" stage, from scratch or from a folder.
 
 Run after text.py and instructions.py, once for each phase of PHASES, each from the folder of the one before:
 
@@ -29,10 +29,11 @@ from moextend_jax.config import RECIPES, DecoderConfig, ModelConfig
 from moextend_jax.data.batches import batches, text_batches
 from moextend_jax.data.datasets import Images, Source, open_text
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.mesh import make_mesh, place_rows
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import arrays_of
 from moextend_jax.settings import OptimizerConfig, StageSettings
-from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
+from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
@@ -101,10 +102,12 @@ def main() -> None:
         arrays = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in read.items()}
     recipe, settings = RECIPES["paper"], OptimizerConfig(learning_rate=phase.peak, warmup_share=0.05, b2=0.98)
     arrays = jax.device_put(arrays, parameter_shardings(model, mesh))
-    trainable, frozen = stages.split(arrays, stages.patterns("full_text", recipe=recipe))
+    trainable, frozen = stages.split(arrays, ("decoder/*",))
     schedule = learning_rate(settings, steps=phase.schedule, recipe=recipe)
     optimizer = make_optimizer(settings, paths=trainable, schedule=schedule)
-    step = make_step(model, optimizer=optimizer, schedule=schedule, recipe=recipe, aux_coefficient=0.01, loss_chunk=512)
+    step = make_step(
+        model, optimizer=optimizer, schedule=schedule, recipe=recipe, aux_coefficient=0.01, loss_chunk=512, mesh=mesh
+    )
     state = init_state(trainable, optimizer)
 
     tokenizer = load_tokenizer(TOKENIZER)
@@ -130,8 +133,7 @@ def main() -> None:
     for count in range(first, phase.steps):
         parts = [next(rows) for rows, wanted in ((text, phase.text_rows), (chats, phase.chat_rows)) if wanted]
         batch = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-        with jax.set_mesh(mesh):
-            state, metrics = step(state, frozen, put_batch(batch, mesh))
+        state, metrics = step(state, frozen, place_rows(batch, mesh))
         if (count + 1) % 10 == 0:
             speed = (count + 1 - first) * (phase.text_rows + phase.chat_rows) * LENGTH / (time.time() - started)
             print(

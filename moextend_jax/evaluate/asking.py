@@ -52,7 +52,8 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asker:
-    """A model on its generator's mesh. `rows` and `tokens` are the most of a batch, over all devices; see `prompts.plan`."""
+    """A model on its generator's mesh. `rows` and `tokens` are the most of a batch, over all devices; `prompts.plan`
+    says how they are used."""
 
     generator: Generator
     arrays: Arrays

@@ -1,4 +1,4 @@
-"""TABLE of results: what a work directory can hold, and which of them each model is made of. The only list of their names.
+"""TABLE of results: what a work directory can hold, and which of them each model is made of; the only list of names.
 
 In: a name. Out: its row: what it trains, what must be there before it, the data it reads. A row says what; how results
 are made is `runs/making.py`, how models are put together `runs/models_of.py`. Another extension or method is another
@@ -31,7 +31,8 @@ class Result:
 
     parents: results that it is made from: one that trains starts from the model that they make.
     how: a row of `making.MAKERS`. data: what it reads. trains: path patterns of the leaves that it trains, by recipe;
-    all others are frozen. settings: the group of `RunSettings` that sets it. grown: whether its leaves belong to the extended model.
+    all others are frozen. settings: the group of `RunSettings` that sets it.
+    grown: whether its leaves belong to the extended model.
     optional: a baseline, which `moextend run` makes only if asked to.
     """
 
