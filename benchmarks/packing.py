@@ -90,7 +90,7 @@ def packed(items: list[Item], *, length: int, images_per_row: int) -> list[Row]:
     return [
         row
         for some in windows
-        for row in pack(some, length=length, images_per_row=images_per_row, patches=PATCHES, conversations_per_row=None)
+        for row in pack(some, length=length, images_per_row=images_per_row, patches=PATCHES, conversations_per_row=0)
     ]
 
 
@@ -157,7 +157,7 @@ def show_step(console: Console, *, conversations: int, steps: int) -> None:
     items = items_of(lengths_n, images_n, patches=PATCHES // scale)
     alone = {"length": limit, "images_per_row": 1, "conversations_per_row": 1}
     kinds = {"padded": alone} | {
-        f"packed, {images} images": {"length": n * limit, "images_per_row": images, "conversations_per_row": None}
+        f"packed, {images} images": {"length": n * limit, "images_per_row": images, "conversations_per_row": 0}
         for n, images in ((1, 3), (2, 6))
     }
     run, measured = _finetune(), {}

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, to_config_dict
-from moextend_jax.train.optimizer import OptimizerConfig
+from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings, to_config_dict
 
 MODEL = Path(__file__).parent / "bench_model"
 
@@ -27,7 +26,7 @@ def get_config() -> ConfigDict:
             extend=stage(1e-3),
             finetune=stage(2e-5),
             full=stage(2e-5),
-            evaluate=EvaluateSettings(data="none", questions=0),
+            evaluate=EvaluateSettings(data="none", questions=1),
             base=str(MODEL),
             vision=str(MODEL / "vision"),
             dtype="float32",

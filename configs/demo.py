@@ -8,8 +8,14 @@ moextend run --config configs/demo.py --config.baseline=true ...            with
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES
-from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings, to_config_dict
-from moextend_jax.train.optimizer import OptimizerConfig
+from moextend_jax.settings import (
+    EvaluateSettings,
+    OptimizerConfig,
+    RunSettings,
+    SelectSettings,
+    StageSettings,
+    to_config_dict,
+)
 
 
 def get_config(arg: str = "paper") -> ConfigDict:

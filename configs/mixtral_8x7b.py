@@ -17,9 +17,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.data.faults import FaultSettings
-from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings, to_config_dict
-from moextend_jax.train.optimizer import OptimizerConfig
+from moextend_jax.settings import (
+    EvaluateSettings,
+    FaultSettings,
+    OptimizerConfig,
+    RunSettings,
+    SelectSettings,
+    StageSettings,
+    to_config_dict,
+)
 
 PAIRS, CONVERSATIONS = 558_128, 665_298
 

@@ -23,23 +23,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from moextend_jax import distributed
 from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
+from moextend_jax.mesh import Program, make_mesh, place_rows
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.experts import combine, dispatch, sort_by_expert, swiglu
-from moextend_jax.models.moextend import abstract
+from moextend_jax.models.expert_parallel import mixture
+from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.models.parameters import with_arrays
-from moextend_jax.models.router import route
 from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.plan.sizes import model_config
+from moextend_jax.runs.results import RESULTS, training
 from moextend_jax.settings import RunSettings, from_config_dict
-from moextend_jax.sharding import make_mesh, put_batch, split_cpu
 from moextend_jax.train.loss import cross_entropy
 from moextend_jax.train.step import init_state
 
-STAGES = ("align", "extend", "finetune")
 LABELS = {
     "answers": "labels on every other run of 32 text positions, as answers are",
     "all": "labels on every position, the head's work of a model that computes all logits",
@@ -55,7 +56,7 @@ def bench(
     Args:
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
     """
-    report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in STAGES if only in (None, stage)
+    report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in (only and [only] or [name for name in training() if not RESULTS[name].optional])
               for kind in LABELS}  # fmt: skip
     table = Table("stage", "labels", "tokens/s", "s/step", "peak memory GB", "XLA temporaries GB", "trained parameters")
     for name, row in report.items():
@@ -112,17 +113,17 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
     """Median over steps after warm-up, in this process."""
     stage_settings = getattr(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
-    split_cpu(settings.cpu_devices)
+    distributed.split_cpu(settings.cpu_devices)
     mesh = make_mesh(settings.mesh)
-    whole = abstract_step(settings, config, stage=stage, mesh=mesh)
+    planned = abstract_step(settings, config, stage=stage, mesh=mesh)
     trainable, frozen = (
-        {path: _random(path, leaf) for path, leaf in leaves.items()} for leaves in (whole.state.trainable, whole.frozen)
+        {path: _random(path, leaf) for path, leaf in leaves.items()}
+        for leaves in (planned.state.trainable, planned.frozen)
     )
     rows, length = stage_settings.batch_size, stage_settings.length
-    batch = put_batch(random_batch(config, rows=rows, length=length, labels=labels), mesh)
-    state = init_state(jax.tree.map(jnp.copy, trainable), whole.optimizer)
-    with jax.set_mesh(mesh):
-        compiled = whole.step.lower(state, frozen, batch).compile()
+    batch = place_rows(random_batch(config, rows=rows, length=length, labels=labels), mesh)
+    state = init_state(jax.tree.map(jnp.copy, trainable), planned.optimizer)
+    compiled = planned.step.lower(state, frozen, batch).compile()
     seconds = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
@@ -143,7 +144,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         "trained_parameters": sum(leaf.size for leaf in trainable.values()),
         "loss": float(metrics["loss"]),
         "device": jax.devices()[0].device_kind,
-        "parts": _parts(model, batch, whole.optimizer, trainable, chunk=stage_settings.loss_chunk),
+        "parts": _parts(model, batch, planned.optimizer, trainable, chunk=stage_settings.loss_chunk, mesh=mesh),
     }
 
 
@@ -161,67 +162,54 @@ def _random(path: str, leaf: Any) -> jax.Array:
     return jax.jit(make, out_shardings=leaf.sharding)(jax.random.key(key))
 
 
-def _parts(model, batch: Batch, optimizer: optax.GradientTransformation, trainable, *, chunk: int) -> dict[str, float]:
-    """Seconds of each part of a step. Plain experts stand for extended ones: a new expert adds no rows."""
+def _parts(
+    model: MoExtend, batch: Batch, optimizer: optax.GradientTransformation, trainable: Any, *, chunk: int, mesh: Mesh
+) -> dict[str, float]:
+    """Seconds of each part of a step on the mesh. Plain layers stand for extended ones: a new expert adds no rows."""
     decoder = model.config.decoder
     graph, layers = nnx.split(model.decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))
     B, L = batch.ids_BL.shape
     turns = rotation(batch.positions_BL, head_size=decoder.head_size, theta=decoder.rope_theta)
     x_BLD = jax.random.normal(jax.random.key(0), (B, L, decoder.width), model.config.dtype)
-    x_TD = x_BLD.reshape(B * L, -1)
-    routing = route(x_TD, layer.moe.gate[...], top_k=decoder.top_k)
-    sorting = sort_by_expert(routing.ids_Tk, experts=decoder.experts)
-    x_RD = dispatch(decoder.top_k, x_TD, sorting)
-    weights_R1 = routing.weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
-    visible = Visible.in_rows(batch.segments_BL)
-
-    def dispatched(x_TD):
-        return dispatch(decoder.top_k, x_TD, sort_by_expert(routing.ids_Tk, experts=decoder.experts))
-
-    def routed(x_TD):
-        return route(x_TD, layer.moe.gate[...], top_k=decoder.top_k).weights_Tk
 
     def attended(x_BLD):
-        return layer.attention(x_BLD, turns, visible)[0]
+        return layer.attention(x_BLD, turns, Visible.in_rows(batch.segments_BL))[0]
 
-    def updated():
+    def mixed(x_BLD):
+        how = model.config.dispatch
+        return mixture(x_BLD, layer.moe, None, extended=jnp.array(False), top_k=decoder.top_k, how=how)[0]
+
+    def updated(trainable):
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
         return optax.apply_updates(trainable, updates)
 
-    Z, experts = decoder.layers, layer.moe.experts.weights(x_TD.dtype)
+    def nats(x_BLD):
+        return cross_entropy(x_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)[0]
+
+    def both_ways(function: Callable, *inputs: jax.Array) -> float:
+        """The function and its backward pass as one computation."""
+
+        def program(*inputs):
+            y, pull = jax.vjp(function, *inputs)
+            return y, pull(jnp.ones_like(y))
+
+        return _seconds(Program(program, mesh=mesh), *inputs)
+
     return {
-        "router": Z * _seconds(_with_pull(routed, x_TD)),
-        "dispatch": Z * _seconds(_with_pull(dispatched, x_TD)),
-        "experts": Z * _seconds(
-            _with_pull(lambda x, w: swiglu(x, w, (experts,), sorting.sizes_O), x_RD, weights_R1)
-        ),
-        "combine": Z * _seconds(_with_pull(lambda y: combine(decoder.top_k, y, sorting), x_RD)),
-        "attention": Z * _seconds(_with_pull(attended, x_BLD)),
-        "projector": _seconds(_with_pull(model.projector, batch.features_BMPC[:, 0])),
-        "cross_entropy": _seconds(
-            _with_pull(lambda h: cross_entropy(h, model.decoder.head_DV, batch.labels_BL, chunk=chunk)[0], x_BLD)
-        ),
-        "optimizer": _seconds(updated),
-    }  # fmt: skip
+        "attention": decoder.layers * both_ways(attended, x_BLD),
+        "mixture of experts": decoder.layers * both_ways(mixed, x_BLD),
+        "projector": both_ways(model.projector, batch.features_BMPC[:, 0]),
+        "cross_entropy": both_ways(nats, x_BLD),
+        "optimizer": _seconds(Program(updated, mesh=mesh), trainable),
+    }
 
 
-def _with_pull(function: Callable, *inputs: jax.Array) -> Callable[[], Any]:
-    """The function and its backward pass as one computation."""
-
-    def both(*inputs):
-        y, pull = jax.vjp(function, *inputs)
-        return y, pull(jnp.ones_like(y))
-
-    jitted = jax.jit(both)
-    return lambda: jitted(*inputs)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(program: Program, *inputs: Any) -> float:
     times = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
-        jax.block_until_ready(run())
+        jax.block_until_ready(program(*inputs))
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARMUP:])
 

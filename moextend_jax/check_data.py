@@ -22,6 +22,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.faults import KINDS, FaultSettings
 from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.runs.results import result, training
 from moextend_jax.settings import RunSettings, StageSettings
 
 
@@ -70,17 +71,19 @@ def check_command(
 
 
 def readings_of(settings: RunSettings) -> list[Reading]:
-    """What the stages read, those that read alike together. The probe reads the data of the recipe, not its own."""
-    align, finetune, evaluate = settings.align, settings.finetune, settings.evaluate
-    source = align if settings.recipe.probe_data == "captions" else finetune
-    extend = dataclasses.replace(settings.extend, data=source.data, split=source.split)
-    found: dict[Reading, tuple[str, ...]] = {}
-    for name, stage in (("align", align), ("extend", extend), ("finetune", finetune), ("full", settings.full)):
-        reading = _reading(stage)
-        found[reading] = (*found.get(reading, ()), name)
+    """What the results read (`runs/results.py`) and evaluation asks, those that read alike together."""
+    names: dict[Reading, tuple[str, ...]] = {}
+    for name in training():
+        row = result(name)
+        assert row.data is not None
+        of: StageSettings = getattr(settings, row.data(settings.recipe).of)
+        stage: StageSettings = getattr(settings, row.settings)
+        reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
+        names[reading] = (*names.get(reading, ()), name)
+    evaluate = settings.evaluate
     asked = Reading(stages=(), data=evaluate.data, split=evaluate.split, length=evaluate.length, parts="prompt")
-    found[asked] = ("evaluate",)
-    return [dataclasses.replace(reading, stages=names) for reading, names in found.items()]
+    names[asked] = ("evaluate",)
+    return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 
 
 def _reading(stage: StageSettings) -> Reading:

@@ -20,21 +20,23 @@ from rich.console import Console
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import folder
 from moextend_jax.preemption import EXIT_CODE, Preempted
+from moextend_jax.runs.results import MODELS, RESULTS, training
 from moextend_jax.settings import RunSettings, from_config_dict
 
-USAGE = """moextend COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR
+
+def _lines(*, optional: bool) -> str:
+    return "\n".join(f"  {name:<10} {row.does}" for name, row in RESULTS.items() if row.optional is optional)
+
+
+USAGE = f"""moextend COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR
 
 Stages, in order:
-  align      train the projector
-  extend     train the routers alone, as a probe
-  select     count routing before and after the probe; choose layers and source experts
-  grow       add new experts, router columns and calibrators to the chosen layers
-  finetune   train what was added
+{_lines(optional=False)}
   run        all of them, then evaluate and report
              each goes on where it stood; --resume_from FOLDER starts from another work directory's checkpoint
 
 More:
-  full       full fine-tuning, the baseline
+{_lines(optional=True)}
   evaluate   accuracy and forgetting of every model in the work directory
   report     WORKDIR/report.html
   generate   --prompt TEXT [--image FILE] [--max_new_tokens N] [--temperature T] [--top_k K] [--model aligned|...]
@@ -127,7 +129,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         "config", None, "configs/X.py[:arg]", flag_values=values, sys_argv=["moextend", *arguments]
     )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    if command in TRAINING:
+    if command in (*training(), "run"):
         flags.DEFINE_string("resume_from", None, "checkpoint of another folder to start from", flag_values=values)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "what to say to the model", flag_values=values)
@@ -136,13 +138,13 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
         flags.DEFINE_integer("top_k", 0, "draw from the k most likely, 0: from all", flag_values=values)
         flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
-        flags.DEFINE_enum("model", "moextend", MODELS, "which one", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", list(MODELS), "which one", flag_values=values)
     if command == "bench":
         flags.DEFINE_enum("stage", None, ["align", "extend", "finetune"], "time only this one", flag_values=values)
         flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
         flags.DEFINE_integer("layers", None, "decoder layers to keep of the base", flag_values=values)
     if command == "plan":
-        flags.DEFINE_enum("stage", None, ["align", "extend", "finetune", "full"], "what trains", flag_values=values)
+        flags.DEFINE_enum("stage", None, training(), "what trains", flag_values=values)
         flags.DEFINE_string("topology", None, "CHIP:SHAPE", flag_values=values)
         flags.DEFINE_bool("json", False, "JSON instead of tables", flag_values=values)
         flags.DEFINE_bool("text_only", False, "leave tower, projector and images out", flag_values=values)
@@ -155,7 +157,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_string("benchmark", None, "name of a benchmark; docs/evaluation.md has them", flag_values=values)
         flags.DEFINE_string("data", None, "folder of the benchmark's official files", flag_values=values)
         flags.DEFINE_string("split", None, "of the benchmark", flag_values=values)
-        flags.DEFINE_enum("model", "moextend", MODELS, "which one answers", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", list(MODELS), "which one answers", flag_values=values)
         flags.DEFINE_integer("max_new_tokens", None, "most tokens of an answer", flag_values=values)
         flags.DEFINE_integer("limit", None, "only the first so many questions", flag_values=values)
         flags.DEFINE_bool("forgetting", False, "text tasks of lm-eval, base against model", flag_values=values)
@@ -194,15 +196,12 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
 
 def _stage(name: str) -> Callable:
     def command(settings: RunSettings, values: flags.FlagValues) -> None:
-        from moextend_jax import pipeline
-        from moextend_jax.checkpoints import train_state
+        from moextend_jax.runs.making import make
+        from moextend_jax.runs.run import remember, working
 
-        resume_from = _resume_from(values)
-        if resume_from is not None and (found := train_state.facts_at(resume_from).get("stage")) != name:
-            raise MoextendError(f"--resume_from {resume_from} is a checkpoint of {found}, not of {name}")
-        with pipeline.working(settings, folder(values.workdir), resume_from=resume_from) as run:
-            getattr(pipeline, name)(run)
-            pipeline.remember(run)
+        with working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
+            make(run, name)
+            remember(run)
 
     return command
 
@@ -213,32 +212,33 @@ def _resume_from(values: flags.FlagValues) -> Path | None:
 
 
 def _run(settings: RunSettings, values: flags.FlagValues) -> None:
-    from moextend_jax import distributed, pipeline
-    from moextend_jax.evaluate import demo
+    from moextend_jax import distributed
+    from moextend_jax.evaluate import summary
     from moextend_jax.report.page import write_report
+    from moextend_jax.runs.making import make_all
+    from moextend_jax.runs.models_of import read_selection
+    from moextend_jax.runs.run import remember, working
 
     console, started = Console(), time.perf_counter()
-    with pipeline.working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
-        for name in ("align", "extend", "select", "grow", "finetune", *(("full",) if settings.baseline else ())):
-            getattr(pipeline, name)(run)
-            pipeline.remember(run)
+    with working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
+        for name in make_all(run):
+            remember(run)
             if name == "select":
-                chosen = pipeline.read_selection(run)
+                chosen = read_selection(run)
                 console.print(f"layers to extend: {chosen['chosen_layers']}, copying experts {chosen['sources']}")
-        evaluated = demo.evaluate(run)
-        summary = demo.summarise(run, evaluated, total_seconds=time.perf_counter() - started)
-        demo.print_table(summary, console)
+        record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
+        summary.print_table(record, console)
         if distributed.first():
             console.print(f"report: {write_report(run.workdir)}")
 
 
 def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
-    from moextend_jax import pipeline
-    from moextend_jax.evaluate import demo
+    from moextend_jax.evaluate import summary
+    from moextend_jax.runs.run import remember, working
 
-    with pipeline.working(settings, folder(values.workdir)) as run:
-        demo.print_table(demo.summarise(run, demo.evaluate(run), total_seconds=None), Console())
-        pipeline.remember(run)
+    with working(settings, folder(values.workdir)) as run:
+        summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), Console())
+        remember(run)
 
 
 def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
@@ -248,9 +248,9 @@ def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
 
 
 def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
-    from moextend_jax import pipeline
     from moextend_jax.evaluate.speak import speak
     from moextend_jax.generate import Sampling
+    from moextend_jax.runs.run import open_run
 
     if not values.prompt:
         raise MoextendError("generate needs --prompt TEXT")
@@ -259,7 +259,7 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
     if values.temperature < 0 or values.top_k < 0:
         raise MoextendError("--temperature and --top_k must not be negative")
     workdir = folder(values.workdir)
-    run = pipeline.open_run(settings or _remembered(workdir), workdir)
+    run = open_run(settings or _remembered(workdir), workdir)
     pieces = speak(
         run,
         which=values.model,
@@ -280,12 +280,12 @@ def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
     for name in ("limit", "max_new_tokens"):
         if (given := getattr(values, name)) is not None and given < 1:
             raise MoextendError(f"--{name} must be at least 1")
-    from moextend_jax import pipeline
     from moextend_jax.evaluate.benchmark import benchmark
     from moextend_jax.evaluate.forgetting import TASKS, forgetting
+    from moextend_jax.runs.run import working
 
     workdir = folder(values.workdir)
-    with pipeline.working(settings or _remembered(workdir), workdir) as run:
+    with working(settings or _remembered(workdir), workdir) as run:
         if values.benchmark:
             benchmark(
                 run,
@@ -310,7 +310,7 @@ def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
 
 def _remembered(workdir: Path) -> RunSettings:
     """The settings that the work directory's stages were run with."""
-    from moextend_jax.checkpoints.workdir import settings_of
+    from moextend_jax.runs.run import settings_of
 
     settings = settings_of(workdir)
     if settings is None:
@@ -362,7 +362,7 @@ def _data(settings: RunSettings, values: flags.FlagValues) -> None:
 
 
 COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
-    **{name: _stage(name) for name in ("align", "extend", "select", "grow", "finetune", "full")},
+    **{name: _stage(name) for name in RESULTS},
     "run": _run,
     "evaluate": _evaluate,
     "report": _report,
@@ -372,8 +372,6 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "data": _data,
     "eval": _eval,
 }
-MODELS = ("base", "aligned", "moextend", "full")
-TRAINING = ("align", "extend", "finetune", "full", "run")
 TOOLS = {
     "doctor": ("moextend_jax.doctor", "main"),
     "import": ("moextend_jax.checkpoints.convert", "import_main"),

@@ -19,11 +19,55 @@ Nothing here imports the rest of the package.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+import math
+import operator
+from typing import Annotated, Any, Literal, NamedTuple
 
 
 class MoextendError(Exception):
     """A mistake of input or use that the user can mend: printed as one line, exit code 2."""
+
+
+class Range(NamedTuple):
+    """What a number may be, beside its type: `steps: Annotated[int, Range(least=1)]`. NaN and infinity never are.
+
+    `least` and `most` are allowed themselves, `above` and `below` are not; `also` are single values outside.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    also: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        inside = " and ".join(f"{words} {edge}" for words, _, edge in self._edges()) or "finite"
+        return ", or ".join([inside, *map(str, self.also)])
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return value in self.also or all(compare(value, edge) for _, compare, edge in self._edges())
+
+    def check(self, value: float, *, what: str) -> None:
+        """Raises MoextendError with the name `what`, the value and the range."""
+        if value not in self:
+            raise MoextendError(f"{what} = {value} must be {self}")
+
+    def _edges(self) -> list[tuple[str, Any, float]]:
+        edges = [
+            ("at least", operator.ge, self.least),
+            ("more than", operator.gt, self.above),
+            ("at most", operator.le, self.most),
+            ("less than", operator.lt, self.below),
+        ]
+        return [(words, compare, edge) for words, compare, edge in edges if edge is not None]
+
+
+LARGEST = 2**31 - 1
+"""Arrays count in int32."""
+Count = Annotated[int, Range(least=1, most=LARGEST)]
+Amount = Annotated[int, Range(least=0, most=LARGEST)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,13 +199,13 @@ class Recipe:
     """Routers of the grown model: the aligned model's, untouched, or those that the probe trained."""
     probe_data: Literal["instruct_held_out", "captions"] = "instruct_held_out"
     """Data of the extend stage: instructions less the held-out samples, or the captions of align."""
-    calibrator_std: float = 1.0
+    calibrator_std: Annotated[float, Range(above=0)] = 1.0
     """Standard deviation of the calibrator's input matrix at the start."""
     aux_loss: Literal["per_layer", "released"] = "per_layer"
     """Load-balancing loss: `train/loss.py` has both forms."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after warm-up; `constant` comes with the released logarithmic warm-up."""
-    feature_layer: int = -2
+    feature_layer: Annotated[int, Range(most=-1)] = -2
     """Hidden state of the vision tower that the projector reads."""
     image_preparation: Literal["pad", "crop"] = "pad"
     """Pad to a square, or resize the shortest edge and crop the centre."""
@@ -171,7 +215,7 @@ class Recipe:
     """What the finetune stage updates."""
     prompt: Literal["mixtral", "released"] = "mixtral"
     """Chat template: `data/conversations.py` has both."""
-    global_batch: tuple[int, int] = (256, 128)
+    global_batch: tuple[Count, Count] = (256, 128)
     """Rows per step of align and of finetune; a run's own batch size overrides it."""
 
 

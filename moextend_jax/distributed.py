@@ -1,4 +1,4 @@
-"""Several processes as one run, on JAX's own runtime: start it, share out rows, go in step, gather what is small.
+"""Several processes as one run, on JAX's own runtime: start it, go in step, end it.
 
 In: what a launcher put into the environment (a Slurm step, a TPU pod, GKE, `launch/local.py`). Out: processes that run
 the same commands on one mesh; `first()` is the one that writes what is written once. In a single process nothing here
@@ -8,20 +8,18 @@ does anything.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
 
-from moextend_jax.config import Batch, MoextendError
-from moextend_jax.sharding import batch_shardings, row_shards, spec, split_cpu
+from moextend_jax.config import MoextendError
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
 
@@ -49,6 +47,12 @@ def start(*, cpu_devices: int = 1) -> None:
     # Gloo writes to the file of standard output whenever processes first talk: only Python's own prints go on there.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(printed, "w", buffering=1)
+
+
+def split_cpu(devices: int) -> None:
+    """Makes that many XLA devices of a CPU. A process that has used JAX before keeps the devices it has."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def arguments() -> dict[str, Any] | None:
@@ -122,6 +126,25 @@ def from_first(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def text_from_first(compute: Callable[[], str]) -> str:
+    """What process 0 computes, in all processes; a mistake that it finds there is raised in all of them."""
+    if jax.process_count() == 1:
+        return compute()
+    outcome = {}
+    if first():
+        try:
+            outcome = {"text": compute()}
+        except MoextendError as error:
+            outcome = {"error": str(error)}
+    encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    length = from_first(len(encoded))
+    encoded = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(encoded, length)))
+    outcome = json.loads(encoded.tobytes())
+    if "error" in outcome:
+        raise MoextendError(outcome["error"])
+    return outcome["text"]
+
+
 def check_shared(folder: Path) -> None:
     """Refuses a work directory that is another one on every host."""
     if jax.process_count() == 1:
@@ -136,80 +159,3 @@ def check_shared(folder: Path) -> None:
         mark.unlink()
     if missing:
         raise MoextendError(f"{folder} is not the same folder in all processes: use a file system that they share")
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-class Share(NamedTuple):
-    """The part `index` of `count` of every batch's rows."""
-
-    index: int
-    count: int
-
-
-def shares_of_rows(mesh: Mesh) -> list[Share]:
-    """Which rows each process reads: those of its devices.
-
-    Processes whose devices hold the same rows (the tensor axis crosses them) have the same share.
-    """
-    shards = row_shards(mesh)
-    held: dict[int, set[int]] = {}
-    for device, (rows,) in NamedSharding(mesh, spec("B")).devices_indices_map((shards,)).items():
-        held.setdefault(device.process_index, set()).add(rows.start or 0)
-    parts = sorted({tuple(sorted(some)) for some in held.values()})
-    if sum(map(len, parts)) != shards or len({len(part) for part in parts}) > 1:
-        raise MoextendError(f"a mesh of {dict(mesh.shape)} gives processes rows that overlap; choose other sizes")
-    return [Share(parts.index(tuple(sorted(held[process]))), len(parts)) for process in sorted(held)]
-
-
-def share_of_rows(mesh: Mesh) -> Share:
-    """This process's."""
-    return shares_of_rows(mesh)[jax.process_index()]
-
-
-def put_whole(batch: Batch, mesh: Mesh) -> Batch:
-    """A batch that every process has whole on the devices (`sharding.put_batch` takes each process's own rows)."""
-    shardings = batch_shardings(batch, mesh)
-    return Batch(*[None if a is None else place(a, s) for a, s in zip(batch, shardings, strict=True)])
-
-
-# --- arrays -----------------------------------------------------------------------------------------------------------
-
-
-def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array on the devices of `sharding`: one that is there already in another way, or the same in every process."""
-    if sharding.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
-        return jax.device_put(array, sharding)
-    here = np.asarray(array)
-    return jax.make_array_from_callback(here.shape, sharding, lambda index: here[index])
-
-
-def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """A tree whose leaves that are on one device only (counts of steps) are on all of the mesh, as checkpoints want."""
-    if jax.process_count() == 1:
-        return tree
-    sharding = NamedSharding(mesh, spec(""))
-    return jax.tree.map(lambda leaf: place(leaf, sharding) if leaf.is_fully_addressable else leaf, tree)
-
-
-def gathered(array: Any) -> np.ndarray:
-    """A whole array on the host; what other processes hold of it is fetched. For small ones."""
-    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def shard_hashes(array: jax.Array) -> bytes:
-    """SHA-256 of each of an array's shards, in order of place: all its bytes, each hashed where it is."""
-    places = sorted({_place(index) for index in array.sharding.devices_indices_map(array.shape).values()})
-    table = np.zeros((len(places), 32), np.uint8)
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            data = np.ascontiguousarray(np.asarray(shard.data)).reshape(-1).view(np.uint8).data
-            table[places.index(_place(shard.index))] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
-    return multihost_utils.process_allgather(table).sum(axis=0, dtype=np.uint8).tobytes()
-
-
-def _place(index: tuple[slice, ...]) -> tuple[int, ...]:
-    return tuple(axis.start or 0 for axis in index)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moextend_jax.config import IGNORE, Batch
-from moextend_jax.distributed import gathered
+from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.attention import KeysValues, Visible, segment_mask
 from moextend_jax.models.moextend import MoExtend, sighted
 from moextend_jax.models.parameters import with_arrays
@@ -70,11 +70,13 @@ class State(NamedTuple):
 class Generator:
     """Compiled steps of one model. Each is compiled once for each shape it is used with; `programs` counts them.
 
-    `suppress` are token ids that are never produced (the image tags).
+    Args:
+      mesh: where its arrays and prompts are (`mesh.place_rows`); None: on one device.
+      suppress: token ids that are never produced (the image tags).
     """
 
-    def __init__(self, model: MoExtend, *, eos: int, suppress: tuple[int, ...] = ()):
-        self.model, self._eos = model, eos
+    def __init__(self, model: MoExtend, *, eos: int, suppress: tuple[int, ...] = (), mesh: Mesh | None = None):
+        self.model, self.mesh, self._eos = model, mesh or one_device(), eos
         self.programs: Counter[str] = Counter()
         self._read = self._compiled(functools.partial(_read, model), donate_argnames="past")
         self._prefill = self._compiled(
@@ -94,15 +96,15 @@ class Generator:
             self.programs[name] += 1  # runs when JAX traces, not when it calls
             return step(*arguments, **named)
 
-        return jax.jit(counted, **options)
+        return Program(counted, mesh=self.mesh, **options)
 
     # --- heads --------------------------------------------------------------------------------------------------------
 
-    def no_heads(self, *, rows: int, length: int, mesh: Mesh) -> KeysValues:
+    def no_heads(self, *, rows: int, length: int) -> KeysValues:
         """Room for the heads of `rows` rows, for `read` to fill."""
         sizes = self.model.config.decoder
         shape = (sizes.layers, rows, length, sizes.kv_heads, sizes.head_size)
-        sharding = NamedSharding(mesh, spec("ZBSKH", shape, mesh))
+        sharding = NamedSharding(self.mesh, spec("ZBSKH", shape, self.mesh))
         return _zeros(shape, self.model.config.dtype, sharding)
 
     def read(self, arrays: Arrays, heads: Batch, past: KeysValues, rows_B: jax.Array) -> KeysValues:
@@ -135,7 +137,7 @@ class Generator:
             arrays, prompts, heads=heads, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
             steps=max_new_tokens,
         )  # fmt: skip
-        ids_BL = np.concatenate([gathered(piece) for piece in pieces], axis=1)
+        ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
         return np.pad(ids_BL, ((0, 0), (0, max_new_tokens - ids_BL.shape[1])), constant_values=self._eos)
 
     def begin(
@@ -175,7 +177,7 @@ class Generator:
         for ids_B1 in self.begin(
             arrays, prompts, max_new_tokens=max_new_tokens, steps=1, sampling=sampling, seed=seed
         ):  # fmt: skip
-            ids_B = gathered(ids_B1)[:, 0]
+            ids_B = on_host(ids_B1)[:, 0]
             yield ids_B
             ended_B |= ids_B == self._eos
             if ended_B.all():

@@ -1,24 +1,94 @@
-"""Settings of a run: what a configuration file holds, checked and typed."""
+"""Settings of a run: what a configuration file holds, each with its type, its range and its default, all checked.
+
+In: a ConfigDict, JSON, or the classes called from Python. Out: `RunSettings`, or an error that names the field.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import types
+import functools
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, MoextendError, Recipe, Saved
-from moextend_jax.data.faults import FaultSettings
-from moextend_jax.train.optimizer import OptimizerConfig
+from moextend_jax.config import RECIPES, Amount, Count, MoextendError, Range, Recipe, Saved
+
+Settings = TypeVar("Settings")
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+Decay = Annotated[float, Range(least=0, below=1)]
+
+Group = Literal["projector", "new_experts", "router_columns", "calibrators", "routers", "base", "vision"]
+"""Groups of parameters with optimizer settings of their own; `train/stages.py` says which is in which."""
+
+FaultKind = Literal[
+    "missing", "outside", "url", "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
+    "entry", "encoding", "reserved", "turn", "roles", "order", "empty_answer", "marks", "too_long", "too_many_images",
+    "duplicate_id",
+]  # fmt: skip
+"""Kinds of faults in data; `data/faults.py` says what each means."""
+
+Policy = Literal["error", "skip", "keep"]
+"""`error` stops the run, `skip` leaves the conversation out and counts it, `keep` takes a sound one all the same."""
+
+# What is wrong with the configuration (a folder, a length, a template) is wrong with many rows, and to skip them would
+# train on something else than was asked for: error. One scraped file in a thousand is damaged, and whoever
+# finds it after 30 hours can only leave it out: skip, within `most_skipped`. A repeated id is no damage at all: LLaVA's
+# instructions ask several conversations about an image under the image's id.
+SKIPPED: tuple[FaultKind, ...] = (
+    "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
+)  # fmt: skip
+KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id",)
+"""Kinds whose conversation can be read all the same."""
+POLICIES = cast(
+    dict[FaultKind, Policy],
+    {kind: "skip" if kind in SKIPPED else "keep" if kind in KEEPABLE else "error" for kind in get_args(FaultKind)},
+)
 
 
-def _at_least_one(settings: Any, *names: str) -> None:
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise MoextendError(f"{name} = {getattr(settings, name)} must be at least 1")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as the paper sets it; `multipliers` of the learning rate and `weight_decays` are by group."""
+
+    learning_rate: Positive = 1e-3
+    warmup_share: Share = 0.03
+    clip_norm: Positive = 1.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: Positive = 1e-8
+    multipliers: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    weight_decays: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        _check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultSettings:
+    """What to do about each kind of fault in data; kinds not named have `POLICIES`' default. Above `most_skipped`, the
+    share of the conversations read that were skipped, a run stops."""
+
+    policies: Mapping[FaultKind, Policy] = dataclasses.field(default_factory=dict)
+    most_skipped: Share = 0.01
+
+    def __post_init__(self):
+        _check(self)
+        for kind, policy in self.policies.items():
+            if policy == "keep" and kind not in KEEPABLE:
+                raise MoextendError(f"policies.{kind} = 'keep' is not one of 'error', 'skip'")
+        # All kinds are written out, so that a command line can set each, and a checkpoint's facts name each.
+        object.__setattr__(self, "policies", POLICIES | dict(self.policies))
+
+    @property
+    def can_skip(self) -> bool:
+        return "skip" in self.policies.values()
+
+    def skips(self, fault: Any) -> bool:
+        """Whether a `data.faults.Fault` is one that is left out and counted."""
+        return self.policies[fault.kind] == "skip"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,24 +96,24 @@ class StageSettings:
     """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
 
     data: str
-    steps: int
-    batch_size: int
-    length: int
+    steps: Count
+    batch_size: Count
+    length: Count
     split: str = "train"
-    images_per_row: int = 1
-    conversations_per_row: int = 1
+    images_per_row: Count = 1
+    conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
-    conversation_length: int = 0
+    conversation_length: Amount = 0
     """Most tokens of one conversation in a packed row; 0 is the row's length."""
     too_long: Literal["error", "drop_turns"] = "error"
-    loss_chunk: int = 1024
+    loss_chunk: Count = 1024
     """Labelled positions that go through the head at once on a device."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts in which a step computes its batch, one after another, where the whole does not fit."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        _at_least_one(self, "steps", "batch_size", "length", "images_per_row", "loss_chunk", "accumulate")
+        _check(self)
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
@@ -52,29 +122,29 @@ class StageSettings:
 class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
-    held_out: int = 10_000
-    share: float = 0.5
-    batch_size: int = 64
+    held_out: Count = 10_000
+    share: Annotated[float, Range(above=0, most=1)] = 0.5
+    batch_size: Count = 64
 
     def __post_init__(self):
-        _at_least_one(self, "held_out", "batch_size")
+        _check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
     data: str
-    questions: int
+    questions: Count
     split: str = "test"
-    batch_size: int = 250
-    length: int = 64
-    max_new_tokens: int = 8
-    text_length: int = 256
-    text_batch_size: int = 16
-    examples: int = 8
+    batch_size: Count = 250
+    length: Count = 64
+    max_new_tokens: Count = 8
+    text_length: Count = 256
+    text_batch_size: Count = 16
+    examples: Amount = 8
     """Questions shown in the report."""
 
     def __post_init__(self):
-        _at_least_one(self, "batch_size", "length", "max_new_tokens", "text_length", "text_batch_size")
+        _check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,21 +156,21 @@ class RunSettings:
     finetune: StageSettings
     full: StageSettings
     evaluate: EvaluateSettings
-    select: SelectSettings = SelectSettings()
+    select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     recipe: Recipe = RECIPES["paper"]
     base: str = "embedded"
     vision: str = "embedded"
-    seed: int = 0
+    seed: Amount = 0
     data_dir: str = ""
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
     """Where LLaVA's JSON and image folder are."""
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
-    workers: int = 0
-    cpu_devices: int = 1
+    workers: Amount = 0
+    cpu_devices: Count = 1
     """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
-    aux_coefficient: float = 0.001
+    aux_coefficient: NotNegative = 0.001
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     train_dtype: Literal["bfloat16", "float32"] = "float32"
     remat: Literal["none", "attention", "layer"] = "layer"
@@ -108,26 +178,24 @@ class RunSettings:
     dispatch: Literal["gather", "exchange"] = "gather"
     text_isolation: Literal["none", "strict"] = "none"
     """`remat`, `saved`, `dispatch` and `text_isolation` are those of `config.ModelConfig`."""
-    mesh: Mapping[str, int] = dataclasses.field(
+    mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
     )
-    checkpoint_every: int = 500
-    checkpoints_kept: int = 2
-    log_every: int = 10
-    faults: FaultSettings = FaultSettings()
+    checkpoint_every: Count = 500
+    checkpoints_kept: Annotated[int, Range(least=2)] = 2
+    """Two at least: the older one is there if the newest is damaged."""
+    log_every: Count = 10
+    faults: FaultSettings = dataclasses.field(default_factory=FaultSettings)
     """What training does about damaged examples."""
-    nonfinite_limit: int = 10
+    nonfinite_limit: Amount = 10
     """Steps of a stage that may be skipped because their loss or gradient is not finite."""
-    rollbacks: int = 0
+    rollbacks: Amount = 0
     """How often, above that limit, a stage goes back to its newest checkpoint and on with later data."""
     baseline: bool = False
     """`moextend run` also trains the full fine-tuning baseline."""
 
     def __post_init__(self):
-        _at_least_one(self, "checkpoint_every", "log_every")
-        if self.checkpoints_kept < 2:
-            raise MoextendError("checkpoints_kept must be at least 2: the older one is there if the newest is damaged")
-
+        _check(self)
         if self.text_isolation == "strict" and self.recipe.routers_kept == "after":
             raise MoextendError(
                 "text_isolation strict needs routers_kept before: routers that the probe trained change text too"
@@ -146,35 +214,36 @@ def to_config_dict(settings: RunSettings) -> ConfigDict:
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
-    """Checks names and types; a mistake is an error that names the field."""
+    """Checks names, types and ranges; a mistake is an error that names the field."""
     return _build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
 
 
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: Any) -> None:
+    """Holds every field of one of the classes above against its type and range, also where Python calls the class."""
+    for name, kind in fields(type(settings)).items():
+        value = _build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
+        object.__setattr__(settings, name, value)
+
+
+@functools.cache
+def fields(kind: type) -> dict[str, Any]:
+    """The type of each field, with its range."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def _build(kind: Any, value: Any, *, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        number = _build(arguments[0], value, where=where)
+        for bounds in arguments[1:]:
+            bounds.check(number, what=where)
+        return number
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        assert isinstance(kind, type)
-        if not isinstance(value, Mapping):
-            raise MoextendError(f"{where} = {value!r} is not a group of settings")
-        names = {field.name for field in dataclasses.fields(kind)}
-        for name in value:
-            if name not in names:
-                raise MoextendError(f"{where}.{name} is no setting; there are {', '.join(sorted(names))}")
-        missing = [
-            field.name
-            for field in dataclasses.fields(kind)
-            if field.name not in value
-            and field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        ]
-        if missing:
-            raise MoextendError(f"{where}: {', '.join(missing)} must be set")
-        parts = {name: _build(hints[name], value[name], where=f"{where}.{name}") for name in value}
-        try:
-            return kind(**parts)
-        except MoextendError as error:  # the dataclass's own checks do not know where they stand
-            raise MoextendError(f"{where}: {error}") from None
+        return _group(cast(type, kind), value, where=where)
     if origin is Literal:
         if value not in arguments:
             raise MoextendError(f"{where} = {value!r} is not one of {', '.join(map(repr, arguments))}")
@@ -184,15 +253,45 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
             arguments = arguments[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise MoextendError(f"{where} = {value!r} must be {len(arguments)} values")
-        return tuple(_build(part, one, where=where) for part, one in zip(arguments, value, strict=True))
-    if origin in (typing.Union, types.UnionType):
-        return value
+        return tuple(_build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
     if origin is not None:  # Mapping
         if not isinstance(value, Mapping):
             raise MoextendError(f"{where} = {value!r} is not a group of settings")
-        return {name: _build(arguments[1], one, where=f"{where}.{name}") for name, one in value.items()}
+        if get_origin(arguments[0]) is Literal:
+            _check_names(value, get_args(arguments[0]), where=where)
+        return {name: _build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise MoextendError(f"{where} = {value!r} is not of type {kind.__name__}")
     return value
+
+
+def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
+    if isinstance(value, kind):
+        for name, part in fields(kind).items():
+            _build(part, getattr(value, name), where=f"{where}.{name}")
+        return value
+    if not isinstance(value, Mapping):
+        raise MoextendError(f"{where} = {value!r} is not a group of settings")
+    _check_names(value, fields(kind), where=where)
+    missing = [
+        field.name
+        for field in dataclasses.fields(cast(Any, kind))
+        if field.name not in value
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise MoextendError(f"{where}: {', '.join(missing)} must be set")
+    parts = {name: _build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
+    try:
+        return kind(**parts)
+    except MoextendError as error:  # the class's own checks, of several fields, do not know where they stand
+        raise MoextendError(f"{where}: {error}") from None
+
+
+def _check_names(given: Mapping[str, Any], known: Iterable[str], *, where: str) -> None:
+    for name in given:
+        if name not in known:
+            raise MoextendError(f"{where}.{name} is no setting; there are {', '.join(sorted(known))}")

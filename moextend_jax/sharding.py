@@ -6,19 +6,14 @@ from here. No PartitionSpec is written anywhere else.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moextend_jax.config import Batch, MoextendError
 from moextend_jax.models.parameters import by_path
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -37,50 +32,6 @@ TABLE: dict[str, tuple[str, ...] | None] = {
 
 GPUS = ("gpu", "cuda", "rocm")
 """How JAX and the topologies of its plugins spell that platform."""
-
-
-def split_cpu(devices: int) -> None:
-    """Makes that many XLA devices of a CPU. A process that has used JAX before keeps the devices it has."""
-    with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", devices)
-
-
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices; one size may be -1, which takes what is left."""
-    return mesh_of(jax.devices(), sizes)
-
-
-def mesh_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:
-    """The same over these devices, which may be ones to compile for only."""
-    shape = tuple(mesh_shape(sizes, len(devices)).values())
-    return Mesh(arranged(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """Sizes of the mesh axes, in order, on that many devices."""
-    if set(sizes) != set(MESH_AXES):
-        raise MoextendError(f"mesh axes are {', '.join(MESH_AXES)}; got {', '.join(sizes)}")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    shape = {axis: devices // max(known, 1) if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
-    if list(sizes.values()).count(-1) > 1 or math.prod(shape.values()) != devices:
-        raise MoextendError(f"a mesh of {dict(sizes)} does not cover {devices} devices")
-    return shape
-
-
-def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Devices in the mesh's shape, so that neighbours in it are near each other: a slice's links are fast, and between
-    slices only replicas ("data") talk. GPUs come node by node, so the first axes span nodes."""
-    if devices[0].platform in GPUS:
-        return np.array(devices).reshape(shape)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        # The torus of v5e and v6e has two dimensions, fewer than a mesh, unless one of them may be split.
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if shape[0] % slices:
-        raise MoextendError(f"mesh.data = {shape[0]} must be a multiple of {slices} slices: only replicas span them")
-    within = (shape[0] // slices, *shape[1:])
-    between = (slices, *(1 for _ in shape[1:]))
-    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def platform() -> str:
@@ -126,29 +77,6 @@ def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedShardin
     """Sharding of every parameter of a real or abstract model, by path."""
     params = by_path(nnx.state(model, nnx.Param))
     return {path: NamedSharding(mesh, spec(param.axes, param.shape, mesh)) for path, param in params.items()}
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Parts that a mesh makes of a batch's rows."""
-    return math.prod(mesh.shape[axis] for axis in TABLE["B"] or ())
-
-
-def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """Shardings of a batch's arrays, split by rows; None where the batch has none. Rows that do not divide go to
-    every device."""
-    rows = batch.ids_BL.shape[0]
-    sharding = NamedSharding(mesh, spec("B") if rows % row_shards(mesh) == 0 else PartitionSpec())
-    return Batch(*[None if array is None else sharding for array in batch])
-
-
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """A host batch on the devices. With several processes each gives the rows of its own devices, which must divide
-    (`distributed.share_of_rows`)."""
-    if jax.process_count() > 1:
-        rows = NamedSharding(mesh, spec("B"))
-        return Batch(*[None if a is None else jax.make_array_from_process_local_data(rows, a) for a in batch])
-    shardings = batch_shardings(batch, mesh)
-    return Batch(*[None if a is None else jax.device_put(a, s) for a, s in zip(batch, shardings, strict=True)])
 
 
 def constrain(array: jax.Array, axes: str) -> jax.Array:

@@ -22,15 +22,15 @@ import tiny
 from moextend_jax import distributed, pipeline, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import RECIPES, ExtensionConfig
-from moextend_jax.data.batches import Pixels, Shard, batches
+from moextend_jax.data.batches import Pixels, Share, batches
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.extension.routing import count_all
 from moextend_jax.models.moextend import abstract
+from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import loop
 from moextend_jax.train.loop import train
-from moextend_jax.train.optimizer import OptimizerConfig
 
 CONFIG = dataclasses.replace(
     tiny.BASE_CONFIG, extension=ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5), remat="none"
@@ -59,14 +59,12 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
     def rows(**more: Any):
         return batches(
             source,
+            stage=StageSettings(data="llava_instruct", steps=STEPS, length=40, batch_size=BATCH),
             tokenizer=tokenizer,
             recipe=RECIPES["paper"],
             images=Pixels(images=source.images, size=32, preparation="pad"),
             patches=4,
-            length=40,
-            batch_size=BATCH // share.count,
-            conversations_per_row=1,
-            shard=Shard(*share),
+            share=Share((share.index,), share.count),
             **more,
         )
 

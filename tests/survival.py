@@ -35,10 +35,10 @@ from moextend_jax.config import RECIPES  # noqa: E402
 from moextend_jax.data.batches import Pixels, batches  # noqa: E402
 from moextend_jax.data.datasets import open_dataset  # noqa: E402
 from moextend_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from moextend_jax.settings import OptimizerConfig, StageSettings  # noqa: E402
 from moextend_jax.sharding import make_mesh  # noqa: E402
 from moextend_jax.train.loop import train  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
-from moextend_jax.train.optimizer import OptimizerConfig  # noqa: E402
 
 STEPS, EVERY = 11, 3
 TIMES = ("seconds", "tokens_per_second", "tokens")
@@ -51,14 +51,13 @@ def stage(folder: Path, llava: Path, *, workers: int = 0) -> str:
     source = open_dataset("llava_instruct", data_dir=llava / "built", manual_dir=llava)
     rows = batches(
         source,
+        stage=StageSettings(
+            data="llava_instruct", steps=STEPS, length=80, batch_size=2, images_per_row=2, conversations_per_row=2
+        ),
         tokenizer=load_tokenizer(tiny.ASSETS / "base"),
         recipe=RECIPES["paper"],
         images=Pixels(images=source.images, size=32, preparation="pad"),
         patches=4,
-        length=80,
-        batch_size=2,
-        images_per_row=2,
-        conversations_per_row=2,
         seed=3,
         workers=workers,
     )

@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, MoextendError
-from moextend_jax.data.batches import Features, Pixels, Shard, batches, fill_ratio, text_batches
+from moextend_jax.data.batches import Features, Pixels, Share, batches, fill_ratio, text_batches
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.settings import StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 PATCHES, ROWS = 4, 40
@@ -54,10 +55,20 @@ def features(source, tmp_path_factory):
     )
 
 
-def make(source, images, **more):
-    settings: dict[str, Any] = {"length": 64, "batch_size": 4, "images_per_row": 3, "epochs": 1}
+def make(source, images, *, recipe="paper", epochs: int | None = 1, seed: int | None = 0, **more):
+    """`more` are fields of the stage, and `share` and `workers`."""
+    rows: dict[str, Any] = {"length": 64, "batch_size": 4, "images_per_row": 3, "conversations_per_row": 0}
+    others = {name: more.pop(name) for name in ("share", "workers") if name in more}
     return batches(
-        source, tokenizer=TOKENIZER, recipe=RECIPES["paper"], images=images, patches=PATCHES, **(settings | more)
+        source,
+        stage=StageSettings(data="llava_instruct", steps=1, **(rows | more)),
+        tokenizer=TOKENIZER,
+        recipe=RECIPES[recipe],
+        images=images,
+        patches=PATCHES,
+        seed=seed,
+        epochs=epochs,
+        **others,
     )
 
 
@@ -88,7 +99,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("kind", ["features", "pixels"])
-@pytest.mark.parametrize("conversations_per_row", [1, None])
+@pytest.mark.parametrize("conversations_per_row", [1, 0])
 def test_each_conversation_comes_once_with_its_own_images(source, features, kind, conversations_per_row):
     images = features if kind == "features" else Pixels(images=source.images, size=8, preparation="pad")
     seen = []
@@ -152,19 +163,50 @@ def test_order_seed_and_epochs(source, features):
     assert len(list(islice(make(source, features, epochs=None), 60))) == 60
 
 
-def test_hosts_share_the_rows(source, features):
-    parts = [all_answers(make(source, features, shard=Shard(n, 3))) for n in range(3)]
-    assert sorted(sum(parts, [])) == list(range(ROWS)) and all(parts)
+SCATTERED = [((0, 3), (1, 2)), ((2,), (0,), (1,)), ((4, 0), (1, 5), (3, 2))]
+"""Parts of a batch by process, as meshes on TPU tori give them, and in an order that they do not."""
 
 
-@pytest.mark.parametrize(("hosts", "rows", "packed"), [(2, 2, 1), (4, 1, 1), (3, 2, None), (2, 3, None), (2, 1, 3)])
-def test_hosts_together_read_the_batches_of_one(source, features, hosts: int, rows: int, packed, monkeypatch):
-    monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 14)  # several windows, which hosts do not divide
-    kept: dict[str, Any] = {"conversations_per_row": packed, "seed": 5, "epochs": 3}
-    alone = [sorted(answers(batch)) for batch in make(source, features, batch_size=hosts * rows, **kept)]
-    shards = [make(source, features, batch_size=rows, shard=Shard(n, hosts), **kept) for n in range(hosts)]
-    together = [sorted(answer for part in parts for answer in answers(part)) for parts in zip(*shards, strict=True)]
-    assert together == alone and sorted(sum(alone, [])) == sorted([*range(ROWS)] * 3)
+@pytest.mark.parametrize("conversations_per_row", [1, 0, 3])
+@pytest.mark.parametrize("parts_of", SCATTERED)
+def test_shares_at_their_places_are_the_batches_of_one_process(
+    source, features, parts_of, conversations_per_row: int, monkeypatch
+):
+    monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 14)  # several windows, which shares do not divide
+    of = sum(map(len, parts_of))
+    more: dict[str, Any] = {"batch_size": 2 * of, "conversations_per_row": conversations_per_row, "epochs": 2}
+    alone = list(make(source, features, seed=5, **more))
+    assert sorted(all_answers(alone)) == sorted([*range(ROWS)] * 2)
+    shares = [make(source, features, seed=5, share=Share(parts, of), **more) for parts in parts_of]
+    states = []
+    for wanted, *batches_of in zip(alone, *resumed(shares, states), strict=True):
+        for column, *columns in zip(wanted, *batches_of, strict=True):
+            if column is None:
+                assert columns == [None] * len(shares)
+                continue
+            placed = np.full_like(column, 99)
+            for parts, rows in zip(parts_of, columns, strict=True):
+                assert len(rows) == 2 * len(parts)
+                for place, part in enumerate(parts):
+                    placed[2 * part : 2 * part + 2] = rows[2 * place : 2 * place + 2]
+            np.testing.assert_array_equal(placed, column)
+    assert states == [states[0]] * len(shares)  # one place in the data for all, so one checkpoint
+
+
+def resumed(datasets, states):
+    """What each gives, stopped after its second batch and gone on with by a new iterator."""
+    for dataset in datasets:
+        iterator = iter(dataset)
+        first = [next(iterator), next(iterator)]
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        rest = iter(dataset)
+        rest.set_state(states[-1])
+        yield [*first, *rest]
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(source):
+    with pytest.raises(MoextendError, match="batch_size = 4 must be a multiple of 3"):
+        make(source, None, share=Share((0,), 3))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -207,11 +249,7 @@ def test_an_error_in_a_worker_process_stays_one_clear_line(source, features):
 
 
 def test_released_template_hides_its_end_from_attention(source, features):
-    dataset = batches(
-        source, tokenizer=TOKENIZER, recipe=RECIPES["released"], images=features, patches=PATCHES, length=64,
-        batch_size=4, images_per_row=3, epochs=1,
-    )  # fmt: skip
-    for batch in dataset:
+    for batch in make(source, features, recipe="released"):
         ends = batch.ids_BL == TOKENIZER.eos
         assert ends.any() and (batch.segments_BL[ends] == 0).all() and (batch.labels_BL[ends] == TOKENIZER.eos).all()
         assert (batch.labels_BL[batch.positions_BL == 0] == IGNORE).all()

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from moextend_jax.check_data import check_command, readings_of
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.data.faults import FaultSettings
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, StageSettings
 
 ROWS = 20
 

@@ -191,7 +191,7 @@ def test_dropping_turns_keeps_whole_pairs_and_the_limit(talk: Talk, recipe, leng
 def test_packed_rows_hold_each_conversation_whole(some: list[Talk]):
     items = [Item(encoded(talk._replace(patches=2)), [7] * talk.images, n) for n, talk in enumerate(some)]
     length, room = max(len(item.encoded.ids_L) for item in items), max(len(item.image_rows) for item in items)
-    rows = pack(items, length=length, images_per_row=room, patches=2, conversations_per_row=None)
+    rows = pack(items, length=length, images_per_row=room, patches=2, conversations_per_row=0)
     placed = [(row, place) for row in rows for place in row.places]
     assert sorted(place.example for _, place in placed) == list(range(len(items)))
     for row, place in placed:

@@ -19,15 +19,16 @@ from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
 from moextend_jax.data import entries, images
-from moextend_jax.data.batches import Features, Pixels, Shard, batches
+from moextend_jax.data.batches import Features, Pixels, Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.entries import read_entries
-from moextend_jax.data.faults import KINDS, STRICT, Fault, FaultSettings, Policy, check_share, counts, named
+from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.images import decode_image, find_image, read_image
 from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 TOKENIZER = load_tokenizer(BASE)
@@ -187,21 +188,24 @@ def cached(folder: Path, faults: FaultSettings) -> Features:
     return Features(store=cache_features(source.images, path=folder / "c", compute=tower, faults=faults, **settings))
 
 
-def make(folder: Path, faults: FaultSettings, *, kind: str = "pixels", **more: Any):
+def make(folder: Path, faults: FaultSettings, *, kind: str = "pixels", stage: StageSettings | None = None, **more: Any):
     source = open_folder(folder, faults)
     files = Pixels(images=source.images, size=8, preparation="pad") if kind == "pixels" else cached(folder, faults)
-    settings: dict[str, Any] = {
-        "length": LENGTH, "batch_size": 4, "images_per_row": IMAGES_PER_ROW, "epochs": 1, "conversations_per_row": 1,
-    }  # fmt: skip
     return batches(
         source,
+        stage=stage or stage_of(),
         tokenizer=TOKENIZER,
         recipe=RECIPES["paper"],
         images=files,
         patches=PATCHES,
         faults=faults,
-        **(settings | more),
+        **({"epochs": 1} | more),
     )
+
+
+def stage_of(conversations_per_row: int = 1, **more: Any) -> StageSettings:
+    rows: dict[str, Any] = {"length": LENGTH, "batch_size": 4, "images_per_row": IMAGES_PER_ROW}
+    return StageSettings(data="llava_instruct", steps=1, conversations_per_row=conversations_per_row, **(rows | more))
 
 
 def joined(some) -> Batch:
@@ -370,7 +374,7 @@ def test_skipped_rows_are_empty_and_all_others_as_they_were(faulty, sound, kind:
 @pytest.mark.parametrize("kind", ["pixels", "features"])
 def test_packed_rows_lose_only_the_conversations_themselves(faulty, sound, kind: str, monkeypatch):
     monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 16)
-    more = {"kind": kind, "conversations_per_row": None, "length": 96, "conversation_length": LENGTH, "seed": 1}
+    more = {"kind": kind, "stage": stage_of(0, length=96, conversation_length=LENGTH), "seed": 1}
     ours, theirs = (joined(make(folder, SKIP, **more)) for folder in (faulty, sound))
     assert totals(ours.faults_BG) == {"read": ROWS} | planted()
     bad = {plant.at for plant in PLANTS}
@@ -395,7 +399,7 @@ def answers(batch: Batch) -> list[int]:
 def test_an_image_that_turns_out_bad_leaves_its_place_and_moves_nothing(tmp_path):
     """Packed; the picture shows only when decoded, so that the row keeps a gap with its neighbours unchanged."""
     late = [plant for plant in PLANTS if plant.kind in LATE]
-    more = {"conversations_per_row": None, "length": 96, "conversation_length": LENGTH}
+    more = {"stage": stage_of(0, length=96, conversation_length=LENGTH)}
     ours, theirs = (joined(make(write(tmp_path / name, some), SKIP, **more)) for name, some in (("a", late), ("b", [])))
     assert totals(ours.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | planted(*LATE)
     changed = ours.segments_BL != theirs.segments_BL
@@ -407,11 +411,11 @@ def test_an_image_that_turns_out_bad_leaves_its_place_and_moves_nothing(tmp_path
     np.testing.assert_array_equal(rows, ours.faults_BG[:, 1:].any(axis=1))
 
 
-@pytest.mark.parametrize("conversations_per_row", [1, None])
+@pytest.mark.parametrize("conversations_per_row", [1, 0])
 def test_workers_and_resumed_runs_skip_the_same(faulty, conversations_per_row):
-    more: dict[str, Any] = {"conversations_per_row": conversations_per_row, "epochs": 2, "seed": 5}
+    more: dict[str, Any] = {"stage": stage_of(conversations_per_row), "epochs": 2, "seed": 5}
     wanted = list(make(faulty, SKIP, **more))
-    if conversations_per_row is None:  # the slower and the harder one
+    if not conversations_per_row:  # the slower and the harder one
         assert_same(joined(make(faulty, SKIP, workers=2, **more)), joined(wanted))
     for stop in (1, len(wanted) // 2):
         dataset = make(faulty, SKIP, **more)
@@ -426,7 +430,7 @@ def test_workers_and_resumed_runs_skip_the_same(faulty, conversations_per_row):
 def test_hosts_together_skip_what_one_skips(faulty):
     more: dict[str, Any] = {"seed": 5, "epochs": 2}
     alone = [totals(batch.faults_BG) for batch in make(faulty, SKIP, **more)]
-    parts = [make(faulty, SKIP, shard=Shard(n, 2), batch_size=2, **more) for n in range(2)]
+    parts = [make(faulty, SKIP, share=Share((n,), 2), **more) for n in range(2)]
     both = [totals(np.concatenate([a.faults_BG, b.faults_BG])) for a, b in zip(*parts, strict=True)]
     assert both == alone
 
@@ -442,8 +446,8 @@ def test_without_images_only_text_counts(faulty):
     source = open_folder(faulty, SKIP)
     found = joined(
         batches(
-            source, tokenizer=TOKENIZER, recipe=RECIPES["paper"], images=None, patches=PATCHES, length=LENGTH,
-            batch_size=4, epochs=1, faults=SKIP,
+            source, stage=stage_of(0), tokenizer=TOKENIZER, recipe=RECIPES["paper"], images=None,
+            patches=PATCHES, epochs=1, faults=SKIP,
         )
     )  # fmt: skip
     assert totals(found.faults_BG) == {"read": ROWS} | {
@@ -452,21 +456,21 @@ def test_without_images_only_text_counts(faulty):
     }
 
 
-@pytest.mark.parametrize("conversations_per_row", [1, None])
+@pytest.mark.parametrize("conversations_per_row", [1, 0])
 def test_data_that_are_skipped_whole_are_an_error(tmp_path, conversations_per_row, monkeypatch):
     monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 8)
     rows = [{**entry(n), "conversations": []} for n in range(ROWS)]
     (tmp_path / JSON).write_text(json.dumps([{"id": row["id"], "conversations": []} for row in rows]))
     with pytest.raises(MoextendError, match="all of 40 conversations tried are skipped: 40 order; there is no data"):
-        next(iter(make(tmp_path, SKIP, epochs=None, conversations_per_row=conversations_per_row)))
+        next(iter(make(tmp_path, SKIP, epochs=None, stage=stage_of(conversations_per_row))))
 
 
-@pytest.mark.parametrize("conversations_per_row", [1, None])
+@pytest.mark.parametrize("conversations_per_row", [1, 0])
 def test_windows_and_batches_that_are_skipped_whole_are_passed(tmp_path, conversations_per_row, monkeypatch):
     monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 8)
     rows = [{"id": n, "conversations": entry(1)["conversations"] if n == 30 else []} for n in range(ROWS)]
     (tmp_path / JSON).write_text(json.dumps(rows))
-    found = joined(make(tmp_path, SKIP, conversations_per_row=conversations_per_row, seed=None))
+    found = joined(make(tmp_path, SKIP, stage=stage_of(conversations_per_row), seed=None))
     assert answers(found) == [1] and totals(found.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | {"order": 39}
 
 
@@ -649,11 +653,11 @@ def test_repeated_ids_are_all_counted(tmp_path):
 
 def test_settings_name_every_kind_and_refuse_others():
     settings = FaultSettings(policies={"truncated": "error"})
-    assert settings.policies == {kind: row.default for kind, row in KINDS.items()} | {"truncated": "error"}
+    assert settings.policies == POLICIES | {"truncated": "error"} and list(settings.policies) == list(KINDS)
     for policies, message in [
-        ({"torn": "skip"}, "torn is no kind of fault; there are missing, "),
-        ({"roles": "ignore"}, "roles = 'ignore' is not one of error, skip"),
-        ({"roles": "keep"}, "roles = 'keep' is not one of error, skip"),
+        ({"torn": "skip"}, "policies.torn is no setting; there are .*, missing, "),
+        ({"roles": "ignore"}, "policies.roles = 'ignore' is not one of 'error', 'skip'"),
+        ({"roles": "keep"}, "policies.roles = 'keep' is not one of 'error', 'skip'"),
     ]:
         with pytest.raises(MoextendError, match=message):
             FaultSettings(policies=policies)  # pyright: ignore[reportArgumentType]

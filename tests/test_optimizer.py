@@ -13,8 +13,9 @@ import pytest
 import tiny
 
 from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
-from moextend_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from moextend_jax.train.optimizer import learning_rate, make_optimizer
 
 PAPER, RELEASED = RECIPES["paper"], RECIPES["released"]
 
@@ -115,5 +116,5 @@ def test_the_state_is_two_moments_of_what_trains_and_counters(stage: str):
 
 
 def test_an_unknown_group_is_an_error_that_lists_the_groups():
-    with pytest.raises(MoextendError, match=r"'projektor'.*new_experts"):
+    with pytest.raises(MoextendError, match=r"multipliers\.projektor is no setting; there are .*new_experts"):
         OptimizerConfig(multipliers={"projektor": 2.0})

@@ -19,6 +19,7 @@ from moextend_jax.data.conversations import Encoded
 from moextend_jax.data.packing import Item, Row, pack
 from moextend_jax.extension.routing import count_picks
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.settings import StageSettings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import Losses, losses
 
@@ -71,17 +72,15 @@ def fake(lengths_n, images_n) -> list[Item]:
 
 
 def rows_of(items: list[Item], *, alone: bool = False, length: int = L, images_per_row: int = M) -> list[Row]:
-    return pack(
-        items, length=length, images_per_row=images_per_row, patches=P, conversations_per_row=1 if alone else None
-    )
+    return pack(items, length=length, images_per_row=images_per_row, patches=P, conversations_per_row=int(alone))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conversations_per_row", [None, 2, 3])
+@pytest.mark.parametrize("conversations_per_row", [0, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_every_conversation_is_there_once_and_whole(seed: int, conversations_per_row: int | None):
+def test_every_conversation_is_there_once_and_whole(seed: int, conversations_per_row: int):
     items = conversations(25, seed=seed)
     rows = pack(items, length=L, images_per_row=M, patches=P, conversations_per_row=conversations_per_row)
     left = {item.encoded.ids_L.tobytes(): item for item in items}
@@ -157,7 +156,8 @@ def batch_of(rows: list[Row], *, size: int, pixels: bool = False) -> Batch:
     features_nPC = rng.normal(size=(64, P, tiny.VISION.width)).astype(np.float32)
     images_nhwc = rng.normal(size=(64, side, side, 3)).astype(np.float32)
     store = cast(Any, SimpleNamespace(features_nPC=features_nPC))
-    batch = batches._batch(rows, batch_size=size, length=L, images=Features(store=store), images_per_row=M)
+    stage = StageSettings(data="", steps=1, length=L, batch_size=size, images_per_row=M)
+    batch = batches._batch(rows, stage=stage, images=Features(store=store))
     if not pixels:
         return batch
     images_BMhwc = images_nhwc[np.maximum(np.stack([row.image_rows_M for row in rows]), 0)]

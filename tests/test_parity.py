@@ -17,9 +17,10 @@ from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.generate import Generator
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
 from moextend_jax.train.loss import aux_released, load, losses, losses_of
-from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
+from moextend_jax.train.optimizer import make_optimizer
 from moextend_jax.train.step import init_state, make_step
 
 pytestmark = [oracle.needs_oracle, pytest.mark.smoke]

@@ -6,15 +6,27 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import pytest
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, from_config_dict, to_config_dict
-from moextend_jax.train.optimizer import OptimizerConfig
+from moextend_jax.config import RECIPES, MoextendError, Range
+from moextend_jax.settings import (
+    EvaluateSettings,
+    FaultSettings,
+    OptimizerConfig,
+    RunSettings,
+    SelectSettings,
+    StageSettings,
+    fields,
+    from_config_dict,
+    to_config_dict,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -71,27 +83,132 @@ WRONG = [
     ("recipe.global_batch", (1, 2, 3), "config.recipe.global_batch"),
     ("recipe.global_batch", ("a", 2), "config.recipe.global_batch"),
     ("recipe.global_batch", 7, "config.recipe.global_batch"),
-    ("align.optimizer.multipliers", {"projektor": 1.0}, "projektor"),
+    ("align.optimizer.multipliers", {"projektor": 1.0}, "config.align.optimizer.multipliers.projektor is no setting"),
+    ("faults.policies", {"torn": "skip"}, "config.faults.policies.torn is no setting; there are .*truncated"),
     ("align.optimizer.multipliers", {"projector": "big"}, "multipliers"),
     ("mesh", 3, "config.mesh"),
     ("align", 3, "config.align"),
     ("dtype", "float99", "dtype"),
-    ("align.steps", 0, "config.align: steps"),
-    ("align.batch_size", -4, "config.align: batch_size"),
-    ("align.length", 0, "config.align: length"),
+    ("align.accumulate", 3, "config.align: batch_size = 2 is no multiple of accumulate = 3"),
 ]
 
 
 @pytest.mark.parametrize(("path", "value", "named"), WRONG)
 def test_a_mistake_is_named(path: str, value, named: str):
+    with pytest.raises(MoextendError, match=named):
+        from_config_dict(with_value(path, value))
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+class Number(NamedTuple):
+    """A number among the settings: its path in a configuration, and what it may be."""
+
+    path: str
+    kind: type
+    bounds: Range | None
+
+
+def numbers(kind: Any, path: str) -> Iterator[Number]:
+    """Every number below a setting, whatever groups, tuples and tables it is in."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        for name, part in fields(cast(type, kind)).items():
+            yield from numbers(part, f"{path}.{name}" if path else name)
+    elif origin is Annotated:
+        yield Number(path, *arguments)
+    elif origin is tuple and arguments[-1] is not Ellipsis:
+        yield from (number for n, part in enumerate(arguments) for number in numbers(part, f"{path}.{n}"))
+    elif origin is not None and origin is not Literal:  # a table: try its first name
+        names = get_args(arguments[0]) or ("fsdp",)
+        yield from numbers(arguments[-1], f"{path}.{names[0]}" if origin is not tuple else path)
+    elif kind in (int, float):
+        yield Number(path, kind, None)
+
+
+NUMBERS = list(numbers(RunSettings, ""))
+
+
+def with_value(path: str, value: Any) -> dict[str, Any]:
     config = json.loads(json.dumps(dataclasses.asdict(settings())))
     *parents, last = path.split(".")
     inner = config
     for name in parents:
         inner = inner[name]
-    inner[last] = value
-    with pytest.raises(MoextendError, match=named):
-        from_config_dict(config)
+    inner[int(last) if isinstance(inner, list) else last] = value
+    return config
+
+
+def edges(number: Number) -> Iterator[tuple[float, bool]]:
+    """Values at and just outside each edge of the range, and whether they are allowed."""
+    bounds, whole = number.bounds, number.kind is int
+    assert bounds is not None
+    for edge, inside, outward in [
+        (bounds.least, True, -1),
+        (bounds.above, False, -1),
+        (bounds.most, True, 1),
+        (bounds.below, False, 1),
+    ]:
+        if edge is not None:
+            near = [edge + step * outward if whole else math.nextafter(edge, step * outward * math.inf)
+                    for step in (1, -1)]  # fmt: skip
+            yield from [(number.kind(edge), inside), (near[0], near[0] in bounds.also), (near[1], True)]
+    yield from ((value, True) for value in bounds.also)
+    if not whole:
+        yield from ((value, False) for value in (math.nan, math.inf, -math.inf))
+
+
+def test_every_number_has_a_range():
+    assert len(NUMBERS) > 50 and not [number.path for number in NUMBERS if number.bounds is None]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.path)
+def test_the_edges_of_a_range(number: Number):
+    tried = list(edges(number))
+    assert tried
+    for value, allowed in tried:
+        config = with_value(number.path, value)
+        if allowed and number.path.endswith("accumulate"):  # it must divide that
+            config[number.path.split(".")[0]]["batch_size"] = value
+        if allowed:
+            from_config_dict(config)
+            continue
+        where = re.sub(r"\.\d$", "", number.path)
+        with pytest.raises(MoextendError, match=rf"config\.{re.escape(f'{where} = {value} must be ')}"):
+            from_config_dict(config)
+
+
+def test_the_range_is_said():
+    for bounds, words in [
+        (Range(least=1), "at least 1"),
+        (Range(above=0, most=1), "more than 0 and at most 1"),
+        (Range(least=0, below=1), "at least 0 and less than 1"),
+        (Range(least=1, also=(-1,)), "at least 1, or -1"),
+        (Range(), "finite"),
+    ]:
+        with pytest.raises(MoextendError, match=rf"^seed = nan must be {words}$"):
+            bounds.check(math.nan, what="seed")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: OptimizerConfig(clip_norm=-1),
+        lambda: OptimizerConfig(multipliers=cast(Any, {"projektor": 1.0})),
+        lambda: FaultSettings(most_skipped=2),
+        lambda: SelectSettings(share=2.0),
+        lambda: dataclasses.replace(settings(), seed=-1),
+        lambda: dataclasses.replace(settings(), recipe=dataclasses.replace(RECIPES["paper"], calibrator_std=-1.0)),
+        lambda: dataclasses.replace(settings(), remat=cast(Any, "everything")),
+    ],
+)
+def test_classes_called_from_python_are_checked(wrong):
+    with pytest.raises(MoextendError, match=r"^\w+\.(\w+\.)*\w+ (= .* (must be|is not one of)|is no setting)"):
+        wrong()
+
+
+# --- groups and files -------------------------------------------------------------------------------------------------
 
 
 def test_a_setting_left_out_is_named():

@@ -16,10 +16,11 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.extension import routing
 from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.settings import OptimizerConfig
 from moextend_jax.sharding import MESH_AXES, make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
-from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
+from moextend_jax.train.optimizer import make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
 
 pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("eight_devices")]

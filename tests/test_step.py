@@ -15,8 +15,9 @@ from flax import nnx
 
 from moextend_jax.config import RECIPES
 from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
-from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
+from moextend_jax.train.optimizer import make_optimizer
 from moextend_jax.train.step import init_state, make_step
 
 pytestmark = pytest.mark.smoke

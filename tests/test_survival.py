@@ -26,11 +26,11 @@ from moextend_jax import preemption
 from moextend_jax.checkpoints import sums, train_state
 from moextend_jax.config import RECIPES, Batch, MoextendError
 from moextend_jax.lock import locked
+from moextend_jax.settings import OptimizerConfig
 from moextend_jax.sharding import make_mesh
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.nonfinite import read_batch
-from moextend_jax.train.optimizer import OptimizerConfig
 
 HERE = Path(__file__).parent
 FACTS = {"base": "abc", "settings": {"length": 40, "optimizer": {"learning_rate": 0.1}}}

@@ -14,10 +14,10 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.batches import Pixels, batches
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import make_mesh
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
-from moextend_jax.train.optimizer import OptimizerConfig
 
 FACTS = {"base": "abc", "stage": "align", "recipe": {"turns": "all"}}
 CONFIG = tiny.BASE_CONFIG
@@ -48,13 +48,11 @@ def run(source, tokenizer, arrays, monkeypatch):
         seen.clear()
         rows = batches(
             source,
+            stage=StageSettings(data="llava_instruct", steps=6, length=40, batch_size=2),
             tokenizer=tokenizer,
             recipe=RECIPES["paper"],
             images=Pixels(images=source.images, size=32, preparation="pad"),
             patches=4,
-            length=40,
-            batch_size=2,
-            conversations_per_row=1,
             seed=3,
         )
 

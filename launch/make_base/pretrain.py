@@ -31,9 +31,10 @@ from moextend_jax.data.datasets import Images, Source, open_text
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import arrays_of
+from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import make_mesh, parameter_shardings, put_batch
 from moextend_jax.train import stages
-from moextend_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
 
 MODEL = ModelConfig(
@@ -112,13 +113,10 @@ def main() -> None:
         text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=max(1, phase.text_rows), seed=SEED)
     )
     source = Source(rows=Conversations(arguments.text / f"{phase.chats}.json"), images=Images(()))
-    chats = iter(
-        batches(
-            source, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, length=LENGTH,
-            batch_size=max(1, phase.chat_rows),
-            seed=SEED,
-        )
-    )  # fmt: skip
+    rows = StageSettings(
+        data="chats", steps=1, length=LENGTH, batch_size=max(1, phase.chat_rows), conversations_per_row=0
+    )
+    chats = iter(batches(source, stage=rows, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, seed=SEED))
     saved = arguments.state / "state.pkl"
     if saved.exists():
         leaves, *positions = pickle.loads(saved.read_bytes())

@@ -20,7 +20,6 @@ from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, some, write_safetensors
-from moextend_jax.checkpoints.workdir import is_workdir, open_workdir
 from moextend_jax.config import MoextendError
 from moextend_jax.terminal import Parser
 
@@ -98,6 +97,8 @@ def export_main(arguments: list[str]) -> None:
     parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
     parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
     values = parser.parse_args(arguments)
+    from moextend_jax.runs.as_source import is_workdir, open_workdir
+
     shard = _bytes(values.max_shard_size)
     if is_workdir(values.src):
         if values.base or values.vision:

@@ -336,10 +336,3 @@ def check_claim(leaf: Leaf, sha256: str) -> None:
             f"{leaf.where}: {leaf.path} is not what was imported: its bytes have SHA-256 {sha256[:12]}..., "
             f"moextend.json says {leaf.sha256[:12]}...; the file is damaged or was exchanged, so import it again"
         )
-
-
-def base_hash(leaves: Mapping[str, Leaf]) -> str:
-    """`hashes.base_hash`, for callers that still import it from here."""
-    from moextend_jax.checkpoints import hashes
-
-    return hashes.base_hash(leaves)

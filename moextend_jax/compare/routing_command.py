@@ -148,16 +148,17 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
     from moextend_jax.data.tokenizer import load_tokenizer
+    from moextend_jax.settings import StageSettings
 
     tokenizer = load_tokenizer(_tokenizer_folder(options))
-    shape = {"length": options.length, "batch_size": options.batch_size, "seed": None, "epochs": 1}
+    shape = {"length": options.length, "batch_size": options.batch_size}
     if options.text:
         passages = open_text(options.text)
         if options.samples and options.samples < len(passages):
             drawn = np.random.default_rng(options.seed).choice(len(passages), options.samples, replace=False)
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
-        return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, **shape)
+        return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
     if options.data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     source = open_dataset(options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir)
@@ -169,14 +170,13 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         most = max(1, max(len(source[row].images) for row in range(len(source))))
     return batches(
         source,
+        stage=StageSettings(data=options.data, steps=1, images_per_row=most, too_long="drop_turns", **shape),
         tokenizer=tokenizer,
         recipe=recipe,
         images=images,
         patches=config.vision.patches if config.vision else 0,
-        images_per_row=most,
-        conversations_per_row=1,
-        too_long="drop_turns",
-        **shape,
+        seed=None,
+        epochs=1,
     )
 
 

@@ -23,9 +23,10 @@ from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
-from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
+from moextend_jax.train.optimizer import make_optimizer
 from moextend_jax.train.step import init_state, make_step
 
 FIRST = "train0"

@@ -6,9 +6,9 @@ Goes in: a `Source` of conversations with cached features or pixels, or passages
 Several conversations share a row where they fit, each a segment of its own. They are read and packed a window at
 a time: reading rows one by one through TFDS and packing them with Grain's own packer took four times as long.
 
-All hosts read and pack the same windows, and each then decodes the images of its own rows: batches do not depend on how
-many hosts there are, and the place in the data is the same on all of them. Text is the cheap part: one core encodes and
-packs about two thousand conversations a second.
+All processes read and pack the same windows, and each then decodes the images of its own rows (`Share`): batches do
+not depend on how many processes there are, and the place in the data is the same in all of them. Text is the cheap
+part: one core encodes and packs about two thousand conversations a second.
 
 A `Fault` whose policy is `skip` costs its own conversation and moves no other batch's rows: with one conversation per
 row its row stays empty; in a packed window it is left out before packing, or, where an image turns out bad only when
@@ -33,11 +33,12 @@ from absl import flags
 from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Images, Source
-from moextend_jax.data.faults import STRICT, Fault, FaultSettings, counts, described
+from moextend_jax.data.faults import STRICT, Fault, counts, described
 from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.settings import FaultSettings, StageSettings
 
 WINDOW = 256
 """Conversations that are read and packed together. A window's last rows stay partly empty (docs/benchmarks.md), and a
@@ -57,11 +58,17 @@ def _raise(slot: tuple[int, int], fault: Fault) -> None:
     raise fault
 
 
-class Shard(NamedTuple):
-    """This host's part of the rows: `index` of `count`."""
+class Share(NamedTuple):
+    """This process's rows of every batch: the parts `parts` of the `of` equal parts that the mesh makes of its rows, in
+    order. On TPU tori they are scattered over the mesh: (0, 4, 16, 20) of 64."""
 
-    index: int = 0
-    count: int = 1
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
+
+    def of_rows(self, count: int) -> list[int]:
+        """Which of `count` rows of a batch are this process's."""
+        size = count // self.of
+        return [row for part in self.parts for row in range(part * size, (part + 1) * size)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,69 +125,56 @@ class Features:
 def batches(
     source: Source,
     *,
+    stage: StageSettings,
     tokenizer: Tokenizer,
     recipe: Recipe,
     images: Pixels | Features | None,
     patches: int,
-    length: int,
-    batch_size: int,
-    images_per_row: int = 1,
-    conversations_per_row: int | None = None,
-    conversation_length: int | None = None,
+    share: Share = Share(),  # noqa: B008  (immutable)
     seed: int | None = 0,
     epochs: int | None = None,
-    shard: Shard = Shard(),  # noqa: B008  (immutable)
     workers: int = 0,
-    too_long: Literal["error", "drop_turns"] = "error",
     parts: Literal["conversation", "bare_question"] = "conversation",
     faults: FaultSettings = STRICT,
 ) -> grain.IterDataset[Batch]:
-    """Batches of `batch_size` rows of `length` tokens with room for `images_per_row` images (M).
+    """Batches of `stage.batch_size` rows of `stage.length` tokens with room for `stage.images_per_row` images (M).
 
     Args:
+      stage: sizes and packing of the rows of the whole batch, over all processes.
       images: where pixels or features come from; None leaves every image out (and its `<image>` mark), which is
         how the question alone is asked.
-      conversations_per_row: at most so many share a row; 1 is one conversation per row, None as many as fit.
-      conversation_length: most tokens of one conversation; None is a whole row. Rows of several times this length
-        can be filled where single ones can not (docs/benchmarks.md).
+      share: this process's rows of every batch, and all that it gets. The processes' rows, each part at its place, are
+        the batch of a single process.
       seed: order of the rows, another in every epoch; None keeps the source's order.
       epochs: None goes on for ever. At the end of the last one the batch is filled up with empty rows.
-      batch_size: rows on this host.
-      shard: this host's part of every batch. The hosts' batches together are those of a single host.
       workers: processes that read, encode and decode; 0 does it in the caller's process.
-      too_long: `drop_turns` leaves out trailing question-answer pairs that do not fit.
       parts: what of an example is fed; `bare_question` is `conversations.encode_bare_question`.
       faults: which kinds of faults are errors and which are skipped and counted.
 
     Raises:
-      MoextendError: no rows; while iterating, a `Fault` that is not skipped (a conversation that
-        `encode_conversation` refuses, one with more than `images_per_row` images, an image that cannot be read), or
-        that all conversations are skipped.
+      MoextendError: a batch that cannot be divided into `share.of` parts; while iterating, a `Fault` that is not
+        skipped (a conversation that `encode_row` refuses, an image that cannot be read), or that all conversations
+        are skipped.
     """
     encode = partial(
         _encode_example,
+        stage=stage,
         tokenizer=tokenizer,
         recipe=recipe,
         images=images,
         patches=patches,
-        length=min(length, conversation_length or length),
-        images_per_row=images_per_row,
-        too_long=too_long,
         parts=parts,
         faults=faults,
     )
     return _pipeline(
         source,
         encode,
+        stage=stage,
         images=images,
         patches=patches,
-        length=length,
-        batch_size=batch_size,
-        images_per_row=images_per_row if images else 0,
-        conversations_per_row=conversations_per_row,
+        share=share,
         seed=seed,
         epochs=epochs,
-        shard=shard,
         workers=workers,
         faults=faults,
     )
@@ -192,15 +186,15 @@ def text_batches(
     tokenizer: Tokenizer,
     length: int,
     batch_size: int,
-    conversations_per_row: int | None = None,
+    conversations_per_row: int = 0,
+    share: Share = Share(),  # noqa: B008
     seed: int | None = 0,
     epochs: int | None = None,
-    shard: Shard = Shard(),  # noqa: B008
-    workers: int = 0,
 ) -> grain.IterDataset[Batch]:
     """Batches of plain text, each passage BOS + text + EOS, with a label on every token but BOS.
 
     A passage longer than a row goes on in another piece that starts with BOS again; only the last has EOS.
+    `conversations_per_row` passages at most share a row, 0 as many as fit.
     """
     pieces = []
     for passage in passages:
@@ -208,19 +202,11 @@ def text_batches(
         pieces += [
             np.array([tokenizer.bos, *ids[n : n + length - 1]], np.int32) for n in range(0, len(ids), length - 1)
         ]
+    stage = StageSettings(
+        data="text", steps=1, length=length, batch_size=batch_size, conversations_per_row=conversations_per_row
+    )
     return _pipeline(
-        pieces,
-        _encode_piece,
-        images=None,
-        patches=0,
-        length=length,
-        batch_size=batch_size,
-        images_per_row=0,
-        conversations_per_row=conversations_per_row,
-        seed=seed,
-        epochs=epochs,
-        shard=shard,
-        workers=workers,
+        pieces, _encode_piece, stage=stage, images=None, patches=0, share=share, seed=seed, epochs=epochs, workers=0
     )
 
 
@@ -233,18 +219,19 @@ def _pipeline(
     source: Sequence[Any],
     encode: Callable[[Any], Item],
     *,
+    stage: StageSettings,
     images: Pixels | Features | None,
     patches: int,
-    length: int,
-    batch_size: int,
-    images_per_row: int,
-    conversations_per_row: int | None,
+    share: Share,
     seed: int | None,
     epochs: int | None,
-    shard: Shard,
     workers: int,
     faults: FaultSettings = STRICT,
 ) -> grain.IterDataset[Batch]:
+    if stage.batch_size % share.of:
+        raise MoextendError(
+            f"batch_size = {stage.batch_size} must be a multiple of {share.of}, the parts that the mesh makes of it"
+        )
     indices = grain.MapDataset.range(len(source))
     if seed is not None:
         indices = indices.seed(seed).shuffle()
@@ -254,14 +241,14 @@ def _pipeline(
         encode=encode,
         pack=partial(
             pack,
-            length=length,
-            images_per_row=images_per_row,
+            length=stage.length,
+            images_per_row=stage.images_per_row if images else 0,
             patches=patches,
-            conversations_per_row=conversations_per_row,
+            conversations_per_row=stage.conversations_per_row,
         ),
         seed=seed,
         faults=faults,
-        rows_stay=conversations_per_row == 1,
+        rows_stay=stage.conversations_per_row == 1,
     )
     # Threads would only take turns: the work is Python.
     rows = grain.experimental.FlatMapIterDataset(
@@ -269,21 +256,19 @@ def _pipeline(
     )
     finish = partial(
         _batch,
-        batch_size=batch_size,
-        shard=shard,
-        length=length,
+        stage=stage,
+        share=share,
         images=images,
-        images_per_row=images_per_row,
         faults=faults,
         check=partial(_check_any_good, source, encode, images),
-        examples=(conversations_per_row or length // SHORTEST) if isinstance(source, Source) else 0,
+        examples=(stage.conversations_per_row or stage.length // SHORTEST) if isinstance(source, Source) else 0,
     )
-    made = rows.batch(batch_size * shard.count, batch_fn=finish)
+    ready = rows.batch(stage.batch_size, batch_fn=finish)
     if not workers:
-        return made
+        return ready
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own
-    return made.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_run)
+    return ready.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_run)
 
 
 def _live_with_the_run(*_: int) -> None:
@@ -326,7 +311,7 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
         # Without any row the counts would be lost, and a data set of such windows would be waited for without end.
         rows = self.pack(items) if items else [self.pack([NOTHING])[0]._replace(places=())]
         rows = self._counted(rows, skipped) if self.faults.can_skip else rows
-        if self.seed is not None:  # packing sorts by length, and hosts take blocks of rows: mix them
+        if self.seed is not None:  # packing sorts by length, and processes take blocks of rows: mix them
             np.random.default_rng([self.seed, *element]).shuffle(rows)  # pyright: ignore[reportArgumentType]
         return rows
 
@@ -341,14 +326,22 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
 
 
 def _encode_example(
-    example: Example, *, images: Pixels | Features | None, faults: FaultSettings, **options: Any
+    example: Example, *, stage: StageSettings, images: Pixels | Features | None, faults: FaultSettings, **options: Any
 ) -> Item:
     if example.fault is not None and faults.policies[example.fault.kind] != "keep":
         raise example.fault.again()
     turns, refs = example.conversations, example.images
     if images is None:
         turns, refs = [_without_marks(turn) for turn in turns], ()
-    encoded = encode_row(turns, example_id=example.id, images=len(refs), **options)
+    encoded = encode_row(
+        turns,
+        example_id=example.id,
+        images=len(refs),
+        length=min(stage.length, stage.conversation_length or stage.length),
+        images_per_row=stage.images_per_row,
+        too_long=stage.too_long,
+        **options,
+    )
     return Item(encoded, [images.row(ref) for ref in refs[: encoded.images]] if images else [])
 
 
@@ -369,20 +362,17 @@ NOTHING = _encode_piece(np.zeros(0, np.int32))
 def _batch(
     rows: Sequence[Row],
     *,
-    batch_size: int,
-    length: int,
+    stage: StageSettings,
     images: Pixels | Features | None,
-    images_per_row: int,
-    shard: Shard = Shard(),  # noqa: B008
+    share: Share = Share(),  # noqa: B008
     faults: FaultSettings = STRICT,
     check: Callable[[], None] = lambda: None,
     examples: int = 0,
 ) -> Batch:
-    """This host's rows of all hosts' `rows`; `examples` is g, most conversations of a row, 0 does not say which they
-    are."""
-    rows = rows[shard.index * batch_size :][:batch_size]
-    missing = batch_size - len(rows)
-    rows = [*rows, *[empty_row(length=length, images_per_row=images_per_row)] * missing]
+    """This process's rows of all processes' `rows`; `examples` is g, most conversations of a row, 0 does not say which
+    they are."""
+    empty = empty_row(length=stage.length, images_per_row=stage.images_per_row if images else 0)
+    rows = [rows[b] if b < len(rows) else empty for b in share.of_rows(stage.batch_size)]
     bad: dict[tuple[int, int], Fault] = {}
 
     def on_fault(slot: tuple[int, int], fault: Fault) -> None:
@@ -403,7 +393,7 @@ def _batch(
     if images:
         batch = batch._replace(**{images.field: pixels})
     if examples:
-        examples_Bg = np.full((batch_size, examples), -1, np.int32)
+        examples_Bg = np.full((len(rows), examples), -1, np.int32)
         for b, row in enumerate(rows):
             examples_Bg[b, : len(row.places)] = [place.example for place in row.places]
         batch = batch._replace(examples_Bg=examples_Bg)

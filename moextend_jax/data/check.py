@@ -25,8 +25,9 @@ from moextend_jax.data import inspector
 from moextend_jax.data.builders import BUILDERS, Llava
 from moextend_jax.data.datasets import Example, Source, family_of, open_dataset
 from moextend_jax.data.entries import Entry, read_entries
-from moextend_jax.data.faults import KINDS, FaultSettings
+from moextend_jax.data.faults import KINDS
 from moextend_jax.data.inspector import Folder, Found, Inspector, Reading, Work
+from moextend_jax.settings import FaultSettings
 
 ROWS, IMAGES = 256, 32
 """A chunk of work of each kind."""

@@ -22,7 +22,8 @@ import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.builders import BUILDERS, ImageRef, Llava, scan
-from moextend_jax.data.faults import STRICT, Fault, FaultSettings, refuse
+from moextend_jax.data.faults import STRICT, Fault, refuse
+from moextend_jax.settings import FaultSettings
 
 
 class Example(NamedTuple):

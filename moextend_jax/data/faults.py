@@ -6,54 +6,44 @@ skipped, `counts_G`: conversations read, then those skipped by kind (G = 1 + kin
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moextend_jax.config import MoextendError
-
-Policy = Literal["error", "skip", "keep"]
-"""`error` stops the run, `skip` leaves the conversation out and counts it, `keep` takes a sound one all the same."""
+from moextend_jax.settings import KEEPABLE, FaultKind, FaultSettings
 
 
 class Kind(NamedTuple):
     """`image`: of an image file, so of all conversations that show it; else of one conversation."""
 
-    default: Policy
     image: bool
     means: str
 
 
-# What is wrong with the configuration (a folder, a length, a template) is wrong with many rows, and to skip them would
-# train on something else than was asked for: error. One scraped file in a thousand is damaged, and whoever
-# finds it after 30 hours can only leave it out: skip, within `most_skipped`. A repeated id is no damage at all: LLaVA's
-# instructions ask several conversations about an image under the image's id.
-KINDS: dict[str, Kind] = {
-    "missing": Kind("error", True, "no such image file"),
-    "outside": Kind("error", True, "path leaves the image folder: absolute, .. or a symlink"),
-    "url": Kind("error", True, "a URL in place of a path"),
-    "unreadable": Kind("skip", True, "the file system refuses the file, or its data are damaged"),
-    "truncated": Kind("skip", True, "the image ends too early"),
-    "empty_file": Kind("skip", True, "zero bytes"),
-    "oversized": Kind("skip", True, "more bytes or pixels than an image may have"),
-    "not_image": Kind("skip", True, "not an image file"),
-    "not_finite": Kind("skip", True, "NaN or infinite pixels"),
-    "entry": Kind("error", False, "not an object with conversations and, perhaps, image paths"),
-    "encoding": Kind("error", False, "text that is not UTF-8"),
-    "reserved": Kind("error", False, "text with a control character that stands for images"),
-    "turn": Kind("error", False, "a turn without a role or whose value is not text"),
-    "roles": Kind("error", False, "a role that is neither human nor gpt"),
-    "order": Kind("error", False, "turns that do not alternate human, gpt"),
-    "empty_answer": Kind("error", False, "an answer without text"),
-    "marks": Kind("error", False, "image marks that do not match the images"),
-    "too_long": Kind("error", False, "more tokens than a row has"),
-    "too_many_images": Kind("error", False, "more images than a row has room for"),
-    "duplicate_id": Kind("keep", False, "the id of an earlier conversation"),
+KINDS: dict[FaultKind, Kind] = {
+    "missing": Kind(True, "no such image file"),
+    "outside": Kind(True, "path leaves the image folder: absolute, .. or a symlink"),
+    "url": Kind(True, "a URL in place of a path"),
+    "unreadable": Kind(True, "the file system refuses the file, or its data are damaged"),
+    "truncated": Kind(True, "the image ends too early"),
+    "empty_file": Kind(True, "zero bytes"),
+    "oversized": Kind(True, "more bytes or pixels than an image may have"),
+    "not_image": Kind(True, "not an image file"),
+    "not_finite": Kind(True, "NaN or infinite pixels"),
+    "entry": Kind(False, "not an object with conversations and, perhaps, image paths"),
+    "encoding": Kind(False, "text that is not UTF-8"),
+    "reserved": Kind(False, "text with a control character that stands for images"),
+    "turn": Kind(False, "a turn without a role or whose value is not text"),
+    "roles": Kind(False, "a role that is neither human nor gpt"),
+    "order": Kind(False, "turns that do not alternate human, gpt"),
+    "empty_answer": Kind(False, "an answer without text"),
+    "marks": Kind(False, "image marks that do not match the images"),
+    "too_long": Kind(False, "more tokens than a row has"),
+    "too_many_images": Kind(False, "more images than a row has room for"),
+    "duplicate_id": Kind(False, "the id of an earlier conversation"),
 }
-KEEPABLE = ("duplicate_id",)
-"""Kinds whose conversation can be read all the same."""
 
 LEAST_READ = 1000
 """Shares are of at least so many conversations: the first bad one of a run is not 100 %."""
@@ -73,35 +63,6 @@ class Fault(MoextendError):
     def again(self) -> Fault:
         """The same to raise once more, without the traces of the last time."""
         return Fault(str(self), self.kind, self.id)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FaultSettings:
-    """What to do about each kind; kinds not named have the table's default. Above `most_skipped`, the share of the
-    conversations read that were skipped, a run stops."""
-
-    policies: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
-    most_skipped: float = 0.01
-
-    def __post_init__(self):
-        for kind, policy in self.policies.items():
-            if kind not in KINDS:
-                raise MoextendError(f"policies: {kind} is no kind of fault; there are {', '.join(KINDS)}")
-            allowed = ("error", "skip", "keep") if kind in KEEPABLE else ("error", "skip")
-            if policy not in allowed:
-                raise MoextendError(f"policies: {kind} = {policy!r} is not one of {', '.join(allowed)}")
-        if not 0 <= self.most_skipped <= 1:
-            raise MoextendError(f"most_skipped = {self.most_skipped} is no share between 0 and 1")
-        # All kinds are written out, so that a command line can set each, and a checkpoint's facts name each.
-        whole = {kind: self.policies.get(kind, row.default) for kind, row in KINDS.items()}
-        object.__setattr__(self, "policies", whole)
-
-    @property
-    def can_skip(self) -> bool:
-        return "skip" in self.policies.values()
-
-    def skips(self, fault: Fault) -> bool:
-        return self.policies[fault.kind] == "skip"
 
 
 STRICT = FaultSettings(policies={kind: "error" for kind in KINDS if kind not in KEEPABLE})

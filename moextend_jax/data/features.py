@@ -22,8 +22,9 @@ import numpy as np
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import Images
-from moextend_jax.data.faults import STRICT, Fault, FaultSettings, refuse
+from moextend_jax.data.faults import STRICT, Fault, refuse
 from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.settings import FaultSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,18 +51,17 @@ class Row(NamedTuple):
 
 
 def pack(
-    items: Sequence[Item], *, length: int, images_per_row: int, patches: int, conversations_per_row: int | None
+    items: Sequence[Item], *, length: int, images_per_row: int, patches: int, conversations_per_row: int
 ) -> list[Row]:
-    """Rows that hold every item once; each must fit an empty row.
+    """Rows that hold every item once; each must fit an empty row. `conversations_per_row` 0 is as many as fit.
 
     With one conversation per row the order is kept.
     """
     if conversations_per_row == 1:
         return [_row([item], length, images_per_row, patches) for item in items]
     # What a row has of each kind, and what an item takes of it.
-    limited = conversations_per_row is not None
-    room = np.array([conversations_per_row or 0, images_per_row, length])
-    takes = [np.array([int(limited), len(item.image_rows), len(item.encoded.ids_L)]) for item in items]
+    room, limited = np.array([conversations_per_row, images_per_row, length]), int(conversations_per_row > 0)
+    takes = [np.array([limited, len(item.image_rows), len(item.encoded.ids_L)]) for item in items]
     left = sorted(range(len(items)), key=lambda n: takes[n][-1])
     rows = []
     while left:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from moextend_jax.config import IGNORE, Batch
-from moextend_jax.distributed import gathered, share_of_rows
 from moextend_jax.evaluate.prompts import Prompt, Work, plan
 from moextend_jax.generate import Arrays, Generator, Heads
-from moextend_jax.sharding import row_shards, spec
+from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
 
 LOOK = 32
 """Tokens between two looks at what has been said, where the text decides when to stop."""
@@ -53,15 +52,18 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asker:
-    """A model on a mesh. `rows` and `tokens` are the most of a batch, over all devices; see `prompts.plan`."""
+    """A model on its generator's mesh. `rows` and `tokens` are the most of a batch, over all devices; see `prompts.plan`."""
 
     generator: Generator
     arrays: Arrays
-    mesh: Mesh
     eos: int
     rows: int
     tokens: int
     pictures: Pictures | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.generator.mesh
 
     def complete(
         self,
@@ -101,21 +103,21 @@ class Asker:
     # --- results ------------------------------------------------------------------------------------------------------
 
     def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[Completed]:
-        ids_BL = np.concatenate([gathered(piece) for piece in pieces], axis=1)
+        ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
         return [Completed(n, _until(ids_BL[row], self.eos)) for n, row in _placed(work)]
 
     def _until(self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]) -> list[Any]:
         """Pieces until no row wants more."""
         seen: list[np.ndarray] = []
         for piece in pieces:
-            seen.append(gathered(piece))
+            seen.append(on_host(piece))
             ids_BL = np.concatenate(seen, axis=1)
             if all(self.eos in ids_BL[row] or stop(n, ids_BL[row].tolist()) for n, row in _placed(work)):
                 break
         return seen
 
     def _scored(self, prompts: Sequence[Prompt], work: Work, nats: jax.Array, likeliest: jax.Array) -> list[Scored]:
-        nats_BL, likeliest_BL = gathered(nats).astype(np.float64), gathered(likeliest)
+        nats_BL, likeliest_BL = on_host(nats).astype(np.float64), on_host(likeliest)
         found = []
         for n, row in _placed(work):
             targets_L = prompts[n].targets_L
@@ -130,14 +132,13 @@ class Asker:
     def _started(self, prompts: Sequence[Prompt], *, room: int) -> Iterator[tuple[Work, Batch, Heads | None]]:
         """Every batch on the devices, its heads read."""
         parts = row_shards(self.mesh)
-        share = share_of_rows(self.mesh)
-        mine = range(share.index * parts // share.count, (share.index + 1) * parts // share.count)
+        own = own_row_shards(self.mesh)
         works = plan(prompts, parts=parts, rows=self.rows // parts, tokens=self.tokens // parts, room=room)
         most = max((len(prompt.images) for prompt in prompts), default=0)
 
         def made(work: Work) -> tuple[Batch, list[tuple[Batch, np.ndarray]]]:
-            readings = [self._heads(prompts, work, mine, n, most) for n in range(work.readings)]
-            return _tails(prompts, work, mine), readings
+            readings = [self._heads(prompts, work, own, n, most) for n in range(work.readings)]
+            return _tails(prompts, work, own), readings
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(made, works[0]) if works else None
@@ -145,15 +146,15 @@ class Asker:
                 assert coming is not None
                 tails, readings = coming.result()
                 coming = pool.submit(made, works[n + 1]) if n + 1 < len(works) else None
-                yield work, self._put(tails), self._read(prompts, work, mine, readings)
+                yield work, place_rows(tails, self.mesh), self._read(prompts, work, own, readings)
 
-    def _heads(self, prompts, work: Work, mine: range, reading: int, most: int) -> tuple[Batch, np.ndarray]:
+    def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, most: int) -> tuple[Batch, np.ndarray]:
         """Those of one reading, and which row takes which of them."""
         first, count, length = reading * work.heads_at_once, work.heads_at_once, work.head_length
-        batch = _empty_batch(count * len(mine), length)
-        images_nM = np.full((count * len(mine), most), -1, np.int32)
-        rows_B = np.full(work.rows * len(mine), -1, np.int32)
-        for p, part in enumerate(mine):
+        batch = _empty_batch(count * len(own), length)
+        images_nM = np.full((count * len(own), most), -1, np.int32)
+        rows_B = np.full(work.rows * len(own), -1, np.int32)
+        for p, part in enumerate(own):
             for slot, n in enumerate(work.heads[part][first : first + count]):
                 row, prompt = p * count + slot, prompts[n]
                 batch.ids_BL[row, : prompt.head] = prompt.ids_L[: prompt.head]
@@ -168,31 +169,26 @@ class Asker:
             batch = batch._replace(**{self.pictures.field: self.pictures.read(images_nM)})
         return batch, rows_B
 
-    def _read(self, prompts, work: Work, mine: range, readings: list[tuple[Batch, np.ndarray]]) -> Heads | None:
+    def _read(
+        self, prompts, work: Work, own: tuple[int, ...], readings: list[tuple[Batch, np.ndarray]]
+    ) -> Heads | None:
         if not readings:
             return None
         rows = work.rows * row_shards(self.mesh)
-        past = self.generator.no_heads(rows=rows, length=work.head_length, mesh=self.mesh)
+        past = self.generator.no_heads(rows=rows, length=work.head_length)
         for heads, rows_B in readings:
-            past = self.generator.read(self.arrays, self._put(heads), past, self._put(rows_B))
-        length_B, sighted_B = (np.zeros(work.rows * len(mine), kind) for kind in (np.int32, bool))
-        for p, part in enumerate(mine):
+            past = self.generator.read(self.arrays, place_rows(heads, self.mesh), past, place_rows(rows_B, self.mesh))
+        length_B, sighted_B = (np.zeros(work.rows * len(own), kind) for kind in (np.int32, bool))
+        for p, part in enumerate(own):
             for row, n in enumerate(work.prompts[part], p * work.rows):
                 length_B[row], sighted_B[row] = prompts[n].head, bool(prompts[n].images)
         seeing = any(prompt.images for prompt in prompts)
-        return Heads(past, self._put(length_B), self._put(sighted_B) if seeing else None)
-
-    def _put(self, tree: Any) -> Any:
-        """Rows of this process's devices, on them."""
-        rows = NamedSharding(self.mesh, spec("B"))
-        if jax.process_count() == 1:
-            return jax.tree.map(lambda array: jax.device_put(array, rows), tree)
-        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(rows, array), tree)
+        return Heads(past, place_rows(length_B, self.mesh), place_rows(sighted_B, self.mesh) if seeing else None)
 
 
-def _tails(prompts: Sequence[Prompt], work: Work, mine: range) -> Batch:
-    batch = _empty_batch(work.rows * len(mine), work.tail_length)
-    for p, part in enumerate(mine):
+def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:
+    batch = _empty_batch(work.rows * len(own), work.tail_length)
+    for p, part in enumerate(own):
         for row, n in enumerate(work.prompts[part], p * work.rows):
             prompt = prompts[n]
             batch.ids_BL[row, : prompt.tail] = prompt.ids_L[prompt.head :]

@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from moextend_jax import distributed, pipeline
+from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.data.images import decode_image
 from moextend_jax.evaluate.benchmarks import answers, table
@@ -24,8 +22,10 @@ from moextend_jax.evaluate.benchmarks.question import Answered, Question, image_
 from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.pictures import QuestionPictures
 from moextend_jax.evaluate.questions import prompt_of
-from moextend_jax.evaluate.running import asker_of, generator_of, identity, open_model
-from moextend_jax.pipeline import Run
+from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.runs.models_of import identity, open_model
+from moextend_jax.runs.results import ANSWERING, model_row
+from moextend_jax.runs.run import Run, write_json
 
 EXAMPLES, PIXELS = 6, 256
 """Questions that the report shows of a benchmark, and the longest side of their pictures."""
@@ -55,8 +55,8 @@ def benchmark(
     most = max_new_tokens or table.benchmark(name).max_new_tokens
     every = table.read(name, data, split)
     questions = every[:limit]
-    if model == "base" and any(question.image is not None for question in questions):
-        raise MoextendError(f"the base model cannot see: benchmark {name} needs --model aligned, moextend or full")
+    if not model_row(model).sees and any(question.image is not None for question in questions):
+        raise MoextendError(f"the {model} model cannot see: benchmark {name} needs --model {' or '.join(ANSWERING)}")
     path = folder_of(run, name, split=split, model=model) / "answers.jsonl"
     asked = f"{identity(run, model)}-{most}"
     speed = _answer(run, name, questions, every, path, model=model, model_id=asked, max_new_tokens=most)
@@ -73,8 +73,8 @@ def benchmark(
         shown = examples(answered, scores.points)
     else:
         shown = []
-    pipeline.write_json(path.with_name("examples.json"), shown)
-    pipeline.write_json(path.with_name("scores.json"), record)
+    write_json(path.with_name("examples.json"), shown)
+    write_json(path.with_name("scores.json"), record)
     return record
 
 
@@ -148,14 +148,13 @@ def _answer(
                 images=images,
                 tokenizer=run.tokenizer,
                 recipe=run.settings.recipe,
-                patches=run.config.vision.patches,
+                patches=run.patches,
                 where=question.where,
             )
             for question, images in zip(left, pictures.numbers, strict=True)
         ]
         opened = open_model(run, model)
         asker = asker_of(run, generator_of(run, opened.model), opened.arrays, pictures=pictures)
-        stack.enter_context(jax.set_mesh(run.mesh))
         with counting(name, len(questions), unit="questions", done=len(questions) - len(left)) as bar:
             for some in asker.complete(prompts, max_new_tokens=max_new_tokens):
                 for index, ids in some:

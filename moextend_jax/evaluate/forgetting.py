@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 from rich.table import Table
 
-from moextend_jax import distributed, pipeline
+from moextend_jax import distributed
 from moextend_jax.config import ModelConfig, MoextendError
-from moextend_jax.evaluate.running import asker_of, generator_of, identity, open_model, text_only
+from moextend_jax.evaluate.running import asker_of, generator_of
 from moextend_jax.generate import Generator
-from moextend_jax.pipeline import Run
+from moextend_jax.runs.models_of import identity, open_model, text_only
+from moextend_jax.runs.run import Run, write_json
 from moextend_jax.terminal import console
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "mbpp", "mmlu", "gsm8k")
@@ -63,7 +64,7 @@ def forgetting(
     found: dict[str, dict[str, Any]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
     for name in ("base", *models):
-        model, arrays = text_only(*open_model(run, name))
+        model, arrays = text_only(open_model(run, name))
         generator = generators.setdefault(model.config, generator_of(run, model))
         asked = HarnessModel(asker_of(run, generator, arrays), tokenizer=run.tokenizer, max_length=max_length)
         # lm-eval keeps answers by request in a file of SQLite, which one process alone can write.
@@ -85,7 +86,7 @@ def forgetting(
         "results": {name: results["results"] for name, results in found.items()},
         "versions": {name: results.get("versions", {}) for name, results in found.items()},
     }
-    pipeline.write_json(run.workdir / "eval" / "forgetting.json", record)
+    write_json(run.workdir / "eval" / "forgetting.json", record)
     if distributed.first():
         print_table(record)
     return record

@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from moextend_jax.config import MoextendError
@@ -68,7 +67,7 @@ class HarnessModel(TemplateLM):
         """requests: (what to cache under, ids of the context, ids of the continuation)."""
         prompts = [self._scored(*one) for one in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with counting("scoring", len(prompts), unit="requests") as bar, jax.set_mesh(self.asker.mesh):
+        with counting("scoring", len(prompts), unit="requests") as bar:
             for some in self.asker.score(prompts):
                 for index, nats, greedy in some:
                     found[index] = nats, greedy
@@ -123,7 +122,7 @@ class HarnessModel(TemplateLM):
                 raise MoextendError("a task asks for sampled text, but here text is generated greedily")
             stops = generating.handle_stop_sequences(options["until"], eos=None)
             alike[options["max_gen_toks"], tuple(stops)].append(n)
-        with counting("generating", len(requests), unit="requests") as bar, jax.set_mesh(self.asker.mesh):
+        with counting("generating", len(requests), unit="requests") as bar:
             for (most, stops), numbers in alike.items():
                 for index, text in self._generated([requests[n] for n in numbers], most, stops, bar):
                     n = numbers[index]

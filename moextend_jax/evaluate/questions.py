@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe
 from moextend_jax.data.batches import Features, Pixels
-from moextend_jax.data.conversations import encode_prompt
+from moextend_jax.data.conversations import encode_prompt, first_pair
 from moextend_jax.data.datasets import Example
+from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.prompts import Prompt
 
@@ -24,13 +26,12 @@ class Question(NamedTuple):
     answer: str
 
 
-def questions_of(examples: Iterable[Example]) -> list[Question]:
-    """Of the examples that are whole; the run has said of the others what is wrong with them, or refused them."""
-    return [
-        Question(one, one.conversations[0]["value"], one.conversations[1]["value"])
-        for one in examples
-        if one.fault is None
-    ]
+def question_of(example: Example) -> Question:
+    """Raises the `Fault` for which training would refuse the conversation."""
+    if example.fault is not None:
+        raise example.fault.again()
+    text, answer = first_pair(example.conversations, example_id=example.id)
+    return Question(example, text, answer)
 
 
 def prompt_of(
@@ -49,53 +50,45 @@ def prompt_of(
     return Prompt(ids_L=encoded.ids_L, patches_L=encoded.patches_L, head=last + 2, images=images, where=where)
 
 
-def prompt_batch(
-    questions: Sequence[Question],
-    *,
-    tokenizer: Tokenizer,
-    recipe: Recipe,
-    images: Pixels | Features,
-    patches: int,
-    length: int,
-    rows: int,
-) -> Batch:
-    """Prompts that end where the answer begins, padded on the right to `length`, and to `rows` rows with copies."""
+def prompt_batch(prompts: Sequence[Prompt], *, images: Pixels | Features, rows: int, length: int) -> Batch:
+    """Prompts that end where the answer begins, padded on the right to `length`, and to `rows` rows with empty ones."""
     ids_BL = np.zeros((rows, length), np.int32)
     segments_BL, patches_BL = np.zeros_like(ids_BL), np.full_like(ids_BL, -1)
-    most = max(len(question.example.images) for question in questions)
+    most = max(len(prompt.images) for prompt in prompts)
     rows_BM = np.full((rows, most), -1, np.int32)
-    for row in range(rows):
-        question = questions[min(row, len(questions) - 1)]
-        refs = question.example.images
-        encoded = encode_prompt(question.text, images=len(refs), tokenizer=tokenizer, recipe=recipe, patches=patches)
-        count = len(encoded.ids_L)
-        if count > length:
-            raise MoextendError(
-                f"question {question.example.id}: its prompt has {count} tokens, evaluate.length is {length}; raise it"
-            )
-        ids_BL[row, :count] = encoded.ids_L
+    for row, prompt in enumerate(prompts):
+        count = len(prompt.ids_L)
+        ids_BL[row, :count] = prompt.ids_L
         segments_BL[row, :count] = 1
-        patches_BL[row, :count] = encoded.patches_L
-        rows_BM[row, : len(refs)] = [images.row(ref) for ref in refs]
+        patches_BL[row, :count] = prompt.patches_L
+        rows_BM[row, : len(prompt.images)] = prompt.images
     positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BL.shape)
     batch = Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, segments_BL, patches_BL)
     return images.fill(batch, rows_BM) if most else batch
 
 
-def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> float:
+def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:
     """Share of answers equal to the right one but for case, outer spaces and a final full stop."""
-    right = [_plain(question.answer) == _plain(said) for question, said in zip(questions, answers, strict=True)]
-    return sum(right) / len(right)
+    return sum(_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)) / len(right)
 
 
-def question_only_answers(training: Iterable[Question], questions: Sequence[Question]) -> list[str]:
-    """The best that can be said without the image: each question's most frequent answer in the training data."""
-    seen: dict[str, Counter[str]] = defaultdict(Counter)
+def question_only_answers(training: Iterable[Example], asked: Sequence[str]) -> list[str]:
+    """The best that can be said without the image: each question's most frequent answer in the training data.
+
+    Args:
+      training: conversations; those that training refuses or skips say nothing.
+      asked: texts of the questions.
+    """
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
-    for question in training:
-        seen[question.text][question.answer] += 1
-        overall[question.answer] += 1
-    return [(seen.get(question.text) or overall).most_common(1)[0][0] for question in questions]
+    for example in training:
+        with contextlib.suppress(Fault):
+            question = question_of(example)
+            by_question[question.text][question.answer] += 1
+            overall[question.answer] += 1
+    if not overall:
+        raise MoextendError("no conversation of the training data has a question and an answer")
+    return [(by_question.get(text) or overall).most_common(1)[0][0] for text in asked]
 
 
 def _plain(text: str) -> str:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import jax
+from jax.sharding import Mesh
 
 from moextend_jax.config import Batch
+from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.train.loss import cross_entropy
 
 
-def text_loss_step(model: MoExtend, *, chunk: int) -> Callable:
-    """Jitted `(arrays, batch) -> (summed nats, tokens)`."""
+def text_loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Program:
+    """Jitted `(arrays, batch) -> (summed nats, tokens)`; `mesh` says where these are (None: on one device)."""
 
     def step(arrays: dict[str, jax.Array], batch: Batch):
-        whole = with_arrays(model, arrays)
-        return cross_entropy(whole(batch).hidden_BLD, whole.decoder.head_DV, batch.labels_BL, chunk=chunk)
+        loaded = with_arrays(model, arrays)
+        return cross_entropy(loaded(batch).hidden_BLD, loaded.decoder.head_DV, batch.labels_BL, chunk=chunk)
 
-    return jax.jit(step)
+    return Program(step, mesh=mesh or one_device())
 
 
 def text_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:

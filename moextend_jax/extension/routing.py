@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from moextend_jax.config import Batch, MoextendError, Recipe
-from moextend_jax.distributed import gathered
+from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
 
@@ -59,12 +60,22 @@ def tally(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:
     return (picks_ZTO * of_T[None, :, None]).sum(axis=1)
 
 
-def count_all(model: MoExtend, arrays: dict[str, jax.Array], batches: Iterable[Batch], *, recipe: Recipe) -> Counts:
-    """Counts over batches, summed in 64 bits on the host. `model` gives the structure, `arrays` the parameters."""
-    counted = jax.jit(lambda arrays, batch: count_picks(with_arrays(model, arrays), batch, recipe=recipe))
+def count_all(
+    model: MoExtend,
+    arrays: dict[str, jax.Array],
+    batches: Iterable[Batch],
+    *,
+    recipe: Recipe,
+    mesh: Mesh | None = None,
+) -> Counts:
+    """Counts over batches, summed in 64 bits on the host. `model` gives the structure, `arrays` the parameters, `mesh`
+    says where they and the batches are (None: on one device)."""
+    counted = Program(
+        lambda arrays, batch: count_picks(with_arrays(model, arrays), batch, recipe=recipe), mesh=mesh or one_device()
+    )
     total = None
     for batch in batches:
-        counts = [gathered(part).astype(np.int64) for part in counted(arrays, batch)]
+        counts = [on_host(part).astype(np.int64) for part in counted(arrays, batch)]
         total = counts if total is None else [a + b for a, b in zip(total, counts, strict=True)]
     if total is None:
         raise MoextendError("no batch to count routing on: the held-out data set is empty")

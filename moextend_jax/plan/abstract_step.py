@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from moextend_jax.config import Batch, ModelConfig, MoextendError
+from moextend_jax.mesh import Rows, check_rows, rows_sharding, state_shardings
 from moextend_jax.models.moextend import abstract as structure
 from moextend_jax.models.parameters import by_path
+from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, StageSettings
-from moextend_jax.sharding import batch_shardings, parameter_shardings
+from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
@@ -36,14 +38,15 @@ class AbstractStep(NamedTuple):
 
 
 def stage_settings(settings: RunSettings, stage: str) -> StageSettings:
-    if stage not in ("align", "extend", "finetune", "full"):
-        raise MoextendError(f"stage {stage!r} is unknown; there are align, extend, finetune, full")
-    return getattr(settings, stage)
+    """Of a result that is trained (`results.RESULTS`)."""
+    if stage not in results.training():
+        raise MoextendError(f"stage {stage!r} is unknown; there are {', '.join(results.training())}")
+    return getattr(settings, results.result(stage).settings)
 
 
 def patterns(settings: RunSettings, *, stage: str) -> tuple[str, ...]:
     """What trains. Full training of a text model is of its decoder."""
-    return stages.patterns("full_text" if stage == "full" and not settings.vision else stage, recipe=settings.recipe)
+    return results.patterns(stage, recipe=settings.recipe, sees=bool(settings.vision))
 
 
 def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mesh: Mesh) -> AbstractStep:
@@ -65,17 +68,14 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
         aux_coefficient=settings.aux_coefficient,
         loss_chunk=run.loss_chunk,
         accumulate=run.accumulate,
+        mesh=mesh,
     )
     state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), trainable)
-    state = jax.tree_util.tree_map_with_path(lambda path, leaf: _placed(path, leaf, leaves, mesh), state)
+    state = jax.tree.map(_sharded, state, state_shardings(state, leaves, mesh))
     return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh)
 
 
-def _placed(path: Any, leaf: jax.ShapeDtypeStruct, leaves: dict[str, Any], mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A leaf of the state with the sharding of the parameter whose path it stands under."""
-    keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in leaves]
-    owner = leaves[keys[-1]] if keys and leaves[keys[-1]].shape == leaf.shape else None
-    sharding = owner.sharding if owner else NamedSharding(mesh, PartitionSpec())
+def _sharded(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
@@ -86,12 +86,9 @@ def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch
     if config.vision:
         size = config.vision.image_size
         images = jax.ShapeDtypeStruct((run.batch_size, run.images_per_row, size, size, 3), jnp.float32)
+    check_rows([Rows("batch_size", run.batch_size, run.accumulate)], mesh)
     batch = Batch(rows, rows, rows, rows, rows, images_BMhwc=images)
-    placed = {
-        name: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-        for (name, array), sharding in zip(batch._asdict().items(), batch_shardings(batch, mesh), strict=True)
-    }
-    return Batch(**placed)
+    return jax.tree.map(lambda array: _sharded(array, rows_sharding(mesh)), batch)
 
 
 def text_only(settings: RunSettings) -> RunSettings:

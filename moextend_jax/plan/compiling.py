@@ -35,7 +35,7 @@ def compile_step(abstract: AbstractStep) -> Compiled:
     platform = (chip := abstract.mesh.devices.flat[0]).platform
     # tokamax asks the default device what it may use.
     default = jax.default_device(chip) if platform == "gpu" else contextlib.nullcontext()
-    with tempfile.TemporaryDirectory(prefix="moextend-plan-") as folder, jax.set_mesh(abstract.mesh):
+    with tempfile.TemporaryDirectory(prefix="moextend-plan-") as folder:
         with default:
             lowered = abstract.step.lower(abstract.state, abstract.frozen, abstract.batch)
         # libtpu writes its program down itself: it may be newer than jaxlib, which then cannot read it back.

@@ -11,6 +11,7 @@ from pathlib import Path
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.loading import folder_of, open_source
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.runs.results import result
 from moextend_jax.settings import RunSettings
 
 _8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
@@ -41,7 +42,7 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     return ModelConfig(
         decoder=decoder,
         vision=_tower(settings.vision, feature_layer=feature_layer) if settings.vision else None,
-        extension=extension(decoder, share=settings.select.share) if stage == "finetune" else None,
+        extension=extension(decoder, share=settings.select.share) if result(stage).grown else None,
         **settings.model_options,
     )
 

@@ -16,8 +16,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from moextend_jax.config import MoextendError
+from moextend_jax.mesh import mesh_of
 from moextend_jax.plan.chips import Chip, chip
-from moextend_jax.sharding import mesh_of
 
 TARGETS = Path(__file__).parent
 """Holds NAME.txtpb, what the CUDA compiler wants to know of a GPU."""

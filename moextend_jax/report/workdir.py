@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError
+from moextend_jax.runs.results import training
 from moextend_jax.train.metrics import read_metrics
 
-STAGES = ("align", "extend", "finetune", "full")
 KINDS = ("image", "text")
 
 
@@ -59,7 +59,7 @@ def read_workdir(workdir: Path) -> Workdir:
     if not workdir.is_dir():
         raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
     selection, routing = _json(workdir / "select/routing.json", dict), _json(workdir / "finetune/routing.json", dict)
-    metrics = {stage: workdir / stage / "metrics.jsonl" for stage in STAGES}
+    metrics = {stage: workdir / stage / "metrics.jsonl" for stage in training()}
     found = Workdir(
         config=_json(workdir / "config.json", dict),
         summary=_json(workdir / "summary.json", dict),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,117 +14,115 @@ import jax
 
 from moextend_jax import preemption
 from moextend_jax.checkpoints import train_state
-from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.config import MoextendError
 from moextend_jax.data import faults
-from moextend_jax.distributed import everywhere, gathered
+from moextend_jax.mesh import on_host, place, place_rows, state_shardings
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.sharding import put_batch
+from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.train import stages
 from moextend_jax.train.metrics import MetricsWriter, progress
 from moextend_jax.train.nonfinite import Watch
-from moextend_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import init_state, make_step
 
 
-def train(
-    model: MoExtend,
-    arrays: Mapping[str, jax.Array],
-    rows: grain.IterDataset,
-    *,
-    stage: str,
-    steps: int,
-    folder: Path,
-    mesh: jax.sharding.Mesh,
-    optimizer_config: OptimizerConfig,
-    recipe: Recipe,
-    aux_coefficient: float,
-    loss_chunk: int,
-    accumulate: int,
-    facts: dict[str, Any],
-    checkpoint_every: int,
-    checkpoints_kept: int,
-    log_every: int,
-    resume_from: Path | None = None,
-    nonfinite_limit: int = 0,
-    rollbacks: int = 0,
-    fault_settings: faults.FaultSettings = faults.STRICT,
-    name_of: Callable[[int], str] = str,
-) -> dict[str, jax.Array]:
-    """Trains what the stage table says for `steps` steps and returns those leaves by path.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a stage is: the leaves it trains, its settings, where it writes, what its checkpoints must agree on.
 
-    Checkpoints and metrics go to `folder`; a run that was cut off goes on from its newest whole checkpoint.
+    trains: path patterns. folder: for checkpoints, metrics and steps that were not finite.
+    resume_from: a folder of checkpoints, or one of them, to start from where `folder` has none of its own.
+    name_of: the id of a row of the data set, for the record of a bad step.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    stage: StageSettings
+    settings: RunSettings
+    mesh: jax.sharding.Mesh
+    folder: Path
+    facts: dict[str, Any]
+    resume_from: Path | None = None
+    name_of: Callable[[int], str] = str
+
+
+def train_loop(
+    model: MoExtend, arrays: Mapping[str, jax.Array], rows: grain.IterDataset, job: Job
+) -> dict[str, jax.Array]:
+    """Trains `job.stage.steps` steps and returns the trained leaves by path.
+
+    Checkpoints and metrics go to `job.folder`; a run that was cut off goes on from its newest whole checkpoint.
 
     Args:
-      resume_from: a folder of checkpoints, or one of them, to start from where `folder` has none of its own.
-      nonfinite_limit: steps that may be skipped because their loss or gradient is not finite.
-      rollbacks: how often, above that limit, the run goes back to its newest checkpoint and on with later data.
-      fault_settings: what of the data may be skipped (the pipeline does it), and how much.
-      name_of: the id of a row of the data set, for the record of a bad step.
+      model: the structure; arrays: its leaves by path, on the mesh; rows: this process's batches, on the host.
 
     Raises:
       Preempted: the machine is to be taken away; a checkpoint of the last step is on disk.
       MoextendError: a checkpoint of another run, a disk that refuses, too many bad steps or skipped examples.
     """
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=recipe))
-    schedule = learning_rate(optimizer_config, steps=steps, recipe=recipe)
-    optimizer = make_optimizer(optimizer_config, paths=trainable, schedule=schedule)
+    stage, settings, folder, mesh = job.stage, job.settings, job.folder, job.mesh
+    steps, rollbacks = stage.steps, settings.rollbacks
+    trainable, frozen = stages.split(arrays, job.trains)
+    schedule = learning_rate(stage.optimizer, steps=steps, recipe=settings.recipe)
+    optimizer = make_optimizer(stage.optimizer, paths=trainable, schedule=schedule)
     step = make_step(
         model,
         optimizer=optimizer,
         schedule=schedule,
-        recipe=recipe,
-        aux_coefficient=aux_coefficient,
-        loss_chunk=loss_chunk,
-        accumulate=accumulate,
+        recipe=settings.recipe,
+        aux_coefficient=settings.aux_coefficient,
+        loss_chunk=stage.loss_chunk,
+        accumulate=stage.accumulate,
+        mesh=mesh,
     )
     # The step donates its state, the caller keeps its arrays: train a copy.
-    state = everywhere(init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), mesh)
+    state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer)
+    state = jax.tree.map(place, state, state_shardings(state, trainable, mesh))
     process = jax.process_index()
-    watch = Watch(folder / "nonfinite", most=nonfinite_limit + 1, name_of=name_of)
+    watch = Watch(folder / "nonfinite", most=settings.nonfinite_limit + 1, name_of=job.name_of)
 
     with (
-        train_state.open_manager(folder / "checkpoints", kept=checkpoints_kept) as manager,
+        train_state.open_manager(folder / "checkpoints", kept=settings.checkpoints_kept) as manager,
         contextlib.closing(iter(rows)) as iterator,
     ):
         state, counts_G = train_state.start(
-            manager, state, iterator, facts=facts, resume_from=resume_from, where=folder
+            manager, state, iterator, facts=job.facts, resume_from=job.resume_from, where=folder
         )
         count = int(state.step)
         with (
-            jax.set_mesh(mesh),
             MetricsWriter(folder, resume_step=count, process_index=process) as writer,
-            progress(stage, steps, start_step=count, process_index=process) as bar,
+            progress(job.name, steps, start_step=count, process_index=process) as bar,
             preemption.deferred(),
         ):
             started, tokens = time.perf_counter(), 0
             while count < steps:
                 count += 1
                 host = next(iterator)
-                batch = put_batch(host, mesh)
+                batch = place_rows(host, mesh)
                 tokens += (batch.segments_BL > 0).sum()  # of all processes; nobody waits for it here
                 if batch.faults_BG is not None:
                     counts_G = counts_G + batch.faults_BG.sum(0)
                 state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
                 watch.note(count, host, metrics)
-                logs = count % log_every == 0 or count in (1, steps)
-                saves = count % checkpoint_every == 0 or count == steps
+                logs = count % settings.log_every == 0 or count in (1, steps)
+                saves = count % settings.checkpoint_every == 0 or count == steps
                 leaves = preemption.given() or (jax.process_count() > 1 and manager.reached_preemption(count))
                 if logs or saves or leaves:
                     watch.check()  # waits for the step
-                    if (skipped := int(state.skipped)) > nonfinite_limit:
+                    if (skipped := int(state.skipped)) > settings.nonfinite_limit:
                         back = train_state.roll_back(manager, state) if rollbacks else None
                         if back is None:
                             raise MoextendError(
-                                f"{stage}: {skipped} steps until step {count} had a loss or gradient that is not "
-                                f"finite, {nonfinite_limit} are allowed; their batches are in {watch.folder}"
+                                f"{job.name}: {skipped} steps until step {count} had a loss or gradient that is not "
+                                f"finite, {settings.nonfinite_limit} are allowed; their batches are in {watch.folder}"
                             )
                         state, rollbacks = back, rollbacks - 1
-                        print(f"{stage}: step {count} goes back to step {int(state.step)}, with later data")
+                        print(f"{job.name}: step {count} goes back to step {int(state.step)}, with later data")
                         count = int(state.step)
                         writer.go_back(count)
                         continue
-                    counts_G = gathered(counts_G)
-                    faults.check_share(counts_G, fault_settings)
+                    counts_G = on_host(counts_G)
+                    faults.check_share(counts_G, settings.faults)
                 if logs:
                     numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
                     seconds = time.perf_counter() - started
@@ -133,9 +132,9 @@ def train(
                     bar.update(count, loss=numbers["loss"], tokens_per_second=numbers["tokens_per_second"])
                     started, tokens = time.perf_counter(), 0
                 if saves or leaves:
-                    train_state.save(manager, state, iterator, step=count, facts=facts, counts_G=counts_G)
+                    train_state.save(manager, state, iterator, step=count, facts=job.facts, counts_G=counts_G)
                 if leaves:
                     train_state.finish(manager)
-                    raise preemption.Preempted(f"{stage} is saved at step {count} of {steps}")
+                    raise preemption.Preempted(f"{job.name} is saved at step {count} of {steps}")
         train_state.finish(manager)
     return state.trainable

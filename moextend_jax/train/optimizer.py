@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Mapping
 
 import jax.numpy as jnp
 import optax
 
-from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.train.stages import GROUPS, group
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW as the paper sets it; `multipliers` and `weight_decays` are by group (see `stages.GROUPS`)."""
-
-    learning_rate: float = 1e-3
-    warmup_share: float = 0.03
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    weight_decays: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        for name in {*self.multipliers, *self.weight_decays} - set(GROUPS.values()):
-            raise MoextendError(f"optimizer group {name!r} is unknown; there are {sorted(set(GROUPS.values()))}")
+from moextend_jax.config import Recipe
+from moextend_jax.settings import OptimizerConfig
+from moextend_jax.train.stages import group
 
 
 def learning_rate(config: OptimizerConfig, *, steps: int, recipe: Recipe) -> optax.Schedule:

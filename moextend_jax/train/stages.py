@@ -1,7 +1,8 @@
-"""TABLE of stages: what each trains, as path patterns; everything else is frozen.
+"""What trains and what is frozen: leaves and path patterns (`runs/results.py`) in, two dicts out; TABLE of groups, the
+optimizer settings that a leaf belongs to.
 
-The step differentiates these leaves and nothing else; optimizer state, clipping, norms and checkpoints of a stage
-cover these leaves and nothing else. TABLE of groups: the optimizer settings a leaf belongs to.
+The step differentiates the trainable leaves and nothing else; optimizer state, clipping, norms and checkpoints of a
+stage cover these leaves and nothing else.
 """
 
 from __future__ import annotations
@@ -10,20 +11,12 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.config import MoextendError
+from moextend_jax.settings import Group
 
 Leaf = TypeVar("Leaf")
 
-STAGES: dict[str, tuple[str, ...]] = {
-    "align": ("projector/*",),
-    "extend": ("decoder/layers/moe/gate",),
-    "finetune": ("extension/*",),
-    "finetune_with_projector": ("extension/*", "projector/*"),
-    "full": ("decoder/*", "projector/*", "vision/*"),
-    "full_text": ("decoder/*",),
-}
-
-GROUPS: dict[str, str] = {
+GROUPS: dict[str, Group] = {
     "projector/*": "projector",
     "extension/new_experts/*": "new_experts",
     "extension/router/new_gate": "router_columns",
@@ -39,15 +32,6 @@ GROUPS: dict[str, str] = {
 }
 
 
-def patterns(stage: str, *, recipe: Recipe) -> tuple[str, ...]:
-    """The stage's patterns under a recipe (`finetune_trains`)."""
-    if stage == "finetune" and recipe.finetune_trains == "extension_and_projector":
-        stage = "finetune_with_projector"
-    if stage not in STAGES:
-        raise MoextendError(f"stage {stage!r} is unknown; there are {', '.join(STAGES)}")
-    return STAGES[stage]
-
-
 def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """(trainable, frozen). Every pattern must match something: a stage without its leaves is a mistake."""
     trains = tuple(trains)
@@ -58,7 +42,7 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
 
-def group(path: str) -> str:
+def group(path: str) -> Group:
     """The optimizer group of a leaf; exactly one row of GROUPS matches."""
     names = [name for pattern, name in GROUPS.items() if fnmatchcase(path, pattern)]
     if len(names) != 1:

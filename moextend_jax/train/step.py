@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moextend_jax.config import Batch, Recipe
+from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.sharding import constrain, split_rows
@@ -40,7 +42,8 @@ def make_step(
     aux_coefficient: float,
     loss_chunk: int,
     accumulate: int = 1,
-):
+    mesh: Mesh | None = None,
+) -> Program:
     """The jitted step. `model` gives the structure only; its arrays come as `state.trainable` and `frozen`.
 
     The gradient is taken of the trainable dict alone, so no gradient, norm or moment of a frozen leaf exists. The
@@ -50,6 +53,7 @@ def make_step(
     Args:
       accumulate: parts the batch's rows are computed in, one after another, with one update at the end. The loss is
         the whole batch's mean over labelled tokens all the same; load balancing is the mean over the parts.
+      mesh: where the leaves and the batch are; None: on one device.
     """
     axes = {path: param.axes for path, param in by_path(nnx.state(model, nnx.Param)).items()}
 
@@ -101,4 +105,4 @@ def make_step(
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return TrainState(trainable, optimizer_state, state.step + 1, skipped), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return Program(step, mesh=mesh or one_device(), donate_argnums=0)

@@ -8,39 +8,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moextend_jax.checkpoints import hashes, huggingface, leaves, selection, train_state
+from moextend_jax.checkpoints import hashes, leaves, selection, train_state
 from moextend_jax.checkpoints.loading import Source, open_base
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
 from moextend_jax.folders import absolute
-
-if TYPE_CHECKING:
-    from moextend_jax.settings import RunSettings
+from moextend_jax.runs import results
+from moextend_jax.runs.run import facts_of_base, remembered, settings_of
 
 
 def is_workdir(folder: Path) -> bool:
-    return bool(_remembered(folder))
-
-
-def settings_of(folder: Path) -> RunSettings | None:
-    """The settings that a work directory's stages were run with; None where the folder is no work directory."""
-    from moextend_jax.settings import from_config_dict  # a higher floor
-
-    remembered = _remembered(folder)
-    return from_config_dict(remembered["settings"]) if remembered else None
-
-
-def _remembered(folder: Path) -> dict[str, Any]:
-    """What `pipeline.remember` wrote to WORKDIR/config.json; nothing where that file is a model's, or not there."""
-    path = folder / "config.json"
-    attributes = huggingface.read_json(path) if path.is_file() else {}
-    return attributes if "settings" in attributes else {}
+    return bool(remembered(folder))
 
 
 def open_workdir(workdir: Path) -> Source:
@@ -53,16 +37,15 @@ def open_workdir(workdir: Path) -> Source:
     if settings is None:
         raise MoextendError(f"{workdir} is no work directory: no stage has been run in it")
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
-    found, expected = hashes.base_hash(source.leaves), _remembered(workdir).get("base_hash")
-    if found != expected:
+    base, expected = hashes.base_hash(source.leaves), remembered(workdir).get("base_hash")
+    if base != expected:
         raise MoextendError(
-            f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {found}"
+            f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
         )
-    recipe = dataclasses.asdict(settings.recipe)
-    facts = {"base": found, "recipe": recipe | {"global_batch": None}}
+    facts = facts_of_base(base, settings)
     trained: dict[str, Stored] = {}
     stages = []
-    for stage in ("align", "grow", "finetune"):
+    for stage in results.model_row("moextend").results:
         result = _open_result(workdir / stage / "result", facts=facts)
         if result is None:
             break
@@ -71,7 +54,7 @@ def open_workdir(workdir: Path) -> Source:
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = source.config
-    if "grow" in stages:
+    if results.is_grown(stages):
         chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
             layers=tuple(chosen["chosen_layers"]),
@@ -82,8 +65,8 @@ def open_workdir(workdir: Path) -> Source:
         config = dataclasses.replace(config, extension=extension)
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
-    facts = {"recipe": recipe, "changed": changed, "stages": stages}
-    record = source.record._replace(config=config, base=found, facts=facts)
+    facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
+    record = source.record._replace(config=config, base=base, facts=facts)
     return Source({**source.leaves, **own}, record, source.files)
 
 

@@ -1,0 +1,263 @@
+"""The table of a run: accuracy on questions about images, forgetting on text, and what the report shows of both."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moextend_jax import distributed
+from moextend_jax.config import Batch, ModelConfig, MoextendError
+from moextend_jax.data.batches import Features, Pixels, text_batches
+from moextend_jax.data.datasets import Example, Images, open_text
+from moextend_jax.data.datasets import select as select_rows
+from moextend_jax.data.faults import Fault
+from moextend_jax.evaluate import questions
+from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.counting import Bar, counting
+from moextend_jax.evaluate.prompts import Prompt
+from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
+from moextend_jax.extension import routing
+from moextend_jax.generate import Generator
+from moextend_jax.mesh import Program, on_host, own_rows, place_rows
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.runs.data_of import images_of, open_source, pixels_of
+from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
+from moextend_jax.runs.results import ANSWERING, MODELS, training, trains_tower
+from moextend_jax.runs.run import Run, write_json
+
+TEXTS = Path(__file__).parents[1] / "assets" / "text"
+
+
+class Asked(NamedTuple):
+    """A question of the evaluation data, and its prompt, whose images are rows of what pictures are read from."""
+
+    question: questions.Question
+    prompt: Prompt
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Evaluates every model the work directory holds; writes examples.json and finetune/routing.json.
+
+    Whatever can be wrong with the data is found before the first model is asked: a faulty conversation is left out, or
+    is an error, as training does with it.
+    """
+    settings = run.settings.evaluate
+    source = open_source(run, settings.data, settings.split)
+    images, pixels = images_of(run, source, data=settings.data, split=settings.split), pixels_of(run, source)
+    asked = _asked(run, source, images)
+    known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
+    answers = {
+        "question_only": questions.question_only_answers(
+            known.read(range(len(known))), [one.question.text for one in asked]
+        )
+    }
+    losses: dict[str, dict[str, float]] = {}
+    generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
+    models = {name: open_model(run, name) for name in ("base", *ANSWERING) if all(map(run.has, MODELS[name].results))}
+    with counting("evaluate", (len(models) - 1) * len(asked), unit="questions") as bar:
+        for name, opened in models.items():
+            if MODELS[name].sees:
+                generator = generators.setdefault(opened.model.config, generator_of(run, opened.model))
+                # A tower that was trained has no cached features.
+                pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
+                asker = asker_of(run, generator, opened.arrays, pictures=pictures)
+                answers[name] = _answers(run, asker, [_seen(one, pictures) for one in asked], bar)
+            if name != "aligned":  # its text is the base's
+                losses[name] = _text_losses(run, opened)
+
+    right = [one.question.answer for one in asked]
+    summary: dict[str, Any] = {
+        "easy_vqa": {name: questions.accuracy(right, texts) for name, texts in answers.items()}
+        | {"questions": len(asked)},
+        "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in ("wordnet", "kjv")},
+    }
+    if "moextend" in models:
+        batches = functools.partial(_batches, run, images=images)
+        _write_routing(run, models["moextend"], batches(asked))
+        pictured = [row for row, one in enumerate(asked) if one.prompt.images][: settings.examples]
+        shown = [asked[row] for row in pictured]
+        texts = {name: [texts[row] for row in pictured] for name, texts in answers.items() if name != "question_only"}
+        _write_examples(run, models["moextend"], shown, batches(shown), texts, source.images)
+    return summary
+
+
+def _asked(run: Run, source: Any, images: Pixels | Features) -> list[Asked]:
+    """The questions of some rows, the same for every run; those that training would skip are skipped and counted."""
+    settings, faults = run.settings.evaluate, run.settings.faults
+    if settings.questions > len(source):
+        raise MoextendError(f"evaluate.questions = {settings.questions}, but {settings.data} has {len(source)} rows")
+    chosen = np.random.default_rng(0).choice(len(source), settings.questions, replace=False)
+    asked: list[Asked] = []
+    skipped: Counter[str] = Counter()
+    for example in select_rows(source, chosen).read(range(len(chosen))):
+        try:
+            asked.append(_ask(run, example, images))
+        except Fault as fault:
+            if not faults.skips(fault):
+                raise
+            skipped[fault.kind] += 1
+    if skipped and distributed.first():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+        print(f"evaluate: {skipped.total()} of {len(chosen)} questions are left out: {kinds}")
+    if not asked:
+        raise MoextendError(f"evaluate: no question of {settings.data} {settings.split} can be asked")
+    return asked
+
+
+def _ask(run: Run, example: Example, images: Pixels | Features) -> Asked:
+    """Raises a `Fault` for what cannot be asked: a conversation, a length, an image that cannot be read."""
+    question, length = questions.question_of(example), run.settings.evaluate.length
+    rows = tuple(images.row(ref) for ref in example.images)
+    prompt = questions.prompt_of(
+        question.text,
+        images=rows,
+        tokenizer=run.tokenizer,
+        recipe=run.settings.recipe,
+        patches=run.patches,
+        where=f"question {example.id}",
+    )
+    if len(prompt.ids_L) > length:
+        message = f"{prompt.where}: its prompt has {len(prompt.ids_L)} tokens, evaluate.length is {length}; raise it"
+        raise Fault(message, "too_long", example.id)
+    if rows:
+        images.read(np.array([rows]))
+    return Asked(question, prompt)
+
+
+def _seen(asked: Asked, images: Pixels | Features) -> Prompt:
+    """The prompt with its pictures as rows of `images`."""
+    refs = asked.question.example.images
+    return dataclasses.replace(asked.prompt, images=tuple(images.row(ref) for ref in refs))
+
+
+def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> list[str]:
+    texts = [""] * len(prompts)
+    for completed in asker.complete(prompts, max_new_tokens=run.settings.evaluate.max_new_tokens):
+        for index, ids in completed:
+            texts[index] = run.tokenizer.decode(ids).strip()
+        bar.add(len(completed))
+    return texts
+
+
+def _text_losses(run: Run, opened: Opened) -> dict[str, float]:
+    settings = run.settings.evaluate
+    step = text_loss_step(opened.model, chunk=512, mesh=run.mesh)
+
+    def loss(text: str) -> float:
+        batches = text_batches(
+            open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
+            batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
+        )  # fmt: skip
+        return text_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in batches))
+
+    return {text: loss(text) for text in ("wordnet", "kjv")}
+
+
+def _batches(run: Run, asked: Sequence[Asked], *, images: Pixels | Features) -> Iterator[Batch]:
+    """The prompts in the order given, on the host, every process the same; the last batch ends in empty rows."""
+    settings = run.settings.evaluate
+    for first in range(0, len(asked), settings.batch_size):
+        prompts = [one.prompt for one in asked[first : first + settings.batch_size]]
+        yield questions.prompt_batch(prompts, images=images, rows=settings.batch_size, length=settings.length)
+
+
+def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
+    placed = (place_rows(own_rows(batch, run.mesh), run.mesh) for batch in batches)
+    counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
+    extension = opened.model.config.extension
+    assert extension is not None
+    record = {
+        "layers": run.config.decoder.layers,
+        "experts": run.config.decoder.experts,
+        "new_experts": extension.new_experts,
+        "extended_layers": list(extension.layers),
+        "tokens": {"text": int(counts.text_tokens), "image": int(counts.image_tokens)},
+        "counts": {"text": counts.text_ZO.tolist(), "image": counts.image_ZO.tolist()},
+    }
+    write_json(run.workdir / "finetune" / "routing.json", record)
+
+
+def _write_examples(
+    run: Run, opened: Opened, asked: Sequence[Asked], batches: Iterator[Batch], texts: dict[str, list[str]],
+    images: Images,
+) -> None:  # fmt: skip
+    """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
+    experts, extension = run.config.decoder.experts, opened.model.config.extension
+    assert extension is not None
+    picks = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing.ids_Tk, mesh=run.mesh)
+    grid = round(run.patches**0.5)
+    records: list[dict[str, Any]] = []
+    for batch in batches:
+        ids_ZTk = on_host(picks(opened.arrays, place_rows(own_rows(batch, run.mesh), run.mesh)))
+        chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
+        share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
+        for row, (question, _) in enumerate(asked[len(records) :][: len(share_BL)]):
+            share_P = share_BL[row][batch.patches_BL[row] >= 0][: grid * grid]
+            records.append(
+                {
+                    "image_png": base64.b64encode(images[question.example.images[0].row].encoded).decode(),
+                    "question": question.text.replace("<image>", "").strip(),
+                    "answer": question.answer,
+                    "predictions": {name: answers[len(records)] for name, answers in texts.items()},
+                    "grid": grid,
+                    "new_expert_share": share_P.reshape(grid, grid).tolist(),
+                }
+            )
+    write_json(run.workdir / "examples.json", records)
+
+
+def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | None) -> dict[str, Any]:
+    """summary.json: the evaluation, seconds of each stage, sizes, and whether the pretrained weights are untouched."""
+    stages = {}
+    for name in training():
+        path = run.workdir / name / "stage.json"
+        if path.exists():
+            stages[name] = json.loads(path.read_text())
+    summary = evaluated | {
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()} | {"total": total_seconds},
+        "parameters": {
+            "total": sum(int(leaf.size) for leaf in run.pretrained.values()),
+            "trained": {name: sum(stage["trained"].values()) for name, stage in stages.items()},
+        },
+        "frozen_unchanged": all(stage["frozen_unchanged"] for stage in stages.values())
+        and ("moextend" not in evaluated["easy_vqa"] or frozen_unchanged(run)),
+    }
+    write_json(run.workdir / "summary.json", summary)
+    return summary
+
+
+def print_table(summary: dict[str, Any], console: Console) -> None:
+    table = Table(title="What was learned, what was forgotten")
+    for column in ("", "easy-VQA accuracy", "WordNet loss (nats)", "King James loss (nats)", "forgetting"):
+        table.add_column(column, justify="left" if not column else "right")
+    accuracy, losses = summary["easy_vqa"], summary["text_loss"]
+    rows = {
+        "question only": ("question_only", None), "base": (None, "base"), "aligned only": ("aligned", "base"),
+        "MoExtend": ("moextend", "moextend"), "full fine-tuning": ("full", "full"),
+    }  # fmt: skip
+    for title, (answered, read) in rows.items():
+        if answered not in accuracy and (answered or read not in losses["kjv"]):
+            continue
+        cells = [f"{accuracy[answered]:.3f}" if answered else "", "", "", ""]
+        if read:
+            wordnet, kjv = losses["wordnet"], losses["kjv"]
+            forgot = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
+            cells[1:] = [f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgot:+.3f}"]
+        table.add_row(title, *cells)
+    console.print(table)
+    console.print(
+        f"{accuracy['questions']} questions; pretrained weights bit-identical: "
+        f"{'yes' if summary['frozen_unchanged'] else 'NO'}; seconds: "
+        + ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items() if value is not None)
+    )

@@ -1,0 +1,132 @@
+"""Data of a run: a row of `results.Data` in, its source, its images and its batches of rows out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moextend_jax import distributed
+from moextend_jax.config import Batch, ModelConfig
+from moextend_jax.data.batches import Features, Pixels, batches
+from moextend_jax.data.datasets import Source, hold_out, open_dataset
+from moextend_jax.data.features import cache_features
+from moextend_jax.folders import folder, local
+from moextend_jax.mesh import Program, on_host, own_rows, place_rows, row_shards
+from moextend_jax.models.moextend import abstract
+from moextend_jax.models.parameters import with_arrays
+from moextend_jax.runs.results import Data
+from moextend_jax.runs.run import Arrays, Run
+from moextend_jax.settings import StageSettings
+
+
+def open_source(run: Run, name: str, split: str) -> Source:
+    """A data set by name, prepared by process 0 where it is not yet."""
+    data_dir = local(folder(run.settings.data_dir) if run.settings.data_dir else run.workdir / "data", what="data_dir")
+    with distributed.first_alone(f"open {name} {split}"):
+        return open_dataset(
+            name,
+            split=split,
+            data_dir=data_dir,
+            manual_dir=run.settings.manual_dir or None,
+            faults=run.settings.faults,
+        )
+
+
+def source_of(run: Run, data: Data) -> Source:
+    """The rows of the data set that the table names."""
+    stage: StageSettings = getattr(run.settings, data.of)
+    source = open_source(run, stage.data, stage.split)
+    if data.part == "all":
+        return source
+    return getattr(hold_out(source, samples=run.settings.select.held_out, seed=run.settings.seed), data.part)
+
+
+def pixels_of(run: Run, source: Source) -> Pixels:
+    """A source's images, decoded and prepared whenever they are read."""
+    assert run.config.vision is not None
+    preparation = run.settings.recipe.image_preparation
+    return Pixels(images=source.images, size=run.config.vision.image_size, preparation=preparation)
+
+
+def images_of(run: Run, source: Source, *, data: str, split: str) -> Pixels | Features:
+    """A source's images as cached features of the frozen tower where the settings want a cache, else as pixels.
+
+    Args:
+      data, split: what the source is part of; the cache is of all its images.
+    """
+    vision = run.config.vision
+    if vision is None or not run.settings.cache_features or not len(source.images):
+        return pixels_of(run, source)
+    tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith("vision/")}
+    name = f"{data.partition('/')[0]}-{split.partition('[')[0]}"
+    return Features(
+        store=cache_features(
+            source.images,
+            path=local(run.workdir / "features" / name, what="cache_features: a cache of features"),
+            compute=functools.partial(_features, run, tower),
+            tower=f"{run.base_hash} {run.settings.dtype}",
+            feature_layer=vision.feature_layer,
+            size=vision.image_size,
+            preparation=run.settings.recipe.image_preparation,
+            faults=run.settings.faults,
+        )
+    )
+
+
+def rows_of(
+    run: Run,
+    source: Source,
+    stage: StageSettings,
+    *,
+    data: Data,
+    pixels: bool = False,
+    seed: int | None = 0,
+    epochs: int | None = None,
+) -> grain.IterDataset[Batch]:
+    """This process's rows of every batch of a stage over a source.
+
+    Args:
+      data: the row of the table that the source belongs to.
+      pixels: images as pixels even where features may be cached (the tower trains).
+      seed: added to the run's; None keeps the source's order.
+    """
+    of: StageSettings = getattr(run.settings, data.of)
+    return batches(
+        source,
+        stage=stage,
+        tokenizer=run.tokenizer,
+        recipe=run.settings.recipe,
+        images=pixels_of(run, source) if pixels else images_of(run, source, data=of.data, split=of.split),
+        patches=run.patches,
+        share=run.share,
+        seed=seed if seed is None else seed + run.settings.seed,
+        epochs=epochs,
+        workers=run.settings.workers,
+        parts=data.feeds,
+        faults=run.settings.faults,
+    )
+
+
+def _features(run: Run, tower: Arrays, images_nhwc: np.ndarray) -> np.ndarray:
+    """`features_nPC` of images, which are the same in every process; each device computes some of them."""
+    missing = -len(images_nhwc) % row_shards(run.mesh)
+    padded_nhwc = np.pad(images_nhwc, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    features = _tower(run.config, run.mesh)(tower, place_rows(own_rows(padded_nhwc, run.mesh), run.mesh))
+    return on_host(features)[: len(images_nhwc)]
+
+
+@functools.cache
+def _tower(config: ModelConfig, mesh: jax.sharding.Mesh) -> Program:
+    model = abstract(config).vision
+    assert model is not None
+
+    def compute(tower: Arrays, images_nhwc: Any) -> jax.Array:
+        vision = with_arrays(model, {path.removeprefix("vision/"): leaf for path, leaf in tower.items()})
+        return vision(images_nhwc.astype(config.dtype)).astype(jnp.float32)
+
+    return Program(compute, mesh=mesh)

@@ -1,0 +1,178 @@
+"""How results are made: a `Run` and a name of `results.RESULTS` in, WORKDIR/NAME written, once.
+
+TABLE `MAKERS`: train (any stage), select (the extender), grow. A result that is there already is kept if it was made
+with these settings; one of other settings is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moextend_jax import distributed
+from moextend_jax.checkpoints import train_state
+from moextend_jax.checkpoints.hashes import content_hash
+from moextend_jax.config import MoextendError
+from moextend_jax.extension import routing
+from moextend_jax.extension.grow import COPIED
+from moextend_jax.extension.grow import grow as grow_leaves
+from moextend_jax.mesh import Program, place_rows
+from moextend_jax.models.moextend import abstract
+from moextend_jax.runs import results
+from moextend_jax.runs.data_of import rows_of, source_of
+from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
+from moextend_jax.runs.run import Arrays, Run, as_json, write_json
+from moextend_jax.settings import StageSettings
+from moextend_jax.sharding import parameter_shardings
+from moextend_jax.train.loop import Job, train_loop
+from moextend_jax.train.stages import split
+
+
+def make(run: Run, name: str) -> None:
+    """Makes a result, or goes on with it, unless it is there.
+
+    Raises:
+      MoextendError: a parent is missing, the result that is there is of other settings, `resume_from` is of another
+        stage, or whatever making it refuses.
+    """
+    how = results.result(name).how
+    if how == "train" and run.resume_from is not None and (stage := _stage_at(run.resume_from)) != name:
+        raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
+    MAKERS[how](run, name)
+
+
+def make_all(run: Run) -> Iterator[str]:
+    """Makes every result in order, and the baselines if the settings want them; yields the name of each when it is
+    there."""
+    for name, row in results.RESULTS.items():
+        if run.settings.baseline or not row.optional:
+            MAKERS[row.how](run, name)
+            yield name
+
+
+def train(run: Run, name: str) -> None:
+    """Trains the leaves of a row from the model of its parents, and writes them as its result."""
+    row, settings = results.result(name), _stage(run, name)
+    decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field != "loss_chunk"}
+    facts = run.facts_of(name, settings=as_json(decisive))
+    facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
+    if _is_done(run, name, facts):
+        return
+    started = time.perf_counter()
+    assert row.data is not None
+    trains, data = results.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
+    opened, source = model_with(run, row.parents), source_of(run, data)
+    _, frozen = split(opened.arrays, trains)
+    hash_before = content_hash(frozen)
+    trained = train_loop(
+        opened.model,
+        opened.arrays,
+        # A tower that trains has no features to cache.
+        rows_of(run, source, settings, data=data, pixels=any(path.startswith("vision/") for path in trains)),
+        Job(
+            name=name,
+            trains=trains,
+            stage=settings,
+            settings=run.settings,
+            mesh=run.mesh,
+            folder=run.workdir / name,
+            facts=facts | {"examples": len(source)},
+            resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
+            name_of=lambda row: source[row].id,
+        ),
+    )
+    train_state.save_leaves(run.workdir / name / "result", trained, facts=facts)
+    record = {
+        "seconds": time.perf_counter() - started,
+        "steps": settings.steps,
+        "frozen_unchanged": content_hash(frozen) == hash_before,
+        "trained": {path: int(leaf.size) for path, leaf in trained.items()},
+        "frozen_parameters": sum(int(leaf.size) for leaf in frozen.values()),
+        "result": run.result_identity(name),
+    }
+    write_json(run.workdir / name / "stage.json", record)
+
+
+def select(run: Run, name: str) -> None:
+    """Counts routing before and after the probe on S_e, and writes NAME/routing.json and .png."""
+    row, settings, recipe = results.result(name), run.settings.select, run.settings.recipe
+    facts = as_json(run.facts_of(name, settings=dataclasses.asdict(settings)))
+    if (run.workdir / name / "routing.json").exists() and read_selection(run).get("facts") == facts:
+        return
+    assert row.data is not None
+    data = row.data(recipe)
+    source = source_of(run, data)
+    stage = dataclasses.replace(run.settings.extend, batch_size=settings.batch_size)
+
+    def count(opened: Opened) -> routing.Counts:
+        rows = rows_of(run, source, stage, data=data, epochs=1, seed=None)
+        batches = (place_rows(batch, run.mesh) for batch in rows)
+        return routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
+
+    before, after = count(open_model(run, "aligned")), count(open_model(run, "probed"))
+    chosen = routing.select(before, after, share=settings.share, recipe=recipe)
+    record = {
+        "layers": run.config.decoder.layers,
+        "experts": run.config.decoder.experts,
+        "samples": len(source),
+        "tokens": {"text": int(before.text_tokens), "image": int(before.image_tokens)},
+        "before": {"text": before.text_ZO.tolist(), "image": before.image_ZO.tolist()},
+        "after": {"text": after.text_ZO.tolist(), "image": after.image_ZO.tolist()},
+        "shift": chosen.shift_Z.tolist(),
+        "chosen_layers": list(chosen.layers),
+        "sources": list(chosen.sources),
+        "recipe": dataclasses.asdict(recipe),
+        "base": run.base_hash,
+        "facts": facts,
+    }
+    write_json(run.workdir / name / "routing.json", record)
+    if distributed.first():
+        from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
+
+        routing_picture(record, run.workdir / name / "routing.png")
+
+
+def grow(run: Run, name: str) -> None:
+    """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
+    config, recipe = grown_config(run), run.settings.recipe
+    extension = dataclasses.asdict(config)["extension"]
+    facts = run.facts_of(name, extension=as_json(extension))
+    if _is_done(run, name, facts):
+        return
+    leaves: Arrays = leaves_of(run, "extend") if recipe.routers_kept == "after" else {}
+    arrays = {**open_model(run, "aligned").arrays, **leaves}
+    copied = {path: leaf for path, leaf in arrays.items() if path in COPIED.values()}
+    # Jitted for its shardings: every process makes only its own part of the new leaves.
+    shardings = parameter_shardings(abstract(config), run.mesh)
+    make_leaves = functools.partial(grow_leaves, config=config, recipe=recipe, seed=run.settings.seed)
+    out_shardings = {path: shardings[path] for path in jax.eval_shape(make_leaves, copied)}
+    leaves |= Program(make_leaves, mesh=run.mesh, out_shardings=out_shardings)(copied)
+    train_state.save_leaves(run.workdir / name / "result", leaves, facts=facts)
+
+
+MAKERS: dict[str, Callable[[Run, str], None]] = {"train": train, "select": select, "grow": grow}
+
+
+def _stage_at(resume_from: Path) -> str | None:
+    return train_state.facts_at(resume_from).get("stage")
+
+
+def _stage(run: Run, name: str) -> StageSettings:
+    return getattr(run.settings, results.result(name).settings)
+
+
+def _is_done(run: Run, name: str, facts: Mapping[str, Any]) -> bool:
+    """Whether a result is there already; one of other settings is an error."""
+    folder = run.workdir / name
+    recorded = train_state.result_facts(folder / "result")
+    if recorded is None:
+        return False
+    train_state.check_facts(recorded, facts, where=folder)
+    # stage.json is written last: without it the stage was cut off while it ended.
+    return results.result(name).how != "train" or (folder / "stage.json").exists()

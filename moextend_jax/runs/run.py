@@ -1,0 +1,195 @@
+"""A run: settings and a work directory in, the pretrained parts on their mesh and what all commands share out.
+
+WORKDIR holds config.json, data/, features/, a folder per result (`results.py`), summary.json, examples.json and
+report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moextend_jax import distributed, preemption
+from moextend_jax.checkpoints import huggingface, train_state
+from moextend_jax.checkpoints.hashes import base_hash
+from moextend_jax.checkpoints.leaves import read_sharded
+from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.data.batches import Share
+from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.folders import is_url
+from moextend_jax.lock import locked
+from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
+from moextend_jax.models.moextend import abstract
+from moextend_jax.runs import results
+from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.sharding import parameter_shardings
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all commands share: the pretrained parts, read once, and where everything lies."""
+
+    settings: RunSettings
+    workdir: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    pretrained: Arrays
+    base_hash: str
+    mesh: jax.sharding.Mesh
+    resume_from: Path | None = None
+    """A checkpoint of another work directory, for the stage that it is of."""
+
+    @property
+    def patches(self) -> int:
+        """Visual tokens of an image."""
+        assert self.config.vision is not None
+        return self.config.vision.patches
+
+    @property
+    def share(self) -> Share:
+        """This process's rows of every batch."""
+        return Share(own_row_shards(self.mesh), row_shards(self.mesh))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every checkpoint of this run must agree on."""
+        return facts_of_base(self.base_hash, self.settings)
+
+    def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
+        """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
+        decisive = ("seed", "aux_coefficient", "dtype", "train_dtype", "text_isolation")
+        return self.facts | {
+            "stage": name,
+            "run": {setting: getattr(self.settings, setting) for setting in decisive},
+            "parents": {parent: self.result_identity(parent) for parent in results.result(name).parents},
+            **more,
+        }
+
+    def result_identity(self, name: str) -> str:
+        facts = train_state.result_facts(self.workdir / name / "result")
+        if facts is None:
+            raise not_run(self.workdir, name)
+        return facts["identity"]
+
+    def has(self, name: str) -> bool:
+        """Whether a result is there."""
+        return (self.workdir / name / "result").exists()
+
+
+def open_run(settings: RunSettings, workdir: Path) -> Run:
+    """Joins the other processes, if any, and reads the pretrained decoder and tower onto the mesh."""
+    distributed.start(cpu_devices=settings.cpu_devices)
+    distributed.check_shared(workdir)
+    mesh = make_mesh(settings.mesh)
+    source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
+    config = ModelConfig(decoder=source.config.decoder, vision=source.config.vision, **settings.model_options)
+    return Run(
+        settings=settings,
+        workdir=workdir,
+        config=config,
+        tokenizer=load_tokenizer(folder_of(settings.base)),
+        pretrained=read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype),
+        base_hash=distributed.text_from_first(lambda: base_hash(source.leaves)),
+        mesh=mesh,
+    )
+
+
+@contextlib.contextmanager
+def working(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> Iterator[Run]:
+    """A run that may write: alone in its work directory, and told when its machine is to be taken away.
+
+    Raises:
+      MoextendError: another run is there, rows of a stage do not divide, or `resume_from` holds no checkpoint.
+      Preempted: inside, at any place.
+    """
+    distributed.start(cpu_devices=settings.cpu_devices)
+    check_rows(rows_of_settings(settings), make_mesh(settings.mesh))
+    with locked(workdir):
+        if jax.process_count() == 1:
+            preemption.listen()
+        if resume_from is not None:
+            train_state.facts_at(resume_from)
+        yield dataclasses.replace(open_run(settings, workdir), resume_from=resume_from)
+
+
+def rows_of_settings(settings: RunSettings) -> list[Rows]:
+    """Every number of rows that some command computes together."""
+    evaluate = settings.evaluate
+    rows = [
+        Rows(f"{name}.batch_size", stage.batch_size, getattr(stage, "accumulate", 1))
+        for name, row in results.RESULTS.items()
+        if row.settings
+        for stage in (getattr(settings, row.settings),)
+    ]
+    return [
+        *rows,
+        Rows("evaluate.batch_size", evaluate.batch_size),
+        Rows("evaluate.text_batch_size", evaluate.text_batch_size),
+    ]
+
+
+def facts_of_base(base: str, settings: RunSettings) -> dict[str, Any]:
+    return {"base": base, "recipe": dataclasses.asdict(settings.recipe) | {"global_batch": None}}
+
+
+def not_run(workdir: Path, name: str) -> MoextendError:
+    return MoextendError(f"{name} has not been run in {workdir}: run `moextend {name}` with this --workdir first")
+
+
+# --- what a work directory remembers ----------------------------------------------------------------------------------
+
+
+def remember(run: Run) -> None:
+    """Keeps the settings in WORKDIR/config.json, for the report and for `generate`.
+
+    Only what worked is worth remembering: call it after a command, so that a refused one changes nothing.
+    """
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets", "numpy")
+    record = {
+        "settings": as_json(dataclasses.asdict(run.settings)),
+        "recipe": "paper" if run.settings.recipe == RECIPES["paper"] else "other than the paper's",
+        "seed": run.settings.seed,
+        "model": as_json(dataclasses.asdict(run.config)),
+        "base_hash": run.base_hash,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "devices": [str(device.device_kind) for device in jax.devices()],
+    }
+    write_json(run.workdir / "config.json", record)
+
+
+def remembered(workdir: Path) -> dict[str, Any]:
+    """What `remember` wrote; nothing where config.json is a model's, or not there."""
+    path = workdir / "config.json"
+    attributes = huggingface.read_json(path) if path.is_file() else {}
+    return attributes if "settings" in attributes else {}
+
+
+def settings_of(workdir: Path) -> RunSettings | None:
+    """The settings that a work directory's stages were run with; None where the folder is no work directory."""
+    record = remembered(workdir)
+    return from_config_dict(record["settings"]) if record else None
+
+
+def as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Process 0 writes; when it returns, all processes can read."""
+    if distributed.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path if is_url(path) else path.with_suffix(".unfinished")  # a bucket's objects come whole
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        if unfinished != path:
+            unfinished.rename(path)
+    distributed.barrier(f"wrote {path}")
