@@ -75,6 +75,14 @@ def test_a_file_that_changed_is_read_again_even_if_size_and_time_are_as_before(t
     assert opened_hash(base) == first
 
 
+def test_a_file_that_changed_since_it_was_opened_is_not_recorded(tmp_path: Path, reads: list[str]):
+    base = folders.mixtral(tmp_path / "base")
+    opened = open_source(base).leaves
+    swap_bytes(base / "model.safetensors")
+    hashes.base_hash(opened)
+    assert reads and not (base / hashes.NAME).exists()
+
+
 def test_a_record_that_came_with_a_copy_says_nothing(tmp_path: Path, reads: list[str]):
     base = base_of(tmp_path)
     first = opened_hash(base)
