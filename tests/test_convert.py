@@ -20,8 +20,9 @@ import tiny
 
 from moextend_jax.checkpoints import convert, hashes, huggingface, names, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
-from moextend_jax.checkpoints.workdir import is_workdir, open_workdir, settings_of
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
+from moextend_jax.runs.as_source import is_workdir, open_workdir
+from moextend_jax.runs.run import settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 ROOT = Path(__file__).parents[1]
