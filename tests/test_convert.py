@@ -465,7 +465,7 @@ def test_an_import_without_a_tokenizer_that_is_read_says_so(tmp_path: Path, caps
     assert "not tokenizer.json" not in capsys.readouterr().out
     (src / "tokenizer.model").unlink()
     convert.import_main([str(src), str(tmp_path / "one")])
-    assert f"read tokenizer.model, not tokenizer.json: copy that of the model's base to {tmp_path / 'one'}" in (
+    assert f"read tokenizer.model, not tokenizer.json: copy that of the base to {tmp_path / 'one'}" in (
         capsys.readouterr().out
     )
 
