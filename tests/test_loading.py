@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import folders
 import numpy as np
 import oracle
 import pytest
 import tiny
+import tiny_llama
 
-from moextend_jax.checkpoints import convert, hashes, leaves
-from moextend_jax.checkpoints.loading import EMBEDDED, folder_of, open_checkpoint, open_source
+from moextend_jax.checkpoints import convert, hashes, huggingface, leaves
+from moextend_jax.checkpoints.loading import EMBEDDED, Source, folder_of, open_base, open_checkpoint, open_source
+from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import ImageTags, MoextendError
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.parameters import with_arrays
@@ -194,6 +198,12 @@ def test_a_partial_save_needs_its_base(tmp_path: Path):
         open_source(folder)
 
 
+def test_tensors_of_other_names_are_no_partial_save(tmp_path: Path):
+    folder = folders.change(folders.mixtral(tmp_path), {EXPERT: None, "model.layers.1.mlp.experts.down_proj": np.copy})
+    with pytest.raises(MoextendError, match=r"Not asked for: model\.layers\.1\.mlp\.experts\.down_proj\.$"):
+        open_source(folder)
+
+
 def test_half_a_leaf_is_never_completed_from_the_base(tmp_path: Path):
     folder = folders.released(tmp_path / "partial", keep="decoder/layers/moe/gate$", config=folders.ALIGNED)
     folders.change(folder, {"model.layers.1.block_sparse_moe.gate.weight": None})
@@ -279,6 +289,114 @@ def test_a_projector_may_be_imported_and_a_folder_without_one_is_refused(tmp_pat
     assert opened.keys() == again.keys() and hashes.stored_hash(opened) == hashes.stored_hash(again)
     with pytest.raises(MoextendError, match="whole holds no projector, only decoder, vision"):
         open_source(tmp_path / "base", projector=tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"), [("", "linear"), ("0. 2. 4.", "mlp3x_gelu")], ids=["linear", "three layers"]
+)
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector.", "model.visual.mm_projector."])
+def test_a_projector_of_another_kind_is_refused_by_its_kind(tmp_path: Path, names: str, kind: str, prefix: str):
+    tensors = {f"{prefix}{n}{part}": np.ones(4, np.float32) for n in names.split(" ") for part in ("weight", "bias")}
+    path = folders.write(tmp_path / "projector", tensors, None)
+    with pytest.raises(MoextendError, match=f"its projector is of kind {kind}; only mlp2x_gelu"):
+        open_source(path, base=folders.released(tmp_path / "base", config=folders.ALIGNED))
+    if "visual" not in prefix:
+        with pytest.raises(MoextendError, match=f"its projector is of kind {kind}; only mlp2x_gelu"):
+            open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "value", "message"),
+    [
+        ("model.layers.1.block_sparse_moe.gate.weight", 2, np.nan, "router of layer 1 .* for expert 2"),
+        ("model.layers.2.block_sparse_moe.gate_vision.weight", 0, -np.inf, "router of layer 2 .* for expert 4"),
+    ],
+)
+def test_a_router_with_a_weight_that_is_no_number_is_refused(tmp_path: Path, name: str, row: int, value, message: str):
+    def change(old: np.ndarray) -> np.ndarray:
+        new = old.copy()
+        new[row, 3] = value
+        return new
+
+    folder = folders.change(folders.released(tmp_path / "model"), {name: change})
+    for use in (open_checkpoint, lambda folder: convert.import_source(open_source(folder), tmp_path / "imported")):
+        with pytest.raises(MoextendError, match=message):
+            use(folder)
+    assert not (tmp_path / "imported").exists()
+    if "vision" not in name:
+        base = folders.change(folders.mixtral(tmp_path / "base"), {name: change})
+        with pytest.raises(MoextendError, match=message):
+            open_base(str(base), "embedded", feature_layer=-2)
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def _with_tower(folder: Path) -> Path:
+    folders.clip(folders.mixtral(folder) / "vision")
+    return folder
+
+
+def _imported(folder: Path) -> Path:
+    convert.import_source(open_source(folders.mixtral(folder.with_name("source"))), folder)
+    return folder
+
+
+def _pickled(folder: Path) -> Path:
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.zeros(value.shape) for name, value in folders.files("mixtral", folders.TEXT).items()}
+    folders.write(folder, {}, huggingface.decoder_attributes(tiny.DECODER, dtype="float32"))
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def _upcycled(folder: Path) -> Source:
+    return open_upcycled(folder, experts=2, tokenizer_folder=folder)
+
+
+def _dense(folder: Path) -> Path:
+    tiny_llama.write_folder(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+WAYS_IN: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], Any]]] = {
+    "tensors": (folders.mixtral, "model.safetensors", open_source),
+    "a shard": (lambda f: folders.mixtral(f, shards=2), "model-00002-of-00002.safetensors", open_source),
+    "an index": (lambda f: folders.mixtral(f, shards=2), "model.safetensors.index.json", open_source),
+    "a pickle": (_pickled, "pytorch_model.bin", open_source),
+    "config.json": (folders.mixtral, "config.json", open_source),
+    "a tokenizer": (folders.mixtral, "tokenizer.model", open_source),
+    "the tower's folder": (_with_tower, "vision", open_source),
+    "the tower's config.json": (_with_tower, "vision/config.json", open_source),
+    "the tower's tensors": (_with_tower, "vision/model.safetensors", open_source),
+    "the tower's side file": (_with_tower, "vision/preprocessor_config.json", open_source),
+    "sizes of a tower": (lambda f: _beside(folders.released(f, tower=False)), "vision", open_source),
+    "an import's record": (_imported, "moextend.json", open_source),
+    "an import's tensors": (_imported, "model.safetensors", open_source),
+    "a dense model's side file": (_dense, "chat_template.jinja", _upcycled),
+    "a dense model's tensors": (_dense, "model.safetensors", _upcycled),
+    "a dense model's config.json": (_dense, "config.json", _upcycled),
+}
+
+
+def _beside(folder: Path) -> Path:
+    (folder / "vision").mkdir()
+    (folder / "vision" / "config.json").write_text(json.dumps(tiny.clip_attributes(tiny.VISION)))
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_no_way_in_follows_a_link_out_of_the_folder(tmp_path: Path, way: str):
+    make, name, read = WAYS_IN[way]
+    folder = make(tmp_path / "model")
+    read(folder)  # it is whole
+    link, secret = folder / name, tmp_path / "secret"
+    link.rename(secret)
+    link.symlink_to(secret)
+    with pytest.raises(MoextendError, match=rf"{re.escape(name)} is a link out of its folder"):
+        read(folder)
 
 
 def test_a_setting_names_a_folder_or_the_embedded_base():

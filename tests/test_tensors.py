@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moextend_jax.checkpoints.tensors import Planned, new_folder, open_pickles, open_safetensors, write_safetensors
+from moextend_jax.checkpoints.tensors import (
+    Planned,
+    new_folder,
+    open_pickles,
+    open_safetensors,
+    open_tensors,
+    write_safetensors,
+)
 from moextend_jax.config import MoextendError
 
 TENSORS = {
@@ -251,3 +258,32 @@ def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path: Path, value: Any,
     with pytest.raises(MoextendError, match="model.pth"):
         open_pickles(tmp_path / "model.pth")
     assert "ran code" not in capfd.readouterr().out
+
+
+def test_what_a_trainer_leaves_beside_weights_is_not_taken_for_them(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    weights = {"a": torch.ones(2), "b": torch.zeros(3)}
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "random_states_0.bin"):
+        torch.save({"learning_rate": 1e-3}, tmp_path / name)
+    with pytest.raises(MoextendError, match=r"holds no \*\.bin, .* file of weights"):
+        open_tensors(tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert open_tensors(tmp_path).keys() == weights.keys()
+
+
+def test_parameters_are_read_as_the_tensors_that_they_are(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    values = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": torch.nn.Parameter(values), "b": torch.nn.Parameter(values.bfloat16())}, tmp_path / "p.bin")
+    stored = open_tensors(tmp_path / "p.bin")
+    np.testing.assert_array_equal(stored["a"].read(), values.numpy())
+    np.testing.assert_array_equal(stored["b"].read().astype(np.float32), values.numpy())
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_what_torch_puts_before_all_names_is_taken_off(tmp_path: Path, wrapper: str):
+    save_file({wrapper + name: array for name, array in TENSORS.items()}, tmp_path / "model.safetensors")
+    assert open_tensors(tmp_path).keys() == TENSORS.keys()
+    some_only = {wrapper + name if name < "c" else name: array for name, array in TENSORS.items()}
+    save_file(some_only, tmp_path / "model.safetensors")
+    assert open_tensors(tmp_path).keys() == some_only.keys()

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from moextend_jax.checkpoints.attributes import Table, fits, read_fields
 from moextend_jax.checkpoints.gguf_header import Placed, read_header
-from moextend_jax.checkpoints.huggingface import fits
 from moextend_jax.checkpoints.llama import dense_config
-from moextend_jax.checkpoints.outside import said_by, short, shown
+from moextend_jax.checkpoints.outside import said_by, shown
 from moextend_jax.checkpoints.tensors import Stored, difference
 from moextend_jax.config import DecoderConfig, MoextendError
 
@@ -72,20 +72,23 @@ _QUANTISED = {
     Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4,
 }  # fmt: skip
 
-_SIZES = {
-    "embedding_length": "width", "feed_forward_length": "hidden", "block_count": "layers",
-    "attention.head_count": "heads", "attention.head_count_kv": "kv_heads", "attention.key_length": "head_size",
-    "rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "norm_eps",
-}  # fmt: skip
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,), "expert_used_count": (0,), "rope.scaling.type": ("none",), "rope.scaling.factor": (0.0, 1.0),
-    "rope.scale_linear": (0.0, 1.0), "attention.causal": (True,),
-}  # fmt: skip
-"""Keys that change the computation, with the only values that this code computes."""
-_WITHOUT_EFFECT = {"context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned"}
+_KEYS = Table(
+    sizes={
+        "embedding_length": "width", "feed_forward_length": "hidden", "block_count": "layers",
+        "attention.head_count": "heads", "attention.head_count_kv": "kv_heads", "attention.key_length": "head_size",
+        "rope.freq_base": "rope_theta", "attention.layer_norm_rms_epsilon": "norm_eps",
+    },
+    must_be={
+        "expert_count": (0,), "expert_used_count": (0,), "rope.scaling.type": ("none",),
+        "rope.scaling.factor": (0.0, 1.0), "rope.scale_linear": (0.0, 1.0), "attention.causal": (True,),
+    },
+    harmless={
+        "context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "vocab_size", "rope.dimension_count", "attention.value_length",  # these are held against the others
+    },
+)  # fmt: skip
 MORE_LAYERS = 1000
 """A file may lack so many of the layers that it says it has, and still hear their names."""
-_CHECKED_ELSEWHERE = {"vocab_size", "rope.dimension_count", "attention.value_length"}
 
 
 def open_gguf(path: Path) -> Opened:
@@ -112,25 +115,14 @@ def _config(metadata: Mapping[str, Any], found: Mapping[str, Placed], *, where: 
             f"{where} is a mixture of {shown(experts)} experts, and as GGUF only dense models are read: import "
             "the model's folder of safetensors"
         )
-    for name, value in given.items():
-        if name in _MUST_BE and value not in _MUST_BE[name]:
-            raise MoextendError(
-                f"{where}: llama.{name} = {shown(value)} cannot be honoured (only {_MUST_BE[name][-1]!r})"
-            )
-        if name not in (_SIZES.keys() | _MUST_BE.keys() | _WITHOUT_EFFECT | _CHECKED_ELSEWHERE):
-            raise MoextendError(f"{where}: key llama.{short(name)} is unknown to this code, so it cannot be honoured")
     given.setdefault("attention.head_count_kv", given.get("attention.head_count"))
     given.setdefault("rope.freq_base", 1e4)
     width, heads = given.get("embedding_length"), given.get("attention.head_count")
     if fits("width", width) and fits("heads", heads) and width and heads:
         given.setdefault("attention.key_length", width // heads)
-    fields: dict[str, Any] = {}
-    for theirs, ours in _SIZES.items():
-        value = given.get(theirs)
-        if not fits(ours, value):  # a list: other sizes in other layers
-            raise MoextendError(f"{where}: llama.{theirs} must be one positive number, not {shown(value)}")
-        # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
-        fields[ours] = float(str(np.float32(value))) if isinstance(value, float) else value
+    fields = read_fields(given, _KEYS, where=where, prefix="llama.")
+    # The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06.
+    fields = {ours: float(str(np.float32(v))) if isinstance(v, float) else v for ours, v in fields.items()}
     head_size = fields["head_size"]
     for name in ("rope.dimension_count", "attention.value_length"):
         if given.get(name, head_size) != head_size:

@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 
 from moextend_jax.checkpoints.leaves import Leaf, bytes_of, check_claim, leaf_hash
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small
+from moextend_jax.checkpoints.tensors import opened
 from moextend_jax.config import MoextendError
 
 NAME, FORMAT = ".moextend-hashes.json", 1
@@ -73,7 +74,7 @@ def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
     """
     started = time.time_ns()
     lines = {path: _line(leaf) for path, leaf in leaves.items()}
-    records = {folder: _read_record(folder) for folder in {_folder(leaf) for leaf in leaves.values()} if folder}
+    records = {folder: _read_record(folder) for folder in map(_folder, leaves.values())}
     hashes = {}
     for path, leaf in leaves.items():
         if known := _known(records.get(_folder(leaf), {}).get(path), lines[path]):
@@ -83,9 +84,8 @@ def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         hashes |= zip(unknown, pool.map(lambda path: leaf_hash(leaves[path]), unknown), strict=True)
     for folder, record in records.items():
-        fresh = [path for path in unknown if _folder(leaves[path]) == folder and _settled(lines[path], started)]
-        fresh = [path for path in fresh if _line(leaves[path]) == lines[path]]
-        if sum(_nbytes(leaves[path]) for path in fresh) >= WORTH:
+        fresh = [path for path in unknown if _folder(leaves[path]) == folder and _settled(leaves[path], started)]
+        if folder and sum(_nbytes(leaves[path]) for path in fresh) >= WORTH:
             _write_record(folder, record | {path: lines[path] | {"sha256": hashes[path]} for path in fresh})
     for path, leaf in leaves.items():
         check_claim(leaf, hashes[path])
@@ -103,7 +103,7 @@ def is_hash(value: Any) -> bool:
 
 def _folder(leaf: Leaf) -> Path | None:
     """Where the files lie, of which all are in one folder."""
-    return leaf.files[0].parent if leaf.files else None
+    return leaf.files[0].path.parent if leaf.files else None
 
 
 def _nbytes(leaf: Leaf) -> int:
@@ -112,8 +112,7 @@ def _nbytes(leaf: Leaf) -> int:
 
 def _line(leaf: Leaf) -> dict[str, Any]:
     """What a leaf's line in a record says besides its hash."""
-    stats = {file.name: file.stat() for file in leaf.files}
-    files = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+    files = {file.path.name: list(file[1:]) for file in leaf.files}
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "files": files}
 
 
@@ -123,14 +122,15 @@ def _known(line: Any, expected: dict[str, Any]) -> str | None:
     return sha256 if is_hash(sha256) and line == expected | {"sha256": sha256} else None
 
 
-def _settled(line: dict[str, Any], now: int) -> bool:
-    return all(max(times) + SETTLED < now for _, *times in line["files"].values())
+def _settled(leaf: Leaf, started: int) -> bool:
+    """Whether what was hashed is what was opened, and cannot have changed unseen."""
+    return all(opened(file.path) == file and max(file.written, file.changed) + SETTLED < started for file in leaf.files)
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path | None) -> dict[str, Any]:
     """Lines by path; none where there is no record, or one that cannot be read."""
     try:
-        value = parse_json(read_small(inside(folder / NAME)), where=NAME)
+        value = parse_json(read_small(inside(folder / NAME)), where=NAME) if folder else None
     except MoextendError:
         return {}
     lines = value.get("leaves") if isinstance(value, dict) and value.get("format") == FORMAT else None

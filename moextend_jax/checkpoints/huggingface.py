@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.checkpoints import leaves
+from moextend_jax.checkpoints.attributes import MOST, Table, decoder_attributes_of, fits, read_fields, with_head_size
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
@@ -32,20 +33,6 @@ _VISION = {
     "num_attention_heads": "heads", "image_size": "image_size", "patch_size": "patch_size",
     "layer_norm_eps": "norm_eps", "hidden_act": "activation",
 }  # fmt: skip
-_HAS_A_DEFAULT = {"head_dim", "tie_word_embeddings", "layer_norm_eps", "hidden_act"}
-"""Attributes that files leave out and everybody fills in alike; any other that is missing is an error."""
-
-_MUST_BE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mixtral": {
-        "hidden_act": ("silu",), "sliding_window": (None,), "rope_scaling": (None,), "attention_bias": (False,),
-        "test": (False,), "attention_dropout": (0,), "router_jitter_noise": (0,),
-    },
-    "clip_vision_model": {
-        "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
-        "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
-    },
-}  # fmt: skip
-"""Attributes that change the computation, with the only values that this code computes."""
 
 _WITHOUT_EFFECT = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pad_token_id",
@@ -67,6 +54,28 @@ _WITHOUT_EFFECT = {
     "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript",
     "typical_p", "use_bfloat16",
 }  # fmt: skip
+
+_TABLES = {
+    "mixtral": Table(
+        sizes=_DECODER,
+        must_be={
+            "hidden_act": ("silu",), "sliding_window": (None,), "rope_scaling": (None,), "attention_bias": (False,),
+            "test": (False,), "attention_dropout": (0,), "router_jitter_noise": (0,),
+        },
+        harmless=_WITHOUT_EFFECT,
+        optional={"head_dim", "tie_word_embeddings"},
+    ),
+    "clip_vision_model": Table(
+        sizes=_VISION,
+        must_be={
+            "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
+            "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
+        },
+        harmless=_WITHOUT_EFFECT,
+        optional={"layer_norm_eps", "hidden_act"},
+    ),
+}  # fmt: skip
+"""By model_type. Optional is what files leave out and everybody fills in alike."""
 
 PUBLISHED_TOWERS = tuple(
     VisionConfig(width=width, hidden=4 * width, layers=layers, heads=width // 64, patch_size=patch, image_size=image)
@@ -96,19 +105,8 @@ def read_extension_config(folder: Path) -> ExtensionConfig | None:
 
 
 def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig:
-    attributes = dict(attributes)
-    rope = attributes.pop("rope_parameters", None)
-    if isinstance(rope, dict):  # transformers 5 writes it so
-        for name, value in rope.items():
-            if name not in ("rope_theta", "rope_type") or (name == "rope_type" and value != "default"):
-                raise MoextendError(f"{where}: rope_parameters.{short(name)} = {shown(value)} cannot be honoured")
-        if "rope_theta" in rope:
-            attributes["rope_theta"] = rope["rope_theta"]
-    fields = _fields(attributes, _DECODER, where=where, model_type="mixtral")
-    if fields.get("head_size") is None:
-        if fields["width"] % fields["heads"]:
-            raise MoextendError(f"{where}: num_attention_heads does not divide hidden_size, and head_dim is not given")
-        fields["head_size"] = fields["width"] // fields["heads"]
+    attributes = decoder_attributes_of(attributes, where=where)
+    fields = with_head_size(_fields(attributes, model_type="mixtral", where=where), where=where)
     if attributes.get("add_layer"):
         fields["experts"] -= 1
     if fields["heads"] % fields["kv_heads"] or not 1 <= fields["top_k"] <= fields["experts"]:
@@ -123,7 +121,7 @@ def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: 
     attributes = dict(attributes)
     if attributes.get("model_type") == "clip":
         attributes = vision_half(attributes, where)
-    fields = _fields(attributes, _VISION, where=where, model_type="clip_vision_model")
+    fields = _fields(attributes, model_type="clip_vision_model", where=where)
     config = VisionConfig(feature_layer=feature_layer, **fields)
     if config.width % config.heads or config.image_size % config.patch_size:
         raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, and patch_size divide image_size")
@@ -172,40 +170,10 @@ def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
     return ImageTags(start=start, end=start + 1, pad=start + 2)
 
 
-def _fields(attributes: Mapping[str, Any], known: dict[str, str], *, where: Path, model_type: str) -> dict[str, Any]:
-    if (said := attributes.get("model_type")) != model_type:
-        raise MoextendError(f"{where}: model_type is {shown(said)}, expected {model_type!r}{_why_not(said)}")
-    must_be = _MUST_BE[model_type]
-    for name, value in attributes.items():
-        if name in must_be and value not in must_be[name]:
-            only = " or ".join(map(repr, must_be[name]))
-            raise MoextendError(f"{where}: {name} = {shown(value)} cannot be honoured (only {only})")
-        if name not in known and name not in must_be and name not in _WITHOUT_EFFECT:
-            raise MoextendError(f"{where}: attribute {short(name)!r} is unknown to this code, so it cannot be honoured")
-    if missing := sorted(known.keys() - attributes.keys() - _HAS_A_DEFAULT):
-        raise MoextendError(f"{where}: {', '.join(missing)} must be given")
-    fields = {ours: attributes[theirs] for theirs, ours in known.items() if theirs in attributes}
-    for theirs, ours in known.items():
-        if ours in fields and not (fits(ours, fields[ours]) or (ours == "head_size" and fields[ours] is None)):
-            raise MoextendError(f"{where}: {theirs} = {shown(fields[ours])} is impossible")
-    return fields
-
-
-MOST = 1 << 31
-"""Sizes stay below; what they multiply to stays a number that can be written down."""
-
-
-def fits(field: str, value: Any) -> bool:
-    """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
-    if field == "tied_head":
-        return isinstance(value, bool)
-    if field == "activation":
-        return value in ("quick_gelu", "gelu")
-    if field == "feature_layer":
-        return type(value) is int and -MOST < value < 0
-    if field in ("rope_theta", "norm_eps"):
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-    return type(value) is int and 0 < value < MOST
+def _fields(attributes: Mapping[str, Any], *, model_type: str, where: Path) -> dict[str, Any]:
+    if (given := attributes.get("model_type")) != model_type:
+        raise MoextendError(f"{where}: model_type is {shown(given)}, expected {model_type!r}{_why_not(given)}")
+    return read_fields(attributes, _TABLES[model_type], where=where)
 
 
 def _why_not(model_type: Any) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.outside import short
-from moextend_jax.checkpoints.tensors import Planned, Stored, difference, some
+from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, some
 from moextend_jax.config import ModelConfig, MoextendError
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
@@ -51,7 +51,7 @@ class Leaf(NamedTuple):
     ours: Callable[[Index], np.ndarray]
     theirs: Callable[[Index], np.ndarray]
     where: str
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     """Every file that its bytes lie in as they are; none where they are computed, or not in files."""
     sha256: str | None = None
     """What an imported folder says its bytes are: a claim, held against them wherever they all pass by."""

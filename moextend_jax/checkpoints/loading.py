@@ -168,8 +168,9 @@ def check_routers(source: Source) -> None:
         ("decoder/layers/moe/gate", range(config.decoder.layers), 0),
         ("extension/router/new_gate", extended, config.decoder.experts),
     ):
-        leaf = source.leaves.get(path)
-        for index in leaf.indices() if leaf else ():
+        if not (leaf := source.leaves.get(path)):
+            continue
+        for index in leaf.indices():
             broken_E = ~np.isfinite(leaf.theirs(index).astype(np.float32)).all(axis=1)
             if broken_E.any():
                 raise MoextendError(

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moextend_jax.checkpoints import hashes, leaves
-from moextend_jax.checkpoints.huggingface import fits, read_json
+from moextend_jax.checkpoints.attributes import fits
+from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.names import PREFIXES
 from moextend_jax.checkpoints.outside import shown

@@ -45,6 +45,20 @@ MAX_AXES, MAX_BYTES = 64, 1 << 62
 """Of one tensor: axes that NumPy has, and a size whose arithmetic stays within 64 bits."""
 
 
+class File(NamedTuple):
+    """A file as it was when it was opened: bytes, and the nanoseconds of its last writing and its last change."""
+
+    path: Path
+    size: int
+    written: int
+    changed: int
+
+
+def opened(path: Path) -> File:
+    stat = path.stat()
+    return File(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
 class Stored(NamedTuple):
     """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon.
 
@@ -54,7 +68,7 @@ class Stored(NamedTuple):
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     where: str
-    file: Path | None = None
+    file: File | None = None
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +149,7 @@ def open_pickles(path: Path) -> dict[str, Stored]:
             return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.contiguous().numpy()
 
-    def stored(name: str, tensor: Any, file: Path) -> Stored:
+    def stored(name: str, tensor: Any, file: Path, at: File) -> Stored:
         try:
             held = tensor.untyped_storage().nbytes()
             dtype = array(tensor.new_empty(0)).dtype
@@ -144,10 +158,12 @@ def open_pickles(path: Path) -> dict[str, Stored]:
         if tensor.numel() * tensor.element_size() > held:  # strides of 0 make any size of a few bytes
             raise MoextendError(f"{file}: {short(name)} {list(tensor.shape)} is larger than the {held:,} bytes it has")
         # Opened anew for each tensor: the mapping goes away with the last view of it, and its pages with the mapping.
-        return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file), file)
+        return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file), at)
 
     def read(file: Path) -> dict[str, Stored]:
-        return {name: stored(name, tensor, file) for name, tensor in load(file).items()}
+        plain_file(file)
+        at = opened(file)
+        return {name: stored(name, tensor, file, at) for name, tensor in load(file).items()}
 
     if path.is_file():
         return read(path)
@@ -216,7 +232,7 @@ def _merge(
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
-    size = plain_file(path)
+    size, at = plain_file(path), opened(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8 or length > MAX_JSON:
@@ -243,7 +259,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise MoextendError(
                 f"{path} cannot be read: it is cut short, {short(name)} needs its bytes {begin:,}..{end:,} of {data:,}"
             )
-        stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path), path)
+        stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path), at)
         end_before = end
     if end_before != data:
         raise MoextendError(f"{path} cannot be read: {data - end_before:,} bytes after its last tensor")

@@ -1,0 +1,99 @@
+"""What the description of a model may say: each kind of file has a table, and here is the one loop that reads them.
+
+In: attributes by name (of a config.json, or the keys of a GGUF file) and their table. Out: fields of `DecoderConfig` or
+`VisionConfig`, or a refusal that names the attribute: nothing that would change the computation goes unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moextend_jax.checkpoints.outside import short, shown
+from moextend_jax.config import MoextendError
+
+MOST = 1 << 31
+"""Sizes stay below; what they multiply to stays a number that can be written down."""
+
+ADVICE = {
+    "sliding_window": ": here every token sees all before it. The two agree on texts of up to {} tokens; if yours are, "
+    "write null there"
+}
+
+
+class Table(NamedTuple):
+    """sizes: their name -> our field. must_be: what changes the computation, with the only values that this code
+    computes. harmless: what says nothing about it. optional: sizes that may be left out."""
+
+    sizes: Mapping[str, str]
+    must_be: Mapping[str, tuple[Any, ...]]
+    harmless: Collection[str]
+    optional: Collection[str] = ()
+
+
+def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, prefix: str = "") -> dict[str, Any]:
+    """Our fields, each with a possible value; those that are optional and not there are left out.
+
+    Args:
+      prefix: what stands before the names in the file, for messages.
+
+    Raises:
+      MoextendError: names an attribute that is unknown, cannot be honoured, is impossible or is missing.
+    """
+    for name, value in attributes.items():
+        if name in table.must_be and value not in table.must_be[name]:
+            only = " or ".join(map(repr, table.must_be[name]))
+            advice = ADVICE.get(name, "").format(shown(value))
+            raise MoextendError(f"{where}: {prefix}{name} = {shown(value)} cannot be honoured (only {only}){advice}")
+        if name not in table.sizes and name not in table.must_be and name not in table.harmless:
+            raise MoextendError(f"{where}: {prefix}{short(name)} is unknown to this code, so it cannot be honoured")
+    fields = {}
+    for theirs, ours in table.sizes.items():
+        if theirs not in attributes and theirs in table.optional:
+            continue
+        fields[ours] = value = attributes.get(theirs)
+        if not fits(ours, value):  # a list: other sizes in other layers
+            wanted = "true or false" if ours == "tied_head" else "one positive number"
+            raise MoextendError(f"{where}: {prefix}{theirs} must be {wanted}, not {shown(value)}")
+    return fields
+
+
+def fits(field: str, value: Any) -> bool:
+    """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
+    if field == "tied_head":
+        return isinstance(value, bool)
+    if field == "activation":
+        return value in ("quick_gelu", "gelu")
+    if field == "feature_layer":
+        return type(value) is int and -MOST < value < 0
+    if field in ("rope_theta", "norm_eps"):
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    return type(value) is int and 0 < value < MOST
+
+
+def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
+    """Where transformers 5 writes rope_theta inside `rope_parameters`, it is taken out; a `rope_scaling` that scales
+    nothing may be there too, and a head_dim of null, which is none."""
+    attributes = {name: value for name, value in attributes.items() if name != "head_dim" or value is not None}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = attributes.get(name)
+        if not isinstance(rope, dict):
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        surplus = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+        if kind != "default" or surplus or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise MoextendError(f"{where}: {name} = {shown(rope)} cannot be honoured (only plain rotary positions)")
+        attributes.pop(name)
+        if "rope_theta" in rope:
+            attributes["rope_theta"] = rope["rope_theta"]
+    return attributes
+
+
+def with_head_size(fields: dict[str, Any], *, where: Path) -> dict[str, Any]:
+    """Where no head size is given, heads share the width."""
+    if "head_size" not in fields:
+        fields["head_size"], rest = divmod(fields["width"], fields["heads"])
+        if rest:
+            raise MoextendError(f"{where}: num_attention_heads does not divide hidden_size, and there is no head_dim")
+    return fields
