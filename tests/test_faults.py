@@ -23,7 +23,7 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
 from moextend_jax.data import entries, images
 from moextend_jax.data.batches import Features, Pixels, Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
-from moextend_jax.data.datasets import open_dataset
+from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_dataset
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import KINDS, STRICT, Fault, FaultSettings, Policy, check_share, counts, named
 from moextend_jax.data.features import cache_features
@@ -499,6 +499,20 @@ def test_a_cache_notes_bad_images_and_a_mended_one_is_made_again(tmp_path):
     mended = write(tmp_path / "mended", [])
     store = cache_features(open_folder(mended, SKIP).images, faults=SKIP, **settings)
     assert not store.faults and (store["16.png"] != 0).any()
+
+
+def test_what_training_skips_is_not_asked_either(faulty):
+    """Whatever is wrong with a conversation, but for its length; pictures are looked at where they are read."""
+    source = open_folder(faulty, SKIP)
+    exchanges = [first_exchange(example, tokenizer=TOKENIZER) for example in source]
+    kinds = {n: exchange.kind for n, exchange in enumerate(exchanges) if isinstance(exchange, Fault)}
+    late = ("too_long", "too_many_images", "duplicate_id")
+    assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
+    sound = exchanges[4]
+    assert isinstance(sound, Exchange)
+    assert list(sound) == [turn["value"] for turn in source[4].conversations]
+    longer = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
+    assert first_exchange(Example("x", longer, ()), tokenizer=TOKENIZER) == Exchange("a", "b")
 
 
 @pytest.mark.parametrize("kind", ["pixels", "features"])

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +24,10 @@ import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.builders import BUILDERS, NO_IMAGE, ImageRef, Llava, scan
-from moextend_jax.data.faults import STRICT, Fault, FaultSettings, refuse
+from moextend_jax.data.conversations import pairs_of
+from moextend_jax.data.faults import KEEPABLE, STRICT, Fault, FaultSettings, refuse
 from moextend_jax.data.images import look, read_image
+from moextend_jax.data.tokenizer import Tokenizer
 
 
 class Example(NamedTuple):
@@ -193,6 +196,34 @@ def _in_folder(rows: Any, folder: Path) -> Images:
         with contextlib.suppress(Fault):
             digest.update(hashlib.sha256(read_image(folder, names[row])).digest())
     return Images(rows, faults, folder, digest.hexdigest())
+
+
+class Exchange(NamedTuple):
+    """The first question of a conversation, and its right answer."""
+
+    question: str
+    answer: str
+
+
+def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Fault:
+    """What can be asked of an example, or the fault for which training refuses or skips it, whatever its length.
+
+    It costs little: texts are only encoded where they have control characters, which may stand for images.
+    """
+    if example.fault is not None and example.fault.kind not in KEEPABLE:
+        return example.fault.again()
+    try:
+        pairs = pairs_of(example.conversations, example_id=example.id, images=len(example.images))
+        for text in (text for pair in pairs for text in pair if CONTROL.search(text)):
+            tokenizer.encode(text)
+    except Fault as fault:
+        return fault
+    except MoextendError as error:
+        return Fault(f"example {example.id}: {error}", "reserved", example.id)
+    return Exchange(*pairs[0])
+
+
+CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 
 
 def check_shows_images(source: Source, *, stage: str) -> None:
