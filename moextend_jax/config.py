@@ -139,13 +139,18 @@ class ExtensionConfig:
 class ImageTags:
     """Token ids around an image: `start`, then one `pad` per patch (its embedding is replaced), then `end`.
 
-    The defaults are the byte pieces of ASCII's STX, ETX and NUL in Mixtral's own vocabulary, so that no
-    pretrained array has to grow; text may not contain those characters. The released code appends rows instead.
+    The defaults are the byte pieces of ASCII's STX, ETX and NUL in Mixtral-8x7B's own vocabulary, so that no
+    pretrained array has to grow; text may not contain those characters. In another vocabulary these pieces have other
+    ids (`data/tokenizer.py` finds them), and the released code appends rows instead: a checkpoint names its own.
     """
 
     start: int = 5
     end: int = 6
     pad: int = 3
+
+    @property
+    def ids(self) -> tuple[int, int, int]:
+        return self.start, self.end, self.pad
 
 
 Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from PIL import Image
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.builders import COLOURS, SHAPES, easy_caption
-from moextend_jax.data.datasets import hold_out, open_dataset, open_text, select
+from moextend_jax.data.datasets import check_shows_images, hold_out, open_dataset, open_text, select
 
 TALK = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
@@ -85,10 +87,66 @@ def test_another_json_file_is_another_data_set(tmp_path):
     assert len(open_llava(tmp_path, [{"id": n, "conversations": TALK} for n in (1, 2)])) == 2
 
 
+def test_fingerprints_are_of_contents_wherever_and_whenever_they_were_written(tmp_path):
+    entries = [{"id": n, "image": f"{'ab'[n % 2]}.png", "conversations": TALK} for n in range(6)]
+    source = open_llava(tmp_path / "one", entries)
+    shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("built"))  # keeps times
+    (tmp_path / "two" / "llava_v1_5_mix665k.json").write_text(json.dumps(entries, indent=1))
+    moved = open_dataset("llava_instruct", data_dir=tmp_path / "built", manual_dir=tmp_path / "two")
+    assert (moved.fingerprint, moved.images.fingerprint) == (source.fingerprint, source.images.fingerprint)
+    parts = [source, *hold_out(source, samples=2, seed=0), select(source, [1, 0]), select(source, [0, 1])]
+    more = {"data_dir": tmp_path / "one" / "built", "manual_dir": tmp_path / "one"}
+    parts.append(open_dataset("llava_instruct", split="train[:3]", **more))
+    assert len({part.fingerprint for part in parts}) == 6
+    entries[3]["conversations"] = [TALK[0], {"from": "gpt", "value": "B"}]
+    edited = open_llava(tmp_path / "one", entries)
+    assert edited.fingerprint != source.fingerprint
+
+
+def test_other_pictures_of_the_same_names_sizes_and_times_have_another_fingerprint(tmp_path):
+    entries = [{"id": 1, "image": "a.png", "conversations": TALK}]
+    fingerprints = set()
+    for name in ("cats", "dogs"):
+        file = tmp_path / name / "images" / "a.png"
+        open_llava(tmp_path / name, entries)
+        file.write_bytes(name.encode())
+        os.utime(file, ns=(0, 0))
+        source = open_dataset("llava_instruct", data_dir=tmp_path, manual_dir=tmp_path / name)
+        fingerprints.add((source.fingerprint, source.images.fingerprint))
+    assert len({rows for rows, _ in fingerprints}) == 1 and len({images for _, images in fingerprints}) == 2
+
+
+def test_lists_of_images_are_read_and_other_keys_named(tmp_path):
+    talk = [{"from": "human", "value": "<image><image>a?"}, {"from": "gpt", "value": "b"}]
+    source = open_llava(tmp_path, [{"id": 1, "images": ["b.png", "a.png"], "image": None, "conversations": talk}])
+    assert [ref.key for ref in source[0].images] == ["b.png", "a.png"]
+    for more, message in [
+        ({"image_path": "a.png"}, "what image_path names is not read; call it image"),
+        ({"image": "a.png", "video": "a.mp4"}, "what video names is not read; only pictures are"),
+        ({"image": "a.png", "images": ["b.png"]}, "image and images name different pictures"),
+        ({"images": {"a": 1}}, "must be a path or a list of paths"),
+    ]:
+        with pytest.raises(MoextendError, match=f"entry 0 .*{message}"):
+            open_llava(tmp_path, [{"id": 1, "conversations": TALK, **more}])
+    same = {"id": 1, "image": "a.png", "images": ["a.png"], "image_url": "https://a/a.png", "audio": None}
+    assert len(open_llava(tmp_path, [{**same, "conversations": TALK}])[0].images) == 1
+
+
+def test_data_without_any_image_train_no_projector(tmp_path):
+    text = {"id": 0, "conversations": TALK}
+    source = open_llava(tmp_path, [text, {"id": 1, "image": "a.png", "conversations": TALK}])
+    check_shows_images(source, stage="align")
+    for without in (select(source, [0]), open_llava(tmp_path / "text", [text])):
+        with pytest.raises(MoextendError, match="align trains the projector, and none of its 1 conversations has"):
+            check_shows_images(without, stage="align")
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ([], "holds no entries"),
+        ('{"id": 1, "conversations": []}\n{"id": 2}\n', "is JSON lines, one object after another"),
+        ('{"id": 1, "conversations": []}\n', "holds no entries; it must be a list"),
         ("[{", "is not JSON"),
         ([{"id": 1}], "entry 0 is not"),
         ([{"id": 1, "image": "z.png", "conversations": TALK}], "no image z.png"),

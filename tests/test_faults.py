@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
 from moextend_jax.data import entries, images
 from moextend_jax.data.batches import Features, Pixels, Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
-from moextend_jax.data.datasets import open_dataset
+from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_dataset
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.data.features import cache_features
@@ -499,6 +501,39 @@ def test_a_cache_notes_bad_images_and_a_mended_one_is_made_again(tmp_path):
     assert not store.faults and (store["16.png"] != 0).any()
 
 
+def test_what_training_skips_is_not_asked_either(faulty):
+    """Whatever is wrong with a conversation, but for its length; pictures are looked at where they are read."""
+    source = open_folder(faulty, SKIP)
+    exchanges = [first_exchange(example, tokenizer=TOKENIZER) for example in source]
+    kinds = {n: exchange.kind for n, exchange in enumerate(exchanges) if isinstance(exchange, Fault)}
+    late = ("too_long", "too_many_images", "duplicate_id")
+    assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
+    sound = exchanges[4]
+    assert isinstance(sound, Exchange)
+    assert list(sound) == [turn["value"] for turn in source[4].conversations]
+    longer = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
+    assert first_exchange(Example("x", longer, ()), tokenizer=TOKENIZER) == Exchange("a", "b")
+
+
+@pytest.mark.parametrize("kind", ["pixels", "features"])
+def test_a_picture_that_was_mended_is_read_again(tmp_path, kind: str):
+    """Whether it was missing, empty or cut off; and the check and training say the same, before and after."""
+    plants = [plant for plant in PLANTS if plant.kind in ("missing", "empty_file", "truncated")]
+    write(tmp_path, plants)
+    wanted = planted("missing", "empty_file", "truncated")
+    assert run_check(tmp_path).counts == wanted
+    skipped = totals(joined(make(tmp_path, SKIP, kind=kind)).faults_BG)
+    assert skipped == {"read": ROWS} | dict.fromkeys(KINDS, 0) | wanted
+    for plant in plants:
+        (tmp_path / "images" / plant.id).write_bytes(picture(plant.at))
+    assert not run_check(tmp_path).counts
+    rows = joined(make(tmp_path, SKIP, kind=kind, seed=None))
+    assert rows.faults_BG[:, 1:].sum() == 0
+    given = rows.images_BMhwc if kind == "pixels" else rows.features_BMPC
+    assert all((given[plant.at, 0] != 0).any() for plant in plants)
+    make(tmp_path, STRICT, kind=kind)
+
+
 # --- paths and files --------------------------------------------------------------------------------------------------
 
 
@@ -547,6 +582,65 @@ def test_names_that_no_file_can_have(tmp_path):
         with pytest.raises(Fault) as caught:
             find_image(tmp_path, name)
         assert caught.value.kind == kind, name
+
+
+def test_looking_at_many_files_finds_what_finding_each_does(tmp_path):
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    (tmp_path / "away").mkdir()
+    inside = tmp_path / "root"
+    inside.mkdir()
+    (inside / "images").symlink_to(tmp_path / "images")
+    (inside / "linked").symlink_to(tmp_path / "away")
+    for path in ("away/a.png", "images/a.png", "images/sub/b.png", "root/c.png"):
+        (tmp_path / path).write_bytes(picture(1))
+    (inside / "empty.png").touch()
+    (inside / "link.png").symlink_to(tmp_path / "away" / "a.png")
+    (inside / "within.png").symlink_to("c.png")
+    (inside / "a:b").write_bytes(picture(1))
+    names = [
+        "a.png", "images/a.png", "sub/b.png", "c.png", "within.png", "a:b", "linked/a.png", "link.png", "empty.png",
+        "none.png", "sub", ".", "../away/a.png", str(inside / "c.png"), "x" * 300, "a\0b", "c.png/d", "s3://a/b", "",
+    ]  # fmt: skip
+    for name, looked in zip(names, images.look(inside, names), strict=True):
+        try:
+            assert looked == find_image(inside, name).stat(), name
+        except Fault as fault:
+            assert isinstance(looked, Fault) and (looked.kind, str(looked)) == (fault.kind, str(fault)), name
+
+
+def test_a_picture_in_another_format_is_pointed_at(tmp_path):
+    (tmp_path / "a.gif").write_bytes(picture(1, format="GIF"))
+    with pytest.raises(Fault, match=r"no image a.jpg in .*; a.gif is there: convert it") as caught:
+        find_image(tmp_path, "a.jpg")
+    assert caught.value.kind == "missing"
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+    with pytest.raises(Fault, match="it is HEIC, .*convert it to JPEG") as caught:
+        decode_image(heic)
+    assert caught.value.kind == "not_image"
+
+
+def test_names_that_this_process_cannot_spell_are_no_bad_pictures(tmp_path):
+    """They would all be skipped; and the next run, in another terminal, would read them."""
+    (tmp_path / "café.png").write_bytes(picture(1))
+    program = f"from moextend_jax.data.images import *; find_image(Path({str(tmp_path)!r}), 'caf\\xe9.png')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "config.MoextendError: image 'caf\\xe9.png': names of files are ascii here" in done.stderr
+    assert find_image(tmp_path, "café.png").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), OSError(28, "No space left on device")])
+def test_processes_that_cannot_start_name_shared_memory(sound, monkeypatch, error: OSError):
+    def refused(*_: Any, **__: Any):
+        raise error
+
+    monkeypatch.setattr("multiprocessing.synchronize.Lock", refused)
+    for start, instead in [
+        (lambda: make(sound, STRICT, workers=1), "set workers = 0"),
+        (lambda: run_check(sound, processes=1), "use --processes 0"),
+    ]:
+        with pytest.raises(MoextendError, match=f"need /dev/shm, .*{error.strerror}.*{instead}"):
+            start()
 
 
 def test_a_large_file_is_never_read_whole(tmp_path, monkeypatch):

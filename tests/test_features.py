@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import EncodedImage
+from moextend_jax.data.datasets import Images, open_dataset
 from moextend_jax.data.features import FeatureStore, cache_features
 from moextend_jax.data.images import decode_image, prepare_image
 
@@ -18,7 +19,11 @@ def encoded(shade):
     return file.getvalue()
 
 
-IMAGES = [EncodedImage(f"k{n}", encoded(10 * n)) for n in range(5)]
+def images_of(shown: dict[str, bytes], fingerprint: str = "five") -> Images:
+    return Images([{"id": key.encode(), "image": image} for key, image in shown.items()], fingerprint=fingerprint)
+
+
+IMAGES = images_of({f"k{n}": encoded(10 * n) for n in range(5)})
 
 
 def tower(images_nhwc):
@@ -50,13 +55,33 @@ def test_features_are_those_of_the_key(tmp_path):
 def test_a_fitting_cache_is_used_again_and_a_stale_one_is_not(tmp_path):
     first = make(tmp_path / "c")
     make(tmp_path / "c", compute=refuse)
-    for change in ({"tower": "t2"}, {"feature_layer": -1}, {"preparation": "crop"}, {"images": IMAGES[:4]}):
+    for change in (
+        {"tower": "t2"},
+        {"feature_layer": -1},
+        {"preparation": "crop"},
+        {"images": dataclasses.replace(IMAGES, fingerprint="others")},
+    ):
         with pytest.raises(AssertionError):
             make(tmp_path / "c", compute=refuse, **change)
         with pytest.raises(MoextendError, match="was made with"):
             FeatureStore.open(tmp_path / "c", fingerprint=first.fingerprint | {"tower": "t2"})
     half = make(tmp_path / "c", dtype="float16")
     assert half["k1"].dtype == np.float16
+
+
+def test_pictures_of_another_folder_are_other_pictures(tmp_path):
+    """As many, of the same names, sizes and answers."""
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a thing"}]
+    stores = []
+    for folder, shade in ((tmp_path / "cats", 10), (tmp_path / "dogs", 250)):
+        folder.mkdir()
+        (folder / "1.png").write_bytes(encoded(shade))
+        entry = {"id": "1", "image": "1.png", "conversations": talk}
+        (folder / "llava_v1_5_mix665k.json").write_text(json.dumps([entry]))
+        source = open_dataset("llava_instruct", data_dir=tmp_path / "built", manual_dir=folder)
+        stores.append(make(tmp_path / "c", images=source.images)["1.png"].copy())
+        make(tmp_path / "c", images=source.images, compute=refuse)
+    assert (stores[0] != stores[1]).any()
 
 
 def test_a_run_that_dies_leaves_no_cache(tmp_path):
@@ -79,6 +104,6 @@ def test_a_damaged_cache_is_made_again(tmp_path):
 
 def test_no_images_and_broken_images_are_errors(tmp_path):
     with pytest.raises(MoextendError, match="no images"):
-        make(tmp_path / "c", images=[])
+        make(tmp_path / "c", images=images_of({}))
     with pytest.raises(MoextendError, match="cannot read image bad"):
-        make(tmp_path / "c", images=[EncodedImage("bad", b"x")])
+        make(tmp_path / "c", images=images_of({"bad": b"x"}))

@@ -147,10 +147,10 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         return _id_batches(Path(options.ids), config, batch_size=options.batch_size)
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
-    from moextend_jax.data.tokenizer import load_tokenizer
+    from moextend_jax.data.tokenizer import tokenizer_of
     from moextend_jax.settings import StageSettings
 
-    tokenizer = load_tokenizer(_tokenizer_folder(options))
+    tokenizer = tokenizer_of(_tokenizer_folder(options), config)
     shape = {"length": options.length, "batch_size": options.batch_size}
     if options.text:
         passages = open_text(options.text)

@@ -37,6 +37,7 @@ from moextend_jax.data.faults import STRICT, Fault, counts, described
 from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
+from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.settings import FaultSettings, StageSettings
 
@@ -152,9 +153,9 @@ def batches(
       faults: which kinds of faults are errors and which are skipped and counted.
 
     Raises:
-      MoextendError: a batch that cannot be divided into `share.of` parts; while iterating, a `Fault` that is not
-        skipped (a conversation that `encode_row` refuses, an image that cannot be read), or that all conversations
-        are skipped.
+      MoextendError: a batch that cannot be divided into `share.of` parts, or workers where no processes can be; while
+        iterating, a `Fault` that is not skipped (a conversation that `encode_row` refuses, an image that cannot be
+        read), or that all conversations are skipped.
     """
     encode = partial(
         _encode_example,
@@ -266,6 +267,7 @@ def _pipeline(
     ready = rows.batch(stage.batch_size, batch_fn=finish)
     if not workers:
         return ready
+    check_shared_memory("set workers = 0")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own
     return ready.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_run)

@@ -2,18 +2,20 @@
 
 Goes in: the installed `easy_vqa` package, or a manual folder with LLaVA's JSON file and images. Comes out: per
 config, rows `{id, conversations (JSON), images (keys), image_rows}`; config `images` has `{id, image (encoded)}`,
-one row per image file, so that no image is stored again for each of its questions.
+one row per image file, so that no image is stored again for each of its questions. LLaVA's image files are not copied:
+`image` is empty there, and they are read where they are.
 
-A faulty entry or image of LLaVA's is built as a row without content, and its `Fault` goes into the metadata of the
-built files, so that policies can change without building again.
+A faulty entry of LLaVA's is built as a row without content, and its `Fault` goes into the metadata of the built files,
+so that policies can change without building again. There too: a hash of the rows of each split.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import tensorflow_datasets as tfds
 from moextend_jax.config import MoextendError
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.images import find_image, read_image
+from moextend_jax.data.images import look
 
 
 class ImageRef(NamedTuple):
@@ -49,7 +51,7 @@ def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
         builder=builder,
         features=tfds.features.FeaturesDict(features),
         disable_shuffling=True,
-        metadata=tfds.core.MetadataDict() if isinstance(builder, Llava) else None,
+        metadata=tfds.core.MetadataDict(),
     )
 
 
@@ -70,6 +72,32 @@ def written(fault: Fault) -> list[str]:
     return [str(fault), fault.kind, fault.id]
 
 
+def _noted(
+    builder: tfds.core.DatasetBuilder, split: str, rows: Iterable[tuple[dict[str, Any], Fault | None]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows, numbered; `fingerprint` and `faults` (by row) of the split go into the metadata when all have passed.
+
+    The fingerprint is of contents alone: it is the same wherever the files lie, whenever they were written.
+    """
+    digest, faults = hashlib.sha256(), {}
+    for number, (row, fault) in enumerate(rows):
+        if fault is not None:
+            faults[str(number)] = written(fault)
+        digest.update(_identity(row, fault))
+        yield number, row
+    assert builder.info.metadata is not None
+    builder.info.metadata[split] = {"fingerprint": digest.hexdigest(), "faults": faults}  # pyright: ignore[reportIndexIssue]
+
+
+def _identity(row: dict[str, Any], fault: Fault | None) -> bytes:
+    if "image" in row:
+        return json.dumps([row["id"], hashlib.sha256(row["image"]).hexdigest()]).encode()
+    talk = json.loads(row["conversations"])
+    if fault is not None:  # its message names the file
+        talk = [fault.kind, talk["turns"]]
+    return json.dumps([row["id"], talk, row["images"]]).encode()
+
+
 def _config(builder: tfds.core.DatasetBuilder) -> str:
     assert builder.builder_config is not None
     return builder.builder_config.name
@@ -83,7 +111,7 @@ def _configs(**described: str) -> list[tfds.core.BuilderConfig]:
 class EasyVqa(tfds.core.GeneratorBasedBuilder):
     """Questions on pictures of one coloured shape, from the `easy_vqa` package (MIT licence)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     url_infos = None  # nothing is downloaded; TFDS's own search for checksums needs an undeclared package
     BUILDER_CONFIGS = _configs(
         questions="one row per question",
@@ -116,7 +144,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
             rows = ({"id": refs[n].key, "image": Path(paths[n]).read_bytes()} for n in sorted(turns))
         else:
             rows = generate[_config(self)](turns, refs)
-        yield from enumerate(rows)
+        yield from _noted(self, split, ((row, None) for row in rows))
 
 
 def _talk(*texts: str) -> list[dict[str, str]]:
@@ -162,15 +190,15 @@ def easy_caption(turns: Sequence[tuple[str, str]]) -> str | None:
     return " ".join(["a", *colour[:1], *(shape[:1] or ["shape"])])
 
 
-NO_IMAGE = {"id": "", "image": b""}
-"""The only row of `images` where no entry has one: TFDS refuses an empty split."""
+NO_IMAGE = ""
+"""The id of the only row of `images` where no entry has one: TFDS refuses an empty split."""
 
 
 class Llava(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """LLaVA's JSON `[{"id", "image"?, "conversations"}, ...]` with image paths relative to the manual folder or
     to its folder `images`; subclasses only name the file."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     url_infos = None
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the JSON file and the image folder into the manual folder."
     BUILDER_CONFIGS = _configs(conversations="one row per entry of the JSON file")
@@ -192,18 +220,8 @@ class Llava(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {"train": self._generate_examples(self.find_json(Path(dl_manager.manual_dir)))}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Rows, and last the faults found on the way: {row: fault}."""
-        faults: dict[str, list[str]] = {}
-        if _config(self) == "images":
-            names = dict.fromkeys(name for entry in read_entries(path) for name in entry.images)
-            rows = (_image_row(path.parent, name) for name in names) if names else iter([(NO_IMAGE, None)])
-        else:
-            rows = _llava_rows(path)
-        for n, (row, fault) in enumerate(rows):
-            if fault is not None:
-                faults[str(n)] = written(fault)
-            yield n, row
-        self.info.metadata["faults"] = faults  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+        rows = _llava_images(path) if _config(self) == "images" else _llava_rows(path)
+        yield from _noted(self, "train", rows)
 
 
 def _llava_rows(path: Path) -> Iterator[tuple[dict[str, Any], Fault | None]]:
@@ -213,27 +231,19 @@ def _llava_rows(path: Path) -> Iterator[tuple[dict[str, Any], Fault | None]]:
         yield _row(entry.id, entry.turns, images, entry.fault), entry.fault
 
 
-def _image_row(folder: Path, name: str) -> tuple[dict[str, Any], Fault | None]:
-    try:
-        return {"id": name, "image": read_image(folder, name)}, None
-    except Fault as fault:
-        return {"id": name, "image": b""}, fault
+def _llava_images(path: Path) -> Iterator[tuple[dict[str, Any], None]]:
+    names = dict.fromkeys(name for entry in read_entries(path) for name in entry.images)
+    yield from (({"id": name, "image": b""}, None) for name in names or [NO_IMAGE])
 
 
 def scan(path: Path) -> Iterator[Fault]:
-    """What building would record, as far as it shows without reading any image."""
-    seen: dict[str, Fault | None] = {}
+    """Faults of the entries, then of the image files as far as they show without reading any."""
+    names: dict[str, None] = {}
     for entry in read_entries(path):
-        for name in entry.images:
-            if name not in seen:
-                try:
-                    find_image(path.parent, name)
-                    seen[name] = None
-                except Fault as fault:
-                    seen[name] = fault
-                    yield fault
+        names |= dict.fromkeys(entry.images)
         if entry.fault is not None:
             yield entry.fault
+    yield from (file for file in look(path.parent, names) if isinstance(file, Fault))
 
 
 class LlavaPretrain(Llava):

@@ -27,6 +27,7 @@ from moextend_jax.data.datasets import Example, Source, family_of, open_dataset
 from moextend_jax.data.entries import Entry, read_entries
 from moextend_jax.data.faults import KINDS
 from moextend_jax.data.inspector import Folder, Found, Inspector, Reading, Work
+from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.settings import FaultSettings
 
 ROWS, IMAGES = 256, 32
@@ -299,6 +300,7 @@ class _Pool:
             self.executor.shutdown(cancel_futures=True)
 
     def _start(self, processes: int) -> ProcessPoolExecutor:
+        check_shared_memory("use --processes 0")
         # Not forked: the libraries that are loaded here have threads.
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(processes, mp_context=context, initializer=inspector.start, initargs=(self.work,))

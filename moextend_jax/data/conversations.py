@@ -59,11 +59,7 @@ def encode_conversation(
       Fault: names the example; wrong turns or roles, an empty answer, text that is no Unicode or stands for images,
         `<image>` marks that do not match the images, or more tokens than `length`.
     """
-    pairs = _pairs(turns, example_id)
-    marks = sum(question.count(MARK) for question, _ in pairs)
-    if marks != images:
-        message = f"example {example_id}: {marks} {MARK} marks in the questions but {images} images"
-        raise Fault(message, "marks", example_id)
+    pairs = pairs_of(turns, example_id=example_id, images=images)
     if recipe.turns == "first":
         pairs = pairs[:1]
     try:
@@ -88,6 +84,19 @@ def encode_conversation(
         ids += question + answer
         labels += [IGNORE] * len(question) + answer
     return _encoded(ids + final, labels + final, tokenizer, recipe, patches)
+
+
+def pairs_of(turns: Sequence[dict[str, Any]], *, example_id: str, images: int) -> list[tuple[str, str]]:
+    """The questions and answers of a conversation, at least one pair.
+
+    Raises a `Fault` as `encode_conversation`, but for what only the ids show: length, and text that stands for images.
+    """
+    pairs = _pairs(turns, example_id)
+    marks = sum(question.count(MARK) for question, _ in pairs)
+    if marks != images:
+        message = f"example {example_id}: {marks} {MARK} marks in the questions but {images} images"
+        raise Fault(message, "marks", example_id)
+    return pairs
 
 
 def encode_row(

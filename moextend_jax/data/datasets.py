@@ -1,9 +1,10 @@
 """Data sets as random-access rows: built once into ArrayRecord files by TFDS builders that need no TensorFlow.
 
 Goes in: a name, a split, a folder for the built files and, for LLaVA's data, the manual folder. Comes out:
-`Source`: rows `Example(id, conversations, images)`, and the encoded image files behind them, each stored once.
+`Source`: rows `Example(id, conversations, images)`, and the encoded image files behind them.
 
-An example refers to its images by key and row number; their bytes are read only when asked for.
+An example refers to its images by key and row number; their bytes are read only when asked for. LLaVA's image files
+are read where they are, and looked at whenever the data set is opened: one that was mended is sound.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,9 +23,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.builders import BUILDERS, ImageRef, Llava, scan
+from moextend_jax.data.builders import BUILDERS, NO_IMAGE, ImageRef, Llava, scan
+from moextend_jax.data.conversations import pairs_of
 from moextend_jax.data.faults import STRICT, Fault, refuse
-from moextend_jax.settings import FaultSettings
+from moextend_jax.data.images import look, read_image
+from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.settings import KEEPABLE, FaultSettings
 
 
 class Example(NamedTuple):
@@ -42,10 +47,17 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Sequence[EncodedImage]):
-    """Encoded image files by row number; picklable. `faults`: what was wrong with some when they were built."""
+    """Encoded image files by row number; picklable.
+
+    `faults`: what was wrong with some when the data set was opened. `folder` has the files that rows name; None where
+    the rows hold them. `fingerprint` changes when any image does: by the bytes of stored ones, by the names, sizes and
+    times of files in a folder (and the bytes of `SAMPLED` of them), wherever the folder is.
+    """
 
     rows: Any
     faults: Mapping[int, Fault] = field(default_factory=dict)
+    folder: Path | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,19 +67,24 @@ class Images(Sequence[EncodedImage]):
             raise self.faults[row].again()
 
     def __getitem__(self, row: Any) -> EncodedImage:
-        """Raises a `Fault` whose id is the key where the image could not be built."""
+        """Raises a `Fault` whose id is the key where the image cannot be read."""
         self.check(int(row))
         item = self.rows[int(row)]
-        return EncodedImage(item["id"].decode(), bytes(item["image"]))
+        key = item["id"].decode()
+        return EncodedImage(key, bytes(item["image"]) if self.folder is None else read_image(self.folder, key))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Sequence[Example]):
-    """Rows of a data set, or some of them: `select` and `hold_out` make views, not copies. Picklable."""
+    """Rows of a data set, or some of them: `select` and `hold_out` make views, not copies. Picklable.
+
+    `fingerprint` is of what the rows say, and which and in which order they are; not of their images.
+    """
 
     rows: Any
     images: Images
     picked: np.ndarray | None = None
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.rows) if self.picked is None else len(self.picked)
@@ -98,8 +115,9 @@ class HoldOut(NamedTuple):
 
 def select(source: Source, rows: Sequence[int] | np.ndarray) -> Source:
     """A view of the given rows, in the given order."""
-    rows = np.asarray(rows, np.int64)
-    return replace(source, picked=rows if source.picked is None else source.picked[rows])
+    rows = np.asarray(rows, "<i8")
+    fingerprint = hashlib.sha256(source.fingerprint.encode() + rows.tobytes()).hexdigest()
+    return replace(source, picked=rows if source.picked is None else source.picked[rows], fingerprint=fingerprint)
 
 
 def hold_out(source: Source, *, samples: int, seed: int) -> HoldOut:
@@ -122,9 +140,9 @@ def open_dataset(
     """Opens `easy_vqa/{questions,conversations,captions}`, `llava_pretrain` or `llava_instruct`.
 
     Builds the files under `data_dir` on first use. `split` is `train` (easy_vqa: or `test`) or a slice of it,
-    e.g. `train[:1000]`. LLaVA's data are read from `manual_dir`: the JSON file, and the image folder beside it.
-    Faulty entries and image files of it, the whole file's, are an error before anything is built where `faults` says
-    so; the others are kept as faulty.
+    e.g. `train[:1000]`. LLaVA's data are read from `manual_dir`: the JSON file once, the image folder beside it
+    always. Faulty entries and image files of it, the whole file's, are an error before anything is built where `faults`
+    says so; the others are kept as faulty.
 
     Raises:
       MoextendError: unknown name or split, missing package, missing or malformed manual files, no rows.
@@ -141,15 +159,79 @@ def open_dataset(
         mark = f"{json_path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
         data_dir = data_dir / hashlib.sha256(mark.encode()).hexdigest()[:12]
     parts = [builder(config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")]
-    if json_path is not None and not all(map(_is_built, parts)):  # before a million images are copied
-        refuse(scan(json_path), faults, where=str(json_path), hint="; `moextend data check` names all")
-    rows = _open(parts[0], split, manual_dir, faults)
-    images = _open(parts[1], split.partition("[")[0], manual_dir, faults)
-    if len(images.rows) == 1 and not images.rows[0]["id"]:
-        images = Built((), {})
+    if json_path is not None and not all(map(_is_built, parts)):
+        refuse(scan(json_path), faults, where=str(json_path), hint=HINT)
+    rows = _open(parts[0], split, manual_dir)
     if not len(rows.rows):
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
-    return Source(rows=rows.rows, images=Images(images.rows, images.faults))
+    stored = _open(parts[1], split.partition("[")[0], manual_dir)
+    images = Images(stored.rows, {}, fingerprint=stored.fingerprint)
+    if json_path is not None:
+        images = _in_folder(stored.rows, json_path.parent)
+        refuse([*rows.faults, *images.faults.values()], faults, where=str(json_path), hint=HINT)
+    fingerprint = hashlib.sha256(f"{rows.fingerprint} {split}".encode()).hexdigest()
+    return Source(rows=rows.rows, images=images, fingerprint=fingerprint)
+
+
+HINT = "; `moextend data check` names all"
+CHUNK = 4096
+"""Rows that are read at once."""
+SAMPLED = 64
+"""Image files whose bytes are in a folder's fingerprint: where archives set all times to one, a folder with other
+pictures of the same names and sizes still has another."""
+
+
+def _in_folder(rows: Any, folder: Path) -> Images:
+    """The images that the rows name, as they are now: one question to the file system for each, few are read."""
+    chunks = (range(first, min(first + CHUNK, len(rows))) for first in range(0, len(rows), CHUNK))
+    names = [item["id"].decode() for chunk in chunks for item in rows.__getitems__(list(chunk))]
+    if names == [NO_IMAGE]:
+        return Images(())
+    digest, faults = hashlib.sha256(), {}
+    for row, file in enumerate(look(folder, names)):
+        if isinstance(file, Fault):
+            faults[row] = file
+        state = file.kind if isinstance(file, Fault) else [file.st_size, file.st_mtime_ns]
+        digest.update(json.dumps([names[row], state]).encode())
+    for row in range(0, len(names), -(-len(names) // SAMPLED)):
+        with contextlib.suppress(Fault):
+            digest.update(hashlib.sha256(read_image(folder, names[row])).digest())
+    return Images(rows, faults, folder, digest.hexdigest())
+
+
+class Exchange(NamedTuple):
+    """The first question of a conversation, and its right answer."""
+
+    question: str
+    answer: str
+
+
+def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Fault:
+    """What can be asked of an example, or the fault for which training refuses or skips it, whatever its length.
+
+    It costs little: texts are only encoded where they have control characters, which may stand for images.
+    """
+    if example.fault is not None and example.fault.kind not in KEEPABLE:
+        return example.fault.again()
+    try:
+        pairs = pairs_of(example.conversations, example_id=example.id, images=len(example.images))
+        for text in (text for pair in pairs for text in pair if CONTROL.search(text)):
+            tokenizer.encode(text)
+    except Fault as fault:
+        return fault
+    except MoextendError as error:
+        return Fault(f"example {example.id}: {error}", "reserved", example.id)
+    return Exchange(*pairs[0])
+
+
+CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
+
+
+def check_shows_images(source: Source, *, stage: str) -> None:
+    """Raises where no conversation has an image: a stage that trains the projector alone would train nothing."""
+    chunks = (range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK))
+    if not any(example.images for chunk in chunks for example in source.read(chunk)):
+        raise MoextendError(f"{stage} trains the projector, and none of its {len(source)} conversations has an image")
 
 
 def family_of(name: str) -> tuple[str, str]:
@@ -177,25 +259,24 @@ def open_text(path: Path | str) -> list[str]:
 
 class Built(NamedTuple):
     rows: Any
-    faults: dict[int, Fault]
+    faults: list[Fault]
+    fingerprint: str
 
 
 def _is_built(builder: tfds.core.DatasetBuilder) -> bool:
     return (builder.data_path / "dataset_info.json").exists()
 
 
-def _open(builder: Any, split: str, manual_dir: Any, faults: FaultSettings) -> Built:
+def _open(builder: Any, split: str, manual_dir: Any) -> Built:
     if not _is_built(builder):
         download = tfds.download.DownloadConfig(manual_dir=manual_dir, verify_ssl=True)
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=download)
-    recorded = (builder.info.metadata or {}).get("faults", {})
-    found = {int(row): Fault(*fault) for row, fault in recorded.items()}
-    hint = f" (so when it was built; to build it again delete {builder.data_path})"
-    refuse(found.values(), faults, where=str(builder.data_path), hint=hint)
     try:
-        return Built(builder.as_data_source(split=split), found)
+        rows = builder.as_data_source(split=split)
     except ValueError as error:
         known = ", ".join(builder.info.splits)
         raise MoextendError(f"data set {builder.name} has no split {split!r}; there are {known}") from error
+    notes = builder.info.metadata[split.partition("[")[0]]
+    return Built(rows, [Fault(*fault) for fault in notes["faults"].values()], notes["fingerprint"])

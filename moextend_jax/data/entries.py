@@ -1,7 +1,8 @@
 """LLaVA's JSON file, one entry at a time: little memory for files of a gigabyte, and nothing that is wrong ends it.
 
-Goes in: a file `[{"id", "image"?, "conversations"}, ...]`. Comes out: `Entry`s in order, each with the `Fault` that its
-own form has; what the turns say is checked where they are encoded (`data/conversations.py`).
+Goes in: a file `[{"id", "image"?, "conversations"}, ...]`, where `image` may be a list and be called `images`. Comes
+out: `Entry`s in order, each with the `Fault` that its own form has; what the turns say is checked where they are
+encoded (`data/conversations.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,21 @@ MOST_ENTRY = 64 << 20
 """Bytes of one entry; more means that the file is damaged (a quotation mark that is missing)."""
 SHOWN = 20
 """Invalid bytes of an entry whose places are said."""
+
+
+IMAGE_KEYS = ("image", "images")
+OTHER_IMAGE_KEYS = (
+    "image_path",
+    "image_paths",
+    "image_file",
+    "image_files",
+    "image_url",
+    "image_urls",
+    "img",
+    "picture",
+)
+OTHER_MEDIA_KEYS = ("video", "videos", "audio", "audios")
+"""Keys of other people's data. Not reading them would train on questions about pictures without the pictures."""
 
 
 class Entry(NamedTuple):
@@ -58,10 +74,16 @@ def _entry(path: Path, number: int, start: int, value: Any, invalid: Sequence[in
         form = '{"id", "image", "conversations": [...]}'
         bad = Fault(f"{path}: entry {number} is not {form} (id {id}, byte {start})", "entry", id)
     else:
-        image = value.get("image") or []
-        images = [image] if isinstance(image, str) else image
-        if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-            bad = Fault(f"{where}: image must be a path or a list of paths, not {image!r:.60}", "entry", id)
+        lists = [[named] if isinstance(named, str) else named for key in IMAGE_KEYS if (named := value.get(key))]
+        images = lists[0] if lists else []
+        unread = [key for key in (*OTHER_MEDIA_KEYS, *(() if lists else OTHER_IMAGE_KEYS)) if value.get(key)]
+        if unread:
+            wanted = "only pictures are" if unread[0] in OTHER_MEDIA_KEYS else "call it image, or images for a list"
+            bad = Fault(f"{where}: what {unread[0]} names is not read; {wanted}", "entry", id)
+        elif lists[1:] not in ([], [images]):
+            bad = Fault(f"{where}: image and images name different pictures", "entry", id)
+        elif not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+            bad = Fault(f"{where}: image must be a path or a list of paths, not {images!r:.60}", "entry", id)
         elif not _utf8([*images, str(value.get("id", ""))]):
             bad = Fault(f"{where} has an id or an image path that is not UTF-8", "encoding", id)
         else:
@@ -88,6 +110,11 @@ def _values(path: Path) -> Iterator[tuple[int, Any, list[int]]]:
         text = _Text(file, path)
         text.skip("\ufeff" + SPACE)
         if text.peek() != "[":
+            if text.peek() == "{" and _goes_on(text, decoder):
+                raise MoextendError(
+                    f"{path} is JSON lines, one object after another, where a list [{{...}}, ...] is wanted; "
+                    f"`jq -s . {path.name} > LIST.json` makes one"
+                )
             if text.peek() in '{"tfn-0123456789':
                 raise MoextendError(f"{path} holds no entries; it must be a list of conversations")
             raise MoextendError(f"{path} is not JSON: it begins with neither [ nor {{")
@@ -109,6 +136,13 @@ def _values(path: Path) -> Iterator[tuple[int, Any, list[int]]]:
         text.skip(SPACE)
         if text.peek():
             raise MoextendError(f"{path} is not JSON: something follows its end at byte {text.byte}")
+
+
+def _goes_on(text: _Text, decoder: json.JSONDecoder) -> bool:
+    """Whether another object follows the one that begins here."""
+    text.value(decoder)
+    text.skip(SPACE)
+    return text.peek() == "{"
 
 
 SPACE = " \t\r\n"

@@ -91,8 +91,8 @@ def cache_features(
 
     Args:
       compute: `images_nhwc` (always `batch_size` of them) to `features_nPC`.
-      tower: hash of the tower's weights. Together with `feature_layer`, `size`, `preparation`, `dtype` and the
-        number of images it is the cache's fingerprint; a cache with another one is made again.
+      tower: hash of the tower's weights. Together with `feature_layer`, `size`, `preparation`, `dtype` and
+        `images.fingerprint` it is the cache's fingerprint; a cache with another one is made again.
       threads: how many images are decoded at once.
       progress: called with (images done, images in all).
       faults: an image whose fault is skipped is noted in the cache; conversations that show it are then skipped.
@@ -105,15 +105,13 @@ def cache_features(
     path = Path(path)
     fingerprint = {
         "tower": tower, "feature_layer": feature_layer, "size": size, "preparation": preparation, "dtype": dtype,
-        "images": len(images),
+        "images": images.fingerprint,
     }  # fmt: skip
-    found = _find(path, fingerprint)
-    if found is not None and not _still_faulty(found, images, size, preparation):
-        found = None
-    if not distributed.any_process(found is None):
-        assert found is not None
-        refuse(found.faults.values(), faults, where=f"feature cache {path}")
-        return found
+    # Process 0's look decides: on another host the files may have other times.
+    if not distributed.any_process(distributed.first() and not _fits(path, fingerprint, images, size, preparation)):
+        store = FeatureStore.open(path)
+        refuse(store.faults.values(), faults, where=f"feature cache {path}")
+        return store
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -129,18 +127,15 @@ def cache_features(
     return FeatureStore.open(path)
 
 
-def _find(path: Path, fingerprint: dict[str, Any]) -> FeatureStore | None:
+def _fits(path: Path, fingerprint: dict[str, Any], images: Images, size, preparation) -> bool:
+    """Whether a cache is there, of these images, and those noted as faulty are so still: one that can be read after all
+    needs its features."""
     try:
-        return FeatureStore.open(path, fingerprint=fingerprint)
+        store = FeatureStore.open(path, fingerprint=fingerprint)
     except MoextendError:
-        return None  # not there, stale or broken: to be made
-
-
-def _still_faulty(store: FeatureStore, images, size, preparation) -> bool:
-    """Whether the images noted as faulty are so; one that was mended needs its features."""
-    return all(
-        isinstance(_prepare(images, store.rows[key], size=size, preparation=preparation), Fault) for key in store.faults
-    )
+        return False  # not there, stale or broken
+    prepare = partial(_prepare, images, size=size, preparation=preparation)
+    return all(isinstance(prepare(store.rows[key]), Fault) for key in store.faults)
 
 
 def _write(

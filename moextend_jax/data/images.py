@@ -8,13 +8,17 @@ is is known from its header before memory is taken for it.
 from __future__ import annotations
 
 import io
+import os
 import stat
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moextend_jax.config import MoextendError
 from moextend_jax.data.faults import Fault
 
 MEAN_c = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -30,6 +34,8 @@ very long has more."""
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "AVIF")
 """Of Pillow's formats those that pictures come in. Others run programs (EPS) or take almost any file (TGA)."""
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+"""Brands of HEIC files."""
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 """How files of the usual formats begin, also where no more of them is left."""
 
@@ -42,6 +48,7 @@ def find_image(folder: Path, name: str) -> Path:
 
     Raises:
       Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more than MOST_BYTES.
+      MoextendError: this process cannot spell the name, and so no name of its kind.
     """
     if "://" in name or name.startswith("data:"):
         raise Fault(f"image {name[:200]} is a URL; nothing is downloaded: put the file into {folder}", "url", name)
@@ -54,6 +61,13 @@ def find_image(folder: Path, name: str) -> Path:
             facts = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            if encoding == "utf-8":  # half of a pair, which JSON can spell
+                raise Fault(f"image {name!a} in {folder}: {error}", "unreadable", ascii(name)) from error
+            raise MoextendError(
+                f"image {name!a}: names of files are {encoding} here, which cannot spell it; set PYTHONUTF8=1"
+            ) from error
         except (OSError, ValueError, RuntimeError) as error:  # no permission; a name no file can have; a loop of links
             raise Fault(f"cannot read image {name} in {folder}: {error}", "unreadable", name) from error
         if not any(path.is_relative_to(root.resolve()) for root in roots):
@@ -71,7 +85,60 @@ def find_image(folder: Path, name: str) -> Path:
                 f"image {name} in {folder} has {facts.st_size} bytes, more than {MOST_BYTES}", "oversized", name
             )
         return path
-    raise Fault(f"no image {name} in {folder} or {folder / 'images'}", "missing", name)
+    raise Fault(f"no image {name} in {folder} or {folder / 'images'}{_beside(roots, name)}", "missing", name)
+
+
+def _beside(roots: Iterable[Path], name: str) -> str:
+    """A hint, where the picture is there in another format: OCR-VQA's are .gif files that its JSON calls .jpg."""
+    for root in roots:
+        for suffix in (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG"):
+            other = (root / name).with_suffix(suffix)
+            if other.is_file():
+                return f"; {other.name} is there: convert it, or name it so"
+    return ""
+
+
+def look(folder: Path, names: Iterable[str]) -> Iterator[os.stat_result | Fault]:
+    """Size and time of each image's file, or the `Fault` that `find_image` raises.
+
+    Folders are resolved once and a sound file costs one question to the file system: there are 665 thousand of them.
+    """
+    homes: dict[str, list[str]] = {}
+    for name in names:
+        head, tail = os.path.split(name)
+        if head not in homes:
+            homes[head] = _homes(folder, head)
+        file = None if ":" in name else _sound_file(homes[head], tail)  # a URL is none, whatever is there
+        try:
+            yield file or find_image(folder, name).stat()
+        except Fault as fault:
+            yield fault
+
+
+def _homes(folder: Path, head: str) -> list[str]:
+    """Where files of `head/` may be, resolved; none where only `find_image` can tell what is right."""
+    if os.path.isabs(head) or ".." in head or "\0" in head:
+        return []
+    try:
+        roots = [os.path.realpath(root) for root in (folder, folder / "images")]
+        homes = [os.path.realpath(os.path.join(root, head)) for root in roots]
+    except (OSError, ValueError):
+        return []
+    inside = all(any(Path(home).is_relative_to(root) for root in roots) for home in homes)
+    return homes if inside else []
+
+
+def _sound_file(homes: Iterable[str], name: str) -> os.stat_result | None:
+    """None also for links, which may lead anywhere."""
+    for home in homes:
+        try:
+            file = os.lstat(f"{home}/{name}")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return None
+        return file if stat.S_ISREG(file.st_mode) and 0 < file.st_size <= MOST_BYTES else None
+    return None
 
 
 def read_image(folder: Path, name: str) -> bytes:
@@ -111,6 +178,10 @@ def decode_image(encoded: bytes, *, name: str = "image", id: str = "") -> Image.
     except Fault:
         raise
     except UnidentifiedImageError as error:
+        if encoded[4:8] == b"ftyp" and encoded[8:12] in HEIC:
+            raise fault(
+                "not_image", "it is HEIC, a telephone's format, which is not read; convert it to JPEG"
+            ) from error
         if not _looks_like_image(encoded):
             raise fault("not_image", f"it is none of {', '.join(FORMATS)}") from error
         kind = "truncated" if file.ended or _cut_riff(encoded) else "unreadable"
