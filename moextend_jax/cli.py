@@ -377,7 +377,7 @@ TOOLS = {
     "import": ("moextend_jax.checkpoints.convert", "import_main"),
     "export": ("moextend_jax.checkpoints.convert", "export_main"),
     "compare": ("moextend_jax.compare.command", "main"),
-    "routing": ("moextend_jax.compare.routing_command", "main"),
+    "routing": ("moextend_jax.routing.command", "main"),
     "eval score": ("moextend_jax.evaluate.benchmarks.command", "score_main"),
 }
 """Commands without a configuration, which parse their own arguments and return an exit code."""

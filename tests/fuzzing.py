@@ -28,13 +28,14 @@ from moextend_jax.checkpoints import convert
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.loading import Source, open_source
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.checkpoints.selection import read_selection
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
-from moextend_jax.compare import reference, routing_stats
-from moextend_jax.compare.npz import read_npz
+from moextend_jax.compare import reference
 from moextend_jax.config import MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.routing import stats as routing_stats
 
 Rng = np.random.Generator
 LONGEST = 2000

@@ -24,11 +24,13 @@ C, J, U, HEADS, IMAGE, PATCH = 16, 24, 3, 2, 12, 4
 P = (IMAGE // PATCH) ** 2
 START, B, L, COEFFICIENT = 100, 4, 32, 0.01
 EXTENDED, A = (0, 3, 4), 16
+SOURCE = 2
+"""The expert that new ones start as, in every extended layer of `moextend_init`."""
 IMAGES = {"train0": (2, 0, 1, 1), "train1": (0, 0, 0, 0), "train2": (0, 2, 1, 0), "text": (0, 0, 0, 0)}
 STAGES = {
-    "align_plain": ("plain", ("visual.mm_projector.",)),
-    "extend_plain": ("plain", ("block_sparse_moe.gate.",)),
-    "finetune_grown": ("grown", ("gate_vision.", "weight_scale.", f"experts.{E}.", "visual.mm_projector.")),
+    "align_vision": ("vision", ("visual.mm_projector.",)),
+    "extend_vision": ("vision", ("block_sparse_moe.gate.",)),
+    "finetune_pert": ("moextend_pert", ("gate_vision.", "weight_scale.", f"experts.{E}.", "visual.mm_projector.")),
 }
 LR, CLIP = 1e-3, 1.0
 
@@ -36,7 +38,7 @@ Tensors = dict[str, Any]
 
 
 class Set:
-    """A folder that is written as its parts are asked for."""
+    """A folder with models, batches and images, to which `write` and the others add what is computed of them."""
 
     def __init__(self, folder: Path):
         rng = np.random.default_rng(7)
@@ -55,25 +57,25 @@ class Set:
         np.savez(folder / "images.npz", pixel_values=self.images, **order)
         (folder / "manifest.json").write_text(json.dumps({"spec": {"image_start_id": START, "coef": COEFFICIENT}}))
 
+    def write(self, *, stages: bool) -> Path:
+        """Everything, but stages of training only if asked: their gradients take long."""
+        for model in self.models:
+            self.forward(model)
+        _save(self.folder / "selection.npz", _selection(self.models, self.sequences, self.images))
+        _save(self.folder / "clip.npz", _tower_file(self.models["vision"], self.images))
+        for stage, (model, trained) in STAGES.items() if stages else ():
+            with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+                arrays = _stage(self.models[model], trained, self.batches, self.pixels)
+            _save(self.folder / f"stage_{stage}.npz", arrays)
+        return self.folder
+
     def forward(self, model: str) -> Path:
-        found = {}
+        arrays = {}
         for name, batch in self.batches.items():
-            arrays = forward(self.models[model], batch, self.pixels[name])
-            arrays["img_pos"] = _places(batch["input_ids"])
-            found |= {f"{name}/{key}": array for key, array in arrays.items()}
-        return _save(self.folder / f"forward_{model}.npz", found)
-
-    def stage(self, stage: str) -> Path:
-        model, trained = STAGES[stage]
-        with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-            found = _stage(self.models[model], trained, self.batches, self.pixels)
-        return _save(self.folder / f"stage_{stage}.npz", found)
-
-    def selection(self) -> Path:
-        return _save(self.folder / "selection.npz", _selection(self.models, self.sequences, self.images))
-
-    def clip(self) -> Path:
-        return _save(self.folder / "clip.npz", _tower_file(self.models["plain"], self.images))
+            by_quantity = forward(self.models[model], batch, self.pixels[name])
+            by_quantity["img_pos"] = _places(batch["input_ids"])
+            arrays |= {f"{name}/{key}": array for key, array in by_quantity.items()}
+        return _save(self.folder / f"forward_{model}.npz", arrays)
 
 
 # --- models and data --------------------------------------------------------------------------------------------------
@@ -115,26 +117,32 @@ def _checkpoints(folder: Path, rng: np.random.Generator) -> dict[str, Tensors]:
         new |= {at + "gate_vision.weight": (1, D), at + "weight_scale.weight_scale.0.weight": (A, E + 1)}
         new |= {at + "weight_scale.weight_scale.2.weight": (E + 1, A), at + f"experts.{E}.w2.weight": (D, F)}
         new |= {at + f"experts.{E}.{w}.weight": (F, D) for w in ("w1", "w3")}
-    grown = {**plain, **made(new, 0.3)}
     probed = {n: a + (rng.normal(0, 0.2, a.shape) if ".gate." in n else 0) for n, a in plain.items()}
-    twin = dict(grown)  # new columns that equal their sources, as they are made
+    init = dict(probed)  # new columns that equal their sources, as they are made
     for z in EXTENDED:
         at = f"model.layers.{z}.block_sparse_moe."
-        twin[at + "gate_vision.weight"] = plain[at + "gate.weight"][2:3]
-        twin[at + "weight_scale.weight_scale.2.weight"] = np.zeros((E + 1, A), np.float32)
-        twin |= {at + f"experts.{E}.{w}.weight": plain[at + f"experts.2.{w}.weight"] for w in ("w1", "w2", "w3")}
-    models = {"plain": plain, "probed": probed, "grown": grown, "twin": twin}
+        init[at + "gate_vision.weight"] = probed[at + "gate.weight"][SOURCE][None]
+        init[at + "weight_scale.weight_scale.0.weight"] = rng.normal(0, 0.02, (A, E + 1))
+        init[at + "weight_scale.weight_scale.2.weight"] = np.zeros((E + 1, A))
+        init |= {
+            at + f"experts.{E}.{w}.weight": probed[at + f"experts.{SOURCE}.{w}.weight"] for w in ("w1", "w2", "w3")
+        }
+    models = {
+        "vision": plain,
+        "vision_gate": probed,
+        "moextend_init": init,
+        "moextend_pert": {**plain, **made(new, 0.3)},
+    }
+    models = {name: {n: np.asarray(a, np.float32) for n, a in tensors.items()} for name, tensors in models.items()}
     attributes = {
         "model_type": "mixtral", "hidden_act": "silu", "hidden_size": D, "intermediate_size": F, "vocab_size": V,
         "num_hidden_layers": Z, "num_attention_heads": N, "num_key_value_heads": K, "num_experts_per_tok": TOP,
         "rope_theta": THETA, "rms_norm_eps": EPS, "sliding_window": None, "tie_word_embeddings": False,
     }  # fmt: skip
     for name, tensors in models.items():
-        extended = name in ("grown", "twin")
+        extended = name.startswith("moextend")
         more = {"add_layer": list(EXTENDED) if extended else None, "num_local_experts": E + extended}
         _folder(folder / name, attributes | more, tensors)
-    for name, other in {"vision": "plain", "vision_gate": "probed"}.items():  # where selection looks by itself
-        (folder / name).symlink_to(folder / other)
     sizes = {
         "model_type": "clip_vision_model", "hidden_size": C, "intermediate_size": J, "num_hidden_layers": U,
         "num_attention_heads": HEADS, "image_size": IMAGE, "patch_size": PATCH, "layer_norm_eps": EPS,
@@ -368,7 +376,7 @@ def _selection(models: dict[str, Tensors], sequences, images) -> dict[str, Any]:
     mask = np.arange(sequences["input_ids"].shape[1]) < sequences["lengths"][:, None]
     ids = np.where(mask, sequences["input_ids"], 0)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-    for model, when in (("plain", "before"), ("probed", "after")):
+    for model, when in (("vision", "before"), ("vision_gate", "after")):
         seen = forward(models[model], batch, images[index[index >= 0]])
         for z in range(Z):
             order = np.argsort(np.asarray(seen[f"router_logits/{z}"]), axis=-1)[mask.reshape(-1)]

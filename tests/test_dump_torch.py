@@ -15,7 +15,8 @@ import reference_set
 import tiny
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.compare import command, routing_command
+from moextend_jax.compare import command
+from moextend_jax.routing import command as routing_command
 
 TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
 

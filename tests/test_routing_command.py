@@ -14,10 +14,10 @@ import pytest
 import tiny
 
 from moextend_jax.checkpoints import huggingface, train_state
-from moextend_jax.compare import routing_command, routing_compare, routing_stats
-from moextend_jax.compare.reference import Rows, to_batch
-from moextend_jax.config import IGNORE, RECIPES, ModelConfig, MoextendError
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.extension import routing
+from moextend_jax.routing import collect, command, compare
+from moextend_jax.routing import stats as statistics
 from moextend_jax.runs.run import open_run, remember, settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -25,9 +25,9 @@ TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
 
 
 @functools.cache
-def collected(config: ModelConfig, **options: Any) -> routing_stats.Stats:
+def collected(config: ModelConfig, **options: Any) -> statistics.Stats:
     arrays = tiny.arrays(config)
-    return routing_stats.collect(tiny.structure(config), arrays, [tiny.batch(), tiny.batch(seed=1)], **options)
+    return collect.collect(tiny.structure(config), arrays, [tiny.batch(), tiny.batch(seed=1)], **options)
 
 
 def moved(seed: int) -> dict[str, Any]:
@@ -37,15 +37,15 @@ def moved(seed: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[routing_stats.Stats, routing_stats.Stats]:
+def pair() -> tuple[statistics.Stats, statistics.Stats]:
     """A model before and after a change of its routers, on the same tokens."""
     model, rows = tiny.structure(tiny.PLAIN), [tiny.batch(), tiny.batch(seed=1)]
-    a, b = (routing_stats.collect(model, arrays, rows) for arrays in (tiny.arrays(tiny.PLAIN), moved(5)))
+    a, b = (collect.collect(model, arrays, rows) for arrays in (tiny.arrays(tiny.PLAIN), moved(5)))
     return a, b
 
 
 def run(*arguments: object) -> int:
-    return routing_command.main([str(argument) for argument in arguments])
+    return command.main([str(argument) for argument in arguments])
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_counts_are_those_that_the_extender_counts(pair, recipe: str):
     rows = [tiny.batch(), tiny.batch(seed=1)]
     model = tiny.structure(tiny.PLAIN)
     expected = routing.count_all(model, tiny.arrays(tiny.PLAIN), rows, recipe=RECIPES[recipe])
-    counts = routing_stats.counts_of(pair[0], RECIPES[recipe].counted_picks)
+    counts = statistics.counts_of(pair[0], RECIPES[recipe].counted_picks)
     for name, part in expected._asdict().items():
         np.testing.assert_array_equal(getattr(counts, name), part, err_msg=name)
 
@@ -82,16 +82,16 @@ def test_loads_of_even_and_of_one_sided_routing(pair):
             probs_ZO={"text": probs_ZO, "image": nothing}, entropy_Z={"text": np.zeros(1), "image": np.zeros(1)},
         )  # fmt: skip
 
-    even = routing_stats.load_of(made([4, 4, 4, 4], [0.25] * 4), "all")
+    even = statistics.load_of(made([4, 4, 4, 4], [0.25] * 4), "all")
     assert even.balance_Z == even.busiest_Z == 1 and np.isclose(even.entropy_Z, np.log(4))
-    one = routing_stats.load_of(made([16, 0, 0, 0], [1, 0, 0, 0]), "text")
+    one = statistics.load_of(made([16, 0, 0, 0], [1, 0, 0, 0]), "text")
     assert one.balance_Z == one.busiest_Z == 4 and one.entropy_Z == 0
 
 
 def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: Path):
     path = tmp_path / "a.npz"
-    routing_stats.write_stats(path, pair[0])
-    again = routing_stats.read_stats(path)
+    statistics.write_stats(path, pair[0])
+    again = statistics.read_stats(path)
     for name, part in pair[0]._asdict().items():
         np.testing.assert_equal(getattr(again, name), part, err_msg=name)
     assert again.per_token is not None and again.per_token.ids_ZTk.dtype == np.int8
@@ -107,15 +107,69 @@ def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: 
         changed: dict[str, Any] = {name: array for name, array in (arrays | change).items() if array is not None}
         np.savez(path, **changed)
         with pytest.raises(MoextendError, match=said):
-            routing_stats.read_stats(path)
+            statistics.read_stats(path)
 
 
 def test_picks_per_token_are_kept_when_asked_or_few(monkeypatch: pytest.MonkeyPatch):
     assert collected(tiny.PLAIN, per_token=False).per_token is None
-    monkeypatch.setattr(routing_stats, "FEW", 10)
+    monkeypatch.setattr(collect, "FEW", 10)
     assert collected(tiny.PLAIN, per_token=None).per_token is None
     kept = collected(tiny.PLAIN, per_token=True).per_token
     assert kept is not None and kept.image_T.sum() == 4 * tiny.VISION.patches
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of text with NaN in one weight of layer 1's router, that of expert 2."""
+    arrays = dict(tiny.arrays(TEXT))
+    gate_ZDE = np.array(arrays["decoder/layers/moe/gate"])
+    gate_ZDE[1, 0, 2] = np.nan
+    folder = tmp_path_factory.mktemp("broken") / "model"
+    huggingface.write_parameters(folder, arrays | {"decoder/layers/moe/gate": gate_ZDE}, table="mixtral", config=TEXT)
+    huggingface.write_decoder_config(folder, TEXT.decoder, dtype="float32")
+    return folder
+
+
+def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(broken: Path, tmp_path: Path):
+    np.savez(tmp_path / "ids.npz", input_ids=np.arange(20, 40).reshape(2, 10))
+    with pytest.raises(MoextendError, match=r"NaN or infinite in layers \[1, 2\], first in layer 1 for experts \[2\]"):
+        run("collect", "--checkpoint", broken, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "out" / "a.npz",
+            "--ids_out", tmp_path / "out" / "ids.npz")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_extender_does_not_count_a_router_that_has_become_nan():
+    arrays = moved(5)
+    gate_ZDE = np.array(arrays["decoder/layers/moe/gate"])
+    gate_ZDE[2, :, 1] = np.inf
+    arrays["decoder/layers/moe/gate"] = gate_ZDE
+    with pytest.raises(MoextendError, match=r"NaN or infinite in layers \[2\]"):
+        routing.count_all(tiny.structure(tiny.PLAIN), arrays, [tiny.batch()], recipe=RECIPES["paper"])
+
+
+def test_statistics_that_are_no_numbers_are_neither_compared_nor_drawn(pair, tmp_path: Path):
+    probs_ZO = {kind: array_ZO.copy() for kind, array_ZO in pair[0].probs_ZO.items()}
+    probs_ZO["image"][2, 1] = np.nan
+    statistics.write_stats(tmp_path / "good.npz", pair[1])
+    statistics.write_stats(tmp_path / "bad.npz", pair[0]._replace(probs_ZO=probs_ZO))
+    with pytest.raises(MoextendError, match=r"bad\.npz: probs/image is NaN or infinite in layers \[2\]"):
+        run("compare", tmp_path / "good.npz", tmp_path / "bad.npz")
+    with pytest.raises(MoextendError, match="bad"):
+        run("plot", tmp_path / "bad.npz", "--out", tmp_path / "drawn")
+    gaps = np.array(pair[0].per_token.gaps_ZT)
+    gaps[0, 3] = np.nan
+    statistics.write_stats(tmp_path / "bad.npz", pair[0]._replace(per_token=pair[0].per_token._replace(gaps_ZT=gaps)))
+    with pytest.raises(MoextendError, match=r"bad\.npz: gaps is NaN or infinite in layers \[0\]"):
+        run("compare", tmp_path / "good.npz", tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("which", ["before", "after"])
+def test_no_layer_is_chosen_by_a_shift_that_is_no_number(which: str):
+    counts = {"before": np.full((3, 4), 5), "after": np.arange(12).reshape(3, 4)}
+    counts[which][1] = 0
+    pair_of_counts = [routing.Counts(total_ZO, 0 * total_ZO, 10, 0) for total_ZO in counts.values()]
+    with pytest.raises(MoextendError, match=r"shift of layers \[1\] is no number"):
+        routing.select(*pair_of_counts, share=0.7, recipe=RECIPES["paper"])
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -123,10 +177,10 @@ def test_picks_per_token_are_kept_when_asked_or_few(monkeypatch: pytest.MonkeyPa
 
 def test_distances_are_zero_to_itself_and_right_to_another(pair):
     a, b = pair
-    for row in routing_compare.distances(a, a, tie=1e-5):
+    for row in compare.distances(a, a, tie=1e-5):
         assert row.agreement == 1.0
         assert (row.tv_picks, row.kl_picks, row.tv_probs, row.kl_probs, row.shift, row.shift_least) == (0,) * 6
-    rows = [row for row in routing_compare.distances(a, b, tie=0.0) if row.kind == "all"]
+    rows = [row for row in compare.distances(a, b, tie=0.0) if row.kind == "all"]
     assert a.per_token is not None and b.per_token is not None
     for z, row in enumerate(rows):
         p, q = (stats.picks_ZO["text"][z] + stats.picks_ZO["image"][z] for stats in pair)
@@ -134,7 +188,7 @@ def test_distances_are_zero_to_itself_and_right_to_another(pair):
         same = [set(x) == set(y) for x, y in zip(a.per_token.ids_ZTk[z], b.per_token.ids_ZTk[z], strict=True)]
         assert row.agreement == pytest.approx(np.mean(same)) and row.tied == 0
         assert row.kl_picks > 0 and row.kl_probs > 0
-    expected = routing.select(*(routing_stats.counts_of(s, "top_k") for s in pair), share=0.5, recipe=RECIPES["paper"])
+    expected = routing.select(*(statistics.counts_of(s, "top_k") for s in pair), share=0.5, recipe=RECIPES["paper"])
     np.testing.assert_allclose([row.shift for row in rows], expected.shift_Z, rtol=1e-12)
 
 
@@ -145,28 +199,28 @@ def test_ties_are_left_out_of_the_agreement(pair):
     other[0, 0, 1] = next(e for e in range(4) if e not in other[0, 0])
     gaps = a.per_token.gaps_ZT.copy()
     b = a._replace(per_token=a.per_token._replace(ids_ZTk=other))
-    assert 0.5 < (routing_compare.distances(a, b, tie=1e-5)[-3].agreement or 0) < 1
+    assert 0.5 < (compare.distances(a, b, tie=1e-5)[-3].agreement or 0) < 1
     gaps[0, 0] = 1e-6
     b = b._replace(per_token=a.per_token._replace(ids_ZTk=other, gaps_ZT=gaps))
-    row = routing_compare.distances(a, b, tie=1e-5)[-3]
+    row = compare.distances(a, b, tie=1e-5)[-3]
     assert (row.kind, row.layer, row.agreement, row.tied) == ("all", 0, 1.0, 1)
 
 
 def test_choices_are_the_extender_s_under_both_recipes(pair):
-    found = routing_compare.choices(*pair, share=0.7)
+    found = compare.choices(*pair, share=0.7)
     assert found is not None
     for choice in found:
         recipe = RECIPES[choice.recipe]
-        counts = [routing_stats.counts_of(stats, recipe.counted_picks) for stats in pair]
+        counts = [statistics.counts_of(stats, recipe.counted_picks) for stats in pair]
         expected = routing.select(*counts, share=0.7, recipe=recipe)
         assert (choice.layers, choice.sources) == (expected.layers, expected.sources)
-    assert routing_compare.choices(collected(tiny.EXTENDED), collected(tiny.EXTENDED), share=0.5) is None
+    assert compare.choices(collected(tiny.EXTENDED), collected(tiny.EXTENDED), share=0.5) is None
 
 
 def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: Path, capsys):
     files = [tmp_path / f"{name}.npz" for name in ("a", "b", "c")]
     for file, stats in zip(files, (*pair, pair[1]._replace(inputs="other tokens")), strict=True):
-        routing_stats.write_stats(file, stats)
+        statistics.write_stats(file, stats)
     assert run("compare", *files[:2], "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["top_k_agreement_missing"] is None and record["same_choice"] is None
@@ -180,8 +234,8 @@ def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: 
 
 
 def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
-    routing_stats.write_stats(tmp_path / "a.npz", pair[0])
-    routing_stats.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))
+    statistics.write_stats(tmp_path / "a.npz", pair[0])
+    statistics.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))
     with pytest.raises(MoextendError, match="not of the same sizes: router outputs per layer"):
         run("compare", tmp_path / "a.npz", tmp_path / "b.npz")
     with pytest.raises(MoextendError, match="routing needs one of collect, compare, plot; 'colect' is none"):
@@ -191,7 +245,7 @@ def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
 def test_plot_writes_a_picture_and_a_page_that_needs_nothing_else(pair, tmp_path: Path):
     for folder, stats in zip(("one", "two"), pair, strict=True):
         (tmp_path / folder).mkdir()
-        routing_stats.write_stats(tmp_path / folder / "stats.npz", stats)
+        statistics.write_stats(tmp_path / folder / "stats.npz", stats)
     files = [tmp_path / folder / "stats.npz" for folder in ("one", "two")]
     assert run("plot", *files, "--out", tmp_path / "drawn" / "both") == 0
     assert (tmp_path / "drawn" / "both.png").read_bytes().startswith(b"\x89PNG")
@@ -220,9 +274,9 @@ def test_collect_counts_given_token_ids_whatever_the_batching(tmp_path: Path, ca
     for size in (2, 5):
         assert run("collect", "--checkpoint", tmp_path / "m", "--ids", tmp_path / "ids.npz",
                    "--batch_size", size, "--out", tmp_path / f"{size}.npz") == 0  # fmt: skip
-    a, b = (routing_stats.read_stats(tmp_path / f"{size}.npz") for size in (2, 5))
+    a, b = (statistics.read_stats(tmp_path / f"{size}.npz") for size in (2, 5))
     assert a.tokens == {"text": int(mask.sum()), "image": 0} and a.inputs == b.inputs
-    assert all(row.agreement == 1 and row.tv_picks == 0 for row in routing_compare.distances(a, b, tie=1e-5))
+    assert all(row.agreement == 1 and row.tv_picks == 0 for row in compare.distances(a, b, tie=1e-5))
     assert "balance" in capsys.readouterr().out
     np.savez(tmp_path / "ids.npz", input_ids=rng.integers(0, 90, (5, 9)))
     with pytest.raises(MoextendError, match="but the vocabulary has 61"):
@@ -240,9 +294,9 @@ def test_collect_reads_passages_and_writes_their_ids_for_others(base: Path, tmp_
     assert run(*common, "--text", tmp_path / "text.txt", "--out", tmp_path / "a.npz", "--ids_out",
                tmp_path / "ids.npz") == 0  # fmt: skip
     assert run(*common, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "b.npz") == 0
-    a, b = (routing_stats.read_stats(tmp_path / name) for name in ("a.npz", "b.npz"))
+    a, b = (statistics.read_stats(tmp_path / name) for name in ("a.npz", "b.npz"))
     assert a.inputs == b.inputs and a.tokens == b.tokens and a.tokens["text"] > 10
-    assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in routing_compare.distances(a, b, tie=1e-5))
+    assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in compare.distances(a, b, tie=1e-5))
 
 
 def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Path, tmp_path: Path):
@@ -254,11 +308,11 @@ def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Pat
     common = ("--data", "llava_instruct", "--data_dir", tmp_path / "data", "--manual_dir", tmp_path / "llava")
     common = ("collect", *common, "--length", 48, "--batch_size", 4, "--samples", 6)
     assert run(*common, "--checkpoint", seeing, "--vision", base / "vision", "--out", tmp_path / "a.npz") == 0
-    stats = routing_stats.read_stats(tmp_path / "a.npz")
+    stats = statistics.read_stats(tmp_path / "a.npz")
     assert config.vision is not None and stats.tokens["image"] == 6 * config.vision.patches
     assert stats.tokens["text"] > 60
     assert run(*common, "--checkpoint", base, "--out", tmp_path / "b.npz") == 0  # a model without a projector is blind
-    assert routing_stats.read_stats(tmp_path / "b.npz").tokens["image"] == 0
+    assert statistics.read_stats(tmp_path / "b.npz").tokens["image"] == 0
 
 
 @pytest.mark.slow
@@ -276,18 +330,16 @@ def test_collect_opens_the_models_of_a_work_directory(base: Path, tmp_path: Path
     np.savez(tmp_path / "ids.npz", input_ids=np.arange(20, 40).reshape(2, 10))
     common = ("collect", "--checkpoint", workdir, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "a.npz")
     assert run(*common, "--model", "aligned") == 0
-    aligned = routing_stats.read_stats(tmp_path / "a.npz")
+    aligned = statistics.read_stats(tmp_path / "a.npz")
     assert run(*common, "--model", "base") == 0
-    np.testing.assert_array_equal(
-        routing_stats.read_stats(tmp_path / "a.npz").picks_ZO["text"], aligned.picks_ZO["text"]
-    )
+    np.testing.assert_array_equal(statistics.read_stats(tmp_path / "a.npz").picks_ZO["text"], aligned.picks_ZO["text"])
     with pytest.raises(MoextendError, match="extend has not been run"):
         run(*common, "--model", "probed")
     opened = open_run(pipeline_settings(workdir), workdir)
     routers = {"decoder/layers/moe/gate": -opened.pretrained["decoder/layers/moe/gate"]}
     train_state.save_leaves(workdir / "extend" / "result", routers, facts=opened.facts)
     assert run(*common, "--model", "probed", "--dtype", "float32") == 0
-    assert routing_compare.distances(aligned, routing_stats.read_stats(tmp_path / "a.npz"), tie=0)[0].tv_picks > 0.1
+    assert compare.distances(aligned, statistics.read_stats(tmp_path / "a.npz"), tie=0)[0].tv_picks > 0.1
 
 
 def pipeline_settings(workdir: Path) -> RunSettings:
@@ -317,9 +369,7 @@ def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, 
                "--out", tmp_path / "a.npz") == 0  # fmt: skip
 
     arrays = tiny.arrays(tiny.BASE_CONFIG, std=0.1) | {"decoder/layers/moe/gate": made["decoder/layers/moe/gate"]}
-    rows = Rows(ids_BL, np.full_like(ids_BL, IGNORE), np.ones_like(ids_BL), (), None)
-    expected = routing_stats.collect(
-        tiny.structure(tiny.BASE_CONFIG), arrays, [to_batch(rows, start=None, patches=0)], per_token=True
-    )
-    got = routing_stats.read_stats(tmp_path / "a.npz")
-    assert all(row.agreement == 1.0 for row in routing_compare.distances(got, expected, tie=1e-5))
+    rows = command.text_batch(ids_BL, np.ones_like(ids_BL))
+    expected = collect.collect(tiny.structure(tiny.BASE_CONFIG), arrays, [rows], per_token=True)
+    got = statistics.read_stats(tmp_path / "a.npz")
+    assert all(row.agreement == 1.0 for row in compare.distances(got, expected, tie=1e-5))

@@ -3,7 +3,7 @@
     python dump_torch_routing.py CHECKPOINT --ids IDS.npz --out STATS.npz [--forward FOLDER]
 
 In: a Hugging Face Mixtral folder, or one in the released MoExtend layout (text half), and an npz file with `input_ids`
-and `attention_mask` [rows, length]. Out: statistics of routing (the arrays are described in routing_stats.py of
+and `attention_mask` [rows, length]. Out: statistics of routing (the arrays are described in routing/stats.py of
 moextend_jax), and with --forward a folder with batches.npz and forward_torch.npz: logits, losses, hidden states and
 every router's logits and picks. Needs torch, transformers 5, safetensors and numpy; nothing else of this repository.
 """
@@ -137,6 +137,10 @@ def statistics(model, ids: np.ndarray, mask: np.ndarray, *, batch_size: int, per
         totals = [[part.numpy() for part in layer[:4]] for layer in layers]
         sums = totals if sums is None else [[a + b for a, b in zip(x, y, strict=True)]
                                             for x, y in zip(sums, totals, strict=True)]  # fmt: skip
+    if faulty := [z for z, layer in enumerate(sums) if not np.isfinite([*layer[2], layer[3]]).all()]:
+        raise SystemExit(
+            f"router logits are NaN or infinite in layers {faulty}: what such a router picks means nothing"
+        )
     tokens, outputs = int(mask.sum()), np.array([len(layer[0]) for layer in sums])
     wide = [[np.pad(part, (0, outputs.max() - len(part))) for part in layer[:3]] for layer in sums]
     picks, least, probs = (np.stack(parts) for parts in zip(*wide, strict=True))

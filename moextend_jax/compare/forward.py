@@ -1,8 +1,9 @@
 """Compares a forward pass, batch by batch: logits, losses, routing, hidden states, image features.
 
-In: a `Reference` of kind "forward" and a model. Out: one `Row` per array of the file. What a position that sees no
-token holds is nobody's business: padding on the left differs between attention back ends, so there only real tokens
-are compared. Where router logits tie, rounding decides the top-k, so picks of tied tokens are not compared.
+In: a `Reference`, a model's parameters and its compiled forward pass. Out: one `Row` per array of the file. What a
+position that sees no token holds is nobody's business: padding on the left differs between attention back ends, so
+there only real tokens are compared. Where router logits tie, rounding decides the top-k, so picks of tied tokens are
+not compared.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from moextend_jax.compare.observe import observer
+from moextend_jax.checkpoints.npz import whole_numbers
+from moextend_jax.compare.observe import Observe
 from moextend_jax.compare.reference import (
+    BATCH_OF_NONE,
     FORWARD,
     Reference,
     Rows,
@@ -22,15 +25,16 @@ from moextend_jax.compare.reference import (
     most_images,
     rows_of,
     to_batch,
-    whole_numbers,
 )
 from moextend_jax.compare.verdict import Row, Tolerances, close, left_out
-from moextend_jax.config import IGNORE, MoextendError
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.config import IGNORE, ModelConfig, MoextendError
 
 _SIMPLE = {"loss_total", "loss_ce", "loss_aux", "loss_aux_nomask", "image_features", "clip_patch_features",
            "pixel_values", "hidden_states/0"}  # fmt: skip
 _PER_POSITION = {"logits", "logits_eager", "hidden_states", "moe_in", "moe_out"}
+
+
+UNKNOWN = "no such quantity is known here"
 
 
 class Defined(NamedTuple):
@@ -47,54 +51,71 @@ class Ties(NamedTuple):
     any_T: np.ndarray
 
 
+def is_inside(reference: Reference) -> bool:
+    """Does the file hold what only a pass layer by layer shows?"""
+    parts = {part for key in reference.arrays for part in key.split("/")}
+    return bool(parts & {"hidden_states", "moe_in", "moe_out", "topk_calibrated"})
+
+
 def compare_forward(
     reference: Reference,
-    model: MoExtend,
+    config: ModelConfig,
     arrays: dict[str, jax.Array],
     *,
+    observe: Observe,
     start: int | None,
-    aux_coefficient: float,
     tolerances: Tolerances,
-    batch: str,
 ) -> list[Row]:
-    """`batch` is the name of the batch that arrays without one belong to."""
-    groups: dict[str, list[str]] = {}
-    for key in reference.arrays:
+    """`observe` is the forward pass of the model that `config` and `arrays` make (observe.py)."""
+    by_batch: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in reference.arrays.items():
         head, _, rest = key.partition("/")
-        named, quantity = (batch, key) if head in FORWARD else (head, rest)
-        groups.setdefault(named, []).append(quantity)
+        name, quantity = (BATCH_OF_NONE, key) if head in FORWARD else (head, rest)
+        by_batch.setdefault(name, {})[quantity] = array
     known = {key.split("/")[0] for key in reference.beside["batches"]}
-    if not known & set(groups):
+    if not known & set(by_batch):
         raise MoextendError(
-            f"{reference.path.name} is of the batches {', '.join(sorted(groups))}; "
+            f"{reference.path.name} is of the batches {', '.join(sorted(by_batch))}; "
             f"{reference.folder / 'batches.npz'} holds {', '.join(sorted(known)) or 'none'}"
         )
-    patches = model.config.vision.patches if model.config.vision else 0
+    patches = config.vision.patches if config.vision else 0
     tag = start if patches else None
-    if not patches and any(f"{name}/image_index" in reference.beside["images"] for name in groups):
+    if not patches and any(f"{name}/image_index" in reference.beside["images"] for name in by_batch):
         raise MoextendError("the reference has images, but the checkpoint no vision tower: give one with --vision DIR")
-    rows = {name: rows_of(reference, name, start=tag) for name in groups if name in known}
-    for name, some in rows.items():
-        check_fits(some, model.config, name=name)
+    rows = {name: rows_of(reference, name, start=tag) for name in by_batch if name in known}
+    for name in rows:
+        check_fits(rows[name], config, name=name)
     room = most_images(rows.values(), start=tag)
-    heads = {quantity.split("/")[0] for quantities in groups.values() for quantity in quantities}
-    inside = bool(heads & {"hidden_states", "moe_in", "moe_out", "topk_calibrated"})
-    observe = observer(model, aux_coefficient=aux_coefficient, inside=inside)
-    found: list[Row] = []
-    for name, quantities in groups.items():
+    verdicts: list[Row] = []
+    for name, theirs in by_batch.items():
         if name not in rows:
-            why = f"batches.npz holds no batch {name!r}"
-            found += [left_out(name, quantity, why) for quantity in quantities]
+            verdicts += [left_out(name, quantity, f"batches.npz holds no batch {name!r}") for quantity in theirs]
             continue
-        some = rows[name]
-        places = image_places(some.ids_BL, start=tag, patches=patches)
-        if some.pixels_nhwc is None and room:  # one compiled program serves batches with and without images
-            some = some._replace(pixels_nhwc=_any_pixels(rows))
-        ours = observe(arrays, to_batch(some, start=tag, patches=patches, room=room))
-        _add_what_is_given(ours, some, places, room=room)
-        theirs = {quantity: _theirs(reference, name, quantity, batch) for quantity in quantities}
-        found += _judge(name, ours, theirs, some, model=model, tolerances=tolerances)
-    return found
+        places = image_places(rows[name].ids_BL, start=tag, patches=patches)
+        pictured = rows[name]
+        if pictured.pixels_nhwc is None and room:  # one compiled program serves batches with and without images
+            pictured = pictured._replace(pixels_nhwc=_any_pixels(rows))
+        ours = observe(arrays, to_batch(pictured, start=tag, patches=patches, room=room))
+        _add_what_is_given(ours, pictured, places, room=room)
+        verdicts += _judge(name, ours, theirs, rows[name], config=config, tolerances=tolerances)
+    return verdicts
+
+
+def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tuple[int, int, int]]:
+    """(layer, expert, expert) of router columns that are bitwise equal, as a new column is when it is made."""
+    gate_ZDE = np.asarray(arrays["decoder/layers/moe/gate"])
+    layers = config.extension.layers if config.extension else ()
+    twins = []
+    for z, gate_DE in enumerate(gate_ZDE):
+        columns = list(gate_DE.T)
+        if z in layers:
+            columns += list(np.asarray(arrays["extension/router/new_gate"])[layers.index(z)].T)
+        first: dict[bytes, int] = {}
+        for o, column in enumerate(columns):
+            twin = first.setdefault(np.ascontiguousarray(column, np.float32).tobytes(), o)
+            if twin != o:
+                twins.append((z, twin, o))
+    return twins
 
 
 def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> Ties:
@@ -118,42 +139,40 @@ def _judge(
     theirs: dict[str, np.ndarray],
     rows: Rows,
     *,
-    model: MoExtend,
+    config: ModelConfig,
     tolerances: Tolerances,
 ) -> list[Row]:
     where = defined(rows)
     where_T = where.where_BL.reshape(-1)
-    top_k = model.config.decoder.top_k
-    found = []
+    verdicts = []
     for quantity, array in theirs.items():
         head, _, index = quantity.partition("/")
         atol = tolerances.simple if head in _SIMPLE or quantity in _SIMPLE else tolerances.composed
         if head not in FORWARD:
-            found.append(left_out(name, quantity, "no such quantity is known here"))
-        elif why := _no_value(quantity, array, where, model):
-            found.append(left_out(name, quantity, why))
+            verdicts.append(left_out(name, quantity, UNKNOWN))
+        elif why := _no_value(quantity, array, where, config):
+            verdicts.append(left_out(name, quantity, why))
         elif (mine := ours.get("logits" if head == "logits_eager" else quantity)) is None:
-            found.append(left_out(name, quantity, _why_absent(name, quantity, model)))
+            verdicts.append(left_out(name, quantity, _why_absent(name, quantity, config)))
         elif head in _PER_POSITION:
-            found.append(close(name, quantity, mine, array, atol=atol, where=where.where_BL))
-        elif head == "router_logits":
-            found.append(close(name, quantity, mine, array, atol=atol, where=where_T))
+            verdicts.append(close(name, quantity, mine, array, atol=atol, where=where.where_BL))
+        elif head in ("router_logits", "topk_prob"):  # probabilities are sorted: no matter whose they are
+            verdicts.append(close(name, quantity, mine, array, atol=atol, where=where_T))
         elif head.startswith("topk_"):
             key = f"router_logits/{index}"
-            logits_TO = theirs[key] if key in theirs else ours[key]
+            logits_TO = theirs.get(key, ours[key])
             if logits_TO.shape != ours[key].shape:
                 close(name, key, ours[key], logits_TO, atol=0)  # raises: says which shapes
-            tied = ties(logits_TO, top_k=top_k, noise=tolerances.tie)
+            tied = ties(logits_TO, top_k=config.decoder.top_k, noise=tolerances.tie)
             if head == "topk_idx":
-                found.append(_picks(name, quantity, mine, array, ours[key], where_T=where_T, tied=tied, atol=atol))
-            elif head == "topk_prob":  # sorted values: no matter whose they are
-                found.append(close(name, quantity, mine, array, atol=atol, where=where_T))
+                row = _picks(name, quantity, mine, array, ours[key], where_T=where_T, tied=tied, atol=atol)
             else:
                 note = _tied_note(tied.any_T & where_T, where_T)
-                found.append(close(name, quantity, mine, array, atol=atol, where=where_T & ~tied.any_T, note=note))
+                row = close(name, quantity, mine, array, atol=atol, where=where_T & ~tied.any_T, note=note)
+            verdicts.append(row)
         else:
-            found.append(close(name, quantity, mine, array, atol=0 if head == "img_pos" else atol))
-    return found
+            verdicts.append(close(name, quantity, mine, array, atol=0 if head == "img_pos" else atol))
+    return verdicts
 
 
 def _picks(
@@ -182,23 +201,23 @@ def _tied_note(tied_T: np.ndarray, where_T: np.ndarray) -> str:
     return f"{tied_T.sum()} of {where_T.sum()} tokens tied: picks not compared" if tied_T.any() else ""
 
 
-def _no_value(quantity: str, array: np.ndarray, where: Defined, model: MoExtend) -> str:
+def _no_value(quantity: str, array: np.ndarray, where: Defined, config: ModelConfig) -> str:
     if quantity in ("loss_ce", "loss_total") and not where.ce:
         return "a label follows left padding, whose logits no mask defines"
     if quantity == "loss_aux_nomask":
         if not where.where_BL.all():
             return "counts left padding, whose routing no mask defines"
-        if model.config.extension and not array.any():
+        if config.extension and not array.any():
             return "the released code returns 0 for an extended model without a mask"
     return ""
 
 
-def _why_absent(name: str, quantity: str, model: MoExtend) -> str:
+def _why_absent(name: str, quantity: str, config: ModelConfig) -> str:
     if not quantity.partition("/")[2]:  # of images: everything else is there in any model
         return "the checkpoint has no vision tower"
-    extended = model.config.extension.layers if model.config.extension else ()
+    extended = config.extension.layers if config.extension else ()
     raise MoextendError(
-        f"the reference holds {name}/{quantity}, but this model has {model.config.decoder.layers} layers, extended "
+        f"the reference holds {name}/{quantity}, but this model has {config.decoder.layers} layers, extended "
         f"ones {list(extended)}: the checkpoint is not the one that the reference was made with"
     )
 
@@ -219,9 +238,4 @@ def _add_what_is_given(ours: dict[str, Any], rows: Rows, places: list[tuple[int,
 
 
 def _any_pixels(rows: dict[str, Rows]) -> np.ndarray:
-    return next(some.pixels_nhwc for some in rows.values() if some.pixels_nhwc is not None)
-
-
-def _theirs(reference: Reference, name: str, quantity: str, unnamed: str) -> np.ndarray:
-    named = reference.arrays.get(f"{name}/{quantity}")
-    return reference.arrays[quantity] if named is None and name == unnamed else reference.arrays[f"{name}/{quantity}"]
+    return next(batch.pixels_nhwc for batch in rows.values() if batch.pixels_nhwc is not None)

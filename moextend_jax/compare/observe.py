@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.config import RECIPES, Batch
+from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import mixture, rms_norm
 from moextend_jax.models.moextend import MoExtend
@@ -36,30 +37,34 @@ class Layer(NamedTuple):
     calibrated_Tk: jax.Array | None
 
 
-def observer(model: MoExtend, *, aux_coefficient: float, inside: bool) -> Callable[[Arrays, Batch], dict[str, Any]]:
+Observe = Callable[[Arrays, Batch], dict[str, Any]]
+
+
+def observer(structure: MoExtend, *, aux_coefficient: float, inside: bool) -> Observe:
     """A compiled forward pass; `inside` also runs layer by layer for `hidden_states`, `moe_in` and the like."""
+    config = structure.config
 
     def run(arrays: Arrays, batch: Batch) -> dict[str, Any]:
-        whole = with_arrays(model, arrays)
-        decoded = whole(batch)
-        losses_ = losses_of(decoded, whole, batch, recipe=RELEASED, aux_coefficient=aux_coefficient, chunk=64)
+        model = with_arrays(structure, arrays)
+        decoded = model(batch)
+        losses = losses_of(decoded, model, batch, recipe=RELEASED, aux_coefficient=aux_coefficient, chunk=64)
         everyone = load(decoded.routing, jnp.ones(batch.ids_BL.size, bool))
         seen: dict[str, Any] = {
-            "logits": whole.decoder.logits(decoded.hidden_BLD),
-            "loss_total": losses_.total,
-            "loss_ce": losses_.ce,
-            "loss_aux": losses_.aux,
-            "loss_aux_nomask": aux_released(everyone, config=model.config),
+            "logits": model.decoder.logits(decoded.hidden_BLD),
+            "loss_total": losses.total,
+            "loss_ce": losses.ce,
+            "loss_aux": losses.aux,
+            "loss_aux_nomask": aux_released(everyone, config=config),
             **_routing(decoded.routing, model),
-            **_images(whole, batch),
+            **_images(model, batch),
         }
         if inside:
-            for z, layer in enumerate(layer_by_layer(whole, batch)):
+            for z, layer in enumerate(layer_by_layer(model, batch)):
                 seen |= {f"hidden_states/{z}": layer.in_BLD, f"moe_in/{z}": layer.moe_in_BLD}
                 seen |= {f"moe_out/{z}": layer.moe_out_BLD}
                 if layer.calibrated_Tk is not None:
                     seen[f"topk_calibrated/{z}"] = layer.calibrated_Tk
-            seen[f"hidden_states/{model.config.decoder.layers}"] = decoded.hidden_BLD
+            seen[f"hidden_states/{config.decoder.layers}"] = decoded.hidden_BLD
         return seen
 
     compiled = jax.jit(run)
@@ -89,14 +94,6 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
             calibrated_Tk = jnp.take_along_axis(probs_TO, routing.ids_Tk, axis=-1)
         yield Layer(x_BLD, moe_in_BLD, moe_out_BLD, calibrated_Tk)
         x_BLD = between_BLD + moe_out_BLD
-
-
-def outputs_Z(model: MoExtend) -> list[int]:
-    """Router outputs of every layer: E, or E+X in an extended one."""
-    config = model.config
-    extended = config.extension.layers if config.extension else ()
-    more = config.extension.new_experts if config.extension else 0
-    return [config.decoder.experts + (more if z in extended else 0) for z in range(config.decoder.layers)]
 
 
 def _extension_of(model: MoExtend, layer: int):

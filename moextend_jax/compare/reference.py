@@ -1,28 +1,26 @@
-"""Reads a folder of reference numbers: one npz file of arrays, and the batches and images that they belong to.
+"""Reads what another implementation wrote of a forward pass: one npz file of arrays, and the batches they belong to.
 
-In: the path of a file that another implementation wrote (forward pass, training stage, selection, tower, generation);
-`batches.npz` (ids, labels, masks), `images.npz` (pixels, and which image goes where) and `manifest.json` (`spec`: the
-first image tag, loss coefficient) lie beside it. Out: its arrays, what kind it is, and our `Batch`es.
+In: the path of that file; `batches.npz` (ids, labels, masks, as tools/dump_torch_routing.py writes them), and for
+models that see `images.npz` (pixels, and which image goes where) and `manifest.json` (`spec`: the first image tag,
+the loss coefficient) lie beside it. Out: its arrays, and our `Batch`es.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import numpy as np
 
+from moextend_jax.checkpoints.npz import read_npz, whole_numbers
 from moextend_jax.checkpoints.outside import parse_json, read_small, shown
 from moextend_jax.checkpoints.tensors import some
-from moextend_jax.compare.npz import read_npz
-from moextend_jax.config import Batch, ModelConfig, MoextendError, VisionConfig
-
-Kind = Literal["forward", "stage", "selection", "generate", "clip"]
+from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
 
 BATCH_OF_NONE = "text"
-"""The batch of a forward file whose arrays name none (plain transformers on text)."""
+"""The batch of arrays that name none (plain transformers on text)."""
 FORWARD = (
     "logits", "logits_eager", "hidden_states", "router_logits", "topk_idx", "topk_prob", "topk_calibrated",
     "topk_weight", "moe_in", "moe_out", "image_features", "clip_patch_features", "pixel_values", "img_pos",
@@ -35,11 +33,9 @@ class Reference(NamedTuple):
     """`arrays`: all of the file, by name. `beside`: batches.npz and images.npz. `spec`: facts of manifest.json."""
 
     path: Path
-    kind: Kind
     arrays: dict[str, np.ndarray]
     beside: dict[str, dict[str, np.ndarray]]
     spec: dict[str, Any]
-    image_names: list[str]
 
     @property
     def folder(self) -> Path:
@@ -57,23 +53,34 @@ class Rows(NamedTuple):
 
 
 def read_reference(path: Path) -> Reference:
+    """Raises MoextendError for whatever is no file of a forward pass."""
     if path.is_dir():
         files = ", ".join(sorted(file.name for file in path.glob("*.npz")))
         raise MoextendError(f"{path} is a folder; name one of its files ({files or 'it holds no .npz'})")
-    arrays = _numeric(path)
-    beside = {name: _if_there(path.parent / f"{name}.npz") for name in ("batches", "images")}
+    arrays = read_npz(path)
+    if str(arrays.get("format", "")).startswith("moextend-routing/"):
+        raise MoextendError(f"{path} holds routing statistics: moextend routing compare {path} OTHER.npz")
+    parts = {part for key in arrays for part in key.split("/")}
+    if not parts & {"logits", "router_logits", "hidden_states"}:
+        raise MoextendError(
+            f"{path} holds none of the arrays of a forward pass (logits, router_logits/L, hidden_states/L); it holds "
+            f"{some(sorted(arrays)) or 'nothing'}"
+        )
+    beside = {name: path.parent / f"{name}.npz" for name in ("batches", "images")}
     at = path.parent / "manifest.json"
     manifest = parse_json(read_small(at), where=f"{at} is not JSON") if at.is_file() else {}
-    if not isinstance(manifest, dict):
+    spec = manifest.get("spec", {}) if isinstance(manifest, dict) else None
+    if not isinstance(spec, dict):
         raise MoextendError(f"{at} holds no facts of a reference")
-    spec, images = (manifest.get(name, kind()) for name, kind in (("spec", dict), ("images", list)))
-    if not isinstance(spec, dict) or not isinstance(images, list):
-        raise MoextendError(f"{at}: spec or images are of another type than they should be")
-    return Reference(path, _kind(path, arrays), arrays, beside, spec, [str(name) for name in images])
+    return Reference(
+        path,
+        _numeric(path, arrays),
+        {name: _numeric(file, read_npz(file)) if file.is_file() else {} for name, file in beside.items()},
+        spec,
+    )
 
 
-def _numeric(path: Path) -> dict[str, np.ndarray]:
-    arrays = read_npz(path)
+def _numeric(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if texts := [name for name, array in arrays.items() if array.dtype.kind == "U"]:
         raise MoextendError(f"{path}: {some(texts)} is text, where numbers are compared")
     return arrays
@@ -81,24 +88,21 @@ def _numeric(path: Path) -> dict[str, np.ndarray]:
 
 def rows_of(reference: Reference, name: str, *, start: int | None) -> Rows:
     """Batch `name` of batches.npz. `start` is the id of the image start tag; None: there are no images."""
-    batches = reference.beside["batches"]
+    batches, at = reference.beside["batches"], reference.folder / "batches.npz"
     if f"{name}/input_ids" not in batches:
         known = sorted({key.split("/")[0] for key in batches})
-        raise MoextendError(
-            f"{reference.folder / 'batches.npz'} holds no batch {name!r}; it holds {known or 'nothing'}"
-        )
-    at = reference.folder / "batches.npz"
+        raise MoextendError(f"{at} holds no batch {name!r}; it holds {known or 'nothing'}")
     ids_BL = whole_numbers(batches[f"{name}/input_ids"], what=f"{at}: {name}/input_ids")
-    labels_BL = batches.get(f"{name}/labels", np.full_like(ids_BL, -100))
+    labels_BL = batches.get(f"{name}/labels", np.full_like(ids_BL, IGNORE))
     labels_BL = whole_numbers(labels_BL, what=f"{at}: {name}/labels")
     mask_BL = batches.get(f"{name}/attention_mask", np.ones_like(ids_BL))
     if ids_BL.ndim != 2 or labels_BL.shape != ids_BL.shape or mask_BL.shape != ids_BL.shape:
         shapes = ids_BL.shape, labels_BL.shape, mask_BL.shape
         raise MoextendError(f"batch {name!r}: ids, labels and mask must be [B, L] alike; their shapes are {shapes}")
-    wanted = 0 if start is None else int((ids_BL == start).sum())
-    images, pixels_nhwc = _images(reference, name) if wanted else ((), None)
-    if len(images) != wanted:
-        raise MoextendError(f"batch {name!r} has {wanted} image start tags but {len(images)} images")
+    tags = 0 if start is None else int((ids_BL == start).sum())
+    images, pixels_nhwc = _images(reference, name) if tags else ((), None)
+    if len(images) != tags:
+        raise MoextendError(f"batch {name!r} has {tags} image start tags but {len(images)} images")
     return Rows(ids_BL, labels_BL, (mask_BL != 0).astype(np.int32), images, pixels_nhwc)
 
 
@@ -111,16 +115,11 @@ def check_fits(rows: Rows, config: ModelConfig, *, name: str) -> None:
             f"batch {name!r} has ids from {real.min()} to {real.max()}, but the vocabulary has "
             f"{config.decoder.vocab_size}"
         )
-    if rows.pixels_nhwc is not None and config.vision is not None:
-        check_pixels(rows.pixels_nhwc, config.vision)
-
-
-def check_pixels(pixels_nhwc: np.ndarray, vision: VisionConfig) -> None:
-    if pixels_nhwc.shape[1:] != (vision.image_size, vision.image_size, 3):
-        raise MoextendError(
-            f"images are {list(pixels_nhwc.shape[1:])} (height, width, channels), the vision tower takes "
-            f"{[vision.image_size, vision.image_size, 3]}"
-        )
+    if rows.pixels_nhwc is None or config.vision is None:
+        return
+    image_hwc, size_hwc = list(rows.pixels_nhwc.shape[1:]), [config.vision.image_size, config.vision.image_size, 3]
+    if image_hwc != size_hwc:
+        raise MoextendError(f"images are {image_hwc} (height, width, channels), the vision tower takes {size_hwc}")
 
 
 def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> Batch:
@@ -161,9 +160,9 @@ def image_places(ids_BL: np.ndarray, *, start: int | None, patches: int) -> list
     return places
 
 
-def most_images(rows: Iterable[Rows], *, start: int | None) -> int:
+def most_images(batches: Iterable[Rows], *, start: int | None) -> int:
     """Images of the row that has most of them; 0 without a start tag."""
-    counts = [int((some.ids_BL == start).sum(axis=1).max(initial=0)) for some in rows if start is not None]
+    counts = [int((rows.ids_BL == start).sum(axis=1).max(initial=0)) for rows in batches if start is not None]
     return max(counts, default=0)
 
 
@@ -183,40 +182,17 @@ def start_tag(reference: Reference, *, given: int | None, attributes: Mapping[st
             continue
         places = whole_numbers(places, what=f"{reference.path}: {key}")
         first = tuple(places[0, :2]) if places.ndim == 2 and places.shape[1] == 3 else ()
-        if (
-            len(first) != 2
-            or ids_BL.ndim != 2
-            or not all(0 <= at < n for at, n in zip(first, ids_BL.shape, strict=True))
-        ):
+        inside = len(first) == ids_BL.ndim == 2 and all(0 <= at < n for at, n in zip(first, ids_BL.shape, strict=True))
+        if not inside:
             raise MoextendError(f"{reference.path}: {key} names no place in {name}/input_ids")
         return int(whole_numbers(ids_BL, what=f"{reference.folder / 'batches.npz'}: {name}/input_ids")[first])
     return None
-
-
-def pixels_nhwc(reference: Reference) -> np.ndarray | None:
-    """Every image of images.npz, prepared for the tower."""
-    pixels_nchw = reference.beside["images"].get("pixel_values")
-    return None if pixels_nchw is None else to_nhwc(pixels_nchw)
 
 
 def to_nhwc(pixels_nchw: np.ndarray) -> np.ndarray:
     if pixels_nchw.ndim != 4:
         raise MoextendError(f"pixel_values has shape {pixels_nchw.shape}, expected [images, channels, height, width]")
     return einops.rearrange(pixels_nchw, "n c h w -> n h w c").astype(np.float32)
-
-
-def _images(reference: Reference, name: str) -> tuple[tuple[int, ...], np.ndarray]:
-    order = reference.beside["images"].get(f"{name}/image_index")
-    pixels = pixels_nhwc(reference)
-    if order is not None and pixels is not None:
-        return chosen_images(order, count=len(pixels)), pixels
-    own = reference.arrays.get(f"{name}/pixel_values")  # in the order of the start tags
-    if own is None:
-        raise MoextendError(
-            f"batch {name!r} has images, but {reference.folder / 'images.npz'} does not say which "
-            f"({name}/image_index and pixel_values), nor does {reference.path.name} hold {name}/pixel_values"
-        )
-    return tuple(range(len(own))), to_nhwc(own)
 
 
 def chosen_images(order: np.ndarray, *, count: int) -> tuple[int, ...]:
@@ -228,30 +204,15 @@ def chosen_images(order: np.ndarray, *, count: int) -> tuple[int, ...]:
     return images
 
 
-def whole_numbers(array: np.ndarray, *, what: str) -> np.ndarray:
-    """As int32; an error where that would make other numbers of them."""
-    if array.dtype.kind in "biu" and (not array.size or -(1 << 31) <= array.min() <= array.max() < 1 << 31):
-        return array.astype(np.int32)
-    raise MoextendError(f"{what} ({array.dtype}{list(array.shape)}) must be whole numbers of 32 bits")
-
-
-def _if_there(path: Path) -> dict[str, np.ndarray]:
-    return _numeric(path) if path.is_file() else {}
-
-
-def _kind(path: Path, arrays: Mapping[str, np.ndarray]) -> Kind:
-    parts: set[str] = {part for key in arrays for part in key.split("/")}
-    signs: Sequence[tuple[Kind, set[str]]] = (
-        ("stage", {"grad", "param1", "param3", "steps"}),
-        ("selection", {"counts_before", "selected_layers"}),
-        ("generate", {"tokens_cache", "tokens_nocache", "logits_last"}),
-        ("clip", {"patch_m1", "patch_m2", "pooler_output", "last_hidden_state"}),
-        ("forward", {"logits", "router_logits", "hidden_states"}),
-    )
-    for kind, names in signs:
-        if names & parts:
-            return kind
-    raise MoextendError(
-        f"{path} holds none of the arrays of a reference ({', '.join(sorted(parts)[:8]) or 'it is empty'}); expected a "
-        "forward pass (logits, router_logits/L), a stage (grad/NAME, steps), selection, generate or clip file"
-    )
+def _images(reference: Reference, name: str) -> tuple[tuple[int, ...], np.ndarray]:
+    images = reference.beside["images"]
+    if f"{name}/image_index" in images and "pixel_values" in images:
+        pixels_nhwc = to_nhwc(images["pixel_values"])
+        return chosen_images(images[f"{name}/image_index"], count=len(pixels_nhwc)), pixels_nhwc
+    own = reference.arrays.get(f"{name}/pixel_values")  # in the order of the start tags
+    if own is None:
+        raise MoextendError(
+            f"batch {name!r} has images, but {reference.folder / 'images.npz'} does not say which "
+            f"({name}/image_index and pixel_values), nor does {reference.path.name} hold {name}/pixel_values"
+        )
+    return tuple(range(len(own))), to_nhwc(own)

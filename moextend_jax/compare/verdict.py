@@ -14,7 +14,7 @@ import numpy as np
 
 from moextend_jax.config import MoextendError
 
-Verdict = Literal["ok", "differs", "tied: not compared", "not compared"]
+Verdict = Literal["ok", "differs", "not compared"]
 
 
 class Tolerances(NamedTuple):

@@ -14,6 +14,7 @@ from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.models.router import Routing
 
 
 class Counts(NamedTuple):
@@ -37,9 +38,8 @@ class Selection(NamedTuple):
     sources: tuple[int, ...]
 
 
-def count_picks(model: MoExtend, batch: Batch, *, recipe: Recipe) -> Counts:
+def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe) -> Counts:
     """Counts of one batch, traceable. `least_likely` counts the k experts that the router likes least."""
-    routing = model(batch).routing
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
         ids_ZTk = least_likely(routing.logits_TO, top_k=ids_ZTk.shape[-1])
@@ -60,6 +60,27 @@ def tally(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:
     return (picks_ZTO * of_T[None, :, None]).sum(axis=1)
 
 
+def count_faulty(logits_ZTO: jax.Array, of_T: jax.Array) -> jax.Array:
+    """How many of the tokens `of_T` (bool) have a logit of NaN or infinity, `[Z, O]`. -inf marks columns that a layer
+    lacks and is none of them."""
+    faulty_ZTO = jnp.isnan(logits_ZTO) | jnp.isposinf(logits_ZTO)
+    return (faulty_ZTO & of_T[None, :, None]).sum(axis=1)
+
+
+def refuse_faulty(faulty_ZO: np.ndarray) -> None:
+    """Top-k of such logits takes experts 0, 1, ... and looks like a choice.
+
+    Raises:
+      MoextendError: `count_faulty` counted any; names the layers.
+    """
+    layers = np.flatnonzero(np.any(faulty_ZO, axis=1)).tolist()
+    if layers:
+        raise MoextendError(
+            f"router logits are NaN or infinite in layers {layers}, first in layer {layers[0]} for experts "
+            f"{np.flatnonzero(faulty_ZO[layers[0]]).tolist()}: picks mean nothing there; look at the weights up to it"
+        )
+
+
 def count_all(
     model: MoExtend,
     arrays: dict[str, jax.Array],
@@ -68,15 +89,27 @@ def count_all(
     recipe: Recipe,
     mesh: Mesh | None = None,
 ) -> Counts:
-    """Counts over batches, summed in 64 bits on the host. `model` gives the structure, `arrays` the parameters, `mesh`
-    says where they and the batches are (None: on one device)."""
-    counted = Program(
-        lambda arrays, batch: count_picks(with_arrays(model, arrays), batch, recipe=recipe), mesh=mesh or one_device()
-    )
-    total = None
+    """Counts over batches, summed in 64 bits on the host.
+
+    Args:
+      model: the structure; arrays: its parameters.
+      mesh: where these and the batches are; None: on one device.
+
+    Raises:
+      MoextendError: there is no batch, or a router gives NaN or infinity.
+    """
+
+    def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
+        routing = with_arrays(model, arrays)(batch).routing
+        real_T = (batch.segments_BL > 0).reshape(-1)
+        return count_picks(routing, batch, recipe=recipe), count_faulty(routing.logits_TO, real_T)
+
+    program, total = Program(count, mesh=mesh or one_device()), None
     for batch in batches:
-        counts = [on_host(part).astype(np.int64) for part in counted(arrays, batch)]
-        total = counts if total is None else [a + b for a, b in zip(total, counts, strict=True)]
+        counts, faulty_ZO = program(arrays, batch)
+        refuse_faulty(on_host(faulty_ZO))
+        parts = [on_host(part).astype(np.int64) for part in counts]
+        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     if total is None:
         raise MoextendError("no batch to count routing on: the held-out data set is empty")
     return Counts(*total)
@@ -86,8 +119,15 @@ def select(before: Counts, after: Counts, *, share: float, recipe: Recipe) -> Se
     """The layers whose routing moved most (paper section 3.2).
 
     The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer.
+
+    Raises:
+      MoextendError: the share chooses no layer, or a layer's shift is no number (nothing was counted there).
     """
-    shift_Z = shift(before.total_ZO, after.total_ZO)
+    with np.errstate(invalid="ignore"):
+        shift_Z = shift(before.total_ZO, after.total_ZO)
+    if not np.isfinite(shift_Z).all():
+        layers = np.flatnonzero(~np.isfinite(shift_Z)).tolist()
+        raise MoextendError(f"no layer can be chosen: the shift of layers {layers} is no number, without picks")
     count = int(share * len(shift_Z))
     if count < 1:
         raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
@@ -104,3 +144,12 @@ def shares(counts_ZO: np.ndarray) -> np.ndarray:
 def shift(before_ZO: np.ndarray, after_ZO: np.ndarray) -> np.ndarray:
     """d_j: the sample standard deviation over experts i of the difference of r[i, j] before and after the probe."""
     return np.std(shares(before_ZO) - shares(after_ZO), axis=-1, ddof=1)
+
+
+def outputs_Z(model: MoExtend) -> np.ndarray:
+    """Router outputs of every layer: E, or E+X in an extended one."""
+    decoder, extension = model.config.decoder, model.config.extension
+    widths_Z = np.full(decoder.layers, decoder.experts)
+    if extension is not None:
+        widths_Z[list(extension.layers)] += extension.new_experts
+    return widths_Z

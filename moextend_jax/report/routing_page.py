@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from moextend_jax.compare.routing_stats import KINDS, Kind, Load, Stats, load_of
 from moextend_jax.report.canvas import IMAGE, MUTED, TEXT, canvas
 from moextend_jax.report.markup import picture, pictures, section, write_page
 from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, shift_panel
+from moextend_jax.routing.stats import KINDS, Kind, Load, Stats, load_of
 
 Panel = tuple[str, Callable[[Axes], None]]
 """What the picture is called when it is read out, and the function that draws it."""

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.compare.routing_stats import KINDS, Kind, Stats, counts_of, load_of
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.extension import routing
+from moextend_jax.routing.stats import KINDS, Kind, Stats, counts_of, load_of
 
 
 class LayerDistance(NamedTuple):
@@ -50,17 +50,17 @@ class Choice(NamedTuple):
 
 
 def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
-    for what, one, other in (
+    for what, x, y in (
         ("experts", a.experts, b.experts),
         ("picks per token", a.top_k, b.top_k),
         ("router outputs per layer", a.outputs_Z.tolist(), b.outputs_Z.tolist()),
     ):
-        if one != other:
-            raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {one} and {other}")
+        if x != y:
+            raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {x} and {y}")
 
 
 def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
-    found = []
+    rows = []
     for kind in (*KINDS, "all"):
         tokens = [sum(stats.tokens[k] for k in KINDS if kind in (k, "all")) for stats in (a, b)]
         if not all(tokens):
@@ -72,7 +72,7 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
             own = slice(0, int(outputs))
             agreement, tied = _agreement(a, b, z, kind, tie=tie)
             smoothed = [counts_ZO[z, own] + 0.5 for counts_ZO in picks]
-            found.append(
+            rows.append(
                 LayerDistance(
                     layer=z,
                     kind=kind,
@@ -88,19 +88,19 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
                     source_b=int(picks[1][z].argmax()),
                 )
             )
-    return found
+    return rows
 
 
 def choices(before: Stats, after: Stats, *, share: float) -> list[Choice] | None:
     """What the extender would choose for this pair under each recipe; None for a model that is extended already."""
     if (before.outputs_Z != before.experts).any():
         return None
-    found = []
+    by_recipe = []
     for name, recipe in RECIPES.items():
         counts = [counts_of(stats, recipe.counted_picks) for stats in (before, after)]
         chosen = routing.select(*counts, share=share, recipe=recipe)
-        found.append(Choice(name, chosen.layers, chosen.sources, chosen.shift_Z.tolist()))
-    return found
+        by_recipe.append(Choice(name, chosen.layers, chosen.sources, chosen.shift_Z.tolist()))
+    return by_recipe
 
 
 def why_no_agreement(a: Stats, b: Stats) -> str | None:

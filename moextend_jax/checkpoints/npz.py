@@ -46,6 +46,13 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     return {member.filename.removesuffix(_ENDING): array for member, array in zip(members, arrays, strict=True)}
 
 
+def whole_numbers(array: np.ndarray, *, what: str) -> np.ndarray:
+    """As int32; an error where that would make other numbers of them. `what` names the array in it."""
+    if array.dtype.kind in "biu" and (not array.size or -(1 << 31) <= array.min() <= array.max() < 1 << 31):
+        return array.astype(np.int32)
+    raise MoextendError(f"{what} ({array.dtype}{list(array.shape)}) must be whole numbers of 32 bits")
+
+
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     name = short(member.filename)
     if not name.endswith(_ENDING) or member.compress_type not in _METHODS:

@@ -1,6 +1,6 @@
-"""Routing statistics of a model over batches, and the npz file that holds them, whoever wrote it.
+"""Routing statistics and the npz file that holds them, whoever wrote it: `collect.py` or tools/dump_torch_routing.py.
 
-In: a model and batches. Out: `Stats`, and one npz file (no pickles) that tools/dump_torch_routing.py writes too:
+In: `Stats`, or a file. Out: a file without pickles, or `Stats`; what its counts say, layer by layer. The file:
 
     format             text, "moextend-routing/1"
     source             text, who wrote it: "jax" or "torch"
@@ -21,28 +21,18 @@ Columns that a layer does not have hold 0.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moextend_jax.compare.npz import read_npz
-from moextend_jax.compare.observe import outputs_Z
-from moextend_jax.compare.reference import whole_numbers
-from moextend_jax.config import Batch, MoextendError
-from moextend_jax.extension.routing import Counts, least_likely, tally
-from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.checkpoints.npz import read_npz, whole_numbers
+from moextend_jax.config import MoextendError
+from moextend_jax.extension.routing import Counts
 
 FORMAT = "moextend-routing/1"
 Kind = Literal["text", "image"]
 KINDS: tuple[Kind, ...] = ("text", "image")
-FEW = 100_000
-"""Up to so many tokens, every token's picks are kept unless told otherwise."""
 
 
 class PerToken(NamedTuple):
@@ -81,49 +71,6 @@ class Load(NamedTuple):
     token_entropy_Z: np.ndarray
     balance_Z: np.ndarray
     busiest_Z: np.ndarray
-
-
-def collect(
-    model: MoExtend, arrays: dict[str, jax.Array], batches: Iterable[Batch], *, per_token: bool | None = None
-) -> Stats:
-    """Statistics over batches, summed on the host in 64 bits. `per_token` None keeps picks if tokens are few."""
-    counted = jax.jit(lambda arrays, batch: _count(with_arrays(model, arrays), batch))
-    sums: dict[str, np.ndarray] | None = None
-    kept: list[PerToken] | None = [] if per_token is not False else None
-    digest = hashlib.sha256()
-    for batch in batches:
-        totals, ids_ZTk, gaps_ZT = jax.tree.map(np.asarray, counted(arrays, batch))
-        totals = {name: total.astype(np.int64 if total.dtype.kind == "i" else float) for name, total in totals.items()}
-        sums = totals if sums is None else {name: sums[name] + totals[name] for name in totals}
-        real_BL = np.asarray(batch.segments_BL) > 0
-        digest.update(token_places(np.asarray(batch.ids_BL), real_BL))
-        if kept is not None:
-            real_T, image_T = real_BL.reshape(-1), np.asarray(batch.patches_BL).reshape(-1) >= 0
-            kept.append(PerToken(_small(ids_ZTk[:, real_T]), gaps_ZT[:, real_T], image_T[real_T]))
-            if per_token is None and sums["tokens/text"] + sums["tokens/image"] > FEW:
-                kept = None
-    if sums is None or not sums["tokens/text"] + sums["tokens/image"]:
-        raise MoextendError("no token to collect routing on: the data is empty")
-    return Stats(
-        source="jax",
-        experts=model.config.decoder.experts,
-        top_k=model.config.decoder.top_k,
-        outputs_Z=np.asarray(outputs_Z(model)),
-        tokens={kind: int(sums[f"tokens/{kind}"]) for kind in KINDS},
-        picks_ZO={kind: sums[f"picks/{kind}"] for kind in KINDS},
-        least_ZO={kind: sums[f"least/{kind}"] for kind in KINDS},
-        probs_ZO={kind: sums[f"probs/{kind}"] / max(1, sums[f"tokens/{kind}"]) for kind in KINDS},
-        entropy_Z={kind: sums[f"entropy/{kind}"] / max(1, sums[f"tokens/{kind}"]) for kind in KINDS},
-        inputs=digest.hexdigest(),
-        per_token=None if kept is None else PerToken(*(np.concatenate(parts, -2 if parts[0].ndim == 3 else -1)
-                                                       for parts in zip(*kept, strict=True))),
-    )  # fmt: skip
-
-
-def token_places(ids_BL: np.ndarray, real_BL: np.ndarray) -> bytes:
-    """(token id, place in its row) of all real tokens: how wide rows are padded does not matter."""
-    places_BL = np.broadcast_to(np.arange(ids_BL.shape[1]), ids_BL.shape)
-    return np.stack([ids_BL[real_BL], places_BL[real_BL]], axis=1).astype("<i4").tobytes()
 
 
 def load_of(stats: Stats, kind: Kind | Literal["all"]) -> Load:
@@ -203,10 +150,12 @@ def read_stats(path: Path) -> Stats:
     for kind in KINDS:
         for name in by_kind:
             if arrays[f"{name}/{kind}"].shape != shapes[name]:
-                was = arrays[f"{name}/{kind}"].shape
-                raise MoextendError(f"{path}: {name}/{kind} has shape {was}, expected {shapes[name]}")
+                shape = arrays[f"{name}/{kind}"].shape
+                raise MoextendError(f"{path}: {name}/{kind} has shape {shape}, expected {shapes[name]}")
             if arrays[f"{name}/{kind}"].dtype.kind not in ("f" if name in ("probs", "entropy") else "iu"):
                 raise MoextendError(f"{path}: {name}/{kind} has element type {arrays[f'{name}/{kind}'].dtype}")
+        for name in ("probs", "entropy"):
+            _check_finite(arrays[f"{name}/{kind}"], what=f"{path}: {name}/{kind}")
         if (arrays[f"picks/{kind}"].sum(axis=1) != arrays[f"tokens/{kind}"] * top_k).any():
             raise MoextendError(f"{path}: picks/{kind} are not {top_k} per token in every layer")
     kinds = {name: {kind: arrays[f"{name}/{kind}"] for kind in KINDS} for name in by_kind}
@@ -225,6 +174,13 @@ def read_stats(path: Path) -> Stats:
     )
 
 
+def _check_finite(array: np.ndarray, *, what: str) -> None:
+    faulty_Z = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+    if faulty_Z.any():
+        layers = np.flatnonzero(faulty_Z).tolist()
+        raise MoextendError(f"{what} is NaN or infinite in layers {layers}: picks of such a router mean nothing")
+
+
 def _per_token(path: Path, arrays: dict[str, np.ndarray], layers: int, top_k: int) -> PerToken | None:
     if "ids" not in arrays:
         return None
@@ -238,32 +194,5 @@ def _per_token(path: Path, arrays: dict[str, np.ndarray], layers: int, top_k: in
     kinds = {"ids": "iu", "gaps": "f", "image": "b"}
     if wrong := [name for name in kinds if arrays[name].dtype.kind not in kinds[name]]:
         raise MoextendError(f"{path}: {', '.join(wrong)} has another element type than it should")
+    _check_finite(np.where(np.isposinf(arrays["gaps"]), 0, arrays["gaps"]), what=f"{path}: gaps")
     return PerToken(arrays["ids"], arrays["gaps"], arrays["image"].astype(bool))
-
-
-def _count(model: MoExtend, batch: Batch):
-    """(sums by name, ids_ZTk, gaps_ZT) of one batch, traceable."""
-    routing = model(batch).routing
-    logits_ZTO = routing.logits_TO
-    outputs, top_k = logits_ZTO.shape[-1], routing.ids_Tk.shape[-1]
-    least_ZTk = least_likely(logits_ZTO, top_k=top_k)
-    log_probs_ZTO = jax.nn.log_softmax(logits_ZTO, axis=-1)
-    probs_ZTO = jnp.exp(log_probs_ZTO)
-    absent_ZTO = jnp.isneginf(logits_ZTO)  # new columns of plain layers
-    entropy_ZT = -jnp.where(absent_ZTO, 0.0, probs_ZTO * log_probs_ZTO).sum(axis=-1)
-    image_T = (batch.patches_BL >= 0).reshape(-1)
-    real_T = (batch.segments_BL > 0).reshape(-1)
-    sums = {}
-    for kind, of_T in (("text", real_T & ~image_T), ("image", real_T & image_T)):
-        for name, ids_ZTk in (("picks", routing.ids_Tk), ("least", least_ZTk)):
-            sums[f"{name}/{kind}"] = tally(ids_ZTk, of_T, outputs=outputs)
-        sums[f"probs/{kind}"] = jnp.where(of_T[None, :, None], probs_ZTO, 0).sum(axis=1)
-        sums[f"entropy/{kind}"] = jnp.where(of_T[None], entropy_ZT, 0).sum(axis=1)
-        sums[f"tokens/{kind}"] = of_T.sum()
-    most_ZTk = jax.lax.top_k(logits_ZTO, min(top_k + 1, outputs))[0]
-    gaps_ZT = most_ZTk[..., top_k - 1] - most_ZTk[..., -1] if outputs > top_k else jnp.full(most_ZTk.shape[:2], jnp.inf)
-    return sums, routing.ids_Tk, gaps_ZT
-
-
-def _small(ids_ZTk: np.ndarray) -> np.ndarray:
-    return ids_ZTk.astype(np.int8 if ids_ZTk.max(initial=0) < 128 else np.int16)

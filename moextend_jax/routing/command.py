@@ -1,6 +1,6 @@
 """`moextend routing collect | compare | plot`: what a model's routers do, measured, set side by side, drawn.
 
-In: a checkpoint and a data set or token ids; or files of statistics (`routing_stats.py` describes them), which
+In: a checkpoint and a data set or token ids; or files of statistics (`stats.py` describes them), which
 tools/dump_torch_routing.py writes from PyTorch. Out: such a file; a table or JSON; a PNG and an HTML page.
 """
 
@@ -11,17 +11,21 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.table import Table
 
+from moextend_jax import distributed
 from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
-from moextend_jax.checkpoints.workdir import settings_of
-from moextend_jax.compare.npz import read_npz
-from moextend_jax.compare.reference import Rows, to_batch, whole_numbers
-from moextend_jax.compare.routing_compare import (
+from moextend_jax.checkpoints.npz import read_npz, whole_numbers
+from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, MoextendError
+from moextend_jax.mesh import one_device, row_shards
+from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.routing.collect import collect
+from moextend_jax.routing.compare import (
     Choice,
     LayerDistance,
     as_json,
@@ -30,13 +34,12 @@ from moextend_jax.compare.routing_compare import (
     distances,
     why_no_agreement,
 )
-from moextend_jax.compare.routing_stats import KINDS, Stats, collect, load_of, read_stats, write_stats
-from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, MoextendError
-from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.routing.stats import KINDS, Stats, load_of, read_stats, write_stats
+from moextend_jax.runs.models_of import open_model
+from moextend_jax.runs.results import MODELS
+from moextend_jax.runs.run import open_run, settings_of
+from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import Parser, console
-
-if TYPE_CHECKING:
-    from moextend_jax.settings import RunSettings
 
 USAGE = """moextend routing collect --checkpoint DIR (--data NAME | --text FILE | --ids IDS.npz) --out STATS.npz
 moextend routing compare A.npz B.npz [--after A2.npz B2.npz] [--share 0.5] [--json]
@@ -46,6 +49,7 @@ moextend routing plot STATS.npz [OTHER.npz] --out PREFIX"""
 class Opened(NamedTuple):
     model: MoExtend
     arrays: dict[str, jax.Array]
+    mesh: Mesh
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,8 +59,8 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     if not arguments or arguments[0] not in commands:
-        said = f"{arguments[0]!r} is none" if arguments else "none was given"
-        raise MoextendError(f"routing needs one of {', '.join(commands)}; {said}")
+        given = f"{arguments[0]!r} is none" if arguments else "none was given"
+        raise MoextendError(f"routing needs one of {', '.join(commands)}; {given}")
     commands[arguments[0]](list(arguments[1:]))
     return 0
 
@@ -70,7 +74,7 @@ def _collect(arguments: list[str]) -> None:
     parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
     parser.add_argument("--vision", help="folder of the vision tower")
     parser.add_argument("--feature_layer", type=int, help="hidden state of the tower that the projector reads")
-    parser.add_argument("--model", default="moextend", choices=["base", "aligned", "probed", "moextend", "full"],
+    parser.add_argument("--model", default="moextend", choices=list(MODELS),
                         help="which model of a --workdir (%(default)s)")  # fmt: skip
     parser.add_argument("--data", help="data set, e.g. easy_vqa/questions")
     parser.add_argument("--text", help="file of passages, one per line")
@@ -96,12 +100,16 @@ def _collect(arguments: list[str]) -> None:
             raise MoextendError(f"routing collect: --{name} must be at least 1")
     with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
         opened = _open(options)
-        batches = _batches(options, opened.model.config)
-        kept: list[Batch] = []
-        stats = collect(*opened, _keeping(batches, kept if options.ids_out else None), per_token=options.per_token)
+        shards = row_shards(opened.mesh)
+        options.batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
+        rows: list[Batch] = []
+        batches = _noting(_batches(options, opened.model.config), rows if options.ids_out else None)
+        stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
+    if not distributed.first():
+        return
     write_stats(Path(options.out), stats)
     if options.ids_out:
-        _write_ids(Path(options.ids_out), kept)
+        _write_ids(Path(options.ids_out), rows)
     _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
 
 
@@ -116,30 +124,18 @@ def _open(options: argparse.Namespace) -> Opened:
             feature_layer=options.feature_layer,
             dtype=options.dtype or "float32",
         )
-        return Opened(abstract(opened.config), opened.arrays)
+        return Opened(abstract(opened.config), opened.arrays, one_device())
     return _open_run(folder, settings, which=options.model, dtype=options.dtype)
 
 
 def _open_run(folder: Path, settings: RunSettings, *, which: str, dtype: str | None) -> Opened:
-    """A model of a work directory, as it was trained unless `dtype` is another."""
-    from moextend_jax import pipeline
-
-    run = pipeline.open_run(settings, folder)
-    config, arrays = run.config, dict(run.pretrained)
-    if which == "moextend":
-        model, arrays = pipeline.moextend_model(run)
-        config = model.config
-    elif which == "full":
-        arrays = pipeline.full_model(run)
-    elif which == "base":  # a text model: without a projector, the tower has nobody to talk to
-        config = dataclasses.replace(config, vision=None)
-        arrays = {path: leaf for path, leaf in arrays.items() if path.startswith("decoder/")}
-    else:
-        arrays = pipeline.probed(run) if which == "probed" else pipeline.kappa(run)
+    """A model of a work directory on its mesh, as it was trained unless `dtype` is another."""
+    run = open_run(settings, folder)
+    model, arrays = open_model(run, which)
     if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype, train_dtype=dtype)
+        model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
         arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
-    return Opened(abstract(config), arrays)
+    return Opened(model, arrays, run.mesh)
 
 
 def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch]:
@@ -161,7 +157,10 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
     if options.data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
-    source = open_dataset(options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir)
+    with distributed.first_alone(f"open {options.data} {options.split}"):
+        source = open_dataset(
+            options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir
+        )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
     recipe, images, most = RECIPES[options.recipe], None, 1
@@ -204,15 +203,22 @@ def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator
                             f"{config.decoder.vocab_size}")  # fmt: skip
     ids_BL = np.where(mask_BL > 0, ids_BL, 0)
     for first in range(0, len(ids_BL), batch_size):
-        some = [array[first : first + batch_size] for array in (ids_BL, mask_BL)]
-        ids, mask = (np.pad(array, ((0, batch_size - len(array)), (0, 0))) for array in some)
-        yield to_batch(Rows(ids, np.full_like(ids, IGNORE), mask, (), None), start=None, patches=0)
+        parts = [array[first : first + batch_size] for array in (ids_BL, mask_BL)]
+        yield text_batch(*(np.pad(array, ((0, batch_size - len(array)), (0, 0))) for array in parts))
 
 
-def _keeping(batches: Iterable[Batch], kept: list[Batch] | None) -> Iterator[Batch]:
+def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
+    """Rows of text with nothing to predict. Positions count on across places where the mask is 0, as transformers
+    counts when nobody gives it positions."""
+    positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
+    return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, mask_BL, np.full_like(ids_BL, -1))
+
+
+def _noting(batches: Iterable[Batch], rows: list[Batch] | None) -> Iterator[Batch]:
+    """The same batches; without their images they are added to `rows`."""
     for batch in batches:
-        if kept is not None:
-            kept.append(batch._replace(images_BMhwc=None, features_BMPC=None))
+        if rows is not None:
+            rows.append(batch._replace(images_BMhwc=None, features_BMPC=None))
         yield batch
 
 
@@ -262,8 +268,8 @@ def _compare(arguments: list[str]) -> None:
     chosen: dict[str, list[Choice] | None] = {}
     if options.after:
         after = [read_stats(Path(name)) for name in options.after]
-        for one, other, name in ((a, after[0], options.after[0]), (b, after[1], options.after[1])):
-            check_same_shape(one, other, names=(options.a, name))
+        for before, probed, name in ((a, after[0], options.after[0]), (b, after[1], options.after[1])):
+            check_same_shape(before, probed, names=(options.a, name))
         chosen = {"a": choices(a, after[0], share=options.share), "b": choices(b, after[1], share=options.share)}
     else:
         chosen = {"a_to_b": choices(a, b, share=options.share)}
@@ -273,7 +279,7 @@ def _compare(arguments: list[str]) -> None:
         "tokens": {kind: [a.tokens[kind], b.tokens[kind]] for kind in KINDS},
         "top_k_agreement_missing": why,
         "layers": as_json(rows),
-        "choices": {side: as_json(found) for side, found in chosen.items()},
+        "choices": {side: as_json(by_recipe) for side, by_recipe in chosen.items()},
         "same_choice": _same(chosen),
         "same_source_experts": all(row.source_a == row.source_b for row in rows if row.kind == "all"),
     }
@@ -289,9 +295,7 @@ def _same(chosen: dict[str, list[Choice] | None]) -> dict[str, bool] | None:
     a, b = chosen.get("a"), chosen.get("b")
     if a is None or b is None:
         return None
-    return {
-        one.recipe: (one.layers, one.sources) == (other.layers, other.sources) for one, other in zip(a, b, strict=True)
-    }
+    return {x.recipe: (x.layers, x.sources) == (y.layers, y.sources) for x, y in zip(a, b, strict=True)}
 
 
 def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) -> None:
@@ -318,20 +322,20 @@ def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) 
 def _print_choices(chosen: dict[str, list[Choice] | None], record: dict[str, Any]) -> None:
     titles = {"a": "chosen by the first pair", "b": "chosen by the second pair", "a_to_b": "if the second were the "
               "first after the probe"}  # fmt: skip
-    for side, found in chosen.items():
-        if found is None:
+    for side, by_recipe in chosen.items():
+        if by_recipe is None:
             console().print("no choice of layers: the models are extended already", highlight=False)
             return
-        if not any(any(one.shift_Z) for one in found):
+        if not any(any(choice.shift_Z) for choice in by_recipe):
             console().print("no layer's picks differ: there is nothing to choose layers by", highlight=False)
             continue
-        for one in found:
-            layers, sources = list(one.layers), list(one.sources)
-            console().print(f"{titles[side]}, recipe {one.recipe}: layers {layers}, copying {sources}", highlight=False)
+        for choice in by_recipe:
+            chosen_layers = f"layers {list(choice.layers)}, copying {list(choice.sources)}"
+            console().print(f"{titles[side]}, recipe {choice.recipe}: {chosen_layers}", highlight=False)
     if record["same_choice"] is not None:
         for recipe, same in record["same_choice"].items():
-            said = "the same layers and source experts" if same else "[bold red]not the same[/]"
-            console().print(f"recipe {recipe}: {said}", highlight=False)
+            verdict = "the same layers and source experts" if same else "[bold red]not the same[/]"
+            console().print(f"recipe {recipe}: {verdict}", highlight=False)
     same = record["same_source_experts"]
     console().print(f"the most picked expert of every layer is {'' if same else '[yellow]not [/]'}the same in both")
 
