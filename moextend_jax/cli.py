@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import folder
-from moextend_jax.preemption import EXIT_CODE, Preempted
+from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
 from moextend_jax.runs.results import MODELS, RESULTS, training
 from moextend_jax.settings import RunSettings, from_config_dict
 
@@ -62,39 +62,59 @@ Checkpoints and comparison with PyTorch (each has --help):
 def main(argv: list[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 1 a comparison that failed, 2 a mistake of input or use (one line on standard
     error), 75 the machine was taken away and the same command goes on, 130 interrupted from the keyboard."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    code = _code_of(words)
+    if code and "moextend_jax.distributed" in sys.modules:
+        import jax
+
+        from moextend_jax.distributed import leave
+
+        if argv is None or jax.distributed.is_initialized():  # not where Python calls this and goes on
+            leave(code)
+    if code:
+        sys.exit(code)
+
+
+def _code_of(words: list[str]) -> int:
+    """The exit code of a command; what went wrong is a line on standard error."""
     try:
-        if not argv or argv[0] in ("-h", "--help", "help"):
-            print(USAGE)
-            return
-        command, arguments = argv[0], argv[1:]
-        if argv[:2] == ["eval", "score"]:
-            command, arguments = "eval score", argv[2:]
-        if command in TOOLS:
-            module, function = TOOLS[command]
-            sys.exit(getattr(importlib.import_module(module), function)(arguments))
-        if command not in COMMANDS:
-            raise MoextendError(f"there is no command {command!r}; there are {', '.join((*COMMANDS, *TOOLS))}")
-        COMMANDS[command](*_parse(command, arguments))
+        with not_lost():
+            return _call(words)
     except MoextendError as error:
         line = " ".join(str(error).split())  # which may quote a file that is not to be trusted
         print("moextend:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
-        _exit(2)
+        return 2
     except Preempted as notice:
         print(f"moextend: told to stop: {notice}; the same command goes on from there", file=sys.stderr)
-        _exit(EXIT_CODE)
+        return EXIT_CODE
     except OSError as error:  # a folder that is a file, no permission, a full disk: the message names the path
         print(f"moextend: {error}", file=sys.stderr)
-        _exit(2)
+        return 2
     except KeyboardInterrupt:
         print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        _exit(130)
+        return 130
     except Exception:  # a bug in one of several processes must not leave the others waiting
         if "moextend_jax.distributed" not in sys.modules:
             raise
         traceback.print_exc()
-        _exit(1)
+        return 1
+
+
+def _call(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    command, arguments = words[0], words[1:]
+    if words[:2] == ["eval", "score"]:
+        command, arguments = "eval score", words[2:]
+    if command in TOOLS:
+        module, function = TOOLS[command]
+        return getattr(importlib.import_module(module), function)(arguments)
+    if command not in COMMANDS:
+        raise MoextendError(f"there is no command {command!r}; there are {', '.join((*COMMANDS, *TOOLS))}")
+    COMMANDS[command](*_parse(command, arguments))
+    return 0
 
 
 def _options(command: str, values: flags.FlagValues) -> str:
@@ -105,15 +125,6 @@ def _options(command: str, values: flags.FlagValues) -> str:
         lines.append(f"  --{name:<16} {flag.help}{default}")
     lines.append("  --config           configs/X.py[:arg], and --config.FIELD=VALUE for any of its settings")
     return "\n".join(lines)
-
-
-def _exit(code: int) -> NoReturn:
-    """Ends a command that failed; of several processes without waiting for the others."""
-    if "moextend_jax.distributed" in sys.modules:
-        from moextend_jax.distributed import leave
-
-        leave(code)
-    sys.exit(code)
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flags.FlagValues]:

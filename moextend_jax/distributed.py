@@ -80,12 +80,11 @@ def arguments() -> dict[str, Any] | None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process that has failed. It does not wait for the others, which may be waiting for it."""
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    """Ends a process that has failed, at once: JAX's threads may still compute, on which Python's own way out crashes,
+    and the other processes may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # --- in step ----------------------------------------------------------------------------------------------------------

@@ -1,21 +1,35 @@
-"""Machines that are taken away: SIGTERM in, a saved checkpoint and exit code 75 out.
+"""Machines that are taken away: a signal in, a saved checkpoint and exit code 75 out.
 
-In one process the signal is ours. In several, JAX's own service catches it (and a cloud's maintenance notice, which
-comes as the same signal), tells all processes, and names the step at which all of them stop.
+In one process the signal is ours. In several, JAX's own service catches SIGTERM (and a cloud's maintenance notice, which
+comes as the same signal), tells all processes, and names the step at which all of them stop; the other signals are
+passed on to it as SIGTERM.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: what can be done is done, try again later. The same command goes on."""
 
+OTHERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, *OTHERS)
+"""What clusters announce the end with: most SIGTERM; Slurm's --signal what the user names, mostly SIGUSR1; a terminal
+that is closed SIGHUP."""
+SOON = 0.05
+"""Seconds after which an interrupt that was lost is raised again."""
 
-class Preempted(Exception):
-    """The run has stopped because its machine is to be taken away; the message says where it stands."""
+
+class Preempted(BaseException):
+    """The run has stopped because its machine is to be taken away; the message says where it stands.
+
+    Like KeyboardInterrupt it can be raised at any place, so it is no Exception: libraries that catch those would lose it.
+    """
 
 
 class _Notice:
@@ -24,9 +38,20 @@ class _Notice:
 
 
 def listen() -> None:
-    """From here on SIGTERM raises `Preempted`, in training after the step. Any number of signals is as one. Only where
+    """From here on `SIGNALS` raise `Preempted`, in training after the step. Any number of signals is as one. Only where
     there is one process."""
-    signal.signal(signal.SIGTERM, _on_signal)
+    _handle(SIGNALS, _on_signal)
+
+
+def pass_on() -> None:
+    """From here on `OTHERS` are as SIGTERM, for which JAX's service listens where there are several processes."""
+    _handle(OTHERS, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _handle(signals: tuple[signal.Signals, ...], handler: Callable[..., None]) -> None:
+    for number in signals:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, handler)
 
 
 def _on_signal(*_: object) -> None:
@@ -50,3 +75,32 @@ def deferred() -> Iterator[None]:
 def given() -> bool:
     """Whether this process has been told; several processes ask JAX's service instead."""
     return _Notice.given
+
+
+@contextlib.contextmanager
+def not_lost() -> Iterator[None]:
+    """Inside, an interrupt that Python throws away is raised again a moment later.
+
+    Python handles a signal wherever it stands. Where that is a callback of the garbage collector, and JAX has one that
+    runs all the time, or a destructor, it reports what the handler raised and goes on: every second Ctrl-C was lost.
+    """
+    report = sys.unraisablehook
+
+    def raise_again(unraisable: Any) -> None:
+        kind = unraisable.exc_type
+        if not issubclass(kind, KeyboardInterrupt | Preempted):
+            report(unraisable)
+            return
+        words = getattr(unraisable.exc_value, "args", ())
+
+        def later(*_: object) -> None:
+            raise kind(*words)
+
+        signal.signal(signal.SIGALRM, later)
+        signal.setitimer(signal.ITIMER_REAL, SOON)
+
+    sys.unraisablehook = raise_again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report

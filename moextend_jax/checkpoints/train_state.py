@@ -74,7 +74,9 @@ def open_manager(folder: Path, *, kept: int) -> Iterator[ocp.CheckpointManager]:
 def _quiet_threads() -> Iterator[None]:
     """Threads that fail print nothing: Orbax raises their errors again where the caller waits for them."""
     threads, unraisable = threading.excepthook, sys.unraisablehook
-    threading.excepthook = sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
+    # Interrupts go on: `preemption.not_lost` raises them again.
+    sys.unraisablehook = lambda lost: None if issubclass(lost.exc_type, Exception) else unraisable(lost)
     try:
         yield
     finally:
