@@ -16,9 +16,14 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Tests compile many small programs and run each a few times: cheap machine code halves their time. What XLA itself
-# decides (fusion, which products exist at all) stays the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Tests compile many small programs and run each a few times: cheap machine code by XLA's older emitters, in one piece,
+# takes a quarter of the time. What XLA itself decides (which products exist at all, where values stay in memory) stays
+# the same. XLA_FLAGS= runs them with the compiler as it is in a run; `make test-all` does so with the smoke tests.
+CHEAP = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+os.environ.setdefault("XLA_FLAGS", CHEAP)
 # Tests of sharding need several devices and the rest must not pay for them: those tests run in a pytest of their own
 # with this variable set to 8.
 DEVICES = int(os.environ.get("MOEXTEND_TEST_DEVICES", "1"))
