@@ -255,8 +255,3 @@ TEMPLATES: dict[str, tuple[Encoder, Encoder]] = {
     "mixtral": (_mixtral_question, _mixtral_answer),
     "released": (_released_question, _released_text),
 }
-
-
-def first_pair(turns: Sequence[dict[str, Any]], *, example_id: str) -> tuple[str, str]:
-    """The first question and its answer; raises the `Fault` for which training refuses the conversation."""
-    return _pairs(turns, example_id)[0]

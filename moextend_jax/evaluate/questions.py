@@ -11,8 +11,8 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe
 from moextend_jax.data.batches import Features, Pixels
-from moextend_jax.data.conversations import encode_prompt, first_pair
-from moextend_jax.data.datasets import Example
+from moextend_jax.data.conversations import encode_prompt
+from moextend_jax.data.datasets import Example, first_exchange
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.prompts import Prompt
@@ -26,12 +26,12 @@ class Question(NamedTuple):
     answer: str
 
 
-def question_of(example: Example) -> Question:
+def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
     """Raises the `Fault` for which training would refuse the conversation."""
-    if example.fault is not None:
-        raise example.fault.again()
-    text, answer = first_pair(example.conversations, example_id=example.id)
-    return Question(example, text, answer)
+    exchange = first_exchange(example, tokenizer=tokenizer)
+    if isinstance(exchange, Fault):
+        raise exchange
+    return Question(example, *exchange)
 
 
 def prompt_of(
@@ -72,7 +72,7 @@ def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:
     return sum(_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)) / len(right)
 
 
-def question_only_answers(training: Iterable[Example], asked: Sequence[str]) -> list[str]:
+def question_only_answers(training: Iterable[Example], asked: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
     """The best that can be said without the image: each question's most frequent answer in the training data.
 
     Args:
@@ -83,7 +83,7 @@ def question_only_answers(training: Iterable[Example], asked: Sequence[str]) -> 
     overall: Counter[str] = Counter()
     for example in training:
         with contextlib.suppress(Fault):
-            question = question_of(example)
+            question = question_of(example, tokenizer=tokenizer)
             by_question[question.text][question.answer] += 1
             overall[question.answer] += 1
     if not overall:

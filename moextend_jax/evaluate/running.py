@@ -9,8 +9,8 @@ from moextend_jax.runs.run import Arrays, Run
 
 
 def generator_of(run: Run, model: MoExtend) -> Generator:
-    tags = run.config.tags
-    return Generator(model, eos=run.tokenizer.eos, suppress=(tags.start, tags.end, tags.pad), mesh=run.mesh)
+    suppress = run.tokenizer.unspeakable(run.config.decoder.vocab_size)
+    return Generator(model, eos=run.tokenizer.eos, suppress=suppress, mesh=run.mesh)
 
 
 def asker_of(run: Run, generator: Generator, arrays: Arrays, *, pictures: Pictures | None = None) -> Asker:

@@ -57,11 +57,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     images, pixels = images_of(run, source, data=settings.data, split=settings.split), pixels_of(run, source)
     asked = _asked(run, source, images)
     known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
-    answers = {
-        "question_only": questions.question_only_answers(
-            known.read(range(len(known))), [one.question.text for one in asked]
-        )
-    }
+    texts = [one.question.text for one in asked]
+    guesses = questions.question_only_answers(known.read(range(len(known))), texts, tokenizer=run.tokenizer)
+    answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
     models = {name: open_model(run, name) for name in ("base", *ANSWERING) if all(map(run.has, MODELS[name].results))}
@@ -117,7 +115,7 @@ def _asked(run: Run, source: Any, images: Pixels | Features) -> list[Asked]:
 
 def _ask(run: Run, example: Example, images: Pixels | Features) -> Asked:
     """Raises a `Fault` for what cannot be asked: a conversation, a length, an image that cannot be read."""
-    question, length = questions.question_of(example), run.settings.evaluate.length
+    question, length = questions.question_of(example, tokenizer=run.tokenizer), run.settings.evaluate.length
     rows = tuple(images.row(ref) for ref in example.images)
     prompt = questions.prompt_of(
         question.text,

@@ -19,6 +19,7 @@ from moextend_jax import distributed
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import MoextendError
+from moextend_jax.data.datasets import check_shows_images
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
@@ -68,6 +69,8 @@ def train(run: Run, name: str) -> None:
     assert row.data is not None
     trains, data = results.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
     opened, source = model_with(run, row.parents), source_of(run, data)
+    if trains == ("projector/*",):
+        check_shows_images(source, stage=name)
     _, frozen = split(opened.arrays, trains)
     hash_before = content_hash(frozen)
     trained = train_loop(
@@ -82,7 +85,7 @@ def train(run: Run, name: str) -> None:
             settings=run.settings,
             mesh=run.mesh,
             folder=run.workdir / name,
-            facts=facts | {"examples": len(source)},
+            facts=facts | {"examples": len(source), "data": source.fingerprint},
             resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
             name_of=lambda row: source[row].id,
         ),

@@ -23,7 +23,7 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
-from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.folders import is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
@@ -92,12 +92,14 @@ def open_run(settings: RunSettings, workdir: Path) -> Run:
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
-    config = ModelConfig(decoder=source.config.decoder, vision=source.config.vision, **settings.model_options)
+    config = dataclasses.replace(source.config, **settings.model_options)
+    tokenizer = tokenizer_of(folder_of(settings.base), config)
+    config = dataclasses.replace(config, tags=tokenizer.tags)
     return Run(
         settings=settings,
         workdir=workdir,
         config=config,
-        tokenizer=load_tokenizer(folder_of(settings.base)),
+        tokenizer=tokenizer,
         pretrained=read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype),
         base_hash=distributed.text_from_first(lambda: base_hash(source.leaves)),
         mesh=mesh,
