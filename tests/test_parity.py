@@ -202,7 +202,7 @@ def test_losses_norms_and_parameters_of_three_steps(stage: str, name: str):
     def schedule(_):
         return 1e-3
 
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), paths=trainable)
     step = make_step(
         model,
         optimizer=optimizer,

@@ -180,7 +180,7 @@ def _run(model: MoExtend, trainable, frozen, batches: dict[str, Batch], setup: S
         return jnp.float32(setup.learning_rate)
 
     config = OptimizerConfig(learning_rate=setup.learning_rate)
-    optimizer = make_optimizer(config, paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(config, paths=trainable)
     step = make_step(
         model,
         optimizer=optimizer,

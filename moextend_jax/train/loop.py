@@ -66,7 +66,7 @@ def train(
     """
     trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=recipe))
     schedule = learning_rate(optimizer_config, steps=steps, recipe=recipe)
-    optimizer = make_optimizer(optimizer_config, paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(optimizer_config, paths=trainable)
     step = make_step(
         model,
         optimizer=optimizer,
