@@ -197,7 +197,7 @@ def test_what_is_padded_for_cudnn_is_cut_off_and_seen_by_nobody(monkeypatch: pyt
 
     expected, got = jax.jit(lambda: (
         with_gradients(lambda *qkv: inner(*qkv, mask=mask)),
-        with_gradients(lambda *qkv: cudnn(*qkv, mask, causal=True)),
+        with_gradients(lambda query, key, value: cudnn(query, key, value, mask, causal=True)),
     ))()  # fmt: skip
     for mine, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
