@@ -219,7 +219,7 @@ def _finetune():
     }
     trainable, frozen = stages.split(arrays, patterns("finetune", recipe=settings.recipe))
     schedule = learning_rate(finetune.optimizer, steps=finetune.steps, recipe=settings.recipe)
-    optimizer = make_optimizer(finetune.optimizer, paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(finetune.optimizer, paths=trainable)
     step = make_step(
         model, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
         aux_coefficient=settings.aux_coefficient, loss_chunk=finetune.loss_chunk, mesh=make_mesh(settings.mesh),

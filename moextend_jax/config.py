@@ -153,10 +153,13 @@ class ImageTags:
         return self.start, self.end, self.pad
 
 
+WeightGuard = Literal["none", "bounded"]
+
 Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]
 """What a rematerialised layer can keep: attention's inputs and output, the residual stream between attention and
 experts, the experts' two products (those exist on TPU and GPU). Each is a product over D, so each costs the same memory
-per FLOP that it saves; "attended" saves the attention itself."""
+per FLOP that it saves; "attended" saves the attention itself: its kernel (splash, cuDNN, blocked) does not run forward
+again. Where there is none (`attention.attend`) XLA computes the scores again whatever is kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,6 +183,8 @@ class ModelConfig:
     text_isolation: Literal["none", "strict"] = "none"
     """Which tokens may choose new experts: all (the paper), or those of conversations with an image, so that text is
     computed as before the extension: batches of text by the same program, bit for bit."""
+    weight_guard: WeightGuard = "bounded"
+    """What keeps calibrated weights finite: a row of `router.WEIGHT_GUARDS`. A run takes it from its recipe."""
 
     def sizes(self) -> dict[str, int]:
         parts = [self.decoder.sizes()]
@@ -206,6 +211,8 @@ class Recipe:
     """Data of the extend stage: instructions less the held-out samples, or the captions of align."""
     calibrator_std: Annotated[float, Range(above=0)] = 1.0
     """Standard deviation of the calibrator's input matrix at the start."""
+    weight_guard: WeightGuard = "bounded"
+    """What keeps calibrated weights finite where their sum comes near zero: `models/router.py`."""
     aux_loss: Literal["per_layer", "released"] = "per_layer"
     """Load-balancing loss: `train/loss.py` has both forms."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -232,6 +239,7 @@ RECIPES: dict[str, Recipe] = {
         routers_kept="after",
         probe_data="captions",
         calibrator_std=0.02,
+        weight_guard="none",
         aux_loss="released",
         schedule="constant",
         feature_layer=-1,

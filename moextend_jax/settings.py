@@ -205,7 +205,7 @@ class RunSettings:
     def model_options(self) -> dict[str, Any]:
         """The fields of `config.ModelConfig` that are choices of a run, not sizes of a checkpoint."""
         names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"weight_guard": self.recipe.weight_guard}
 
 
 def to_config_dict(settings: RunSettings) -> ConfigDict:

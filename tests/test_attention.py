@@ -10,9 +10,24 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.interpreters.partial_eval import dce_jaxpr
 
+from moextend_jax.config import MoextendError
+from moextend_jax.models import attention as attention_module
 from moextend_jax.models import blocked_attention
-from moextend_jax.models.attention import Attention, KeysValues, Visible, rotate, rotation, segment_mask
+from moextend_jax.models.attention import (
+    CUDNN_FORWARD,
+    Attention,
+    KeysValues,
+    Visible,
+    attend,
+    cudnn,
+    rotate,
+    rotation,
+    save_these,
+    segment_mask,
+)
 from moextend_jax.models.parameters import with_arrays
 
 B, L = 2, 9
@@ -65,11 +80,18 @@ def test_mask_by_hand():
     expected = np.zeros((9, 9), bool)
     for query in range(9):
         for key in range(query + 1):
-            same = SEGMENTS_BL[1, query] == SEGMENTS_BL[1, key] and key < 7
-            expected[query, key] = same or (query >= 7 and key < 7)
+            expected[query, key] = key < 4 if query < 4 else 4 <= key < 7  # padding reads the conversation before it
     np.testing.assert_array_equal(mask_LL, expected)
     only_padding = np.asarray(segment_mask(jnp.zeros((1, 3), jnp.int32)))[0, 0]
     np.testing.assert_array_equal(only_padding, np.eye(3, dtype=bool))
+
+
+def test_a_hidden_token_reads_its_own_conversation_and_nobody_reads_it():
+    segments_BL = jnp.array([[0, 1, 1, 0, 1, 2, 0, 2, 0]])
+    mask_LL = np.asarray(segment_mask(segments_BL))[0, 0]
+    assert [list(np.flatnonzero(row)) for row in mask_LL] == [
+        [0], [1], [1, 2], [1, 2], [1, 2, 4], [5], [5], [5, 7], [5, 7],
+    ]  # fmt: skip
 
 
 def test_grouped_heads_equal_a_loop():
@@ -100,6 +122,85 @@ def test_one_position_at_a_time_after_its_past():
         np.testing.assert_allclose(y_B1D[:, 0], whole_BLD[:, at], atol=1e-5, rtol=0)
         past = KeysValues(*(old.at[:, at].set(new[:, 0]) for old, new in zip(past, present, strict=True)))
     np.testing.assert_allclose(past.keys_BSKH, whole.keys_BSKH, atol=1e-5, rtol=0)
+
+
+# --- on GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is traced as on a Hopper GPU; cuDNN's own checks of shapes stay in place."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91400)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
+
+
+def layers_of(length: int, head_size: int, *, saved: tuple[str, ...], dtype=jnp.bfloat16) -> str:
+    """The program of two rematerialised attention layers and their gradients, less what nobody reads."""
+
+    def layer(x_BLNH, _):
+        present = KeysValues(x_BLNH[:, :, :2], x_BLNH[:, :, :2])
+        return attend(x_BLNH, present, Visible.in_rows(segments_BL)), None
+
+    def total(x_BLNH):
+        kept = jax.checkpoint(layer, prevent_cse=False, policy=save_these(saved))
+        return jax.lax.scan(kept, x_BLNH, length=2)[0].astype(jnp.float32).sum()
+
+    segments_BL = jnp.ones((1, length), jnp.int32)
+    traced = jax.make_jaxpr(jax.grad(total))(jax.ShapeDtypeStruct((1, length, 4, head_size), dtype))
+    return str(dce_jaxpr(traced.jaxpr, [True])[0])
+
+
+@pytest.mark.parametrize(("saved", "times"), [((), 2), (("attended",), 1)])
+def test_saving_attended_spares_the_second_run_of_cudnn_s_forward_kernel(saved, times: int, gpu):
+    program = layers_of(256, 128, saved=saved)
+    assert program.count(CUDNN_FORWARD + "[") == times
+    assert program.count("mask_type=MaskType.CAUSAL") == program.count("mask_type") == times + 1  # no future half
+
+
+@pytest.mark.parametrize(("saved", "times"), [((), 2), (("attended",), 1)])
+def test_and_of_the_blocked_one_on_cpu(saved, times: int, monkeypatch: pytest.MonkeyPatch):
+    """Maxima are the forward pass's alone: of the scores of each of its two blocks."""
+    monkeypatch.setattr(blocked_attention, "BLOCK", 16)
+    assert layers_of(32, 8, saved=saved).count("reduce_max[") == 2 * times
+
+
+@pytest.mark.parametrize(("length", "head_size"), [(705, 128), (704, 100), (33, 6)])
+def test_cudnn_trains_on_rows_and_heads_of_any_size(length: int, head_size: int, gpu):
+    assert layers_of(length, head_size, saved=()).count("dot_product_attention_bwd_wrapper[") == 1
+
+
+def test_heads_that_no_padding_mends_are_refused_in_one_line(gpu):
+    with pytest.raises(MoextendError, match=r"heads of 264: The head dim must be <= 256.*dtype=float32"):
+        layers_of(32, 264, saved=())
+
+
+def test_what_is_padded_for_cudnn_is_cut_off_and_seen_by_nobody(monkeypatch: pytest.MonkeyPatch):
+    """XLA's attention in the place of the kernel, on rows of every kind; 13 positions and heads of 6 are padded."""
+    inner, length = jax.nn.dot_product_attention, 13
+
+    def kernel(query, key, value, **options):
+        assert options.pop("implementation") == "cudnn" and options["is_causal"]
+        assert query.shape[1] % 2 == 0 and query.shape[3] % 8 == 0
+        return inner(query, key, value, **options)
+
+    rng = np.random.default_rng(0)
+    query, key, value, dy = (jnp.asarray(rng.normal(size=(2, length, n, 6)), jnp.float32) for n in (N, K, K, N))
+    mask = segment_mask(jnp.array([[1] * 4 + [2] * (length - 4), [0, 1, 1, 0] + [1] * (length - 6) + [0] * 2]))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+
+    def with_gradients(function):
+        y, pull = jax.vjp(function, query, key, value)
+        return y, *pull(dy)
+
+    expected, got = jax.jit(lambda: (
+        with_gradients(lambda *qkv: inner(*qkv, mask=mask)),
+        with_gradients(lambda query, key, value: cudnn(query, key, value, mask, causal=True)),
+    ))()  # fmt: skip
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
 
 
 # --- in the whole model -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The compiler of TPUs is the optional package libtpu: `pip install -e ".[plan]"`.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.mixtral import Extension, MoE
 from moextend_jax.models.parameters import by_path, with_arrays
@@ -43,15 +44,17 @@ def sharded(module, mesh):
 
 
 @functools.cache
-def compiled(name: str, mesh_shape: tuple[int, ...], how: str, gradient: str):
+def compiled(name: str, mesh_shape: tuple[int, ...], how: Any, gradient: str):
     """The layer and, if asked for, its gradient towards `gradient`: tokens, or the extension's leaves too."""
     mesh = topology.make_mesh(topology.parse(name), dict(zip(MESH_AXES, mesh_shape, strict=True)))
     moe = nnx.eval_shape(lambda: MoE(DECODER.sizes(), rngs=nnx.Rngs(0), dtype="bfloat16"))
     new = nnx.eval_shape(lambda: Extension(DECODER, EXTENSION, rngs=nnx.Rngs(0), dtype="bfloat16", std=1.0))
 
+    config = ModelConfig(decoder=DECODER, extension=EXTENSION, dispatch=how)
+
     def run(x_BLD, new_arrays, moe_arrays):
         this, added = with_arrays(moe, moe_arrays), with_arrays(new, new_arrays)
-        y_BLD, _ = mixture(x_BLD, this, added, extended=jnp.array(True), top_k=TOP_K, how=how)
+        y_BLD, _ = mixture(x_BLD, this, added, extended=jnp.array(True), config=config)
         return y_BLD.astype(jnp.float32).sum()
 
     function = {"none": run, "tokens": jax.grad(run), "extension": jax.grad(run, argnums=(0, 1))}[gradient]

@@ -94,10 +94,11 @@ def test_equals_adamw_by_hand_with_groups_decay_and_clip():
 
     leaves, gradients = normal(1.0), [normal(0.05), normal(4.0), normal(0.2)]  # only the second is clipped
     expected = by_hand(leaves, gradients, rate_of)
-    optimizer = make_optimizer(CONFIG, paths=leaves, schedule=rate_of)
+    optimizer = make_optimizer(CONFIG, paths=leaves)
     state = optimizer.init(leaves)
-    for gradient in gradients:
+    for step, gradient in enumerate(gradients):
         updates, state = optimizer.update(gradient, state, leaves)
+        updates = {path: rate_of(step) * leaf for path, leaf in cast(dict[str, jax.Array], updates).items()}
         leaves = cast(dict[str, jax.Array], optax.apply_updates(leaves, updates))
     for path, value in expected.items():
         np.testing.assert_allclose(np.asarray(leaves[path]), value, atol=1e-5, rtol=0, err_msg=path)
@@ -106,13 +107,27 @@ def test_equals_adamw_by_hand_with_groups_decay_and_clip():
 @pytest.mark.parametrize("stage", tiny.STAGES)
 def test_the_state_is_two_moments_of_what_trains_and_counters(stage: str):
     trainable, _ = stages.split(tiny.arrays(tiny.EXTENDED), tiny.STAGES[stage])
-    optimizer = make_optimizer(OptimizerConfig(), paths=trainable, schedule=lambda _: 1e-3)
+    optimizer = make_optimizer(OptimizerConfig(), paths=trainable)
     state = jax.eval_shape(optimizer.init, trainable)
     sizes = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
     counters = [leaf for leaf in jax.tree.leaves(state) if not leaf.ndim]
     assert sum(sizes) == 2 * sum(leaf.size for leaf in trainable.values())
     assert len(sizes) == 2 * len(trainable)
     assert 0 < len(counters) <= 2 * len({stages.group(path) for path in trainable})
+
+
+def test_moments_of_a_bfloat16_leaf_are_float32_and_forget():
+    """A bfloat16 second moment times 0.999 rounds back to itself: after one large gradient it would stay for ever."""
+    leaves = {"projector/first": jnp.ones(4, jnp.bfloat16)}
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1e9), paths=leaves)
+    state = optimizer.init(leaves)
+    sizes = []
+    for scale in (1.0, *[1e-3] * 20):
+        updates, state = optimizer.update({"projector/first": jnp.full(4, scale, jnp.bfloat16)}, state, leaves)
+        moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+        assert {leaf.dtype for leaf in (*moments, *jax.tree.leaves(updates))} == {jnp.dtype("float32")}
+        sizes.append(float(moments[1][0]))
+    np.testing.assert_allclose(sizes[-1], 1e-3 * 0.999**20 + 1e-9 * (1 - 0.999**20), rtol=1e-2)
 
 
 def test_an_unknown_group_is_an_error_that_lists_the_groups():

@@ -15,11 +15,22 @@ import pytest
 import tiny
 from flax import nnx
 
+from configs.mixtral_8x7b import get_config
 from moextend_jax.config import DecoderConfig, ExtensionConfig
 from moextend_jax.models.parameters import by_path, with_arrays
-from moextend_jax.models.router import NewColumns, Routing, route, route_extended
+from moextend_jax.models.router import (
+    LARGEST_WEIGHT,
+    NewColumns,
+    Routing,
+    bounded,
+    over_their_sum,
+    route,
+    route_extended,
+)
+from moextend_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.smoke
+OPTIONS: dict[str, Any] = {"top_k": 2, "normalise": over_their_sum}
 
 
 def new_columns(new_gate_DX, w_in_OA, w_out_AO) -> NewColumns:
@@ -46,7 +57,7 @@ def routed(*, extended: bool) -> Routing:
     columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
     if not extended:
         columns = with_arrays(columns, {path: 0 * leaf[...] for path, leaf in by_path(nnx.state(columns)).items()})
-    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, columns, extended=flag, top_k=2))
+    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, columns, extended=flag, top_k=2, normalise=bounded))
     return jax.tree.map(np.asarray, run(one["x_TD"], one["gate_DE"], extended))
 
 
@@ -84,12 +95,52 @@ def test_weights_are_calibrated_but_the_choice_is_not():
     q_TO = p_TO + gelu_TA @ w_out_AO
     chosen_Tk = np.take_along_axis(q_TO, ids_Tk, axis=1)
     single = [jnp.asarray(array, jnp.float32) for array in (x_TD, gate_DE, new_gate_DX, w_in_OA, w_out_AO)]
-    ours = route_extended(single[0], single[1], new_columns(*single[2:]), extended=jnp.array(True), top_k=2)
+    ours = route_extended(single[0], single[1], new_columns(*single[2:]), extended=jnp.array(True), **OPTIONS)
     np.testing.assert_array_equal(ours.ids_Tk, ids_Tk)
     total_T1 = chosen_Tk.sum(axis=1, keepdims=True)
     assert np.abs(total_T1).min() > 1e-2
     np.testing.assert_allclose(ours.weights_Tk, chosen_Tk / total_T1, atol=1e-4, rtol=0)
     assert (chosen_Tk[:, 0] < chosen_Tk[:, 1]).any()
+
+
+@pytest.mark.parametrize("std", [0.1, 0.3, 1.0])
+def test_calibrated_weights_that_nearly_cancel_are_held_and_the_others_are_untouched(std: float):
+    """Calibrators as training may leave them, on 20,000 tokens."""
+    rng = np.random.default_rng(1)
+
+    def normal(scale: float, *shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(scale=scale, size=shape), jnp.float32)
+
+    columns = new_columns(normal(0.1, 64, 1), normal(1.0, 9, 16), normal(std, 16, 9))
+    x_TD, gate_DE = normal(1.0, 20_000, 64), normal(0.1, 64, 8)
+
+    def weights(normalise) -> np.ndarray:
+        routing = route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), top_k=2, normalise=normalise)
+        return np.asarray(routing.weights_Tk)
+
+    free_Tk, held_Tk = weights(over_their_sum), weights(bounded)
+    wild_T = np.abs(free_Tk).sum(axis=1) > LARGEST_WEIGHT * (1 + 1e-5)
+    assert wild_T.any() and np.abs(free_Tk).max() > 50
+    assert np.abs(held_Tk).max() <= LARGEST_WEIGHT
+    sane_T = np.abs(free_Tk).sum(axis=1) < LARGEST_WEIGHT * (1 - 1e-5)
+    assert sane_T.mean() > 0.75 and held_Tk[sane_T].tobytes() == free_Tk[sane_T].tobytes()
+    ratios_T = held_Tk[wild_T, 0] * free_Tk[wild_T, 1] - held_Tk[wild_T, 1] * free_Tk[wild_T, 0]
+    assert np.abs(ratios_T / free_Tk[wild_T].max(axis=1)).max() < 1e-4  # what the calibrator says of the two stays
+
+
+def test_the_guard_has_a_finite_gradient_where_weights_cancel():
+    weights_Tk = jnp.array([[0.4, -0.4], [0.4, -0.39999998], [0.0, 0.0], [0.6, 0.2]])
+    held_Tk, pull = jax.vjp(bounded, weights_Tk)
+    (gradient_Tk,) = pull(jnp.array([[1.0, 2.0]] * 4))
+    assert np.isfinite(held_Tk).all() and np.isfinite(gradient_Tk).all()
+    assert np.abs(gradient_Tk[:2]).max() < 20
+    np.testing.assert_allclose(held_Tk[0], [2, -2])
+    np.testing.assert_allclose(held_Tk[3], [0.75, 0.25])
+
+
+def test_the_recipe_says_whether_weights_are_guarded():
+    paper, released = (from_config_dict(get_config(name)).model_options for name in ("paper", "released"))
+    assert (paper["weight_guard"], released["weight_guard"]) == ("bounded", "none")
 
 
 def test_a_plain_layer_of_an_extended_model_routes_like_the_plain_model():
@@ -105,7 +156,7 @@ def test_a_plain_layer_gives_new_leaves_a_zero_gradient_and_no_nan():
     one = layer()
 
     def total(columns: NewColumns, gate_DE: jax.Array):
-        routing = route_extended(one["x_TD"], gate_DE, columns, extended=jnp.array(False), top_k=2)
+        routing = route_extended(one["x_TD"], gate_DE, columns, extended=jnp.array(False), **OPTIONS)
         return (routing.weights_Tk * jnp.arange(2.0)[None]).sum()
 
     zeros = new_columns(*(np.zeros_like(one[name]) for name in ("new_gate_DX", "w_in_OA", "w_out_AO")))
@@ -129,7 +180,7 @@ def test_of_a_clone_and_its_source_the_source_comes_first():
     rng = np.random.default_rng(0)
     x_TD, gate_DE = (jnp.asarray(rng.integers(-3, 4, size=shape), jnp.float32) for shape in ((40, 6), (6, 4)))
     columns = new_columns(gate_DE[:, 2:3], np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float32))
-    ids_Tk = np.asarray(route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), top_k=2).ids_Tk)
+    ids_Tk = np.asarray(route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), **OPTIONS).ids_Tk)
     both_T = (ids_Tk == 2).any(axis=1) & (ids_Tk == 4).any(axis=1)
     assert both_T.any()
     assert (ids_Tk[both_T] == [2, 4]).all()

@@ -71,7 +71,7 @@ def three_steps(stage: str, arrays, batches, mesh=None) -> Trained:
 
     trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
     # Adam divides by the gradient's size, so a gradient of 1e-8 would be all rounding without an epsilon above it.
-    optimizer = make_optimizer(OptimizerConfig(eps=1e-4), paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(OptimizerConfig(eps=1e-4), paths=trainable)
     step = make_step(
         tiny.structure(MODEL), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
         aux_coefficient=0.01, loss_chunk=5, mesh=mesh,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,13 @@ import pytest
 import tiny
 from flax import nnx
 
-from moextend_jax.config import RECIPES
+from moextend_jax.config import IGNORE, RECIPES, Batch
+from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import make_optimizer
-from moextend_jax.train.step import init_state, make_step
+from moextend_jax.train.step import TrainState, init_state, make_step
 
 pytestmark = pytest.mark.smoke
 
@@ -27,18 +30,23 @@ def hashes(leaves) -> dict[str, str]:
     return {path: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for path, leaf in leaves.items()}
 
 
+def schedule(_):
+    return 1e-2
+
+
 @functools.cache
 def compiled(stage: str):
     return built(stage)
 
 
-def built(stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01):
+def built(stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01, schedule=schedule, config=tiny.EXTENDED):
     """The stage's jitted step, a fresh state, and the frozen leaves."""
-    arrays = tiny.arrays(tiny.EXTENDED)
+    dtypes = {path: param.dtype for path, param in by_path(nnx.state(tiny.structure(config), nnx.Param)).items()}
+    arrays = {path: leaf.astype(dtypes[path]) for path, leaf in tiny.arrays(config).items()}
     trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
-    optimizer = make_optimizer(OptimizerConfig(), paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(OptimizerConfig(), paths=trainable)
     step = make_step(
-        tiny.structure(tiny.EXTENDED),
+        tiny.structure(config),
         optimizer=optimizer,
         schedule=schedule,
         recipe=RECIPES["paper"],
@@ -47,10 +55,6 @@ def built(stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01):
         accumulate=accumulate,
     )
     return step, init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), frozen
-
-
-def schedule(_):
-    return 1e-2
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
@@ -90,18 +94,65 @@ def test_no_parameter_is_a_constant_of_the_program(stage: str):
         assert leaf.shape in arguments, path
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int):
+@functools.cache
+def in_parts(accumulate: int):
     """Without load balancing, whose loss is a product of means over each part."""
-    batch, updated = tiny.batch(rows=4), []
-    for accumulate in (1, parts):
-        step, state, frozen = built("finetune", accumulate=accumulate, aux_coefficient=0.0)
-        state, metrics = step(state, frozen, batch)
-        updated.append((state.trainable, {name: float(value) for name, value in metrics.items() if name != "aux"}))
-    (expected, metrics), (got, metrics_of_parts) = updated
-    assert metrics_of_parts == pytest.approx(metrics, rel=1e-5)
-    for path, leaf in expected.items():
-        np.testing.assert_allclose(got[path], leaf, atol=1e-5, rtol=0, err_msg=path)
+    return built("finetune", accumulate=accumulate, aux_coefficient=0.0, schedule=lambda step: 1e-3 * (1.0 + step))
+
+
+def run_in_parts(accumulate: int, *batches: Batch) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
+    step, state, frozen = in_parts(accumulate)
+    state = jax.tree.map(lambda leaf: leaf.copy(), state)
+    for batch in batches:
+        state, metrics = step(jax.tree.map(lambda leaf: leaf.copy(), state), frozen, batch)
+        yield state, metrics
+
+
+@pytest.mark.parametrize("labels", ["many", "two"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str):
+    """Also where there are fewer labels than parts."""
+    batch = tiny.batch(rows=4)
+    if labels == "two":
+        labels_BL = np.full_like(batch.labels_BL, IGNORE)
+        labels_BL[:2, 3] = batch.ids_BL[:2, 3]
+        batch = batch._replace(labels_BL=labels_BL)
+    ((expected, metrics),), ((state, metrics_of_parts),) = run_in_parts(1, batch), run_in_parts(parts, batch)
+    for name in metrics.keys() - {"aux"}:
+        np.testing.assert_allclose(metrics_of_parts[name], metrics[name], rtol=1e-5, err_msg=name)
+    for path, leaf in expected.trainable.items():
+        np.testing.assert_allclose(state.trainable[path], leaf, atol=1e-5, rtol=0, err_msg=path)
+
+
+def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is_the_one_used():
+    """Adam's first update has the size of the rate, whatever the gradient's."""
+    good = tiny.batch(rows=4)
+    bad = good._replace(features_BMPC=good.features_BMPC * np.nan)
+    before, rates = in_parts(1)[1].trainable, (1e-3, 2e-3, 3e-3)
+    for rate, (state, metrics) in zip(rates, run_in_parts(1, bad, bad, good), strict=True):
+        moved = max(float(jnp.abs(leaf - before[path]).max()) for path, leaf in state.trainable.items())
+        assert metrics["learning_rate"] == np.float32(rate)
+        np.testing.assert_allclose(moved, rate if metrics["finite"] else 0, rtol=1e-3)
+    assert int(state.step) == 3 and int(state.skipped) == 2
+
+
+def test_a_step_in_bfloat16_on_cpu(monkeypatch: pytest.MonkeyPatch):
+    """With rows above a block of attention; leaves keep their dtypes, moments are float32."""
+    monkeypatch.setattr(blocked_attention, "BLOCK", 8)
+
+    def dtypes(state: TrainState) -> list[Any]:
+        return [leaf.dtype for leaf in jax.tree.leaves(state)]
+
+    config = dataclasses.replace(tiny.EXTENDED, dtype="bfloat16", remat="layer")
+    for train_dtype in ("float32", "bfloat16"):
+        step, state, frozen = built("finetune", config=dataclasses.replace(config, train_dtype=train_dtype))
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim} == {jnp.dtype("float32")}
+        assert dtypes(jax.eval_shape(step, state, frozen, tiny.batch())[0]) == dtypes(state)
+    _, metrics = step(state, frozen, tiny.batch())
+    whole, state, frozen = compiled("finetune")
+    _, expected = whole(jax.tree.map(lambda leaf: leaf.copy(), state), frozen, tiny.batch())
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=2e-2)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=0.3)
 
 
 def test_activations_keep_the_dtype_of_the_model():

@@ -18,8 +18,10 @@ from safetensors.numpy import load_file
 
 from moextend_jax.checkpoints import names
 from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from moextend_jax.models.moextend import abstract, fresh_projector
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.vision import Projector, VisionTower
+from moextend_jax.sharding import make_mesh, parameter_shardings
 
 CLIP = Path(__file__).parents[2] / "shared" / "oracle" / "clip"
 TINY_CLIP = Path(__file__).parent / "data" / "clip.npz"
@@ -108,6 +110,25 @@ IMAGES_nhwc = np.random.default_rng(1).normal(size=(2, 12, 12, 3)).astype(np.flo
 @functools.cache
 def tiny() -> VisionTower:
     return nnx.jit(lambda: VisionTower(TINY, rngs=nnx.Rngs(0), dtype="float32"))()
+
+
+def test_a_fresh_projector_makes_nothing_else_of_the_model():
+    config = ModelConfig(decoder=DecoderConfig(), vision=VisionConfig())  # 8x7B's
+    traced = jax.make_jaxpr(functools.partial(fresh_projector, config), return_shape=True)(jax.random.key(0))
+    jaxpr, leaves = traced
+    wanted = {path: param.shape for path, param in by_path(nnx.state(abstract(config))).items() if "projector" in path}
+    assert {path: leaf.shape for path, leaf in leaves.items()} == wanted
+    assert max(math.prod(var.aval.shape) for equation in jaxpr.eqns for var in equation.outvars) == 4096 * 4096
+
+
+def test_a_fresh_projector_lands_where_it_is_asked_for():
+    config = ModelConfig(decoder=DecoderConfig(width=20), vision=TINY)
+    mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
+    where = {p: s for p, s in parameter_shardings(abstract(config), mesh).items() if p.startswith("projector/")}
+    leaves = jax.jit(functools.partial(fresh_projector, config), out_shardings=where)(jax.random.key(0))
+    assert {path: leaf.sharding for path, leaf in leaves.items()} == where
+    np.testing.assert_allclose(leaves["projector/second"].std(), (3 * 20) ** -0.5, rtol=0.1)
+    assert not leaves["projector/first_bias"].any()
 
 
 def test_rank_promotion_is_explicit():

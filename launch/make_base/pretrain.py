@@ -104,7 +104,7 @@ def main() -> None:
     arrays = jax.device_put(arrays, parameter_shardings(model, mesh))
     trainable, frozen = stages.split(arrays, ("decoder/*",))
     schedule = learning_rate(settings, steps=phase.schedule, recipe=recipe)
-    optimizer = make_optimizer(settings, paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(settings, paths=trainable)
     step = make_step(
         model, optimizer=optimizer, schedule=schedule, recipe=recipe, aux_coefficient=0.01, loss_chunk=512, mesh=mesh
     )

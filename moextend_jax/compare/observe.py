@@ -86,7 +86,7 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
         new = _extension_of(model, z)
         moe_out_BLD, routing = mixture(
-            moe_in_BLD, this.moe, new, extended=jnp.bool_(new is not None), top_k=config.top_k
+            moe_in_BLD, this.moe, new, extended=jnp.bool_(new is not None), config=model.config
         )
         calibrated_Tk = None
         if new is not None:

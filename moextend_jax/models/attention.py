@@ -1,12 +1,13 @@
 """Grouped-query attention with rotary positions: `x_BLD -> y_BLD`, and the keys and values a cache wants.
 
-Kernels by platform: splash attention on TPU and the blocked one on CPU for whole rows, which never write the weights
-of all pairs of positions; cuDNN's on GPU; `jax.nn.dot_product_attention` for the rest. On a mesh, L is split between
-the layers and S = L whole within, where heads are split instead.
+Kernels by platform, for whole rows: splash attention on TPU, cuDNN's on GPU in bfloat16, the blocked one on CPU. They
+never write the weights of all pairs of positions, and skip the future half. `jax.nn.dot_product_attention` does the
+rest. On a mesh, L is split between the layers and S = L whole within, where heads are split instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moextend_jax.config import MoextendError
 from moextend_jax.models import blocked_attention
 from moextend_jax.models.parameters import weight
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
@@ -70,16 +72,19 @@ class Attention(nnx.Module):
         keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
         rows = Shards("B", (x_split.over("B"),))
 
+        # For example tensor 2, L = 8, 32 query and 8 key heads. A device has positions 0 to 3 of its rows, or 4 to 7,
+        # and 16 and 4 of the heads. It gathers all 8 positions, attends with its heads, and the scattered sum over
+        # "tensor" leaves it with all heads' output at its own 4 positions.
         def local(x_BLD, arrays, rotation, visible, past):
             w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=heads) for name, leaf in arrays.items()}
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
             query_BSNH = checkpoint_name(rotate(jnp.einsum("BSD,DNH->BSNH", x_BSD, w["query"]), rotation), "query")
             key_BSKH = checkpoint_name(rotate(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["key"]), rotation), "key")
             value_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["value"]), "value")
-            present = whole = KeysValues(key_BSKH, value_BSKH)
+            present = in_sight = KeysValues(key_BSKH, value_BSKH)
             if past is not None:
-                whole = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
-            y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, whole, visible), w["out"])
+                in_sight = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
+            y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, in_sight, visible), w["out"])
             return own_positions(y_BSD, apart=apart, heads=heads), present
 
         ins = (x_split, splits, rows, rows, keys_split)  # those that are None have no parts to split
@@ -106,11 +111,56 @@ def attend(query_BSNH: jax.Array, present: KeysValues, visible: Visible) -> jax.
     if visible.segments_BL is not None and long and platform() == "cpu":
         return blocked_attention.causal_attention(query_BSNH, *present, visible.mask_B1LS)
     # cuDNN asks the GPU, so a program compiled for GPUs where there is none goes without.
-    cudnn = jax.default_backend() == "gpu" and query_BSNH.dtype != jnp.float32
-    y_BSNH = jax.nn.dot_product_attention(
-        query_BSNH, *present, mask=visible.mask_B1LS, implementation="cudnn" if cudnn else None
+    if jax.default_backend() == "gpu" and query_BSNH.dtype != jnp.float32:
+        return cudnn(query_BSNH, *present, visible.mask_B1LS, causal=visible.segments_BL is not None)
+    return checkpoint_name(jax.nn.dot_product_attention(query_BSNH, *present, mask=visible.mask_B1LS), "attended")
+
+
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""JAX's primitive of cuDNN's forward kernel, whose results are y and what its backward kernel reads besides."""
+
+
+def save_these(names: Iterable[str]) -> Callable[..., bool]:
+    """A policy of `jax.checkpoint`: keeps the results of these names, "attended" with all that its gradient needs.
+
+    Splash and blocked attention name that themselves. cuDNN's cannot be named from outside, but known by its primitive.
+    """
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    if "attended" not in names:
+        return named
+    return jax.checkpoint_policies.save_from_both_policies(
+        named, lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD
     )
-    return checkpoint_name(y_BSNH, "attended")
+
+
+def cudnn(
+    query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, mask_B1LS: jax.Array, *, causal: bool
+) -> jax.Array:
+    """cuDNN's flash attention on GPU. `causal` says that the mask hides the future, whose half is then not computed.
+
+    It refuses heads of other than a multiple of 8, and, when it trains, rows of an odd number of positions: what lacks
+    is padded with zeros behind, where no causal query looks, and cut off.
+
+    Raises:
+      MoextendError: what no padding mends, such as heads above 128 (256 from Hopper on).
+    """
+    length, head_size = query_BSNH.shape[1], query_BSNH.shape[3]
+    more = length % 2 if causal else 0
+    padding = ((0, 0), (0, more), (0, 0), (0, -head_size % 8))
+    query_BSNH, key_BSKH, value_BSKH = (jnp.pad(array, padding) for array in (query_BSNH, key_BSKH, value_BSKH))
+    # The padded query must see something, so it sees everything; that others see the padded key is undone by `causal`.
+    mask_B1LS = jnp.pad(mask_B1LS, ((0, 0), (0, 0), (0, more), (0, more)), constant_values=True)
+    try:
+        y_BSNH = jax.nn.dot_product_attention(
+            query_BSNH, key_BSKH, value_BSKH, mask=mask_B1LS, scale=head_size**-0.5, is_causal=causal,
+            implementation="cudnn",
+        )  # fmt: skip
+    except NotImplementedError as error:
+        raise MoextendError(
+            f"cuDNN's attention refuses {length} positions with heads of {head_size}: {error} "
+            "--config.dtype=float32 goes without it"
+        ) from None
+    return y_BSNH[:, :length, :, :head_size]
 
 
 SPLASH_BLOCK = 128
@@ -118,8 +168,7 @@ SPLASH_BLOCK = 128
 
 
 def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """JAX's Pallas flash attention for TPU, causal within segments. Positions of segment 0 see each other, not the
-    earlier positions that `segment_mask` gives them; nothing reads what they see."""
+    """JAX's Pallas flash attention for TPU, which sees what `segment_mask` lets it, at hidden positions too."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -134,13 +183,13 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
         residual_checkpoint_name="attended", interpret=platform() != "tpu",
     )  # fmt: skip
 
-    def one_row(query_KGSH, key_KSH, value_KSH, segments_S):
-        ids = kernels.SegmentIds(segments_S, segments_S)
+    def one_row(query_KGSH, key_KSH, value_KSH, reads_S, read_by_S):
+        ids = kernels.SegmentIds(reads_S, read_by_S)
         return jax.vmap(lambda q, k, v: attend_GSH(q, k, v, segment_ids=ids))(query_KGSH, key_KSH, value_KSH)
 
     query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key_BKSH, value_BKSH = key_BSKH.transpose(0, 2, 1, 3), value_BSKH.transpose(0, 2, 1, 3)
-    y_BKGSH = cast(jax.Array, jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, segments_BS))
+    y_BKGSH = cast(jax.Array, jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, *conversations(segments_BS)))
     return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
@@ -158,15 +207,26 @@ def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:
     return turned.astype(x_BLNH.dtype)
 
 
-def segment_mask(segments_BL: jax.Array) -> jax.Array:
-    """bool `[B, 1, L, L]`: each token sees the tokens of its own segment up to itself.
+def conversations(segments_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int32 `[B, L]` twice: the conversation that a position reads, and the one whose positions read it. A position
+    sees those up to itself that are read by the conversation it reads.
 
-    Segment 0 is padding, which no token sees. A padding token sees all earlier real tokens, as a right-padded row
-    does in the reference code, or itself where there are none; nothing reads its output.
+    Segments ascend along a row, 0 is hidden: padding, or a token that the released code masks. Nobody reads it, and it
+    reads what came before of the conversation it stands in, or after. Before all conversations it is alone. For example
+
+        segments   0   1  1  0  1   2  2  0
+        reads     -1   1  1  1  1   2  2  2
+        read by   -1   1  1 -4  1   2  2 -8
     """
+    segments_BL = jnp.asarray(segments_BL)
+    alone_BL = jnp.broadcast_to(-1 - jnp.arange(segments_BL.shape[1], dtype=segments_BL.dtype), segments_BL.shape)
+    begun_BL = jax.lax.cummax(segments_BL, axis=1)
+    return jnp.where(begun_BL > 0, begun_BL, alone_BL), jnp.where(segments_BL > 0, segments_BL, alone_BL)
+
+
+def segment_mask(segments_BL: jax.Array) -> jax.Array:
+    """bool `[B, 1, L, L]`, query before key: what each position of a row sees (`conversations`), as a mask."""
+    reads_BL, read_by_BL = conversations(segments_BL)
     L = segments_BL.shape[1]
-    query_BL1, key_B1L = segments_BL[:, :, None], segments_BL[:, None, :]
     causal_1LL = jnp.tril(jnp.ones((1, L, L), bool))
-    seen_BLL = ((query_BL1 == key_B1L) | (query_BL1 == 0)) & (key_B1L > 0) & causal_1LL
-    alone_BLL = jnp.eye(L, dtype=bool)[None] & ~seen_BLL.any(axis=-1, keepdims=True)
-    return (seen_BLL | alone_BLL)[:, None]
+    return ((reads_BL[:, :, None] == read_by_BL[:, None, :]) & causal_1LL)[:, None]

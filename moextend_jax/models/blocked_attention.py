@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 64
 """Queries per block; at 512 positions 64 was ahead of 128 and 256 (docs/benchmarks.md)."""
@@ -35,7 +36,7 @@ def _attend(query_nGLH: jax.Array, key_nLH: jax.Array, value_nLH: jax.Array, mas
 def _forward(query_nGLH, key_nLH, value_nLH, mask_BLL):
     n, G, L, H = query_nGLH.shape
 
-    def one(i):
+    def one_head(i):
         ys, norms = [], []
         for block, seen in _blocks(L):
             mask_bs = mask_BLL[i // (n // len(mask_BLL)), block, seen]
@@ -43,11 +44,11 @@ def _forward(query_nGLH, key_nLH, value_nLH, mask_BLL):
             top_Gb1 = scores_Gbs.max(axis=-1, keepdims=True)
             weights_Gbs = jnp.exp(scores_Gbs - top_Gb1)
             total_Gb1 = weights_Gbs.sum(axis=-1, keepdims=True)
-            ys.append(_by_key(weights_Gbs, value_nLH[i, seen]) / total_Gb1)
+            ys.append((_by_key(weights_Gbs, value_nLH[i, seen]) / total_Gb1).astype(query_nGLH.dtype))
             norms.append(top_Gb1 + jnp.log(total_Gb1))
         return jnp.concatenate(ys, axis=1), jnp.concatenate(norms, axis=1)
 
-    y_nGLH, norm_nGL1 = jax.lax.map(one, jnp.arange(n))
+    y_nGLH, norm_nGL1 = (checkpoint_name(array, "attended") for array in jax.lax.map(one_head, jnp.arange(n)))
     return y_nGLH, (query_nGLH, key_nLH, value_nLH, mask_BLL, y_nGLH, norm_nGL1)
 
 
@@ -55,21 +56,21 @@ def _backward(saved, dy_nGLH):
     query_nGLH, key_nLH, value_nLH, mask_BLL, y_nGLH, norm_nGL1 = saved
     n, G, L, H = query_nGLH.shape
 
-    def one(i):
-        d_queries, d_key_LH, d_value_LH = [], *[jnp.zeros((L, H), dy_nGLH.dtype)] * 2
+    def one_head(i):
+        d_queries, d_key_LH, d_value_LH = [], *[jnp.zeros((L, H), jnp.float32)] * 2
         for block, seen in _blocks(L):
             query_GbH, dy_GbH = query_nGLH[i, :, block], dy_nGLH[i, :, block]
             key_sH, value_sH = key_nLH[i, seen], value_nLH[i, seen]
             scores_Gbs = _scores(query_GbH, key_sH, mask_BLL[i // (n // len(mask_BLL)), block, seen])
             weights_Gbs = jnp.exp(scores_Gbs - norm_nGL1[i, :, block])
-            mean_Gb1 = (dy_GbH * y_nGLH[i, :, block]).sum(axis=-1, keepdims=True)
+            mean_Gb1 = (dy_GbH * y_nGLH[i, :, block].astype(jnp.float32)).sum(axis=-1, keepdims=True)
             d_scores_Gbs = weights_Gbs * (_by_key(dy_GbH, value_sH.T) - mean_Gb1)
             d_queries.append(_by_key(d_scores_Gbs, key_sH))
             d_key_LH = d_key_LH.at[seen].add(_flat(d_scores_Gbs).T @ _flat(query_GbH))
             d_value_LH = d_value_LH.at[seen].add(_flat(weights_Gbs).T @ _flat(dy_GbH))
-        return jnp.concatenate(d_queries, axis=1), d_key_LH, d_value_LH
+        return jnp.concatenate(d_queries, axis=1), d_key_LH.astype(key_nLH.dtype), d_value_LH.astype(key_nLH.dtype)
 
-    return *jax.lax.map(one, jnp.arange(n)), None
+    return *jax.lax.map(one_head, jnp.arange(n)), None
 
 
 _attend.defvjp(_forward, _backward)

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moextend_jax.config import ModelConfig
 from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
 from moextend_jax.models.parameters import with_arrays
-from moextend_jax.models.router import Routing, route, route_extended
+from moextend_jax.models.router import WEIGHT_GUARDS, Routing, route, route_extended
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
 
@@ -47,8 +48,7 @@ def mixture(
     new: Any,
     *,
     extended: jax.Array,
-    top_k: int,
-    how: str = "gather",
+    config: ModelConfig,
     real_BL: jax.Array | None = None,
     sighted_BL: jax.Array | None = None,
 ):
@@ -57,11 +57,11 @@ def mixture(
     Args:
       moe: modules `gate`, `experts` of one layer. new: its extension (`router`, `new_experts`), or None.
       extended: bool scalar, false on layers whose extension is only a placeholder of zeros.
-      how: a row of DISPATCHES.
+      config: its top-k, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
       sighted_BL: tokens that may choose new experts, None: all.
     """
-    x_split = shards("BLd", x_BLD.shape)
+    top_k, x_split = config.decoder.top_k, shards("BLd", x_BLD.shape)
     arrays, splits = zip(*(module_shards(module) if module else ({}, {}) for module in (moe, new)), strict=True)
     experts, new_experts = splits[0]["experts/w_gate"], splits[1].get("new_experts/w_gate")
     split = Split(
@@ -69,32 +69,36 @@ def mixture(
     )
     # Mesh axes over which an expert stays split in use: where tokens come to the experts, a new one's slices too.
     kept = {"experts": split.expert + split.tensor}
-    kept["new_experts"] = kept["experts"] if how == "gather" else split.tensor
+    kept["new_experts"] = kept["experts"] if config.dispatch == "gather" else split.tensor
 
+    # For example a group of expert 2 x tensor 2, E = 8, 128 tokens on each device. Device (1, 0) holds the first half
+    # of the hidden width of experts 4 to 7 and the third quarter of a new expert's. With "gather" it sees the group's
+    # 512 tokens, adds up what these parts give each, and is left with the group's sum for its own 128.
     def local(x_BLD, arrays, extended, real_BL, sighted_BL):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        this, added = map(whole, (moe, new), arrays, splits)
+        this, added = map(in_use, (moe, new), arrays, splits)
         with jax.named_scope("router"):
             if added is None:
                 routing = route(x_TD, this.gate[...], top_k=top_k)
             else:
                 sighted_T = None if sighted_BL is None else sighted_BL.reshape(-1)
                 routing = route_extended(
-                    x_TD, this.gate[...], added.router, extended=extended, top_k=top_k, sighted_T=sighted_T
-                )
+                    x_TD, this.gate[...], added.router, extended=extended, top_k=top_k,
+                    normalise=WEIGHT_GUARDS[config.weight_guard], sighted_T=sighted_T,
+                )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *([added.new_experts.weights(x_TD.dtype)] if added else [])]
-        y_TD = DISPATCHES[how](x_TD, _of_real(routing, real_BL), parts, split)
+        y_TD = DISPATCHES[config.dispatch](x_TD, _of_real(routing, real_BL), parts, split)
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
 
-    def whole(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:
+    def in_use(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:
         """The module with its parameters as this device uses them."""
 
-        def used(path: str, leaf: jax.Array) -> jax.Array:
+        def gathered(path: str, leaf: jax.Array) -> jax.Array:
             kind = path.partition("/")[0]
             leaf = leaf.astype(x_BLD.dtype) if kind.endswith("experts") else leaf
             return gather(leaf, splits[path], keep=kept.get(kind, ()))
 
-        return module and with_arrays(module, {path: used(path, leaf) for path, leaf in arrays.items()})
+        return module and with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 
     tokens = Shards("BL", x_split.split[:2])
     y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ()), tokens, tokens), x_split)(

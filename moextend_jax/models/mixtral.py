@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig
-from moextend_jax.models.attention import Attention, KeysValues, Rotation, Visible, rotation
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.models.attention import Attention, KeysValues, Rotation, Visible, rotation, save_these
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts
 from moextend_jax.models.parameters import constant, weight
@@ -74,34 +74,31 @@ def run_layers(
     decoder: Mixtral,
     x_BLD: jax.Array,
     *,
-    config: DecoderConfig,
+    config: ModelConfig,
     positions_BL: jax.Array,
     visible: Visible,
     extension: Extension | None = None,
-    extension_config: ExtensionConfig | None = None,
     past: KeysValues | None = None,
-    remat: str = "none",
-    saved: tuple[str, ...] = (),
-    dispatch: str = "gather",
     real_BL: jax.Array | None = None,
     sighted_BL: jax.Array | None = None,
 ) -> Decoded:
     """Runs all layers in one scan, whose body is compiled once whatever the depth.
 
     Args:
-      past: keys and values of earlier positions, stacked over Z.
       visible: the segments of a batch's rows, or with `past` a mask over both.
-      remat, saved, dispatch: see `ModelConfig`.
+      extension: None runs the layers as they were before it, also where `config` has one.
+      past: keys and values of earlier positions, stacked over Z.
       real_BL: tokens that experts compute, None: all. The others (padding) pass the experts by.
       sighted_BL: tokens that may choose new experts, None: all.
     """
-    turns = rotation(positions_BL, head_size=config.head_size, theta=config.rope_theta)
+    sizes = config.decoder
+    turns = rotation(positions_BL, head_size=sizes.head_size, theta=sizes.rope_theta)
     layer_def, layers = nnx.split(decoder.layers)
-    if extension is None or extension_config is None:
-        extension_def, slots, extended_Z = None, None, jnp.zeros(config.layers, bool)
+    if extension is None or config.extension is None:
+        extension_def, slots, extended_Z = None, None, jnp.zeros(sizes.layers, bool)
     else:
         extension_def, state = nnx.split(extension)
-        slots, extended_Z = _one_slot_per_layer(state, extension_config.layers, config.layers, dtype=x_BLD.dtype)
+        slots, extended_Z = _one_slot_per_layer(state, config.extension.layers, sizes.layers, dtype=x_BLD.dtype)
 
     def layer(x_BLD, layer_slice):
         params, extension_slice, extended, past = layer_slice
@@ -109,33 +106,31 @@ def run_layers(
         new = None if extension_def is None else nnx.merge(extension_def, extension_slice)
 
         def attend(x_BLD, past):
-            normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
+            normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
             return this.attention(normed_BLD, turns, visible, past)
 
-        if remat == "attention":
+        if config.remat == "attention":
             attend = jax.checkpoint(attend)
         with jax.named_scope("attention"):
             y_BLD, present = attend(x_BLD, past)
             x_BLD = checkpoint_name(constrain(x_BLD + y_BLD, "BLd"), "middle")
-        normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=config.norm_eps)
+        normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=sizes.norm_eps)
         y_BLD, routing = mixture(
             normed_BLD,
             this.moe,
             new,
             extended=extended,
-            top_k=config.top_k,
-            how=dispatch,
+            config=config,
             real_BL=real_BL,
             sighted_BL=sighted_BL if new else None,
         )
         return constrain(x_BLD + y_BLD, "BLd"), (routing, present)
 
-    if remat == "layer":
-        policy = jax.checkpoint_policies.save_only_these_names(*saved)
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+    if config.remat == "layer":
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=save_these(config.saved))
     x_BLD = constrain(x_BLD, "BLd")
     x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, (layers, slots, extended_Z, past))
-    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=config.norm_eps), routing, keys_values)
+    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
 
 
 def logits(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
@@ -154,7 +149,10 @@ def _one_slot_per_layer(state: nnx.State, extended_layers: tuple[int, ...], laye
 
     One scan over all layers with zeros is cheaper than it looks: an unchosen expert gets no rows, hence no FLOPs,
     and the body stays one program without branches, which collectives of a mesh could not cross. Experts are spread
-    in the dtype they compute in.
+    in the dtype they compute in. For example layers 1 and 3 of four are extended, so Y = 2:
+
+        slot_Z = 2 0 2 1            (2 is past the end of Y)
+        leaf_Y = a b  ->  leaf_Z = 0 a 0 b,  extended_Z = no yes no yes
     """
     slot_Z = jnp.full(layers, len(extended_layers)).at[jnp.array(extended_layers)].set(jnp.arange(len(extended_layers)))
 

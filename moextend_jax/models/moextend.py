@@ -9,6 +9,7 @@ from flax import nnx
 from moextend_jax.config import IGNORE, Batch, ModelConfig
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
+from moextend_jax.models.parameters import arrays_of
 from moextend_jax.models.vision import Projector, VisionTower
 from moextend_jax.sharding import constrain
 
@@ -20,11 +21,7 @@ class MoExtend(nnx.Module):
         self.config = config
         self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype)
         self.vision = VisionTower(config.vision, rngs=rngs, dtype=config.dtype) if config.vision else None
-        self.projector = (
-            Projector(sizes={"C": config.vision.width, "D": config.decoder.width}, rngs=rngs, dtype=config.train_dtype)
-            if config.vision
-            else None
-        )
+        self.projector = _projector(config, rngs) if config.vision else None
         self.extension = (
             Extension(config.decoder, config.extension, rngs=rngs, dtype=config.train_dtype, std=calibrator_std)
             if config.extension
@@ -94,15 +91,11 @@ class MoExtend(nnx.Module):
         decoded = run_layers(
             self.decoder,
             x_BLD,
-            config=self.config.decoder,
+            config=self.config,
             positions_BL=positions_BL,
             visible=visible,
             extension=extension,
-            extension_config=self.config.extension,
             past=past,
-            remat=self.config.remat,
-            saved=self.config.saved,
-            dispatch=self.config.dispatch,
             real_BL=real_BL,
             sighted_BL=sighted_BL if strict else None,
         )
@@ -133,6 +126,20 @@ def sighted(batch: Batch) -> jax.Array | None:
     row_B1 = jnp.arange(B)[:, None]
     seen_BS = jnp.zeros((B, L + 1), bool).at[row_B1, segments_BL].max(here_BL)
     return seen_BS[row_B1, segments_BL]
+
+
+def _projector(config: ModelConfig, rngs: nnx.Rngs) -> Projector:
+    assert config.vision is not None
+    return Projector(sizes={"C": config.vision.width, "D": config.decoder.width}, rngs=rngs, dtype=config.train_dtype)
+
+
+def fresh_projector(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
+    """A projector's leaves as training starts from them, by their paths in the model ("projector/first", ...).
+
+    Makes nothing else of the model. On a mesh, each device its own part:
+    `jax.jit(functools.partial(fresh_projector, config), out_shardings=those of these paths)(key)`.
+    """
+    return {f"projector/{path}": leaf for path, leaf in arrays_of(_projector(config, nnx.Rngs(key))).items()}
 
 
 def abstract(config: ModelConfig) -> MoExtend:

@@ -59,7 +59,7 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
     }
     trainable, frozen = stages.split(leaves, patterns(settings, stage=stage))
     schedule = learning_rate(run.optimizer, steps=run.steps, recipe=settings.recipe)
-    optimizer = make_optimizer(run.optimizer, paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(run.optimizer, paths=trainable)
     step = make_step(
         model,
         optimizer=optimizer,

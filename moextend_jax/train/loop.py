@@ -64,7 +64,7 @@ def train_loop(
     steps, rollbacks = stage.steps, settings.rollbacks
     trainable, frozen = stages.split(arrays, job.trains)
     schedule = learning_rate(stage.optimizer, steps=steps, recipe=settings.recipe)
-    optimizer = make_optimizer(stage.optimizer, paths=trainable, schedule=schedule)
+    optimizer = make_optimizer(stage.optimizer, paths=trainable)
     step = make_step(
         model,
         optimizer=optimizer,

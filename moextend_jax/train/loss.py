@@ -162,13 +162,11 @@ def losses(
     """All losses of a `MoExtend` model on a `Batch`, and the routing they came from.
 
     Args:
-      tokens: by what the sum of the cross-entropy is divided; None: the batch's labelled tokens.
+      tokens: by what the sum of the cross-entropy is divided, a share of a token too; None: the labelled tokens.
     """
     decoded = model(batch, skip_padding=True)
-    found = losses_of(
-        decoded, model, batch, recipe=recipe, aux_coefficient=aux_coefficient, chunk=chunk, tokens=tokens
-    )  # fmt: skip
-    return found, decoded.routing
+    options = {"recipe": recipe, "aux_coefficient": aux_coefficient, "chunk": chunk, "tokens": tokens}
+    return losses_of(decoded, model, batch, **options), decoded.routing
 
 
 def losses_of(
@@ -177,7 +175,7 @@ def losses_of(
 ) -> Losses:  # fmt: skip
     """The same of what the model made of the batch."""
     total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
-    ce = total_ce / jnp.maximum(labelled if tokens is None else tokens, 1)
+    ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
     aux = AUX[recipe.aux_loss](load(decoded.routing, valid_T), config=model.config)
     return Losses(ce + aux_coefficient * aux, ce, aux, labelled)

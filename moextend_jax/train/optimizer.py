@@ -1,9 +1,14 @@
-"""The optimizer of a stage: clip by the norm of what trains, then AdamW per group of leaves."""
+"""The optimizer of a stage: clip by the norm of what trains, then AdamW per group of leaves, for a rate of one.
+
+The step multiplies its updates by the learning rate of the step's number, so a rate is said in one place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -29,21 +34,33 @@ def learning_rate(config: OptimizerConfig, *, steps: int, recipe: Recipe) -> opt
     return logarithmic
 
 
-def make_optimizer(
-    config: OptimizerConfig, *, paths: Mapping[str, object], schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """Over a flat dict of the trainable leaves by path: nothing else reaches the clip, the norm or the moments."""
+def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> optax.GradientTransformation:
+    """Over a flat dict of the trainable leaves by path: nothing else reaches the clip, the norm or the moments.
+
+    Its updates are for a learning rate of one, times the group's multiplier; decay is a part of them, as in AdamW.
+    """
     labels = {path: group(path) for path in paths}
 
     def adamw(name: str) -> optax.GradientTransformation:
-        scale = config.multipliers.get(name, 1.0)
-        return optax.adamw(
-            lambda step: scale * schedule(step),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decays.get(name, 0.0),
+        return optax.chain(
+            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            optax.add_decayed_weights(config.weight_decays.get(name, 0.0)),
+            optax.scale(-config.multipliers.get(name, 1.0)),
         )
 
     groups: dict[Hashable, optax.GradientTransformation] = {name: adamw(name) for name in sorted(set(labels.values()))}
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels))
+    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels)))
+
+
+def in_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same with its moments, sums and updates in float32 whatever the leaves are: in eight bits of mantissa a
+    second moment that keeps 0.999 of itself would never shrink."""
+
+    def update(updates, state, params=None):
+        return inner.update(in_float32(updates), state, in_float32(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(in_float32(params)), update)

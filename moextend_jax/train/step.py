@@ -17,6 +17,7 @@ from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.sharding import constrain, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
+from moextend_jax.train.optimizer import in_float32
 
 
 class TrainState(NamedTuple):
@@ -48,9 +49,11 @@ def make_step(
 
     The gradient is taken of the trainable dict alone, so no gradient, norm or moment of a frozen leaf exists. The
     state is donated; the frozen leaves are arguments, never constants of the program. A step whose loss or gradient
-    is not finite counts, and changes nothing else.
+    is not finite counts, and so uses up its place in the schedule, and changes nothing else.
 
     Args:
+      optimizer: its updates are for a learning rate of one (`make_optimizer`).
+      schedule: the learning rate of a step by its number, from 0 on.
       accumulate: parts the batch's rows are computed in, one after another, with one update at the end. The loss is
         the whole batch's mean over labelled tokens all the same; load balancing is the mean over the parts.
       mesh: where the leaves and the batch are; None: on one device.
@@ -58,17 +61,24 @@ def make_step(
     axes = {path: param.axes for path, param in by_path(nnx.state(model, nnx.Param)).items()}
 
     def loss_of(trainable, frozen, batch: Batch, tokens):
-        whole = with_arrays(model, {**trainable, **frozen})
         losses_, _ = losses(
-            whole, batch, recipe=recipe, aux_coefficient=aux_coefficient, chunk=loss_chunk, tokens=tokens
+            with_arrays(model, {**trainable, **frozen}),
+            batch,
+            recipe=recipe,
+            aux_coefficient=aux_coefficient,
+            chunk=loss_chunk,
+            tokens=tokens,
         )
         return losses_.total, losses_
 
     def value_and_gradient(trainable, frozen, batch: Batch):
-        gradient_of = jax.grad(loss_of, has_aux=True)
+        def gradient_of(*arguments):
+            gradient, losses_ = jax.grad(loss_of, has_aux=True)(*arguments)
+            return in_float32(gradient), losses_
+
         if accumulate == 1:
             return gradient_of(trainable, frozen, batch, None)
-        tokens = labelled_tokens(batch.labels_BL) / accumulate
+        tokens = jnp.maximum(labelled_tokens(batch.labels_BL), 1) / accumulate
 
         def part(total, batch):
             added = gradient_of(trainable, frozen, batch, tokens)
@@ -86,7 +96,9 @@ def make_step(
         gradient = {path: constrain(leaf, axes[path]) for path, leaf in gradient.items()}
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(losses_.total) & jnp.isfinite(norm)
+        rate = jnp.asarray(schedule(state.step), jnp.float32)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+        updates = jax.tree.map(lambda leaf: rate * leaf, updates)
         trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
         trainable, optimizer_state = jax.tree.map(
             functools.partial(jnp.where, finite), (trainable, optimizer_state), (state.trainable, state.optimizer)
@@ -99,7 +111,7 @@ def make_step(
             "aux": losses_.aux,
             "labelled_tokens": losses_.tokens,
             "grad_norm": norm,
-            "learning_rate": schedule(state.step),
+            "learning_rate": rate,
             "finite": finite,
         }
         skipped = state.skipped + jnp.where(finite, 0, 1)
