@@ -178,8 +178,7 @@ def _parts(
         return layer.attention(x_BLD, turns, Visible.in_rows(batch.segments_BL))[0]
 
     def mixed(x_BLD):
-        how = model.config.dispatch
-        return mixture(x_BLD, layer.moe, None, extended=jnp.array(False), top_k=decoder.top_k, how=how)[0]
+        return mixture(x_BLD, layer.moe, None, extended=jnp.array(False), config=model.config)[0]
 
     def updated(trainable):
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)

@@ -119,7 +119,7 @@ class Report:
     error: str | None = None
     """Why the rest could not be read."""
 
-    def policy(self, kind: str, faults: FaultSettings) -> str:
+    def policy(self, kind: FaultKind, faults: FaultSettings) -> str:
         asked = self.reading.parts == "prompt"
         return "error" if asked and faults.policies[kind] == "skip" else faults.policies[kind]
 

@@ -55,7 +55,7 @@ class Fault(MoextendError):
     def __init__(self, message: str, kind: str, id: str = ""):
         assert kind in KINDS
         super().__init__(message)
-        self.kind, self.id = kind, id
+        self.kind, self.id = cast(FaultKind, kind), id
 
     def __reduce__(self):  # worker processes send it
         return type(self), (str(self), self.kind, self.id)
@@ -69,7 +69,7 @@ STRICT = FaultSettings(policies={kind: "error" for kind in KINDS if kind not in 
 """Nothing is skipped."""
 
 
-def counts(kinds: Iterable[str] = (), *, read: int = 0) -> np.ndarray:
+def counts(kinds: Iterable[FaultKind] = (), *, read: int = 0) -> np.ndarray:
     """counts_G of `read` conversations, of which one was skipped for each of `kinds`."""
     counts_G = np.zeros(1 + len(KINDS), np.int32)
     counts_G[0] = read

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import ExtensionConfig, ModelConfig, MoextendError
 from moextend_jax.mesh import place_leaves
-from moextend_jax.models.moextend import MoExtend, abstract
-from moextend_jax.models.parameters import arrays_of
-from moextend_jax.models.vision import Projector
+from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
 from moextend_jax.sharding import parameter_shardings
@@ -49,7 +47,7 @@ def model_with(run: Run, names: Iterable[str]) -> Opened:
     for name in names:
         arrays |= leaves_of(run, name)
     if not any(path.startswith("projector/") for path in arrays):
-        arrays |= fresh_projector(run)
+        arrays |= projector_of_seed(run)
     return Opened(abstract(config), place_leaves(abstract(config), arrays, run.mesh))
 
 
@@ -88,17 +86,11 @@ def read_selection(run: Run) -> dict[str, Any]:
     return record
 
 
-def fresh_projector(run: Run) -> Arrays:
+def projector_of_seed(run: Run) -> Arrays:
     """Leaves of a projector that starts from the seed, each made where it will lie."""
-    assert run.config.vision is not None
-    sizes = {"C": run.config.vision.width, "D": run.config.decoder.width}
-
-    def leaves() -> Arrays:
-        projector = Projector(sizes=sizes, rngs=nnx.Rngs(run.settings.seed), dtype=run.config.train_dtype)
-        return {f"projector/{path}": leaf for path, leaf in arrays_of(projector).items()}
-
+    leaves, key = functools.partial(fresh_projector, run.config), jax.random.key(run.settings.seed)
     shardings = parameter_shardings(abstract(run.config), run.mesh)
-    return jax.jit(leaves, out_shardings={path: shardings[path] for path in jax.eval_shape(leaves)})()
+    return jax.jit(leaves, out_shardings={path: shardings[path] for path in jax.eval_shape(leaves, key)})(key)
 
 
 def identity(run: Run, name: str) -> str:

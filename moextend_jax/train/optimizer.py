@@ -41,7 +41,7 @@ def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> o
     """
     labels = {path: group(path) for path in paths}
 
-    def adamw(name: str) -> optax.GradientTransformation:
+    def adamw(name: Group) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
             optax.add_decayed_weights(config.weight_decays.get(name, 0.0)),
