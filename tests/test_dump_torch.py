@@ -56,9 +56,9 @@ def test_pytorch_and_we_route_alike(layout: str, tmp_path: Path, capsys):
         compared = dump(checkpoint, tmp_path, vocabulary=config.decoder.vocab_size)
     else:
         (tmp_path / "set").mkdir()
-        other = reference_set.Set(tmp_path / "set")
-        checkpoint = other.folder / ("grown" if layout == "released_extended" else "plain")
-        vision = ["--vision", str(other.folder / "clip")]
+        derived = reference_set.Set(tmp_path / "set")
+        checkpoint = derived.folder / ("moextend_pert" if layout == "released_extended" else "vision")
+        vision = ["--vision", str(derived.folder / "clip")]
         compared = dump(checkpoint, tmp_path, vocabulary=reference_set.START)
     code = command.main([*compared, *vision])
     record = json.loads(capsys.readouterr().out)

@@ -116,9 +116,7 @@ def select(before: Counts, after: Counts, *, share: float, recipe: Recipe) -> Se
         shift_Z = shift(before.total_ZO, after.total_ZO)
     if not np.isfinite(shift_Z).all():
         layers = np.flatnonzero(~np.isfinite(shift_Z)).tolist()
-        raise MoextendError(
-            f"no layer can be chosen: the shift of layers {layers} is no number, without picks"
-        )
+        raise MoextendError(f"no layer can be chosen: the shift of layers {layers} is no number, without picks")
     count = int(share * len(shift_Z))
     if count < 1:
         raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
