@@ -38,7 +38,8 @@ def text(derived: reference_set.Set, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def save(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **{name: np.asarray(array) for name, array in arrays.items()})
+    host: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+    np.savez(path, **host)
     return path
 
 

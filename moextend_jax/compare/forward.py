@@ -114,7 +114,7 @@ def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tup
 def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> np.ndarray:
     """Tokens, [T] bool, whose k-th and k+1-th largest logits, or two of the k largest, are closer than `noise`."""
     ordered_TO = -np.sort(-logits_TO.astype(np.float64), axis=-1)
-    return (-np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise).any(axis=-1)
+    return np.any(-np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise, axis=-1)
 
 
 def defined(rows: Rows) -> Defined:
@@ -151,7 +151,7 @@ def _judge(
             verdicts.append(close(name, quantity, mine, array, atol=atol, where=where_T))
         elif head.startswith("topk_"):
             key = f"router_logits/{index}"
-            logits_TO = theirs.get(key, ours[key])
+            logits_TO = theirs[key] if key in theirs else ours[key]
             if logits_TO.shape != ours[key].shape:
                 close(name, key, ours[key], logits_TO, atol=0)  # raises: says which shapes
             tied_T = ties(logits_TO, top_k=config.decoder.top_k, noise=tolerances.tie)

@@ -92,7 +92,8 @@ def _step(folder: Path, config: ModelConfig, trained: tuple[str, ...]):
     def schedule(_):
         return LEARNING_RATE
 
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), paths=trained, schedule=schedule)
+    settings = OptimizerConfig(learning_rate=LEARNING_RATE)
+    optimizer = make_optimizer(settings, paths=dict.fromkeys(trained), schedule=schedule)
     step = make_step(
         oracle.structure(config),
         optimizer=optimizer,
