@@ -82,7 +82,7 @@ class Set:
 
 
 def _checkpoints(folder: Path, rng: np.random.Generator) -> dict[str, Tensors]:
-    def made(shapes: dict[str, tuple[int, ...]], std: float) -> Tensors:
+    def normal(shapes: dict[str, tuple[int, ...]], std: float) -> Tensors:
         return {name: rng.normal(0, std, shape).astype(np.float32) for name, shape in shapes.items()}
 
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D)}
@@ -93,8 +93,8 @@ def _checkpoints(folder: Path, rng: np.random.Generator) -> dict[str, Tensors]:
         shapes |= {at + f"self_attn.{n}_proj.weight": (h * H, D) for n, h in (("q", N), ("k", K), ("v", K))}
         shapes |= {at + "self_attn.o_proj.weight": (D, N * H), at + "block_sparse_moe.gate.weight": (E, D)}
         for e in range(E):
-            one = at + f"block_sparse_moe.experts.{e}."
-            shapes |= {one + "w1.weight": (F, D), one + "w2.weight": (D, F), one + "w3.weight": (F, D)}
+            expert = at + f"block_sparse_moe.experts.{e}."
+            shapes |= {expert + "w1.weight": (F, D), expert + "w2.weight": (D, F), expert + "w3.weight": (F, D)}
     projector = {"0.weight": (D, C), "0.bias": (D,), "2.weight": (D, D), "2.bias": (D,)}
     shapes |= {f"model.visual.mm_projector.{name}": shape for name, shape in projector.items()}
     vision: dict[str, tuple[int, ...]] = {
@@ -107,10 +107,10 @@ def _checkpoints(folder: Path, rng: np.random.Generator) -> dict[str, Tensors]:
         vision |= {at + f"self_attn.{n}_proj.{w}": s for n in ("q", "k", "v", "out") for w, s in _linear(C, C)}
         vision |= {at + f"layer_norm{n}.{w}": (C,) for n in (1, 2) for w in ("weight", "bias")}
         vision |= {at + f"mlp.fc{n}.{w}": s for n, size in ((1, (J, C)), (2, (C, J))) for w, s in _linear(*size)}
-    tower = {f"vision_model.{name}": array for name, array in made(vision, 0.3).items()}
-    scales = {name: 1 + array for name, array in made(norms, 0.1).items()}
+    tower = {f"vision_model.{name}": array for name, array in normal(vision, 0.3).items()}
+    scales = {name: 1 + array for name, array in normal(norms, 0.1).items()}
     inside = {f"model.visual.vision_tower.{name}": array for name, array in tower.items()}
-    plain = {**made(shapes, 0.3), **scales, **inside}
+    plain = {**normal(shapes, 0.3), **scales, **inside}
     new: dict[str, tuple[int, ...]] = {}
     for z in EXTENDED:
         at = f"model.layers.{z}.block_sparse_moe."
@@ -131,7 +131,7 @@ def _checkpoints(folder: Path, rng: np.random.Generator) -> dict[str, Tensors]:
         "vision": plain,
         "vision_gate": probed,
         "moextend_init": init,
-        "moextend_pert": {**plain, **made(new, 0.3)},
+        "moextend_pert": {**plain, **normal(new, 0.3)},
     }
     models = {name: {n: np.asarray(a, np.float32) for n, a in tensors.items()} for name, tensors in models.items()}
     attributes = {
@@ -163,7 +163,7 @@ def _folder(folder: Path, attributes: dict[str, Any], tensors: Tensors) -> None:
 
 
 def _batches(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
-    made = {}
+    batches = {}
     for name, counts in IMAGES.items():
         ids = rng.integers(3, START, (B, L)).astype(np.int32)
         mask, labels = np.ones((B, L), bool), np.full((B, L), -100, np.int32)
@@ -179,9 +179,9 @@ def _batches(rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
             if count == 1:
                 mask[row, 5] = False  # and one within an image
         labels[~mask] = -100
-        made[name] = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    rolled = {key: np.stack([np.roll(row, n) for n, row in enumerate(a)]) for key, a in made["text"].items()}
-    return {**made, "left": rolled}
+        batches[name] = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    rolled = {key: np.stack([np.roll(row, n) for n, row in enumerate(a)]) for key, a in batches["text"].items()}
+    return {**batches, "left": rolled}
 
 
 def _sequences(rng: np.random.Generator, images: int) -> dict[str, np.ndarray]:
@@ -328,9 +328,9 @@ def _tower(t: Tensors, images: np.ndarray, xp: Any = np) -> list[Any]:
 def _tower_file(t: Tensors, images: np.ndarray) -> dict[str, Any]:
     states = _tower(t, images)
     post = {n.partition("vision_model.")[2]: np.asarray(a, np.float64) for n, a in t.items() if "post_layernorm" in n}
-    found = {f"hidden_states/{u}": state for u, state in enumerate(states)}
-    found |= {"pixel_values": images, "patch_m1": states[-1][:, 1:], "patch_m3": states[-3][:, 1:]}
-    return found | {"pooler_output": _layer_norm(states[-1][:, 0], post, "post_layernorm")}
+    arrays = {f"hidden_states/{u}": state for u, state in enumerate(states)}
+    arrays |= {"pixel_values": images, "patch_m1": states[-1][:, 1:], "patch_m3": states[-3][:, 1:]}
+    return arrays | {"pooler_output": _layer_norm(states[-1][:, 0], post, "post_layernorm")}
 
 
 def _stage(t: Tensors, trained: tuple[str, ...], batches, pixels) -> dict[str, Any]:
@@ -338,7 +338,7 @@ def _stage(t: Tensors, trained: tuple[str, ...], batches, pixels) -> dict[str, A
     frozen = {name: array for name, array in t.items() if name not in names}
     now = {name: jnp.asarray(t[name], jnp.float64) for name in names}
     first, second = ({name: jnp.zeros(array.shape) for name, array in now.items()} for _ in range(2))
-    found: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     steps = []
 
     def total(trained, frozen, batch, images):
@@ -355,7 +355,7 @@ def _stage(t: Tensors, trained: tuple[str, ...], batches, pixels) -> dict[str, A
         norm = jnp.sqrt(sum((a**2).sum() for a in g.values()))
         steps.append([float(a) for a in (loss, ce, aux, norm)])
         if n == 0:
-            found |= {f"grad/{name}": array for name, array in g.items()}
+            arrays |= {f"grad/{name}": array for name, array in g.items()}
         g = {name: array * min(1.0, CLIP / max(float(norm), 1e-12)) for name, array in g.items()}
         first = {name: 0.9 * first[name] + 0.1 * a for name, a in g.items()}
         second = {name: 0.999 * second[name] + 0.001 * a**2 for name, a in g.items()}
@@ -363,12 +363,12 @@ def _stage(t: Tensors, trained: tuple[str, ...], batches, pixels) -> dict[str, A
             m, v = first[name] / (1 - 0.9 ** (n + 1)), second[name] / (1 - 0.999 ** (n + 1))
             now[name] = now[name] - LR * m / (jnp.sqrt(v) + 1e-8)
         if n != 1:
-            found |= {f"param{n + 1}/{name}": array for name, array in now.items()}
-    return found | {"steps": np.asarray(steps)}
+            arrays |= {f"param{n + 1}/{name}": array for name, array in now.items()}
+    return arrays | {"steps": np.asarray(steps)}
 
 
 def _selection(models: dict[str, Tensors], sequences, images) -> dict[str, Any]:
-    found: dict[str, Any] = {"input_ids": sequences["input_ids"], "lengths": sequences["lengths"]}
+    arrays: dict[str, Any] = {"input_ids": sequences["input_ids"], "lengths": sequences["lengths"]}
     index = sequences["index"]
     counts = {
         (mode, when): np.zeros((Z, E), np.int64) for mode in ("ascending", "top2") for when in ("before", "after")
@@ -387,13 +387,13 @@ def _selection(models: dict[str, Tensors], sequences, images) -> dict[str, Any]:
         shares = [n / n.sum(1, keepdims=True) for n in (before, after)]
         std = np.std(shares[0] - shares[1], axis=1, ddof=1)
         layers = np.argsort(-std)[: Z // 2]
-        found |= {
+        arrays |= {
             f"{mode}/counts_before": before, f"{mode}/counts_after": after, f"{mode}/std": std,
             f"{mode}/dist_before": shares[0], f"{mode}/dist_after": shares[1],
             f"{mode}/selected_layers": layers, f"{mode}/expert_idxmax": shares[1].argmax(1)[layers],
             f"{mode}/expert_idxmax_all_layers": shares[1].argmax(1),
         }  # fmt: skip
-    return found
+    return arrays
 
 
 def _norm(x, scale):

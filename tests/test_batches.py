@@ -154,7 +154,7 @@ def test_packing_fills_rows(source, features):
 
 
 def test_order_seed_and_epochs(source, features):
-    kept = {"conversations_per_row": 1}
+    kept: dict[str, Any] = {"conversations_per_row": 1}
     assert all_answers(make(source, features, seed=None, **kept)) == list(range(ROWS))
     one, same_again, other = (all_answers(make(source, features, seed=s, **kept)) for s in (1, 1, 2))
     assert one == same_again != other

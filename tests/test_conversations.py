@@ -1,15 +1,13 @@
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moextend_jax.config import IGNORE, RECIPES, ImageTags, MoextendError
+from moextend_jax.config import IGNORE, RECIPES, MoextendError
 from moextend_jax.data.conversations import encode_conversation, encode_prompt
 from moextend_jax.data.tokenizer import load_tokenizer
 
-SHARED = Path(__file__).parents[2] / "shared"
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 PAPER, RELEASED = RECIPES["paper"], RECIPES["released"]
 INST, END_INST = [733, 16289, 28793], [733, 28748, 16289, 28793]
@@ -28,52 +26,6 @@ def encode(turns, tokenizer, *, images=0, recipe=PAPER, patches=4, **more):
     return encode_conversation(
         turns, example_id="ex7", images=images, tokenizer=tokenizer, recipe=recipe, patches=patches, **more
     )
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared with the released code's arrays")
-@pytest.mark.parametrize("legacy", [True, False])
-def test_released_template_equals_the_released_code(legacy):
-    folder = SHARED / "oracle" / "tokenizer"
-    facts = json.loads((folder / f"tokenizer_oracle_legacy{legacy}.json").read_text())
-    wanted = np.load(folder / f"preprocess_legacy{legacy}.npz")
-    start, end, pad = facts["image_ids"]
-    tokenizer = load_tokenizer(folder, tags=ImageTags(start=start, end=end, pad=pad))
-    tokenizer = replace(tokenizer, legacy=legacy)
-    for row, turns in enumerate(facts["conversations"]):
-        paths = sum(turn["value"].count("</image>") for turn in turns)
-        turns = talk(*[_without_paths(turn["value"]) for turn in turns])
-        got = encode(
-            turns,
-            tokenizer,
-            images=paths,
-            recipe=replace(RELEASED, turns="all"),
-            patches=facts["image_token_span"],
-        )
-        length = facts["max_len"]
-        ids = np.full(length, facts["pad"])
-        labels, mask = np.full(length, IGNORE), np.zeros(length, bool)
-        kept = min(length, len(got.ids_L))
-        ids[:kept], labels[:kept], mask[:kept] = got.ids_L[:kept], got.labels_L[:kept], got.segments_L[:kept]
-        np.testing.assert_array_equal(ids, _without_path_bytes(wanted["input_ids"][row], start, end, pad))
-        np.testing.assert_array_equal(labels, wanted["labels"][row])
-        np.testing.assert_array_equal(mask, wanted["attention_mask"][row])
-
-
-def _without_paths(text):
-    while "</image>" in text:
-        before, _, rest = text.partition("<image>")
-        text = before + "\0" + rest.partition("</image>")[2]
-    return text.replace("\0", "<image>")
-
-
-def _without_path_bytes(ids, start, end, pad):
-    """The released code hides the file name in an image's first pad positions."""
-    ids, inside = ids.copy(), False
-    for n, id in enumerate(ids):
-        inside = (inside or id == start) and id != end
-        if inside and id != start:
-            ids[n] = pad
-    return ids
 
 
 def test_mixtral_template_is_the_official_one(tokenizer):

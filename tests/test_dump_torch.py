@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,38 +30,84 @@ def test_the_tool_can_be_copied_because_it_imports_nothing_of_ours():
     assert roots == {"numpy", "torch", "safetensors", "transformers"}
 
 
-def dump(checkpoint: Path, folder: Path, *, vocabulary: int) -> list[str]:
-    """Runs the tool on random ids with padding and holes."""
-    rng = np.random.default_rng(0)
-    mask = np.ones((5, 12), np.int64)
+class Dump(NamedTuple):
+    """A checkpoint, the options that open it here, and the folder of what the tool wrote of it."""
+
+    checkpoint: Path
+    options: list[str]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
+    """What the tool makes of three layouts, and of a router that has become NaN, from random ids with padding and
+    holes. In one process: importing torch takes longer than all the rest."""
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    folder = tmp_path_factory.mktemp("dumps")
+    (folder / "derived").mkdir()
+    derived = reference_set.Set(folder / "derived")
+    vision = ["--vision", str(derived.folder / "clip")]
+    checkpoints = {
+        "huggingface": (mixtral(folder / "model", tiny.arrays(tiny.PLAIN)), []),
+        "released": (derived.folder / "vision", vision),
+        "released_extended": (derived.folder / "moextend_pert", vision),
+        "nan": (mixtral(folder / "nan", with_nan()), []),
+    }
+    rng, mask = np.random.default_rng(0), np.ones((5, 12), np.int64)
     mask[1, 8:] = mask[2, 3:6] = mask[3, 5] = 0
-    np.savez(folder / "ids.npz", input_ids=rng.integers(3, vocabulary, (5, 12)), attention_mask=mask)
-    arguments = [str(checkpoint), "--ids", "ids.npz", "--out", "torch.npz", "--forward", "forward", "--batch_size", "2"]
+    words, dumped = [], {}
+    for name, (checkpoint, options) in checkpoints.items():
+        dumped[name] = Dump(checkpoint, options, folder / f"{name}.dump")
+        dumped[name].folder.mkdir()
+        ids_BL = rng.integers(3, tiny.PLAIN.decoder.vocab_size, mask.shape)
+        np.savez(dumped[name].folder / "ids.npz", input_ids=ids_BL, attention_mask=mask)
+        at = {option: str(dumped[name].folder / file) for option, file in FILES.items()}
+        words.append([str(checkpoint), *(word for pair in at.items() for word in pair), "--batch_size", "2"])
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    command_line = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(words)]
+    done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return ["--checkpoint", str(checkpoint), "--reference", str(folder / "forward" / "forward_torch.npz"), "--json"]
+    (folder / "nan.dump" / "message").write_text(done.stdout.splitlines()[-1])
+    return dumped
+
+
+FILES = {"--ids": "ids.npz", "--out": "torch.npz", "--forward": "forward"}
+LOOP = """
+import json, runpy, sys
+tool, lines = sys.argv[1], json.loads(sys.argv[2])
+for words in lines:
+    sys.argv = [tool, *words]
+    try:
+        runpy.run_path(tool, run_name="__main__")
+    except SystemExit as error:
+        if words is not lines[-1]:
+            raise
+        print(error)
+"""
+
+
+def mixtral(folder: Path, arrays: dict[str, Any]) -> Path:
+    huggingface.write_parameters(folder, arrays, table="mixtral", config=tiny.PLAIN)
+    huggingface.write_decoder_config(folder, tiny.PLAIN.decoder, dtype="float32")
+    return folder
+
+
+def with_nan() -> dict[str, Any]:
+    gate_ZDE = np.array(tiny.arrays(tiny.PLAIN)["decoder/layers/moe/gate"])
+    gate_ZDE[1, 0, 2] = np.nan
+    return {**tiny.arrays(tiny.PLAIN), "decoder/layers/moe/gate": gate_ZDE}
+
+
+def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(dumps: dict[str, Dump]):
+    assert "NaN or infinite in layers [1, 2]" in (dumps["nan"].folder / "message").read_text()
+    assert not (dumps["nan"].folder / "torch.npz").exists()
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "released", "released_extended"])
-def test_pytorch_and_we_route_alike(layout: str, tmp_path: Path, capsys):
-    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
-    vision = []
-    if layout == "huggingface":
-        checkpoint, config = tmp_path / "model", tiny.PLAIN
-        arrays = tiny.arrays(config)
-        huggingface.write_parameters(checkpoint, arrays, table="mixtral", config=config)
-        huggingface.write_decoder_config(checkpoint, config.decoder, dtype="float32")
-        compared = dump(checkpoint, tmp_path, vocabulary=config.decoder.vocab_size)
-    else:
-        (tmp_path / "set").mkdir()
-        other = reference_set.Set(tmp_path / "set")
-        checkpoint = other.folder / ("grown" if layout == "released_extended" else "plain")
-        vision = ["--vision", str(other.folder / "clip")]
-        compared = dump(checkpoint, tmp_path, vocabulary=reference_set.START)
-    code = command.main([*compared, *vision])
+def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_path: Path, capsys):
+    checkpoint, options, folder = dumps[layout]
+    opened = ["--checkpoint", str(checkpoint), *options]
+    code = command.main([*opened, "--reference", str(folder / "forward" / "forward_torch.npz"), "--json"])
     record = json.loads(capsys.readouterr().out)
     assert code == 0, [row for row in record["rows"] if row["verdict"] == "differs"]
     assert {row["verdict"] for row in record["rows"]} == {"ok"}
@@ -68,10 +115,10 @@ def test_pytorch_and_we_route_alike(layout: str, tmp_path: Path, capsys):
     assert {"logits", "hidden_states", "router_logits", "topk_idx", "moe_out", "loss_ce", "loss_aux"} <= quantities
     assert ("topk_calibrated" in quantities) == (layout == "released_extended")
 
-    collect = ["collect", "--checkpoint", str(checkpoint), *vision, "--ids", str(tmp_path / "ids.npz")]
-    assert routing_command.main([*collect, "--out", str(tmp_path / "jax.npz")]) == 0
+    collect = ["collect", *opened, "--ids", str(folder / "ids.npz"), "--out", str(tmp_path / "jax.npz")]
+    assert routing_command.main(collect) == 0
     capsys.readouterr()
-    assert routing_command.main(["compare", str(tmp_path / "jax.npz"), str(tmp_path / "torch.npz"), "--json"]) == 0
+    assert routing_command.main(["compare", str(tmp_path / "jax.npz"), str(folder / "torch.npz"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["top_k_agreement_missing"] is None and record["same_source_experts"]
     for row in record["layers"]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -201,7 +201,7 @@ def make(folder: Path, faults: FaultSettings, *, kind: str = "pixels", stage: St
         images=files,
         patches=PATCHES,
         faults=faults,
-        **({"epochs": 1} | more),
+        **cast(Any, {"epochs": 1} | more),
     )
 
 
@@ -401,7 +401,7 @@ def answers(batch: Batch) -> list[int]:
 def test_an_image_that_turns_out_bad_leaves_its_place_and_moves_nothing(tmp_path):
     """Packed; the picture shows only when decoded, so that the row keeps a gap with its neighbours unchanged."""
     late = [plant for plant in PLANTS if plant.kind in LATE]
-    more = {"stage": stage_of(0, length=96, conversation_length=LENGTH)}
+    more: dict[str, Any] = {"stage": stage_of(0, length=96, conversation_length=LENGTH)}
     ours, theirs = (joined(make(write(tmp_path / name, some), SKIP, **more)) for name, some in (("a", late), ("b", [])))
     assert totals(ours.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | planted(*LATE)
     changed = ours.segments_BL != theirs.segments_BL
@@ -453,7 +453,7 @@ def test_without_images_only_text_counts(faulty):
         )
     )  # fmt: skip
     assert totals(found.faults_BG) == {"read": ROWS} | {
-        kind: 0 if KINDS[kind].image or kind in ("too_many_images", "marks") else count
+        kind: 0 if KINDS[cast(Any, kind)].image or kind in ("too_many_images", "marks") else count
         for kind, count in planted().items()
     }
 
@@ -507,7 +507,9 @@ def test_what_training_skips_is_not_asked_either(faulty):
     exchanges = [first_exchange(example, tokenizer=TOKENIZER) for example in source]
     kinds = {n: exchange.kind for n, exchange in enumerate(exchanges) if isinstance(exchange, Fault)}
     late = ("too_long", "too_many_images", "duplicate_id")
-    assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
+    assert kinds == {
+        plant.at: plant.kind for plant in PLANTS if not KINDS[cast(Any, plant.kind)].image and plant.kind not in late
+    }
     sound = exchanges[4]
     assert isinstance(sound, Exchange)
     assert list(sound) == [turn["value"] for turn in source[4].conversations]

@@ -55,12 +55,13 @@ def test_features_are_those_of_the_key(tmp_path):
 def test_a_fitting_cache_is_used_again_and_a_stale_one_is_not(tmp_path):
     first = make(tmp_path / "c")
     make(tmp_path / "c", compute=refuse)
-    for change in (
+    changes: tuple[dict[str, Any], ...] = (
         {"tower": "t2"},
         {"feature_layer": -1},
         {"preparation": "crop"},
         {"images": dataclasses.replace(IMAGES, fingerprint="others")},
-    ):
+    )
+    for change in changes:
         with pytest.raises(AssertionError):
             make(tmp_path / "c", compute=refuse, **change)
         with pytest.raises(MoextendError, match="was made with"):

@@ -132,4 +132,4 @@ def test_moments_of_a_bfloat16_leaf_are_float32_and_forget():
 
 def test_an_unknown_group_is_an_error_that_lists_the_groups():
     with pytest.raises(MoextendError, match=r"multipliers\.projektor is no setting; there are .*new_experts"):
-        OptimizerConfig(multipliers={"projektor": 2.0})
+        OptimizerConfig(multipliers=cast(Any, {"projektor": 2.0}))

@@ -232,7 +232,7 @@ def test_without_segments_the_loss_would_differ():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("hidden_end", [False, True])
 def test_routing_counts_of_text_and_of_images_are_those_of_unpacked_rows(recipe: str, hidden_end: bool):
-    count = jax.jit(lambda batch: count_picks(with_arrays(MODEL, ARRAYS), batch, recipe=RECIPES[recipe]))
+    count = jax.jit(lambda batch: count_picks(with_arrays(MODEL, ARRAYS)(batch).routing, batch, recipe=RECIPES[recipe]))
     ours, theirs = (count(batch) for batch in both(hidden_end=hidden_end))
     items = conversations(hidden_end=hidden_end)
     images = sum(len(item.image_rows) for item in items)

@@ -74,7 +74,7 @@ def test_an_extended_model_keeps_columns_that_a_layer_lacks_empty():
 
 
 def test_loads_of_even_and_of_one_sided_routing(pair):
-    def made(picks_O, probs_O):
+    def with_load(picks_O, probs_O):
         picks_ZO, probs_ZO = np.array([picks_O]), np.array([probs_O], float)
         nothing = np.zeros_like(picks_ZO)
         return pair[0]._replace(
@@ -82,10 +82,10 @@ def test_loads_of_even_and_of_one_sided_routing(pair):
             probs_ZO={"text": probs_ZO, "image": nothing}, entropy_Z={"text": np.zeros(1), "image": np.zeros(1)},
         )  # fmt: skip
 
-    even = statistics.load_of(made([4, 4, 4, 4], [0.25] * 4), "all")
+    even = statistics.load_of(with_load([4, 4, 4, 4], [0.25] * 4), "all")
     assert even.balance_Z == even.busiest_Z == 1 and np.isclose(even.entropy_Z, np.log(4))
-    one = statistics.load_of(made([16, 0, 0, 0], [1, 0, 0, 0]), "text")
-    assert one.balance_Z == one.busiest_Z == 4 and one.entropy_Z == 0
+    single = statistics.load_of(with_load([16, 0, 0, 0], [1, 0, 0, 0]), "text")
+    assert single.balance_Z == single.busiest_Z == 4 and single.entropy_Z == 0
 
 
 def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: Path):
@@ -96,7 +96,7 @@ def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: 
         np.testing.assert_equal(getattr(again, name), part, err_msg=name)
     assert again.per_token is not None and again.per_token.ids_ZTk.dtype == np.int8
     arrays = dict(np.load(path))
-    for change, said in (
+    for change, message in (
         ({"format": np.array("other")}, "no file of routing statistics"),
         ({"picks/text": None}, "lacks picks/text"),
         ({"probs/image": np.zeros((1, 2))}, r"probs/image has shape \(1, 2\)"),
@@ -106,7 +106,7 @@ def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: 
     ):
         changed: dict[str, Any] = {name: array for name, array in (arrays | change).items() if array is not None}
         np.savez(path, **changed)
-        with pytest.raises(MoextendError, match=said):
+        with pytest.raises(MoextendError, match=message):
             statistics.read_stats(path)
 
 
@@ -114,8 +114,8 @@ def test_picks_per_token_are_kept_when_asked_or_few(monkeypatch: pytest.MonkeyPa
     assert collected(tiny.PLAIN, per_token=False).per_token is None
     monkeypatch.setattr(collect, "FEW", 10)
     assert collected(tiny.PLAIN, per_token=None).per_token is None
-    kept = collected(tiny.PLAIN, per_token=True).per_token
-    assert kept is not None and kept.image_T.sum() == 4 * tiny.VISION.patches
+    per_token = collected(tiny.PLAIN, per_token=True).per_token
+    assert per_token is not None and per_token.image_T.sum() == 4 * tiny.VISION.patches
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +207,9 @@ def test_ties_are_left_out_of_the_agreement(pair):
 
 
 def test_choices_are_the_extender_s_under_both_recipes(pair):
-    found = compare.choices(*pair, share=0.7)
-    assert found is not None
-    for choice in found:
+    by_recipe = compare.choices(*pair, share=0.7)
+    assert by_recipe is not None
+    for choice in by_recipe:
         recipe = RECIPES[choice.recipe]
         counts = [statistics.counts_of(stats, recipe.counted_picks) for stats in pair]
         expected = routing.select(*counts, share=0.7, recipe=recipe)
@@ -229,8 +229,8 @@ def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: 
     assert run("compare", files[0], files[0], "--after", files[1], files[2], "--json") == 0
     assert json.loads(capsys.readouterr().out)["same_choice"] == {"paper": True, "released": True}
     assert run("compare", files[0], files[2], "--share", "0.7") == 0
-    said = capsys.readouterr().out
-    assert "not collected on the same tokens" in said and "recipe released: layers" in said
+    printed = capsys.readouterr().out
+    assert "not collected on the same tokens" in printed and "recipe released: layers" in printed
 
 
 def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
@@ -358,9 +358,9 @@ def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, 
         vision=str(base / "vision"),
     )  # fmt: skip
     opened = open_run(settings, tmp_path)
-    made = tiny.arrays(tiny.BASE_CONFIG, seed=1, std=0.1)
-    for name, trained in (("align", "projector/"), ("extend", "decoder/layers/moe/gate")):
-        result = {path: leaf for path, leaf in made.items() if path.startswith(trained)}
+    trained = tiny.arrays(tiny.BASE_CONFIG, seed=1, std=0.1)
+    for name, prefix in (("align", "projector/"), ("extend", "decoder/layers/moe/gate")):
+        result = {path: leaf for path, leaf in trained.items() if path.startswith(prefix)}
         train_state.save_leaves(tmp_path / name / "result", result, facts=opened.facts)
     remember(opened)
     ids_BL = np.arange(20, 180, dtype=np.int32).reshape(8, 20)
@@ -368,7 +368,7 @@ def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, 
     assert run("collect", "--checkpoint", tmp_path, "--model", "probed", "--ids", tmp_path / "ids.npz",
                "--out", tmp_path / "a.npz") == 0  # fmt: skip
 
-    arrays = tiny.arrays(tiny.BASE_CONFIG, std=0.1) | {"decoder/layers/moe/gate": made["decoder/layers/moe/gate"]}
+    arrays = tiny.arrays(tiny.BASE_CONFIG, std=0.1) | {"decoder/layers/moe/gate": trained["decoder/layers/moe/gate"]}
     rows = command.text_batch(ids_BL, np.ones_like(ids_BL))
     expected = collect.collect(tiny.structure(tiny.BASE_CONFIG), arrays, [rows], per_token=True)
     got = statistics.read_stats(tmp_path / "a.npz")

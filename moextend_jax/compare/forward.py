@@ -44,13 +44,6 @@ class Defined(NamedTuple):
     ce: bool
 
 
-class Ties(NamedTuple):
-    """Tokens whose picks rounding decides. boundary_T: which experts; any_T: those, or only in which order."""
-
-    boundary_T: np.ndarray
-    any_T: np.ndarray
-
-
 def is_inside(reference: Reference) -> bool:
     """Does the file hold what only a pass layer by layer shows?"""
     parts = {part for key in reference.arrays for part in key.split("/")}
@@ -118,12 +111,10 @@ def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tup
     return twins
 
 
-def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> Ties:
-    """Tokens whose k-th and k+1-th largest logits, or two of the k largest, are closer than `noise`."""
+def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> np.ndarray:
+    """Tokens, [T] bool, whose k-th and k+1-th largest logits, or two of the k largest, are closer than `noise`."""
     ordered_TO = -np.sort(-logits_TO.astype(np.float64), axis=-1)
-    gaps = -np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise
-    boundary_T = gaps[:, top_k - 1] if gaps.shape[1] >= top_k else np.zeros(len(gaps), bool)
-    return Ties(boundary_T, np.asarray(gaps.any(axis=-1)))
+    return np.any(-np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise, axis=-1)
 
 
 def defined(rows: Rows) -> Defined:
@@ -160,15 +151,15 @@ def _judge(
             verdicts.append(close(name, quantity, mine, array, atol=atol, where=where_T))
         elif head.startswith("topk_"):
             key = f"router_logits/{index}"
-            logits_TO = theirs.get(key, ours[key])
+            logits_TO = theirs[key] if key in theirs else ours[key]
             if logits_TO.shape != ours[key].shape:
                 close(name, key, ours[key], logits_TO, atol=0)  # raises: says which shapes
-            tied = ties(logits_TO, top_k=config.decoder.top_k, noise=tolerances.tie)
+            tied_T = ties(logits_TO, top_k=config.decoder.top_k, noise=tolerances.tie)
             if head == "topk_idx":
-                row = _picks(name, quantity, mine, array, ours[key], where_T=where_T, tied=tied, atol=atol)
+                row = _picks(name, quantity, mine, array, ours[key], where_T=where_T, tied_T=tied_T, atol=atol)
             else:
-                note = _tied_note(tied.any_T & where_T, where_T)
-                row = close(name, quantity, mine, array, atol=atol, where=where_T & ~tied.any_T, note=note)
+                note = _tied_note(tied_T & where_T, where_T)
+                row = close(name, quantity, mine, array, atol=atol, where=where_T & ~tied_T, note=note)
             verdicts.append(row)
         else:
             verdicts.append(close(name, quantity, mine, array, atol=0 if head == "img_pos" else atol))
@@ -176,7 +167,7 @@ def _judge(
 
 
 def _picks(
-    name: str, quantity: str, ours_Tk, theirs_Tk, logits_TO, *, where_T: np.ndarray, tied: Ties, atol: float
+    name: str, quantity: str, ours_Tk, theirs_Tk, logits_TO, *, where_T: np.ndarray, tied_T: np.ndarray, atol: float
 ) -> Row:
     """Top-k agreement of the untied tokens; the difference is what following the other's picks would cost, in
     probability, and holds for tied tokens too."""
@@ -191,9 +182,9 @@ def _picks(
     probs_TO = np.asarray(jax.nn.softmax(logits_TO.astype(np.float32), axis=-1))
     picked = [np.take_along_axis(probs_TO, ids_Tk, axis=-1)[where_T] for ids_Tk in (ours_Tk, theirs_Tk)]
     row = close(name, quantity, picked[0], picked[1], atol=atol)
-    same_T = (ours_Tk == theirs_Tk).all(axis=-1)[where_T & ~tied.any_T]
+    same_T = (ours_Tk == theirs_Tk).all(axis=-1)[where_T & ~tied_T]
     agreement = float(same_T.mean()) if same_T.size else None
-    row = row._replace(agreement=agreement, note=_tied_note(tied.any_T & where_T, where_T))
+    row = row._replace(agreement=agreement, note=_tied_note(tied_T & where_T, where_T))
     return row if agreement in (None, 1.0) else row._replace(verdict="differs")
 
 

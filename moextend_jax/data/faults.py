@@ -7,7 +7,7 @@ skipped, `counts_G`: conversations read, then those skipped by kind (G = 1 + kin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 

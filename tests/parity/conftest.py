@@ -22,8 +22,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "shared":
         path = request.getfixturevalue("shared") / "oracle"
     elif request.param.startswith("derived"):
-        made = reference_set.Set(tmp_path_factory.mktemp("derived"))
-        return made.write(stages=request.param == "derived stages")
+        derived = reference_set.Set(tmp_path_factory.mktemp("derived"))
+        return derived.write(stages=request.param == "derived stages")
     else:
         path = Path(request.param)
     if not path.is_dir():

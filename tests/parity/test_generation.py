@@ -38,14 +38,14 @@ def test_greedy_tokens_and_the_logits_that_chose_them(folder: Path):
         model = with_arrays(structure, arrays)
         return model.decoder.logits(model(batch).hidden_BLD)
 
-    whole = theirs.pop("tokens_nocache", written)
-    logits_BLV = np.array(logits_of(arrays, batch(whole)))[:, length - 1 :]
+    written_again = theirs.pop("tokens_nocache", written)
+    logits_BLV = np.array(logits_of(arrays, batch(written_again)))[:, length - 1 :]
     last = theirs.pop("logits_last")
     last_BLV = last if last.ndim == 3 else last[None]
     assert last_BLV.shape[1] in (new, new + 1)  # with the logits after the last token, or without
     np.testing.assert_allclose(logits_BLV[:, : last_BLV.shape[1]], last_BLV, atol=sets.COMPOSED, rtol=0)
     logits_BLV[..., list(suppress)] = -np.inf
-    np.testing.assert_array_equal(logits_BLV[:, :-1].argmax(axis=-1), whole[:, length:])
+    np.testing.assert_array_equal(logits_BLV[:, :-1].argmax(axis=-1), written_again[:, length:])
     assert not theirs, "unknown arrays"
 
 

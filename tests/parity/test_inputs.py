@@ -72,13 +72,13 @@ def test_the_released_template(folder: Path, legacy: str):
             recipe=replace(sets.RELEASED, turns="all"),
             patches=facts["image_token_span"],
         )
-        kept = slice(0, facts["max_len"])
+        room = slice(0, facts["max_len"])
         surplus = (0, max(0, facts["max_len"] - len(ours.ids_L)))
         ids_L = _without_path_bytes(wanted["input_ids"][row], start, end, pad)
-        np.testing.assert_array_equal(np.pad(ours.ids_L[kept], surplus, constant_values=facts["pad"]), ids_L)
-        labels_L = np.pad(ours.labels_L[kept], surplus, constant_values=IGNORE)
+        np.testing.assert_array_equal(np.pad(ours.ids_L[room], surplus, constant_values=facts["pad"]), ids_L)
+        labels_L = np.pad(ours.labels_L[room], surplus, constant_values=IGNORE)
         np.testing.assert_array_equal(labels_L, wanted["labels"][row])
-        np.testing.assert_array_equal(np.pad(ours.segments_L[kept], surplus), wanted["attention_mask"][row])
+        np.testing.assert_array_equal(np.pad(ours.segments_L[room], surplus), wanted["attention_mask"][row])
     assert set(wanted) == {"input_ids", "labels", "attention_mask"}
 
 

@@ -17,6 +17,7 @@ from moextend_jax.checkpoints import names
 from moextend_jax.compare.forward import equal_columns
 from moextend_jax.config import ModelConfig
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.runs.results import patterns
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -46,7 +47,7 @@ def test_gradients(folder: Path, name: str, remat: str):
         pytest.skip(f"stage_{name}.npz holds no gradients")
     stage, start = STAGES[name]
     structure, arrays, config = sets.model(folder, start, remat=remat)
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=sets.RELEASED))
+    trainable, frozen = stages.split(arrays, patterns(stage, recipe=sets.RELEASED))
     coefficient = sets.coefficient(folder)
 
     def total(trainable, frozen, batch):
@@ -64,7 +65,7 @@ def test_losses_norms_and_parameters_of_every_step(folder: Path, name: str):
         pytest.skip(f"stage_{name}.npz holds no steps")
     stage, start = STAGES[name]
     _, arrays, config = sets.model(folder, start)
-    trainable, frozen = stages.split(arrays, stages.patterns(stage, recipe=sets.RELEASED))
+    trainable, frozen = stages.split(arrays, patterns(stage, recipe=sets.RELEASED))
     optimizer, step = _step(folder, config, tuple(trainable))
     state = init_state({path: leaf.copy() for path, leaf in trainable.items()}, optimizer)
     expected = parts["steps"][""]
@@ -92,7 +93,8 @@ def _step(folder: Path, config: ModelConfig, trained: tuple[str, ...]):
     def schedule(_):
         return LEARNING_RATE
 
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), paths=trained)
+    settings = OptimizerConfig(learning_rate=LEARNING_RATE)
+    optimizer = make_optimizer(settings, paths=dict.fromkeys(trained))
     step = make_step(
         oracle.structure(config),
         optimizer=optimizer,
