@@ -28,7 +28,7 @@ from moextend_jax.data.entries import Entry, read_entries
 from moextend_jax.data.faults import KINDS
 from moextend_jax.data.inspector import Folder, Found, Inspector, Reading, Work
 from moextend_jax.data.shared_memory import check_shared_memory
-from moextend_jax.settings import FaultSettings
+from moextend_jax.settings import FaultKind, FaultSettings
 
 ROWS, IMAGES = 256, 32
 """A chunk of work of each kind."""

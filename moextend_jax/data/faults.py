@@ -69,12 +69,12 @@ STRICT = FaultSettings(policies={kind: "error" for kind in KINDS if kind not in 
 """Nothing is skipped."""
 
 
-def counts(kinds: Iterable[FaultKind] = (), *, read: int = 0) -> np.ndarray:
+def counts(kinds: Iterable[str] = (), *, read: int = 0) -> np.ndarray:
     """counts_G of `read` conversations, of which one was skipped for each of `kinds`."""
     counts_G = np.zeros(1 + len(KINDS), np.int32)
     counts_G[0] = read
     for kind in kinds:
-        counts_G[1 + list(KINDS).index(kind)] += 1
+        counts_G[1 + [*map(str, KINDS)].index(kind)] += 1
     return counts_G
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from moextend_jax.config import Recipe
-from moextend_jax.settings import OptimizerConfig
+from moextend_jax.settings import Group, OptimizerConfig
 from moextend_jax.train.stages import group
 
 
