@@ -48,7 +48,6 @@ def load(name: str, *, remat: Any = "none") -> Loaded:
         extension=huggingface.read_extension_config(folder),
         dtype="float32",
         remat=remat,
-        weight_guard="none",
         tags=ImageTags(start=START, end=START + 1, pad=START + 2),
     )
     model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))

@@ -81,7 +81,8 @@ def compare(reference: Reference, options: argparse.Namespace) -> Comparison:
     if reference.kind == "selection":
         return _selection(reference, options, tolerances)
     opened = _open(_checkpoint(options), options, reference)
-    model, arrays = abstract(opened.config), opened.arrays
+    # What it is held against is computed by the released code, which guards nothing.
+    model, arrays = abstract(dataclasses.replace(opened.config, weight_guard="none")), opened.arrays
     start = _start(reference, options, Path(options.checkpoint))
     notes = [
         f"layer {layer}: router columns {a} and {b} are equal, so rounding decides between these experts"
