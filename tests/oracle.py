@@ -46,7 +46,6 @@ def load(name: str, *, folder: Path = FOLDER, remat: Any = "none") -> Loaded:
         extension=huggingface.read_extension_config(folder / name),
         dtype="float32",
         remat=remat,
-        weight_guard="none",
         tags=ImageTags(start=start, end=start + 1, pad=start + 2),
     )
     model = structure(config)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest

@@ -315,7 +315,7 @@ def _released(
         vision=vision,
         feature_layer=-1 if feature_layer is None else feature_layer,
     )
-    config = ModelConfig(decoder=decoder, vision=tower, extension=extension, weight_guard="none")  # as its own code
+    config = ModelConfig(decoder=decoder, vision=tower, extension=extension)
     if attributes is not None:
         config = dataclasses.replace(config, tags=huggingface.image_tags(attributes))
     elsewhere = dict(below.leaves) if below else {}
