@@ -11,16 +11,17 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder
+from moextend_jax.machine import no_devices, quiet_libtpu
 from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
-from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.settings import NotNegative, Positive, RunSettings, Share, from_config_dict
 
 USAGE = """moextend COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR
 
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     error), 75 the machine was taken away and the same command goes on, 130 interrupted from the keyboard."""
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_libtpu()
     code = _code_of(words)
     if code and "moextend_jax.distributed" in sys.modules:
         import jax
@@ -92,9 +94,13 @@ def _code_of(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except Exception:  # a bug in one of several processes must not leave the others waiting
+    except Exception:
+        if "jax" in sys.modules and (line := no_devices()):
+            print(f"moextend: {line}; ask `moextend doctor`", file=sys.stderr)
+            return 2
         if "moextend_jax.distributed" not in sys.modules:
             raise
+        # a bug in one of several processes must not leave the others waiting
         traceback.print_exc()
         return 1
 
@@ -189,6 +195,9 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
     except Exception as error:  # a configuration file is a program: it can raise anything
         said = str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
         raise MoextendError(f"{command}: {said}") from error
+    for name, kind in NUMBERS.items():
+        if name in values and (number := getattr(values, name)) is not None:
+            get_args(kind)[1].check(number, what=f"{command}: --{name}")
     if rest:
         raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
     # Grain's workers look at absl's global flags, which nobody else parses here.
@@ -265,10 +274,6 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
 
     if not values.prompt:
         raise MoextendError("generate needs --prompt TEXT")
-    if values.max_new_tokens < 1:
-        raise MoextendError("--max_new_tokens must be at least 1")
-    if values.temperature < 0 or values.top_k < 0:
-        raise MoextendError("--temperature and --top_k must not be negative")
     workdir = folder(values.workdir)
     run = pipeline.open_run(settings or _remembered(workdir), workdir)
     pieces = speak(
@@ -288,9 +293,6 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
 def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
     if bool(values.benchmark) == values.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
-    for name in ("limit", "max_new_tokens"):
-        if (given := getattr(values, name)) is not None and given < 1:
-            raise MoextendError(f"--{name} must be at least 1")
     from moextend_jax import pipeline
     from moextend_jax.evaluate.benchmark import benchmark
     from moextend_jax.evaluate.forgetting import TASKS, forgetting
@@ -384,6 +386,11 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "eval": _eval,
 }
 MODELS = ("base", "aligned", "moextend", "full")
+NUMBERS = {
+    "max_new_tokens": Count, "temperature": NotNegative, "top_k": Amount, "seed": Amount, "layers": Count,
+    "new_share": Share, "most": Count, "within": Positive, "limit": Count, "num_fewshot": Amount, "processes": Amount,
+}  # fmt: skip
+"""What numbers may be that are options of any command; settings have their ranges beside their types."""
 TRAINING = ("align", "extend", "finetune", "full", "run")
 TOOLS = {
     "doctor": ("moextend_jax.doctor", "main"),

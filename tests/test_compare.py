@@ -164,7 +164,7 @@ def test_a_broken_reference_is_an_error_that_says_what(other, tmp_path: Path, ch
         ([], "compare: the following arguments are required: --reference"),
         (["--reference", "nowhere.npz"], "nowhere.npz does not exist"),
         (["--reference", "x.npz", "--stages", "align"], "unrecognized arguments: --stages align"),
-        (["--reference", "x.npz", "--atol", "-1"], "--atol must not be negative"),
+        (["--reference", "x.npz", "--atol", "-1"], "--atol: -1 must be at least 0"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments: list[str], said: str):
