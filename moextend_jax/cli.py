@@ -109,6 +109,7 @@ def _call(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
+    _check_names([*words, os.getcwd()])
     command, arguments = words[0], words[1:]
     if words[:2] == ["eval", "score"]:
         command, arguments = "eval score", words[2:]
@@ -119,6 +120,15 @@ def _call(words: list[str]) -> int:
         raise MoextendError(f"there is no command {command!r}; there are {', '.join((*COMMANDS, *TOOLS))}")
     COMMANDS[command](*_parse(command, arguments))
     return 0
+
+
+def _check_names(names: list[str]) -> None:
+    """Names that Python cannot read are surrogates to it, on which C++ libraries fail one by one."""
+    for name in names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            encoding = sys.getfilesystemencoding()
+            mend = "export PYTHONUTF8=1" if encoding != "utf-8" else "rename it"
+            raise MoextendError(f"{name} is no {encoding}, which Python takes names for here; {mend}")
 
 
 def _options(command: str, values: flags.FlagValues) -> str:
