@@ -91,7 +91,8 @@ def pass_on(process: subprocess.Popen, index: int) -> None:
 
 def wait(processes: list[subprocess.Popen]) -> int:
     # As on a machine that is taken away: all processes are told, save at one step, and end with exit code 75.
-    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, lambda number, _: [process.send_signal(number) for process in processes])
     try:
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
             time.sleep(0.05)

@@ -11,17 +11,18 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder
+from moextend_jax.machine import no_devices, quiet_libtpu
 from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
 from moextend_jax.runs.results import MODELS, RESULTS, training
-from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.settings import NotNegative, Positive, RunSettings, Share, from_config_dict
 
 
 def _lines(*, optional: bool) -> str:
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     error), 75 the machine was taken away and the same command goes on, 130 interrupted from the keyboard."""
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_libtpu()
     code = _code_of(words)
     if code and "moextend_jax.distributed" in sys.modules:
         import jax
@@ -94,9 +96,13 @@ def _code_of(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except Exception:  # a bug in one of several processes must not leave the others waiting
+    except Exception:
+        if "jax" in sys.modules and (line := no_devices()):
+            print(f"moextend: {line}; ask `moextend doctor`", file=sys.stderr)
+            return 2
         if "moextend_jax.distributed" not in sys.modules:
             raise
+        # a bug in one of several processes must not leave the others waiting
         traceback.print_exc()
         return 1
 
@@ -105,6 +111,7 @@ def _call(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
+    _check_names([*words, os.getcwd()])
     command, arguments = words[0], words[1:]
     if words[:2] == ["eval", "score"]:
         command, arguments = "eval score", words[2:]
@@ -115,6 +122,15 @@ def _call(words: list[str]) -> int:
         raise MoextendError(f"there is no command {command!r}; there are {', '.join((*COMMANDS, *TOOLS))}")
     COMMANDS[command](*_parse(command, arguments))
     return 0
+
+
+def _check_names(names: list[str]) -> None:
+    """Names that Python cannot read are surrogates to it, on which C++ libraries fail one by one."""
+    for name in names:
+        if any("\udc80" <= letter <= "\udcff" for letter in name):
+            encoding = sys.getfilesystemencoding()
+            mend = "export PYTHONUTF8=1" if encoding != "utf-8" else "rename it"
+            raise MoextendError(f"{name} is no {encoding}, which Python takes names for here; {mend}")
 
 
 def _options(command: str, values: flags.FlagValues) -> str:
@@ -191,6 +207,9 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
     except Exception as error:  # a configuration file is a program: it can raise anything
         said = str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
         raise MoextendError(f"{command}: {said}") from error
+    for name, kind in NUMBERS.items():
+        if name in values and (number := getattr(values, name)) is not None:
+            get_args(kind)[1].check(number, what=f"{command}: --{name}")
     if rest:
         raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
     # Grain's workers look at absl's global flags, which nobody else parses here.
@@ -265,10 +284,6 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
 
     if not values.prompt:
         raise MoextendError("generate needs --prompt TEXT")
-    if values.max_new_tokens < 1:
-        raise MoextendError("--max_new_tokens must be at least 1")
-    if values.temperature < 0 or values.top_k < 0:
-        raise MoextendError("--temperature and --top_k must not be negative")
     workdir = folder(values.workdir)
     run = open_run(settings or _remembered(workdir), workdir)
     pieces = speak(
@@ -288,9 +303,6 @@ def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
 def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
     if bool(values.benchmark) == values.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
-    for name in ("limit", "max_new_tokens"):
-        if (given := getattr(values, name)) is not None and given < 1:
-            raise MoextendError(f"--{name} must be at least 1")
     from moextend_jax.evaluate.benchmark import benchmark
     from moextend_jax.evaluate.forgetting import TASKS, forgetting
     from moextend_jax.runs.run import working
@@ -383,6 +395,11 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "data": _data,
     "eval": _eval,
 }
+NUMBERS = {
+    "max_new_tokens": Count, "temperature": NotNegative, "top_k": Amount, "seed": Amount, "layers": Count,
+    "new_share": Share, "most": Count, "within": Positive, "limit": Count, "num_fewshot": Amount, "processes": Amount,
+}  # fmt: skip
+"""What numbers may be that are options of any command; settings have their ranges beside their types."""
 TOOLS = {
     "doctor": ("moextend_jax.doctor", "main"),
     "import": ("moextend_jax.checkpoints.convert", "import_main"),

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moextend_jax import preemption
 from moextend_jax.config import MoextendError
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
@@ -28,6 +31,7 @@ def start(*, cpu_devices: int = 1) -> None:
     """Joins the other processes of the run, if there are any. Call before anything else touches JAX's devices.
 
     A CPU is split into `cpu_devices`, unless JAX_NUM_CPU_DEVICES says otherwise. From here on only process 0 prints.
+    Ends the process with exit code 2 where the others do not come within MOEXTEND_WAIT seconds (300).
 
     Raises:
       MoextendError: the environment is incomplete, or the processes do not find each other.
@@ -39,11 +43,14 @@ def start(*, cpu_devices: int = 1) -> None:
     joining = arguments()
     if joining is None:
         return
+    seconds = _number("MOEXTEND_WAIT", default=WAIT)
     try:
-        jax.distributed.initialize(**joining)
+        with _waiting(seconds):
+            jax.distributed.initialize(**joining, initialization_timeout=seconds + WAIT)
         printed = os.dup(1) if first() else os.open(os.devnull, os.O_WRONLY)
     except (RuntimeError, ValueError) as error:
         raise MoextendError(f"the processes of this run do not find each other: {error}") from error
+    preemption.pass_on()
     # Gloo writes to the file of standard output whenever processes first talk: only Python's own prints go on there.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = os.fdopen(printed, "w", buffering=1)
@@ -57,26 +64,72 @@ def split_cpu(devices: int) -> None:
 
 def arguments() -> dict[str, Any] | None:
     """How to call `jax.distributed.initialize`, or None where this process is alone."""
+    name = several()
+    if name != "JAX_NUM_PROCESSES":
+        return None if name is None else {}
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if missing := [name for name in names if name not in os.environ]:
+        raise MoextendError(f"{', '.join(names)} must all be set; there is no {', '.join(missing)}")
+    # All is said: JAX need not look for a cluster, which in Kubernetes takes another package.
+    return {
+        "coordinator_address": os.environ[names[0]],
+        "num_processes": _number(names[1]),
+        "process_id": _number(names[2]),
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def several() -> str | None:
+    """The environment variable that says that this process is one of several; None where it is alone."""
     if "JAX_NUM_PROCESSES" in os.environ:
-        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        try:
-            address, count, index = os.environ[names[0]], int(os.environ[names[1]]), int(os.environ[names[2]])
-        except (KeyError, ValueError) as error:
-            raise MoextendError(f"{', '.join(names)} must all be set, the last two to numbers ({error})") from None
-        if count == 1:
-            return None
-        # All is said: JAX need not look for a cluster, which in Kubernetes takes another package.
-        return {
-            "coordinator_address": address,
-            "num_processes": count,
-            "process_id": index,
-            "cluster_detection_method": "deactivate",
-        }
+        return None if _number("JAX_NUM_PROCESSES") == 1 else "JAX_NUM_PROCESSES"
     if (asked := os.environ.get("MOEXTEND_PROCESSES", "")) not in ("", "auto"):
         raise MoextendError(f"MOEXTEND_PROCESSES = {asked!r}: it can only be auto")
-    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    slices = int(os.environ.get("MEGASCALE_NUM_SLICES") or "1") > 1
-    return {} if asked or slurm or slices or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
+    if asked:
+        return "MOEXTEND_PROCESSES"
+    if "SLURM_STEP_NODELIST" in os.environ and _number("SLURM_NTASKS", default=1) > 1:
+        return "SLURM_NTASKS"
+    if _number("MEGASCALE_NUM_SLICES", default=1) > 1:
+        return "MEGASCALE_NUM_SLICES"
+    return "TPU_WORKER_HOSTNAMES" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def _number(name: str, *, default: int = 0) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise MoextendError(f"{name} = {text!r} is no number")
+    return int(text)
+
+
+WAIT, QUIET = 300, 15
+"""Seconds that processes wait for each other, and in which they say nothing."""
+
+
+@contextlib.contextmanager
+def _waiting(seconds: int) -> Iterator[None]:
+    """Inside, a thread says what is waited for, and ends the process after `seconds`: JAX's client, which gives no
+    signal a chance meanwhile, would abort it with a stack."""
+    name = several() or ""
+    value = os.environ.get(name, "")
+    others = f"{int(value) - 1} more of {value} processes" if value.isdecimal() else "the other processes"
+    mend = f"({name} = {value}): start all of them, or go alone by `env -u {name} moextend ...`"
+    together = threading.Event()
+
+    def watch() -> None:
+        if together.wait(min(QUIET, seconds / 2)):
+            return
+        print(f"moextend: waits at most {seconds} s for {others} {mend}", file=sys.stderr, flush=True)
+        if not together.wait(seconds - min(QUIET, seconds / 2)):
+            print(f"moextend: {others} did not come within {seconds} s {mend}", file=sys.stderr, flush=True)
+            os._exit(2)
+
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        together.set()
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def leave(code: int) -> NoReturn:

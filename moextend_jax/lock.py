@@ -53,3 +53,13 @@ def locked(workdir: Path) -> Iterator[None]:
                 (workdir / NAME).unlink()
                 with contextlib.suppress(OSError):
                     workdir.rmdir()
+
+
+def holder(workdir: Path) -> str | None:
+    """Who runs in a work directory; None where nobody does."""
+    with contextlib.suppress(OSError), (workdir / NAME).open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another run"
+    return None

@@ -1,8 +1,8 @@
 """Machines that are taken away: a signal in, a saved checkpoint and exit code 75 out.
 
-In one process the signal is ours. In several, JAX's own service catches SIGTERM (and a cloud's maintenance notice, which
-comes as the same signal), tells all processes, and names the step at which all of them stop; the other signals are
-passed on to it as SIGTERM.
+In one process the signal is ours. In several, JAX's own service catches SIGTERM (and a cloud's maintenance notice,
+which comes as the same signal), tells all processes, and names the step at which all of them stop; the other signals
+are passed on to it as SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOON = 0.05
 class Preempted(BaseException):
     """The run has stopped because its machine is to be taken away; the message says where it stands.
 
-    Like KeyboardInterrupt it can be raised at any place, so it is no Exception: libraries that catch those would lose it.
+    Like KeyboardInterrupt it can be raised anywhere, so it is no Exception: libraries that catch those would lose it.
     """
 
 

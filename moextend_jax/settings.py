@@ -19,6 +19,7 @@ Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
+LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
 Group = Literal["projector", "new_experts", "router_columns", "calibrators", "routers", "base", "vision"]
@@ -123,7 +124,7 @@ class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
     held_out: Count = 10_000
-    share: Annotated[float, Range(above=0, most=1)] = 0.5
+    share: LayerShare = 0.5
     batch_size: Count = 64
 
     def __post_init__(self):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, get_args
 
 from rich.console import Console
 
@@ -18,6 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise MoextendError(f"{self.prog.removeprefix('moextend ')}: {message}; see `{self.prog} --help`")
+
+
+def option(kind: Any) -> Callable[[str], float]:
+    """The `type` of an option that is a number with a range, e.g. `option(config.Count)`."""
+    plain, bounds = get_args(kind)
+
+    def parse(text: str) -> float:
+        try:
+            value = plain(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of type {plain.__name__}") from None
+        if value not in bounds:
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+
+    return parse
 
 
 def console(*, stderr: bool = False) -> Console:

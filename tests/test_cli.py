@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import tiny
 
-from moextend_jax import cli
+from moextend_jax import cli, machine, preemption
 
 # ml_collections reads a configuration file through a method of importlib that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -119,6 +126,132 @@ def test_a_configuration_file_that_is_missing_or_broken(refused, tmp_path, text)
 def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused("align", *ground.arguments(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bench --layers=0", "plan --new_share=2", "plan --most=0", "plan --within=nan", "data check --processes=-1",
+        "eval --limit=0", "eval --max_new_tokens=0", "eval --num_fewshot=-1", "generate --seed=-1",
+        "generate --temperature=nan", "generate --temperature=inf", "align --config.seed=-1",
+        "align --config.workers=-1", "align --config.align.optimizer.clip_norm=-1", "align --config.select.share=nan",
+        "align --config.mesh.data=0",
+    ],
+)  # fmt: skip
+def test_a_number_outside_its_range_is_named_with_the_range(refused, ground, tmp_path, words: str):
+    *command, option = words.split()
+    name, _, value = option.partition("=")
+    message = refused(*command, f"--config={ground.config}", f"--workdir={tmp_path}", option)
+    assert name.lstrip("-") in message and re.search(rf"= {value}(\.0)? must be (at least|more than) ", message)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "routing compare a.npz b.npz --share 0", "routing collect --checkpoint a --out b --samples 0",
+        "import a b --experts 0", "import a b --noise nan", "compare --checkpoint a --reference b --atol nan", "doctor --timeout 0",
+    ],
+)  # fmt: skip
+def test_a_number_of_a_tool_outside_its_range(refused, words: str):
+    *_, name, value = words.split()
+    assert re.search(rf"{name}: {value} must be (at least|more than) \d", refused(*words.split()))
+
+
+def test_a_name_that_python_cannot_read(refused, ground, tmp_path):
+    name = os.fsdecode(b"caf\xe9")  # in ASCII's locale any letter beyond it is like this
+    assert "caf\\udce9 is no utf-8" in refused("align", *ground.arguments(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+# --- interrupts, and a platform that is not there ---------------------------------------------------------------------
+
+
+class InTheCollector:
+    """Sends a signal to this process from a callback of the garbage collector, where Python drops what it raises."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __call__(self, *_: object) -> None:
+        gc.callbacks.remove(self)
+        signal.raise_signal(self.number)
+
+    def wait(self, *_: object) -> None:
+        gc.callbacks.append(self)
+        gc.collect()
+        time.sleep(5)
+        raise AssertionError("the interrupt was lost")
+
+
+def test_an_interrupt_in_the_garbage_collector_is_not_lost(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "align", InTheCollector(signal.SIGINT).wait)
+    monkeypatch.setattr(cli, "_parse", lambda *_: (None, None))
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["align"])
+    assert exit.value.code == 130 and capsys.readouterr().err.startswith("moextend: interrupted;")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_every_signal_that_announces_the_end_is_taken(monkeypatch, capsys, number: int):
+    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    monkeypatch.setattr(preemption._Notice, "given", False)
+    monkeypatch.setitem(cli.COMMANDS, "align", InTheCollector(number).wait)
+    monkeypatch.setattr(cli, "_parse", lambda *_: (None, None))
+    preemption.listen()
+    try:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["align"])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert exit.value.code == 75 and capsys.readouterr().err.startswith("moextend: told to stop:")
+
+
+def test_nohup_is_respected(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        preemption.pass_on()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number in preemption.OTHERS:
+            signal.signal(number, before if number == signal.SIGHUP else signal.SIG_DFL)
+
+
+def test_a_process_that_was_interrupted_ends_at_once():
+    """Python's own way out waits for threads, and crashes where they are XLA's; exit functions run on it."""
+    program = (
+        "import atexit, sys\nfrom moextend_jax import cli, distributed\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "cli.COMMANDS['align'], cli._parse = interrupted, lambda *_: (None, None)\n"
+        "atexit.register(print, 'on the way out')\nsys.argv = ['moextend', 'align']\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stdout and len(done.stderr.splitlines()) == 1
+
+
+def test_a_platform_that_is_not_there(refused, monkeypatch):
+    import jax
+
+    def refuse():
+        raise AssertionError  # all that JAX says of JAX_PLATFORMS=cuda without its plugin
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "local_devices", refuse)
+    monkeypatch.setitem(cli.COMMANDS, "align", lambda *_: refuse())
+    monkeypatch.setattr(cli, "_parse", lambda *_: (None, None))
+    assert "JAX_PLATFORMS = cuda gives no devices" in refused("align")
+
+
+def test_libtpu_without_a_tpu_is_told_so(monkeypatch):
+    for name in machine.NO_TPU:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(machine, "accelerator", lambda: "tpu")
+    machine.quiet_libtpu()
+    assert not machine.NO_TPU.keys() & os.environ.keys()
+    monkeypatch.setattr(machine, "accelerator", lambda: "")
+    machine.quiet_libtpu()
+    assert machine.NO_TPU.items() <= os.environ.items()
 
 
 # --- stages and what they need ----------------------------------------------------------------------------------------

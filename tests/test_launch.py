@@ -269,6 +269,27 @@ def test_mistakes_are_one_line_and_exit_code_2(words: list[str], said: str):
     assert said in told.strip().splitlines()[-1] and "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0",
+          "SLURM_LOCALID": "0"}, "1 more of 2 processes did not come within 1 s (SLURM_NTASKS = 2)"),
+        ({"SLURM_NTASKS": "two", "SLURM_STEP_NODELIST": "localhost"}, "SLURM_NTASKS = 'two' is no number"),
+    ],
+)  # fmt: skip
+def test_processes_that_do_not_come_are_one_line_and_exit_code_2(environment: dict[str, str], words: str):
+    program = (
+        "from moextend_jax import cli, distributed\ncli.COMMANDS['align'] = lambda *_: distributed.start()\n"
+        "cli._parse = lambda *_: (None, None)\ncli.main(['align'])"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOEXTEND_WAIT": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    *before, last = done.stderr.splitlines()
+    assert done.returncode == 2 and words in last, done.stderr
+    assert not before or "waits at most 1 s for 1 more of 2 processes" in before[0]
+    assert "SLURM_JOB_ID" not in environment or "alone by `env -u SLURM_NTASKS moextend ...`" in last
+
+
 def test_shell_files_are_clean():
     checker = Path(sys.executable).parent / "shellcheck"
     if not checker.exists():

@@ -20,8 +20,9 @@ from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, some, write_safetensors
-from moextend_jax.config import MoextendError
-from moextend_jax.terminal import Parser
+from moextend_jax.config import Amount, Count, MoextendError
+from moextend_jax.settings import NotNegative
+from moextend_jax.terminal import Parser, option
 
 SHARD = "5GB"
 LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
@@ -42,10 +43,12 @@ def import_main(arguments: list[str]) -> None:
     parser.add_argument("--feature_layer", "--feature-layer", type=int, help="hidden state the projector reads")
     parser.add_argument("--dtype", choices=[str(dtype) for dtype in leaves.FLOATS], help="store in this element type")
     dense = parser.add_argument_group("sparse upcycling of a dense model")
-    dense.add_argument("--experts", type=int, help="copies of every feed-forward layer")
-    dense.add_argument("--top_k", "--top-k", type=int, help="experts per token; default 2")
-    dense.add_argument("--noise", type=float, help="relative noise on each copy; default 0, which is exact")
-    dense.add_argument("--seed", type=int, help="of noise and routers; default 0")
+    dense.add_argument("--experts", type=option(Count), help="copies of every feed-forward layer")
+    dense.add_argument("--top_k", "--top-k", type=option(Count), help="experts per token; default 2")
+    dense.add_argument(
+        "--noise", type=option(NotNegative), help="relative noise on each copy; default 0, which is exact"
+    )
+    dense.add_argument("--seed", type=option(Amount), help="of noise and routers; default 0")
     values = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         if values.experts is not None:

@@ -24,9 +24,10 @@ from moextend_jax.compare.forward import compare_forward, equal_columns, is_insi
 from moextend_jax.compare.observe import observer
 from moextend_jax.compare.reference import Reference, read_reference, start_tag
 from moextend_jax.compare.verdict import Row, Tolerances, summarised
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Amount, MoextendError
 from moextend_jax.models.moextend import abstract
-from moextend_jax.terminal import Parser, console
+from moextend_jax.settings import NotNegative
+from moextend_jax.terminal import Parser, console, option
 
 TOWER = "clip"
 """Folder beside the reference that is taken where no option names the vision tower's."""
@@ -109,18 +110,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--reference", required=True, help="npz file, beside its batches.npz")
     parser.add_argument("--vision", help=f"folder of the vision tower; else `{TOWER}` beside the reference")
     parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
-    parser.add_argument("--image_start", type=int, help="id of the image start tag; else as manifest.json says")
+    parser.add_argument(
+        "--image_start", type=option(Amount), help="id of the image start tag; else as manifest.json says"
+    )
     parser.add_argument("--feature_layer", type=int, help="hidden state of the tower that the projector reads")
-    parser.add_argument("--aux_coefficient", type=float, help="of the load-balancing loss; else as manifest.json says")
-    parser.add_argument("--atol", type=float, help="tolerance instead of 1e-5 (simple) and 1e-4 (composed)")
-    parser.add_argument("--tie", type=float, default=Tolerances().tie, help="logits this close tie (%(default)s)")
+    parser.add_argument(
+        "--aux_coefficient", type=option(NotNegative), help="of the load-balancing loss; else as manifest.json says"
+    )
+    parser.add_argument(
+        "--atol", type=option(NotNegative), help="tolerance instead of 1e-5 (simple) and 1e-4 (composed)"
+    )
+    parser.add_argument(
+        "--tie", type=option(NotNegative), default=Tolerances().tie, help="logits this close tie (%(default)s)"
+    )
     parser.add_argument("--all", action="store_true", help="a line per array instead of one per kind of array")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args(list(arguments))
-    for name in ("atol", "tie"):
-        value = getattr(options, name)
-        if value is not None and not value >= 0:
-            raise MoextendError(f"compare: --{name} must not be negative")
     return options
 
 

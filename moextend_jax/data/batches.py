@@ -30,6 +30,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from moextend_jax import preemption
 from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Images, Source
@@ -274,10 +275,10 @@ def _pipeline(
 
 
 def _live_with_the_run(*_: int) -> None:
-    """In a worker. Clusters send SIGTERM, and terminals SIGINT, to workers too: what they make is needed until the run
+    """In a worker. Clusters and terminals send their signals to workers too: what they make is needed until the run
     has saved, which then ends them itself. One that is killed cannot: workers see that they have lost their parent."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (*preemption.SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from moextend_jax import distributed
 from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
-from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, MoextendError
+from moextend_jax.config import IGNORE, RECIPES, Amount, Batch, Count, ModelConfig, MoextendError
 from moextend_jax.mesh import one_device, row_shards
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.routing.collect import collect
@@ -38,8 +38,8 @@ from moextend_jax.routing.stats import KINDS, Stats, load_of, read_stats, write_
 from moextend_jax.runs.models_of import open_model
 from moextend_jax.runs.results import MODELS
 from moextend_jax.runs.run import open_run, settings_of
-from moextend_jax.settings import RunSettings
-from moextend_jax.terminal import Parser, console
+from moextend_jax.settings import LayerShare, NotNegative, RunSettings
+from moextend_jax.terminal import Parser, console, option
 
 USAGE = """moextend routing collect --checkpoint DIR (--data NAME | --text FILE | --ids IDS.npz) --out STATS.npz
 moextend routing compare A.npz B.npz [--after A2.npz B2.npz] [--share 0.5] [--json]
@@ -80,13 +80,13 @@ def _collect(arguments: list[str]) -> None:
     parser.add_argument("--text", help="file of passages, one per line")
     parser.add_argument("--ids", help="npz file with input_ids [rows, length] and attention_mask")
     parser.add_argument("--split", default="train", help="of the data set (%(default)s)")
-    parser.add_argument("--samples", type=int, help="so many rows of it, drawn with --seed")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=option(Count), help="so many rows of it, drawn with --seed")
+    parser.add_argument("--seed", type=option(Amount), default=0)
     parser.add_argument("--data_dir", "--data-dir", help="where prepared data sets go")
     parser.add_argument("--manual_dir", "--manual-dir", help="where LLaVA's JSON and image folder are")
     parser.add_argument("--recipe", default="paper", choices=sorted(RECIPES), help="prompt and images as there")
-    parser.add_argument("--length", type=int, default=512, help="tokens per row (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at once (%(default)s)")
+    parser.add_argument("--length", type=option(Count), default=512, help="tokens per row (%(default)s)")
+    parser.add_argument("--batch_size", type=option(Count), default=8, help="rows at once (%(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="of the computation (float32; of a --workdir, as trained)")  # fmt: skip
     parser.add_argument("--per_token", action=argparse.BooleanOptionalAction, help="keep every token's picks")
@@ -95,9 +95,6 @@ def _collect(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if sum(value is not None for value in (options.data, options.text, options.ids)) != 1:
         raise MoextendError("routing collect needs one of --data NAME, --text FILE and --ids IDS.npz")
-    for name in ("length", "batch_size", "samples"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise MoextendError(f"routing collect: --{name} must be at least 1")
     with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
         opened = _open(options)
         shards = row_shards(opened.mesh)
@@ -256,8 +253,10 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument("a", help="file of statistics")
     parser.add_argument("b", help="another")
     parser.add_argument("--after", nargs=2, metavar=("A2", "B2"), help="the same two models after the probe")
-    parser.add_argument("--share", type=float, default=0.5, help="share of the layers to choose (%(default)s)")
-    parser.add_argument("--tie", type=float, default=1e-5, help="logits this close tie (%(default)s)")
+    parser.add_argument(
+        "--share", type=option(LayerShare), default=0.5, help="share of the layers to choose (%(default)s)"
+    )
+    parser.add_argument("--tie", type=option(NotNegative), default=1e-5, help="logits this close tie (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
     names = (options.a, options.b)
