@@ -167,6 +167,7 @@ def _parts(
     model: MoExtend, batch: Batch, optimizer: optax.GradientTransformation, trainable: Any, *, chunk: int, mesh: Mesh
 ) -> dict[str, float]:
     """Seconds of each part of a step on the mesh. Plain layers stand for extended ones: a new expert adds no rows."""
+    assert model.projector is not None
     decoder = model.config.decoder
     graph, layers = nnx.split(model.decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))

@@ -135,7 +135,7 @@ def described(report: Report, faults: FaultSettings) -> dict[str, Any]:
         "kinds": {
             kind: {
                 "count": count,
-                "policy": report.policy(kind, faults),
+                "policy": faults.policy(kind),
                 "first": [named._asdict() for named in report.first[kind]],
             }
             for kind, count in report.counts.items()
@@ -153,15 +153,15 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
             table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for kind, count in report.counts.items():
             first = "\n".join(f"entry {named.entry}: {named.id}" for named in report.first[kind][:3])
-            policy = report.policy(kind, faults)
+            policy = faults.policy(kind)
             said = f"{KINDS[kind].means}: {report.first[kind][0].message}"
             table.add_row(kind, policy, f"{count:,}", escape(first), escape(said[:400]))
         console.print(table)
-    else:
+    elif not report.error:
         console.print(escape(f"{title}: {size}, no faults"))
     if report.skipped:
         share = report.skipped / report.rows
         limit = f"{'more than' if share > faults.most_skipped else 'within'} the {faults.most_skipped:.2%} allowed"
         console.print(f"  {report.skipped:,} conversations ({share:.2%}) would be skipped, {limit}")
     if report.error:
-        console.print(escape(f"  cannot be read: {report.error}"))
+        console.print(escape(f"{title}: cannot be read: {report.error}"))

@@ -87,9 +87,13 @@ class FaultSettings:
     def can_skip(self) -> bool:
         return "skip" in self.policies.values()
 
+    def policy(self, kind: str) -> Policy:
+        """What is done about a kind of fault."""
+        return cast(Mapping[str, Policy], self.policies)[kind]
+
     def skips(self, fault: Any) -> bool:
         """Whether a `data.faults.Fault` is one that is left out and counted."""
-        return self.policies[fault.kind] == "skip"
+        return self.policy(fault.kind) == "skip"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

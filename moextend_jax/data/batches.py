@@ -331,7 +331,7 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
 def _encode_example(
     example: Example, *, stage: StageSettings, images: Pixels | Features | None, faults: FaultSettings, **options: Any
 ) -> Item:
-    if example.fault is not None and faults.policies[example.fault.kind] != "keep":
+    if example.fault is not None and faults.policy(example.fault.kind) != "keep":
         raise example.fault.again()
     turns, refs = example.conversations, example.images
     if images is None:

@@ -28,7 +28,7 @@ from moextend_jax.data.entries import Entry, read_entries
 from moextend_jax.data.faults import KINDS
 from moextend_jax.data.inspector import Folder, Found, Inspector, Reading, Work
 from moextend_jax.data.shared_memory import check_shared_memory
-from moextend_jax.settings import FaultKind, FaultSettings
+from moextend_jax.settings import FaultSettings
 
 ROWS, IMAGES = 256, 32
 """A chunk of work of each kind."""
@@ -119,12 +119,8 @@ class Report:
     error: str | None = None
     """Why the rest could not be read."""
 
-    def policy(self, kind: FaultKind, faults: FaultSettings) -> str:
-        asked = self.reading.parts == "prompt"
-        return "error" if asked and faults.policies[kind] == "skip" else faults.policies[kind]
-
     def ok(self, faults: FaultSettings) -> bool:
-        refused = any(self.policy(kind, faults) == "error" for kind in self.counts)
+        refused = any(faults.policy(kind) == "error" for kind in self.counts)
         return self.error is None and not refused and self.skipped <= faults.most_skipped * self.rows
 
 
@@ -276,7 +272,7 @@ def _finish(rows: _Rows, images: _Images, faults: FaultSettings) -> None:
         _note(report, kind, Named(by_image[image], names[image], message))
     for number, image in shows[np.isin(shows[:, 1], faulty)]:
         rows.faulty.setdefault(int(number), set()).add(images.faults[int(image)].kind)
-    report.skipped = sum(any(faults.policies[kind] == "skip" for kind in kinds) for kinds in rows.faulty.values())
+    report.skipped = sum(any(faults.policy(kind) == "skip" for kind in kinds) for kinds in rows.faulty.values())
     report.counts = Counter({kind: report.counts[kind] for kind in KINDS if report.counts[kind]})
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.settings import KEEPABLE, FaultKind, FaultSettings
+from moextend_jax.settings import KEEPABLE, FaultSettings
 
 
 class Kind(NamedTuple):
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     means: str
 
 
-KINDS: dict[FaultKind, Kind] = {
+KINDS: dict[str, Kind] = {
     "missing": Kind(True, "no such image file"),
     "outside": Kind(True, "path leaves the image folder: absolute, .. or a symlink"),
     "url": Kind(True, "a URL in place of a path"),
@@ -55,7 +55,7 @@ class Fault(MoextendError):
     def __init__(self, message: str, kind: str, id: str = ""):
         assert kind in KINDS
         super().__init__(message)
-        self.kind, self.id = cast(FaultKind, kind), id
+        self.kind, self.id = kind, id
 
     def __reduce__(self):  # worker processes send it
         return type(self), (str(self), self.kind, self.id)
@@ -65,7 +65,7 @@ class Fault(MoextendError):
         return Fault(str(self), self.kind, self.id)
 
 
-STRICT = FaultSettings(policies={kind: "error" for kind in KINDS if kind not in KEEPABLE})
+STRICT = FaultSettings(policies=cast(Any, {kind: "error" for kind in KINDS if kind not in KEEPABLE}))
 """Nothing is skipped."""
 
 
@@ -74,7 +74,7 @@ def counts(kinds: Iterable[str] = (), *, read: int = 0) -> np.ndarray:
     counts_G = np.zeros(1 + len(KINDS), np.int32)
     counts_G[0] = read
     for kind in kinds:
-        counts_G[1 + [*map(str, KINDS)].index(kind)] += 1
+        counts_G[1 + list(KINDS).index(kind)] += 1
     return counts_G
 
 
@@ -104,7 +104,7 @@ def refuse(faults: Iterable[Fault], settings: FaultSettings, *, where: str, hint
     first: list[Fault] = []
     count = 0
     for fault in faults:
-        if settings.policies[fault.kind] == "error":
+        if settings.policy(fault.kind) == "error":
             count += 1
             first = [*first, fault][:NAMED]
     if count:

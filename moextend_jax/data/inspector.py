@@ -25,8 +25,7 @@ from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked: those cannot be
-    skipped."""
+    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked."""
 
     stages: tuple[str, ...]
     data: str

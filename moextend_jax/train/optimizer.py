@@ -39,7 +39,7 @@ def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> o
 
     Its updates are for a learning rate of one, times the group's multiplier; decay is a part of them, as in AdamW.
     """
-    labels = {path: group(path) for path in paths}
+    labels: dict[str, Group] = {path: group(path) for path in paths}
 
     def adamw(name: Group) -> optax.GradientTransformation:
         return optax.chain(

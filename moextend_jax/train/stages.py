@@ -44,7 +44,7 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 def group(path: str) -> Group:
     """The optimizer group of a leaf; exactly one row of GROUPS matches."""
-    names = [name for pattern, name in GROUPS.items() if fnmatchcase(path, pattern)]
+    names: list[Group] = [name for pattern, name in GROUPS.items() if fnmatchcase(path, pattern)]
     if len(names) != 1:
         raise KeyError(f"{path} matches {len(names)} rows of GROUPS")
     return names[0]
