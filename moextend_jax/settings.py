@@ -23,6 +23,7 @@ LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
 Group = Literal["projector", "new_experts", "router_columns", "calibrators", "routers", "base", "vision"]
+GroupName = Annotated[str, Group]
 """Groups of parameters with optimizer settings of their own; `train/stages.py` says which is in which."""
 
 FaultKind = Literal[
@@ -30,7 +31,8 @@ FaultKind = Literal[
     "entry", "encoding", "reserved", "turn", "roles", "order", "empty_answer", "marks", "too_long", "too_many_images",
     "duplicate_id",
 ]  # fmt: skip
-"""Kinds of faults in data; `data/faults.py` says what each means."""
+FaultName = Annotated[str, FaultKind]
+"""Kinds of faults in data; `data/faults.py` says what each means. A name is a string that is checked for being one."""
 
 Policy = Literal["error", "skip", "keep"]
 """`error` stops the run, `skip` leaves the conversation out and counts it, `keep` takes a sound one all the same."""
@@ -39,15 +41,12 @@ Policy = Literal["error", "skip", "keep"]
 # train on something else than was asked for: error. One scraped file in a thousand is damaged, and whoever
 # finds it after 30 hours can only leave it out: skip, within `most_skipped`. A repeated id is no damage at all: LLaVA's
 # instructions ask several conversations about an image under the image's id.
-SKIPPED: tuple[FaultKind, ...] = (
-    "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
-)  # fmt: skip
-KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id",)
+SKIPPED = ("unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite")
+KEEPABLE = ("duplicate_id",)
 """Kinds whose conversation can be read all the same."""
-POLICIES = cast(
-    dict[FaultKind, Policy],
-    {kind: "skip" if kind in SKIPPED else "keep" if kind in KEEPABLE else "error" for kind in get_args(FaultKind)},
-)
+POLICIES: dict[FaultName, Policy] = {
+    kind: "skip" if kind in SKIPPED else "keep" if kind in KEEPABLE else "error" for kind in get_args(FaultKind)
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +59,8 @@ class OptimizerConfig:
     b1: Decay = 0.9
     b2: Decay = 0.999
     eps: Positive = 1e-8
-    multipliers: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
-    weight_decays: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    multipliers: Mapping[GroupName, NotNegative] = dataclasses.field(default_factory=dict)
+    weight_decays: Mapping[GroupName, NotNegative] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _check(self)
@@ -72,7 +71,7 @@ class FaultSettings:
     """What to do about each kind of fault in data; kinds not named have `POLICIES`' default. Above `most_skipped`, the
     share of the conversations read that were skipped, a run stops."""
 
-    policies: Mapping[FaultKind, Policy] = dataclasses.field(default_factory=dict)
+    policies: Mapping[FaultName, Policy] = dataclasses.field(default_factory=dict)
     most_skipped: Share = 0.01
 
     def __post_init__(self):
@@ -258,8 +257,8 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
     if origin is not None:  # Mapping
         if not isinstance(value, Mapping):
             raise MoextendError(f"{where} = {value!r} is not a group of settings")
-        if get_origin(arguments[0]) is Literal:
-            _check_names(value, get_args(arguments[0]), where=where)
+        if get_origin(arguments[0]) is Annotated:
+            _check_names(value, get_args(get_args(arguments[0])[1]), where=where)
         return {name: _build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -149,7 +149,8 @@ def test_a_number_outside_its_range_is_named_with_the_range(refused, ground, tmp
     "words",
     [
         "routing compare a.npz b.npz --share 0", "routing collect --checkpoint a --out b --samples 0",
-        "import a b --experts 0", "import a b --noise nan", "compare --checkpoint a --reference b --atol nan", "doctor --timeout 0",
+        "import a b --experts 0", "import a b --noise nan", "compare --checkpoint a --reference b --atol nan",
+        "doctor --timeout 0",
     ],
 )  # fmt: skip
 def test_a_number_of_a_tool_outside_its_range(refused, words: str):

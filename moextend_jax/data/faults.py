@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.settings import KEEPABLE, FaultKind, FaultSettings
+from moextend_jax.settings import KEEPABLE, FaultName, FaultSettings
 
 
 class Kind(NamedTuple):
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     means: str
 
 
-KINDS: dict[FaultKind, Kind] = {
+KINDS: dict[FaultName, Kind] = {
     "missing": Kind(True, "no such image file"),
     "outside": Kind(True, "path leaves the image folder: absolute, .. or a symlink"),
     "url": Kind(True, "a URL in place of a path"),

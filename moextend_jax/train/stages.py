@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.settings import Group
+from moextend_jax.settings import GroupName
 
 Leaf = TypeVar("Leaf")
 
@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "full_text": ("decoder/*",),
 }
 
-GROUPS: dict[str, Group] = {
+GROUPS: dict[str, GroupName] = {
     "projector/*": "projector",
     "extension/new_experts/*": "new_experts",
     "extension/router/new_gate": "router_columns",
@@ -59,7 +59,7 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
 
-def group(path: str) -> Group:
+def group(path: str) -> GroupName:
     """The optimizer group of a leaf; exactly one row of GROUPS matches."""
     names = [name for pattern, name in GROUPS.items() if fnmatchcase(path, pattern)]
     if len(names) != 1:
