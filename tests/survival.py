@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tensorboardX  # noqa: F401 (before forking: where PyTorch is installed it imports that, two seconds a child)
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -144,7 +145,8 @@ def main() -> None:
         seconds = sum(row["seconds"] for row in read_metrics(whole / "metrics.jsonl")[1:])
         print(f"uninterrupted: {last} file operations, {seconds:.1f} s of steps after the first", flush=True)
         operations = options.points * 3 // 4
-        points = [Point(operation=int(n)) for n in np.linspace(1, last, operations)]
+        at_N = np.linspace(1, last, operations) if operations > 1 else [last // 2]
+        points = [Point(operation=int(n)) for n in at_N]
         points += [Point(seconds=float(s)) for s in np.linspace(1e-3, seconds, options.points - operations)]
         results = Counter()
         for number, point in enumerate(points):

@@ -48,6 +48,7 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
         (short / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "TEXTS", short)
+        tiny.shorten_easy_vqa(patch)
         cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", "--config.baseline=true"])
     return config, folder / "work"
 

@@ -86,41 +86,62 @@ TWO = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
 @pytest.fixture(scope="module")
 def two(llava, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    said = launch_work(folder, llava, TWO, processes=2, devices=1)
-    assert "finetune 4/4" in said and "Gloo" not in said
+    printed = launch_work(folder, llava, TWO, processes=2, devices=1)
+    assert "finetune 4/4" in printed and "Gloo" not in printed
     return folder
 
 
-def test_two_processes_are_one_run(llava, alone, two, tmp_path: Path):
-    """Also: their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""
-    check(two, alone, parts=[[0], [1]])
-    folder = cut_off(two, tmp_path / "goes on alone")
+def struck(folder: Path, llava: Path, *, number: int, at: int, code: int) -> str:
+    """A run in two processes of which one gets a signal before step `at`, and then the rest of it."""
+    words = [f"--script={ROOT / 'tests' / 'process_of_a_run.py'}", "--", str(folder), str(llava), json.dumps(TWO)]
+    printed = launch(*words, "1", str(at), str(number), processes=2, code=code).stdout
+    assert 0 < max(steps_saved(folder)) < one.STEPS
+    if code == 75:
+        (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", printed))
+        assert step == max(steps_saved(folder))
+    return launch(*words, processes=2).stdout
+
+
+def steps_saved(folder: Path) -> list[int]:
+    return [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.fixture(scope="module")
+def stopped(llava, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    printed = struck(folder, llava, number=signal.SIGTERM, at=1, code=75)
+    assert "finetune 4/4" in printed and "Gloo" not in printed
+    return folder
+
+
+def test_two_processes_that_were_told_to_stop_go_on_and_are_one_run(llava, alone, stopped, tmp_path: Path):
+    """Told to stop, they agree on a step through JAX's service and save; the launcher's exit code is theirs. Also:
+    their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""
+    check(stopped, alone, parts=[[0], [1]])
+    folder = cut_off(stopped, tmp_path / "goes on alone")
     done = one.work(folder, llava, ALONE)
     trained: dict[str, Any] = {f"trained {path}": leaf for path, leaf in done.trained.items()}
     np.savez(folder / "out.npz", **trained)
     _same_training(folder, alone)
 
 
-@pytest.mark.parametrize(
-    ("number", "at", "code"),
-    [(signal.SIGTERM, 1, 75), pytest.param(signal.SIGKILL, 4, 128 + signal.SIGKILL, marks=pytest.mark.slow)],
-)
-def test_a_signal_to_one_process_stops_both(llava, two, tmp_path: Path, number: int, at: int, code: int):
-    """Told to stop, they agree on a step through JAX's service and save; killed, what was saved is there. Both go on
-    bit for bit; the launcher's exit code is theirs."""
-    words = [f"--script={ROOT / 'tests' / 'process_of_a_run.py'}", "--", str(tmp_path / "cut"), str(llava)]
-    said = launch(*words, json.dumps(TWO), "1", str(at), str(int(number)), processes=2, code=code).stdout
-    saved = [int(p.name) for p in (tmp_path / "cut" / "checkpoints").iterdir() if p.name.isdigit()]
-    if code == 75:
-        (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", said))
-        assert step == max(saved)
-    assert 0 < max(saved) < one.STEPS
-    launch(*words, json.dumps(TWO), processes=2)
-    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (two, tmp_path / "cut")]
+@pytest.mark.slow
+def test_two_processes_that_nobody_stops_are_one_run(alone, two):
+    check(two, alone, parts=[[0], [1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["told", "killed"])
+def test_a_signal_to_one_process_loses_no_bit(llava, two, stopped, tmp_path: Path, how: str):
+    cut = stopped
+    if how == "killed":
+        cut = tmp_path / "cut"
+        struck(cut, llava, number=signal.SIGKILL, at=4, code=128 + signal.SIGKILL)
+    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (two, cut)]
     assert losses[0] == losses[1]
-    with np.load(two / "out.npz") as whole, np.load(tmp_path / "cut" / "out.npz") as cut:
-        assert set(whole) == set(cut)
-        assert all(whole[name].tobytes() == cut[name].tobytes() for name in whole)
+    with np.load(two / "out.npz") as whole, np.load(cut / "out.npz") as rest:
+        assert set(whole) == set(rest)
+        assert all(whole[name].tobytes() == rest[name].tobytes() for name in whole)
 
 
 @pytest.mark.slow

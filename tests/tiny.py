@@ -6,15 +6,18 @@ In: nothing, or a folder to write to. Out: structures, arrays by path, `Batch`es
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import easy_vqa
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from PIL import Image
 
@@ -38,18 +41,24 @@ EXTENDED = dataclasses.replace(PLAIN, extension=EXTENSION)
 ASSETS = Path(__file__).parents[1] / "moextend_jax" / "assets"
 
 
+@functools.cache
 def structure(config: ModelConfig) -> MoExtend:
     return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
 
 
 def arrays(config: ModelConfig, *, seed: int = 0, std: float = 0.3) -> dict[str, jax.Array]:
     """Random arrays by path; scales of norms near one. A path's entries do not depend on which others exist."""
-    made = {}
+    return {path: jnp.asarray(leaf) for path, leaf in _drawn(config, seed=seed, std=std).items()}
+
+
+@functools.cache
+def _drawn(config: ModelConfig, *, seed: int, std: float) -> dict[str, np.ndarray]:
+    leaves = {}
     for path, param in by_path(nnx.state(structure(config), nnx.Param)).items():
         rng = np.random.default_rng([seed, *path.encode()])
         centre = 1.0 if path.endswith(("norm", "scale")) else 0.0
-        made[path] = jnp.asarray(centre + rng.normal(0, std, param.shape), jnp.float32)
-    return made
+        leaves[path] = (centre + rng.normal(0, std, param.shape)).astype(np.float32)
+    return leaves
 
 
 def batch(*, rows: int = 3, length: int = 14, seed: int = 0, pixels: bool = False) -> Batch:
@@ -149,6 +158,13 @@ def write_llava(folder: Path, *, rows: int = 24) -> Path:
     for name in ("llava_v1_5_mix665k.json", "blip_laion_cc_sbu_558k.json"):
         (folder / name).write_text(json.dumps(entries))
     return folder
+
+
+def shorten_easy_vqa(patch: pytest.MonkeyPatch) -> None:
+    """Leaves the first questions of its package, of which building takes no time: 400 to train on, 200 to test on."""
+    for name, count in (("get_train_questions", 400), ("get_test_questions", 200)):
+        columns = getattr(easy_vqa, name)()
+        patch.setattr(easy_vqa, name, lambda columns=columns, count=count: tuple(part[:count] for part in columns))
 
 
 CONFIG_FILE = """
