@@ -1,7 +1,8 @@
 """What test_processes.py runs once in its own process and once in several: a tiny finetune stage and what goes with it.
 
 In, as a script: FOLDER LLAVA MESH (JSON) [PROCESS STEP SIGNAL]: that one gets the signal before that step. Out:
-FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each.
+FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each. With torus.VARIABLE set the mesh is as on a torus,
+and process 0 writes FOLDER/answers.json too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import test_asking
 import tiny
+import torus
 
 from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import train_state
@@ -41,11 +44,12 @@ FACTS = {"base": "tiny"}
 
 
 class Done(NamedTuple):
-    """trained: leaves by path. counts: picks [Z, O] over an epoch. hash: of all arrays before training."""
+    """trained: leaves by path. counts: picks [Z, O] over an epoch. ids: [batches, B, L] of that epoch, as they lie on
+    the mesh."""
 
     trained: dict[str, np.ndarray]
     counts: np.ndarray
-    hash: str
+    ids: np.ndarray
 
 
 def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
@@ -76,8 +80,9 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
             read.extend(int(n) for ids_L in batch.ids_BL for n in re.findall(r"it\? (\d+)", tokenizer.decode(ids_L)))
             yield batch
 
-    put = (place_rows(batch, mesh) for batch in noted(rows(seed=None, epochs=1)))
+    put = [place_rows(batch, mesh) for batch in noted(rows(seed=None, epochs=1))]
     counts = count_all(model, arrays, put, recipe=RECIPES["paper"], mesh=mesh)
+    ids = np.stack([on_host(batch.ids_BL) for batch in put])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"read-{jax.process_index()}.json").write_text(json.dumps(read))
     before = content_hash(arrays)
@@ -91,7 +96,7 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
     again = train_state.load_leaves(folder / "result", facts=FACTS, shardings=shardings)
     assert again is not None and content_hash(again) == content_hash(trained)
     whole = {path: on_host(leaf) for path, leaf in trained.items()}
-    return Done(whole, counts.total_ZO, before)
+    return Done(whole, counts.total_ZO, ids)
 
 
 def strike(process: int, step: int, number: int) -> None:
@@ -109,8 +114,16 @@ def strike(process: int, step: int, number: int) -> None:
     loop.place_rows = put_slowly
 
 
+def answers(sizes: dict[str, int]) -> list[list[int]]:
+    """To 32 prompts, most with an image, on the mesh."""
+    asker, mesh = test_asking.asker(rows=32, mesh=sizes), make_mesh(sizes)
+    arrays = place_leaves(tiny.structure(tiny.EXTENDED), test_asking.arrays(), mesh)
+    return test_asking.said(dataclasses.replace(asker, arrays=arrays), test_asking.prompts(32))
+
+
 if __name__ == "__main__":
     distributed.start()
+    as_on_a_torus = torus.asked()
     if len(sys.argv) > 4:
         strike(*map(int, sys.argv[4:]))
     folder = Path(sys.argv[1])
@@ -119,6 +132,10 @@ if __name__ == "__main__":
     except preemption.Preempted as notice:
         print(notice)
         distributed.leave(preemption.EXIT_CODE)
+    if as_on_a_torus:
+        answered = answers(json.loads(sys.argv[3]))
+        if distributed.first():
+            (folder / "answers.json").write_text(json.dumps(answered))
     if distributed.first():
         trained: dict[str, Any] = {f"trained {path}": leaf for path, leaf in done.trained.items()}
-        np.savez(folder / "out.npz", counts=done.counts, **trained)
+        np.savez(folder / "out.npz", counts=done.counts, ids=done.ids, **trained)

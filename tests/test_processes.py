@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import process_of_a_run as one
 import pytest
 import tiny
+import torus
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
@@ -28,17 +30,22 @@ ROOT = Path(__file__).parents[1]
 ALONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
 
 
-def launch(*words: str, processes: int, devices: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+def launch(
+    *words: str, processes: int, devices: int = 1, code: int = 0, on_torus: bool = False
+) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "launch" / "local.py"), f"--processes={processes}", f"--devices={devices}"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=900, check=False)
+    environment = os.environ | ({torus.VARIABLE: "yes"} if on_torus else {})
+    done = subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=900, check=False, env=environment
+    )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
-def launch_work(folder: Path, llava: Path, sizes: dict[str, int], *, processes: int, devices: int) -> str:
+def launch_work(folder: Path, llava: Path, sizes: dict[str, int], **how: Any) -> str:
     script = f"--script={ROOT / 'tests' / 'process_of_a_run.py'}"
     words = [script, "--", str(folder), str(llava), json.dumps(sizes)]
-    return launch(*words, processes=processes, devices=devices).stdout
+    return launch(*words, **how).stdout
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,9 @@ def check(folder: Path, alone: tuple[Path, one.Done], *, parts: list[list[int]])
     for part in parts:
         assert len({(folder / f"read-{process}.json").read_text() for process in part}) == 1
     _same_training(folder, alone)
-    np.testing.assert_array_equal(np.load(folder / "out.npz")["counts"], alone[1].counts)
+    with np.load(folder / "out.npz") as out:
+        np.testing.assert_array_equal(out["counts"], alone[1].counts)
+        np.testing.assert_array_equal(out["ids"], alone[1].ids)  # every batch, row by row
 
 
 def _same_training(folder: Path, alone: tuple[Path, one.Done]) -> None:
@@ -104,6 +113,14 @@ def struck(folder: Path, llava: Path, *, number: int, at: int, code: int) -> str
 
 def steps_saved(folder: Path) -> list[int]:
     return [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_on_a_torus_two_processes_are_one_run(llava, alone, tmp_path: Path):
+    """Where each process's rows lie scattered in the mesh: batches, counts, training and answers are one process's."""
+    sizes = {**ALONE, "fsdp": 4}
+    launch_work(tmp_path, llava, sizes, processes=2, devices=2, on_torus=True)
+    check(tmp_path, alone, parts=[[0], [1]])
+    assert json.loads((tmp_path / "answers.json").read_text()) == one.answers(ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +189,7 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
     script, alone = f"--script={ROOT / 'tests' / 'short_run.py'}", tmp_path / "alone"
     workdir = tmp_path / "work dir"
     run = ["--", "run", f"--config={config}", "--config.finetune.optimizer.learning_rate=1e-5"]
-    said = launch(script, *run, f"--workdir={workdir}", processes=2, devices=2)
+    said = launch(script, *run, f"--workdir={workdir}", processes=2, devices=2, on_torus=True)
     assert said.stdout.count("layers to extend") == 1 and not said.stderr.strip()
     launch(script, *run, f"--workdir={alone}", processes=1)
     for stage in ("align", "extend", "finetune"):
@@ -193,8 +210,32 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
         atol = farthest if path.startswith("extension/router/") else 1e-6
         np.testing.assert_allclose(arrays[path], leaf, atol=atol, rtol=0, err_msg=path)
     assert "</html>" in (workdir / "report.html").read_text()
-    words = ["--", "generate", f"--workdir={workdir}", "--prompt=What is it?", "--max_new_tokens=3"]
-    assert launch(*words, processes=2).stdout == launch(*words, processes=1).stdout
+    for words in (
+        ["generate", f"--workdir={workdir}", "--prompt=What is it?", "--max_new_tokens=3"],
+        ["routing", "collect", f"--checkpoint={workdir}", f"--text={tiny.ASSETS / 'text' / 'kjv.txt'}", "--samples=6",
+         "--length=64", f"--out={tmp_path / 'stats.npz'}"],
+        ["eval", "--benchmark=easy_vqa", "--limit=40", f"--workdir={workdir}"],
+    ):  # fmt: skip
+        seen = []
+        for how in ({"processes": 2, "devices": 2, "on_torus": True}, {"processes": 1}):
+            printed = launch(script, "--", *words, **how).stdout
+            answers = workdir / "eval" / "easy_vqa" / "moextend" / "answers.jsonl"
+            seen.append(
+                (
+                    printed if words[0] != "eval" else sorted(answers.read_text().splitlines()),
+                    _arrays(tmp_path / "stats.npz"),
+                )
+            )
+            shutil.rmtree(workdir / "eval", ignore_errors=True)
+        assert seen[0] == seen[1], words
+
+
+def _arrays(path: Path) -> dict[str, bytes]:
+    """Whole numbers of an npz file, if it is there: counts and picks."""
+    if not path.exists():
+        return {}
+    with np.load(path) as arrays:
+        return {name: arrays[name].tobytes() for name in arrays if arrays[name].dtype.kind in "iu"}
 
 
 def finished(workdir: Path) -> tuple[RunSettings, dict[str, Any]]:

@@ -123,9 +123,9 @@ BASE_CONFIG = ModelConfig(
 )
 
 
-def write_base(folder: Path, *, seed: int = 0) -> Path:
+def write_base(folder: Path, *, seed: int = 0, config: ModelConfig = BASE_CONFIG) -> Path:
     """A random base with the real tokenizer, and its tower in `vision/`, as Hugging Face folders."""
-    config, vision = BASE_CONFIG, BASE_CONFIG.vision
+    vision = config.vision
     assert vision is not None
     made = arrays(config, seed=seed, std=0.1)
     huggingface.write_parameters(folder, made, table="mixtral", config=config)
@@ -172,7 +172,7 @@ from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings,
 
 
 def get_config(_=""):
-    def stage(steps, length=48):
+    def stage(steps, length={length}):
         return StageSettings(data={data!r}, split={split!r}, steps=steps, batch_size=4, length=length, loss_chunk=4)
 
     return to_config_dict(
@@ -183,8 +183,8 @@ def get_config(_=""):
             full=stage(2),
             select=SelectSettings(held_out={held_out}, batch_size=4),
             evaluate=EvaluateSettings(
-                data={data!r}, split={evaluated!r}, questions={questions}, batch_size=4, length=48, max_new_tokens=3,
-                text_length=64, text_batch_size=4, examples=2,
+                data={data!r}, split={evaluated!r}, questions={questions}, batch_size=4, length={length},
+                max_new_tokens=3, text_length=64, text_batch_size=4, examples=2,
             ),
             base={base!r},
             vision={vision!r},
@@ -200,8 +200,9 @@ def get_config(_=""):
 
 
 def write_config(
-    folder: Path, *, base: Path, data: str, split: str, evaluated: str, manual: Path | None = None, questions: int = 8
-) -> Path:
+    folder: Path, *, base: Path, data: str, split: str, evaluated: str, manual: Path | None = None, questions: int = 8,
+    length: int = 48,
+) -> Path:  # fmt: skip
     """A configuration file for the tiny base in `base`."""
     path = folder / "config.py"
     text = CONFIG_FILE.format(
@@ -210,6 +211,7 @@ def write_config(
         evaluated=evaluated,
         questions=questions,
         held_out=8,
+        length=length,
         base=str(base),
         vision=str(base / "vision"),
         manual=str(manual or ""),

@@ -1,0 +1,136 @@
+"""Runs every command that runs a model on four CPU devices, notes the programs it calls, and compiles these for v5e:2x2.
+
+In, as a script: an empty FOLDER. Out: a line per program that compiled; an error of the compiler ends it. This is how a
+program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+
+import jax
+import numpy as np
+import tiny
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moextend_jax import bench, cli, mesh
+from moextend_jax.config import DecoderConfig
+from moextend_jax.evaluate import summary
+from moextend_jax.evaluate.prompts import Prompt
+from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.plan import topology
+from moextend_jax.runs.models_of import open_model
+from moextend_jax.runs.run import open_run, settings_of
+
+# As tiny as kernels for TPU allow: widths of 128, rows of a multiple of 128 positions.
+WIDE = dataclasses.replace(
+    tiny.BASE_CONFIG,
+    decoder=DecoderConfig(
+        vocab_size=32000, width=128, hidden=128, layers=2, heads=4, kv_heads=2, head_size=32, experts=4, tied_head=True
+    ),
+)
+
+
+class Noted(NamedTuple):
+    """A call of a program: its function, jit's options, and its arguments as shapes with shardings."""
+
+    command: str
+    function: Any
+    options: dict[str, Any]
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+NOTED: dict[str, Noted] = {}
+
+
+def note(command: str) -> None:
+    """From here on programs are noted under that command's name, each once for its shapes."""
+    init, call = mesh.Program.__init__, mesh.Program.__call__
+
+    def noting_init(self, function, *, mesh, **options):
+        self.noted = function, options
+        ORIGINAL[0](self, function, mesh=mesh, **options)
+
+    def noting_call(self, *arguments, **named):
+        function, options = self.noted
+        shapes = jax.tree.map(described, (arguments, named))
+        name = getattr(function, "__qualname__", str(function))
+        NOTED.setdefault(f"{name} {jax.tree.map(str, shapes)}", Noted(command, function, options, *shapes))
+        return ORIGINAL[1](self, *arguments, **named)
+
+    ORIGINAL.extend((init, call) if not ORIGINAL else ())
+    mesh.Program.__init__, mesh.Program.__call__ = noting_init, noting_call
+
+
+ORIGINAL: list[Any] = []
+
+
+def described(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        return leaf
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(TPUS, spec))
+
+
+def on_tpus(sharding: Any) -> Any:
+    return NamedSharding(TPUS, sharding.spec)
+
+
+def run(folder: Path) -> None:
+    base = tiny.write_base(folder / "base", config=WIDE)
+    config = tiny.write_config(
+        folder, base=base, data="easy_vqa/questions", split="train[:60]", evaluated="test", length=128
+    )
+    for path in summary.TEXTS.glob("*.txt"):
+        (folder / path.name).write_text("\n".join(path.read_text().split("\n")[:4]))
+    summary.TEXTS = folder
+    workdir = f"--workdir={folder / 'work'}"
+    for words in (
+        ["run", f"--config={config}", workdir, "--config.baseline=true", "--config.finetune.accumulate=1"],
+        ["generate", workdir, "--prompt=What is it?", "--max_new_tokens=3"],
+        ["eval", "--benchmark=easy_vqa", "--limit=8", workdir],
+        ["routing", "collect", f"--checkpoint={folder / 'work'}", f"--text={folder / 'kjv.txt'}", "--length=128",
+         f"--out={folder / 'stats.npz'}"],
+    ):  # fmt: skip
+        note(" ".join(words[:2]) if words[0] == "routing" else words[0])
+        try:
+            cli.main(words)
+        except SystemExit as ended:
+            assert not ended.code, words
+    settings = settings_of(folder / "work")
+    assert settings is not None
+    note("eval --forgetting")
+    opened = open_run(settings, folder / "work")
+    model = open_model(opened, "base")
+    prompt = Prompt(
+        ids_L=np.arange(40, 60, dtype=np.int32), patches_L=np.full(20, -1, np.int32), head=12,
+        targets_L=np.arange(52, 60, dtype=np.int32),
+    )  # fmt: skip
+    list(asker_of(opened, generator_of(opened, model.model), model.arrays).score([prompt]))
+    note("bench")
+    bench.STEPS, bench.WARMUP = 1, 0
+    bench.measure(settings, stage="finetune", labels="all")
+
+
+def compile_all() -> None:
+    for name, (command, function, options, arguments, named) in NOTED.items():
+        options = {
+            key: jax.tree.map(on_tpus, value) if key == "out_shardings" else value for key, value in options.items()
+        }
+        mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named).compile()
+        print(f"{command}: {name.split(' ')[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    TPUS: Mesh = topology.make_mesh(topology.parse("v5e:2x2"), {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
+    run(Path(sys.argv[1]))
+    mesh.Program.__init__, mesh.Program.__call__ = ORIGINAL
+    compile_all()
