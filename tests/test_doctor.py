@@ -53,7 +53,7 @@ def test_kernels_of_other_platforms_are_named_by_their_traces(monkeypatch: pytes
 def test_versions_are_held_against_the_pins_and_extras_against_the_machine(monkeypatch: pytest.MonkeyPatch):
     versions = {"numpy": "1.0", "libtpu": "", "gcsfs": "", "tokamax": ""}
     installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda pin: versions.get(pin.name, installed(pin)))
+    monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name, installed(name)))
     findings = named(doctor.versions())
     assert findings[doctor.PACKAGE].verdict == "differs" and "numpy 1.0" in findings[doctor.PACKAGE].value
     assert findings[doctor.PACKAGE].mend.startswith("pip install 'numpy==")
@@ -124,18 +124,14 @@ def test_shared_memory_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch:
 # --- work directory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_work_directory_is_described_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_work_directory_is_described_and_left_as_it_was(tmp_path: Path):
     findings = named(doctor.workdir(tmp_path / "new" / "run"))
     assert findings["writing"].verdict == "ok" and findings["lock"].value == "free"
     assert not list(tmp_path.iterdir())
-    (tmp_path / "align" / "checkpoints" / "20").mkdir(parents=True)
-    (tmp_path / "align" / "checkpoints" / "20" / "leaf").write_bytes(bytes(3000))
+    (tmp_path / "align").mkdir()
     (tmp_path / "align" / "stage.json").write_text("{}")
     findings = named(doctor.workdir(tmp_path))
-    assert findings["finished"].value == "align" and findings["space"].verdict == "ok"
-    full = doctor.psutil.disk_usage(str(tmp_path))._replace(free=5000)
-    monkeypatch.setattr(doctor.psutil, "disk_usage", lambda path: full)
-    assert named(doctor.workdir(tmp_path))["space"].verdict == "missing"
+    assert findings["finished"].value == "align" and findings["space"].value.endswith(" free")
 
 
 def test_a_work_directory_that_cannot_be_written_is_missing(tmp_path: Path):
@@ -162,7 +158,7 @@ def test_the_exit_code_says_whether_something_is_missing(
 ):
     monkeypatch.setattr(doctor, "ask", lambda command, timeout: seen)
     monkeypatch.setattr(doctor.machine, "accelerator", lambda: "")
-    monkeypatch.setattr(doctor, "_installed", lambda pin: next(iter(pin.specifier)).version)
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy"])
     assert doctor.main(["--json", "--workdir", str(tmp_path)]) == code
     record = json.loads(capsys.readouterr().out)
     assert record["ok"] == (code == 0)

@@ -16,9 +16,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES, MoextendError, Range
+from moextend_jax.data.faults import KINDS
 from moextend_jax.settings import (
+    KEEPABLE,
+    POLICIES,
+    SKIPPED,
     EvaluateSettings,
+    FaultKind,
     FaultSettings,
+    Group,
     OptimizerConfig,
     RunSettings,
     SelectSettings,
@@ -27,6 +33,7 @@ from moextend_jax.settings import (
     from_config_dict,
     to_config_dict,
 )
+from moextend_jax.train.stages import GROUPS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -59,6 +66,11 @@ def test_a_config_dict_gives_the_settings_back():
 def test_json_gives_the_settings_back():
     written = json.dumps(dataclasses.asdict(settings()))
     assert from_config_dict(json.loads(written)) == settings()
+
+
+def test_tables_have_the_names_that_settings_know():
+    assert list(KINDS) == list(get_args(FaultKind)) == list(POLICIES) and {*SKIPPED, *KEEPABLE} < set(KINDS)
+    assert set(GROUPS.values()) == set(get_args(Group))
 
 
 def test_whole_numbers_are_fine_where_a_fraction_is_expected():
