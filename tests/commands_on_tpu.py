@@ -1,4 +1,4 @@
-"""Runs every command that runs a model on four CPU devices, notes the programs it calls, and compiles these for v5e:2x2.
+"""Runs each command that runs a model on four CPU devices, notes the programs it calls, compiles these for v5e:2x2.
 
 In, as a script: an empty FOLDER. Out: a line per program that compiled; an error of the compiler ends it. This is how a
 program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found without one.
@@ -20,7 +20,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moextend_jax import bench, cli, mesh
-from moextend_jax.config import DecoderConfig
+from moextend_jax.config import DecoderConfig, VisionConfig
 from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.evaluate.running import asker_of, generator_of
@@ -34,6 +34,7 @@ WIDE = dataclasses.replace(
     decoder=DecoderConfig(
         vocab_size=32000, width=128, hidden=128, layers=2, heads=4, kv_heads=2, head_size=32, experts=4, tied_head=True
     ),
+    vision=VisionConfig(width=128, hidden=256, layers=2, heads=2, image_size=32, patch_size=16),
 )
 
 
@@ -125,8 +126,8 @@ def compile_all() -> None:
         options = {
             key: jax.tree.map(on_tpus, value) if key == "out_shardings" else value for key, value in options.items()
         }
-        mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named).compile()
         print(f"{command}: {name.split(' ')[0]}", flush=True)
+        mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named).compile()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
-    models = {name: open_model(run, name) for name in ("base", *ANSWERING) if all(map(run.has, MODELS[name].results))}
+    trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
+    models = {name: open_model(run, name) for name in ("base", *trained)}
     with counting("evaluate", (len(models) - 1) * len(asked), unit="questions") as bar:
         for name, opened in models.items():
             if MODELS[name].sees:
