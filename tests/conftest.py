@@ -17,11 +17,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile many small programs and run each a few times: cheap machine code by XLA's older emitters, in one piece,
-# takes a quarter of the time. What XLA itself decides (which products exist at all, where values stay in memory) stays
-# the same. XLA_FLAGS= runs them with the compiler as it is in a run; `make test-all` does so with the smoke tests.
+# takes a quarter of the time. What XLA itself decides (which products exist at all) stays the same. `XLA_FLAGS= pytest`
+# compiles as a run does; `make test-all` does so for the smoke tests. Flags are read by libtpu too, which ends the process
+# where it does not know one: hence the extra options.
 CHEAP = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
 os.environ.setdefault("XLA_FLAGS", CHEAP)
 # Tests of sharding need several devices and the rest must not pay for them: those tests run in a pytest of their own

@@ -55,12 +55,14 @@ def swiglu_per_row(x_RD, weights_R1, parts, sizes):
 def assert_same_with_gradients(ours, theirs, *inputs: object, dy: jax.Array):
     @jax.jit
     def run(inputs):
-        y, pull = jax.vjp(ours, *inputs)
-        return y, pull(dy)
+        results = []
+        for function in (ours, theirs):
+            y, pull = jax.vjp(function, *inputs)
+            results.append((y, pull(dy)))
+        return results
 
-    got = run(inputs)
-    y, pull = jax.vjp(theirs, *inputs)
-    for mine, reference in zip(jax.tree.leaves(got), jax.tree.leaves((y, pull(dy))), strict=True):
+    got, expected = run(inputs)
+    for mine, reference in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, reference, atol=1e-5, rtol=1e-5)
     return got
 

@@ -109,7 +109,7 @@ def test_trained_routers_cannot_be_isolated():
 def test_answers_to_text_are_the_base_s_and_answers_to_images_are_not(arrays):
     """Through batched generation, where a prompt's image may lie in a head that is read apart."""
     lively = arrays | {"decoder/embed": arrays["decoder/embed"] * 2}
-    every = test_asking.prompts(48)
+    every = [prompt for prompt in test_asking.prompts(48) if prompt.tail <= 8]  # of one length: fewer programs
 
     def said(config):
         of = {path: leaf for path, leaf in lively.items() if config.extension or not path.startswith("extension/")}
