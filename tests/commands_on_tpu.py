@@ -28,13 +28,13 @@ from moextend_jax.plan import topology
 from moextend_jax.runs.models_of import open_model
 from moextend_jax.runs.run import open_run, settings_of
 
-# As tiny as kernels for TPU allow: widths of 128, rows of a multiple of 128 positions.
+# As tiny as kernels for TPU allow: widths of 128 on each device, rows of a multiple of 128 positions.
 WIDE = dataclasses.replace(
     tiny.BASE_CONFIG,
     decoder=DecoderConfig(
-        vocab_size=32000, width=128, hidden=128, layers=2, heads=4, kv_heads=2, head_size=32, experts=4, tied_head=True
+        vocab_size=32000, width=512, hidden=256, layers=2, heads=4, kv_heads=2, head_size=64, experts=4, tied_head=True
     ),
-    vision=VisionConfig(width=128, hidden=256, layers=2, heads=2, image_size=32, patch_size=16),
+    vision=VisionConfig(width=512, hidden=256, layers=2, heads=2, image_size=32, patch_size=16),
 )
 
 

@@ -17,8 +17,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile many small programs and run each a few times: cheap machine code by XLA's older emitters, in one piece,
-# takes a quarter of the time. What XLA itself decides (which products exist at all) stays the same. `XLA_FLAGS= pytest`
-# compiles as a run does; `make test-all` does so for the smoke tests. Flags are read by libtpu too, which ends the process
+# takes a quarter of the time. What XLA itself decides (which products exist at all) stays the same. `XLA_FLAGS=`
+# compiles as a run does; `make test-all` does so for the smoke tests. libtpu reads the flags too, and ends the process
 # where it does not know one: hence the extra options.
 CHEAP = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
