@@ -38,11 +38,11 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     sys.path.insert(0, str(ROOT))
 
-    from moextend_jax.checkpoints.convert import export_main
     from moextend_jax.evaluate.benchmarks import table
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
     from moextend_jax.evaluate.running import asker_of, generator_of
+    from moextend_jax.runs.export import export_main
     from moextend_jax.runs.models_of import open_model
     from moextend_jax.runs.run import open_run, settings_of
 

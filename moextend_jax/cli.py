@@ -403,7 +403,7 @@ NUMBERS = {
 TOOLS = {
     "doctor": ("moextend_jax.doctor", "main"),
     "import": ("moextend_jax.checkpoints.convert", "import_main"),
-    "export": ("moextend_jax.checkpoints.convert", "export_main"),
+    "export": ("moextend_jax.runs.export", "export_main"),
     "compare": ("moextend_jax.compare.command", "main"),
     "routing": ("moextend_jax.routing.command", "main"),
     "eval score": ("moextend_jax.evaluate.benchmarks.command", "score_main"),

@@ -405,7 +405,7 @@ def test_a_finished_stage_run_again_keeps_its_result(ground):
     [
         (["import", "nowhere", "made"], "nowhere"),
         (["import", "nowhere"], "dst"),
-        (["import", "dense.gguf", "made"], "--experts"),
+        (["import", "dense.gguf", "made"], "dense.gguf"),
         (["import", "nowhere", "made", "--top_k", "2"], "--experts"),
         (["export", "nowhere", "made"], "nowhere"),
         (["compare", "--checkpoint", "nowhere", "--reference", "missing.npz"], "missing.npz"),

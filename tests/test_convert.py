@@ -21,7 +21,8 @@ import tiny
 from moextend_jax.checkpoints import convert, hashes, huggingface, names, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
-from moextend_jax.runs.as_source import is_workdir, open_workdir
+from moextend_jax.runs import export
+from moextend_jax.runs.export import is_workdir, open_workdir
 from moextend_jax.runs.run import settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 
 def there_and_back(src: Path, tmp_path: Path, *options: str, out: tuple[str, ...] = ()) -> Path:
     convert.import_main([str(src), str(tmp_path / "imported"), *options])
-    convert.export_main([str(tmp_path / "imported"), str(tmp_path / "exported"), *out])
+    export.export_main([str(tmp_path / "imported"), str(tmp_path / "exported"), *out])
     return tmp_path / "exported"
 
 
@@ -75,7 +76,7 @@ def test_the_parts_of_a_model_go_in_together_and_come_out_apart(tmp_path: Path):
     convert.import_main([str(src), str(tmp_path / "whole"), f"--vision={tower}", "--projector", str(projector)])
     assert open_checkpoint(tmp_path / "whole").config.vision == dataclasses.replace(tiny.VISION, feature_layer=-2)
     for layout, original in (("clip", tower), ("llava", projector), ("mixtral", src)):
-        convert.export_main([str(tmp_path / "whole"), str(tmp_path / layout), "--layout", layout])
+        export.export_main([str(tmp_path / "whole"), str(tmp_path / layout), "--layout", layout])
         folders.assert_same(folders.read(tmp_path / layout), folders.read(original))
     folders.assert_same(folders.read(tmp_path / "mixtral" / "vision"), folders.read(tower))
     assert not (tmp_path / "mixtral" / "tokenizer.json").exists()  # CLIP's
@@ -179,7 +180,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("extended", [True, False])
 def test_a_run_is_exported_in_the_released_layout(tmp_path: Path, base: Path, extended: bool, capsys):
     trained = run_of(tmp_path / "run", base, extended=extended)
-    convert.export_main([str(tmp_path / "run"), str(tmp_path / "out")])
+    export.export_main([str(tmp_path / "run"), str(tmp_path / "out")])
     assert "in layout released" in capsys.readouterr().out
     opened = open_checkpoint(tmp_path / "out")
     expected = {**open_checkpoint(base).arrays, **folders.arrays(tiny.PLAIN), **trained}
@@ -192,7 +193,7 @@ def test_a_run_is_exported_in_the_released_layout(tmp_path: Path, base: Path, ex
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, base: Path, recipe: str):
     trained = run_of(tmp_path / "run", base, extended=True, recipe=recipe, changed=recipe == "released")
-    convert.export_main([str(tmp_path / "run"), str(tmp_path / "delta"), "--layout=delta"])
+    export.export_main([str(tmp_path / "run"), str(tmp_path / "delta"), "--layout=delta"])
     folders.assert_same(folders.read(tmp_path / "delta"), trained)
     said = json.loads((tmp_path / "delta" / "moextend.json").read_text())
     assert said["base_hash"] == hashes.base_hash(open_source(base).leaves)
@@ -209,7 +210,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
 
     # Applied, imported, and taken off again it is the same delta.
     convert.import_main([str(tmp_path / "delta"), str(tmp_path / "applied"), f"--base={base}"])
-    convert.export_main([str(tmp_path / "applied"), str(tmp_path / "again"), "--layout=delta"])
+    export.export_main([str(tmp_path / "applied"), str(tmp_path / "again"), "--layout=delta"])
     folders.assert_same(folders.read(tmp_path / "again"), trained)
     assert json.loads((tmp_path / "again" / "moextend.json").read_text())["base_hash"] == said["base_hash"]
 
@@ -246,7 +247,7 @@ def test_a_run_whose_base_has_changed_is_not_exported(tmp_path: Path, base: Path
     run_of(tmp_path / "run", base, extended=True)
     folders.change(base, {"model.norm.weight": lambda old: old + 1})
     with pytest.raises(MoextendError, match="was run on the base with content hash"):
-        convert.export_main([str(tmp_path / "run"), str(tmp_path / "out")])
+        export.export_main([str(tmp_path / "run"), str(tmp_path / "out")])
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -339,13 +340,13 @@ def test_a_mistaken_import_says_so(tmp_path: Path, arguments: list[str], said: s
 def test_a_mistaken_export_says_so(tmp_path: Path, arguments: list[str], said: str):
     src = folders.mixtral(tmp_path / "src")
     with pytest.raises(MoextendError, match=said):
-        convert.export_main([str(src), str(tmp_path / "dst"), *arguments])
+        export.export_main([str(src), str(tmp_path / "dst"), *arguments])
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_an_extended_model_is_no_mixtral(tmp_path: Path):
     with pytest.raises(MoextendError, match="no Mixtral"):
-        convert.export_main([str(folders.released(tmp_path / "a")), str(tmp_path / "b"), "--layout", "mixtral"])
+        export.export_main([str(folders.released(tmp_path / "a")), str(tmp_path / "b"), "--layout", "mixtral"])
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path):

@@ -17,6 +17,7 @@ import tiny
 from moextend_jax.checkpoints import convert, hashes, leaves
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_checkpoint, open_source
 from moextend_jax.config import MoextendError
+from moextend_jax.runs import export
 
 # --- the record beside a base -----------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ def test_a_damaged_import_is_exported_nowhere(tmp_path: Path, damaged: Path, lay
     leaf = next(leaf for leaf in open_source(damaged).leaves.values() if leaf.sha256 != leaves.leaf_hash(leaf))
     assert leaf.path.startswith("vision/")  # the last of the file
     with pytest.raises(MoextendError, match=f"{leaf.path} is not what was imported"):
-        convert.export_main([str(damaged), str(tmp_path / "out"), f"--layout={layout}"])
+        export.export_main([str(damaged), str(tmp_path / "out"), f"--layout={layout}"])
     with pytest.raises(MoextendError, match=f"{leaf.path} is not what was imported"):
         convert.import_main([str(damaged), str(tmp_path / "out"), "--dtype=float32"])
     assert {path.name for path in tmp_path.iterdir()} == {"base", "imported"}
@@ -186,7 +187,7 @@ def test_a_delta_is_not_applied_to_a_damaged_base_nor_damaged_itself(tmp_path: P
     base = tmp_path / "base"
     convert.import_main([str(whole), str(tmp_path / "model"), "--feature_layer=-2"])
     delta = tmp_path / "delta"
-    convert.export_main([str(tmp_path / "model"), str(delta), "--layout=delta"])
+    export.export_main([str(tmp_path / "model"), str(delta), "--layout=delta"])
     assert open_checkpoint(delta, base=base).layout == "delta"
     with pytest.raises(MoextendError, match="is not what was imported"):
         open_checkpoint(delta, base=damaged)

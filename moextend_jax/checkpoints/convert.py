@@ -1,7 +1,7 @@
-"""The commands `moextend import` and `moextend export`: checkpoint folders in and out, streaming.
+"""The command `moextend import`, and how opened checkpoints are written, streaming.
 
-In: command lines. Out: a new folder, whole or not at all, and a line on what it cost. Everything is opened and checked
-before the first byte is written.
+In: a command line, or a `Source`. Out: a new folder, whole or not at all, and a line on what it cost. Everything is
+opened and checked before the first byte is written.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def import_main(arguments: list[str]) -> None:
         print(f"tokenizer {not_written}")
     if "decoder" in source.parts and "tokenizer.json" in source.files and "tokenizer.model" not in source.files:
         print(f"training and generate read tokenizer.model, not tokenizer.json: copy that of the base to {values.dst}")
-    print(f"imported {_described(source)} to {values.dst}: {cost}")
+    print(f"imported {described(source)} to {values.dst}: {cost}")
     print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
 
 
@@ -92,33 +92,7 @@ def _upcycled(values: argparse.Namespace, scratch: Path) -> Source:
     )
 
 
-def export_main(arguments: list[str]) -> None:
-    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
-    parser = Parser(prog="moextend export", description=export_main.__doc__)
-    parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
-    parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
-    parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
-    parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
-    values = parser.parse_args(arguments)
-    from moextend_jax.runs.as_source import is_workdir, open_workdir
-
-    shard = _bytes(values.max_shard_size)
-    if is_workdir(values.src):
-        if values.base or values.vision:
-            raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
-        source = open_workdir(values.src)
-    else:
-        source = open_source(values.src, base=values.base, vision=values.vision)
-    layout = values.layout or default_layout(source)
-    cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=Console(stderr=True))
-    print(f"exported {_described(source)} to {values.dst} in layout {layout}: {cost}")
-    if left := source.parts - _parts_of(layout, source):
-        print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
-
-
-def _described(source: Source) -> str:
+def described(source: Source) -> str:
     return f"{', '.join(sorted(source.parts))} ({source.record.layout})"
 
 
@@ -134,7 +108,7 @@ def import_source(source: Source, dst: Path, *, dtype: str | None = None, consol
         record = source.record
         if record.base is not None:
             record = record._replace(base=None, layout="released", facts=record.facts | {"base_hash": record.base})
-        store.write(folder, source.leaves, record, dtype=dtype, max_shard_bytes=_bytes(SHARD), written=written)
+        store.write(folder, source.leaves, record, dtype=dtype, max_shard_bytes=size_of(SHARD), written=written)
         _copy_files(source.files, folder)
     return meter.cost()
 
@@ -226,11 +200,11 @@ def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost
     record = source.record._replace(layout="delta", base=base)
     planned = {path: leaves.plan_ours(leaf) for path, leaf in kept.items()}
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
-        store.write(folder, kept, record, max_shard_bytes=_bytes(SHARD), written=written)
+        store.write(folder, kept, record, max_shard_bytes=size_of(SHARD), written=written)
     return meter.cost()
 
 
-def _parts_of(layout: str, source: Source) -> set[str]:
+def parts_of(layout: str, source: Source) -> set[str]:
     kept = {
         "mixtral": {"decoder", "vision"}, "clip": {"vision"}, "llava": {"projector"},
         "delta": {"decoder", "vision", "projector", "extension"},  # the first two by their hash
@@ -243,7 +217,7 @@ def _copy_files(files: Any, folder: Path) -> None:
         shutil.copyfile(path, folder / name)
 
 
-def _bytes(text: str) -> int:
+def size_of(text: str) -> int:
     """Bytes of a size such as 5GB or 200MB (powers of ten)."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
     number = text.strip().upper().rstrip("KMGTB")

@@ -1,6 +1,8 @@
-"""The result of a run as a checkpoint: its base as the files hold it, and over it the leaves that the stages trained.
+"""The command `moextend export`, and the result of a run as a checkpoint: its base as the files hold it, and over that
+the leaves that the stages trained.
 
-In: a WORKDIR of `moextend run`. Out: a `Source`, of which one trained leaf at a time is in memory.
+In: a command line, or a WORKDIR of `moextend run`. Out: PyTorch's files or a delta; a `Source`, of which one trained
+leaf at a time is in memory.
 """
 
 from __future__ import annotations
@@ -13,14 +15,49 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from rich.console import Console
 
 from moextend_jax.checkpoints import hashes, leaves, selection, train_state
-from moextend_jax.checkpoints.loading import Source, open_base
+from moextend_jax.checkpoints.convert import (
+    LAYOUTS,
+    SHARD,
+    default_layout,
+    described,
+    export_source,
+    parts_of,
+    size_of,
+)
+from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
 from moextend_jax.folders import absolute
 from moextend_jax.runs import results
 from moextend_jax.runs.run import facts_of_base, remembered, settings_of
+from moextend_jax.terminal import Parser
+
+
+def export_main(arguments: list[str]) -> None:
+    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
+    parser = Parser(prog="moextend export", description=export_main.__doc__)
+    parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
+    parser.add_argument("dst", type=Path, help="new folder")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
+    parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
+    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
+    parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
+    values = parser.parse_args(arguments)
+    shard = size_of(values.max_shard_size)
+    if is_workdir(values.src):
+        if values.base or values.vision:
+            raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
+        source = open_workdir(values.src)
+    else:
+        source = open_source(values.src, base=values.base, vision=values.vision)
+    layout = values.layout or default_layout(source)
+    cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=Console(stderr=True))
+    print(f"exported {described(source)} to {values.dst} in layout {layout}: {cost}")
+    if left := source.parts - parts_of(layout, source):
+        print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
 
 
 def is_workdir(folder: Path) -> bool:
