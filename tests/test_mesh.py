@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs.mixtral_8x7b import get_config
+from moextend_jax import cli, sharding
 from moextend_jax import mesh as meshes
-from moextend_jax import sharding
 from moextend_jax.config import MoextendError
+from moextend_jax.plan import topology
+from moextend_jax.runs.run import rows_of_settings
+from moextend_jax.settings import from_config_dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Sizes:
     shape = {"data": 2, "fsdp": 4, "expert": 2, "tensor": 4}
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = [Device(id, slice_index=id // 8) for id in range(16)]
 
 
@@ -92,3 +100,52 @@ def test_rows_are_dealt_out_so_that_devices_keep_their_own():
     np.testing.assert_array_equal(parts, [[0, 2, 4, 6], [1, 3, 5, 7]])
     # On 4 devices of 2 rows each, device d holds rows 2d and 2d+1: one in every part, at place d.
     assert all(set(parts[:, d]) == {2 * d, 2 * d + 1} for d in range(4))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "first"),
+    [("v5p:4x4x4", 1, (0, 4, 16, 20)), ("v5e:4x4", 1, (0, 1, 6, 15)), ("v5p:4x4x4", 8, (0,))],
+)
+def test_a_hosts_rows_are_where_its_chips_are(name: str, tensor: int, first: tuple[int, ...]):
+    """On real tori, as libtpu describes them; and every part of the rows is some host's."""
+    pytest.importorskip("libtpu", reason="topologies of TPUs need libtpu")
+    sizes = {"data": 1, "fsdp": -1, "expert": 1, "tensor": tensor}
+    mesh = topology.make_mesh(topology.parse(name), sizes)
+    hosts = {device.process_index for device in mesh.devices.flat}
+    parts = [meshes.own_row_shards(mesh, process=host) for host in sorted(hosts)]
+    assert parts[0] == first
+    assert sorted({part for own in parts for part in own}) == list(range(meshes.row_shards(mesh)))
+
+
+def test_rows_that_every_process_has_are_placed_in_order():
+    mesh = meshes.one_device()
+    rows = {"a": np.arange(12).reshape(6, 2), "b": None}
+    placed = meshes.place_rows(meshes.own_rows(rows, mesh), mesh)
+    np.testing.assert_array_equal(placed["a"], rows["a"])
+
+
+def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
+    """32 rows in two parts on 32 row shards: every chip would compute all of them, 32 times the work."""
+    settings = from_config_dict(get_config("packed"))
+    pod: Any = SimpleNamespace(shape={"data": 1, "fsdp": 8, "expert": 1, "tensor": 8})
+    meshes.check_rows(rows_of_settings(settings), pod)
+    pod.shape["fsdp"] = 32
+    with pytest.raises(MoextendError, match=r"finetune.batch_size = 32 in 2 parts \(64 would do\)") as refused:
+        meshes.check_rows(rows_of_settings(settings), pod)
+    assert "32 equal parts" in str(refused.value) and "align" not in str(refused.value)
+    pod.shape["fsdp"] = 24
+    with pytest.raises(MoextendError, match=r"select.batch_size = 32 \(24 or 48 would do\); .*evaluate.batch_size"):
+        meshes.check_rows(rows_of_settings(settings), pod)
+
+
+@pytest.mark.devices
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_a_run_whose_rows_do_not_divide_ends_before_its_first_step(eight_devices, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["align", f"--config={CONFIGS / 'demo.py'}", f"--workdir={tmp_path / 'work'}"])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and "select.batch_size = 100 (96 or 104 would do)" in line
+    assert not (tmp_path / "work").exists()

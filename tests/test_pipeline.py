@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,35 @@ def test_generate_streams_from_the_finished_model(finished, capsys, tmp_path):
     for extra in ([], [f"--image={tmp_path / 'red.png'}"], ["--model=full"], ["--temperature=1.0", "--top_k=5"]):
         cli.main(["generate", f"--workdir={finished[1]}", "--prompt=What is it?", "--max_new_tokens=3", *extra])
         assert capsys.readouterr().out.strip()
+
+
+def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_path: Path, capsys):
+    """A conversation without an answer is left out of the questions and of what answers are guessed from; one without
+    an image is asked; seven questions make two batches of four, and more examples than rows."""
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "work")
+    llava = tiny.write_llava(tmp_path / "llava", rows=7)
+    for path in llava.glob("*.json"):
+        entries = json.loads(path.read_text())
+        entries[3]["conversations"].pop()
+        entries[4] = {"id": "text", "conversations": [
+            {"from": "human", "value": "Which is it?"}, {"from": "gpt", "value": "number 4"},
+        ]}  # fmt: skip
+        path.write_text(json.dumps(entries))
+    settings = {
+        "finetune.data": "llava_instruct", "finetune.split": "train", "evaluate.data": "llava_instruct",
+        "evaluate.split": "train", "evaluate.questions": 7, "evaluate.examples": 6, "manual_dir": llava,
+        "data_dir": tmp_path / "data", "faults.policies.order": "skip", "cache_features": "false",
+    }  # fmt: skip
+    words = [f"--config={config}", f"--workdir={tmp_path / 'work'}"]
+    cli.main(["evaluate", *words, *(f"--config.{name}={value}" for name, value in settings.items())])
+    assert "1 of 7 questions are left out: 1 order" in capsys.readouterr().out
+    record = json.loads((tmp_path / "work" / "summary.json").read_text())
+    assert record["easy_vqa"]["questions"] == 6
+    assert len(json.loads((tmp_path / "work" / "examples.json").read_text())) == 5  # those with an image
+    routing = json.loads((tmp_path / "work" / "finetune" / "routing.json").read_text())
+    assert routing["tokens"]["image"] == 5 * 4  # every question once, and no row that only fills a batch
+    assert sum(routing["counts"]["text"][0]) == 2 * routing["tokens"]["text"]
 
 
 @pytest.mark.slow
