@@ -42,11 +42,11 @@ def main(argv: Sequence[str]) -> int:
         for index in range(options.processes)
     ]
     if options.dry_run:
-        for one in environments:
-            print(f"env {' '.join(map(assignment, one, one.values()))} {shlex.join(command)} &")
+        for variables in environments:
+            print(f"env {' '.join(map(assignment, variables, variables.values()))} {shlex.join(command)} &")
         print("wait")
         return 0
-    return wait([start(command, one, index) for index, one in enumerate(environments)])
+    return wait([start(command, variables, index) for index, variables in enumerate(environments)])
 
 
 def assignment(name: str, value: str) -> str:
@@ -72,10 +72,10 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def start(command: Sequence[str], own: dict[str, str], index: int) -> subprocess.Popen:
+def start(command: Sequence[str], variables: dict[str, str], index: int) -> subprocess.Popen:
     piped = subprocess.PIPE if index else None
     process = subprocess.Popen(
-        command, env={**os.environ, **own}, stderr=piped, stdout=subprocess.DEVNULL if index else None
+        command, env={**os.environ, **variables}, stderr=piped, stdout=subprocess.DEVNULL if index else None
     )
     if index:
         threading.Thread(target=pass_on, args=(process, index), daemon=True).start()

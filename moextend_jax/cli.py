@@ -50,7 +50,7 @@ More:
   eval score --benchmark NAME --data FOLDER --answers FILE: scores a file of answers
   data       check CONFIG [--processes N] [--json] [--data_dir DIR]: every row and image of the configuration's data
              read once, faults named; exit code 1 if one would be refused
-  doctor     [--workdir DIR] [--json]: versions, devices, kernels, memory, limits; what is missing and what mends it
+  doctor     [--workdir DIR] [--json]: versions, devices, kernels, shared memory; what is missing and what mends it
 
 Checkpoints and comparison with PyTorch (each has --help):
   import     SRC DST: a published checkpoint, or a dense one made a mixture of experts, as JAX arrays

@@ -1,29 +1,21 @@
-"""`moextend doctor`: what is installed, which devices answer, what would be used on them, and what is missing.
+"""`moextend doctor`: what is installed, which devices and kernels a run would use, and what is missing.
 
-In: this machine and its environment; nothing is downloaded, and nothing is left behind. Out: tables or JSON of
-`Finding`s, each that is wrong with the command that mends it. Exit code 1 if something is missing that a run needs.
-
-JAX's devices are asked for in another process under a time limit: a TPU or a cluster that is configured and not there
-lets it wait for ever.
+In: this machine and its environment. Out: `Finding`s as a table or JSON; exit code 1 if what a run needs is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
-import resource
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import psutil
 from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
@@ -34,275 +26,145 @@ from moextend_jax.settings import Positive
 from moextend_jax.terminal import Parser, console, option
 
 PACKAGE = "moextend-jax"
-FEW_FILES, LITTLE_SHARED = 4096, 1 << 30
-"""Open files that a run with many workers and shards can come to; shared memory that workers pass batches through."""
+KERNELS = ("blocked_swiglu", "blocked_attention", "megablox", "splash_attention", "triton", "cudnn")  # names in traces
 
 
 class Finding(NamedTuple):
-    """One line. `mend` is a command or what else to do; empty where nothing is to be done.
-
-    verdict: "ok"; "note", which may surprise; "absent", optional and not there; "differs" from what was tested;
-    "missing", without which runs fail.
-    """
+    """One row. A "note" may surprise, or is optional and absent; without what is "missing" runs fail."""
 
     part: str
-    name: str
     value: str
-    verdict: Literal["ok", "note", "absent", "differs", "missing"] = "ok"
+    verdict: Literal["ok", "note", "missing"] = "ok"
     mend: str = ""
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="moextend doctor", description="what is installed, what would be used, what is missing")
     parser.add_argument("--workdir", type=folder, help="also check this work directory")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--timeout", type=option(Positive), default=90, help="seconds for JAX's devices (%(default)s)")
-    parser.add_argument("--look", action="store_true", help="ask JAX here, without a limit, and print what it says")
     options = parser.parse_args(list(arguments))
-    if options.look:
-        for piece in look():
-            print(json.dumps(piece), flush=True)
-        return 0
-    seen = ask([sys.executable, "-m", "moextend_jax.doctor"], timeout=options.timeout)
-    findings = [*versions(), *devices(seen), *limits(), *workdir(options.workdir)]
-    missing = [finding for finding in findings if finding.verdict == "missing"]
+    findings = [*packages(), *ask([sys.executable, "-m", "moextend_jax.doctor"], timeout=options.timeout)]
+    findings += [shared_memory(Path("/dev/shm")), *([workdir(options.workdir)] if options.workdir else [])]
+    missing = sum(finding.verdict == "missing" for finding in findings)
     if options.json:
         print(json.dumps({"ok": not missing, "findings": [finding._asdict() for finding in findings]}, indent=1))
     else:
-        _print(findings)
+        table = Table("part", "value", "verdict", "to mend it", show_edge=False)
+        for finding in findings:
+            table.add_row(*map(escape, finding), style="red" if finding.verdict == "missing" else "")
+        console().print(table, f"{missing or 'Nothing'} that a run needs is missing.", sep="\n")
     return 1 if missing else 0
 
 
-# --- what JAX says ----------------------------------------------------------------------------------------------------
-
-
-def look() -> Iterator[dict[str, Any]]:
-    """Facts of this process's JAX, piece by piece, so that what hangs is known by what was said before."""
-    yield {"doing": "importing JAX"}
-    import jax
-
-    from moextend_jax import distributed
-
-    try:
-        yield {"processes": distributed.several() or "alone", "joins": distributed.arguments() is not None}
-    except Exception as error:
-        yield {"processes_error": str(error)}
-    yield {"doing": "finding devices"}
-    if error := machine.no_devices():
-        yield {"devices_error": error}
+def packages() -> Iterator[Finding]:
+    """What this package and each of its extras pin, against what is installed."""
+    if not version(PACKAGE):
+        yield Finding(PACKAGE, "not installed", "missing", "pip install -e .")
         return
-    yield {"environment": jax.print_environment_info(return_string=True), "backend": jax.default_backend()}
-    yield {"cache": jax.config.jax_compilation_cache_dir}  # pyright: ignore[reportAttributeAccessIssue]
-    yield {"doing": "tracing the kernels"}
-    yield {"kernels": kernels()}
-    yield {"doing": "computing"}
-    yield {"computed": float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((128, 128))))}
+    pins = [Requirement(line) for line in metadata.requires(PACKAGE) or []]
+    for extra in ("", *(metadata.metadata(PACKAGE).get_all("Provides-Extra") or [])):
+        name = f"{PACKAGE}[{extra}]" if extra else PACKAGE
+        wanted = [pin for pin in pins if ("extra" in str(pin.marker)) == bool(extra)]
+        wanted = [pin for pin in wanted if pin.marker is None or pin.marker.evaluate({"extra": extra})]
+        wrong = [pin for pin in wanted if version(pin.name) not in pin.specifier]
+        value = ", ".join(f"{pin.name} {version(pin.name) or '-'}" for pin in wrong or wanted)
+        if wrong:
+            missing = extra in ("", needed_extra()) and not all(version(pin.name) for pin in wrong)
+            yield Finding(name, value, "missing" if missing else "note", f"pip install '{name}'")
+        else:
+            yield Finding(name, value)
 
 
-EXPERTS = {
-    "blocked_swiglu": "blocked SwiGLU", "megablox": "megablox (Pallas)", "triton": "tokamax (Triton)",
-    "ragged_dot": "XLA's ragged_dot",
-}  # fmt: skip
-ATTENTION = {
-    "splash_attention": "splash attention (Pallas)", "cudnn": "cuDNN", "_attend": "blocked attention",
-}  # fmt: skip
-"""By what stands in a traced program."""
+def version(name: str) -> str:
+    """Of an installed package; "" where it is not."""
+    return next((package.version for package in metadata.distributions(name=name)), "")
 
 
-def kernels() -> dict[str, str]:
-    """What the model's own functions become on this backend, read from their traces: they alone know the rules."""
+def needed_extra() -> str:
+    """What drives this machine's accelerator; "" where that is not to be used."""
+    extra = {"gpu": "gpu", "tpu": "plan"}.get(machine.accelerator(), "")
+    return "" if os.environ.get("JAX_PLATFORMS") == "cpu" else extra
+
+
+def ask(command: Sequence[str], *, timeout: float) -> list[Finding]:
+    """What another process prints of `look`: a TPU or a cluster that is configured and not there lets JAX wait for
+    ever. It prints into a file, for a pipe is open until also a hanging nvidia-smi has ended."""
+    findings, last = [], "no word"
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=timeout).returncode
+            problem = f"ended with code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            problem = f"no answer within {timeout:g} s"
+        output.seek(0)
+        for line in output:
+            if line.startswith('{"part": '):
+                findings.append(Finding(**json.loads(line)))
+            else:  # of a library, or of what ended it
+                last = line.strip() or last
+    mend = "on a pod or cluster start it on every host; JAX_PLATFORMS=cpu leaves accelerators out"
+    return [*findings, Finding("devices", f"{problem}: {last}", "missing", mend)] if problem else findings
+
+
+def look() -> Iterator[Finding]:
+    """What JAX says in this process, which may hang or crash at any of these."""
     import jax
+
+    if problem := machine.no_devices():
+        yield Finding("devices", problem, "missing", "unset JAX_PLATFORMS, or install what that platform needs")
+        return
+    yield Finding("JAX", (jax.print_environment_info(return_string=True) or "").partition("\n\n$ nvidia-smi")[0])
+    if jax.default_backend() == "cpu" and (extra := needed_extra()):
+        yield Finding("devices", "JAX does not use the accelerator", "missing", f"pip install '{PACKAGE}[{extra}]'")
+    program = jax.jit(layer).trace()
+    yield Finding("kernels", ", ".join(name for name in KERNELS if name in str(program.jaxpr)))
+    jax.block_until_ready(program.lower().compile()())
+
+
+def layer() -> Any:
+    """The parts of a layer that have kernels of their own by platform."""
     import jax.numpy as jnp
 
     from moextend_jax.models.attention import KeysValues, Visible, attend
-    from moextend_jax.models.experts import apply_experts
+    from moextend_jax.models.experts import swiglu
 
-    def of(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    def rows(query_BSNH, key_BSKH, value_BSKH, segments_BL):
-        return attend(query_BSNH, KeysValues(key_BSKH, value_BSKH), Visible.in_rows(segments_BL))
-
-    def mixture(x_TD, ids_Tk, weights_Tk, *weights):
-        return apply_experts(x_TD, ids_Tk, weights_Tk, [weights])
-
-    def named(program: Any, signs: Mapping[str, str]) -> str:
-        return next((name for sign, name in signs.items() if sign in str(program)), "XLA's own products")
-
-    T, L, D, F, N, K, H, E = 8192, 1024, 256, 512, 4, 2, 128, 4
-    experts = jax.make_jaxpr(mixture)(
-        of(T, D), of(T, 2, dtype=jnp.int32), of(T, 2), of(E, D, F), of(E, D, F), of(E, F, D)
-    )
-    attended = jax.make_jaxpr(rows)(of(1, L, N, H), of(1, L, K, H), of(1, L, K, H), of(1, L, dtype=jnp.int32))
-    return {"experts": named(experts, EXPERTS), "attention": named(attended, ATTENTION)}
-
-
-def ask(command: Sequence[str], *, timeout: float) -> dict[str, Any]:
-    """What `command --look` says within the time; `stopped` tells what it was doing where it did not end well."""
-    seen: dict[str, Any] = {}
-    # A session of its own: JAX's plugins may start processes that outlive it.
-    child = subprocess.Popen(
-        [*command, "--look"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        lines, errors = child.communicate(timeout=timeout)
-        ended = f"ended with code {child.returncode}: {(errors.strip().splitlines() or ['no word'])[-1]}"
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        lines, _ = child.communicate()
-        ended = f"gave no answer within {timeout:g} s"
-    for line in lines.splitlines():
-        with contextlib.suppress(ValueError):  # a library may print too
-            seen |= json.loads(line) if line.startswith("{") else {}
-    if "computed" not in seen and "devices_error" not in seen:
-        seen["stopped"] = f"{seen.get('doing', 'starting')}: {ended}"
-    return seen
-
-
-# --- parts of the report ----------------------------------------------------------------------------------------------
-
-
-def versions() -> Iterator[Finding]:
-    """Installed versions against the pins; extras that are not there with the command that brings them."""
-    try:
-        pins = [Requirement(line) for line in metadata.requires(PACKAGE) or []]
-    except metadata.PackageNotFoundError:
-        yield Finding("versions", PACKAGE, "not installed", "missing", "pip install -e .")
-        return
-    needed = [pin for pin in pins if _holds(pin, "")]
-    for extra in ("", *(metadata.metadata(PACKAGE).get_all("Provides-Extra") or [])):
-        wanted = [pin for pin in pins if _holds(pin, extra) and pin not in needed] if extra else needed
-        here = {pin.name: _installed(pin.name) for pin in wanted}
-        wrong = [pin for pin in wanted if here[pin.name] not in pin.specifier]
-        name, install = extra or PACKAGE, f"pip install '{PACKAGE}[{extra}]'" if extra else f"pip install {PACKAGE}"
-        value = ", ".join(f"{pin.name} {here[pin.name] or 'not installed'}" for pin in wrong or wanted)
-        if not wrong:
-            yield Finding("versions", name, value)
-        elif all(here[pin.name] for pin in wrong):
-            mend = "pip install " + " ".join(f"'{pin.name}{pin.specifier}'" for pin in wrong)
-            yield Finding("versions", name, value, "differs", mend)
-        else:
-            missing = not extra or extra == EXTRAS.get(machine.accelerator())
-            yield Finding("versions", name, value, "missing" if missing else "absent", install)
-
-
-EXTRAS = {"gpu": "gpu", "tpu": "plan"}
-"""What drives an accelerator."""
-
-
-def _holds(pin: Requirement, extra: str) -> bool:
-    return pin.marker is None or pin.marker.evaluate({"extra": extra})
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def devices(seen: Mapping[str, Any]) -> Iterator[Finding]:
-    """What JAX found, and what a run would use on it."""
-    hint = "on a pod or cluster start it on every host; JAX_PLATFORMS=cpu leaves accelerators out"
-    hint = "unset JAX_PLATFORMS, or install what that platform needs" if "JAX_PLATFORMS" in os.environ else hint
-    if error := seen.get("processes_error"):
-        yield Finding("devices", "processes", error, "missing", "set these variables, or unset all of them")
-    elif "processes" in seen:
-        yield Finding("devices", "processes", f"one of several, says {seen['processes']}" if seen["joins"] else "alone")
-    for problem in ("devices_error", "stopped"):
-        if problem in seen:
-            yield Finding("devices", "devices", seen[problem], "missing", hint)
-    for line in seen.get("environment", "").splitlines():
-        name, separator, value = re.split(r"(: +|=)", f"{line}=", maxsplit=1)
-        if separator and value.strip("= "):
-            yield Finding("devices", name, value.rstrip('="'))
-    if seen.get("backend") == "cpu" and (extra := EXTRAS.get(machine.accelerator())):
-        verdict, mend = "missing", f"pip install '{PACKAGE}[{extra}]'"
-        if "JAX_PLATFORMS" in os.environ:
-            verdict, mend = "note", ""
-        yield Finding("devices", "accelerator", "this machine has one that JAX does not use", verdict, mend)
-    for name, value in seen.get("kernels", {}).items():
-        yield Finding("kernels", name, value)
-    if "cache" in seen and not seen["cache"]:
-        mend = "export JAX_COMPILATION_CACHE_DIR=DIR"
-        yield Finding("kernels", "compilation cache", "none: every start compiles anew", "note", mend)
-
-
-def limits() -> Iterator[Finding]:
-    """Memory, room on disk, and what the system lets a process have."""
-    memory = psutil.virtual_memory()
-    yield Finding("limits", "memory", f"{_size(memory.available)} free of {_size(memory.total)}")
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        yield Finding("limits", "container", f"may have {_size(limit)} of memory")
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    mend = f"ulimit -n {FEW_FILES if most < 0 else min(FEW_FILES, most)}" if 0 <= files < FEW_FILES else ""
-    yield Finding("limits", "open files", str(files), "note" if mend else "ok", mend)
-    yield shared_memory(Path("/dev/shm"))
+    heads_BLNH, w_GDF = jnp.zeros((1, 512, 4, 128), jnp.bfloat16), jnp.zeros((4, 256, 256), jnp.bfloat16)
+    y_BLNH = attend(heads_BLNH, KeysValues(heads_BLNH, heads_BLNH), Visible.in_rows(jnp.ones((1, 512), int)))
+    x_RD, sizes_G = heads_BLNH.reshape(1024, 256), jnp.full(4, 256)
+    return y_BLNH, swiglu(x_RD, x_RD[:, :1], ((w_GDF, w_GDF, w_GDF),), sizes_G)
 
 
 def shared_memory(path: Path) -> Finding:
     """Processes that read and decode (`workers`, `data check --processes`) need it for locks and for batches."""
     mend = "give the container more (docker run --shm-size=8g), or run with workers = 0 and --processes 0"
-    try:
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        return Finding("limits", "shared memory", f"{path}: {error.strerror}; workers need it", "note", mend)
-    free = psutil.disk_usage(str(path)).free
-    little = free < LITTLE_SHARED
-    value = f"{_size(free)} free in {path}"
-    return Finding("limits", "shared memory", value, "note" if little else "ok", mend if little else "")
+    return room(path, least=1 << 30, otherwise=Finding("shared memory", "", "note", mend))
 
 
-def workdir(path: Path | None) -> Iterator[Finding]:
-    """Whether checkpoints can be written there: a file that is renamed over another, room, and nobody else."""
-    part = "work directory"
-    if path is None or is_url(path):
-        yield from [Finding(part, os.fspath(path), "a bucket: not written to from here", "note")] if path else []
-        return
-    at = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=at) as file:
-            os.fsync(file.write(b"new") and file.fileno())
-    except OSError as error:
-        mend = f"chmod u+w {at}, free some space, or name another --workdir"
-        yield Finding(part, "writing", f"{at}: {error.strerror or error}", "missing", mend)
-        return
-    yield Finding(part, "writing", str(path) if path.exists() else f"{path} will be made in {at}")
-    yield Finding(part, "finished", ", ".join(sorted(file.parent.name for file in path.glob("*/stage.json"))) or "-")
-    yield Finding(part, "space", f"{_size(psutil.disk_usage(str(at)).free)} free")
+def workdir(path: Path) -> Finding:
     from moextend_jax.lock import holder  # imports JAX, which may say something of its own
 
-    name = holder(path)
-    if name:
-        yield Finding(part, "lock", f"in use by {name}", "note", "wait for it, or name another --workdir")
-    else:
-        yield Finding(part, "lock", "free")
+    if is_url(path):
+        return Finding("work directory", f"{path}: a bucket, not written to from here", "note")
+    if run := holder(path):
+        return Finding("work directory", f"{path} is in use by {run}", "note", "wait for it, or name another --workdir")
+    parent = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    mend = f"chmod u+w {parent}, free some space, or name another --workdir"
+    return room(parent, least=1, otherwise=Finding("work directory", "", "missing", mend))
 
 
-# --- printing ---------------------------------------------------------------------------------------------------------
-
-_COLOURS = {"ok": "green", "note": "yellow", "absent": "dim", "differs": "yellow", "missing": "bold red"}
-
-
-def _print(findings: Iterable[Finding]) -> None:
-    table, part, missing = Table(show_edge=False), "", 0
-    for name in ("", "what", "found", "verdict", "to mend it"):
-        table.add_column(name, overflow="fold")
-    for finding in findings:
-        if finding.part != part:
-            table.add_section()
-        first, part = finding.part if finding.part != part else "", finding.part
-        verdict = f"[{_COLOURS[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(first, escape(finding.name), escape(finding.value), verdict, escape(finding.mend))
-        missing += finding.verdict == "missing"
-    console().print(table, f"{missing or 'Nothing'} that a run needs is missing.", sep="\n")
+def room(path: Path, *, least: int, otherwise: Finding) -> Finding:
+    """Whether a file can be written in a folder, and `least` bytes are free there."""
+    try:
+        with tempfile.TemporaryFile(dir=path, buffering=0) as file:
+            file.write(b"new")
+        free = shutil.disk_usage(path).free
+        value = f"{path}: {free / 1e9:.3g} GB free"
+    except OSError as error:
+        free, value = 0, f"{path}: {error.strerror or error}"
+    return otherwise._replace(value=value) if free < least else Finding(otherwise.part, value)
 
 
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.3g} GB"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # in the process that `ask` starts
+    for piece in look():
+        print(json.dumps(piece._asdict()), flush=True)

@@ -24,12 +24,14 @@ def causal_attention(
     query_BLKGH = (query_BLNH * H**-0.5).reshape(B, L, K, N // K, H)
     query_nGLH = query_BLKGH.transpose(0, 2, 3, 1, 4).reshape(B * K, N // K, L, H)
     key_nLH, value_nLH = (array.transpose(0, 2, 1, 3).reshape(B * K, L, H) for array in (key_BLKH, value_BLKH))
-    y_nGLH = _attend(query_nGLH, key_nLH, value_nLH, mask_B1LL[:, 0])
+    y_nGLH = _blocked_attention(query_nGLH, key_nLH, value_nLH, mask_B1LL[:, 0])
     return y_nGLH.reshape(B, K, N // K, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
 @jax.custom_vjp
-def _attend(query_nGLH: jax.Array, key_nLH: jax.Array, value_nLH: jax.Array, mask_BLL: jax.Array) -> jax.Array:
+def _blocked_attention(
+    query_nGLH: jax.Array, key_nLH: jax.Array, value_nLH: jax.Array, mask_BLL: jax.Array
+) -> jax.Array:
     return _forward(query_nGLH, key_nLH, value_nLH, mask_BLL)[0]
 
 
@@ -73,7 +75,7 @@ def _backward(saved, dy_nGLH):
     return *jax.lax.map(one_head, jnp.arange(n)), None
 
 
-_attend.defvjp(_forward, _backward)
+_blocked_attention.defvjp(_forward, _backward)
 
 
 def _blocks(L: int) -> list[tuple[slice, slice]]:
