@@ -1,6 +1,7 @@
 """What every test shares: JAX on the CPU with strict broadcasting, quiet logs, and paths.
 
-In: the environment, before JAX starts. Out: the fixtures `shared`, `workdir` and `eight_devices`.
+In: the environment, before JAX starts. Out: the fixtures `shared`, `workdir` and `eight_devices`;
+the order of files.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Tests compile many small programs and run each a few times: cheap machine code by XLA's older emitters, in one piece,
 # takes a quarter of the time. What XLA itself decides (which products exist at all) stays the same. `XLA_FLAGS= pytest`
-# compiles as a run does; `make test-all` does so for the smoke tests. Flags are read by libtpu too, which ends the process
-# where it does not know one: hence the extra options.
+# compiles as a run does; `make test-all` does so for the smoke tests. libtpu reads the flags too and ends the process
+# where it does not know one; extra options it does not mind.
 CHEAP = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
@@ -41,6 +42,16 @@ if DEVICES > 1:
     jax.config.update("jax_num_cpu_devices", DEVICES)
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+LONGEST = ("test_survival.py", "test_processes.py", "test_pipeline.py", "test_sharded.py", "test_asking.py")
+"""These files come first, so that no process ends with one of them while the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")
