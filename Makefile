@@ -1,6 +1,7 @@
-# make demo   the whole method on a small real model; ends in a table and a report
-# make test   lint, types and the fast tests
-# make bench  time one step of each stage
+# make demo      the whole method on a small real model; ends in a table and a report
+# make test      lint, types and the fast tests
+# make test-all  these and the slow tests
+# make bench     time one step of each stage
 # Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
 # Tests run in JOBS processes (2).
 # Paths are relative and tools run as modules, so a directory name with spaces is fine.
@@ -9,18 +10,19 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= work/demo
 JOBS ?= 2
-PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile
+# Files of tests whole, since theirs share what is compiled, in the order of conftest.py.
+PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 RUN := "$(VENV)/bin/python"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean env env-dev
+.PHONY: help demo test test-slow test-all lint bench clean env env-dev
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
 demo: env
 	$(RUN) -m moextend_jax.cli run --config configs/demo.py --workdir "$(WORKDIR)"
@@ -29,6 +31,14 @@ demo: env
 test: lint
 	$(PYTEST)
 	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "devices and not slow"
+
+test-all: test test-slow
+
+# What `test` leaves out, and the smoke tests once more, compiled as a run is.
+test-slow: env-dev
+	$(PYTEST) -m "slow and not devices"
+	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "slow and devices"
+	XLA_FLAGS= $(PYTEST) -m smoke
 
 lint: env-dev
 	$(RUN) -m ruff check

@@ -17,6 +17,7 @@ from moextend_jax.evaluate.prompts import Prompt, buckets, plan
 from moextend_jax.generate import Generator, Sampling
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.parameters import with_arrays
+from moextend_jax.sharding import MESH_AXES
 
 NEW, EOS = 5, 38
 P = tiny.VISION.patches
@@ -245,13 +246,26 @@ def test_greedy_is_true_of_what_the_model_says():
     assert greedy
 
 
+def asked(sizes: dict[str, int], *, rows: int) -> tuple[list[list[int]], list[float]]:
+    """What a mesh says, of prompts of one length, and log-likelihoods."""
+    who = asker(rows=rows, mesh=sizes)
+    scores = sorted(score for batch in who.score(short(scored_prompts())) for score in batch)
+    return said(who, short(prompts())), [score.nats for score in scores]
+
+
+def short(some: Sequence[Prompt]) -> list[Prompt]:
+    return [prompt for prompt in some if prompt.tail <= 8]
+
+
+@functools.cache
+def expected_of_meshes() -> tuple[list[list[int]], list[float]]:
+    return asked({"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}, rows=16)
+
+
 @pytest.mark.devices
-@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 2, 2), (2, 1, 1, 4)])
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 2, 2, 2), pytest.param((2, 1, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_says_and_scores_the_same(eight_devices, shape):
-    sizes: dict[str, int] = dict(zip(("data", "fsdp", "expert", "tensor"), shape, strict=True))
-    alone = asker(mesh={"data": 1, "fsdp": 8, "expert": 1, "tensor": 1})
-    who = asker(rows=64, mesh=sizes)
-    assert said(who, prompts()) == said(alone, prompts())
-    found = sorted(one for batch in who.score(scored_prompts()) for one in batch)
-    wanted = sorted(one for batch in alone.score(scored_prompts()) for one in batch)
-    np.testing.assert_allclose([one.nats for one in found], [one.nats for one in wanted], atol=1e-4, rtol=0)
+    texts, nats = asked(dict(zip(MESH_AXES, shape, strict=True)), rows=64)
+    expected_texts, expected_nats = expected_of_meshes()
+    assert texts == expected_texts and len({tuple(ids) for ids in texts}) > 5
+    np.testing.assert_allclose(nats, expected_nats, atol=1e-4, rtol=0)

