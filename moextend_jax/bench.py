@@ -51,7 +51,8 @@ STEPS, WARMUP = 5, 2
 def bench(
     settings: RunSettings, console: Console, *, only: str | None = None, layers: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Runs every stage (or `only` one) under both kinds of labels, prints two tables and returns the figures.
+    """Runs every stage (or `only` one) under both kinds of labels, prints two tables and returns what `measure` does by
+    "STAGE/LABELS".
 
     Args:
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
@@ -89,7 +90,8 @@ def _apart(settings: RunSettings, stage: str, labels: str, layers: int | None) -
 
 
 def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) -> Batch:
-    """Two tokens, a start tag, an image, an end tag, then text; the image and its tags have no labels."""
+    """Rows of two tokens, a start tag, an image, an end tag, then text; up to the text nothing has a label (or all has,
+    with `labels` "all")."""
     assert config.vision is not None
     P, rng = config.vision.patches, np.random.default_rng(0)
     text = P + 4
@@ -111,7 +113,7 @@ def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) ->
 
 
 def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | None = None) -> dict[str, Any]:
-    """Median over steps after warm-up, in this process."""
+    """Figures of one stage's step in this process; seconds are medians over `STEPS` steps after `WARMUP`."""
     stage_settings = getattr(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
     distributed.split_cpu(settings.cpu_devices)
@@ -150,7 +152,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
 
 
 def _random(path: str, leaf: Any) -> jax.Array:
-    """Norms near one, all else near zero."""
+    """Random values for a leaf, near one where it is a norm's scale, else near zero; a path always gets the same."""
     centre, key = float(path.endswith("norm")), zlib.crc32(path.encode())
     if jax.default_backend() == "cpu":
         # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.

@@ -32,8 +32,8 @@ def check_command(
     """Exit code: 0 where nothing was found whose policy is `error` and no more would be skipped than may be, else 1.
 
     Args:
-      data_dir: where data sets are built that must be (LLaVA's are read where they are); None: a folder that goes away.
-      processes: that decode; 0 does all in this one.
+      data_dir: folder for data sets that must be built (LLaVA's are read where they are); None: a temporary one.
+      processes: how many processes read and decode; 0: this one does all.
       console: for the progress, and the table unless `as_json`, which prints to standard output.
     """
     if processes < 0:
@@ -81,8 +81,8 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
         names[reading] = (*names.get(reading, ()), name)
     evaluate = settings.evaluate
-    asked = Reading(stages=(), data=evaluate.data, split=evaluate.split, length=evaluate.length, parts="prompt")
-    names[asked] = ("evaluate",)
+    questions = Reading(stages=(), data=evaluate.data, split=evaluate.split, length=evaluate.length, parts="prompt")
+    names[questions] = ("evaluate",)
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 
 
@@ -154,8 +154,8 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
         for kind, count in report.counts.items():
             first = "\n".join(f"entry {named.entry}: {named.id}" for named in report.first[kind][:3])
             policy = faults.policy(kind)
-            said = f"{KINDS[kind].means}: {report.first[kind][0].message}"
-            table.add_row(kind, policy, f"{count:,}", escape(first), escape(said[:400]))
+            meaning = f"{KINDS[kind].means}: {report.first[kind][0].message}"
+            table.add_row(kind, policy, f"{count:,}", escape(first), escape(meaning[:400]))
         console.print(table)
     elif not report.error:
         console.print(escape(f"{title}: {size}, no faults"))

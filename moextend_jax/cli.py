@@ -205,8 +205,8 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
     try:
         rest = values(["moextend", *arguments])[1:]
     except Exception as error:  # a configuration file is a program: it can raise anything
-        said = str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
-        raise MoextendError(f"{command}: {said}") from error
+        message = str(error) if isinstance(error, flags.Error) else f"{type(error).__name__}: {error}"
+        raise MoextendError(f"{command}: {message}") from error
     for name, kind in NUMBERS.items():
         if name in values and (number := getattr(values, name)) is not None:
             get_args(kind)[1].check(number, what=f"{command}: --{name}")

@@ -83,9 +83,9 @@ def several() -> str | None:
     """The environment variable that says that this process is one of several; None where it is alone."""
     if "JAX_NUM_PROCESSES" in os.environ:
         return None if _number("JAX_NUM_PROCESSES") == 1 else "JAX_NUM_PROCESSES"
-    if (asked := os.environ.get("MOEXTEND_PROCESSES", "")) not in ("", "auto"):
-        raise MoextendError(f"MOEXTEND_PROCESSES = {asked!r}: it can only be auto")
-    if asked:
+    if (setting := os.environ.get("MOEXTEND_PROCESSES", "")) not in ("", "auto"):
+        raise MoextendError(f"MOEXTEND_PROCESSES = {setting!r}: it can only be auto")
+    if setting:
         return "MOEXTEND_PROCESSES"
     if "SLURM_STEP_NODELIST" in os.environ and _number("SLURM_NTASKS", default=1) > 1:
         return "SLURM_NTASKS"
@@ -102,7 +102,7 @@ def _number(name: str, *, default: int = 0) -> int:
 
 
 WAIT, QUIET = 300, 15
-"""Seconds that processes wait for each other, and in which they say nothing."""
+"""Seconds that processes wait for each other to start, and how many of these before they print what they wait for."""
 
 
 @contextlib.contextmanager

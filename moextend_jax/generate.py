@@ -43,8 +43,11 @@ class Sampling(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What rows have read before their tails: keys and values `[Z, B, S, K, H]`, of which a row has `length_B`; and
-    whether it has an image, None where none has."""
+    """What rows have read before their tails.
+
+    past: keys and values `[Z, B, S, K, H]`. length_B: how many of the S a row has.
+    sighted_B: whether a row has an image; None where no row has.
+    """
 
     past: KeysValues
     length_B: jax.Array
@@ -52,11 +55,18 @@ class Heads(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where generation stands: the newest token of each row, which is not in the cache yet, its position, and the slot
-    of the cache that it will take (one for all rows); the slots that a row sees, and whether it has an image (None:
-    none has)."""
+    """Where generation stands, between two tokens.
 
-    said_B: jax.Array
+    newest_B: the newest id of each row, EOS where it has ended (ended_B); its keys are not in the cache yet.
+    position_B: the position of that id.
+    seen_BS: which slots of the cache a row attends to.
+    sighted_B: whether a row has an image; None where no row has.
+    past: the cache, keys and values `[Z, B, S, K, H]`.
+    slot: where in the cache the newest ids go, one for all rows.
+    count: ids of a row so far, by which `key` is folded for the next draw.
+    """
+
+    newest_B: jax.Array
     ended_B: jax.Array
     position_B: jax.Array
     seen_BS: jax.Array
@@ -101,7 +111,8 @@ class Generator:
     # --- heads --------------------------------------------------------------------------------------------------------
 
     def no_heads(self, *, rows: int, length: int) -> KeysValues:
-        """Room for the heads of `rows` rows, for `read` to fill."""
+        """Zero keys and values `[Z, B, S, K, H]` for the heads of B = `rows` rows of S = `length` tokens, for `read` to
+        fill."""
         sizes = self.model.config.decoder
         shape = (sizes.layers, rows, length, sizes.kv_heads, sizes.head_size)
         sharding = NamedSharding(self.mesh, spec("ZBSKH", shape, self.mesh))
@@ -111,8 +122,8 @@ class Generator:
         """Reads some heads, and puts them into the rows that share them.
 
         Args:
-          heads: rows of another number than B, with their images.
-          rows_B: which head each row of `past` takes, among those on the row's own device; -1 leaves it as it is.
+          heads: a batch of heads with their images; it may have fewer rows than `past`.
+          rows_B: for each row of `past`, which row of `heads` it takes, counted on the row's own device; -1: none.
         """
         return self._read(arrays, heads, past=past, rows_B=rows_B)
 
@@ -151,12 +162,14 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
         seed: int = 0,
     ) -> Iterator[jax.Array]:
-        """The same in pieces `[B, n]` on the devices, the first token alone and then up to `steps` at a time. Nothing
-        waits for the devices: whoever stops asking says when all rows have ended."""
+        """The ids of `complete` in pieces `[B, n]` on the devices: the first ids alone, then up to `steps` at a time.
+
+        Nothing here waits for the devices, so pieces come until there are `max_new_tokens`; who wants to stop when all
+        rows have ended looks at the ids."""
         state = self._prefill(
             arrays, prompts, heads, jax.random.key(seed), room=max_new_tokens - 1, sampling=sampling
         )  # fmt: skip
-        yield state.said_B[:, None]
+        yield state.newest_B[:, None]
         left = max_new_tokens - 1
         while left > 0:
             state, ids_BL = self._advance(arrays, state=state, steps=min(steps, left), sampling=sampling)
@@ -184,8 +197,8 @@ class Generator:
                 return
 
     def score(self, arrays: Arrays, prompts: Batch, *, heads: Heads | None = None) -> tuple[jax.Array, jax.Array]:
-        """Of every labelled position, on the devices: the label's log-likelihood (float32, 0 elsewhere), and whether it
-        is the likeliest. A label says what comes after its position (nothing is shifted here)."""
+        """Two arrays `[B, L]` on the devices: each label's log-likelihood (nats, float32, 0 where no label is), and
+        whether it is the likeliest id. A label says what comes after its position (nothing is shifted here)."""
         return self._score(arrays, prompts, heads)
 
 
@@ -202,7 +215,7 @@ def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress
 
 
 def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = ()) -> jax.Array:
-    """The first of the largest but those suppressed, `[B]`."""
+    """The id of each row's largest logit but those of `suppress`, `[B]`; the lowest id where several are equal."""
     never_V = np.zeros(logits_BV.shape[1], bool)
     never_V[list(suppress)] = True
     if platform() == "cpu":
@@ -211,8 +224,8 @@ def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = ()) -> jax.Ar
 
 
 def _likeliest_by_blocks(logits_BV: jax.Array, never_V: np.ndarray, *, block: int = 128) -> jax.Array:
-    """The best block, then the best of it: all logits are read once and none is written, where XLA's argmax on CPU
-    takes ten times as long."""
+    """As `likeliest`: the best block of `block` ids by its maximum, then the best id in it. So logits are read once and
+    not written; XLA's argmax on CPU takes ten times as long."""
     rest = -len(never_V) % block
     never_Gb = np.pad(never_V, (0, rest)).reshape(-1, block)
     logits_BV = jnp.pad(logits_BV, ((0, 0), (0, rest)), constant_values=-jnp.inf)
@@ -228,8 +241,8 @@ def _likeliest_by_blocks(logits_BV: jax.Array, never_V: np.ndarray, *, block: in
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> KeysValues:
-    made = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
-    return KeysValues(made, made)
+    zeros = jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
+    return KeysValues(zeros, zeros)
 
 
 def _read(model: MoExtend, arrays: Arrays, heads: Batch, *, past: KeysValues, rows_B: jax.Array) -> KeysValues:
@@ -237,19 +250,23 @@ def _read(model: MoExtend, arrays: Arrays, heads: Batch, *, past: KeysValues, ro
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         def local(old_ZBSKH, new_ZBSKH, rows_B):
-            mine_ZBSKH = jnp.take(new_ZBSKH, jnp.maximum(rows_B, 0), axis=1)
-            return jnp.where((rows_B >= 0)[None, :, None, None, None], mine_ZBSKH, old_ZBSKH)
+            taken_ZBSKH = jnp.take(new_ZBSKH, jnp.maximum(rows_B, 0), axis=1)
+            return jnp.where((rows_B >= 0)[None, :, None, None, None], taken_ZBSKH, old_ZBSKH)
 
         split = shards("ZBSKH", old.shape)
         ins = (split, Shards("ZBSKH", split.split), Shards("B", (split.over("B"),)))
         return map_shards(local, ins, split)(old, new.astype(old.dtype), rows_B)
 
-    return KeysValues(*(put(one, other) for one, other in zip(past, new, strict=True)))
+    return KeysValues(*(put(cached, heads_only) for cached, heads_only in zip(past, new, strict=True)))
 
 
 class _Prefilled(NamedTuple):
-    """What all positions of some prompts became, and the cache after them: keys and values of what stood before and of
-    the prompts, `seen_BS` of which rows see, then room for new tokens."""
+    """What all positions of some prompts became, and the cache after them.
+
+    past: keys and values `[Z, B, S, K, H]` of heads, then of the prompts, then zeros for new tokens.
+    seen_BS: which of these S a row attends to.
+    sighted_B: whether a row has an image; None where no row has.
+    """
 
     hidden_BLD: jax.Array
     past: KeysValues
@@ -257,12 +274,12 @@ class _Prefilled(NamedTuple):
     sighted_B: jax.Array | None
 
 
-def _prefilled(whole: MoExtend, prompts: Batch, heads: Heads | None, *, room: int) -> _Prefilled:
+def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: int) -> _Prefilled:
     """All positions of the prompts, or of tails on top of their heads."""
     real_BL = prompts.segments_BL > 0
     B, L = real_BL.shape
     if heads is None:
-        decoded, past, seen_BS = whole(prompts, skip_padding=True), [], real_BL
+        decoded, past, seen_BS = loaded(prompts, skip_padding=True), [], real_BL
         sighted_BL = sighted(prompts)
         sighted_B = None if sighted_BL is None else sighted_BL.any(axis=1)
     else:
@@ -270,8 +287,8 @@ def _prefilled(whole: MoExtend, prompts: Batch, heads: Heads | None, *, room: in
         head_B1LS = jnp.broadcast_to(head_BS[:, None, None, :], (B, 1, L, head_BS.shape[1]))
         mask_B1LS = jnp.concatenate([head_B1LS, segment_mask(prompts.segments_BL)], axis=-1)
         past, seen_BS, sighted_B = [heads.past], jnp.concatenate([head_BS, real_BL], axis=1), heads.sighted_B
-        decoded = whole.decode(
-            whole.embed(prompts),
+        decoded = loaded.decode(
+            loaded.embed(prompts),
             positions_BL=prompts.positions_BL,
             visible=Visible.by_mask(mask_B1LS),
             past=heads.past,
@@ -289,17 +306,17 @@ def _prefill(
     model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, *,
     room: int, sampling: Sampling, eos: int, suppress: tuple[int, ...],
 ) -> State:  # fmt: skip
-    whole = with_arrays(model, arrays)
-    hidden_BLD, past, seen_BS, sighted_B = _prefilled(whole, prompts, heads, room=room)
+    loaded = with_arrays(model, arrays)
+    hidden_BLD, past, seen_BS, sighted_B = _prefilled(loaded, prompts, heads, room=room)
     length_B = (prompts.segments_BL > 0).sum(axis=1).astype(jnp.int32)
     last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
     last_B1D = jnp.take_along_axis(hidden_BLD, last_B1[..., None], axis=1)
     position_B = jnp.take_along_axis(prompts.positions_BL, last_B1, axis=1)[:, 0] + 1
-    logits_BV = whole.decoder.logits(last_B1D)[:, 0]
-    said_B = choose(logits_BV, jax.random.fold_in(key, 0), sampling, suppress=suppress)
-    said_B = jnp.where(length_B > 0, said_B, eos).astype(jnp.int32)
+    logits_BV = loaded.decoder.logits(last_B1D)[:, 0]
+    newest_B = choose(logits_BV, jax.random.fold_in(key, 0), sampling, suppress=suppress)
+    newest_B = jnp.where(length_B > 0, newest_B, eos).astype(jnp.int32)
     slot = jnp.int32(seen_BS.shape[1] - room)
-    return State(said_B, said_B == eos, position_B, seen_BS, sighted_B, past, slot, jnp.int32(1), key)
+    return State(newest_B, newest_B == eos, position_B, seen_BS, sighted_B, past, slot, jnp.int32(1), key)
 
 
 def _advance(
@@ -307,7 +324,7 @@ def _advance(
     suppress: tuple[int, ...],
 ) -> tuple[State, jax.Array]:  # fmt: skip
     """Up to `steps` more tokens, fewer when all rows have ended. A token costs one pass; the last one costs none."""
-    whole = with_arrays(model, arrays)
+    loaded = with_arrays(model, arrays)
 
     def unfinished(carry):
         state, count, _ = carry
@@ -315,30 +332,31 @@ def _advance(
 
     def one_token(carry):
         state, count, ids_BL = carry
-        logits_BV, past, seen_BS = _decode(whole, state)
-        said_B = choose(logits_BV, jax.random.fold_in(state.key, state.count), sampling, suppress=suppress)
-        said_B = jnp.where(state.ended_B, eos, said_B).astype(jnp.int32)
+        logits_BV, past, seen_BS = _decode(loaded, state)
+        newest_B = choose(logits_BV, jax.random.fold_in(state.key, state.count), sampling, suppress=suppress)
+        newest_B = jnp.where(state.ended_B, eos, newest_B).astype(jnp.int32)
         state = State(
-            said_B, state.ended_B | (said_B == eos), state.position_B + 1, seen_BS, state.sighted_B, past,
+            newest_B, state.ended_B | (newest_B == eos), state.position_B + 1, seen_BS, state.sighted_B, past,
             state.slot + 1, state.count + 1, state.key,
         )  # fmt: skip
-        return state, count + 1, ids_BL.at[:, count].set(said_B)
+        return state, count + 1, ids_BL.at[:, count].set(newest_B)
 
-    ids_BL = jnp.full((state.said_B.shape[0], steps), eos, jnp.int32)
+    ids_BL = jnp.full((state.newest_B.shape[0], steps), eos, jnp.int32)
     state, _, ids_BL = jax.lax.while_loop(unfinished, one_token, (state, jnp.int32(0), ids_BL))
     return state, ids_BL
 
 
-def _decode(whole: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.Array]:
-    """Logits after the newest tokens, and the cache with these in their slot. Rows that have ended cost no expert."""
+def _decode(loaded: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.Array]:
+    """Logits `[B, V]` after the newest ids, the cache with their keys and values in its slot, and the slots that rows
+    then see `[B, S]`. Rows that have ended cost no expert."""
     position_B1, real_B1 = state.position_B[:, None], ~state.ended_B[:, None]
     nothing_B1 = jnp.full_like(position_B1, IGNORE)
     token = Batch(
-        state.said_B[:, None], nothing_B1, position_B1, real_B1.astype(jnp.int32), jnp.full_like(position_B1, -1)
+        state.newest_B[:, None], nothing_B1, position_B1, real_B1.astype(jnp.int32), jnp.full_like(position_B1, -1)
     )
     mask_BS = jnp.concatenate([state.seen_BS, jnp.ones_like(real_B1)], axis=1)
-    decoded = whole.decode(
-        whole.embed(token),
+    decoded = loaded.decode(
+        loaded.embed(token),
         positions_BL=position_B1,
         visible=Visible.by_mask(mask_BS[:, None, None, :]),
         past=state.past,
@@ -350,26 +368,26 @@ def _decode(whole: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.A
         state.past,
         decoded.keys_values,
     )
-    return whole.decoder.logits(decoded.hidden_BLD)[:, 0], past, state.seen_BS.at[:, state.slot].set(True)
+    return loaded.decoder.logits(decoded.hidden_BLD)[:, 0], past, state.seen_BS.at[:, state.slot].set(True)
 
 
 def _score(model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None) -> tuple[jax.Array, jax.Array]:
-    whole = with_arrays(model, arrays)
-    hidden_BLD = _prefilled(whole, prompts, heads, room=0).hidden_BLD
+    loaded = with_arrays(model, arrays)
+    hidden_BLD = _prefilled(loaded, prompts, heads, room=0).hidden_BLD
     B, L, _ = hidden_BLD.shape
     short = -L % SCORED
     hidden_BLD = jnp.pad(hidden_BLD, ((0, 0), (0, short), (0, 0)))
     labels_BL = jnp.pad(prompts.labels_BL, ((0, 0), (0, short)), constant_values=IGNORE)
 
-    def some(start):
+    def piece(start):
         part_BlD = jax.lax.dynamic_slice_in_dim(hidden_BLD, start, SCORED, axis=1)
         label_Bl = jax.lax.dynamic_slice_in_dim(labels_BL, start, SCORED, axis=1)
-        logits_BlV = whole.decoder.logits(part_BlD)
-        said_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(label_Bl, 0)[..., None], axis=-1)[..., 0]
-        nats_Bl = jnp.where(label_Bl == IGNORE, 0.0, said_Bl - jax.nn.logsumexp(logits_BlV, axis=-1))
+        logits_BlV = loaded.decoder.logits(part_BlD)
+        logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(label_Bl, 0)[..., None], axis=-1)[..., 0]
+        nats_Bl = jnp.where(label_Bl == IGNORE, 0.0, logit_Bl - jax.nn.logsumexp(logits_BlV, axis=-1))
         return nats_Bl, jnp.argmax(logits_BlV, axis=-1) == label_Bl
 
-    nats_nBl, likeliest_nBl = jax.lax.map(some, jnp.arange(0, L + short, SCORED))
+    nats_nBl, likeliest_nBl = jax.lax.map(piece, jnp.arange(0, L + short, SCORED))
     return _joined(nats_nBl, B, L), _joined(likeliest_nBl, B, L)
 
 

@@ -56,7 +56,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def holder(workdir: Path) -> str | None:
-    """Who runs in a work directory; None where nobody does."""
+    """Which run holds a work directory (its process, host and start, as text); None where none does."""
     with contextlib.suppress(OSError), (workdir / NAME).open("r") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from rich.console import Console
 from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
-from moextend_jax.checkpoints.tensors import Planned, new_folder, some, write_safetensors
+from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
 from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.settings import NotNegative
 from moextend_jax.terminal import Parser, option
@@ -132,13 +132,15 @@ def export_source(
     """
     needed = {"mixtral": {"decoder"}, "clip": {"vision"}, "llava": {"projector"}, "delta": {"extension"}}
     if missing := needed.get(layout, {"decoder"}) - source.parts:
-        raise MoextendError(f"layout {layout} needs this part: {some(missing)}; there is only {some(source.parts)}")
+        raise MoextendError(
+            f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"
+        )
     if layout == "mixtral" and "extension" in source.parts:
         raise MoextendError("an extended model is no Mixtral: export it with --layout released or delta")
     if layout == "delta":
         return _export_delta(source, dst, console=console)
     files = _layout(source, layout)
-    everything = {f"{name}/{file}": one for name, (planned, _) in files.items() for file, one in planned.items()}
+    everything = {f"{name}/{file}": tensor for name, (planned, _) in files.items() for file, tensor in planned.items()}
     with watched(everything, dst, console) as (meter, written), new_folder(dst) as folder:
         for name, (planned, attributes) in files.items():
             inside = folder / name
@@ -156,8 +158,8 @@ def export_source(
 
 def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], dict[str, Any]]]:
     """Tensors and config.json of every folder of an export, by the folder's name inside it."""
-    config, said = source.config, source.record.attributes
-    tower = {"vision": said.get("vision") or huggingface.vision_attributes(config.vision)} if config.vision else {}
+    config, recorded = source.config, source.record.attributes
+    tower = {"vision": recorded.get("vision") or huggingface.vision_attributes(config.vision)} if config.vision else {}
     plan = functools.partial(leaves.plan_theirs, source.leaves)
     if layout == "llava":
         table, prefix = source.record.projector
@@ -165,20 +167,20 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     if layout == "clip":
         return {".": (plan(table="clip", config=config), tower["vision"])}
     dtype = str(source.leaves["decoder/embed"].dtype)
-    attributes = said.get("decoder") or huggingface.decoder_attributes(config.decoder, dtype=dtype)
+    attributes = recorded.get("decoder") or huggingface.decoder_attributes(config.decoder, dtype=dtype)
     for name in ("torch_dtype", "dtype"):  # an import may have cast
         if isinstance(attributes.get(name), str):
             attributes = attributes | {name: dtype}
     if layout == "mixtral":
-        kept = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
-        files = {".": (plan(table="mixtral", config=config), kept)}
+        mixtral_attributes = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
+        files = {".": (plan(table="mixtral", config=config), mixtral_attributes)}
         if "vision" in source.parts:
             files["vision"] = (plan(table="clip", config=config), tower["vision"])
         return files
     if config.vision and (missing := {"projector", "vision"} - source.parts):
         if missing != {"projector", "vision"}:
             raise MoextendError(
-                f"layout released needs this part too: {some(missing)}; there is only {some(source.parts)}"
+                f"layout released needs this part too: {name_list(missing)}; there is only {name_list(source.parts)}"
             )
         config = dataclasses.replace(config, vision=None)
     added = huggingface.released_attributes(config, dtype=dtype)
@@ -195,21 +197,22 @@ _RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
 
 def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:
     changed = set(source.record.facts.get("changed", ()))  # pretrained leaves that a recipe trains, such as routers
-    kept = delta.of_model(source.leaves) | {path: leaf for path, leaf in source.leaves.items() if path in changed}
+    trained = {path: leaf for path, leaf in source.leaves.items() if path in changed}
+    delta_leaves = delta.of_model(source.leaves) | trained
     base = source.record.base or source.record.facts.get("base_hash") or hashes.base_hash(source.leaves)
     record = source.record._replace(layout="delta", base=base)
-    planned = {path: leaves.plan_ours(leaf) for path, leaf in kept.items()}
+    planned = {path: leaves.plan_ours(leaf) for path, leaf in delta_leaves.items()}
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
-        store.write(folder, kept, record, max_shard_bytes=size_of(SHARD), written=written)
+        store.write(folder, delta_leaves, record, max_shard_bytes=size_of(SHARD), written=written)
     return meter.cost()
 
 
 def parts_of(layout: str, source: Source) -> set[str]:
-    kept = {
+    parts = {
         "mixtral": {"decoder", "vision"}, "clip": {"vision"}, "llava": {"projector"},
         "delta": {"decoder", "vision", "projector", "extension"},  # the first two by their hash
     }  # fmt: skip
-    return kept.get(layout, source.parts)
+    return parts.get(layout, source.parts)
 
 
 def _copy_files(files: Any, folder: Path) -> None:

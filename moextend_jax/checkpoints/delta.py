@@ -46,6 +46,6 @@ def check_base(
         raise MoextendError(f"{where} belongs to the base with content hash {record.base}, but {base} has {base_hash}")
 
 
-def differing(one: DecoderConfig, other: DecoderConfig) -> str:
-    pairs = zip(dataclasses.asdict(one).items(), dataclasses.asdict(other).values(), strict=True)
+def differing(own: DecoderConfig, other: DecoderConfig) -> str:
+    pairs = zip(dataclasses.asdict(own).items(), dataclasses.asdict(other).values(), strict=True)
     return "; ".join(f"{name} is {json.dumps(a)} and {json.dumps(b)}" for (name, a), b in pairs if a != b)

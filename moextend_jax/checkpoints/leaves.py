@@ -21,7 +21,7 @@ import numpy as np
 
 from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.outside import short
-from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, some
+from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
 from moextend_jax.config import ModelConfig, MoextendError
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
@@ -123,13 +123,15 @@ def _leaf(path: str, tensors: Mapping[Index, names.Tensor], found: Mapping[str, 
             )
         if at.dtype not in FLOATS:
             raise MoextendError(
-                f"{at.where}: {tensor.file} has element type {at.dtype}, expected one of {some(map(str, FLOATS))}"
+                f"{at.where}: {tensor.file} has element type {at.dtype}, expected one of {name_list(map(str, FLOATS))}"
             )
     kinds = collections.Counter(found[tensor.file].dtype for tensor in tensors.values()).most_common()
     if len(kinds) > 1:
         usual, odd = kinds[0][0], [t.file for t in tensors.values() if found[t.file].dtype != kinds[0][0]]
         at = found[odd[0]]
-        raise MoextendError(f"{at.where}: {some(odd)} has element type {at.dtype}, where its siblings have {usual}")
+        raise MoextendError(
+            f"{at.where}: {name_list(odd)} has element type {at.dtype}, where its siblings have {usual}"
+        )
     sizes = names.axis_sizes(layout, letters)
     stacked = tuple(max(axis) + 1 for axis in zip(*tensors, strict=True))
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
-from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
+from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.models.moextend import abstract
 from moextend_jax.sharding import parameter_shardings
@@ -286,15 +286,16 @@ def _released(
     extension = _extension_in(stored)
     if attributes is not None:
         decoder = huggingface.decoder_config({**attributes, "add_layer": None}, where=at)
-        said = huggingface.extension_config(attributes, where=at)
-        if said:
-            decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or said).new_experts)
+        configured = huggingface.extension_config(attributes, where=at)
+        if configured:
+            decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or configured).new_experts)
             if decoder.experts < decoder.top_k:
                 raise MoextendError(f"{at}: num_local_experts leaves {decoder.experts} besides the new experts")
-        if (said.layers if said else ()) != (extension.layers if extension else ()) and (extension or below is None):
+        named_layers, stored_layers = (part and list(part.layers) for part in (configured, extension))
+        if (named_layers or []) != (stored_layers or []) and (extension or below is None):
             raise MoextendError(
-                f"{at}: add_layer is {shown(said and list(said.layers))}, but the files hold new experts in "
-                f"layers {shown(extension and list(extension.layers))}"
+                f"{at}: add_layer is {shown(named_layers)}, but the files hold new experts in layers "
+                f"{shown(stored_layers)}"
             )
     elif below is not None:
         decoder = below.config.decoder
@@ -375,8 +376,8 @@ def _tower_sizes(
     if vision is not None:
         source = open_source(vision, feature_layer=feature_layer)
         return source.config.vision, source.record.attributes.get("vision", {})
-    if attributes and isinstance(said := attributes.get("vision_config"), dict):
-        return huggingface.vision_config(said, where=folder / "config.json", feature_layer=feature_layer), said
+    if attributes and isinstance(nested := attributes.get("vision_config"), dict):
+        return huggingface.vision_config(nested, where=folder / "config.json", feature_layer=feature_layer), nested
     if below is not None and "vision" in below.parts and below.config.vision:
         sizes = dataclasses.replace(below.config.vision, feature_layer=feature_layer)
         return sizes, below.record.attributes.get("vision", {})
@@ -421,14 +422,14 @@ def _with_projector(source: Source, projector: Path) -> Source:
         at = projector / "config.json"
         attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
         other = _projector(projector, open_tensors(projector), attributes)
-    config, there = source.config, other.leaves["projector/first"].shape
+    config, projector_widths = source.config, other.leaves["projector/first"].shape
     if config.vision is None or "vision" not in source.parts:
         raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
-    here = (config.vision.width, config.decoder.width)
-    if here != there:
+    model_widths = (config.vision.width, config.decoder.width)
+    if model_widths != projector_widths:
         raise MoextendError(
-            f"{projector} leads from width {there[0]} to {there[1]}, the model's tower and decoder have {here[0]} and "
-            f"{here[1]}"
+            f"{projector} leads from width {projector_widths[0]} to {projector_widths[1]}, the model's tower and "
+            f"decoder have {model_widths[0]} and {model_widths[1]}"
         )
     matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("projector/")}
     return Source({**source.leaves, **matched}, source.record._replace(projector=other.record.projector), source.files)
@@ -453,10 +454,9 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def _projector_table(stored: Mapping[str, Stored]) -> str | None:
-    found = {name.removeprefix("model.").partition(".")[0] for name in stored}
-    tables = [
-        table for table, first in (("llava", "mm_projector"), ("llava_hf", "multi_modal_projector")) if first in found
-    ]
+    prefixes = {name.removeprefix("model.").partition(".")[0] for name in stored}
+    prefix_of = {"llava": "mm_projector", "llava_hf": "multi_modal_projector"}
+    tables = [table for table, prefix in prefix_of.items() if prefix in prefixes]
     return tables[0] if tables else None
 
 
@@ -475,20 +475,20 @@ def _check_dtypes(
 
     Routers are let off: a recipe trains them, in float32.
     """
-    said = attributes.get("torch_dtype") or attributes.get("dtype")
+    configured = attributes.get("torch_dtype") or attributes.get("dtype")
     for part in ("decoder/", "vision/"):
         own = {path: leaf for path, leaf in matched.items() if path.startswith(part) and not path.endswith("/gate")}
         if not own:
             continue
-        known = part == "decoder/" and said in ("float32", "bfloat16", "float16")
-        usual = (
-            np.dtype(said) if known else collections.Counter(leaf.dtype for leaf in own.values()).most_common()[0][0]
-        )
+        known = part == "decoder/" and configured in ("float32", "bfloat16", "float16")
+        dtypes = collections.Counter(leaf.dtype for leaf in own.values())
+        usual = np.dtype(configured) if known else dtypes.most_common()[0][0]
         odd = [
             tensor for tensor in names.tensors(table, config) if tensor.path in own and own[tensor.path].dtype != usual
         ]
         if odd:
             leaf, so = own[odd[0].path], f"{where} says" if known else "the others have"
             raise MoextendError(
-                f"{leaf.where}: {some(tensor.file for tensor in odd)} has element type {leaf.dtype}, where {so} {usual}"
+                f"{leaf.where}: {name_list(tensor.file for tensor in odd)} has element type {leaf.dtype}, where {so} "
+                f"{usual}"
             )

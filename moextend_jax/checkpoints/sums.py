@@ -12,12 +12,13 @@ from pathlib import Path
 
 NAME = "SHA256SUMS"
 METADATA = "_CHECKPOINT_METADATA"
-"""Orbax's, which it writes once more after that."""
+"""Orbax's own file. It is written again after the checksums, so it has none and `fault` only parses it."""
 THREADS = 8
 BLOCK = 2**22
 
 
 def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS of all files in a folder but itself and `METADATA`."""
     lines = [f"{digest}  {name}\n" for name, digest in _digests(folder, _files(folder)).items()]
     (folder / NAME).write_text("".join(lines))
 
@@ -33,10 +34,10 @@ def fault(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"its {METADATA} cannot be read ({error})"
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    found = _files(folder)
-    if missing := sorted(expected.keys() - set(found)):
+    names = _files(folder)
+    if missing := sorted(expected.keys() - set(names)):
         return f"{len(missing)} of its {len(expected)} files are missing, for instance {missing[0]}"
-    digests = _digests(folder, [name for name in found if name in expected])
+    digests = _digests(folder, [name for name in names if name in expected])
     if changed := [name for name, digest in digests.items() if digest != expected[name]]:
         return f"{len(changed)} of its {len(expected)} files are not what was written, for instance {changed[0]}"
     return None
@@ -48,8 +49,8 @@ def identity(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[str]:
-    """Of all folders inside, by path; without `Path.walk`, which paths of buckets lack."""
-    found, folders = [], [("", folder)]
+    """Paths of all files in a folder and the folders in it, relative to it. (Paths in buckets have no `Path.walk`.)"""
+    names, folders = [], [("", folder)]
     while folders:
         prefix, here = folders.pop()
         for path in here.iterdir():
@@ -57,20 +58,20 @@ def _files(folder: Path) -> list[str]:
             if path.is_dir():
                 folders.append((f"{name}/", path))
             elif name not in (NAME, METADATA):
-                found.append(name)
-    return sorted(found)
+                names.append(name)
+    return sorted(names)
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         try:
             with (folder / name).open("rb") as file:
                 while block := file.read(BLOCK):
-                    found.update(block)
+                    sha256.update(block)
         except OSError as error:
             return f"unreadable: {error}"
-        return found.hexdigest()
+        return sha256.hexdigest()
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))

@@ -42,11 +42,12 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|r
 """What trainers leave beside pickled weights."""
 
 MAX_AXES, MAX_BYTES = 64, 1 << 62
-"""Of one tensor: axes that NumPy has, and a size whose arithmetic stays within 64 bits."""
+"""Most axes that a NumPy array can have; and what a tensor's axes and offsets are below, so that sizes fit 64 bits."""
 
 
 class File(NamedTuple):
-    """A file as it was when it was opened: bytes, and the nanoseconds of its last writing and its last change."""
+    """A file as it was when it was opened: its size in bytes, and when its content (`written`) and its metadata
+    (`changed`) last changed, in nanoseconds."""
 
     path: Path
     size: int
@@ -62,7 +63,7 @@ def opened(path: Path) -> File:
 class Stored(NamedTuple):
     """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon.
 
-    `file` is the one that holds the very bytes; None where they are computed, or not in a file."""
+    `where` names it in messages. `file` holds its very bytes; None where they are computed, or not in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -98,7 +99,7 @@ def open_tensors(path: Path) -> dict[str, Stored]:
         stored = open_safetensors(path)
     else:
         stored = open_pickles(path)
-    while wrapper := next((one for one in WRAPPERS if stored and all(name.startswith(one) for name in stored)), None):
+    while wrapper := next((w for w in WRAPPERS if stored and all(name.startswith(w) for name in stored)), None):
         stored = {name.removeprefix(wrapper): tensor for name, tensor in stored.items()}
     return stored
 
@@ -151,12 +152,14 @@ def open_pickles(path: Path) -> dict[str, Stored]:
 
     def stored(name: str, tensor: Any, file: Path, at: File) -> Stored:
         try:
-            held = tensor.untyped_storage().nbytes()
+            storage_bytes = tensor.untyped_storage().nbytes()
             dtype = array(tensor.new_empty(0)).dtype
         except (TypeError, RuntimeError) as error:
             raise MoextendError(f"{file}: {short(name)} of type {tensor.dtype} cannot be read: {error}") from None
-        if tensor.numel() * tensor.element_size() > held:  # strides of 0 make any size of a few bytes
-            raise MoextendError(f"{file}: {short(name)} {list(tensor.shape)} is larger than the {held:,} bytes it has")
+        if tensor.numel() * tensor.element_size() > storage_bytes:  # strides of 0 make any size of a few bytes
+            raise MoextendError(
+                f"{file}: {short(name)} {list(tensor.shape)} is larger than the {storage_bytes:,} bytes it has"
+            )
         # Opened anew for each tensor: the mapping goes away with the last view of it, and its pages with the mapping.
         return Stored(tuple(tensor.shape), dtype, lambda: array(load(file)[name]), str(file), at)
 
@@ -207,9 +210,9 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
             raise MoextendError(f"{broken}: {shown(file)} is not the name of a *{ending} file")
         listed.setdefault(inside(folder / file), set()).add(name)  # pyright: ignore[reportOptionalMemberAccess]
     if missing := sorted(path.name for path in listed if not path.is_file()):
-        raise MoextendError(f"{index_path} lists shards that do not exist: {some(missing)}")
+        raise MoextendError(f"{index_path} lists shards that do not exist: {name_list(missing)}")
     if surplus := sorted(path.name for path in folder.glob(f"model*{ending}") if path not in listed):
-        raise MoextendError(f"{folder} holds shards that {index_path.name} does not list: {some(surplus)}")
+        raise MoextendError(f"{folder} holds shards that {index_path.name} does not list: {name_list(surplus)}")
     return listed
 
 
@@ -222,12 +225,12 @@ def _merge(
 ) -> dict[str, Stored]:
     merged: dict[str, Stored] = {}
     for path, listed in shards.items():
-        found = read(path)
-        if listed is not None and listed != found.keys():
-            raise MoextendError(f"{path} does not hold what the index says.{difference(listed, found.keys())}")
-        if twice := merged.keys() & found.keys():
-            raise MoextendError(f"{folder}: {some(sorted(twice))} stands in more than one file")
-        merged |= found
+        tensors = read(path)
+        if listed is not None and listed != tensors.keys():
+            raise MoextendError(f"{path} does not hold what the index says.{difference(listed, tensors.keys())}")
+        if twice := merged.keys() & tensors.keys():
+            raise MoextendError(f"{folder}: {name_list(sorted(twice))} stands in more than one file")
+        merged |= tensors
     return merged
 
 
@@ -250,11 +253,11 @@ def _read_header(path: Path) -> dict[str, Stored]:
     start, data, end_before = 8 + length, size - 8 - length, 0
     stored = {}
     for name, (kind, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        said = f"{path}: {short(name)}"
+        where = f"{path}: {short(name)}"
         if (dtype := DTYPES.get(kind)) is None:
-            raise MoextendError(f"{said} has the unknown element type {shown(kind)}")
+            raise MoextendError(f"{where} has the unknown element type {shown(kind)}")
         if end - begin != math.prod(shape) * dtype.itemsize or begin != end_before:
-            raise MoextendError(f"{said} {kind}{shown(list(shape))} does not fit its bytes {begin}..{end}")
+            raise MoextendError(f"{where} {kind}{shown(list(shape))} does not fit its bytes {begin}..{end}")
         if end > data:
             raise MoextendError(
                 f"{path} cannot be read: it is cut short, {short(name)} needs its bytes {begin:,}..{end:,} of {data:,}"
@@ -295,10 +298,10 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError("a name stands twice")
-    return made
+    return fields
 
 
 def _no_number(text: str) -> Any:
@@ -321,7 +324,7 @@ def write_safetensors(
     """
     shards: list[dict[str, Planned]] = [{}]
     for name, tensor in planned.items():
-        if shards[-1] and sum(one.nbytes for one in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
             shards.append({})
         shards[-1][name] = tensor
     many = len(shards)
@@ -404,14 +407,15 @@ def _umask() -> int:
 # --- lists in messages ------------------------------------------------------------------------------------------------
 
 
-def some(names: Iterable[str]) -> str:
+def name_list(names: Iterable[str]) -> str:
+    """The first eight names in alphabetical order, and how many more there are."""
     listed = sorted(names)
     return ", ".join(map(short, listed[:8])) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
-def difference(wanted: Iterable[str], found: Iterable[str]) -> str:
+def difference(wanted: Iterable[str], given: Iterable[str]) -> str:
     """What is missing of `wanted` and what nobody asked for, as sentences."""
-    wanted, found = set(wanted), set(found)
-    missing = f" Missing: {some(wanted - found)}." if wanted - found else ""
-    surplus = f" Not asked for: {some(found - wanted)}." if found - wanted else ""
+    wanted, given = set(wanted), set(given)
+    missing = f" Missing: {name_list(wanted - given)}." if wanted - given else ""
+    surplus = f" Not asked for: {name_list(given - wanted)}." if given - wanted else ""
     return missing + surplus

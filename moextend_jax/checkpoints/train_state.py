@@ -43,17 +43,18 @@ DISK = (
 
 
 @contextlib.contextmanager
-def open_manager(folder: Path, *, kept: int) -> Iterator[ocp.CheckpointManager]:
-    """Asynchronous, atomic, with checksums; keeps the newest `kept`."""
+def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """A manager of the checkpoints in `folder`. It saves in threads, atomically and with checksums, and keeps the newest
+    `keep`; at the end it waits for what is being saved."""
     root = absolute(folder)
 
     def add_sums() -> None:  # Orbax calls this when all files are there and the checkpoint is not yet committed
-        for made in root.iterdir():
-            if made.is_dir() and not (made / sums.NAME).exists():
-                sums.write_sums(made)
+        for checkpoint in root.iterdir():
+            if checkpoint.is_dir() and not (checkpoint / sums.NAME).exists():
+                sums.write_sums(checkpoint)
 
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=kept,
+        max_to_keep=keep,
         create=True,
         cleanup_tmp_directories=True,  # of a run that was killed while it saved
         async_options=ocp.options.AsyncOptions(post_finalization_callback=add_sums),
@@ -92,8 +93,13 @@ def save(
     facts: dict[str, Any],
     counts_G: Any = (),
 ) -> None:
-    """Saves the named tuple `state` after that step; `facts` (JSON) say what it belongs to, `counts_G` what of the data
-    was skipped so far."""
+    """Starts to save the named tuple `state` of a step; does nothing where that step is saved already.
+
+    Args:
+      rows: its place in the data is saved.
+      facts: JSON that says which model and run it belongs to; `start` compares it.
+      counts_G: conversations read and skipped so far, by kind (`data/faults.py`).
+    """
     if step == manager.latest_step():
         return
     args = ocp.args.Composite(
@@ -117,8 +123,8 @@ def disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # OSError of Python, ValueError and RuntimeError of TensorStore
-        said = " ".join(str(error).split())
-        reason = next((os.strerror(code) for code in DISK if os.strerror(code) in said), said[:300])
+        message = " ".join(str(error).split())
+        reason = next((os.strerror(code) for code in DISK if os.strerror(code) in message), message[:300])
         raise MoextendError(
             f"cannot save a checkpoint in {manager.directory}: {reason}. Those that were finished are intact: mend "
             f"the disk, and the same command goes on"
@@ -186,26 +192,27 @@ def _checkpoint_at(path: Path) -> tuple[Path, int | None]:
 
 
 def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]:
-    """The newest step whose files are what was written, and the newer ones, with a warning of each.
+    """The newest step whose files are what was written (None without checkpoints), and the newer ones, all broken.
+    Process 0 checks them and prints a warning for each broken one.
 
     Raises:
       MoextendError: there are checkpoints, and all of them are broken.
     """
-    found = sorted(manager.all_steps(), reverse=True)
+    steps = sorted(manager.all_steps(), reverse=True)
     broken = 0
     if distributed.first():
-        for step in found:
+        for step in steps:
             if (wrong := sums.fault(Path(manager.directory) / str(step))) is None:
                 break
             print(f"moextend: checkpoint {manager.directory / str(step)} is skipped: {wrong}", file=sys.stderr)
             broken += 1
     broken = distributed.from_first(broken)
-    if found and broken == len(found):
+    if steps and broken == len(steps):
         raise MoextendError(
             f"no checkpoint in {manager.directory} is whole. Bring one back from a copy, or delete the folder to begin "
             f"again"
         )
-    return (found[broken] if found else None), found[:broken]
+    return (steps[broken] if steps else None), steps[:broken]
 
 
 def _check_whole(folder: Path, *, advice: str) -> None:
@@ -223,15 +230,15 @@ def roll_back(manager: ocp.CheckpointManager, state: Any) -> Any:
 
 def _restore(manager: ocp.CheckpointManager, step: int, state: Any, rows, *, facts, where: Path) -> Started:
     args = ocp.args.Composite(facts=ocp.args.JsonRestore(), rows=ocp.args.JsonRestore())
-    found = manager.restore(step, args=args)
-    check_facts(found["facts"], facts, where=where)
+    restored_items = manager.restore(step, args=args)
+    check_facts(restored_items["facts"], facts, where=where)
     restored = _state(manager, step, state)
-    rows.set_state(found["rows"]["place"])
-    return Started(restored, np.asarray(found["rows"]["faults"], np.int64))
+    rows.set_state(restored_items["rows"]["place"])
+    return Started(restored, np.asarray(restored_items["rows"]["faults"], np.int64))
 
 
 def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
-    """Into the structure and the shardings of `like`; the mesh may be another than the one that saved."""
+    """The state saved at `step`, on whatever mesh, in the structure and the shardings of `like`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
     return type(like)(
         **manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
@@ -239,6 +246,7 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
 
 
 def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Path) -> None:
+    """Raises MoextendError where `saved` lacks or contradicts any of `facts`; names what differs."""
     differing = list(_differing(saved, facts))
     if differing:
         raise MoextendError(
@@ -249,16 +257,16 @@ def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Pa
 def _differing(saved: Any, facts: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     saved = saved if isinstance(saved, Mapping) else {}
     for name in sorted(facts):
-        there, now = saved.get(name), facts[name]
-        if isinstance(now, Mapping) and isinstance(there, Mapping):
-            yield from _differing(there, now, f"{prefix}{name}.")
-        elif there != now:
-            yield f"{prefix}{name}: {there!r} there, {now!r} now"
+        before, now = saved.get(name), facts[name]
+        if isinstance(now, Mapping) and isinstance(before, Mapping):
+            yield from _differing(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name}: {before!r} there, {now!r} now"
 
 
 def save_leaves(folder: Path, leaves: dict[str, jax.Array], *, facts: dict[str, Any]) -> None:
     """Parameters alone by path, as a stage's result; replaces an older one."""
-    with open_manager(folder, kept=1) as manager:
+    with open_manager(folder, keep=1) as manager:
         args = ocp.args.Composite(leaves=ocp.args.StandardSave(leaves), facts=ocp.args.JsonSave(facts))
         with disk_errors(manager):
             manager.save((manager.latest_step() or 0) + 1, args=args)
@@ -307,7 +315,8 @@ def open_result(folder: Path, *, facts: Mapping[str, Any]) -> Iterator[Result | 
 def load_leaves(
     folder: Path, *, facts: Mapping[str, Any], shardings: Mapping[str, jax.sharding.Sharding] | None = None
 ) -> dict[str, jax.Array] | None:
-    """The leaves of `open_result` as arrays, sharded so by path; None: whole on the first device."""
+    """The leaves of `open_result` as arrays by path; None where there is no result. Without `shardings` (by path) each
+    leaf goes whole to the first device."""
     with open_result(folder, facts=facts) as result:
         if result is None:
             return None

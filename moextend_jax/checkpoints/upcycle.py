@@ -23,7 +23,7 @@ from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
 from moextend_jax.checkpoints.loading import Source, side_files
-from moextend_jax.checkpoints.tensors import Stored, open_tensors, some
+from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError
 
 _FFN = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.mlp\.(?P<matrix>gate|up|down)_proj\.weight")
@@ -104,7 +104,7 @@ def upcycle(
     if len(layers) > len(source):
         raise MoextendError(f"{source[next(iter(ffn.values()))].where}: of {len(layers)} layers most are missing")
     if missing := [f"model.layers.{n}.mlp.{m}_proj.weight" for n in layers for m in _MATRICES if (n, m) not in ffn]:
-        raise MoextendError(f"{source[next(iter(ffn.values()))].where}: missing: {some(missing)}")
+        raise MoextendError(f"{source[next(iter(ffn.values()))].where}: missing: {name_list(missing)}")
 
     @functools.lru_cache(maxsize=1)  # an import reads each tensor twice in a row: to write it, and for its hash
     def noisy(name: str, *drawn_from: int) -> np.ndarray:

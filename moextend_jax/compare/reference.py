@@ -16,7 +16,7 @@ import numpy as np
 
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
 from moextend_jax.checkpoints.outside import parse_json, read_small, shown
-from moextend_jax.checkpoints.tensors import some
+from moextend_jax.checkpoints.tensors import name_list
 from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
 
 BATCH_OF_NONE = "text"
@@ -64,7 +64,7 @@ def read_reference(path: Path) -> Reference:
     if not parts & {"logits", "router_logits", "hidden_states"}:
         raise MoextendError(
             f"{path} holds none of the arrays of a forward pass (logits, router_logits/L, hidden_states/L); it holds "
-            f"{some(sorted(arrays)) or 'nothing'}"
+            f"{name_list(sorted(arrays)) or 'nothing'}"
         )
     beside = {name: path.parent / f"{name}.npz" for name in ("batches", "images")}
     at = path.parent / "manifest.json"
@@ -82,7 +82,7 @@ def read_reference(path: Path) -> Reference:
 
 def _numeric(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if texts := [name for name, array in arrays.items() if array.dtype.kind == "U"]:
-        raise MoextendError(f"{path}: {some(texts)} is text, where numbers are compared")
+        raise MoextendError(f"{path}: {name_list(texts)} is text, where numbers are compared")
     return arrays
 
 

@@ -48,12 +48,12 @@ resumed run reads at most this many again."""
 
 
 SHORTEST = 2
-"""Tokens of a conversation at least, so that it is known how many a row may hold."""
+"""Fewest tokens of a conversation; it bounds how many conversations a row can hold."""
 MOST_TRIED = 10_000
-"""Conversations that are tried before a data set counts as one that is skipped whole."""
+"""Conversations tried, after a batch in which all were skipped, before the data set counts as having no other."""
 
 OnFault = Callable[[tuple[int, int], Fault], None]
-"""Told which slot (B, M) has an image that cannot be read; its pixels stay zero."""
+"""Called with the slot (row B, image M) of an image that cannot be read, and its fault; its pixels stay zero."""
 
 
 def _raise(slot: tuple[int, int], fault: Fault) -> None:
@@ -61,7 +61,7 @@ def _raise(slot: tuple[int, int], fault: Fault) -> None:
 
 
 class Share(NamedTuple):
-    """This process's rows of every batch: the parts `parts` of the `of` equal parts that the mesh makes of its rows, in
+    """This process's rows of every batch. The mesh makes `of` equal parts of the rows; `parts` are this process's, in
     order. On TPU tori they are scattered over the mesh: (0, 4, 16, 20) of 64."""
 
     parts: tuple[int, ...] = (0,)
@@ -84,11 +84,12 @@ class Pixels:
     field = "images_BMhwc"
 
     def row(self, ref) -> int:
-        """Raises a `Fault` that was found when the data set was built."""
+        """The row of an image in `images`; raises the `Fault` that it had when the data set was opened."""
         self.images.check(ref.row)
         return ref.row
 
     def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
+        """Pixels `[B, M, h, w, c]` (float32) of images by row, zeros for -1 and for images with a fault."""
         images_BMhwc = np.zeros((*rows_BM.shape, self.size, self.size, 3), np.float32)
         for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
             try:
@@ -112,10 +113,11 @@ class Features:
     field = "features_BMPC"
 
     def row(self, ref) -> int:
-        """Raises the `Fault` of an image that could not be read when the cache was made."""
+        """The row of an image in the cache; raises its `Fault` where it could not be read when the cache was made."""
         return self.store.row(ref.key)
 
     def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
+        """Features `[B, M, P, C]` of images by row, zeros for -1."""
         features_BMPC = self.store.features_nPC[np.maximum(rows_BM, 0)]
         features_BMPC[rows_BM < 0] = 0
         return features_BMPC
@@ -319,7 +321,7 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
         return rows
 
     def _counted(self, rows: list[Row], skipped: dict[int, str]) -> list[Row]:
-        """Those left out of a packed window count in one of its rows."""
+        """The rows with their `faults_G`; conversations left out of a packed window are counted in its first row."""
         if self.rows_stay:
             by_row = [counts([skipped[n]] if n in skipped else (), read=1) for n in range(len(rows))]
         else:
@@ -372,8 +374,12 @@ def _batch(
     check: Callable[[], None] = lambda: None,
     examples: int = 0,
 ) -> Batch:
-    """This process's rows of all processes' `rows`; `examples` is g, most conversations of a row, 0 does not say which
-    they are."""
+    """This process's rows of a batch, from the `rows` of all processes (empty ones fill it up).
+
+    Args:
+      check: called where every conversation of the batch was skipped.
+      examples: most conversations of a row (g of `examples_Bg`); 0: the batch does not say which it holds.
+    """
     empty = empty_row(length=stage.length, images_per_row=stage.images_per_row if images else 0)
     rows = [rows[b] if b < len(rows) else empty for b in share.of_rows(stage.batch_size)]
     bad: dict[tuple[int, int], Fault] = {}
@@ -410,16 +416,17 @@ def _batch(
 
 
 def _skip(row: Row, place: Place, kind: str) -> Row:
-    places = tuple(one for one in row.places if one is not place)
+    """The row without the conversation at `place`, which is counted as skipped for a fault of `kind`."""
+    places = tuple(other for other in row.places if other is not place)
     row = Row(*(array.copy() for array in row[:6]), places=places, faults_G=row.faults_G + counts([kind]))
     take_out(row, place)
     return row
 
 
 def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Item], images: Pixels | Features | None) -> None:
-    """After a batch in which everything was skipped: raises where there is nothing else."""
+    """Raises MoextendError where none of up to `MOST_TRIED` random conversations can be read."""
     tried = np.random.default_rng(0).permutation(len(source))[:MOST_TRIED]
-    found = counts(read=len(tried))
+    counts_G = counts(read=len(tried))
     for n in tried:
         try:
             item = encode(source[int(n)])
@@ -427,5 +434,5 @@ def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Item], images
                 images.read(np.array([item.image_rows], np.int32))
             return
         except Fault as fault:
-            found += counts([fault.kind])
-    raise MoextendError(f"all of {len(tried)} conversations tried are skipped: {described(found)}; there is no data")
+            counts_G += counts([fault.kind])
+    raise MoextendError(f"all of {len(tried)} conversations tried are skipped: {described(counts_G)}; there is no data")

@@ -26,12 +26,12 @@ from moextend_jax.data.builders import BUILDERS, Llava
 from moextend_jax.data.datasets import Example, Source, family_of, open_dataset
 from moextend_jax.data.entries import Entry, read_entries
 from moextend_jax.data.faults import KINDS
-from moextend_jax.data.inspector import Folder, Found, Inspector, Reading, Work
+from moextend_jax.data.inspector import Folder, Inspector, PlacedFault, Reading, Work
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.settings import FaultSettings
 
 ROWS, IMAGES = 256, 32
-"""A chunk of work of each kind."""
+"""Rows and images of one task: what a process is sent at a time."""
 SHOWN = 5
 """First faults of a kind that a report names."""
 
@@ -40,8 +40,11 @@ SHOWN = 5
 
 
 class Origin(NamedTuple):
-    """`entries()` starts again each time; `files` reads images by the names that entries have; `images` names the set
-    of images, which several origins share."""
+    """Where the rows of a data set are.
+
+    entries: called, gives all entries from the first on. files: reads images by the names that entries have.
+    images: the name of the set of images; origins with one name share it. json: LLaVA's file, if it is one.
+    """
 
     entries: Callable[[], Iterator[Entry]]
     files: Any
@@ -50,6 +53,8 @@ class Origin(NamedTuple):
 
 
 class BuiltFiles(NamedTuple):
+    """Images of a data set that was built, by key; `rows` says which row of `source.images` each is."""
+
     source: Source
     rows: dict[str, int]
 
@@ -99,7 +104,7 @@ def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:
 
 
 class Named(NamedTuple):
-    """An entry's number and id; of an image, its name and the first entry that shows it."""
+    """A fault for a report: number and id of its entry; of an image, the first entry that shows it, and its name."""
 
     entry: int
     id: str
@@ -126,15 +131,16 @@ class Report:
 
 @dataclass
 class _Images:
-    """Images of one set: by name the place in order of appearance, and what is wrong with some."""
+    """Images of one set. places: for each name its number in order of appearance; faults: of some, by that number."""
 
     places: dict[str, int] = field(default_factory=dict)
-    faults: dict[int, Found] = field(default_factory=dict)
+    faults: dict[int, PlacedFault] = field(default_factory=dict)
 
 
 @dataclass
 class _Rows:
-    """What is gathered of a reading while its rows go by: faults of the text, and which images each row shows."""
+    """What is gathered of a reading while its rows go by. faulty: kinds of faults by entry number. shows: arrays
+    `[n, 2]` of pairs (entry number, image number)."""
 
     report: Report
     faulty: dict[int, set[str]] = field(default_factory=dict)
@@ -193,12 +199,12 @@ def _tell(tell: Callable[[str, int, int], None], name: str, told: Counter[str], 
 
 
 class Task(NamedTuple):
-    """`method` of an `Inspector` on `items`; `take` gets what was found, by place."""
+    """A call of an `Inspector`: `method(items, what)`. `take` is called with the faults that it returns."""
 
     method: str
     items: Sequence[Any]
     what: Any
-    take: Callable[[list[Found]], None]
+    take: Callable[[list[PlacedFault]], None]
 
 
 def _tasks(
@@ -211,8 +217,8 @@ def _tasks(
     new: list[str] = []
 
     def of_images(names: list[str]) -> Task:
-        def take(found: list[Found]) -> None:
-            images.faults.update({images.places[names[one.place]]: one for one in found})
+        def take(faults: list[PlacedFault]) -> None:
+            images.faults.update({images.places[names[fault.place]]: fault for fault in faults})
             done("images", len(names))
 
         return Task("images", names, origin.images, take)
@@ -242,9 +248,9 @@ def _chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _take_rows(rows: _Rows, ids: list[tuple[int, str]]) -> Callable[[list[Found]], None]:
-    def take(found: list[Found]) -> None:
-        for place, kind, message in found:
+def _take_rows(rows: _Rows, ids: list[tuple[int, str]]) -> Callable[[list[PlacedFault]], None]:
+    def take(faults: list[PlacedFault]) -> None:
+        for place, kind, message in faults:
             number, id = ids[place]
             rows.report.counts[kind] += 1
             _note(rows.report, kind, Named(number, id, message))
@@ -262,9 +268,9 @@ def _finish(rows: _Rows, images: _Images, faults: FaultSettings) -> None:
     """Faults of images become those of the readings that show them."""
     report, names = rows.report, list(images.places)
     shows = np.concatenate(rows.shows) if rows.shows else np.zeros((0, 2), np.int32)
-    shown, first = np.unique(shows[:, 1], return_index=True)
-    report.images = len(shown)
-    by_image = {int(image): int(shows[at, 0]) for image, at in zip(shown, first, strict=True)}
+    image_numbers, first = np.unique(shows[:, 1], return_index=True)
+    report.images = len(image_numbers)
+    by_image = {int(image): int(shows[at, 0]) for image, at in zip(image_numbers, first, strict=True)}
     faulty = [image for image in sorted(images.faults) if image in by_image]
     for image in faulty:
         _, kind, message = images.faults[image]
@@ -319,18 +325,18 @@ class _Pool:
         try:
             waiting.append((task, self.executor.submit(inspector.do, task.method, task.items, task.what)))  # pyright: ignore
         except BrokenProcessPool:
-            self._mend([*[one for one, _ in waiting], task])
+            self._mend([*[earlier for earlier, _ in waiting], task])
             waiting.clear()
 
     def _take(self, waiting: deque[tuple[Task, Future]]) -> None:
         task, future = waiting.popleft()
         try:
-            found = future.result()
+            faults = future.result()
         except BrokenProcessPool:
-            self._mend([task, *[one for one, _ in waiting]])
+            self._mend([task, *[later for later, _ in waiting]])
             waiting.clear()
             return
-        task.take(found)
+        task.take(faults)
 
     def _mend(self, tasks: list[Task]) -> None:
         """After a process has ended: what was under way is done again, one item at a time."""
@@ -338,16 +344,16 @@ class _Pool:
         self.executor.shutdown(cancel_futures=True)
         alone = self._start(1)
         for task in tasks:
-            found = []
+            faults = []
             for place, item in enumerate(task.items):
                 try:
-                    some = alone.submit(inspector.do, task.method, [item], task.what).result()  # pyright: ignore
-                    found += [one._replace(place=place) for one in some]
+                    of_item = alone.submit(inspector.do, task.method, [item], task.what).result()  # pyright: ignore
+                    faults += [fault._replace(place=place) for fault in of_item]
                 except BrokenProcessPool:
                     kind = "unreadable" if task.method == "images" else "entry"
                     name = item if isinstance(item, str) else item.id
-                    found.append(Found(place, kind, f"{name}: reading it ends the process that does it"))
+                    faults.append(PlacedFault(place, kind, f"{name}: reading it ends the process that does it"))
                     alone = self._start(1)
-            task.take(found)
+            task.take(faults)
         alone.shutdown(cancel_futures=True)
         self.executor = self._start(self.processes)

@@ -258,6 +258,8 @@ def open_text(path: Path | str) -> list[str]:
 
 
 class Built(NamedTuple):
+    """Files that TFDS built, opened: rows by number, faults of entries, and a hash of the rows' contents."""
+
     rows: Any
     faults: list[Fault]
     fingerprint: str

@@ -19,7 +19,7 @@ BLOCK = 1 << 20
 MOST_ENTRY = 64 << 20
 """Bytes of one entry; more means that the file is damaged (a quotation mark that is missing)."""
 SHOWN = 20
-"""Invalid bytes of an entry whose places are said."""
+"""Invalid bytes of an entry whose places its fault names."""
 
 
 IMAGE_KEYS = ("image", "images")
@@ -95,7 +95,7 @@ def _entry(path: Path, number: int, start: int, value: Any, invalid: Sequence[in
 
 
 def _utf8(texts: Sequence[str]) -> bool:
-    """Not so where JSON spells half of a surrogate pair."""
+    """Whether all texts can be written as UTF-8; not where JSON spells half of a surrogate pair."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -212,8 +212,8 @@ class _Text:
             except (ValueError, RecursionError) as caught:
                 error = caught
             if self.ended or len(self.text) - self.at > MOST_ENTRY:
-                said = str(error).split(": line")[0] if error else "it has no end"
-                raise MoextendError(f"{self.path} is not JSON: the entry at byte {self.byte}: {said}")
+                reason = str(error).split(": line")[0] if error else "it has no end"
+                raise MoextendError(f"{self.path} is not JSON: the entry at byte {self.byte}: {reason}")
             self.more(max(BLOCK, len(self.text) - self.at))  # twice as much each time
         start, taken = self.byte, self.take(end - self.at)
         return start, value, [] if taken.isascii() else _invalid(taken, start)

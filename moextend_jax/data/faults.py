@@ -16,7 +16,8 @@ from moextend_jax.settings import KEEPABLE, FaultSettings
 
 
 class Kind(NamedTuple):
-    """`image`: of an image file, so of all conversations that show it; else of one conversation."""
+    """A kind of fault. image: it is an image file's, so all conversations that show the image have it; else it is one
+    conversation's. means: what is wrong, for messages."""
 
     image: bool
     means: str
@@ -46,7 +47,7 @@ KINDS: dict[str, Kind] = {
 }
 
 LEAST_READ = 1000
-"""Shares are of at least so many conversations: the first bad one of a run is not 100 %."""
+"""A share of skipped conversations is taken of at least so many: one bad one at the start of a run is not 100 %."""
 
 
 class Fault(MoextendError):
@@ -95,8 +96,9 @@ def check_share(counts_G: Any, settings: FaultSettings, *, least_read: int = LEA
 
 
 def described(counts_G: Any) -> str:
+    """How many were skipped of each kind, the most frequent first: "3 missing, 1 marks"."""
     by_kind = {kind: int(count) for kind, count in zip(KINDS, counts_G[1:], strict=True) if count}
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(by_kind.items(), key=lambda one: -one[1])) or "none"
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(by_kind.items(), key=lambda pair: -pair[1])) or "none"
 
 
 def refuse(faults: Iterable[Fault], settings: FaultSettings, *, where: str, hint: str = "") -> None:
@@ -114,3 +116,4 @@ def refuse(faults: Iterable[Fault], settings: FaultSettings, *, where: str, hint
 
 
 NAMED = 3
+"""Faults that the message of `refuse` names."""

@@ -128,7 +128,7 @@ def cache_features(
 
 
 def _fits(path: Path, fingerprint: dict[str, Any], images: Images, size, preparation) -> bool:
-    """Whether a cache is there, of these images, and those noted as faulty are so still: one that can be read after all
+    """Whether there is a cache of these images, and those noted as faulty in it still are: one that can be read by now
     needs its features."""
     try:
         store = FeatureStore.open(path, fingerprint=fingerprint)
@@ -141,30 +141,31 @@ def _fits(path: Path, fingerprint: dict[str, Any], images: Images, size, prepara
 def _write(
     folder: Path, images, compute, size, preparation, dtype, batch_size, threads, progress, faults: FaultSettings
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Keys and faults. All processes compute, on one mesh; the first writes."""
+    """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of images whose rows are zero.
+    All processes compute, on one mesh; the first writes."""
     prepare = partial(_prepare, images, size=size, preparation=preparation)
     keys, bad, out_nPC = [], {}, None
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(images), batch_size):
             images_nhwc = np.zeros((batch_size, size, size, 3), np.float32)  # one shape, one compilation
-            some = list(pool.map(prepare, range(first, min(first + batch_size, len(images)))))
-            for n, made in enumerate(some):
-                if isinstance(made, Fault):
-                    if not faults.skips(made):
-                        raise made
-                    bad[made.id] = [str(made), made.kind, made.id]
-                    keys.append(made.id)
+            prepared = list(pool.map(prepare, range(first, min(first + batch_size, len(images)))))
+            for n, item in enumerate(prepared):
+                if isinstance(item, Fault):
+                    if not faults.skips(item):
+                        raise item
+                    bad[item.id] = [str(item), item.kind, item.id]
+                    keys.append(item.id)
                 else:
-                    keys.append(made.key)
-                    images_nhwc[n] = made.image_hwc
-            features_nPC = np.asarray(compute(images_nhwc))[: len(some)].astype(dtype)
-            features_nPC[[isinstance(made, Fault) for made in some]] = 0
+                    keys.append(item.key)
+                    images_nhwc[n] = item.image_hwc
+            features_nPC = np.asarray(compute(images_nhwc))[: len(prepared)].astype(dtype)
+            features_nPC[[isinstance(item, Fault) for item in prepared]] = 0
             if out_nPC is None and distributed.first():
                 folder.mkdir(parents=True)
                 shape = (len(images), *features_nPC.shape[1:])
                 out_nPC = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=shape)
             if out_nPC is not None:
-                out_nPC[first : first + len(some)] = features_nPC
+                out_nPC[first : first + len(prepared)] = features_nPC
             if progress:
                 progress(len(keys), len(images))
     if out_nPC is not None:

@@ -49,8 +49,8 @@ class Folder(NamedTuple):
         return read_image(self.path, name)
 
 
-class Found(NamedTuple):
-    """`place` counts from 0 among the items given."""
+class PlacedFault(NamedTuple):
+    """A fault of one of the items that an `Inspector` was given; `place` is the item's index among them."""
 
     place: int
     kind: str
@@ -59,7 +59,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a process needs to know; the tokenizer is read again in each."""
+    """What a process needs to know. patches: positions that an image takes (P); size: the tower's pixels per side."""
 
     tokenizer_folder: Path
     recipe: Recipe
@@ -71,28 +71,30 @@ class Work:
 
 
 class Inspector:
+    """Checks rows and images for the readings of one `Work`."""
+
     def __init__(self, work: Work):
         self.work = work
         self.tokenizer: Tokenizer = load_tokenizer(work.tokenizer_folder)
 
-    def rows(self, entries: Sequence[Entry], which: int) -> list[Found]:
+    def rows(self, entries: Sequence[Entry], which: int) -> list[PlacedFault]:
         """What `readings[which]` would refuse; at most one fault of each entry's turns, besides one of its form."""
-        found = []
+        faults = []
         for place, entry in enumerate(entries):
             if entry.fault is not None:
-                found.append(Found(place, entry.fault.kind, str(entry.fault)))
+                faults.append(PlacedFault(place, entry.fault.kind, str(entry.fault)))
                 if entry.fault.kind != "duplicate_id":
                     continue
             try:
                 self._encode(entry, self.work.readings[which])
             except Fault as fault:
-                found.append(Found(place, fault.kind, str(fault)))
+                faults.append(PlacedFault(place, fault.kind, str(fault)))
             except Exception as error:  # that would be a bug, and still a row to look at
-                found.append(Found(place, "entry", f"example {entry.id}: {type(error).__name__}: {error}"))
-        return found
+                faults.append(PlacedFault(place, "entry", f"example {entry.id}: {type(error).__name__}: {error}"))
+        return faults
 
     def _encode(self, entry: Entry, reading: Reading) -> None:
-        asked = reading.parts == "prompt"
+        prompt_only = reading.parts == "prompt"
         encode_row(
             entry.turns,
             example_id=entry.id,
@@ -100,11 +102,11 @@ class Inspector:
             tokenizer=self.tokenizer,
             recipe=self.work.recipe,
             patches=self.work.patches,
-            length=1 << 30 if asked else reading.length,
-            images_per_row=len(entry.images) if asked else reading.images_per_row,
+            length=1 << 30 if prompt_only else reading.length,
+            images_per_row=len(entry.images) if prompt_only else reading.images_per_row,
             too_long=reading.too_long,
         )
-        if not asked:
+        if not prompt_only:
             return
         try:
             prompt = encode_prompt(
@@ -120,8 +122,9 @@ class Inspector:
             message = f"question {entry.id}: a prompt of {len(prompt.ids_L)} tokens does not fit {reading.length}"
             raise Fault(message, "too_long", entry.id)
 
-    def images(self, names: Sequence[str], files: str) -> list[Found]:
-        found = []
+    def images(self, names: Sequence[str], files: str) -> list[PlacedFault]:
+        """What decoding and preparing images would refuse; `files` names their set in the work's `files`."""
+        faults = []
         for place, name in enumerate(names):
             try:
                 picture = decode_image(self.work.files[files].read(name), name=f"image {name}", id=name)
@@ -129,10 +132,10 @@ class Inspector:
                     *picture.size, size=self.work.size, preparation=self.work.recipe.image_preparation, id=name
                 )
             except Fault as fault:
-                found.append(Found(place, fault.kind, str(fault)))
+                faults.append(PlacedFault(place, fault.kind, str(fault)))
             except Exception as error:
-                found.append(Found(place, "unreadable", f"image {name}: {type(error).__name__}: {error}"))
-        return found
+                faults.append(PlacedFault(place, "unreadable", f"image {name}: {type(error).__name__}: {error}"))
+        return faults
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
@@ -147,6 +150,6 @@ def start(work: Work) -> None:
     _inspector = Inspector(work)
 
 
-def do(method: Literal["rows", "images"], items: Sequence[Any], what: Any) -> list[Found]:
+def do(method: Literal["rows", "images"], items: Sequence[Any], what: Any) -> list[PlacedFault]:
     assert _inspector is not None
     return getattr(_inspector, method)(items, what)

@@ -21,7 +21,7 @@ from moextend_jax.generate import Arrays, Generator, Heads
 from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
 
 LOOK = 32
-"""Tokens between two looks at what has been said, where the text decides when to stop."""
+"""New tokens between two looks at the answers, where their text decides when to stop."""
 
 
 class Pictures(Protocol):
@@ -32,18 +32,20 @@ class Pictures(Protocol):
         """`images_BMhwc` or `features_BMPC`."""
         ...
 
-    def read(self, rows_BM: np.ndarray, /) -> np.ndarray: ...
+    def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
+        """Pixels `[B, M, h, w, c]` or features `[B, M, P, C]` of images by row number, zeros for -1."""
+        ...
 
 
 class Completed(NamedTuple):
-    """ids: what the model said to prompt `index`, without EOS and what comes after."""
+    """ids: the model's answer to prompt `index`, which ends before EOS."""
 
     index: int
     ids: list[int]
 
 
 class Scored(NamedTuple):
-    """nats: log-likelihood of the targets of prompt `index`; greedy: whether each is what the model would say."""
+    """nats: log-likelihood of all targets of prompt `index`; greedy: whether each of them is the likeliest id."""
 
     index: int
     nats: float
@@ -52,8 +54,8 @@ class Scored(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asker:
-    """A model on its generator's mesh. `rows` and `tokens` are the most of a batch, over all devices; `prompts.plan`
-    says how they are used."""
+    """A model on its generator's mesh. A batch has at most `rows` rows and about `tokens` positions over all devices;
+    `prompts.plan` says how it keeps to them."""
 
     generator: Generator
     arrays: Arrays
@@ -73,11 +75,11 @@ class Asker:
         max_new_tokens: int,
         stop: Callable[[int, list[int]], bool] | None = None,
     ) -> Iterator[list[Completed]]:
-        """Greedy answers, a batch at a time, in the order of the plan.
+        """Greedy answers of up to `max_new_tokens` ids, a batch at a time, in the order of the plan.
 
         Args:
-          stop: told a prompt's index and its ids so far, from time to time: whether more are wanted. The answer
-            holds all ids up to that look.
+          stop: called every `LOOK` tokens with a prompt's index and its ids so far; True where they are enough. A batch
+            ends when each of its rows has had enough or EOS, so an answer may hold ids past the point where it stopped.
         """
         steps = LOOK if stop else max_new_tokens
         begun: list[tuple[Work, list[jax.Array]]] = []
@@ -92,14 +94,14 @@ class Asker:
             yield self._completed(work, pieces)
 
     def score(self, prompts: Sequence[Prompt]) -> Iterator[list[Scored]]:
-        """Log-likelihoods of the prompts' targets."""
+        """Log-likelihoods of the prompts' targets, a batch at a time, in the order of the plan."""
         begun: list[tuple[Work, jax.Array, jax.Array]] = []
         for work, tails, heads in self._started(prompts, room=0):
             begun.append((work, *self.generator.score(self.arrays, tails, heads=heads)))
             if len(begun) > 1:
                 yield self._scored(prompts, *begun.pop(0))
-        for some in begun:
-            yield self._scored(prompts, *some)
+        for work, nats, likeliest in begun:
+            yield self._scored(prompts, work, nats, likeliest)
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -108,7 +110,7 @@ class Asker:
         return [Completed(n, _until(ids_BL[row], self.eos)) for n, row in _placed(work)]
 
     def _until(self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]) -> list[Any]:
-        """Pieces until no row wants more."""
+        """Ids `[B, n]` in pieces, on the host, until every row has ended or `stop` says that it has enough."""
         seen: list[np.ndarray] = []
         for piece in pieces:
             seen.append(on_host(piece))
@@ -119,38 +121,39 @@ class Asker:
 
     def _scored(self, prompts: Sequence[Prompt], work: Work, nats: jax.Array, likeliest: jax.Array) -> list[Scored]:
         nats_BL, likeliest_BL = on_host(nats).astype(np.float64), on_host(likeliest)
-        found = []
+        scores = []
         for n, row in _placed(work):
             targets_L = prompts[n].targets_L
             assert targets_L is not None
-            asked_L = targets_L != IGNORE
-            greedy = bool(likeliest_BL[row, : len(asked_L)][asked_L].all())
-            found.append(Scored(n, float(nats_BL[row].sum()), greedy))
-        return found
+            labelled_L = targets_L != IGNORE
+            greedy = bool(likeliest_BL[row, : len(labelled_L)][labelled_L].all())
+            scores.append(Scored(n, float(nats_BL[row].sum()), greedy))
+        return scores
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
     def _started(self, prompts: Sequence[Prompt], *, room: int) -> Iterator[tuple[Work, Batch, Heads | None]]:
-        """Every batch on the devices, its heads read."""
+        """Every batch of the plan: its tails on the devices, and their heads read. `room`: new tokens of a row."""
         parts = row_shards(self.mesh)
         own = own_row_shards(self.mesh)
         works = plan(prompts, parts=parts, rows=self.rows // parts, tokens=self.tokens // parts, room=room)
         most = max((len(prompt.images) for prompt in prompts), default=0)
 
-        def made(work: Work) -> tuple[Batch, list[tuple[Batch, np.ndarray]]]:
+        def host_batches(work: Work) -> tuple[Batch, list[tuple[Batch, np.ndarray]]]:
             readings = [self._heads(prompts, work, own, n, most) for n in range(work.readings)]
             return _tails(prompts, work, own), readings
 
         with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(made, works[0]) if works else None
+            coming = pool.submit(host_batches, works[0]) if works else None
             for n, work in enumerate(works):
                 assert coming is not None
                 tails, readings = coming.result()
-                coming = pool.submit(made, works[n + 1]) if n + 1 < len(works) else None
+                coming = pool.submit(host_batches, works[n + 1]) if n + 1 < len(works) else None
                 yield work, place_rows(tails, self.mesh), self._read(prompts, work, own, readings)
 
     def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, most: int) -> tuple[Batch, np.ndarray]:
-        """Those of one reading, and which row takes which of them."""
+        """The heads of one reading, with their images, as a batch `[n, L]` of this process's parts; and for each row of
+        the work, `[B]`, which of its part's n heads it takes, -1 for none of this reading. `most`: images of a row."""
         first, count, length = reading * work.heads_at_once, work.heads_at_once, work.head_length
         batch = _empty_batch(count * len(own), length)
         images_nM = np.full((count * len(own), most), -1, np.int32)
@@ -207,9 +210,9 @@ def _empty_batch(rows: int, length: int) -> Batch:
 
 
 def _placed(work: Work) -> Iterator[tuple[int, int]]:
-    """(prompt, its row in the whole batch)."""
-    for part, some in enumerate(work.prompts):
-        yield from ((n, part * work.rows + row) for row, n in enumerate(some))
+    """Index of every prompt of the batch, and its row in the batch of all processes."""
+    for part, indices in enumerate(work.prompts):
+        yield from ((n, part * work.rows + row) for row, n in enumerate(indices))
 
 
 def _until(ids_L: np.ndarray, eos: int) -> list[int]:

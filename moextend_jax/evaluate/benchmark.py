@@ -28,7 +28,7 @@ from moextend_jax.runs.results import ANSWERING, model_row
 from moextend_jax.runs.run import Run, write_json
 
 EXAMPLES, PIXELS = 6, 256
-"""Questions that the report shows of a benchmark, and the longest side of their pictures."""
+"""Questions that the report shows of a benchmark, and the longest side of their pictures in pixels."""
 
 
 def benchmark(
@@ -58,22 +58,22 @@ def benchmark(
     if not model_row(model).sees and any(question.image is not None for question in questions):
         raise MoextendError(f"the {model} model cannot see: benchmark {name} needs --model {' or '.join(ANSWERING)}")
     path = folder_of(run, name, split=split, model=model) / "answers.jsonl"
-    asked = f"{identity(run, model)}-{most}"
-    speed = _answer(run, name, questions, every, path, model=model, model_id=asked, max_new_tokens=most)
+    model_id = f"{identity(run, model)}-{most}"
+    speed = _answer(run, name, questions, every, path, model=model, model_id=model_id, max_new_tokens=most)
     record: dict[str, Any] = {}
     if distributed.first():
         wanted = {question.key for question in questions}
-        found = table.read_answered(name, path, questions=every, partial=True)
-        answered = [one for one in found if one.question.key in wanted]
+        recorded = table.read_answered(name, path, questions=every, partial=True)
+        answered = [answer for answer in recorded if answer.question.key in wanted]
         scores = table.score(name, answered, data, split)
         record = as_json(name, scores, questions=len(questions), answered=len(answered))
         print_scores(name, scores, record)
         record |= {"split": split or table.benchmark(name).splits[0], "limit": limit, "model": model} | speed
-        record |= {"model_id": asked, "max_new_tokens": most}
-        shown = examples(answered, scores.points)
+        record |= {"model_id": model_id, "max_new_tokens": most}
+        chosen_examples = examples(answered, scores.points)
     else:
-        shown = []
-    write_json(path.with_name("examples.json"), shown)
+        chosen_examples = []
+    write_json(path.with_name("examples.json"), chosen_examples)
     write_json(path.with_name("scores.json"), record)
     return record
 
@@ -82,11 +82,11 @@ def examples(answered: Sequence[Answered], points: Sequence[float]) -> list[dict
     """Some questions for the report, with their pictures: the worst and the best, evenly, the earliest of each."""
     order = sorted(range(len(answered)), key=lambda n: points[n]) if points else list(range(len(answered)))
     chosen = dict.fromkeys([*order[: EXAMPLES // 2], *order[::-1][: EXAMPLES - EXAMPLES // 2]])
-    found = []
+    records = []
     for n in chosen:
         question, text = answered[n]
         encoded = image_bytes(question)
-        found.append(
+        records.append(
             {
                 "question": question.recorded,
                 "answer": question.answer,
@@ -95,7 +95,7 @@ def examples(answered: Sequence[Answered], points: Sequence[float]) -> list[dict
                 "image_png": None if encoded is None else small_png(encoded, name=question.where),
             }
         )
-    return found
+    return records
 
 
 def small_png(encoded: bytes, *, name: str) -> str:
@@ -107,6 +107,7 @@ def small_png(encoded: bytes, *, name: str) -> str:
 
 
 def folder_of(run: Run, name: str, *, split: str | None, model: str) -> Path:
+    """WORKDIR/eval/NAME/MODEL, or NAME-SPLIT for another split than the benchmark's first."""
     default = table.benchmark(name).splits[0]
     return run.workdir / "eval" / (name if split in (None, default) else f"{name}-{split}") / model
 
@@ -122,7 +123,8 @@ def _answer(
     model_id: str,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """Appends the answers that the file lacks; it may hold those of `every` question."""
+    """Appends answers to `questions` that the file at `path` lacks. `every`: all questions that it may have answers to,
+    also those beyond a limit. Returns how many were answered now, and how fast."""
     assert run.config.vision is not None
     with contextlib.ExitStack() as stack:
         written = (
@@ -156,9 +158,9 @@ def _answer(
         opened = open_model(run, model)
         asker = asker_of(run, generator_of(run, opened.model), opened.arrays, pictures=pictures)
         with counting(name, len(questions), unit="questions", done=len(questions) - len(left)) as bar:
-            for some in asker.complete(prompts, max_new_tokens=max_new_tokens):
-                for index, ids in some:
+            for completed in asker.complete(prompts, max_new_tokens=max_new_tokens):
+                for index, ids in completed:
                     if written:
                         written.append(left[index], run.tokenizer.decode(ids).strip())
-                bar.add(len(some))
+                bar.add(len(completed))
             return {"answered_now": len(left), "questions_per_second": round(bar.per_second, 2)}

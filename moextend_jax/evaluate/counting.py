@@ -12,7 +12,7 @@ from moextend_jax.distributed import first
 from moextend_jax.terminal import console
 
 EVERY_SECONDS = 10.0
-"""Between plain lines."""
+"""Between two plain lines, where there is no terminal."""
 
 
 class Bar:
@@ -25,7 +25,7 @@ class Bar:
 
     @property
     def per_second(self) -> float:
-        """Since it began, compiling included."""
+        """Things done per second since the bar began, compiling included."""
         return (self.done - self.before) / max(time.monotonic() - self.began, 1e-9)
 
     def add(self, count: int) -> None:
@@ -42,7 +42,7 @@ class Bar:
 
 @contextlib.contextmanager
 def counting(name: str, total: int, *, unit: str, done: int = 0) -> Iterator[Bar]:
-    """`done` of the total were done before (a run that goes on)."""
+    """A bar for `total` things, of which `done` were done before (a run that goes on)."""
     out = console()
     if not (out.is_terminal and first()):
         yield Bar(name, total, unit=unit, screen=None, done=done)

@@ -23,11 +23,11 @@ from moextend_jax.runs.run import Run, write_json
 from moextend_jax.terminal import console
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "mbpp", "mmlu", "gsm8k")
-"""The paper's."""
+"""The paper's text benchmarks, by lm-eval's names."""
 PUBLISHED = {"MoExtend": 0.41, "full fine-tuning": 3.30}
-"""The paper's average drop over them, in points."""
+"""The paper's average drop over `TASKS`, in points (per cent)."""
 FIGURES = ("acc", "exact_match", "pass_at_1", "pass@1", "acc_norm", "f1")
-"""Which of a task's figures the table shows: the first that it has, else its first of all."""
+"""Shares that the table can show of a task: the first of these that it has, else the task's first figure."""
 
 
 class Figure(NamedTuple):
@@ -61,30 +61,32 @@ def forgetting(
     """
     from moextend_jax.evaluate.harness import HarnessModel  # lm-eval is an extra
 
-    found: dict[str, dict[str, Any]] = {}
+    by_model: dict[str, dict[str, Any]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
     for name in ("base", *models):
         model, arrays = text_only(open_model(run, name))
         generator = generators.setdefault(model.config, generator_of(run, model))
-        asked = HarnessModel(asker_of(run, generator, arrays), tokenizer=run.tokenizer, max_length=max_length)
+        harness_model = HarnessModel(asker_of(run, generator, arrays), tokenizer=run.tokenizer, max_length=max_length)
         # lm-eval keeps answers by request in a file of SQLite, which one process alone can write.
         cache = run.workdir / "eval" / "lm-eval" / f"{identity(run, name)}-{max_length}"
         alone = jax.process_count() == 1
         if alone:
             cache.parent.mkdir(parents=True, exist_ok=True)
-        found[name] = _results(
-            asked, tasks=tasks, cache=str(cache) if alone else None, limit=limit, num_fewshot=num_fewshot,
+        by_model[name] = _results(
+            harness_model, tasks=tasks, cache=str(cache) if alone else None, limit=limit, num_fewshot=num_fewshot,
             include_path=include_path, run_code=run_code,
         )  # fmt: skip
     record = {
-        "tasks": {task: {name: figure(results, task)._asdict() for name, results in found.items()} for task in tasks},
-        "average_drop": {name: average_drop(found["base"], found[name], tasks) for name in models},
+        "tasks": {
+            task: {name: figure(results, task)._asdict() for name, results in by_model.items()} for task in tasks
+        },
+        "average_drop": {name: average_drop(by_model["base"], by_model[name], tasks) for name in models},
         "published_average_drop": PUBLISHED,
         "limit": limit,
         "num_fewshot": num_fewshot,
-        "models": {name: identity(run, name) for name in found},
-        "results": {name: results["results"] for name, results in found.items()},
-        "versions": {name: results.get("versions", {}) for name, results in found.items()},
+        "models": {name: identity(run, name) for name in by_model},
+        "results": {name: results["results"] for name, results in by_model.items()},
+        "versions": {name: results.get("versions", {}) for name, results in by_model.items()},
     }
     write_json(run.workdir / "eval" / "forgetting.json", record)
     if distributed.first():
@@ -93,6 +95,7 @@ def forgetting(
 
 
 def figure(results: Mapping[str, Any], task: str) -> Figure:
+    """The figure of a task that the table shows, from what lm-eval returned."""
     figures = {
         name: value
         for name, value in results["results"][task].items()
@@ -101,7 +104,7 @@ def figure(results: Mapping[str, Any], task: str) -> Figure:
     if not figures:
         raise MoextendError(f"lm-eval task {task} has no figure")
     rank = {name: FIGURES.index(head) if (head := name.split(",")[0]) in FIGURES else len(FIGURES) for name in figures}
-    name = min(figures, key=lambda one: rank[one])
+    name = min(figures, key=rank.__getitem__)
     better = results.get("higher_is_better", {}).get(task, {}).get(name.split(",")[0], True)
     share = rank[name] < len(FIGURES)
     return Figure(name, 100 * figures[name] if share else figures[name], better is not False)
@@ -116,27 +119,27 @@ def average_drop(base: Mapping[str, Any], other: Mapping[str, Any], tasks: Seque
 
 def print_table(record: Mapping[str, Any]) -> None:
     names = [name for name in next(iter(record["tasks"].values())) if name != "base"]
-    shown = Table(title="What was forgotten of text")
+    table = Table(title="What was forgotten of text")
     for column in ("task", "figure", "base", *(cell for name in names for cell in (name, "drop"))):
-        shown.add_column(column, justify="left" if column in ("task", "figure") else "right")
+        table.add_column(column, justify="left" if column in ("task", "figure") else "right")
     for task, of in record["tasks"].items():
         base = of["base"]
         cells = [task, base["name"], f"{base['value']:.2f}"]
         for name in names:
             sign = 1 if base["higher_is_better"] else -1
             cells += [f"{of[name]['value']:.2f}", f"{sign * (base['value'] - of[name]['value']):+.2f}"]
-        shown.add_row(*cells)
+        table.add_row(*cells)
     drops = [record["average_drop"][name] for name in names]
     cells = [cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")]
-    shown.add_row("average drop", "", "", *cells)
+    table.add_row("average drop", "", "", *cells)
     out = console()
-    out.print(shown)
-    said = ", ".join(f"{name} {drop}" for name, drop in record["published_average_drop"].items())
-    out.print(f"published average drop over {', '.join(TASKS)}: {said}", markup=False)
+    out.print(table)
+    published = ", ".join(f"{name} {drop}" for name, drop in record["published_average_drop"].items())
+    out.print(f"published average drop over {', '.join(TASKS)}: {published}", markup=False)
 
 
 def _results(
-    asked: Any, *, tasks: Sequence[str], cache: str | None, limit: int | None, num_fewshot: int | None,
+    harness_model: Any, *, tasks: Sequence[str], cache: str | None, limit: int | None, num_fewshot: int | None,
     include_path: Path | None, run_code: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -152,7 +155,7 @@ def _results(
         )
     try:
         results = simple_evaluate(
-            model=asked, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
+            model=harness_model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
             use_cache=cache, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code,
         )  # fmt: skip
     except OSError as error:  # of a data set: no network, no such file

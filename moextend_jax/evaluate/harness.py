@@ -29,7 +29,7 @@ except ImportError as error:
     raise MoextendError(f"text benchmarks need lm-eval ({error}): pip install 'moextend-jax[eval]'") from error
 
 NEW_TOKENS = 256
-"""Where a task does not say how many; lm-eval's own number."""
+"""Most new tokens of an answer where a task does not say how many; lm-eval's own number."""
 
 
 class HarnessModel(TemplateLM):
@@ -65,16 +65,16 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """requests: (what to cache under, ids of the context, ids of the continuation)."""
-        prompts = [self._scored(*one) for one in requests]
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        prompts = [self._scored(*request) for request in requests]
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with counting("scoring", len(prompts), unit="requests") as bar:
-            for some in self.asker.score(prompts):
-                for index, nats, greedy in some:
-                    found[index] = nats, greedy
+            for scored in self.asker.score(prompts):
+                for index, nats, greedy in scored:
+                    scores[index] = nats, greedy
                     if requests[index][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
-                bar.add(len(some))
-        return found
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], scores[index])
+                bar.add(len(scored))
+        return scores
 
     def _scored(self, request: Any, context: list[int], continuation: list[int]) -> Prompt:
         """The context but for its last token is the head, which all continuations of a question share."""
@@ -114,7 +114,7 @@ class HarnessModel(TemplateLM):
     # --- generation ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        said = [""] * len(requests)
+        texts = [""] * len(requests)
         alike: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)
         for n, request in enumerate(requests):
             options: Any = generating.normalize_gen_kwargs(request.args[1], NEW_TOKENS)
@@ -126,9 +126,9 @@ class HarnessModel(TemplateLM):
             for (most, stops), numbers in alike.items():
                 for index, text in self._generated([requests[n] for n in numbers], most, stops, bar):
                     n = numbers[index]
-                    said[n] = text
+                    texts[n] = text
                     self.cache_hook.add_partial("generate_until", requests[n].args, text)
-        return said
+        return texts
 
     def _generated(self, requests: list[Any], most: int, stops: tuple[str, ...], bar: Any):
         if most >= self.max_length:
@@ -145,7 +145,7 @@ class HarnessModel(TemplateLM):
             so_far = text(index, ids)
             return any(stop and stop in so_far for stop in stops)
 
-        for some in self.asker.complete(prompts, max_new_tokens=most, stop=enough if stops else None):
-            for index, ids in some:
+        for completed in self.asker.complete(prompts, max_new_tokens=most, stop=enough if stops else None):
+            for index, ids in completed:
                 yield index, generating.postprocess_generated_text(text(index, ids), list(stops), None)
-            bar.add(len(some))
+            bar.add(len(completed))

@@ -17,29 +17,29 @@ THREADS = 8
 
 
 class QuestionPictures:
-    """Reads pictures by number; questions about the same one share its number."""
+    """Reads pictures by number; questions about the same picture share its number."""
 
     field = "images_BMhwc"
 
     def __init__(self, questions: Sequence[Question], *, size: int, preparation: Literal["pad", "crop"]):
         self._size = size
         self._preparation: Literal["pad", "crop"] = preparation
-        self._asked: list[Question] = []
+        self._questions: list[Question] = []  # by picture number: the first that asks about it
         numbers: dict[Hashable, int] = {}
         self.numbers: list[tuple[int, ...]] = []
-        """Of each question: the number of its picture, or nothing."""
+        """For each question the number of its picture, `()` where it has none."""
         for question in questions:
             if question.image is None:
                 self.numbers.append(())
                 continue
             same = hashlib.sha256(question.image).digest() if isinstance(question.image, bytes) else question.image
             if same not in numbers:
-                numbers[same] = len(self._asked)
-                self._asked.append(question)
+                numbers[same] = len(self._questions)
+                self._questions.append(question)
             self.numbers.append((numbers[same],))
 
     def __len__(self) -> int:
-        return len(self._asked)
+        return len(self._questions)
 
     def check(self, progress: Callable[[], None] = lambda: None) -> None:
         """Decodes every picture once, so that a broken one stops a run before it begins.
@@ -47,10 +47,10 @@ class QuestionPictures:
         Raises:
           MoextendError: names the lines of questions whose picture is missing or cannot be read.
         """
-        check_images(self._asked)
+        check_images(self._questions)
         mistakes = Mistakes()
         with ThreadPoolExecutor(THREADS) as pool:
-            for question, wrong in zip(self._asked, pool.map(self._wrong, self._asked), strict=True):
+            for question, wrong in zip(self._questions, pool.map(self._wrong, self._questions), strict=True):
                 if wrong:
                     mistakes.add(question.where, wrong)
                 progress()
@@ -62,8 +62,8 @@ class QuestionPictures:
         images_BMhwc = np.zeros((*rows_BM.shape, size, size, 3), np.float32)
         places = list(zip(*np.nonzero(rows_BM >= 0), strict=True))
         with ThreadPoolExecutor(THREADS) as pool:
-            made = pool.map(lambda place: self._pixels(self._asked[rows_BM[place]]), places)
-            for place, image_hwc in zip(places, made, strict=True):
+            pixels = pool.map(lambda place: self._pixels(self._questions[rows_BM[place]]), places)
+            for place, image_hwc in zip(places, pixels, strict=True):
                 images_BMhwc[place] = image_hwc
         return images_BMhwc
 

@@ -17,16 +17,18 @@ from moextend_jax.config import MoextendError
 from moextend_jax.generate import ALIGNED_ROWS
 
 SMALLEST = 8
-"""Of the buckets."""
+"""Tokens of the smallest bucket."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
-    """Token ids whose first `head` are shared with other prompts that have the same `ids_L[:head]` and `images`.
+    """Token ids `[L]`: first the `head`, which is read once for all prompts that have the same `ids_L[:head]` and
+    `images`, then the tail.
 
-    patches_L: as in `Batch`, of a row with these images; all images lie in the head. images: keys to be read by.
-    targets_L: what should come after each position of the tail (scoring), -100 for nothing.
-    where: for messages.
+    patches_L: as in `Batch`, of a row with these images, all of which lie in the head.
+    images: rows of what the asker's pictures are read from.
+    targets_L: for each position of the tail, the id that should come after it (scoring); -100 for none.
+    where: names the prompt in messages.
     """
 
     ids_L: np.ndarray
@@ -42,8 +44,14 @@ class Prompt:
 
 
 class Work(NamedTuple):
-    """One batch. prompts: for each part of the mesh's rows, indices of the prompts whose rows it holds.
-    heads: for each part, one prompt per different head; head_of: for each part, which of those each prompt has."""
+    """One batch: `rows` rows in each of the parts that the mesh makes of it, heads padded to `head_length` tokens and
+    tails to `tail_length`.
+
+    heads_at_once: heads of a part that are read together, as one batch.
+    prompts: for each part, indices of the prompts in its rows.
+    heads: for each part, the index of one prompt with each different head.
+    head_of: for each part and each of its prompts, which of the part's `heads` it has.
+    """
 
     head_length: int
     tail_length: int
@@ -55,13 +63,16 @@ class Work(NamedTuple):
 
     @property
     def readings(self) -> int:
-        """How many times `heads_at_once` heads per part are read."""
+        """How many batches of `heads_at_once` heads per part are read."""
         return -(-max(map(len, self.heads)) // self.heads_at_once) if self.head_length else 0
 
 
 def bucket(length: int, *, per_octave: int = 4) -> int:
-    """The smallest of 8, 10, 12, 14, 16, 20, ... that holds it: `per_octave` lengths between a power of two and the
-    next. Four pad by an eighth on average, and lengths up to n need 4 log2(n / 8) programs."""
+    """The smallest of 8, 10, 12, 14, 16, 20, ... that is no less than `length`.
+
+    There are `per_octave` of them from each power of two to the next. Four pad by an eighth on average, and lengths up
+    to n need 4 log2(n / 8) programs.
+    """
     top = SMALLEST
     while top < length:
         top *= 2
@@ -70,13 +81,16 @@ def bucket(length: int, *, per_octave: int = 4) -> int:
 
 
 def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room: int = 0) -> list[Work]:
-    """All prompts in batches.
+    """All prompts in batches, those of like lengths together.
 
     Args:
       parts: how many parts the mesh makes of a batch's rows.
-      rows: at most so many in a part; a multiple of ALIGNED_ROWS is used, and fewer where they are long.
-      tokens: about so many in a part.
-      room: of a row for new tokens, counted in `tokens`.
+      rows: most rows of a part; it gets a multiple of ALIGNED_ROWS, at least ALIGNED_ROWS.
+      tokens: most positions of a part, padding and `room` included, unless ALIGNED_ROWS rows have more.
+      room: positions that every row keeps for new tokens.
+
+    Raises:
+      MoextendError: a prompt's tail has no tokens.
     """
     first_with: dict[object, int] = {}
     order = []
@@ -86,14 +100,14 @@ def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room:
         head = (prompt.ids_L[: prompt.head].tobytes(), prompt.images) if prompt.head else ()
         order.append((buckets(prompt), first_with.setdefault(head, n), n))
     order.sort()
-    found, start = [], 0
+    works, start = [], 0
     while start < len(order):
         shape = order[start][0]
         in_part = rows_of(sum(shape) + room, rows=rows, tokens=tokens)
-        some = [one[1:] for one in order[start : start + parts * in_part] if one[0] == shape]
-        found.append(_work(shape, some, parts=parts, rows=in_part))
-        start += len(some)
-    return found
+        items = [entry[1:] for entry in order[start : start + parts * in_part] if entry[0] == shape]
+        works.append(_work(shape, items, parts=parts, rows=in_part))
+        start += len(items)
+    return works
 
 
 def buckets(prompt: Prompt) -> tuple[int, int]:
@@ -105,12 +119,13 @@ def buckets(prompt: Prompt) -> tuple[int, int]:
 
 
 def rows_of(length: int, *, rows: int, tokens: int) -> int:
-    """Rows of a part for prompts of that length."""
+    """Rows of a part for prompts of `length` tokens: a multiple of ALIGNED_ROWS, at least ALIGNED_ROWS."""
     return max(1, min(rows, tokens // length) // ALIGNED_ROWS) * ALIGNED_ROWS
 
 
 def _work(shape: tuple[int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:
-    """items: (first prompt with the same head, prompt), those with one head side by side."""
+    """items: for each prompt (index of the first prompt with its head, its own index), equal heads side by side. shape:
+    tokens of heads and of tails as padded."""
     each = -(-len(items) // parts)
     split = [items[part * each : (part + 1) * each] for part in range(parts)]
     heads = [list(dict.fromkeys(head for head, _ in part)) for part in split] if shape[0] else [[] for _ in split]
@@ -122,6 +137,7 @@ def _work(shape: tuple[int, int], items: list[tuple[int, int]], *, parts: int, r
         prompts=[[n for _, n in part] for part in split],
         heads=heads,
         head_of=[
-            [mine.index(head) for head, _ in part] if mine else [] for part, mine in zip(split, heads, strict=True)
+            [own_heads.index(head) for head, _ in part] if own_heads else []
+            for part, own_heads in zip(split, heads, strict=True)
         ],
     )

@@ -40,7 +40,9 @@ def prompt_of(
     """The chat template around a question; its head is everything up to the last image.
 
     Args:
-      images: rows of whatever the pictures are read from.
+      images: rows of what the pictures are read from.
+      patches: positions that an image takes (P).
+      where: names the question in messages.
     """
     try:
         encoded = encode_prompt(text, images=len(images), tokenizer=tokenizer, recipe=recipe, patches=patches)
@@ -72,12 +74,12 @@ def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:
     return sum(_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)) / len(right)
 
 
-def question_only_answers(training: Iterable[Example], asked: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
-    """The best that can be said without the image: each question's most frequent answer in the training data.
+def question_only_answers(training: Iterable[Example], texts: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
+    """The best answers without the image: each question's most frequent one in the training data.
 
     Args:
-      training: conversations; those that training refuses or skips say nothing.
-      asked: texts of the questions.
+      training: conversations; those that training refuses or skips are left out.
+      texts: the questions; one that training does not have gets the most frequent answer of all.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
@@ -88,7 +90,7 @@ def question_only_answers(training: Iterable[Example], asked: Sequence[str], *, 
             overall[question.answer] += 1
     if not overall:
         raise MoextendError("no conversation of the training data has a question and an answer")
-    return [(by_question.get(text) or overall).most_common(1)[0][0] for text in asked]
+    return [(by_question.get(text) or overall).most_common(1)[0][0] for text in texts]
 
 
 def _plain(text: str) -> str:

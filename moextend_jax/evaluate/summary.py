@@ -39,69 +39,70 @@ from moextend_jax.runs.run import Run, write_json
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
 
 
-class Asked(NamedTuple):
-    """A question of the evaluation data, and its prompt, whose images are rows of what pictures are read from."""
+class PromptedQuestion(NamedTuple):
+    """A question of the evaluation data and its prompt, whose images are rows of what pictures are read from."""
 
     question: questions.Question
     prompt: Prompt
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Evaluates every model the work directory holds; writes examples.json and finetune/routing.json.
+    """Evaluates every model the work directory holds and returns accuracies and text losses; writes examples.json and
+    finetune/routing.json.
 
-    Whatever can be wrong with the data is found before the first model is asked: a faulty conversation is left out, or
+    Whatever can be wrong with the data shows before the first model is asked: a faulty conversation is left out, or
     is an error, as training does with it.
     """
     settings = run.settings.evaluate
     source = open_source(run, settings.data, settings.split)
     images, pixels = images_of(run, source, data=settings.data, split=settings.split), pixels_of(run, source)
-    asked = _asked(run, source, images)
+    prompted = _prompted_questions(run, source, images)
     known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
-    texts = [one.question.text for one in asked]
+    texts = [item.question.text for item in prompted]
     guesses = questions.question_only_answers(known.read(range(len(known))), texts, tokenizer=run.tokenizer)
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
     trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
     models = {name: open_model(run, name) for name in ("base", *trained)}
-    with counting("evaluate", (len(models) - 1) * len(asked), unit="questions") as bar:
+    with counting("evaluate", (len(models) - 1) * len(prompted), unit="questions") as bar:
         for name, opened in models.items():
             if MODELS[name].sees:
                 generator = generators.setdefault(opened.model.config, generator_of(run, opened.model))
                 # A tower that was trained has no cached features.
                 pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
                 asker = asker_of(run, generator, opened.arrays, pictures=pictures)
-                answers[name] = _answers(run, asker, [_seen(one, pictures) for one in asked], bar)
+                answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
             if name != "aligned":  # its text is the base's
                 losses[name] = _text_losses(run, opened)
 
-    right = [one.question.answer for one in asked]
+    right = [item.question.answer for item in prompted]
     summary: dict[str, Any] = {
         "easy_vqa": {name: questions.accuracy(right, texts) for name, texts in answers.items()}
-        | {"questions": len(asked)},
+        | {"questions": len(prompted)},
         "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in ("wordnet", "kjv")},
     }
     if "moextend" in models:
         batches = functools.partial(_batches, run, images=images)
-        _write_routing(run, models["moextend"], batches(asked))
-        pictured = [row for row, one in enumerate(asked) if one.prompt.images][: settings.examples]
-        shown = [asked[row] for row in pictured]
+        _write_routing(run, models["moextend"], batches(prompted))
+        pictured = [row for row, item in enumerate(prompted) if item.prompt.images][: settings.examples]
+        example_questions = [prompted[row] for row in pictured]
         texts = {name: [texts[row] for row in pictured] for name, texts in answers.items() if name != "question_only"}
-        _write_examples(run, models["moextend"], shown, batches(shown), texts, source.images)
+        _write_examples(run, models["moextend"], example_questions, batches(example_questions), texts, source.images)
     return summary
 
 
-def _asked(run: Run, source: Any, images: Pixels | Features) -> list[Asked]:
+def _prompted_questions(run: Run, source: Any, images: Pixels | Features) -> list[PromptedQuestion]:
     """The questions of some rows, the same for every run; those that training would skip are skipped and counted."""
     settings, faults = run.settings.evaluate, run.settings.faults
     if settings.questions > len(source):
         raise MoextendError(f"evaluate.questions = {settings.questions}, but {settings.data} has {len(source)} rows")
     chosen = np.random.default_rng(0).choice(len(source), settings.questions, replace=False)
-    asked: list[Asked] = []
+    prompted: list[PromptedQuestion] = []
     skipped: Counter[str] = Counter()
     for example in select_rows(source, chosen).read(range(len(chosen))):
         try:
-            asked.append(_ask(run, example, images))
+            prompted.append(_prompted(run, example, images))
         except Fault as fault:
             if not faults.skips(fault):
                 raise
@@ -109,12 +110,12 @@ def _asked(run: Run, source: Any, images: Pixels | Features) -> list[Asked]:
     if skipped and distributed.first():
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         print(f"evaluate: {skipped.total()} of {len(chosen)} questions are left out: {kinds}")
-    if not asked:
+    if not prompted:
         raise MoextendError(f"evaluate: no question of {settings.data} {settings.split} can be asked")
-    return asked
+    return prompted
 
 
-def _ask(run: Run, example: Example, images: Pixels | Features) -> Asked:
+def _prompted(run: Run, example: Example, images: Pixels | Features) -> PromptedQuestion:
     """Raises a `Fault` for what cannot be asked: a conversation, a length, an image that cannot be read."""
     question, length = questions.question_of(example, tokenizer=run.tokenizer), run.settings.evaluate.length
     rows = tuple(images.row(ref) for ref in example.images)
@@ -131,13 +132,13 @@ def _ask(run: Run, example: Example, images: Pixels | Features) -> Asked:
         raise Fault(message, "too_long", example.id)
     if rows:
         images.read(np.array([rows]))
-    return Asked(question, prompt)
+    return PromptedQuestion(question, prompt)
 
 
-def _seen(asked: Asked, images: Pixels | Features) -> Prompt:
+def _seen(item: PromptedQuestion, images: Pixels | Features) -> Prompt:
     """The prompt with its pictures as rows of `images`."""
-    refs = asked.question.example.images
-    return dataclasses.replace(asked.prompt, images=tuple(images.row(ref) for ref in refs))
+    refs = item.question.example.images
+    return dataclasses.replace(item.prompt, images=tuple(images.row(ref) for ref in refs))
 
 
 def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> list[str]:
@@ -163,11 +164,11 @@ def _text_losses(run: Run, opened: Opened) -> dict[str, float]:
     return {text: loss(text) for text in ("wordnet", "kjv")}
 
 
-def _batches(run: Run, asked: Sequence[Asked], *, images: Pixels | Features) -> Iterator[Batch]:
+def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, images: Pixels | Features) -> Iterator[Batch]:
     """The prompts in the order given, on the host, every process the same; the last batch ends in empty rows."""
     settings = run.settings.evaluate
-    for first in range(0, len(asked), settings.batch_size):
-        prompts = [one.prompt for one in asked[first : first + settings.batch_size]]
+    for first in range(0, len(prompted), settings.batch_size):
+        prompts = [item.prompt for item in prompted[first : first + settings.batch_size]]
         yield questions.prompt_batch(prompts, images=images, rows=settings.batch_size, length=settings.length)
 
 
@@ -188,8 +189,8 @@ def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
 
 
 def _write_examples(
-    run: Run, opened: Opened, asked: Sequence[Asked], batches: Iterator[Batch], texts: dict[str, list[str]],
-    images: Images,
+    run: Run, opened: Opened, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
+    texts: dict[str, list[str]], images: Images,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
     experts, extension = run.config.decoder.experts, opened.model.config.extension
@@ -201,7 +202,7 @@ def _write_examples(
         ids_ZTk = on_host(picks(opened.arrays, place_rows(own_rows(batch, run.mesh), run.mesh)))
         chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
         share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
-        for row, (question, _) in enumerate(asked[len(records) :][: len(share_BL)]):
+        for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):
             share_P = share_BL[row][batch.patches_BL[row] >= 0][: grid * grid]
             records.append(
                 {

@@ -15,7 +15,12 @@ from moextend_jax.train.loss import cross_entropy
 
 
 def text_loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Program:
-    """Jitted `(arrays, batch) -> (summed nats, tokens)`; `mesh` says where these are (None: on one device)."""
+    """Jitted `(arrays, batch) -> (nats summed over labelled tokens, number of these)`.
+
+    Args:
+      chunk: labelled positions whose logits exist at a time.
+      mesh: where arrays and batch are; None: on one device.
+    """
 
     def step(arrays: dict[str, jax.Array], batch: Batch):
         loaded = with_arrays(model, arrays)
@@ -25,6 +30,7 @@ def text_loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> 
 
 
 def text_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:
+    """Mean nats per labelled token over all batches, by a `text_loss_step`."""
     total, tokens = 0.0, 0
     for batch in batches:
         nats, count = step(arrays, batch)

@@ -55,20 +55,20 @@ def least_likely(logits_ZTO: jax.Array, *, top_k: int) -> jax.Array:
 
 
 def tally(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:
-    """How often the tokens `of_T` (bool) picked each expert, `[Z, O]`."""
+    """How often each expert was picked by the tokens where `of_T` (bool) is true, `[Z, O]`."""
     picks_ZTO = jax.nn.one_hot(ids_ZTk, outputs, dtype=jnp.int32).sum(axis=-2)
     return (picks_ZTO * of_T[None, :, None]).sum(axis=1)
 
 
 def count_faulty(logits_ZTO: jax.Array, of_T: jax.Array) -> jax.Array:
-    """How many of the tokens `of_T` (bool) have a logit of NaN or infinity, `[Z, O]`. -inf marks columns that a layer
-    lacks and is none of them."""
+    """How many of the tokens where `of_T` (bool) is true have a logit of NaN or +infinity, `[Z, O]`. -inf marks columns
+    that a layer lacks and is no fault."""
     faulty_ZTO = jnp.isnan(logits_ZTO) | jnp.isposinf(logits_ZTO)
     return (faulty_ZTO & of_T[None, :, None]).sum(axis=1)
 
 
 def refuse_faulty(faulty_ZO: np.ndarray) -> None:
-    """Top-k of such logits takes experts 0, 1, ... and looks like a choice.
+    """Refuses logits that are NaN or infinite: their top-k is experts 0, 1, ..., which looks like a choice.
 
     Raises:
       MoextendError: `count_faulty` counted any; names the layers.

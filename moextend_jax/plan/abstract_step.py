@@ -38,18 +38,19 @@ class AbstractStep(NamedTuple):
 
 
 def stage_settings(settings: RunSettings, stage: str) -> StageSettings:
-    """Of a result that is trained (`results.RESULTS`)."""
+    """The settings of `stage`, a result that is trained (`results.RESULTS`)."""
     if stage not in results.training():
         raise MoextendError(f"stage {stage!r} is unknown; there are {', '.join(results.training())}")
     return getattr(settings, results.result(stage).settings)
 
 
 def patterns(settings: RunSettings, *, stage: str) -> tuple[str, ...]:
-    """What trains. Full training of a text model is of its decoder."""
+    """Patterns of the paths of the leaves that train. Full training of a model without a tower is of its decoder."""
     return results.patterns(stage, recipe=settings.recipe, sees=bool(settings.vision))
 
 
 def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mesh: Mesh) -> AbstractStep:
+    """The step that trains `stage` of these settings on `mesh`; a MoextendError where rows do not divide over it."""
     run = stage_settings(settings, stage)
     model = structure(config)
     shardings = parameter_shardings(model, mesh)
@@ -92,5 +93,5 @@ def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch
 
 
 def text_only(settings: RunSettings) -> RunSettings:
-    """The same run without images, as language models are compared."""
+    """The settings without a tower, hence without projector and images: what compares with a language model."""
     return dataclasses.replace(settings, vision="")

@@ -27,8 +27,13 @@ def plan_command(
     within: float | None = None,
     as_json: bool = False,
 ) -> None:
-    """One plan, or with `most` the ranking of that many, `within` GiB per chip; `as_json` writes JSON to standard
-    output instead of tables."""
+    """Prints one plan, or the ranking of a sweep.
+
+    Args:
+      most: programs that a sweep compiles at most; 0: no sweep, one plan of the settings as they are.
+      within: GiB per chip that a sweep may use; None: all.
+      as_json: JSON on standard output instead of tables.
+    """
     if not stage or not topology:
         raise MoextendError("plan needs --stage STAGE and --topology CHIP:SHAPE, for instance v5p:4x4x4")
     if new_share is not None and not 0 <= new_share <= 1:

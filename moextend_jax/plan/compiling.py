@@ -19,8 +19,13 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class Compiled(NamedTuple):
-    """`memory` are the compiler's totals (None where the program does not fit: then `needed` is what it said it
-    needs), `text` its final program; `cpu_seconds` is the work of all cores, which a busy machine does not stretch."""
+    """A compiled step, or what is known of one that does not fit the chip.
+
+    memory: the compiler's totals in bytes; None where the program does not fit.
+    needed: bytes that the compiler asked for where it does not fit (0: it did not say); None where it fits.
+    text: the final program as HLO, "" where it does not fit.
+    seconds, cpu_seconds: time of compiling, by the clock and of all cores; a busy machine stretches only the first.
+    """
 
     memory: Any
     needed: int | None
@@ -70,7 +75,7 @@ def _not_kept() -> Iterator[None]:
 
 
 def memory_needed(message: str) -> int | None:
-    """Bytes that a compiler asked for when it ran out of memory; None if that was not its trouble."""
+    """Bytes that a compiler asked for, by its error message; 0 if it does not say, None if it is not about memory."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     match = re.search(r"Used ([\d.]+)([KMG])i?B? of [\d.]+[KMG]i?B? hbm", message)

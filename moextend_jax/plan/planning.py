@@ -33,20 +33,24 @@ def plan(
     new_share: float | None = None,
     layers: int | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain numbers, ready for JSON. FLOPs are of a whole step on all chips, bytes of one chip; `layers`
-    keeps that many of the base."""
+    """The plan as plain numbers, ready for JSON: FLOPs of a whole step on all chips, bytes of one chip, seconds.
+
+    Args:
+      new_share: share of the picks in extended layers that go to new experts (0 to 1); None: as balanced routers do.
+      layers: decoder layers to keep of the base; None: all.
+    """
     place = topology.parse(topology_name)
     run = stage_settings(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
     mesh = topology.make_mesh(place, settings.mesh)
     abstract = abstract_step(settings, config, stage=stage, mesh=mesh)
     compiled = compile_step(abstract)
-    held = memory(abstract, compiled)
+    chip_bytes = memory(abstract, compiled)
     shape = {"rows": run.batch_size, "length": run.length, "images": run.images_per_row if config.vision else 0}
     flops = step_flops(config, trains=patterns(settings, stage=stage), new_share=new_share, **shape)
     full = full_training(config, **shape)
     figures: dict[str, Any] = {
-        "fits": compiled.memory is not None and held.total <= place.chip.hbm,
+        "fits": compiled.memory is not None and chip_bytes.total <= place.chip.hbm,
         "stage": stage,
         "topology": place.name,
         "chips": place.chips,
@@ -57,7 +61,7 @@ def plan(
         "images": shape["images"],
         "remat": settings.remat,
         "saved": list(settings.saved),
-        "bytes_per_chip": {**held._asdict(), "limit": place.chip.hbm},
+        "bytes_per_chip": {**chip_bytes._asdict(), "limit": place.chip.hbm},
         "flops_per_step": {
             "total": flops.total,
             "full_training": full.total,
@@ -86,7 +90,7 @@ def plan(
     figures["flops_per_step"] |= _compiled_flops(done, chips=place.chips, analytic=flops.total)
     figures["collective_bytes_per_chip"] = collectives.by_axis(sent)
     figures["collective_bytes_per_chip_by_phase"] = {
-        phase: collectives.by_axis([one for one in sent if one.phase == phase])
+        phase: collectives.by_axis([collective for collective in sent if collective.phase == phase])
         for phase in ("forward", "recomputed", "backward")
     }
     figures["memory_traffic_per_chip"] = moved
@@ -94,13 +98,14 @@ def plan(
 
 
 def local_tokens(run: StageSettings, mesh: Any) -> int:
-    """Positions of one micro-batch on one chip."""
+    """Positions (rows times length) of one micro-batch on one chip."""
     shape = (run.batch_size // run.accumulate, run.length)
     return math.prod(NamedSharding(mesh, spec("BL", shape, mesh)).shard_shape(shape))
 
 
 def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float | None):
-    """Share of a grouped product's rows that its groups get: see models/expert_parallel.py for who computes what."""
+    """A function of a grouped product and how often it runs in a step: the share of the product's rows that are picks
+    of its experts, not padding. models/expert_parallel.py says which experts a device computes."""
     decoder, extension = config.decoder, config.extension
     expert, tensor, k = mesh.shape["expert"], mesh.shape["tensor"], decoder.top_k
     X = extension.new_experts if extension else 0

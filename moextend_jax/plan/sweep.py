@@ -31,11 +31,12 @@ from moextend_jax.settings import RunSettings
 
 
 class Candidate(NamedTuple):
-    """A combination to compile. `held` are bytes it needs at the very least, `seconds` a rough time per step."""
+    """A combination to compile. `least_bytes` is what a chip needs for it at the very least, `seconds` a rough time per
+    step."""
 
     settings: RunSettings
     accumulate: int
-    held: int
+    least_bytes: int
     seconds: float
 
 
@@ -48,28 +49,37 @@ def sweep(
     within: float | None,
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Compiles the `most` most promising candidates; `tell` hears of each. `within` GiB per chip are to be enough,
-    None is all that a chip has."""
+    """Plans (`planning.plan`) of the most promising candidates: first those that fit, the fastest step first.
+
+    Args:
+      most: candidates that are compiled at most; `tell` is called with a line about each.
+      within: GiB per chip that a step may use; None is all that a chip has.
+
+    Raises:
+      MoextendError: no candidate can fit.
+    """
     place = topology.parse(topology_name)
     limit = place.chip.hbm if within is None else int(within * 2**30)
     possible: list[list[Candidate]] = []
-    for _, group in itertools.groupby(choices(settings, stage=stage, place=place), key=lambda one: one.mesh):
+    for _, group in itertools.groupby(choices(settings, stage=stage, place=place), key=lambda choice: choice.mesh):
         on_mesh = list(group)
-        held = held_on_mesh(on_mesh[0], stage=stage, place=place)
-        possible.append([estimate(one, held, stage=stage, place=place) for one in on_mesh])
-    able = [sorted((one for one in group if one.held <= limit), key=_promise) for group in possible]
+        mesh_bytes = bytes_on_mesh(on_mesh[0], stage=stage, place=place)
+        possible.append([estimate(choice, mesh_bytes, stage=stage, place=place) for choice in on_mesh])
+    able = [
+        sorted((candidate for candidate in group if candidate.least_bytes <= limit), key=_promise) for group in possible
+    ]
     if not any(able):
-        least = min(one.held for group in possible for one in group)
+        least = min(candidate.least_bytes for group in possible for candidate in group)
         raise MoextendError(
             f"{stage} does not fit into {limit / 2**30:.1f} GiB per chip of {topology_name} in any of "
             f"{sum(map(len, possible))} ways: arguments and layer inputs alone need {least / 2**30:.1f} GiB"
         )
-    chosen = sorted((one for group in able for one in group[:PER_MESH]), key=_promise)[:most]
+    chosen = sorted((candidate for group in able for candidate in group[:PER_MESH]), key=_promise)[:most]
     tell(f"{sum(map(len, possible))} combinations, {sum(map(len, able))} may fit, compiling {len(chosen)}")
     plans = []
-    for number, one in enumerate(chosen, 1):
-        tell(f"{number}: {describe({**dataclasses.asdict(one.settings), 'accumulate': one.accumulate})}")
-        plan = _apart(one.settings, stage=stage, topology_name=topology_name, tell=tell)
+    for number, candidate in enumerate(chosen, 1):
+        tell(f"{number}: {describe({**dataclasses.asdict(candidate.settings), 'accumulate': candidate.accumulate})}")
+        plan = _apart(candidate.settings, stage=stage, topology_name=topology_name, tell=tell)
         if plan is not None:
             plan["fits"] &= plan["bytes_per_chip"]["total"] <= limit
             plans.append(plan)
@@ -77,16 +87,17 @@ def sweep(
 
 
 PER_MESH = 2
-"""Candidates of one mesh: the estimate is rough, and what it does not see differs more from mesh to mesh."""
+"""Candidates of one mesh that may be compiled: the estimate is rough, and its errors differ more from mesh to mesh."""
 
 
-def _promise(one: Candidate) -> tuple[int, int, int]:
-    """Time to one part in a hundred, then fewer micro-batches, then memory."""
-    return round(100 * math.log(one.seconds)), one.accumulate, one.held
+def _promise(candidate: Candidate) -> tuple[int, int, int]:
+    """Sorts candidates: by time to one part in a hundred, then by fewer micro-batches, then by less memory."""
+    return round(100 * math.log(candidate.seconds)), candidate.accumulate, candidate.least_bytes
 
 
 SAVED = ("attended", "middle", "key", "value", "query", "gate", "up")
-"""What remat "layer" may keep, dearest to recompute per byte first; a sweep tries the first none, one, two, ..."""
+"""Activations that remat "layer" can save, first those that spare most time per byte. A sweep tries to save none of
+them, the first, the first two, ..."""
 
 
 def choices(settings: RunSettings, *, stage: str, place: topology.Topology) -> Iterator[RunSettings]:
@@ -108,38 +119,39 @@ def choices(settings: RunSettings, *, stage: str, place: topology.Topology) -> I
                 yield dataclasses.replace(settings, mesh=mesh, **policy, **chosen)
 
 
-class Held(NamedTuple):
-    """Bytes of a chip that depend on the mesh alone."""
+class MeshBytes(NamedTuple):
+    """Bytes on one chip that depend on the mesh alone: all arguments of the step, and the frozen weights among them."""
 
     mesh: Mesh
     arguments: int
     frozen: int
 
 
-def held_on_mesh(settings: RunSettings, *, stage: str, place: topology.Topology) -> Held:
+def bytes_on_mesh(settings: RunSettings, *, stage: str, place: topology.Topology) -> MeshBytes:
     mesh = topology.make_mesh(place, settings.mesh)
     abstract = abstract_step(settings, model_config(settings, stage=stage), stage=stage, mesh=mesh)
     arguments = shard_bytes((abstract.state, abstract.frozen, abstract.batch))
-    return Held(mesh, arguments, shard_bytes(abstract.frozen))
+    return MeshBytes(mesh, arguments, shard_bytes(abstract.frozen))
 
 
-def estimate(settings: RunSettings, held: Held, *, stage: str, place: topology.Topology) -> Candidate:
-    """From sizes and shardings alone."""
+def estimate(settings: RunSettings, mesh_bytes: MeshBytes, *, stage: str, place: topology.Topology) -> Candidate:
+    """A candidate's least bytes and rough time, from sizes and shardings alone: nothing is compiled."""
     run, config = stage_settings(settings, stage), model_config(settings, stage=stage)
-    tokens = local_tokens(run, held.mesh)
+    tokens = local_tokens(run, mesh_bytes.mesh)
     images = run.images_per_row if config.vision else 0
     flops = step_flops(
         config, trains=patterns(settings, stage=stage), rows=run.batch_size, length=run.length, images=images
     )
     compute = flops.total / place.chips / place.chip.flops
-    sent = run.accumulate * _sent(config, held, tokens)
-    gathered = 2 * held.frozen * held.mesh.shape["fsdp"] // config.decoder.layers  # this layer's weights and the next's
-    least = held.arguments + gathered + _saved(config, tokens, held.mesh)
+    sent = run.accumulate * _sent(config, mesh_bytes, tokens)
+    # While a layer computes, its own weights and the next one's are gathered.
+    gathered = 2 * mesh_bytes.frozen * mesh_bytes.mesh.shape["fsdp"] // config.decoder.layers
+    least = mesh_bytes.arguments + gathered + _saved(config, tokens, mesh_bytes.mesh)
     return Candidate(settings, run.accumulate, least, max(compute, sent / (2 * place.chip.link)))
 
 
 def _saved(config: ModelConfig, tokens: int, mesh: Mesh) -> int:
-    """Bytes of what every layer keeps for the backward pass, at the least its input."""
+    """Bytes on one chip that all layers save for the backward pass of `tokens` positions: inputs, `config.saved`."""
     decoder = config.decoder
     heads, keys = decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
     rows = decoder.top_k * decoder.hidden * mesh.shape["expert"]  # room for all picks of the group, were they all here
@@ -147,10 +159,11 @@ def _saved(config: ModelConfig, tokens: int, mesh: Mesh) -> int:
     return 2 * decoder.layers * tokens * (decoder.width + sum(sizes[name] for name in config.saved))
 
 
-def _sent(config: ModelConfig, held: Held, tokens: int) -> float:
-    """Bytes that a chip receives per micro-batch: frozen weights twice, and tokens where experts or heads are split."""
-    shape = held.mesh.shape
-    weights = 2 * held.frozen * (shape["fsdp"] - 1)
+def _sent(config: ModelConfig, mesh_bytes: MeshBytes, tokens: int) -> float:
+    """Bytes that a chip receives in a micro-batch of `tokens` positions per chip: frozen weights twice, and activations
+    where experts or heads are split."""
+    shape = mesh_bytes.mesh.shape
+    weights = 2 * mesh_bytes.frozen * (shape["fsdp"] - 1)
     activations = 2 * tokens * config.decoder.width * config.decoder.layers
     return weights + 3 * activations * (2 * (shape["expert"] - 1) + 4 * math.log2(shape["tensor"]))
 

@@ -20,11 +20,11 @@ from moextend_jax.mesh import mesh_of
 from moextend_jax.plan.chips import Chip, chip
 
 TARGETS = Path(__file__).parent
-"""Holds NAME.txtpb, what the CUDA compiler wants to know of a GPU."""
+"""Folder of NAME.txtpb, which describe GPUs to the CUDA compiler."""
 
 
 class Topology(NamedTuple):
-    """`shape`: a TPU's torus, or (nodes, GPUs per node)."""
+    """Chips of one kind. shape: chips along each side of a TPU torus, or (nodes, GPUs per node)."""
 
     name: str
     kind: str
@@ -42,14 +42,14 @@ def parse(name: str) -> Topology:
     if not match:
         raise MoextendError(f"topology {name!r}: write CHIP:SHAPE, for instance v5p:4x4x4, v5e:16x16 or h100:2x8")
     kind, shape = match[1], tuple(map(int, match[2].split("x")))
-    found = chip(kind)
-    dimensions = {"tpu": (found.dimensions,), "gpu": (1, 2)}[found.platform]
+    hardware = chip(kind)
+    dimensions = {"tpu": (hardware.dimensions,), "gpu": (1, 2)}[hardware.platform]
     if len(shape) not in dimensions or 0 in shape:
-        wanted = {3: "AxBxC", 2: "AxB", 1: "GPUS or NODESxGPUS"}[found.dimensions]
+        wanted = {3: "AxBxC", 2: "AxB", 1: "GPUS or NODESxGPUS"}[hardware.dimensions]
         raise MoextendError(f"topology {name!r}: {kind} is written {kind}:{wanted}")
-    if found.platform == "gpu" and len(shape) == 1:
+    if hardware.platform == "gpu" and len(shape) == 1:
         shape = (1, *shape)
-    return Topology(name, kind, found, shape)
+    return Topology(name, kind, hardware, shape)
 
 
 def make_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
@@ -74,8 +74,8 @@ def _tpus(topology: Topology) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(topology.name, platform="tpu").devices)
     except Exception as error:  # libtpu's own wording of what it does not have
-        said = str(error).splitlines()[0]
-        raise MoextendError(f"topology {topology.name!r} is unknown to libtpu: {said}") from None
+        message = str(error).splitlines()[0]
+        raise MoextendError(f"topology {topology.name!r} is unknown to libtpu: {message}") from None
 
 
 def _gpus(topology: Topology) -> list[Any]:
@@ -87,6 +87,6 @@ def _gpus(topology: Topology) -> list[Any]:
             "", platform="cuda", topology=f"1x{nodes}x{gpus}", target_config=target.read_text()
         )
     except Exception as error:  # whatever is missing: the plugin, CUDA's libraries, a field of the target
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoextendError(f'plans for GPUs need JAX\'s CUDA plugin (pip install "jax[cuda12]"): {said}') from None
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MoextendError(f'plans for GPUs need JAX\'s CUDA plugin (pip install "jax[cuda12]"): {message}') from None
     return list(described.devices)

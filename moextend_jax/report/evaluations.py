@@ -19,7 +19,7 @@ from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import MODELS
 
 MOST_QUESTIONS = 6
-"""Of a benchmark and model."""
+"""Questions that are shown of each benchmark and model."""
 
 
 class Benchmark(NamedTuple):
@@ -37,51 +37,52 @@ class Evaluations(NamedTuple):
 
 
 def read_evaluations(workdir: Path) -> Evaluations:
-    folder, found = workdir / "eval", []
+    """What is in WORKDIR/eval; raises MoextendError for a file that does not hold what its name says."""
+    folder, benchmarks = workdir / "eval", []
     if not folder.is_dir():
         return Evaluations()
     for name in sorted(child for child in folder.iterdir() if child.is_dir()):
         for model in sorted(child for child in name.iterdir() if (child / "scores.json").exists()):
             examples = model / "examples.json"
-            found.append(
+            benchmarks.append(
                 Benchmark(
                     name.name, model.name, _read(model / "scores.json", dict),
                     _read(examples, list) if examples.exists() else (),
                 )
             )  # fmt: skip
     path = folder / "forgetting.json"
-    return Evaluations(found, _read(path, dict) if path.exists() else None)
+    return Evaluations(benchmarks, _read(path, dict) if path.exists() else None)
 
 
-def benchmark_table(found: Sequence[Benchmark]) -> str:
-    """A line per benchmark: ours by model, then the published rows."""
-    if not found:
+def benchmark_table(benchmarks: Sequence[Benchmark]) -> str:
+    """HTML: a line per benchmark, with the figure of each of our models, then the published ones."""
+    if not benchmarks:
         return ""
     with _malformed("eval/*/scores.json"):
-        there = {one.model for one in found}
-        models = [model for model in ("base", *MODELS) if model in there]
-        others = list(dict.fromkeys(name for one in found for name in one.record.get("published", {})))
+        evaluated = {benchmark.model for benchmark in benchmarks}
+        models = [model for model in ("base", *MODELS) if model in evaluated]
+        others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
         heads = ["benchmark", "figure", *(str(MODELS.get(model, model)) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
-        for name in dict.fromkeys(one.name for one in found):
-            of = {one.model: one.record for one in found if one.name == name}
-            some = next(iter(of.values()))
+        for name in dict.fromkeys(benchmark.name for benchmark in benchmarks):
+            of = {benchmark.model: benchmark.record for benchmark in benchmarks if benchmark.name == name}
+            first_record = next(iter(of.values()))
             figure = next((record["headline"]["name"] for record in of.values() if record["headline"]), "to be judged")
             cells = [name, figure, *(_headline(of.get(model)) for model in models)]
-            cells += [_published(some, other) for other in others]
+            cells += [_published(first_record, other) for other in others]
             cells.append("/".join(dict.fromkeys(f"{record['answered']:,}" for record in of.values())))
             lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
-    said = "Each figure by the benchmark’s own rule (docs/evaluation.md)."
+    note = "Each figure by the benchmark’s own rule (docs/evaluation.md)."
     if others:
-        said += (
+        note += (
             " Published: the paper’s MoExtend and the row of LLaVA-1.5 beside it; of another base model, so a scale "
             "more than a rival."
         )
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(said)
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(note)
 
 
 def forgetting_table(record: Mapping[str, Any] | None) -> str:
-    """A line per task: the base, every other model and its drop."""
+    """HTML: a line per task, with the figure of the base, then of every other model with its drop, in points."""
     if record is None:
         return ""
     with _malformed("eval/forgetting.json"):
@@ -105,21 +106,21 @@ def forgetting_table(record: Mapping[str, Any] | None) -> str:
             *(cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")),
         ]
         lines.append(f'<tr class="ours">{"".join(f"<td>{cell}</td>" for cell in last)}</tr>')
-        said = ", ".join(f"{escape(str(k))} {v:.2f}" for k, v in record.get("published_average_drop", {}).items())
+        published = ", ".join(f"{escape(str(k))} {v:.2f}" for k, v in record.get("published_average_drop", {}).items())
     return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(
         f"Text benchmarks of lm-eval, in points; a drop is the base less the model, so 0 is perfect. The paper’s "
-        f"average drop: {said}."
+        f"average drop: {published}."
     )
 
 
-def question_cards(found: Sequence[Benchmark]) -> str:
-    """Some questions of each benchmark, with picture, answer and what the model said."""
+def question_cards(benchmarks: Sequence[Benchmark]) -> str:
+    """HTML: some questions of each benchmark, with picture, right answer and the model's."""
     parts = []
     with _malformed("eval/*/examples.json"):
-        for one in found:
-            if one.examples:
-                drawn = "".join(_card(example) for example in one.examples[:MOST_QUESTIONS])
-                title = f"{one.name}, {MODELS.get(one.model, one.model)}"
+        for benchmark in benchmarks:
+            if benchmark.examples:
+                drawn = "".join(_card(example) for example in benchmark.examples[:MOST_QUESTIONS])
+                title = f"{benchmark.name}, {MODELS.get(benchmark.model, benchmark.model)}"
                 parts.append(f'<h3>{escape(title)}</h3><div class="cards">{drawn}</div>')
     return "".join(parts)
 

@@ -60,7 +60,7 @@ def read_workdir(workdir: Path) -> Workdir:
         raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
     selection, routing = _json(workdir / "select/routing.json", dict), _json(workdir / "finetune/routing.json", dict)
     metrics = {stage: workdir / stage / "metrics.jsonl" for stage in training()}
-    found = Workdir(
+    contents = Workdir(
         config=_json(workdir / "config.json", dict),
         summary=_json(workdir / "summary.json", dict),
         examples=_json(workdir / "examples.json", list),
@@ -68,9 +68,9 @@ def read_workdir(workdir: Path) -> Workdir:
         new_experts=None if routing is None else _new_experts(routing, where=workdir / "finetune/routing.json"),
         metrics={stage: read_metrics(path) for stage, path in metrics.items() if path.exists()},
     )
-    if all(part is None or part == {} for part in found):
+    if all(part is None or part == {} for part in contents):
         raise MoextendError(f"{workdir}: nothing of a run is here; run a stage first, e.g. `moextend align`")
-    return found
+    return contents
 
 
 def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selection:

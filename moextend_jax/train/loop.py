@@ -30,9 +30,10 @@ from moextend_jax.train.step import init_state, make_step
 class Job:
     """What a stage is: the leaves it trains, its settings, where it writes, what its checkpoints must agree on.
 
-    trains: path patterns. folder: for checkpoints, metrics and steps that were not finite.
+    trains: patterns of leaf paths. folder: gets checkpoints, metrics and the batches of steps that were not finite.
+    facts: JSON; a checkpoint with other facts is refused.
     resume_from: a folder of checkpoints, or one of them, to start from where `folder` has none of its own.
-    name_of: the id of a row of the data set, for the record of a bad step.
+    name_of: gives the id of a row of the data set, for the record of a bad step.
     """
 
     name: str
@@ -82,7 +83,7 @@ def train_loop(
     watch = Watch(folder / "nonfinite", most=settings.nonfinite_limit + 1, name_of=job.name_of)
 
     with (
-        train_state.open_manager(folder / "checkpoints", kept=settings.checkpoints_kept) as manager,
+        train_state.open_manager(folder / "checkpoints", keep=settings.checkpoints_kept) as manager,
         contextlib.closing(iter(rows)) as iterator,
     ):
         state, counts_G = train_state.start(

@@ -17,7 +17,7 @@ from moextend_jax.sharding import Shards, gather, map_shards, shards
 
 
 class Losses(NamedTuple):
-    """Scalars: total = ce + coefficient * aux; ce in nats per labelled token; tokens = labelled tokens."""
+    """Scalars: total = ce + aux_coefficient * aux, ce in nats per labelled token, and the number of labelled tokens."""
 
     total: jax.Array
     ce: jax.Array
@@ -35,11 +35,11 @@ class Load(NamedTuple):
 def cross_entropy(
     hidden_BLD: jax.Array, head_DV: jax.Array, labels_BL: jax.Array, *, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of next-token losses over labelled positions, and their number.
+    """Sum of next-token losses over labelled positions (nats), and the number of these positions.
 
-    Labelled positions are brought to the front, then `chunk` of them at a time go through the head (on every device
-    of a mesh its own); the rest is skipped, and a chunk's gradient is taken while its logits are there. So no
-    [B, L, V] and no product of the head over unlabelled positions ever exists.
+    On every device of a mesh labelled positions are brought to the front, then `chunk` of them at a time go through
+    the head, and a chunk's gradient is computed from the same logits. So the logits [B, L, V] never exist, and the head
+    is not multiplied with positions that have no label.
     """
     targets_BL = targets(labels_BL)
 
@@ -63,7 +63,7 @@ def cross_entropy(
 
 
 def labelled_tokens(labels_BL: jax.Array) -> jax.Array:
-    """How many positions are predicted: nobody predicts the first of a row."""
+    """How many positions are predicted: all that have a label but the first of a row, which nothing comes before."""
     return (labels_BL[:, 1:] != IGNORE).sum()
 
 
@@ -77,7 +77,7 @@ def _sum_of_nats(chunk, hidden_TD, head_DV, targets_T):
 
 
 def _nats(logits_cV, targets_c):
-    """The sum of the losses of a chunk, and its gradient with respect to the logits."""
+    """The sum of the losses of a chunk of c positions, and its gradient with respect to their logits `[c, V]`."""
     is_target_cV = jnp.arange(logits_cV.shape[-1])[None, :] == targets_c[..., None]
     picked_c = jnp.where(is_target_cV, logits_cV, 0).sum(axis=-1)
     norm_c = jax.nn.logsumexp(logits_cV, axis=-1)
@@ -87,7 +87,7 @@ def _nats(logits_cV, targets_c):
 
 
 def _sum_of_nats_fwd(chunk, hidden, head, targets):
-    """The gradient comes with the loss: the backward pass then computes no logits a second time."""
+    """Computes gradients together with the loss, so that the backward pass need not compute logits again."""
     hidden_TD, head_DV, targets_T = hidden.value, head.value, targets.value
 
     def one_chunk(i, carry):
@@ -127,7 +127,7 @@ def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def load(routing: Routing, valid_T: jax.Array) -> Load:
-    """Load of every expert over the valid tokens; `routing` stacked over Z."""
+    """Load of every expert over the tokens where `valid_T`; arrays of `routing` are stacked over layers (Z)."""
     outputs = routing.logits_TO.shape[-1]
     count = jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
     valid_1T1 = valid_T.astype(jnp.float32)[None, :, None]
@@ -162,7 +162,8 @@ def losses(
     """All losses of a `MoExtend` model on a `Batch`, and the routing they came from.
 
     Args:
-      tokens: by what the sum of the cross-entropy is divided, a share of a token too; None: the labelled tokens.
+      chunk: labelled positions whose logits exist at a time.
+      tokens: what the sum of the cross-entropy is divided by, below 1 too; None: the labelled tokens, at least 1.
     """
     decoded = model(batch, skip_padding=True)
     options = {"recipe": recipe, "aux_coefficient": aux_coefficient, "chunk": chunk, "tokens": tokens}
@@ -173,7 +174,7 @@ def losses_of(
     decoded: Decoded, model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int,
     tokens: jax.Array | None = None,
 ) -> Losses:  # fmt: skip
-    """The same of what the model made of the batch."""
+    """As `losses`, where `decoded` is what the model returned for the batch."""
     total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0

@@ -154,11 +154,12 @@ def _is_open_here(file: TextIO, path: Path) -> bool:
 
 
 def _drop_after(path: Path, *, step: int) -> None:
+    """Drops the lines of later steps from a metrics file; where it is missing there is nothing to drop."""
     if not path.exists():
         return
-    kept = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
+    lines = "".join(json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= step)
     partial = path.with_suffix(".partial")
-    partial.write_text(kept, encoding="utf-8")
+    partial.write_text(lines, encoding="utf-8")
     os.replace(partial, path)  # never a moment in which the older lines exist nowhere
 
 

@@ -19,6 +19,8 @@ from moextend_jax.config import Batch
 
 
 class Seen(NamedTuple):
+    """A step that has been started and not been checked yet; `metrics` may still be computed on the devices."""
+
     step: int
     batch: Batch
     metrics: dict[str, Any]
@@ -65,5 +67,5 @@ class Watch:
 
 def read_batch(path: Path) -> Batch:
     """A batch that `Watch` wrote."""
-    with np.load(path, allow_pickle=False) as found:
-        return Batch(**{name: found[name] for name in found.files})
+    with np.load(path, allow_pickle=False) as arrays:
+        return Batch(**{name: arrays[name] for name in arrays.files})
