@@ -1,4 +1,4 @@
-"""Expert layers compiled for real TPUs on this CPU: how many FLOPs, which gradients, and that both dispatches compile.
+"""Programs compiled for real TPUs on this CPU: expert layers, by their FLOPs, and what every command runs.
 
 The compiler of TPUs is the optional package libtpu: `pip install -e ".[plan]"`.
 """
@@ -6,6 +6,10 @@ The compiler of TPUs is the optional package libtpu: `pip install -e ".[plan]"`.
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +19,15 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.generate import Generator, Sampling
+from moextend_jax.mesh import rows_sharding
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.mixtral import Extension, MoE
+from moextend_jax.models.moextend import abstract
 from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.plan import topology
-from moextend_jax.sharding import MESH_AXES, spec
+from moextend_jax.sharding import MESH_AXES, parameter_shardings, spec
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
@@ -104,3 +111,36 @@ def test_gradients_of_new_experts_are_split_as_the_experts_are():
     new_experts, x = 3 * D * F * 2, ROWS * LENGTH * D * 2
     assert analysis.output_size_in_bytes == pytest.approx((new_experts + x) / 4, rel=0.05)
     assert np.isfinite(analysis.temp_size_in_bytes)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_generation_is_lowered_for_several_chips():
+    """Its Pallas kernels cannot be, outside `jax.set_mesh`: a generator enters it itself."""
+    mesh = topology.make_mesh(topology.parse("v5e:2x2"), dict(zip(MESH_AXES, (1, 4, 1, 1), strict=True)))
+    sizes = DecoderConfig(vocab_size=512, width=128, hidden=256, layers=2, heads=4, kv_heads=2, head_size=32)
+    model = abstract(ModelConfig(decoder=sizes))
+    shardings = parameter_shardings(model, mesh)
+    arrays = {
+        path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=shardings[path])
+        for path, param in by_path(nnx.state(model, nnx.Param)).items()
+    }
+    rows = jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=rows_sharding(mesh))
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    prefill = Generator(model, eos=2, mesh=mesh)._prefill
+    lowered = prefill.lower(arrays, Batch(rows, rows, rows, rows, rows), None, key, room=15, sampling=Sampling())
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+@slow
+def test_every_command_compiles_for_several_chips(tmp_path: Path):
+    """What `run`, `generate`, `eval`, `routing collect` and `bench` call, noted on CPU devices, for v5e:2x2."""
+    script = Path(__file__).with_name("commands_on_tpu.py")
+    environment = os.environ | {"PYTHONPATH": f"{script.parent}:{script.parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    compiled = {line.partition(": ")[0] for line in done.stdout.splitlines()}
+    assert compiled >= {"run", "generate", "eval", "routing collect", "eval --forgetting", "bench"}

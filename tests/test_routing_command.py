@@ -118,23 +118,23 @@ def test_picks_per_token_are_kept_when_asked_or_few(monkeypatch: pytest.MonkeyPa
     assert per_token is not None and per_token.image_T.sum() == 4 * tiny.VISION.patches
 
 
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of text with NaN in one weight of layer 1's router, that of expert 2."""
-    arrays = dict(tiny.arrays(TEXT))
-    gate_ZDE = np.array(arrays["decoder/layers/moe/gate"])
-    gate_ZDE[1, 0, 2] = np.nan
-    folder = tmp_path_factory.mktemp("broken") / "model"
-    huggingface.write_parameters(folder, arrays | {"decoder/layers/moe/gate": gate_ZDE}, table="mixtral", config=TEXT)
-    huggingface.write_decoder_config(folder, TEXT.decoder, dtype="float32")
-    return folder
-
-
-def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(broken: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("path", "index", "message"),
+    [
+        ("moe/gate", (1, 0, 2), "the router of layer 1 has weights that are no numbers .* for expert 2"),
+        ("moe_norm", (1, 3), r"NaN or infinite in layers \[1, 2\], first in layer 1 for experts \[0, 1, 2, 3\]"),
+    ],
+)
+def test_a_router_that_gives_nan_is_named_and_nothing_is_written(path: str, index, message: str, tmp_path: Path):
+    """One weight that is NaN: a router's is found when the model is opened, another's when the routers answer."""
+    arrays = {name: np.array(leaf) for name, leaf in tiny.arrays(TEXT).items()}
+    arrays[f"decoder/layers/{path}"][index] = np.nan
+    huggingface.write_parameters(tmp_path / "model", arrays, table="mixtral", config=TEXT)
+    huggingface.write_decoder_config(tmp_path / "model", TEXT.decoder, dtype="float32")
     np.savez(tmp_path / "ids.npz", input_ids=np.arange(20, 40).reshape(2, 10))
-    with pytest.raises(MoextendError, match=r"NaN or infinite in layers \[1, 2\], first in layer 1 for experts \[2\]"):
-        run("collect", "--checkpoint", broken, "--ids", tmp_path / "ids.npz", "--out", tmp_path / "out" / "a.npz",
-            "--ids_out", tmp_path / "out" / "ids.npz")  # fmt: skip
+    with pytest.raises(MoextendError, match=message):
+        run("collect", "--checkpoint", tmp_path / "model", "--ids", tmp_path / "ids.npz",
+            "--out", tmp_path / "out" / "a.npz", "--ids_out", tmp_path / "out" / "ids.npz")  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

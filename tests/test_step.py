@@ -147,7 +147,7 @@ def test_a_step_in_bfloat16_on_cpu(monkeypatch: pytest.MonkeyPatch):
     for train_dtype in ("float32", "bfloat16"):
         step, state, frozen = built("finetune", config=dataclasses.replace(config, train_dtype=train_dtype))
         assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim} == {jnp.dtype("float32")}
-        assert dtypes(jax.eval_shape(step, state, frozen, tiny.batch())[0]) == dtypes(state)
+        assert dtypes(step.trace(state, frozen, tiny.batch()).out_info[0]) == dtypes(state)
     _, metrics = step(state, frozen, tiny.batch())
     whole, state, frozen = compiled("finetune")
     _, expected = whole(jax.tree.map(lambda leaf: leaf.copy(), state), frozen, tiny.batch())
