@@ -44,8 +44,8 @@ DISK = (
 
 @contextlib.contextmanager
 def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """A manager of the checkpoints in `folder`. It saves in threads, atomically and with checksums, and keeps the newest
-    `keep`; at the end it waits for what is being saved."""
+    """A manager of the checkpoints in `folder`, of which it keeps the newest `keep`. It saves in threads, atomically and
+    with checksums; at the end it waits for what is being saved."""
     root = absolute(folder)
 
     def add_sums() -> None:  # Orbax calls this when all files are there and the checkpoint is not yet committed

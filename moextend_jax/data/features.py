@@ -141,8 +141,8 @@ def _fits(path: Path, fingerprint: dict[str, Any], images: Images, size, prepara
 def _write(
     folder: Path, images, compute, size, preparation, dtype, batch_size, threads, progress, faults: FaultSettings
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of images whose rows are zero.
-    All processes compute, on one mesh; the first writes."""
+    """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of images with zero rows. All
+    processes compute, on one mesh; the first writes."""
     prepare = partial(_prepare, images, size=size, preparation=preparation)
     keys, bad, out_nPC = [], {}, None
     with ThreadPoolExecutor(threads) as pool:
