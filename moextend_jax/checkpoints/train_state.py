@@ -44,7 +44,7 @@ DISK = (
 
 @contextlib.contextmanager
 def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """A manager of the checkpoints in `folder`, of which it keeps the newest `keep`. It saves in threads, atomically and
+    """A manager of the checkpoints in `folder`, of which the newest `keep` stay. It saves in threads, atomically and
     with checksums; at the end it waits for what is being saved."""
     root = absolute(folder)
 
