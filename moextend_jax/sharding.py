@@ -47,7 +47,12 @@ def spec(axes: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> P
     With the array's shape and a mesh, an axis is split over as many of its mesh axes, from the first on, as divide
     it: 2 key heads on a tensor axis of 4 stay whole on every device.
     """
-    return PartitionSpec(*[entry or None for entry in _split(axes, shape, mesh)])
+    entries = [entry or None for entry in _split(axes, shape, mesh)]
+    while (
+        entries and entries[-1] is None
+    ):  # as programs give their results back: other shardings would be other programs
+        entries.pop()
+    return PartitionSpec(*entries)
 
 
 def _split(axes: str, shape: tuple[int, ...] | None, mesh: Any) -> tuple[tuple[str, ...], ...]:

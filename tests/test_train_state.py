@@ -77,7 +77,11 @@ def lines(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays):
+def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch):
+    programs, make_step = [], loop.make_step
+    monkeypatch.setattr(
+        loop, "make_step", lambda *args, **named: programs.append(make_step(*args, **named)) or programs[-1]
+    )
     whole, order = run(tmp_path / "whole")
     assert len(order) == 6 and [row["step"] for row in lines(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(KeyboardInterrupt):
@@ -92,6 +96,7 @@ def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays):
         assert np.abs(leaf - arrays[path]).max() > 0
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
+    assert len(programs) == 3 and all(program._jitted._cache_size() == 1 for program in programs)  # compiled once each
     finished, nothing = run(tmp_path / "whole")
     assert not nothing
     for path, leaf in whole.items():

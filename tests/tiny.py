@@ -24,7 +24,7 @@ from PIL import Image
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
 from moextend_jax.mesh import make_mesh
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.moextend import abstract
 from moextend_jax.models.parameters import by_path
 from moextend_jax.runs import results
 from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings
@@ -41,9 +41,7 @@ EXTENDED = dataclasses.replace(PLAIN, extension=EXTENSION)
 ASSETS = Path(__file__).parents[1] / "moextend_jax" / "assets"
 
 
-@functools.cache
-def structure(config: ModelConfig) -> MoExtend:
-    return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+structure = abstract
 
 
 def arrays(config: ModelConfig, *, seed: int = 0, std: float = 0.3) -> dict[str, jax.Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -142,6 +144,7 @@ def fresh_projector(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]
     return {f"projector/{path}": leaf for path, leaf in arrays_of(_projector(config, nnx.Rngs(key))).items()}
 
 
+@functools.cache
 def abstract(config: ModelConfig) -> MoExtend:
-    """The model's structure without arrays."""
+    """The model's structure without arrays: the same object for the same sizes, so that nothing may be written to it."""
     return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
