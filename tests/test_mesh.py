@@ -83,11 +83,11 @@ def test_minus_one_takes_what_is_left():
 @pytest.mark.parametrize(
     ("axes", "shape", "expected"),
     [
-        ("ZDKH", (3, 8, 8, 6), PartitionSpec(None, "fsdp", "tensor", None)),
-        ("ZDKH", (3, 8, 2, 6), PartitionSpec(None, "fsdp", None, None)),  # 2 key heads, tensor 4
+        ("ZDKH", (3, 8, 8, 6), PartitionSpec(None, "fsdp", "tensor")),
+        ("ZDKH", (3, 8, 2, 6), PartitionSpec(None, "fsdp")),  # 2 key heads, tensor 4
         ("YXDf", (2, 1, 8, 16), PartitionSpec(None, None, "fsdp", ("expert", "tensor"))),
         ("YXDf", (2, 1, 8, 6), PartitionSpec(None, None, "fsdp", "expert")),  # 6 over 2, but not over 8
-        ("BL", (16, 6), PartitionSpec(("data", "fsdp", "expert"), None)),
+        ("BL", (16, 6), PartitionSpec(("data", "fsdp", "expert"))),
     ],
 )
 def test_an_axis_is_split_as_far_as_its_size_divides(axes: str, shape: tuple[int, ...], expected: PartitionSpec):

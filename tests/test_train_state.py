@@ -14,6 +14,7 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.batches import Pixels, batches
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.mesh import place_leaves
 from moextend_jax.settings import StageSettings
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
@@ -63,7 +64,8 @@ def run(source, tokenizer, arrays, monkeypatch):
 
         monkeypatch.setattr(loop, "place_rows", put)
         job = tiny.job("align", folder, facts=facts, steps=6, checkpoint_every=3)
-        trained = loop.train_loop(tiny.structure(CONFIG), arrays, rows, job)
+        model = tiny.structure(CONFIG)
+        trained = loop.train_loop(model, place_leaves(model, arrays, job.mesh), rows, job)
         return trained, list(seen)
 
     return train

@@ -146,5 +146,5 @@ def fresh_projector(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]
 
 @functools.cache
 def abstract(config: ModelConfig) -> MoExtend:
-    """The model's structure without arrays: the same object for the same sizes, so that nothing may be written to it."""
+    """The model's structure without arrays; one object for all who ask for these sizes, so nobody may write to it."""
     return nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
