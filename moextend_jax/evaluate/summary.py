@@ -58,7 +58,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     asked = _asked(run, source, images)
     known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
     texts = [one.question.text for one in asked]
-    guesses = questions.question_only_answers(known.read(range(len(known))), texts, tokenizer=run.tokenizer)
+    guesses = questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
