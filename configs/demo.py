@@ -32,7 +32,7 @@ def get_config(arg: str = "paper") -> ConfigDict:
             extend=stage(questions, steps=40, length=40, learning_rate=3e-3),
             finetune=stage(questions, steps=260, length=40, learning_rate=4e-3),
             full=stage(questions, steps=260, length=40, learning_rate=2e-3),
-            select=SelectSettings(held_out=1000, batch_size=100),
+            select=SelectSettings(held_out=1000, batch_size=128),
             evaluate=EvaluateSettings(data=questions, questions=1000, length=40, max_new_tokens=6),
             dtype="float32",
             remat="none",

@@ -36,7 +36,7 @@ from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.models.parameters import with_arrays
 from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.plan.sizes import model_config
-from moextend_jax.runs.results import RESULTS, training
+from moextend_jax.runs.results import training
 from moextend_jax.settings import RunSettings, from_config_dict
 from moextend_jax.train.loss import cross_entropy
 from moextend_jax.train.step import init_state
@@ -57,7 +57,7 @@ def bench(
     Args:
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
     """
-    names = [only] if only else [name for name in training() if not RESULTS[name].optional]
+    names = [only] if only else training(optional=False)
     report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in names
               for kind in LABELS}  # fmt: skip
     table = Table("stage", "labels", "tokens/s", "s/step", "peak memory GB", "XLA temporaries GB", "trained parameters")

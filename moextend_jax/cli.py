@@ -167,7 +167,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
         flags.DEFINE_enum("model", "moextend", list(MODELS), "which one", flag_values=values)
     if command == "bench":
-        flags.DEFINE_enum("stage", None, ["align", "extend", "finetune"], "time only this one", flag_values=values)
+        flags.DEFINE_enum("stage", None, training(optional=False), "time only this one", flag_values=values)
         flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
         flags.DEFINE_integer("layers", None, "decoder layers to keep of the base", flag_values=values)
     if command == "plan":

@@ -19,6 +19,8 @@ import pytest
 import tiny
 
 from moextend_jax import cli, machine, preemption
+from moextend_jax.checkpoints import sums
+from moextend_jax.runs.run import settings_of
 
 # ml_collections reads a configuration file through a method of importlib that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -309,6 +311,24 @@ def test_a_checkpoint_of_another_recipe(refused, ground):
 def test_a_stage_that_goes_on_with_other_settings(refused, ground):
     said = refused("align", *ground.arguments(ground.aligned, "--config.align.batch_size=2"))
     assert "another run" in said and "batch_size" in said
+
+
+def test_a_work_directory_of_before_weights_were_guarded(refused, ground, tmp_path):
+    """It goes on as it began: without the guard, which is the old setting that a refusal asks for."""
+    workdir = tmp_path / "old"
+    shutil.copytree(ground.aligned, workdir)
+    (facts,) = (workdir / "align" / "result").glob("*/facts/metadata")
+    for path in (workdir / "config.json", facts):
+        record = json.loads(path.read_text())
+        del (record if path == facts else record["settings"])["recipe"]["weight_guard"]
+        path.write_text(json.dumps(record))
+    sums.write_sums(facts.parents[1])
+    said = refused("extend", *ground.arguments(workdir))
+    assert "recipe.weight_guard: 'none' there, 'bounded' now" in said
+    cli.main(["extend", *ground.arguments(workdir, "--config.recipe.weight_guard=none", "--config.extend.steps=1")])
+    cli.main(["generate", f"--workdir={workdir}", "--model=aligned", "--prompt=What?", "--max_new_tokens=1"])
+    settings = settings_of(workdir)
+    assert settings is not None and settings.recipe.weight_guard == "none"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import MoextendError
+from moextend_jax.data import datasets
 from moextend_jax.data.builders import COLOURS, SHAPES, easy_caption
 from moextend_jax.data.datasets import check_shows_images, hold_out, open_dataset, open_text, select
 
@@ -80,6 +81,16 @@ def test_llava_rows(tmp_path):
     assert len(source.images) == 2  # a.png is stored once
     assert [source.images[ref.row].key for ref in source[2].images] == ["b.png", "a.png"]
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
+
+
+def test_rows_in_order_are_read_a_chunk_at_a_time(tmp_path, monkeypatch):
+    """The instructions are 665 thousand conversations; evaluation goes through all of them."""
+    source = open_llava(tmp_path, [{"id": n, "conversations": TALK} for n in range(5)])
+    read, chunks = datasets.Source.read, []
+    monkeypatch.setattr(datasets, "CHUNK", 2)
+    monkeypatch.setattr(datasets.Source, "read", lambda self, rows: chunks.append(len(rows)) or read(self, rows))
+    assert [example.id for example in select(source, [4, 0, 1])] == ["4", "0", "1"]
+    assert chunks == [2, 1]
 
 
 def test_another_json_file_is_another_data_set(tmp_path):

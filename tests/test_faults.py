@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, 
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.images import decode_image, find_image, read_image
 from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
 
@@ -641,6 +643,15 @@ def test_processes_that_cannot_start_name_shared_memory(sound, monkeypatch, erro
     ]:
         with pytest.raises(MoextendError, match=f"need /dev/shm, .*{error.strerror}.*{instead}"):
             start()
+
+
+def test_a_worker_that_finds_no_room_in_shared_memory_is_one_line():
+    """In a container with the usual 64 MB a batch of pictures does not fit: the kernel ends the worker by SIGBUS."""
+    grains = "Worker process was terminated unexpectedly with exit code {}. Search the logs above for the source."
+    with pytest.raises(MoextendError, match=r"/dev/shm: make it larger .*workers = 0"), no_bus_error():
+        raise RuntimeError(grains.format(-signal.SIGBUS))
+    with pytest.raises(RuntimeError, match="-9"), no_bus_error():
+        raise RuntimeError(grains.format(-signal.SIGKILL))
 
 
 def test_a_large_file_is_never_read_whole(tmp_path, monkeypatch):

@@ -361,6 +361,42 @@ def _dense(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean = .* cannot be honoured"),
+        ({"image_std": [0.5, 0.5, 0.5]}, "image_std"),
+        ({"image_mean": 0.481455}, "image_mean"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"rescale_factor": 1.0}, "rescale_factor"),
+        ({"resample": 2}, "resample"),
+        ({"image_mean": "grey"}, "image_mean = 'grey'"),
+    ],
+)
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_tower_of_other_colours_is_refused(tmp_path: Path, said: dict[str, Any], named: str, imported: bool):
+    """It would be fed CLIP's mean and deviation, and nobody would know."""
+    folder = folders.clip(tmp_path / "clip")
+    if imported:
+        convert.import_source(open_source(folder), tmp_path / "imported")
+        folder = tmp_path / "imported"
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(MoextendError, match=f"preprocessor_config.json: {named}"):
+        open_source(folder)
+
+
+def test_pictures_prepared_as_published_are_fine(tmp_path: Path):
+    folder = folders.clip(tmp_path / "clip")
+    published = {
+        "crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 336,
+    }  # fmt: skip
+    for description in (published, {**published, "rescale_factor": 0.00392156862745098, "do_convert_rgb": None}):
+        (folder / "preprocessor_config.json").write_text(json.dumps(description))
+        open_source(folder)
+
+
 WAYS_IN: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], Any]]] = {
     "tensors": (folders.mixtral, "model.safetensors", open_source),
     "a shard": (lambda f: folders.mixtral(f, shards=2), "model-00002-of-00002.safetensors", open_source),

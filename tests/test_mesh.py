@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs.demo import get_config as get_demo
 from configs.mixtral_8x7b import get_config
 from moextend_jax import cli, sharding
 from moextend_jax import mesh as meshes
@@ -141,11 +142,19 @@ def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
         meshes.check_rows(rows_of_settings(settings), pod)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])
+def test_the_demo_runs_on_meshes_of_a_host(parts: int):
+    """The README starts it as two processes of four devices."""
+    mesh: Any = SimpleNamespace(shape={"data": parts, "fsdp": 1, "expert": 1, "tensor": 1})
+    meshes.check_rows(rows_of_settings(from_config_dict(get_demo())), mesh)
+
+
 @pytest.mark.devices
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_run_whose_rows_do_not_divide_ends_before_its_first_step(eight_devices, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main(["align", f"--config={CONFIGS / 'demo.py'}", f"--workdir={tmp_path / 'work'}"])
+        words = ["--config.select.batch_size=100", f"--workdir={tmp_path / 'work'}"]
+        cli.main(["align", f"--config={CONFIGS / 'demo.py'}", *words])
     line = capsys.readouterr().err
     assert ended.value.code == 2 and "select.batch_size = 100 (96 or 104 would do)" in line
     assert not (tmp_path / "work").exists()

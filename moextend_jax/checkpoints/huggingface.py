@@ -19,6 +19,7 @@ from moextend_jax.checkpoints.attributes import MOST, Table, decoder_attributes_
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.data.images import MEAN_c, STD_c
 from moextend_jax.folders import is_url
 from moextend_jax.models.parameters import by_path
 
@@ -84,6 +85,33 @@ PUBLISHED_TOWERS = tuple(
     )
 )  # fmt: skip
 """OpenAI's CLIP towers: the only ones whose number of heads follows from the shapes of their tensors."""
+
+
+PREPROCESSOR: dict[str, Any] = {
+    "image_mean": [round(float(mean), 6) for mean in MEAN_c], "image_std": [round(float(std), 6) for std in STD_c],
+    "do_normalize": True, "do_rescale": True, "rescale_factor": round(1 / 255, 6), "resample": 3,
+    "do_convert_rgb": True,
+}  # fmt: skip
+"""What a tower's pictures must be prepared by: the levels of `data.images`. What of a picture is shown, the rest of
+preprocessor_config.json, is the recipe's choice."""
+
+
+def check_preprocessor(path: Path) -> None:
+    """Refuses a preprocessor_config.json of a tower that was trained on other levels: it would see wrong colours."""
+    for name, value in read_json(path).items():
+        only = PREPROCESSOR.get(name)
+        if only is not None and value is not None and not _nearly(value, only):
+            raise MoextendError(
+                f"{path}: {name} = {shown(value)} cannot be honoured (only {only}): here pictures are prepared as for "
+                "OpenAI's CLIP, and a tower that was trained on others would see other colours"
+            )
+
+
+def _nearly(value: Any, only: Any) -> bool:
+    try:
+        return np.shape(value) == np.shape(only) and np.allclose(np.asarray(value, float), only, rtol=1e-3, atol=0)
+    except (TypeError, ValueError):
+        return False
 
 
 # --- config.json -> sizes ---------------------------------------------------------------------------------------------

@@ -448,9 +448,17 @@ def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, An
 
 
 def side_files(folder: Path) -> dict[str, Path]:
+    """Those that are there, by name.
+
+    Raises:
+      MoextendError: one leads out of the folder, or says that pictures must be prepared as they are not here.
+    """
     if not folder.is_dir():
         return {}
-    return {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
+    files = {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
+    if "preprocessor_config.json" in files:
+        huggingface.check_preprocessor(files["preprocessor_config.json"])
+    return files
 
 
 def _projector_table(stored: Mapping[str, Stored]) -> str | None:

@@ -245,6 +245,10 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
     )
 
 
+BEFORE: dict[str, Any] = {"weight_guard": "none"}
+"""What was done where an older record does not say it, because there was no choice."""
+
+
 def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Path) -> None:
     """Raises MoextendError where `saved` lacks or contradicts any of `facts`; names what differs."""
     differing = list(_differing(saved, facts))
@@ -257,7 +261,7 @@ def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Pa
 def _differing(saved: Any, facts: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     saved = saved if isinstance(saved, Mapping) else {}
     for name in sorted(facts):
-        before, now = saved.get(name), facts[name]
+        before, now = saved.get(name, BEFORE.get(name)), facts[name]
         if isinstance(now, Mapping) and isinstance(before, Mapping):
             yield from _differing(before, now, f"{prefix}{name}.")
         elif before != now:

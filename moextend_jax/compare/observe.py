@@ -16,6 +16,7 @@ from flax import nnx
 
 from moextend_jax.config import RECIPES, Batch
 from moextend_jax.extension.routing import outputs_Z
+from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import mixture, rms_norm
 from moextend_jax.models.moextend import MoExtend
@@ -67,8 +68,8 @@ def observer(structure: MoExtend, *, aux_coefficient: float, inside: bool) -> Ob
             seen[f"hidden_states/{config.decoder.layers}"] = decoded.hidden_BLD
         return seen
 
-    compiled = jax.jit(run)
-    return lambda arrays, batch: {name: np.asarray(array) for name, array in compiled(arrays, batch).items()}
+    program = Program(run, mesh=one_device())  # where `open_checkpoint` puts the arrays
+    return lambda arrays, batch: {name: np.asarray(array) for name, array in program(arrays, batch).items()}
 
 
 def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:

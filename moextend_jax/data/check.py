@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from moextend_jax.config import MoextendError
 from moextend_jax.data import inspector
 from moextend_jax.data.builders import BUILDERS, Llava
-from moextend_jax.data.datasets import Example, Source, family_of, open_dataset
+from moextend_jax.data.datasets import Source, family_of, open_dataset
 from moextend_jax.data.entries import Entry, read_entries
 from moextend_jax.data.faults import KINDS
 from moextend_jax.data.inspector import Folder, Inspector, PlacedFault, Reading, Work
@@ -70,20 +70,15 @@ def open_origin(reading: Reading, *, data_dir: Path, manual_dir: Path | str | No
         path = builder.find_json(manual_dir)
         return Origin(lambda: read_entries(path), Folder(path.parent), str(path), path)
     source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, manual_dir=manual_dir)
-    rows = {ref.key: ref.row for example in _examples(source) for ref in example.images}
+    rows = {ref.key: ref.row for example in source for ref in example.images}
     images = f"{family} {reading.split.partition('[')[0]}"
     return Origin(lambda: _entries(source), BuiltFiles(source, rows), images)
 
 
 def _entries(source: Source) -> Iterator[Entry]:
-    for number, example in enumerate(_examples(source)):
+    for number, example in enumerate(source):
         names = tuple(ref.key for ref in example.images)
         yield Entry(number, example.id, names, example.conversations, example.fault)
-
-
-def _examples(source: Source) -> Iterator[Example]:
-    for first in range(0, len(source), ROWS):
-        yield from source.read(range(first, min(first + ROWS, len(source))))
 
 
 def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:

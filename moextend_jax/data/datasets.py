@@ -14,7 +14,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +98,11 @@ class Source(Sequence[Example]):
         """Many rows at once, at a fraction of the cost per row."""
         rows = np.asarray(indices) if self.picked is None else self.picked[indices]
         return [_example(item) for item in self.rows.__getitems__([int(row) for row in rows])]
+
+    def __iter__(self) -> Iterator[Example]:
+        """All in order, a chunk at a time in memory."""
+        for first in range(0, len(self), CHUNK):
+            yield from self.read(range(first, min(first + CHUNK, len(self))))
 
 
 def _example(item: Mapping[str, Any]) -> Example:
@@ -229,8 +234,7 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 
 def check_shows_images(source: Source, *, stage: str) -> None:
     """Raises where no conversation has an image: a stage that trains the projector alone would train nothing."""
-    chunks = (range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK))
-    if not any(example.images for chunk in chunks for example in source.read(chunk)):
+    if not any(example.images for example in source):
         raise MoextendError(f"{stage} trains the projector, and none of its {len(source)} conversations has an image")
 
 

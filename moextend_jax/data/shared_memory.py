@@ -1,11 +1,14 @@
-"""Whether this machine lets processes work together: asked before any is started.
+"""Whether this machine lets processes work together: asked before any is started, and where one has died.
 
 Goes in: what to set where not. Comes out: nothing, or an error that names /dev/shm.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
+from collections.abc import Iterator
 
 from moextend_jax.config import MoextendError
 
@@ -22,4 +25,18 @@ def check_shared_memory(instead: str) -> None:
         raise MoextendError(
             f"worker processes need /dev/shm, which cannot be used here ({error.strerror or error}): mount it writable "
             f"and larger (containers: --shm-size=8g), or {instead}"
+        ) from error
+
+
+@contextlib.contextmanager
+def no_bus_error() -> Iterator[None]:
+    """Inside, a worker whose batch found no room in /dev/shm, which ends it by a bus error, is a MoextendError."""
+    try:
+        yield
+    except RuntimeError as error:  # Grain's
+        if not str(error).startswith("Worker process") or f"exit code -{int(signal.SIGBUS)}." not in str(error):
+            raise
+        raise MoextendError(
+            "a worker process found no room for a batch in /dev/shm: make it larger (containers: --shm-size=8g), or "
+            "set workers = 0"
         ) from error

@@ -59,7 +59,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     prompted = _prompted_questions(run, source, images)
     known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
     texts = [item.question.text for item in prompted]
-    guesses = questions.question_only_answers(known.read(range(len(known))), texts, tokenizer=run.tokenizer)
+    guesses = questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled

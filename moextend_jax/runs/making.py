@@ -20,6 +20,7 @@ from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import check_shows_images
+from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
@@ -118,7 +119,8 @@ def select(run: Run, name: str) -> None:
         batches = (place_rows(batch, run.mesh) for batch in rows)
         return routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
 
-    before, after = count(open_model(run, "aligned")), count(open_model(run, "probed"))
+    with no_bus_error():
+        before, after = count(open_model(run, "aligned")), count(open_model(run, "probed"))
     chosen = routing.select(before, after, share=settings.share, recipe=recipe)
     record = {
         "layers": run.config.decoder.layers,

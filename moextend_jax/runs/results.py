@@ -150,9 +150,9 @@ def trains_tower(names: Iterable[str], *, recipe: Recipe) -> bool:
     return any(path.startswith("vision/") for name in names for path in RESULTS[name].trains(recipe))
 
 
-def training() -> tuple[str, ...]:
-    """Names of the results that are trained."""
-    return tuple(name for name, row in RESULTS.items() if row.how == "train")
+def training(*, optional: bool = True) -> tuple[str, ...]:
+    """Names of the results that are trained, with or without the baselines."""
+    return tuple(name for name, row in RESULTS.items() if row.how == "train" and (optional or not row.optional))
 
 
 def is_grown(results: Iterable[str]) -> bool:

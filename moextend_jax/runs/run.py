@@ -179,7 +179,12 @@ def remembered(workdir: Path) -> dict[str, Any]:
 def settings_of(workdir: Path) -> RunSettings | None:
     """The settings that a work directory's stages were run with; None where the folder is no work directory."""
     record = remembered(workdir)
-    return from_config_dict(record["settings"]) if record else None
+    if not record:
+        return None
+    settings = record["settings"]
+    if isinstance(settings, dict) and isinstance(recipe := settings.get("recipe"), dict):
+        settings = settings | {"recipe": train_state.BEFORE | recipe}
+    return from_config_dict(settings)
 
 
 def as_json(value: Any) -> Any:

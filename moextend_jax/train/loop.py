@@ -16,6 +16,7 @@ from moextend_jax import preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import MoextendError
 from moextend_jax.data import faults
+from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.mesh import on_host, place, place_rows, state_shardings
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.settings import RunSettings, StageSettings
@@ -98,7 +99,8 @@ def train_loop(
             started, tokens = time.perf_counter(), 0
             while count < steps:
                 count += 1
-                host = next(iterator)
+                with no_bus_error():
+                    host = next(iterator)
                 batch = place_rows(host, mesh)
                 tokens += (batch.segments_BL > 0).sum()  # of all processes; nobody waits for it here
                 if batch.faults_BG is not None:
