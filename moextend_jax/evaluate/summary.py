@@ -242,19 +242,15 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     for column in ("", "easy-VQA accuracy", "WordNet loss (nats)", "King James loss (nats)", "forgetting"):
         table.add_column(column, justify="left" if not column else "right")
     accuracy, losses = summary["easy_vqa"], summary["text_loss"]
-    rows = {
-        "question only": ("question_only", None), "base": (None, "base"), "aligned only": ("aligned", "base"),
-        "MoExtend": ("moextend", "moextend"), "full fine-tuning": ("full", "full"),
-    }  # fmt: skip
-    for title, (answered, read) in rows.items():
-        if answered not in accuracy and (answered or read not in losses["kjv"]):
+    table.add_row("question only", f"{accuracy['question_only']:.3f}")
+    wordnet, kjv = losses["wordnet"], losses["kjv"]
+    for name in ("base", *ANSWERING):
+        if name not in accuracy and name not in kjv:
             continue
-        cells = [f"{accuracy[answered]:.3f}" if answered else "", "", "", ""]
-        if read:
-            wordnet, kjv = losses["wordnet"], losses["kjv"]
-            forgot = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
-            cells[1:] = [f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgot:+.3f}"]
-        table.add_row(title, *cells)
+        read = name if name in kjv else "base"  # whose text is the base's
+        forgotten = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
+        answered = f"{accuracy[name]:.3f}" if name in accuracy else ""
+        table.add_row(MODELS[name].title, answered, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
     console.print(table)
     console.print(
         f"{accuracy['questions']} questions; pretrained weights bit-identical: "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from moextend_jax.config import MoextendError
 from moextend_jax.report.examples import small_image
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import MODELS
+from moextend_jax.report.results_pictures import TITLES
 
 MOST_QUESTIONS = 6
 """Questions that are shown of each benchmark and model."""
@@ -60,9 +60,9 @@ def benchmark_table(benchmarks: Sequence[Benchmark]) -> str:
         return ""
     with _malformed("eval/*/scores.json"):
         evaluated = {benchmark.model for benchmark in benchmarks}
-        models = [model for model in ("base", *MODELS) if model in evaluated]
+        models = [model for model in ("base", *TITLES) if model in evaluated]
         others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
-        heads = ["benchmark", "figure", *(str(MODELS.get(model, model)) for model in models), *others, "questions"]
+        heads = ["benchmark", "figure", *(str(TITLES.get(model, model)) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
         for name in dict.fromkeys(benchmark.name for benchmark in benchmarks):
             of = {benchmark.model: benchmark.record for benchmark in benchmarks if benchmark.name == name}
@@ -88,7 +88,7 @@ def forgetting_table(record: Mapping[str, Any] | None) -> str:
     with _malformed("eval/forgetting.json"):
         tasks: Mapping[str, Any] = record["tasks"]
         models = [name for name in next(iter(tasks.values()), {}) if name != "base"]
-        named = [str(MODELS.get(model, model)) for model in models]
+        named = [str(TITLES.get(model, model)) for model in models]
         heads = ["task", "figure", "base", *(head for name in named for head in (name, "drop"))]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
         for task, of in tasks.items():
@@ -120,7 +120,7 @@ def question_cards(benchmarks: Sequence[Benchmark]) -> str:
         for benchmark in benchmarks:
             if benchmark.examples:
                 drawn = "".join(_card(example) for example in benchmark.examples[:MOST_QUESTIONS])
-                title = f"{benchmark.name}, {MODELS.get(benchmark.model, benchmark.model)}"
+                title = f"{benchmark.name}, {TITLES.get(benchmark.model, benchmark.model)}"
                 parts.append(f'<h3>{escape(title)}</h3><div class="cards">{drawn}</div>')
     return "".join(parts)
 
