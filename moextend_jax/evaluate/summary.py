@@ -241,11 +241,9 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     for column in ("", "easy-VQA accuracy", "WordNet loss (nats)", "King James loss (nats)", "forgetting"):
         table.add_column(column, justify="left" if not column else "right")
     accuracy, losses = summary["easy_vqa"], summary["text_loss"]
-    rows = {
-        "question only": ("question_only", None), "base": (None, "base"), "aligned only": ("aligned", "base"),
-        "MoExtend": ("moextend", "moextend"), "full fine-tuning": ("full", "full"),
-    }  # fmt: skip
-    for title, (answered, read) in rows.items():
+    rows = [("question only", "question_only", None), (MODELS["base"].title, None, "base")]
+    rows += [(MODELS[name].title, name, "base" if name == "aligned" else name) for name in ANSWERING]
+    for title, answered, read in rows:
         if answered not in accuracy and (answered or read not in losses["kjv"]):
             continue
         cells = [f"{accuracy[answered]:.3f}" if answered else "", "", "", ""]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from moextend_jax.config import MoextendError
 from moextend_jax.report.examples import small_image
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import MODELS
+from moextend_jax.report.results_pictures import TITLES
 
 MOST_QUESTIONS = 6
 """Of a benchmark and model."""
@@ -59,9 +59,9 @@ def benchmark_table(found: Sequence[Benchmark]) -> str:
         return ""
     with _malformed("eval/*/scores.json"):
         there = {one.model for one in found}
-        models = [model for model in ("base", *MODELS) if model in there]
+        models = [model for model in TITLES if model in there]
         others = list(dict.fromkeys(name for one in found for name in one.record.get("published", {})))
-        heads = ["benchmark", "figure", *(str(MODELS.get(model, model)) for model in models), *others, "questions"]
+        heads = ["benchmark", "figure", *(str(TITLES.get(model, model)) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
         for name in dict.fromkeys(one.name for one in found):
             of = {one.model: one.record for one in found if one.name == name}
@@ -87,7 +87,7 @@ def forgetting_table(record: Mapping[str, Any] | None) -> str:
     with _malformed("eval/forgetting.json"):
         tasks: Mapping[str, Any] = record["tasks"]
         models = [name for name in next(iter(tasks.values()), {}) if name != "base"]
-        named = [str(MODELS.get(model, model)) for model in models]
+        named = [str(TITLES.get(model, model)) for model in models]
         heads = ["task", "figure", "base", *(head for name in named for head in (name, "drop"))]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
         for task, of in tasks.items():
@@ -119,7 +119,7 @@ def question_cards(found: Sequence[Benchmark]) -> str:
         for one in found:
             if one.examples:
                 drawn = "".join(_card(example) for example in one.examples[:MOST_QUESTIONS])
-                title = f"{one.name}, {MODELS.get(one.model, one.model)}"
+                title = f"{one.name}, {TITLES.get(one.model, one.model)}"
                 parts.append(f'<h3>{escape(title)}</h3><div class="cards">{drawn}</div>')
     return "".join(parts)
 

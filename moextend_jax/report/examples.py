@@ -17,7 +17,7 @@ from PIL import Image
 
 from moextend_jax.config import MoextendError
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import MODELS
+from moextend_jax.report.results_pictures import TITLES
 
 MOST_EXAMPLES = 24
 IMAGE_PIXELS = 256
@@ -50,7 +50,7 @@ def _card(example: Mapping[str, Any], *, top: float) -> str:
     for model, said in example["predictions"].items():
         right = str(said).strip().lower() == answer.strip().lower()
         mark = '<i class="good">✓</i>' if right else '<i class="bad">✗</i>'
-        name = str(MODELS.get(model, model))
+        name = str(TITLES.get(model, model))
         lines.append(f"<li><span>{escape(name)}</span><span>{escape(str(said))} {mark}</span></li>")
     return (
         f'<div class="card"><div class="pair">{frames}</div><p><b>{escape(str(example["question"]))}</b></p>'

@@ -11,8 +11,9 @@ from html import escape
 from typing import Any
 
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import CORPORA, MODELS, duration, forgetting
+from moextend_jax.report.results_pictures import CORPORA, TITLES, duration, forgetting
 from moextend_jax.report.workdir import number
+from moextend_jax.runs.results import ANSWERING
 
 
 def tiles(summary: Mapping[str, Any] | None) -> str:
@@ -44,12 +45,12 @@ def table(summary: Mapping[str, Any] | None) -> str:
     questions = number(summary, "easy_vqa", "questions")
     heads = ["", "accuracy"] + [f"{name}<br>loss / gained" for name in CORPORA.values()]
     rows = [["Base model, text only", ""] + [_loss(summary, corpus, "base") for corpus in CORPORA]]
-    for model, name in MODELS.items():
-        rows.append([name, _accuracy(number(summary, "easy_vqa", model), questions)])
+    for model in ("question_only", *ANSWERING):
+        rows.append([TITLES[model], _accuracy(number(summary, "easy_vqa", model), questions)])
         rows[-1] += [_loss(summary, corpus, model) for corpus in CORPORA]
     lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
     for row in rows:
-        ours = ' class="ours"' if row[0] == MODELS["moextend"] else ""
+        ours = ' class="ours"' if row[0] == TITLES["moextend"] else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
     asked = "" if questions is None else f" on {questions:,.0f} test questions, ± its 95% interval"
     return (

@@ -16,9 +16,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL, canvas
 from moextend_jax.report.workdir import number
+from moextend_jax.runs import results
 
-MODELS = {"question_only": "Question only", "aligned": "Aligned only", "moextend": "MoExtend", "full": "Full tuning"}
-MODEL_COLOUR = {"question_only": PLAIN, "aligned": PLAIN, "moextend": OURS, "full": RIVAL}
+TITLES = {"question_only": "Question only"} | {
+    name: row.title[0].upper() + row.title[1:] for name, row in results.MODELS.items()
+}
+"""Of models in pictures and tables."""
+MODEL_COLOUR = dict.fromkeys(TITLES, PLAIN) | {"moextend": OURS, "full": RIVAL}
 CORPORA = {"wordnet": "WordNet", "kjv": "King James Bible"}
 CURVE_POINTS = 400
 """Points a loss curve is thinned to."""
@@ -62,7 +66,7 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
             "question only", (1, floor), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", color=MUTED,
         )  # fmt: skip
-    for model in ("aligned", "moextend", "full"):
+    for model in results.ANSWERING:
         accuracy, lost = number(summary, "easy_vqa", model), forgetting(summary, model=model)
         if model == "aligned":
             lost = Forgetting({"both": 0.0})  # align trains the projector only, which text never passes through
@@ -71,7 +75,7 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
         colour, gained = MODEL_COLOUR[model], lost.by_corpus.values()
         ax.plot([min(gained), max(gained)], [accuracy] * 2, color=colour, linewidth=2, alpha=0.5)
         ax.plot(lost.mean, accuracy, "o", markersize=9, color=colour)
-        ax.annotate(MODELS[model], (lost.mean, accuracy), (7, 6), textcoords="offset points", color=colour)
+        ax.annotate(TITLES[model], (lost.mean, accuracy), (7, 6), textcoords="offset points", color=colour)
     ax.axvline(0, color=MUTED, linewidth=0.8)
     ax.set(xlabel="forgetting: text loss gained (nats)", ylabel="accuracy")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -80,10 +84,10 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 
 def accuracy_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
-    scores = {model: number(summary, "easy_vqa", model) for model in MODELS}
+    scores = {model: number(summary, "easy_vqa", model) for model in TITLES}
     measured = {model: score for model, score in scores.items() if score is not None}
     bars = ax.bar(
-        [MODELS[model] for model in measured], list(measured.values()), color=[MODEL_COLOUR[m] for m in measured]
+        [TITLES[model] for model in measured], list(measured.values()), color=[MODEL_COLOUR[m] for m in measured]
     )
     ax.bar_label(bars, [f"{score:.1%}" for score in measured.values()], padding=2)
     ax.set(title="easy-VQA accuracy (higher is better)", ylim=(0, 1.08))
@@ -96,7 +100,7 @@ def forgetting_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
         corpora = [list(CORPORA).index(corpus) for corpus in lost.by_corpus]
         bars = ax.bar(
             np.asarray(corpora) + 0.38 * place - 0.19, list(lost.by_corpus.values()), width=0.36,
-            color=MODEL_COLOUR[model], label=MODELS[model],
+            color=MODEL_COLOUR[model], label=TITLES[model],
         )  # fmt: skip
         ax.bar_label(bars, [f"{nats:+.3f}" for nats in lost.by_corpus.values()], padding=2)
     ax.set_xticks(range(len(CORPORA)), list(CORPORA.values()))
