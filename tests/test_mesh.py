@@ -19,6 +19,7 @@ from moextend_jax import cli, sharding
 from moextend_jax import mesh as meshes
 from moextend_jax.config import MoextendError
 from moextend_jax.plan import topology
+from moextend_jax.runs.making import counting_stage
 from moextend_jax.runs.run import rows_of_settings
 from moextend_jax.settings import from_config_dict
 
@@ -140,6 +141,16 @@ def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
     pod.shape["fsdp"] = 24
     with pytest.raises(MoextendError, match=r"select.batch_size = 32 \(24 or 48 would do\); .*evaluate.batch_size"):
         meshes.check_rows(rows_of_settings(settings), pod)
+
+
+def test_select_has_batches_of_its_own_whatever_the_probe_computes_in_parts():
+    """Else a number that is no multiple of the parts would end a run after align and extend have trained."""
+    config = get_config("packed")
+    config.select.batch_size = 33
+    settings = from_config_dict(config)
+    assert settings.extend.accumulate == 2
+    stage = counting_stage(settings)
+    assert (stage.batch_size, stage.accumulate, stage.length) == (33, 1, settings.extend.length)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 8, 16])

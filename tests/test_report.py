@@ -263,7 +263,7 @@ def test_picture_files_are_pictures(tmp_path):
 
 
 def evaluated(workdir: Path) -> Path:
-    for model, value in (("aligned", 61.25), ("moextend", 84.5)):
+    for model, value in (("aligned", 61.25), ("probed", 70.0), ("moextend", 84.5)):
         folder = workdir / "eval" / "pope" / model
         folder.mkdir(parents=True)
         record = {
@@ -291,9 +291,9 @@ def test_benchmarks_stand_beside_published_numbers(workdir):
     (workdir / "config.json").write_text('{"seed": 0}')
     page = write_report(evaluated(workdir)).read_text()
     (row,) = re.findall(r"<tr><td>pope</td>.*?</tr>", page)
-    assert re.findall(r"<td>(.*?)</td>", row) == ["pope", "mean F1", "61.2", "84.5", "85.5", "85.9", "8,910"]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["pope", "mean F1", "61.2", "70.0", "84.5", "85.5", "85.9", "8,910"]
     (judged,) = re.findall(r"<tr><td>mmvet</td>.*?</tr>", page)
-    assert re.findall(r"<td>(.*?)</td>", judged) == ["mmvet", "to be judged", "not run", "–", "", "", "218"]
+    assert re.findall(r"<td>(.*?)</td>", judged) == ["mmvet", "to be judged", "not run", "not run", "–", "", "", "218"]
     assert "<td>piqa</td><td>acc,none</td><td>61.00</td><td>60.25</td><td>+0.75</td>" in page
     assert "average drop: MoExtend 0.41" in page
     assert "Is there &lt;b&gt;snow&lt;/b&gt;?" in page and page.count("data:image/png") == 1

@@ -60,7 +60,7 @@ def benchmark_table(benchmarks: Sequence[Benchmark]) -> str:
         return ""
     with _malformed("eval/*/scores.json"):
         evaluated = {benchmark.model for benchmark in benchmarks}
-        models = [model for model in ("base", *TITLES) if model in evaluated]
+        models = [model for model in TITLES if model in evaluated]
         others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
         heads = ["benchmark", "figure", *(str(TITLES.get(model, model)) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]

@@ -13,6 +13,7 @@ from typing import Any
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import CORPORA, TITLES, duration, forgetting
 from moextend_jax.report.workdir import number
+from moextend_jax.runs.results import ANSWERING
 
 
 def tiles(summary: Mapping[str, Any] | None) -> str:
@@ -44,8 +45,8 @@ def table(summary: Mapping[str, Any] | None) -> str:
     questions = number(summary, "easy_vqa", "questions")
     heads = ["", "accuracy"] + [f"{name}<br>loss / gained" for name in CORPORA.values()]
     rows = [["Base model, text only", ""] + [_loss(summary, corpus, "base") for corpus in CORPORA]]
-    for model, name in TITLES.items():
-        rows.append([name, _accuracy(number(summary, "easy_vqa", model), questions)])
+    for model in ("question_only", *ANSWERING):
+        rows.append([TITLES[model], _accuracy(number(summary, "easy_vqa", model), questions)])
         rows[-1] += [_loss(summary, corpus, model) for corpus in CORPORA]
     lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
     for row in rows:

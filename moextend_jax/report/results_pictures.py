@@ -16,10 +16,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL, canvas
 from moextend_jax.report.workdir import number
-from moextend_jax.runs.results import ANSWERING, MODELS
+from moextend_jax.runs import results
 
-TITLES = {"question_only": "question only", **{name: MODELS[name].title for name in ANSWERING}}
-MODEL_COLOUR = {"question_only": PLAIN, "aligned": PLAIN, "moextend": OURS, "full": RIVAL}
+TITLES = {"question_only": "Question only"} | {
+    name: row.title[0].upper() + row.title[1:] for name, row in results.MODELS.items()
+}
+"""Of models in pictures and tables."""
+MODEL_COLOUR = dict.fromkeys(TITLES, PLAIN) | {"moextend": OURS, "full": RIVAL}
 CORPORA = {"wordnet": "WordNet", "kjv": "King James Bible"}
 CURVE_POINTS = 400
 """Points a loss curve is thinned to."""
@@ -63,7 +66,7 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
             "question only", (1, floor), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
             ha="right", color=MUTED,
         )  # fmt: skip
-    for model in ANSWERING:
+    for model in results.ANSWERING:
         accuracy, lost = number(summary, "easy_vqa", model), forgetting(summary, model=model)
         if model == "aligned":
             lost = Forgetting({"both": 0.0})  # align trains the projector only, which text never passes through

@@ -30,7 +30,7 @@ from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of
 from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train.loop import Job, train_loop
 from moextend_jax.train.stages import split
@@ -112,7 +112,7 @@ def select(run: Run, name: str) -> None:
     assert row.data is not None
     data = row.data(recipe)
     source = source_of(run, data)
-    stage = dataclasses.replace(run.settings.extend, batch_size=settings.batch_size)
+    stage = counting_stage(run.settings)
 
     def count(opened: Opened) -> routing.Counts:
         rows = rows_of(run, source, stage, data=data, epochs=1, seed=None)
@@ -141,6 +141,11 @@ def select(run: Run, name: str) -> None:
         from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
 
         routing_picture(record, run.workdir / name / "routing.png")
+
+
+def counting_stage(settings: RunSettings) -> StageSettings:
+    """How `select` lays out its rows: as the probe does, in batches of its own size, each computed at once."""
+    return dataclasses.replace(settings.extend, batch_size=settings.select.batch_size, accumulate=1)
 
 
 def grow(run: Run, name: str) -> None:
