@@ -87,8 +87,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         _write_routing(run, models["moextend"], batches(prompted))
         pictured = [row for row, item in enumerate(prompted) if item.prompt.images][: settings.examples]
         example_questions = [prompted[row] for row in pictured]
-        texts = {name: [texts[row] for row in pictured] for name, texts in answers.items() if name != "question_only"}
-        _write_examples(run, models["moextend"], example_questions, batches(example_questions), texts, source.images)
+        del answers["question_only"]  # a guess, no model's
+        predictions = {name: [given[row] for row in pictured] for name, given in answers.items()}
+        _write_examples(run, models["moextend"], example_questions, batches(example_questions), predictions, source.images)
     return summary
 
 
