@@ -86,10 +86,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         batches = functools.partial(_batches, run, images=images)
         _write_routing(run, models["moextend"], batches(prompted))
         pictured = [row for row, item in enumerate(prompted) if item.prompt.images][: settings.examples]
-        example_questions = [prompted[row] for row in pictured]
-        del answers["question_only"]  # a guess, no model's
-        predictions = {name: [given[row] for row in pictured] for name, given in answers.items()}
-        _write_examples(run, models["moextend"], example_questions, batches(example_questions), predictions, source.images)
+        examples = [prompted[row] for row in pictured]
+        predictions = {name: [given[row] for row in pictured] for name, given in answers.items() if name in models}
+        _write_examples(run, models["moextend"], examples, batches(examples), predictions, source.images)
     return summary
 
 
