@@ -57,8 +57,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     images, pixels = images_of(run, source, data=settings.data, split=settings.split), pixels_of(run, source)
     asked = _asked(run, source, images)
     known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
-    texts = [one.question.text for one in asked]
-    guesses = questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
+    asked_texts = [item.question.text for item in asked]
+    guesses = questions.question_only_answers(known, asked_texts, tokenizer=run.tokenizer)
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
@@ -71,23 +71,23 @@ def evaluate(run: Run) -> dict[str, Any]:
                 # A tower that was trained has no cached features.
                 pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
                 asker = asker_of(run, generator, opened.arrays, pictures=pictures)
-                answers[name] = _answers(run, asker, [_seen(one, pictures) for one in asked], bar)
+                answers[name] = _answers(run, asker, [_seen(item, pictures) for item in asked], bar)
             if name != "aligned":  # its text is the base's
                 losses[name] = _text_losses(run, opened)
 
-    right = [one.question.answer for one in asked]
+    right = [item.question.answer for item in asked]
     summary: dict[str, Any] = {
-        "easy_vqa": {name: questions.accuracy(right, texts) for name, texts in answers.items()}
+        "easy_vqa": {name: questions.accuracy(right, answered) for name, answered in answers.items()}
         | {"questions": len(asked)},
         "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in ("wordnet", "kjv")},
     }
     if "moextend" in models:
         batches = functools.partial(_batches, run, images=images)
         _write_routing(run, models["moextend"], batches(asked))
-        pictured = [row for row, one in enumerate(asked) if one.prompt.images][: settings.examples]
-        shown = [asked[row] for row in pictured]
-        texts = {name: [texts[row] for row in pictured] for name, texts in answers.items() if name != "question_only"}
-        _write_examples(run, models["moextend"], shown, batches(shown), texts, source.images)
+        pictured = [row for row, item in enumerate(asked) if item.prompt.images][: settings.examples]
+        examples = [asked[row] for row in pictured]
+        predictions = {name: [answers[name][row] for row in pictured] for name in models if name in answers}
+        _write_examples(run, models["moextend"], examples, batches(examples), predictions, source.images)
     return summary
 
 
@@ -167,7 +167,7 @@ def _batches(run: Run, asked: Sequence[Asked], *, images: Pixels | Features) -> 
     """The prompts in the order given, on the host, every process the same; the last batch ends in empty rows."""
     settings = run.settings.evaluate
     for first in range(0, len(asked), settings.batch_size):
-        prompts = [one.prompt for one in asked[first : first + settings.batch_size]]
+        prompts = [item.prompt for item in asked[first : first + settings.batch_size]]
         yield questions.prompt_batch(prompts, images=images, rows=settings.batch_size, length=settings.length)
 
 
@@ -188,7 +188,7 @@ def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
 
 
 def _write_examples(
-    run: Run, opened: Opened, asked: Sequence[Asked], batches: Iterator[Batch], texts: dict[str, list[str]],
+    run: Run, opened: Opened, asked: Sequence[Asked], batches: Iterator[Batch], predictions: dict[str, list[str]],
     images: Images,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
@@ -208,7 +208,7 @@ def _write_examples(
                     "image_png": base64.b64encode(images[question.example.images[0].row].encoded).decode(),
                     "question": question.text.replace("<image>", "").strip(),
                     "answer": question.answer,
-                    "predictions": {name: answers[len(records)] for name, answers in texts.items()},
+                    "predictions": {name: answers[len(records)] for name, answers in predictions.items()},
                     "grid": grid,
                     "new_expert_share": share_P.reshape(grid, grid).tolist(),
                 }
