@@ -202,7 +202,7 @@ def _finetune():
     from moextend_jax.bench import model_config
     from moextend_jax.mesh import make_mesh
     from moextend_jax.models.moextend import MoExtend
-    from moextend_jax.models.parameters import by_path
+    from moextend_jax.parameters import by_path
     from moextend_jax.runs.results import patterns
     from moextend_jax.settings import from_config_dict
     from moextend_jax.train import stages

@@ -232,8 +232,23 @@ def _stage(name: str) -> Callable:
         with working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
             make(run, name)
             remember(run)
+            _show(run, name)
 
     return command
+
+
+def _show(run: Any, name: str) -> None:
+    """What there is to see of a result that has just been made."""
+    from moextend_jax import distributed
+    from moextend_jax.runs.models_of import read_selection
+
+    if name != "select" or not distributed.first():
+        return
+    from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
+
+    record = read_selection(run)
+    routing_picture(record, run.workdir / name / "routing.png")
+    print(f"layers to extend: {record['chosen_layers']}, copying experts {record['sources']}")
 
 
 def _resume_from(values: flags.FlagValues) -> Path | None:
@@ -246,16 +261,13 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.evaluate import summary
     from moextend_jax.report.page import write_report
     from moextend_jax.runs.making import make_all
-    from moextend_jax.runs.models_of import read_selection
     from moextend_jax.runs.run import remember, working
 
     console, started = Console(), time.perf_counter()
     with working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
         for name in make_all(run):
             remember(run)
-            if name == "select":
-                chosen = read_selection(run)
-                console.print(f"layers to extend: {chosen['chosen_layers']}, copying experts {chosen['sources']}")
+            _show(run, name)
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
         summary.print_table(record, console)
         if distributed.first():
@@ -264,9 +276,9 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
 
 def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.evaluate import summary
-    from moextend_jax.runs.run import remember, working
+    from moextend_jax.runs.run import evaluation_rows, remember, working
 
-    with working(settings, folder(values.workdir)) as run:
+    with working(settings, folder(values.workdir), rows=evaluation_rows(settings)) as run:
         summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), Console())
         remember(run)
 
@@ -308,7 +320,7 @@ def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
     from moextend_jax.runs.run import working
 
     workdir = folder(values.workdir)
-    with working(settings or _remembered(workdir), workdir) as run:
+    with working(settings or _remembered(workdir), workdir, rows=()) as run:  # whose batches are made to divide
         if values.benchmark:
             benchmark(
                 run,

@@ -24,7 +24,7 @@ from moextend_jax.config import IGNORE, Batch
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.attention import KeysValues, Visible, segment_mask
 from moextend_jax.models.moextend import MoExtend, sighted
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, map_shards, platform, shards, spec
 
 ALIGNED_ROWS = 8

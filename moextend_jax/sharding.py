@@ -1,6 +1,6 @@
 """TABLE logical axis (a letter of the legend) -> mesh axes, and the shardings that follow from it.
 
-Parameters carry their letters (`models/parameters.py`), so every parameter and every optimizer leaf gets its sharding
+Parameters carry their letters (`parameters.py`), so every parameter and every optimizer leaf gets its sharding
 from here. No PartitionSpec is written anywhere else.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moextend_jax.models.parameters import by_path
+from moextend_jax.parameters import by_path
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 

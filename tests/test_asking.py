@@ -16,7 +16,7 @@ from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.prompts import Prompt, buckets, plan
 from moextend_jax.generate import Generator, Sampling
 from moextend_jax.mesh import make_mesh
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES
 
 NEW, EOS = 5, 38

@@ -28,7 +28,7 @@ from moextend_jax.models.attention import (
     save_these,
     segment_mask,
 )
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 
 B, L = 2, 9
 N, K, H, D = 4, 2, 6, 24

@@ -19,8 +19,8 @@ from moextend_jax.models import experts
 from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, sort_by_expert
 from moextend_jax.models.mixtral import Extension, MoE, mixture
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.router import Routing
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 

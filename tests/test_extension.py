@@ -13,7 +13,7 @@ import tiny
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
-from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.parameters import by_path, with_arrays
 
 PAPER, RELEASED = RECIPES["paper"], RECIPES["released"]
 

@@ -13,7 +13,7 @@ import tiny
 from moextend_jax import generate
 from moextend_jax.config import IGNORE, Batch
 from moextend_jax.generate import Generator, Sampling, choose, likeliest
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 
 NEW, EOS = 6, 9
 NEVER = -1

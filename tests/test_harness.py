@@ -15,7 +15,7 @@ import pytest
 from moextend_jax.config import IGNORE, Batch, MoextendError
 from moextend_jax.evaluate.forgetting import average_drop, figure, forgetting
 from moextend_jax.evaluate.running import asker_of, generator_of
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.models_of import open_model
 from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from moextend_jax.checkpoints import huggingface, names
 from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 
 TABLES = {
     "mixtral": dataclasses.replace(tiny.PLAIN, vision=None),

@@ -16,7 +16,7 @@ import tiny
 from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import sighted
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 STRICT = dataclasses.replace(tiny.EXTENDED, text_isolation="strict")

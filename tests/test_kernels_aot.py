@@ -25,7 +25,7 @@ from moextend_jax.mesh import rows_sharding
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.mixtral import Extension, MoE
 from moextend_jax.models.moextend import abstract
-from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.plan import topology
 from moextend_jax.sharding import MESH_AXES, parameter_shardings, spec
 

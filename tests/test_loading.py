@@ -21,7 +21,7 @@ from moextend_jax.checkpoints.loading import EMBEDDED, Source, folder_of, open_b
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import ImageTags, MoextendError
 from moextend_jax.mesh import make_mesh
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES
 
 TRAINED = {"align": "projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extension/"}

@@ -12,8 +12,8 @@ import pytest
 import tiny
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig
-from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import Routing
+from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import Load, aux_per_layer, aux_released, cross_entropy, load, losses, losses_of
 
 B, L, D, V = 3, 11, 5, 17

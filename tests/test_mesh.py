@@ -145,9 +145,8 @@ def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
 
 def test_select_has_batches_of_its_own_whatever_the_probe_computes_in_parts():
     """Else a number that is no multiple of the parts would end a run after align and extend have trained."""
-    config = get_config("packed")
-    config.select.batch_size = 33
-    settings = from_config_dict(config)
+    config = get_config("packed").to_dict()
+    settings = from_config_dict(config | {"select": config["select"] | {"batch_size": 33}})
     assert settings.extend.accumulate == 2
     stage = counting_stage(settings)
     assert (stage.batch_size, stage.accumulate, stage.length) == (33, 1, settings.extend.length)

@@ -14,7 +14,7 @@ from flax import nnx
 from moextend_jax.checkpoints import names
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import by_path
+from moextend_jax.parameters import by_path
 
 M8X7B = DecoderConfig()
 M8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)

@@ -18,7 +18,7 @@ from moextend_jax.data.batches import Features
 from moextend_jax.data.conversations import Encoded
 from moextend_jax.data.packing import Item, Row, pack
 from moextend_jax.extension.routing import count_picks
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import StageSettings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import Losses, losses

@@ -17,7 +17,6 @@ from flax import nnx
 
 from configs.mixtral_8x7b import get_config
 from moextend_jax.config import DecoderConfig, ExtensionConfig
-from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.router import (
     LARGEST_WEIGHT,
     NewColumns,
@@ -27,6 +26,7 @@ from moextend_jax.models.router import (
     route,
     route_extended,
 )
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.smoke

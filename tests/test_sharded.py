@@ -15,7 +15,7 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.extension import routing
 from moextend_jax.mesh import make_mesh, place_rows
 from moextend_jax.models import blocked_attention
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import OptimizerConfig
 from moextend_jax.sharding import MESH_AXES, parameter_shardings
 from moextend_jax.train import stages

@@ -17,7 +17,7 @@ from flax import nnx
 
 from moextend_jax.config import IGNORE, RECIPES, Batch
 from moextend_jax.models import blocked_attention
-from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import make_optimizer

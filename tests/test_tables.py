@@ -8,6 +8,7 @@ import functools
 import itertools
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import tiny
@@ -18,7 +19,7 @@ from moextend_jax import sharding
 from moextend_jax.checkpoints import names
 from moextend_jax.config import RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import by_path
+from moextend_jax.parameters import by_path
 from moextend_jax.runs.results import patterns
 from moextend_jax.train.stages import GROUPS, group, split
 
@@ -179,3 +180,13 @@ def test_a_stage_whose_leaves_are_missing_is_an_error():
     plain = {path: param for path, param in parameters().items() if not path.startswith("extension/")}
     with pytest.raises(MoextendError, match="extension"):
         split(plain, tiny.STAGES["finetune"])
+
+
+def test_programs_of_models_run_through_the_door_alone():
+    """A bare `jax.jit` of a model runs outside `jax.set_mesh`, where kernels for several chips cannot be lowered."""
+    package = Path(sharding.__file__).parent
+    bare = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "jax.jit" in path.read_text()}
+    no_model = {"bench.py", "doctor.py", "generate.py"}  # random leaves, one layer, room for keys and values
+    assert bare == {"mesh.py", "models/moextend.py", *no_model}  # the second in a docstring
+    entered = {path.name for path in package.rglob("*.py") if "jax.set_mesh(" in path.read_text()}
+    assert entered == {"mesh.py"}

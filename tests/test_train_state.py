@@ -79,7 +79,7 @@ def lines(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch):
+def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch, capsys):
     programs, make_step = [], loop.make_step
     monkeypatch.setattr(
         loop, "make_step", lambda *args, **named: programs.append(make_step(*args, **named)) or programs[-1]
@@ -104,6 +104,10 @@ def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, m
     for path, leaf in whole.items():
         np.testing.assert_array_equal(finished[path], leaf)
 
+    train_state.check_facts({}, {"pictures": "b"}, where=tmp_path)
+    assert not capsys.readouterr().err  # an older checkpoint says nothing of pictures
+    train_state.check_facts({"pictures": "a"}, {"pictures": "b"}, where=tmp_path)
+    assert "goes on with other pictures than it began with" in capsys.readouterr().err
     with pytest.raises(MoextendError, match=r"base: 'abc' there, 'xyz' now") as error:
         run(tmp_path / "whole", facts=FACTS | {"base": "xyz"})
     assert "recipe" not in str(error.value)

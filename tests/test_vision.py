@@ -20,8 +20,8 @@ from moextend_jax.checkpoints import names
 from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract, fresh_projector
-from moextend_jax.models.parameters import by_path, with_arrays
 from moextend_jax.models.vision import Projector, VisionTower
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.sharding import parameter_shardings
 
 CLIP = Path(__file__).parents[2] / "shared" / "oracle" / "clip"

@@ -25,7 +25,7 @@ from moextend_jax.checkpoints import huggingface
 from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract
-from moextend_jax.models.parameters import by_path
+from moextend_jax.parameters import by_path
 from moextend_jax.runs import results
 from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings
 from moextend_jax.train.loop import Job

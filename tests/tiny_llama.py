@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from moextend_jax.checkpoints.leaves import match, read_sharded
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import Batch, DecoderConfig, ModelConfig
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 
 # Widths are multiples of 32, a row of GGUF's simplest quantised types.
 DENSE = DecoderConfig(

@@ -25,8 +25,8 @@ from probe import load_tower
 from moextend_jax.checkpoints.huggingface import write_parameters
 from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from moextend_jax.data.images import MEAN_c, STD_c
-from moextend_jax.models.parameters import arrays_of
 from moextend_jax.models.vision import VisionTower
+from moextend_jax.parameters import arrays_of
 
 CONFIG = VisionConfig(width=128, hidden=512, layers=4, heads=4, image_size=SIZE, patch_size=16)
 FOLDER = Path(__file__).parents[2] / "moextend_jax" / "assets" / "base" / "vision"

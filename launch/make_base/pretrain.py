@@ -31,7 +31,7 @@ from moextend_jax.data.datasets import Images, Source, open_text
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.mesh import make_mesh, place_rows
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import arrays_of
+from moextend_jax.parameters import arrays_of
 from moextend_jax.settings import OptimizerConfig, StageSettings
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import stages

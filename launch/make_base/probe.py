@@ -22,8 +22,8 @@ from PIL import Image
 from moextend_jax.checkpoints.huggingface import read_parameters, read_vision_config
 from moextend_jax.config import DecoderConfig, ModelConfig
 from moextend_jax.data.images import prepare_image
-from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.vision import VisionTower
+from moextend_jax.parameters import with_arrays
 
 ANSWERS = {
     "shape": ("circle", "rectangle", "triangle"),

@@ -21,7 +21,7 @@ from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safeten
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.data.images import MEAN_c, STD_c
 from moextend_jax.folders import is_url
-from moextend_jax.models.parameters import by_path
+from moextend_jax.parameters import by_path
 
 _DECODER = {
     "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",

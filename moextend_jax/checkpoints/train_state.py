@@ -247,11 +247,17 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
 
 BEFORE: dict[str, Any] = {"weight_guard": "none"}
 """What was done where an older record does not say it, because there was no choice."""
+MAY_CHANGE = ("pictures",)
+"""Facts that may differ, since damaged pictures are mended in the middle of a stage, but not unnoticed."""
 
 
 def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Path) -> None:
     """Raises MoextendError where `saved` lacks or contradicts any of `facts`; names what differs."""
-    differing = list(_differing(saved, facts))
+    for name in MAY_CHANGE:
+        if name in saved and name in facts and saved[name] != facts[name] and distributed.first():
+            message = f"{where}: goes on with other {name} than it began with: names, sizes or times differ"
+            print(f"moextend: {message}", file=sys.stderr)
+    differing = list(_differing(saved, {name: fact for name, fact in facts.items() if name not in MAY_CHANGE}))
     if differing:
         raise MoextendError(
             f"{where} belongs to another run ({'; '.join(differing)}). Use another --workdir, or the old settings"

@@ -20,8 +20,8 @@ from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import mixture, rms_norm
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import Routing
+from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import aux_released, load, losses_of
 
 RELEASED = RECIPES["released"]

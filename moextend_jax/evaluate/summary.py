@@ -30,7 +30,7 @@ from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, own_rows, place_rows
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
 from moextend_jax.runs.results import ANSWERING, MODELS, training, trains_tower
@@ -190,7 +190,7 @@ def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
 
 def _write_examples(
     run: Run, opened: Opened, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
-    texts: dict[str, list[str]], images: Images,
+    predictions: dict[str, list[str]], images: Images,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
     experts, extension = run.config.decoder.experts, opened.model.config.extension
@@ -209,7 +209,7 @@ def _write_examples(
                     "image_png": base64.b64encode(images[question.example.images[0].row].encoded).decode(),
                     "question": question.text.replace("<image>", "").strip(),
                     "answer": question.answer,
-                    "predictions": {name: answers[len(records)] for name, answers in texts.items()},
+                    "predictions": {name: answers[len(records)] for name, answers in predictions.items()},
                     "grid": grid,
                     "new_expert_share": share_P.reshape(grid, grid).tolist(),
                 }

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from moextend_jax.config import Batch
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import cross_entropy
 
 

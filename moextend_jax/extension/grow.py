@@ -10,7 +10,7 @@ from flax import nnx
 
 from moextend_jax.config import ModelConfig, MoextendError, Recipe
 from moextend_jax.models.mixtral import Extension
-from moextend_jax.models.parameters import arrays_of
+from moextend_jax.parameters import arrays_of
 
 COPIED = {
     "router/new_gate": "decoder/layers/moe/gate",

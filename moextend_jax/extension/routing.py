@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import Routing
+from moextend_jax.parameters import with_arrays
 
 
 class Counts(NamedTuple):

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import MoextendError
 from moextend_jax.models import blocked_attention
-from moextend_jax.models.parameters import weight
+from moextend_jax.parameters import weight
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
 

@@ -25,8 +25,8 @@ from jax import lax
 from moextend_jax.config import ModelConfig
 from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
-from moextend_jax.models.parameters import with_arrays
 from moextend_jax.models.router import WEIGHT_GUARDS, Routing, route, route_extended
+from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
 

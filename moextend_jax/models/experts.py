@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.grouped_matmul import grouped_matmul
-from moextend_jax.models.parameters import weight
+from moextend_jax.parameters import weight
 from moextend_jax.sharding import platform
 
 

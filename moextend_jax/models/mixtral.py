@@ -13,8 +13,8 @@ from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig
 from moextend_jax.models.attention import Attention, KeysValues, Rotation, Visible, rotation, save_these
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts
-from moextend_jax.models.parameters import constant, weight
 from moextend_jax.models.router import NewColumns, Routing
+from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import constrain
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 from moextend_jax.config import IGNORE, Batch, ModelConfig
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
-from moextend_jax.models.parameters import arrays_of
 from moextend_jax.models.vision import Projector, VisionTower
+from moextend_jax.parameters import arrays_of
 from moextend_jax.sharding import constrain
 
 

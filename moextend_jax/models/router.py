@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig
-from moextend_jax.models.parameters import weight
+from moextend_jax.parameters import weight
 
 
 class Routing(NamedTuple):

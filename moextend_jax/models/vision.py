@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import VisionConfig
-from moextend_jax.models.parameters import constant, weight, with_arrays
+from moextend_jax.parameters import constant, weight, with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, shards
 
 

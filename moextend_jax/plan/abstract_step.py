@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Rows, check_rows, rows_sharding, state_shardings
 from moextend_jax.models.moextend import abstract as structure
-from moextend_jax.models.parameters import by_path
+from moextend_jax.parameters import by_path
 from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import parameter_shardings

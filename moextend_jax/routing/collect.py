@@ -17,7 +17,7 @@ from moextend_jax.config import Batch, MoextendError
 from moextend_jax.extension.routing import count_faulty, least_likely, outputs_Z, refuse_faulty, tally
 from moextend_jax.mesh import Program, on_host, one_device, own_rows, place_rows
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.routing.stats import KINDS, PerToken, Stats
 
 FEW = 100_000

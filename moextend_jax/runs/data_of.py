@@ -18,7 +18,7 @@ from moextend_jax.data.features import cache_features
 from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, own_rows, place_rows, row_shards
 from moextend_jax.models.moextend import abstract
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Arrays, Run
 from moextend_jax.settings import StageSettings

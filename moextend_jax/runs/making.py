@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 
-from moextend_jax import distributed
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import MoextendError
@@ -86,7 +85,7 @@ def train(run: Run, name: str) -> None:
             settings=run.settings,
             mesh=run.mesh,
             folder=run.workdir / name,
-            facts=facts | {"examples": len(source), "data": source.fingerprint},
+            facts=facts | {"examples": len(source), "data": source.fingerprint, "pictures": source.images.fingerprint},
             resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
             name_of=lambda row: source[row].id,
         ),
@@ -104,7 +103,7 @@ def train(run: Run, name: str) -> None:
 
 
 def select(run: Run, name: str) -> None:
-    """Counts routing before and after the probe on S_e, and writes NAME/routing.json and .png."""
+    """Counts routing before and after the probe on S_e, and writes NAME/routing.json."""
     row, settings, recipe = results.result(name), run.settings.select, run.settings.recipe
     facts = as_json(run.facts_of(name, settings=dataclasses.asdict(settings)))
     if (run.workdir / name / "routing.json").exists() and read_selection(run).get("facts") == facts:
@@ -137,10 +136,6 @@ def select(run: Run, name: str) -> None:
         "facts": facts,
     }
     write_json(run.workdir / name / "routing.json", record)
-    if distributed.first():
-        from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
-
-        routing_picture(record, run.workdir / name / "routing.png")
 
 
 def counting_stage(settings: RunSettings) -> StageSettings:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def open_run(settings: RunSettings, workdir: Path) -> Run:
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     config = dataclasses.replace(source.config, **settings.model_options)
     tokenizer = tokenizer_of(folder_of(settings.base), config)
+    check_end(source.record.attributes.get("decoder", {}), tokenizer, where=settings.base)
     config = dataclasses.replace(config, tags=tokenizer.tags)
     return Run(
         settings=settings,
@@ -107,15 +108,21 @@ def open_run(settings: RunSettings, workdir: Path) -> Run:
 
 
 @contextlib.contextmanager
-def working(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> Iterator[Run]:
+def working(
+    settings: RunSettings, workdir: Path, *, rows: Iterable[Rows] | None = None, resume_from: Path | None = None
+) -> Iterator[Run]:
     """A run that may write: alone in its work directory, and told when its machine is to be taken away.
+
+    Args:
+      rows: those that the mesh must divide; None: all that the settings name, so that nothing is trained in vain.
+      resume_from: a checkpoint of another work directory.
 
     Raises:
       MoextendError: another run is there, rows of a stage do not divide, or `resume_from` holds no checkpoint.
       Preempted: inside, at any place.
     """
     distributed.start(cpu_devices=settings.cpu_devices)
-    check_rows(rows_of_settings(settings), make_mesh(settings.mesh))
+    check_rows(rows_of_settings(settings) if rows is None else list(rows), make_mesh(settings.mesh))
     with locked(workdir):
         if jax.process_count() == 1:
             preemption.listen()
@@ -125,19 +132,27 @@ def working(settings: RunSettings, workdir: Path, *, resume_from: Path | None = 
 
 
 def rows_of_settings(settings: RunSettings) -> list[Rows]:
-    """Every number of rows that some command computes together."""
-    evaluate = settings.evaluate
-    rows = [
-        Rows(f"{name}.batch_size", stage.batch_size, getattr(stage, "accumulate", 1))
-        for name, row in results.RESULTS.items()
-        if row.settings
-        for stage in (getattr(settings, row.settings),)
-    ]
-    return [
-        *rows,
-        Rows("evaluate.batch_size", evaluate.batch_size),
-        Rows("evaluate.text_batch_size", evaluate.text_batch_size),
-    ]
+    """Every number of rows that a run computes together, in any of its stages and in evaluation."""
+    stages = [(name, getattr(settings, row.settings)) for name, row in results.RESULTS.items() if row.settings]
+    rows = [Rows(f"{name}.batch_size", stage.batch_size, getattr(stage, "accumulate", 1)) for name, stage in stages]
+    return rows + evaluation_rows(settings)
+
+
+def evaluation_rows(settings: RunSettings) -> list[Rows]:
+    """Those of `moextend evaluate` alone."""
+    return [Rows(f"evaluate.{name}", getattr(settings.evaluate, name)) for name in ("batch_size", "text_batch_size")]
+
+
+def check_end(attributes: Mapping[str, Any], tokenizer: Tokenizer, *, where: str) -> None:
+    """Refuses a base whose config.json ends answers with another token than its tokenizer.model, such as ChatML's
+    `<|im_end|>`: it would be trained on another end, and its own never be said."""
+    ends = attributes.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ends and tokenizer.eos not in ends:
+        raise MoextendError(
+            f"{where}: config.json ends answers with token {', '.join(map(str, ends))}, tokenizer.model with "
+            f"{tokenizer.eos}; added tokens are not read here, so this base cannot be trained or asked"
+        )
 
 
 def facts_of_base(base: str, settings: RunSettings) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from moextend_jax.config import Batch, Recipe
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.parameters import by_path, with_arrays
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.sharding import constrain, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
 from moextend_jax.train.optimizer import in_float32

@@ -9,7 +9,7 @@ import pytest
 
 from moextend_jax.compare.forward import compare_forward, equal_columns
 from moextend_jax.compare.verdict import Tolerances
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from parity import sets
 
 pytestmark = pytest.mark.smoke

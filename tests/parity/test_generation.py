@@ -11,7 +11,7 @@ import pytest
 
 from moextend_jax.config import Batch
 from moextend_jax.generate import Generator
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from parity import sets
 
 pytestmark = pytest.mark.smoke

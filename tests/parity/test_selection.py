@@ -16,7 +16,7 @@ from moextend_jax.compare.reference import chosen_images
 from moextend_jax.config import Batch, ExtensionConfig, Recipe
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from parity import sets
 
 pytestmark = pytest.mark.smoke

@@ -16,7 +16,7 @@ import pytest
 from moextend_jax.checkpoints import names
 from moextend_jax.compare.forward import equal_columns
 from moextend_jax.config import ModelConfig
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.results import patterns
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses

@@ -13,7 +13,7 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import open_source
 from moextend_jax.compare.reference import to_nhwc
 from moextend_jax.models.moextend import abstract
-from moextend_jax.models.parameters import with_arrays
+from moextend_jax.parameters import with_arrays
 from parity import sets
 
 pytestmark = pytest.mark.smoke
