@@ -20,7 +20,7 @@ from moextend_jax import mesh as meshes
 from moextend_jax.config import MoextendError
 from moextend_jax.plan import topology
 from moextend_jax.runs.making import counting_stage
-from moextend_jax.runs.run import rows_of_settings
+from moextend_jax.runs.run import evaluation_rows, rows_of_settings
 from moextend_jax.settings import from_config_dict
 
 
@@ -138,6 +138,7 @@ def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
     with pytest.raises(MoextendError, match=r"finetune.batch_size = 32 in 2 parts \(64 would do\)") as refused:
         meshes.check_rows(rows_of_settings(settings), pod)
     assert "32 equal parts" in str(refused.value) and "align" not in str(refused.value)
+    meshes.check_rows(evaluation_rows(settings), pod)  # which `moextend evaluate` alone computes
     pod.shape["fsdp"] = 24
     with pytest.raises(MoextendError, match=r"select.batch_size = 32 \(24 or 48 would do\); .*evaluate.batch_size"):
         meshes.check_rows(rows_of_settings(settings), pod)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
+from moextend_jax.runs.run import check_end
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 
@@ -137,3 +138,14 @@ def test_missing_or_broken_files_are_one_clear_line(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(MoextendError, match="cannot read the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("ends", [2, [32000, 2], None])
+def test_a_base_that_ends_answers_as_its_tokenizer_does_is_fine(tokenizer, ends):
+    check_end({"eos_token_id": ends}, tokenizer, where="base")
+
+
+def test_a_base_that_ends_answers_with_an_added_token_is_refused(tokenizer):
+    """As ChatML tunes do: their <|im_end|> is a row of the vocabulary that tokenizer.model does not have."""
+    with pytest.raises(MoextendError, match="config.json ends answers with token 32000, tokenizer.model with 2"):
+        check_end({"eos_token_id": 32000}, tokenizer, where="base")

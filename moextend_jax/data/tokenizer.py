@@ -88,7 +88,8 @@ def load_tokenizer(directory: Path | str, *, tags: ImageTags | None = None) -> T
     model_path = Path(directory) / "tokenizer.model"
     config_path = Path(directory) / "tokenizer_config.json"
     if not model_path.is_file():
-        raise MoextendError(f"no tokenizer.model in {directory}; give a folder in the Hugging Face layout")
+        beside = " (tokenizer.json is not read)" if model_path.with_name("tokenizer.json").is_file() else ""
+        raise MoextendError(f"no tokenizer.model in {directory}{beside}: copy that of the base there")
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(model_path.read_bytes())
