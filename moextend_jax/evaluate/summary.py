@@ -73,7 +73,7 @@ def evaluate(run: Run) -> dict[str, Any]:
                 pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
                 asker = asker_of(run, generator, opened.arrays, pictures=pictures)
                 answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
-            if name != "aligned":  # its text is the base's
+            if not MODELS[name].text_is_bases:
                 losses[name] = _text_losses(run, opened)
 
     right = [item.question.answer for item in prompted]

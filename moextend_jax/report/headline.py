@@ -13,7 +13,7 @@ from typing import Any
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import CORPORA, TITLES, duration, forgetting
 from moextend_jax.report.workdir import number
-from moextend_jax.runs.results import ANSWERING
+from moextend_jax.runs.results import ANSWERING, MODELS
 
 
 def tiles(summary: Mapping[str, Any] | None) -> str:
@@ -76,7 +76,9 @@ def _accuracy(accuracy: float | None, questions: float | None) -> str:
 def _loss(summary: Mapping[str, Any], corpus: str, model: str) -> str:
     loss, base = number(summary, "text_loss", corpus, model), number(summary, "text_loss", corpus, "base")
     if loss is None:
-        return {"aligned": "<small>as the base</small>", "question_only": ""}.get(model, "<small>not run</small>")
+        if model == "question_only":
+            return ""
+        return f"<small>{'as the base' if MODELS[model].text_is_bases else 'not run'}</small>"
     return f"{loss:.3f}" if model == "base" or base is None else f"{loss:.3f} / {loss - base:+.3f}"
 
 

@@ -68,8 +68,8 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
         )  # fmt: skip
     for model in results.ANSWERING:
         accuracy, lost = number(summary, "easy_vqa", model), forgetting(summary, model=model)
-        if model == "aligned":
-            lost = Forgetting({"both": 0.0})  # align trains the projector only, which text never passes through
+        if results.MODELS[model].text_is_bases:
+            lost = Forgetting({"both": 0.0})
         if accuracy is None or lost is None:
             continue
         colour, gained = MODEL_COLOUR[model], lost.by_corpus.values()

@@ -119,7 +119,7 @@ def select(run: Run, name: str) -> None:
         return routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
 
     with no_bus_error():
-        before, after = count(open_model(run, "aligned")), count(open_model(run, "probed"))
+        before, after = (count(open_model(run, model)) for model in row.models)
     chosen = routing.select(before, after, share=settings.share, recipe=recipe)
     record = {
         "layers": run.config.decoder.layers,
@@ -150,8 +150,9 @@ def grow(run: Run, name: str) -> None:
     facts = run.facts_of(name, extension=as_json(extension))
     if _is_done(run, name, facts):
         return
-    leaves: Arrays = leaves_of(run, "extend") if recipe.routers_kept == "after" else {}
-    arrays = {**open_model(run, "aligned").arrays, **leaves}
+    row = results.result(name)
+    leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
+    arrays = {**open_model(run, row.models[0]).arrays, **leaves}
     copied = {path: leaf for path, leaf in arrays.items() if path in COPIED.values()}
     # Jitted for its shardings: every process makes only its own part of the new leaves.
     shardings = parameter_shardings(abstract(config), run.mesh)

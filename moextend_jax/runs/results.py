@@ -33,6 +33,7 @@ class Result:
     how: a row of `making.MAKERS`. data: what it reads. trains: path patterns of the leaves that it trains, by recipe;
     all others are frozen. settings: the group of `RunSettings` that sets it.
     grown: whether its leaves belong to the extended model.
+    models: rows of MODELS that it looks at: those whose routing is compared, or the one that is extended.
     optional: a baseline, which `moextend run` makes only if asked to.
     """
 
@@ -43,6 +44,7 @@ class Result:
     trains: Callable[[Recipe], tuple[str, ...]] = lambda _: ()
     settings: str = ""
     grown: bool = False
+    models: tuple[str, ...] = ()
     optional: bool = False
 
 
@@ -79,6 +81,7 @@ RESULTS: dict[str, Result] = {
         does="count routing before and after the probe; choose layers and source experts",
         how="select",
         parents=("align", "extend"),
+        models=("aligned", "probed"),
         data=_held_out,
         settings="select",
     ),
@@ -86,6 +89,7 @@ RESULTS: dict[str, Result] = {
         does="add new experts, router columns and calibrators to the chosen layers",
         how="grow",
         parents=("align", "extend"),
+        models=("aligned",),
         grown=True,
     ),
     "finetune": Result(
@@ -111,17 +115,19 @@ RESULTS: dict[str, Result] = {
 class ModelRow(NamedTuple):
     """A model of a work directory: the results whose leaves lie, one over the other, over the pretrained parts.
 
-    title: for tables. sees: False is the pretrained decoder alone, without its eyes.
+    title: for tables. sees: False is the pretrained decoder alone, without its eyes. text_is_bases: nothing that text
+    passes through was trained, so its text losses are the base's and are not computed again.
     """
 
     title: str
     results: tuple[str, ...]
     sees: bool = True
+    text_is_bases: bool = False
 
 
 MODELS: dict[str, ModelRow] = {
     "base": ModelRow("base", (), sees=False),
-    "aligned": ModelRow("aligned only", ("align",)),
+    "aligned": ModelRow("aligned only", ("align",), text_is_bases=True),
     "probed": ModelRow("probed", ("align", "extend")),
     "moextend": ModelRow("MoExtend", ("align", "grow", "finetune")),
     "full": ModelRow("full fine-tuning", ("align", "full")),
