@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 from absl import flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder
@@ -23,6 +22,7 @@ from moextend_jax.machine import no_devices, quiet_libtpu
 from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
 from moextend_jax.runs.results import MODELS, RESULTS, training
 from moextend_jax.settings import NotNegative, Positive, RunSettings, Share, from_config_dict
+from moextend_jax.terminal import console
 
 
 def _lines(*, optional: bool) -> str:
@@ -263,15 +263,15 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.runs.making import make_all
     from moextend_jax.runs.run import remember, working
 
-    console, started = Console(), time.perf_counter()
+    screen, started = console(), time.perf_counter()
     with working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
         for name in make_all(run):
             remember(run)
             _show(run, name)
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
-        summary.print_table(record, console)
+        summary.print_table(record, screen)
         if distributed.first():
-            console.print(f"report: {write_report(run.workdir)}")
+            screen.print(f"report: {write_report(run.workdir)}")
 
 
 def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
@@ -279,7 +279,7 @@ def _evaluate(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.runs.run import evaluation_rows, remember, working
 
     with working(settings, folder(values.workdir), rows=evaluation_rows(settings)) as run:
-        summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), Console())
+        summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), console())
         remember(run)
 
 
@@ -356,7 +356,7 @@ def _remembered(workdir: Path) -> RunSettings:
 def _bench(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.bench import bench
 
-    figures = bench(settings, Console(), only=values.stage, layers=values.layers)
+    figures = bench(settings, console(), only=values.stage, layers=values.layers)
     if values.json:
         Path(values.json).write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -383,7 +383,6 @@ def _plan(settings: RunSettings, values: flags.FlagValues) -> None:
 def _data(settings: RunSettings, values: flags.FlagValues) -> None:
     from moextend_jax.check_data import check_command
     from moextend_jax.folders import local
-    from moextend_jax.terminal import console
 
     chosen = values.data_dir or settings.data_dir or (f"{values.workdir}/data" if values.workdir else None)
     code = check_command(
