@@ -29,7 +29,7 @@ from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
-from moextend_jax.mesh import Program, make_mesh, own_rows, place_rows
+from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.moextend import MoExtend, abstract
@@ -124,7 +124,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         for leaves in (planned.state.trainable, planned.frozen)
     )
     rows, length = stage_settings.batch_size, stage_settings.length
-    batch = place_rows(own_rows(random_batch(config, rows=rows, length=length, labels=labels), mesh), mesh)
+    batch = place_whole(random_batch(config, rows=rows, length=length, labels=labels), mesh)
     state = init_state(jax.tree.map(jnp.copy, trainable), planned.optimizer)
     compiled = planned.step.lower(state, frozen, batch).compile()
     seconds = []

@@ -146,6 +146,11 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(placed, tree)
 
 
+def place_whole(tree: Any, mesh: Mesh) -> Any:
+    """Global arrays of a tree of host arrays that every process has whole, placed as rows."""
+    return place_rows(own_rows(tree, mesh), mesh)
+
+
 class Rows(NamedTuple):
     """A setting that says how many rows are computed together, and in how many parts one after another."""
 
@@ -194,6 +199,18 @@ def place_leaves(model: nnx.Module, arrays: Mapping[str, Any], mesh: Mesh) -> di
     """Leaves of a model by path, each sharded as the table says; `model` gives the structure alone."""
     shardings = parameter_shardings(model, mesh)
     return {path: place(leaf, shardings[path]) for path, leaf in arrays.items()}
+
+
+def make_leaves(
+    model: nnx.Module, make: Callable[..., Mapping[str, Any]], *arguments: Any, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Leaves of a model by path as `make` computes them, each made where it will lie: no process makes another's part.
+
+    `model` gives the structure alone; `make` is traced, and may give any of its leaves.
+    """
+    shardings = parameter_shardings(model, mesh)
+    out_shardings = {path: shardings[path] for path in jax.eval_shape(make, *arguments)}
+    return Program(make, mesh=mesh, out_shardings=out_shardings)(*arguments)
 
 
 def state_shardings(state: Any, leaves: Mapping[str, Any], mesh: Mesh) -> Any:

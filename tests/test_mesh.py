@@ -125,7 +125,7 @@ def test_a_hosts_rows_are_where_its_chips_are(name: str, tensor: int, first: tup
 def test_rows_that_every_process_has_are_placed_in_order():
     mesh = meshes.one_device()
     rows = {"a": np.arange(12).reshape(6, 2), "b": None}
-    placed = meshes.place_rows(meshes.own_rows(rows, mesh), mesh)
+    placed = meshes.place_whole(rows, mesh)
     np.testing.assert_array_equal(placed["a"], rows["a"])
 
 

@@ -12,7 +12,7 @@ from moextend_jax.data.conversations import encode_prompt
 from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
-from moextend_jax.mesh import own_rows, place_rows, row_shards
+from moextend_jax.mesh import place_whole, row_shards
 from moextend_jax.runs.models_of import open_model
 from moextend_jax.runs.results import model_row
 from moextend_jax.runs.run import Run
@@ -35,7 +35,7 @@ def speak(
     printed = ""
     for ids_B in generator.stream(
         opened.arrays,
-        place_rows(own_rows(batch, run.mesh), run.mesh),
+        place_whole(batch, run.mesh),
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=seed,

@@ -29,7 +29,7 @@ from moextend_jax.evaluate.running import asker_of, generator_of
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
-from moextend_jax.mesh import Program, on_host, own_rows, place_rows
+from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
@@ -173,7 +173,7 @@ def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, images: Pixels |
 
 
 def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
-    placed = (place_rows(own_rows(batch, run.mesh), run.mesh) for batch in batches)
+    placed = (place_whole(batch, run.mesh) for batch in batches)
     counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
     extension = opened.model.config.extension
     assert extension is not None
@@ -199,7 +199,7 @@ def _write_examples(
     grid = round(run.patches**0.5)
     records: list[dict[str, Any]] = []
     for batch in batches:
-        ids_ZTk = on_host(picks(opened.arrays, place_rows(own_rows(batch, run.mesh), run.mesh)))
+        ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
         chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
         share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
         for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.extension.routing import count_faulty, least_likely, outputs_Z, refuse_faulty, tally
-from moextend_jax.mesh import Program, on_host, one_device, own_rows, place_rows
+from moextend_jax.mesh import Program, on_host, one_device, place_whole
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import with_arrays
 from moextend_jax.routing.stats import KINDS, PerToken, Stats
@@ -48,7 +48,7 @@ def collect(
     picks: list[PerToken] | None = [] if per_token is not False else None
     digest = hashlib.sha256()
     for batch in batches:
-        totals, ids_ZTk, gaps_ZT = jax.tree.map(on_host, count(arrays, place_rows(own_rows(batch, mesh), mesh)))
+        totals, ids_ZTk, gaps_ZT = jax.tree.map(on_host, count(arrays, place_whole(batch, mesh)))
         refuse_faulty(totals.pop("faulty"))
         totals = {name: total.astype(np.int64 if total.dtype.kind == "i" else float) for name, total in totals.items()}
         sums = totals if sums is None else {name: sums[name] + totals[name] for name in totals}

@@ -16,7 +16,7 @@ from moextend_jax.data.batches import Features, Pixels, batches
 from moextend_jax.data.datasets import Source, hold_out, open_dataset
 from moextend_jax.data.features import cache_features
 from moextend_jax.folders import folder, local
-from moextend_jax.mesh import Program, on_host, own_rows, place_rows, row_shards
+from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.results import Data
@@ -116,7 +116,7 @@ def _features(run: Run, tower: Arrays, images_nhwc: np.ndarray) -> np.ndarray:
     """`features_nPC` of images, which are the same in every process; each device computes some of them."""
     missing = -len(images_nhwc) % row_shards(run.mesh)
     padded_nhwc = np.pad(images_nhwc, ((0, missing), (0, 0), (0, 0), (0, 0)))
-    features = _tower(run.config, run.mesh)(tower, place_rows(own_rows(padded_nhwc, run.mesh), run.mesh))
+    features = _tower(run.config, run.mesh)(tower, place_whole(padded_nhwc, run.mesh))
     return on_host(features)[: len(images_nhwc)]
 
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import MoextendError
@@ -23,14 +21,13 @@ from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
-from moextend_jax.mesh import Program, place_rows
+from moextend_jax.mesh import make_leaves, place_rows
 from moextend_jax.models.moextend import abstract
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of
 from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
 from moextend_jax.settings import RunSettings, StageSettings
-from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train.loop import Job, train_loop
 from moextend_jax.train.stages import split
 
@@ -154,11 +151,8 @@ def grow(run: Run, name: str) -> None:
     leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
     arrays = {**open_model(run, row.models[0]).arrays, **leaves}
     copied = {path: leaf for path, leaf in arrays.items() if path in COPIED.values()}
-    # Jitted for its shardings: every process makes only its own part of the new leaves.
-    shardings = parameter_shardings(abstract(config), run.mesh)
-    make_leaves = functools.partial(grow_leaves, config=config, recipe=recipe, seed=run.settings.seed)
-    out_shardings = {path: shardings[path] for path in jax.eval_shape(make_leaves, copied)}
-    leaves |= Program(make_leaves, mesh=run.mesh, out_shardings=out_shardings)(copied)
+    new_leaves = functools.partial(grow_leaves, config=config, recipe=recipe, seed=run.settings.seed)
+    leaves |= make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
     train_state.save_leaves(run.workdir / name / "result", leaves, facts=facts)
 
 

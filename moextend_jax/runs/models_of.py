@@ -14,7 +14,7 @@ import jax
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import ExtensionConfig, ModelConfig, MoextendError
-from moextend_jax.mesh import Program, place_leaves
+from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
@@ -89,9 +89,7 @@ def read_selection(run: Run) -> dict[str, Any]:
 def projector_of_seed(run: Run) -> Arrays:
     """Leaves of a projector that starts from the seed, each made where it will lie."""
     leaves, key = functools.partial(fresh_projector, run.config), jax.random.key(run.settings.seed)
-    shardings = parameter_shardings(abstract(run.config), run.mesh)
-    out_shardings = {path: shardings[path] for path in jax.eval_shape(leaves, key)}
-    return Program(leaves, mesh=run.mesh, out_shardings=out_shardings)(key)
+    return make_leaves(abstract(run.config), leaves, key, mesh=run.mesh)
 
 
 def identity(run: Run, name: str) -> str:
