@@ -16,6 +16,32 @@ from moextend_jax.config import MoextendError
 MOST = 1 << 31
 """Sizes stay below; what they multiply to stays a number that can be written down."""
 
+OF_ANY_MODEL = {
+    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pad_token_id",
+    "bos_token_id", "eos_token_id", "initializer_range", "initializer_factor", "max_position_embeddings",
+    "output_router_logits", "router_aux_loss_coef", "projection_dim", "quantization_config_note",
+    "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "vocab_size", "model_type",
+    # the released code's own: its image tower is described elsewhere, most of these lines are left over
+    "add_layer", "visual", "embed_dim", "img_size", "in_chans", "patch_size", "tiny_vocab",
+    # ours, in exported models: the sizes of the tower inside
+    "vision_config",
+    # what transformers 4 wrote of every model, about text generation, outputs and labels
+    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript",
+    "typical_p", "use_bfloat16",
+    # what tools write about themselves, and how a program computes what is computed here in any case
+    "auto_map", "pretraining_tp", "unsloth_version", "unsloth_fixed", "_flash_attn_2_enabled", "_commit_hash",
+    "tokenizer_model_max_length", "tokenizer_padding_side", "max_sequence_length", "unk_token_id", "is_llama_config",
+    "transformers.js_config",
+}  # fmt: skip
+"""Attributes of a config.json that say nothing about what is computed."""
+
 ADVICE = {
     "sliding_window": ": here every token sees all before it. The two agree on texts of up to {} tokens; if yours are, "
     "write null there"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from moextend_jax import folders
 from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
@@ -35,11 +35,11 @@ def import_main(arguments: list[str]) -> None:
     """`moextend import SRC DST`: a PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one
     (Llama or Mistral, folder or GGUF) becomes a mixture of copies of its feed-forward layers."""
     parser = Parser(prog="moextend import", description=import_main.__doc__)
-    parser.add_argument("src", type=Path, help="folder of a checkpoint, file of a projector, or GGUF file")
+    parser.add_argument("src", type=folders.folder, help="folder (or gs://) of a checkpoint, projector's file, or GGUF file")
     parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--base", type=Path, help="folder of the base, for partial saves and deltas")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
-    parser.add_argument("--projector", type=Path, help="folder or file of a LLaVA projector")
+    parser.add_argument("--base", type=folders.folder, help="folder of the base, for partial saves and deltas")
+    parser.add_argument("--vision", type=folders.folder, help="folder of a CLIP vision tower")
+    parser.add_argument("--projector", type=folders.folder, help="folder or file of a LLaVA projector")
     parser.add_argument("--feature_layer", "--feature-layer", type=int, help="hidden state the projector reads")
     parser.add_argument("--dtype", choices=[str(dtype) for dtype in leaves.FLOATS], help="store in this element type")
     dense = parser.add_argument_group("sparse upcycling of a dense model")
@@ -59,7 +59,7 @@ def import_main(arguments: list[str]) -> None:
             if values.src.suffix == ".gguf":
                 from moextend_jax.checkpoints.gguf import open_gguf  # it takes a quarter of a second
 
-                open_gguf(values.src)  # what is no dense model is refused as what it is
+                open_gguf(folders.local(values.src, what="a GGUF file"))  # what is no dense model is refused as what it is
                 raise MoextendError(f"{values.src} is a dense model: give --experts N to upcycle it")
             source = open_source(
                 values.src,
@@ -67,7 +67,10 @@ def import_main(arguments: list[str]) -> None:
                 vision=values.vision,
                 projector=values.projector,
                 feature_layer=values.feature_layer,
+                dtype=values.dtype,
             )
+        for note in source.notes:
+            print(f"{values.src}: {note}")
         cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
@@ -217,7 +220,7 @@ def parts_of(layout: str, source: Source) -> set[str]:
 
 def _copy_files(files: Any, folder: Path) -> None:
     for name, path in dict(files).items():
-        shutil.copyfile(path, folder / name)
+        (folder / name).write_bytes(path.read_bytes())
 
 
 def size_of(text: str) -> int:

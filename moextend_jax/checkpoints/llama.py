@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import Table, decoder_attributes_of, read_fields, with_head_size
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, decoder_attributes_of, read_fields, with_head_size
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.config import DecoderConfig, MoextendError
@@ -25,11 +25,7 @@ _TABLE = Table(
         "rope_interleaved": (None, False), "partial_rotary_factor": (None, 1.0), "attention_dropout": (None, 0.0),
         "residual_dropout": (None, 0.0), "sliding_window": (None,),
     },
-    harmless={
-        "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path",
-        "pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "initializer_range", "max_position_embeddings",
-        "max_sequence_length", "pretraining_tp", "is_llama_config", "transformers.js_config",
-    },
+    harmless=OF_ANY_MODEL,
     optional={"head_dim", "tie_word_embeddings"},
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.hashes import base_hash
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
@@ -93,7 +93,7 @@ def open_run(settings: RunSettings, workdir: Path) -> Run:
     mesh = make_mesh(settings.mesh)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     config = dataclasses.replace(source.config, **settings.model_options)
-    tokenizer = tokenizer_of(folder_of(settings.base), config)
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config)
     check_end(source.record.attributes.get("decoder", {}), tokenizer, where=settings.base)
     config = dataclasses.replace(config, tags=tokenizer.tags)
     return Run(
