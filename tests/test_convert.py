@@ -290,7 +290,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         f"Missing: {NORM}. Not asked for: x",
     ),
     "surplus": (lambda f: folders.change(folders.mixtral(f), {"x": lambda a: a}), r"Not asked for: x\.$"),
-    "attribute": (lambda f: with_attribute(folders.mixtral(f), sliding_window=4096), "sliding_window = 4096"),
+    "attribute": (lambda f: with_attribute(folders.mixtral(f), attention_bias=True), "attention_bias = True"),
     "rope": (lambda f: with_attribute(folders.mixtral(f), rope_scaling={"type": "yarn"}), "rope_scaling"),
     "activation": (lambda f: with_attribute(folders.clip(f), hidden_act="relu"), "hidden_act = 'relu'"),
     "layers": (lambda f: with_attribute(folders.released(f), add_layer=[0, 9]), r"layers \[9\], but .* only 3"),

@@ -42,11 +42,6 @@ OF_ANY_MODEL = {
 }  # fmt: skip
 """Attributes of a config.json that say nothing about what is computed."""
 
-ADVICE = {
-    "sliding_window": ": here every token sees all before it. The two agree on texts of up to {} tokens; if yours are, "
-    "write null there"
-}
-
 
 class Table(NamedTuple):
     """sizes: their name -> our field. must_be: what changes the computation, with the only values that this code
@@ -70,8 +65,7 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
     for name, value in attributes.items():
         if name in table.must_be and value not in table.must_be[name]:
             only = " or ".join(map(repr, table.must_be[name]))
-            advice = ADVICE.get(name, "").format(shown(value))
-            raise MoextendError(f"{where}: {prefix}{name} = {shown(value)} cannot be honoured (only {only}){advice}")
+            raise MoextendError(f"{where}: {prefix}{name} = {shown(value)} cannot be honoured (only {only})")
         if name not in table.sizes and name not in table.must_be and name not in table.harmless:
             raise MoextendError(f"{where}: {prefix}{short(name)} is unknown to this code, so it cannot be honoured")
     fields = {}
@@ -80,7 +74,9 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
             continue
         fields[ours] = value = attributes.get(theirs)
         if not fits(ours, value):  # a list: other sizes in other layers
-            wanted = "true or false" if ours == "tied_head" else "one positive number"
+            wanted = {"tied_head": "true or false", "window": "null or one positive number"}.get(
+                ours, "one positive number"
+            )
             raise MoextendError(f"{where}: {prefix}{theirs} must be {wanted}, not {shown(value)}")
     return fields
 
@@ -89,6 +85,8 @@ def fits(field: str, value: Any) -> bool:
     """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
     if field == "tied_head":
         return isinstance(value, bool)
+    if field == "window" and value is None:
+        return True
     if field == "activation":
         return value in ("quick_gelu", "gelu")
     if field == "feature_layer":

@@ -35,7 +35,9 @@ def import_main(arguments: list[str]) -> None:
     """`moextend import SRC DST`: a PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one
     (Llama or Mistral, folder or GGUF) becomes a mixture of copies of its feed-forward layers."""
     parser = Parser(prog="moextend import", description=import_main.__doc__)
-    parser.add_argument("src", type=folders.folder, help="folder (or gs://) of a checkpoint, projector's file, or GGUF file")
+    parser.add_argument(
+        "src", type=folders.folder, help="folder (or gs://) of a checkpoint, projector's file, or GGUF file"
+    )
     parser.add_argument("dst", type=Path, help="new folder")
     parser.add_argument("--base", type=folders.folder, help="folder of the base, for partial saves and deltas")
     parser.add_argument("--vision", type=folders.folder, help="folder of a CLIP vision tower")
@@ -59,7 +61,9 @@ def import_main(arguments: list[str]) -> None:
             if values.src.suffix == ".gguf":
                 from moextend_jax.checkpoints.gguf import open_gguf  # it takes a quarter of a second
 
-                open_gguf(folders.local(values.src, what="a GGUF file"))  # what is no dense model is refused as what it is
+                open_gguf(
+                    folders.local(values.src, what="a GGUF file")
+                )  # what is no dense model is refused as what it is
                 raise MoextendError(f"{values.src} is a dense model: give --experts N to upcycle it")
             source = open_source(
                 values.src,

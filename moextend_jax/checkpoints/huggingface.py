@@ -15,7 +15,15 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.checkpoints import leaves
-from moextend_jax.checkpoints.attributes import MOST, OF_ANY_MODEL, Table, decoder_attributes_of, fits, read_fields, with_head_size
+from moextend_jax.checkpoints.attributes import (
+    MOST,
+    OF_ANY_MODEL,
+    Table,
+    decoder_attributes_of,
+    fits,
+    read_fields,
+    with_head_size,
+)
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
@@ -27,7 +35,7 @@ _DECODER = {
     "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
     "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "num_local_experts": "experts",
     "num_experts_per_tok": "top_k", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tied_head", "head_dim": "head_size",
+    "tie_word_embeddings": "tied_head", "head_dim": "head_size", "sliding_window": "window",
 }  # fmt: skip
 _VISION = {
     "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
@@ -39,12 +47,13 @@ _TABLES = {
     "mixtral": Table(
         sizes=_DECODER,
         must_be={
-            "hidden_act": ("silu",), "sliding_window": (None,), "rope_scaling": (None,),
+            "hidden_act": ("silu",), "rope_scaling": (None,),
             "attention_bias": (None, False), "mlp_bias": (None, False), "rope_interleaved": (None, False),
-            "partial_rotary_factor": (None, 1.0), "test": (False,), "attention_dropout": (0,), "router_jitter_noise": (0,),
+            "partial_rotary_factor": (None, 1.0), "attention_dropout": (0,), "router_jitter_noise": (0,),
+            "test": (False,),
         },
         harmless=OF_ANY_MODEL,
-        optional={"head_dim", "tie_word_embeddings"},
+        optional={"head_dim", "tie_word_embeddings", "sliding_window"},
     ),
     "clip_vision_model": Table(
         sizes=_VISION,
@@ -243,7 +252,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
     return {theirs: getattr(config, ours) for theirs, ours in _DECODER.items()} | {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
-        "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
     }  # fmt: skip
 
 

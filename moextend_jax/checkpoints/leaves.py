@@ -23,6 +23,7 @@ from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
 from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.folders import is_url
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 """Element types that a model may be stored in; anything else is quantised or not a weight."""
@@ -227,16 +228,30 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_slice(leaf: Leaf, index: tuple[slice, ...], *, dtype: Any = None) -> np.ndarray:
+Slices = tuple[slice, ...]
+
+
+def read_slice(leaf: Leaf, index: Slices, *, dtype: Any = None) -> np.ndarray:
     """Part of a leaf, in its own or another element type; of the pieces it touches only the rows it needs are read."""
-    dtype = np.dtype(dtype or leaf.dtype)
-    ranges = [range(*axis.indices(size)) for axis, size in zip(index, leaf.shape, strict=True)]
-    out = np.empty([len(numbers) for numbers in ranges], dtype)
+    return _read_slices(leaf, [index], dtype=dtype)[0]
+
+
+def _read_slices(leaf: Leaf, indices: list[Slices], *, dtype: Any) -> list[np.ndarray]:
+    """Several parts, for which each piece is read once."""
     depth = len(leaf.stacked)
-    slices = tuple(slice(numbers.start, numbers.stop) for numbers in ranges[depth:])
-    for place in itertools.product(*(range(len(numbers)) for numbers in ranges[:depth])):
-        piece = leaf.part(tuple(numbers[at] for numbers, at in zip(ranges, place, strict=False)), slices)
-        _copy(piece, out[place] if place else out)
+    parts = [[slice(*axis.indices(size)) for axis, size in zip(i, leaf.shape, strict=True)] for i in indices]
+    out = [np.empty([axis.stop - axis.start for axis in part], dtype or leaf.dtype) for part in parts]
+    box = [slice(min(a.start for a in axis), max(a.stop for a in axis)) for axis in zip(*parts, strict=True)]
+    for place in itertools.product(*(range(axis.start, axis.stop) for axis in box[:depth])):
+        piece = leaf.part(place, tuple(box[depth:]))
+        for part, array in zip(parts, out, strict=True):
+            at = tuple(number - axis.start for number, axis in zip(place, part, strict=False))
+            if all(0 <= number < size for number, size in zip(at, array.shape, strict=False)):
+                inner = tuple(
+                    slice(axis.start - whole.start, axis.stop - whole.start)
+                    for axis, whole in zip(part[depth:], box[depth:], strict=True)
+                )
+                _copy(piece[inner], array[at] if at else array)
     return out
 
 
@@ -245,6 +260,9 @@ def read_sharded(
 ) -> dict[str, jax.Array]:
     """Arrays on devices, leaf by leaf; each process reads only the byte ranges of its own shards.
 
+    A range is whole rows of a tensor as it stands in the file. Of Hugging Face's files that is more than a shard where
+    `fsdp` splits the columns; of what `moextend import` wrote it is the shard.
+
     Args:
       dtype: element type to cast to, shard by shard; None keeps the file's.
     """
@@ -252,18 +270,29 @@ def read_sharded(
     # `jax.make_array_from_callback` would hold all of a process's shards of a leaf in host memory; here it is one.
     def read(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
         devices: dict[str, list[Any]] = collections.defaultdict(list)
-        slices = {}
+        slices: dict[str, Slices] = {}
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
             place = index if index is not None else (slice(None),) * len(leaf.shape)
             devices[str(place)].append(device)
             slices[str(place)] = place
         shards: list[jax.Array] = []
-        for key, index in slices.items():
-            shard = read_slice(leaf, index, dtype=dtype)
-            shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices[key]])
+        for keys in _together(leaf, slices):
+            for key, shard in zip(keys, _read_slices(leaf, [slices[key] for key in keys], dtype=dtype), strict=True):
+                shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices[key]])
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
     return {path: read(leaf, shardings[path]) for path, leaf in leaves.items()}
+
+
+def _together(leaf: Leaf, slices: Mapping[str, Slices]) -> list[list[str]]:
+    """Which shards are read in one go: from a bucket all that make a block, so that no byte is asked for twice; of
+    files one at a time."""
+    in_bucket = any(is_url(file.path) for file in leaf.files)
+    parts = [[range(*a.indices(size)) for a, size in zip(i, leaf.shape, strict=True)] for i in slices.values()]
+    box = math.prod(max(a.stop for a in axis) - min(a.start for a in axis) for axis in zip(*parts, strict=True))
+    if in_bucket and box == sum(math.prod(map(len, part)) for part in parts):
+        return [list(slices)]
+    return [[key] for key in slices]
 
 
 def _copy(source: np.ndarray, out: np.ndarray) -> None:

@@ -41,8 +41,8 @@ _TABLE = Table(
         "vision_feature_select_strategy": ("default",),
     },
     harmless=OF_ANY_MODEL
-    | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id", "image_seq_length"}
-    | {"ignore_index", "add_layer", "new_experts", "calibrator_width"},
+    | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id"}
+    | {"image_seq_length", "ignore_index", "add_layer", "new_experts", "calibrator_width"},
 )  # fmt: skip
 
 

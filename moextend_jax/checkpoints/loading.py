@@ -250,15 +250,14 @@ def _foreign(folder: Path, wanted: _Wanted) -> Source:
     stored, more = spelling.published(stored)
     if layout == "hf" or wanted.base is not None or _is_released(stored, attributes):
         source = _released(folder, stored, attributes, wanted)
-        source = source._replace(record=source.record._replace(layout=layout))
+        projector = ("llava_hf", "") if layout == "hf" else source.record.projector
+        source = source._replace(record=source.record._replace(layout=layout, projector=projector))
     else:
         source = _plain(folder, stored, attributes, wanted)
     return source._replace(notes=(*notes, *more, *source.notes))
 
 
-def _plain(
-    folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted
-) -> Source:
+def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
     """A Mixtral, a CLIP or a projector."""
     at = folder / "config.json"
     model_type = attributes.get("model_type") if attributes else None
@@ -319,9 +318,7 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
     return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
 
 
-def _released(
-    folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted
-) -> Source:
+def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
     """A whole released checkpoint, or the tensors that a stage trained over those of its base."""
     base, vision, projector, feature_layer, dtype = wanted
     at = folder / "config.json"

@@ -41,7 +41,9 @@ SPELLINGS = (
     Spelling(_ROUTER + "w_in", r"\1.block_sparse_moe.weight_scale.weight_scale.0.weight", _BLOCK),
     Spelling(_ROUTER + "w_out", r"\1.block_sparse_moe.weight_scale.weight_scale.2.weight", _BLOCK),
     # transformers 5's CLIPVisionModel, in whatever way it is saved
-    Spelling(r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision_model.\1", r"(vision|text)_model\..*"),
+    Spelling(
+        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision_model.\1", r"(vision|text)_model\..*"
+    ),
 )
 
 _FUSED = re.compile(r"(model\.layers\.\d{1,9})\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -75,7 +77,11 @@ def published(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str
     """A Mixtral's and a CLIP vision model's tensors by their published names, however transformers 5 has saved them."""
     tensors = respelled(stored, SPELLINGS)
     fused = {name: match for name in tensors if (match := _FUSED.fullmatch(name)) and _divides(name, tensors[name])}
-    notes = ["its tensors have names that transformers 5 gives; they were read as the published ones"] if tensors.keys() != stored.keys() else []
+    notes = (
+        ["its tensors have names that transformers 5 gives; they were read as the published ones"]
+        if tensors.keys() != stored.keys()
+        else []
+    )
     if not fused or any(re.fullmatch(_BLOCK, name) and ".experts." in name for name in tensors):
         return tensors, notes
     split = {name: tensor for name, tensor in tensors.items() if name not in fused}
