@@ -19,7 +19,7 @@ from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder, local
 from moextend_jax.options import OneOf, Sets
 from moextend_jax.runs.results import MODELS, RESULTS, training
-from moextend_jax.settings import NotNegative, Positive, RunSettings, Share
+from moextend_jax.settings import NotNegative, RunSettings
 from moextend_jax.terminal import console
 
 Model = Annotated[str, OneOf(tuple(MODELS))]
@@ -266,49 +266,6 @@ def bench_command(options: BenchOptions) -> None:
     figures = bench(options.config, console(), only=options.stage, layers=options.layers)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    config: RunSettings
-    _: KW_ONLY
-    stage: Annotated[str, OneOf(training())]
-    """what trains"""
-    topology: str
-    """CHIP:SHAPE, as v5p:4x4x4, v5e:16x16, v6e:8x8 or h100:2x8"""
-    json: bool = False
-    """JSON instead of tables"""
-    text_only: bool = False
-    """leave tower, projector and images out"""
-    new_share: Share | None = None
-    """share of picks that new experts get; as many as the others, where not given"""
-    layers: Count | None = None
-    """decoder layers to keep of the base"""
-    sweep: bool = False
-    """try meshes, micro-batches and what is saved"""
-    most: Count = 8
-    """programs that a sweep compiles at most"""
-    within: Positive | None = None
-    """GiB per chip that a sweep may use"""
-
-
-def plan_command(options: PlanOptions) -> None:
-    import jax
-
-    from moextend_jax.plan.command import plan_command
-
-    jax.config.update("jax_platforms", "cpu")  # the chips of a plan are not here, and those that are stay free
-    plan_command(
-        options.config,
-        stage=options.stage,
-        topology=options.topology,
-        without_images=options.text_only,
-        new_share=options.new_share,
-        layers=options.layers,
-        most=options.most if options.sweep else 0,
-        within=options.within,
-        as_json=options.json,
-    )
 
 
 @dataclass(frozen=True)
