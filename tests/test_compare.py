@@ -160,13 +160,13 @@ def test_a_broken_reference_is_an_error_that_says_what(derived, tmp_path: Path, 
     [
         ([], "compare needs --checkpoint: .*; --reference: "),
         (["--reference", "nowhere.npz"], "nowhere.npz does not exist"),
-        (["--reference", "x.npz", "--stage", "align"], "compare: there is no option --stage; see"),
+        (["--reference", "x.npz", "--stage", "align"], "compare: there is no option --stage;"),
         (["--reference", "x.npz", "--atol", "-1"], "--atol = -1.0 must be at least 0"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: str):
     with pytest.raises(MoextendError, match=message):
-        cli.call(["compare", *words, "--checkpoint", "x"] if words else [])
+        cli.call(["compare", *([*words, "--checkpoint", "x"] if words else [])])
 
 
 def test_a_folder_is_no_file_and_its_files_are_listed(derived):
