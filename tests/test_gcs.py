@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax import folders
+from moextend_jax import cli, folders
 from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.config import MoextendError
@@ -172,7 +172,7 @@ def test_of_an_import_in_a_bucket_only_the_bytes_of_a_shard_are_read(published, 
 def test_a_model_in_a_bucket_is_imported_with_its_small_files(published: tuple[Path, Path], tmp_path: Path):
     here, there = published
     for source, name in ((here, "a"), (there, "b")):
-        convert.import_main([str(source), str(tmp_path / name)])
+        cli.call(["import", str(source), str(tmp_path / name)])
     one, other = (json.loads((tmp_path / name / "moextend.json").read_text()) for name in "ab")
     assert one["content_hash"] == other["content_hash"]
     assert (tmp_path / "b" / "tokenizer.model").read_bytes() == (here / "tokenizer.model").read_bytes()

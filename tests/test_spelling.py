@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.checkpoints import convert, hashes, huggingface, leaves, names
+from moextend_jax import cli
+from moextend_jax.checkpoints import hashes, huggingface, leaves, names
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import open_tensors
 from moextend_jax.config import MoextendError
-from moextend_jax.runs import export
 
 Tensors = dict[str, np.ndarray]
 
@@ -60,9 +60,9 @@ def test_fused_experts_are_the_experts(tmp_path: Path):
 def test_fused_experts_are_exported_by_the_published_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plain = folders.files("mixtral", folders.TEXT)
     folders.write(tmp_path / "fused", fused(plain), ATTRIBUTES)
-    convert.import_main([str(tmp_path / "fused"), str(tmp_path / "imported")])
+    cli.call(["import", str(tmp_path / "fused"), str(tmp_path / "imported")])
     assert "fused in 6 tensors" in capsys.readouterr().out
-    export.export_main([str(tmp_path / "imported"), str(tmp_path / "out")])
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
     folders.assert_same(folders.read(tmp_path / "out"), plain)
 
 
@@ -194,13 +194,13 @@ LLAVA = {
 @pytest.mark.parametrize("memory", [False, True], ids=["files", "memory"])
 def test_a_whole_llava_is_imported(tmp_path: Path, memory: bool, prefix: str):
     folder = folders.write(tmp_path / "llava", llava(memory=memory, prefix=prefix), LLAVA)
-    convert.import_main([str(folder), str(tmp_path / "imported")])
+    cli.call(["import", str(folder), str(tmp_path / "imported")])
     for source in (folder, tmp_path / "imported"):
         opened = open_checkpoint(source)
         folders.assert_same(opened.arrays, folders.arrays(folders.ALIGNED))
         assert opened.layout == "hf" and opened.config.extension is None
         assert opened.config.vision == dataclasses.replace(tiny.VISION, feature_layer=-2)
-    export.export_main([str(tmp_path / "imported"), str(tmp_path / "projector"), "--layout", "llava"])
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "projector"), "--layout", "llava"])
     assert "multi_modal_projector.linear_1.bias" in folders.read(tmp_path / "projector")
     assert open_source(folders.mixtral(tmp_path / "m"), vision=folders.clip(tmp_path / "c"), projector=folder)
 
@@ -288,7 +288,7 @@ def test_several_element_types_are_read_when_all_is_cast(tmp_path: Path, pattern
     folder = folders.write(tmp_path / "mixed", mixed, ATTRIBUTES)
     with pytest.raises(MoextendError, match="has element type .*--dtype bfloat16"):
         open_source(folder)
-    convert.import_main([str(folder), str(tmp_path / "new"), "--dtype", "bfloat16"])
+    cli.call(["import", str(folder), str(tmp_path / "new"), "--dtype", "bfloat16"])
     made = open_checkpoint(tmp_path / "new").arrays
     half = {name: value.astype(ml_dtypes.bfloat16) for name, value in mixed.items()}
     folders.assert_same(made, open_checkpoint(folders.write(tmp_path / "half", half, ATTRIBUTES)).arrays)
