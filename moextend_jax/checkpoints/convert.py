@@ -189,6 +189,8 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
         merged["visual"] = attributes["visual"] | added.get("visual", {})
     if tower and config.vision:
         merged["vision_config"] = tower["vision"]
+    if own := {name: source.record.facts[name] for name in ("recipe", "text_isolation") if name in source.record.facts}:
+        merged["moextend"] = own  # how it is to be asked, which the released code has no place for
     return {".": (plan(table="released", config=config), merged)}
 
 

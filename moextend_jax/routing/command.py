@@ -11,19 +11,17 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
 from moextend_jax.config import IGNORE, RECIPES, Amount, Batch, Count, ModelConfig, MoextendError
-from moextend_jax.mesh import one_device, row_shards
-from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.folders import folder
+from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
 from moextend_jax.routing.compare import (
     Choice,
@@ -35,21 +33,15 @@ from moextend_jax.routing.compare import (
     why_no_agreement,
 )
 from moextend_jax.routing.stats import KINDS, Stats, load_of, read_stats, write_stats
-from moextend_jax.runs.models_of import open_model
+from moextend_jax.runs.askable import Askable, Place, open_place
 from moextend_jax.runs.results import MODELS
-from moextend_jax.runs.run import open_run, settings_of
-from moextend_jax.settings import LayerShare, NotNegative, RunSettings
+from moextend_jax.runs.run import settings_of
+from moextend_jax.settings import LayerShare, NotNegative
 from moextend_jax.terminal import Parser, console, option
 
 USAGE = """moextend routing collect --checkpoint DIR (--data NAME | --text FILE | --ids IDS.npz) --out STATS.npz
 moextend routing compare A.npz B.npz [--after A2.npz B2.npz] [--share 0.5] [--json]
 moextend routing plot STATS.npz [OTHER.npz] --out PREFIX"""
-
-
-class Opened(NamedTuple):
-    model: MoExtend
-    arrays: dict[str, jax.Array]
-    mesh: Mesh
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -74,8 +66,7 @@ def _collect(arguments: list[str]) -> None:
     parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
     parser.add_argument("--vision", help="folder of the vision tower")
     parser.add_argument("--feature_layer", type=int, help="hidden state of the tower that the projector reads")
-    parser.add_argument("--model", default="moextend", choices=list(MODELS),
-                        help="which model of a --workdir (%(default)s)")  # fmt: skip
+    parser.add_argument("--model", choices=list(MODELS), help="which model of a --workdir (moextend)")
     parser.add_argument("--data", help="data set, e.g. easy_vqa/questions")
     parser.add_argument("--text", help="file of passages, one per line")
     parser.add_argument("--ids", help="npz file with input_ids [rows, length] and attention_mask")
@@ -84,7 +75,7 @@ def _collect(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=option(Amount), default=0)
     parser.add_argument("--data_dir", "--data-dir", help="where prepared data sets go")
     parser.add_argument("--manual_dir", "--manual-dir", help="where LLaVA's JSON and image folder are")
-    parser.add_argument("--recipe", default="paper", choices=sorted(RECIPES), help="prompt and images as there")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="prompt and images as there; else as it was trained")
     parser.add_argument("--length", type=option(Count), default=512, help="tokens per row (%(default)s)")
     parser.add_argument("--batch_size", type=option(Count), default=8, help="rows at once (%(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
@@ -100,7 +91,7 @@ def _collect(arguments: list[str]) -> None:
         shards = row_shards(opened.mesh)
         options.batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
         rows: list[Batch] = []
-        batches = _noting(_batches(options, opened.model.config), rows if options.ids_out else None)
+        batches = _noting(_batches(options, opened), rows if options.ids_out else None)
         stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
     if not distributed.first():
         return
@@ -110,40 +101,30 @@ def _collect(arguments: list[str]) -> None:
     _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
 
 
-def _open(options: argparse.Namespace) -> Opened:
-    folder = Path(options.checkpoint)
-    settings = settings_of(folder)
-    if settings is None:
-        opened = open_checkpoint(
-            folder,
-            base=Path(options.base) if options.base else None,
-            vision=Path(options.vision) if options.vision else None,
-            feature_layer=options.feature_layer,
-            dtype=options.dtype or "float32",
-        )
-        return Opened(abstract(opened.config), opened.arrays, one_device())
-    return _open_run(folder, settings, which=options.model, dtype=options.dtype)
+def _open(options: argparse.Namespace) -> Askable:
+    place = Place(
+        checkpoint=folder(options.checkpoint),
+        model=options.model,
+        base=Path(options.base) if options.base else None,
+        vision=Path(options.vision) if options.vision else None,
+        feature_layer=options.feature_layer,
+        recipe=options.recipe,
+        dtype=options.dtype,
+    )
+    if not place.in_workdir and place.dtype is None:
+        place = dataclasses.replace(place, dtype="float32")
+    return open_place(place)
 
 
-def _open_run(folder: Path, settings: RunSettings, *, which: str, dtype: str | None) -> Opened:
-    """A model of a work directory on its mesh, as it was trained unless `dtype` is another."""
-    run = open_run(settings, folder)
-    model, arrays = open_model(run, which)
-    if dtype is not None:
-        model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
-        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
-    return Opened(model, arrays, run.mesh)
-
-
-def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch]:
+def _batches(options: argparse.Namespace, opened: Askable) -> Iterable[Batch]:
+    config, recipe = opened.config, opened.recipe
     if options.ids:
         return _id_batches(Path(options.ids), config, batch_size=options.batch_size)
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
-    from moextend_jax.data.tokenizer import tokenizer_of
     from moextend_jax.settings import StageSettings
 
-    tokenizer = tokenizer_of(_tokenizer_folder(options), config)
+    tokenizer = opened.tokenizer
     shape = {"length": options.length, "batch_size": options.batch_size}
     if options.text:
         passages = open_text(options.text)
@@ -152,6 +133,9 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
+    if (settings := settings_of(opened.folder)) is not None:  # a work directory has its data
+        options.data_dir = options.data_dir or settings.data_dir or opened.folder / "data"
+        options.manual_dir = options.manual_dir or settings.manual_dir or None
     if options.data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
@@ -160,7 +144,7 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
-    recipe, images, most = RECIPES[options.recipe], None, 1
+    images, most = None, 1
     if config.vision is not None:
         images = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
         most = max(1, max(len(source[row].images) for row in range(len(source))))
@@ -170,19 +154,10 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         tokenizer=tokenizer,
         recipe=recipe,
         images=images,
-        patches=config.vision.patches if config.vision else 0,
+        patches=opened.patches,
         seed=None,
         epochs=1,
     )
-
-
-def _tokenizer_folder(options: argparse.Namespace) -> Path:
-    """The base's tokenizer, where the checkpoint does not bring one."""
-    own = Path(options.checkpoint)
-    settings = settings_of(own)
-    if settings is not None:
-        return folder_of(settings.base)
-    return Path(options.base) if options.base and not (own / "tokenizer.model").is_file() else own
 
 
 def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator[Batch]:
