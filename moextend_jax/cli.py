@@ -16,7 +16,7 @@ from typing import Any, get_args
 from absl import flags
 from ml_collections import config_flags
 
-from moextend_jax.config import RECIPES, Amount, Count, MoextendError
+from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder
 from moextend_jax.machine import no_devices, quiet_libtpu
 from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
@@ -41,8 +41,6 @@ More:
   evaluate   accuracy and forgetting of every model in the work directory
   report     WORKDIR/report.html
   generate   --prompt TEXT [--image FILE] [--max_new_tokens N] [--temperature T] [--top_k K] [--model aligned|...]
-  chat       [--system TEXT]: a conversation; /image PATH shows a picture, /reset, /quit
-             generate, chat and eval take --checkpoint DIR too, any folder that import reads
   bench      time one step of each stage of a configuration: [--stage NAME] [--layers N] [--json FILE]
   plan       compile a stage's step for chips that are not here: --stage NAME --topology v5p:4x4x4|v5e:16x16|h100:2x8
              [--json] [--text_only] [--layers N] [--sweep [--most N] [--within GIB]]; does it fit, bytes, FLOPs,
@@ -160,29 +158,14 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     if command in (*training(), "run"):
         flags.DEFINE_string("resume_from", None, "checkpoint of another folder to start from", flag_values=values)
-    if command in ("generate", "eval", "chat"):
-        flags.DEFINE_string("checkpoint", None, "folder of a model, instead of --workdir", flag_values=values)
-        flags.DEFINE_enum("model", None, list(MODELS), "which one of a --workdir (moextend)", flag_values=values)
-        flags.DEFINE_string("base", None, "folder of a delta's base", flag_values=values)
-        flags.DEFINE_string("vision", None, "folder of the vision tower", flag_values=values)
-        flags.DEFINE_integer("feature_layer", None, "hidden state that the projector reads", flag_values=values)
-        flags.DEFINE_enum("recipe", None, list(RECIPES), "prompt and images as there", flag_values=values)
-        flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the computation", flag_values=values)
-    if command == "chat":
-        flags.DEFINE_string("system", None, "what the model is told first", flag_values=values)
-        flags.DEFINE_integer("max_new_tokens", 512, "most tokens of an answer", flag_values=values)
-        flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
-        flags.DEFINE_integer("top_k", 0, "draw from the k most likely, 0: from all", flag_values=values)
-        flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
     if command == "generate":
-        flags.DEFINE_multi_string("prompt", [], "what to say; again for more, - for lines", flag_values=values)
-        flags.DEFINE_bool("plain", None, "continue the prompt, without the chat template", flag_values=values)
-        flags.DEFINE_bool("json", False, "a JSON line for each prompt", flag_values=values)
+        flags.DEFINE_string("prompt", None, "what to say to the model", flag_values=values)
         flags.DEFINE_string("image", None, "picture file to show it", flag_values=values)
         flags.DEFINE_integer("max_new_tokens", 64, "most tokens to say", flag_values=values)
         flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=values)
         flags.DEFINE_integer("top_k", 0, "draw from the k most likely, 0: from all", flag_values=values)
         flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", list(MODELS), "which one", flag_values=values)
     if command == "bench":
         flags.DEFINE_enum("stage", None, training(optional=False), "time only this one", flag_values=values)
         flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
@@ -201,7 +184,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         flags.DEFINE_string("benchmark", None, "name of a benchmark; docs/evaluation.md has them", flag_values=values)
         flags.DEFINE_string("data", None, "folder of the benchmark's official files", flag_values=values)
         flags.DEFINE_string("split", None, "of the benchmark", flag_values=values)
-        flags.DEFINE_string("out", None, "folder for answers: WORKDIR/eval, else ./eval", flag_values=values)
+        flags.DEFINE_enum("model", "moextend", list(MODELS), "which one answers", flag_values=values)
         flags.DEFINE_integer("max_new_tokens", None, "most tokens of an answer", flag_values=values)
         flags.DEFINE_integer("limit", None, "only the first so many questions", flag_values=values)
         flags.DEFINE_bool("forgetting", False, "text tasks of lm-eval, base against model", flag_values=values)
@@ -231,11 +214,11 @@ def _parse(command: str, arguments: list[str]) -> tuple[RunSettings | None, flag
         raise MoextendError(f"{command}: {rest[0]!r} is no option; see `moextend --help`")
     # Grain's workers look at absl's global flags, which nobody else parses here.
     flags.FLAGS(["moextend"], known_only=True)
-    if command in ("generate", "eval", "chat"):
-        return (from_config_dict(values.config) if values.config is not None else None), values
     if values.workdir is None and command not in ("bench", "plan", "data"):
         raise MoextendError(f"{command} needs --workdir DIR")
     config = values.config
+    if config is None and command in ("generate", "eval"):
+        return None, values
     if config is None and command != "report":
         raise MoextendError(f"{command} needs --config configs/X.py")
     return (from_config_dict(config) if config is not None else None), values
@@ -306,66 +289,68 @@ def _report(settings: RunSettings | None, values: flags.FlagValues) -> None:
     print(write_report(folder(values.workdir)))
 
 
-def _place(values: flags.FlagValues) -> Any:
-    from moextend_jax.runs.askable import Place
-
-    paths = {name: folder(getattr(values, name)) if getattr(values, name) else None
-             for name in ("workdir", "checkpoint", "base", "vision")}  # fmt: skip
-    return Place(**paths, **{name: getattr(values, name) for name in ("model", "feature_layer", "recipe", "dtype")})
-
-
 def _generate(settings: RunSettings | None, values: flags.FlagValues) -> None:
-    from moextend_jax.evaluate.speak import generate_command
+    from moextend_jax.evaluate.speak import speak
     from moextend_jax.generate import Sampling
-    from moextend_jax.runs.askable import open_place
+    from moextend_jax.runs.run import open_run
 
     if not values.prompt:
         raise MoextendError("generate needs --prompt TEXT")
-    generate_command(
-        open_place(_place(values), settings=settings),
-        values.prompt,
+    workdir = folder(values.workdir)
+    run = open_run(settings or _remembered(workdir), workdir)
+    pieces = speak(
+        run,
+        which=values.model,
+        prompt=values.prompt,
         image=Path(values.image) if values.image else None,
-        as_json=values.json,
-        plain=values.plain,
         max_new_tokens=values.max_new_tokens,
         sampling=Sampling(values.temperature, values.top_k),
         seed=values.seed,
     )
-
-
-def _chat(settings: RunSettings | None, values: flags.FlagValues) -> None:
-    from moextend_jax.evaluate.chat import chat_command
-    from moextend_jax.generate import Sampling
-    from moextend_jax.runs.askable import open_place
-
-    chat_command(
-        open_place(_place(values), settings=settings),
-        system=values.system,
-        max_new_tokens=values.max_new_tokens,
-        sampling=Sampling(values.temperature, values.top_k),
-        seed=values.seed,
-    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def _eval(settings: RunSettings | None, values: flags.FlagValues) -> None:
     if bool(values.benchmark) == values.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
-    from moextend_jax.evaluate.benchmark import benchmark, read_exam
-    from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks
-    from moextend_jax.runs.askable import evaluating
+    from moextend_jax.evaluate.benchmark import benchmark
+    from moextend_jax.evaluate.forgetting import TASKS, forgetting
+    from moextend_jax.runs.run import working
 
-    place, out = _place(values), folder(values.out) if values.out else None
-    if values.benchmark:
-        data = Path(values.data) if values.data else None
-        exam = read_exam(values.benchmark, data=data, split=values.split, limit=values.limit)
-        with evaluating(place, settings=settings, out=out) as (opened, out):
-            benchmark(opened, exam, out=out, max_new_tokens=values.max_new_tokens)
-        return
-    include_path = Path(values.include_path) if values.include_path else None
-    tasks = read_tasks(values.tasks or TASKS, include_path=include_path)
-    options = {name: getattr(values, name) for name in ("limit", "num_fewshot", "run_code")}
-    with evaluating(place, settings=settings, out=out) as (opened, out):
-        forgetting(base_and(opened), tasks, out=out, **options)
+    workdir = folder(values.workdir)
+    with working(settings or _remembered(workdir), workdir, rows=()) as run:  # whose batches are made to divide
+        if values.benchmark:
+            benchmark(
+                run,
+                values.benchmark,
+                data=Path(values.data) if values.data else None,
+                split=values.split,
+                model=values.model,
+                limit=values.limit,
+                max_new_tokens=values.max_new_tokens,
+            )
+        else:
+            forgetting(
+                run,
+                tasks=values.tasks or TASKS,
+                models=(values.model,),
+                limit=values.limit,
+                num_fewshot=values.num_fewshot,
+                include_path=Path(values.include_path) if values.include_path else None,
+                run_code=values.run_code,
+            )
+
+
+def _remembered(workdir: Path) -> RunSettings:
+    """The settings that the work directory's stages were run with."""
+    from moextend_jax.runs.run import settings_of
+
+    settings = settings_of(workdir)
+    if settings is None:
+        raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
+    return settings
 
 
 def _bench(settings: RunSettings, values: flags.FlagValues) -> None:
@@ -416,7 +401,6 @@ COMMANDS: dict[str, Callable[[Any, flags.FlagValues], None]] = {
     "evaluate": _evaluate,
     "report": _report,
     "generate": _generate,
-    "chat": _chat,
     "bench": _bench,
     "plan": _plan,
     "data": _data,
