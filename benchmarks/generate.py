@@ -42,8 +42,8 @@ def main() -> None:
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
     from moextend_jax.evaluate.running import asker_of
-    from moextend_jax.runs.export import export_main
     from moextend_jax.runs.askable import Place, open_place
+    from moextend_jax.runs.export import export_main
 
     opened = open_place(Place(workdir=args.workdir))
     assert opened.config.vision is not None

@@ -194,7 +194,7 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     return {".": (plan(table="released", config=config), merged)}
 
 
-_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
+_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config", "moextend"})
 
 
 def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:

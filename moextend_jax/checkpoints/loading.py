@@ -153,9 +153,7 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     named = None if vision in ("", "embedded") else Path(vision)
     source = open_source(folder, vision=named, feature_layer=feature_layer)
     if "vision" not in source.parts and not vision:
-        raise MoextendError(
-            f'{folder} has no vision tower of its own, as config.vision = "" has it: name one there'
-        )
+        raise MoextendError(f'{folder} has no vision tower of its own, as config.vision = "" has it: name one there')
     if "vision" not in source.parts:
         source = _with_tower(source, EMBEDDED / "vision", feature_layer=feature_layer)
     if "decoder" not in source.parts or "extension" in source.parts:
@@ -282,7 +280,7 @@ def _released(
     at = folder / "config.json"
     facts = _facts(attributes or {}, where=at)
     if feature_layer is None:
-        feature_layer = facts.get("recipe", {}).get("feature_layer", -1)
+        feature_layer = int(facts.get("recipe", {}).get("feature_layer", -1))
     stored = {
         re.sub(r"^(model\.)?(visual\.)?mm_projector\.", "model.visual.mm_projector.", n): t for n, t in stored.items()
     }
@@ -297,7 +295,8 @@ def _released(
             raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
     extension = _extension_in(stored)
     if attributes is not None:
-        decoder = huggingface.decoder_config({**attributes, "add_layer": None}, where=at)
+        plain = {name: value for name, value in attributes.items() if name != "moextend"} | {"add_layer": None}
+        decoder = huggingface.decoder_config(plain, where=at)
         configured = huggingface.extension_config(attributes, where=at)
         if configured:
             decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or configured).new_experts)

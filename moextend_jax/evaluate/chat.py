@@ -87,8 +87,8 @@ def chat_command(
     *,
     system: str | None = None,
     max_new_tokens: int = 512,
-    sampling: Sampling = Sampling(),
-    seed=0,  # noqa: B008
+    sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+    seed: int = 0,
 ) -> None:
     """`moextend chat` on standard input and output.
 

@@ -53,10 +53,10 @@ def read_tasks(names: Sequence[str] = TASKS, *, include_path: Path | None = None
     Raises:
       MoextendError: lm-eval is not installed, or knows no such task.
     """
-    from moextend_jax.evaluate.harness import TaskManager  # lm-eval is an extra
+    from moextend_jax.evaluate import harness  # lm-eval is an extra
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every default
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = harness.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in names if task not in manager.all_tasks]
     if unknown or not names:
         raise MoextendError(

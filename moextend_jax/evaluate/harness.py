@@ -19,9 +19,9 @@ from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.prompts import Prompt
 
 try:
+    from lm_eval import tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.models import utils as generating  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # noqa: F401  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
         get_rolling_token_windows,
         make_disjoint_window,

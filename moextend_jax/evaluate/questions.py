@@ -66,14 +66,20 @@ def encode_dialogue(
     Raises:
       MoextendError: as `encode_conversation`.
     """
-    some_answer = {"from": "gpt", "value": "."}
-    whole = encode_conversation(
-        [*turns, some_answer], example_id="prompt", images=images, tokenizer=tokenizer,
-        recipe=dataclasses.replace(recipe, turns="all"), patches=patches,
-    )  # fmt: skip
+    whole = encode_answered(turns, ".", images=images, tokenizer=tokenizer, recipe=recipe, patches=patches)
     # What is labelled last is the answer.
     begin = int(np.flatnonzero(whole.labels_L == IGNORE)[-1]) + 1
     return Encoded(*(array_L[:begin] for array_L in whole[:4]), images=whole.images)
+
+
+def encode_answered(
+    turns: Sequence[dict[str, str]], answer: str, *, images: int, tokenizer: Tokenizer, recipe: Recipe, patches: int
+) -> Encoded:
+    """The same conversation with an answer to its last question, all of it, whatever the recipe trains on."""
+    return encode_conversation(
+        [*turns, {"from": "gpt", "value": answer}], example_id="prompt", images=images, tokenizer=tokenizer,
+        recipe=dataclasses.replace(recipe, turns="all"), patches=patches,
+    )  # fmt: skip
 
 
 def prompt_batch(prompts: Sequence[Prompt], *, images: Pixels | Features, rows: int, length: int) -> Batch:

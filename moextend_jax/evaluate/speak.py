@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,14 +70,14 @@ def speak(
 def generate_command(
     opened: Askable, prompts: Iterable[str], *, image: Path | None, as_json: bool = False, **options: Any
 ) -> None:
-    """`moextend generate`: answers each prompt, about the same picture; "-" stands for the lines of standard input.
+    """`moextend generate`: answers each prompt, about the same picture.
 
     Args:
       as_json: a line {"prompt", "answer"} for each, instead of the words as they are made.
       options: as `speak`.
     """
     images = () if image is None else (picture(image),)
-    for prompt in _with_lines(prompts):
+    for prompt in prompts:
         pieces = speak(opened, prompt, images=images, **options)
         if as_json:
             print(json.dumps({"prompt": prompt, "answer": "".join(pieces)}, ensure_ascii=False), flush=True)
@@ -86,11 +85,6 @@ def generate_command(
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
-
-
-def _with_lines(prompts: Iterable[str]) -> Iterator[str]:
-    for prompt in prompts:
-        yield from [prompt] if prompt != "-" else (line.strip() for line in sys.stdin if line.strip())
 
 
 def encoded(opened: Askable, prompt: str | Sequence[Turn], *, images: int, plain: bool | None) -> Encoded:
@@ -106,6 +100,11 @@ def encoded(opened: Askable, prompt: str | Sequence[Turn], *, images: int, plain
     return encode_dialogue(
         turns, images=images, tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches
     )
+
+
+def told(system: str | None, text: str, *, images: int = 0) -> str | list[Turn]:
+    """A question after what the model is told first, if anything."""
+    return [{"from": "system", "value": system}, question(text, images=images)] if system else text
 
 
 def question(text: str, *, images: int = 0) -> Turn:
