@@ -42,8 +42,9 @@ def main() -> None:
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
     from moextend_jax.evaluate.running import asker_of
-    from moextend_jax.runs.askable import Place, open_place
-    from moextend_jax.runs.export import export_main
+    from moextend_jax.runs.askable import open_place
+    from moextend_jax.runs.export import ExportOptions, export
+    from moextend_jax.runs.place import Place
 
     opened = open_place(Place(workdir=args.workdir))
     assert opened.config.vision is not None
@@ -81,7 +82,7 @@ def main() -> None:
     rounds, chosen = [], []
     with tempfile.TemporaryDirectory() as scratch:
         exported, file = Path(scratch) / "model", Path(scratch) / "prompts.json"
-        export_main([str(args.workdir), str(exported), "--layout", "released"])
+        export(ExportOptions(args.workdir, exported, layout="released"))
         file.write_text(json.dumps(asked))
         for _ in range(args.rounds):
             ours = answer()

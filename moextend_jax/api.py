@@ -26,7 +26,8 @@ from moextend_jax.generate import Sampling
 from moextend_jax.mesh import Program, on_host, place_whole
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.askable import Askable, Place, described, open_place
+from moextend_jax.runs.askable import Askable, described, open_place
+from moextend_jax.runs.place import Place
 from moextend_jax.settings import RunSettings, from_config_dict
 
 Named = str | os.PathLike[str]

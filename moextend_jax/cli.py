@@ -17,7 +17,8 @@ from moextend_jax import __version__
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import meant, names
 from moextend_jax.machine import no_devices, quiet_libtpu
-from moextend_jax.options import parse, row
+from moextend_jax.options import row
+from moextend_jax.parsing import parse
 from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
 from moextend_jax.runs.results import RESULTS
 
@@ -44,13 +45,16 @@ COMMANDS: dict[str, Command] = {
     **{name: Command(STAGES, f"{RUN}:stage", result.does, arguments=(name,)) for name, result in RESULTS.items()},
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
     "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html"),
-    "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or one a line on standard input, with a picture or not"),
+    "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or those on standard input, about a picture or not"),
     "chat": Command(ASK, f"{RUN}:chat", "a conversation at the terminal; /image PATH shows a picture, /reset, /quit"),
     "eval": Command(ASK, f"{RUN}:eval_command", "a benchmark's questions answered and scored; or text forgetting"),
     "eval score": Command(ASK, "moextend_jax.evaluate.benchmarks.command:score", "the scores of a file of answers"),
     "doctor": Command(BEFORE, "moextend_jax.doctor:doctor", "what is installed, what would be used, what is missing"),
     "data check": Command(BEFORE, f"{RUN}:check_data", "every row and image of a configuration's data read once"),
-    "plan": Command(BEFORE, f"{RUN}:plan_command", "a stage compiled for chips that are not here: memory, FLOPs, time"),
+    "plan": Command(
+        BEFORE, "moextend_jax.plan.command:plan_command",
+        "a stage's step compiled for chips that are not here: memory, FLOPs, messages, time",
+    ),
     "bench": Command(BEFORE, f"{RUN}:bench_command", "time one step of each stage"),
     "import": Command(
         FILES, "moextend_jax.checkpoints.convert:import_checkpoint",
@@ -63,7 +67,7 @@ COMMANDS: dict[str, Command] = {
         FILES, "moextend_jax.compare.command:compare_command", "what a PyTorch reference holds, computed here"
     ),
     "routing collect": Command(FILES, "moextend_jax.routing.command:collect_command", "routing statistics of a model"),
-    "routing compare": Command(FILES, "moextend_jax.routing.command:compare_command", "two files of them, side by side"),
+    "routing compare": Command(FILES, "moextend_jax.routing.command:compare_command", "two files of them side by side"),
     "routing plot": Command(FILES, "moextend_jax.routing.command:plot_command", "as a picture and a page"),
 }  # fmt: skip
 
@@ -123,11 +127,9 @@ def call(words: list[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
-        return 0
+        return _tell(usage())
     if words[0] in ("-V", "--version", "version"):
-        print(f"moextend_jax {__version__}")
-        return 0
+        return _tell(f"moextend_jax {__version__}")
     _check_names([*words, os.getcwd()])
     name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
     if name is None:
@@ -138,10 +140,15 @@ def call(words: list[str]) -> int:
     options = parse(
         kind, [*command.words, *words[len(name.split()) :]], command=name, does=(function.__doc__ or command.does)
     )
-    if isinstance(options, str):
-        print(options)
-        return 0
-    return function(options, *command.arguments) or 0
+    return _tell(options) if isinstance(options, str) else function(options, *command.arguments) or 0
+
+
+def _tell(text: str) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # of `moextend run --help | head`: Python would complain when it closes the pipe, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def resolve(function: str) -> Callable[..., Any]:
@@ -166,11 +173,10 @@ def _no_command(words: list[str]) -> int:
     """The commands of a group, such as `routing`; otherwise a mistake."""
     group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     if group and (len(words) == 1 or words[1] in ("-h", "--help")):
-        print(usage(f"{words[0]} "))
-        return 0
-    name = " ".join(words[:2]) if group else words[0]
-    hint = meant(name, COMMANDS) or f"; there are {', '.join(group or COMMANDS)}"
-    raise MoextendError(f"there is no command {name!r}{hint}")
+        return _tell(usage(f"{words[0]} "))
+    name = " ".join(word for word in words[:2] if not word.startswith("-"))
+    hint = meant(name, COMMANDS) or meant(words[0], {name.split()[0] for name in COMMANDS})
+    raise MoextendError(f"there is no command {name!r}" + (hint or f"; there are {', '.join(group or COMMANDS)}"))
 
 
 def _check_names(words: list[str]) -> None:

@@ -11,18 +11,18 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from moextend_jax.config import RECIPES, Amount, Count, MoextendError, Range
+from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder, local
 from moextend_jax.options import OneOf, Sets
-from moextend_jax.runs.results import MODELS, RESULTS, training
-from moextend_jax.settings import NotNegative, Positive, RunSettings, Share
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.results import RESULTS, training
+from moextend_jax.settings import NotNegative, RunSettings
 from moextend_jax.terminal import console
 
-Model = Annotated[str, OneOf(tuple(MODELS))]
 TrainingData = Sets(tuple(f"{RESULTS[name].settings}.data" for name in training()))
 
 
@@ -129,30 +129,9 @@ def report(options: ReportOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    workdir: Path | None = None
-    """folder of a run, whose model is asked"""
-    checkpoint: Path | None = None
-    """folder of a model instead: whatever `moextend import` reads"""
-    model: Model | None = None
-    """which one of the run (moextend)"""
-    base: Path | None = None
-    """of a checkpoint that holds an extension alone: folder of its base"""
-    vision: Path | None = None
-    """folder of a checkpoint's vision tower, where it has none"""
-    feature_layer: Annotated[int, Range(most=-1)] | None = None
-    """hidden state of the tower that the projector reads, where the checkpoint does not say it"""
-    recipe: Annotated[str, OneOf(tuple(RECIPES))] | None = None
-    """prompt and images as there, where the checkpoint does not say it"""
-    dtype: Annotated[str, OneOf(("float32", "bfloat16"))] | None = None
-    """of the computation, where not as stored or as trained"""
+class ModelOptions(Place):
     config: RunSettings | None = None
     """of a run, where not its own; of a checkpoint its mesh, dtype and evaluate.batch_size count"""
-
-    def place(self) -> Any:
-        from moextend_jax.runs.askable import Place
-
-        return Place(**{field.name: getattr(self, field.name) for field in fields(Place)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +166,7 @@ def generate(options: GenerateOptions) -> None:
 
     prompts = prompts_of(options.prompt)
     generate_command(
-        open_place(options.place(), settings=options.config),
+        open_place(options, settings=options.config),
         prompts,
         image=options.image,
         as_json=options.json,
@@ -221,7 +200,7 @@ def chat(options: ChatOptions) -> None:
     from moextend_jax.runs.askable import open_place
 
     chat_command(
-        open_place(options.place(), settings=options.config),
+        open_place(options, settings=options.config),
         system=options.system,
         max_new_tokens=options.max_new_tokens,
         sampling=Sampling(options.temperature, options.top_k),
@@ -262,14 +241,13 @@ def eval_command(options: EvalOptions) -> None:
     from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks
     from moextend_jax.runs.askable import evaluating
 
-    place = options.place()
     if options.benchmark:
         exam = read_exam(options.benchmark, data=options.data, split=options.split, limit=options.limit)
-        with evaluating(place, settings=options.config, out=options.out) as (opened, out):
+        with evaluating(options, settings=options.config, out=options.out) as (opened, out):
             benchmark(opened, exam, out=out, max_new_tokens=options.max_new_tokens)
         return
     tasks = read_tasks(options.tasks or TASKS, include_path=options.include_path)
-    with evaluating(place, settings=options.config, out=options.out) as (opened, out):
+    with evaluating(options, settings=options.config, out=options.out) as (opened, out):
         forgetting(
             base_and(opened), tasks, out=out, limit=options.limit, num_fewshot=options.num_fewshot,
             run_code=options.run_code,
@@ -297,49 +275,6 @@ def bench_command(options: BenchOptions) -> None:
     figures = bench(options.config, console(), only=options.stage, layers=options.layers)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    config: RunSettings
-    _: KW_ONLY
-    stage: Annotated[str, OneOf(training())]
-    """what trains"""
-    topology: str
-    """CHIP:SHAPE, as v5p:4x4x4, v5e:16x16, v6e:8x8 or h100:2x8"""
-    json: bool = False
-    """JSON instead of tables"""
-    text_only: bool = False
-    """leave tower, projector and images out"""
-    new_share: Share | None = None
-    """share of picks that new experts get; as many as the others, where not given"""
-    layers: Count | None = None
-    """decoder layers to keep of the base"""
-    sweep: bool = False
-    """try meshes, micro-batches and what is saved"""
-    most: Count = 8
-    """programs that a sweep compiles at most"""
-    within: Positive | None = None
-    """GiB per chip that a sweep may use"""
-
-
-def plan_command(options: PlanOptions) -> None:
-    import jax
-
-    from moextend_jax.plan.command import plan_command
-
-    jax.config.update("jax_platforms", "cpu")  # the chips of a plan are not here, and those that are stay free
-    plan_command(
-        options.config,
-        stage=options.stage,
-        topology=options.topology,
-        without_images=options.text_only,
-        new_share=options.new_share,
-        layers=options.layers,
-        most=options.most if options.sweep else 0,
-        within=options.within,
-        as_json=options.json,
-    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Any, cast, get_args
 
 from ml_collections import ConfigDict
 
@@ -49,6 +49,8 @@ def load(text: str) -> dict[str, Any]:
             config = config.to_dict()
         elif isinstance(config, RunSettings):
             config = dataclasses.asdict(config)
+        if not isinstance(config, Mapping):
+            raise MoextendError(f"{path}: get_config returns no settings, but {config!r:.80}")
         return with_defaults(RunSettings, config)
     except MoextendError:
         raise

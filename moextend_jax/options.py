@@ -1,8 +1,8 @@
-"""Command lines from dataclasses: fields are the options, their types what is allowed, their docstrings the help.
+"""What a command can be given, from a dataclass: fields are its options, types what they take, docstrings their help.
 
-In: a dataclass and words. Out: an instance, an error that names the option, or the help as text. Fields before
-`_: KW_ONLY` may also be given by place. A field of type `RunSettings` is `--config NAME[:arg]` and, for every setting,
-`--config.FIELD VALUE`. Hyphens and underscores are the same, so are `--name VALUE` and `--name=VALUE`.
+In: the dataclass of a command, and perhaps a configuration. Out: its options and all settings of a run, one by one or
+as the text of `--help`. Fields before `_: KW_ONLY` may be given by place; a field `config: RunSettings` is
+`--config NAME[:arg]` and, for every setting, `--config.FIELD VALUE`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ import inspect
 import shutil
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 from moextend_jax.config import LARGEST, MoextendError, Range
-from moextend_jax.configurations import load, meant, names, with_defaults
-from moextend_jax.folders import folder
-from moextend_jax.settings import RunSettings, fields, from_config_dict
+from moextend_jax.configurations import meant, names, with_defaults
+from moextend_jax.settings import RunSettings, fields
 
 MISSING = dataclasses.MISSING
-BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 class OneOf(NamedTuple):
@@ -49,156 +46,19 @@ class Sets(NamedTuple):
 
 
 class Option(NamedTuple):
-    """One that can be given, or a table of them. default: `MISSING` where it must be given."""
+    """An option, a setting, or a table of settings. default: `MISSING` where it must be given."""
 
     name: str
     kind: Any
     meaning: str
     default: Any
 
-
-def parse(kind: type, words: Sequence[str], *, command: str, does: str) -> Any:
-    """The options of a command as an instance of `kind`; the help, a string, where the words ask for it.
-
-    Raises:
-      MoextendError: an option that is not there or is lacking; a value it cannot have; a broken configuration.
-    """
-    values, settings = {}, {}
-    for name, value in _read_words(kind, words, command=command):
-        if name == "help":
-            config = load(values["config"]) if "config" in values else None
-            return describe(kind, config, command=command, does=does)
-        if name.startswith("config."):
-            settings[name.removeprefix("config.")] = value
-        else:
-            values[name] = value
-            settings |= {path: value for path in _settings_that(kind, name)}
-    for option in options_of(kind):
-        if option.default is MISSING and option.name not in values:
-            raise MoextendError(f"{command} needs --{option.name}: {option.meaning}")
-    if settings and "config" not in values:
-        raise MoextendError(f"{command}: --config.{next(iter(settings))} needs --config NAME, which it changes")
-    if "config" in values:
-        values["config"] = from_config_dict(changed(load(values["config"]), settings))
-    return kind(**values)
-
-
-def changed(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings with others at some paths, such as `align.steps`."""
-    for path, value in changes.items():
-        *groups, name = path.split(".")
-        inner = settings
-        for group in groups:
-            inner[group] = inner = dict(inner[group])
-        inner[name] = value
-    return settings
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _read_words(kind: type, words: Sequence[str], *, command: str) -> Iterator[tuple[str, Any]]:
-    """(name, value) of every option that is given, in order, `help` last."""
-    kinds = _kinds(kind)
-    places = [field.name for field in dataclasses.fields(kind) if not field.kw_only]
-    rest, seen, wants_help = list(words), set(), False
-    while rest:
-        word = rest.pop(0)
-        if word in ("-h", "--help"):
-            wants_help = True
-            continue
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--"):
-            place = next((place for place in places if place not in seen), None)
-            if place is None or (word.startswith("-") and word != "-"):
-                raise MoextendError(f"{command}: {word!r} is no option; see `moextend {command} --help`")
-            name, texts = place, [word]
-        elif kinds.get(name.removeprefix("no_")) is bool and name not in kinds and not equals:
-            name, texts = name.removeprefix("no_"), ["false"]
-        elif name not in kinds:
-            raise MoextendError(f"{command}: there is no option --{name}" + (
-                meant(f"--{name}", [f"--{known}" for known in kinds]) or f"; see `moextend {command} --help`"
-            ))  # fmt: skip
-        elif equals:
-            texts = _parts(text) if _is_tuple(kinds[name]) else [text]
-        elif kinds[name] is bool:
-            texts = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
-        else:
-            count = _words_of(kinds[name])
-            texts, rest = rest[:count], rest[count:]
-            if len(texts) < count or any(text.startswith("--") for text in texts):
-                raise MoextendError(f"{command}: --{name} needs {'a value' if count == 1 else f'{count} values'}")
-            if _is_tuple(kinds[name]) and count == 1:
-                texts = _parts(texts[0])
-        seen.add(name)
-        yield name, read(kinds[name], texts, what=f"{command}: --{name}")
-    if wants_help:
-        yield "help", True
-
-
-def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
-    """The value of a type that texts (one, but for a tuple) stand for.
-
-    Raises:
-      MoextendError: none, or one outside the type's range.
-    """
-    origin, arguments, text = get_origin(kind), get_args(kind), " ".join(texts)
-    if origin is Annotated:
-        value = read(arguments[0], texts, what=what)
-        for bounds in arguments[1:]:
-            if not isinstance(bounds, Sets):
-                bounds.check(value, what=what)
-        return value
-    if origin in (Union, types.UnionType):
-        return read(next(part for part in arguments if part is not types.NoneType), texts, what=what)
-    if origin is Literal:
-        by_text = {str(choice): choice for choice in arguments}
-        if text not in by_text:
-            raise MoextendError(
-                f"{what} = {text!r} is not one of {', '.join(map(repr, arguments))}{meant(text, by_text)}"
-            )
-        return by_text[text]
-    if origin is tuple:
-        parts = arguments[:1] * len(texts) if arguments[-1] is Ellipsis else arguments
-        if len(parts) != len(texts):
-            raise MoextendError(f"{what} = {text!r} must be {len(parts)} values")
-        return tuple(read(part, [text], what=what) for part, text in zip(parts, texts, strict=True))
-    if kind is RunSettings:  # it is loaded when all that changes it is known
-        return text
-    if kind is Path:
-        return folder(text)
-    try:
-        return BOOLS[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError):
-        raise MoextendError(f"{what} = {text!r} is not of type {kind.__name__}") from None
-
-
-def _is_tuple(kind: Any) -> bool:
-    return get_origin(_plain(kind)) is tuple
-
-
-def _words_of(kind: Any) -> int:
-    """Words that follow an option: one for each of a pair, one with commas for a list."""
-    arguments = get_args(_plain(kind)) if _is_tuple(kind) else ()
-    return len(arguments) if arguments and arguments[-1] is not Ellipsis else 1
-
-
-def _parts(text: str) -> list[str]:
-    """The values of `a,b` and of `("a", "b")`."""
-    return [part.strip(" '\"") for part in text.strip("()[] ").split(",") if part.strip()]
-
-
-def _plain(kind: Any) -> Any:
-    """A type without its range and without `| None`."""
-    if get_origin(kind) is Annotated:
-        return _plain(get_args(kind)[0])
-    if get_origin(kind) in (Union, types.UnionType):
-        return _plain(next(part for part in get_args(kind) if part is not types.NoneType))
-    return kind
-
-
-# --- what can be given ------------------------------------------------------------------------------------------------
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of a table; none where this is no table."""
+        if get_origin(self.kind) is not Mapping:
+            return ()
+        return get_args(get_args(self.kind)[0]) or tuple(self.default)
 
 
 def options_of(kind: Any) -> list[Option]:
@@ -210,11 +70,19 @@ def options_of(kind: Any) -> list[Option]:
     ]
 
 
-def settings_of(kind: Any, values: Mapping[str, Any], *, prefix: str = "config") -> Iterator[Option]:
-    """Every setting, in order; a table of them (`mesh`, `multipliers`) once."""
+def places(kind: Any) -> list[str]:
+    """Options that may be given without their names."""
+    return [field.name for field in dataclasses.fields(kind) if not field.kw_only]
+
+
+def settings_of(
+    values: Mapping[str, Any] | None = None, *, kind: Any = RunSettings, prefix="config"
+) -> Iterator[Option]:
+    """Every setting, in order, with its default or its value in a configuration."""
+    values = with_defaults(kind, {}) if values is None else values
     for name, part in fields(kind).items():
         if dataclasses.is_dataclass(part):
-            yield from settings_of(part, values[name], prefix=f"{prefix}.{name}")
+            yield from settings_of(values[name], kind=part, prefix=f"{prefix}.{name}")
         else:
             yield Option(f"{prefix}.{name}", part, meanings(kind).get(name, ""), values.get(name, MISSING))
 
@@ -232,26 +100,11 @@ def meanings(kind: type) -> dict[str, str]:
     }  # fmt: skip
 
 
-def table_names(option: Option) -> tuple[str, ...]:
-    """Of a table of settings; none where the option is a single one."""
-    if get_origin(option.kind) is not Mapping:
-        return ()
-    return get_args(get_args(option.kind)[0]) or tuple(option.default)
-
-
-def _kinds(kind: type) -> dict[str, Any]:
-    """The type of every name that may be given."""
-    kinds = {option.name: option.kind for option in options_of(kind)}
-    if "config" in kinds:
-        for option in settings_of(RunSettings, with_defaults(RunSettings, {})):
-            below = {f"{option.name}.{name}": get_args(option.kind)[1] for name in table_names(option)}
-            kinds |= below or {option.name: option.kind}
-    return kinds
-
-
-def _settings_that(kind: type, name: str) -> tuple[str, ...]:
-    """An option sets, beside what it is itself."""
-    return next((part.settings for part in get_args(fields(kind)[name]) if isinstance(part, Sets)), ())
+def given_kind(kind: Any) -> Any:
+    """X of `X | None`; any other type itself."""
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    return next(part for part in get_args(kind) if part is not types.NoneType)
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -260,54 +113,53 @@ def _settings_that(kind: type, name: str) -> tuple[str, ...]:
 def describe(kind: Any, settings: Mapping[str, Any] | None, *, command: str, does: str) -> str:
     """The help of a command: each option, and each setting (of a configuration), with meaning, default and range."""
     options = options_of(kind)
-    places = {field.name for field in dataclasses.fields(kind) if not field.kw_only}
     usage = [option.name.upper() if option.default is MISSING else f"[{option.name.upper()}]"
-             for option in options if option.name in places]  # fmt: skip
+             for option in options if option.name in places(kind)]  # fmt: skip
     lines = [" ".join(["moextend", command, *usage, "[--OPTION VALUE ...]"]), "", *row("", does, indent=0), ""]
     for option in options:
-        lines += _rows(option, needed="needed" if option.default is MISSING else "", unsaid=(None, False, "", ()))
+        nothing = any(option.default is value for value in (None, False, ()))
+        lines += _rows(option, needed="needed", default="" if nothing else f"default {shown(option.default)}")
     if any(option.name == "config" for option in options):
-        defaults = "the defaults are this configuration's" if settings else "--config NAME --help shows its own"
-        lines += ["", f"Settings, any of which may be given too ({defaults}):", ""]
-        for option in settings_of(RunSettings, settings or with_defaults(RunSettings, {})):
-            lines += _rows(option, needed="set by each configuration", unsaid=(), indent=8)
+        whose = "the defaults are this configuration's" if settings else "--config NAME --help shows its own"
+        lines += ["", f"Settings, any of which may be given too ({whose}):", ""]
+        for option in settings_of(settings):
+            lines += _rows(
+                option, needed="set by each configuration", default=f"default {shown(option.default)}", indent=8
+            )
     return "\n".join(lines)
 
 
 def row(name: str, text: str, *, indent: int = 28) -> list[str]:
     """Lines of a name and, beside it, a text as wide as the terminal allows."""
     width = max(60, min(120, shutil.get_terminal_size((120, 24)).columns))
-    head = f"  {name}" if name else ""
-    above = [head] if len(head) > indent - 2 and head else []
-    first = "" if above else head
+    beside = f"  {name}".ljust(indent) if name and len(name) < indent - 3 else " " * indent
+    above = [f"  {name}"] if name and not beside.strip() else []
     return above + textwrap.wrap(
-        text, width, initial_indent=first.ljust(indent), subsequent_indent=" " * indent, break_on_hyphens=False
+        text, width, initial_indent=beside, subsequent_indent=" " * indent, break_on_hyphens=False
     )
 
 
-def _rows(option: Option, *, needed: str, unsaid: tuple[Any, ...], indent: int = 28) -> list[str]:
-    names = table_names(option)
-    kind = get_args(option.kind)[1] if names else option.kind
-    default = "" if option.default in unsaid else f"default {shown(option.default)}"
-    facts = [f"NAME: {', '.join(names)}" if names else "", allowed(kind), needed if option.default is MISSING else default]
-    text = "; ".join(fact for fact in facts if fact)
-    name = f"--{option.name}.NAME" if names else f"--{option.name}"
-    return row(name, f"{option.meaning} ({text})" if text else option.meaning, indent=indent)
+def _rows(option: Option, *, needed: str, default: str, indent: int = 28) -> list[str]:
+    table = f"NAME: {', '.join(option.names)}" if option.names else ""
+    kind = get_args(option.kind)[1] if table else option.kind
+    facts = filter(None, [table, allowed(kind), needed if option.default is MISSING else default])
+    name = f"--{option.name}.NAME" if table else f"--{option.name}"
+    return row(name, f"{option.meaning} ({'; '.join(facts)})".removesuffix(" ()"), indent=indent)
 
 
 def allowed(kind: Any) -> str:
-    """The range or the choices of a type in words; nothing where it says itself what it takes."""
-    if get_origin(kind) is Annotated:
-        bounds = [part._replace(most=None) if isinstance(part, Range) and part.most == LARGEST else part
-                  for part in get_args(kind)[1:] if not isinstance(part, Sets)]  # fmt: skip
-        return "; ".join(filter(None, [allowed(get_args(kind)[0]), *map(str, bounds)]))
-    if get_origin(kind) in (Union, types.UnionType):
-        return allowed(next(part for part in get_args(kind) if part is not types.NoneType))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple:
-        first, *others = get_args(kind)
-        return f"A,B,... {allowed(first)}".rstrip() if others == [Ellipsis] else f"{1 + len(others)} values"
+    """The range or the choices of a type in words; nothing where any text will do."""
+    kind = given_kind(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        ranges = [part._replace(most=None) if isinstance(part, Range) and part.most == LARGEST else part
+                  for part in arguments[1:] if not isinstance(part, Sets)]  # fmt: skip
+        return " ".join(filter(None, [allowed(arguments[0]), *map(str, ranges)]))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        each = allowed(arguments[0])
+        return f"A,B,... {each}".rstrip() if arguments[-1] is Ellipsis else f"{len(arguments)} values"
     return {int: "whole number", float: "number"}.get(kind, "")
 
 
@@ -317,4 +169,4 @@ def shown(value: Any) -> str:
         return ", ".join(f"{name} {part}" for name, part in value.items()) or "none"
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "none"
-    return str(value).lower() if isinstance(value, bool) else f"{value}" or '""'
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'

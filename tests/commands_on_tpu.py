@@ -25,7 +25,8 @@ from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.plan import topology
-from moextend_jax.runs.askable import Place, open_place
+from moextend_jax.runs.askable import open_place
+from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
 
 # As tiny as kernels for TPU allow: widths of 128 on each device, rows of a multiple of 128 positions.

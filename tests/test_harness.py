@@ -55,6 +55,7 @@ def model(run):
 @pytest.fixture(scope="module")
 def direct(run):
     """Log-probabilities `[L, V]` of what follows each of some ids: one pass of the whole model, no cache, no batch."""
+
     @jax.jit
     def nats(arrays, ids_BL, segments_BL):
         positions_BL = jnp.arange(ids_BL.shape[1])[None]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.extension import routing
@@ -45,7 +46,7 @@ def pair() -> tuple[statistics.Stats, statistics.Stats]:
 
 
 def run(*arguments: object) -> int:
-    return command.main([str(argument) for argument in arguments])
+    return cli.call(["routing", *(str(argument) for argument in arguments)])
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

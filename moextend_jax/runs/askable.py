@@ -17,14 +17,15 @@ from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
 from moextend_jax.checkpoints.loading import Checkpoint, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError, Recipe
+from moextend_jax.config import RECIPES, ModelConfig, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.runs import models_of
+from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import model_row
-from moextend_jax.runs.run import Arrays, Run, check_end, known_settings, open_run, remembered, working
+from moextend_jax.runs.run import Arrays, Run, check_end, known_settings, open_run, working
 from moextend_jax.settings import EvaluateSettings, RunSettings, build, fields
 
 SIZES = EvaluateSettings(data="", questions=1)
@@ -81,51 +82,6 @@ class Askable:
     def identity(self) -> str:
         """Names the model by what it is made of: answers of two identities must not be mixed."""
         return self.identify()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a model lies: a work directory or a checkpoint's folder, which may be a work directory too.
-
-    model: a row of MODELS, of a work directory alone; None: moextend.
-    base, vision, feature_layer: as `open_checkpoint` takes them. recipe: a row of RECIPES, None: as the checkpoint
-    says. dtype: element type of the computation, None: as stored, or as a run was trained.
-    """
-
-    workdir: Path | None = None
-    checkpoint: Path | None = None
-    model: str | None = None
-    base: Path | None = None
-    vision: Path | None = None
-    feature_layer: int | None = None
-    recipe: str | None = None
-    dtype: str | None = None
-
-    def __post_init__(self):
-        if (self.workdir is None) == (self.checkpoint is None):
-            raise MoextendError("say which model: --workdir DIR or --checkpoint DIR")
-        if not self.folder.exists():
-            raise MoextendError(f"{self.folder} does not exist: neither a work directory nor a checkpoint")
-        if self.model is not None:
-            model_row(self.model)
-        if self.recipe is not None and self.recipe not in RECIPES:
-            raise MoextendError(f"there is no recipe {self.recipe!r}; there are {', '.join(RECIPES)}")
-        options = {name: getattr(self, name) for name in ("base", "vision", "feature_layer", "recipe")}
-        given = [f"--{name}" for name, value in options.items() if value is not None]
-        if self.in_workdir and given:
-            raise MoextendError(f"{self.folder} is a run and knows its base and recipe; leave {', '.join(given)} out")
-        if not self.in_workdir and self.model is not None:
-            raise MoextendError(f"{self.folder} is one model, no work directory; leave --model {self.model} out")
-
-    @property
-    def folder(self) -> Path:
-        folder = self.workdir or self.checkpoint
-        assert folder is not None
-        return folder
-
-    @functools.cached_property
-    def in_workdir(self) -> bool:
-        return self.workdir is not None or bool(remembered(self.folder))
 
 
 def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh | None = None) -> Askable:
