@@ -203,10 +203,12 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
         merged["visual"] = attributes["visual"] | added.get("visual", {})
     if tower and config.vision:
         merged["vision_config"] = tower["vision"]
+    if own := {name: source.record.facts[name] for name in ("recipe", "text_isolation") if name in source.record.facts}:
+        merged["moextend"] = own  # how it is to be asked, which the released code has no place for
     return {".": (plan(table="released", config=config), merged)}
 
 
-_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
+_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config", "moextend"})
 
 
 def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:

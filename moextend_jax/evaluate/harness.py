@@ -20,6 +20,7 @@ from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.folders import extra_hint
 
 try:
+    from lm_eval import tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.models import utils as generating  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]

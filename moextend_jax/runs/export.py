@@ -112,6 +112,7 @@ def open_workdir(workdir: Path) -> Source:
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
     facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
+    facts["text_isolation"] = settings.text_isolation
     record = source.record._replace(config=config, base=base, facts=facts)
     return Source({**source.leaves, **own}, record, source.files)
 
