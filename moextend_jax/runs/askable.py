@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
-from moextend_jax.checkpoints.loading import Checkpoint, open_checkpoint
+from moextend_jax.checkpoints.loading import SIDE_FILES, Checkpoint, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
 from moextend_jax.config import RECIPES, ModelConfig, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
+from moextend_jax.folders import absolute, local_copy
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
@@ -179,7 +180,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     isolation = facts.get("text_isolation", "none")
     build(fields(ModelConfig)["text_isolation"], isolation, where=f"{place.folder}: text_isolation")
     config = dataclasses.replace(checkpoint.config, weight_guard=recipe.weight_guard, text_isolation=isolation)
-    name = place.folder.resolve().name
+    name = absolute(place.folder).name
 
     def identify() -> str:
         stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
@@ -187,7 +188,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
 
     def read_tokenizer() -> Tokenizer:
         beside = [source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files]
-        tokenizer = tokenizer_of(beside[0] if beside else place.folder, config)
+        tokenizer = tokenizer_of(local_copy(beside[0] if beside else place.folder, SIDE_FILES), config)
         check_end(source.record.attributes.get("decoder", {}), tokenizer, where=str(place.folder))
         return tokenizer
 
