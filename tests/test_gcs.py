@@ -17,7 +17,7 @@ from moextend_jax import cli, folders
 from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.config import MoextendError
-from moextend_jax.runs.run import write_json
+from moextend_jax.runs.run import open_run, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 
@@ -25,6 +25,23 @@ def test_only_buckets_are_urls():
     assert folders.folder("a b/c") == Path("a b/c") and not folders.is_url(Path("/a:/b"))
     with pytest.raises(MoextendError, match="only gs://"):
         folders.folder("s3://bucket/a")
+
+
+def test_an_extra_is_named_by_what_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The package's name is on no registry."""
+    assert folders.extra_hint("gcs") == "pip install -e '.[gcs]'"
+    monkeypatch.setattr(folders, "__file__", str(tmp_path / "site-packages" / "moextend_jax" / "folders.py"))
+    requires = ["numpy==2", "gcsfs==2026.1; extra == 'gcs'", 'torch>2; python_version < "4" and extra == "torch"']
+    monkeypatch.setattr(folders.importlib.metadata, "requires", lambda name: requires)
+    assert folders.extra_hint("gcs") == "pip install 'gcsfs==2026.1'"
+    assert folders.extra_hint("torch") == "pip install 'torch>2'"
+    assert folders.extra_hint("") == "pip install 'numpy==2'"
+
+
+def test_without_gcsfs_a_bucket_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MoextendError, match=r"gs://bucket/a: .* needs gcsfs: pip install -e '\.\[gcs\]'"):
+        folders.folder("gs://bucket/a")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +220,20 @@ def test_the_tokenizer_of_a_bucket_is_copied_to_this_machine(bucket: Path):
     assert not folders.is_url(folder) and tokenizer_folder(str(bucket.parent / "tokenizer")) == folder
     assert {path.name for path in folder.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
     assert (folder / "tokenizer.model").read_bytes() == (EMBEDDED / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs's own, of the upload
+def test_a_run_takes_its_base_from_a_bucket(bucket: Path, tmp_path: Path):
+    there = upload(EMBEDDED, bucket.parent / "embedded")
+    here, away = (
+        open_run(tiny.run_settings(base=base, vision=vision), tmp_path)
+        for base, vision in (("embedded", "embedded"), (str(there), ""))
+    )
+    assert (away.base_hash, away.config) == (here.base_hash, here.config)
+    assert away.tokenizer.encode("a picture") == here.tokenizer.encode("a picture")
+    for path, leaf in here.pretrained.items():
+        assert np.asarray(away.pretrained[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
 def test_what_is_not_in_a_bucket_or_cannot_be_read_from_one_is_one_line(bucket: Path, published: tuple[Path, Path]):
