@@ -248,8 +248,8 @@ def _read_slices(leaf: Leaf, indices: list[Slices], *, dtype: Any) -> list[np.nd
             at = tuple(number - axis.start for number, axis in zip(place, part, strict=False))
             if all(0 <= number < size for number, size in zip(at, array.shape, strict=False)):
                 inner = tuple(
-                    slice(axis.start - whole.start, axis.stop - whole.start)
-                    for axis, whole in zip(part[depth:], box[depth:], strict=True)
+                    slice(axis.start - outer.start, axis.stop - outer.start)
+                    for axis, outer in zip(part[depth:], box[depth:], strict=True)
                 )
                 _copy(piece[inner], array[at] if at else array)
     return out

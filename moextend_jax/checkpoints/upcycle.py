@@ -51,7 +51,7 @@ def open_upcycled(
         dense, tensors = opened.config, opened.tensors
         of_text = {name: opened.metadata[key] for name, key in gguf.TEXT_ATTRIBUTES.items() if key in opened.metadata}
         try:
-            files = {made.name: made for made in write_tokenizer(opened.metadata, tokenizer_folder)}
+            files = {file.name: file for file in write_tokenizer(opened.metadata, tokenizer_folder)}
         except MoextendError as error:
             files, facts["tokenizer"] = {}, f"not written: {error}"
     else:
@@ -68,8 +68,10 @@ def open_upcycled(
         mixture.pop("lm_head.weight", None)  # some files hold the embedding twice
     matched = leaves.match(mixture, table="mixtral", config=config, where=path)
     facts["upcycled"] = {"from": path.name, "experts": experts, "noise": noise, "seed": seed}
-    said = huggingface.decoder_attributes(config.decoder, dtype=str(store.dtype_of(matched))) | of_text
-    return Source(matched, store.Record(config, "mixtral", {"decoder": said}, ("llava", ""), None, facts), files)
+    attributes_of_mixture = huggingface.decoder_attributes(config.decoder, dtype=str(store.dtype_of(matched))) | of_text
+    return Source(
+        matched, store.Record(config, "mixtral", {"decoder": attributes_of_mixture}, ("llava", ""), None, facts), files
+    )
 
 
 def upcycled_config(dense: DecoderConfig, *, experts: int, top_k: int) -> DecoderConfig:
@@ -99,7 +101,7 @@ def upcycle(
         raise MoextendError(f"seed is {seed}; give 0 or more")
     if already := [name for name in source if ".block_sparse_moe." in name]:
         raise MoextendError(f"{source[already[0]].where} is a mixture of experts already ({already[0]})")
-    ffn = {(int(found["layer"]), found["matrix"]): name for name in source if (found := _FFN.fullmatch(name))}
+    ffn = {(int(match["layer"]), match["matrix"]): name for name in source if (match := _FFN.fullmatch(name))}
     if not ffn:
         raise MoextendError("nothing to upcycle: no tensor is called model.layers.N.mlp.{gate,up,down}_proj.weight")
     layers = range(1 + max(layer for layer, _ in ffn))
