@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from moextend_jax.checkpoints import hashes, leaves, selection, train_state
+from moextend_jax.checkpoints import hashes, huggingface, leaves, selection, train_state
 from moextend_jax.checkpoints.convert import (
     LAYOUTS,
     SHARD,
@@ -29,19 +29,25 @@ from moextend_jax.checkpoints.convert import (
 )
 from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
-from moextend_jax.config import ExtensionConfig, MoextendError
+from moextend_jax.checkpoints.transformers_layout import export_transformers
+from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, Recipe
 from moextend_jax.folders import absolute
 from moextend_jax.runs import results
-from moextend_jax.runs.run import facts_of_base, remembered, settings_of
+from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of
 from moextend_jax.terminal import Parser
 
+HF = "hf"
+"""The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
 
 def export_main(arguments: list[str]) -> None:
-    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
+    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta.
+    Layout hf is the one that PyTorch programs of today load (transformers 5); released is the paper's code's."""
     parser = Parser(prog="moextend export", description=export_main.__doc__)
     parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
     parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
+    parser.add_argument("--layout", choices=(HF, *LAYOUTS), help="default: the layout that holds all there is")
+    parser.add_argument("--model", choices=list(results.MODELS), help="which one of a run; default: the furthest")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), help="of layout hf, where SRC does not say; default paper")
     parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
     parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
     parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
@@ -50,25 +56,71 @@ def export_main(arguments: list[str]) -> None:
     if is_workdir(values.src):
         if values.base or values.vision:
             raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
-        source = open_workdir(values.src)
+        source = open_workdir(values.src, model=values.model)
+    elif values.model:
+        raise MoextendError(f"{values.src} is one model, not a run: leave --model out")
     else:
         source = open_source(values.src, base=values.base, vision=values.vision)
     layout = values.layout or default_layout(source)
-    cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=Console(stderr=True))
+    screen = Console(stderr=True)
+    if layout == HF:
+        how = how_trained(source, recipe=values.recipe)
+        cost = export_transformers(source, values.dst, **how, max_shard_bytes=shard, console=screen)
+    else:
+        cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=screen)
     print(f"exported {described(source)} to {values.dst} in layout {layout}: {cost}")
     if left := source.parts - parts_of(layout, source):
         print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
+    if layout == HF:
+        print(_how_to_load(values.dst))
+    elif layout == "released":
+        print("layout released is for the paper's code and for moextend; for PyTorch of today use --layout hf")
+
+
+def how_trained(source: Source, *, recipe: str | None) -> dict[str, Any]:
+    """The recipe and the text isolation of what a run made; where a checkpoint does not say, those asked for.
+
+    Raises:
+      MoextendError: the checkpoint says another recipe.
+    """
+    facts = source.record.facts
+    known = facts.get("recipe")
+    if known is not None and recipe is not None:
+        raise MoextendError("this checkpoint knows its recipe: leave --recipe out")
+    try:
+        chosen = Recipe(**_tuples(known)) if known is not None else RECIPES[recipe or "paper"]
+    except TypeError as error:
+        raise MoextendError(f"the recipe that the checkpoint names is none of this version: {error}") from None
+    return {"recipe": chosen, "text_isolation": facts.get("text_isolation", "none")}
+
+
+def _tuples(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()}
+
+
+def _how_to_load(folder: Path) -> str:
+    attributes = huggingface.read_json(folder / "config.json")
+    name, more = {
+        "mixtral": ("AutoModelForCausalLM", ""),
+        "llava": ("AutoModelForImageTextToText", ""),
+        "moextend": ("AutoModelForImageTextToText", ", trust_remote_code=True"),
+    }[attributes["model_type"]]
+    return f"in PyTorch: transformers.{name}.from_pretrained({str(folder)!r}{more})"
 
 
 def is_workdir(folder: Path) -> bool:
     return bool(remembered(folder))
 
 
-def open_workdir(workdir: Path) -> Source:
-    """The furthest model of a run: finetuned, else grown, else aligned. The base is not cast as the run casts it.
+def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
+    """A model of a run; the base is not cast as the run casts it.
+
+    Args:
+      model: a row of `results.MODELS`; None is the furthest: finetuned, else grown, else aligned.
 
     Raises:
-      MoextendError: no stage has been run, or the base is not the one that the run was made with.
+      MoextendError: no stage has been run, or one that the model is made of, or the base is not the one that the run
+        was made with.
     """
     settings = settings_of(workdir)
     if settings is None:
@@ -82,12 +134,18 @@ def open_workdir(workdir: Path) -> Source:
     facts = facts_of_base(base, settings)
     trained: dict[str, Stored] = {}
     stages = []
-    for stage in results.model_row("moextend").results:
+    row = results.model_row(model or "moextend")
+    for stage in row.results:
         result = _open_result(workdir / stage / "result", facts=facts)
         if result is None:
             break
         trained |= result
         stages.append(stage)
+    if model is not None and len(stages) < len(row.results):
+        raise not_run(workdir, row.results[len(stages)])
+    if not row.sees:
+        seen = {path: leaf for path, leaf in source.leaves.items() if path.startswith("decoder/")}
+        return source._replace(leaves=seen)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = source.config
@@ -102,7 +160,10 @@ def open_workdir(workdir: Path) -> Source:
         config = dataclasses.replace(config, extension=extension)
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
-    facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
+    facts = {
+        "recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages,
+        "text_isolation": settings.text_isolation,
+    }  # fmt: skip
     record = source.record._replace(config=config, base=base, facts=facts)
     return Source({**source.leaves, **own}, record, source.files)
 
