@@ -1,58 +1,54 @@
-"""What a stranger runs on an exported folder: transformers alone, none of this package. Run by test_export_hf.py.
+"""What a stranger runs on exported folders: transformers alone, none of this package. Run by test_export_hf.py.
 
-In: a JSON file {"folders": {name: path}, "chats": [[message, ...], ...], "new": tokens}. Out: an npz file with what each
-folder's processor and model make of the chats, one by one ("NAME/N/...") and together ("NAME/all/...").
+In: a JSON file {"folders": {name: path}, "chats": [[message, ...], ...], "texts": [...], "new": tokens}. Out: an npz file
+with what each folder's processor and model make of the chats, one by one ("NAME/N/...") and together ("NAME/all/..."),
+the ids of the texts ("NAME/text/N"), and the names that transformers would save the tensors under ("NAME/names").
 """
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def main(spec_path: str, out: str) -> None:
-    with open(spec_path) as file:
-        spec = json.load(file)
-    torch.manual_seed(0)
+    spec = json.loads(Path(spec_path).read_text())
     arrays = {}
     for name, folder in spec["folders"].items():
-        trust = {"trust_remote_code": AutoConfig_of(folder) == "moextend"}
+        trust = {"trust_remote_code": (Path(folder) / "modeling_moextend.py").exists()}
         processor = AutoProcessor.from_pretrained(folder, backend="pil", **trust)
         load = AutoModelForImageTextToText.from_pretrained
         model, report = load(folder, dtype=torch.float32, output_loading_info=True, **trust)
         assert not any(report.values()), report
-        model.eval()
         rows = {str(n): [chat] for n, chat in enumerate(spec["chats"])} | {"all": spec["chats"]}
         for row, chats in rows.items():
-            inputs = processor.apply_chat_template(
-                chats, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
-                processor_kwargs={"padding": True},
-            )  # fmt: skip
-            with torch.no_grad():
-                logits = model(**inputs).logits
-                answer = model.generate(**inputs, max_new_tokens=spec["new"])[:, inputs["input_ids"].shape[1] :]
-                slow = model.generate(**inputs, max_new_tokens=spec["new"], use_cache=False)
-            assert torch.equal(slow[:, inputs["input_ids"].shape[1] :], answer), "with and without a cache"
-            made = {"ids": inputs["input_ids"], "mask": inputs["attention_mask"], "logits": logits, "answer": answer}
-            if "pixel_values" in inputs:
-                made["pixels"] = inputs["pixel_values"]
+            made = answers(model, processor, chats, new=spec["new"])
             arrays |= {f"{name}/{row}/{key}": value.numpy() for key, value in made.items()}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
         for n, text in enumerate(spec["texts"]):
-            arrays[f"{name}/text{n}"] = np.array(tokenizer(text)["input_ids"])
-        arrays[f"{name}/saved"] = np.array(saved_names(model))
+            arrays[f"{name}/text/{n}"] = np.array(processor.tokenizer(text)["input_ids"])
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            with safe_open(Path(saved) / "model.safetensors", "np") as file:
+                arrays[f"{name}/names"] = np.array(sorted(file.keys()))
+    assert not any(module.startswith("moextend_jax") for module in sys.modules)
     np.savez(out, **arrays)
 
 
-def AutoConfig_of(folder: str) -> str:
-    with open(f"{folder}/config.json") as file:
-        return json.load(file)["model_type"]
-
-
-def saved_names(model) -> list[str]:
-    return []
+@torch.no_grad()
+def answers(model, processor, chats: list, *, new: int) -> dict[str, torch.Tensor]:
+    inputs = processor.apply_chat_template(
+        chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+    )
+    length = inputs["input_ids"].shape[1]
+    answer, slow = (model.generate(**inputs, max_new_tokens=new, use_cache=cache)[:, length:] for cache in (True, False))
+    assert torch.equal(answer, slow), "an answer depends on the cache"
+    made = {"ids": inputs["input_ids"], "mask": inputs["attention_mask"], "answer": answer}
+    return made | {"logits": model(**inputs).logits} | {k: v for k, v in inputs.items() if k == "pixel_values"}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A SentencePiece model as the `tokenizer.json` that Hugging Face's tokenizers read, with the image tags as tokens.
 
 In: a folder with `tokenizer.model`, the ids of the image tags. Out: the file's content and that of
-`tokenizer_config.json`. Text gets the ids of `data.tokenizer`, bit by bit: a space before a text's beginning, also
+`tokenizer_config.json`. Text gets the ids of `data.tokenizer`, without exception: a space before a text's beginning, also
 where it begins with one (transformers' own conversion adds none there), and none after a token that is spelled out.
 
 The tags are byte pieces or appended rows there; here they are tokens with names of their own, so that a chat template
@@ -24,11 +24,15 @@ TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
 """What the tags are called. `<image>` is what LLaVA's processor of transformers multiplies, and what our prompts say."""
 
 
-def tokenizer_files(folder: Path, *, tags: ImageTags | None, legacy: bool = True) -> dict[str, dict[str, Any]]:
+def tokenizer_files(
+    folder: Path, *, tags: ImageTags | None, legacy: bool = True, apart: str = ""
+) -> dict[str, dict[str, Any]]:
     """`tokenizer.json` and `tokenizer_config.json` by name.
 
     Args:
       tags: of a model that sees; None leaves the vocabulary as it is.
+      legacy: what tokenizer_config.json shall say there.
+      apart: a text that is tokenised apart from what is before it, where a prompt has it so.
 
     Raises:
       MoextendError: the model is not of SentencePiece's BPE kind, or has pieces called like the tags.
@@ -67,6 +71,7 @@ def tokenizer_files(folder: Path, *, tags: ImageTags | None, legacy: bool = True
             "pretokenizers",
             *([_metaspace(" ", "first")] if normalizer.add_dummy_prefix else []),
             _metaspace(SPACE, "never"),
+            *([_split(apart.replace(" ", SPACE))] if apart else []),
         ),
         "post_processor": {
             "type": "TemplateProcessing",
@@ -131,6 +136,10 @@ def _normalizer(spec: Any) -> dict[str, Any]:
 
 def _metaspace(replacement: str, prepend: str) -> dict[str, Any]:
     return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": prepend, "split": False}
+
+
+def _split(text: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"String": text}, "behavior": "Isolated", "invert": False}
 
 
 def _sequence(parts: str, *steps: dict[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,10 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
         return folder
     at = source.files["tokenizer.model"]
     folder.copies["tokenizer.model"] = at
-    files = tokenizer_files(at.parent, tags=tokenizer.tags if sees else None, legacy=tokenizer.legacy)
-    folder.json_files.update(files)
+    # The released code tokenises its question apart from what follows: a space at its end stays one.
+    apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if sees and recipe.prompt == "released" else ""
+    tags = tokenizer.tags if sees else None
+    folder.json_files.update(tokenizer_files(at.parent, tags=tags, legacy=tokenizer.legacy, apart=apart))
     if sees:
         folder.json_files.update(_processor(config, recipe))
         folder.texts["chat_template.jinja"] = chat_template(recipe.prompt, legacy=tokenizer.legacy)
