@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,9 +20,9 @@ import pytest
 import tiny
 from PIL import Image
 
-from moextend_jax.checkpoints import hashes, train_state
+from moextend_jax.checkpoints import hashes, huggingface, train_state
 from moextend_jax.checkpoints.loading import open_source
-from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, MoextendError, Recipe
+from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, Recipe
 from moextend_jax.data.conversations import encode_prompt
 from moextend_jax.data.images import prepare_image
 from moextend_jax.data.tokenizer import load_tokenizer
@@ -34,9 +35,12 @@ SCRIPT = Path(__file__).with_name("stock_script.py")
 DECODER = dataclasses.replace(tiny.BASE_CONFIG.decoder, rope_theta=1e4)
 BASE = dataclasses.replace(tiny.BASE_CONFIG, decoder=DECODER, remat="none")
 EXTENSION = ExtensionConfig(layers=(0, 2), sources=(1, 3))
-QUESTIONS = [("what is\n it? ", True), ("  And the LORD <0x02> said é", False), ("left <image> or right", True)]
+QUESTIONS = [("what is\n it? ", True), ("  And the LORD <0x02> said é", False)]
 """Question, and whether it has a picture. Rows with and without one go through PyTorch in one batch."""
+MARKED = "left  <image> or right"
 TEXTS = ["two", " leading", "  two  more ", "\nline", "naïve — 日本 🙂", "<0x00>", "▁"]
+SPELLED = "a </s> b <s>"
+"""What stands for tokens in Hugging Face's tokenizers."""
 NEW = 6
 """Tokens of an answer."""
 
@@ -48,6 +52,14 @@ class Case(NamedTuple):
     recipe: Recipe = RECIPES["paper"]
     results: tuple[str, ...] = ()
     text_isolation: Any = "none"
+    extension: ExtensionConfig = EXTENSION
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model that it is."""
+        grown = "grow" in self.results or not self.results
+        config = dataclasses.replace(config_of(self.recipe), text_isolation=self.text_isolation)
+        return dataclasses.replace(config, extension=self.extension if grown else None)
 
 
 PAPER = RECIPES["paper"]
@@ -57,7 +69,13 @@ CASES = {
     "moextend": Case((), results=("align", "grow", "finetune")),
     "strict": Case((), results=("align", "grow", "finetune"), text_isolation="strict"),
     "released": Case((), recipe=RECIPES["released"], results=("align", "grow", "finetune")),
+    "imported": Case(
+        (),
+        recipe=dataclasses.replace(PAPER, feature_layer=-1),
+        extension=ExtensionConfig(layers=(1, 2), sources=(-1, -1), new_experts=7, calibrator_width=5),
+    ),
 }
+"""The last is no run but a checkpoint in bfloat16: 11 experts, so that their numbers have two digits."""
 
 
 def leaves_of(recipe: Recipe) -> dict[str, dict[str, jax.Array]]:
@@ -100,6 +118,21 @@ def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
     return workdir
 
 
+def imported(folder: Path, base: Path) -> Path:
+    """A checkpoint in the released layout, its base in bfloat16."""
+    config = CASES["imported"].config
+    huggingface.write_parameters(folder, imported_arrays(config), table="released", config=config)
+    huggingface.write_json(folder / "config.json", huggingface.released_attributes(config, dtype="bfloat16"))
+    shutil.copy(base / "tokenizer.model", folder)
+    return folder
+
+
+def imported_arrays(config: ModelConfig) -> dict[str, jax.Array]:
+    frozen = ("decoder/", "vision/")
+    arrays = tiny.arrays(config, seed=5)
+    return {path: leaf.astype("bfloat16") if path.startswith(frozen) else leaf for path, leaf in arrays.items()}
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("base"), config=BASE)
@@ -109,7 +142,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exported")
     runs: dict[Any, Path] = {}
+    export.export_main(
+        [str(imported(root / "checkpoint", base)), str(root / "imported"), "--layout", "hf", "--recipe", "paper"]
+    )
     for name, case in CASES.items():
+        if not case.results:
+            continue
         key = (case.recipe == PAPER, case.text_isolation)
         if key not in runs:
             more = {"recipe": case.recipe, "text_isolation": case.text_isolation}
@@ -134,10 +172,13 @@ def stock(folders: dict[str, Path], picture: Path, tmp_path_factory: pytest.Temp
     root = tmp_path_factory.mktemp("stock")
     image = {"type": "image", "path": str(picture)}
     chats = [
-        [{"role": "user", "content": [*([image] if sees and "<image>" not in text else []), {"type": "text", "text": text}]}]
+        [{"role": "user", "content": [{"type": "text", "text": text}, *([image] if sees else [])]}]
         for text, sees in QUESTIONS
     ]
-    spec = {"folders": {name: str(folders[name]) for name in CASES}, "chats": chats[:2], "texts": TEXTS, "new": NEW}
+    spec = {
+        "folders": {name: str(folders[name]) for name in CASES}, "chats": chats, "texts": [*TEXTS, SPELLED],
+        "marked": MARKED, "picture": str(picture), "new": NEW,
+    }  # fmt: skip
     (root / "spec.json").write_text(json.dumps(spec))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
@@ -153,11 +194,12 @@ def stock(folders: dict[str, Path], picture: Path, tmp_path_factory: pytest.Temp
 @functools.cache
 def model_of(name: str) -> tuple[ModelConfig, dict[str, jax.Array]]:
     case = CASES[name]
-    config = dataclasses.replace(config_of(case.recipe), text_isolation=case.text_isolation)
+    if not case.results:
+        return case.config, {path: leaf.astype("float32") for path, leaf in imported_arrays(case.config).items()}
     arrays = dict(tiny.arrays(BASE, std=0.1))
     for result in case.results:
         arrays |= leaves_of(case.recipe)[result]
-    return dataclasses.replace(config, extension=EXTENSION if "grow" in case.results else None), arrays
+    return case.config, arrays
 
 
 @functools.cache
@@ -248,8 +290,21 @@ def test_tensors_are_named_as_transformers_names_them(stock, name: str, folders:
         assert sorted(file.keys()) == list(stock[f"{name}/names"])
 
 
-@pytest.mark.parametrize("name", ["aligned", "moextend"])
+@pytest.mark.parametrize("name", ["aligned", "moextend", "released"])
 def test_text_has_the_same_ids(stock, name: str, base: Path):
-    tokenizer = load_tokenizer(base)
+    tokenizer, recipe = load_tokenizer(base), CASES[name].recipe
+    prompt = functools.partial(encode_prompt, tokenizer=tokenizer, recipe=recipe, patches=4)
     for n, text in enumerate(TEXTS):
         assert list(stock[f"{name}/text/{n}"]) == [tokenizer.bos, *tokenizer.encode(text)], text
+        assert list(stock[f"{name}/chat/{n}"]) == list(prompt(text).ids_L), text
+    # What spells a token is text on request, though in other pieces.
+    chat = list(stock[f"{name}/chat/{len(TEXTS)}"])
+    assert (chat.count(tokenizer.bos), chat.count(tokenizer.eos)) == (1, 0)
+    assert list(stock[f"{name}/marked"]) == list(prompt(MARKED, images=1).ids_L)
+
+
+def test_what_is_stored_in_bfloat16_runs_in_it(stock):
+    assert list(stock["aligned/dtypes"]) == ["torch.float32"]
+    assert list(stock["imported/dtypes"]) == ["torch.bfloat16", "torch.float32"]  # the calibrators
+    exact, rounded = stock["imported/0/logits"], stock["imported/stored"]
+    assert 0 < np.abs(rounded - exact).mean() < 0.03 * np.abs(exact).max()

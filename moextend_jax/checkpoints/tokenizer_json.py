@@ -1,12 +1,12 @@
 """A SentencePiece model as the `tokenizer.json` that Hugging Face's tokenizers read, with the image tags as tokens.
 
 In: a folder with `tokenizer.model`, the ids of the image tags. Out: the file's content and that of
-`tokenizer_config.json`. Text gets the ids of `data.tokenizer`, without exception: a space before a text's beginning, also
-where it begins with one (transformers' own conversion adds none there), and none after a token that is spelled out.
+`tokenizer_config.json`. Text gets the ids of `data.tokenizer`, always: a space goes before a text's beginning,
+also where it begins with one (transformers' own conversion adds none there), and none after a token.
 
 The tags are byte pieces or appended rows there; here they are tokens with names of their own, so that a chat template
-can write them. As in every such file, a token that a text spells out ("</s>") is that token, unless
-`sanitize_control_tokens=True` is given to `apply_chat_template`.
+can write them. As in every such file, a token that a text spells out ("</s>") is that token there; with
+`sanitize_control_tokens=True`, `apply_chat_template` takes it for text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moextend_jax.config import ImageTags, MoextendError
 
 SPACE = "▁"
 TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
-"""What the tags are called. `<image>` is what LLaVA's processor of transformers multiplies, and what our prompts say."""
+"""What the tags are called. `<image>` is what transformers' processor of LLaVA multiplies, and what our prompts say."""
 
 
 def tokenizer_files(

@@ -161,7 +161,8 @@ def _llava_attributes(
         "architectures": [name], "model_type": "moextend",
         "auto_map": {
             "AutoConfig": f"{CODE.removesuffix('.py')}.MoExtendConfig",
-            "AutoModelForImageTextToText": model_class, "AutoModelForCausalLM": model_class,
+            "AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class,
+            "AutoModelForCausalLM": model_class,
         },
         "add_layer": list(extension.layers), "sources": list(extension.sources),
         "new_experts": extension.new_experts, "calibrator_width": extension.calibrator_width,

@@ -39,6 +39,7 @@ from moextend_jax.terminal import Parser
 HF = "hf"
 """The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
 
+
 def export_main(arguments: list[str]) -> None:
     """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta.
     Layout hf is the one that PyTorch programs of today load (transformers 5); released is the paper's code's."""

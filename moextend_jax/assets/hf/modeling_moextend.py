@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.modeling_llava import LlavaModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
@@ -143,3 +144,5 @@ class MoExtendForConditionalGeneration(LlavaForConditionalGeneration):
 # Files name tensors as transformers' own LLaVA does; classes that it does not know are told so by name.
 for ours, theirs in (("MoExtendForConditionalGeneration", "llava"), ("MoExtendModel", "LlavaModel")):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+# `transformers serve` looks here for what takes images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MoExtendConfig.model_type] = MoExtendForConditionalGeneration.__name__
