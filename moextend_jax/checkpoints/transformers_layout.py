@@ -61,7 +61,8 @@ def export_transformers(
     with watched(folder.tensors, dst, console) as (meter, written), new_folder(dst) as new:
         write_safetensors(new, folder.tensors, max_shard_bytes=max_shard_bytes, written=written)
         for name, value in folder.json_files.items():
-            (new / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            indent = None if name == "tokenizer.json" else 1  # 90,000 lines that nobody reads
+            (new / name).write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
         for name, text in folder.texts.items():
             (new / name).write_text(text, encoding="utf-8")
         for name, path in folder.copies.items():

@@ -57,7 +57,6 @@ class ExtendedTopKRouter(MixtralTopKRouter):
         plain, ids = probs.topk(self.top_k, dim=-1)
         w_in, gelu, w_out = self.calibrator
         calibrated = probs + F.linear(gelu(F.linear(probs, w_in.weight.float())), w_out.weight.float())
-        self.calibrated = calibrated.gather(-1, ids).detach()
         weights = self.normalise(calibrated.gather(-1, ids))
         if sighted is not None:
             weights = torch.where(sighted, weights, over_their_sum(plain))
