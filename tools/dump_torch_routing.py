@@ -126,6 +126,12 @@ def routers(model) -> dict:
     return found
 
 
+def layers_of(model) -> list[int]:
+    """The number of each router's layer: the first layers of some families have none."""
+    numbers = [re.findall(r"(?:layers|h|blocks)\.(\d+)\.", name) for name in routers(model)]
+    return [int(found[-1]) if found else z for z, found in enumerate(numbers)]
+
+
 @torch.no_grad()
 def run(model, inputs: dict) -> dict:
     """A forward pass and what hooks see: per router (logits [T, O], weights, picks [T, k]), MoE in and out."""
@@ -181,7 +187,7 @@ def statistics(model, rows, *, batch_size: int, per_token: bool | None) -> dict:
     arrays = {
         "format": np.array("moextend-routing/1"), "source": np.array("torch"), "outputs": outputs_Z,
         "experts": np.int64(outputs_Z.max() - new_experts(model)), "top_k": np.int64(top_k),
-        "inputs": np.array(rows.digest()),
+        "inputs": np.array(rows.digest()), "layers": np.array(layers_of(model)),
     }  # fmt: skip
     for name in sums[0]:
         parts = [np.pad(layer[name], (0, outputs_Z.max() - len(layer[name]))) if layer[name].ndim else layer[name]
@@ -236,7 +242,7 @@ def forward(model, rows, labels: np.ndarray, *, coefficient: float) -> dict:
         parts = {"router_logits": router, "topk_idx": picks.int(), "topk_weight": weights,
                  "topk_prob": probs.gather(-1, picks), "moe_in": seen["moe"][z][0], "moe_out": seen["moe"][z][1],
                  "topk_calibrated": seen["calibrated"][z]}  # fmt: skip
-        arrays |= {f"{name}/{z}": shown(part) for name, part in parts.items() if part is not None}
+        arrays |= {f"{name}/{layers_of(model)[z]}": shown(part) for name, part in parts.items() if part is not None}
         share = F.one_hot(picks, router.shape[-1]).sum(1).float()[valid].mean(0)
         loads.append((share, probs[valid].mean(0)))
     outputs = max(len(share) for share, _ in loads)
