@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.faults import KINDS, FaultSettings
@@ -44,7 +44,7 @@ def check_command(
     if vision is None:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
     work = Work(
-        tokenizer_folder=Path(folder_of(settings.base)),
+        tokenizer_folder=tokenizer_folder(settings.base),
         recipe=settings.recipe,
         patches=vision.patches,
         size=vision.image_size,

@@ -55,13 +55,21 @@ class OptimizerConfig:
     """AdamW as the paper sets it; `multipliers` of the learning rate and `weight_decays` are by group."""
 
     learning_rate: Positive = 1e-3
+    """Highest learning rate, after warm-up."""
     warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises."""
     clip_norm: Positive = 1.0
+    """Largest norm of a step's gradient, all leaves together; a larger one is scaled down."""
     b1: Decay = 0.9
+    """Decay of AdamW's first moment."""
     b2: Decay = 0.999
+    """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
+    """Added to the root of the second moment."""
     multipliers: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    """What the learning rate of a group of parameters is multiplied by; 1 where not named."""
     weight_decays: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    """Weight decay of a group of parameters; 0 where not named."""
 
     def __post_init__(self):
         _check(self)
@@ -73,7 +81,9 @@ class FaultSettings:
     share of the conversations read that were skipped, a run stops."""
 
     policies: Mapping[FaultKind, Policy] = dataclasses.field(default_factory=dict)
+    """What is done about each kind of fault: stop, leave the conversation out, or take it all the same."""
     most_skipped: Share = 0.01
+    """Share of the conversations read that may be left out; above it the run stops."""
 
     def __post_init__(self):
         _check(self)
@@ -101,21 +111,29 @@ class StageSettings:
     """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
 
     data: str
+    """Data set that the stage is trained on."""
     steps: Count
+    """Steps of the optimizer."""
     batch_size: Count
+    """Rows per step, on all devices together."""
     length: Count
+    """Tokens of a row, visual ones too."""
     split: str = "train"
+    """Part of the data set."""
     images_per_row: Count = 1
+    """Images of a row at most."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
     """Most tokens of one conversation in a packed row; 0 is the row's length."""
     too_long: Literal["error", "drop_turns"] = "error"
+    """What is done about a conversation longer than that: stop, or leave its last turns out."""
     loss_chunk: Count = 1024
     """Labelled positions that go through the head at once on a device."""
     accumulate: Count = 1
     """Parts in which a step computes its batch, one after another, where the whole does not fit."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW's settings."""
 
     def __post_init__(self):
         _check(self)
@@ -128,8 +146,11 @@ class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
     held_out: Count = 10_000
+    """Samples on which routing is counted, and which the probe does not see."""
     share: LayerShare = 0.5
+    """Share of the layers to extend."""
     batch_size: Count = 64
+    """Rows at once."""
 
     def __post_init__(self):
         _check(self)
@@ -137,14 +158,24 @@ class SelectSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
+    """Accuracy on questions, and what is forgotten of text."""
+
     data: str
+    """Data set whose questions are asked."""
     questions: Count
+    """So many of them."""
     split: str = "test"
+    """Part of the data set."""
     batch_size: Count = 256
+    """Questions at once."""
     length: Count = 64
+    """Tokens of a question at most, visual ones too."""
     max_new_tokens: Count = 8
+    """Tokens of an answer at most."""
     text_length: Count = 256
+    """Tokens of a row of held-out text."""
     text_batch_size: Count = 16
+    """Rows of held-out text at once."""
     examples: Amount = 8
     """Questions shown in the report."""
 
@@ -164,8 +195,11 @@ class RunSettings:
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     recipe: Recipe = RECIPES["paper"]
     base: str = "embedded"
+    """Folder of the pretrained language model; embedded: the small real one of the package."""
     vision: str = "embedded"
+    """Folder of the pretrained vision tower; embedded: the small real one of the package."""
     seed: Amount = 0
+    """Of new parameters, the order of data, and what is held out."""
     data_dir: str = ""
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
@@ -173,23 +207,34 @@ class RunSettings:
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: Amount = 0
+    """Processes that read and decode data; 0: the one that trains."""
     cpu_devices: Count = 1
     """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
     aux_coefficient: NotNegative = 0.001
+    """Weight of the load-balancing loss."""
+    # The next six are those of `config.ModelConfig`.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of frozen parameters and of the computation."""
     train_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the parameters that a stage trains."""
     remat: Literal["none", "attention", "layer"] = "layer"
+    """What the backward pass computes again: nothing, attention, or whole layers, which takes least memory."""
     saved: tuple[Saved, ...] = ()
+    """Products that are kept all the same where layers are computed again."""
     dispatch: Literal["gather", "exchange"] = "gather"
+    """How tokens meet experts on other devices: all-gather in the expert group, or all-to-all."""
     text_isolation: Literal["none", "strict"] = "none"
-    """`remat`, `saved`, `dispatch` and `text_isolation` are those of `config.ModelConfig`."""
+    """strict: conversations without an image never choose a new expert, so that text is computed as before."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
     )
+    """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
+    """Steps between checkpoints."""
     checkpoints_kept: Annotated[int, Range(least=2)] = 2
-    """Two at least: the older one is there if the newest is damaged."""
+    """Checkpoints of a stage that are kept: two at least, for the newest may be damaged."""
     log_every: Count = 10
+    """Steps between lines of metrics."""
     faults: FaultSettings = dataclasses.field(default_factory=FaultSettings)
     """What training does about damaged examples."""
     nonfinite_limit: Amount = 10
@@ -220,7 +265,7 @@ def to_config_dict(settings: RunSettings) -> ConfigDict:
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
     """Checks names, types and ranges; a mistake is an error that names the field."""
-    return _build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
+    return build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -229,7 +274,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
 def _check(settings: Any) -> None:
     """Holds every field of one of the classes above against its type and range, also where Python calls the class."""
     for name, kind in fields(type(settings)).items():
-        value = _build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
+        value = build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
         object.__setattr__(settings, name, value)
 
 
@@ -239,11 +284,12 @@ def fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def _build(kind: Any, value: Any, *, where: str) -> Any:
-    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers."""
+def build(kind: Any, value: Any, *, where: str) -> Any:
+    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers; a mistake is an
+    error that begins with `where`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        number = _build(arguments[0], value, where=where)
+        number = build(arguments[0], value, where=where)
         for bounds in arguments[1:]:
             bounds.check(number, what=where)
         return number
@@ -258,13 +304,13 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
             arguments = arguments[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise MoextendError(f"{where} = {value!r} must be {len(arguments)} values")
-        return tuple(_build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
+        return tuple(build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
     if origin is not None:  # Mapping
         if not isinstance(value, Mapping):
             raise MoextendError(f"{where} = {value!r} is not a group of settings")
         if get_origin(arguments[0]) is Literal:
             _check_names(value, get_args(arguments[0]), where=where)
-        return {name: _build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
+        return {name: build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -275,7 +321,7 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
 def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
     if isinstance(value, kind):
         for name, part in fields(kind).items():
-            _build(part, getattr(value, name), where=f"{where}.{name}")
+            build(part, getattr(value, name), where=f"{where}.{name}")
         return value
     if not isinstance(value, Mapping):
         raise MoextendError(f"{where} = {value!r} is not a group of settings")
@@ -289,7 +335,7 @@ def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
     ]
     if missing:
         raise MoextendError(f"{where}: {', '.join(missing)} must be set")
-    parts = {name: _build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
+    parts = {name: build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
     try:
         return kind(**parts)
     except MoextendError as error:  # the class's own checks, of several fields, do not know where they stand

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moextend_jax import doctor
+from moextend_jax import cli, doctor
 from moextend_jax.config import MoextendError
 from moextend_jax.doctor import Finding
 from moextend_jax.lock import locked
@@ -44,9 +44,9 @@ def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monke
     version, core = doctor.version, doctor.PACKAGE
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     findings = by_part(doctor.packages())
-    assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install 'moextend-jax'")
+    assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install -e .")
     assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "gcs", "gpu")} == {"note"}
-    assert findings[f"{core}[gcs]"].mend == "pip install 'moextend-jax[gcs]'"
+    assert findings[f"{core}[gcs]"].mend == "pip install -e '.[gcs]'"
     monkeypatch.delenv("JAX_PLATFORMS")
     for platform, extra in (("tpu", "plan"), ("gpu", "gpu")):
         monkeypatch.setattr(doctor.machine, "accelerator", lambda platform=platform: platform)
@@ -96,7 +96,7 @@ def test_an_accelerator_that_jax_does_not_use_is_missing(monkeypatch: pytest.Mon
     monkeypatch.delenv("JAX_PLATFORMS")
     looked = doctor.look()
     assert next(looked).part == "JAX"
-    assert next(looked)[2:] == ("missing", "pip install 'moextend-jax[gpu]'")
+    assert next(looked)[2:] == ("missing", "pip install -e '.[gpu]'")
 
 
 def test_shared_memory_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -138,11 +138,11 @@ def test_the_exit_code_says_whether_something_is_missing(
     monkeypatch.setattr(doctor, "ask", lambda command, timeout: [devices])
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy"])
     missing = devices.verdict == "missing"
-    assert doctor.main(["--json", "--workdir", str(tmp_path)]) == missing
+    assert cli.call(["doctor", "--json", "--workdir", str(tmp_path)]) == missing
     record = json.loads(capsys.readouterr().out)
     assert record["ok"] != missing and devices._asdict() in record["findings"]
     assert {doctor.PACKAGE, "shared memory", "work directory"} <= {finding["part"] for finding in record["findings"]}
-    assert doctor.main([]) == missing
+    assert cli.call(["doctor"]) == missing
     table = capsys.readouterr().out
     assert ("Nothing that a run needs is missing" in table) != missing
     assert devices.value in table and devices.mend in table and "moextend-jax[gcs]" in table
@@ -151,4 +151,4 @@ def test_the_exit_code_says_whether_something_is_missing(
 def test_mistakes_of_use_are_refused():
     for arguments in (["--timeout", "0"], ["--timeout", "x"], ["--surprise"], ["--workdir", "s3://x"]):
         with pytest.raises(MoextendError, match=r"doctor|s3://"):
-            doctor.main(arguments)
+            cli.call(["doctor", *arguments])

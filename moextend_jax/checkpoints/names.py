@@ -193,10 +193,14 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     return {**config.sizes(), **shared}
 
 
+def groups(side: str) -> list[list[str]]:
+    """Letters of each axis of one side of a layout: [["N", "H"], ["D"]] of "(N H) D"."""
+    return [(group or letter).split() for group, letter in re.findall(r"\(([^)]*)\)|(\w)", side)]
+
+
 def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Shape of one side of a layout, e.g. "(N H) D"."""
-    groups = re.findall(r"\(([^)]*)\)|(\w)", side)
-    return tuple(math.prod(sizes[letter] for letter in (group or one).split()) for group, one in groups)
+    return tuple(math.prod(sizes[letter] for letter in group) for group in groups(side))
 
 
 def _exists(path: str, config: ModelConfig) -> bool:

@@ -23,6 +23,7 @@ from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
 from moextend_jax.checkpoints.loading import Source, side_files
+from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError
 
@@ -57,7 +58,8 @@ def open_upcycled(
         if not path.is_dir():
             raise MoextendError(f"{path} is neither a Hugging Face model folder nor a .gguf file")
         attributes = read_json(path / "config.json")
-        dense, tensors = llama_config(attributes, where=path / "config.json"), open_tensors(path)
+        dense = llama_config(attributes, where=path / "config.json")
+        tensors, _ = unwrapped(open_tensors(path))
         of_text = {name: attributes[name] for name in gguf.TEXT_ATTRIBUTES if name in attributes}
         files = side_files(path)
     config = ModelConfig(decoder=upcycled_config(dense, experts=experts, top_k=top_k))

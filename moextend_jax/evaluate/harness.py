@@ -17,8 +17,10 @@ from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.prompts import Prompt
+from moextend_jax.folders import extra_hint
 
 try:
+    from lm_eval import tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.models import utils as generating  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
@@ -26,7 +28,7 @@ try:
         make_disjoint_window,
     )
 except ImportError as error:
-    raise MoextendError(f"text benchmarks need lm-eval ({error}): pip install 'moextend-jax[eval]'") from error
+    raise MoextendError(f"text benchmarks need lm-eval ({error}): {extra_hint('eval')}") from error
 
 NEW_TOKENS = 256
 """Most new tokens of an answer where a task does not say how many; lm-eval's own number."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.config import Batch, ModelConfig, MoextendError
+from moextend_jax.config import Batch, MoextendError
 from moextend_jax.data.batches import Features, Pixels, text_batches
 from moextend_jax.data.datasets import Example, Images, open_text
 from moextend_jax.data.datasets import select as select_rows
@@ -25,14 +25,14 @@ from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.counting import Bar, counting
 from moextend_jax.evaluate.prompts import Prompt
-from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
-from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of
-from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
+from moextend_jax.runs.models_of import frozen_unchanged
 from moextend_jax.runs.results import ANSWERING, MODELS, training, trains_tower
 from moextend_jax.runs.run import Run, write_json
 
@@ -62,16 +62,14 @@ def evaluate(run: Run) -> dict[str, Any]:
     guesses = questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
-    generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
     trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
-    models = {name: open_model(run, name) for name in ("base", *trained)}
+    models = {name: askable(run, name) for name in ("base", *trained)}
     with counting("evaluate", (len(models) - 1) * len(prompted), unit="questions") as bar:
         for name, opened in models.items():
             if MODELS[name].sees:
-                generator = generators.setdefault(opened.model.config, generator_of(run, opened.model))
                 # A tower that was trained has no cached features.
                 pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
-                asker = asker_of(run, generator, opened.arrays, pictures=pictures)
+                asker = asker_of(opened, pictures=pictures)
                 answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
             if not MODELS[name].text_is_bases:
                 losses[name] = _text_losses(run, opened)
@@ -150,7 +148,7 @@ def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> lis
     return texts
 
 
-def _text_losses(run: Run, opened: Opened) -> dict[str, float]:
+def _text_losses(run: Run, opened: Askable) -> dict[str, float]:
     settings = run.settings.evaluate
     step = text_loss_step(opened.model, chunk=512, mesh=run.mesh)
 
@@ -172,7 +170,7 @@ def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, images: Pixels |
         yield questions.prompt_batch(prompts, images=images, rows=settings.batch_size, length=settings.length)
 
 
-def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
+def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
     placed = (place_whole(batch, run.mesh) for batch in batches)
     counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
     extension = opened.model.config.extension
@@ -189,7 +187,7 @@ def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
 
 
 def _write_examples(
-    run: Run, opened: Opened, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
+    run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
     predictions: dict[str, list[str]], images: Images,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""

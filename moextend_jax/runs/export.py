@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -32,27 +32,38 @@ from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, Recipe
 from moextend_jax.folders import absolute
+from moextend_jax.options import OneOf
 from moextend_jax.runs import results
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of
-from moextend_jax.terminal import Parser
 
 HF = "hf"
 """The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
 
 
-def export_main(arguments: list[str]) -> None:
-    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta.
-    Layout hf is the one that PyTorch programs of today load (transformers 5); released is the paper's code's."""
-    parser = Parser(prog="moextend export", description=export_main.__doc__)
-    parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
-    parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--layout", choices=(HF, *LAYOUTS), help="default: the layout that holds all there is")
-    parser.add_argument("--model", choices=list(results.MODELS), help="which one of a run; default: the furthest")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), help="of layout hf, where SRC does not say; default paper")
-    parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
-    parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
-    values = parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    src: Path
+    """folder of a checkpoint, or WORKDIR of a run"""
+    dst: Path
+    """new folder"""
+    _: dataclasses.KW_ONLY
+    layout: Annotated[str | None, OneOf((HF, *LAYOUTS))] = None
+    """hf is what PyTorch programs of today load, released what the paper's code does; else the layout that holds all
+    there is"""
+    model: Annotated[str | None, OneOf(tuple(results.MODELS))] = None
+    """which one of a run; else the furthest"""
+    recipe: Annotated[str | None, OneOf(tuple(RECIPES))] = None
+    """of layout hf, where SRC does not say: how prompts and pictures are made; else the paper's"""
+    base: Path | None = None
+    """folder of the base, where SRC is a delta or a partial save"""
+    vision: Path | None = None
+    """folder of a CLIP vision tower"""
+    max_shard_size: str = SHARD
+    """of one file"""
+
+
+def export(values: ExportOptions) -> None:
+    """An imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
     shard = size_of(values.max_shard_size)
     if is_workdir(values.src):
         if values.base or values.vision:
@@ -161,10 +172,8 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         config = dataclasses.replace(config, extension=extension)
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
-    facts = {
-        "recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages,
-        "text_isolation": settings.text_isolation,
-    }  # fmt: skip
+    facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
+    facts["text_isolation"] = settings.text_isolation
     record = source.record._replace(config=config, base=base, facts=facts)
     return Source({**source.leaves, **own}, record, source.files)
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.hashes import base_hash
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
-from moextend_jax.folders import is_url
+from moextend_jax.folders import folder, is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
@@ -35,7 +36,7 @@ from moextend_jax.sharding import parameter_shardings
 Arrays = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Run:
     """What all commands share: the pretrained parts, read once, and where everything lies."""
 
@@ -48,6 +49,10 @@ class Run:
     mesh: jax.sharding.Mesh
     resume_from: Path | None = None
     """A checkpoint of another work directory, for the stage that it is of."""
+
+    def __repr__(self) -> str:
+        there = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
+        return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {there})"
 
     @property
     def patches(self) -> int:
@@ -86,14 +91,15 @@ class Run:
         return (self.workdir / name / "result").exists()
 
 
-def open_run(settings: RunSettings, workdir: Path) -> Run:
+def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     """Joins the other processes, if any, and reads the pretrained decoder and tower onto the mesh."""
+    workdir = folder(os.fspath(workdir))
     distributed.start(cpu_devices=settings.cpu_devices)
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     config = dataclasses.replace(source.config, **settings.model_options)
-    tokenizer = tokenizer_of(folder_of(settings.base), config)
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config)
     check_end(source.record.attributes.get("decoder", {}), tokenizer, where=settings.base)
     config = dataclasses.replace(config, tags=tokenizer.tags)
     return Run(
@@ -191,8 +197,15 @@ def remembered(workdir: Path) -> dict[str, Any]:
     return attributes if "settings" in attributes else {}
 
 
-def settings_of(workdir: Path) -> RunSettings | None:
-    """The settings that a work directory's stages were run with; None where the folder is no work directory."""
+def settings_of(workdir: Path | str) -> RunSettings | None:
+    """The settings that a work directory's stages were run with; None where the folder is no work directory.
+
+    Raises:
+      MoextendError: there is no such folder, or its config.json cannot be read.
+    """
+    workdir = folder(os.fspath(workdir))
+    if not workdir.exists():
+        raise MoextendError(f"{workdir} is no work directory: there is no such folder")
     record = remembered(workdir)
     if not record:
         return None
@@ -200,6 +213,14 @@ def settings_of(workdir: Path) -> RunSettings | None:
     if isinstance(settings, dict) and isinstance(recipe := settings.get("recipe"), dict):
         settings = settings | {"recipe": train_state.BEFORE | recipe}
     return from_config_dict(settings)
+
+
+def known_settings(workdir: Path | str) -> RunSettings:
+    """The same; an error where no stage has been run in the folder."""
+    settings = settings_of(workdir)
+    if settings is None:
+        raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
+    return settings
 
 
 def as_json(value: Any) -> Any:
