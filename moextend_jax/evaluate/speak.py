@@ -76,7 +76,7 @@ def generate_command(
       as_json: a line {"prompt", "answer"} for each, instead of the words as they are made.
       options: as `speak`.
     """
-    images = () if image is None else (picture(image),)
+    images = () if image is None else (image,)
     for prompt in prompts:
         pieces = speak(opened, prompt, images=images, **options)
         if as_json:
