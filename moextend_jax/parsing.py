@@ -36,9 +36,10 @@ def parse(kind: Any, words: Sequence[str], *, command: str, does: str) -> Any:
     config = load(values["config"]) if "config" in values else None
     if "help" in values:
         return describe(kind, config, command=command, does=does)
-    for option in options_of(kind):
-        if option.default is MISSING and option.name not in values:
-            raise MoextendError(f"{command} needs --{option.name}: {option.meaning}")
+    lacking = [option for option in options_of(kind) if option.default is MISSING and option.name not in values]
+    if lacking:
+        wanted = "; ".join(f"--{option.name}: {option.meaning}" for option in lacking)
+        raise MoextendError(f"{command} needs {wanted}")
     if config is not None:
         values["config"] = from_config_dict(changed(config, settings))
     elif settings:

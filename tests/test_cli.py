@@ -136,11 +136,14 @@ def test_a_group_of_commands_lists_them(words: list[str], capsys):
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        ("alingn", "align"), ("runn --workdir w", "run"), ("rouing plot", "routing plot"), ("routing colect", "routing collect"),
-        ("data chek", "data check"), ("run demo --wokdir w", "--workdir"), ("run demmo --workdir w", "demo"),
-        ("run demo:relased --workdir w", "released"), ("run demo --workdir w --config.finetune.step=3", "--config.finetune.steps"),
-        ("run demo --workdir w --config.remat=layers", "layer"), ("run demo --workdir w --config.mesh.fspd=2", "--config.mesh.fsdp"),
-        ("generate hi --workdir w --model=moextnd", "moextend"), ("eval --workdir w --max-new-token 3", "--max_new_tokens"),
+        ("alingn", "align"), ("runn --workdir w", "run"), ("rouing plot", "routing plot"),
+        ("routing colect", "routing collect"), ("data chek", "data check"), ("run demo --wokdir w", "--workdir"),
+        ("run demmo --workdir w", "demo"), ("run demo:relased --workdir w", "released"),
+        ("run demo --workdir w --config.finetune.step=3", "--config.finetune.steps"),
+        ("run demo --workdir w --config.remat=layers", "layer"),
+        ("run demo --workdir w --config.mesh.fspd=2", "--config.mesh.fsdp"),
+        ("generate hi --workdir w --model=moextnd", "moextend"),
+        ("eval --workdir w --max-new-token 3", "--max_new_tokens"),
     ],
 )  # fmt: skip
 def test_a_slip_is_answered_with_what_was_meant(refused, words: str, meant: str):
@@ -152,8 +155,7 @@ NEED_CONFIG = [name for name, command in cli.COMMANDS.items() if command.functio
 
 
 @pytest.mark.parametrize("command", NEED_CONFIG)
-def test_a_command_without_a_configuration(refused, tmp_path, command: str):
-    assert "needs --config: " in refused(*command.split(), f"--workdir={tmp_path}") if command != "plan" else True
+def test_a_command_without_a_configuration(refused, command: str):
     assert "needs --config: " in refused(*command.split())
 
 
@@ -180,7 +182,7 @@ def test_a_value_of_the_wrong_type(refused, ground, tmp_path, extra: str):
 
 def test_a_value_that_is_no_choice(refused, ground, tmp_path):
     said = refused("align", *ground.arguments(tmp_path, "--config.remat=everything"))
-    assert "config.remat" in said and "'layer'" in said
+    assert "config.remat = 'everything' is not one of none, attention, layer" in said
 
 
 def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
@@ -201,7 +203,7 @@ def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
 def test_a_number_outside_its_range_is_named_with_the_range(refused, ground, tmp_path, words: str):
     *command, option = words.split()
     name, _, value = option.partition("=")
-    message = refused(*command, f"--config={ground.config}", f"--workdir={tmp_path}", option)
+    message = refused(*command, f"--config={ground.config}", option, f"--workdir={tmp_path}")
     assert name.lstrip("-") in message and re.search(rf"= {value}(\.0)? must be (at least|more than) ", message)
 
 

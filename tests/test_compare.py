@@ -158,15 +158,15 @@ def test_a_broken_reference_is_an_error_that_says_what(derived, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "compare: the following arguments are required: --checkpoint, --reference"),
+        ([], "compare needs --checkpoint: .*; --reference: "),
         (["--reference", "nowhere.npz"], "nowhere.npz does not exist"),
-        (["--reference", "x.npz", "--stage", "align"], "unrecognized arguments: --stage align"),
-        (["--reference", "x.npz", "--atol", "-1"], "--atol: -1 must be at least 0"),
+        (["--reference", "x.npz", "--stage", "align"], "compare: there is no option --stage;"),
+        (["--reference", "x.npz", "--atol", "-1"], "--atol = -1.0 must be at least 0"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: str):
     with pytest.raises(MoextendError, match=message):
-        cli.call(["compare", *words, "--checkpoint", "x"] if words else [])
+        cli.call(["compare", *([*words, "--checkpoint", "x"] if words else [])])
 
 
 def test_a_folder_is_no_file_and_its_files_are_listed(derived):

@@ -310,7 +310,7 @@ def test_a_mistake_is_named_before_anything_is_written(tmp_path: Path, mistake: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "src, dst"),
+        ([], "import needs --src: .*; --dst: new folder"),
         (["{src}"], "dst"),
         (["{src}", "{dst}", "--frobnicate"], "--frobnicate"),
         (["{src}", "{dst}", "--dtype", "int8"], "int8"),

@@ -50,6 +50,15 @@ class OfRun:
     """short for two"""
 
 
+@dataclasses.dataclass(frozen=True)
+class Needy:
+    src: Path
+    """where from"""
+    _: dataclasses.KW_ONLY
+    out: str
+    """where to"""
+
+
 def read(words: str, kind: type = Options):
     return parse(kind, words.split(), command="nobody", does="nothing")
 
@@ -90,6 +99,11 @@ def test_a_mistake_names_the_option(words: str, message: str):
     with pytest.raises(MoextendError) as error:
         read(words)
     assert message in str(error.value)
+
+
+def test_all_that_is_lacking_is_named():
+    with pytest.raises(MoextendError, match="^nobody needs --src: where from; --out: where to$"):
+        read("", Needy)
 
 
 def test_help_is_made_of_types_and_docstrings(monkeypatch):
@@ -171,7 +185,7 @@ def test_what_a_file_leaves_out_has_its_default_and_may_still_be_set(tmp_path: P
         ("import nope", "mine.py, line 1: ModuleNotFoundError: "),
         ("x = 1", "AttributeError: "),
         ("raise SystemExit(7)", "mine.py, line 1: SystemExit: 7"),
-        ("def get_config():\n    return 3", "mine.py: it returns a int, no settings"),
+        ("def get_config():\n    return 3", "mine.py: get_config returns no settings, but 3"),
         ("def get_config(a, b):\n    return 3", "TypeError: "),
     ],
 )

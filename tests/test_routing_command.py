@@ -239,7 +239,7 @@ def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
     statistics.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))
     with pytest.raises(MoextendError, match="not of the same sizes: router outputs per layer"):
         run("compare", tmp_path / "a.npz", tmp_path / "b.npz")
-    with pytest.raises(MoextendError, match="routing needs one of collect, compare, plot; 'colect' is none"):
+    with pytest.raises(MoextendError, match="there is no command 'routing colect'; did you mean routing collect"):
         run("colect")
 
 
