@@ -8,7 +8,6 @@ from transformers import AutoTokenizer
 
 from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
-from moextend_jax.runs.run import check_end
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 

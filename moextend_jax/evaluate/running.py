@@ -10,7 +10,7 @@ from moextend_jax.runs.run import Arrays, Run
 
 def generator_of(run: Run, model: MoExtend) -> Generator:
     suppress = run.tokenizer.unspeakable(run.config.decoder.vocab_size)
-    return Generator(model, eos=run.tokenizer.eos, suppress=suppress, mesh=run.mesh)
+    return Generator(model, eos=run.tokenizer.eos, ends=run.tokenizer.ends, suppress=suppress, mesh=run.mesh)
 
 
 def asker_of(run: Run, generator: Generator, arrays: Arrays, *, pictures: Pictures | None = None) -> Asker:
@@ -19,7 +19,7 @@ def asker_of(run: Run, generator: Generator, arrays: Arrays, *, pictures: Pictur
     return Asker(
         generator=generator,
         arrays=arrays,
-        eos=run.tokenizer.eos,
+        ends=run.tokenizer.ends,
         rows=settings.batch_size,
         tokens=settings.batch_size * settings.length,
         pictures=pictures,

@@ -40,7 +40,7 @@ def speak(
         sampling=sampling,
         seed=seed,
     ):
-        if ids_B[0] == run.tokenizer.eos:
+        if ids_B[0] in run.tokenizer.ends:
             return
         ids.append(int(ids_B[0]))
         text = run.tokenizer.decode(ids)
@@ -53,7 +53,7 @@ def speak(
 def prompt_batch(run: Run, prompt: str, image: Path | None, *, plain: bool) -> Batch:
     """The prompt as row 0 of a batch, on the host; the mesh's other row shards get a row without tokens each."""
     if plain:
-        ids_L = np.array([run.tokenizer.bos, *run.tokenizer.encode(prompt)], np.int32)
+        ids_L = np.array([*run.tokenizer.prefix, *run.tokenizer.encode(prompt)], np.int32)
         patches_L = np.full(len(ids_L), -1, np.int32)
     else:
         encoded = encode_prompt(

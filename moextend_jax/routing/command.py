@@ -182,7 +182,9 @@ def _tokenizer_folder(options: argparse.Namespace) -> Path:
     settings = settings_of(own)
     if settings is not None:
         return folder_of(settings.base)
-    return Path(options.base) if options.base and not (own / "tokenizer.model").is_file() else own
+    from moextend_jax.data.tokenizer import has_tokenizer
+
+    return Path(options.base) if options.base and not has_tokenizer(own) else own
 
 
 def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator[Batch]:
