@@ -512,7 +512,7 @@ def test_what_training_skips_is_not_asked_either(faulty):
     assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
     sound = exchanges[4]
     assert isinstance(sound, Exchange)
-    assert list(sound) == [turn["value"] for turn in source[4].conversations]
+    assert [sound.question, sound.answer] == [turn["value"] for turn in source[4].conversations]
     longer = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
     assert first_exchange(Example("x", longer, ()), tokenizer=TOKENIZER) == Exchange("a", "b")
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from moextend_jax.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helper<|im_end|>\n' }}{% endif %}"
@@ -27,7 +29,8 @@ LLAMA3 = (
 """It drops the outer blanks of every text."""
 
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
     "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<|header|>' + role + '\n' + message['content'] | trim + '<|eot|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|header|>model\n'}}{% endif %}"
@@ -63,11 +66,12 @@ MERGES = ["Ġ t", "h e", "Ġt he", "Ġ a", "i n", "Ċ Ċ", "Ġ Ġ", "1 2", "< |"
 def write_byte_level(
     folder: Path, *, template: str | None = CHATML, control: tuple[str, ...] = (*CONTROL, *CODE),
     added: tuple[AddedToken, ...] = (AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)),
-    bos: str | None = None, **settings: Any,
+    bos: str | None = None, pre: str = "gpt-2", **settings: Any,
 ) -> Path:  # fmt: skip
     """Byte-level BPE as GPT-2's: 256 bytes, some merges, control tokens first, added ones last.
 
     Args:
+      pre: how text is cut before merging, as a GGUF file names it.
       bos: what the tokenizer puts before every text; None: nothing.
       settings: more of tokenizer_config.json.
     """
@@ -76,7 +80,7 @@ def write_byte_level(
     pieces = [*control, *bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in MERGES)]
     vocabulary = {piece: id for id, piece in enumerate(pieces)}
     made = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in MERGES]))  # pyright: ignore[reportArgumentType]
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    made.pre_tokenizer = PRE_TOKENIZERS[pre]
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(token, normalized=False) for token in control])
     made.add_tokens(list(added))
