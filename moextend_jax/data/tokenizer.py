@@ -140,7 +140,7 @@ def load_tokenizer(
     except MoextendError:
         raise
     except Exception as error:  # protobuf, sentencepiece, tokenizers and json each raise their own
-        raise MoextendError(f"cannot read the tokenizer in {directory}: {error}") from error
+        raise MoextendError(f"cannot read the tokenizer in {directory}: {str(error):.300}") from error
     if eos is None:
         raise MoextendError(f"the tokenizer in {directory} names no token that ends a text: give it an eos_token")
     templates = _templates(pieces, source, roles, rows, folder)
