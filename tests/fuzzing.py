@@ -339,6 +339,11 @@ def _stats(folder: Path) -> None:
     routing_stats.write_stats(folder / "stats.npz", stats)
 
 
+def _llava(folder: Path) -> None:
+    """An extended one with the names of transformers 5 in memory, whose experts are fused."""
+    folders.llava(folder, config=folders.RELEASED, memory=True)
+
+
 def _imported(folder: Path) -> None:
     folders.released(folder / "source")
     convert.import_source(open_source(folder / "source"), folder / "model")
@@ -476,6 +481,12 @@ READERS: dict[str, Reader] = {
     ),
     "config.json: released": Reader(
         folders.released, "config.json", lambda folder: _read_source(open_source(folder)), change_json
+    ),
+    "config.json: LLaVA": Reader(
+        _llava, "config.json", lambda folder: _read_source(open_source(folder)), change_json
+    ),
+    "header: LLaVA, fused": Reader(
+        _llava, "model.safetensors", lambda folder: _read_source(open_source(folder)), change_safetensors
     ),
     "config.json: Llama": Reader(
         lambda folder: llama.write_folder(folder / "model"), "model/config.json", _upcycled, change_json

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,9 @@ from moextend_jax.checkpoints import hashes, huggingface, leaves, names
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import open_tensors
-from moextend_jax.config import MoextendError
-
-Tensors = dict[str, np.ndarray]
+from moextend_jax.config import ImageTags, MoextendError
 
 ATTRIBUTES = huggingface.decoder_attributes(tiny.DECODER, dtype="bfloat16")
-
-
-def fused(tensors: Mapping[str, np.ndarray], *, at: str = "model.") -> Tensors:
-    """A decoder's tensors as transformers 5 holds them: experts of a layer in two tensors, gate above up."""
-    made = {name: value for name, value in tensors.items() if "block_sparse_moe" not in name}
-    for layer in range(tiny.DECODER.layers):
-        block, mlp = f"{at}layers.{layer}.block_sparse_moe.", f"{at}layers.{layer}.mlp."
-        experts = sum(name.startswith(block + "experts.") for name in tensors) // 3
-        w = {n: np.stack([tensors[f"{block}experts.{e}.w{n}.weight"] for e in range(experts)]) for n in (1, 2, 3)}
-        made[mlp + "experts.gate_up_proj"] = np.concatenate([w[1], w[3]], axis=1)
-        made[mlp + "experts.down_proj"] = w[2]
-        made[mlp + "gate.weight"] = tensors[block + "gate.weight"]
-        more = {"gate_vision.weight": "gate_vision", "weight_scale.weight_scale.0.weight": "w_in"}
-        for theirs, ours in (more | {"weight_scale.weight_scale.2.weight": "w_out"}).items():
-            if block + theirs in tensors:
-                made[f"{mlp}gate.{ours}"] = tensors[block + theirs]
-    return made
 
 
 # --- transformers 5 ---------------------------------------------------------------------------------------------------
@@ -50,7 +30,7 @@ def fused(tensors: Mapping[str, np.ndarray], *, at: str = "model.") -> Tensors:
 def test_fused_experts_are_the_experts(tmp_path: Path):
     plain = folders.files("mixtral", folders.TEXT)
     one = open_source(folders.write(tmp_path / "plain", plain, ATTRIBUTES))
-    other = open_source(folders.write(tmp_path / "fused", fused(plain), ATTRIBUTES, shards=2))
+    other = open_source(folders.write(tmp_path / "fused", folders.fused(plain), ATTRIBUTES, shards=2))
     assert hashes.stored_hash(other.leaves) == hashes.stored_hash(one.leaves)
     assert any("fused" in note for note in other.notes) and not one.notes
     assert all(leaf.files for leaf in other.leaves.values())  # their bytes are in files, so hashes can be remembered
@@ -59,7 +39,7 @@ def test_fused_experts_are_the_experts(tmp_path: Path):
 
 def test_fused_experts_are_exported_by_the_published_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     plain = folders.files("mixtral", folders.TEXT)
-    folders.write(tmp_path / "fused", fused(plain), ATTRIBUTES)
+    folders.write(tmp_path / "fused", folders.fused(plain), ATTRIBUTES)
     cli.call(["import", str(tmp_path / "fused"), str(tmp_path / "imported")])
     assert "fused in 6 tensors" in capsys.readouterr().out
     cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
@@ -67,7 +47,7 @@ def test_fused_experts_are_exported_by_the_published_names(tmp_path: Path, capsy
 
 
 def test_of_fused_experts_only_the_rows_of_a_shard_are_read(tmp_path: Path):
-    folder = folders.write(tmp_path, fused(folders.files("mixtral", folders.TEXT)), ATTRIBUTES)
+    folder = folders.write(tmp_path, folders.fused(folders.files("mixtral", folders.TEXT)), ATTRIBUTES)
     runs = []
 
     def watched(name: str, tensor: Any) -> Any:
@@ -91,15 +71,15 @@ def test_of_fused_experts_only_the_rows_of_a_shard_are_read(tmp_path: Path):
 )
 def test_two_spellings_in_one_file_are_refused(tmp_path: Path, name: str):
     plain = folders.files("mixtral", folders.TEXT)
-    mixed = fused(plain) if "block" in name else dict(plain)
-    mixed[name] = (plain | fused(plain))[name]
+    mixed = folders.fused(plain) if "block" in name else dict(plain)
+    mixed[name] = (plain | folders.fused(plain))[name]
     folders.write(tmp_path, mixed, ATTRIBUTES)
     with pytest.raises(MoextendError, match="Not asked for: .*" + re.escape(name if "mlp" in name else "mlp.experts")):
         open_source(tmp_path)
 
 
 def test_a_fused_tensor_of_another_size_is_refused(tmp_path: Path):
-    tensors = fused(folders.files("mixtral", folders.TEXT))
+    tensors = folders.fused(folders.files("mixtral", folders.TEXT))
     name = "model.layers.1.mlp.experts.gate_up_proj"
     folders.write(tmp_path, tensors | {name: tensors[name][:, :-2]}, ATTRIBUTES)
     with pytest.raises(MoextendError, match=r"layers.1.block_sparse_moe.experts.0.w1.weight has shape \[39, 24\]"):
@@ -162,38 +142,10 @@ def test_names_without_a_wrapper_stay(tmp_path: Path):
 # --- a whole LLaVA ----------------------------------------------------------------------------------------------------
 
 
-def llava(config: Any = folders.ALIGNED, *, memory: bool, prefix: str = "vision_model.") -> Tensors:
-    """The names of transformers' LLaVA: in files, or in memory (as `save_original_format=False` writes them)."""
-    released = folders.files("released", config)
-    if memory:
-        released = fused(released)
-    renames = {
-        r"model\.visual\.vision_tower\.vision_model\.": "vision_tower." + prefix,
-        r"model\.visual\.mm_projector\.0\.": "multi_modal_projector.linear_1.",
-        r"model\.visual\.mm_projector\.2\.": "multi_modal_projector.linear_2.",
-        r"model\.(?=layers|embed|norm)": "language_model." if memory else "language_model.model.",
-        r"lm_head\.": "lm_head." if memory else "language_model.lm_head.",
-    }
-    made = {}
-    for name, value in released.items():
-        old, new = next((old, new) for old, new in renames.items() if re.match(old, name))
-        name = re.sub("^" + old, new, name)
-        made[name if name.startswith("lm_head") or not memory else "model." + name] = value
-    return made
-
-
-LLAVA = {
-    "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 42,
-    "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-    "text_config": {k: v for k, v in ATTRIBUTES.items() if k != "torch_dtype"}, "torch_dtype": "bfloat16",
-    "vision_config": tiny.clip_attributes(tiny.VISION),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("prefix", ["", "vision_model."], ids=["5", "4"])
+@pytest.mark.parametrize("tower", ["", "vision_model."], ids=["5", "4"])
 @pytest.mark.parametrize("memory", [False, True], ids=["files", "memory"])
-def test_a_whole_llava_is_imported(tmp_path: Path, memory: bool, prefix: str):
-    folder = folders.write(tmp_path / "llava", llava(memory=memory, prefix=prefix), LLAVA)
+def test_a_whole_llava_is_imported(tmp_path: Path, memory: bool, tower: str):
+    folder = folders.llava(tmp_path / "llava", memory=memory, tower=tower)
     cli.call(["import", str(folder), str(tmp_path / "imported")])
     for source in (folder, tmp_path / "imported"):
         opened = open_checkpoint(source)
@@ -205,13 +157,25 @@ def test_a_whole_llava_is_imported(tmp_path: Path, memory: bool, prefix: str):
     assert open_source(folders.mixtral(tmp_path / "m"), vision=folders.clip(tmp_path / "c"), projector=folder)
 
 
-def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path):
+@pytest.mark.parametrize("memory", [False, True], ids=["files", "memory"])
+def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory: bool):
     """As modeling_moextend.py names what it adds: router columns, calibrator, experts fused with the pretrained."""
-    added = {"model_type": "moextend", "add_layer": [0, 2], "new_experts": 1, "calibrator_width": 5}
-    folder = folders.write(tmp_path, llava(folders.RELEASED, memory=True, prefix=""), LLAVA | added)
-    opened = open_checkpoint(folder)
-    folders.assert_same(opened.arrays, folders.arrays(folders.RELEASED))
-    assert opened.config.extension == dataclasses.replace(tiny.EXTENSION, sources=(-1, -1))
+    added = {
+        "sources": [1, 3],
+        "image_tags": {"start": 50, "end": 7, "pad": 42}, "weight_guard": "none", "text_isolation": "strict",
+        "auto_map": {"AutoConfig": "modeling_moextend.MoExtendConfig"},
+    }  # fmt: skip
+    folder = folders.llava(tmp_path / "hf", config=folders.RELEASED, memory=memory, tower="", **added)
+    cli.call(["import", str(folder), str(tmp_path / "imported")])
+    for source in (folder, tmp_path / "imported"):
+        opened = open_checkpoint(source)
+        folders.assert_same(opened.arrays, folders.arrays(folders.RELEASED))
+        assert opened.config.extension == tiny.EXTENSION
+        assert opened.config.tags == ImageTags(start=50, end=7, pad=42)
+        facts = opened.source.record.facts
+        assert (facts["recipe"]["weight_guard"], facts["text_isolation"]) == ("none", "strict")
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
+    folders.assert_same(folders.read(tmp_path / "out"), folders.files("released", folders.RELEASED))
 
 
 @pytest.mark.parametrize(
@@ -230,22 +194,19 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path):
     ],
 )
 def test_a_llava_that_is_another_network_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):
-    folder = folders.write(tmp_path, llava(memory=False), LLAVA | changes)
+    folder = folders.llava(tmp_path, **changes)
     with pytest.raises(MoextendError, match=f"config.json.*{message}|{message}.*config.json"):
         open_source(folder)
 
 
 def test_sizes_that_transformers_leaves_out_are_its_own(tmp_path: Path):
     """Of a configuration inside another it writes what differs from the class's defaults."""
-    attributes = LLAVA | {
-        "text_config": {"model_type": "mixtral"},
-        "vision_config": {"model_type": "clip_vision_model"},
-    }
-    folder = folders.write(tmp_path, llava(memory=False), attributes)
+    kinds = {"text_config": "mixtral", "vision_config": "clip_vision_model"}
+    folder = folders.llava(tmp_path, **{name: {"model_type": kind} for name, kind in kinds.items()})  # pyright: ignore[reportArgumentType]
     with pytest.raises(MoextendError, match="its sizes ask for|has shape .* expected .*32000, 4096|Missing"):
         open_source(folder)
-    half = {name: value for name, value in LLAVA["text_config"].items() if name not in ("rms_norm_eps", "head_dim")}
-    folders.write(tmp_path, llava(memory=False), LLAVA | {"text_config": half | {"head_dim": 6}})
+    text = folders.llava_attributes()["text_config"]
+    folders.llava(tmp_path, text_config={name: value for name, value in text.items() if name != "rms_norm_eps"})
     assert open_source(tmp_path).config.decoder == dataclasses.replace(tiny.DECODER, norm_eps=1e-5)
 
 

@@ -23,8 +23,8 @@ OF_ANY_MODEL = {
     "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "vocab_size", "model_type",
     # the released code's own: its image tower is described elsewhere, most of these lines are left over
     "add_layer", "visual", "embed_dim", "img_size", "in_chans", "patch_size", "tiny_vocab",
-    # ours, in exported models: the sizes of the tower inside
-    "vision_config",
+    # ours, in exported models: the sizes of the tower inside, ids of the image tags, experts that were copied
+    "vision_config", "image_tags", "sources",
     # what transformers 4 wrote of every model, about text generation, outputs and labels
     "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
     "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",

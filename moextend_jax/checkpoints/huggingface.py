@@ -146,7 +146,7 @@ def read_vision_config(folder: Path, *, feature_layer: int) -> VisionConfig:
 
 
 def read_extension_config(folder: Path) -> ExtensionConfig | None:
-    """The extended layers of a checkpoint in the released layout; its source experts are not in the file (-1)."""
+    """The extended layers of a checkpoint in the released layout; its source experts are mostly not in it (-1)."""
     return extension_config(read_json(folder / "config.json"), where=folder / "config.json")
 
 
@@ -204,16 +204,27 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         raise MoextendError(f"{where}: num_hidden_layers = {shown(count)} is impossible")
     if beyond := [layer for layer in layers if layer >= count]:
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
-    return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
+    sources = attributes.get("sources")
+    known = (
+        isinstance(sources, list) and len(sources) == len(layers) and all(type(n) is int and n >= -1 for n in sources)
+    )
+    return ExtensionConfig(layers=tuple(layers), sources=tuple(sources) if known else (-1,) * len(layers))
 
 
 def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
-    """Where the released layout says so, the ids that it added for images: start, end, pad in a row."""
+    """The ids of a checkpoint for images: where our export says so by name, or the released layout has added them,
+    start, end, pad in a row."""
+    named = attributes.get("image_tags")
+    names = {"start", "end", "pad"}
+    if isinstance(named, dict) and named.keys() == names and all(map(_is_id, named.values())):
+        return ImageTags(**named)
     visual = attributes.get("visual")
     start = visual.get("image_start_id") if isinstance(visual, dict) else None
-    if type(start) is not int or not 0 <= start < MOST:
-        return ImageTags()
-    return ImageTags(start=start, end=start + 1, pad=start + 2)
+    return ImageTags(start=start, end=start + 1, pad=start + 2) if _is_id(start) else ImageTags()
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST
 
 
 def _fields(attributes: Mapping[str, Any], *, model_type: str, where: Path) -> dict[str, Any]:

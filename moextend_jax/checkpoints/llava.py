@@ -42,7 +42,8 @@ _TABLE = Table(
     },
     harmless=OF_ANY_MODEL
     | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id"}
-    | {"image_seq_length", "ignore_index", "add_layer", "new_experts", "calibrator_width"},
+    | {"image_seq_length", "ignore_index", "image_tags", "add_layer", "new_experts", "calibrator_width"}
+    | {"sources", "weight_guard", "text_isolation", "moextend"},
 )  # fmt: skip
 
 
@@ -71,12 +72,27 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     for name in ("torch_dtype", "dtype"):
         if name in attributes:
             text.setdefault(name, attributes[name])
+    for name in ("image_tags", "sources"):
+        if name in attributes:
+            text[name] = attributes[name]
+    feature_layer = _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)
+    if facts := _facts(attributes, feature_layer):
+        text["moextend"] = facts
     if attributes.get("add_layer"):
-        new, experts = attributes.get("new_experts", 1), text.get("num_local_experts")
+        new: Any = attributes.get("new_experts", 1)
+        experts: Any = text.get("num_local_experts")
         if not fits("experts", new) or not fits("experts", experts):
             raise MoextendError(f"{where}: new_experts = {shown(new)} beside {shown(experts)} experts is impossible")
         text |= {"add_layer": attributes["add_layer"], "num_local_experts": experts + new}
-    return text | {"vision_config": tower}, _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)
+    return text | {"vision_config": tower}, feature_layer
+
+
+def _facts(attributes: Mapping[str, Any], feature_layer: int) -> Any:
+    """How a run made the model: all of it where it is written down, of an extended model what its own code needs."""
+    if "moextend" in attributes or attributes.get("model_type") != "moextend":
+        return attributes.get("moextend")
+    recipe = {"weight_guard": attributes.get("weight_guard", "bounded"), "feature_layer": feature_layer}
+    return {"recipe": recipe, "text_isolation": attributes.get("text_isolation", "none")}
 
 
 def _feature_layer(number: Any, tower: Mapping[str, Any], where: Path) -> int:

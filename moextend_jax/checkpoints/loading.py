@@ -356,6 +356,8 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
                 f"{at}: add_layer is {shown(named_layers)}, but the files hold new experts in layers "
                 f"{shown(stored_layers)}"
             )
+        if extension and configured:
+            extension = dataclasses.replace(extension, sources=configured.sources)
     elif below is not None:
         decoder = below.config.decoder
     else:

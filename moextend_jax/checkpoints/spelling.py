@@ -31,15 +31,18 @@ class Spelling(NamedTuple):
     already: str
 
 
-_ROUTER = r"(model\.layers\.\d{1,9})\.mlp\.gate\."
+_LAYER = r"(model\.layers\.\d{1,9})\."
 _BLOCK = r".*\.block_sparse_moe\..*"
+_GATE = r"block_sparse_moe\.gate\."
+_RELEASED = r".*\.(gate_vision|weight_scale)\..*"
 SPELLINGS = (
     # transformers 5 in memory: save_pretrained(save_original_format=False) and torch.save(model.state_dict())
-    Spelling(_ROUTER + "weight", r"\1.block_sparse_moe.gate.weight", _BLOCK),
-    # our own modeling_moextend.py, which keeps what transformers 5 does
-    Spelling(_ROUTER + "gate_vision", r"\1.block_sparse_moe.gate_vision.weight", _BLOCK),
-    Spelling(_ROUTER + "w_in", r"\1.block_sparse_moe.weight_scale.weight_scale.0.weight", _BLOCK),
-    Spelling(_ROUTER + "w_out", r"\1.block_sparse_moe.weight_scale.weight_scale.2.weight", _BLOCK),
+    Spelling(_LAYER + r"mlp\.gate\.(.*)", r"\1.block_sparse_moe.gate.\2", _BLOCK),
+    # our own modeling_moextend.py
+    Spelling(_LAYER + _GATE + r"new\.weight", r"\1.block_sparse_moe.gate_vision.weight", _RELEASED),
+    Spelling(
+        _LAYER + _GATE + r"calibrator(\.[02]\.weight)", r"\1.block_sparse_moe.weight_scale.weight_scale\2", _RELEASED
+    ),
     # transformers 5's CLIPVisionModel, in whatever way it is saved
     Spelling(
         r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision_model.\1", r"(vision|text)_model\..*"
