@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 
 from moextend_jax import configurations
 from moextend_jax.config import ModelConfig, MoextendError
-from moextend_jax.evaluate.questions import as_prompt, encode_answered
+from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.evaluate.questions import as_prompt
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.speak import Picture, Turn, batch_of, encoded, pixels, question, speak, told
 from moextend_jax.folders import folder
@@ -137,8 +138,9 @@ class Model:
         if answer is None:
             prompt = encoded(opened, turns, images=len(images), plain=plain)
         else:
-            prompt = encode_answered(
-                [question(text, images=len(images))] if isinstance(turns, str) else turns, answer, images=len(images),
+            asked = [question(text, images=len(images))] if isinstance(turns, str) else turns
+            prompt = encode_conversation(
+                [*asked, {"from": "gpt", "value": answer}], example_id="prompt", images=len(images),
                 tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches,
             )  # fmt: skip
         batch, count = batch_of(opened, prompt, images=images), len(prompt.ids_L)
@@ -245,8 +247,8 @@ def _routing(config: ModelConfig, mesh: Mesh) -> Program:
 def _texts(opened: Askable, ids_L: np.ndarray, patches_L: np.ndarray) -> list[str]:
     """What each token adds to the text before it; a name for what is no text."""
     tokenizer = opened.tokenizer
-    named = {tokenizer.bos: "<bos>", tokenizer.eos: "<eos>", tokenizer.tags.start: "<image>",
-             tokenizer.tags.end: "</image>"}  # fmt: skip
+    named = {control.id: text for text, control in tokenizer.pieces.control.items()}
+    named |= {tokenizer.tags.start: "<image>", tokenizer.tags.end: "</image>"}
     texts, before = [], []
     for id, patch in zip(ids_L.tolist(), patches_L.tolist(), strict=True):
         if patch >= 0:

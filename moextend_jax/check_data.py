@@ -20,8 +20,10 @@ from rich.table import Table
 from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
+from moextend_jax.data.conversations import encoder_of
 from moextend_jax.data.faults import KINDS, FaultSettings
 from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.data.tokenizer import tokenizer_of
 from moextend_jax.runs.results import result, training
 from moextend_jax.settings import RunSettings, StageSettings
 
@@ -43,8 +45,10 @@ def check_command(
     vision = base.config.vision
     if vision is None:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), base.config)
+    encoder_of(tokenizer, settings.recipe)
     work = Work(
-        tokenizer_folder=tokenizer_folder(settings.base),
+        tokenizer=tokenizer,
         recipe=settings.recipe,
         patches=vision.patches,
         size=vision.image_size,

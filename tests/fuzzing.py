@@ -7,6 +7,7 @@ of its own, what is read must be what that library reads.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -23,6 +24,7 @@ import numpy as np
 import safetensors.numpy
 import tiny
 import tiny_llama as llama
+import tiny_tokens
 
 from moextend_jax.checkpoints import convert
 from moextend_jax.checkpoints.gguf import open_gguf
@@ -33,8 +35,9 @@ from moextend_jax.checkpoints.selection import read_selection
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.compare import reference
-from moextend_jax.config import MoextendError
-from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
 from moextend_jax.routing import stats as routing_stats
 
 Rng = np.random.Generator
@@ -366,6 +369,12 @@ def _tokenizer(folder: Path) -> None:
             shutil.copy(tiny.ASSETS / "base" / name, folder / name)
 
 
+def _byte_level(folder: Path) -> None:
+    tiny_tokens.write_byte_level(folder, template=None)
+    (folder / "chat_template.jinja").write_text(tiny_tokens.THINKING)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +389,17 @@ def _same(ours: dict[str, np.ndarray], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         assert array.shape == theirs[name].shape and array.tobytes() == theirs[name].tobytes(), name
+
+
+def _read_chat(folder: Path) -> None:
+    decoder = dataclasses.replace(tiny.DECODER, vocab_size=300)
+    tokenizer = tokenizer_of(folder, ModelConfig(decoder=decoder))
+    turns = [{"from": "human", "value": "<image> a?"}, {"from": "gpt", "value": "b <|im_end|>"}]
+    encoded = encode_conversation(
+        turns * 2, example_id=str(folder), images=2, tokenizer=tokenizer, recipe=RECIPES["paper"], patches=2
+    )
+    assert encoded.ids_L.min() >= 0 and encoded.ids_L.max() < decoder.vocab_size
+    tokenizer.decode(encoded.ids_L)
 
 
 def _read_safetensors(folder: Path) -> None:
@@ -490,6 +510,10 @@ READERS: dict[str, Reader] = {
     ),
     "tokenizer.model": Reader(_tokenizer, "tokenizer.model", load_tokenizer, change_bytes),
     "tokenizer_config.json": Reader(_tokenizer, "tokenizer_config.json", load_tokenizer, change_json),
+    "tokenizer.json": Reader(_byte_level, "tokenizer.json", _read_chat, change_json),
+    "tokenizer_config.json: chat": Reader(_byte_level, "tokenizer_config.json", _read_chat, change_json),
+    "generation_config.json": Reader(_byte_level, "generation_config.json", _read_chat, change_json),
+    "chat_template.jinja": Reader(_byte_level, "chat_template.jinja", _read_chat, change_bytes),
 }  # fmt: skip
 
 GGUF_NUMBERS: list[tuple[int, int]] = []

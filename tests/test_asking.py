@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -55,7 +56,7 @@ def on_mesh(sizes: dict[str, int], eos: int = EOS) -> Generator:
 def asker(*, rows: int = 16, tokens: int = 10**6, eos: int = EOS, mesh: dict[str, int] | None = None) -> Asker:
     return Asker(
         generator=generator(eos) if mesh is None else on_mesh(mesh, eos),
-        arrays=arrays(), eos=eos, rows=rows, tokens=tokens, pictures=Pictures(),
+        arrays=arrays(), ends=(eos,), rows=rows, tokens=tokens, pictures=Pictures(),
     )  # fmt: skip
 
 
@@ -162,8 +163,8 @@ def scores(who: Asker, tails: Batch, heads) -> np.ndarray:
 
 def test_programs_are_few_and_compiled_once():
     who = Asker(
-        generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), eos=EOS, rows=16, tokens=10**6,
-        pictures=Pictures(),
+        generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), ends=(EOS,), rows=16,
+        tokens=10**6, pictures=Pictures(),
     )  # fmt: skip
     some = prompts(60)
     pairs = {(work.head_length, work.tail_length) for work in plan(some, parts=1, rows=16, tokens=10**6, room=NEW)}
@@ -194,6 +195,14 @@ def test_nobody_waits_for_rows_that_were_only_filled_up():
     )  # fmt: skip
     state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, sampling=Sampling())
     assert work.rows > 1 and int(state.count) == len(together()[n]) + 1
+
+
+def test_an_answer_stops_before_any_of_its_ends():
+    never = said(asker(eos=-1), prompts()[:4])
+    ends = (-1, never[0][1], never[1][0])
+    who = dataclasses.replace(asker(eos=-1), ends=ends)  # the generator goes on, the asker cuts
+    cut = [next((ids[:n] for n, id in enumerate(ids) if id in ends), ids) for ids in never]
+    assert said(who, prompts()[:4]) == cut != never
 
 
 def test_asking_stops_where_the_text_says_enough(monkeypatch: pytest.MonkeyPatch):

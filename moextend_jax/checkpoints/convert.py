@@ -85,8 +85,6 @@ def import_checkpoint(values: ImportOptions) -> None:
         cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
-    if "decoder" in source.parts and "tokenizer.json" in source.files and "tokenizer.model" not in source.files:
-        print(f"training and generate read tokenizer.model, not tokenizer.json: copy that of the base to {values.dst}")
     print(f"imported {described(source)} to {values.dst}: {cost}")
     print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
 

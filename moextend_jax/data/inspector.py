@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 from PIL import Image
 
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.data.conversations import encode_prompt, encode_row
+from moextend_jax.data.conversations import encode_prompt, encode_row, talk_of
 from moextend_jax.data.entries import Entry
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.images import check_scaled, decode_image, read_image
-from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class PlacedFault(NamedTuple):
 class Work:
     """What a process needs to know. patches: positions that an image takes (P); size: the tower's pixels per side."""
 
-    tokenizer_folder: Path
+    tokenizer: Tokenizer
     recipe: Recipe
     patches: int
     size: int
@@ -75,7 +75,6 @@ class Inspector:
 
     def __init__(self, work: Work):
         self.work = work
-        self.tokenizer: Tokenizer = load_tokenizer(work.tokenizer_folder)
 
     def rows(self, entries: Sequence[Entry], which: int) -> list[PlacedFault]:
         """What `readings[which]` would refuse; at most one fault of each entry's turns, besides one of its form."""
@@ -99,7 +98,7 @@ class Inspector:
             entry.turns,
             example_id=entry.id,
             images=len(entry.images),
-            tokenizer=self.tokenizer,
+            tokenizer=self.work.tokenizer,
             recipe=self.work.recipe,
             patches=self.work.patches,
             length=1 << 30 if prompt_only else reading.length,
@@ -109,10 +108,12 @@ class Inspector:
         if not prompt_only:
             return
         try:
+            talk = talk_of(entry.turns, example_id=entry.id, images=len(entry.images))
             prompt = encode_prompt(
-                entry.turns[0]["value"],
+                talk.pairs[0][0],
                 images=len(entry.images),
-                tokenizer=self.tokenizer,
+                system=talk.system,
+                tokenizer=self.work.tokenizer,
                 recipe=self.work.recipe,
                 patches=self.work.patches,
             )

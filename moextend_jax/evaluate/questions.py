@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe
 from moextend_jax.data.batches import Features, Pixels
-from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
+from moextend_jax.data.conversations import Encoded, encode_prompt
 from moextend_jax.data.datasets import Example, first_exchange
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
@@ -20,11 +19,12 @@ from moextend_jax.evaluate.prompts import Prompt
 
 
 class Question(NamedTuple):
-    """The first question of a conversation, with its right answer."""
+    """The first question of a conversation, with its right answer and what a system turn says before it."""
 
     example: Example
     text: str
     answer: str
+    system: str = ""
 
 
 def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
@@ -36,8 +36,9 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
 
 
 def prompt_of(
-    text: str, *, images: tuple[int, ...], tokenizer: Tokenizer, recipe: Recipe, patches: int, where: str
-) -> Prompt:
+    text: str, *, images: tuple[int, ...], tokenizer: Tokenizer, recipe: Recipe, patches: int, where: str,
+    system: str = "",
+) -> Prompt:  # fmt: skip
     """The chat template around a question; its head is everything up to the last image.
 
     Args:
@@ -46,7 +47,9 @@ def prompt_of(
       where: names the question in messages.
     """
     try:
-        encoded = encode_prompt(text, images=len(images), tokenizer=tokenizer, recipe=recipe, patches=patches)
+        encoded = encode_prompt(
+            text, images=len(images), system=system, tokenizer=tokenizer, recipe=recipe, patches=patches
+        )
     except MoextendError as error:
         raise MoextendError(f"{where}: {error}") from error
     return as_prompt(encoded, images=images, where=where)
@@ -56,30 +59,6 @@ def as_prompt(encoded: Encoded, *, images: tuple[int, ...] = (), where: str = "p
     """What was encoded with these images; its head is everything up to the last of them."""
     last = int(np.flatnonzero(encoded.patches_L >= 0)[-1]) if images else -2
     return Prompt(ids_L=encoded.ids_L, patches_L=encoded.patches_L, head=last + 2, images=images, where=where)
-
-
-def encode_dialogue(
-    turns: Sequence[dict[str, str]], *, images: int, tokenizer: Tokenizer, recipe: Recipe, patches: int
-) -> Encoded:
-    """A conversation that ends in a question: its ids up to where the answer begins, as training has them there.
-
-    Raises:
-      MoextendError: as `encode_conversation`.
-    """
-    whole = encode_answered(turns, ".", images=images, tokenizer=tokenizer, recipe=recipe, patches=patches)
-    # What is labelled last is the answer.
-    begin = int(np.flatnonzero(whole.labels_L == IGNORE)[-1]) + 1
-    return Encoded(*(array_L[:begin] for array_L in whole[:4]), images=whole.images)
-
-
-def encode_answered(
-    turns: Sequence[dict[str, str]], answer: str, *, images: int, tokenizer: Tokenizer, recipe: Recipe, patches: int
-) -> Encoded:
-    """The same conversation with an answer to its last question, all of it, whatever the recipe trains on."""
-    return encode_conversation(
-        [*turns, {"from": "gpt", "value": answer}], example_id="prompt", images=images, tokenizer=tokenizer,
-        recipe=dataclasses.replace(recipe, turns="all"), patches=patches,
-    )  # fmt: skip
 
 
 def prompt_batch(prompts: Sequence[Prompt], *, images: Pixels | Features, rows: int, length: int) -> Batch:

@@ -17,12 +17,12 @@ def generator_of(opened: Askable) -> Generator:
     """Models of one structure share what is compiled."""
     tokenizer = opened.tokenizer
     suppress = tokenizer.unspeakable(opened.config.decoder.vocab_size)
-    return _generator(opened.config, tokenizer.eos, suppress, opened.mesh)
+    return _generator(opened.config, tokenizer.ends, suppress, opened.mesh)
 
 
 @functools.lru_cache(maxsize=4)
-def _generator(config: ModelConfig, eos: int, suppress: tuple[int, ...], mesh: Mesh) -> Generator:
-    return Generator(abstract(config), eos=eos, suppress=suppress, mesh=mesh)
+def _generator(config: ModelConfig, ends: tuple[int, ...], suppress: tuple[int, ...], mesh: Mesh) -> Generator:
+    return Generator(abstract(config), eos=ends[0], ends=ends, suppress=suppress, mesh=mesh)
 
 
 def asker_of(opened: Askable, *, pictures: Pictures | None = None) -> Asker:
@@ -30,7 +30,7 @@ def asker_of(opened: Askable, *, pictures: Pictures | None = None) -> Asker:
     return Asker(
         generator=generator_of(opened),
         arrays=opened.arrays,
-        eos=opened.tokenizer.eos,
+        ends=opened.tokenizer.ends,
         rows=opened.sizes.batch_size,
         tokens=opened.sizes.batch_size * opened.sizes.length,
         pictures=pictures,

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax.config import IGNORE, Batch, MoextendError
-from moextend_jax.data.conversations import MARK, Encoded
+from moextend_jax.data.conversations import MARK, Encoded, encode_dialogue
 from moextend_jax.data.images import decode_image, prepare_image
-from moextend_jax.evaluate.questions import encode_dialogue
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.mesh import place_whole, row_shards
@@ -56,7 +55,7 @@ def speak(
         sampling=sampling,
         seed=seed,
     ):
-        if ids_B[0] == opened.tokenizer.eos:
+        if ids_B[0] in opened.tokenizer.ends:
             break
         ids.append(int(ids_B[0]))
         text = opened.tokenizer.decode(ids)
@@ -76,7 +75,7 @@ def generate_command(
       as_json: a line {"prompt", "answer"} for each, instead of the words as they are made.
       options: as `speak`.
     """
-    images = () if image is None else (picture(image),)
+    images = () if image is None else (image,)
     for prompt in prompts:
         pieces = speak(opened, prompt, images=images, **options)
         if as_json:
@@ -94,7 +93,7 @@ def encoded(opened: Askable, prompt: str | Sequence[Turn], *, images: int, plain
     if opened.plain if plain is None else plain:
         if images or not isinstance(prompt, str):
             raise MoextendError("a prompt that is continued as plain text has neither images nor turns")
-        ids_L = np.array([opened.tokenizer.bos, *opened.tokenizer.encode(prompt)], np.int32)
+        ids_L = np.array([*opened.tokenizer.prefix, *opened.tokenizer.encode(prompt)], np.int32)
         return Encoded(ids_L, np.full_like(ids_L, IGNORE), np.full_like(ids_L, -1), np.ones_like(ids_L), 0)
     turns = [question(prompt, images=images)] if isinstance(prompt, str) else prompt
     return encode_dialogue(

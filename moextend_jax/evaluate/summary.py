@@ -120,6 +120,7 @@ def _prompted(run: Run, example: Example, images: Pixels | Features) -> Prompted
     prompt = questions.prompt_of(
         question.text,
         images=rows,
+        system=question.system,
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
         patches=run.patches,

@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
-from moextend_jax.checkpoints.loading import SIDE_FILES, Checkpoint, open_checkpoint
+from moextend_jax.checkpoints.loading import SIDE_FILES, Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
 from moextend_jax.config import RECIPES, ModelConfig, Recipe
-from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
+from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.folders import absolute, local_copy
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
@@ -26,7 +26,7 @@ from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.runs import models_of
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import model_row
-from moextend_jax.runs.run import Arrays, Run, check_end, known_settings, open_run, working
+from moextend_jax.runs.run import Arrays, Run, known_settings, open_run, working
 from moextend_jax.settings import EvaluateSettings, RunSettings, build, fields
 
 SIZES = EvaluateSettings(data="", questions=1)
@@ -41,9 +41,8 @@ class Askable:
 
     name: what its answers are filed under: a row of MODELS, or the name of a checkpoint's folder.
     folder: where it came from. recipe: its chat template and how its images are prepared.
-    plain: whether a prompt is a text that it continues, rather than a question in the chat template.
     sizes: how large batches of questions are.
-    identify: computes `identity`. read_tokenizer: reads `tokenizer`, which not everything needs.
+    identify, is_plain, read_tokenizer: compute `identity`, `plain` and `tokenizer`, which not everything needs.
     open_base: opens the model that this one was made from, where that is at hand.
     """
 
@@ -53,9 +52,9 @@ class Askable:
     arrays: Arrays
     mesh: Mesh
     recipe: Recipe
-    plain: bool
     sizes: EvaluateSettings
     identify: Callable[[], str]
+    is_plain: Callable[[], bool]
     read_tokenizer: Callable[[], Tokenizer]
     open_base: Callable[[], Askable] | None
 
@@ -78,6 +77,11 @@ class Askable:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         return self.read_tokenizer()
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether a prompt is a text that the model continues, rather than a question in the chat template."""
+        return self.is_plain()
 
     @functools.cached_property
     def identity(self) -> str:
@@ -139,7 +143,7 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
         arrays=arrays,
         mesh=run.mesh,
         recipe=run.settings.recipe,
-        plain=not model_row(name).sees,
+        is_plain=lambda: not model_row(name).sees,
         sizes=run.settings.evaluate,
         identify=lambda: identity if dtype is None else f"{identity}-{dtype}",
         read_tokenizer=lambda: run.tokenizer,
@@ -176,7 +180,7 @@ def described(config: ModelConfig) -> str:
 
 def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: EvaluateSettings) -> Askable:
     source, facts = checkpoint.source, checkpoint.source.record.facts
-    recipe = RECIPES[place.recipe] if place.recipe else _recipe(checkpoint, where=place.folder)
+    recipe = RECIPES[place.recipe] if place.recipe else recipe_of(source, where=place.folder)
     isolation = facts.get("text_isolation", "none")
     build(fields(ModelConfig)["text_isolation"], isolation, where=f"{place.folder}: text_isolation")
     config = dataclasses.replace(checkpoint.config, weight_guard=recipe.weight_guard, text_isolation=isolation)
@@ -188,9 +192,13 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
 
     def read_tokenizer() -> Tokenizer:
         beside = [source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files]
-        tokenizer = tokenizer_of(local_copy(beside[0] if beside else place.folder, SIDE_FILES), config)
-        check_end(source.record.attributes.get("decoder", {}), tokenizer, where=str(place.folder))
-        return tokenizer
+        ends = ends_of(source.record.attributes.get("decoder", {}))
+        return tokenizer_of(local_copy(beside[0] if beside else place.folder, SIDE_FILES), config, ends=ends)
+
+    def is_plain() -> bool:
+        if config.vision is not None or _has_template(source.files):
+            return False
+        return opened.tokenizer.prompt in (None, "mixtral")
 
     opened = Askable(
         name=name,
@@ -199,7 +207,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         arrays=checkpoint.arrays,
         mesh=mesh,
         recipe=recipe,
-        plain=config.vision is None and not _has_template(source.files),
+        is_plain=is_plain,
         sizes=sizes,
         identify=identify,
         read_tokenizer=read_tokenizer,
@@ -210,11 +218,11 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     return dataclasses.replace(opened, open_base=lambda: not_extended(opened))
 
 
-def _recipe(checkpoint: Checkpoint, *, where: Path) -> Recipe:
-    """That of the run that made it, else of the code that wrote its layout."""
-    if isinstance(recorded := checkpoint.source.record.facts.get("recipe"), dict):
-        return build(Recipe, train_state.BEFORE | recorded, where=f"{where}: recipe")
-    return RECIPES["released" if checkpoint.layout in ("released", "delta") else "paper"]
+def recipe_of(source: Source, *, where: Path) -> Recipe:
+    """That of the run that made a checkpoint, else of the code that wrote its layout."""
+    if isinstance(recorded := source.record.facts.get("recipe"), dict):
+        return build(Recipe, {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded, where=f"{where}: recipe")
+    return RECIPES["released" if source.record.layout in ("released", "delta") else "paper"]
 
 
 def _has_template(files: Mapping[str, Path]) -> bool:

@@ -42,7 +42,7 @@ class Place:
 
     def __post_init__(self):
         if (self.workdir is None) == (self.checkpoint is None):
-            raise MoextendError("say which model: --workdir DIR or --checkpoint DIR")
+            raise MoextendError("asking needs --workdir: folder of a run, or --checkpoint: folder of a model; not both")
         for name, names in {"model": MODELS, "recipe": RECIPES, "dtype": ("float32", "bfloat16")}.items():
             if (value := getattr(self, name)) is not None:
                 OneOf(tuple(names)).check(value, what=name)

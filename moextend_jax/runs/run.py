@@ -11,7 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
-from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
+from moextend_jax.data.conversations import encoder_of, template_identity
+from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.folders import folder, is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
@@ -68,7 +69,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What every checkpoint of this run must agree on."""
-        return facts_of_base(self.base_hash, self.settings)
+        return facts_of_base(self.base_hash, self.settings, self.tokenizer)
 
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
         """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
@@ -99,8 +100,9 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     mesh = make_mesh(settings.mesh)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     config = dataclasses.replace(source.config, **settings.model_options)
-    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config)
-    check_end(source.record.attributes.get("decoder", {}), tokenizer, where=settings.base)
+    ends = ends_of(source.record.attributes.get("decoder", {}))
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config, ends=ends)
+    encoder_of(tokenizer, settings.recipe)  # a template that is missing is no one conversation's fault
     config = dataclasses.replace(config, tags=tokenizer.tags)
     return Run(
         settings=settings,
@@ -149,20 +151,10 @@ def evaluation_rows(settings: RunSettings) -> list[Rows]:
     return [Rows(f"evaluate.{name}", getattr(settings.evaluate, name)) for name in ("batch_size", "text_batch_size")]
 
 
-def check_end(attributes: Mapping[str, Any], tokenizer: Tokenizer, *, where: str) -> None:
-    """Refuses a base whose config.json ends answers with another token than its tokenizer.model, such as ChatML's
-    `<|im_end|>`: it would be trained on another end, and its own never be said."""
-    ends = attributes.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if ends and tokenizer.eos not in ends:
-        raise MoextendError(
-            f"{where}: config.json ends answers with token {', '.join(map(str, ends))}, tokenizer.model with "
-            f"{tokenizer.eos}; added tokens are not read here, so this base cannot be trained or asked"
-        )
-
-
-def facts_of_base(base: str, settings: RunSettings) -> dict[str, Any]:
-    return {"base": base, "recipe": dataclasses.asdict(settings.recipe) | {"global_batch": None}}
+def facts_of_base(base: str, settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    prompt = template_identity(tokenizer, settings.recipe)
+    recipe = dataclasses.asdict(settings.recipe) | {"global_batch": None, "prompt": prompt}
+    return {"base": base, "recipe": recipe, "tags": list(tokenizer.tags.ids)}
 
 
 def not_run(workdir: Path, name: str) -> MoextendError:
@@ -211,7 +203,7 @@ def settings_of(workdir: Path | str) -> RunSettings | None:
         return None
     settings = record["settings"]
     if isinstance(settings, dict) and isinstance(recipe := settings.get("recipe"), dict):
-        settings = settings | {"recipe": train_state.BEFORE | recipe}
+        settings = settings | {"recipe": {"weight_guard": train_state.BEFORE["weight_guard"]} | recipe}
     return from_config_dict(settings)
 
 
