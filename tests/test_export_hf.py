@@ -20,6 +20,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, huggingface, train_state
 from moextend_jax.checkpoints.loading import open_source
 from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, Recipe
@@ -28,7 +29,7 @@ from moextend_jax.data.images import prepare_image
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs import export
+from moextend_jax.runs.run import facts_of_base
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 SCRIPT = Path(__file__).with_name("stock_script.py")
@@ -112,10 +113,14 @@ def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": base_hash}))
     chosen = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": base_hash}
     (workdir / "select" / "routing.json").write_text(json.dumps(chosen))
-    facts = {"base": base_hash, "recipe": dataclasses.asdict(recipe) | {"global_batch": None}}
+    facts = facts_of_base(base_hash, settings, load_tokenizer(base))
     for name, result in leaves_of(recipe).items():
         train_state.save_leaves(workdir / name / "result", result, facts=facts)
     return workdir
+
+
+def export(words: list[str]) -> None:
+    cli.call(["export", *words])
 
 
 def imported(folder: Path, base: Path) -> Path:
@@ -142,9 +147,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exported")
     runs: dict[Any, Path] = {}
-    export.export_main(
-        [str(imported(root / "checkpoint", base)), str(root / "imported"), "--layout", "hf", "--recipe", "paper"]
-    )
+    export([str(imported(root / "checkpoint", base)), str(root / "imported"), "--layout", "hf", "--recipe", "paper"])
     for name, case in CASES.items():
         if not case.results:
             continue
@@ -152,8 +155,8 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         if key not in runs:
             more = {"recipe": case.recipe, "text_isolation": case.text_isolation}
             runs[key] = run_of(root / f"run of {name}", base, **more)
-        export.export_main([str(runs[key]), str(root / name), "--layout", "hf", *case.options])
-    export.export_main([str(runs[True, "none"]), str(root / "base"), "--layout", "hf", "--model", "base"])
+        export([str(runs[key]), str(root / name), "--layout", "hf", *case.options])
+    export([str(runs[True, "none"]), str(root / "base"), "--layout", "hf", "--model", "base"])
     return {name: root / name for name in (*CASES, "base")}
 
 

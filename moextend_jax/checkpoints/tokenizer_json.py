@@ -1,43 +1,101 @@
-"""A SentencePiece model as the `tokenizer.json` that Hugging Face's tokenizers read, with the image tags as tokens.
+"""A model's tokenizer as the `tokenizer.json` that Hugging Face's tokenizers read, with the image tags as tokens.
 
-In: a folder with `tokenizer.model`, the ids of the image tags. Out: the file's content and that of
-`tokenizer_config.json`. Text gets the ids of `data.tokenizer`, always: a space goes before a text's beginning,
-also where it begins with one (transformers' own conversion adds none there), and none after a token.
+In: a folder with `tokenizer.model` or `tokenizer.json`, and what it is read as. Out: the file's content, that of
+`tokenizer_config.json`, and what the image tags are called there. Text gets the ids of `data.tokenizer`: of a
+SentencePiece model a space goes before a text's beginning, also where it begins with one (transformers' own conversion
+adds none there), and none after a token.
 
-The tags are byte pieces or appended rows there; here they are tokens with names of their own, so that a chat template
-can write them. As in every such file, a token that a text spells out ("</s>") is that token there; with
-`sanitize_control_tokens=True`, `apply_chat_template` takes it for text.
+Tags that are byte pieces or appended rows get names, so that a chat template can write them. As in every such file, a
+token that a text spells out ("</s>") is that token there; with `sanitize_control_tokens=True`, `apply_chat_template`
+takes it for text.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
-from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.config import MoextendError
+from moextend_jax.data.pieces import SentencePieces
+from moextend_jax.data.tokenizer import Tokenizer
 
 SPACE = "▁"
 TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
 """What the tags are called. `<image>` is what transformers' processor of LLaVA multiplies, and what our prompts say."""
 
 
-def tokenizer_files(
-    folder: Path, *, tags: ImageTags | None, legacy: bool = True, apart: str = ""
-) -> dict[str, dict[str, Any]]:
-    """`tokenizer.json` and `tokenizer_config.json` by name.
+class TokenizerFiles(NamedTuple):
+    """tags: what the image tags are called: start, end, pad; empty for a model without eyes."""
+
+    content: dict[str, Any]
+    settings: dict[str, Any]
+    tags: dict[str, str]
+
+
+def tokenizer_files(folder: Path, tokenizer: Tokenizer, *, sees: bool, apart: str = "") -> TokenizerFiles:
+    """What lies beside the weights as `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
-      tags: of a model that sees; None leaves the vocabulary as it is.
-      legacy: what tokenizer_config.json shall say there.
+      sees: whether the tags are tokens of their own.
       apart: a text that is tokenised apart from what is before it, where a prompt has it so.
 
     Raises:
-      MoextendError: the model is not of SentencePiece's BPE kind, or has pieces called like the tags.
+      MoextendError: the tokenizer cannot be written so.
     """
-    where = folder / "tokenizer.model"
+    pieces = tokenizer.pieces
+    tags = {}
+    if sees:
+        control = {token.id: piece for piece, token in pieces.control.items()}
+        tags = {tag: control.get(getattr(tokenizer.tags, tag), name) for tag, name in TAG_NAMES.items()}
+        ids = {id: tags[tag] for tag, id in dataclasses.asdict(tokenizer.tags).items()}
+        if taken := [name for id, name in ids.items() if pieces.piece_to_id(name) not in (None, pieces.unknown, id)]:
+            raise MoextendError(f"the tokenizer in {folder} has pieces called {', '.join(taken)}, like the image tags")
+    else:
+        ids = {}
+    if isinstance(pieces, SentencePieces):
+        content = _from_sentencepiece(folder / "tokenizer.model", tokenizer, tags=ids, apart=apart)
+    else:
+        content = _with_tags(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), ids)
+    names = {name: pieces.id_to_piece(id) for name, id in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos),
+             ("unk_token", pieces.unknown)) if id is not None}  # fmt: skip
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.bos is not None,
+        "add_eos_token": False, **names, "pad_token": names.get("unk_token") or names["eos_token"],
+        "padding_side": "left", "clean_up_tokenization_spaces": False, "legacy": tokenizer.legacy,
+        "model_max_length": int(1e30),
+    }  # fmt: skip
+    if tags:
+        extra = {f"image_{tag}_token" if tag != "pad" else "image_token": name for tag, name in tags.items()}
+        settings |= {"image_token": tags["pad"], "extra_special_tokens": extra}
+    return TokenizerFiles(content, settings, tags)
+
+
+def _with_tags(content: dict[str, Any], tags: Mapping[int, str]) -> dict[str, Any]:
+    """A tokenizer.json in which these ids are special tokens of these names."""
+    model = content["model"]
+    own = {token["id"]: token for token in content["added_tokens"]}
+    vocabulary = model["vocab"]
+    if not isinstance(vocabulary, dict):
+        raise MoextendError("a tokenizer.json of kind Unigram has no place for image tags")
+    by_id = {id: piece for piece, id in vocabulary.items()}
+    for id, name in tags.items():
+        if id in own:
+            own[id] |= {"content": name, "special": True, "normalized": False}
+        else:
+            own[id] = _added(id, name, special=True)
+        if by_id.get(id) != name:
+            vocabulary.pop(by_id.get(id, ""), None)
+            vocabulary[name] = id
+    return content | {"added_tokens": [own[id] for id in sorted(own)], "truncation": None, "padding": None}
+
+
+def _from_sentencepiece(where: Path, tokenizer: Tokenizer, *, tags: Mapping[int, str], apart: str) -> dict[str, Any]:
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         model.ParseFromString(where.read_bytes())
@@ -49,21 +107,16 @@ def tokenizer_files(
             f"{where}: only SentencePiece models of kind BPE that fall back to bytes and keep all spaces, as Mixtral's "
             "and Llama's are, can be written as tokenizer.json"
         )
-    names = {id: piece.piece for id, piece in enumerate(model.pieces)}
-    if tags is not None:
-        named = {getattr(tags, tag): name for tag, name in TAG_NAMES.items()}
-        if taken := set(named.values()) & {name for id, name in names.items() if id not in named}:
-            raise MoextendError(f"{where} has pieces called {', '.join(sorted(map(str, taken)))}, like the image tags")
-        names |= named
-    control = {id for id, piece in enumerate(model.pieces) if piece.type in (piece.UNKNOWN, piece.CONTROL)}
-    control |= {*tags.ids} if tags is not None else set()
-    spelled = {id for id, piece in enumerate(model.pieces) if piece.type == piece.USER_DEFINED} - control
-    bos, eos, unk = (names[id] for id in (trainer.bos_id, trainer.eos_id, trainer.unk_id))
-    content = {
+    control = {token.id: piece for piece, token in tokenizer.pieces.control.items()}
+    names = {id: piece.piece for id, piece in enumerate(model.pieces)} | control | tags
+    spelled = {id for id, piece in enumerate(model.pieces) if piece.type == piece.USER_DEFINED}
+    added = sorted(control.keys() | tags.keys() | spelled)
+    before = [] if tokenizer.bos is None else [names[tokenizer.bos]]
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(id, names[id], special=id in control) for id in sorted(control | spelled)],
+        "added_tokens": [_added(id, names[id], special=id in control or id in tags) for id in added],
         "normalizer": _normalizer(normalizer),
         # The first makes the space before a text's beginning: no text begins with one here, as all of them have become
         # "▁". The second makes it a "▁". After a token that is spelled out neither does anything.
@@ -75,12 +128,10 @@ def tokenizer_files(
         ),
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                *({"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}),
-                *({"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}),
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [trainer.bos_id], "tokens": [bos]}},
+            "single": [*_specials(before, 0), {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [part for type_id, name in enumerate("AB")
+                     for part in (*_specials(before, type_id), {"Sequence": {"id": name, "type_id": type_id}})],
+            "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]} for name in before},
         },
         "decoder": _sequence(
             "decoders",
@@ -92,7 +143,7 @@ def tokenizer_files(
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": unk,
+            "unk_token": names[trainer.unk_id],
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -101,17 +152,11 @@ def tokenizer_files(
             "vocab": {name: id for id, name in names.items()},
             "merges": _merges(model),
         },
-    }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "add_eos_token": False,
-        "bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": unk, "padding_side": "left",
-        "clean_up_tokenization_spaces": False, "legacy": legacy, "model_max_length": int(1e30),
     }  # fmt: skip
-    if tags is not None:
-        start, end, pad = TAG_NAMES.values()
-        extra = {"image_start_token": start, "image_token": pad, "image_end_token": end}
-        settings |= {"image_token": pad, "extra_special_tokens": extra}
-    return {"tokenizer.json": content, "tokenizer_config.json": settings}
+
+
+def _specials(names: list[str], type_id: int) -> list[dict[str, Any]]:
+    return [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names]
 
 
 def _merges(model: Any) -> list[list[str]]:

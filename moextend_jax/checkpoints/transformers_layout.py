@@ -17,20 +17,19 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from moextend_jax.checkpoints import huggingface, leaves
+from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
 from moextend_jax.config import ModelConfig, MoextendError, Recipe
 from moextend_jax.data.images import MEAN_c, STD_c
-from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
+from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 
-ASSETS = Path(__file__).parents[1] / "assets" / "hf"
 CODE = "modeling_moextend.py"
 KEPT = ("max_position_embeddings", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
 """Attributes of the base's config.json that decide nothing here and something there."""
-MODEL_FILES = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-               "chat_template.json")  # fmt: skip
+MODEL_FILES = ("chat_template.jinja", "chat_template.json")
 """Side files of a base that a text model takes along as they are."""
 
 
@@ -96,32 +95,37 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
     )
     if config.extension:
         folder.copies[CODE] = ASSETS / CODE
-    if tokenizer is None:
-        return folder
-    at = source.files["tokenizer.model"]
-    folder.copies["tokenizer.model"] = at
-    # The released code tokenises its question apart from what follows: a space at its end stays one.
-    apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if sees and recipe.prompt == "released" else ""
-    tags = tokenizer.tags if sees else None
-    folder.json_files.update(tokenizer_files(at.parent, tags=tags, legacy=tokenizer.legacy, apart=apart))
     if sees:
         folder.json_files.update(_processor(config, recipe))
-        folder.texts["chat_template.jinja"] = chat_template(recipe.prompt, legacy=tokenizer.legacy)
+    if tokenizer is not None:
+        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees)
     return folder
 
 
-def chat_template(prompt: str, *, legacy: bool) -> str:
-    """Jinja that writes a chat as `data.conversations` encodes it, for tokens named as in tokenizer_json.py."""
-    at = ASSETS / f"{prompt}.jinja"
-    if not at.is_file():
-        raise MoextendError(f"layout hf has no chat template for prompts of kind {prompt!r}")
-    return f"{{%- set legacy = {str(legacy).lower()} -%}}\n" * (prompt == "released") + at.read_text(encoding="utf-8")
+def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool) -> None:
+    # The released code tokenises its question apart from what follows: a space at its end stays one.
+    apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if sees and recipe.prompt == "released" else ""
+    files = tokenizer_files(_beside(source), tokenizer, sees=sees, apart=apart)
+    if "tokenizer.model" in source.files:
+        folder.copies["tokenizer.model"] = source.files["tokenizer.model"]
+    if sees:
+        template = folder.texts["chat_template.jinja"] = chat_template(tokenizer, recipe, files)
+        if not writes_bos(template, tokenizer, files):  # and so nobody else may write one before a chat
+            files = files._replace(content=files.content | {"post_processor": None})
+            files.settings["add_bos_token"] = False
+    folder.json_files.update({"tokenizer.json": files.content, "tokenizer_config.json": files.settings})
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:
     """None where the checkpoint brings none: ids go in then, as they do here."""
-    at = source.files.get("tokenizer.model")
-    return tokenizer_of(at.parent, source.config) if at else None
+    if not {"tokenizer.model", "tokenizer.json"} & source.files.keys():
+        return None
+    return tokenizer_of(_beside(source), source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
+
+
+def _beside(source: Source) -> Path:
+    """The folder of the tokenizer's files."""
+    return next(source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files)
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------
@@ -153,6 +157,7 @@ def _llava_attributes(
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
         "tie_word_embeddings": config.decoder.tied_head,
         "image_tags": dataclasses.asdict(config.tags),
+        "moextend": {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation},
     }  # fmt: skip
     if extension is None:
         return attributes
@@ -174,19 +179,14 @@ def _llava_attributes(
 def _generation(source: Source, config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Every id that ends an answer, and those that none may have."""
     recorded = source.record.attributes.get("decoder", {})
-    at = source.files.get("generation_config.json")
-    own = huggingface.read_json(at) if at else {}
-    ends = [end for value in (recorded, own) for end in _listed(value.get("eos_token_id"))]
-    ends = list(dict.fromkeys([*([tokenizer.eos] if tokenizer else []), *ends]))
+    ends = list(tokenizer.ends) if tokenizer else ends_of(recorded)
     bos = tokenizer.bos if tokenizer else recorded.get("bos_token_id")
-    generation = {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": 0, "do_sample": False}
+    pad = tokenizer.pieces.unknown if tokenizer else None
+    pad = ends[0] if pad is None and ends else pad
+    generation = {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": pad, "do_sample": False}
     if tokenizer is not None and config.vision is not None:
         generation["suppress_tokens"] = sorted(tokenizer.unspeakable(config.decoder.vocab_size))
     return {name: value for name, value in generation.items() if value not in (None, [])}
-
-
-def _listed(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _processor(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -30,12 +30,14 @@ from moextend_jax.checkpoints.convert import (
 from moextend_jax.checkpoints.loading import Source, open_base, open_source, tokenizer_folder
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
-from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, Recipe
+from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import ends_of, tokenizer_of
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
 from moextend_jax.runs import results
+from moextend_jax.runs.askable import recipe_of
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of
+from moextend_jax.settings import build, fields
 
 HF = "hf"
 """The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
@@ -54,7 +56,7 @@ class ExportOptions:
     model: Annotated[str | None, OneOf(tuple(results.MODELS))] = None
     """which one of a run; else the furthest"""
     recipe: Annotated[str | None, OneOf(tuple(RECIPES))] = None
-    """of layout hf, where SRC does not say: how prompts and pictures are made; else the paper's"""
+    """of layout hf, where SRC does not say: how prompts and pictures are made; else that of its layout"""
     base: Path | None = None
     """folder of the base, where SRC is a delta or a partial save"""
     vision: Path | None = None
@@ -77,7 +79,7 @@ def export(values: ExportOptions) -> None:
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
     if layout == HF:
-        how = how_trained(source, recipe=values.recipe)
+        how = how_trained(source, recipe=values.recipe, where=values.src)
         cost = export_transformers(source, values.dst, **how, max_shard_bytes=shard, console=screen)
     else:
         cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=screen)
@@ -90,25 +92,17 @@ def export(values: ExportOptions) -> None:
         print("layout released is for the paper's code and for moextend; for PyTorch of today use --layout hf")
 
 
-def how_trained(source: Source, *, recipe: str | None) -> dict[str, Any]:
-    """The recipe and the text isolation of what a run made; where a checkpoint does not say, those asked for.
+def how_trained(source: Source, *, recipe: str | None, where: Path) -> dict[str, Any]:
+    """The recipe and the text isolation of what a run made; of a checkpoint that does not say, the recipe asked for.
 
     Raises:
-      MoextendError: the checkpoint says another recipe.
+      MoextendError: the checkpoint says a recipe, and another is asked for.
     """
     facts = source.record.facts
-    known = facts.get("recipe")
-    if known is not None and recipe is not None:
-        raise MoextendError("this checkpoint knows its recipe: leave --recipe out")
-    try:
-        chosen = Recipe(**_tuples(known)) if known is not None else RECIPES[recipe or "paper"]
-    except TypeError as error:
-        raise MoextendError(f"the recipe that the checkpoint names is none of this version: {error}") from None
-    return {"recipe": chosen, "text_isolation": facts.get("text_isolation", "none")}
-
-
-def _tuples(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()}
+    if "recipe" in facts and recipe is not None:
+        raise MoextendError(f"{where} knows its recipe: leave --recipe out")
+    isolation = build(fields(ModelConfig)["text_isolation"], facts.get("text_isolation", "none"), where=str(where))
+    return {"recipe": RECIPES[recipe] if recipe else recipe_of(source, where=where), "text_isolation": isolation}
 
 
 def _how_to_load(folder: Path) -> str:
