@@ -81,7 +81,7 @@ def published(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str
     tensors = respelled(stored, SPELLINGS)
     fused = {name: match for name in tensors if (match := _FUSED.fullmatch(name)) and _divides(name, tensors[name])}
     notes = (
-        ["its tensors have names that transformers 5 gives; they were read as the published ones"]
+        ["its names are those of transformers 5 or of modeling_moextend.py; they were read as the published ones"]
         if tensors.keys() != stored.keys()
         else []
     )
