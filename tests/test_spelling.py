@@ -125,6 +125,18 @@ def test_a_decoder_with_a_tied_head_keeps_the_model_in_its_names(tmp_path: Path)
     assert all(name.startswith("model.") for name in folders.read(folder)) and not open_source(folder).notes
 
 
+def test_a_tied_head_may_stand_there_a_second_time(tmp_path: Path):
+    """torch.save(model.state_dict()) writes it; transformers, too, reads the embedding alone."""
+    tied = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, tied_head=True))
+    tensors = folders.files("mixtral", tied)
+    attributes = huggingface.decoder_attributes(tied.decoder, dtype="bfloat16")
+    twice = folders.write(
+        tmp_path / "twice", tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, attributes
+    )
+    once = folders.write(tmp_path / "once", tensors, attributes)
+    assert hashes.stored_hash(open_source(twice).leaves) == hashes.stored_hash(open_source(once).leaves)
+
+
 @pytest.mark.parametrize("name", ["self_attn.q_proj.lora_A.weight", "self_attn.q_proj.base_layer.weight"])
 def test_an_adapter_is_no_model(tmp_path: Path, name: str):
     tensors = {f"base_model.model.model.layers.0.{name}": np.ones((2, 3), np.float32)}

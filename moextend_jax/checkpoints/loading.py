@@ -278,7 +278,7 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         return _clip(folder, stored, attributes, wanted)
     config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=at))
     matched = leaves.match(
-        stored,
+        _with_one_head(stored, config.decoder),
         table="mixtral",
         config=config,
         where=folder,
@@ -291,6 +291,11 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)
     return source
+
+
+def _with_one_head(stored: Mapping[str, Stored], decoder: DecoderConfig) -> Mapping[str, Stored]:
+    """A head that is tied to the embedding stands in files of `torch.save(model.state_dict())` a second time."""
+    return {name: t for name, t in stored.items() if name != "lm_head.weight"} if decoder.tied_head else stored
 
 
 def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
@@ -387,7 +392,13 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
         elsewhere |= _projector(projector, spelling.unwrapped(open_tensors(projector))[0], None).leaves
     hint = "" if base else " A partial save needs its base: --base DIR."
     own = leaves.match(
-        stored, table="released", config=config, where=folder, elsewhere=elsewhere, hint=hint, dtype=dtype
+        _with_one_head(stored, decoder),
+        table="released",
+        config=config,
+        where=folder,
+        elsewhere=elsewhere,
+        hint=hint,
+        dtype=dtype,
     )
     _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}

@@ -26,6 +26,7 @@ from moextend_jax.checkpoints.loading import Source, side_files
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError
+from moextend_jax.folders import local
 
 _FFN = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.mlp\.(?P<matrix>gate|up|down)_proj\.weight")
 _MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -47,7 +48,7 @@ def open_upcycled(
     """
     facts: dict[str, Any] = {}
     if path.is_file() and path.suffix == ".gguf":
-        opened = gguf.open_gguf(path)
+        opened = gguf.open_gguf(local(path, what="a GGUF file"))
         dense, tensors = opened.config, opened.tensors
         of_text = {name: opened.metadata[key] for name, key in gguf.TEXT_ATTRIBUTES.items() if key in opened.metadata}
         try:
