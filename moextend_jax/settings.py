@@ -19,6 +19,8 @@ Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
+Part = Annotated[float, Range(above=0)]
+"""Of the rows of a data set: below 1 a share, from 1 on a number of rows."""
 LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
@@ -127,18 +129,26 @@ class StageSettings:
 class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
-    held_out: Count = 10_000
+    held_out: Part = 10_000.0
+    """Below 1 a share of the rows, from 1 on a number of rows."""
     share: LayerShare = 0.5
     batch_size: Count = 64
 
     def __post_init__(self):
         _check(self)
+        _check_part(self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
+    """`questions` questions of a data set, drawn at random, to all models; and how text is read."""
+
     data: str
+    """"" is a part of finetune's data, which no stage then trains on."""
+    held_out: Part = 0.1
+    """That part: below 1 a share of the rows, from 1 on a number of rows. Rows that show one picture stay together."""
     questions: Count
+    """Of a part held out at most so many."""
     split: str = "test"
     batch_size: Count = 256
     length: Count = 64
@@ -150,6 +160,7 @@ class EvaluateSettings:
 
     def __post_init__(self):
         _check(self)
+        _check_part(self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,6 +242,11 @@ def _check(settings: Any) -> None:
     for name, kind in fields(type(settings)).items():
         value = _build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
         object.__setattr__(settings, name, value)
+
+
+def _check_part(part: float) -> None:
+    if part > 1 and part != round(part):
+        raise MoextendError(f"held_out = {part:g} is neither a share, below 1, nor a whole number of rows")
 
 
 @functools.cache

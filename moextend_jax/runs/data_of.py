@@ -15,6 +15,7 @@ from moextend_jax.config import Batch, ModelConfig
 from moextend_jax.data.batches import Features, Pixels, batches
 from moextend_jax.data.datasets import Source, hold_out, open_dataset
 from moextend_jax.data.features import cache_features
+from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract
@@ -38,12 +39,32 @@ def open_source(run: Run, name: str, split: str) -> Source:
 
 
 def source_of(run: Run, data: Data) -> Source:
-    """The rows of the data set that the table names."""
+    """The rows of the data set that the table names, without those that are held out for evaluation."""
     stage: StageSettings = getattr(run.settings, data.of)
     source = open_source(run, stage.data, stage.split)
+    unseen = held_out_source(run)
+    if unseen is not None and (stage.data == run.settings.finetune.data or _one_folder(source, unseen)):
+        source = without(source, unseen)
     if data.part == "all":
         return source
-    return getattr(hold_out(source, samples=run.settings.select.held_out, seed=run.settings.seed), data.part)
+    samples = rows_of_part(run.settings.select.held_out, len(source), setting="select.held_out")
+    return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
+
+
+def held_out_source(run: Run) -> Source | None:
+    """The rows of the finetune data that no stage trains on, whose pictures none sees: `evaluate.held_out` of them.
+    None where `evaluate.data` names other data."""
+    settings, stage = run.settings, run.settings.finetune
+    if settings.evaluate.data:
+        return None
+    source = open_source(run, stage.data, stage.split)
+    part, setting = settings.evaluate.held_out, "evaluate.held_out"
+    return hold_out_pictures(source, part=part, seed=settings.seed, setting=setting).held_out
+
+
+def _one_folder(source: Source, other: Source) -> bool:
+    """Whether pictures of one name are one picture in both."""
+    return source.images.folder is not None and source.images.folder == other.images.folder
 
 
 def pixels_of(run: Run, source: Source) -> Pixels:
