@@ -265,7 +265,7 @@ def _run(settings: RunSettings, values: flags.FlagValues) -> None:
 
     screen, started = console(), time.perf_counter()
     with working(settings, folder(values.workdir), resume_from=_resume_from(values)) as run:
-        for name in make_all(run):
+        for name in make_all(run, checks=[summary.check]):
             remember(run)
             _show(run, name)
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)

@@ -100,14 +100,22 @@ class FaultSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
+    """One stage of training. `data` is a data set of `data/datasets.py`, with a split. How long it trains is set by
+    `steps` or by `epochs`, the other is 0."""
 
     data: str
-    steps: Count
+    steps: Amount = 0
+    epochs: NotNegative = 0.0
+    """How often every conversation is seen; the steps are counted before the first."""
+    least_steps: Amount = 0
+    """Of `epochs`: as many steps at least, however few conversations there are."""
     batch_size: Count
-    length: Count
+    """Rows of a step; where the data set has fewer, they are repeated."""
+    length: Amount
+    """Tokens of a row; 0: of the longest conversation of the data set, rounded up."""
     split: str = "train"
-    images_per_row: Count = 1
+    images_per_row: Amount = 1
+    """Pictures that a row has room for; 0: as many as the conversation with the most."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
@@ -121,6 +129,12 @@ class StageSettings:
 
     def __post_init__(self):
         _check(self)
+        if bool(self.steps) == bool(self.epochs):
+            both = f"steps = {self.steps} and epochs = {self.epochs:g} are both set"
+            wrong = both if self.steps else "neither steps nor epochs is set"
+            raise MoextendError(f"{wrong}; one of them must be, the other 0")
+        if self.least_steps and not self.epochs:
+            raise MoextendError(f"least_steps = {self.least_steps} goes with epochs, not with steps")
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
@@ -151,7 +165,8 @@ class EvaluateSettings:
     """Of a part held out at most so many."""
     split: str = "test"
     batch_size: Count = 256
-    length: Count = 64
+    length: Amount = 64
+    """Tokens of the longest prompt; 0: as many as there are."""
     max_new_tokens: Count = 8
     text_length: Count = 256
     text_batch_size: Count = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -38,11 +39,19 @@ def open_source(run: Run, name: str, split: str) -> Source:
         )
 
 
-def source_of(run: Run, data: Data) -> Source:
-    """The rows of the data set that the table names, without those that are held out for evaluation."""
+Read = Callable[[str, str], Source]
+"""A data set by name and split."""
+
+
+def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
+    """The rows of the data set that the table names, without those that are held out for evaluation.
+
+    Args:
+      read: in place of `open_source`, for whoever keeps data sets open.
+    """
+    read = functools.cache(read or functools.partial(open_source, run))
     stage: StageSettings = getattr(run.settings, data.of)
-    source = open_source(run, stage.data, stage.split)
-    unseen = held_out_source(run)
+    source, unseen = read(stage.data, stage.split), held_out_source(run, read=read)
     if unseen is not None and (stage.data == run.settings.finetune.data or _one_folder(source, unseen)):
         source = without(source, unseen)
     if data.part == "all":
@@ -51,13 +60,13 @@ def source_of(run: Run, data: Data) -> Source:
     return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
 
 
-def held_out_source(run: Run) -> Source | None:
+def held_out_source(run: Run, *, read: Read | None = None) -> Source | None:
     """The rows of the finetune data that no stage trains on, whose pictures none sees: `evaluate.held_out` of them.
     None where `evaluate.data` names other data."""
     settings, stage = run.settings, run.settings.finetune
     if settings.evaluate.data:
         return None
-    source = open_source(run, stage.data, stage.split)
+    source = (read or functools.partial(open_source, run))(stage.data, stage.split)
     part, setting = settings.evaluate.held_out, "evaluate.held_out"
     return hold_out_pictures(source, part=part, seed=settings.seed, setting=setting).held_out
 
