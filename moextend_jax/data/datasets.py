@@ -235,7 +235,11 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 def check_shows_images(source: Source, *, stage: str) -> None:
     """Raises where no conversation has an image: a stage that trains the projector alone would train nothing."""
     if not any(example.images for example in source):
-        raise MoextendError(f"{stage} trains the projector, and none of its {len(source)} conversations has an image")
+        raise shows_no_image(stage, len(source))
+
+
+def shows_no_image(stage: str, rows: int) -> MoextendError:
+    return MoextendError(f"{stage} trains the projector, and none of its {rows} conversations has an image")
 
 
 def family_of(name: str) -> tuple[str, str]:

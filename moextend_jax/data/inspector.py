@@ -22,10 +22,14 @@ from moextend_jax.data.faults import Fault
 from moextend_jax.data.images import check_scaled, decode_image, read_image
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
 
+UNLIMITED = 1 << 30
+"""A length that everything fits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked."""
+    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked. A length or a number
+    of images that is 0 is found in the data, so that all fit."""
 
     stages: tuple[str, ...]
     data: str
@@ -102,8 +106,8 @@ class Inspector:
             tokenizer=self.tokenizer,
             recipe=self.work.recipe,
             patches=self.work.patches,
-            length=1 << 30 if prompt_only else reading.length,
-            images_per_row=len(entry.images) if prompt_only else reading.images_per_row,
+            length=(0 if prompt_only else reading.length) or UNLIMITED,
+            images_per_row=(0 if prompt_only else reading.images_per_row) or len(entry.images),
             too_long=reading.too_long,
         )
         if not prompt_only:
@@ -118,7 +122,7 @@ class Inspector:
             )
         except MoextendError as error:
             raise Fault(f"question {entry.id}: {error}", "marks", entry.id) from error
-        if len(prompt.ids_L) > reading.length:
+        if reading.length and len(prompt.ids_L) > reading.length:
             message = f"question {entry.id}: a prompt of {len(prompt.ids_L)} tokens does not fit {reading.length}"
             raise Fault(message, "too_long", entry.id)
 

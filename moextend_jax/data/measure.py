@@ -15,11 +15,11 @@ from moextend_jax.data.batches import WINDOW
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import CHUNK, Example, Source
 from moextend_jax.data.faults import Fault
+from moextend_jax.data.inspector import UNLIMITED
 from moextend_jax.data.packing import Item, pack
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.settings import FaultSettings, StageSettings
 
-UNLIMITED = 1 << 30
 ROUNDED = 16
 """Lengths that are not set are multiples of it."""
 

@@ -34,6 +34,7 @@ from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import held_out_source, images_of, open_source, pixels_of, source_of
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
+from moextend_jax.runs.ready import too_many_questions
 from moextend_jax.runs.results import ANSWERING, MODELS, Data, training, trains_tower
 from moextend_jax.runs.run import Run, write_json
 from moextend_jax.settings import StageSettings
@@ -128,7 +129,7 @@ def _asked(run: Run) -> Asked:
     source = open_source(run, settings.data, settings.split) if unseen is None else unseen
     count = settings.questions if unseen is None else min(settings.questions, len(source))
     if count > len(source):
-        raise MoextendError(f"evaluate.questions = {count}, but {settings.data} has {len(source)} rows")
+        raise too_many_questions(settings, len(source))
     chosen = np.random.default_rng(0).choice(len(source), count, replace=False)
     title = title_of(of.data) if unseen is None else f"held-out {title_of(of.data)}"
     return Asked(select_rows(source, chosen), of.data, of.split, title)
@@ -325,7 +326,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         table.add_row(MODELS[name].title, *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
     console.print(table)
     console.print(
-        f"{accuracy['questions']} questions; pretrained weights bit-identical: "
+        f"questions: {accuracy['questions']}; pretrained weights bit-identical: "
         f"{'yes' if summary['frozen_unchanged'] else 'NO'}; seconds: "
         + ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items() if value is not None)
     )

@@ -42,8 +42,8 @@ def make(run: Run, name: str) -> None:
     how = results.result(name).how
     if how == "train" and run.resume_from is not None and (stage := _stage_at(run.resume_from)) != name:
         raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
-    for parent in results.result(name).parents:
-        run.result_identity(parent)
+    if results.result(name).data is not None:  # data are read only where the rest is there
+        run.facts_of(name)
     MAKERS[how](ready(run, [name]), name)
 
 

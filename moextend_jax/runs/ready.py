@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
@@ -19,7 +19,7 @@ from moextend_jax.runs import results
 from moextend_jax.runs.data_of import Read, open_source, source_of
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Run
-from moextend_jax.settings import RunSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 LOOKED_AT = 4096
 """Conversations of each data set that are encoded before the first step, where no length depends on all of them;
@@ -60,12 +60,14 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     rows = {name: len(source) for name, source in sources.items()}
     problems.note(row_problems(settings, rows=rows, layers=run.config.decoder.layers))
     measured = functools.cache(functools.partial(_measure, run, read))
-    for stage in stages:
-        if stage.name in sources:
-            with problems:
-                if results.patterns(stage.name, recipe=settings.recipe) == ("projector/*",):
-                    check_shows_images(sources[stage.name], stage=stage.name)
-            problems.note(_refused(stage, measured(_reading(settings, stage))))
+    readers: dict[Reading, list[str]] = {}
+    for stage in (stage for stage in stages if stage.name in sources):
+        readers.setdefault(_reading(settings, stage), []).append(stage.name)
+        with problems:
+            if results.patterns(stage.name, recipe=settings.recipe) == ("projector/*",):
+                check_shows_images(sources[stage.name], stage=stage.name)
+    for reading, of_stages in readers.items():
+        problems.note(_refused(measured(reading), stages=of_stages))
     for check in checks:
         with problems:
             check(run)
@@ -101,6 +103,10 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     if "select" in rows and int(settings.select.share * layers) < 1:
         problems.note([f"select.share = {settings.select.share:g} of {layers} layers chooses none; raise it"])
     return problems.messages
+
+
+def too_many_questions(settings: EvaluateSettings, rows: int) -> MoextendError:
+    return MoextendError(f"evaluate.questions = {settings.questions}, but {settings.data} has {rows} rows")
 
 
 class Problems:
@@ -177,10 +183,10 @@ def _measure(run: Run, read: Read, reading: Reading) -> Measured:
     )
 
 
-def _refused(stage: Stage, measured: Measured) -> Iterable[str]:
+def _refused(measured: Measured, *, stages: Sequence[str]) -> Iterable[str]:
     for kind, fault in measured.refused.items():
         more = f" ({measured.counts[kind]} are {kind})" if measured.counts[kind] > 1 else ""
-        yield f"{stage.name}: {fault}{more}"
+        yield f"{', '.join(stages)}: {fault}{more}"
 
 
 def _counted(run: Run, stage: Stage, measured: Measured, read: Read) -> tuple[StageSettings, str]:
