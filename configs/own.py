@@ -26,11 +26,11 @@ def get_config(arg: str = "paper") -> ConfigDict:
             data="llava_instruct",
             epochs=epochs,
             least_steps=least_steps,
-            batch_size=32,
+            batch_size=16,
             length=0,
             images_per_row=0,
             loss_chunk=256,
-            # One calibrator step at the experts' rate could turn a weight of 1 negative: it learns 50 times slower.
+            # As in the demo: one calibrator step at the experts' rate could turn a weight of 1 negative.
             optimizer=OptimizerConfig(learning_rate=learning_rate, multipliers={"calibrators": 0.02}),
         )
 

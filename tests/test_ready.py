@@ -18,7 +18,7 @@ from moextend_jax.data.splitting import marks_of
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate import summary
 from moextend_jax.mesh import make_mesh
-from moextend_jax.runs.data_of import held_out_source, source_of
+from moextend_jax.runs.data_of import held_out_source, source_of, unseen_source
 from moextend_jax.runs.making import make_all
 from moextend_jax.runs.ready import ready
 from moextend_jax.runs.results import RESULTS, Data
@@ -135,7 +135,7 @@ def test_all_that_stands_in_the_way_is_said_before_anything_is_written(llava, tm
         (lambda n, row: row | {"image": "one.png"}, "share pictures, so none can be held out unseen"),
         (
             lambda n, row: row if n else row | {"conversations": row["conversations"][:1]},
-            "^align, extend, finetune: example row0: roles must",
+            "align, extend, finetune: example row0: roles must .*evaluate: example row0: roles",
         ),
     ],
 )
@@ -151,7 +151,7 @@ def test_questions_are_looked_at_before_anything_is_trained(llava, tmp_path):
     asked = {"data": "llava_instruct", "questions": 24, "split": "train", "length": 0}
     strict = dataclasses.replace(settings(llava).faults, policies={"not_image": "error"})
     run = open_without_weights(dataclasses.replace(settings(llava, evaluate=asked), faults=strict), tmp_path / "work")
-    with pytest.raises(MoextendError, match=r"^cannot read image 3\.png"):
+    with pytest.raises(MoextendError, match=r"^evaluate: cannot read image 3\.png"):
         next(make_all(run, checks=[summary.check]))
     with pytest.raises(MoextendError, match="its prompt has 2. tokens, evaluate.length is 7"):
         summary.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"length": 7})))
@@ -161,7 +161,7 @@ def test_questions_are_looked_at_before_anything_is_trained(llava, tmp_path):
 
 def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     run = open_without_weights(settings(llava, align={"split": "train[:50%]"}), tmp_path)
-    unseen = held_out_source(run)
+    unseen = unseen_source(run)
     assert unseen is not None and len(unseen) == 6
     marks = {mark for row in unseen for mark in marks_of(row)}
     parts = {name: source_of(run, row.data(run.settings.recipe)) for name, row in RESULTS.items() if row.data}
@@ -173,7 +173,8 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     assert {row.id for row in asked.source} == {row.id for row in unseen}
     assert (asked.title, asked.data) == ("held-out llava_instruct", "llava_instruct")
     named = changed(run.settings, evaluate={"data": "llava_instruct", "questions": 5, "split": "train[:6]"})
-    assert held_out_source(dataclasses.replace(run, settings=named)) is None
+    assert [row.id for row in held_out_source(run) or ()] == [row.id for row in unseen]
+    assert held_out_source(dataclasses.replace(run, settings=named)) is None  # stages train on it
     assert len(source_of(dataclasses.replace(run, settings=named), Data("finetune"))) == ROWS
 
 

@@ -32,7 +32,7 @@ from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.data_of import held_out_source, images_of, open_source, pixels_of, source_of
+from moextend_jax.runs.data_of import images_of, open_source, pixels_of, source_of, unseen_source
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
 from moextend_jax.runs.ready import too_many_questions
 from moextend_jax.runs.results import ANSWERING, MODELS, Data, training, trains_tower
@@ -61,7 +61,10 @@ class Asked(NamedTuple):
 def check(run: Run) -> None:
     """Raises a MoextendError for what `evaluate` would find wrong with its questions, before any model is there."""
     asked = _asked(run)
-    _prompted_questions(run, asked, pixels_of(run, asked.source))
+    try:
+        _prompted_questions(run, asked, pixels_of(run, asked.source))
+    except Fault as fault:
+        raise MoextendError(f"evaluate: {fault}") from fault
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def evaluate(run: Run) -> dict[str, Any]:
 def _asked(run: Run) -> Asked:
     """The rows that are asked, the same for every run."""
     settings = run.settings.evaluate
-    unseen = held_out_source(run)
+    unseen = unseen_source(run)
     of = settings if unseen is None else run.settings.finetune
     source = open_source(run, settings.data, settings.split) if unseen is None else unseen
     count = settings.questions if unseen is None else min(settings.questions, len(source))

@@ -21,6 +21,7 @@ from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
+from moextend_jax.runs import results
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Arrays, Run
 from moextend_jax.settings import StageSettings
@@ -51,7 +52,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     """
     read = functools.cache(read or functools.partial(open_source, run))
     stage: StageSettings = getattr(run.settings, data.of)
-    source, unseen = read(stage.data, stage.split), held_out_source(run, read=read)
+    source, unseen = read(stage.data, stage.split), unseen_source(run, read=read)
     if unseen is not None and (stage.data == run.settings.finetune.data or _one_folder(source, unseen)):
         source = without(source, unseen)
     if data.part == "all":
@@ -60,8 +61,8 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
 
 
-def held_out_source(run: Run, *, read: Read | None = None) -> Source | None:
-    """The rows of the finetune data that no stage trains on, whose pictures none sees: `evaluate.held_out` of them.
+def unseen_source(run: Run, *, read: Read | None = None) -> Source | None:
+    """The part of the finetune data that no stage trains on and whose pictures none sees: `evaluate.held_out` of it.
     None where `evaluate.data` names other data."""
     settings, stage = run.settings, run.settings.finetune
     if settings.evaluate.data:
@@ -69,6 +70,22 @@ def held_out_source(run: Run, *, read: Read | None = None) -> Source | None:
     source = (read or functools.partial(open_source, run))(stage.data, stage.split)
     part, setting = settings.evaluate.held_out, "evaluate.held_out"
     return hold_out_pictures(source, part=part, seed=settings.seed, setting=setting).held_out
+
+
+def held_out_source(run: Run) -> Source | None:
+    """Rows that no stage trains on, those of the evaluation; None where a stage trains on them."""
+    evaluate = run.settings.evaluate
+    if not evaluate.data:
+        return unseen_source(run)
+    stages: list[StageSettings] = [getattr(run.settings, results.result(name).settings) for name in results.training()]
+    if any((stage.data, base_of(stage.split)) == (evaluate.data, base_of(evaluate.split)) for stage in stages):
+        return None
+    return open_source(run, evaluate.data, evaluate.split)
+
+
+def base_of(split: str) -> str:
+    """The split that a part such as "train[:90%]" is of."""
+    return split.partition("[")[0]
 
 
 def _one_folder(source: Source, other: Source) -> bool:
