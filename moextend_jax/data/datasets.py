@@ -389,7 +389,7 @@ def family_of(name: str) -> tuple[str, str]:
 def short_name(data: str, split: str) -> str:
     """A folder's name for what is kept of a data set's images: a word of it, and what tells it from others."""
     if not is_packaged(data) and data not in LLAVA:
-        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(data.partition(",")[0]).stem).strip("-")[:40]
+        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(parts_of(data)[0].name).stem).strip("-")[:40]
         data = f"{words or 'data'}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
     return f"{data.partition('/')[0]}-{base_split(split)}"
 

@@ -50,6 +50,10 @@ def read_tar(path: Path) -> Iterator[Row]:
                 members = (_member(info) for info in _infos(tar) if info.isreg())
                 for key, group in itertools.groupby(members, key=lambda member: member.key):
                     yield _row(path, tar, key, list(group))
+                # tarfile takes anything after a first member for its end; a whole one ends in zeros.
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"it is cut off or damaged at byte {tar.offset}")
         except MoextendError:
             raise
         except tarfile.ReadError as error:
