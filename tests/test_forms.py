@@ -22,11 +22,13 @@ from PIL import Image
 
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.batches import Pixels, batches
+from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.entries import read_entries
-from moextend_jax.data.faults import Fault
+from moextend_jax.data.faults import STRICT, Fault
 from moextend_jax.data.forms import Part, files_of, parts_of
 from moextend_jax.data.images import decode_image
+from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.data.mixing import picks
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.settings import FaultSettings, StageSettings
@@ -709,3 +711,68 @@ def test_folders_of_features_have_names_of_their_own():
     own = [short_name(data, "train") for data in ("a/data.json", "b/data.json", "gs://x/y z-{0..2}.tar:3,b.csv:1")]
     assert own[0].startswith("data-") and own[2].startswith("y-z-0-2-") and len(set(own)) == 3
     assert not any(set(name) & set("/:{}, ") for name in own)
+
+
+# --- data check -------------------------------------------------------------------------------------------------------
+
+
+def checked(data: str, **more: Any) -> list[Report]:
+    reading = Reading(stages=("align",), data=data, split=more.pop("split", "train"), length=64, images_per_row=2)
+    return check(
+        [reading],
+        open_origin=lambda one: open_origin(one, data_dir=Path("none"), images=more.get("images")),
+        work=Work(tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=4, size=8, readings=(), files={}),
+        faults=STRICT,
+        processes=more.get("processes", 0),
+    )
+
+
+def test_the_check_reads_every_form(tmp_path: Path, pictures: Path):
+    for n, (form, make) in enumerate(FORMS.items()):
+        (tmp_path / str(n)).mkdir()
+        (report,) = checked(str(make(tmp_path / str(n))), images=pictures)
+        tarred = "web" in form or form == "pattern"
+        assert (report.error, report.counts, report.rows) == (None, {}, 6), form
+        assert report.images == 5 + tarred and report.ok(STRICT), form
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_the_check_names_bad_pictures_wherever_they_are(tmp_path: Path, processes: int, monkeypatch):
+    monkeypatch.setattr("moextend_jax.data.check.IMAGES", 2)
+    monkeypatch.setattr("moextend_jax.data.check.ROWS", 4)
+    bad = {2: lying(6)[:-200], 4: b"<html>"}
+    row = lambda n: {"id": f"row{n}", "question": "a", "answer": "b", "image": bad.get(n, picture(n))}  # noqa: E731
+    pq.write_table(pa.Table.from_pylist([row(n) for n in ROWS]), tmp_path / "a.parquet")
+    members = {}
+    for n in ROWS:
+        members |= {f"row{n}.png": row(n)["image"], f"row{n}.txt": b"c"}
+    tar(tmp_path / "a.tar", members)
+    reports = checked(f"{tmp_path}/a.parquet:1,{tmp_path}/a.tar:2", processes=processes)
+    assert [report.reading.data for report in reports] == [f"{tmp_path}/a.parquet", f"{tmp_path}/a.tar"]
+    for report in reports:
+        assert (report.rows, report.images, report.skipped) == (6, 6, 0)
+        assert {kind: [one.entry for one in first] for kind, first in report.first.items()} == {
+            "truncated": [2], "not_image": [4]
+        }  # fmt: skip
+    (sliced,) = checked(f"{tmp_path}/a.tar", split="train[5:]", processes=processes)
+    assert (sliced.rows, sliced.images, sliced.counts) == (1, 1, {})
+    skip = FaultSettings(policies={"truncated": "skip", "not_image": "skip"}, most_skipped=1.0)
+    for name in ("a.parquet", "a.tar"):
+        source = open_dataset(str(tmp_path / name), data_dir=tmp_path / "built", faults=skip)
+        assert [read_or_kind(source, n) for n in ROWS] == [None, None, "truncated", None, "not_image", None]
+
+
+def read_or_kind(source: Source, n: int) -> str | None:
+    try:
+        source.images.decoded(source[n].images[0].row)
+    except Fault as fault:
+        return fault.kind
+    return None
+
+
+def test_a_mixture_that_cannot_be_opened_is_a_report_each():
+    reports = checked("none/a.json,none/b.json")
+    assert [report.reading.data for report in reports] == ["none/a.json", "none/b.json"]
+    assert all("no data set" in (report.error or "") for report in reports)
+    (report,) = checked("a.json:0,b.json")
+    assert "a weight must be above 0" in (report.error or "")

@@ -71,7 +71,9 @@ def open_origin(
     images: Path | str | None = None,
     faults: FaultSettings = STRICT,
 ) -> Origin:
-    """Files are read where they are, so that nothing need be built to check them."""
+    """Files are read where they are, so that nothing need be built to check them. A mixture has an origin for each of
+    its parts."""
+    parts_of(reading.data)  # says what is wrong with one
     if not is_packaged(reading.data):
         files = files_of(reading.data, split=reading.split, manual_dir=manual_dir, known=BUILDERS)
         home = image_folder(files, images, faults)

@@ -59,8 +59,13 @@ def open_file(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: Exception) -> MoextendError:
+    return MoextendError(f"cannot read {path}: {one_line(error)}")
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of a file, with nothing of the file's own that a terminal would obey."""
     why = " ".join(f"{error}".split())[:300] or type(error).__name__
-    return MoextendError(f"cannot read {path}: {why}")
+    return "".join(character if character.isprintable() else "?" for character in why)
 
 
 Value = tuple[int, Any, list[int]]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.json_values import MOST_ENTRY, Row, open_file, unreadable
+from moextend_jax.data.json_values import MOST_ENTRY, Row, one_line, open_file, unreadable
 from moextend_jax.folders import absolute
 
 PICTURES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "jp2", "ico", "avif", "heic")
@@ -58,7 +58,7 @@ def read_tar(path: Path) -> Iterator[Row]:
             raise
         except tarfile.ReadError as error:
             raise MoextendError(
-                f"{path} is no tar file that can be read: {error}; it must be whole and not compressed"
+                f"{path} is no tar file that can be read: {one_line(error)}; it must be whole and not compressed"
             ) from error
         except Exception as error:
             raise unreadable(path, error) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.json_values import MOST_ENTRY, Row, invalid_bytes, open_file, unreadable
+from moextend_jax.data.json_values import MOST_ENTRY, Row, invalid_bytes, one_line, open_file, unreadable
+from moextend_jax.folders import is_url
 
 AT_ONCE = 16
 """Rows that are taken out of a Parquet file together."""
@@ -37,7 +39,7 @@ def read_csv(path: Path) -> Iterator[Row]:
             delimiter = max(",;\t", key=first.count)
             header = next(csv.reader([first], delimiter=delimiter), [])
             if len(set(header)) < len(header):
-                raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]}")
+                raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]!a}")
             rows = csv.reader(lines, delimiter=delimiter, strict=True)
             for cells in rows:
                 if not cells:  # a blank line
@@ -49,7 +51,7 @@ def read_csv(path: Path) -> Iterator[Row]:
                 value = dict(zip(header, cells, strict=False))
                 yield Row(path, f"line {rows.line_num + 1}", value, places, why)
         except csv.Error as error:
-            raise MoextendError(f"{path} is not CSV: {error}") from error
+            raise MoextendError(f"{path} is not CSV: {one_line(error)}") from error
 
 
 def _text_lines(file: Any, path: Path, invalid: list[int]) -> Iterator[str]:
@@ -79,7 +81,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 def read_arrow(path: Path) -> Iterator[Row]:
     """An Arrow stream, as `datasets` saves them, or an Arrow file."""
-    with open_file(path) as file, _refusing(path):
+    with _refusing(path), _mapped(path) as file:
         magic = file.read(6)
         file.seek(0)
         if magic == b"ARROW1":
@@ -88,6 +90,11 @@ def read_arrow(path: Path) -> Iterator[Row]:
         else:
             with pa.ipc.open_stream(file) as batches:
                 yield from _rows(path, batches)
+
+
+def _mapped(path: Path) -> Any:
+    """Not read into memory, where a damaged file may say that a part of it has gigabytes."""
+    return open_file(path) if is_url(path) else pa.memory_map(os.fspath(path))
 
 
 @contextlib.contextmanager
