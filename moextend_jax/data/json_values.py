@@ -5,12 +5,14 @@ Goes in: a list `[{...}, ...]`, or JSON Lines (`{...}` after `{...}`, with or wi
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import is_url
 
 BLOCK = 1 << 20
 MOST_ENTRY = 64 << 20
@@ -53,7 +55,8 @@ def read_json(path: Path) -> Iterator[Row]:
 def open_file(path: Path) -> Any:
     """For reading bytes; the caller closes it."""
     try:
-        return path.open("rb")
+        file = path.open("rb")
+        return io.BufferedReader(cast(Any, file), BLOCK) if is_url(path) else file
     except Exception as error:  # buckets have errors of their own
         raise unreadable(path, error) from error
 
