@@ -57,7 +57,13 @@ def check_command(
         folder = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         reports = check(
             readings_of(settings),
-            open_origin=partial(open_origin, data_dir=folder, manual_dir=manual_dir),
+            open_origin=partial(
+                open_origin,
+                data_dir=folder,
+                manual_dir=manual_dir,
+                images=settings.images or None,
+                faults=faults,
+            ),
             work=work,
             faults=faults,
             processes=processes,

@@ -44,11 +44,14 @@ Policy = Literal["error", "skip", "keep"]
 SKIPPED: tuple[FaultKind, ...] = (
     "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
 )  # fmt: skip
-KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id",)
+KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id", "outside")
 """Kinds whose conversation can be read all the same."""
 POLICIES = cast(
     dict[FaultKind, Policy],
-    {kind: "skip" if kind in SKIPPED else "keep" if kind in KEEPABLE else "error" for kind in get_args(FaultKind)},
+    {
+        kind: "skip" if kind in SKIPPED else "keep" if kind == "duplicate_id" else "error"
+        for kind in get_args(FaultKind)
+    },
 )
 
 
@@ -100,8 +103,8 @@ class FaultSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One stage of training. `data` is a data set of `data/datasets.py`, with a split. How long it trains is set by
-    `steps` or by `epochs`, the other is 0."""
+    """One stage of training. `data` is a name or a path (docs/data.md), or several of them with weights,
+    `a.json:0.7,b.csv:0.3`; `split` is of each. How long it trains is set by `steps` or by `epochs`, the other is 0."""
 
     data: str
     steps: Amount = 0
@@ -196,6 +199,9 @@ class RunSettings:
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
     """Where LLaVA's JSON and image folder are."""
+    images: str = ""
+    """The folder that image paths in data are relative to; "" is the folder of the file that names them, or its folder
+    images."""
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: Amount = 0

@@ -14,7 +14,7 @@ import numpy as np
 from moextend_jax import distributed
 from moextend_jax.config import Batch, ModelConfig
 from moextend_jax.data.batches import Features, Pixels, batches
-from moextend_jax.data.datasets import Source, hold_out, open_dataset
+from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.folders import folder, local
@@ -36,6 +36,7 @@ def open_source(run: Run, name: str, split: str) -> Source:
             split=split,
             data_dir=data_dir,
             manual_dir=run.settings.manual_dir or None,
+            images=run.settings.images or None,
             faults=run.settings.faults,
         )
 
@@ -110,7 +111,7 @@ def images_of(run: Run, source: Source, *, data: str, split: str) -> Pixels | Fe
     if vision is None or not run.settings.cache_features or not len(source.images):
         return pixels_of(run, source)
     tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith("vision/")}
-    name = f"{data.partition('/')[0]}-{split.partition('[')[0]}"
+    name = short_name(data, split)
     return Features(
         store=cache_features(
             source.images,
