@@ -42,7 +42,7 @@ def main() -> None:
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
     from moextend_jax.evaluate.running import asker_of, generator_of
-    from moextend_jax.runs.export import export_main
+    from moextend_jax.runs.export import ExportOptions, export
     from moextend_jax.runs.models_of import open_model
     from moextend_jax.runs.run import open_run, settings_of
 
@@ -86,7 +86,7 @@ def main() -> None:
     rounds, chosen = [], []
     with tempfile.TemporaryDirectory() as scratch:
         exported, file = Path(scratch) / "model", Path(scratch) / "prompts.json"
-        export_main([str(args.workdir), str(exported), "--layout", "released"])
+        export(ExportOptions(args.workdir, exported, layout="released"))
         file.write_text(json.dumps(asked))
         for _ in range(args.rounds):
             ours = answer()

@@ -1,7 +1,7 @@
 """Mixtral-8x7B and CLIP ViT-L/14-336 on LLaVA's data, as the paper trains it, on a pod or a GPU mesh.
 
-    moextend run --config configs/mixtral_8x7b.py:packed --workdir DIR \
-        --config.base=MIXTRAL_FOLDER --config.vision=CLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
+    moextend run mixtral_8x7b:packed --workdir DIR \
+        --base MIXTRAL_FOLDER --vision CLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
 
 The folders are Hugging Face's, as published: Mixtral-8x7B-Instruct-v0.1, clip-vit-large-patch14-336; LLAVA_FOLDER
 holds LLaVA's JSON files and image folders. Steps are one epoch: 558k pairs in batches of 256, 665k conversations in
@@ -12,11 +12,11 @@ batches of 128. Arguments:
     released  the released code's recipe and its batch sizes, one conversation a row
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.config import RECIPES
 from moextend_jax.settings import (
     EvaluateSettings,
     FaultSettings,
@@ -30,9 +30,7 @@ from moextend_jax.settings import (
 PAIRS, CONVERSATIONS = 558_128, 665_298
 
 
-def get_config(arg: str = "paper") -> ConfigDict:
-    if arg not in ("paper", "packed", "released"):
-        raise MoextendError(f"configs/mixtral_8x7b.py:{arg}: the arguments are paper, packed and released")
+def get_config(arg: Literal["paper", "packed", "released"] = "paper") -> ConfigDict:
     recipe = RECIPES["paper" if arg == "packed" else arg]
     align_batch, instruct_batch = recipe.global_batch
     captions: dict[str, Any] = {"batch_size": align_batch, "length": 1024, "steps": -(-PAIRS // align_batch)}

@@ -60,13 +60,21 @@ class OptimizerConfig:
     """AdamW as the paper sets it; `multipliers` of the learning rate and `weight_decays` are by group."""
 
     learning_rate: Positive = 1e-3
+    """Highest learning rate, after warm-up."""
     warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises."""
     clip_norm: Positive = 1.0
+    """Largest norm of a step's gradient, all leaves together; a larger one is scaled down."""
     b1: Decay = 0.9
+    """Decay of AdamW's first moment."""
     b2: Decay = 0.999
+    """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
+    """Added to the root of the second moment."""
     multipliers: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    """What the learning rate of a group of parameters is multiplied by; 1 where not named."""
     weight_decays: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    """Weight decay of a group of parameters; 0 where not named."""
 
     def __post_init__(self):
         _check(self)
@@ -78,7 +86,9 @@ class FaultSettings:
     share of the conversations read that were skipped, a run stops."""
 
     policies: Mapping[FaultKind, Policy] = dataclasses.field(default_factory=dict)
+    """What is done about each kind of fault: stop, leave the conversation out, or take it all the same."""
     most_skipped: Share = 0.01
+    """Share of the conversations read that may be left out; above it the run stops."""
 
     def __post_init__(self):
         _check(self)
@@ -107,28 +117,33 @@ class StageSettings:
     `a.json:0.7,b.csv:0.3`; `split` is of each. How long it trains is set by `steps` or by `epochs`, the other is 0."""
 
     data: str
+    """Data set that the stage is trained on."""
     steps: Amount = 0
+    """Steps of the optimizer; 0: as many as `epochs` come to."""
     epochs: NotNegative = 0.0
     """How often every conversation is seen; the steps are counted before the first."""
     least_steps: Amount = 0
     """Of `epochs`: as many steps at least, however few conversations there are."""
     batch_size: Count
-    """Rows of a step; where the data set has fewer, they are repeated."""
+    """Rows per step, on all devices together; where the data set has fewer, they are repeated."""
     length: Amount
-    """Tokens of a row; 0: of the longest conversation of the data set, rounded up."""
+    """Tokens of a row, visual ones too; 0: of the longest conversation of the data set, rounded up."""
     split: str = "train"
+    """Part of the data set."""
     images_per_row: Amount = 1
-    """Pictures that a row has room for; 0: as many as the conversation with the most."""
+    """Images of a row at most; 0: as many as the conversation with the most has."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
     """Most tokens of one conversation in a packed row; 0 is the row's length."""
     too_long: Literal["error", "drop_turns"] = "error"
+    """What is done about a conversation longer than that: stop, or leave its last turns out."""
     loss_chunk: Count = 1024
     """Labelled positions that go through the head at once on a device."""
     accumulate: Count = 1
     """Parts in which a step computes its batch, one after another, where the whole does not fit."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW's settings."""
 
     def __post_init__(self):
         _check(self)
@@ -147,9 +162,12 @@ class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
     held_out: Part = 10_000.0
-    """Below 1 a share of the rows, from 1 on a number of rows."""
+    """Samples on which routing is counted, and which the probe does not see: below 1 a share of the rows, from 1 on a
+    number of rows."""
     share: LayerShare = 0.5
+    """Share of the layers to extend."""
     batch_size: Count = 64
+    """Rows at once."""
 
     def __post_init__(self):
         _check(self)
@@ -158,21 +176,26 @@ class SelectSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
-    """`questions` questions of a data set, drawn at random, to all models; and how text is read."""
+    """Accuracy on questions, and what is forgotten of text."""
 
     data: str
-    """"" is a part of finetune's data, which no stage then trains on."""
+    """Data set whose questions are asked; "" is a part of finetune's, on which no stage trains then."""
     held_out: Part = 0.1
     """That part: below 1 a share of the rows, from 1 on a number of rows. Rows that show one picture stay together."""
     questions: Count
-    """Of a part held out at most so many."""
+    """So many of them, drawn at random; of a held-out part at most so many."""
     split: str = "test"
+    """Part of the data set."""
     batch_size: Count = 256
+    """Questions at once."""
     length: Amount = 64
-    """Tokens of the longest prompt; 0: as many as there are."""
+    """Tokens of a question at most, visual ones too; 0: as many as the longest has."""
     max_new_tokens: Count = 8
+    """Tokens of an answer at most."""
     text_length: Count = 256
+    """Tokens of a row of held-out text."""
     text_batch_size: Count = 16
+    """Rows of held-out text at once."""
     examples: Amount = 8
     """Questions shown in the report."""
 
@@ -193,8 +216,11 @@ class RunSettings:
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     recipe: Recipe = RECIPES["paper"]
     base: str = "embedded"
+    """Folder of the pretrained language model; embedded: the small real one of the package."""
     vision: str = "embedded"
+    """Folder of the pretrained vision tower; embedded: the small real one of the package."""
     seed: Amount = 0
+    """Of new parameters, the order of data, and what is held out."""
     data_dir: str = ""
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
@@ -205,23 +231,34 @@ class RunSettings:
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: Amount = 0
+    """Processes that read and decode data; 0: the one that trains."""
     cpu_devices: Count = 1
     """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
     aux_coefficient: NotNegative = 0.001
+    """Weight of the load-balancing loss."""
+    # The next six are those of `config.ModelConfig`.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of frozen parameters and of the computation."""
     train_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the parameters that a stage trains."""
     remat: Literal["none", "attention", "layer"] = "layer"
+    """What the backward pass computes again: nothing, attention, or whole layers, which takes least memory."""
     saved: tuple[Saved, ...] = ()
+    """Products that are kept all the same where layers are computed again."""
     dispatch: Literal["gather", "exchange"] = "gather"
+    """How tokens meet experts on other devices: all-gather in the expert group, or all-to-all."""
     text_isolation: Literal["none", "strict"] = "none"
-    """`remat`, `saved`, `dispatch` and `text_isolation` are those of `config.ModelConfig`."""
+    """strict: conversations without an image never choose a new expert, so that text is computed as before."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
     )
+    """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
+    """Steps between checkpoints."""
     checkpoints_kept: Annotated[int, Range(least=2)] = 2
-    """Two at least: the older one is there if the newest is damaged."""
+    """Checkpoints of a stage that are kept: two at least, for the newest may be damaged."""
     log_every: Count = 10
+    """Steps between lines of metrics."""
     faults: FaultSettings = dataclasses.field(default_factory=FaultSettings)
     """What training does about damaged examples."""
     nonfinite_limit: Amount = 10

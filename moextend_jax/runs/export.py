@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -31,21 +31,30 @@ from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
 from moextend_jax.folders import absolute
+from moextend_jax.options import OneOf
 from moextend_jax.runs import results
 from moextend_jax.runs.run import facts_of_base, remembered, settings_of
-from moextend_jax.terminal import Parser
 
 
-def export_main(arguments: list[str]) -> None:
-    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
-    parser = Parser(prog="moextend export", description=export_main.__doc__)
-    parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
-    parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
-    parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
-    parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
-    values = parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    src: Path
+    """folder of a checkpoint, or WORKDIR of a run"""
+    dst: Path
+    """new folder"""
+    _: dataclasses.KW_ONLY
+    layout: Annotated[str | None, OneOf(LAYOUTS)] = None
+    """else the layout that holds all there is"""
+    base: Path | None = None
+    """folder of the base, where SRC is a delta or a partial save"""
+    vision: Path | None = None
+    """folder of a CLIP vision tower"""
+    max_shard_size: str = SHARD
+    """of one file"""
+
+
+def export(values: ExportOptions) -> None:
+    """An imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
     shard = size_of(values.max_shard_size)
     if is_workdir(values.src):
         if values.base or values.vision:
