@@ -23,7 +23,7 @@ from moextend_jax.settings import (
 def get_config(arg: str = "paper") -> ConfigDict:
     def stage(*, epochs: float, least_steps: int, learning_rate: float) -> StageSettings:
         return StageSettings(
-            data="llava_instruct",
+            data="",  # --data
             epochs=epochs,
             least_steps=least_steps,
             batch_size=16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -163,10 +164,10 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     run = open_without_weights(settings(llava, align={"split": "train[:50%]"}), tmp_path)
     unseen = unseen_source(run)
     assert unseen is not None and len(unseen) == 6
-    marks = {mark for row in unseen for mark in marks_of(row)}
+    marks = set(itertools.chain.from_iterable(marks_of(unseen)))
     parts = {name: source_of(run, row.data(run.settings.recipe)) for name, row in RESULTS.items() if row.data}
     for name, part in parts.items():
-        assert all(marks.isdisjoint(marks_of(row)) for row in part), name
+        assert all(map(marks.isdisjoint, marks_of(part))), name
     assert len(parts["finetune"]) == 18 and len(parts["select"]) == 2 and len(parts["extend"]) == 16
     assert 6 <= len(parts["align"]) < 12
     asked = summary._asked(run)
@@ -180,8 +181,14 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "title"),
-    [("easy_vqa/questions", "easy-VQA"), ("llava_instruct", "llava_instruct"), ("/a/b/own.jsonl", "own.jsonl"),
-     ("x/a.json:0.7,y/b.parquet:0.3", "a.json, b.parquet"), ("folder/", "folder")],
-)  # fmt: skip
+    [
+        ("easy_vqa/questions", "easy-VQA"),
+        ("llava_instruct", "llava_instruct"),
+        ("/a/b/own.jsonl", "own.jsonl"),
+        ("gs://bucket/own.json", "own.json"),
+        ("x/a.json:0.7,y/b.parquet:0.3", "a.json, b.parquet"),
+        ("folder/", "folder"),
+    ],
+)
 def test_tables_name_data_as_people_do(data: str, title: str):
     assert summary.title_of(data) == title

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.builders import ImageRef
-from moextend_jax.data.datasets import Example, Images, Source
-from moextend_jax.data.splitting import hold_out_pictures, marks_of, rows_of_part, without
+from moextend_jax.data.datasets import Example, Images, Source, mix
+from moextend_jax.data.image_files import ImageFolder
+from moextend_jax.data.splitting import Mark, hold_out_pictures, marks_of, rows_of_part, without
 
 
 class Rows(list):
@@ -27,16 +29,16 @@ class Rows(list):
         return [self[row] for row in rows]
 
 
-def source(*keys_of_rows: str) -> Source:
-    """Rows that show these pictures, one letter each."""
+def source(*keys_of_rows: str, folder: str = "pictures") -> Source:
+    """Rows that show these pictures, one letter each, of a folder."""
     rows = Rows(
         Example(f"{n}{keys}", [], tuple(ImageRef(key, ord(key)) for key in keys)) for n, keys in enumerate(keys_of_rows)
     )
-    return Source(rows=rows, images=Images(()), fingerprint="x")
+    return Source(rows=rows, images=Images((), folder=ImageFolder(Path(folder))), fingerprint="x")
 
 
-def marks(rows: Source) -> set[str]:
-    return set(itertools.chain.from_iterable(map(marks_of, rows)))
+def marks(rows: Source) -> set[Mark]:
+    return set(itertools.chain.from_iterable(marks_of(rows)))
 
 
 def split(rows: Source, part: float, seed: int = 0):
@@ -73,6 +75,10 @@ def test_the_rows_of_other_data_lose_the_pictures_that_were_held_out():
     captions = source(*"fedcba", "xa", "")
     left = without(captions, held_out)
     assert marks(left).isdisjoint(marks(held_out)) and marks(rest) <= marks(left)
+    others = source(*"abcdef", folder="others")
+    assert len(without(others, held_out)) == 6  # pictures of these names, but others
+    mixed = mix([source(*"xyz", folder="others"), source(*"abcdef")], weights=None, names=["one", "two"])
+    assert len(without(mixed, held_out)) == 7
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ class Part(NamedTuple):
 
 def parts_of(text: str) -> list[Part]:
     """`a.json:0.7,b.parquet:0.3`, or one name or path."""
+    if not text:
+        raise MoextendError("no data is named; say --data FILE, and --images FOLDER for its pictures")
     if "," in text and "://" not in text and Path(text).exists():
         return [Part(text)]
     parts = [_part(part.strip()) for part in re.split(r",(?![^{]*\})", text)]

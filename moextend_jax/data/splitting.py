@@ -7,14 +7,17 @@ another order, move no picture to the other side unless the number that is held 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import Example, HoldOut, Source, select
+from moextend_jax.data.datasets import AnyImages, HoldOut, Source, select
+from moextend_jax.data.mixing import JoinedImages
 
 
 def rows_of_part(part: float, rows: int, *, setting: str) -> int:
@@ -43,7 +46,7 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
       MoextendError: too few rows, or all of them are tied together by their pictures.
     """
     wanted = rows_of_part(part, len(source), setting=setting)
-    groups = sorted(_groups(marks_of(example) for example in source), key=lambda group: _order(group[0], seed))
+    groups = sorted(_groups(marks_of(source)), key=lambda group: _order(group[0], seed))
     chosen = np.zeros(len(source), bool)
     for _, rows in groups:
         if chosen.sum() + len(rows) <= wanted:
@@ -56,24 +59,47 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
 
 
 def without(source: Source, unseen: Source) -> Source:
-    """The rows of a source that show no picture, and are no row without pictures, of `unseen`."""
-    marks = {mark for example in unseen for mark in marks_of(example)}
-    return select(source, [row for row, example in enumerate(source) if marks.isdisjoint(marks_of(example))])
+    """The rows of a source that show no picture of `unseen`, and are none of its rows without pictures."""
+    marks = set(itertools.chain.from_iterable(marks_of(unseen)))
+    return select(source, [row for row, of_row in enumerate(marks_of(source)) if marks.isdisjoint(of_row)])
 
 
-def marks_of(example: Example) -> tuple[str, ...]:
-    """What must not be on both sides: the keys of its pictures, or its text where it has none."""
-    if example.images:
-        return tuple(ref.key for ref in example.images)
-    text = json.dumps([example.id, example.conversations])
-    return (hashlib.sha256(text.encode()).hexdigest(),)
+class Mark(NamedTuple):
+    """What must not be on both sides: a picture, or a text that shows none. home: where the picture lies, so that
+    pictures of one name in two folders are two."""
+
+    home: str
+    name: str
 
 
-def _groups(marks: Iterable[tuple[str, ...]]) -> list[tuple[str, list[int]]]:
+def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
+    """Of each row."""
+    picture = _pictures(source.images)
+    for example in source:
+        text = json.dumps([example.id, example.conversations])
+        hashed = Mark("", hashlib.sha256(text.encode()).hexdigest())
+        yield tuple(picture(ref.key) for ref in example.images) or (hashed,)
+
+
+def _pictures(images: AnyImages) -> Callable[[str], Mark]:
+    """From the keys of images to marks, which other data sets' images have too where they are the same."""
+    if isinstance(images, JoinedImages):
+        parts = [_pictures(part) for part in images.parts]
+
+        def of_part(key: str) -> Mark:
+            number, _, name = key.partition("/")
+            return parts[int(number)](name)
+
+        return of_part
+    home = str(images.folder.path) if images.folder else images.fingerprint
+    return lambda key: Mark(home, key)
+
+
+def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:
     """Rows that are tied together by marks, with the least mark of each group."""
-    parent: dict[str, str] = {}
+    parent: dict[Mark, Mark] = {}
 
-    def root(mark: str) -> str:
+    def root(mark: Mark) -> Mark:
         while (above := parent.setdefault(mark, mark)) != mark:
             parent[mark] = parent[above]  # shorter for the next time
             mark = above
@@ -84,11 +110,11 @@ def _groups(marks: Iterable[tuple[str, ...]]) -> list[tuple[str, list[int]]]:
         roots = sorted(map(root, of_row))
         parent.update(dict.fromkeys(roots[1:], roots[0]))
         first.append(of_row[0])
-    rows: dict[str, list[int]] = defaultdict(list)
+    rows: dict[Mark, list[int]] = defaultdict(list)
     for row, mark in enumerate(first):
         rows[root(mark)].append(row)
     return list(rows.items())
 
 
-def _order(mark: str, seed: int) -> str:
-    return hashlib.sha256(f"{seed} {mark}".encode(errors="surrogateescape")).hexdigest()
+def _order(mark: Mark, seed: int) -> str:
+    return hashlib.sha256(f"{seed} {mark.name}".encode(errors="surrogateescape")).hexdigest()

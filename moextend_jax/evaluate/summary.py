@@ -21,6 +21,7 @@ from moextend_jax.data.batches import Features, Pixels, batches, text_batches
 from moextend_jax.data.datasets import Example, Images, Source, open_text
 from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
+from moextend_jax.data.forms import parts_of
 from moextend_jax.data.measure import measure
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
@@ -142,7 +143,7 @@ def title_of(data: str) -> str:
     """What tables call a data set: easy-VQA by its name, files by theirs without their folders and weights."""
     if data.partition("/")[0] == "easy_vqa":
         return "easy-VQA"
-    return ", ".join(Path(part.partition(":")[0]).name or part for part in data.split(","))
+    return ", ".join(Path(part.name).name or part.name for part in parts_of(data))
 
 
 def _prompted_questions(

@@ -16,6 +16,7 @@ from moextend_jax.config import Batch, ModelConfig
 from moextend_jax.data.batches import Features, Pixels, batches
 from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.features import cache_features
+from moextend_jax.data.forms import base_split
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
@@ -54,7 +55,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     read = functools.cache(read or functools.partial(open_source, run))
     stage: StageSettings = getattr(run.settings, data.of)
     source, unseen = read(stage.data, stage.split), unseen_source(run, read=read)
-    if unseen is not None and (stage.data == run.settings.finetune.data or _one_folder(source, unseen)):
+    if unseen is not None:
         source = without(source, unseen)
     if data.part == "all":
         return source
@@ -79,19 +80,9 @@ def held_out_source(run: Run) -> Source | None:
     if not evaluate.data:
         return unseen_source(run)
     stages: list[StageSettings] = [getattr(run.settings, results.result(name).settings) for name in results.training()]
-    if any((stage.data, base_of(stage.split)) == (evaluate.data, base_of(evaluate.split)) for stage in stages):
+    if any((stage.data, base_split(stage.split)) == (evaluate.data, base_split(evaluate.split)) for stage in stages):
         return None
     return open_source(run, evaluate.data, evaluate.split)
-
-
-def base_of(split: str) -> str:
-    """The split that a part such as "train[:90%]" is of."""
-    return split.partition("[")[0]
-
-
-def _one_folder(source: Source, other: Source) -> bool:
-    """Whether pictures of one name are one picture in both."""
-    return source.images.folder is not None and source.images.folder == other.images.folder
 
 
 def pixels_of(run: Run, source: Source) -> Pixels:
