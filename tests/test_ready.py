@@ -6,21 +6,27 @@ import dataclasses
 import itertools
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import tiny
 
 from moextend_jax.checkpoints.loading import EMBEDDED
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IGNORE, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.splitting import marks_of
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate import summary
-from moextend_jax.mesh import make_mesh
-from moextend_jax.runs.data_of import held_out_source, source_of, unseen_source
+from moextend_jax.mesh import make_mesh, place_leaves
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.data_of import held_out_source, pixels_of, source_of, unseen_source
 from moextend_jax.runs.making import make_all
+from moextend_jax.runs.models_of import Opened, text_only
 from moextend_jax.runs.ready import ready
 from moextend_jax.runs.results import RESULTS, Data
 from moextend_jax.runs.run import Run
@@ -192,3 +198,44 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
 )
 def test_tables_name_data_as_people_do(data: str, title: str):
     assert summary.title_of(data) == title
+
+
+def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
+    """Whatever the batches; of a model with eyes, and of the base, which gets the text alone."""
+    own = settings(llava, finetune={"steps": 1, "epochs": 0.0}, evaluate={"text_batch_size": 4})
+    run = open_without_weights(own, tmp_path)
+    source = unseen_source(run)
+    assert source is not None
+    opened = Opened(abstract(run.config), place_leaves(abstract(run.config), tiny.arrays(run.config), run.mesh))
+    images = pixels_of(run, source)
+
+    def loss(opened: Opened, images: Any, rows: int) -> float:
+        stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=rows)
+        return summary._answer_loss(run, opened, source, stage=stage, images=images)
+
+    nats, tokens = 0.0, 0
+    stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=6)
+    (batch,) = batches(source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, images=images,
+                       patches=run.patches, seed=None, epochs=1)  # fmt: skip
+    model = with_arrays(opened.model, opened.arrays)
+    hidden_BLD = jax.jit(lambda batch: model(batch).hidden_BLD)(batch._replace(examples_Bg=None))
+    logits_BLV = np.asarray(hidden_BLD, np.float64) @ np.asarray(model.decoder.head_DV, np.float64)
+    for logits_LV, labels_L in zip(logits_BLV, batch.labels_BL, strict=True):
+        for n in np.flatnonzero(labels_L != IGNORE):
+            nats += np.log(np.exp(logits_LV[n - 1]).sum()) - logits_LV[n - 1, labels_L[n]]
+            tokens += 1
+    seeing = loss(opened, images, 4)
+    assert seeing == pytest.approx(nats / tokens, rel=1e-4)
+    blind = loss(text_only(opened), None, 4)
+    assert np.isfinite(blind) and abs(blind - seeing) > 1e-3
+
+
+def test_rows_that_may_have_been_seen_are_not_asked(llava, tmp_path):
+    run = open_without_weights(settings(llava), tmp_path / "work")
+    record = tmp_path / "work" / "finetune" / "stage.json"
+    record.parent.mkdir(parents=True)
+    for held_out, refused in [(0.25, False), (0.5, True)]:
+        then = dataclasses.replace(run, settings=changed(run.settings, evaluate={"held_out": held_out}))
+        record.write_text(json.dumps({"data": source_of(then, Data("finetune")).fingerprint}))
+        with pytest.raises(MoextendError, match="finetune was trained on other rows") if refused else nullcontext():
+            summary._check_unseen(run)

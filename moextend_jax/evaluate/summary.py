@@ -36,7 +36,7 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of, source_of, unseen_source
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
 from moextend_jax.runs.ready import too_many_questions
-from moextend_jax.runs.results import ANSWERING, MODELS, Data, training, trains_tower
+from moextend_jax.runs.results import ANSWERING, MODELS, Data, result, training, trains_tower
 from moextend_jax.runs.run import Run, write_json
 from moextend_jax.settings import StageSettings
 
@@ -76,6 +76,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     is an error, as training does with it.
     """
     settings, asked = run.settings.evaluate, _asked(run)
+    if not settings.data:
+        _check_unseen(run)
     source = asked.source
     images, pixels = images_of(run, source, data=asked.data, split=asked.split), pixels_of(run, source)
     prompted, skipped = _prompted_questions(run, asked, images)
@@ -137,6 +139,19 @@ def _asked(run: Run) -> Asked:
     chosen = np.random.default_rng(0).choice(len(source), count, replace=False)
     title = title_of(of.data) if unseen is None else f"held-out {title_of(of.data)}"
     return Asked(select_rows(source, chosen), of.data, of.split, title)
+
+
+def _check_unseen(run: Run) -> None:
+    """Raises a MoextendError where a stage was trained on other rows than are left beside those held out now."""
+    for name in training():
+        path, data = run.workdir / name / "stage.json", result(name).data
+        if data is None or not path.exists():
+            continue
+        if json.loads(path.read_text()).get("data") != source_of(run, data(run.settings.recipe)).fingerprint:
+            raise MoextendError(
+                f"{path.parent} was trained on other rows: with another evaluate.held_out or seed, or before the data "
+                "changed, so that rows held out now may have been seen; name evaluate.data, or train in another folder"
+            )
 
 
 def title_of(data: str) -> str:

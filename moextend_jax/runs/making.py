@@ -94,6 +94,7 @@ def train(run: Run, name: str) -> None:
     record = {
         "seconds": time.perf_counter() - started,
         "steps": settings.steps,
+        "data": source.fingerprint,
         "frozen_unchanged": content_hash(frozen) == hash_before,
         "trained": {path: int(leaf.size) for path, leaf in trained.items()},
         "frozen_parameters": sum(int(leaf.size) for leaf in frozen.values()),
