@@ -21,7 +21,6 @@ from moextend_jax.data.datasets import open_dataset
 from moextend_jax.runs.run import write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
-
 FORMS = (
     "llava",
     "json lines",
