@@ -33,6 +33,7 @@ IMAGE_KEYS = (
 )
 """Keys that name the pictures of a row. The first line that names any is read: an image_url beside an image is where it
 came from. Keys of one line must not name different ones."""
+KNOWN = frozenset(key for keys in IMAGE_KEYS for key in keys)
 OTHER_MEDIA_KEYS = ("video", "videos", "audio", "audios")
 """Not reading them would train on questions about something that is not there."""
 
@@ -40,8 +41,11 @@ QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "completion", "response", "output")
 CAPTIONS = ("caption", "text")
 CAPTION_QUESTION = "Describe the image."
-UNREAD_IN_TURNS = ("tool_calls", "function_call", "audio", "images", "image", "video", "videos")
-"""Keys of a turn that would be missed."""
+UNREAD_IN_TURNS = frozenset(
+    ("tool_calls", "function_call", "audio", "images", "image", "video", "videos", "weight", "train")
+)
+"""Keys of a turn that would be missed, unless they say what happens anyway."""
+READ_AS_USUAL: dict[str, tuple[Any, ...]] = {"weight": (None, 1), "train": (None, True)}
 
 
 class Talk(NamedTuple):
@@ -73,9 +77,8 @@ WANTED = "conversation: no conversations, no messages, no question and answer, n
 
 
 def _images_of(value: Mapping[str, Any]) -> list[Any]:
-    known = {key for keys in IMAGE_KEYS for key in keys}
     for key, item in value.items():
-        if (key in OTHER_MEDIA_KEYS and item) or (key not in known and _holds_bytes(item)):
+        if (key in OTHER_MEDIA_KEYS and item) or (key not in KNOWN and _holds_bytes(item)):
             verb = "names" if key in OTHER_MEDIA_KEYS else "holds"
             raise Fault(f"what {key} {verb} is not read; only pictures are, under image or images", "entry")
     for keys in IMAGE_KEYS:
@@ -181,21 +184,25 @@ def _talk(turns: Sequence[Any], images: list[Any]) -> Talk:
         if not isinstance(turn, Mapping):
             plain.append(None)
             continue
-        unread = [key for key in UNREAD_IN_TURNS if turn.get(key)]
-        if turn.get("weight") not in (None, 1) or turn.get("train") is False:
-            unread.append("weight")
-        if unread:
-            raise Fault(f"what {unread[0]} of a turn says is not read", "entry")
-        names = [(role, text) for role, text in (("from", "value"), ("role", "content")) if turn.get(role) is not None]
-        if not names or names[0][1] not in turn:
+        if not UNREAD_IN_TURNS.isdisjoint(turn):
+            _check_read(turn)
+        names = SPELLINGS[0] if turn.get("from") is not None else SPELLINGS[1]
+        if turn.get(names[0]) is None or names[1] not in turn:
             plain.append({})
             continue
-        role, text = (turn[name] for name in names[0])
+        role, text = turn[names[0]], turn[names[1]]
         role = ROLES.get(role.lower(), role) if isinstance(role, str) else "?"
         plain.append(_turn(role, _content(text, shown, rest) if isinstance(text, list) else text))
     return Talk(plain, [*shown, *(image for image in rest if image is not TAKEN)])
 
 
+def _check_read(turn: Mapping[str, Any]) -> None:
+    for key in sorted(UNREAD_IN_TURNS & turn.keys()):
+        if turn[key] not in READ_AS_USUAL.get(key, (None, "", [], {}, False)):
+            raise Fault(f"what {key} of a turn says is not read", "entry")
+
+
+SPELLINGS = (("from", "value"), ("role", "content"))
 TAKEN = object()
 """In the place of a picture that a turn has shown."""
 
