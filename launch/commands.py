@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options every launcher has; `%(prog)s [OPTIONS] -- run --config configs/X.py --workdir DIR ...`."""
+    """The options every launcher has; `%(prog)s [OPTIONS] -- run --config NAME --workdir DIR ...`."""
     made = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
