@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
 
-THINGS = ["red circle", "blue square", "green triangle", "yellow circle", "black square", "teal triangle"]
-
-
-def write_pictures(folder: Path) -> Path:
-    """THINGS as PICTURES/NUMBER.png, and own.jsonl beside them."""
-    (folder / "pictures").mkdir()
-    lines = []
-    for number, thing in enumerate(THINGS):
-        colour, shape = thing.split()
-        picture = Image.new("RGB", (64, 64), "white")
-        draw = ImageDraw.Draw(picture)
-        {
-            "circle": lambda colour: draw.ellipse((12, 12, 52, 52), fill=colour),
-            "square": lambda colour: draw.rectangle((12, 12, 52, 52), fill=colour),
-            "triangle": lambda colour: draw.polygon([(32, 10), (10, 54), (54, 54)], fill=colour),
-        }[shape](colour)
-        picture.save(folder / "pictures" / f"{number}.png")
-        talk = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": f"a {thing}"}]
-        lines.append(json.dumps({"image": f"{number}.png", "conversations": talk}))
-    (folder / "own.jsonl").write_text("\n".join(lines))
-    return folder
+OWN = Path(__file__).parents[1] / "examples" / "own"
 
 
 def moextend(*words: str, folder: Path) -> str:
@@ -47,7 +27,7 @@ def moextend(*words: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_six_pictures_by_one_command(tmp_path):
-    folder = write_pictures(tmp_path)
+    folder = Path(shutil.copytree(OWN, tmp_path / "own"))
     own = ["--config", "own", "--data", "own.jsonl", "--images", "pictures"]
     assert "6 conversations, 6 images, no faults" in moextend("data", "check", *own, "--processes=0", folder=folder)
     printed = moextend("run", *own, "--workdir", "w", folder=folder)
