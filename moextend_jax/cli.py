@@ -46,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
     "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html"),
     "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or those on standard input, about a picture or not"),
+    "chat": Command(ASK, f"{RUN}:chat", "a conversation at the terminal; /image PATH shows a picture, /reset, /quit"),
     "eval": Command(ASK, f"{RUN}:eval_command", "a benchmark's questions answered and scored; or text forgetting"),
     "eval score": Command(ASK, "moextend_jax.evaluate.benchmarks.command:score", "the scores of a file of answers"),
     "doctor": Command(BEFORE, "moextend_jax.doctor:doctor", "what is installed, what would be used, what is missing"),

@@ -18,11 +18,11 @@ from typing import Annotated, Any
 from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder, local
 from moextend_jax.options import OneOf, Sets
-from moextend_jax.runs.results import MODELS, RESULTS, training
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.results import RESULTS, training
 from moextend_jax.settings import NotNegative, RunSettings
 from moextend_jax.terminal import console
 
-Model = Annotated[str, OneOf(tuple(MODELS))]
 TrainingData = Sets(tuple(f"{RESULTS[name].settings}.data" for name in training()))
 
 
@@ -60,6 +60,11 @@ def stage(options: RunOptions, name: str) -> None:
 
 
 def run_all(options: RunOptions) -> None:
+    whole_run(options.config, options.workdir, resume_from=options.resume_from)
+
+
+def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> dict[str, Any]:
+    """All stages, evaluation and report; what summary.json holds."""
     from moextend_jax import distributed
     from moextend_jax.evaluate import summary
     from moextend_jax.report.page import write_report
@@ -67,7 +72,7 @@ def run_all(options: RunOptions) -> None:
     from moextend_jax.runs.run import remember, working
 
     screen, started = console(), time.perf_counter()
-    with working(options.config, options.workdir, resume_from=options.resume_from) as run:
+    with working(settings, workdir, resume_from=resume_from) as run:
         for name in make_all(run, checks=[summary.check]):
             remember(run)
             _show(run, name)
@@ -80,6 +85,7 @@ def run_all(options: RunOptions) -> None:
                 f"moextend export {run.workdir} OUT, moextend run --data FILE --images FOLDER ... on your own data",
                 soft_wrap=True, highlight=False, markup=False,
             )  # fmt: skip
+    return record
 
 
 def evaluate(options: RunOptions) -> None:
@@ -122,20 +128,14 @@ def report(options: ReportOptions) -> None:
     print(write_report(options.workdir))
 
 
-@dataclass(frozen=True)
-class GenerateOptions:
-    prompt: str | None = None
-    """what to say to the model; `-`, or none where something is piped in, takes standard input, a prompt a line"""
-    _: KW_ONLY
-    workdir: Path
-    """folder of the run"""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Place):
     config: RunSettings | None = None
-    image: Path | None = None
-    """picture file to show it"""
-    model: Model = "moextend"
-    """which one of the run"""
-    max_new_tokens: Count = 64
-    """most tokens to say"""
+    """of a run, where not its own; of a checkpoint its mesh, dtype and evaluate.batch_size count"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakOptions(ModelOptions):
     temperature: NotNegative = 0.0
     """0 takes the likeliest token, more draws more freely"""
     top_k: Amount = 0
@@ -144,26 +144,37 @@ class GenerateOptions:
     """of the draw"""
 
 
+@dataclass(frozen=True)
+class GenerateOptions(SpeakOptions):
+    prompt: str | None = None
+    """what to say to the model; `-`, or none where something is piped in, takes standard input, a prompt a line"""
+    _: KW_ONLY
+    image: Path | None = None
+    """picture file to show it"""
+    max_new_tokens: Count = 64
+    """most tokens to say"""
+    plain: bool | None = None
+    """continue the prompt as it is, without the chat template; a base model does"""
+    json: bool = False
+    """a line {"prompt", "answer"} for each prompt"""
+
+
 def generate(options: GenerateOptions) -> None:
-    from moextend_jax.evaluate.speak import speak
+    from moextend_jax.evaluate.speak import generate_command
     from moextend_jax.generate import Sampling
-    from moextend_jax.runs.run import open_run
+    from moextend_jax.runs.askable import open_place
 
     prompts = prompts_of(options.prompt)
-    run = open_run(options.config or _remembered(options.workdir), options.workdir)
-    for prompt in prompts:
-        pieces = speak(
-            run,
-            which=options.model,
-            prompt=prompt,
-            image=options.image,
-            max_new_tokens=options.max_new_tokens,
-            sampling=Sampling(options.temperature, options.top_k),
-            seed=options.seed,
-        )
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    generate_command(
+        open_place(options, settings=options.config),
+        prompts,
+        image=options.image,
+        as_json=options.json,
+        plain=options.plain,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k),
+        seed=options.seed,
+    )
 
 
 def prompts_of(prompt: str | None) -> Iterable[str]:
@@ -175,29 +186,36 @@ def prompts_of(prompt: str | None) -> Iterable[str]:
     return (line.strip() for line in sys.stdin if line.strip())
 
 
-def _remembered(workdir: Path) -> RunSettings:
-    """The settings that the work directory's stages were run with."""
-    from moextend_jax.runs.run import settings_of
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SpeakOptions):
+    system: str | None = None
+    """what the model is told before everything"""
+    max_new_tokens: Count = 512
+    """most tokens of an answer"""
 
-    settings = settings_of(workdir)
-    if settings is None:
-        raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
-    return settings
+
+def chat(options: ChatOptions) -> None:
+    from moextend_jax.evaluate.chat import chat_command
+    from moextend_jax.generate import Sampling
+    from moextend_jax.runs.askable import open_place
+
+    chat_command(
+        open_place(options, settings=options.config),
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k),
+        seed=options.seed,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    workdir: Path
-    """folder of the run"""
-    config: RunSettings | None = None
+class EvalOptions(ModelOptions):
     benchmark: str | None = None
     """name of a benchmark: vqav2, gqa, vizwiz, pope, easy_vqa, ... (docs/evaluation.md)"""
     data: Path | None = None
     """folder of the benchmark's official files"""
     split: str | None = None
     """of the benchmark, where not its usual one"""
-    model: Model = "moextend"
-    """which one answers"""
     limit: Count | None = None
     """only the first so many questions"""
     max_new_tokens: Count | None = None
@@ -212,37 +230,28 @@ class EvalOptions:
     """folder of further tasks (YAML)"""
     run_code: bool = False
     """run programs that the model writes (MBPP)"""
+    out: Path | None = None
+    """folder for the answers, where not WORKDIR/eval, or of a checkpoint `eval` in the current directory"""
 
 
 def eval_command(options: EvalOptions) -> None:
     if bool(options.benchmark) == options.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
-    from moextend_jax.evaluate.benchmark import benchmark
-    from moextend_jax.evaluate.forgetting import TASKS, forgetting
-    from moextend_jax.runs.run import working
+    from moextend_jax.evaluate.benchmark import benchmark, read_exam
+    from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks
+    from moextend_jax.runs.askable import evaluating
 
-    settings = options.config or _remembered(options.workdir)
-    with working(settings, options.workdir, rows=()) as run:  # whose batches are made to divide
-        if options.benchmark:
-            benchmark(
-                run,
-                options.benchmark,
-                data=options.data,
-                split=options.split,
-                model=options.model,
-                limit=options.limit,
-                max_new_tokens=options.max_new_tokens,
-            )
-        else:
-            forgetting(
-                run,
-                tasks=options.tasks or TASKS,
-                models=(options.model,),
-                limit=options.limit,
-                num_fewshot=options.num_fewshot,
-                include_path=options.include_path,
-                run_code=options.run_code,
-            )
+    if options.benchmark:
+        exam = read_exam(options.benchmark, data=options.data, split=options.split, limit=options.limit)
+        with evaluating(options, settings=options.config, out=options.out) as (opened, out):
+            benchmark(opened, exam, out=out, max_new_tokens=options.max_new_tokens)
+        return
+    tasks = read_tasks(options.tasks or TASKS, include_path=options.include_path)
+    with evaluating(options, settings=options.config, out=options.out) as (opened, out):
+        forgetting(
+            base_and(opened), tasks, out=out, limit=options.limit, num_fewshot=options.num_fewshot,
+            run_code=options.run_code,
+        )  # fmt: skip
 
 
 # --- before a run -----------------------------------------------------------------------------------------------------

@@ -89,9 +89,10 @@ def settings_of(
 
 @functools.cache
 def meanings(kind: type) -> dict[str, str]:
-    """The docstrings of a class's fields, which Python does not keep."""
+    """The docstrings of a class's fields and of those it inherits, which Python does not keep."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    return {
+    inherited = {name: text for base in kind.__bases__ if base is not object for name, text in meanings(base).items()}
+    return inherited | {
         field.target.id: " ".join(text.value.value.split())
         for field, text in pairwise(cast(ast.ClassDef, tree).body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

@@ -289,7 +289,7 @@ def to_config_dict(settings: RunSettings) -> ConfigDict:
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
     """Checks names, types and ranges; a mistake is an error that names the field."""
-    return _build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
+    return build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
 def _check(settings: Any) -> None:
     """Holds every field of one of the classes above against its type and range, also where Python calls the class."""
     for name, kind in fields(type(settings)).items():
-        value = _build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
+        value = build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
         object.__setattr__(settings, name, value)
 
 
@@ -313,11 +313,12 @@ def fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def _build(kind: Any, value: Any, *, where: str) -> Any:
-    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers."""
+def build(kind: Any, value: Any, *, where: str) -> Any:
+    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers; a mistake is an
+    error that begins with `where`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        number = _build(arguments[0], value, where=where)
+        number = build(arguments[0], value, where=where)
         for bounds in arguments[1:]:
             bounds.check(number, what=where)
         return number
@@ -332,13 +333,13 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
             arguments = arguments[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise MoextendError(f"{where} = {value!r} must be {len(arguments)} values")
-        return tuple(_build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
+        return tuple(build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
     if origin is not None:  # Mapping
         if not isinstance(value, Mapping):
             raise MoextendError(f"{where} = {value!r} is not a group of settings")
         if get_origin(arguments[0]) is Literal:
             _check_names(value, get_args(arguments[0]), where=where)
-        return {name: _build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
+        return {name: build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -349,7 +350,7 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
 def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
     if isinstance(value, kind):
         for name, part in fields(kind).items():
-            _build(part, getattr(value, name), where=f"{where}.{name}")
+            build(part, getattr(value, name), where=f"{where}.{name}")
         return value
     if not isinstance(value, Mapping):
         raise MoextendError(f"{where} = {value!r} is not a group of settings")
@@ -363,7 +364,7 @@ def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
     ]
     if missing:
         raise MoextendError(f"{where}: {', '.join(missing)} must be set")
-    parts = {name: _build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
+    parts = {name: build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
     try:
         return kind(**parts)
     except MoextendError as error:  # the class's own checks, of several fields, do not know where they stand

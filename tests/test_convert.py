@@ -230,8 +230,9 @@ def test_the_settings_of_a_run_are_those_it_was_run_with_and_a_model_has_none(tm
     run_of(tmp_path / "run", base, extended=False)
     settings = settings_of(tmp_path / "run")
     assert settings is not None and settings.base == str(base) and is_workdir(tmp_path / "run")
-    for folder in (base, tmp_path / "nowhere"):
-        assert settings_of(folder) is None and not is_workdir(folder)
+    assert settings_of(base) is None and not is_workdir(base) and not is_workdir(tmp_path / "nowhere")
+    with pytest.raises(MoextendError, match="nowhere is no work directory: there is no such folder"):
+        settings_of(tmp_path / "nowhere")
     with pytest.raises(MoextendError, match="nowhere is no work directory"):
         open_workdir(tmp_path / "nowhere")
     (tmp_path / "run" / "config.json").write_text('{"settings": {"bass": 1}}')

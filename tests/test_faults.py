@@ -237,7 +237,7 @@ def planted(*kinds: str) -> dict[str, int]:
 
 
 def run_check(folder: Path, *, processes: int = 0, faults: FaultSettings = SKIP, **change: Any):
-    work = Work(tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={})
+    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={})
     reading: dict[str, Any] = {
         "stages": ("finetune",), "data": "llava_instruct", "split": "train", "length": LENGTH,
         "images_per_row": IMAGES_PER_ROW,
@@ -308,7 +308,7 @@ def test_a_decoder_that_crashes_is_a_fault_of_the_image():
 
     found = []
     work = Work(
-        tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={"f": Deadly()}
+        tokenizer=TOKENIZER, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={"f": Deadly()}
     )
     names = [[Picture("a")], [Picture("b"), Picture("deadly"), Picture("c")]]
     with _Pool(work, 1) as pool:
@@ -513,7 +513,7 @@ def test_what_training_skips_is_not_asked_either(faulty):
     assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
     sound = exchanges[4]
     assert isinstance(sound, Exchange)
-    assert list(sound) == [turn["value"] for turn in source[4].conversations]
+    assert [sound.question, sound.answer] == [turn["value"] for turn in source[4].conversations]
     longer = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
     assert first_exchange(Example("x", longer, ()), tokenizer=TOKENIZER) == Exchange("a", "b")
 

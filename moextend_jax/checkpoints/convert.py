@@ -81,8 +81,6 @@ def import_checkpoint(values: ImportOptions) -> None:
         cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
-    if "decoder" in source.parts and "tokenizer.json" in source.files and "tokenizer.model" not in source.files:
-        print(f"training and generate read tokenizer.model, not tokenizer.json: copy that of the base to {values.dst}")
     print(f"imported {described(source)} to {values.dst}: {cost}")
     print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
 
@@ -199,10 +197,12 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
         merged["visual"] = attributes["visual"] | added.get("visual", {})
     if tower and config.vision:
         merged["vision_config"] = tower["vision"]
+    if own := {name: source.record.facts[name] for name in ("recipe", "text_isolation") if name in source.record.facts}:
+        merged["moextend"] = own  # how it is to be asked, which the released code has no place for
     return {".": (plan(table="released", config=config), merged)}
 
 
-_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
+_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config", "moextend"})
 
 
 def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:

@@ -17,13 +17,15 @@ from rich.table import Table
 
 from moextend_jax.checkpoints import store
 from moextend_jax.checkpoints.huggingface import read_json
-from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.compare.forward import compare_forward, equal_columns, is_inside
 from moextend_jax.compare.observe import observer
 from moextend_jax.compare.reference import Reference, read_reference, start_tag
 from moextend_jax.compare.verdict import Row, Tolerances, summarised
 from moextend_jax.config import Amount, MoextendError
+from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
+from moextend_jax.runs.askable import open_place
+from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative
 from moextend_jax.terminal import console
 
@@ -97,13 +99,16 @@ def compare_command(options: CompareOptions) -> int:
 def compare(reference: Reference, options: CompareOptions) -> Comparison:
     folder = options.checkpoint
     attributes = _attributes(folder)
-    opened = open_checkpoint(
-        folder,
+    place = Place(
+        checkpoint=folder,
         base=options.base,
         vision=options.vision or _tower_beside(reference, folder),
         feature_layer=options.feature_layer,
         dtype="float32",
     )
+    if place.in_workdir:
+        raise MoextendError(f"{folder} is a work directory: `moextend export` makes a checkpoint of it to compare")
+    opened = open_place(place, mesh=one_device())
     defaults = Tolerances()
     simple, composed = (default if options.atol is None else options.atol for default in defaults[:2])
     observe = observer(

@@ -196,15 +196,16 @@ def text_batches(
 ) -> grain.IterDataset[Batch]:
     """Batches of plain text, each passage BOS + text + EOS, with a label on every token but BOS.
 
-    A passage longer than a row goes on in another piece that starts with BOS again; only the last has EOS.
+    A passage longer than a row goes on in another piece that starts with BOS again; only the last has EOS. Of a model
+    without BOS a passage's first token has no label, and a piece starts with the last token of the one before.
     `conversations_per_row` passages at most share a row, 0 as many as fit.
     """
     pieces = []
     for passage in passages:
         ids = [*tokenizer.encode(passage), tokenizer.eos]
-        pieces += [
-            np.array([tokenizer.bos, *ids[n : n + length - 1]], np.int32) for n in range(0, len(ids), length - 1)
-        ]
+        prefix, step = tokenizer.prefix, length - 1
+        starts = range(0, len(ids) if prefix else max(1, len(ids) - 1), step)
+        pieces += [np.array([*prefix, *ids[n : n + length - len(prefix)]], np.int32) for n in starts]
     stage = StageSettings(
         data="text", steps=1, length=length, batch_size=batch_size, conversations_per_row=conversations_per_row
     )

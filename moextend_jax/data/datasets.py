@@ -33,7 +33,7 @@ from moextend_jax.data.builders import (
     open_built,
     scan,
 )
-from moextend_jax.data.conversations import pairs_of
+from moextend_jax.data.conversations import talk_of
 from moextend_jax.data.faults import STRICT, Fault, refuse
 from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
 from moextend_jax.data.image_files import ImageFolder, read_span
@@ -338,10 +338,11 @@ def _images(built: Built, folder: ImageFolder, upright: bool) -> Images:
 
 
 class Exchange(NamedTuple):
-    """The first question of a conversation, and its right answer."""
+    """The first question of a conversation, its right answer, and what a system turn says before it."""
 
     question: str
     answer: str
+    system: str = ""
 
 
 def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Fault:
@@ -352,14 +353,17 @@ def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Faul
     if example.fault is not None and example.fault.kind not in KEEPABLE:
         return example.fault.again()
     try:
-        pairs = pairs_of(example.conversations, example_id=example.id, images=len(example.images))
-        for text in (text for pair in pairs for text in pair if CONTROL.search(text)):
+        talk = talk_of(example.conversations, example_id=example.id, images=len(example.images))
+        texts = (talk.system, *(text for pair in talk.pairs for text in pair if text is not None))
+        for text in filter(CONTROL.search, texts):
             tokenizer.encode(text)
     except Fault as fault:
         return fault
     except MoextendError as error:
         return Fault(f"example {example.id}: {error}", "reserved", example.id)
-    return Exchange(*pairs[0])
+    question, answer = talk.pairs[0]
+    assert answer is not None
+    return Exchange(question, answer, talk.system)
 
 
 CONTROL = re.compile("[\0-\x08\x0e-\x1f]")

@@ -10,19 +10,18 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.data.conversations import encode_prompt, encode_row
+from moextend_jax.data.conversations import encode_prompt, encode_row, talk_of
 from moextend_jax.data.entries import Content, Entry
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.image_files import read_span
 from moextend_jax.data.images import check_scaled, decode_image
 from moextend_jax.data.shards import Span
-from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.data.tokenizer import Tokenizer
 
 UNLIMITED = 1 << 30
 """A length that everything fits."""
@@ -72,7 +71,7 @@ class PlacedFault(NamedTuple):
 class Work:
     """What a process needs to know. patches: positions that an image takes (P); size: the tower's pixels per side."""
 
-    tokenizer_folder: Path
+    tokenizer: Tokenizer
     recipe: Recipe
     patches: int
     size: int
@@ -86,7 +85,6 @@ class Inspector:
 
     def __init__(self, work: Work):
         self.work = work
-        self.tokenizer: Tokenizer = load_tokenizer(work.tokenizer_folder)
 
     def rows(self, entries: Sequence[Entry], which: int) -> list[PlacedFault]:
         """What `readings[which]` would refuse; at most one fault of each entry's turns, besides one of its form."""
@@ -110,7 +108,7 @@ class Inspector:
             entry.turns,
             example_id=entry.id,
             images=len(entry.images),
-            tokenizer=self.tokenizer,
+            tokenizer=self.work.tokenizer,
             recipe=self.work.recipe,
             patches=self.work.patches,
             length=(0 if prompt_only else reading.length) or UNLIMITED,
@@ -120,10 +118,12 @@ class Inspector:
         if not prompt_only:
             return
         try:
+            talk = talk_of(entry.turns, example_id=entry.id, images=len(entry.images))
             prompt = encode_prompt(
-                entry.turns[0]["value"],
+                talk.pairs[0][0],
                 images=len(entry.images),
-                tokenizer=self.tokenizer,
+                system=talk.system,
+                tokenizer=self.work.tokenizer,
                 recipe=self.work.recipe,
                 patches=self.work.patches,
             )

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.config import Batch, ModelConfig, MoextendError
+from moextend_jax.config import Batch, MoextendError
 from moextend_jax.data.batches import Features, Pixels, batches, text_batches
 from moextend_jax.data.datasets import Example, Images, Source, open_text
 from moextend_jax.data.datasets import select as select_rows
@@ -27,14 +27,14 @@ from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.counting import Bar, counting
 from moextend_jax.evaluate.prompts import Prompt, bucket
-from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
-from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of, source_of, unseen_source
-from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
+from moextend_jax.runs.models_of import frozen_unchanged
 from moextend_jax.runs.ready import too_many_questions
 from moextend_jax.runs.results import ANSWERING, MODELS, Data, result, training, trains_tower
 from moextend_jax.runs.run import Run, write_json
@@ -91,17 +91,15 @@ def evaluate(run: Run) -> dict[str, Any]:
     answers = {"question_only": guesses}
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
-    generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
     trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
-    models = {name: open_model(run, name) for name in ("base", *trained)}
+    models = {name: askable(run, name) for name in ("base", *trained)}
     with counting("evaluate", (len(models) - 1) * len(prompted), unit="questions") as bar:
         for name, opened in models.items():
             pictures = None
             if MODELS[name].sees:
-                generator = generators.setdefault(opened.model.config, generator_of(run, opened.model))
                 # A tower that was trained has no cached features.
                 pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
-                asker = asker_of(run, generator, opened.arrays, pictures=pictures)
+                asker = asker_of(opened, pictures=pictures)
                 answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
             if answer_stage is not None:
                 answer_losses[name] = _answer_loss(run, opened, source, stage=answer_stage, images=pictures)
@@ -186,6 +184,7 @@ def _prompted(run: Run, example: Example, images: Pixels | Features) -> Prompted
     prompt = questions.prompt_of(
         question.text,
         images=rows,
+        system=question.system,
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
         patches=run.patches,
@@ -227,7 +226,7 @@ def _answer_stage(run: Run, source: Source) -> StageSettings:
 
 
 def _answer_loss(
-    run: Run, opened: Opened, source: Source, *, stage: StageSettings, images: Pixels | Features | None
+    run: Run, opened: Askable, source: Source, *, stage: StageSettings, images: Pixels | Features | None
 ) -> float:
     """Mean nats per token of the right answers; without `images` of a model that sees the text alone."""
     rows = batches(
@@ -238,7 +237,7 @@ def _answer_loss(
     return text_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in rows))
 
 
-def _text_losses(run: Run, opened: Opened) -> dict[str, float]:
+def _text_losses(run: Run, opened: Askable) -> dict[str, float]:
     settings = run.settings.evaluate
     step = text_loss_step(opened.model, chunk=512, mesh=run.mesh)
 
@@ -261,7 +260,7 @@ def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, images: Pixels |
         yield questions.prompt_batch(prompts, images=images, rows=rows, length=length)
 
 
-def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
+def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
     placed = (place_whole(batch, run.mesh) for batch in batches)
     counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
     extension = opened.model.config.extension
@@ -278,7 +277,7 @@ def _write_routing(run: Run, opened: Opened, batches: Iterator[Batch]) -> None:
 
 
 def _write_examples(
-    run: Run, opened: Opened, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
+    run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
     predictions: dict[str, list[str]], images: Images,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""

@@ -10,20 +10,16 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
-from moextend_jax.config import IGNORE, RECIPES, Amount, Batch, Count, ModelConfig, MoextendError
-from moextend_jax.mesh import one_device, row_shards
-from moextend_jax.models.moextend import MoExtend, abstract
-from moextend_jax.options import OneOf
+from moextend_jax.config import IGNORE, Amount, Batch, Count, ModelConfig, MoextendError
+from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
 from moextend_jax.routing.compare import (
     Choice,
@@ -35,34 +31,17 @@ from moextend_jax.routing.compare import (
     why_no_agreement,
 )
 from moextend_jax.routing.stats import KINDS, Stats, load_of, read_stats, write_stats
-from moextend_jax.runs.models_of import open_model
-from moextend_jax.runs.results import MODELS
-from moextend_jax.runs.run import open_run, settings_of
-from moextend_jax.settings import LayerShare, NotNegative, RunSettings
+from moextend_jax.runs.askable import Askable, open_place
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.run import known_settings
+from moextend_jax.settings import LayerShare, NotNegative
 from moextend_jax.terminal import console
-
-
-class Opened(NamedTuple):
-    model: MoExtend
-    arrays: dict[str, jax.Array]
-    mesh: Mesh
-
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CollectOptions:
-    checkpoint: Path
-    """folder of a model, or a --workdir that was trained in"""
-    base: Path | None = None
-    """folder of the base, for a checkpoint that holds an extension alone"""
-    vision: Path | None = None
-    """folder of the vision tower"""
-    feature_layer: int | None = None
-    """hidden state of the tower that the projector reads"""
-    model: Annotated[str, OneOf(tuple(MODELS))] = "moextend"
-    """which model of a --workdir"""
+class CollectOptions(Place):
     data: str | None = None
     """data set, as easy_vqa/questions"""
     text: str | None = None
@@ -76,17 +55,13 @@ class CollectOptions:
     seed: Amount = 0
     """of the draw"""
     data_dir: str | None = None
-    """where prepared data sets go"""
+    """where prepared data sets go; else those of a --workdir"""
     manual_dir: str | None = None
     """where LLaVA's JSON and image folder are"""
-    recipe: Annotated[str, OneOf(tuple(RECIPES))] = "paper"
-    """prompt and images as there"""
     length: Count = 512
     """tokens per row"""
     batch_size: Count = 8
     """rows at once"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """of the computation; else float32, or as a --workdir was trained"""
     per_token: bool | None = None
     """keep every token's picks, or do not (--no_per_token)"""
     ids_out: Path | None = None
@@ -105,7 +80,7 @@ def collect_command(options: CollectOptions) -> None:
         batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
         options = dataclasses.replace(options, batch_size=batch_size)
         rows: list[Batch] = []
-        batches = _noting(_batches(options, opened.model.config), rows if options.ids_out else None)
+        batches = _noting(_batches(options, opened), rows if options.ids_out else None)
         stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
     if not distributed.first():
         return
@@ -115,40 +90,20 @@ def collect_command(options: CollectOptions) -> None:
     _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
 
 
-def _open(options: CollectOptions) -> Opened:
-    folder = Path(options.checkpoint)
-    settings = settings_of(folder)
-    if settings is None:
-        opened = open_checkpoint(
-            folder,
-            base=Path(options.base) if options.base else None,
-            vision=Path(options.vision) if options.vision else None,
-            feature_layer=options.feature_layer,
-            dtype=options.dtype or "float32",
-        )
-        return Opened(abstract(opened.config), opened.arrays, one_device())
-    return _open_run(folder, settings, which=options.model, dtype=options.dtype)
+def _open(options: CollectOptions) -> Askable:
+    float32 = not options.in_workdir and options.dtype is None
+    return open_place(dataclasses.replace(options, dtype="float32") if float32 else options)
 
 
-def _open_run(folder: Path, settings: RunSettings, *, which: str, dtype: str | None) -> Opened:
-    """A model of a work directory on its mesh, as it was trained unless `dtype` is another."""
-    run = open_run(settings, folder)
-    model, arrays = open_model(run, which)
-    if dtype is not None:
-        model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
-        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
-    return Opened(model, arrays, run.mesh)
-
-
-def _batches(options: CollectOptions, config: ModelConfig) -> Iterable[Batch]:
+def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
+    config = opened.config
     if options.ids:
         return _id_batches(Path(options.ids), config, batch_size=options.batch_size)
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
-    from moextend_jax.data.tokenizer import tokenizer_of
     from moextend_jax.settings import StageSettings
 
-    tokenizer = tokenizer_of(_tokenizer_folder(options), config)
+    tokenizer = opened.tokenizer
     shape: dict[str, Any] = {"length": options.length, "batch_size": options.batch_size}
     if options.text:
         passages = open_text(options.text)
@@ -157,15 +112,18 @@ def _batches(options: CollectOptions, config: ModelConfig) -> Iterable[Batch]:
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
-    if options.data is None or options.data_dir is None:
+    data_dir, manual_dir = options.data_dir, options.manual_dir
+    if options.in_workdir:
+        settings = known_settings(options.folder)
+        data_dir = data_dir or settings.data_dir or options.folder / "data"
+        manual_dir = manual_dir or settings.manual_dir or None
+    if options.data is None or data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
-        source = open_dataset(
-            options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir
-        )
+        source = open_dataset(options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir)
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
-    recipe, images, most = RECIPES[options.recipe], None, 1
+    recipe, images, most = opened.recipe, None, 1
     if config.vision is not None:
         images = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
         most = max(1, max(len(source[row].images) for row in range(len(source))))
@@ -175,19 +133,10 @@ def _batches(options: CollectOptions, config: ModelConfig) -> Iterable[Batch]:
         tokenizer=tokenizer,
         recipe=recipe,
         images=images,
-        patches=config.vision.patches if config.vision else 0,
+        patches=opened.patches,
         seed=None,
         epochs=1,
     )
-
-
-def _tokenizer_folder(options: CollectOptions) -> Path:
-    """The base's tokenizer, where the checkpoint does not bring one."""
-    own = Path(options.checkpoint)
-    settings = settings_of(own)
-    if settings is not None:
-        return folder_of(settings.base)
-    return Path(options.base) if options.base and not (own / "tokenizer.model").is_file() else own
 
 
 def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator[Batch]:

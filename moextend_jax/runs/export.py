@@ -27,9 +27,10 @@ from moextend_jax.checkpoints.convert import (
     parts_of,
     size_of,
 )
-from moextend_jax.checkpoints.loading import Source, open_base, open_source
+from moextend_jax.checkpoints.loading import Source, folder_of, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
+from moextend_jax.data.tokenizer import tokenizer_of
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
 from moextend_jax.runs import results
@@ -88,7 +89,8 @@ def open_workdir(workdir: Path) -> Source:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
         )
-    facts = facts_of_base(base, settings)
+    tokenizer = tokenizer_of(folder_of(settings.base), source.config)
+    facts = facts_of_base(base, settings, tokenizer)
     trained: dict[str, Stored] = {}
     stages = []
     for stage in results.model_row("moextend").results:
@@ -99,7 +101,7 @@ def open_workdir(workdir: Path) -> Source:
         stages.append(stage)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
-    config = source.config
+    config = dataclasses.replace(source.config, tags=tokenizer.tags)
     if results.is_grown(stages):
         chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
@@ -112,6 +114,7 @@ def open_workdir(workdir: Path) -> Source:
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
     facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
+    facts["text_isolation"] = settings.text_isolation
     record = source.record._replace(config=config, base=base, facts=facts)
     return Source({**source.leaves, **own}, record, source.files)
 
