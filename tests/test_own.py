@@ -25,7 +25,6 @@ def moextend(*words: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
 def test_six_pictures_by_one_command(tmp_path):
     folder = Path(shutil.copytree(OWN, tmp_path / "own"))
     own = ["--config", "own", "--data", "own.jsonl", "--images", "pictures"]
