@@ -41,7 +41,7 @@ def get_config(arg: Literal["paper", "packed", "released"] = "paper") -> ConfigD
         instructions |= {"batch_size": instruct_batch // 4, "length": 4096, "conversation_length": 2048}
         instructions |= {"conversations_per_row": 0, "images_per_row": 6}
 
-    def instruct(*, learning_rate: float, **many: float) -> StageSettings:
+    def instruct(*, learning_rate: float, **many: Any) -> StageSettings:
         optimizer = OptimizerConfig(learning_rate=learning_rate)
         return StageSettings(data="llava_instruct", too_long="drop_turns", optimizer=optimizer, **instructions | many)
 

@@ -112,9 +112,9 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         stage: StageSettings = getattr(settings, row.settings)
         reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
         names[reading] = (*names.get(reading, ()), name)
-    of = settings.evaluate if settings.evaluate.data else settings.finetune
+    asked = settings.evaluate if settings.evaluate.data else settings.finetune
     length = settings.evaluate.length
-    questions = Reading(stages=(), data=of.data, split=of.split, length=length, parts="prompt")
+    questions = Reading(stages=(), data=asked.data, split=asked.split, length=length, parts="prompt")
     names[questions] = ("evaluate",)
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 

@@ -209,7 +209,7 @@ def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
     opened = Opened(abstract(run.config), place_leaves(abstract(run.config), tiny.arrays(run.config), run.mesh))
     images = pixels_of(run, source)
 
-    def loss(opened: Opened, images: Any, rows: int) -> float:
+    def loss(opened: Any, images: Any, rows: int) -> float:
         stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=rows)
         return summary._answer_loss(run, opened, source, stage=stage, images=images)
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from moextend_jax import distributed
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.data.batches import Features, Pixels, batches, text_batches
-from moextend_jax.data.datasets import Example, Images, Source, open_text
+from moextend_jax.data.datasets import AnyImages, Example, Source, open_text
 from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.forms import parts_of
@@ -278,7 +278,7 @@ def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
 
 def _write_examples(
     run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
-    predictions: dict[str, list[str]], images: Images,
+    predictions: dict[str, list[str]], images: AnyImages,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
     experts, extension = run.config.decoder.experts, opened.model.config.extension
