@@ -73,7 +73,7 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
 
     screen, started = console(), time.perf_counter()
     with working(settings, workdir, resume_from=resume_from) as run:
-        for name in make_all(run):
+        for name in make_all(run, checks=[summary.check]):
             remember(run)
             _show(run, name)
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)

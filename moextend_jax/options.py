@@ -100,11 +100,11 @@ def meanings(kind: type) -> dict[str, str]:
     }  # fmt: skip
 
 
-def given_kind(kind: Any) -> Any:
-    """X of `X | None`; any other type itself."""
+def kinds_of(kind: Any) -> list[Any]:
+    """X and Y of `X | Y | None`; any other type alone."""
     if get_origin(kind) not in (Union, types.UnionType):
-        return kind
-    return next(part for part in get_args(kind) if part is not types.NoneType)
+        return [kind]
+    return [part for part in get_args(kind) if part is not types.NoneType]
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -149,7 +149,9 @@ def _rows(option: Option, *, needed: str, default: str, indent: int = 28) -> lis
 
 def allowed(kind: Any) -> str:
     """The range or the choices of a type in words; nothing where any text will do."""
-    kind = given_kind(kind)
+    if len(kinds := kinds_of(kind)) > 1:
+        return ", or ".join(map(allowed, kinds))
+    (kind,) = kinds
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         ranges = [part._replace(most=None) if isinstance(part, Range) and part.most == LARGEST else part

@@ -6,6 +6,7 @@ one option the last counts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load, meant
 from moextend_jax.folders import folder
-from moextend_jax.options import MISSING, Sets, describe, given_kind, options_of, places, settings_of
+from moextend_jax.options import MISSING, Sets, describe, kinds_of, options_of, places, settings_of
 from moextend_jax.settings import RunSettings, fields, from_config_dict
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -69,14 +70,14 @@ def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple
             continue
         if not word.startswith("-") or word == "-":
             name, texts = next((place for place in places(kind) if place not in seen), ""), [word]
-        elif name not in kinds and kinds.get(name.removeprefix("no_")) is bool and not equals:
+        elif name not in kinds and kinds_of(kinds.get(name.removeprefix("no_"))) == [bool] and not equals:
             name, texts = name.removeprefix("no_"), ["false"]
         elif not word.startswith("--") or name not in kinds:
             hint = meant(f"--{name}", [f"--{known}" for known in kinds]) or f"; see `moextend {command} --help`"
             raise MoextendError(f"{command}: there is no option {word.partition('=')[0]}{hint}")
         elif equals:
             texts = [text]
-        elif kinds[name] is bool:
+        elif kinds_of(kinds[name]) == [bool]:
             texts = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
         else:
             count = _words(kinds[name])
@@ -100,7 +101,7 @@ def _kinds(kind: Any) -> dict[str, Any]:
 
 def _words(kind: Any) -> int:
     """Words that follow an option: one for each of a pair, one for anything else."""
-    kind = given_kind(kind)
+    kind = kinds_of(kind)[0]
     if get_origin(kind) is Annotated:
         return _words(get_args(kind)[0])
     return len(get_args(kind)) if get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis else 1
@@ -112,7 +113,10 @@ def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
     Raises:
       MoextendError: there is none, or it is outside the type's range.
     """
-    kind = given_kind(kind)
+    *others, kind = kinds_of(kind)
+    for other in others:
+        with contextlib.suppress(MoextendError):  # what is none of them is said to be none of the last
+            return read(other, texts, what=what)
     origin, arguments, text = get_origin(kind), get_args(kind), " ".join(texts)
     if origin is Annotated:
         value = read(arguments[0], texts, what=what)

@@ -19,6 +19,8 @@ Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
+Part = Annotated[float, Range(above=0)]
+"""Of the rows of a data set: below 1 a share, from 1 on a number of rows."""
 LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
@@ -42,11 +44,14 @@ Policy = Literal["error", "skip", "keep"]
 SKIPPED: tuple[FaultKind, ...] = (
     "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
 )  # fmt: skip
-KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id",)
+KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id", "outside")
 """Kinds whose conversation can be read all the same."""
 POLICIES = cast(
     dict[FaultKind, Policy],
-    {kind: "skip" if kind in SKIPPED else "keep" if kind in KEEPABLE else "error" for kind in get_args(FaultKind)},
+    {
+        kind: "skip" if kind in SKIPPED else "keep" if kind == "duplicate_id" else "error"
+        for kind in get_args(FaultKind)
+    },
 )
 
 
@@ -108,20 +113,25 @@ class FaultSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
+    """One stage of training. `data` is a name or a path (docs/data.md), or several of them with weights,
+    `a.json:0.7,b.csv:0.3`; `split` is of each. How long it trains is set by `steps` or by `epochs`, the other is 0."""
 
     data: str
     """Data set that the stage is trained on."""
-    steps: Count
-    """Steps of the optimizer."""
+    steps: Amount = 0
+    """Steps of the optimizer; 0: as many as `epochs` come to."""
+    epochs: NotNegative = 0.0
+    """How often every conversation is seen; the steps are counted before the first."""
+    least_steps: Amount = 0
+    """Of `epochs`: as many steps at least, however few conversations there are."""
     batch_size: Count
-    """Rows per step, on all devices together."""
-    length: Count
-    """Tokens of a row, visual ones too."""
+    """Rows per step, on all devices together; where the data set has fewer, they are repeated."""
+    length: Amount
+    """Tokens of a row, visual ones too; 0: of the longest conversation of the data set, rounded up."""
     split: str = "train"
     """Part of the data set."""
-    images_per_row: Count = 1
-    """Images of a row at most."""
+    images_per_row: Amount = 1
+    """Images of a row at most; 0: as many as the conversation with the most has."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
@@ -137,6 +147,12 @@ class StageSettings:
 
     def __post_init__(self):
         _check(self)
+        if bool(self.steps) == bool(self.epochs):
+            both = f"steps = {self.steps} and epochs = {self.epochs:g} are both set"
+            wrong = both if self.steps else "neither steps nor epochs is set"
+            raise MoextendError(f"{wrong}; one of them must be, the other 0")
+        if self.least_steps and not self.epochs:
+            raise MoextendError(f"least_steps = {self.least_steps} goes with epochs, not with steps")
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
@@ -145,8 +161,9 @@ class StageSettings:
 class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
-    held_out: Count = 10_000
-    """Samples on which routing is counted, and which the probe does not see."""
+    held_out: Part = 10_000.0
+    """Samples on which routing is counted, and which the probe does not see: below 1 a share of the rows, from 1 on a
+    number of rows."""
     share: LayerShare = 0.5
     """Share of the layers to extend."""
     batch_size: Count = 64
@@ -154,6 +171,7 @@ class SelectSettings:
 
     def __post_init__(self):
         _check(self)
+        _check_part(self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,15 +179,17 @@ class EvaluateSettings:
     """Accuracy on questions, and what is forgotten of text."""
 
     data: str
-    """Data set whose questions are asked."""
+    """Data set whose questions are asked; "" is a part of finetune's, on which no stage trains then."""
+    held_out: Part = 0.1
+    """That part: below 1 a share of the rows, from 1 on a number of rows. Rows that show one picture stay together."""
     questions: Count
-    """So many of them."""
+    """So many of them, drawn at random; of a held-out part at most so many."""
     split: str = "test"
     """Part of the data set."""
     batch_size: Count = 256
     """Questions at once."""
-    length: Count = 64
-    """Tokens of a question at most, visual ones too."""
+    length: Amount = 64
+    """Tokens of a question at most, visual ones too; 0: as many as the longest has."""
     max_new_tokens: Count = 8
     """Tokens of an answer at most."""
     text_length: Count = 256
@@ -181,6 +201,7 @@ class EvaluateSettings:
 
     def __post_init__(self):
         _check(self)
+        _check_part(self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +225,9 @@ class RunSettings:
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
     """Where LLaVA's JSON and image folder are."""
+    images: str = ""
+    """The folder that image paths in data are relative to; "" is the folder of the file that names them, or its folder
+    images."""
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: Amount = 0
@@ -276,6 +300,11 @@ def _check(settings: Any) -> None:
     for name, kind in fields(type(settings)).items():
         value = build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
         object.__setattr__(settings, name, value)
+
+
+def _check_part(part: float) -> None:
+    if part > 1 and part != round(part):
+        raise MoextendError(f"held_out = {part:g} is neither a share, below 1, nor a whole number of rows")
 
 
 @functools.cache

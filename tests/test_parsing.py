@@ -40,6 +40,10 @@ class Options:
     """two"""
     loud: bool = False
     """whether"""
+    sure: bool | None = None
+    """whether or not"""
+    least: Count | Annotated[float, Range(above=0, below=1)] = 1
+    """how many, or which share"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,8 @@ def test_words_become_options_however_they_are_written():
         Path("a"), share=1.0, colour="green", fruit="apple", names=("x", "y"), pair=(Path("p"), Path("q"))
     )
     assert read("a --steps_of 2 --steps_of 5").steps_of == 5
+    assert [read(f"{word} a").sure for word in ("--sure", "--no-sure", "--sure=true", "")] == [True, False, True, None]
+    assert [read(f"a --least={text}").least for text in ("2", "0.5")] == [2, 0.5]
     assert read("--share=0.5 --names=('x',) a --loud=yes") == Options(Path("a"), share=0.5, names=("x",), loud=True)
 
 
@@ -91,6 +97,7 @@ def test_words_become_options_however_they_are_written():
         ("a --share=nan", "--share = nan must be at least 0 and at most 1"),
         ("a --colour=gren", "--colour = 'gren' is not one of red, green; did you mean green"),
         ("a --fruit=peer", "--fruit = 'peer' is not one of apple, pear; did you mean pear"),
+        ("a --least=1.5", "--least = 1.5 must be more than 0 and less than 1"),
         ("a --loud=perhaps", "--loud = 'perhaps' is not of type bool"),
         ("s3://bucket/a", "of URLs only gs://"),
     ],
@@ -116,6 +123,7 @@ def test_help_is_made_of_types_and_docstrings(monkeypatch):
     assert "  --share                   of all (number at least 0 and at most 1)" in lines
     assert "  --fruit                   food (one of apple, pear; default pear)" in lines
     assert "  --loud                    whether" in lines
+    assert "whole number at least 1, or number more than 0 and less than 1; default 1" in " ".join(read("-h").split())
     assert max(map(len, lines)) <= 100
 
 

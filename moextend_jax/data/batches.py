@@ -33,10 +33,10 @@ from absl import flags
 from moextend_jax import preemption
 from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.data.conversations import Encoded, encode_row
-from moextend_jax.data.datasets import Example, Images, Source
+from moextend_jax.data.datasets import AnyImages, Example, Source
 from moextend_jax.data.faults import STRICT, Fault, counts, described
 from moextend_jax.data.features import FeatureStore
-from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.data.images import prepare_image
 from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ class Share(NamedTuple):
 class Pixels:
     """Images decoded and prepared for the tower, in the worker processes."""
 
-    images: Images
+    images: AnyImages
     size: int
     preparation: Literal["pad", "crop"]
 
@@ -93,8 +93,7 @@ class Pixels:
         images_BMhwc = np.zeros((*rows_BM.shape, self.size, self.size, 3), np.float32)
         for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
             try:
-                key, encoded = self.images[rows_BM[b, m]]
-                picture = decode_image(encoded, name=f"image {key}", id=key)
+                key, picture = self.images.decoded(rows_BM[b, m])
                 images_BMhwc[b, m] = prepare_image(picture, size=self.size, preparation=self.preparation, id=key)
             except Fault as fault:
                 on_fault((int(b), int(m)), fault)

@@ -12,6 +12,9 @@ from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import abstract
 from moextend_jax.runs.askable import Askable
 
+ROW = 256
+"""Tokens of a row by which batches are measured where no length is set."""
+
 
 def generator_of(opened: Askable) -> Generator:
     """Models of one structure share what is compiled."""
@@ -26,12 +29,12 @@ def _generator(config: ModelConfig, ends: tuple[int, ...], suppress: tuple[int, 
 
 
 def asker_of(opened: Askable, *, pictures: Pictures | None = None) -> Asker:
-    """Batches are as large as `sizes.batch_size` rows of `sizes.length` tokens."""
+    """Batches are as large as `sizes.batch_size` rows of `sizes.length` tokens, or of `ROW` where that is 0."""
     return Asker(
         generator=generator_of(opened),
         arrays=opened.arrays,
         ends=opened.tokenizer.ends,
         rows=opened.sizes.batch_size,
-        tokens=opened.sizes.batch_size * opened.sizes.length,
+        tokens=opened.sizes.batch_size * (opened.sizes.length or ROW),
         pictures=pictures,
     )
