@@ -20,6 +20,7 @@ from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import open_tensors
 from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.runs.run import open_run
 
 ATTRIBUTES = huggingface.decoder_attributes(tiny.DECODER, dtype="bfloat16")
 
@@ -135,6 +136,14 @@ def test_a_tied_head_may_stand_there_a_second_time(tmp_path: Path):
     )
     once = folders.write(tmp_path / "once", tensors, attributes)
     assert hashes.stored_hash(open_source(twice).leaves) == hashes.stored_hash(open_source(once).leaves)
+
+
+def test_a_run_says_what_it_read_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base = tiny.write_base(tmp_path / "base")
+    tensors = {"module." + name: value for name, value in folders.read(base).items()}
+    folders.write(base, tensors, None)
+    open_run(tiny.run_settings(base=str(base), vision=str(base / "vision")), tmp_path / "run")
+    assert f"{base}: read without 'module.', which stands before all of its names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj.lora_A.weight", "self_attn.q_proj.base_layer.weight"])

@@ -239,7 +239,7 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     vision_config = below.config.vision if feature_layer is not None else record.config.vision
     config = dataclasses.replace(record.config, vision=vision_config)
     below_record = below.record._replace(config=config, layout="delta", base=record.base, facts=record.facts)
-    return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files})
+    return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files}, below.notes)
 
 
 def _foreign(folder: Path, wanted: _Wanted) -> Source:
@@ -405,7 +405,7 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
     record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder)}
-    return Source({**elsewhere, **own}, record, files)
+    return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
 
 def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
@@ -495,7 +495,8 @@ def _with_tower(source: Source, vision: Path, wanted: _Wanted) -> Source:
     )
     # A CLIP folder's tokenizer is not this model's.
     files = {name: path for name, path in tower.files.items() if name == "preprocessor_config.json"}
-    return Source({**source.leaves, **matched}, record, {**files, **source.files})
+    notes = (*source.notes, *tower.notes)
+    return Source({**source.leaves, **matched}, record, {**files, **source.files}, notes)
 
 
 def _with_projector(source: Source, projector: Path) -> Source:
@@ -517,7 +518,8 @@ def _with_projector(source: Source, projector: Path) -> Source:
             f"decoder have {model_widths[0]} and {model_widths[1]}"
         )
     matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("projector/")}
-    return Source({**source.leaves, **matched}, source.record._replace(projector=other.record.projector), source.files)
+    record = source.record._replace(projector=other.record.projector)
+    return source._replace(leaves={**source.leaves, **matched}, record=record)
 
 
 def _with_feature_layer(source: Source, feature_layer: int | None) -> Source:

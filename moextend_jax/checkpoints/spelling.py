@@ -80,11 +80,8 @@ def published(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str
     """A Mixtral's and a CLIP vision model's tensors by their published names, however transformers 5 has saved them."""
     tensors = respelled(stored, SPELLINGS)
     fused = {name: match for name in tensors if (match := _FUSED.fullmatch(name)) and _divides(name, tensors[name])}
-    notes = (
-        ["its names are those of transformers 5 or of modeling_moextend.py; they were read as the published ones"]
-        if tensors.keys() != stored.keys()
-        else []
-    )
+    other = "its names are those of transformers 5 or of modeling_moextend.py; they were read as the published ones"
+    notes = [other] if tensors.keys() != stored.keys() else []
     if not fused or any(re.fullmatch(_BLOCK, name) and ".experts." in name for name in tensors):
         return tensors, notes
     split = {name: tensor for name, tensor in tensors.items() if name not in fused}

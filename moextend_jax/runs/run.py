@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
+    for note in source.notes if distributed.first() else ():
+        print(f"moextend: {settings.base}: {note}", file=sys.stderr)
     config = dataclasses.replace(source.config, **settings.model_options)
     ends = ends_of(source.record.attributes.get("decoder", {}))
     tokenizer = tokenizer_of(tokenizer_folder(settings.base), config, ends=ends)
