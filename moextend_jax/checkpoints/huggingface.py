@@ -204,7 +204,7 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         raise MoextendError(f"{where}: num_hidden_layers = {shown(count)} is impossible")
     if beyond := [layer for layer in layers if layer >= count]:
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
-    sources = attributes.get("sources")
+    sources: Any = attributes.get("sources")
     known = (
         isinstance(sources, list) and len(sources) == len(layers) and all(type(n) is int and n >= -1 for n in sources)
     )
@@ -219,7 +219,7 @@ def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
     if isinstance(named, dict) and named.keys() == names and all(map(_is_id, named.values())):
         return ImageTags(**named)
     visual = attributes.get("visual")
-    start = visual.get("image_start_id") if isinstance(visual, dict) else None
+    start: Any = visual.get("image_start_id") if isinstance(visual, dict) else None
     return ImageTags(start=start, end=start + 1, pad=start + 2) if _is_id(start) else ImageTags()
 
 

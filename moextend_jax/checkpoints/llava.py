@@ -96,7 +96,7 @@ def _facts(attributes: Mapping[str, Any], feature_layer: int) -> Any:
 
 
 def _feature_layer(number: Any, tower: Mapping[str, Any], where: Path) -> int:
-    layers = tower.get("num_hidden_layers")
+    layers: Any = tower.get("num_hidden_layers")
     if type(number) is int and number >= 0 and fits("layers", layers):
         number -= layers + 1  # counted from the end, as here: the embedding is hidden state 0
     if not fits("feature_layer", number):
