@@ -32,6 +32,14 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.run import facts_of_base
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
+TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
+LOOP = """
+import json, runpy, sys
+tool, lines = sys.argv[1], json.loads(sys.argv[2])
+for words in lines:
+    sys.argv = [tool, *words]
+    runpy.run_path(tool, run_name="__main__")
+"""
 SCRIPT = Path(__file__).with_name("stock_script.py")
 DECODER = dataclasses.replace(tiny.BASE_CONFIG.decoder, rope_theta=1e4)
 BASE = dataclasses.replace(tiny.BASE_CONFIG, decoder=DECODER, remat="none")
@@ -311,3 +319,51 @@ def test_what_is_stored_in_bfloat16_runs_in_it(stock):
     assert list(stock["imported/dtypes"]) == ["torch.bfloat16", "torch.float32"]  # the calibrators
     exact, rounded = stock["imported/0/logits"], stock["imported/stored"]
     assert 0 < np.abs(rounded - exact).mean() < 0.03 * np.abs(exact).max()
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dumped(folders: dict[str, Path], base: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tools/dump_torch_routing.py writes of exported folders, for a row with a picture and one without."""
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    root = tmp_path_factory.mktemp("dumped")
+    rows = [inputs_of("strict", row, base, picture) for row in (0, 1)]
+    ids_BL, mask_BL = np.zeros((2, 60), np.int32), np.zeros((2, 60), np.int32)
+    for row, (ids, _, _) in enumerate(rows):
+        ids_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, 1
+    pixels = rows[0][2]
+    assert pixels is not None
+    given = {"input_ids": ids_BL, "attention_mask": mask_BL, "pixel_values": pixels.transpose(2, 0, 1)[None]}
+    np.savez(root / "ids.npz", **given)
+    lines = [
+        [str(folders[name]), "--ids", str(root / "ids.npz"), "--out", str(root / f"{name}.npz"), "--forward",
+         str(root / name), "--batch_size", "1", *more]
+        for name, more in (("aligned", []), ("strict", ["--trust_remote_code"]))
+    ]  # fmt: skip
+    words = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(lines)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "GB before compression" in done.stdout
+    return root
+
+
+@pytest.mark.parametrize("name", ["aligned", "strict"])
+def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dict[str, Path], name: str, capsys):
+    """The folder is opened here too: what was exported comes back, isolation and all."""
+    words = ["--checkpoint", str(folders[name]), "--ids", str(dumped / "ids.npz"), "--out", str(dumped / "jax.npz")]
+    assert cli.call(["routing", "collect", *words]) == 0
+    capsys.readouterr()
+    assert cli.call(["routing", "compare", str(dumped / "jax.npz"), str(dumped / f"{name}.npz"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["top_k_agreement_missing"] is None and record["tokens"]["image"] == [4, 4]
+    assert {row["kind"] for row in record["layers"]} == {"text", "image", "all"}
+    for row in record["layers"]:
+        assert row["agreement"] == 1.0 and row["tv_picks"] == row["shift_least"] == 0 and row["tv_probs"] < 1e-5
+    reference = str(dumped / name / "forward_torch.npz")
+    code = cli.call(["compare", "--checkpoint", str(folders[name]), "--reference", reference, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert code == 0, [row for row in record["rows"] if row["verdict"] == "differs"]
+    assert np.load(dumped / name / "forward_torch.npz")["text/logits"].shape[1] < 40  # cut to the longest row

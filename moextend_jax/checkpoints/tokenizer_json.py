@@ -23,11 +23,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.pieces import SentencePieces
-from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.data.tokenizer import TAG_NAMES, Tokenizer
 
 SPACE = "▁"
-TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
-"""What the tags are called. `<image>` is what transformers' processor of LLaVA multiplies, and what our prompts say."""
 
 
 class TokenizerFiles(NamedTuple):
