@@ -15,6 +15,7 @@ import pytest
 import test_forms
 import tiny
 
+import moextend_jax as mx
 from moextend_jax import cli, folders
 from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
@@ -287,7 +288,7 @@ def test_the_tokenizer_of_a_bucket_is_copied_to_this_machine(bucket: Path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs's own, of the upload
-def test_a_run_takes_its_base_from_a_bucket(bucket: Path, tmp_path: Path):
+def test_runs_and_questions_take_their_models_from_a_bucket(bucket: Path, tmp_path: Path):
     there = upload(EMBEDDED, bucket.parent / "embedded")
     here, away = (
         open_run(tiny.run_settings(base=base, vision=vision), tmp_path)
@@ -297,6 +298,8 @@ def test_a_run_takes_its_base_from_a_bucket(bucket: Path, tmp_path: Path):
     assert away.tokenizer.encode("a picture") == here.tokenizer.encode("a picture")
     for path, leaf in here.pretrained.items():
         assert np.asarray(away.pretrained[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    answers = [mx.open(folder).generate("badger:", max_new_tokens=3) for folder in (str(there), str(EMBEDDED))]
+    assert answers[0] == answers[1]
 
 
 def test_what_is_not_in_a_bucket_or_cannot_be_read_from_one_is_one_line(bucket: Path, published: tuple[Path, Path]):
