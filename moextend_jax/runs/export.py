@@ -27,10 +27,9 @@ from moextend_jax.checkpoints.convert import (
     parts_of,
     size_of,
 )
-from moextend_jax.checkpoints.loading import Source, folder_of, open_base, open_source
+from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
-from moextend_jax.config import ExtensionConfig, MoextendError
-from moextend_jax.data.tokenizer import tokenizer_of
+from moextend_jax.config import ExtensionConfig, ImageTags, MoextendError
 from moextend_jax.folders import absolute
 from moextend_jax.runs import results
 from moextend_jax.runs.run import facts_of_base, remembered, settings_of
@@ -80,8 +79,7 @@ def open_workdir(workdir: Path) -> Source:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
         )
-    tokenizer = tokenizer_of(folder_of(settings.base), source.config)
-    facts = facts_of_base(base, settings, tokenizer)
+    facts = facts_of_base(base, settings)
     trained: dict[str, Stored] = {}
     stages = []
     for stage in results.model_row("moextend").results:
@@ -92,7 +90,8 @@ def open_workdir(workdir: Path) -> Source:
         stages.append(stage)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
-    config = dataclasses.replace(source.config, tags=tokenizer.tags)
+    tags = remembered(workdir).get("model", {}).get("tags")
+    config = dataclasses.replace(source.config, tags=ImageTags(**tags)) if tags else source.config
     if results.is_grown(stages):
         chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
