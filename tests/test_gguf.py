@@ -227,11 +227,11 @@ def test_a_byte_level_vocabulary_becomes_a_tokenizer_that_transformers_opens(tmp
 def test_its_ids_and_template_are_those_that_runs_use(tmp_path: Path):
     template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
     metadata = byte_level(add_bos_token=False) | {"tokenizer.chat_template": template}
-    metadata["tokenizer.ggml.tokens"][2:2] = ["<a>", "<b>", "<c>"]
-    metadata["tokenizer.ggml.token_type"][2:2] = [3, 3, 5]
-    write_tokenizer(metadata, tmp_path)
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens = [*tokens[:2], "<a>", "<b>", "<c>", *tokens[2:]]
+    changes: dict[str, Any] = {"tokens": tokens, "token_type": [3, 3, 3, 3, 5, *types[2:]]}
+    write_tokenizer(metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}, tmp_path)
     ours = load_tokenizer(tmp_path, rows=400)
-    tokens = metadata["tokenizer.ggml.tokens"]
     assert [ours.pieces.id_to_piece(id) for id in range(len(tokens))] == tokens
     assert (ours.bos, ours.eos, ours.ends, ours.vocab_size) == (None, 0, (0,), len(tokens))
     assert ours.prompt == "own" and ours.templates["own"].source == template

@@ -23,8 +23,8 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
-from moextend_jax.data.conversations import encoder_of, template_identity
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.data.writing import encoder_of, template_identity
 from moextend_jax.folders import is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
