@@ -12,7 +12,7 @@ import tiny
 import tiny_tokens
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import train_state
+from moextend_jax.checkpoints import convert, train_state
 from moextend_jax.config import ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate.speak import prompt_batch, speak
@@ -82,6 +82,19 @@ def test_a_base_without_any_template_is_refused_before_anything_is_trained(tmp_p
     base = write_base(tmp_path, template=None, control=("<|end|>", "<x>", "<y>", "<z>"), eos_token="<|end|>")
     with pytest.raises(MoextendError, match="has no chat template.*set recipe.prompt to mixtral"):
         open_run(settings(base), tmp_path / "work")
+
+
+def test_an_import_keeps_template_and_ends(tmp_path):
+    base = write_base(tmp_path / "base", template=tiny_tokens.GEMMA)
+    attributes = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(attributes | {"eos_token_id": [2, 3]}))
+    convert.import_main([str(base), str(tmp_path / "imported")])
+    assert not (tmp_path / "imported" / "config.json").exists()
+    ours = open_run(settings(base), tmp_path / "one").tokenizer
+    theirs = tiny.run_settings(base=str(tmp_path / "imported"), dtype="float32")
+    imported = open_run(theirs, tmp_path / "two").tokenizer
+    assert ours.ends[:2] == imported.ends[:2] == (2, 3) and 5 in imported.ends
+    assert imported.templates["own"].source == tiny_tokens.GEMMA and imported.tags == ours.tags
 
 
 def test_routing_of_a_text(tmp_path):
