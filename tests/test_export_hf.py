@@ -367,3 +367,73 @@ def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dic
     record = json.loads(capsys.readouterr().out)
     assert code == 0, [row for row in record["rows"] if row["verdict"] == "differs"]
     assert np.load(dumped / name / "forward_torch.npz")["text/logits"].shape[1] < 40  # cut to the longest row
+
+
+# --- lm-eval ----------------------------------------------------------------------------------------------------------
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{{target}}}}}"
+{rest}
+"""
+TASKS = {
+    "local_choice": ("multiple_choice", "answer", 'doc_to_choice: "{{choices}}"\nmetric_list:\n  - metric: acc'),
+    "local_words": ("loglikelihood_rolling", "question", "metric_list:\n  - metric: word_perplexity"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+@pytest.mark.parametrize("name", ["base", "moextend", "strict"])
+def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
+    folders: dict[str, Path], name: str, tmp_path: Path, monkeypatch
+):
+    for package in ("torch", "accelerate", "lm_eval"):
+        pytest.importorskip(package, reason="lm-eval's model `hf` needs torch and accelerate")
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    from moextend_jax.evaluate.harness import HarnessModel
+    from moextend_jax.evaluate.running import asker_of
+    from moextend_jax.runs.askable import open_place
+    from moextend_jax.runs.place import Place
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "questions.jsonl"
+    lines = [
+        {"question": f"In the beginning {n} was", "choices": ["light", "the sea and all", f"a {n} é"], "answer": n % 3}
+        for n in range(12)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for task, (kind, target, rest) in TASKS.items():
+        (tmp_path / f"{task}.yaml").write_text(TASK.format(name=task, data=data, kind=kind, target=target, rest=rest))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    opened = open_place(Place(checkpoint=folders[name], dtype="float32"))
+    ours = HarnessModel(asker_of(opened), tokenizer=opened.tokenizer, max_length=64)
+    theirs = HFLM(
+        pretrained=str(folders[name]), trust_remote_code=True, add_bos_token=True, dtype="float32", device="cpu",
+        batch_size=4, max_length=64,
+    )  # fmt: skip
+    for task in TASKS:
+        # Rolling windows begin with the prefix token, which is BOS, anyhow; with this it would be scored too.
+        theirs.add_bos_token = task != "local_words"
+        results = [
+            simple_evaluate(model, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0)
+            for model in (ours, theirs)
+        ]
+        ours_N, theirs_N = (
+            np.array([np.ravel(sample["filtered_resps"])[0] for sample in result["samples"][task]], float)
+            for result in results
+        )
+        assert len(ours_N) == 12 and len(set(ours_N)) > 6
+        np.testing.assert_allclose(ours_N, theirs_N, atol=1e-3)
+        metric = "acc,none" if task == "local_choice" else "word_perplexity,none"
+        assert results[0]["results"][task][metric] == pytest.approx(results[1]["results"][task][metric], rel=1e-4)

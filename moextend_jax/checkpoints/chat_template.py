@@ -26,11 +26,10 @@ AFTER = "\uf8ff"
 
 TRIED: tuple[tuple[dict[str, str], ...], ...] = (
     ({"from": "human", "value": f"{MARK}\nWhat is it? "},),
-    (
-        {"from": "system", "value": "Be  brief."}, {"from": "human", "value": f"  Here {MARK} and é"},
-        {"from": "gpt", "value": "Yes."}, {"from": "human", "value": "Why\n\nnot"},
-    ),
-)  # fmt: skip
+    ({"from": "system", "value": "Be  brief."}, {"from": "human", "value": f"  Here {MARK} and é"}),
+)
+ANSWERED = (*TRIED[1], {"from": "gpt", "value": "Yes."}, {"from": "human", "value": "Why\n\nnot"})
+"""For templates of ours alone: of others, transformers may cut a text otherwise where a prompt and its answer meet."""
 
 
 def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -> str:
@@ -40,8 +39,10 @@ def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -
       MoextendError: no text that is known here gives the ids of training.
     """
     encoder_of(tokenizer, recipe)  # says what is wrong where there is none
-    for source in _candidates(tokenizer, recipe, files):
-        if all(_ids(source, turns, tokenizer, files) == _taught(turns, tokenizer, recipe) for turns in TRIED):
+    name = str(tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt)
+    tried = (*TRIED, ANSWERED) if name in TEMPLATES else TRIED
+    for source in _candidates(name, tokenizer, files):
+        if all(_ids(source, turns, tokenizer, files) == _taught(turns, tokenizer, recipe) for turns in tried):
             return source
     raise MoextendError(
         f"layout hf: no chat template makes transformers give the ids that this model was taught: the tokenizer in "
@@ -54,8 +55,7 @@ def writes_bos(source: str, tokenizer: Tokenizer, files: TokenizerFiles) -> bool
     return bos is not None and _rendered(source, TRIED[0], tokenizer, files).startswith(bos)
 
 
-def _candidates(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -> Iterator[str]:
-    name = str(tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt)
+def _candidates(name: str, tokenizer: Tokenizer, files: TokenizerFiles) -> Iterator[str]:
     turns = _asset("turns")
     if name in TEMPLATES:  # those that are no Jinja; a tokenizer makes the space at a beginning, or it is written
         for space in (" ", ""):
