@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -24,6 +25,12 @@ from moextend_jax.settings import NotNegative, RunSettings
 from moextend_jax.terminal import console
 
 TrainingData = Sets(tuple(f"{RESULTS[name].settings}.data" for name in training()))
+
+NEXT = """next:
+  moextend generate --workdir {workdir} --image FILE "what is this?"
+  moextend export {workdir} NEW_FOLDER
+  moextend run own --data FILE --images FOLDER --workdir work/own"""
+"""What to try when a run has ended."""
 
 
 # --- the stages -------------------------------------------------------------------------------------------------------
@@ -79,12 +86,7 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
         summary.print_table(record, screen)
         if distributed.first():
-            screen.print(f"report: {write_report(run.workdir)}", soft_wrap=True, highlight=False)
-            screen.print(
-                f"next: moextend generate --workdir {run.workdir} --image FILE \"what is this?\", "
-                f"moextend export {run.workdir} OUT, moextend run --data FILE --images FOLDER ... on your own data",
-                soft_wrap=True, highlight=False, markup=False,
-            )  # fmt: skip
+            print(f"report: {write_report(run.workdir)}", NEXT.format(workdir=shlex.quote(str(run.workdir))), sep="\n")
     return record
 
 

@@ -65,7 +65,7 @@ def doctor(options: DoctorOptions) -> int:
 
 
 def packages() -> Iterator[Finding]:
-    """What this package and each of its extras pin, against what is installed."""
+    """What this package and each of its extras need, against what is installed."""
     if not version(PACKAGE):
         yield Finding(PACKAGE, "not installed", "missing", "pip install -e .")
         return
@@ -74,7 +74,7 @@ def packages() -> Iterator[Finding]:
         name = f"{PACKAGE}[{extra}]" if extra else PACKAGE
         wanted = [pin for pin in pins if ("extra" in str(pin.marker)) == bool(extra)]
         wanted = [pin for pin in wanted if pin.marker is None or pin.marker.evaluate({"extra": extra})]
-        wrong = [pin for pin in wanted if version(pin.name) not in pin.specifier]
+        wrong = [pin for pin in wanted if not version(pin.name) or version(pin.name) not in pin.specifier]
         value = ", ".join(f"{pin.name} {version(pin.name) or '-'}" for pin in wrong or wanted)
         if wrong:
             missing = extra in ("", needed_extra()) and not all(version(pin.name) for pin in wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -19,9 +20,6 @@ from moextend_jax.runs.results import RESULTS
 from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import from_config_dict
 from moextend_jax.train.metrics import read_metrics
-
-# ml_collections reads a configuration file through a method of importlib that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 RECIPE_CHANGES = {
     "paper": [],
@@ -50,7 +48,8 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "TEXTS", short)
         tiny.shorten_easy_vqa(patch)
-        cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", "--config.baseline=true"])
+        with (folder / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
+            cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", "--config.baseline=true"])
     return config, folder / "work"
 
 
@@ -58,6 +57,14 @@ def open_again(finished) -> Run:
     _, workdir = finished
     settings = from_config_dict(json.loads((workdir / "config.json").read_text())["settings"])
     return open_run(settings, workdir)
+
+
+def test_a_run_ends_in_where_its_report_is_and_what_to_try_next(finished):
+    config, workdir = finished
+    lines = (config.parent / "printed.txt").read_text().splitlines()
+    end = lines.index(f"report: {workdir / 'report.html'}")
+    assert lines[end + 1] == "next:" and all(line.startswith("  moextend ") for line in lines[end + 2 :])
+    assert sum("report" in line for line in lines) == 1 and (workdir / "report.html").is_file()
 
 
 def test_the_summary_has_every_figure(finished):

@@ -383,7 +383,6 @@ def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the load_module")
 def test_collect_opens_the_models_of_a_work_directory(base: Path, tmp_path: Path):
     from moextend_jax.cli import main
 

@@ -267,7 +267,6 @@ def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(whole, tmp_path: Path, mo
     assert steps == list(range(1, 9))
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads the configuration by it
 def test_the_command_line_leaves_with_75(tmp_path: Path, capsys):
     """A whole process, told while it trains; the same command then ends, and says nothing was lost."""
     llava = tiny.write_llava(tmp_path / "llava")
