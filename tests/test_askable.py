@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import folders
 import jax
@@ -100,14 +101,15 @@ def test_a_text_model_continues_text_unless_its_tokenizer_brings_a_template(run:
 
 
 def test_a_place_that_is_none_is_refused_before_anything_is_read(run: Run, tmp_path: Path):
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "needs --workdir: .* or --checkpoint"),
         ({"workdir": run.workdir, "checkpoint": run.workdir}, "not both"),
         ({"checkpoint": tmp_path / "nowhere"}, "nowhere is no work directory and no checkpoint"),
         ({"checkpoint": Path(run.settings.base), "model": "aligned"}, "leave --model aligned out"),
         ({"workdir": run.workdir, "base": tmp_path, "recipe": "paper"}, "leave --base, --recipe out"),
         ({"workdir": run.workdir, "model": "moextnd"}, "did you mean moextend"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(MoextendError, match=message):
             Place(**options)
     with pytest.raises(MoextendError, match="is no work directory: run a stage"):
