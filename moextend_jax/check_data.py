@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.conversations import encoder_of
@@ -47,7 +47,7 @@ def check_command(
     vision = base.config.vision
     if vision is None:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
-    tokenizer = tokenizer_of(folder_of(settings.base), base.config)
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), base.config)
     encoder_of(tokenizer, settings.recipe)
     work = Work(
         tokenizer=tokenizer,

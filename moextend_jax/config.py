@@ -72,7 +72,11 @@ Amount = Annotated[int, Range(least=0, most=LARGEST)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a Mixtral decoder; defaults are Mixtral-8x7B's."""
+    """Sizes of a Mixtral decoder; defaults are Mixtral-8x7B's.
+
+    `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
+    the same in rows of up to so many tokens; longer ones are refused.
+    """
 
     vocab_size: int = 32000
     width: int = 4096
@@ -86,6 +90,7 @@ class DecoderConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-5
     tied_head: bool = False
+    window: int | None = None
 
     def sizes(self) -> dict[str, int]:
         return {

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from moextend_jax import machine
-from moextend_jax.folders import is_url
+from moextend_jax.folders import extra_hint, is_url
 from moextend_jax.settings import Positive
 from moextend_jax.terminal import console
 
@@ -78,7 +78,7 @@ def packages() -> Iterator[Finding]:
         value = ", ".join(f"{pin.name} {version(pin.name) or '-'}" for pin in wrong or wanted)
         if wrong:
             missing = extra in ("", needed_extra()) and not all(version(pin.name) for pin in wrong)
-            yield Finding(name, value, "missing" if missing else "note", f"pip install '{name}'")
+            yield Finding(name, value, "missing" if missing else "note", extra_hint(extra))
         else:
             yield Finding(name, value)
 
@@ -123,7 +123,7 @@ def look() -> Iterator[Finding]:
         return
     yield Finding("JAX", (jax.print_environment_info(return_string=True) or "").partition("\n\n$ nvidia-smi")[0])
     if jax.default_backend() == "cpu" and (extra := needed_extra()):
-        yield Finding("devices", "JAX does not use the accelerator", "missing", f"pip install '{PACKAGE}[{extra}]'")
+        yield Finding("devices", "JAX does not use the accelerator", "missing", extra_hint(extra))
     program = jax.jit(layer).trace()
     yield Finding("kernels", ", ".join(name for name in KERNELS if name in str(program.jaxpr)))
     jax.block_until_ready(program.lower().compile()())

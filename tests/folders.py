@@ -114,6 +114,74 @@ def released(
     return write(folder, tensors, attributes)
 
 
+# --- as transformers writes a whole model -----------------------------------------------------------------------------
+
+ADDED = {
+    "gate_vision.weight": "gate.new.weight", "weight_scale.weight_scale.0.weight": "gate.calibrator.0.weight",
+    "weight_scale.weight_scale.2.weight": "gate.calibrator.2.weight",
+}  # fmt: skip
+"""Names of the released code -> those of modeling_moextend.py."""
+
+
+def fused(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A decoder's tensors as transformers 5 holds them: experts of a layer in two tensors, gate above up."""
+    result = {name: value for name, value in tensors.items() if "block_sparse_moe" not in name}
+    for layer in range(tiny.DECODER.layers):
+        block, mlp = f"model.layers.{layer}.block_sparse_moe.", f"model.layers.{layer}.mlp."
+        experts = sum(name.startswith(block + "experts.") for name in tensors) // 3
+        w = {n: np.stack([tensors[f"{block}experts.{e}.w{n}.weight"] for e in range(experts)]) for n in (1, 2, 3)}
+        result[mlp + "experts.gate_up_proj"] = np.concatenate([w[1], w[3]], axis=1)
+        result[mlp + "experts.down_proj"] = w[2]
+        result[mlp + "gate.weight"] = tensors[block + "gate.weight"]
+        result |= {mlp + new: tensors[block + old] for old, new in ADDED.items() if block + old in tensors}
+    return result
+
+
+def llava_attributes() -> dict[str, Any]:
+    text = huggingface.decoder_attributes(tiny.DECODER, dtype="bfloat16")
+    return {
+        "model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "image_token_index": 42,
+        "projector_hidden_act": "gelu", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+        "text_config": {name: value for name, value in text.items() if name != "torch_dtype"},
+        "torch_dtype": "bfloat16", "vision_config": tiny.clip_attributes(tiny.VISION),
+    }  # fmt: skip
+
+
+def llava(
+    folder: Path,
+    *,
+    config: ModelConfig = ALIGNED,
+    memory: bool = False,
+    tower: str = "vision_model.",
+    **attributes: Any,
+) -> Path:
+    """transformers' LLaVA, extended or not, by its names in files or in memory (`save_original_format=False`).
+
+    `tower`: what transformers 4 writes before the tower's names, and 5 does not.
+    """
+    tensors = files("released", config)
+    renames = {
+        r"model\.visual\.vision_tower\.vision_model\.": "vision_tower." + tower,
+        r"model\.visual\.mm_projector\.0\.": "multi_modal_projector.linear_1.",
+        r"model\.visual\.mm_projector\.2\.": "multi_modal_projector.linear_2.",
+        r"model\.(?=layers|embed|norm)": "language_model." if memory else "language_model.model.",
+        r"lm_head\.": "lm_head." if memory else "language_model.lm_head.",
+    }
+    renamed = {}
+    for name, value in (fused(tensors) if memory else tensors).items():
+        for theirs, ours in ADDED.items():
+            name = name.replace(theirs, ours)
+        old, new = next((old, new) for old, new in renames.items() if re.match(old, name))
+        name = re.sub("^" + old, new, name)
+        renamed[name if name.startswith("lm_head") or not memory else "model." + name] = value
+    if extension := config.extension:
+        attributes = {
+            "model_type": "moextend", "add_layer": list(extension.layers), "new_experts": extension.new_experts,
+            "calibrator_width": extension.calibrator_width, **attributes,
+        }  # fmt: skip
+    return write(folder, renamed, llava_attributes() | attributes)
+
+
 def read(folder: Path) -> dict[str, np.ndarray]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 

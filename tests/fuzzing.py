@@ -8,6 +8,7 @@ of its own, what is read must be what that library reads.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 import tiny
 import tiny_llama as llama
+import tiny_tokens
 
 from moextend_jax.checkpoints import convert
 from moextend_jax.checkpoints.gguf import open_gguf
@@ -38,12 +40,13 @@ from moextend_jax.checkpoints.selection import read_selection
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.compare import reference
-from moextend_jax.config import MoextendError
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.image_files import read_span
 from moextend_jax.data.shards import Span
-from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
 from moextend_jax.routing import stats as routing_stats
 
 Rng = np.random.Generator
@@ -345,6 +348,11 @@ def _stats(folder: Path) -> None:
     routing_stats.write_stats(folder / "stats.npz", stats)
 
 
+def _llava(folder: Path) -> None:
+    """An extended one with the names of transformers 5 in memory, whose experts are fused."""
+    folders.llava(folder, config=folders.RELEASED, memory=True)
+
+
 def _imported(folder: Path) -> None:
     folders.released(folder / "source")
     convert.import_source(open_source(folder / "source"), folder / "model")
@@ -370,6 +378,12 @@ def _tokenizer(folder: Path) -> None:
             shutil.copy(tiny.ASSETS / "base" / name, folder / name)
 
 
+def _byte_level(folder: Path) -> None:
+    tiny_tokens.write_byte_level(folder, template=None)
+    (folder / "chat_template.jinja").write_text(tiny_tokens.THINKING)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +398,17 @@ def _same(ours: dict[str, np.ndarray], theirs: dict[str, Any]) -> None:
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
         assert array.shape == theirs[name].shape and array.tobytes() == theirs[name].tobytes(), name
+
+
+def _read_chat(folder: Path) -> None:
+    decoder = dataclasses.replace(tiny.DECODER, vocab_size=300)
+    tokenizer = tokenizer_of(folder, ModelConfig(decoder=decoder))
+    turns = [{"from": "human", "value": "<image> a?"}, {"from": "gpt", "value": "b <|im_end|>"}]
+    encoded = encode_conversation(
+        turns * 2, example_id=str(folder), images=2, tokenizer=tokenizer, recipe=RECIPES["paper"], patches=2
+    )
+    assert encoded.ids_L.min() >= 0 and encoded.ids_L.max() < decoder.vocab_size
+    tokenizer.decode(encoded.ids_L)
 
 
 def _read_safetensors(folder: Path) -> None:
@@ -540,6 +565,12 @@ READERS: dict[str, Reader] = {
     "config.json: released": Reader(
         folders.released, "config.json", lambda folder: _read_source(open_source(folder)), change_json
     ),
+    "config.json: LLaVA": Reader(
+        _llava, "config.json", lambda folder: _read_source(open_source(folder)), change_json
+    ),
+    "header: LLaVA, fused": Reader(
+        _llava, "model.safetensors", lambda folder: _read_source(open_source(folder)), change_safetensors
+    ),
     "config.json: Llama": Reader(
         lambda folder: llama.write_folder(folder / "model"), "model/config.json", _upcycled, change_json
     ),
@@ -564,6 +595,10 @@ READERS: dict[str, Reader] = {
     "data: messages": Reader(DATA["jsonl"], "data.jsonl", _read_data, change_line),
     "tokenizer.model": Reader(_tokenizer, "tokenizer.model", load_tokenizer, change_bytes),
     "tokenizer_config.json": Reader(_tokenizer, "tokenizer_config.json", load_tokenizer, change_json),
+    "tokenizer.json": Reader(_byte_level, "tokenizer.json", _read_chat, change_json),
+    "tokenizer_config.json: chat": Reader(_byte_level, "tokenizer_config.json", _read_chat, change_json),
+    "generation_config.json": Reader(_byte_level, "generation_config.json", _read_chat, change_json),
+    "chat_template.jinja": Reader(_byte_level, "chat_template.jinja", _read_chat, change_bytes),
 }  # fmt: skip
 
 GGUF_NUMBERS: list[tuple[int, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -194,6 +195,14 @@ def test_nobody_waits_for_rows_that_were_only_filled_up():
     )  # fmt: skip
     state, _ = who.generator._advance(who.arrays, state=state, steps=NEW - 1, sampling=Sampling())
     assert work.rows > 1 and int(state.count) == len(together()[n]) + 1
+
+
+def test_an_answer_stops_before_any_of_its_ends():
+    never = said(asker(eos=-1), prompts()[:4])
+    ends = (-1, never[0][1], never[1][0])
+    who = dataclasses.replace(asker(eos=-1), ends=ends)  # the generator goes on, the asker cuts
+    cut = [next((ids[:n] for n, id in enumerate(ids) if id in ends), ids) for ids in never]
+    assert said(who, prompts()[:4]) == cut != never
 
 
 def test_asking_stops_where_the_text_says_enough(monkeypatch: pytest.MonkeyPatch):

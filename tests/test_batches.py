@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_tokens
 from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, MoextendError
@@ -268,3 +269,18 @@ def test_text_rows():
     assert sum(int(piece[-1] == TOKENIZER.eos) for piece in pieces["x"]) == 1
     assert sum(len(piece) - 1 for piece in pieces["x"]) == len(TOKENIZER.encode(passages[2])) + 1
     assert (batch.patches_BL == -1).all() and batch.features_BMPC is None
+
+
+def test_text_rows_of_a_model_without_bos(tmp_path):
+    """Each token but a passage's first is learnt once: a piece goes on from the last token of the one before."""
+    tokenizer = load_tokenizer(tiny_tokens.write_byte_level(tmp_path))
+    passages = [letter * count for letter, count in zip("abcde", (30, 31, 32, 61, 62), strict=True)]
+    (batch,) = text_batches(passages, tokenizer=tokenizer, length=32, batch_size=9, epochs=1)
+    rows = [batch.ids_BL[row, here].tolist() for row, here in segments(batch)]
+    learnt = [batch.labels_BL[row, here].tolist() for row, here in segments(batch)]
+    assert all(labels == [IGNORE, *ids[1:]] and len(ids) > 1 for ids, labels in zip(rows, learnt, strict=True))
+    for passage in passages:
+        pieces = [ids for ids in rows if tokenizer.decode(ids[:1]) == passage[0]]
+        ids = [*tokenizer.encode(passage), tokenizer.eos]
+        assert sorted(id for piece in pieces for id in piece[1:]) == sorted(ids[1:])
+    assert len(rows) == 1 + 1 + 2 + 2 + 2

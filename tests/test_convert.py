@@ -291,7 +291,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], str]] = {
         f"Missing: {NORM}. Not asked for: x",
     ),
     "surplus": (lambda f: folders.change(folders.mixtral(f), {"x": lambda a: a}), r"Not asked for: x\.$"),
-    "attribute": (lambda f: with_attribute(folders.mixtral(f), sliding_window=4096), "sliding_window = 4096"),
+    "attribute": (lambda f: with_attribute(folders.mixtral(f), attention_bias=True), "attention_bias = True"),
     "rope": (lambda f: with_attribute(folders.mixtral(f), rope_scaling={"type": "yarn"}), "rope_scaling"),
     "activation": (lambda f: with_attribute(folders.clip(f), hidden_act="relu"), "hidden_act = 'relu'"),
     "layers": (lambda f: with_attribute(folders.released(f), add_layer=[0, 9]), r"layers \[9\], but .* only 3"),
@@ -458,18 +458,6 @@ def test_memory_stays_within_twice_the_largest_stacked_tensor(tmp_path: Path):
 def test_memory_stays_within_twice_the_largest_stacked_tensor_of_gigabytes(tmp_path: Path):
     folder = big(tmp_path / "src", layers=8, width=2048, hidden=4096)
     assert_bounded(folder, tmp_path, at_least=3_000_000_000, margin=60_000_000)
-
-
-def test_an_import_without_a_tokenizer_that_is_read_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    src = folders.mixtral(tmp_path / "src")
-    (src / "tokenizer.json").write_text("{}")
-    cli.call(["import", str(src), str(tmp_path / "both")])
-    assert "not tokenizer.json" not in capsys.readouterr().out
-    (src / "tokenizer.model").unlink()
-    cli.call(["import", str(src), str(tmp_path / "one")])
-    assert f"read tokenizer.model, not tokenizer.json: copy that of the base to {tmp_path / 'one'}" in (
-        capsys.readouterr().out
-    )
 
 
 def test_the_command_tells_what_it_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

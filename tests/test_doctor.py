@@ -44,9 +44,9 @@ def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monke
     version, core = doctor.version, doctor.PACKAGE
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     findings = by_part(doctor.packages())
-    assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install 'moextend-jax'")
+    assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install -e .")
     assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "gcs", "gpu")} == {"note"}
-    assert findings[f"{core}[gcs]"].mend == "pip install 'moextend-jax[gcs]'"
+    assert findings[f"{core}[gcs]"].mend == "pip install -e '.[gcs]'"
     monkeypatch.delenv("JAX_PLATFORMS")
     for platform, extra in (("tpu", "plan"), ("gpu", "gpu")):
         monkeypatch.setattr(doctor.machine, "accelerator", lambda platform=platform: platform)
@@ -96,7 +96,7 @@ def test_an_accelerator_that_jax_does_not_use_is_missing(monkeypatch: pytest.Mon
     monkeypatch.delenv("JAX_PLATFORMS")
     looked = doctor.look()
     assert next(looked).part == "JAX"
-    assert next(looked)[2:] == ("missing", "pip install 'moextend-jax[gpu]'")
+    assert next(looked)[2:] == ("missing", "pip install -e '.[gpu]'")
 
 
 def test_shared_memory_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ import tiny
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface
+from moextend_jax.routing import stats as statistics
 
 TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
 
@@ -41,7 +42,7 @@ class Dump(NamedTuple):
 def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
     """What the tool makes of three layouts, and of a router that has become NaN, from random ids with padding and
     holes. In one process: importing torch takes longer than all the rest."""
-    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[torch]'")
     folder = tmp_path_factory.mktemp("dumps")
     (folder / "derived").mkdir()
     derived = reference_set.Set(folder / "derived")
@@ -68,6 +69,94 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
     assert done.returncode == 0, done.stderr
     (folder / "nan.dump" / "message").write_text(done.stdout.splitlines()[-1])
     return dumped
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 16, "num_experts_per_tok": 3, "head_dim": 8},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
+    "deepseek_v3": {
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 16, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+}  # fmt: skip
+SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 3,
+         "num_key_value_heads": 3, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+MAKE = """
+import json, runpy, sys
+from pathlib import Path
+import numpy as np, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+tool, root, families = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+file = np.load(root / "ids.npz")
+inputs = {name: torch.tensor(file[name]) for name in ("input_ids", "attention_mask")}
+for name, sizes in families.items():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), attn_implementation="eager").float()
+    with torch.no_grad():
+        for leaf in model.parameters():
+            leaf.normal_(0, 0.3)
+        model.save_pretrained(root / name)
+        if name != "deepseek_v3":
+            own = model.eval()(**inputs, output_router_logits=True).router_logits
+            np.save(root / f"{name}.npy", torch.stack(own).reshape(len(own), -1, own[0].shape[-1]).numpy())
+    sys.argv = [tool, str(root / name), "--ids", str(root / "ids.npz"), "--out", str(root / f"{name}.npz"),
+                "--batch_size", "2"]
+    runpy.run_path(tool, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny random models of other families, dumped; and what transformers itself gives out of their routers."""
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    root, mask = tmp_path_factory.mktemp("families"), np.ones((3, 9), np.int64)
+    mask[1, 6:] = 0
+    np.savez(root / "ids.npz", input_ids=np.random.default_rng(0).integers(3, 61, mask.shape), attention_mask=mask)
+    made = {name: {**SIZES, **sizes} for name, sizes in FAMILIES.items()}
+    words = [sys.executable, "-c", MAKE, str(TOOL), str(root), json.dumps(made)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_mixture_whose_routers_transformers_calls_so_is_dumped(families: Path, name: str):
+    stats, sizes = statistics.read_stats(families / f"{name}.npz"), FAMILIES[name]
+    real = np.load(families / "ids.npz")["attention_mask"].reshape(-1) > 0
+    assert stats.tokens == {"text": int(real.sum()), "image": 0} and stats.top_k == sizes["num_experts_per_tok"]
+    assert stats.per_token is not None and len(np.unique(stats.per_token.ids_ZTk)) == stats.experts
+    layers = np.load(families / f"{name}.npz")["layers"].tolist()
+    assert layers == ([1, 2] if name == "deepseek_v3" else [0, 1, 2])
+    if name == "deepseek_v3":  # whose picks are not those of the largest logits
+        assert stats.experts == 8
+        return
+    own_ZTO = np.load(families / f"{name}.npy")[:, real]
+    np.testing.assert_array_equal(stats.per_token.ids_ZTk, np.argsort(-own_ZTO, axis=-1)[..., : stats.top_k])
+    probs_ZTO = np.exp(own_ZTO) / np.exp(own_ZTO).sum(-1, keepdims=True)
+    np.testing.assert_allclose(stats.probs_ZO["text"], probs_ZTO.mean(1), atol=1e-6)
+    np.testing.assert_allclose(stats.entropy_Z["text"], -(probs_ZTO * np.log(probs_ZTO)).sum(-1).mean(1), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "olmoe",
+                                  "qwen2_moe", "qwen3_moe", "qwen3_next"])  # fmt: skip
+def test_published_forms_of_other_families_are_dumped(shared: Path, name: str, tmp_path: Path):
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    folder = shared / "families" / name
+    batch = np.load(folder / "batches.npz")
+    mask_BL = batch["text/attention_mask"]
+    np.savez(tmp_path / "ids.npz", input_ids=batch["text/input_ids"], attention_mask=mask_BL)
+    words = [sys.executable, str(TOOL), str(folder), "--ids", str(tmp_path / "ids.npz"), "--out"]
+    done = subprocess.run([*words, str(tmp_path / "out.npz")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted, stats = np.load(folder / "forward.npz"), statistics.read_stats(tmp_path / "out.npz")
+    assert stats.per_token is not None
+    for z, layer in enumerate(np.load(tmp_path / "out.npz")["layers"]):
+        picks_Tk = wanted[f"text/topk_idx/{layer}"][mask_BL.reshape(-1) > 0]
+        np.testing.assert_array_equal(np.sort(stats.per_token.ids_ZTk[z]), np.sort(picks_Tk))
 
 
 FILES = {"--ids": "ids.npz", "--out": "torch.npz", "--forward": "forward"}

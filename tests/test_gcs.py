@@ -1,4 +1,4 @@
-"""Work directories in a bucket: checkpoints, metrics and records in a storage emulator on this machine."""
+"""Work directories and base models in a bucket: all of them in a storage emulator on this machine."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import folders as checkpoint_folders
 import jax
 import numpy as np
 import pytest
 import test_forms
 import tiny
 
-from moextend_jax import folders
-from moextend_jax.checkpoints import train_state
+import moextend_jax as mx
+from moextend_jax import cli, folders
+from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
+from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import open_dataset
-from moextend_jax.runs.run import write_json
+from moextend_jax.runs.run import open_run, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 FORMS = (
@@ -39,6 +42,23 @@ def test_only_buckets_are_urls():
     assert folders.folder("a b/c") == Path("a b/c") and not folders.is_url(Path("/a:/b"))
     with pytest.raises(MoextendError, match="only gs://"):
         folders.folder("s3://bucket/a")
+
+
+def test_an_extra_is_named_by_what_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The package's name is on no registry."""
+    assert folders.extra_hint("gcs") == "pip install -e '.[gcs]'"
+    monkeypatch.setattr(folders, "__file__", str(tmp_path / "site-packages" / "moextend_jax" / "folders.py"))
+    requires = ["numpy==2", "gcsfs==2026.1; extra == 'gcs'", 'torch>2; python_version < "4" and extra == "torch"']
+    monkeypatch.setattr(folders.importlib.metadata, "requires", lambda name: requires)
+    assert folders.extra_hint("gcs") == "pip install 'gcsfs==2026.1'"
+    assert folders.extra_hint("torch") == "pip install 'torch>2'"
+    assert folders.extra_hint("") == "pip install 'numpy==2'"
+
+
+def test_without_gcsfs_a_bucket_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MoextendError, match=r"gs://bucket/a: .* needs gcsfs: pip install -e '\.\[gcs\]'"):
+        folders.folder("gs://bucket/a")
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +171,153 @@ def test_a_stage_goes_on_from_a_bucket(bucket: Path, tmp_path: Path):
     again = one.work(bucket / "run", llava, sizes)  # nothing left to do: what the checkpoint holds
     for path, leaf in here.trained.items():
         assert there.trained[path].tobytes() == leaf.tobytes() == again.trained[path].tobytes(), path
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def upload(source: Path, there: Path) -> Path:
+    for path in source.rglob("*"):
+        if path.is_file():
+            (there / path.relative_to(source).as_posix()).write_bytes(path.read_bytes())
+    return there
+
+
+@pytest.fixture(scope="module")
+def published(bucket: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Mixtral in two shards with a tower, on this machine and in the bucket."""
+    here = checkpoint_folders.mixtral(tmp_path_factory.mktemp("base") / "base", shards=2)
+    checkpoint_folders.clip(here / "vision")
+    return here, upload(here, bucket.parent / "base")
+
+
+@pytest.fixture
+def read_ranges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    ranges = []
+
+    def watched(path: Path, begin: int, end: int) -> bytes:
+        ranges.append((path.name, begin, end))
+        return folders.read_range(path, begin, end)
+
+    monkeypatch.setattr(tensors, "read_range", watched)
+    return ranges
+
+
+def test_a_base_in_a_bucket_is_the_same_base(published: tuple[Path, Path]):
+    here, there = published
+    ours, theirs = (open_base(str(folder), "embedded", feature_layer=-2) for folder in (here, there))
+    assert theirs.config == ours.config and theirs.leaves.keys() == ours.leaves.keys()
+    assert hashes.base_hash(theirs.leaves) == hashes.base_hash(ours.leaves)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    arrays = [leaves.read_sharded(s.leaves, dict.fromkeys(s.leaves, device), dtype="float32") for s in (ours, theirs)]
+    checkpoint_folders.assert_same(*arrays)
+
+
+def test_of_a_base_in_a_bucket_only_the_rows_of_a_shard_are_read(published, read_ranges: list[tuple[str, int, int]]):
+    here, there = published
+    leaf = open_source(there).leaves["decoder/layers/moe/experts/w_gate"]
+    read_ranges.clear()
+    part = (slice(1, 2), slice(2, 4), slice(None), slice(3, 9))  # [Z, E, D, F]: two experts, six of the hidden rows
+    made = leaves.read_slice(leaf, part)
+    width = tiny.DECODER.width
+    assert [end - begin for _, begin, end in read_ranges] == [2 * 6 * width] * 2
+    expected = leaves.read_slice(open_source(here).leaves[leaf.path], part)
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_shards_that_make_a_block_are_read_from_a_bucket_in_one_go(published, read_ranges: list[tuple[str, int, int]]):
+    """Columns of one tensor on several devices: each would ask for all of its rows."""
+    leaf = open_source(published[1]).leaves["decoder/layers/moe/experts/w_gate"]
+    half = tiny.DECODER.width // 2
+    slices = {str(n): (slice(0, 1), slice(1, 2), slice(n * half, (n + 1) * half), slice(None)) for n in range(2)}
+    assert leaves._together(leaf, slices) == [["0", "1"]]
+    assert leaves._together(leaf, slices | {"2": (slice(1, 2), slice(3, 4), slice(0, half), slice(None))}) == [
+        ["0"], ["1"], ["2"]
+    ]  # fmt: skip
+    read_ranges.clear()
+    made = leaves._read_slices(leaf, list(slices.values()), dtype="float32")
+    assert len(read_ranges) == 1
+    expected = checkpoint_folders.arrays(checkpoint_folders.TEXT)[leaf.path][:1, 1:2].astype(np.float32)
+    np.testing.assert_array_equal(np.concatenate(made, axis=2), expected)
+
+
+def test_of_an_import_in_a_bucket_only_the_bytes_of_a_shard_are_read(published, tmp_path: Path, read_ranges, bucket):
+    convert.import_source(open_source(published[0]), tmp_path / "imported")
+    leaf = open_source(upload(tmp_path / "imported", bucket.parent / "imported")).leaves["decoder/layers/moe/gate"]
+    read_ranges.clear()
+    made = leaves.read_slice(leaf, (slice(0, 1), slice(2, 5), slice(None)))  # [Z, D, E]
+    assert [end - begin for _, begin, end in read_ranges] == [made.nbytes]
+    np.testing.assert_array_equal(made, checkpoint_folders.arrays(checkpoint_folders.TEXT)[leaf.path][:1, 2:5])
+
+
+def test_a_model_in_a_bucket_is_imported_with_its_small_files(published: tuple[Path, Path], tmp_path: Path):
+    here, there = published
+    for source, name in ((here, "a"), (there, "b")):
+        cli.call(["import", str(source), str(tmp_path / name)])
+    one, other = (json.loads((tmp_path / name / "moextend.json").read_text()) for name in "ab")
+    assert one["content_hash"] == other["content_hash"]
+    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == (here / "tokenizer.model").read_bytes()
+
+
+def test_hashes_of_a_bucket_are_remembered_by_what_it_calls_the_content(
+    published: tuple[Path, Path], read_ranges: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch, bucket: Path
+):
+    monkeypatch.setattr(hashes, "WORTH", 1)
+    monkeypatch.setattr(hashes, "SETTLED", 0)
+    there = upload(published[0], bucket.parent / "hashed")
+    expected = hashes.base_hash(open_source(there).leaves)
+    assert (there / hashes.NAME).is_file()
+    matched = open_source(there).leaves
+    read_ranges.clear()
+    assert hashes.base_hash(matched) == expected and not read_ranges
+    shard = "model-00001-of-00002.safetensors"
+    (there / shard).write_bytes((there / shard).read_bytes())  # the same again: another content to the bucket
+    matched = open_source(there).leaves
+    read_ranges.clear()
+    assert hashes.base_hash(matched) == expected and read_ranges
+
+
+def test_the_tokenizer_of_a_bucket_is_copied_to_this_machine(bucket: Path):
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (bucket.parent / "tokenizer" / name).write_bytes((EMBEDDED / name).read_bytes())
+    folder = tokenizer_folder(str(bucket.parent / "tokenizer"))
+    assert not folders.is_url(folder) and tokenizer_folder(str(bucket.parent / "tokenizer")) == folder
+    assert {path.name for path in folder.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
+    assert (folder / "tokenizer.model").read_bytes() == (EMBEDDED / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs's own, of the upload
+def test_runs_and_questions_take_their_models_from_a_bucket(bucket: Path, tmp_path: Path):
+    there = upload(EMBEDDED, bucket.parent / "embedded")
+    here, away = (
+        open_run(tiny.run_settings(base=base, vision=vision), tmp_path)
+        for base, vision in (("embedded", "embedded"), (str(there), ""))
+    )
+    assert (away.base_hash, away.config) == (here.base_hash, here.config)
+    assert away.tokenizer.encode("a picture") == here.tokenizer.encode("a picture")
+    for path, leaf in here.pretrained.items():
+        assert np.asarray(away.pretrained[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    answers = [mx.open(folder).generate("badger:", max_new_tokens=3) for folder in (str(there), str(EMBEDDED))]
+    assert answers[0] == answers[1]
+
+
+def test_what_is_not_in_a_bucket_or_cannot_be_read_from_one_is_one_line(bucket: Path, published: tuple[Path, Path]):
+    with pytest.raises(MoextendError, match="gs://bucket/nothing does not exist"):
+        open_source(bucket.parent / "nothing")
+    (bucket.parent / "pickled" / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(MoextendError, match=r"torch pickles .* cannot be in gs://bucket/pickled"):
+        open_source(bucket.parent / "pickled")
+    with pytest.raises(MoextendError, match="gs://nobucket/base"):
+        open_source(folders.folder("gs://nobucket/base"))
+    name = "model-00001-of-00002.safetensors"
+    upload(published[0], bucket.parent / "cut")
+    cut = bucket.parent / "cut" / name
+    cut.write_bytes(cut.read_bytes()[:-3])
+    with pytest.raises(MoextendError, match=f"{name} cannot be read: it is cut short"):
+        open_source(bucket.parent / "cut")
+    upload(published[0], bucket.parent / "shrinks")
+    source = open_source(bucket.parent / "shrinks")
+    (bucket.parent / "shrinks" / name).write_bytes(b"short")
+    with pytest.raises(MoextendError, match=f"{name} (has changed|cannot be read)"):
+        hashes.stored_hash(source.leaves)

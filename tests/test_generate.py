@@ -27,8 +27,8 @@ def model():
 
 
 @functools.cache
-def generator(eos: int = NEVER, suppress: tuple[int, ...] = ()) -> Generator:
-    return Generator(model()[0], eos=eos, suppress=suppress)
+def generator(eos: int = NEVER, suppress: tuple[int, ...] = (), ends: tuple[int, ...] = ()) -> Generator:
+    return Generator(model()[0], eos=eos, ends=ends, suppress=suppress)
 
 
 def prompts() -> Batch:
@@ -100,6 +100,20 @@ def test_a_row_that_ended_is_filled_with_eos_and_the_others_go_on():
     np.testing.assert_array_equal(generator(eos).complete(model()[1], prompts(), max_new_tokens=NEW), expected)
     said = np.stack(list(generator(eos).stream(model()[1], prompts(), max_new_tokens=NEW)), axis=1)
     np.testing.assert_array_equal(said, expected[:, : said.shape[1]])
+
+
+def test_each_of_several_ends_ends_a_row():
+    """A model may end its answers with one token and its texts with another."""
+    ends = tuple({int(row[n]) for row, n in zip(greedy(), (1, 2, 4), strict=True)})
+    firsts = [int(np.flatnonzero(np.isin(row, ends))[0]) for row in greedy()]
+    expected = np.array(
+        [[*row[: first + 1], *[NEVER] * NEW][:NEW] for row, first in zip(greedy(), firsts, strict=True)]
+    )
+    assert len(set(greedy()[range(3), firsts])) > 1
+    of = generator(NEVER, ends=ends)
+    np.testing.assert_array_equal(of.complete(model()[1], prompts(), max_new_tokens=NEW), expected)
+    said = list(of.stream(model()[1], prompts(), max_new_tokens=NEW))
+    assert len(said) == max(firsts) + 1
 
 
 def test_streaming_stops_when_every_row_has_ended():

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_tokens
 
 from moextend_jax.config import IGNORE, Batch, MoextendError
+from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate.forgetting import average_drop, base_and, figure, forgetting, read_tasks
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.parameters import with_arrays
@@ -71,6 +73,19 @@ def direct(run):
         return np.asarray(nats(run.arrays, ids_BL, segments_BL), np.float64)[: len(ids)]
 
     return of
+
+
+def test_texts_of_a_model_without_bos_begin_with_nothing(tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    from moextend_jax.evaluate.harness import HarnessModel
+
+    tokenizer = load_tokenizer(tiny_tokens.write_byte_level(tmp_path))
+    asking: Any = None
+    model = HarnessModel(asking, tokenizer=tokenizer, max_length=40)
+    assert model.tok_encode("a the") == model.tok_encode("a the", add_special_tokens=False) == tokenizer.encode("a the")
+    # What goes before a text that has no context, as lm-eval's own models do.
+    assert model.prefix_token_id == model.eot_token_id == tokenizer.eos
+    assert model.tokenizer_name == "tokenizer.json"
 
 
 def request(*arguments):

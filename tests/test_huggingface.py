@@ -168,7 +168,9 @@ def test_transformers_5_writes_rope_theta_elsewhere(folder: Path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("sliding_window", 4096),
+        ("sliding_window", -1),
+        ("sliding_window", True),
+        ("mlp_bias", True),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("attention_bias", True),
         ("hidden_act", "gelu"),
@@ -182,6 +184,34 @@ def test_transformers_5_writes_rope_theta_elsewhere(folder: Path):
 def test_what_cannot_be_honoured_is_refused_by_name(folder: Path, name: str, value):
     with pytest.raises(MoextendError, match=name):
         huggingface.read_decoder_config(with_attributes(folder, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pretraining_tp", 1),
+        ("unsloth_version", "2024.12.1"),
+        ("auto_map", {"AutoModelForCausalLM": "x--modeling.X"}),
+        ("mlp_bias", False),
+        ("_flash_attn_2_enabled", True),
+        ("partial_rotary_factor", 1.0),
+        ("sliding_window", None),
+    ],
+)
+def test_what_tools_write_about_themselves_is_no_obstacle(folder: Path, name: str, value):
+    plain = huggingface.read_decoder_config(folder)
+    assert huggingface.read_decoder_config(with_attributes(folder, **{name: value})) == plain
+
+
+def test_a_sliding_window_is_nothing_in_rows_that_fit_and_refused_in_longer_ones(folder: Path):
+    from moextend_jax.models.mixtral import _check_length
+
+    config = huggingface.read_decoder_config(with_attributes(folder, sliding_window=4096))
+    assert config.window == 4096
+    assert huggingface.decoder_attributes(config, dtype="float32")["sliding_window"] == 4096
+    _check_length(4096, config)
+    with pytest.raises(MoextendError, match="rows of 4097 tokens: .* sliding window of 4096"):
+        _check_length(4097, config)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "", "null"])

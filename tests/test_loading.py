@@ -164,7 +164,7 @@ def test_arrays_spread_over_devices_are_the_same(tmp_path: Path, mesh: tuple[int
 def test_only_the_pieces_of_a_slice_are_read(tmp_path: Path):
     leaf = open_source(folders.mixtral(tmp_path)).leaves["decoder/layers/moe/experts/w_down"]
     asked = []
-    watched = leaf._replace(ours=lambda index: asked.append(index) or leaf.ours(index))
+    watched = leaf._replace(part=lambda index, slices: asked.append(index) or leaf.part(index, slices))
     part = (slice(1, 2), slice(2, 4), slice(None), slice(3, 9))
     made = leaves.read_slice(watched, part, dtype="float32")
     assert asked == [(1, 2), (1, 3)]
@@ -387,10 +387,11 @@ def test_a_tower_of_other_colours_is_refused(tmp_path: Path, said: dict[str, Any
 
 def test_pictures_prepared_as_published_are_fine(tmp_path: Path):
     folder = folders.clip(tmp_path / "clip")
+    side = tiny.VISION.image_size
     published = {
-        "crop_size": 336, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "crop_size": side, "do_center_crop": True, "do_normalize": True, "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 336,
+        "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": side,
     }  # fmt: skip
     for description in (published, {**published, "rescale_factor": 0.00392156862745098, "do_convert_rgb": None}):
         (folder / "preprocessor_config.json").write_text(json.dumps(description))
@@ -404,11 +405,10 @@ WAYS_IN: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], Any]]] = 
     "a pickle": (_pickled, "pytorch_model.bin", open_source),
     "config.json": (folders.mixtral, "config.json", open_source),
     "a tokenizer": (folders.mixtral, "tokenizer.model", open_source),
-    "the tower's folder": (_with_tower, "vision", open_source),
     "the tower's config.json": (_with_tower, "vision/config.json", open_source),
     "the tower's tensors": (_with_tower, "vision/model.safetensors", open_source),
     "the tower's side file": (_with_tower, "vision/preprocessor_config.json", open_source),
-    "sizes of a tower": (lambda f: _beside(folders.released(f, tower=False)), "vision", open_source),
+    "sizes of a tower": (lambda f: _beside(folders.released(f, tower=False)), "vision/config.json", open_source),
     "an import's record": (_imported, "moextend.json", open_source),
     "an import's tensors": (_imported, "model.safetensors", open_source),
     "a dense model's side file": (_dense, "chat_template.jinja", _upcycled),

@@ -237,10 +237,63 @@ def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: 
 def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
     statistics.write_stats(tmp_path / "a.npz", pair[0])
     statistics.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))
-    with pytest.raises(MoextendError, match="not of the same sizes: router outputs per layer"):
-        run("compare", tmp_path / "a.npz", tmp_path / "b.npz")
+    statistics.write_stats(tmp_path / "c.npz", pair[0]._replace(experts=3))
+    for other in ("b", "c"):
+        with pytest.raises(MoextendError, match="not of the same sizes: (router outputs per layer|experts)"):
+            run("compare", tmp_path / f"{other}.npz", tmp_path / "a.npz")
     with pytest.raises(MoextendError, match="there is no command 'routing colect'; did you mean routing collect"):
         run("colect")
+
+
+@pytest.fixture(scope="module")
+def grown(pair) -> statistics.Stats:
+    """The first of the pair after its extension, on the same tokens."""
+    return collected(tiny.EXTENDED)
+
+
+def test_before_and_after_extension_the_shared_experts_are_compared(pair, grown, tmp_path: Path, capsys):
+    before = pair[0]
+    assert compare.is_extension_of(before, grown) and not compare.is_extension_of(grown, before)
+    for name, stats in (("aligned", before), ("moextend", grown), ("blind", grown._replace(per_token=None))):
+        statistics.write_stats(tmp_path / f"{name}.npz", stats)
+    assert run("compare", tmp_path / "aligned.npz", tmp_path / "moextend.npz", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    for row in record["layers"]:
+        if row["kind"] == "all":
+            z = row["layer"]
+            p, q = (stats.picks_ZO["text"][z, :4] + stats.picks_ZO["image"][z, :4] for stats in (before, grown))
+            assert row["tv_picks"] == pytest.approx(np.abs(p / p.sum() - q / q.sum()).sum() / 2)
+    assert record["choices"] == {} and [row["layer"] for row in record["new_experts"]] == [0, 2, 0, 2]
+    for row in record["new_experts"]:
+        z, kind = row["layer"], row["kind"]
+        assert row["share_X"] == [pytest.approx(grown.picks_ZO[kind][z, 4] / grown.picks_ZO[kind][z].sum())]
+        lost = np.zeros(4)
+        tokens = 0
+        for old, new, image in zip(before.per_token.ids_ZTk[z], grown.per_token.ids_ZTk[z], grown.per_token.image_T,
+                                   strict=True):  # fmt: skip
+            if image == (kind == "image") and 4 in new:
+                tokens += 1
+                lost[[expert for expert in old if expert not in new]] += 1
+        assert row["tokens"] == pytest.approx(tokens / grown.tokens[kind]) and tokens > 3
+        assert row["from_E"] == pytest.approx(lost / lost.sum())
+    assert run("compare", tmp_path / "aligned.npz", tmp_path / "moextend.npz") == 0
+    printed = capsys.readouterr().out
+    assert "the 4 experts that both have" in printed and "share of picks" in printed
+    assert run("compare", tmp_path / "aligned.npz", tmp_path / "blind.npz", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert "keeps no picks per token" in record["top_k_agreement_missing"]
+    assert {row["from_E"] for row in record["new_experts"]} == {None}
+    with pytest.raises(MoextendError, match=r"name .*aligned\.npz, the model before it, first"):
+        run("compare", tmp_path / "moextend.npz", tmp_path / "aligned.npz")
+
+
+def test_before_and_after_extension_are_drawn(pair, grown, tmp_path: Path):
+    statistics.write_stats(tmp_path / "aligned.npz", pair[0])
+    statistics.write_stats(tmp_path / "moextend.npz", grown)
+    assert run("plot", tmp_path / "aligned.npz", tmp_path / "moextend.npz", "--out", tmp_path / "both") == 0
+    page = (tmp_path / "both.html").read_text()
+    assert page.count("<svg") == 2 * 6 + 3 + 4 and "New experts" in page and "expert that lost them" in page
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_writes_a_picture_and_a_page_that_needs_nothing_else(pair, tmp_path: Path):
@@ -312,6 +365,19 @@ def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Pat
     stats = statistics.read_stats(tmp_path / "a.npz")
     assert config.vision is not None and stats.tokens["image"] == 6 * config.vision.patches
     assert stats.tokens["text"] > 60
+    # Ids and pictures, written down, are the same rows again.
+    given = ("--checkpoint", seeing, "--vision", base / "vision", "--out", tmp_path / "c.npz")
+    assert run(*common, *given, "--ids_out", tmp_path / "ids.npz") == 0
+    arrays = np.load(tmp_path / "ids.npz")
+    assert arrays["pixel_values"].shape == (6, 3, 32, 32) and arrays["attention_mask"].any(axis=0).all()
+    assert run("collect", *given, "--ids", tmp_path / "ids.npz", "--batch_size", 4) == 0
+    again = statistics.read_stats(tmp_path / "c.npz")
+    assert again.inputs == stats.inputs and again.tokens == stats.tokens
+    assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in compare.distances(stats, again, tie=1e-5))
+    few = dict(arrays) | {"pixel_values": arrays["pixel_values"][1:]}
+    np.savez(tmp_path / "few.npz", **few)
+    with pytest.raises(MoextendError, match=r"few\.npz: pixel_values \[5, 3, 32, 32\] are not one picture"):
+        run("collect", *given, "--ids", tmp_path / "few.npz")
     assert run(*common, "--checkpoint", base, "--out", tmp_path / "b.npz") == 0  # a model without a projector is blind
     assert statistics.read_stats(tmp_path / "b.npz").tokens["image"] == 0
 

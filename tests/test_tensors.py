@@ -224,7 +224,7 @@ def test_a_folder_that_holds_something_is_not_touched(tmp_path: Path):
 def test_without_torch_a_pickle_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
-    with pytest.raises(MoextendError, match=r"moextend-jax\[torch\]"):
+    with pytest.raises(MoextendError, match=r"\.\[torch\]"):
         open_pickles(tmp_path)
 
 
@@ -278,12 +278,3 @@ def test_parameters_are_read_as_the_tensors_that_they_are(tmp_path: Path):
     stored = open_tensors(tmp_path / "p.bin")
     np.testing.assert_array_equal(stored["a"].read(), values.numpy())
     np.testing.assert_array_equal(stored["b"].read().astype(np.float32), values.numpy())
-
-
-@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_what_torch_puts_before_all_names_is_taken_off(tmp_path: Path, wrapper: str):
-    save_file({wrapper + name: array for name, array in TENSORS.items()}, tmp_path / "model.safetensors")
-    assert open_tensors(tmp_path).keys() == TENSORS.keys()
-    some_only = {wrapper + name if name < "c" else name: array for name, array in TENSORS.items()}
-    save_file(some_only, tmp_path / "model.safetensors")
-    assert open_tensors(tmp_path).keys() == some_only.keys()

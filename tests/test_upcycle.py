@@ -164,6 +164,8 @@ def config_folder(folder: Path, **changes: Any) -> Path:
         ({"num_key_value_heads": ...}, {"kv_heads": 4}),
         ({"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
         ({"model_type": "mistral", "sliding_window": None}, {}),
+        ({"model_type": "mistral", "sliding_window": 2048}, {"window": 2048}),
+        ({"model_type": "mistral"}, {"window": 4096}),
         ({"tie_word_embeddings": True}, {"tied_head": True}),
         # what SmolLM2 writes
         ({"rope_interleaved": False, "is_llama_config": True, "pretraining_tp": 1, "transformers.js_config": {}}, {}),
@@ -183,8 +185,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path):
     ("changes", "said"),
     [
         ({"model_type": "gemma"}, "model_type is 'gemma'; only llama and mistral"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096 .*texts of up to 4096 tokens"),
-        ({"model_type": "mistral"}, "sliding_window = 4096"),
+        ({"sliding_window": "4096"}, "sliding_window must be null or one positive number, not '4096'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling = .*linear.* cannot be honoured"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = .*llama3"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters"),

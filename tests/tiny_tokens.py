@@ -88,7 +88,7 @@ def write_byte_level(
         made.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )
-    return write(folder, made, template=template, bos_token=bos, **settings)
+    return write(folder, made, template=template, **({"bos_token": bos} | settings))
 
 
 def write_llama(folder: Path, *, template: str | None = TEXT_ONLY, legacy: bool = True, **settings: Any) -> Path:

@@ -1,31 +1,44 @@
-"""What a Mixtral's routers do in PyTorch, as files that `moextend routing compare` and `moextend compare` read.
+"""What the routers of a mixture of experts do in PyTorch, as files that `moextend routing compare` and `compare` read.
 
     python dump_torch_routing.py CHECKPOINT --ids IDS.npz --out STATS.npz [--forward FOLDER]
 
-In: a Hugging Face Mixtral folder, or one in the released MoExtend layout (text half), and an npz file with `input_ids`
-and `attention_mask` [rows, length]. Out: statistics of routing (the arrays are described in routing/stats.py of
-moextend_jax), and with --forward a folder with batches.npz and forward_torch.npz: logits, losses, hidden states and
-every router's logits and picks. Needs torch, transformers 5, safetensors and numpy; nothing else of this repository.
+In: a folder of any mixture of experts whose routers transformers 5 calls *TopKRouter, one of `moextend export --layout
+hf` (an extended model with --trust_remote_code), or one in the released MoExtend layout (text half); and an npz file
+with `input_ids` and `attention_mask` [rows, length], and for a model that sees `pixel_values` [images, 3, height,
+width], row by row, as `moextend routing collect --ids_out` writes them. Out: statistics of routing (docs/routing.md of
+moextend_jax describes the arrays; its layers are those that have a router), and with --forward a folder with
+batches.npz and forward_torch.npz: logits, losses, hidden states and every router's logits and picks, 0 at
+padding. Needs torch, transformers 5, safetensors and numpy; nothing else of this repository.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 FEW = 100_000
 """Up to so many tokens, every token's picks are written too."""
+ROUTER = re.compile(r"Top[Kk]Router")
+"""What transformers' classes of routers are called; each returns (logits, weights, picks)."""
 
 
-class ExtendedRouter(MixtralTopKRouter):
+class ExtendedTopKRouter(MixtralTopKRouter):
     """MoExtend's router: picks by softmax over old and new columns, weights from the calibrated probabilities."""
 
     def __init__(self, config, new_experts: int, calibrator_width: int):
@@ -46,16 +59,20 @@ class ExtendedRouter(MixtralTopKRouter):
         return logits, self.calibrated / self.calibrated.sum(-1, keepdim=True), ids
 
 
-def load(folder: Path) -> MixtralForCausalLM:
+def load(folder: Path, *, trust_remote_code: bool = False):
     if not (folder / "config.json").is_file():  # transformers would make the largest Mixtral up, with random weights
         raise SystemExit(f"{folder} holds no config.json; moextend export makes such a folder of an imported one")
     files = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, "pt")
         files |= dict.fromkeys(file.keys(), file)
-    if not any("gate_vision" in name or name.startswith("model.visual.") for name in files):
+    if not any(".gate_vision." in name or name.startswith("model.visual.") for name in files):
+        trust = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(folder, **trust)
+        sees = getattr(config, "image_token_id", None) is not None and hasattr(config, "vision_config")
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-        model, report = MixtralForCausalLM.from_pretrained(folder, **options)
+        model, report = kind.from_pretrained(folder, **options, **trust)
         if bad := {kind: sorted(names) for kind, names in report.items() if names}:  # only a warning to transformers
             raise SystemExit(f"{folder} does not hold this model: {str(bad)[:400]}")
         return model.eval()
@@ -72,7 +89,7 @@ def load(folder: Path) -> MixtralForCausalLM:
         more = MixtralConfig(**attributes, num_local_experts=experts + new[0][0])
         more._experts_implementation = config._experts_implementation
         model.model.layers[layer].mlp.experts = MixtralExperts(more)
-        model.model.layers[layer].mlp.gate = ExtendedRouter(config, new[0][0], new[1][0])
+        model.model.layers[layer].mlp.gate = ExtendedTopKRouter(config, new[0][0], new[1][0])
 
     def read(name):
         if name not in files:
@@ -101,91 +118,221 @@ def load(folder: Path) -> MixtralForCausalLM:
     return model.eval()
 
 
+def routers(model) -> dict:
+    """Routers by name, in the order of their layers."""
+    found = {name: part for name, part in model.named_modules() if ROUTER.search(type(part).__name__)}
+    if not found:
+        raise SystemExit(f"{type(model).__name__} has no router that transformers calls *TopKRouter")
+    return found
+
+
+def layers_of(model) -> list[int]:
+    """The number of each router's layer: the first layers of some families have none."""
+    numbers = [re.findall(r"(?:layers|h|blocks)\.(\d+)\.", name) for name in routers(model)]
+    return [int(found[-1]) if found else z for z, found in enumerate(numbers)]
+
+
 @torch.no_grad()
-def run(model, ids: torch.Tensor, mask: torch.Tensor) -> dict:
-    """A forward pass and what hooks see: per layer (logits [T, O], weights, picks [T, k]), MoE in and out."""
+def run(model, inputs: dict) -> dict:
+    """A forward pass and what hooks see: per router (logits [T, O], weights, picks [T, k]), MoE in and out."""
     seen = {"router": [], "moe": [], "calibrated": []}
     hooks = []
-    for layer in model.model.layers:
-        hooks.append(layer.mlp.gate.register_forward_hook(lambda gate, _, out: seen["router"].append(out)))
-        hooks.append(layer.mlp.register_forward_hook(lambda _, args, out: seen["moe"].append((args[0], out))))
-    wanted = {"output_hidden_states": True, "output_router_logits": False, "use_cache": False}
-    out = model(input_ids=ids, attention_mask=mask, **wanted)
+    for name, router in routers(model).items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        hooks.append(router.register_forward_hook(lambda router, _, out: seen["router"].append(_sorted(*out))))
+        hooks.append(router.register_forward_hook(
+            lambda router, *_: seen["calibrated"].append(getattr(router, "calibrated", None))))  # fmt: skip
+        hooks.append(block.register_forward_hook(
+            lambda _, args, out: seen["moe"].append((args[0], out[0] if isinstance(out, tuple) else out))))  # fmt: skip
+    wanted = {"output_hidden_states": True, "use_cache": False}
+    out = model(**inputs, **wanted)
     for hook in hooks:
         hook.remove()
-    seen["calibrated"] = [getattr(layer.mlp.gate, "calibrated", None) for layer in model.model.layers]
-    return seen | {"logits": out.logits, "hidden": out.hidden_states}
+    return seen | {"logits": out.logits, "hidden": out.hidden_states or ()}
 
 
-def statistics(model, ids: np.ndarray, mask: np.ndarray, *, batch_size: int, per_token: bool | None) -> dict:
-    """The arrays of a file of routing statistics; all tokens are text."""
-    top_k, kept, sums = model.config.num_experts_per_tok, [], None
-    for first in range(0, len(ids), batch_size):
-        some = slice(first, first + batch_size)
-        real = torch.tensor(mask[some]).reshape(-1) > 0
-        layers = []
-        for logits, _, picks in run(model, torch.tensor(ids[some]), torch.tensor(mask[some]))["router"]:
-            logits, picks = logits.float()[real], picks[real]
-            logp = logits.log_softmax(-1)
-            most = logits.topk(min(top_k + 1, logits.shape[-1])).values
-            gaps = most[:, top_k - 1] - most[:, -1] if logits.shape[-1] > top_k else torch.full_like(most[:, 0], 1e9)
-            count = [F.one_hot(which, logits.shape[-1]).sum((0, 1))
-                     for which in (picks, logits.topk(top_k, largest=False).indices)]  # fmt: skip
-            entropy = -(logp.exp() * logp).double().sum()
-            layers.append((*count, logp.exp().double().sum(0), entropy, picks, gaps))
-        kept.append([(picks.numpy(), gaps.numpy()) for *_, picks, gaps in layers])
-        totals = [[part.numpy() for part in layer[:4]] for layer in layers]
-        sums = totals if sums is None else [[a + b for a, b in zip(x, y, strict=True)]
-                                            for x, y in zip(sums, totals, strict=True)]  # fmt: skip
-    if faulty := [z for z, layer in enumerate(sums) if not np.isfinite([*layer[2], layer[3]]).all()]:
-        raise SystemExit(
-            f"router logits are NaN or infinite in layers {faulty}: what such a router picks means nothing"
-        )
-    tokens, outputs = int(mask.sum()), np.array([len(layer[0]) for layer in sums])
-    wide = [[np.pad(part, (0, outputs.max() - len(part))) for part in layer[:3]] for layer in sums]
-    picks, least, probs = (np.stack(parts) for parts in zip(*wide, strict=True))
-    places = np.stack([ids[mask > 0], np.nonzero(mask)[1]], axis=1).astype("<i4")
-    extended = [layer.mlp.gate for layer in model.model.layers if isinstance(layer.mlp.gate, ExtendedRouter)]
+def _sorted(logits, weights, picks):
+    """Picks most likely first, which some families leave unsorted."""
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    order = logits.gather(-1, picks).sort(dim=-1, descending=True, stable=True).indices
+    return logits, weights.gather(-1, order), picks.gather(-1, order)
+
+
+def new_experts(model) -> int:
+    """How many of an extended layer's experts are new; 0 for a model that has none."""
+    gates = [router for router in routers(model).values() if isinstance(router, ExtendedTopKRouter)]
+    if gates:
+        return len(gates[0].gate_vision)
+    return model.config.new_experts if getattr(model.config, "add_layer", None) else 0
+
+
+def statistics(model, rows, *, batch_size: int, per_token: bool | None) -> dict:
+    """The arrays of a file of routing statistics."""
+    sums, kept, top_k = [], [], 0
+    for some in rows.batches(batch_size):
+        real, image = (torch.tensor(part).reshape(-1) for part in (some.mask > 0, some.image))
+        outputs = run(model, some.inputs())["router"]
+        bad = [z for z, (logits, *_) in enumerate(outputs) if torch.isnan(logits[real]).any()
+               or torch.isposinf(logits[real]).any()]  # fmt: skip
+        if bad:
+            raise SystemExit(
+                f"router logits are NaN or infinite in layers {bad}: what such a router picks means nothing"
+            )
+        counted = [counts(logits[real], picks[real], image[real]) for logits, _, picks in outputs]
+        top_k = outputs[0][2].shape[-1]
+        kept.append([(part.pop("ids"), part.pop("gaps")) for part in counted])
+        sums = [{name: part[name] + (before[name] if before else 0) for name in part}
+                for part, before in zip(counted, sums or [None] * len(counted), strict=True)]  # fmt: skip
+    outputs_Z = np.array([len(layer["picks/text"]) for layer in sums])
     arrays = {
-        "format": np.array("moextend-routing/1"), "source": np.array("torch"), "outputs": outputs,
-        "experts": np.int64(outputs.max() - (len(extended[0].gate_vision) if extended else 0)),
-        "top_k": np.int64(top_k), "inputs": np.array(hashlib.sha256(places.tobytes()).hexdigest()),
-        "tokens/text": np.int64(tokens), "picks/text": picks, "least/text": least, "probs/text": probs / tokens,
-        "entropy/text": np.array([layer[3] for layer in sums]) / tokens,
+        "format": np.array("moextend-routing/1"), "source": np.array("torch"), "outputs": outputs_Z,
+        "experts": np.int64(outputs_Z.max() - new_experts(model)), "top_k": np.int64(top_k),
+        "inputs": np.array(rows.digest()), "layers": np.array(layers_of(model)),
     }  # fmt: skip
-    arrays |= {name.replace("text", "image"): np.zeros_like(array) for name, array in arrays.items() if "text" in name}
-    if per_token or (per_token is None and tokens <= FEW):
-        columns = [[np.concatenate(parts) for parts in zip(*layer, strict=True)] for layer in zip(*kept, strict=True)]
-        arrays["ids"] = np.stack([picks for picks, _ in columns]).astype(np.int8 if outputs.max() < 128 else np.int16)
-        arrays |= {"gaps": np.stack([gaps for _, gaps in columns]), "image": np.zeros(tokens, bool)}
+    for name in sums[0]:
+        parts = [np.pad(layer[name], (0, outputs_Z.max() - len(layer[name]))) if layer[name].ndim else layer[name]
+                 for layer in sums]  # fmt: skip
+        arrays[name] = np.stack(parts)
+    real_BL = rows.mask > 0
+    for kind, of_BL in (("text", real_BL & ~rows.image), ("image", rows.image)):
+        tokens = int(of_BL.sum())
+        arrays[f"tokens/{kind}"] = np.int64(tokens)
+        for name in (f"probs/{kind}", f"entropy/{kind}"):
+            arrays[name] = arrays[name] / max(1, tokens)
+    if per_token or (per_token is None and real_BL.sum() <= FEW):
+        ids, gaps = ([np.concatenate([batch[z][part] for batch in kept]) for z in range(len(sums))] for part in (0, 1))
+        arrays["ids"] = np.stack(ids).astype(np.int8 if outputs_Z.max() < 128 else np.int16)
+        arrays |= {"gaps": np.stack(gaps), "image": rows.image[real_BL]}
     return arrays
 
 
-def forward(model, ids: np.ndarray, mask: np.ndarray, labels: np.ndarray, *, coefficient: float) -> dict:
-    """The arrays of a reference file of batch "text"."""
-    seen = run(model, torch.tensor(ids), torch.tensor(mask))
-    logits, valid = seen["logits"].float(), torch.tensor(mask).reshape(-1) > 0
+def counts(logits, picks, image) -> dict:
+    """What is summed over the tokens of one layer, by kind of token; and each token's picks and gap."""
+    top_k, outputs = picks.shape[-1], logits.shape[-1]
+    logp = logits.log_softmax(-1)
+    closed = torch.isneginf(logits)  # new experts, to a token that may not choose them
+    least = logits.masked_fill(closed, torch.inf).topk(top_k, largest=False).indices
+    entropy = -torch.where(closed, 0.0, logp.exp() * logp).double().sum(-1)
+    most = logits.topk(min(top_k + 1, outputs)).values
+    gaps = most[:, top_k - 1] - most[:, -1] if outputs > top_k else torch.full_like(most[:, 0], 1e9)
+    sums = {}
+    for kind, of in (("text", ~image), ("image", image)):
+        sums |= {f"{name}/{kind}": F.one_hot(which[of], outputs).sum((0, 1)) for name, which in
+                 (("picks", picks), ("least", least))}  # fmt: skip
+        sums |= {f"probs/{kind}": logp[of].exp().double().sum(0), f"entropy/{kind}": entropy[of].sum()}
+    return {name: part.numpy() for name, part in (sums | {"ids": picks, "gaps": gaps}).items()}
+
+
+def forward(model, rows, labels: np.ndarray, *, coefficient: float) -> dict:
+    """The arrays of a reference file of batch "text"; places of padding hold 0."""
+    seen = run(model, rows.inputs())
+    real = torch.tensor(rows.mask > 0)
+    logits, valid = seen["logits"].float(), real.reshape(-1)
     targets = torch.tensor(labels)[:, 1:].reshape(-1).long()
     ce = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), targets, ignore_index=-100)
-    arrays = {"logits": logits} | {f"hidden_states/{i}": state for i, state in enumerate(seen["hidden"])}
+
+    def shown(array):
+        where = real if array.shape[:2] == real.shape else valid
+        return torch.where(where.reshape(*where.shape, *[1] * (array.ndim - where.ndim)), array, 0)
+
+    arrays = {"logits": shown(logits)} | {f"hidden_states/{i}": shown(x) for i, x in enumerate(seen["hidden"])}
     loads = []
     for z, (router, weights, picks) in enumerate(seen["router"]):
-        probs = router.float().softmax(-1)
-        arrays |= {f"router_logits/{z}": router, f"topk_idx/{z}": picks.int(), f"topk_weight/{z}": weights,
-                   f"topk_prob/{z}": probs.gather(-1, picks), f"moe_in/{z}": seen["moe"][z][0],
-                   f"moe_out/{z}": seen["moe"][z][1]}  # fmt: skip
-        if seen["calibrated"][z] is not None:
-            arrays[f"topk_calibrated/{z}"] = seen["calibrated"][z]
+        probs = router.softmax(-1)
+        parts = {"router_logits": router, "topk_idx": picks.int(), "topk_weight": weights,
+                 "topk_prob": probs.gather(-1, picks), "moe_in": seen["moe"][z][0], "moe_out": seen["moe"][z][1],
+                 "topk_calibrated": seen["calibrated"][z]}  # fmt: skip
+        arrays |= {f"{name}/{layers_of(model)[z]}": shown(part) for name, part in parts.items() if part is not None}
         share = F.one_hot(picks, router.shape[-1]).sum(1).float()[valid].mean(0)
         loads.append((share, probs[valid].mean(0)))
     outputs = max(len(share) for share, _ in loads)
-    if any(calibrated is not None for calibrated in seen["calibrated"]):  # the released code's form
+    if new_experts(model):  # the released code's form
         aux = sum((share * prob).sum() for share, prob in loads) * outputs / len(loads)
     else:  # transformers pools the tokens of all layers
         share, prob = (torch.stack(parts).mean(0) for parts in zip(*loads, strict=True))
         aux = (share * prob).sum() * outputs
     arrays |= {"loss_ce": ce, "loss_aux": aux, "loss_total": ce + coefficient * aux}
     return {f"text/{name}": array.detach().numpy() for name, array in arrays.items()}
+
+
+class Rows:
+    """Token rows, cut to the longest; `image` says which are image tokens, `pixels` are their pictures, row by row."""
+
+    def __init__(self, ids, mask, pixels=None, *, pad=None, each=0):
+        self.ids, self.mask, self.pixels, self.pad, self.each = ids, mask, pixels, pad, each
+        self.image = (ids == pad) & (mask > 0) if pixels is not None else np.zeros(ids.shape, bool)
+
+    def batches(self, size: int):
+        images = np.cumsum([0, *self.image.sum(1) // max(1, self.each)])
+        for first in range(0, len(self.ids), size):
+            last = min(first + size, len(self.ids))
+            pixels = None if self.pixels is None else self.pixels[images[first] : images[last]]
+            yield Rows(self.ids[first:last], self.mask[first:last], pixels, pad=self.pad, each=self.each)
+
+    def inputs(self) -> dict:
+        inputs = {"input_ids": torch.tensor(self.ids), "attention_mask": torch.tensor(self.mask)}
+        return inputs | ({"pixel_values": torch.tensor(self.pixels)} if self.image.any() else {})
+
+    def digest(self) -> str:
+        places = np.stack([self.ids[self.mask > 0], np.nonzero(self.mask)[1]], axis=1).astype("<i4")
+        return hashlib.sha256(places.tobytes()).hexdigest()
+
+
+def read_rows(path: Path, model) -> tuple[Rows, np.ndarray]:
+    """The rows of an npz file, and their labels."""
+    file = np.load(path, allow_pickle=False)
+    ids = file["input_ids"].astype(np.int64)
+    mask = (file["attention_mask"] != 0).astype(np.int64) if "attention_mask" in file else np.ones_like(ids)
+    length = 1 + int(np.nonzero(mask.any(0))[0].max())
+    ids, mask = np.where(mask > 0, ids, 0)[:, :length], mask[:, :length]
+    labels = file["labels"][:, :length] if "labels" in file else np.where(mask > 0, ids, -100)
+    vocabulary = model.config.get_text_config().vocab_size
+    if not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise SystemExit(f"{path}: ids from {ids.min()} to {ids.max()}, the vocabulary has {vocabulary}")
+    if "pixel_values" not in file:
+        return Rows(ids, mask), labels
+    pixels, pad = file["pixel_values"].astype(np.float32), getattr(model.config, "image_token_id", None)
+    if pad is None:
+        raise SystemExit(f"{path} holds pixel_values, but {type(model).__name__} sees no images")
+    tokens = int(((ids == pad) & (mask > 0)).sum())
+    if not len(pixels) or tokens % len(pixels):
+        raise SystemExit(f"{path}: {tokens} image tokens (id {pad}) are not those of {len(pixels)} pictures")
+    return Rows(ids, mask, pixels, pad=pad, each=tokens // len(pixels)), labels
+
+
+@contextlib.contextmanager
+def whole(path: Path):
+    """A file that is there when all of it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_forward(model, folder: Path, rows: Rows, labels: np.ndarray) -> None:
+    config = model.config.get_text_config()
+    tokens, layers = rows.ids.size, len(routers(model))
+    size = 4 * tokens * (config.vocab_size + config.hidden_size * (config.num_hidden_layers + 1 + 2 * layers))
+    print(f"{folder}: rows of {rows.ids.shape[1]} tokens, {size / 1e9:.2f} GB before compression", flush=True)
+    coefficient = getattr(config, "router_aux_loss_coef", None)
+    coefficient = 0.001 if coefficient is None or math.isnan(coefficient) else coefficient
+    batch = {"input_ids": rows.ids, "labels": labels, "attention_mask": rows.mask}
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / "batches.npz") as file:
+        np.savez_compressed(file, **{f"text/{name}": array.astype(np.int32) for name, array in batch.items()})
+    tags = getattr(model.config, "image_tags", None) or {}
+    spec = {"coef": coefficient, "padding": "masked", "image_start_id": tags.get("start"),
+            "weight_guard": getattr(model.config, "weight_guard", "none")}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps({"spec": spec}))
+    arrays = forward(model, rows, labels, coefficient=coefficient)
+    if rows.pixels is not None:
+        arrays["text/pixel_values"] = rows.pixels
+    with whole(folder / "forward_torch.npz") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def main() -> None:
@@ -196,31 +343,16 @@ def main() -> None:
     parser.add_argument("--forward", type=Path, help="folder for a reference of the forward pass (all rows at once)")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--per_token", action=argparse.BooleanOptionalAction, help="write every token's picks")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python files in the checkpoint")
     options = parser.parse_args()
-    file = np.load(options.ids, allow_pickle=False)
-    ids = file["input_ids"].astype(np.int64)
-    mask = (file["attention_mask"] != 0).astype(np.int64) if "attention_mask" in file else np.ones_like(ids)
-    ids = np.where(mask > 0, ids, 0)
-    model = load(options.checkpoint)
-    if not 0 <= ids.min() <= ids.max() < model.config.vocab_size:
-        raise SystemExit(f"{options.ids}: ids from {ids.min()} to {ids.max()}, the vocabulary has "
-                         f"{model.config.vocab_size}")  # fmt: skip
-    arrays = statistics(model, ids, mask, batch_size=options.batch_size, per_token=options.per_token)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("wb") as out:
-        np.savez_compressed(out, **arrays)
+    model = load(options.checkpoint, trust_remote_code=options.trust_remote_code)
+    rows, labels = read_rows(options.ids, model)
+    arrays = statistics(model, rows, batch_size=options.batch_size, per_token=options.per_token)
+    with whole(options.out) as file:
+        np.savez_compressed(file, **arrays)
     if options.forward:
-        labels = file["labels"] if "labels" in file else np.where(mask > 0, ids, -100)
-        coefficient = getattr(model.config, "router_aux_loss_coef", None)
-        coefficient = 0.001 if coefficient is None or math.isnan(coefficient) else coefficient
-        options.forward.mkdir(parents=True, exist_ok=True)
-        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-        batch = {f"text/{name}": array.astype(np.int32) for name, array in batch.items()}
-        np.savez_compressed(options.forward / "batches.npz", **batch)
-        (options.forward / "manifest.json").write_text(json.dumps({"spec": {"coef": coefficient}}))
-        reference = forward(model, ids, mask, labels, coefficient=coefficient)
-        np.savez_compressed(options.forward / "forward_torch.npz", **reference)
-    print(f"{options.out}: {int(mask.sum())} tokens")
+        write_forward(model, options.forward, rows, labels)
+    print(f"{options.out}: {int(rows.mask.sum())} tokens, {int(rows.image.sum())} of them of images")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,31 @@ from moextend_jax.config import MoextendError
 MOST = 1 << 31
 """Sizes stay below; what they multiply to stays a number that can be written down."""
 
-ADVICE = {
-    "sliding_window": ": here every token sees all before it. The two agree on texts of up to {} tokens; if yours are, "
-    "write null there"
-}
+OF_ANY_MODEL = {
+    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pad_token_id",
+    "bos_token_id", "eos_token_id", "initializer_range", "initializer_factor", "max_position_embeddings",
+    "output_router_logits", "router_aux_loss_coef", "projection_dim", "quantization_config_note",
+    "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "vocab_size", "model_type",
+    # the released code's own: its image tower is described elsewhere, most of these lines are left over
+    "add_layer", "visual", "embed_dim", "img_size", "in_chans", "patch_size", "tiny_vocab",
+    # ours, in exported models: the sizes of the tower inside, ids of the image tags, experts that were copied
+    "vision_config", "image_tags", "sources",
+    # what transformers 4 wrote of every model, about text generation, outputs and labels
+    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript",
+    "typical_p", "use_bfloat16",
+    # what tools write about themselves, and how a program computes what is computed here in any case
+    "auto_map", "pretraining_tp", "unsloth_version", "unsloth_fixed", "_flash_attn_2_enabled", "_commit_hash",
+    "tokenizer_model_max_length", "tokenizer_padding_side", "max_sequence_length", "unk_token_id", "is_llama_config",
+    "transformers.js_config",
+}  # fmt: skip
+"""Attributes of a config.json that say nothing about what is computed."""
 
 
 class Table(NamedTuple):
@@ -44,8 +65,7 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
     for name, value in attributes.items():
         if name in table.must_be and value not in table.must_be[name]:
             only = " or ".join(map(repr, table.must_be[name]))
-            advice = ADVICE.get(name, "").format(shown(value))
-            raise MoextendError(f"{where}: {prefix}{name} = {shown(value)} cannot be honoured (only {only}){advice}")
+            raise MoextendError(f"{where}: {prefix}{name} = {shown(value)} cannot be honoured (only {only})")
         if name not in table.sizes and name not in table.must_be and name not in table.harmless:
             raise MoextendError(f"{where}: {prefix}{short(name)} is unknown to this code, so it cannot be honoured")
     fields = {}
@@ -54,7 +74,9 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
             continue
         fields[ours] = value = attributes.get(theirs)
         if not fits(ours, value):  # a list: other sizes in other layers
-            wanted = "true or false" if ours == "tied_head" else "one positive number"
+            wanted = {"tied_head": "true or false", "window": "null or one positive number"}.get(
+                ours, "one positive number"
+            )
             raise MoextendError(f"{where}: {prefix}{theirs} must be {wanted}, not {shown(value)}")
     return fields
 
@@ -63,6 +85,8 @@ def fits(field: str, value: Any) -> bool:
     """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
     if field == "tied_head":
         return isinstance(value, bool)
+    if field == "window" and value is None:
+        return True
     if field == "activation":
         return value in ("quick_gelu", "gelu")
     if field == "feature_layer":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
+from moextend_jax import folders
 from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
@@ -33,7 +33,7 @@ LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
     src: Path
-    """folder of a checkpoint, file of a projector, or GGUF file"""
+    """folder (or gs://) of a checkpoint, file of a projector, or GGUF file"""
     dst: Path
     """new folder"""
     _: dataclasses.KW_ONLY
@@ -69,7 +69,8 @@ def import_checkpoint(values: ImportOptions) -> None:
             if values.src.suffix == ".gguf":
                 from moextend_jax.checkpoints.gguf import open_gguf  # it takes a quarter of a second
 
-                open_gguf(values.src)  # what is no dense model is refused as what it is
+                # What is no dense model is refused as what it is.
+                open_gguf(folders.local(values.src, what="a GGUF file"))
                 raise MoextendError(f"{values.src} is a dense model: give --experts N to upcycle it")
             source = open_source(
                 values.src,
@@ -77,7 +78,10 @@ def import_checkpoint(values: ImportOptions) -> None:
                 vision=values.vision,
                 projector=values.projector,
                 feature_layer=values.feature_layer,
+                dtype=values.dtype,
             )
+        for note in source.notes:
+            print(f"{values.src}: {note}")
         cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
@@ -227,7 +231,7 @@ def parts_of(layout: str, source: Source) -> set[str]:
 
 def _copy_files(files: Any, folder: Path) -> None:
     for name, path in dict(files).items():
-        shutil.copyfile(path, folder / name)
+        (folder / name).write_bytes(path.read_bytes())
 
 
 def size_of(text: str) -> int:

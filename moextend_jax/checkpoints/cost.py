@@ -44,7 +44,7 @@ class Meter:
     """
 
     def __init__(self, planned: Mapping[str, Planned]):
-        sizes: dict[str, int] = {name: one.nbytes for name, one in planned.items()}
+        sizes: dict[str, int] = {name: tensor.nbytes for name, tensor in planned.items()}
         self.total, self.largest = sum(sizes.values()), max(sizes.values(), default=0)
         self.started, self.before = time.perf_counter(), None
         with contextlib.suppress(OSError):
@@ -67,8 +67,8 @@ def watched(
 ) -> Iterator[tuple[Meter, Callable[[int], None]]]:
     """A meter, a progress bar where there is a terminal, and an early error where the disk is too small."""
     meter = Meter(planned)
-    there = next(parent for parent in dst.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(there).free) < meter.total:
+    parent = next(folder for folder in dst.absolute().parents if folder.exists())
+    if (free := shutil.disk_usage(parent).free) < meter.total:
         raise MoextendError(f"{dst} needs {_size(meter.total)}, and its disk has {_size(free)} left")
     columns = (
         TextColumn("{task.description}"),

@@ -98,12 +98,12 @@ def open_gguf(path: Path) -> Opened:
       MoextendError: not a GGUF file, cut short, of another architecture, with a key or a tensor that this decoder
         does not compute (rope scaling, experts, biases), or with a tensor missing, misshapen or of an unknown type.
     """
-    metadata, found = read_header(path)
-    config = _config(metadata, found, where=path)
-    return Opened(_tensors(found, config, where=path), config, metadata)
+    metadata, placed = read_header(path)
+    config = _config(metadata, placed, where=path)
+    return Opened(_tensors(placed, config, where=path), config, metadata)
 
 
-def _config(metadata: Mapping[str, Any], found: Mapping[str, Placed], *, where: Path) -> DecoderConfig:
+def _config(metadata: Mapping[str, Any], placed: Mapping[str, Placed], *, where: Path) -> DecoderConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise MoextendError(f'{where}: architecture is {shown(architecture)}; only "llama" can be read')
@@ -129,18 +129,20 @@ def _config(metadata: Mapping[str, Any], found: Mapping[str, Placed], *, where: 
             raise MoextendError(
                 f"{where}: llama.{name} = {shown(given[name])} is not the head size {head_size}: not computed"
             )
-    if "token_embd.weight" not in found:
+    if "token_embd.weight" not in placed:
         raise MoextendError(f"{where}: missing: token_embd.weight")
-    if fields["layers"] > MORE_LAYERS + len(found):  # before anything is made of so many names
-        raise MoextendError(f"{where}: llama.block_count = {fields['layers']}, but the file holds {len(found)} tensors")
-    vocab_size = found["token_embd.weight"].shape[0]
-    tied_head = "output.weight" not in found
+    if fields["layers"] > MORE_LAYERS + len(placed):  # before anything is made of so many names
+        raise MoextendError(
+            f"{where}: llama.block_count = {fields['layers']}, but the file holds {len(placed)} tensors"
+        )
+    vocab_size = placed["token_embd.weight"].shape[0]
+    tied_head = "output.weight" not in placed
     return dense_config(where=where, vocab_size=vocab_size, tied_head=tied_head, **fields)
 
 
-def _tensors(found: Mapping[str, Placed], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:
+def _tensors(placed: Mapping[str, Placed], config: DecoderConfig, *, where: Path) -> dict[str, Stored]:
     # Upcycling asks for a matrix once per expert, one after the other: dequantise it once.
-    read = functools.lru_cache(maxsize=1)(functools.partial(_read, where, found, config))
+    read = functools.lru_cache(maxsize=1)(functools.partial(_read, where, placed, config))
     tensors: dict[str, Stored] = {}
     wanted: set[str] = set()
     for row in TABLE:
@@ -150,18 +152,18 @@ def _tensors(found: Mapping[str, Placed], config: DecoderConfig, *, where: Path)
         names = {row.gguf.format(Z=layer): row.file.format(Z=layer) for layer in numbers}
         wanted |= names.keys()
         shape = tuple(math.prod(config.sizes()[letter] for letter in axis) for axis in row.shape)
-        there = {name: found[name] for name in names if name in found}
-        _check(there.values(), shape, where=where)
+        row_tensors = {name: placed[name] for name in names if name in placed}
+        _check(row_tensors.values(), shape, where=where)
         # Layers are stacked into one array: its type is what they have in common.
-        kinds = {_KEPT.get(tensor.kind, _FLOAT32) for tensor in there.values()}
+        kinds = {_KEPT.get(tensor.kind, _FLOAT32) for tensor in row_tensors.values()}
         dtype = kinds.pop() if len(kinds) == 1 else _FLOAT32
-        for name in there:
+        for name in row_tensors:
             tensors[names[name]] = Stored(shape, dtype, functools.partial(read, name, dtype), str(where))
-    if "rope_freqs.weight" in found:
+    if "rope_freqs.weight" in placed:
         raise MoextendError(
             f"{where}: rope_freqs.weight scales the rotary positions (Llama 3.1 and later): not computed"
         )
-    if missing_or_surplus := difference(wanted, found):
+    if missing_or_surplus := difference(wanted, placed):
         raise MoextendError(f"{where}: the tensors are not those of this model.{missing_or_surplus}")
     return tensors
 
@@ -174,14 +176,14 @@ def _check(tensors: Iterable[Placed], shape: tuple[int, ...], *, where: Path) ->
             raise MoextendError(f"{where}: {tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def _read(path: Path, found: Mapping[str, Placed], config: DecoderConfig, name: str, dtype: np.dtype) -> np.ndarray:
-    tensor = found[name]
+def _read(path: Path, placed: Mapping[str, Placed], config: DecoderConfig, name: str, dtype: np.dtype) -> np.ndarray:
+    tensor = placed[name]
     try:
         stored = np.memmap(path, np.uint8, "r", tensor.offset, (tensor.nbytes,)).view(np.ndarray)
     except (OSError, ValueError) as error:  # it was whole when its header was read
         raise MoextendError(f"{path} has changed since it was opened: {said_by(error)}") from None
-    if kept := _KEPT.get(tensor.kind):
-        array = stored.view(kept).reshape(tensor.shape)
+    if as_stored := _KEPT.get(tensor.kind):
+        array = stored.view(as_stored).reshape(tensor.shape)
     else:
         with np.errstate(all="ignore"):  # scales may be anything: what comes of them is theirs
             array = gguf.dequantize(stored.reshape(*tensor.shape[:-1], -1), tensor.kind)

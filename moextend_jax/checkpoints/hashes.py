@@ -4,8 +4,9 @@ In: leaves of checkpoint folders, or arrays by path. Out: SHA-256, or the refusa
 folder says they are.
 
 A record stands in NAME in each folder that much was read from. A leaf's line in it counts while all files that the leaf
-lies in have the same size, time of writing and time of change. The last of these (ctime) no program can set or copy, so
-a record that comes along with a copied or downloaded folder says nothing, and the bytes are read.
+lies in have the same size, time of writing and time of change. The last of these (ctime, in a bucket the object's
+generation) no program can set or copy, so a record that comes along with a copied or downloaded folder says nothing,
+and the bytes are read.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from moextend_jax.checkpoints.leaves import Leaf, bytes_of, check_claim, leaf_ha
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small
 from moextend_jax.checkpoints.tensors import opened
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import is_url, reading
 
 NAME, FORMAT = ".moextend-hashes.json", 1
 WORTH = 1 << 28
@@ -139,11 +141,16 @@ def _read_record(folder: Path | None) -> dict[str, Any]:
 
 def _write_record(folder: Path, lines: Mapping[str, Any]) -> None:
     """All of it or nothing; nothing where the folder is not to be written to, which is no fault."""
+    text = json.dumps({"format": FORMAT, "leaves": lines}, indent=1)
+    if is_url(folder):
+        with contextlib.suppress(MoextendError), reading(folder):
+            (folder / NAME).write_text(text)  # an object appears whole
+        return
     with contextlib.suppress(OSError):
         handle, unfinished = tempfile.mkstemp(prefix=NAME, dir=folder)
         try:
             with os.fdopen(handle, "w") as file:
-                json.dump({"format": FORMAT, "leaves": lines}, file, indent=1)
+                file.write(text)
             os.chmod(unfinished, 0o644)  # mkstemp's are their owner's alone
             os.replace(unfinished, folder / NAME)
         except BaseException:

@@ -15,19 +15,27 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.checkpoints import leaves
-from moextend_jax.checkpoints.attributes import MOST, Table, decoder_attributes_of, fits, read_fields, with_head_size
+from moextend_jax.checkpoints.attributes import (
+    MOST,
+    OF_ANY_MODEL,
+    Table,
+    decoder_attributes_of,
+    fits,
+    read_fields,
+    with_head_size,
+)
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
+from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.data.images import MEAN_c, STD_c
-from moextend_jax.folders import is_url
 from moextend_jax.parameters import by_path
 
 _DECODER = {
     "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
     "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "num_local_experts": "experts",
     "num_experts_per_tok": "top_k", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tied_head", "head_dim": "head_size",
+    "tie_word_embeddings": "tied_head", "head_dim": "head_size", "sliding_window": "window",
 }  # fmt: skip
 _VISION = {
     "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
@@ -35,36 +43,17 @@ _VISION = {
     "layer_norm_eps": "norm_eps", "hidden_act": "activation",
 }  # fmt: skip
 
-_WITHOUT_EFFECT = {
-    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path", "pad_token_id",
-    "bos_token_id", "eos_token_id", "initializer_range", "initializer_factor", "max_position_embeddings",
-    "output_router_logits", "router_aux_loss_coef", "projection_dim", "quantization_config_note",
-    "_attn_implementation_autoset", "attn_implementation", "_attn_implementation", "vocab_size", "model_type",
-    # the released code's own: its image tower is described elsewhere, most of these lines are left over
-    "add_layer", "visual", "embed_dim", "img_size", "in_chans", "patch_size", "tiny_vocab",
-    # ours, in exported models: the sizes of the tower inside
-    "vision_config",
-    # what transformers 4 wrote of every model, about text generation, outputs and labels
-    "bad_words_ids", "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
-    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-    "is_encoder_decoder", "label2id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
-    "output_scores", "prefix", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
-    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
-    "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript",
-    "typical_p", "use_bfloat16",
-}  # fmt: skip
-
 _TABLES = {
     "mixtral": Table(
         sizes=_DECODER,
         must_be={
-            "hidden_act": ("silu",), "sliding_window": (None,), "rope_scaling": (None,), "attention_bias": (False,),
-            "test": (False,), "attention_dropout": (0,), "router_jitter_noise": (0,),
+            "hidden_act": ("silu",), "rope_scaling": (None,),
+            "attention_bias": (None, False), "mlp_bias": (None, False), "rope_interleaved": (None, False),
+            "partial_rotary_factor": (None, 1.0), "attention_dropout": (0,), "router_jitter_noise": (0,),
+            "test": (False,),
         },
-        harmless=_WITHOUT_EFFECT,
-        optional={"head_dim", "tie_word_embeddings"},
+        harmless=OF_ANY_MODEL,
+        optional={"head_dim", "tie_word_embeddings", "sliding_window"},
     ),
     "clip_vision_model": Table(
         sizes=_VISION,
@@ -72,11 +61,23 @@ _TABLES = {
             "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
             "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
         },
-        harmless=_WITHOUT_EFFECT,
+        harmless=OF_ANY_MODEL,
         optional={"layer_norm_eps", "hidden_act"},
     ),
 }  # fmt: skip
 """By model_type. Optional is what files leave out and everybody fills in alike."""
+
+MIXTRAL_DEFAULTS: dict[str, Any] = {
+    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+    "num_experts_per_tok": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+CLIP_DEFAULTS: dict[str, Any] = {
+    "model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+}  # fmt: skip
+"""What transformers takes where a configuration inside another is silent: it leaves out there what is so."""
 
 PUBLISHED_TOWERS = tuple(
     VisionConfig(width=width, hidden=4 * width, layers=layers, heads=width // 64, patch_size=patch, image_size=image)
@@ -97,13 +98,30 @@ preprocessor_config.json, is the recipe's choice."""
 
 
 def check_preprocessor(path: Path) -> None:
-    """Refuses a preprocessor_config.json of a tower that was trained on other levels: it would see wrong colours."""
-    for name, value in read_json(path).items():
+    """Refuses a preprocessor_config.json (or the part of a processor_config.json that is one) of a tower that was
+    trained on other levels: it would see wrong colours."""
+    attributes = read_json(path)
+    nested = attributes.get("image_processor")
+    for name, value in (nested if isinstance(nested, dict) else attributes).items():
         only = PREPROCESSOR.get(name)
         if only is not None and value is not None and not _nearly(value, only):
             raise MoextendError(
                 f"{path}: {name} = {shown(value)} cannot be honoured (only {only}): here pictures are prepared as for "
                 "OpenAI's CLIP, and a tower that was trained on others would see other colours"
+            )
+
+
+def check_picture_size(folder: Path, tower: VisionConfig) -> None:
+    """Refuses a tower whose preprocessor_config.json makes pictures of another size than the tower takes."""
+    path = folder / "preprocessor_config.json"
+    attributes = read_json(path) if path.is_file() else {}
+    for name in ("size", "crop_size"):
+        size = attributes.get(name)
+        sides = size.values() if isinstance(size, dict) else [] if size is None else [size]
+        if any(side != tower.image_size for side in sides):
+            raise MoextendError(
+                f"{path}: {name} = {shown(size)} cannot be honoured: here a picture is made as large as the tower "
+                f"takes it, {tower.image_size}"
             )
 
 
@@ -128,7 +146,7 @@ def read_vision_config(folder: Path, *, feature_layer: int) -> VisionConfig:
 
 
 def read_extension_config(folder: Path) -> ExtensionConfig | None:
-    """The extended layers of a checkpoint in the released layout; its source experts are not in the file (-1)."""
+    """The extended layers of a checkpoint in the released layout; its source experts are mostly not in it (-1)."""
     return extension_config(read_json(folder / "config.json"), where=folder / "config.json")
 
 
@@ -168,7 +186,7 @@ def vision_half(attributes: Mapping[str, Any], where: Path) -> dict[str, Any]:
     for name, value in wins.items():  # transformers lets these win
         if half.setdefault(name, value) != value:
             raise MoextendError(f"{where}: vision_config.{short(name)} and vision_config_dict.{short(name)} differ")
-    return {"model_type": "clip_vision_model", **half}
+    return {**CLIP_DEFAULTS, **half}
 
 
 def extension_config(attributes: Mapping[str, Any], *, where: Path) -> ExtensionConfig | None:
@@ -186,16 +204,27 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         raise MoextendError(f"{where}: num_hidden_layers = {shown(count)} is impossible")
     if beyond := [layer for layer in layers if layer >= count]:
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
-    return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
+    sources: Any = attributes.get("sources")
+    known = (
+        isinstance(sources, list) and len(sources) == len(layers) and all(type(n) is int and n >= -1 for n in sources)
+    )
+    return ExtensionConfig(layers=tuple(layers), sources=tuple(sources) if known else (-1,) * len(layers))
 
 
 def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
-    """Where the released layout says so, the ids that it added for images: start, end, pad in a row."""
+    """The ids of a checkpoint for images: where our export says so by name, or the released layout has added them,
+    start, end, pad in a row."""
+    named = attributes.get("image_tags")
+    names = {"start", "end", "pad"}
+    if isinstance(named, dict) and named.keys() == names and all(map(_is_id, named.values())):
+        return ImageTags(**named)
     visual = attributes.get("visual")
-    start = visual.get("image_start_id") if isinstance(visual, dict) else None
-    if type(start) is not int or not 0 <= start < MOST:
-        return ImageTags()
-    return ImageTags(start=start, end=start + 1, pad=start + 2)
+    start: Any = visual.get("image_start_id") if isinstance(visual, dict) else None
+    return ImageTags(start=start, end=start + 1, pad=start + 2) if _is_id(start) else ImageTags()
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MOST
 
 
 def _fields(attributes: Mapping[str, Any], *, model_type: str, where: Path) -> dict[str, Any]:
@@ -222,7 +251,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise MoextendError(f"{path} does not exist: not a Hugging Face model folder")
-    attributes = parse_json(read_small(path if is_url(path) else inside(path)), where=f"{path} cannot be read")
+    attributes = parse_json(read_small(inside(path)), where=f"{path} cannot be read")
     if not isinstance(attributes, dict):
         raise MoextendError(f"{path} holds no attributes of a model")
     return attributes
@@ -234,7 +263,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
     return {theirs: getattr(config, ours) for theirs, ours in _DECODER.items()} | {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
-        "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
     }  # fmt: skip
 
 
@@ -276,7 +305,7 @@ def read_parameters(folder: Path, model: nnx.Module, *, table: str, config: Mode
       table: layout of the file, a key of `names.TABLES`.
     """
     shapes = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
-    matched = leaves.match(open_tensors(folder), table=table, config=config, where=folder)
+    matched = leaves.match(published(unwrapped(open_tensors(folder))[0])[0], table=table, config=config, where=folder)
     for path, leaf in matched.items():
         assert leaf.shape == shapes[path], path
     return {path: leaves.read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in matched.items()}

@@ -23,12 +23,16 @@ from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
 from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.folders import is_url
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 """Element types that a model may be stored in; anything else is quantised or not a weight."""
 
 STRIP = 1 << 22
 """Bytes that are copied at a time on the way from file to file."""
+
+CAST = "; --dtype bfloat16 (or another) of `moextend import` stores all of it in one"
+"""What to do about several element types, for a message."""
 
 MORE_TENSORS = 2000
 """So many more tensors than there are may be asked for, of one parameter, and each be named that is missing."""
@@ -37,7 +41,7 @@ Index = tuple[int, ...]
 
 
 class Leaf(NamedTuple):
-    """One of our arrays. `stacked` are the sizes of its leading, stacked axes; a piece is what one index of them picks.
+    """One of our arrays. `stacked` are the sizes of its leading, stacked axes; a piece is what an index of them picks.
 
     `ours` and `theirs` give a piece in our layout and in the file's, as views where possible.
     """
@@ -50,6 +54,8 @@ class Leaf(NamedTuple):
     """Shape of a piece in the file's layout."""
     ours: Callable[[Index], np.ndarray]
     theirs: Callable[[Index], np.ndarray]
+    part: Callable[[Index, tuple[slice, ...]], np.ndarray]
+    """Part of a piece in our layout, by first and last of each axis; of a file no more is read than whole rows."""
     where: str
     files: tuple[File, ...] = ()
     """Every file that its bytes lie in as they are; none where they are computed, or not in files."""
@@ -71,52 +77,56 @@ def match(
     where: Path | str,
     elsewhere: Collection[str] = (),
     hint: str = "",
+    dtype: Any = None,
 ) -> dict[str, Leaf]:
     """Leaves of a model of this configuration in files of layout `table`, with their file names' prefix if any.
 
     Args:
       elsewhere: paths of whole leaves that other files supply (the base of a partial save): they may be absent here.
       hint: what to do about missing tensors, for the message.
+      dtype: element type that the pieces of a leaf are cast to where they have several; None: that is an error.
 
     Raises:
       MoextendError: tensors are missing or not asked for, or one has another shape or element type; names them.
     """
     prefix = names.PREFIXES.get(table, "")
     ignored = names.BESIDE.get(table)
-    found = {
+    tensors = {
         name: tensor
         for name, tensor in stored.items()
         if not names.IGNORED.fullmatch(name) and not (ignored and ignored.fullmatch(name))
     }
-    if prefix and all(name.startswith(prefix) for name in found):
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if prefix and all(name.startswith(prefix) for name in tensors):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     for row in names.TABLES[table]:
         asked = names.count(row, config)
-        if asked > MORE_TENSORS + len(found) and row.path not in elsewhere:
+        if asked > MORE_TENSORS + len(tensors) and row.path not in elsewhere:
             raise MoextendError(
                 f"{where}: the tensors are not those of this model: its sizes ask for {asked:,} like {row.file}, and "
-                f"there are {len(found):,} tensors in all"
+                f"there are {len(tensors):,} tensors in all"
             )
     wanted = list(names.tensors(table, config))
-    there = {tensor.path for tensor in wanted if tensor.file in found}
-    wanted = [tensor for tensor in wanted if tensor.path in there or tensor.path not in elsewhere]
-    if unequal := difference((tensor.file for tensor in wanted), found):
+    begun = {tensor.path for tensor in wanted if tensor.file in tensors}
+    wanted = [tensor for tensor in wanted if tensor.path in begun or tensor.path not in elsewhere]
+    if unequal := difference((tensor.file for tensor in wanted), tensors):
         # A partial save has less than a whole one, and nothing else.
-        what_to_do = hint if found.keys() <= {tensor.file for tensor in wanted} else ""
+        what_to_do = hint if tensors.keys() <= {tensor.file for tensor in wanted} else ""
         raise MoextendError(f"{where}: the tensors are not those of this model.{unequal}{what_to_do}")
     by_path: dict[str, dict[Index, names.Tensor]] = collections.defaultdict(dict)
     for tensor in wanted:
         by_path[tensor.path][tensor.index] = tensor
-    return {path: _leaf(path, tensors, found, config) for path, tensors in by_path.items()}
+    return {path: _leaf(path, pieces, tensors, config, dtype) for path, pieces in by_path.items()}
 
 
-def _leaf(path: str, tensors: Mapping[Index, names.Tensor], found: Mapping[str, Stored], config: ModelConfig) -> Leaf:
+def _leaf(
+    path: str, pieces: Mapping[Index, names.Tensor], stored: Mapping[str, Stored], config: ModelConfig, dtype: Any
+) -> Leaf:
     letters = names.letters(path, config)
-    layout = next(iter(tensors.values())).layout
+    layout = next(iter(pieces.values())).layout
     file_side, our_side = layout.split(" -> ")
     expected = names.shape(file_side, letters)
-    for tensor in tensors.values():
-        at = found[tensor.file]
+    for tensor in pieces.values():
+        at = stored[tensor.file]
         if at.shape != expected:
             raise MoextendError(
                 f"{at.where}: {tensor.file} has shape {list(at.shape)}, expected {list(expected)} ({file_side})"
@@ -125,31 +135,58 @@ def _leaf(path: str, tensors: Mapping[Index, names.Tensor], found: Mapping[str, 
             raise MoextendError(
                 f"{at.where}: {tensor.file} has element type {at.dtype}, expected one of {name_list(map(str, FLOATS))}"
             )
-    kinds = collections.Counter(found[tensor.file].dtype for tensor in tensors.values()).most_common()
-    if len(kinds) > 1:
-        usual, odd = kinds[0][0], [t.file for t in tensors.values() if found[t.file].dtype != kinds[0][0]]
-        at = found[odd[0]]
+    kinds = collections.Counter(stored[tensor.file].dtype for tensor in pieces.values()).most_common()
+    usual = kinds[0][0]
+    if len(kinds) > 1 and dtype is None:
+        odd = [tensor.file for tensor in pieces.values() if stored[tensor.file].dtype != usual]
+        at = stored[odd[0]]
         raise MoextendError(
-            f"{at.where}: {name_list(odd)} has element type {at.dtype}, where its siblings have {usual}"
+            f"{at.where}: {name_list(odd)} has element type {at.dtype}, where its siblings have {usual}{CAST}"
         )
+    kind = np.dtype(dtype) if len(kinds) > 1 else usual
     sizes = names.axis_sizes(layout, letters)
-    stacked = tuple(max(axis) + 1 for axis in zip(*tensors, strict=True))
+    stacked = tuple(max(axis) + 1 for axis in zip(*pieces, strict=True))
 
-    def theirs(index: Index) -> np.ndarray:
-        return found[tensors[index].file].read()
+    def theirs(index: Index, rows: slice = slice(None)) -> np.ndarray:
+        array = stored[pieces[index].file].part((), rows).read()
+        return array if array.dtype == kind else contiguous(array, kind)
 
-    files = {found[tensor.file].file for tensor in tensors.values()}
+    def part(index: Index, slices: tuple[slice, ...]) -> np.ndarray:
+        rows, rest, open_sizes = _rows_of(layout, slices, sizes)
+        return einops.rearrange(theirs(index, rows), layout, **open_sizes)[rest]
+
+    files = {stored[tensor.file].file for tensor in pieces.values()}
     return Leaf(
         path=path,
         shape=(*stacked, *names.shape(our_side, letters)),
-        dtype=kinds[0][0],
+        dtype=kind,
         stacked=stacked,
         file_shape=expected,
         ours=lambda index: einops.rearrange(theirs(index), layout, **sizes),
         theirs=theirs,
-        where=found[next(iter(tensors.values())).file].where,
+        part=part,
+        where=stored[next(iter(pieces.values())).file].where,
         files=() if None in files else tuple(sorted(file for file in files if file)),
     )
+
+
+def _rows_of(
+    layout: str, slices: tuple[slice, ...], sizes: Mapping[str, int]
+) -> tuple[slice, tuple[slice, ...], dict[str, int]]:
+    """What of a file's first axis a part of a piece needs, what to take of the piece that these rows make, and the
+    sizes that are left to give.
+
+    Of "(N H) D -> D N H" heads 2 and 3 of 8 channels are rows 16 to 31, and of what they make all heads there are.
+    """
+    file_side, our_side = layout.split(" -> ")
+    first = names.groups(file_side)[0]
+    ours = names.groups(our_side)
+    if (outer := [first[0]]) not in ours:  # it is not an axis of ours by itself, so all rows may be needed
+        return slice(None), slices, dict(sizes)
+    axis, inner = ours.index(outer), math.prod(sizes[letter] for letter in first[1:])
+    rows = slice(slices[axis].start * inner, slices[axis].stop * inner)
+    rest = (*slices[:axis], slice(None), *slices[axis + 1 :])
+    return rows, rest, {letter: size for letter, size in sizes.items() if letter != first[0]}
 
 
 def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | None = None) -> Leaf:
@@ -158,20 +195,20 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
     Raises:
       MoextendError: it has another shape than a model of this configuration, or is not of a floating type.
     """
-    rows = [row for row in names.TABLES["released"] if row.path == path]
-    if not rows:
+    row = next((row for row in names.TABLES["released"] if row.path == path), None)
+    if row is None:
         raise MoextendError(f"{stored.where}: {short(path)} is no parameter of this model")
-    if not names.count(rows[0], config):
+    if not names.count(row, config):
         raise MoextendError(f"{stored.where}: {path} belongs to a part that this model does not have")
-    file_side, our_side = rows[0].layout.split(" -> ")
+    file_side, our_side = row.layout.split(" -> ")
     letters = names.letters(path, config)
-    stacked = names.stack(rows[0].file, config)
+    stacked = names.stack(row.file, config)
     expected = (*stacked, *names.shape(our_side, letters))
     if stored.shape != expected or stored.dtype not in FLOATS:
         raise MoextendError(
             f"{stored.where}: {path} is {stored.dtype}{list(stored.shape)}, expected {list(expected)}, floating point"
         )
-    layout = names.inverse(rows[0].layout)
+    layout = names.inverse(row.layout)
     sizes = names.axis_sizes(layout, letters)
     return Leaf(
         path=path,
@@ -179,8 +216,9 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
         dtype=stored.dtype,
         stacked=stacked,
         file_shape=names.shape(file_side, letters),
-        ours=lambda index: stored.read()[index],
-        theirs=lambda index: einops.rearrange(stored.read()[index], layout, **sizes),
+        ours=lambda index: stored.part(index).read(),
+        theirs=lambda index: einops.rearrange(stored.part(index).read(), layout, **sizes),
+        part=lambda index, slices: stored.part(index, slices[0]).read()[(slice(None), *slices[1:])],
         where=stored.where,
         files=(stored.file,) if stored.file else (),
         sha256=sha256,
@@ -190,15 +228,30 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_slice(leaf: Leaf, index: tuple[slice, ...], *, dtype: Any = None) -> np.ndarray:
-    """Part of a leaf, in its own or another element type; only the pieces it touches are read."""
-    dtype = np.dtype(dtype or leaf.dtype)
-    ranges = [range(*one.indices(size)) for one, size in zip(index, leaf.shape, strict=True)]
-    out = np.empty([len(one) for one in ranges], dtype)
+Slices = tuple[slice, ...]
+
+
+def read_slice(leaf: Leaf, index: Slices, *, dtype: Any = None) -> np.ndarray:
+    """Part of a leaf, in its own or another element type; of the pieces it touches only the rows it needs are read."""
+    return _read_slices(leaf, [index], dtype=dtype)[0]
+
+
+def _read_slices(leaf: Leaf, indices: list[Slices], *, dtype: Any) -> list[np.ndarray]:
+    """Several parts, for which each piece is read once."""
     depth = len(leaf.stacked)
-    for place in itertools.product(*(range(len(one)) for one in ranges[:depth])):
-        piece = leaf.ours(tuple(one[at] for one, at in zip(ranges, place, strict=False)))
-        _copy(piece[tuple(index[depth:])], out[place] if place else out)
+    parts = [[slice(*axis.indices(size)) for axis, size in zip(i, leaf.shape, strict=True)] for i in indices]
+    out = [np.empty([axis.stop - axis.start for axis in part], dtype or leaf.dtype) for part in parts]
+    box = [slice(min(a.start for a in axis), max(a.stop for a in axis)) for axis in zip(*parts, strict=True)]
+    for place in itertools.product(*(range(axis.start, axis.stop) for axis in box[:depth])):
+        piece = leaf.part(place, tuple(box[depth:]))
+        for part, array in zip(parts, out, strict=True):
+            at = tuple(number - axis.start for number, axis in zip(place, part, strict=False))
+            if all(0 <= number < size for number, size in zip(at, array.shape, strict=False)):
+                inner = tuple(
+                    slice(axis.start - outer.start, axis.stop - outer.start)
+                    for axis, outer in zip(part[depth:], box[depth:], strict=True)
+                )
+                _copy(piece[inner], array[at] if at else array)
     return out
 
 
@@ -207,25 +260,39 @@ def read_sharded(
 ) -> dict[str, jax.Array]:
     """Arrays on devices, leaf by leaf; each process reads only the byte ranges of its own shards.
 
+    A range is whole rows of a tensor as it stands in the file. Of Hugging Face's files that is more than a shard where
+    `fsdp` splits the columns; of what `moextend import` wrote it is the shard.
+
     Args:
       dtype: element type to cast to, shard by shard; None keeps the file's.
     """
 
     # `jax.make_array_from_callback` would hold all of a process's shards of a leaf in host memory; here it is one.
-    def one(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
+    def read(leaf: Leaf, sharding: jax.sharding.Sharding) -> jax.Array:
         devices: dict[str, list[Any]] = collections.defaultdict(list)
-        slices = {}
+        slices: dict[str, Slices] = {}
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-            whole = index if index is not None else (slice(None),) * len(leaf.shape)
-            devices[str(whole)].append(device)
-            slices[str(whole)] = whole
+            place = index if index is not None else (slice(None),) * len(leaf.shape)
+            devices[str(place)].append(device)
+            slices[str(place)] = place
         shards: list[jax.Array] = []
-        for key, index in slices.items():
-            read = read_slice(leaf, index, dtype=dtype)
-            shards += jax.block_until_ready([jax.device_put(read, device) for device in devices[key]])
+        for keys in _together(leaf, slices):
+            for key, shard in zip(keys, _read_slices(leaf, [slices[key] for key in keys], dtype=dtype), strict=True):
+                shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices[key]])
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
-    return {path: one(leaf, shardings[path]) for path, leaf in leaves.items()}
+    return {path: read(leaf, shardings[path]) for path, leaf in leaves.items()}
+
+
+def _together(leaf: Leaf, slices: Mapping[str, Slices]) -> list[list[str]]:
+    """Which shards are read in one go: from a bucket all that make a block, so that no byte is asked for twice; of
+    files one at a time."""
+    in_bucket = any(is_url(file.path) for file in leaf.files)
+    parts = [[range(*a.indices(size)) for a, size in zip(i, leaf.shape, strict=True)] for i in slices.values()]
+    box = math.prod(max(a.stop for a in axis) - min(a.start for a in axis) for axis in zip(*parts, strict=True))
+    if in_bucket and box == sum(math.prod(map(len, part)) for part in parts):
+        return [list(slices)]
+    return [[key] for key in slices]
 
 
 def _copy(source: np.ndarray, out: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import Table, decoder_attributes_of, read_fields, with_head_size
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, decoder_attributes_of, read_fields, with_head_size
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.config import DecoderConfig, MoextendError
@@ -18,19 +18,15 @@ _TABLE = Table(
         "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "hidden",
         "num_hidden_layers": "layers", "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
         "head_dim": "head_size", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps",
-        "tie_word_embeddings": "tied_head",
+        "tie_word_embeddings": "tied_head", "sliding_window": "window",
     },
     must_be={
         "hidden_act": ("silu",), "attention_bias": (None, False), "mlp_bias": (None, False), "rope_scaling": (None,),
         "rope_interleaved": (None, False), "partial_rotary_factor": (None, 1.0), "attention_dropout": (None, 0.0),
-        "residual_dropout": (None, 0.0), "sliding_window": (None,),
+        "residual_dropout": (None, 0.0),
     },
-    harmless={
-        "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path",
-        "pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "initializer_range", "max_position_embeddings",
-        "max_sequence_length", "pretraining_tp", "is_llama_config", "transformers.js_config",
-    },
-    optional={"head_dim", "tie_word_embeddings"},
+    harmless=OF_ANY_MODEL,
+    optional={"head_dim", "tie_word_embeddings", "sliding_window"},
 )  # fmt: skip
 
 
@@ -42,7 +38,7 @@ def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig
     """Sizes of the dense model from a Llama's or Mistral's `config.json`: one expert, which every token takes.
 
     Raises:
-      MoextendError: names an attribute that is unknown, or that this decoder does not compute (sliding window, rope
+      MoextendError: names an attribute that is unknown, or that this decoder does not compute (rope
         scaling, biases, other activations, ...).
     """
     attributes = decoder_attributes_of(attributes, where=where)

@@ -1,13 +1,15 @@
 """Any checkpoint folder -> its configuration and leaves, matched and checked, nothing read yet; or arrays on devices.
 
-In: a Hugging Face folder (Mixtral, CLIP, a LLaVA projector), the method's released layout (whole, or a partial save
-with its base), a folder that `moextend import` made, a delta with its base. Out: `Source`, or `Checkpoint`.
+In: a Hugging Face folder (Mixtral, CLIP, a LLaVA, its projector), the method's released layout (whole, or a partial
+save with its base), a folder that `moextend import` made, a delta with its base; all of them in a bucket too. Out:
+`Source`, or `Checkpoint`.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, llava, names, spelling, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, Recipe, VisionConfig
+from moextend_jax.folders import folder as named_folder
+from moextend_jax.folders import local_copy, reading
 from moextend_jax.models.moextend import abstract
 from moextend_jax.settings import build, fields
 from moextend_jax.sharding import parameter_shardings
@@ -33,17 +37,20 @@ EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
 SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 """What lies beside weights and belongs to them."""
 
 
 class Source(NamedTuple):
     """An opened checkpoint. Leaves may be those of a part alone (a tower, a projector): sizes of absent parts mean
-    nothing. `files` are the side files by name; `record` is what an import would write of it."""
+    nothing. `files` are the side files by name; `record` is what an import would write of it; `notes` are lines on
+    what was read otherwise than it stands there."""
 
     leaves: dict[str, Leaf]
     record: store.Record
     files: dict[str, Path]
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -52,6 +59,16 @@ class Source(NamedTuple):
     @property
     def parts(self) -> set[str]:
         return {path.partition("/")[0] for path in self.leaves}
+
+
+class _Wanted(NamedTuple):
+    """What `open_source` was asked for beside the folder; see there."""
+
+    base: Path | None
+    vision: Path | None
+    projector: Path | None
+    feature_layer: int | None
+    dtype: str | None
 
 
 class Checkpoint(NamedTuple):
@@ -84,7 +101,7 @@ def open_checkpoint(
       dtype: element type of parameters and activations; default what is stored.
       mesh: devices to spread the arrays over; default the first device.
     """
-    source = open_source(folder, base=base, vision=vision, feature_layer=feature_layer)
+    source = open_source(folder, base=base, vision=vision, feature_layer=feature_layer, dtype=dtype)
     check_routers(source)
     matched, config = source.leaves, source.config
     if "decoder" not in source.parts:
@@ -114,21 +131,33 @@ def open_source(
     vision: Path | None = None,
     projector: Path | None = None,
     feature_layer: int | None = None,
+    dtype: str | None = None,
 ) -> Source:
     """Opens a checkpoint, checking every name, shape, element type and byte range; no tensor is read.
+
+    Args:
+      base: folder of the base, for partial saves and deltas.
+      vision: folder of the CLIP tower: its sizes, and its weights where `folder` has none.
+      projector: folder or file of a LLaVA projector.
+      feature_layer: hidden state that the projector reads; default what the folder says, else -1 for the released
+        layout and -2 for others.
+      dtype: element type that all will be cast to, so that a decoder may be stored in several.
 
     Raises:
       MoextendError: anything that is not as it should be.
     """
-    folder = Path(folder)
+    wanted = _Wanted(base, vision, projector, feature_layer, dtype)
+    with reading(folder):
+        return _open_source(named_folder(os.fspath(folder)), wanted)
+
+
+def _open_source(folder: Path, wanted: _Wanted) -> Source:
+    base, vision, projector = wanted.base, wanted.vision, wanted.projector
     if not folder.exists():
         raise MoextendError(f"{folder} does not exist: not a Hugging Face model folder")
-    if store.is_imported(folder):
-        source = _imported(folder, base=base, vision=vision, projector=projector, feature_layer=feature_layer)
-    else:
-        source = _foreign(folder, base=base, vision=vision, projector=projector, feature_layer=feature_layer)
+    source = _imported(folder, wanted) if store.is_imported(folder) else _foreign(folder, wanted)
     if vision and "vision" not in source.parts:
-        source = _with_tower(source, vision, feature_layer=feature_layer)
+        source = _with_tower(source, vision, wanted)
     elif vision and base is None and (store.is_imported(folder) or source.record.layout != "released"):
         raise MoextendError(f"{folder} has a vision tower already; leave --vision {vision} out")
     if projector and "projector" not in source.parts:
@@ -140,7 +169,12 @@ def open_source(
 
 def folder_of(name: str, *, inside: str = "") -> Path:
     """The folder that a setting names; "embedded" stands for the embedded base, or for what is `inside` it."""
-    return EMBEDDED / inside if name == "embedded" else Path(name)
+    return EMBEDDED / inside if name == "embedded" else named_folder(name)
+
+
+def tokenizer_folder(base: str) -> Path:
+    """The folder on this machine that has the small files of a base: its own, or copies where it is in a bucket."""
+    return local_copy(folder_of(base), SIDE_FILES)
 
 
 def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
@@ -150,12 +184,12 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     is not taken: align trains one.
     """
     folder = folder_of(base)
-    named = None if vision in ("", "embedded") else Path(vision)
-    source = open_source(folder, vision=named, feature_layer=feature_layer)
+    tower = None if vision in ("", "embedded") else named_folder(vision)
+    source = open_source(folder, vision=tower, feature_layer=feature_layer)
     if "vision" not in source.parts and not vision:
         raise MoextendError(f'{folder} has no vision tower of its own, as config.vision = "" has it: name one there')
     if "vision" not in source.parts:
-        source = _with_tower(source, EMBEDDED / "vision", feature_layer=feature_layer)
+        source = _with_tower(source, EMBEDDED / "vision", _Wanted(None, None, None, feature_layer, None))
     if "decoder" not in source.parts or "extension" in source.parts:
         raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
     check_routers(source)
@@ -189,7 +223,8 @@ def check_routers(source: Source) -> None:
 # --- one layout each --------------------------------------------------------------------------------------------------
 
 
-def _imported(folder: Path, *, base: Path | None, vision: Path | None, projector: Path | None, feature_layer) -> Source:
+def _imported(folder: Path, wanted: _Wanted) -> Source:
+    base, feature_layer = wanted.base, wanted.feature_layer
     record, matched = store.read(folder)
     source = Source(matched, record, side_files(folder))
     if record.base is None:
@@ -198,24 +233,40 @@ def _imported(folder: Path, *, base: Path | None, vision: Path | None, projector
         return _with_feature_layer(source, feature_layer)
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
-    below = open_source(base, vision=vision, projector=projector, feature_layer=feature_layer)
+    below = _open_source(base, wanted._replace(base=None))
     delta.check_base(record, below.leaves, decoder=below.config.decoder, where=folder, base=base)
     hashes.leaf_hashes(matched)  # refuses a delta that is not what was written
     vision_config = below.config.vision if feature_layer is not None else record.config.vision
     config = dataclasses.replace(record.config, vision=vision_config)
     below_record = below.record._replace(config=config, layout="delta", base=record.base, facts=record.facts)
-    return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files})
+    return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files}, below.notes)
 
 
-def _foreign(folder: Path, *, base: Path | None, vision: Path | None, projector: Path | None, feature_layer) -> Source:
-    stored = open_tensors(folder)
+def _foreign(folder: Path, wanted: _Wanted) -> Source:
+    stored, notes = spelling.unwrapped(open_tensors(folder))
     at = folder / "config.json"
     attributes = huggingface.read_json(at) if folder.is_dir() and at.exists() else None
+    if attributes and llava.is_llava(attributes) and llava.is_whole(stored):
+        stored, layout = spelling.respelled(stored, llava.SPELLINGS), "hf"
+        attributes, feature_layer = llava.released_attributes(attributes, where=at)
+        if wanted.feature_layer is None:
+            wanted = wanted._replace(feature_layer=feature_layer)
+    else:
+        layout = "released"
+    stored, more = spelling.published(stored)
+    if layout == "hf" or wanted.base is not None or _is_released(stored, attributes):
+        source = _released(folder, stored, attributes, wanted)
+        projector = ("llava_hf", "") if layout == "hf" else source.record.projector
+        source = source._replace(record=source.record._replace(layout=layout, projector=projector))
+    else:
+        source = _plain(folder, stored, attributes, wanted)
+    return source._replace(notes=(*notes, *more, *source.notes))
+
+
+def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
+    """A Mixtral, a CLIP or a projector."""
+    at = folder / "config.json"
     model_type = attributes.get("model_type") if attributes else None
-    if base is not None or _is_released(stored, attributes):
-        return _released(
-            folder, stored, attributes, base=base, vision=vision, projector=projector, feature_layer=feature_layer
-        )
     if _projector_table(stored) and (attributes is None or str(model_type).startswith("llava")):
         source = _projector(folder, stored, attributes)
         if beside := len(stored) - len(source.leaves):
@@ -224,24 +275,36 @@ def _foreign(folder: Path, *, base: Path | None, vision: Path | None, projector:
     if attributes is None:
         raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
     if model_type in ("clip", "clip_vision_model"):
-        return _clip(folder, stored, attributes, feature_layer=feature_layer)
+        return _clip(folder, stored, attributes, wanted)
     config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=at))
     matched = leaves.match(
-        stored, table="mixtral", config=config, where=folder, hint=" A partial save needs its base: --base DIR."
+        _with_one_head(stored, config.decoder),
+        table="mixtral",
+        config=config,
+        where=folder,
+        hint=" A partial save needs its base: --base DIR.",
+        dtype=wanted.dtype,
     )
-    _check_dtypes(matched, attributes, table="mixtral", config=config, where=at)
+    _check_dtypes(matched, attributes, wanted, table="mixtral", config=config, where=at)
     record = _record(config, "mixtral", {"decoder": attributes})
     source = Source(matched, record, side_files(folder))
-    if vision is None and (folder / "vision" / "config.json").is_file():
-        source = _with_tower(source, inside(folder / "vision"), feature_layer=feature_layer)
+    if wanted.vision is None and (folder / "vision" / "config.json").is_file():
+        source = _with_tower(source, inside(folder / "vision"), wanted)
     return source
 
 
-def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], *, feature_layer) -> Source:
-    sizes = huggingface.vision_config(attributes, where=folder / "config.json", feature_layer=feature_layer or -2)
+def _with_one_head(stored: Mapping[str, Stored], decoder: DecoderConfig) -> Mapping[str, Stored]:
+    """A head that is tied to the embedding stands in files of `torch.save(model.state_dict())` a second time."""
+    return {name: t for name, t in stored.items() if name != "lm_head.weight"} if decoder.tied_head else stored
+
+
+def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
+    at, feature_layer = folder / "config.json", wanted.feature_layer or -2
+    sizes = huggingface.vision_config(attributes, where=at, feature_layer=feature_layer)
     config = ModelConfig(decoder=DecoderConfig(), vision=sizes)
-    matched = leaves.match(stored, table="clip", config=config, where=folder)
-    _check_dtypes(matched, {}, table="clip", config=config, where=folder)
+    matched = leaves.match(stored, table="clip", config=config, where=folder, dtype=wanted.dtype)
+    _check_dtypes(matched, {}, wanted, table="clip", config=config, where=folder)
+    huggingface.check_picture_size(folder, sizes)
     if attributes.get("model_type") == "clip":  # what is imported is the tower, so that is what it says from here on
         attributes = {"architectures": ["CLIPVisionModel"], **huggingface.vision_half(attributes, folder)}
     return Source(matched, _record(config, "clip", {"vision": attributes}), side_files(folder))
@@ -266,17 +329,9 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
     return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
 
 
-def _released(
-    folder: Path,
-    stored: Mapping[str, Stored],
-    attributes: dict[str, Any] | None,
-    *,
-    base: Path | None,
-    vision: Path | None,
-    projector: Path | None,
-    feature_layer: int | None,
-) -> Source:
+def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
     """A whole released checkpoint, or the tensors that a stage trained over those of its base."""
+    base, vision, projector, feature_layer, dtype = wanted
     at = folder / "config.json"
     facts = _facts(attributes or {}, where=at)
     if feature_layer is None:
@@ -288,9 +343,7 @@ def _released(
     has_tower = any(name.startswith("model.visual.vision_tower.") for name in stored)
     below = None
     if base is not None:
-        below = open_source(
-            base, vision=None if has_tower else vision, projector=projector, feature_layer=feature_layer
-        )
+        below = _open_source(base, wanted._replace(base=None, vision=None if has_tower else vision))
         if "decoder" not in below.parts or "extension" in below.parts:
             raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
     extension = _extension_in(stored)
@@ -308,6 +361,8 @@ def _released(
                 f"{at}: add_layer is {shown(named_layers)}, but the files hold new experts in layers "
                 f"{shown(stored_layers)}"
             )
+        if extension and configured:
+            extension = dataclasses.replace(extension, sources=configured.sources)
     elif below is not None:
         decoder = below.config.decoder
     else:
@@ -332,17 +387,25 @@ def _released(
         config = dataclasses.replace(config, tags=huggingface.image_tags(attributes))
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
-        elsewhere |= open_source(vision, feature_layer=feature_layer).leaves
+        elsewhere |= open_source(vision, feature_layer=feature_layer, dtype=dtype).leaves
     if projector is not None and below is None:
-        elsewhere |= _projector(projector, open_tensors(projector), None).leaves
+        elsewhere |= _projector(projector, spelling.unwrapped(open_tensors(projector))[0], None).leaves
     hint = "" if base else " A partial save needs its base: --base DIR."
-    own = leaves.match(stored, table="released", config=config, where=folder, elsewhere=elsewhere, hint=hint)
-    _check_dtypes(own, attributes or {}, table="released", config=config, where=at)
+    own = leaves.match(
+        _with_one_head(stored, decoder),
+        table="released",
+        config=config,
+        where=folder,
+        elsewhere=elsewhere,
+        hint=hint,
+        dtype=dtype,
+    )
+    _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder)}
-    return Source({**elsewhere, **own}, record, files)
+    return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
 
 def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
@@ -421,8 +484,8 @@ def _tower_sizes(
 # --- putting parts together -------------------------------------------------------------------------------------------
 
 
-def _with_tower(source: Source, vision: Path, *, feature_layer: int | None) -> Source:
-    tower = open_source(vision, feature_layer=feature_layer)
+def _with_tower(source: Source, vision: Path, wanted: _Wanted) -> Source:
+    tower = open_source(vision, feature_layer=wanted.feature_layer, dtype=wanted.dtype)
     if "vision" not in tower.parts:
         raise MoextendError(f"{vision} holds no vision tower")
     matched = {path: leaf for path, leaf in tower.leaves.items() if path.startswith("vision/")}
@@ -432,7 +495,8 @@ def _with_tower(source: Source, vision: Path, *, feature_layer: int | None) -> S
     )
     # A CLIP folder's tokenizer is not this model's.
     files = {name: path for name, path in tower.files.items() if name == "preprocessor_config.json"}
-    return Source({**source.leaves, **matched}, record, {**files, **source.files})
+    notes = (*source.notes, *tower.notes)
+    return Source({**source.leaves, **matched}, record, {**files, **source.files}, notes)
 
 
 def _with_projector(source: Source, projector: Path) -> Source:
@@ -443,7 +507,7 @@ def _with_projector(source: Source, projector: Path) -> Source:
     else:
         at = projector / "config.json"
         attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
-        other = _projector(projector, open_tensors(projector), attributes)
+        other = _projector(projector, spelling.unwrapped(open_tensors(projector))[0], attributes)
     config, projector_widths = source.config, other.leaves["projector/first"].shape
     if config.vision is None or "vision" not in source.parts:
         raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
@@ -454,7 +518,8 @@ def _with_projector(source: Source, projector: Path) -> Source:
             f"decoder have {model_widths[0]} and {model_widths[1]}"
         )
     matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("projector/")}
-    return Source({**source.leaves, **matched}, source.record._replace(projector=other.record.projector), source.files)
+    record = source.record._replace(projector=other.record.projector)
+    return source._replace(leaves={**source.leaves, **matched}, record=record)
 
 
 def _with_feature_layer(source: Source, feature_layer: int | None) -> Source:
@@ -499,12 +564,20 @@ def _check_kind(stored: Mapping[str, Stored], *, where: Path) -> None:
 
 
 def _check_dtypes(
-    matched: Mapping[str, Leaf], attributes: Mapping[str, Any], *, table: str, config: ModelConfig, where: Path
+    matched: Mapping[str, Leaf],
+    attributes: Mapping[str, Any],
+    wanted: _Wanted,
+    *,
+    table: str,
+    config: ModelConfig,
+    where: Path,
 ) -> None:
-    """A decoder is stored in the one element type that its config.json says, a tower in one.
+    """A decoder is stored in the one element type that its config.json says, a tower in one, unless all is to be cast.
 
     Routers are let off: a recipe trains them, in float32.
     """
+    if wanted.dtype is not None:
+        return
     configured = attributes.get("torch_dtype") or attributes.get("dtype")
     for part in ("decoder/", "vision/"):
         own = {path: leaf for path, leaf in matched.items() if path.startswith(part) and not path.endswith("/gate")}
@@ -520,5 +593,5 @@ def _check_dtypes(
             leaf, so = own[odd[0].path], f"{where} says" if known else "the others have"
             raise MoextendError(
                 f"{leaf.where}: {name_list(tensor.file for tensor in odd)} has element type {leaf.dtype}, where {so} "
-                f"{usual}"
+                f"{usual}{leaves.CAST}"
             )

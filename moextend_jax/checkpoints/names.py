@@ -101,6 +101,17 @@ CLIP = (
     Name("vision/post_norm/bias", "vision_model.post_layernorm.bias", "C -> C"),
 )
 
+_TEXT, _ROUTER = "language_model.", "language_model.model.layers.{Y}.block_sparse_moe.gate."
+TRANSFORMERS = (
+    *(row._replace(file=_TEXT + row.file) for row in MIXTRAL),
+    Name("extension/router/new_gate", _ROUTER + "new.weight", "X D -> D X"),
+    Name("extension/router/calibrator/w_in", _ROUTER + "calibrator.0.weight", "A O -> O A"),
+    Name("extension/router/calibrator/w_out", _ROUTER + "calibrator.2.weight", "O A -> A O"),
+    *(row._replace(file=_TEXT + row.file) for row in EXTENSION if ".experts.{X}." in row.file),
+    *_projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+    *(row._replace(file="vision_tower." + row.file) for row in CLIP),
+)
+
 TABLES: dict[str, tuple[Name, ...]] = {
     "mixtral": MIXTRAL,
     "clip": CLIP,
@@ -112,9 +123,11 @@ TABLES: dict[str, tuple[Name, ...]] = {
         *_projector("model.visual.mm_projector.0", "model.visual.mm_projector.2"),
         *(row._replace(file="model.visual.vision_tower." + row.file) for row in CLIP),
     ),
+    "transformers": TRANSFORMERS,
 }
-"""File layouts: Hugging Face's Mixtral and CLIP, LLaVA's projector in its own spelling and in transformers', and the
-method's released checkpoints, which hold everything."""
+"""File layouts: Hugging Face's Mixtral and CLIP, LLaVA's projector in its own spelling and in transformers', the
+method's released checkpoints, which hold everything, and a whole LLaVA of transformers, whose names of an extension
+are those of assets/hf/modeling_moextend.py."""
 
 PREFIXES = {"llava": "model.", "llava_hf": "model."}
 """What some files write before every name of a layout."""
@@ -180,10 +193,14 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     return {**config.sizes(), **shared}
 
 
+def groups(side: str) -> list[list[str]]:
+    """Letters of each axis of one side of a layout: [["N", "H"], ["D"]] of "(N H) D"."""
+    return [(group or letter).split() for group, letter in re.findall(r"\(([^)]*)\)|(\w)", side)]
+
+
 def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Shape of one side of a layout, e.g. "(N H) D"."""
-    groups = re.findall(r"\(([^)]*)\)|(\w)", side)
-    return tuple(math.prod(sizes[letter] for letter in (group or one).split()) for group, one in groups)
+    return tuple(math.prod(sizes[letter] for letter in group) for group in groups(side))
 
 
 def _exists(path: str, config: ModelConfig) -> bool:

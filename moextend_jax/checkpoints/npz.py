@@ -67,9 +67,9 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         if dtype.kind not in "biufU":
             raise ValueError(f"{name} has element type {dtype}: neither numbers nor text")
         # Text of no letters takes no bytes, however many there are.
-        nbytes, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
-        if nbytes != held or min(shape, default=0) < 0 or math.prod(shape) > max(1, held):
-            raise ValueError(f"{name} {dtype}{list(shape)} does not fit its {held:,} bytes")
+        nbytes, stored_bytes = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if nbytes != stored_bytes or min(shape, default=0) < 0 or math.prod(shape) > max(1, stored_bytes):
+            raise ValueError(f"{name} {dtype}{list(shape)} does not fit its {stored_bytes:,} bytes")
     with archive.open(member) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
     if dtype.kind == "U":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import is_url
+from moextend_jax.folders import is_url, read_range, size_and_generation
 
 MAX_JSON = 32 << 20
 """Bytes. As Python objects it takes up to thirty times as much; the largest models' files have a few million."""
@@ -40,44 +40,50 @@ def said_by(error: BaseException) -> str:
 
 
 def plain_file(path: Path) -> int:
-    """Size of a file in bytes.
+    """Size of a file of this machine in bytes.
 
     Raises:
       MoextendError: there is no such file, or it is a folder, a pipe or a device, which would never end.
     """
     try:
-        found = path.stat()
+        stats = path.stat()
     except FileNotFoundError:
         raise MoextendError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(stats.st_mode):
         raise MoextendError(f"{path} cannot be read: it is no plain file")
-    return found.st_size
+    return stats.st_size
 
 
 def inside(path: Path) -> Path:
-    """A file of a folder that came from elsewhere, as it is.
+    """A file or folder of a folder that came from elsewhere, as it is.
+
+    A folder may be put together of links: to files of the same name, wherever they are (`model.safetensors` of another
+    folder), to folders, and to what the Hugging Face cache has downloaded (its `blobs/`).
 
     Raises:
-      MoextendError: it is a link to a place outside: what is read gets copied into exports. The Hugging Face cache's
-        own links (from `snapshots/` to `blobs/`) are let off.
+      MoextendError: it is a link out of its folder to anything else, such as a key: what is read gets copied into
+        exports.
     """
-    if path.is_symlink():
-        home, target = path.parent.resolve(), path.resolve()
-        allowed = [home, *(up.parent / "blobs" for up in home.parents if up.name == "snapshots")]
-        if not any(target.is_relative_to(one) for one in allowed):
-            raise MoextendError(f"{path} is a link out of its folder, to {target}: put the file itself there")
+    if not is_url(path) and path.is_symlink():
+        target = path.resolve()
+        inner = target.is_relative_to(path.parent.resolve())
+        downloaded = target.parent.name == "blobs" and (target.parents[1] / "snapshots").is_dir()
+        if not (inner or downloaded or target.name == path.name or target.is_dir()):
+            raise MoextendError(
+                f"{path} is a link out of its folder, to {target}, a file of another name: put the file itself there"
+            )
     return path
 
 
 def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
     """The bytes of a plain file, or of an object in a bucket, that is no larger than `most`."""
-    if is_url(path):
-        return path.read_bytes()
-    size = plain_file(path)
+    size = size_and_generation(path)[0] if is_url(path) else plain_file(path)
     if size > most:
         raise MoextendError(f"{path} cannot be read: {size:,} bytes are too many for a file of its kind ({most:,})")
+    if is_url(path):
+        return read_range(path, 0, size)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -114,11 +114,11 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
             raise MoextendError(f"{folder}: the tensors are not those of {FILE}.{unequal}")
         matched = {}
         for path, tensor in stored.items():
-            said = (tuple(listed[path]["shape"]), listed[path]["dtype"])
-            if said != (tensor.shape, str(tensor.dtype)):
+            claim = (tuple(listed[path]["shape"]), listed[path]["dtype"])
+            if claim != (tensor.shape, str(tensor.dtype)):
                 raise MoextendError(
                     f"{tensor.where}: {path} is {tensor.dtype}{list(tensor.shape)}; {FILE} says "
-                    f"{shown(said[1])}{shown(list(said[0]))}"
+                    f"{shown(claim[1])}{shown(list(claim[0]))}"
                 )
             if not hashes.is_hash(sha256 := listed[path]["sha256"]):
                 raise ValueError(f"the sha256 of {path} is {shown(sha256)}")
@@ -148,7 +148,7 @@ def _checked(record: Record) -> Record:
             raise ValueError(f"{len(extension.layers)} layers copy {len(extension.sources)} experts")
     if not isinstance(record.layout, str) or not isinstance(record.facts, dict):
         raise ValueError("layout or facts are of another type than they should be")
-    if not all(isinstance(one, dict) for one in (record.attributes, *record.attributes.values())):
+    if not all(isinstance(part, dict) for part in (record.attributes, *record.attributes.values())):
         raise ValueError("attributes are of another type than they should be")
     if record.projector not in {(table, prefix) for table, own in PREFIXES.items() for prefix in ("", own)}:
         raise ValueError(f"projector {shown(record.projector)} is spelled in no known way")

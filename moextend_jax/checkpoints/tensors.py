@@ -25,6 +25,7 @@ import numpy as np
 
 from moextend_jax.checkpoints.outside import MAX_JSON, inside, parse_json, plain_file, read_small, said_by, short, shown
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import extra_hint, is_url, local, read_range, size_and_generation
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -35,11 +36,18 @@ DTYPES: dict[str, np.dtype] = {
 }  # fmt: skip
 """The format's names of element types."""
 
-WRAPPERS = ("_orig_mod.", "module.")
-"""What torch.compile and DistributedDataParallel put before every name."""
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states).*")
+"""What trainers leave beside weights."""
 
-_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*\.(bin|pt|pth)")
-"""What trainers leave beside pickled weights."""
+_OF_TRAINERS = {
+    "checkpoint-*": "it is a trainer's folder of checkpoints; name one of them: {}",
+    "global_step*": "its weights are DeepSpeed's shards {}: make them one file with the zero_to_fp32.py beside them",
+    "pytorch_model_fsdp*": "its weights are FSDP's shards {}: make them one file with `accelerate merge-weights`",
+    "*.distcp": "its weights are shards of torch.distributed ({}): make them one file with `accelerate merge-weights`",
+    "snapshots": "it is a model of the hub's cache; name the folder that is in {}",
+    "*.gguf": "name the file itself: {}",
+}
+"""Folders that hold weights somewhere inside, by what shows them, and what to do."""
 
 MAX_AXES, MAX_BYTES = 64, 1 << 62
 """Most axes that a NumPy array can have; and what a tensor's axes and offsets are below, so that sizes fit 64 bits."""
@@ -47,7 +55,8 @@ MAX_AXES, MAX_BYTES = 64, 1 << 62
 
 class File(NamedTuple):
     """A file as it was when it was opened: its size in bytes, and when its content (`written`) and its metadata
-    (`changed`) last changed, in nanoseconds."""
+    (`changed`) last changed, in nanoseconds; of a bucket's object, which is never changed but replaced, both are the
+    number of this content (microseconds since 1970, when it was put there)."""
 
     path: Path
     size: int
@@ -56,6 +65,9 @@ class File(NamedTuple):
 
 
 def opened(path: Path) -> File:
+    if is_url(path):
+        size, generation = size_and_generation(path)
+        return File(path, size, generation, generation)
     stat = path.stat()
     return File(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
@@ -63,17 +75,42 @@ def opened(path: Path) -> File:
 class Stored(NamedTuple):
     """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon.
 
-    `where` names it in messages. `file` holds its very bytes; None where they are computed, or not in a file."""
+    `where` names it in messages. `file` holds its very bytes; None where they are computed, or not in a file.
+    `run` reads elements first to last (exclusive) of them, and no others; None where there is no way to."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
     where: str
     file: File | None = None
+    run: Callable[[int, int], np.ndarray] | None = None
+
+    def part(self, index: tuple[int, ...], rows: slice = slice(None)) -> Stored:
+        """What `index` picks of the first axes, and of it these rows of the next axis: one run of elements."""
+        shape, run = self.shape[len(index) :], self.run
+        if shape:
+            start, stop, _ = rows.indices(shape[0])
+            cut, shape = (*index, slice(start, stop)), (stop - start, *shape[1:])
+        else:
+            start, cut = 0, index
+        if run is None:
+            return self._replace(shape=shape, read=lambda: self.read()[cut])
+        place = np.ravel_multi_index(index, self.shape[: len(index)]) if index else 0
+        first = int(place) * math.prod(self.shape[len(index) :]) + start * math.prod(shape[1:])
+        return in_runs(shape, self.dtype, lambda a, b: run(first + a, first + b), where=self.where, file=self.file)
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_runs(
+    shape: tuple[int, ...], dtype: np.dtype, run: Callable[[int, int], np.ndarray], *, where: str, file: File | None
+) -> Stored:
+    """A tensor whose elements lie in a row."""
+    size = math.prod(shape)
+    read = (lambda: run(0, size).reshape(shape)) if size else (lambda: np.zeros(shape, dtype))
+    return Stored(shape, dtype, read, where, file, run)
 
 
 class Planned(NamedTuple):
@@ -92,16 +129,16 @@ class Planned(NamedTuple):
 
 
 def open_tensors(path: Path) -> dict[str, Stored]:
-    """Tensors of a file or folder: safetensors where there are any, else torch pickles; without `WRAPPERS`."""
-    names = [path.name] if path.is_file() else [entry.name for entry in sorted(path.glob("*"))]
+    """Tensors of a file or folder, by the names that stand there: safetensors where there are any, else torch pickles.
+
+    Raises:
+      MoextendError: as `open_safetensors` and `open_pickles`, or a folder of something else: it says of what.
+    """
+    names = [path.name] if path.is_file() else sorted(entry.name for entry in path.glob("*"))
     pickled = any(name.endswith((".bin", ".pth", ".pt")) for name in names)
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names) or not pickled:
-        stored = open_safetensors(path)
-    else:
-        stored = open_pickles(path)
-    while wrapper := next((w for w in WRAPPERS if stored and all(name.startswith(w) for name in stored)), None):
-        stored = {name.removeprefix(wrapper): tensor for name, tensor in stored.items()}
-    return stored
+        return open_safetensors(path)
+    return open_pickles(path)
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
@@ -120,12 +157,13 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 
 def open_pickles(path: Path) -> dict[str, Stored]:
     """Tensors of `.bin`, `.pth` or `.pt` files, by torch's own restricted unpickler: no code of the file runs."""
+    local(path, what="torch pickles (*.bin, *.pth, *.pt)")
     try:
         torch = importlib.import_module("torch")  # optional, so not known to the type checker everywhere
     except ImportError:
         raise MoextendError(
-            f"{path}: torch pickles need the optional dependency torch: pip install 'moextend-jax[torch]', "
-            "or save the checkpoint as safetensors"
+            f"{path}: torch pickles need the optional dependency torch: {extra_hint('torch')}, or save the "
+            "checkpoint as safetensors"
         ) from None
 
     def load(file: Path) -> dict[str, Any]:
@@ -173,7 +211,7 @@ def open_pickles(path: Path) -> dict[str, Stored]:
     for ending in (".bin", ".pth", ".pt"):
         if _weights(path, ending) or (path / f"pytorch_model{ending}.index.json").exists():
             return _merge(path, _shards(path, ending, f"pytorch_model{ending}.index.json"), read)
-    raise MoextendError(f"{path} holds no *.bin, *.pth or *.pt file of weights")
+    raise MoextendError(f"{path} holds no *.bin, *.pth or *.pt file of weights{_elsewhere(path)}")
 
 
 def _check_archive(file: Path) -> None:
@@ -194,7 +232,7 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
     if not index_path.exists():
         paths = [inside(path) for path in _weights(folder, ending)]
         if not paths:
-            raise MoextendError(f"{folder} holds no *{ending} file")
+            raise MoextendError(f"{folder} holds no *{ending} file{_elsewhere(folder)}")
         totals = {int(total) for path in paths if (total := path.stem.rpartition("-of-")[2]).isdecimal()}
         if totals and len(paths) != max(totals):
             raise MoextendError(f"{folder} holds {len(paths)} *{ending} files of {max(totals)}")
@@ -217,7 +255,18 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
 
 
 def _weights(folder: Path, ending: str) -> list[Path]:
-    return [path for path in sorted(folder.glob(f"*{ending}")) if not _NO_WEIGHTS.fullmatch(path.name)]
+    """Files of weights, without what Mistral put beside Hugging Face's files: the same once more, by other names."""
+    paths = sorted(folder.glob(f"*{ending}"), key=lambda path: path.name)
+    paths = [path for path in paths if not _NO_WEIGHTS.fullmatch(path.name)]
+    return [path for path in paths if not path.name.startswith("consolidated")] or paths
+
+
+def _elsewhere(folder: Path) -> str:
+    """Where the weights of such a folder are, for a message."""
+    for pattern, advice in _OF_TRAINERS.items():
+        if names := [path.name for path in folder.glob(pattern)]:
+            return ": " + advice.format(name_list(names))
+    return ""
 
 
 def _merge(
@@ -235,15 +284,17 @@ def _merge(
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
-    size, at = plain_file(path), opened(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8 or length > MAX_JSON:
-            raise MoextendError(
-                f"{path} cannot be read: a header of {length:,} bytes in a file of {size:,} is no safetensors header, "
-                "or the file was cut short"
-            )
-        text = file.read(length)
+    if not is_url(path):
+        plain_file(path)
+    at = opened(path)
+    size = at.size
+    length = int.from_bytes(_bytes(path, 0, min(8, size)), "little")
+    if size < 8 or length > size - 8 or length > MAX_JSON:
+        raise MoextendError(
+            f"{path} cannot be read: a header of {length:,} bytes in a file of {size:,} is no safetensors header, "
+            "or the file was cut short"
+        )
+    text = _bytes(path, 8, 8 + length)
     broken = f"{path} cannot be read: its safetensors header is broken"
     header = parse_json(text, where=broken, object_pairs_hook=_without_repeats, parse_constant=_no_number)
     if not isinstance(header, dict):
@@ -262,11 +313,19 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise MoextendError(
                 f"{path} cannot be read: it is cut short, {short(name)} needs its bytes {begin:,}..{end:,} of {data:,}"
             )
-        stored[name] = Stored(shape, dtype, _mapped(path, dtype, shape, start + begin), str(path), at)
+        stored[name] = in_runs(shape, dtype, _run(path, dtype, start + begin), where=str(path), file=at)
         end_before = end
     if end_before != data:
         raise MoextendError(f"{path} cannot be read: {data - end_before:,} bytes after its last tensor")
     return stored
+
+
+def _bytes(path: Path, begin: int, end: int) -> bytes:
+    if is_url(path):
+        return read_range(path, begin, end)
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
 
 
 def _entry(entry: Any, *, where: str) -> tuple[str, tuple[int, ...], int, int]:
@@ -283,18 +342,22 @@ def _entry(entry: Any, *, where: str) -> tuple[str, tuple[int, ...], int, int]:
     return kind, tuple(shape), *place
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
-    """Every call maps the tensor's own byte range anew, so that its pages leave memory together with the view."""
-    if not math.prod(shape):
-        return lambda: np.zeros(shape, dtype)
+def _run(path: Path, dtype: np.dtype, offset: int) -> Callable[[int, int], np.ndarray]:
+    """Every call maps its own byte range anew, so that its pages leave memory together with the view; of a bucket's
+    object it reads that range."""
 
-    def read() -> np.ndarray:
+    def run(first: int, last: int) -> np.ndarray:
+        begin, nbytes = offset + first * dtype.itemsize, (last - first) * dtype.itemsize
+        if is_url(path):
+            return np.frombuffer(read_range(path, begin, begin + nbytes), dtype)
+        if not nbytes:
+            return np.zeros(0, dtype)
         try:
-            return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+            return np.asarray(np.memmap(path, dtype, "r", begin, (last - first,)))
         except (OSError, ValueError) as error:  # it was whole when its header was read
             raise MoextendError(f"{path} has changed since it was opened: {said_by(error)}") from None
 
-    return read
+    return run
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

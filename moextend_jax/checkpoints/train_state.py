@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import grain
 import jax
@@ -202,9 +202,10 @@ def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]
     broken = 0
     if distributed.first():
         for step in steps:
-            if (wrong := sums.fault(Path(manager.directory) / str(step))) is None:
+            checkpoint = cast(Path, manager.directory / str(step))  # perhaps in a bucket, which a Path cannot name
+            if (wrong := sums.fault(checkpoint)) is None:
                 break
-            print(f"moextend: checkpoint {manager.directory / str(step)} is skipped: {wrong}", file=sys.stderr)
+            print(f"moextend: checkpoint {checkpoint} is skipped: {wrong}", file=sys.stderr)
             broken += 1
     broken = distributed.from_first(broken)
     if steps and broken == len(steps):

@@ -23,8 +23,10 @@ from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
 from moextend_jax.checkpoints.loading import Source, side_files
+from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError
+from moextend_jax.folders import local
 
 _FFN = re.compile(r"model\.layers\.(?P<layer>[0-9]{1,9})\.mlp\.(?P<matrix>gate|up|down)_proj\.weight")
 _MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -46,18 +48,19 @@ def open_upcycled(
     """
     facts: dict[str, Any] = {}
     if path.is_file() and path.suffix == ".gguf":
-        opened = gguf.open_gguf(path)
+        opened = gguf.open_gguf(local(path, what="a GGUF file"))
         dense, tensors = opened.config, opened.tensors
         of_text = {name: opened.metadata[key] for name, key in gguf.TEXT_ATTRIBUTES.items() if key in opened.metadata}
         try:
-            files = {made.name: made for made in write_tokenizer(opened.metadata, tokenizer_folder)}
+            files = {file.name: file for file in write_tokenizer(opened.metadata, tokenizer_folder)}
         except MoextendError as error:
             files, facts["tokenizer"] = {}, f"not written: {error}"
     else:
         if not path.is_dir():
             raise MoextendError(f"{path} is neither a Hugging Face model folder nor a .gguf file")
         attributes = read_json(path / "config.json")
-        dense, tensors = llama_config(attributes, where=path / "config.json"), open_tensors(path)
+        dense = llama_config(attributes, where=path / "config.json")
+        tensors, _ = unwrapped(open_tensors(path))
         of_text = {name: attributes[name] for name in gguf.TEXT_ATTRIBUTES if name in attributes}
         files = side_files(path)
     config = ModelConfig(decoder=upcycled_config(dense, experts=experts, top_k=top_k))
@@ -66,8 +69,10 @@ def open_upcycled(
         mixture.pop("lm_head.weight", None)  # some files hold the embedding twice
     matched = leaves.match(mixture, table="mixtral", config=config, where=path)
     facts["upcycled"] = {"from": path.name, "experts": experts, "noise": noise, "seed": seed}
-    said = huggingface.decoder_attributes(config.decoder, dtype=str(store.dtype_of(matched))) | of_text
-    return Source(matched, store.Record(config, "mixtral", {"decoder": said}, ("llava", ""), None, facts), files)
+    attributes_of_mixture = huggingface.decoder_attributes(config.decoder, dtype=str(store.dtype_of(matched))) | of_text
+    return Source(
+        matched, store.Record(config, "mixtral", {"decoder": attributes_of_mixture}, ("llava", ""), None, facts), files
+    )
 
 
 def upcycled_config(dense: DecoderConfig, *, experts: int, top_k: int) -> DecoderConfig:
@@ -97,7 +102,7 @@ def upcycle(
         raise MoextendError(f"seed is {seed}; give 0 or more")
     if already := [name for name in source if ".block_sparse_moe." in name]:
         raise MoextendError(f"{source[already[0]].where} is a mixture of experts already ({already[0]})")
-    ffn = {(int(found["layer"]), found["matrix"]): name for name in source if (found := _FFN.fullmatch(name))}
+    ffn = {(int(match["layer"]), match["matrix"]): name for name in source if (match := _FFN.fullmatch(name))}
     if not ffn:
         raise MoextendError("nothing to upcycle: no tensor is called model.layers.N.mlp.{gate,up,down}_proj.weight")
     layers = range(1 + max(layer for layer, _ in ffn))

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from moextend_jax.checkpoints import store
 from moextend_jax.checkpoints.huggingface import read_json
+from moextend_jax.checkpoints.outside import shown
 from moextend_jax.compare.forward import compare_forward, equal_columns, is_inside
 from moextend_jax.compare.observe import observer
 from moextend_jax.compare.reference import Reference, read_reference, start_tag
@@ -24,6 +25,7 @@ from moextend_jax.compare.verdict import Row, Tolerances, summarised
 from moextend_jax.config import Amount, MoextendError
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
+from moextend_jax.models.router import WEIGHT_GUARDS
 from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative
@@ -112,8 +114,8 @@ def compare(reference: Reference, options: CompareOptions) -> Comparison:
     defaults = Tolerances()
     simple, composed = (default if options.atol is None else options.atol for default in defaults[:2])
     observe = observer(
-        # What it is held against is computed by the released code, which guards nothing.
-        abstract(dataclasses.replace(opened.config, weight_guard="none")),
+        # What it is held against is mostly computed by the released code, which guards nothing.
+        abstract(dataclasses.replace(opened.config, weight_guard=_weight_guard(reference))),
         aux_coefficient=_coefficient(reference, options, attributes),
         inside=is_inside(reference),
     )
@@ -150,6 +152,13 @@ def _coefficient(reference: Reference, options: CompareOptions, attributes: dict
         if isinstance(value, int | float):
             return float(value)
     raise MoextendError("neither manifest.json nor config.json says the loss coefficient: give --aux_coefficient")
+
+
+def _weight_guard(reference: Reference) -> Any:
+    guard = reference.spec.get("weight_guard", "none")
+    if not isinstance(guard, str) or guard not in WEIGHT_GUARDS:
+        raise MoextendError(f"{reference.folder / 'manifest.json'}: weight_guard {shown(guard)} is none of ours")
+    return guard
 
 
 def _print(reference: Reference, rows: list[Row], notes: list[str], *, seconds: float) -> None:

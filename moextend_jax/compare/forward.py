@@ -119,9 +119,10 @@ def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> np.ndarray:
 
 def defined(rows: Rows) -> Defined:
     """A row that begins with padding has positions that see nothing: there only its real tokens count."""
-    where_BL = (rows.mask_BL > 0) | (rows.mask_BL[:, :1] > 0)
+    real_BL = rows.mask_BL > 0
+    where_BL = real_BL | (rows.mask_BL[:, :1] > 0)
     labelled_BL = rows.labels_BL[:, 1:] != IGNORE
-    return Defined(where_BL, bool(where_BL[:, :-1][labelled_BL].all()))
+    return Defined(real_BL if rows.masked else where_BL, bool(where_BL[:, :-1][labelled_BL].all()))
 
 
 def _judge(

@@ -19,7 +19,7 @@ from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import mixture, rms_norm
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.moextend import MoExtend, sighted
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import aux_released, load, losses_of
@@ -78,7 +78,10 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
     turns = rotation(batch.positions_BL, head_size=config.head_size, theta=config.rope_theta)
     visible = Visible.in_rows(batch.segments_BL)
     layer_def, layers = nnx.split(model.decoder.layers)
-    x_BLD = model.embed(batch)
+    x_BLD, sighted_BL = model.embed(batch), None
+    if model.config.text_isolation == "strict":
+        sighted_BL = sighted(batch)
+        sighted_BL = jnp.zeros(batch.ids_BL.shape, bool) if sighted_BL is None else sighted_BL
     for z in range(config.layers):
         this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
@@ -87,7 +90,12 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
         new = _extension_of(model, z)
         moe_out_BLD, routing = mixture(
-            moe_in_BLD, this.moe, new, extended=jnp.bool_(new is not None), config=model.config
+            moe_in_BLD,
+            this.moe,
+            new,
+            extended=jnp.bool_(new is not None),
+            config=model.config,
+            sighted_BL=sighted_BL if new else None,
         )
         calibrated_Tk = None
         if new is not None:

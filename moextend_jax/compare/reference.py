@@ -43,13 +43,15 @@ class Reference(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Token rows of one batch. images: positions in `pixels_nhwc`, one per image start tag, row by row."""
+    """Token rows of one batch. images: positions in `pixels_nhwc`, one per image start tag, row by row. masked: the
+    file has no values where the mask is 0."""
 
     ids_BL: np.ndarray
     labels_BL: np.ndarray
     mask_BL: np.ndarray
     images: tuple[int, ...]
     pixels_nhwc: np.ndarray | None
+    masked: bool = False
 
 
 def read_reference(path: Path) -> Reference:
@@ -103,7 +105,8 @@ def rows_of(reference: Reference, name: str, *, start: int | None) -> Rows:
     images, pixels_nhwc = _images(reference, name) if tags else ((), None)
     if len(images) != tags:
         raise MoextendError(f"batch {name!r} has {tags} image start tags but {len(images)} images")
-    return Rows(ids_BL, labels_BL, (mask_BL != 0).astype(np.int32), images, pixels_nhwc)
+    masked = reference.spec.get("padding") == "masked"
+    return Rows(ids_BL, labels_BL, (mask_BL != 0).astype(np.int32), images, pixels_nhwc, masked)
 
 
 def check_fits(rows: Rows, config: ModelConfig, *, name: str) -> None:

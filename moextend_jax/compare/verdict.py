@@ -63,6 +63,8 @@ def close(batch: str, quantity: str, ours: Any, theirs: Any, *, atol: float, not
         if where.sum() < where.size and not note:
             note = f"{where.size - where.sum()} of {where.size} places have no defined value"
         mine, other = mine[where], other[where]
+    closed = np.isneginf(mine) & np.isneginf(other)  # experts that a token may not choose
+    mine, other = np.where(closed, 0.0, mine), np.where(closed, 0.0, other)
     difference = float(np.abs(mine - other).max(initial=0.0))
     scale = float(np.abs(other).max(initial=0.0))
     relative = difference / scale if scale else (0.0 if difference == 0 else math.inf)

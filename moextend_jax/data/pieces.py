@@ -111,9 +111,9 @@ class JsonPieces:
 
     def _load(self) -> None:
         described = json.loads(self._text)
-        self._pieces = _opened(described)
+        self._pieces = _opened(self._text)
         without = _without_prefix(described)
-        self._pieces_no_prefix = self._pieces if without == described else _opened(without)
+        self._pieces_no_prefix = self._pieces if without == described else _opened(json.dumps(without))
         tokens = self._pieces.get_added_tokens_decoder()
         self.control = {
             token.content: Control(id, token.lstrip, token.rstrip) for id, token in tokens.items() if token.special
@@ -181,13 +181,15 @@ _SPARE = ("unused", "reserved", "extra", "placeholder", "place▁holder▁no", "
 
 def _is_spare(piece: str) -> bool:
     """<|reserved_special_token_7|>, <unused7>, [unused7], <|extra_7|>, <|placeholder7|>, <SPECIAL_7>, ..."""
+    if piece[:1] + piece[-1:] not in ("<>", "[]"):
+        return False
     name = piece[1:-1].strip("|｜").lower()
     words = name.rstrip("0123456789").rstrip("_-▁")
-    return piece[:1] + piece[-1:] in ("<>", "[]") and words != name and words.removesuffix("_special_token") in _SPARE
+    return words != name and words.removesuffix("_special_token") in _SPARE
 
 
-def _opened(described: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    pieces = tokenizers.Tokenizer.from_str(json.dumps(described))
+def _opened(text: str) -> tokenizers.Tokenizer:
+    pieces = tokenizers.Tokenizer.from_str(text)
     pieces.encode_special_tokens = True
     return pieces
 

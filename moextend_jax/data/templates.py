@@ -66,7 +66,7 @@ class Template:
             given = {**self.roles, "tools": None, "documents": None}
             return _compiled(self.source).render(messages=messages, add_generation_prompt=open, **given)
         except Exception as error:  # the engine's own, and whatever a template's code runs into
-            raise MoextendError(f"{self.where}: {type(error).__name__}: {error}") from None
+            raise MoextendError(f"{self.where}: {type(error).__name__}: {str(error):.300}") from None
 
 
 class Shape(NamedTuple):

@@ -140,7 +140,7 @@ def load_tokenizer(
     except MoextendError:
         raise
     except Exception as error:  # protobuf, sentencepiece, tokenizers and json each raise their own
-        raise MoextendError(f"cannot read the tokenizer in {directory}: {error}") from error
+        raise MoextendError(f"cannot read the tokenizer in {directory}: {str(error):.300}") from error
     if eos is None:
         raise MoextendError(f"the tokenizer in {directory} names no token that ends a text: give it an eos_token")
     templates = _templates(pieces, source, roles, rows, folder)
@@ -190,7 +190,9 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
         decoder = config.get("added_tokens_decoder") or {}
         added |= {token["content"]: int(id) for id, token in decoder.items()}
         pieces = SentencePieces(model.read_bytes(), added=added, legacy=config.get("legacy", True) is not False)
-        if not described or all(_own_piece(pieces, id) == piece for piece, id in _vocabulary(described)):
+        if not described or all(
+            piece in (_own_piece(pieces, id), *TAG_NAMES.values()) for piece, id in _vocabulary(described)
+        ):
             return pieces
     added = [token["content"] for token in described["added_tokens"]]
     written = _probe(source, roles)
@@ -292,6 +294,8 @@ TAG_PIECES = {"start": "<0x02>", "end": "<0x03>", "pad": "<0x00>"}
 and 6 are [INST] and its like."""
 VISION_PIECES = {"start": "<|vision_start|>", "end": "<|vision_end|>", "pad": "<|image_pad|>"}
 """Qwen's text models have them, and no use for them."""
+TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
+"""What `moextend export --layout hf` calls tags that have no name; `<image>` is what LLaVA's processor multiplies."""
 
 
 def image_tags(pieces: Pieces, *, rows: int | None, busy: Collection[int], where: Path | str) -> ImageTags:
@@ -300,9 +304,10 @@ def image_tags(pieces: Pieces, *, rows: int | None, busy: Collection[int], where
     last ones."""
     if bytes_of := _byte_pieces(pieces):
         return ImageTags(**bytes_of)
-    vision = {name: pieces.control.get(piece) for name, piece in VISION_PIECES.items()}
-    if all(vision.values()):
-        return ImageTags(**{name: token.id for name, token in vision.items() if token})
+    for made_for_images in (TAG_NAMES, VISION_PIECES):
+        vision = {name: pieces.control.get(piece) for name, piece in made_for_images.items()}
+        if all(vision.values()):
+            return ImageTags(**{name: token.id for name, token in vision.items() if token})
     free = _free(pieces, rows=rows, busy=busy)[:3]
     if len(free) < 3:
         raise MoextendError(
@@ -338,7 +343,8 @@ def _check_tags(tags: ImageTags, pieces: Pieces, *, busy: Collection[int], where
     if len(set(tags.ids)) < len(tags.ids):
         raise MoextendError(f"image tags {', '.join(map(str, tags.ids))} must be ids of their own")
     free = {*(_byte_pieces(pieces) or {}).values(), *_free(pieces, rows=None, busy=busy)}
-    free |= {pieces.control[piece].id for piece in VISION_PIECES.values() if piece in pieces.control}
+    made_for_images = (*TAG_NAMES.values(), *VISION_PIECES.values())
+    free |= {pieces.control[piece].id for piece in made_for_images if piece in pieces.control}
     control = {token.id for token in pieces.control.values()}
     for name, id in dataclasses.asdict(tags).items():
         if id in free or id >= pieces.size:  # a row that a checkpoint has appended: no text has it

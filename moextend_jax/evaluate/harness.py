@@ -18,6 +18,7 @@ from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.asking import Asker
 from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.prompts import Prompt
+from moextend_jax.folders import extra_hint
 
 try:
     from lm_eval import tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
@@ -28,7 +29,7 @@ try:
         make_disjoint_window,
     )
 except ImportError as error:
-    raise MoextendError(f"text benchmarks need lm-eval ({error}): pip install 'moextend-jax[eval]'") from error
+    raise MoextendError(f"text benchmarks need lm-eval ({error}): {extra_hint('eval')}") from error
 
 NEW_TOKENS = 256
 """Most new tokens of an answer where a task does not say how many; lm-eval's own number."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import extra_hint
 from moextend_jax.sharding import platform
 
 ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
@@ -56,7 +57,7 @@ def tokamax_triton(x_RD: jax.Array, w_parts: tuple[jax.Array, ...], sizes_O: jax
     try:
         import tokamax  # pyright: ignore[reportMissingImports]  an extra, for GPUs only
     except ImportError:
-        raise MoextendError('experts on GPUs need tokamax: pip install "moextend-jax[gpu]"') from None
+        raise MoextendError(f"experts on GPUs need tokamax: {extra_hint('gpu')}") from None
     return ragged_dot(x_RD, w_parts, sizes_O, product=functools.partial(tokamax.ragged_dot, implementation="triton"))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError
 from moextend_jax.models.attention import Attention, KeysValues, Rotation, Visible, rotation, save_these
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts
@@ -92,6 +92,7 @@ def run_layers(
       sighted_BL: tokens that may choose new experts, None: all.
     """
     sizes = config.decoder
+    _check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
     turns = rotation(positions_BL, head_size=sizes.head_size, theta=sizes.rope_theta)
     layer_def, layers = nnx.split(decoder.layers)
     if extension is None or config.extension is None:
@@ -131,6 +132,16 @@ def run_layers(
     x_BLD = constrain(x_BLD, "BLd")
     x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, (layers, slots, extended_Z, past))
     return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
+
+
+def _check_length(length: int, sizes: DecoderConfig) -> None:
+    """Raises MoextendError where a sliding window, which is not computed here, would hide tokens of such a row."""
+    if sizes.window is not None and length > sizes.window:
+        raise MoextendError(
+            f"rows of {length} tokens: the model was made for a sliding window of {sizes.window} (sliding_window in "
+            "its config.json), and here every token sees all before it, which up to that length is the same; take "
+            "shorter rows, or where the window is a mistake, as in early Mixtral files, write null there"
+        )
 
 
 def logits(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import extra_hint
 from moextend_jax.mesh import mesh_of
 from moextend_jax.plan.chips import Chip, chip
 
@@ -70,7 +71,7 @@ def _tpus(topology: Topology) -> list[Any]:
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]  an extra
     except ImportError:
-        raise MoextendError('plans for TPUs need their compiler: pip install "moextend-jax[plan]"') from None
+        raise MoextendError(f"plans for TPUs need their compiler: {extra_hint('plan')}") from None
     try:
         return list(topologies.get_topology_desc(topology.name, platform="tpu").devices)
     except Exception as error:  # libtpu's own wording of what it does not have

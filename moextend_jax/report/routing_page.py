@@ -16,8 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from moextend_jax.report.canvas import IMAGE, MUTED, TEXT, canvas
 from moextend_jax.report.markup import picture, pictures, section, write_page
-from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, shift_panel
-from moextend_jax.routing.stats import KINDS, Kind, Load, Stats, load_of
+from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, share_panel, shift_panel
+from moextend_jax.report.workdir import NewExperts
+from moextend_jax.routing.compare import is_extension_of, taken
+from moextend_jax.routing.stats import KINDS, Kind, Load, Stats, load_of, on_shared_columns
 
 Panel = tuple[str, Callable[[Axes], None]]
 """What the picture is called when it is read out, and the function that draws it."""
@@ -28,6 +30,10 @@ _CELLS = (
     "A cell is in per cent: the share of a layer’s picks that went to an expert, or the mean probability that its "
     "router gave it; rows add up to 100. A difference is the second less the first."
 )
+_NEW = (
+    "Of a layer’s picks, what went to its new experts; and of the experts that tokens with a new one picked before and "
+    "no longer pick, the share of each (where both files hold the picks of the same tokens)."
+)
 _EVENNESS = (
     "Balance is O times the sum over a layer’s O experts of share of picks times mean probability: 1 (dotted) where "
     "all are used alike. The entropy of the mean probability is high where a layer spreads its tokens, that of single "
@@ -36,13 +42,17 @@ _EVENNESS = (
 
 
 def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tuple[Path, Path]:
-    """Writes both files and returns their paths. Of two statistics, the second less the first is drawn too."""
+    """Writes both files and returns their paths. Of two statistics, the second less the first is drawn too; of a model
+    before and after its extension, that of the experts that both have, and what the new ones get by themselves."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     named = [(name if len(name) <= NAME else f"…{name[1 - NAME :]}", stats) for name, stats in named]
-    heatmaps, lines = _heatmaps(named), _lines(named)
+    grown = len(named) == 2 and is_extension_of(named[0][1], named[1][1])
+    shared = [(name, on_shared_columns(stats)) for name, stats in named] if grown else named
+    heatmaps, lines = _heatmaps(shared), _lines(named)
+    new = _new_panels(named[0][1], named[1][1]) if grown else []
     layers = len(named[0][1].outputs_Z)
     png, page = (prefix.with_name(f"{prefix.name}.{ending}") for ending in ("png", "html"))
-    _png(png, heatmaps, lines, layers=layers)
+    _png(png, heatmaps, [*new, *lines], layers=layers)
     title = f"Routing: {' and '.join(name for name, _ in named)}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(_about(named))}</p>']
     for kind, rows in heatmaps.items():
@@ -51,10 +61,35 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
         figures = [picture(draw, name=f"{kind}-{n}", label=label, **size) for n, (label, draw) in drawn]
         parts.append(section(f"{kind.capitalize()} tokens", pictures(figures, _CELLS)))
     size = {"width": 4.9, "height": 2.9}
+    if new:
+        figures = [picture(draw, name=f"new-{n}", label=label, **size) for n, (label, draw) in enumerate(new)]
+        parts.append(section("New experts", pictures(figures, _NEW, columns="pictures two")))
     figures = [picture(draw, name=f"line-{n}", label=label, **size) for n, (label, draw) in enumerate(lines)]
     parts.append(section("Evenness", pictures(figures, _EVENNESS, columns="pictures two")))
     write_page(page, parts, title=title)
     return png, page
+
+
+def _new_panels(before: Stats, after: Stats) -> list[Panel]:
+    """What the new experts get, and where tokens can be compared, whose picks they took, by kind of token."""
+    layers = np.flatnonzero(after.outputs_Z > after.experts)
+    most = slice(after.experts, int(after.outputs_Z.max()))
+    share_YX = {kind: load_of(after, kind).share_ZO[layers, most] for kind in KINDS}
+    fair = 1 / int(after.outputs_Z.max())
+    new = NewExperts(tuple(layers.tolist()), share_YX, fair, of_tokens=False)
+    panels: list[Panel] = [("share of picks of new experts", partial(share_panel, new=new))]
+    for kind in KINDS:
+        from_YE = [row.from_E or [0.0] * after.experts for row in taken(before, after) if row.kind == kind]
+        if np.any(from_YE):
+            draw = partial(_from_panel, from_YE=np.array(from_YE), layers=layers, title=f"whose picks, {kind} tokens")
+            panels.append((f"whose picks new experts took, {kind} tokens", draw))
+    return panels
+
+
+def _from_panel(ax: Axes, *, from_YE: np.ndarray, layers: np.ndarray, title: str) -> None:
+    routing_panel(ax, from_YE, title=title, top=float(from_YE.max()))
+    ax.set(xlabel="expert that lost them")
+    ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
 
 
 def _heatmaps(named: Sequence[tuple[str, Stats]]) -> dict[str, list[list[Panel]]]:
@@ -111,8 +146,9 @@ def _lines(named: Sequence[tuple[str, Stats]]) -> list[Panel]:
 def _png(path: Path, heatmaps: dict[str, list[list[Panel]]], lines: list[Panel], *, layers: int) -> None:
     rows = [row for kind in heatmaps.values() for row in kind]
     tall = heatmap_height(layers)
-    with canvas(width=11, height=len(rows) * tall + 6.4) as figure:
-        grid = figure.add_gridspec(len(rows) + 2, 6, height_ratios=[tall] * len(rows) + [3.2, 3.2])
+    with canvas(width=11, height=len(rows) * tall + 3.2 * -(-len(lines) // 2)) as figure:
+        below = -(-len(lines) // 2)
+        grid = figure.add_gridspec(len(rows) + below, 6, height_ratios=[tall] * len(rows) + [3.2] * below)
         for y, row in enumerate(rows):
             wide = 6 // max(2, len(row))
             for x, (_, draw) in enumerate(row):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from moextend_jax.routing.collect import collect
 from moextend_jax.routing.compare import (
     Choice,
     LayerDistance,
+    Taken,
     as_json,
     check_same_shape,
     choices,
     distances,
+    is_extension_of,
+    taken,
     why_no_agreement,
 )
-from moextend_jax.routing.stats import KINDS, Stats, load_of, read_stats, write_stats
+from moextend_jax.routing.stats import KINDS, Stats, load_of, on_shared_columns, read_stats, write_stats
 from moextend_jax.runs.askable import Askable, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
@@ -47,7 +50,7 @@ class CollectOptions(Place):
     text: str | None = None
     """file of passages, one per line"""
     ids: Path | None = None
-    """npz file with input_ids [rows, length] and attention_mask"""
+    """npz file with input_ids [rows, length], attention_mask and, for pictures, pixel_values"""
     split: str = "train"
     """of the data set"""
     samples: Count | None = None
@@ -65,7 +68,7 @@ class CollectOptions(Place):
     per_token: bool | None = None
     """keep every token's picks, or do not (--no_per_token)"""
     ids_out: Path | None = None
-    """also write the token ids, for --ids and for PyTorch"""
+    """also write the token ids and pictures, for --ids and for PyTorch"""
     out: Path
     """file of statistics to write"""
 
@@ -86,7 +89,7 @@ def collect_command(options: CollectOptions) -> None:
         return
     write_stats(Path(options.out), stats)
     if options.ids_out:
-        _write_ids(Path(options.ids_out), rows)
+        _write_ids(Path(options.ids_out), rows, patches=opened.patches)
     _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
 
 
@@ -98,7 +101,8 @@ def _open(options: CollectOptions) -> Askable:
 def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
     config = opened.config
     if options.ids:
-        return _id_batches(Path(options.ids), config, batch_size=options.batch_size)
+        pad = lambda: opened.tokenizer.tags.pad  # noqa: E731  ids of text need no tokenizer
+        return _id_batches(Path(options.ids), config, pad=pad, batch_size=options.batch_size)
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
     from moextend_jax.settings import StageSettings
@@ -139,8 +143,9 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
     )
 
 
-def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator[Batch]:
-    """Rows of text as they are; those short of a batch are filled up with empty ones."""
+def _id_batches(path: Path, config: ModelConfig, *, pad: Callable[[], int], batch_size: int) -> Iterator[Batch]:
+    """Rows as they are, with their pictures where the file has some; those short of a batch are filled up with empty
+    ones."""
     arrays = read_npz(path)
     if "input_ids" not in arrays:
         raise MoextendError(f"{path} holds no input_ids; it holds {', '.join(sorted(arrays)) or 'nothing'}")
@@ -153,9 +158,38 @@ def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator
         raise MoextendError(f"{path}: ids from {real.min()} to {real.max()}, but the vocabulary has "
                             f"{config.decoder.vocab_size}")  # fmt: skip
     ids_BL = np.where(mask_BL > 0, ids_BL, 0)
+    patches_BL, images_BMhwc = _pictures(path, arrays, ids_BL, mask_BL, config, pad=pad)
     for first in range(0, len(ids_BL), batch_size):
-        parts = [array[first : first + batch_size] for array in (ids_BL, mask_BL)]
-        yield text_batch(*(np.pad(array, ((0, batch_size - len(array)), (0, 0))) for array in parts))
+        some = slice(first, first + batch_size)
+        empty = ((0, batch_size - len(ids_BL[some])), (0, 0))
+        batch = text_batch(*(np.pad(array[some], empty) for array in (ids_BL, mask_BL)))
+        if images_BMhwc is not None:
+            images = np.pad(images_BMhwc[some], (*empty, (0, 0), (0, 0), (0, 0)))
+            patches = np.pad(patches_BL[some], empty, constant_values=-1)
+            batch = batch._replace(patches_BL=patches, images_BMhwc=images)
+        yield batch
+
+
+def _pictures(
+    path: Path, arrays: Mapping[str, np.ndarray], ids_BL: np.ndarray, mask_BL: np.ndarray, config: ModelConfig, *,
+    pad: Callable[[], int],
+) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
+    """Which patch each token is, and the pictures of each row, from `pixel_values` [images, 3, height, width]."""
+    patches_BL = np.full_like(ids_BL, -1)
+    if "pixel_values" not in arrays or config.vision is None:
+        return patches_BL, None
+    pixels, size, each = arrays["pixel_values"], config.vision.image_size, config.vision.patches
+    pads_BL = (ids_BL == pad()) & (mask_BL > 0)
+    counts_B, rest_B = np.divmod(pads_BL.sum(axis=1), each)
+    if pixels.shape[1:] != (3, size, size) or pixels.dtype.kind != "f" or rest_B.any() or counts_B.sum() != len(pixels):
+        raise MoextendError(
+            f"{path}: pixel_values {list(pixels.shape)} are not one picture [3, {size}, {size}] for every {each} image "
+            f"tokens (id {pad()}) of a row, of which there are {pads_BL.sum()}"
+        )
+    patches_BL = np.where(pads_BL, np.cumsum(pads_BL, axis=1) - 1, -1).astype(ids_BL.dtype)
+    images_BMhwc = np.zeros((len(ids_BL), max(1, counts_B.max()), size, size, 3), np.float32)
+    images_BMhwc[np.arange(images_BMhwc.shape[1]) < counts_B[:, None]] = pixels.transpose(0, 2, 3, 1)
+    return patches_BL, images_BMhwc
 
 
 def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
@@ -166,22 +200,30 @@ def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
 
 
 def _noting(batches: Iterable[Batch], rows: list[Batch] | None) -> Iterator[Batch]:
-    """The same batches; without their images they are added to `rows`."""
+    """The same batches, which are added to `rows`."""
     for batch in batches:
         if rows is not None:
-            rows.append(batch._replace(images_BMhwc=None, features_BMPC=None))
+            rows.append(batch)
         yield batch
 
 
-def _write_ids(path: Path, batches: list[Batch]) -> None:
-    if any((np.asarray(batch.patches_BL) >= 0).any() for batch in batches):
-        raise MoextendError("--ids_out: these rows have images, which token ids alone do not carry")
-    ids_BL, mask_BL = (np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
-                       for name in ("ids_BL", "segments_BL"))  # fmt: skip
-    used = (mask_BL > 0).any(axis=1)
+def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:
+    """Rows cut to the longest, and their pictures, row by row."""
+    ids_BL, mask_BL, patches_BL = (np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
+                                   for name in ("ids_BL", "segments_BL", "patches_BL"))  # fmt: skip
+    used_B, real_BL = (mask_BL > 0).any(axis=1), mask_BL > 0
+    length = 1 + int(np.flatnonzero(real_BL.any(axis=0)).max(initial=0))
+    arrays = {"input_ids": ids_BL[used_B, :length], "attention_mask": real_BL[used_B, :length].astype(np.int8)}
+    if (patches_BL >= 0).any():
+        counts_B = (patches_BL.max(axis=1) + 1) // patches
+        images_BMhwc = np.concatenate([np.asarray(batch.images_BMhwc) for batch in batches])
+        shown_BM = np.arange(images_BMhwc.shape[1]) < counts_B[:, None]
+        arrays["pixel_values"] = images_BMhwc[shown_BM].transpose(0, 3, 1, 2).astype(np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        np.savez_compressed(file, input_ids=ids_BL[used], attention_mask=(mask_BL[used] > 0).astype(np.int8))
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    unfinished.rename(path)
 
 
 def _print_loads(stats: Stats, *, title: str) -> None:
@@ -220,14 +262,19 @@ class CompareOptions:
 
 
 def compare_command(options: CompareOptions) -> None:
-    """Sets two files of statistics side by side: top-k, total variation, KL, d_j, and what each would choose."""
+    """Sets two files of statistics side by side: top-k, total variation, KL, d_j, and what each would choose. Of a
+    model before and after its extension: the experts that both have, and what the new ones took."""
     names = (str(options.a), str(options.b))
     a, b = (read_stats(Path(name)) for name in names)
-    check_same_shape(a, b, names=names)
-    rows = distances(a, b, tie=options.tie)
+    new = taken(a, b) if is_extension_of(a, b) and not options.after else []
+    if not new:
+        check_same_shape(a, b, names=names)
+    rows = distances(a, on_shared_columns(b) if new else b, tie=options.tie)
     why = why_no_agreement(a, b)
     chosen: dict[str, list[Choice] | None] = {}
-    if options.after:
+    if new:
+        pass  # there is nothing to choose: it has been chosen
+    elif options.after:
         after = [read_stats(Path(name)) for name in options.after]
         for before, probed, name in ((a, after[0], options.after[0]), (b, after[1], options.after[1])):
             check_same_shape(before, probed, names=(names[0], str(name)))
@@ -240,6 +287,7 @@ def compare_command(options: CompareOptions) -> None:
         "tokens": {kind: [a.tokens[kind], b.tokens[kind]] for kind in KINDS},
         "top_k_agreement_missing": why,
         "layers": as_json(rows),
+        "new_experts": as_json(new),
         "choices": {side: as_json(by_recipe) for side, by_recipe in chosen.items()},
         "same_choice": _same(chosen),
         "same_source_experts": all(row.source_a == row.source_b for row in rows if row.kind == "all"),
@@ -247,7 +295,10 @@ def compare_command(options: CompareOptions) -> None:
     if options.json:
         print(json.dumps(record, indent=1, allow_nan=False))
         return
-    _print_distances(rows, title=f"{options.a} and {options.b}", why=why)
+    shared = f", the {a.experts} experts that both have" if new else ""
+    _print_distances(rows, title=f"{options.a} and {options.b}{shared}", why=why)
+    if new:
+        _print_taken(new, title=f"new experts of {options.b}")
     _print_choices(chosen, record)
 
 
@@ -278,6 +329,19 @@ def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) 
     console().print(table)
     if why:
         console().print(f"no top-k agreement per token: {why}", highlight=False)
+
+
+def _print_taken(rows: list[Taken], *, title: str) -> None:
+    table = Table(title=title, caption="from: experts that tokens with a new expert picked before and no longer pick")
+    for name in ("layer", "tokens", "share of picks", "mean probability", "tokens that pick one", "from"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shares, probs = (" ".join(f"{100 * x:.1f} %" for x in part) for part in (row.share_X, row.probs_X))
+        tokens = "" if row.tokens is None else f"{100 * row.tokens:.1f} %"
+        most = sorted(enumerate(row.from_E or ()), key=lambda pair: -pair[1])[:3]
+        losers = ", ".join(f"{expert}: {100 * share:.0f} %" for expert, share in most if share)
+        table.add_row(f"{row.layer}", row.kind, shares, probs, tokens, losers)
+    console().print(table)
 
 
 def _print_choices(chosen: dict[str, list[Choice] | None], record: dict[str, Any]) -> None:
@@ -319,7 +383,7 @@ def plot_command(options: PlotOptions) -> None:
     """Draws one or two files of statistics as a PNG and an HTML page."""
     files = [name for name in (options.stats, options.other) if name]
     read = [read_stats(Path(name)) for name in files]
-    if options.other:
+    if options.other and not is_extension_of(*read):
         check_same_shape(*read, names=(str(options.stats), str(options.other)))
     from moextend_jax.report.routing_page import write_routing_page  # matplotlib takes a second to import
 

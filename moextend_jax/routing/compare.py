@@ -1,8 +1,9 @@
-"""Two routings side by side: how far apart, layer by layer, and whether the extender would choose the same.
+"""Two routings side by side: how far apart, layer by layer, whether the extender would choose the same, and what new
+experts took from whom.
 
-In: two `Stats` of models of the same sizes, or two pairs of them (before and after the probe). Out: `LayerDistance`s
-and `Choice`s. Distributions of picks are compared with half a pick added per expert, so that an expert that one side
-never picked does not make a divergence infinite.
+In: two `Stats` of models of the same sizes, of one before and after its extension, or two pairs of them (before and
+after the probe). Out: `LayerDistance`s, `Choice`s and `Taken`. Distributions of picks are compared with half a pick
+added per expert, so that an expert that one side never picked does not make a divergence infinite.
 """
 
 from __future__ import annotations
@@ -49,6 +50,59 @@ class Choice(NamedTuple):
     shift_Z: list[float]
 
 
+class Taken(NamedTuple):
+    """What the new experts of one extended layer get, of one kind of token.
+
+    share_X: picks of each / all picks. probs_X: mean probabilities. tokens: share of the tokens that pick one.
+    from_E: of the base experts that such a token picked before and no longer picks, the share of each; None where
+    picks cannot be compared token by token, or none was lost.
+    """
+
+    layer: int
+    kind: str
+    share_X: list[float]
+    probs_X: list[float]
+    tokens: float | None
+    from_E: list[float] | None
+
+
+def is_extension_of(a: Stats, b: Stats) -> bool:
+    """Whether `b` has all that `a` has, and new experts besides."""
+    plain = (a.outputs_Z == a.experts).all()
+    alike = (a.experts, a.top_k, len(a.outputs_Z)) == (b.experts, b.top_k, len(b.outputs_Z))
+    return bool(plain and alike and (b.outputs_Z >= b.experts).all() and (b.outputs_Z > b.experts).any())
+
+
+def taken(before: Stats, after: Stats) -> list[Taken]:
+    """What every new expert of `after` gets, and which experts of `before` lost it."""
+    rows = []
+    for kind in KINDS:
+        if not after.tokens[kind]:
+            continue
+        load = load_of(after, kind)
+        for z in np.flatnonzero(after.outputs_Z > after.experts).tolist():
+            new = slice(after.experts, int(after.outputs_Z[z]))
+            tokens, from_E = _lost(before, after, z, kind)
+            rows.append(Taken(z, kind, load.share_ZO[z, new].tolist(), load.probs_ZO[z, new].tolist(), tokens, from_E))
+    return rows
+
+
+def _lost(before: Stats, after: Stats, layer: int, kind: Kind) -> tuple[float | None, list[float] | None]:
+    """Share of the tokens that pick a new expert; whose picks of before these tokens gave up."""
+    if after.per_token is None:
+        return None, None
+    of_T = after.per_token.image_T == (kind == "image")
+    after_Tk = after.per_token.ids_ZTk[layer][of_T]
+    new_T = (after_Tk >= after.experts).any(axis=-1)
+    share = float(new_T.mean()) if new_T.size else None
+    if before.per_token is None or why_no_agreement(before, after):
+        return share, None
+    before_Tk = before.per_token.ids_ZTk[layer][of_T][new_T]
+    lost_Tk = ~(before_Tk[:, :, None] == after_Tk[new_T][:, None, :]).any(axis=-1)
+    counts_E = np.bincount(before_Tk[lost_Tk], minlength=before.experts)
+    return share, (counts_E / counts_E.sum()).tolist() if counts_E.sum() else None
+
+
 def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
     for what, x, y in (
         ("experts", a.experts, b.experts),
@@ -56,7 +110,10 @@ def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
         ("router outputs per layer", a.outputs_Z.tolist(), b.outputs_Z.tolist()),
     ):
         if x != y:
-            raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {x} and {y}")
+            hint = ""
+            if is_extension_of(b, a):
+                hint = f"; to see what the extension did, name {names[1]}, the model before it, first"
+            raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {x} and {y}{hint}")
 
 
 def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:

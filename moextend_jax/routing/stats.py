@@ -1,22 +1,7 @@
 """Routing statistics and the npz file that holds them, whoever wrote it: `collect.py` or tools/dump_torch_routing.py.
 
-In: `Stats`, or a file. Out: a file without pickles, or `Stats`; what its counts say, layer by layer. The file:
-
-    format             text, "moextend-routing/1"
-    source             text, who wrote it: "jax" or "torch"
-    experts, top_k     integers: pretrained experts E, picks per token k
-    outputs            [Z] integers: router outputs of each layer, E or E+X; O is the largest
-    tokens/KIND        integer: tokens counted, padding left out; KIND is "text" or "image" here and below
-    picks/KIND         [Z, O] integers: how often an expert was among the k most likely; sums to tokens * k
-    least/KIND         [Z, O] integers: how often it was among the k least likely (what the released code counts)
-    probs/KIND         [Z, O] float: mean router probability over these tokens; 0 without tokens
-    entropy/KIND       [Z] float: mean over tokens of the entropy of the router's probabilities, in nats
-    inputs             text: SHA-256 of (token id, place in its row) as int32 pairs of all tokens, in order
-    ids                [Z, T, k] int8 or int16, optional: the picks of every token, most likely first
-    gaps               [Z, T] float, with ids: k-th less (k+1)-th largest router logit
-    image              [T] bool, with ids: whether it is an image token
-
-Columns that a layer does not have hold 0.
+In: `Stats`, or a file. Out: a file without pickles, or `Stats`; what its counts say, layer by layer. docs/routing.md
+describes the arrays of the file. Columns that a layer does not have hold 0.
 """
 
 from __future__ import annotations
@@ -89,6 +74,22 @@ def load_of(stats: Stats, kind: Kind | Literal["all"]) -> Load:
         token_entropy_Z=token_entropy_Z,
         balance_Z=stats.outputs_Z * (share_ZO * probs_ZO).sum(axis=1),
         busiest_Z=stats.outputs_Z * share_ZO.max(axis=1),
+    )
+
+
+def on_shared_columns(stats: Stats) -> Stats:
+    """The pretrained experts' columns alone: of picks those that went to them, of probabilities what each has of what
+    they have together. Single tokens keep their picks and entropies."""
+    own = slice(0, stats.experts)
+
+    def of_all(probs_ZO: np.ndarray) -> np.ndarray:
+        return probs_ZO[:, own] / np.maximum(probs_ZO[:, own].sum(axis=1, keepdims=True), 1e-300)
+
+    return stats._replace(
+        outputs_Z=np.minimum(stats.outputs_Z, stats.experts),
+        picks_ZO={kind: picks_ZO[:, own] for kind, picks_ZO in stats.picks_ZO.items()},
+        least_ZO={kind: least_ZO[:, own] for kind, least_ZO in stats.least_ZO.items()},
+        probs_ZO={kind: of_all(probs_ZO) for kind, probs_ZO in stats.probs_ZO.items()},
     )
 
 

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
-from moextend_jax.checkpoints.loading import Checkpoint, open_checkpoint
+from moextend_jax.checkpoints.loading import SIDE_FILES, Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
 from moextend_jax.config import RECIPES, ModelConfig, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.folders import absolute, local_copy
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
@@ -179,11 +180,11 @@ def described(config: ModelConfig) -> str:
 
 def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: EvaluateSettings) -> Askable:
     source, facts = checkpoint.source, checkpoint.source.record.facts
-    recipe = RECIPES[place.recipe] if place.recipe else _recipe(checkpoint, where=place.folder)
+    recipe = RECIPES[place.recipe] if place.recipe else recipe_of(source, where=place.folder)
     isolation = facts.get("text_isolation", "none")
     build(fields(ModelConfig)["text_isolation"], isolation, where=f"{place.folder}: text_isolation")
     config = dataclasses.replace(checkpoint.config, weight_guard=recipe.weight_guard, text_isolation=isolation)
-    name = place.folder.resolve().name
+    name = absolute(place.folder).name
 
     def identify() -> str:
         stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
@@ -192,7 +193,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     def read_tokenizer() -> Tokenizer:
         beside = [source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files]
         ends = ends_of(source.record.attributes.get("decoder", {}))
-        return tokenizer_of(beside[0] if beside else place.folder, config, ends=ends)
+        return tokenizer_of(local_copy(beside[0] if beside else place.folder, SIDE_FILES), config, ends=ends)
 
     def is_plain() -> bool:
         if config.vision is not None or _has_template(source.files):
@@ -217,11 +218,11 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     return dataclasses.replace(opened, open_base=lambda: not_extended(opened))
 
 
-def _recipe(checkpoint: Checkpoint, *, where: Path) -> Recipe:
-    """That of the run that made it, else of the code that wrote its layout."""
-    if isinstance(recorded := checkpoint.source.record.facts.get("recipe"), dict):
+def recipe_of(source: Source, *, where: Path) -> Recipe:
+    """That of the run that made a checkpoint, else of the code that wrote its layout."""
+    if isinstance(recorded := source.record.facts.get("recipe"), dict):
         return build(Recipe, {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded, where=f"{where}: recipe")
-    return RECIPES["released" if checkpoint.layout in ("released", "delta") else "paper"]
+    return RECIPES["released" if source.record.layout in ("released", "delta") else "paper"]
 
 
 def _has_template(files: Mapping[str, Path]) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from moextend_jax.checkpoints import hashes, leaves, selection, train_state
+from moextend_jax.checkpoints import hashes, huggingface, leaves, selection, train_state
 from moextend_jax.checkpoints.convert import (
     LAYOUTS,
     SHARD,
@@ -27,14 +27,20 @@ from moextend_jax.checkpoints.convert import (
     parts_of,
     size_of,
 )
-from moextend_jax.checkpoints.loading import Source, folder_of, open_base, open_source
+from moextend_jax.checkpoints.loading import Source, open_base, open_source, tokenizer_folder
 from moextend_jax.checkpoints.tensors import Stored
-from moextend_jax.config import ExtensionConfig, MoextendError
-from moextend_jax.data.tokenizer import tokenizer_of
+from moextend_jax.checkpoints.transformers_layout import export_transformers
+from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError
+from moextend_jax.data.tokenizer import ends_of, tokenizer_of
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
 from moextend_jax.runs import results
-from moextend_jax.runs.run import facts_of_base, remembered, settings_of
+from moextend_jax.runs.askable import recipe_of
+from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of
+from moextend_jax.settings import build, fields
+
+HF = "hf"
+"""The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +50,13 @@ class ExportOptions:
     dst: Path
     """new folder"""
     _: dataclasses.KW_ONLY
-    layout: Annotated[str | None, OneOf(LAYOUTS)] = None
-    """else the layout that holds all there is"""
+    layout: Annotated[str | None, OneOf((HF, *LAYOUTS))] = None
+    """hf is what PyTorch programs of today load, released what the paper's code does; else the layout that holds all
+    there is"""
+    model: Annotated[str | None, OneOf(tuple(results.MODELS))] = None
+    """which one of a run; else the furthest"""
+    recipe: Annotated[str | None, OneOf(tuple(RECIPES))] = None
+    """of layout hf, where SRC does not say: how prompts and pictures are made; else that of its layout"""
     base: Path | None = None
     """folder of the base, where SRC is a delta or a partial save"""
     vision: Path | None = None
@@ -60,25 +71,63 @@ def export(values: ExportOptions) -> None:
     if is_workdir(values.src):
         if values.base or values.vision:
             raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
-        source = open_workdir(values.src)
+        source = open_workdir(values.src, model=values.model)
+    elif values.model:
+        raise MoextendError(f"{values.src} is one model, not a run: leave --model out")
     else:
         source = open_source(values.src, base=values.base, vision=values.vision)
     layout = values.layout or default_layout(source)
-    cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=Console(stderr=True))
+    screen = Console(stderr=True)
+    if layout == HF:
+        how = how_trained(source, recipe=values.recipe, where=values.src)
+        cost = export_transformers(source, values.dst, **how, max_shard_bytes=shard, console=screen)
+    else:
+        cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=screen)
     print(f"exported {described(source)} to {values.dst} in layout {layout}: {cost}")
     if left := source.parts - parts_of(layout, source):
         print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
+    if layout == HF:
+        print(_how_to_load(values.dst))
+    elif layout == "released":
+        print("layout released is for the paper's code and for moextend; for PyTorch of today use --layout hf")
+
+
+def how_trained(source: Source, *, recipe: str | None, where: Path) -> dict[str, Any]:
+    """The recipe and the text isolation of what a run made; of a checkpoint that does not say, the recipe asked for.
+
+    Raises:
+      MoextendError: the checkpoint says a recipe, and another is asked for.
+    """
+    facts = source.record.facts
+    if "recipe" in facts and recipe is not None:
+        raise MoextendError(f"{where} knows its recipe: leave --recipe out")
+    isolation = build(fields(ModelConfig)["text_isolation"], facts.get("text_isolation", "none"), where=str(where))
+    return {"recipe": RECIPES[recipe] if recipe else recipe_of(source, where=where), "text_isolation": isolation}
+
+
+def _how_to_load(folder: Path) -> str:
+    attributes = huggingface.read_json(folder / "config.json")
+    name, more = {
+        "mixtral": ("AutoModelForCausalLM", ""),
+        "llava": ("AutoModelForImageTextToText", ""),
+        "moextend": ("AutoModelForImageTextToText", ", trust_remote_code=True"),
+    }[attributes["model_type"]]
+    return f"in PyTorch: transformers.{name}.from_pretrained({str(folder)!r}{more})"
 
 
 def is_workdir(folder: Path) -> bool:
     return bool(remembered(folder))
 
 
-def open_workdir(workdir: Path) -> Source:
-    """The furthest model of a run: finetuned, else grown, else aligned. The base is not cast as the run casts it.
+def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
+    """A model of a run; the base is not cast as the run casts it.
+
+    Args:
+      model: a row of `results.MODELS`; None is the furthest: finetuned, else grown, else aligned.
 
     Raises:
-      MoextendError: no stage has been run, or the base is not the one that the run was made with.
+      MoextendError: no stage has been run, or one that the model is made of, or the base is not the one that the run
+        was made with.
     """
     settings = settings_of(workdir)
     if settings is None:
@@ -89,16 +138,24 @@ def open_workdir(workdir: Path) -> Source:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
         )
-    tokenizer = tokenizer_of(folder_of(settings.base), source.config)
+    tokenizer = tokenizer_of(
+        tokenizer_folder(settings.base), source.config, ends=ends_of(source.record.attributes.get("decoder", {}))
+    )
     facts = facts_of_base(base, settings, tokenizer)
     trained: dict[str, Stored] = {}
     stages = []
-    for stage in results.model_row("moextend").results:
+    row = results.model_row(model or "moextend")
+    for stage in row.results:
         result = _open_result(workdir / stage / "result", facts=facts)
         if result is None:
             break
         trained |= result
         stages.append(stage)
+    if model is not None and len(stages) < len(row.results):
+        raise not_run(workdir, row.results[len(stages)])
+    if not row.sees:
+        seen = {path: leaf for path, leaf in source.leaves.items() if path.startswith("decoder/")}
+        return source._replace(leaves=seen)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = dataclasses.replace(source.config, tags=tokenizer.tags)

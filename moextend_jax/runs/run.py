@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.hashes import base_hash
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import folder_of, open_base
+from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.conversations import encoder_of, template_identity
@@ -99,9 +100,11 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
+    for note in source.notes if distributed.first() else ():
+        print(f"moextend: {settings.base}: {note}", file=sys.stderr)
     config = dataclasses.replace(source.config, **settings.model_options)
     ends = ends_of(source.record.attributes.get("decoder", {}))
-    tokenizer = tokenizer_of(folder_of(settings.base), config, ends=ends)
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config, ends=ends)
     encoder_of(tokenizer, settings.recipe)  # a template that is missing is no one conversation's fault
     config = dataclasses.replace(config, tags=tokenizer.tags)
     return Run(

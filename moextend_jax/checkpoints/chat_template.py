@@ -1,0 +1,109 @@
+"""The chat template of an exported folder: Jinja that, with its tokenizer.json, gives the ids that a model was taught.
+
+In: the tokenizer and the recipe of a model, and the tokenizer's files as they are exported. Out: the template's text,
+tried on conversations with a picture, a system turn and several questions: what cannot be written so is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from moextend_jax.checkpoints.tokenizer_json import TokenizerFiles
+from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.data.conversations import MARK, TEMPLATES, encode_dialogue, encoder_of
+from moextend_jax.data.templates import Shape, Template, script
+from moextend_jax.data.tokenizer import Tokenizer
+
+ASSETS = Path(__file__).parents[1] / "assets" / "hf"
+AFTER = "\uf8ff"
+"""Stands for the space after a control token, in the middle of a template."""
+
+TRIED: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"from": "human", "value": f"{MARK}\nWhat is it? "},),
+    (
+        {"from": "system", "value": "Be  brief."}, {"from": "human", "value": f"  Here {MARK} and é"},
+        {"from": "gpt", "value": "Yes."}, {"from": "human", "value": "Why\n\nnot"},
+    ),
+)  # fmt: skip
+
+
+def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -> str:
+    """The template's text.
+
+    Raises:
+      MoextendError: no text that is known here gives the ids of training.
+    """
+    encoder_of(tokenizer, recipe)  # says what is wrong where there is none
+    for source in _candidates(tokenizer, recipe, files):
+        if all(_ids(source, turns, tokenizer, files) == _taught(turns, tokenizer, recipe) for turns in TRIED):
+            return source
+    raise MoextendError(
+        f"layout hf: no chat template makes transformers give the ids that this model was taught: the tokenizer in "
+        f"{tokenizer.where} puts spaces where it cannot; export with --layout released"
+    )
+
+
+def writes_bos(source: str, tokenizer: Tokenizer, files: TokenizerFiles) -> bool:
+    bos = files.settings.get("bos_token")
+    return bos is not None and _rendered(source, TRIED[0], tokenizer, files).startswith(bos)
+
+
+def _candidates(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -> Iterator[str]:
+    name = str(tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt)
+    turns = _asset("turns")
+    if name in TEMPLATES:  # those that are no Jinja; a tokenizer makes the space at a beginning, or it is written
+        for space in (" ", ""):
+            yield _variables(files, space=space, legacy=tokenizer.legacy, folded=True) + turns + _asset(name)
+        return
+    template = tokenizer.templates[name]
+    folded = script(template, Shape(1, system=True, open=True)).folded
+    whole = _variables(files, folded=folded) + turns + _asset("pictures")
+    yield whole + template.source
+    yield f"{whole}{{%- set written %}}{template.source}{{%- endset %}}\n{_spaced(template)}"
+
+
+def _spaced(template: Template) -> str:
+    """Writes `written` with a space after every control token that a text follows."""
+    names = [name for name in template.control if name]
+    steps = [f"replace({name!r}, {name + AFTER!r})" for name in names]
+    steps += [f"replace({AFTER + name!r}, {name!r})" for name in names]
+    return "{{- (written | " + " | ".join(steps) + f").rstrip({AFTER!r}) | replace({AFTER!r}, ' ') }}}}"
+
+
+def _variables(files: TokenizerFiles, **more: Any) -> str:
+    values = {"tags": "".join(files.tags[name] for name in ("start", "pad", "end")), **more}
+    return "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in values.items())
+
+
+def _literal(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def _taught(turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
+    images = sum(turn["value"].count(MARK) for turn in turns)
+    return encode_dialogue(turns, images=images, tokenizer=tokenizer, recipe=recipe, patches=2).ids_L.tolist()
+
+
+def _ids(source: str, turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, files: TokenizerFiles) -> list[int]:
+    """As transformers does it, with two tokens per picture."""
+    text = _rendered(source, turns, tokenizer, files).replace(files.tags["pad"], 2 * files.tags["pad"])
+    pieces = tokenizers.Tokenizer.from_str(json.dumps(files.content))
+    return pieces.encode(text, add_special_tokens=False).ids
+
+
+def _rendered(source: str, turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, files: TokenizerFiles) -> str:
+    names = {"system": "system", "human": "user", "gpt": "assistant"}
+    roles = {
+        name: value for name, value in files.settings.items() if name.endswith("_token") and isinstance(value, str)
+    }
+    template = Template(source=source, where=tokenizer.where, roles=roles, control={})
+    return template.render([{"role": names[turn["from"]], "content": turn["value"]} for turn in turns], open=True)

@@ -1,0 +1,104 @@
+"""A whole LLaVA of transformers (Mixtral, CLIP tower and projector in one folder) as what the layout `released` holds.
+
+In: config.json and names as `LlavaForConditionalGeneration` writes them, in files and in memory, and as our own
+modeling_moextend.py does, which adds experts. Out: attributes and names of the released layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, fits, read_fields
+from moextend_jax.checkpoints.huggingface import CLIP_DEFAULTS, MIXTRAL_DEFAULTS
+from moextend_jax.checkpoints.outside import shown
+from moextend_jax.checkpoints.spelling import Spelling
+from moextend_jax.config import MoextendError
+
+MODEL_TYPES = ("llava", "moextend")
+
+_TOWER = r"vision_tower\.(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)"
+SPELLINGS = (
+    # in files
+    Spelling(r"language_model\.model\.(.*)", r"model.\1", r"model\..*"),
+    Spelling(r"language_model\.lm_head\.weight", "lm_head.weight", r"lm_head\..*"),
+    Spelling(_TOWER, r"model.visual.vision_tower.vision_model.\1", r"model\..*"),
+    Spelling(r"multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"model\..*"),
+    Spelling(r"multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"model\..*"),
+    # in memory, since transformers 4.52
+    Spelling(r"model\.language_model\.(.*)", r"model.\1", r"(language_model|model\.layers)\..*"),
+    Spelling(r"model\." + _TOWER, r"model.visual.vision_tower.vision_model.\1", r"(vision_tower|model\.visual)\..*"),
+    Spelling(r"model\.multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"multi_modal.*"),
+    Spelling(r"model\.multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"multi_modal.*"),
+)
+
+_TABLE = Table(
+    sizes={},
+    must_be={
+        "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
+        "vision_feature_select_strategy": ("default",),
+    },
+    harmless=OF_ANY_MODEL
+    | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id"}
+    | {"image_seq_length", "ignore_index", "image_tags", "add_layer", "new_experts", "calibrator_width"}
+    | {"sources", "weight_guard", "text_isolation", "moextend"},
+)  # fmt: skip
+
+
+def is_llava(attributes: Mapping[str, Any]) -> bool:
+    return attributes.get("model_type") in MODEL_TYPES
+
+
+def is_whole(names: Iterable[str]) -> bool:
+    """Whether there is a decoder among tensors of these names, not a projector alone."""
+    return any(re.match(r"(model\.)?language_model\.", name) for name in names)
+
+
+def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[dict[str, Any], int]:
+    """Attributes of the released layout, and the hidden state of the tower that the projector reads.
+
+    Raises:
+      MoextendError: names what this code does not compute.
+    """
+    read_fields(attributes, _TABLE, where=where)
+    text, tower = attributes.get("text_config"), attributes.get("vision_config")
+    if not isinstance(text, dict) or not isinstance(tower, dict):
+        raise MoextendError(f"{where}: a LLaVA without text_config and vision_config has no sizes that are known")
+    text, tower = {**MIXTRAL_DEFAULTS, **text}, {**CLIP_DEFAULTS, **tower}
+    if attributes.get("tie_word_embeddings"):
+        text["tie_word_embeddings"] = True
+    for name in ("torch_dtype", "dtype"):
+        if name in attributes:
+            text.setdefault(name, attributes[name])
+    for name in ("image_tags", "sources"):
+        if name in attributes:
+            text[name] = attributes[name]
+    feature_layer = _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)
+    if facts := _facts(attributes, feature_layer):
+        text["moextend"] = facts
+    if attributes.get("add_layer"):
+        new: Any = attributes.get("new_experts", 1)
+        experts: Any = text.get("num_local_experts")
+        if not fits("experts", new) or not fits("experts", experts):
+            raise MoextendError(f"{where}: new_experts = {shown(new)} beside {shown(experts)} experts is impossible")
+        text |= {"add_layer": attributes["add_layer"], "num_local_experts": experts + new}
+    return text | {"vision_config": tower}, feature_layer
+
+
+def _facts(attributes: Mapping[str, Any], feature_layer: int) -> Any:
+    """How a run made the model: all of it where it is written down, of an extended model what its own code needs."""
+    if "moextend" in attributes or attributes.get("model_type") != "moextend":
+        return attributes.get("moextend")
+    recipe = {"weight_guard": attributes.get("weight_guard", "bounded"), "feature_layer": feature_layer}
+    return {"recipe": recipe, "text_isolation": attributes.get("text_isolation", "none")}
+
+
+def _feature_layer(number: Any, tower: Mapping[str, Any], where: Path) -> int:
+    layers: Any = tower.get("num_hidden_layers")
+    if type(number) is int and number >= 0 and fits("layers", layers):
+        number -= layers + 1  # counted from the end, as here: the embedding is hidden state 0
+    if not fits("feature_layer", number):
+        raise MoextendError(f"{where}: vision_feature_layer = {shown(number)} cannot be honoured (only one layer)")
+    return number

@@ -1,0 +1,194 @@
+"""A model's tokenizer as the `tokenizer.json` that Hugging Face's tokenizers read, with the image tags as tokens.
+
+In: a folder with `tokenizer.model` or `tokenizer.json`, and what it is read as. Out: the file's content, that of
+`tokenizer_config.json`, and what the image tags are called there. Text gets the ids of `data.tokenizer`: of a
+SentencePiece model a space goes before a text's beginning, also where it begins with one (transformers' own conversion
+adds none there), and none after a token.
+
+Tags that are byte pieces or appended rows get names, so that a chat template can write them. As in every such file, a
+token that a text spells out ("</s>") is that token there; with `sanitize_control_tokens=True`, `apply_chat_template`
+takes it for text.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sentencepiece import sentencepiece_model_pb2
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.pieces import SentencePieces
+from moextend_jax.data.tokenizer import TAG_NAMES, Tokenizer
+
+SPACE = "▁"
+
+
+class TokenizerFiles(NamedTuple):
+    """tags: what the image tags are called: start, end, pad; empty for a model without eyes."""
+
+    content: dict[str, Any]
+    settings: dict[str, Any]
+    tags: dict[str, str]
+
+
+def tokenizer_files(folder: Path, tokenizer: Tokenizer, *, sees: bool, apart: str = "") -> TokenizerFiles:
+    """What lies beside the weights as `tokenizer.json` and `tokenizer_config.json`.
+
+    Args:
+      sees: whether the tags are tokens of their own.
+      apart: a text that is tokenised apart from what is before it, where a prompt has it so.
+
+    Raises:
+      MoextendError: the tokenizer cannot be written so.
+    """
+    pieces = tokenizer.pieces
+    tags = {}
+    if sees:
+        control = {token.id: piece for piece, token in pieces.control.items()}
+        tags = {tag: control.get(getattr(tokenizer.tags, tag), name) for tag, name in TAG_NAMES.items()}
+        ids = {id: tags[tag] for tag, id in dataclasses.asdict(tokenizer.tags).items()}
+        if taken := [name for id, name in ids.items() if pieces.piece_to_id(name) not in (None, pieces.unknown, id)]:
+            raise MoextendError(f"the tokenizer in {folder} has pieces called {', '.join(taken)}, like the image tags")
+    else:
+        ids = {}
+    if isinstance(pieces, SentencePieces):
+        content = _from_sentencepiece(folder / "tokenizer.model", tokenizer, tags=ids, apart=apart)
+    else:
+        content = _with_tags(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), ids)
+    names = {name: pieces.id_to_piece(id) for name, id in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos),
+             ("unk_token", pieces.unknown)) if id is not None}  # fmt: skip
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.bos is not None,
+        "add_eos_token": False, **names, "pad_token": names.get("unk_token") or names["eos_token"],
+        "padding_side": "left", "clean_up_tokenization_spaces": False, "legacy": tokenizer.legacy,
+        "model_max_length": int(1e30),
+    }  # fmt: skip
+    if tags:
+        extra = {f"image_{tag}_token" if tag != "pad" else "image_token": name for tag, name in tags.items()}
+        settings |= {"image_token": tags["pad"], "extra_special_tokens": extra}
+    return TokenizerFiles(content, settings, tags)
+
+
+def _with_tags(content: dict[str, Any], tags: Mapping[int, str]) -> dict[str, Any]:
+    """A tokenizer.json in which these ids are special tokens of these names."""
+    model = content["model"]
+    own = {token["id"]: token for token in content["added_tokens"]}
+    vocabulary = model["vocab"]
+    if not isinstance(vocabulary, dict):
+        raise MoextendError("a tokenizer.json of kind Unigram has no place for image tags")
+    by_id = {id: piece for piece, id in vocabulary.items()}
+    for id, name in tags.items():
+        if id in own:
+            own[id] |= {"content": name, "special": True, "normalized": False}
+        else:
+            own[id] = _added(id, name, special=True)
+        if by_id.get(id) != name:
+            vocabulary.pop(by_id.get(id, ""), None)
+            vocabulary[name] = id
+    return content | {"added_tokens": [own[id] for id in sorted(own)], "truncation": None, "padding": None}
+
+
+def _from_sentencepiece(where: Path, tokenizer: Tokenizer, *, tags: Mapping[int, str], apart: str) -> dict[str, Any]:
+    model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        model.ParseFromString(where.read_bytes())
+    except Exception as error:  # protobuf's own
+        raise MoextendError(f"{where} cannot be read: {error}") from error
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE or normalizer.remove_extra_whitespaces or not trainer.byte_fallback:
+        raise MoextendError(
+            f"{where}: only SentencePiece models of kind BPE that fall back to bytes and keep all spaces, as Mixtral's "
+            "and Llama's are, can be written as tokenizer.json"
+        )
+    control = {token.id: piece for piece, token in tokenizer.pieces.control.items()}
+    names = {id: piece.piece for id, piece in enumerate(model.pieces)} | control | tags
+    spelled = {id for id, piece in enumerate(model.pieces) if piece.type == piece.USER_DEFINED}
+    added = sorted(control.keys() | tags.keys() | spelled)
+    before = [] if tokenizer.bos is None else [names[tokenizer.bos]]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(id, names[id], special=id in control or id in tags) for id in added],
+        "normalizer": _normalizer(normalizer),
+        # The first makes the space before a text's beginning: no text begins with one here, as all of them have become
+        # "▁". The second makes it a "▁". After a token that is spelled out neither does anything.
+        "pre_tokenizer": _sequence(
+            "pretokenizers",
+            *([_metaspace(" ", "first")] if normalizer.add_dummy_prefix else []),
+            _metaspace(SPACE, "never"),
+            *([_split(apart.replace(" ", SPACE))] if apart else []),
+        ),
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*_specials(before, 0), {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [part for type_id, name in enumerate("AB")
+                     for part in (*_specials(before, type_id), {"Sequence": {"id": name, "type_id": type_id}})],
+            "special_tokens": {name: {"id": name, "ids": [tokenizer.bos], "tokens": [name]} for name in before},
+        },
+        "decoder": _sequence(
+            "decoders",
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": names[trainer.unk_id],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {name: id for id, name in names.items()},
+            "merges": _merges(model),
+        },
+    }  # fmt: skip
+
+
+def _specials(names: list[str], type_id: int) -> list[dict[str, Any]]:
+    return [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names]
+
+
+def _merges(model: Any) -> list[list[str]]:
+    """Every way to put a piece together from two others; those of likely pieces first, as SentencePiece goes on."""
+    normal = {piece.piece: (-piece.score, id) for id, piece in enumerate(model.pieces) if piece.type == piece.NORMAL}
+    ways = []
+    for name, (rank, _) in normal.items():
+        for at in range(1, len(name)):
+            left, right = name[:at], name[at:]
+            if left in normal and right in normal:
+                ways.append((rank, normal[left][1], normal[right][1], left, right))
+    return [[left, right] for *_, left, right in sorted(ways)]
+
+
+def _normalizer(spec: Any) -> dict[str, Any]:
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if not spec.precompiled_charsmap:
+        return spaces
+    table = base64.b64encode(spec.precompiled_charsmap).decode()
+    return _sequence("normalizers", {"type": "Precompiled", "precompiled_charsmap": table}, spaces)
+
+
+def _metaspace(replacement: str, prepend: str) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": prepend, "split": False}
+
+
+def _split(text: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"String": text}, "behavior": "Isolated", "invert": False}
+
+
+def _sequence(parts: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", parts: list(steps)}
+
+
+def _added(id: int, content: str, *, special: bool) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    return {"id": id, "content": content, **flags}

@@ -1,0 +1,209 @@
+"""A whole model as the folder that transformers 5 loads: weights, config.json, tokenizer, processor, chat template.
+
+In: an opened checkpoint and the recipe that it was trained by. Out: `Folder`, what to write; nothing is read of the
+weights yet. A model that sees is transformers' own LLaVA over Mixtral, an extended one the class of
+assets/hf/modeling_moextend.py, which goes along; one without eyes is a Mixtral.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from moextend_jax.checkpoints import huggingface, leaves
+from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
+from moextend_jax.checkpoints.cost import Cost, watched
+from moextend_jax.checkpoints.loading import Source
+from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
+from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
+from moextend_jax.config import ModelConfig, MoextendError, Recipe
+from moextend_jax.data.images import MEAN_c, STD_c
+from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+
+CODE = "modeling_moextend.py"
+KEPT = ("max_position_embeddings", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Attributes of the base's config.json that decide nothing here and something there."""
+MODEL_FILES = ("chat_template.jinja", "chat_template.json")
+"""Side files of a base that a text model takes along as they are."""
+
+
+class Folder(NamedTuple):
+    """What a folder holds: tensors by name, files of JSON and of text by name, files to copy by their new name."""
+
+    tensors: dict[str, Planned]
+    json_files: dict[str, dict[str, Any]]
+    texts: dict[str, str]
+    copies: dict[str, Path]
+
+
+def export_transformers(
+    source: Source,
+    dst: Path,
+    *,
+    recipe: Recipe,
+    text_isolation: str = "none",
+    max_shard_bytes: int,
+    console: Console | None = None,
+) -> Cost:
+    """Writes the folder, whole or not at all.
+
+    Raises:
+      MoextendError: a part is missing, or transformers has no way to do what the model does.
+    """
+    folder = folder_of_model(source, recipe=recipe, text_isolation=text_isolation)
+    with watched(folder.tensors, dst, console) as (meter, written), new_folder(dst) as new:
+        write_safetensors(new, folder.tensors, max_shard_bytes=max_shard_bytes, written=written)
+        for name, value in folder.json_files.items():
+            indent = None if name == "tokenizer.json" else 1  # 90,000 lines that nobody reads
+            (new / name).write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name, text in folder.texts.items():
+            (new / name).write_text(text, encoding="utf-8")
+        for name, path in folder.copies.items():
+            shutil.copyfile(path, new / name)
+    return meter.cost()
+
+
+def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
+    """Of what `source` holds: a LLaVA, extended or not, where there is a projector; else a Mixtral."""
+    if "decoder" not in source.parts:
+        raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
+    sees = {"vision", "projector"} <= source.parts
+    if "extension" in source.parts and not sees:
+        raise MoextendError(
+            "an extended model without a tower and a projector is no model of transformers; export it with "
+            "--layout released, or name its --vision"
+        )
+    tokenizer = _tokenizer(source)
+    text = _text_attributes(source)
+    if not sees:
+        config = dataclasses.replace(source.config, vision=None)
+        attributes, table = {"architectures": ["MixtralForCausalLM"], **text}, "mixtral"
+    else:
+        config = dataclasses.replace(source.config, tags=tokenizer.tags if tokenizer else source.config.tags)
+        attributes, table = _llava_attributes(source, config, text, recipe, text_isolation), "transformers"
+    folder = Folder(
+        tensors=leaves.plan_theirs(source.leaves, table=table, config=config),
+        json_files={"config.json": attributes, "generation_config.json": _generation(source, config, tokenizer)},
+        texts={},
+        copies={name: path for name, path in source.files.items() if name in MODEL_FILES and not sees},
+    )
+    if config.extension:
+        folder.copies[CODE] = ASSETS / CODE
+    if sees:
+        folder.json_files.update(_processor(config, recipe))
+    if tokenizer is not None:
+        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees)
+    return folder
+
+
+def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool) -> None:
+    # The released code tokenises its question apart from what follows: a space at its end stays one.
+    apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if sees and recipe.prompt == "released" else ""
+    files = tokenizer_files(_beside(source), tokenizer, sees=sees, apart=apart)
+    if "tokenizer.model" in source.files:
+        folder.copies["tokenizer.model"] = source.files["tokenizer.model"]
+    if sees:
+        template = folder.texts["chat_template.jinja"] = chat_template(tokenizer, recipe, files)
+        if not writes_bos(template, tokenizer, files):  # and so nobody else may write one before a chat
+            files = files._replace(content=files.content | {"post_processor": None})
+            files.settings["add_bos_token"] = False
+    folder.json_files.update({"tokenizer.json": files.content, "tokenizer_config.json": files.settings})
+
+
+def _tokenizer(source: Source) -> Tokenizer | None:
+    """None where the checkpoint brings none: ids go in then, as they do here."""
+    if not {"tokenizer.model", "tokenizer.json"} & source.files.keys():
+        return None
+    return tokenizer_of(_beside(source), source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
+
+
+def _beside(source: Source) -> Path:
+    """The folder of the tokenizer's files."""
+    return next(source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files)
+
+
+# --- attributes -------------------------------------------------------------------------------------------------------
+
+
+def _text_attributes(source: Source) -> dict[str, Any]:
+    decoder, recorded = source.config.decoder, source.record.attributes.get("decoder", {})
+    dtype = str(source.leaves["decoder/embed"].dtype)
+    own = huggingface.decoder_attributes(decoder, dtype=dtype)
+    kept = {name: recorded[name] for name in KEPT if recorded.get(name) is not None}
+    return {name: value for name, value in (own | kept).items() if name not in ("architectures", "torch_dtype")} | {
+        "dtype": dtype
+    }
+
+
+def _llava_attributes(
+    source: Source, config: ModelConfig, text: Mapping[str, Any], recipe: Recipe, text_isolation: str
+) -> dict[str, Any]:
+    vision, extension = config.vision, config.extension
+    assert vision is not None
+    attributes = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": text["dtype"],
+        "text_config": dict(text),
+        "vision_config": {
+            name: value for name, value in huggingface.vision_attributes(vision).items() if name != "architectures"
+        },
+        "image_token_index": config.tags.pad, "image_seq_length": vision.patches,
+        "vision_feature_layer": vision.feature_layer, "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+        "tie_word_embeddings": config.decoder.tied_head,
+        "image_tags": dataclasses.asdict(config.tags),
+        "moextend": {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation},
+    }  # fmt: skip
+    if extension is None:
+        return attributes
+    name = "MoExtendForConditionalGeneration"
+    model_class = f"{CODE.removesuffix('.py')}.{name}"
+    return attributes | {
+        "architectures": [name], "model_type": "moextend",
+        "auto_map": {
+            "AutoConfig": f"{CODE.removesuffix('.py')}.MoExtendConfig",
+            "AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class,
+            "AutoModelForCausalLM": model_class,
+        },
+        "add_layer": list(extension.layers), "sources": list(extension.sources),
+        "new_experts": extension.new_experts, "calibrator_width": extension.calibrator_width,
+        "weight_guard": recipe.weight_guard, "text_isolation": text_isolation,
+    }  # fmt: skip
+
+
+def _generation(source: Source, config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Every id that ends an answer, and those that none may have."""
+    recorded = source.record.attributes.get("decoder", {})
+    ends = list(tokenizer.ends) if tokenizer else ends_of(recorded)
+    bos = tokenizer.bos if tokenizer else recorded.get("bos_token_id")
+    pad = tokenizer.pieces.unknown if tokenizer else None
+    pad = ends[0] if pad is None and ends else pad
+    generation = {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": pad, "do_sample": False}
+    if tokenizer is not None and config.vision is not None:
+        generation["suppress_tokens"] = sorted(tokenizer.unspeakable(config.decoder.vocab_size))
+    return {name: value for name, value in generation.items() if value not in (None, [])}
+
+
+def _processor(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """LLaVA's processor, which prepares pictures as `data.images` does for this recipe. On its Pillow backend the
+    pixels are ours; torchvision's resizing rounds some of them otherwise by a level or two."""
+    vision = config.vision
+    assert vision is not None
+    size = vision.image_size
+    pictures = {
+        "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3,
+        "image_mean": [round(float(mean), 8) for mean in MEAN_c], "image_std": [round(float(std), 8) for std in STD_c],
+        "do_pad": recipe.image_preparation == "pad", "do_resize": True, "size": {"shortest_edge": size},
+        "do_center_crop": True, "crop_size": {"height": size, "width": size},
+    }  # fmt: skip
+    processor = {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+    }  # fmt: skip
+    return {"preprocessor_config.json": pictures, "processor_config.json": processor}

@@ -1,0 +1,369 @@
+"""`moextend export --layout hf`: what stock PyTorch programs make of the folder is what JAX makes of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from moextend_jax import cli
+from moextend_jax.checkpoints import hashes, huggingface, train_state
+from moextend_jax.checkpoints.loading import open_source
+from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, Recipe
+from moextend_jax.data.conversations import encode_prompt
+from moextend_jax.data.images import prepare_image
+from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.run import facts_of_base
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
+LOOP = """
+import json, runpy, sys
+tool, lines = sys.argv[1], json.loads(sys.argv[2])
+for words in lines:
+    sys.argv = [tool, *words]
+    runpy.run_path(tool, run_name="__main__")
+"""
+SCRIPT = Path(__file__).with_name("stock_script.py")
+DECODER = dataclasses.replace(tiny.BASE_CONFIG.decoder, rope_theta=1e4)
+BASE = dataclasses.replace(tiny.BASE_CONFIG, decoder=DECODER, remat="none")
+EXTENSION = ExtensionConfig(layers=(0, 2), sources=(1, 3))
+QUESTIONS = [("what is\n it? ", True), ("  And the LORD <0x02> said é", False)]
+"""Question, and whether it has a picture. Rows with and without one go through PyTorch in one batch."""
+MARKED = "left  <image> or right"
+TEXTS = ["two", " leading", "  two  more ", "\nline", "naïve — 日本 🙂", "<0x00>", "▁"]
+SPELLED = "a </s> b <s>"
+"""What stands for tokens in Hugging Face's tokenizers."""
+NEW = 6
+"""Tokens of an answer."""
+
+
+class Case(NamedTuple):
+    """An exported folder, the options that made it, and what the same model is in JAX."""
+
+    options: tuple[str, ...]
+    recipe: Recipe = RECIPES["paper"]
+    results: tuple[str, ...] = ()
+    text_isolation: Any = "none"
+    extension: ExtensionConfig = EXTENSION
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model that it is."""
+        grown = "grow" in self.results or not self.results
+        config = dataclasses.replace(config_of(self.recipe), text_isolation=self.text_isolation)
+        return dataclasses.replace(config, extension=self.extension if grown else None)
+
+
+PAPER = RECIPES["paper"]
+CASES = {
+    "aligned": Case(("--model", "aligned"), results=("align",)),
+    "full": Case(("--model", "full"), results=("align", "full")),
+    "moextend": Case((), results=("align", "grow", "finetune")),
+    "strict": Case((), results=("align", "grow", "finetune"), text_isolation="strict"),
+    "released": Case((), recipe=RECIPES["released"], results=("align", "grow", "finetune")),
+    "imported": Case(
+        (),
+        recipe=dataclasses.replace(PAPER, feature_layer=-1),
+        extension=ExtensionConfig(layers=(1, 2), sources=(-1, -1), new_experts=7, calibrator_width=5),
+    ),
+}
+"""The last is no run but a checkpoint in bfloat16: 11 experts, so that their numbers have two digits."""
+
+
+def leaves_of(recipe: Recipe) -> dict[str, dict[str, jax.Array]]:
+    """What each result of a run holds: random, and so with every part to be seen."""
+    arrays = tiny.arrays(dataclasses.replace(config_of(recipe), extension=EXTENSION), seed=3)
+
+    def named(*starts: str) -> dict[str, jax.Array]:
+        return {path: leaf for path, leaf in arrays.items() if path.startswith(starts)}
+
+    routers = named("decoder/layers/moe/gate") if recipe.routers_kept == "after" else {}
+    return {
+        "align": named("projector/"),
+        "grow": named("extension/") | routers,
+        "finetune": named("extension/", "projector/") if recipe != PAPER else named("extension/"),
+        "full": {path: leaf + 0.01 for path, leaf in named("decoder/", "projector/", "vision/").items()},
+    }
+
+
+def config_of(recipe: Recipe) -> ModelConfig:
+    assert BASE.vision
+    vision = dataclasses.replace(BASE.vision, feature_layer=recipe.feature_layer)
+    return dataclasses.replace(BASE, vision=vision, weight_guard=recipe.weight_guard)
+
+
+def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
+    """A work directory as the stages leave it."""
+    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
+    settings = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage, evaluate=EvaluateSettings(data="d", questions=1),
+        recipe=recipe, base=str(base), vision=str(base / "vision"), **more,
+    )  # fmt: skip
+    base_hash = hashes.base_hash(open_source(base).leaves)
+    (workdir / "select").mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": base_hash}))
+    chosen = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": base_hash}
+    (workdir / "select" / "routing.json").write_text(json.dumps(chosen))
+    facts = facts_of_base(base_hash, settings, load_tokenizer(base))
+    for name, result in leaves_of(recipe).items():
+        train_state.save_leaves(workdir / name / "result", result, facts=facts)
+    return workdir
+
+
+def export(words: list[str]) -> None:
+    cli.call(["export", *words])
+
+
+def imported(folder: Path, base: Path) -> Path:
+    """A checkpoint in the released layout, its base in bfloat16."""
+    config = CASES["imported"].config
+    huggingface.write_parameters(folder, imported_arrays(config), table="released", config=config)
+    huggingface.write_json(folder / "config.json", huggingface.released_attributes(config, dtype="bfloat16"))
+    shutil.copy(base / "tokenizer.model", folder)
+    return folder
+
+
+def imported_arrays(config: ModelConfig) -> dict[str, jax.Array]:
+    frozen = ("decoder/", "vision/")
+    arrays = tiny.arrays(config, seed=5)
+    return {path: leaf.astype("bfloat16") if path.startswith(frozen) else leaf for path, leaf in arrays.items()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_base(tmp_path_factory.mktemp("base"), config=BASE)
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exported")
+    runs: dict[Any, Path] = {}
+    export([str(imported(root / "checkpoint", base)), str(root / "imported"), "--layout", "hf", "--recipe", "paper"])
+    for name, case in CASES.items():
+        if not case.results:
+            continue
+        key = (case.recipe == PAPER, case.text_isolation)
+        if key not in runs:
+            more = {"recipe": case.recipe, "text_isolation": case.text_isolation}
+            runs[key] = run_of(root / f"run of {name}", base, **more)
+        export([str(runs[key]), str(root / name), "--layout", "hf", *case.options])
+    export([str(runs[True, "none"]), str(root / "base"), "--layout", "hf", "--model", "base"])
+    return {name: root / name for name in (*CASES, "base")}
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than high and of no round size, so that padding, scaling and cutting all show."""
+    path = tmp_path_factory.mktemp("pictures") / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 57, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stock(folders: dict[str, Path], picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """What the stock script makes of all folders, in a process that does not know where this package is."""
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    root = tmp_path_factory.mktemp("stock")
+    image = {"type": "image", "path": str(picture)}
+    chats = [
+        [{"role": "user", "content": [{"type": "text", "text": text}, *([image] if sees else [])]}]
+        for text, sees in QUESTIONS
+    ]
+    spec = {
+        "folders": {name: str(folders[name]) for name in CASES}, "chats": chats, "texts": [*TEXTS, SPELLED],
+        "marked": MARKED, "picture": str(picture), "new": NEW,
+    }  # fmt: skip
+    (root / "spec.json").write_text(json.dumps(spec))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+    words = [sys.executable, str(SCRIPT), str(root / "spec.json"), str(root / "out.npz")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(root / "out.npz")
+
+
+# --- the same in JAX --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def model_of(name: str) -> tuple[ModelConfig, dict[str, jax.Array]]:
+    case = CASES[name]
+    if not case.results:
+        return case.config, {path: leaf.astype("float32") for path, leaf in imported_arrays(case.config).items()}
+    arrays = dict(tiny.arrays(BASE, std=0.1))
+    for result in case.results:
+        arrays |= leaves_of(case.recipe)[result]
+    return case.config, arrays
+
+
+@functools.cache
+def logits_program(config: ModelConfig):
+    def logits(arrays, batch: Batch):
+        whole = with_arrays(abstract(config), arrays)
+        return whole.decoder.logits(whole(batch).hidden_BLD)[0]
+
+    return jax.jit(logits)
+
+
+def logits_of(name: str, ids: np.ndarray, patches: np.ndarray, pixels: np.ndarray | None) -> np.ndarray:
+    """float32 logits [L, V] of one row, which is padded on the right so that one program serves all."""
+    config, arrays = model_of(name)
+    pad = (0, 48 - len(ids))
+    ids_BL = np.pad(ids, pad)[None]
+    batch = Batch(
+        ids_BL=ids_BL,
+        labels_BL=np.full_like(ids_BL, IGNORE),
+        positions_BL=np.arange(48, dtype=np.int32)[None],
+        segments_BL=np.pad(np.ones_like(ids), pad)[None],
+        patches_BL=np.pad(patches, pad, constant_values=-1)[None],
+        images_BMhwc=None if pixels is None else jnp.asarray(pixels)[None, None],
+    )
+    return np.asarray(logits_program(config)(arrays, batch))[: len(ids)]
+
+
+def inputs_of(name: str, row: int, base: Path, picture: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Ids, patches and pixels of a question, as training and evaluation make them."""
+    text, sees = QUESTIONS[row]
+    recipe, vision = CASES[name].recipe, BASE.vision
+    assert vision
+    encoded = encode_prompt(
+        text, images=int(sees), tokenizer=load_tokenizer(base), recipe=recipe, patches=vision.patches
+    )
+    pixels = prepare_image(Image.open(picture), size=vision.image_size, preparation=recipe.image_preparation)
+    return encoded.ids_L, encoded.patches_L, pixels if sees else None
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_stock_script_sees_what_jax_sees(stock, name: str, row: int, base: Path, picture: Path):
+    ids, patches, pixels = inputs_of(name, row, base, picture)
+    np.testing.assert_array_equal(stock[f"{name}/{row}/ids"][0], ids)
+    if pixels is not None:
+        np.testing.assert_allclose(stock[f"{name}/{row}/pixel_values"][0].transpose(1, 2, 0), pixels, atol=1e-5)
+    wanted = logits_of(name, ids, patches, pixels)
+    assert np.abs(wanted).max() > 1
+    np.testing.assert_allclose(stock[f"{name}/{row}/logits"][0], wanted, atol=1e-4, rtol=0)
+    # In a batch with the other row, padded on the left.
+    here = stock[f"{name}/all/mask"][row] > 0
+    np.testing.assert_array_equal(stock[f"{name}/all/ids"][row][here], ids)
+    np.testing.assert_allclose(stock[f"{name}/all/logits"][row][here], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_stock_script_answers_as_jax_does(stock, name: str, row: int, base: Path, picture: Path):
+    ids, patches, pixels = inputs_of(name, row, base, picture)
+    tokenizer = load_tokenizer(base)
+    answer: list[int] = []
+    while len(answer) < NEW and tokenizer.eos not in answer:
+        more = np.array(answer, np.int32)
+        logits_V = logits_of(name, np.r_[ids, more], np.r_[patches, np.full_like(more, -1)], pixels)[-1].copy()
+        logits_V[list(tokenizer.unspeakable(BASE.decoder.vocab_size))] = -np.inf
+        answer.append(int(logits_V.argmax()))
+    for where in (stock[f"{name}/{row}/answer"][0], stock[f"{name}/all/answer"][row]):
+        np.testing.assert_array_equal(where[: len(answer)], answer)
+
+
+def test_strict_isolation_is_there_to_be_seen(stock, base: Path, picture: Path):
+    """Of the row without a picture the strict model says what the aligned one says, and the other does not."""
+    text, other = stock["strict/all/logits"][1], stock["moextend/all/logits"][1]
+    here = stock["strict/all/mask"][1] > 0
+    np.testing.assert_allclose(text[here], stock["aligned/all/logits"][1][here], atol=1e-4)
+    assert np.abs(other - text)[here].max() > 0.1
+    np.testing.assert_allclose(stock["strict/0/logits"], stock["moextend/0/logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_are_named_as_transformers_names_them(stock, name: str, folders: dict[str, Path]):
+    from safetensors import safe_open
+
+    with safe_open(folders[name] / "model.safetensors", "np") as file:
+        assert sorted(file.keys()) == list(stock[f"{name}/names"])
+
+
+@pytest.mark.parametrize("name", ["aligned", "moextend", "released"])
+def test_text_has_the_same_ids(stock, name: str, base: Path):
+    tokenizer, recipe = load_tokenizer(base), CASES[name].recipe
+    prompt = functools.partial(encode_prompt, tokenizer=tokenizer, recipe=recipe, patches=4)
+    for n, text in enumerate(TEXTS):
+        assert list(stock[f"{name}/text/{n}"]) == [tokenizer.bos, *tokenizer.encode(text)], text
+        assert list(stock[f"{name}/chat/{n}"]) == list(prompt(text).ids_L), text
+    # What spells a token is text on request, though in other pieces.
+    chat = list(stock[f"{name}/chat/{len(TEXTS)}"])
+    assert (chat.count(tokenizer.bos), chat.count(tokenizer.eos)) == (1, 0)
+    assert list(stock[f"{name}/marked"]) == list(prompt(MARKED, images=1).ids_L)
+
+
+def test_what_is_stored_in_bfloat16_runs_in_it(stock):
+    assert list(stock["aligned/dtypes"]) == ["torch.float32"]
+    assert list(stock["imported/dtypes"]) == ["torch.bfloat16", "torch.float32"]  # the calibrators
+    exact, rounded = stock["imported/0/logits"], stock["imported/stored"]
+    assert 0 < np.abs(rounded - exact).mean() < 0.03 * np.abs(exact).max()
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dumped(folders: dict[str, Path], base: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tools/dump_torch_routing.py writes of exported folders, for a row with a picture and one without."""
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    root = tmp_path_factory.mktemp("dumped")
+    rows = [inputs_of("strict", row, base, picture) for row in (0, 1)]
+    ids_BL, mask_BL = np.zeros((2, 60), np.int32), np.zeros((2, 60), np.int32)
+    for row, (ids, _, _) in enumerate(rows):
+        ids_BL[row, : len(ids)], mask_BL[row, : len(ids)] = ids, 1
+    pixels = rows[0][2]
+    assert pixels is not None
+    given = {"input_ids": ids_BL, "attention_mask": mask_BL, "pixel_values": pixels.transpose(2, 0, 1)[None]}
+    np.savez(root / "ids.npz", **given)
+    lines = [
+        [str(folders[name]), "--ids", str(root / "ids.npz"), "--out", str(root / f"{name}.npz"), "--forward",
+         str(root / name), "--batch_size", "1", *more]
+        for name, more in (("aligned", []), ("strict", ["--trust_remote_code"]))
+    ]  # fmt: skip
+    words = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(lines)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "GB before compression" in done.stdout
+    return root
+
+
+@pytest.mark.parametrize("name", ["aligned", "strict"])
+def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dict[str, Path], name: str, capsys):
+    """The folder is opened here too: what was exported comes back, isolation and all."""
+    words = ["--checkpoint", str(folders[name]), "--ids", str(dumped / "ids.npz"), "--out", str(dumped / "jax.npz")]
+    assert cli.call(["routing", "collect", *words]) == 0
+    capsys.readouterr()
+    assert cli.call(["routing", "compare", str(dumped / "jax.npz"), str(dumped / f"{name}.npz"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["top_k_agreement_missing"] is None and record["tokens"]["image"] == [4, 4]
+    assert {row["kind"] for row in record["layers"]} == {"text", "image", "all"}
+    for row in record["layers"]:
+        assert row["agreement"] == 1.0 and row["tv_picks"] == row["shift_least"] == 0 and row["tv_probs"] < 1e-5
+    reference = str(dumped / name / "forward_torch.npz")
+    code = cli.call(["compare", "--checkpoint", str(folders[name]), "--reference", reference, "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert code == 0, [row for row in record["rows"] if row["verdict"] == "differs"]
+    assert np.load(dumped / name / "forward_torch.npz")["text/logits"].shape[1] < 40  # cut to the longest row
