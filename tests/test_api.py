@@ -68,7 +68,8 @@ def test_the_package_is_imported_without_jax_and_has_what_it_documents():
 def test_the_command_and_the_asker_and_python_say_the_same(run: Run, model: mx.Model, picture: Path, capsys):
     answer = model.generate(QUESTION, picture, max_new_tokens=NEW)
     assert answer != model.generate(QUESTION, max_new_tokens=NEW) and answer.strip()
-    assert "".join(model.stream(QUESTION, picture, max_new_tokens=NEW)) == answer
+    pieces = list(model.stream(QUESTION, picture, max_new_tokens=NEW))
+    assert "".join(pieces) == answer and len(pieces) > 1 and all(pieces)
     cli.call(
         ["generate", QUESTION, "--image", str(picture), "--workdir", str(run.workdir), "--max_new_tokens", str(NEW)]
     )

@@ -4,10 +4,12 @@ is refused before it is read."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import folders
 import jax
@@ -99,14 +101,15 @@ def test_a_text_model_continues_text_unless_its_tokenizer_brings_a_template(run:
 
 
 def test_a_place_that_is_none_is_refused_before_anything_is_read(run: Run, tmp_path: Path):
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, "needs --workdir: .* or --checkpoint"),
         ({"workdir": run.workdir, "checkpoint": run.workdir}, "not both"),
         ({"checkpoint": tmp_path / "nowhere"}, "nowhere is no work directory and no checkpoint"),
         ({"checkpoint": Path(run.settings.base), "model": "aligned"}, "leave --model aligned out"),
         ({"workdir": run.workdir, "base": tmp_path, "recipe": "paper"}, "leave --base, --recipe out"),
         ({"workdir": run.workdir, "model": "moextnd"}, "did you mean moextend"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(MoextendError, match=message):
             Place(**options)
     with pytest.raises(MoextendError, match="is no work directory: run a stage"):
@@ -155,6 +158,39 @@ def test_an_extended_checkpoint_is_held_against_itself_without_its_extension(run
         np.testing.assert_array_equal(base.arrays[path], leaf)
     assert base.config.extension is None and not [path for path in base.arrays if path.startswith("extension")]
     assert [one.name for one in base_and(open_place(Place(checkpoint=Path(run.settings.base))))] == ["base"]
+
+
+def test_prompts_come_from_standard_input_and_answers_as_json(run: Run, trained: Askable, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Which is it?\n\nHi\n"))
+    cli.call(["generate", "-", "--json", "--max_new_tokens=6", "--workdir", str(run.workdir)])
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"prompt": "Which is it?", "answer": said(trained)} and second["prompt"] == "Hi"
+    cli.call(["generate", "Which is it?", "--plain", "--max_new_tokens=6", "--workdir", str(run.workdir)])
+    assert capsys.readouterr().out != f"{first['answer']}\n"
+
+
+def test_routing_of_a_work_directory_reads_its_own_data(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asked = {}
+
+    def open_dataset(name: str, **options):
+        asked.update(options)
+        raise MoextendError(f"no {name}")
+
+    monkeypatch.setattr("moextend_jax.data.datasets.open_dataset", open_dataset)
+    words = ["routing", "collect", "--data", "easy_vqa/questions", "--out", str(tmp_path / "a.npz")]
+    with pytest.raises(MoextendError, match="no easy_vqa/questions"):
+        cli.call([*words, "--checkpoint", str(run.workdir)])
+    assert asked["data_dir"] == run.workdir / "data"
+    with pytest.raises(MoextendError, match="needs --data_dir"):
+        cli.call([*words, "--checkpoint", run.settings.base])
+
+
+@pytest.mark.devices
+@pytest.mark.usefixtures("eight_devices")
+def test_all_devices_share_a_checkpoint(run: Run, trained: Askable, picture: Path, tmp_path: Path):
+    opened = open_place(exported(run, "released", tmp_path))
+    assert opened.mesh.shape["fsdp"] == 8 and len(opened.arrays["decoder/embed"].sharding.device_set) == 8
+    assert said(opened, picture) == said(trained, picture)
 
 
 # --- bases ------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def speak(
             continue  # half of a character: its other bytes come next
         yield text[len(printed) :]
         printed = text
-    yield opened.tokenizer.decode(ids)[len(printed) :]
+    if rest := opened.tokenizer.decode(ids)[len(printed) :]:  # half a character, where the tokens ran out
+        yield rest
 
 
 def generate_command(
