@@ -84,6 +84,7 @@ def _collect(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=option(Amount), default=0)
     parser.add_argument("--data_dir", "--data-dir", help="where prepared data sets go")
     parser.add_argument("--manual_dir", "--manual-dir", help="where LLaVA's JSON and image folder are")
+    parser.add_argument("--images", help="folder that image paths in data are relative to")
     parser.add_argument("--recipe", default="paper", choices=sorted(RECIPES), help="prompt and images as there")
     parser.add_argument("--length", type=option(Count), default=512, help="tokens per row (%(default)s)")
     parser.add_argument("--batch_size", type=option(Count), default=8, help="rows at once (%(default)s)")
@@ -156,7 +157,11 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
         source = open_dataset(
-            options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir
+            options.data,
+            split=options.split,
+            data_dir=options.data_dir,
+            manual_dir=options.manual_dir,
+            images=options.images,
         )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
