@@ -255,8 +255,8 @@ def _open(
         builders = [
             BUILDERS[family](config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")
         ]
-        rows = open_built(builders[0], split)
-        stored = open_built(builders[1], base_split(split))
+        rows = open_built(builders[0], split, name=name)
+        stored = open_built(builders[1], base_split(split), name=name)
         pictures = Images(stored.rows, fingerprint=stored.fingerprint)
     else:
         files = files_of(name, split=split, manual_dir=manual_dir, known=BUILDERS)
@@ -264,8 +264,8 @@ def _open(
         builders = _builders(files, data_dir, base_split(split))
         if not all(map(is_built, builders)):
             refuse(scan(files, home), faults, where=name, hint=HINT)
-        rows = open_built(builders[0], split)
-        pictures = _images(open_built(builders[1], base_split(split)), home, files.upright)
+        rows = open_built(builders[0], split, name=name)
+        pictures = _images(open_built(builders[1], base_split(split), name=name), home, files.upright)
         refuse([*rows.faults, *pictures.faults.values()], faults, where=name, hint=HINT)
     if not len(rows.rows):
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
