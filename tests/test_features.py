@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import Images, open_dataset
+from moextend_jax.data.datasets import AnyImages, Images, open_dataset
 from moextend_jax.data.features import FeatureStore, cache_features
 from moextend_jax.data.images import decode_image, prepare_image
 
