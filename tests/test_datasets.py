@@ -61,6 +61,18 @@ def test_easy_vqa_conversations_and_captions(data_dir):
         assert words[0] == "a" and set(words[1:]) <= SHAPES | COLOURS | {"shape"}
 
 
+def test_own_files_mix_with_a_packaged_data_set(data_dir, tmp_path):
+    pytest.importorskip("easy_vqa")
+    Image.new("RGB", (3, 4)).save(tmp_path / "a.png")
+    (tmp_path / "own.csv").write_text("question,answer,image\na?,b,a.png\nc?,d,\n")
+    with pytest.raises(MoextendError, match=r"data set .*own.csv has no split 'train\[:8\]'; .*; train has 2 rows"):
+        open_dataset(f"{tmp_path}/own.csv", split="train[:8]", data_dir=data_dir)
+    mixed = open_dataset(f"easy_vqa/questions:2,{tmp_path}/own.csv:1", split="train[:2]", data_dir=data_dir)
+    assert [len(example.id) > 2 for example in mixed] == [True, False, True] * 2
+    encoded = [mixed.images[ref.row].encoded for example in mixed.read([0, 1]) for ref in example.images]
+    assert len(encoded) == 2 and encoded[1] == (tmp_path / "a.png").read_bytes() != encoded[0]
+
+
 def test_captions_follow_from_the_questions():
     pytest.importorskip("easy_vqa")
     assert easy_caption([("is there a red shape?", "no"), ("what color is the triangle?", "blue")]) == "a blue triangle"

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import Images, open_dataset
+from moextend_jax.data.datasets import AnyImages, Images, open_dataset
 from moextend_jax.data.features import FeatureStore, cache_features
 from moextend_jax.data.images import decode_image, prepare_image
 
@@ -34,7 +34,7 @@ def tower(images_nhwc):
     return images_nhwc.reshape(n, 4, h * h // 4, 3)[:, :, 0]
 
 
-def make(path, *, images=IMAGES, compute=tower, **more):
+def make(path, *, images: AnyImages = IMAGES, compute=tower, **more):
     settings = {"tower": "t1", "feature_layer": -2, "size": 8, "preparation": "pad", "batch_size": 2}
     return cache_features(images, path=path, compute=compute, **(settings | more))
 

@@ -11,7 +11,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import STRICT, Fault
+from moextend_jax.data.features import cache_features
 from moextend_jax.data.forms import Part, files_of, parts_of
 from moextend_jax.data.images import decode_image
 from moextend_jax.data.inspector import Reading, Work
@@ -226,7 +227,7 @@ def batch_arrays(source: Source, **more: Any) -> dict[str, np.ndarray]:
         recipe=RECIPES["paper"],
         images=Pixels(images=source.images, size=8, preparation="pad"),
         patches=4,
-        **({"epochs": 1} | more),
+        **cast(Any, {"epochs": 1} | more),
     )
     columns = zip(*(batch._asdict().items() for batch in made), strict=True)
     return {parts[0][0]: np.concatenate([array for _, array in parts]) for parts in columns if parts[0][1] is not None}
@@ -702,6 +703,11 @@ def test_faults_of_a_mixture_are_those_of_its_files(two: Path, tmp_path: Path):
         epochs=1, faults=skip,
     )  # fmt: skip
     (batch,) = made
+    tower: dict[str, Any] = {"tower": "t", "feature_layer": -2, "size": 8, "preparation": "pad", "faults": skip}
+    store = cache_features(both.images, path=tmp_path / "features", compute=lambda x: x.reshape(len(x), 4, -1), **tower)
+    assert [store.row(ref.key) for example in both.read([0, 1]) for ref in example.images] == [0, 1]
+    with pytest.raises(Fault, match="no image none.png"):
+        store.row(both[2].images[0].key)
     assert batch.faults_BG.sum() == 6 and [row[0] for row in batch.examples_Bg] == [0, 1, -1, -1]
 
 

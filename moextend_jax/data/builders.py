@@ -273,8 +273,8 @@ def is_built(builder: tfds.core.DatasetBuilder) -> bool:
     return (builder.data_path / "dataset_info.json").exists()
 
 
-def open_built(builder: Any, split: str) -> Built:
-    """Builds the files where they are not there yet."""
+def open_built(builder: Any, split: str, *, name: str) -> Built:
+    """Builds the files where they are not there yet; `name` is the data set's, for messages."""
     if not is_built(builder):
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
@@ -282,8 +282,10 @@ def open_built(builder: Any, split: str) -> Built:
     try:
         rows = builder.as_data_source(split=split)
     except ValueError as error:
-        known = ", ".join(builder.info.splits)
-        raise MoextendError(f"data set {builder.name} has no split {split!r}; there are {known}") from error
+        splits = builder.info.splits
+        base = split.partition("[")[0]
+        rows = f"; {base} has {splits[base].num_examples} rows" if base in splits else ""
+        raise MoextendError(f"data set {name} has no split {split!r}; there are {', '.join(splits)}{rows}") from error
     notes = builder.info.metadata[split.partition("[")[0]]
     return Built(rows, [Fault(*fault) for fault in notes["faults"].values()], notes["fingerprint"], notes["stored"])
 

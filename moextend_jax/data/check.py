@@ -100,7 +100,9 @@ def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:
     try:
         parts = tfds.core.ReadInstruction.from_spec(reading.split).to_absolute({split: info})
     except (ValueError, KeyError) as error:
-        raise MoextendError(f"data set {reading.data} has no split {reading.split!r}; there is {split}") from error
+        raise MoextendError(
+            f"data set {reading.data} has no split {reading.split!r}; {split} has {total} rows"
+        ) from error
     ranges = [(part.from_ or 0, total if part.to is None else part.to) for part in parts]
     return lambda number: any(first <= number < end for first, end in ranges)
 

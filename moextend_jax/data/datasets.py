@@ -9,24 +9,20 @@ where they are, and looked at whenever the data set is opened: one that was mend
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.builders import (
     BUILDERS,
-    NO_IMAGE,
-    Built,
     Conversations,
     ImageRef,
     is_built,
@@ -34,12 +30,11 @@ from moextend_jax.data.builders import (
     scan,
 )
 from moextend_jax.data.conversations import talk_of
+from moextend_jax.data.encoded_images import Images, look_at_images
 from moextend_jax.data.faults import STRICT, Fault, refuse
 from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
-from moextend_jax.data.image_files import ImageFolder, read_span
-from moextend_jax.data.images import decode_image
+from moextend_jax.data.image_files import ImageFolder
 from moextend_jax.data.mixing import JoinedImages, JoinedRows, fingerprint_of, picks
-from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.folders import absolute, folder, is_url
 from moextend_jax.settings import KEEPABLE, FaultSettings
@@ -52,56 +47,6 @@ class Example(NamedTuple):
     conversations: list[dict[str, str]]
     images: tuple[ImageRef, ...]
     fault: Fault | None = None
-
-
-class EncodedImage(NamedTuple):
-    key: str
-    encoded: bytes
-
-
-class DecodedImage(NamedTuple):
-    key: str
-    picture: Image.Image
-
-
-@dataclass(frozen=True)
-class Images(Sequence[EncodedImage]):
-    """Encoded image files by row number; picklable.
-
-    `faults`: what was wrong with some when the data set was opened. `folder` has the files that rows name; None where
-    the rows hold them. `fingerprint` changes when any image does: by the bytes of stored ones, by the names, sizes and
-    times of files in a folder (and the bytes of `SAMPLED` of them), wherever the folder is; and with `upright`, whether
-    pictures are turned as their EXIF orientation says.
-    """
-
-    rows: Any
-    faults: Mapping[int, Fault] = field(default_factory=dict)
-    folder: ImageFolder | None = None
-    fingerprint: str = ""
-    upright: bool = False
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def check(self, row: int) -> None:
-        if row in self.faults:
-            raise self.faults[row].again()
-
-    def __getitem__(self, row: Any) -> EncodedImage:
-        """Raises a `Fault` whose id is the key where the image cannot be read."""
-        self.check(int(row))
-        item = self.rows[int(row)]
-        key = item["id"].decode()
-        if item["span"]:
-            return EncodedImage(key, read_span(Span(*json.loads(item["span"]))))
-        if item["image"] or self.folder is None:
-            return EncodedImage(key, bytes(item["image"]))
-        return EncodedImage(key, self.folder.read(key))
-
-    def decoded(self, row: Any) -> DecodedImage:
-        """The picture as RGB; raises a `Fault` as above, also where it is none."""
-        key, encoded = self[row]
-        return DecodedImage(key, decode_image(encoded, name=f"image {key}", id=key, upright=self.upright))
 
 
 AnyImages = Images | JoinedImages
@@ -255,8 +200,8 @@ def _open(
         builders = [
             BUILDERS[family](config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")
         ]
-        rows = open_built(builders[0], split)
-        stored = open_built(builders[1], base_split(split))
+        rows = open_built(builders[0], split, name=name)
+        stored = open_built(builders[1], base_split(split), name=name)
         pictures = Images(stored.rows, fingerprint=stored.fingerprint)
     else:
         files = files_of(name, split=split, manual_dir=manual_dir, known=BUILDERS)
@@ -264,8 +209,8 @@ def _open(
         builders = _builders(files, data_dir, base_split(split))
         if not all(map(is_built, builders)):
             refuse(scan(files, home), faults, where=name, hint=HINT)
-        rows = open_built(builders[0], split)
-        pictures = _images(open_built(builders[1], base_split(split)), home, files.upright)
+        rows = open_built(builders[0], split, name=name)
+        pictures = look_at_images(open_built(builders[1], base_split(split), name=name), home, files.upright)
         refuse([*rows.faults, *pictures.faults.values()], faults, where=name, hint=HINT)
     if not len(rows.rows):
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
@@ -299,42 +244,6 @@ def image_folder(files: Files, images: Path | str | None, faults: FaultSettings)
 HINT = "; `moextend data check` names all"
 CHUNK = 4096
 """Rows that are read at once."""
-SAMPLED = 64
-"""Image files whose bytes are in a folder's fingerprint: where archives set all times to one, a folder with other
-pictures of the same names and sizes still has another."""
-
-
-STORED_CHUNK = 16
-"""The same where rows hold pictures."""
-
-
-def _images(built: Built, folder: ImageFolder, upright: bool) -> Images:
-    """The images of the rows, as they are now: one question to the file system for each that is a file, few are
-    read."""
-    rows, digest, faults = built.rows, hashlib.sha256(f"{built.fingerprint} {upright}".encode()), {}
-    if built.stored == len(rows):
-        return Images(rows, faults, folder, digest.hexdigest(), upright)
-    size = STORED_CHUNK if built.stored else CHUNK
-    chunks = (range(first, min(first + size, len(rows))) for first in range(0, len(rows), size))
-    items = [
-        (row, item["id"].decode(), item["span"])
-        for chunk in chunks
-        for row, item in zip(chunk, rows.__getitems__(list(chunk)), strict=True)
-        if not item["image"]
-    ]
-    if [name for _, name, _ in items] == [NO_IMAGE]:
-        return Images(())
-    files = [(row, name) for row, name, span in items if not span]
-    for (row, name), file in zip(files, folder.look(name for _, name in files), strict=True):
-        if isinstance(file, Fault):
-            faults[row] = file
-        state = file.kind if isinstance(file, Fault) else list(file)
-        digest.update(json.dumps([name, state]).encode())
-    images = Images(rows, faults, folder, "", upright)
-    for row, _, _ in items[:: -(-len(items) // SAMPLED)]:
-        with contextlib.suppress(Fault):
-            digest.update(hashlib.sha256(images[row].encoded).digest())
-    return replace(images, fingerprint=digest.hexdigest())
 
 
 class Exchange(NamedTuple):

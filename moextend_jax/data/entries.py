@@ -20,7 +20,7 @@ from moextend_jax.data.forms import form_of
 from moextend_jax.data.json_values import Row
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tables import NOT_UTF8
-from moextend_jax.data.talks import talk_of
+from moextend_jax.data.talks import normal_turns
 
 SHOWN = 20
 """Invalid bytes of an entry whose places its fault names."""
@@ -72,7 +72,7 @@ def _entry(number: int, row: Row, seen: dict[str, int]) -> Entry:
             raise Fault(row.fault, "encoding" if row.fault.startswith(NOT_UTF8) else "entry")
         if not isinstance(row.value, dict):
             raise Fault("this is not an object with keys", "entry")
-        talk = talk_of(row.value)
+        talk = normal_turns(row.value)
         contents: dict[str, Content] = {}
         images = tuple(_named(image, contents) for image in talk.images)
         if broken or not _utf8(*images):

@@ -33,7 +33,7 @@ KINDS: dict[str, Kind] = {
     "oversized": Kind(True, "more bytes or pixels than an image may have"),
     "not_image": Kind(True, "not an image file"),
     "not_finite": Kind(True, "NaN or infinite pixels"),
-    "entry": Kind(False, "not an object with conversations and, perhaps, image paths"),
+    "entry": Kind(False, "not a conversation in any usual form, or more than is read"),
     "encoding": Kind(False, "text that is not UTF-8"),
     "reserved": Kind(False, "text with a control character that stands for images"),
     "turn": Kind(False, "a turn without a role or whose value is not text"),

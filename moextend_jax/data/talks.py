@@ -48,14 +48,14 @@ UNREAD_IN_TURNS = frozenset(
 READ_AS_USUAL: dict[str, tuple[Any, ...]] = {"weight": (None, 1), "train": (None, True)}
 
 
-class Talk(NamedTuple):
+class NormalTurns(NamedTuple):
     """images: paths, URLs, bytes, `{"bytes", "path"}` or `shards.Span`s."""
 
     turns: list[Any]
     images: list[Any]
 
 
-def talk_of(value: Mapping[str, Any]) -> Talk:
+def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
     """Raises a `Fault` that says what of the row is not read."""
     images = _images_of(value)
     for shape in SHAPES:
@@ -113,27 +113,27 @@ def _parsed(item: Any) -> Any:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _conversations(value: Mapping[str, Any], key: str, images: list[Any]) -> Talk | None:
+def _conversations(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
     """Its `<image>` marks are its own: LLaVA's form says where each picture stands."""
     turns = _parsed(value[key])
     return _talk(turns, images) if isinstance(turns, list) else None
 
 
-def _messages(value: Mapping[str, Any], key: str, images: list[Any]) -> Talk | None:
+def _messages(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
     talk = _conversations(value, key, images)
     return talk and _marked(talk)
 
 
-def _texts(value: Mapping[str, Any], key: str, images: list[Any]) -> Talk | None:
+def _texts(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
     """`[{"user", "assistant"}, ...]`, as the Cauldron has them."""
     pairs = _as_list(value[key])
     if not all(isinstance(pair, dict) and "user" in pair and "assistant" in pair for pair in pairs):
         return None
     texts = [(role, pair[name]) for pair in pairs for role, name in (("human", "user"), ("gpt", "assistant"))]
-    return _marked(Talk([_turn(role, text) for role, text in texts], images))
+    return _marked(NormalTurns([_turn(role, text) for role, text in texts], images))
 
 
-def _question(value: Mapping[str, Any], key: str, images: list[Any]) -> Talk | None:
+def _question(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
     answer = next((value[name] for name in ANSWERS if value.get(name) not in (None, "")), None)
     if answer is None:
         return None
@@ -141,20 +141,20 @@ def _question(value: Mapping[str, Any], key: str, images: list[Any]) -> Talk | N
         return _marked(_talk([*value[key], *answer], images))
     more = value.get("input") if key == "instruction" else None
     question = f"{value[key]}\n{more}" if isinstance(more, str) and more.strip() else value[key]
-    return _marked(Talk([_turn("human", _number(question)), _turn("gpt", _number(answer))], images))
+    return _marked(NormalTurns([_turn("human", _number(question)), _turn("gpt", _number(answer))], images))
 
 
-def _caption(value: Mapping[str, Any], key: str, images: list[Any]) -> Talk | None:
+def _caption(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
     if not images or not isinstance(value[key], str):
         return None
-    return _marked(Talk([_turn("human", CAPTION_QUESTION), _turn("gpt", value[key])], images))
+    return _marked(NormalTurns([_turn("human", CAPTION_QUESTION), _turn("gpt", value[key])], images))
 
 
 class Shape(NamedTuple):
     """keys: the first that a row has is handed on. read: None where the row has not this shape after all."""
 
     keys: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], str, list[Any]], Talk | None]
+    read: Callable[[Mapping[str, Any], str, list[Any]], NormalTurns | None]
 
 
 SHAPES = (
@@ -175,7 +175,7 @@ def _number(text: Any) -> Any:
 # --- turns ------------------------------------------------------------------------------------------------------------
 
 
-def _talk(turns: Sequence[Any], images: list[Any]) -> Talk:
+def _talk(turns: Sequence[Any], images: list[Any]) -> NormalTurns:
     """Turns of either spelling; pictures that stand in them take their places among the row's."""
     shown: list[Any] = []
     rest = list(images)
@@ -193,7 +193,7 @@ def _talk(turns: Sequence[Any], images: list[Any]) -> Talk:
         role, text = turn[names[0]], turn[names[1]]
         role = ROLES.get(role.lower(), role) if isinstance(role, str) else "?"
         plain.append(_turn(role, _content(text, shown, rest) if isinstance(text, list) else text))
-    return Talk(plain, [*shown, *(image for image in rest if image is not TAKEN)])
+    return NormalTurns(plain, [*shown, *(image for image in rest if image is not TAKEN)])
 
 
 def _check_read(turn: Mapping[str, Any]) -> None:
@@ -249,7 +249,7 @@ def _next(index: Any, rest: list[Any]) -> Any:
     return image
 
 
-def _marked(talk: Talk) -> Talk:
+def _marked(talk: NormalTurns) -> NormalTurns:
     """With marks for its pictures before the first question, where it has none at all."""
     humans = [n for n, turn in enumerate(talk.turns) if _from(turn) == "human" and isinstance(turn["value"], str)]
     if not talk.images or not humans or any(MARK in talk.turns[n]["value"] for n in humans):

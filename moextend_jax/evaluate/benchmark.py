@@ -119,7 +119,7 @@ def examples(answered: Sequence[Answered], points: Sequence[float]) -> list[dict
 
 def small_png(encoded: bytes, *, name: str) -> str:
     """Base64 of a picture no larger than a report shows it."""
-    picture, file = decode_image(encoded, name=name), io.BytesIO()
+    picture, file = decode_image(encoded, name=name, upright=False), io.BytesIO()
     picture.thumbnail((PIXELS, PIXELS))
     picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -61,6 +61,8 @@ class CollectOptions(Place):
     """where prepared data sets go; else those of a --workdir"""
     manual_dir: str | None = None
     """where LLaVA's JSON and image folder are"""
+    images: str | None = None
+    """folder that image paths in data are relative to"""
     length: Count = 512
     """tokens per row"""
     batch_size: Count = 8
@@ -116,27 +118,29 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
-    data_dir, manual_dir = options.data_dir, options.manual_dir
+    data_dir, manual_dir, images = options.data_dir, options.manual_dir, options.images
     if options.in_workdir:
         settings = known_settings(options.folder)
         data_dir = data_dir or settings.data_dir or options.folder / "data"
-        manual_dir = manual_dir or settings.manual_dir or None
+        manual_dir, images = manual_dir or settings.manual_dir or None, images or settings.images or None
     if options.data is None or data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
-        source = open_dataset(options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir)
+        source = open_dataset(
+            options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir, images=images
+        )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
-    recipe, images, most = opened.recipe, None, 1
+    recipe, pixels, most = opened.recipe, None, 1
     if config.vision is not None:
-        images = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
+        pixels = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
         most = max(1, max(len(source[row].images) for row in range(len(source))))
     return batches(
         source,
         stage=StageSettings(data=options.data, steps=1, images_per_row=most, too_long="drop_turns", **shape),
         tokenizer=tokenizer,
         recipe=recipe,
-        images=images,
+        images=pixels,
         patches=opened.patches,
         seed=None,
         epochs=1,
