@@ -110,7 +110,7 @@ def test_help_with_a_configuration_shows_its_values(capsys):
     assert "(whole number at least 0; default 110)" in said
     assert "(one of top_k, least_likely; default least_likely)" in said
     cli.main(["help", "run"])
-    assert "Steps of the optimizer. (whole number at least 1; set by each configuration)" in capsys.readouterr().out
+    assert "Data set that the stage is trained on. (set by each configuration)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--version"], ["-V"], ["version"]])
