@@ -97,6 +97,7 @@ def train_loop(
             preemption.deferred(),
         ):
             started, tokens = time.perf_counter(), 0
+            last, before_last = None, None
             while count < steps:
                 count += 1
                 with no_bus_error():
@@ -105,7 +106,11 @@ def train_loop(
                 tokens += (batch.segments_BL > 0).sum()  # of all processes; nobody waits for it here
                 if batch.faults_BG is not None:
                     counts_G = counts_G + batch.faults_BG.sum(0)
+                # Two steps under way and no more: where a CPU is several devices, the 33rd program started on one waits
+                # for the first, and may have taken the thread in which another device would have to end it.
+                jax.block_until_ready(before_last)
                 state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
+                last, before_last = metrics, last
                 watch.note(count, host, metrics)
                 logs = count % settings.log_every == 0 or count in (1, steps)
                 saves = count % settings.checkpoint_every == 0 or count == steps
