@@ -41,6 +41,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 if DEVICES > 1:
     jax.config.update("jax_num_cpu_devices", DEVICES)
 
+from moextend_jax import progress  # noqa: E402
+
+progress.LONG = 3600.0  # what takes a second, and so gets a line, depends on the machine: tests of that set it
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 LONGEST = ("test_survival.py", "test_processes.py", "test_pipeline.py", "test_sharded.py", "test_asking.py")

@@ -1,14 +1,12 @@
-"""Metrics files survive interruption, hold valid JSON and TensorBoard events; the progress bar shows its numbers."""
+"""Metrics files survive interruption, hold valid JSON and TensorBoard events, and other tools get the same numbers."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from moextend_jax.config import MoextendError
-from moextend_jax.train.metrics import MetricsWriter, progress, read_metrics
+from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 
 def write(directory, steps, **options):
@@ -72,24 +70,3 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
     with pytest.raises(MoextendError, match=r"metrics\.jsonl:2: not a line of metrics"):
         read_metrics(tmp_path / "metrics.jsonl")
-
-
-def test_plain_lines_are_few_and_end_with_the_last_step(capsys):
-    with progress("align", 1000, every_seconds=3600, console=Console(file=io.StringIO())) as bar:
-        for step in range(1, 1001):
-            bar.update(step, loss=2.0, tokens_per_second=1234.0)
-    assert capsys.readouterr().out == "align 1000/1000  loss 2.0000  1,234 tokens/s  0:00 left\n"
-
-
-def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left():
-    screen = io.StringIO()
-    with progress("align", 10, console=Console(file=screen, force_terminal=True, width=100)) as bar:
-        bar.update(4, loss=2.5, tokens_per_second=1234.0)
-    text = screen.getvalue()
-    assert "4/10" in text and "loss 2.5000" in text and "1,234 tokens/s" in text and "-:--:--" in text
-
-
-def test_other_processes_show_nothing(capsys):
-    with progress("align", 2, process_index=1, every_seconds=0) as bar:
-        bar.update(2, loss=1.0)
-    assert capsys.readouterr().out == ""

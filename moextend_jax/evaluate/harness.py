@@ -15,7 +15,7 @@ import numpy as np
 from moextend_jax.config import MoextendError
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.evaluate.counting import counting
+from moextend_jax.progress import counting
 from moextend_jax.evaluate.prompts import Prompt
 
 try:

@@ -23,10 +23,10 @@ from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.evaluate.counting import Bar, counting
+from moextend_jax.progress import Bar, counting
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.evaluate.running import asker_of, generator_of
-from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
+from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
@@ -152,14 +152,14 @@ def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> lis
 
 def _text_losses(run: Run, opened: Opened) -> dict[str, float]:
     settings = run.settings.evaluate
-    step = text_loss_step(opened.model, chunk=512, mesh=run.mesh)
+    step = loss_step(opened.model, chunk=512, mesh=run.mesh)
 
     def loss(text: str) -> float:
         batches = text_batches(
             open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
             batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
         )  # fmt: skip
-        return text_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in batches))
+        return mean_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in batches))
 
     return {text: loss(text) for text in ("wordnet", "kjv")}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import grain
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moextend_jax import distributed
-from moextend_jax.config import Batch, ModelConfig
+from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import Features, Pixels, batches
 from moextend_jax.data.datasets import Source, hold_out, open_dataset
 from moextend_jax.data.features import cache_features
@@ -19,15 +21,17 @@ from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
+from moextend_jax.progress import preparing
+from moextend_jax.runs import results
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Arrays, Run
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import EvaluateSettings, StageSettings
 
 
 def open_source(run: Run, name: str, split: str) -> Source:
     """A data set by name, prepared by process 0 where it is not yet."""
     data_dir = local(folder(run.settings.data_dir) if run.settings.data_dir else run.workdir / "data", what="data_dir")
-    with distributed.first_alone(f"open {name} {split}"):
+    with distributed.first_alone(f"open {name} {split}"), preparing(f"preparing data {name} {split}"):
         return open_dataset(
             name,
             split=split,
@@ -44,6 +48,43 @@ def source_of(run: Run, data: Data) -> Source:
     if data.part == "all":
         return source
     return getattr(hold_out(source, samples=run.settings.select.held_out, seed=run.settings.seed), data.part)
+
+
+def held_out_source(run: Run) -> Source | None:
+    """Rows that no stage trains on, those of the evaluation; None where a stage trains on them."""
+    evaluate = run.settings.evaluate
+    stages: list[StageSettings] = [getattr(run.settings, results.result(name).settings) for name in results.training()]
+    if any((stage.data, base_of(stage.split)) == (evaluate.data, base_of(evaluate.split)) for stage in stages):
+        return None
+    return open_source(run, evaluate.data, evaluate.split)
+
+
+def base_of(split: str) -> str:
+    """The split that a part such as "train[:90%]" is of."""
+    return split.partition("[")[0]
+
+
+VALIDATION_BATCHES = 4
+"""Batches of held-out rows: enough for a curve; a step's forward pass takes a third of its time."""
+
+
+def validation_batches(run: Run, stage: StageSettings, *, pixels: bool) -> list[Batch]:
+    """This process's rows of the first batches of held-out data, laid out as `stage` lays out its own.
+
+    Raises:
+      MoextendError: nothing is held out from training.
+    """
+    source = held_out_source(run)
+    if source is None:
+        raise MoextendError(
+            f"validate_every = {run.settings.validate_every}: a stage trains on the rows of evaluate.data = "
+            f"{run.settings.evaluate.data!r}; name others there, or set validate_every = 0"
+        )
+    alone = dataclasses.replace(run, settings=dataclasses.replace(run.settings, workers=0))
+    rows = rows_of(alone, source, stage, data=Data("evaluate"), pixels=pixels, seed=None, epochs=1)
+    return [
+        batch._replace(faults_BG=None, examples_Bg=None) for batch in itertools.islice(rows, VALIDATION_BATCHES)
+    ]
 
 
 def pixels_of(run: Run, source: Source) -> Pixels:
@@ -95,7 +136,7 @@ def rows_of(
       pixels: images as pixels even where features may be cached (the tower trains).
       seed: added to the run's; None keeps the source's order.
     """
-    of: StageSettings = getattr(run.settings, data.of)
+    of: StageSettings | EvaluateSettings = getattr(run.settings, data.of)
     return batches(
         source,
         stage=stage,
