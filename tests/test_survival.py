@@ -69,7 +69,8 @@ COMPILED: dict[int, Any] = {}
 survival.py compiles anew in every process."""
 
 
-def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, **more: Any):
+def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, expect: Any = (), **more: Any):
+    """Trains, or is interrupted by an error of the kinds expected."""
     def compiled_once(*arguments: Any, **named: Any) -> Any:
         return COMPILED.setdefault(steps, make_step(*arguments, **named))
 
@@ -77,6 +78,10 @@ def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, step
     job = tiny.job("align", folder, facts=facts, steps=steps, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", compiled_once)
+        if expect:
+            with pytest.raises(expect):
+                loop.train_loop(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN, std=0.1), rows, job)
+            return {}
         return loop.train_loop(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN, std=0.1), rows, job)
 
 

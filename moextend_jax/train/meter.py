@@ -7,8 +7,8 @@ docs/watching.md says what each means. Nothing here is computed by the step but 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -41,14 +41,14 @@ class Meter:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, time is no step's."""
-        began = time.perf_counter()
+        began = perf_counter()
         yield
-        self.other += time.perf_counter() - began
+        self.other += perf_counter() - began
 
     def numbers(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """What the line says; waits for the last step."""
         numbers = {name: float(value) for name, value in metrics.items() if name not in ("finite", "picks_ZO")}
-        seconds = time.perf_counter() - self.began
+        seconds = perf_counter() - self.began
         numbers |= {"tokens": int(self.tokens), "tokens_per_second": int(self.tokens) / seconds, "seconds": seconds}
         if not self.compiles:
             step_seconds = (seconds - self.other) / self.steps
@@ -61,7 +61,7 @@ class Meter:
         return numbers | by_layer(on_host(metrics["picks_ZO"]), config=self.config)
 
     def _restart(self) -> None:
-        self.began, self.steps, self.other = time.perf_counter(), 0, 0.0
+        self.began, self.steps, self.other = perf_counter(), 0, 0.0
         self.tokens: Any = 0
 
 

@@ -49,9 +49,9 @@ class MetricsWriter:
                 if self._away is not None and (self._away / file.name).exists():
                     file.write_text((self._away / file.name).read_text())
             _drop_after(path, step=resume_step)
+            self._sinks = open_sinks(sinks, here, name=name, settings=settings or {}, resume_step=resume_step)
             # Whole lines reach the disk even if we are killed.
             self._lines = path.open("a", buffering=1, encoding="utf-8")
-            self._sinks = open_sinks(sinks, here, name=name, settings=settings or {}, resume_step=resume_step)
             if self._away is not None and (here / IDS).exists():
                 (self._away / IDS).write_text((here / IDS).read_text())
 

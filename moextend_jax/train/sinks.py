@@ -94,7 +94,7 @@ def _trackio(folder: Path, name: str, settings: dict[str, Any], resume_step: int
 def _mlflow(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
     """Goes to MLFLOW_TRACKING_URI, else into WORKDIR/mlflow.db."""
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, Param
 
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute().parent}/mlflow.db")
 
@@ -103,8 +103,9 @@ def _mlflow(folder: Path, name: str, settings: dict[str, Any], resume_step: int)
         experiment = client.get_experiment_by_name(title)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(title)
         run = client.create_run(experiment_id, run_name=name)
-        for key, value in _flat(settings).items():
-            client.log_param(run.info.run_id, key, value)
+        params = [Param(key, str(value)) for key, value in _flat(settings).items()]
+        for start in range(0, len(params), 100):  # the most that MLflow takes at once
+            client.log_batch(run.info.run_id, params=params[start : start + 100])
         return run.info.run_id
 
     run_id = _run_id(folder, "mlflow", resume_step, create)
