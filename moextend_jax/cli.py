@@ -95,7 +95,8 @@ def _code_of(words: list[str]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         # A command that writes says what it keeps; the others have nothing to keep.
-        print("; ".join(["moextend: interrupted", *map(str, interrupt.args or ["nothing was being trained"])]), file=sys.stderr)
+        words = interrupt.args or ["nothing was being trained"]
+        print("; ".join(["moextend: interrupted", *map(str, words)]), file=sys.stderr)
         return INTERRUPTED
     except Exception:
         if "jax" in sys.modules and (line := no_devices()):

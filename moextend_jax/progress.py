@@ -29,8 +29,8 @@ LONG = 1.0
 class Bar:
     """Takes numbers of the host, so a call never waits for a device.
 
-    The estimate is rich's: things over time since the first were done, so that what those waited for (compiling, workers
-    that start) is not in it.
+    The estimate is rich's: things over time since the first were done, so that what those waited for (compiling,
+    workers that start) is not in it.
     """
 
     def __init__(self, name: str, total: int, *, unit: str, done: int, screen: Progress, quick: bool):

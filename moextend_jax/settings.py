@@ -223,7 +223,7 @@ class RunSettings:
         match = re.fullmatch(r"(\d+):(\d+)", self.profile)
         first, last = map(int, match.groups()) if match else (0, 0)
         if not 1 <= first <= last:
-            raise MoextendError(f"profile = {self.profile!r} must be FIRST:LAST, two steps from 1 on, such as '100:103'")
+            raise MoextendError(f"profile = {self.profile!r} must be FIRST:LAST, steps from 1 on, such as '100:103'")
         return range(first, last + 1)
 
     @property

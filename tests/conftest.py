@@ -36,6 +36,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What one test or run of the tests has compiled, the next reads. Processes that tests start do without: some are
 # killed, and half an entry would stay.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 if DEVICES > 1:

@@ -13,8 +13,8 @@ from moextend_jax.config import ModelConfig
 from moextend_jax.data.batches import text_batches
 from moextend_jax.data.datasets import open_text
 from moextend_jax.data.tokenizer import load_tokenizer
-from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.models.moextend import abstract
+from moextend_jax.train.held_out import loss_step, mean_loss
 
 
 def test_the_files_are_those_of_the_hash_list():

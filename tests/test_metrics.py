@@ -210,9 +210,9 @@ def test_a_tool_that_does_not_start_is_one_line(tools, tmp_path, monkeypatch):
 def test_a_missing_package_is_named_before_anything_else(monkeypatch, tmp_path):
     monkeypatch.setitem(sinks.SINKS, "wandb", sinks.SINKS["wandb"]._replace(package="no_such_wandb"))
     settings = dataclasses.replace(tiny.run_settings(), sinks=("tensorboard", "wandb"))
-    with pytest.raises(MoextendError, match="^sinks: wandb needs the package no_such_wandb: pip install "):
-        with working(settings, tmp_path / "w"):
-            pass
+    error = pytest.raises(MoextendError, match="^sinks: wandb needs the package no_such_wandb: pip install ")
+    with error, working(settings, tmp_path / "w"):
+        pass
     assert not (tmp_path / "w").exists()
 
 

@@ -23,8 +23,8 @@ from moextend_jax.checkpoints.gguf import Opened, open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
 from moextend_jax.config import DecoderConfig, ModelConfig
-from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.generate import Generator
+from moextend_jax.train.held_out import loss_step, mean_loss
 
 pytestmark = pytest.mark.long
 

@@ -69,8 +69,11 @@ COMPILED: dict[int, Any] = {}
 survival.py compiles anew in every process."""
 
 
-def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, expect: Any = (), **more: Any):
+def train(
+    folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, expect: Any = (), **more: Any
+):  # fmt: skip
     """Trains, or is interrupted by an error of the kinds expected."""
+
     def compiled_once(*arguments: Any, **named: Any) -> Any:
         return COMPILED.setdefault(steps, make_step(*arguments, **named))
 

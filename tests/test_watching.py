@@ -1,4 +1,4 @@
-"""While a stage trains: numbers of routing and speed, the loss of held-out rows, and traces; none of them changes it."""
+"""While a stage trains: numbers of routing and speed, the loss of held-out rows, and traces; none changes it."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ import numpy as np
 from moextend_jax.config import MoextendError
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.progress import counting
 from moextend_jax.evaluate.prompts import Prompt
+from moextend_jax.progress import counting
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

@@ -23,18 +23,18 @@ from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.progress import Bar, counting
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.evaluate.running import asker_of, generator_of
-from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
+from moextend_jax.progress import Bar, counting
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
 from moextend_jax.runs.results import ANSWERING, MODELS, training, trains_tower
 from moextend_jax.runs.run import Run, write_json
+from moextend_jax.train.held_out import loss_step, mean_loss
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
 

@@ -82,9 +82,7 @@ def validation_batches(run: Run, stage: StageSettings, *, pixels: bool) -> list[
         )
     alone = dataclasses.replace(run, settings=dataclasses.replace(run.settings, workers=0))
     rows = rows_of(alone, source, stage, data=Data("evaluate"), pixels=pixels, seed=None, epochs=1)
-    return [
-        batch._replace(faults_BG=None, examples_Bg=None) for batch in itertools.islice(rows, VALIDATION_BATCHES)
-    ]
+    return [batch._replace(faults_BG=None, examples_Bg=None) for batch in itertools.islice(rows, VALIDATION_BATCHES)]
 
 
 def pixels_of(run: Run, source: Source) -> Pixels:

@@ -93,5 +93,3 @@ def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[flo
 
 def _short(values_Z: np.ndarray) -> list[Any]:
     return [round(float(value), 4) for value in values_Z]
-
-

@@ -1,7 +1,7 @@
 """TABLE of sinks: where the numbers of a training stage also go, beside the lines of `metrics.jsonl`.
 
-In: a folder, a name ("demo/align"), the settings as a dict, and the step that the stage starts from. Out: a `Sink`, which
-takes plain numbers by step. A stage that goes on continues the run that it had: its id is in FOLDER/sinks.json.
+In: a folder, a name ("demo/align"), the settings as a dict, and the step that the stage starts from. Out: a `Sink`,
+which takes plain numbers by step. A stage that goes on continues the run that it had: its id is in FOLDER/sinks.json.
 """
 
 from __future__ import annotations
