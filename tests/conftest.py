@@ -7,8 +7,10 @@ the order of files.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
 # Read when the libraries are imported, so set before any test module imports them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
