@@ -37,6 +37,9 @@ class Bar:
         self.name, self.unit, self.screen, self.quick = name, unit, screen, quick
         screen.add_task(name, total=total, completed=done, note="")
         self.task = screen.tasks[-1]
+        self.waiting = contextlib.ExitStack()
+        if unit:  # the first batch starts workers and compiles
+            self.waiting.enter_context(preparing(f"{name}: the first of {total:,} {unit}"))
         self.began = self.printed = monotonic()
 
     def add(self, count: int) -> None:
@@ -44,6 +47,7 @@ class Bar:
 
     def update(self, done: int, *, note: str = "") -> None:
         """`note` stands where otherwise the things per second do."""
+        self.waiting.close()
         self.screen.update(self.task.id, completed=done)
         if not note and self.task.speed:
             note = f"{self.task.speed:,.1f} {self.unit}/s"
@@ -78,7 +82,9 @@ def counting(
     )  # fmt: skip
     shows = out.is_terminal and first()
     with Progress(*columns, console=out, speed_estimate_period=PERIOD, disable=not shows, get_time=monotonic) as screen:
-        yield Bar(name, total, unit=unit, done=done, screen=screen, quick=quick)
+        bar = Bar(name, total, unit=unit, done=done, screen=screen, quick=quick)
+        with bar.waiting:
+            yield bar
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ class Clock:
     def __init__(self, patch):
         self.now = 100.0
         patch.setattr(progress, "monotonic", lambda: self.now)
+        patch.setattr(progress, "LONG", 1.0)
 
 
 @pytest.fixture
@@ -94,6 +95,15 @@ def test_only_preparations_that_take_long_are_named_while_they_do(capsys, monkey
             time.sleep(0.01)
     assert begun == "compiling align ...\n"
     assert capsys.readouterr().err.startswith("compiling align: 0.")
+
+
+def test_what_a_bar_waits_for_at_first_is_named(clock, capsys):
+    with counting("evaluate", 2000, unit="questions", out=no_terminal()) as bar:
+        clock.now += 12.5
+        bar.add(1000)
+        clock.now += 1
+        bar.add(1000)
+    assert capsys.readouterr().err.endswith("evaluate: the first of 2,000 questions: 12.5 s\n")
 
 
 def test_a_preparation_that_fails_says_nothing_at_its_end(capsys, monkeypatch):

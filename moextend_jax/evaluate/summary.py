@@ -29,7 +29,7 @@ from moextend_jax.extension import routing
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
-from moextend_jax.progress import Bar, counting
+from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of
 from moextend_jax.runs.models_of import Opened, frozen_unchanged, open_model
 from moextend_jax.runs.results import ANSWERING, MODELS, training, trains_tower
@@ -56,7 +56,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     settings = run.settings.evaluate
     source = open_source(run, settings.data, settings.split)
     images, pixels = images_of(run, source, data=settings.data, split=settings.split), pixels_of(run, source)
-    prompted = _prompted_questions(run, source, images)
+    with preparing("preparing the questions"):
+        prompted = _prompted_questions(run, source, images)
     known = open_source(run, run.settings.finetune.data, run.settings.finetune.split)
     texts = [item.question.text for item in prompted]
     guesses = questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
