@@ -3,8 +3,8 @@
     python launch/local.py --processes 2 --devices 4 -- run --config configs/demo.py --workdir work/two
 
 Process 0 has the terminal; what others say on standard error has their number in front. The first that fails ends all,
-and its exit code is the launcher's. SIGTERM and Ctrl-C are passed on: the run saves and ends with exit code 75 or 130. A
-second Ctrl-C ends it at once.
+and its exit code is the launcher's. SIGTERM and Ctrl-C are passed on: the run saves and ends with exit code 75 or 130.
+A second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations

@@ -95,8 +95,8 @@ def _code_of(words: list[str]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         # A command that writes says what it keeps; the others have nothing to keep.
-        words = interrupt.args or ["nothing was being trained"]
-        print("; ".join(["moextend: interrupted", *map(str, words)]), file=sys.stderr)
+        left = "; ".join(map(str, interrupt.args)) or "nothing was being trained"
+        print(f"moextend: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except Exception:
         if "jax" in sys.modules and (line := no_devices()):

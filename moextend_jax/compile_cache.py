@@ -18,8 +18,9 @@ MOST = 4 * 2**30
 
 
 def enable() -> None:
-    """Call before anything is compiled. Where the folder cannot be made there is no cache, as `moextend doctor` says."""
-    if jax.config.jax_compilation_cache_dir is not None:  # which the variable sets too
+    """Call before anything is compiled. Without a folder that can be made there is no cache, as `doctor` says."""
+    named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] (JAX adds its own)
+    if named is not None:  # which the variable sets too
         return
     place = folder()
     try:

@@ -34,13 +34,18 @@ class Bar:
     """
 
     def __init__(self, name: str, total: int, *, unit: str, done: int, screen: Progress, quick: bool):
-        self.name, self.unit, self.screen, self.quick = name, unit, screen, quick
+        self.name, self.unit, self.screen, self.quick, self.before = name, unit, screen, quick, done
         screen.add_task(name, total=total, completed=done, note="")
         self.task = screen.tasks[-1]
         self.waiting = contextlib.ExitStack()
         if unit:  # the first batch starts workers and compiles
             self.waiting.enter_context(preparing(f"{name}: the first of {total:,} {unit}"))
         self.began = self.printed = monotonic()
+
+    @property
+    def per_second(self) -> float:
+        """Things done per second since the bar began, compiling included."""
+        return (self.task.completed - self.before) / max(monotonic() - self.began, 1e-9)
 
     def add(self, count: int) -> None:
         self.update(int(self.task.completed) + count)

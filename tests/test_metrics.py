@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ class Tools:
         self.named[run_id] = name
 
     def run(self, run_id):
-        def log(numbers, step=None, commit=None):
+        def log(numbers, step: Any = None, commit=None):
             if self.broken:
                 raise ConnectionError("no route to host\nand a stack")
             self.logged[run_id].append((step, numbers))
@@ -128,12 +129,14 @@ class Tools:
         latest = max((step + 1 for step, _ in self.logged[run_id]), default=0)
         return types.SimpleNamespace(log=log, step=latest, finish=lambda: self.closed.append(run_id))
 
-    def wandb_init(self, entity=None, project=None, dir=None, id=None, name=None, config=None, group=None, resume=None):
+    def wandb_init(
+        self, entity=None, project=None, dir=None, id=None, name=None, config: Any = None, group=None, resume=None
+    ):  # fmt: skip
         assert (project, group, resume, config["seed"]) == ("moextend", "demo", "allow", 3)
         self.start(id, name)
         return self.run(id)
 
-    def trackio_init(self, project, name=None, group=None, config=None, resume="never", embed=True):
+    def trackio_init(self, project, name: Any = None, group=None, config=None, resume="never", embed=True):
         assert (project, group, resume, embed) == ("moextend", "demo", "allow", False)
         self.start(name, name.rpartition("-")[0])
         return self.run(name)
