@@ -25,8 +25,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
 demo: env
-	$(RUN) -m moextend_jax.cli run --config configs/demo.py --workdir "$(WORKDIR)"
-	@echo "report: $(WORKDIR)/report.html"
+	$(RUN) -m moextend_jax demo --workdir "$(WORKDIR)"
 
 test: lint
 	$(PYTEST)
@@ -46,7 +45,7 @@ lint: env-dev
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: env
-	$(RUN) -m moextend_jax.cli bench --config configs/bench.py
+	$(RUN) -m moextend_jax bench bench
 
 clean:
 	rm -rf "$(VENV)" build *.egg-info .pytest_cache .ruff_cache
@@ -56,14 +55,14 @@ env: $(VENV)/.run
 env-dev: $(VENV)/.dev
 
 # pip -qq: errors only; its warnings are about the machine's own settings.
-$(VENV)/.run: requirements.txt pyproject.toml
+$(VENV)/.run: requirements.txt constraints.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is older than Python 3.11: name a newer one, e.g. make PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing into $(VENV) (a minute or two, once)"
 	@"$(PYTHON)" -m venv "$(VENV)"
-	@$(RUN) -m pip install -qq -e .
+	@$(RUN) -m pip install -qq -c constraints.txt -e .
 	@touch "$@"
 
 $(VENV)/.dev: $(VENV)/.run
-	@$(RUN) -m pip install -qq -e ".[dev]"
+	@$(RUN) -m pip install -qq -c constraints.txt -e ".[dev]"
 	@touch "$@"

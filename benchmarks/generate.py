@@ -41,29 +41,25 @@ def main() -> None:
     from moextend_jax.evaluate.benchmarks import table
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
-    from moextend_jax.evaluate.running import asker_of, generator_of
-    from moextend_jax.runs.export import export_main
-    from moextend_jax.runs.models_of import open_model
-    from moextend_jax.runs.run import open_run, settings_of
+    from moextend_jax.evaluate.running import asker_of
+    from moextend_jax.runs.askable import open_place
+    from moextend_jax.runs.export import ExportOptions, export
+    from moextend_jax.runs.place import Place
 
-    settings = settings_of(args.workdir)
-    assert settings is not None, f"{args.workdir} is no work directory"
-    run = open_run(settings, args.workdir)
-    assert run.config.vision is not None
+    opened = open_place(Place(workdir=args.workdir))
+    assert opened.config.vision is not None
     questions = table.read("easy_vqa", None)[: args.questions]
     pictures = QuestionPictures(
-        questions, size=run.config.vision.image_size, preparation=settings.recipe.image_preparation
+        questions, size=opened.config.vision.image_size, preparation=opened.recipe.image_preparation
     )
     prompts = [
         prompt_of(
-            question.text, images=images, tokenizer=run.tokenizer, recipe=settings.recipe,
-            patches=run.patches, where=question.where,
+            question.text, images=images, tokenizer=opened.tokenizer, recipe=opened.recipe,
+            patches=opened.patches, where=question.where,
         )
         for question, images in zip(questions, pictures.numbers, strict=True)
     ]  # fmt: skip
-    opened = open_model(run, "moextend")
-    generator = generator_of(run, opened.model)
-    asker = asker_of(run, generator, opened.arrays, pictures=pictures)
+    asker = asker_of(opened, pictures=pictures)
 
     def answer() -> tuple[float, float, list[list[int]]]:
         said: list[list[int]] = [[] for _ in prompts]
@@ -74,19 +70,19 @@ def main() -> None:
         return time.perf_counter() - wall, time.process_time() - cpu, said
 
     compiling = answer()[0]
-    tags = run.config.tags
+    tags = opened.tokenizer.tags
     asked = {
         "prompts": [
             {"ids": prompt.ids_L.tolist(), "image": str(question.image)}
             for prompt, question in zip(prompts, questions, strict=True)
         ],
-        "pad": tags.pad, "eos": run.tokenizer.eos, "suppress": [tags.start, tags.end, tags.pad],
-        "feature_layer": run.config.vision.feature_layer, "max_new_tokens": NEW_TOKENS,
+        "pad": tags.pad, "eos": opened.tokenizer.eos, "suppress": [tags.start, tags.end, tags.pad],
+        "feature_layer": opened.config.vision.feature_layer, "max_new_tokens": NEW_TOKENS,
     }  # fmt: skip
     rounds, chosen = [], []
     with tempfile.TemporaryDirectory() as scratch:
         exported, file = Path(scratch) / "model", Path(scratch) / "prompts.json"
-        export_main([str(args.workdir), str(exported), "--layout", "released"])
+        export(ExportOptions(args.workdir, exported, layout="released"))
         file.write_text(json.dumps(asked))
         for _ in range(args.rounds):
             ours = answer()
@@ -111,7 +107,7 @@ def main() -> None:
     console.print(shown)
     console.print(
         f"PyTorch {rounds[0]['torch']}, transformers {rounds[0]['transformers']}, experts {rounds[0]['experts']}, "
-        f"{rounds[0]['rows']} rows a batch; first pass here, with {sum(generator.programs.values())} programs to "
+        f"{rounds[0]['rows']} rows a batch; first pass here, with {sum(asker.generator.programs.values())} programs to "
         f"compile: {compiling:.1f} s"
     )
     if args.json:

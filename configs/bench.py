@@ -1,7 +1,7 @@
 """The sizes of benchmarks/torch_step.py, so that one step here and one step in PyTorch can be compared.
 
-moextend bench --config configs/bench.py
-python benchmarks/compare.py                     both in one go, with the ratio
+moextend bench bench
+python benchmarks/compare.py     both in one go, with the ratio
 """
 
 from pathlib import Path

@@ -1,9 +1,11 @@
 """The demo: a small real Mixtral learns to see easy-VQA's images, on 2 CPU cores in minutes.
 
-moextend run --config configs/demo.py --workdir work/demo
-moextend run --config configs/demo.py:released --workdir work/released      the released code's recipe
-moextend run --config configs/demo.py --config.baseline=true ...            with full fine-tuning beside it
+moextend demo                                           into work/demo
+moextend run demo:released --workdir work/released      the released code's recipe
+moextend run demo --config.baseline=true ...            with full fine-tuning beside it
 """
+
+from typing import Literal
 
 from ml_collections import ConfigDict
 
@@ -18,7 +20,7 @@ from moextend_jax.settings import (
 )
 
 
-def get_config(arg: str = "paper") -> ConfigDict:
+def get_config(arg: Literal["paper", "released"] = "paper") -> ConfigDict:
     def stage(data: str, *, steps: int, length: int, learning_rate: float) -> StageSettings:
         # One calibrator step at the experts' rate could turn a weight of 1 negative: it learns 50 times slower.
         optimizer = OptimizerConfig(learning_rate=learning_rate, multipliers={"calibrators": 0.02})

@@ -1,22 +1,22 @@
 """Mixtral-8x7B and CLIP ViT-L/14-336 on LLaVA's data, as the paper trains it, on a pod or a GPU mesh.
 
-    moextend run --config configs/mixtral_8x7b.py:packed --workdir DIR \
-        --config.base=MIXTRAL_FOLDER --config.vision=CLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
+    moextend run mixtral_8x7b:packed --workdir DIR \
+        --base MIXTRAL_FOLDER --vision CLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
 
 The folders are Hugging Face's, as published: Mixtral-8x7B-Instruct-v0.1, clip-vit-large-patch14-336; LLAVA_FOLDER
-holds LLaVA's JSON files and image folders. Steps are one epoch: 558k pairs in batches of 256, 665k conversations in
-batches of 128. Arguments:
+holds LLaVA's JSON files and image folders. Stages but the probe are one epoch: 558k pairs in batches of 256, 665k
+conversations in batches of 128. Arguments:
 
     paper     one conversation a row, as published: more than half of every step is padding
     packed    the paper's recipe with several conversations a row, about as many a step (benchmarks/packing.py)
     released  the released code's recipe and its batch sizes, one conversation a row
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.config import RECIPES
 from moextend_jax.settings import (
     EvaluateSettings,
     FaultSettings,
@@ -27,33 +27,25 @@ from moextend_jax.settings import (
     to_config_dict,
 )
 
-PAIRS, CONVERSATIONS = 558_128, 665_298
 
-
-def get_config(arg: str = "paper") -> ConfigDict:
-    if arg not in ("paper", "packed", "released"):
-        raise MoextendError(f"configs/mixtral_8x7b.py:{arg}: the arguments are paper, packed and released")
+def get_config(arg: Literal["paper", "packed", "released"] = "paper") -> ConfigDict:
     recipe = RECIPES["paper" if arg == "packed" else arg]
     align_batch, instruct_batch = recipe.global_batch
-    captions: dict[str, Any] = {"batch_size": align_batch, "length": 1024, "steps": -(-PAIRS // align_batch)}
+    captions: dict[str, Any] = {"batch_size": align_batch, "length": 1024, "epochs": 1}
     instructions: dict[str, Any] = {"batch_size": instruct_batch, "length": 2048}
     captions["accumulate"] = instructions["accumulate"] = 2
-    one_epoch = -(-CONVERSATIONS // instruct_batch)
     if arg == "packed":
         captions |= {"batch_size": align_batch // 2, "length": 1280, "conversation_length": 1024}
         captions |= {"conversations_per_row": 0, "images_per_row": 2}
         # Rows of 4096 keep 99 % of their positions for tokens, those of 2048 at most 95 %: images are 578 tokens.
         instructions |= {"batch_size": instruct_batch // 4, "length": 4096, "conversation_length": 2048}
         instructions |= {"conversations_per_row": 0, "images_per_row": 6}
-        one_epoch = -(-CONVERSATIONS * 10 // (49 * instructions["batch_size"]))  # 4.9 conversations a row
 
-    def instruct(*, steps: int, learning_rate: float) -> StageSettings:
+    def instruct(*, learning_rate: float, **many: Any) -> StageSettings:
         optimizer = OptimizerConfig(learning_rate=learning_rate)
-        return StageSettings(
-            data="llava_instruct", steps=steps, too_long="drop_turns", optimizer=optimizer, **instructions
-        )
+        return StageSettings(data="llava_instruct", too_long="drop_turns", optimizer=optimizer, **instructions | many)
 
-    finetune = instruct(steps=one_epoch, learning_rate=2e-5)
+    finetune = instruct(epochs=1, learning_rate=2e-5)
     return to_config_dict(
         RunSettings(
             recipe=recipe,

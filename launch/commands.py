@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options every launcher has; `%(prog)s [OPTIONS] -- run --config configs/X.py --workdir DIR ...`."""
+    """The options every launcher has; `%(prog)s [OPTIONS] -- run --config NAME --workdir DIR ...`."""
     made = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [OPTIONS] -- COMMAND --config configs/X.py[:arg] [--config.field=value ...] --workdir DIR",
+        usage="%(prog)s [OPTIONS] -- COMMAND --config NAME[:arg] [--config.field=value ...] --workdir DIR",
         allow_abbrev=False,
     )
     made.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
@@ -34,7 +34,7 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str], *, needed: bool = 
     cut = argv.index("--") if "--" in argv else len(argv)
     options, moextend = made.parse_args(argv[:cut]), argv[cut + 1 :]
     if needed and not moextend:
-        made.error("say what to run after --, e.g. -- run --config configs/demo.py --workdir work/demo")
+        made.error("say what to run after --, e.g. -- run --config demo --workdir work/demo")
     return options, moextend
 
 

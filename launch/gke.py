@@ -1,11 +1,11 @@
 """A run on Google Kubernetes Engine: through XPK, or as a plain JobSet manifest for kubectl (TPU slices or GPU nodes).
 
     python launch/gke.py xpk NAME --cluster C --zone Z --image IMAGE --tpu-type v5p-128 \\
-        -- run --config configs/mixtral_8x7b.py --workdir gs://BUCKET/mixtral
+        -- run --config mixtral_8x7b --workdir gs://BUCKET/mixtral
     python launch/gke.py jobset NAME --image IMAGE --tpu tpu-v5p-slice:4x4x4:4 -- run ...       chips per host last
     python launch/gke.py jobset NAME --image IMAGE --gpu nvidia-h100-80gb:8 --nodes 2 -- run ...
 
-IMAGE holds this package and the jax of its accelerator, and starts in a folder where configs/ is. The work directory
+IMAGE holds this package and the jax of its accelerator: docker/ has one for TPUs and one for GPUs. The work directory
 is a gs:// path, or lies in a volume that all pods share (jobset: --claim NAME:/mount).
 """
 

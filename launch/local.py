@@ -1,6 +1,6 @@
 """N processes with M CPU devices each on this machine: several hosts in small, for development and tests.
 
-    python launch/local.py --processes 2 --devices 4 -- run --config configs/demo.py --workdir work/two
+    python launch/local.py --processes 2 --devices 4 -- run --config demo --workdir work/two
 
 Process 0 has the terminal; what others say on standard error has their number in front. The first that fails ends all,
 and its exit code is the launcher's. SIGTERM and Ctrl-C are passed on: the run saves and ends with exit code 75 or 130.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--script", help="run this Python file instead of moextend")
     options, moextend = commands.parse(parser, argv, needed=False)
     if not moextend and not options.script:
-        parser.error("say what to run after --, e.g. -- run --config configs/demo.py --workdir work/demo")
+        parser.error("say what to run after --, e.g. -- run --config demo --workdir work/demo")
     if options.processes < 1 or options.devices < 1:
         parser.error("--processes and --devices must be at least 1")
     command = [sys.executable, *([options.script] if options.script else ["-m", "moextend_jax.cli"]), *moextend]

@@ -1,7 +1,7 @@
 """A run as a Slurm batch job: one task, and so one JAX process, per GPU (or per node, without GPUs).
 
     python launch/slurm.py --nodes 2 --gpus-per-node 8 --time 24:00:00 --sbatch=--partition=large \\
-        -- run --config configs/mixtral_8x7b.py --workdir /shared/mixtral
+        -- run --config mixtral_8x7b --workdir /shared/mixtral
 
 The work directory, the data and this Python environment must be on a file system that all nodes share. Relative paths
 are relative to the current folder, there as here.

@@ -3,7 +3,7 @@
     python launch/tpu_pod.py create NAME --zone us-east5-a --accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5
     python launch/tpu_pod.py setup  NAME --zone us-east5-a
     python launch/tpu_pod.py run    NAME --zone us-east5-a \\
-        -- run --config configs/mixtral_8x7b.py --workdir gs://BUCKET/mixtral
+        -- run --config mixtral_8x7b --workdir gs://BUCKET/mixtral
     python launch/tpu_pod.py delete NAME --zone us-east5-a
 
 `create` returns when the resource is queued; `status` says whether it is ACTIVE. `setup` copies the committed checkout
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--spot", action="store_true", help="create: may be taken away")
     options, moextend = commands.parse(parser, argv, needed=False)
     if options.action == "run" and not moextend:
-        parser.error("say what to run after --, e.g. -- run --config configs/mixtral_8x7b.py --workdir gs://B/DIR")
+        parser.error("say what to run after --, e.g. -- run --config mixtral_8x7b --workdir gs://B/DIR")
     if options.action == "create" and not (options.accelerator_type and options.runtime_version):
         parser.error("create needs --accelerator-type and --runtime-version")
     for command in plan(options, moextend):

@@ -13,6 +13,6 @@ python=$(command -v python3.12 || command -v python3.11 || command -v python3)
     "$python" -m venv .venv
 }
 # gcs: work directories and data may be gs:// paths. jax[tpu] brings the libtpu of the JAX that is already pinned.
-.venv/bin/python -m pip install -qq -e ".[gcs]"
+.venv/bin/python -m pip install -qq -c constraints.txt -e ".[gcs]"
 jax=$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))')
 .venv/bin/python -m pip install -qq "jax[tpu]==$jax"

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from rich.table import Table
 from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
+from moextend_jax.data.conversations import encoder_of
+from moextend_jax.data.datasets import shows_no_image
 from moextend_jax.data.faults import KINDS, FaultSettings
-from moextend_jax.data.inspector import Reading, Work
-from moextend_jax.runs.results import result, training
+from moextend_jax.data.inspector import UNLIMITED, Reading, Work
+from moextend_jax.data.tokenizer import tokenizer_of
+from moextend_jax.runs.ready import row_problems, too_many_questions
+from moextend_jax.runs.results import RESULTS, patterns, result, training
 from moextend_jax.settings import RunSettings, StageSettings
 
 
@@ -43,8 +47,10 @@ def check_command(
     vision = base.config.vision
     if vision is None:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
+    tokenizer = tokenizer_of(folder_of(settings.base), base.config)
+    encoder_of(tokenizer, settings.recipe)
     work = Work(
-        tokenizer_folder=Path(folder_of(settings.base)),
+        tokenizer=tokenizer,
         recipe=settings.recipe,
         patches=vision.patches,
         size=vision.image_size,
@@ -55,19 +61,45 @@ def check_command(
         folder = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         reports = check(
             readings_of(settings),
-            open_origin=partial(open_origin, data_dir=folder, manual_dir=manual_dir),
+            open_origin=partial(
+                open_origin,
+                data_dir=folder,
+                manual_dir=manual_dir,
+                images=settings.images or None,
+                faults=faults,
+            ),
             work=work,
             faults=faults,
             processes=processes,
             tell=stack.enter_context(_progress(console)),
         )
-    fine = all(report.ok(faults) for report in reports)
+    problems = problems_of(settings, reports, layers=base.config.decoder.layers)
+    fine = all(report.ok(faults) for report in reports) and not problems
     if as_json:
-        print(json.dumps({"ok": fine, "data": [described(report, faults) for report in reports]}, indent=1))
+        listed = [described(report, faults) for report in reports]
+        print(json.dumps({"ok": fine, "data": listed, "problems": problems}, indent=1))
     else:
         for report in reports:
             print_report(report, faults, console)
+        for problem in problems:
+            console.print(escape(f"a run would be refused: {problem}"))
     return 0 if fine else 1
+
+
+def problems_of(settings: RunSettings, reports: Sequence[Report], *, layers: int) -> list[str]:
+    """What `moextend run` would refuse before its first step though every row is sound: too few of them, no picture."""
+    read = {name: report for report in reports if not report.error for name in report.reading.stages}
+    rows = {name: report.rows for name, report in read.items() if name in RESULTS}
+    if "extend" in rows:  # of whose data the samples are
+        rows["select"] = rows["extend"]
+    problems = row_problems(settings, rows=rows, layers=layers)
+    for name in read.keys() & RESULTS.keys():
+        if patterns(name, recipe=settings.recipe) == ("projector/*",) and not read[name].images:
+            problems.append(str(shows_no_image(name, read[name].rows)))
+    evaluate = settings.evaluate
+    if evaluate.data and "evaluate" in read and read["evaluate"].rows < evaluate.questions:
+        problems.append(str(too_many_questions(evaluate, read["evaluate"].rows)))
+    return problems
 
 
 def readings_of(settings: RunSettings) -> list[Reading]:
@@ -80,8 +112,9 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         stage: StageSettings = getattr(settings, row.settings)
         reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
         names[reading] = (*names.get(reading, ()), name)
-    evaluate = settings.evaluate
-    questions = Reading(stages=(), data=evaluate.data, split=evaluate.split, length=evaluate.length, parts="prompt")
+    asked = settings.evaluate if settings.evaluate.data else settings.finetune
+    length = settings.evaluate.length
+    questions = Reading(stages=(), data=asked.data, split=asked.split, length=length, parts="prompt")
     names[questions] = ("evaluate",)
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 
@@ -91,7 +124,7 @@ def _reading(stage: StageSettings) -> Reading:
         stages=(),
         data=stage.data,
         split=stage.split,
-        length=min(stage.length, stage.conversation_length or stage.length),
+        length=min(stage.length or UNLIMITED, stage.conversation_length or UNLIMITED) % UNLIMITED,
         images_per_row=stage.images_per_row,
         too_long=stage.too_long,
     )

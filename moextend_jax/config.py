@@ -141,7 +141,8 @@ class ImageTags:
 
     The defaults are the byte pieces of ASCII's STX, ETX and NUL in Mixtral-8x7B's own vocabulary, so that no
     pretrained array has to grow; text may not contain those characters. In another vocabulary these pieces have other
-    ids (`data/tokenizer.py` finds them), and the released code appends rows instead: a checkpoint names its own.
+    ids, or others stand for them (`data/tokenizer.py` chooses: `image_tags`), and the released code appends rows
+    instead: a checkpoint names its own.
     """
 
     start: int = 5
@@ -225,8 +226,8 @@ class Recipe:
     """Question-answer pairs kept of a conversation."""
     finetune_trains: Literal["extension", "extension_and_projector"] = "extension"
     """What the finetune stage updates."""
-    prompt: Literal["mixtral", "released"] = "mixtral"
-    """Chat template: `data/conversations.py` has both."""
+    prompt: Literal["checkpoint", "mixtral", "chatml", "llama3", "released"] = "checkpoint"
+    """Chat template: `data/conversations.py` says what each is. That of Mixtral-8x7B-Instruct is "mixtral"."""
     global_batch: tuple[Count, Count] = (256, 128)
     """Rows per step of align and of finetune; a run's own batch size overrides it."""
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,9 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from moextend_jax import machine
-from moextend_jax.folders import folder, is_url
+from moextend_jax.folders import is_url
 from moextend_jax.settings import Positive
-from moextend_jax.terminal import Parser, console, option
+from moextend_jax.terminal import console
 
 PACKAGE = "moextend-jax"
 KERNELS = ("blocked_swiglu", "blocked_attention", "megablox", "splash_attention", "triton", "cudnn")  # names in traces
@@ -38,12 +39,18 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = Parser(prog="moextend doctor", description="what is installed, what would be used, what is missing")
-    parser.add_argument("--workdir", type=folder, help="also check this work directory")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--timeout", type=option(Positive), default=90, help="seconds for JAX's devices (%(default)s)")
-    options = parser.parse_args(list(arguments))
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    workdir: Path | None = None
+    """also check this work directory"""
+    json: bool = False
+    """one JSON object instead of a table"""
+    timeout: Positive = 90.0
+    """seconds for JAX's devices"""
+
+
+def doctor(options: DoctorOptions) -> int:
+    """What is installed, what would be used, what is missing; exit code 1 if a run needs what is missing."""
     findings = [*packages(), *ask([sys.executable, "-m", "moextend_jax.doctor"], timeout=options.timeout)]
     findings += [shared_memory(Path("/dev/shm")), compiled(), *([workdir(options.workdir)] if options.workdir else [])]
     missing = sum(finding.verdict == "missing" for finding in findings)

@@ -20,7 +20,9 @@ def folder(text: str) -> Path:
     if "://" not in text:
         return Path(text)
     if not text.startswith("gs://"):
-        raise MoextendError(f"{text}: of URLs only gs:// ones are known")
+        raise MoextendError(
+            f"{text}: of URLs only gs:// ones are read; copy it to a folder, or a bucket, and name that"
+        )
     if importlib.util.find_spec("gcsfs") is None:
         raise MoextendError(f"{text}: a gs:// path needs gcsfs; pip install 'moextend-jax[gcs]'")
     return cast(Path, epath.Path(text))

@@ -57,7 +57,7 @@ class Heads(NamedTuple):
 class State(NamedTuple):
     """Where generation stands, between two tokens.
 
-    newest_B: the newest id of each row, EOS where it has ended (ended_B); its keys are not in the cache yet.
+    newest_B: the newest id of each row, EOS after a row's end (ended_B); its keys are not in the cache yet.
     position_B: the position of that id.
     seen_BS: which slots of the cache a row attends to.
     sighted_B: whether a row has an image; None where no row has.
@@ -82,18 +82,24 @@ class Generator:
 
     Args:
       mesh: where its arrays and prompts are (`mesh.place_rows`); None: on one device.
+      eos: what rows that have ended are filled with; it ends a row itself.
+      ends: more ids that end a row.
       suppress: token ids that are never produced (the image tags).
     """
 
-    def __init__(self, model: MoExtend, *, eos: int, suppress: tuple[int, ...] = (), mesh: Mesh | None = None):
+    def __init__(
+        self, model: MoExtend, *, eos: int, ends: tuple[int, ...] = (), suppress: tuple[int, ...] = (),
+        mesh: Mesh | None = None,
+    ):  # fmt: skip
         self.model, self.mesh, self._eos = model, mesh or one_device(), eos
+        self._ends = ends = tuple(dict.fromkeys((eos, *ends)))
         self.programs: Counter[str] = Counter()
         self._read = self._compiled(functools.partial(_read, model), donate_argnames="past")
         self._prefill = self._compiled(
-            functools.partial(_prefill, model, eos=eos, suppress=suppress), static_argnames=("room", "sampling")
+            functools.partial(_prefill, model, ends=ends, suppress=suppress), static_argnames=("room", "sampling")
         )
         self._advance = self._compiled(
-            functools.partial(_advance, model, eos=eos, suppress=suppress),
+            functools.partial(_advance, model, ends=ends, suppress=suppress),
             static_argnames=("steps", "sampling"),
             donate_argnames="state",
         )
@@ -185,14 +191,14 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
         seed: int = 0,
     ) -> Iterator[np.ndarray]:
-        """Ids `[B]`, one token at a time, until every row has ended (the last EOS is yielded too)."""
+        """Ids `[B]`, one token at a time, until every row has ended (the last end is yielded too)."""
         ended_B = np.zeros(prompts.ids_BL.shape[0], bool)
         for ids_B1 in self.begin(
             arrays, prompts, max_new_tokens=max_new_tokens, steps=1, sampling=sampling, seed=seed
         ):  # fmt: skip
             ids_B = on_host(ids_B1)[:, 0]
             yield ids_B
-            ended_B |= ids_B == self._eos
+            ended_B |= np.isin(ids_B, self._ends)
             if ended_B.all():
                 return
 
@@ -304,7 +310,7 @@ def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: i
 
 def _prefill(
     model: MoExtend, arrays: Arrays, prompts: Batch, heads: Heads | None, key: jax.Array, *,
-    room: int, sampling: Sampling, eos: int, suppress: tuple[int, ...],
+    room: int, sampling: Sampling, ends: tuple[int, ...], suppress: tuple[int, ...],
 ) -> State:  # fmt: skip
     loaded = with_arrays(model, arrays)
     hidden_BLD, past, seen_BS, sighted_B = _prefilled(loaded, prompts, heads, room=room)
@@ -314,13 +320,13 @@ def _prefill(
     position_B = jnp.take_along_axis(prompts.positions_BL, last_B1, axis=1)[:, 0] + 1
     logits_BV = loaded.decoder.logits(last_B1D)[:, 0]
     newest_B = choose(logits_BV, jax.random.fold_in(key, 0), sampling, suppress=suppress)
-    newest_B = jnp.where(length_B > 0, newest_B, eos).astype(jnp.int32)
+    newest_B = jnp.where(length_B > 0, newest_B, ends[0]).astype(jnp.int32)
     slot = jnp.int32(seen_BS.shape[1] - room)
-    return State(newest_B, newest_B == eos, position_B, seen_BS, sighted_B, past, slot, jnp.int32(1), key)
+    return State(newest_B, _is_end(newest_B, ends), position_B, seen_BS, sighted_B, past, slot, jnp.int32(1), key)
 
 
 def _advance(
-    model: MoExtend, arrays: Arrays, *, state: State, steps: int, sampling: Sampling, eos: int,
+    model: MoExtend, arrays: Arrays, *, state: State, steps: int, sampling: Sampling, ends: tuple[int, ...],
     suppress: tuple[int, ...],
 ) -> tuple[State, jax.Array]:  # fmt: skip
     """Up to `steps` more tokens, fewer when all rows have ended. A token costs one pass; the last one costs none."""
@@ -334,16 +340,20 @@ def _advance(
         state, count, ids_BL = carry
         logits_BV, past, seen_BS = _decode(loaded, state)
         newest_B = choose(logits_BV, jax.random.fold_in(state.key, state.count), sampling, suppress=suppress)
-        newest_B = jnp.where(state.ended_B, eos, newest_B).astype(jnp.int32)
+        newest_B = jnp.where(state.ended_B, ends[0], newest_B).astype(jnp.int32)
         state = State(
-            newest_B, state.ended_B | (newest_B == eos), state.position_B + 1, seen_BS, state.sighted_B, past,
+            newest_B, state.ended_B | _is_end(newest_B, ends), state.position_B + 1, seen_BS, state.sighted_B, past,
             state.slot + 1, state.count + 1, state.key,
         )  # fmt: skip
         return state, count + 1, ids_BL.at[:, count].set(newest_B)
 
-    ids_BL = jnp.full((state.newest_B.shape[0], steps), eos, jnp.int32)
+    ids_BL = jnp.full((state.newest_B.shape[0], steps), ends[0], jnp.int32)
     state, _, ids_BL = jax.lax.while_loop(unfinished, one_token, (state, jnp.int32(0), ids_BL))
     return state, ids_BL
+
+
+def _is_end(ids_B: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, [ids_B == end for end in ends])
 
 
 def _decode(loaded: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.Array]:

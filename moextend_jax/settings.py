@@ -20,6 +20,8 @@ Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
+Part = Annotated[float, Range(above=0)]
+"""Of the rows of a data set: below 1 a share, from 1 on a number of rows."""
 LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
@@ -43,11 +45,14 @@ Policy = Literal["error", "skip", "keep"]
 SKIPPED: tuple[FaultKind, ...] = (
     "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
 )  # fmt: skip
-KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id",)
+KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id", "outside")
 """Kinds whose conversation can be read all the same."""
 POLICIES = cast(
     dict[FaultKind, Policy],
-    {kind: "skip" if kind in SKIPPED else "keep" if kind in KEEPABLE else "error" for kind in get_args(FaultKind)},
+    {
+        kind: "skip" if kind in SKIPPED else "keep" if kind == "duplicate_id" else "error"
+        for kind in get_args(FaultKind)
+    },
 )
 
 
@@ -56,13 +61,21 @@ class OptimizerConfig:
     """AdamW as the paper sets it; `multipliers` of the learning rate and `weight_decays` are by group."""
 
     learning_rate: Positive = 1e-3
+    """Highest learning rate, after warm-up."""
     warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises."""
     clip_norm: Positive = 1.0
+    """Largest norm of a step's gradient, all leaves together; a larger one is scaled down."""
     b1: Decay = 0.9
+    """Decay of AdamW's first moment."""
     b2: Decay = 0.999
+    """Decay of AdamW's second moment."""
     eps: Positive = 1e-8
+    """Added to the root of the second moment."""
     multipliers: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    """What the learning rate of a group of parameters is multiplied by; 1 where not named."""
     weight_decays: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
+    """Weight decay of a group of parameters; 0 where not named."""
 
     def __post_init__(self):
         _check(self)
@@ -74,7 +87,9 @@ class FaultSettings:
     share of the conversations read that were skipped, a run stops."""
 
     policies: Mapping[FaultKind, Policy] = dataclasses.field(default_factory=dict)
+    """What is done about each kind of fault: stop, leave the conversation out, or take it all the same."""
     most_skipped: Share = 0.01
+    """Share of the conversations read that may be left out; above it the run stops."""
 
     def __post_init__(self):
         _check(self)
@@ -99,27 +114,46 @@ class FaultSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """One stage of training. `data` is a data set of `data/datasets.py`, with a split."""
+    """One stage of training. `data` is a name or a path (docs/data.md), or several of them with weights,
+    `a.json:0.7,b.csv:0.3`; `split` is of each. How long it trains is set by `steps` or by `epochs`, the other is 0."""
 
     data: str
-    steps: Count
+    """Data set that the stage is trained on."""
+    steps: Amount = 0
+    """Steps of the optimizer; 0: as many as `epochs` come to."""
+    epochs: NotNegative = 0.0
+    """How often every conversation is seen; the steps are counted before the first."""
+    least_steps: Amount = 0
+    """Of `epochs`: as many steps at least, however few conversations there are."""
     batch_size: Count
-    length: Count
+    """Rows per step, on all devices together; where the data set has fewer, they are repeated."""
+    length: Amount
+    """Tokens of a row, visual ones too; 0: of the longest conversation of the data set, rounded up."""
     split: str = "train"
-    images_per_row: Count = 1
+    """Part of the data set."""
+    images_per_row: Amount = 1
+    """Images of a row at most; 0: as many as the conversation with the most has."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
     """Most tokens of one conversation in a packed row; 0 is the row's length."""
     too_long: Literal["error", "drop_turns"] = "error"
+    """What is done about a conversation longer than that: stop, or leave its last turns out."""
     loss_chunk: Count = 1024
     """Labelled positions that go through the head at once on a device."""
     accumulate: Count = 1
     """Parts in which a step computes its batch, one after another, where the whole does not fit."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """AdamW's settings."""
 
     def __post_init__(self):
         _check(self)
+        if bool(self.steps) == bool(self.epochs):
+            both = f"steps = {self.steps} and epochs = {self.epochs:g} are both set"
+            wrong = both if self.steps else "neither steps nor epochs is set"
+            raise MoextendError(f"{wrong}; one of them must be, the other 0")
+        if self.least_steps and not self.epochs:
+            raise MoextendError(f"least_steps = {self.least_steps} goes with epochs, not with steps")
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
@@ -128,29 +162,47 @@ class StageSettings:
 class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
-    held_out: Count = 10_000
+    held_out: Part = 10_000.0
+    """Samples on which routing is counted, and which the probe does not see: below 1 a share of the rows, from 1 on a
+    number of rows."""
     share: LayerShare = 0.5
+    """Share of the layers to extend."""
     batch_size: Count = 64
+    """Rows at once."""
 
     def __post_init__(self):
         _check(self)
+        _check_part(self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
+    """Accuracy on questions, and what is forgotten of text."""
+
     data: str
+    """Data set whose questions are asked; "" is a part of finetune's, on which no stage trains then."""
+    held_out: Part = 0.1
+    """That part: below 1 a share of the rows, from 1 on a number of rows. Rows that show one picture stay together."""
     questions: Count
+    """So many of them, drawn at random; of a held-out part at most so many."""
     split: str = "test"
+    """Part of the data set."""
     batch_size: Count = 256
-    length: Count = 64
+    """Questions at once."""
+    length: Amount = 64
+    """Tokens of a question at most, visual ones too; 0: as many as the longest has."""
     max_new_tokens: Count = 8
+    """Tokens of an answer at most."""
     text_length: Count = 256
+    """Tokens of a row of held-out text."""
     text_batch_size: Count = 16
+    """Rows of held-out text at once."""
     examples: Amount = 8
     """Questions shown in the report."""
 
     def __post_init__(self):
         _check(self)
+        _check_part(self.held_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,32 +217,49 @@ class RunSettings:
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     recipe: Recipe = RECIPES["paper"]
     base: str = "embedded"
+    """Folder of the pretrained language model; embedded: the small real one of the package."""
     vision: str = "embedded"
+    """Folder of the pretrained vision tower; embedded: the small real one of the package."""
     seed: Amount = 0
+    """Of new parameters, the order of data, and what is held out."""
     data_dir: str = ""
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
     """Where LLaVA's JSON and image folder are."""
+    images: str = ""
+    """The folder that image paths in data are relative to; "" is the folder of the file that names them, or its folder
+    images."""
     cache_features: bool = True
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: Amount = 0
+    """Processes that read and decode data; 0: the one that trains."""
     cpu_devices: Count = 1
     """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
     aux_coefficient: NotNegative = 0.001
+    """Weight of the load-balancing loss."""
+    # The next six are those of `config.ModelConfig`.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of frozen parameters and of the computation."""
     train_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Of the parameters that a stage trains."""
     remat: Literal["none", "attention", "layer"] = "layer"
+    """What the backward pass computes again: nothing, attention, or whole layers, which takes least memory."""
     saved: tuple[Saved, ...] = ()
+    """Products that are kept all the same where layers are computed again."""
     dispatch: Literal["gather", "exchange"] = "gather"
+    """How tokens meet experts on other devices: all-gather in the expert group, or all-to-all."""
     text_isolation: Literal["none", "strict"] = "none"
-    """`remat`, `saved`, `dispatch` and `text_isolation` are those of `config.ModelConfig`."""
+    """strict: conversations without an image never choose a new expert, so that text is computed as before."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(
         default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
     )
+    """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
+    """Steps between checkpoints."""
     checkpoints_kept: Annotated[int, Range(least=2)] = 2
-    """Two at least: the older one is there if the newest is damaged."""
+    """Checkpoints of a stage that are kept: two at least, for the newest may be damaged."""
     log_every: Count = 10
+    """Steps between lines of metrics."""
     sinks: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
     """What gets the logged numbers beside `metrics.jsonl`: rows of `train/sinks.py`."""
     validate_every: Amount = 0
@@ -240,7 +309,7 @@ def to_config_dict(settings: RunSettings) -> ConfigDict:
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
     """Checks names, types and ranges; a mistake is an error that names the field."""
-    return _build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
+    return build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -249,8 +318,13 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
 def _check(settings: Any) -> None:
     """Holds every field of one of the classes above against its type and range, also where Python calls the class."""
     for name, kind in fields(type(settings)).items():
-        value = _build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
+        value = build(kind, getattr(settings, name), where=f"{type(settings).__name__}.{name}")
         object.__setattr__(settings, name, value)
+
+
+def _check_part(part: float) -> None:
+    if part > 1 and part != round(part):
+        raise MoextendError(f"held_out = {part:g} is neither a share, below 1, nor a whole number of rows")
 
 
 @functools.cache
@@ -259,11 +333,12 @@ def fields(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind, include_extras=True)
 
 
-def _build(kind: Any, value: Any, *, where: str) -> Any:
-    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers."""
+def build(kind: Any, value: Any, *, where: str) -> Any:
+    """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers; a mistake is an
+    error that begins with `where`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        number = _build(arguments[0], value, where=where)
+        number = build(arguments[0], value, where=where)
         for bounds in arguments[1:]:
             bounds.check(number, what=where)
         return number
@@ -278,13 +353,13 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
             arguments = arguments[:1] * len(value)
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise MoextendError(f"{where} = {value!r} must be {len(arguments)} values")
-        return tuple(_build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
+        return tuple(build(part, item, where=where) for part, item in zip(arguments, value, strict=True))
     if origin is not None:  # Mapping
         if not isinstance(value, Mapping):
             raise MoextendError(f"{where} = {value!r} is not a group of settings")
         if get_origin(arguments[0]) is Literal:
             _check_names(value, get_args(arguments[0]), where=where)
-        return {name: _build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
+        return {name: build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -295,7 +370,7 @@ def _build(kind: Any, value: Any, *, where: str) -> Any:
 def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
     if isinstance(value, kind):
         for name, part in fields(kind).items():
-            _build(part, getattr(value, name), where=f"{where}.{name}")
+            build(part, getattr(value, name), where=f"{where}.{name}")
         return value
     if not isinstance(value, Mapping):
         raise MoextendError(f"{where} = {value!r} is not a group of settings")
@@ -309,7 +384,7 @@ def _group(kind: type[Settings], value: Any, *, where: str) -> Settings:
     ]
     if missing:
         raise MoextendError(f"{where}: {', '.join(missing)} must be set")
-    parts = {name: _build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
+    parts = {name: build(fields(kind)[name], value[name], where=f"{where}.{name}") for name in value}
     try:
         return kind(**parts)
     except MoextendError as error:  # the class's own checks, of several fields, do not know where they stand

@@ -23,10 +23,11 @@ from moextend_jax import bench, cli, mesh
 from moextend_jax.config import DecoderConfig, VisionConfig
 from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.prompts import Prompt
-from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.evaluate.running import asker_of
 from moextend_jax.plan import topology
-from moextend_jax.runs.models_of import open_model
-from moextend_jax.runs.run import open_run, settings_of
+from moextend_jax.runs.askable import open_place
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.run import known_settings
 
 # As tiny as kernels for TPU allow: widths of 128 on each device, rows of a multiple of 128 positions.
 WIDE = dataclasses.replace(
@@ -106,16 +107,14 @@ def run(folder: Path) -> None:
             cli.main(words)
         except SystemExit as ended:
             assert not ended.code, words
-    settings = settings_of(folder / "work")
-    assert settings is not None
+    settings = known_settings(folder / "work")
     note("eval --forgetting")
-    opened = open_run(settings, folder / "work")
-    model = open_model(opened, "base")
+    opened = open_place(Place(workdir=folder / "work", model="base"))
     prompt = Prompt(
         ids_L=np.arange(40, 60, dtype=np.int32), patches_L=np.full(20, -1, np.int32), head=12,
         targets_L=np.arange(52, 60, dtype=np.int32),
     )  # fmt: skip
-    list(asker_of(opened, generator_of(opened, model.model), model.arrays).score([prompt]))
+    list(asker_of(opened).score([prompt]))
     note("bench")
     bench.STEPS, bench.WARMUP = 1, 0
     bench.measure(settings, stage="finetune", labels="all")

@@ -7,10 +7,12 @@ of its own, what is read must be what that library reads.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
 import struct
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,6 +22,9 @@ from typing import Any, Literal, NamedTuple
 import folders
 import gguf
 import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
 import safetensors.numpy
 import tiny
 import tiny_llama as llama
@@ -34,6 +39,10 @@ from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.compare import reference
 from moextend_jax.config import MoextendError
+from moextend_jax.data.entries import read_entries
+from moextend_jax.data.faults import Fault
+from moextend_jax.data.image_files import read_span
+from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.routing import stats as routing_stats
 
@@ -432,6 +441,80 @@ def _read_source(source: Source) -> None:
             leaf.ours(index)
 
 
+def _data_rows() -> list[dict[str, Any]]:
+    image = {"bytes": PNG, "path": None}
+    part = {"type": "image", "text": None}
+    return [
+        {"id": f"é{n}", "images": [image] * (n % 3), "system": "s",
+         "messages": [{"role": "user", "content": [part] * (n % 3) + [{"type": "text", "text": f"what is {n}? é"}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": f"it is {n}"}]}]}
+        for n in range(6)
+    ]  # fmt: skip
+
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(30)
+
+
+def _data_lines(folder: Path) -> None:
+    rows = [row | {"images": ["a.png"] * len(row["images"])} for row in _data_rows()]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "data.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _data_csv(folder: Path) -> None:
+    rows = [f'{n},"what is {n}, é?",it is {n},"[""a.png"", ""b.png""]"' for n in range(6)]
+    (folder / "data.csv").write_text("\n".join(["id,question,answer,images", *rows]), encoding="utf-8")
+
+
+def _data_arrow(folder: Path) -> None:
+    table = pa.Table.from_pylist(_data_rows())
+    with pa.ipc.new_stream(folder / "data.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+def _data_tar(folder: Path) -> None:
+    with tarfile.open(folder / "data.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for n in range(4):
+            talk = {"id": f"é{n}", "conversations": [{"from": "human", "value": "<image>"}]}
+            for kind, data in (("json", json.dumps(talk).encode()), ("png", PNG), ("note.txt", b"a")):
+                info = tarfile.TarInfo(f"é/{n}.{kind}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+DATA: dict[str, Callable[[Path], None]] = {
+    "jsonl": _data_lines,
+    "csv": _data_csv,
+    "parquet": lambda folder: pq.write_table(pa.Table.from_pylist(_data_rows()), folder / "data.parquet"),
+    "arrow": _data_arrow,
+    "tar": _data_tar,
+}
+
+
+def _read_data(folder: Path) -> None:
+    """All rows, as they are built; a fault is one line of bounded length that names the entry."""
+    (path,) = folder.glob("data.*")
+    for entry in read_entries(path):
+        json.dumps([entry.id, entry.turns])
+        for turn in entry.turns:
+            assert turn is None or turn.keys() <= {"from", "value"}, turn
+        assert all(isinstance(name, str) for name in entry.images) and set(entry.contents) <= set(entry.images)
+        assert entry.fault is None or f"entry {entry.number} " in str(entry.fault)
+        assert len(str(entry.fault)) < LONGEST
+        for content in entry.contents.values():
+            with contextlib.suppress(Fault):
+                if isinstance(content, Span):
+                    read_span(content)
+
+
+def change_line(data: bytes, rng: Rng) -> bytes:
+    """Another value in one of the lines' JSON."""
+    lines = data.split(b"\n")
+    n = int(rng.integers(len(lines)))
+    lines[n] = change_json(lines[n], rng).replace(b"\n", b" ")
+    return b"\n".join(lines)
+
+
 def _upcycled(folder: Path) -> None:
     _read_source(open_upcycled(folder / "model", experts=2, tokenizer_folder=folder / "tokenizer"))
 
@@ -477,6 +560,8 @@ READERS: dict[str, Reader] = {
         _selection, "routing.json", lambda folder: read_selection(folder / "routing.json", decoder=tiny.DECODER),
         change_json,
     ),
+    **{f"data: {form}": Reader(make, f"data.{form}", _read_data, change_bytes) for form, make in DATA.items()},
+    "data: messages": Reader(DATA["jsonl"], "data.jsonl", _read_data, change_line),
     "tokenizer.model": Reader(_tokenizer, "tokenizer.model", load_tokenizer, change_bytes),
     "tokenizer_config.json": Reader(_tokenizer, "tokenizer_config.json", load_tokenizer, change_json),
 }  # fmt: skip

@@ -55,7 +55,7 @@ def on_mesh(sizes: dict[str, int], eos: int = EOS) -> Generator:
 def asker(*, rows: int = 16, tokens: int = 10**6, eos: int = EOS, mesh: dict[str, int] | None = None) -> Asker:
     return Asker(
         generator=generator(eos) if mesh is None else on_mesh(mesh, eos),
-        arrays=arrays(), eos=eos, rows=rows, tokens=tokens, pictures=Pictures(),
+        arrays=arrays(), ends=(eos,), rows=rows, tokens=tokens, pictures=Pictures(),
     )  # fmt: skip
 
 
@@ -162,8 +162,8 @@ def scores(who: Asker, tails: Batch, heads) -> np.ndarray:
 
 def test_programs_are_few_and_compiled_once():
     who = Asker(
-        generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), eos=EOS, rows=16, tokens=10**6,
-        pictures=Pictures(),
+        generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), ends=(EOS,), rows=16,
+        tokens=10**6, pictures=Pictures(),
     )  # fmt: skip
     some = prompts(60)
     pairs = {(work.head_length, work.tail_length) for work in plan(some, parts=1, rows=16, tokens=10**6, room=NEW)}

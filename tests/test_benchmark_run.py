@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,10 @@ from PIL import Image
 from test_processes import launch
 
 from moextend_jax.checkpoints import train_state
-from moextend_jax.config import ModelConfig, MoextendError
-from moextend_jax.evaluate.benchmark import benchmark
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.benchmark import benchmark, read_exam
 from moextend_jax.evaluate.benchmarks.answers import Answers
-from moextend_jax.evaluate.running import generator_of
-from moextend_jax.generate import Generator
+from moextend_jax.runs.askable import askable
 from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -47,18 +45,6 @@ def aligned(workdir: Path, base: Path, *, seed: int = 0) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once() -> Iterator[None]:
-    """Every test asks the same structure of model."""
-    generators: dict[ModelConfig, Generator] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "moextend_jax.evaluate.benchmark.generator_of",
-            lambda run, model: generators.setdefault(model.config, generator_of(run, model)),
-        )
-        yield
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return tiny.write_base(tmp_path_factory.mktemp("base"))
@@ -72,8 +58,8 @@ def whole(base, tmp_path_factory) -> Path:
     return path_of(workdir)
 
 
-def answer(run: Run, **options) -> dict:
-    return benchmark(run, "easy_vqa", data=None, model="aligned", **{"limit": QUESTIONS, **options})
+def answer(run: Run, *, limit: int = QUESTIONS, model: str = "aligned") -> dict:
+    return benchmark(askable(run, model), read_exam("easy_vqa", limit=limit), out=run.workdir / "eval")
 
 
 def path_of(workdir: Path) -> Path:
@@ -159,7 +145,8 @@ def write_mmvet(folder: Path, *, broken: tuple[int, ...] = (), missing: tuple[in
 
 def test_official_files_from_a_folder_of_the_user(base, tmp_path):
     run = aligned(tmp_path / "work", base)
-    record = benchmark(run, "mmvet", data=write_mmvet(tmp_path), model="aligned", max_new_tokens=4)
+    exam = read_exam("mmvet", data=write_mmvet(tmp_path))
+    record = benchmark(askable(run, "aligned"), exam, out=run.workdir / "eval", max_new_tokens=4)
     assert record["answered"] == 6 and record["max_new_tokens"] == 4
     assert len(by_id(tmp_path / "work" / "eval" / "mmvet" / "aligned" / "answers.jsonl")) == 6
 
@@ -167,16 +154,18 @@ def test_official_files_from_a_folder_of_the_user(base, tmp_path):
 @pytest.mark.parametrize(("wrong", "line"), [({"broken": (3,)}, 4), ({"missing": (1, 5)}, 2)])
 def test_bad_images_are_named_by_line_before_anything_runs(base, tmp_path, monkeypatch, wrong, line):
     run = aligned(tmp_path / "work", base)
-    monkeypatch.setattr("moextend_jax.evaluate.benchmark.open_model", None)
+    monkeypatch.setattr("moextend_jax.evaluate.benchmark.asker_of", None)
+    path = tmp_path / "work" / "eval" / "mmvet" / "aligned" / "answers.jsonl"
     with pytest.raises(MoextendError, match=rf"llava-mm-vet\.jsonl:{line}: .*image") as raised:
-        benchmark(run, "mmvet", data=write_mmvet(tmp_path, **wrong), model="aligned")
+        exam = read_exam("mmvet", data=write_mmvet(tmp_path, **wrong))  # before a model is opened, of missing ones
+        benchmark(askable(run, "aligned"), exam, out=run.workdir / "eval")
     assert str(raised.value).count("llava-mm-vet.jsonl:") == len(*wrong.values())
-    assert not (tmp_path / "work" / "eval" / "mmvet" / "aligned" / "answers.jsonl").read_bytes()
+    assert not path.exists() if "missing" in wrong else not path.read_bytes()
 
 
 def test_the_base_model_cannot_see(base, tmp_path):
     with pytest.raises(MoextendError, match="cannot see"):
-        benchmark(aligned(tmp_path, base), "easy_vqa", data=None, model="base", limit=2)
+        answer(aligned(tmp_path, base), model="base", limit=2)
 
 
 PROCESS = """

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from moextend_jax import cli
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks import answers, table
-from moextend_jax.evaluate.benchmarks.command import score_main
 from moextend_jax.evaluate.benchmarks.question import Question, check_images, image_bytes
 
 NUMBER = 5
@@ -295,7 +295,7 @@ def test_names_splits_and_folders_that_are_not_there(tmp_path: Path):
 
 
 def command(*arguments: object) -> int:
-    return score_main([str(argument) for argument in arguments])
+    return cli.call(["eval", "score", *(str(argument) for argument in arguments)])
 
 
 def test_score_prints_a_table_and_writes_submissions(tmp_path: Path, capsys):

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from moextend_jax import cli
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks import easy_vqa, gqa, mmbench, mme, pope, scienceqa, table, textvqa
-from moextend_jax.evaluate.benchmarks.command import score_main
 from moextend_jax.evaluate.benchmarks.question import Answered, Question
 from moextend_jax.evaluate.benchmarks.scores import Scores
 from moextend_jax.evaluate.benchmarks.vqa_text import agreement, normalise, normalise_m4c, vqa_accuracy
@@ -56,7 +56,12 @@ def row(scores: Scores, first: str) -> dict[str, Any]:
 
 def test_pope_is_the_published_result(llava_eval: Path, capsys):
     answers = llava_eval / "pope" / "answers_llava-v1.5-13b.jsonl"
-    assert score_main(["--benchmark", "pope", "--data", str(llava_eval), "--answers", str(answers), "--json"]) == 0
+    assert (
+        cli.call(
+            ["eval", "score", "--benchmark", "pope", "--data", str(llava_eval), "--answers", str(answers), "--json"]
+        )
+        == 0
+    )
     printed = json.loads(capsys.readouterr().out)
     f1 = {of["split"]: f"{of['F1 %'] / 100:.4f}" for of in printed["rows"]}
     assert f1 == {"adversarial": "0.8446", "popular": "0.8625", "random": "0.8714", "mean": "0.8595"}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moextend_jax.check_data import check_command, readings_of
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, SelectSettings, StageSettings
 
 ROWS = 20
 
@@ -44,7 +44,7 @@ def settings(folder: Path, **more: Any) -> RunSettings:
     return RunSettings(
         align=stage("llava_pretrain", split="train[:10]"), extend=instruct, finetune=instruct, full=instruct,
         evaluate=EvaluateSettings(data="llava_instruct", split="train[6:]", questions=1, length=300),
-        manual_dir=str(folder), **more,
+        select=SelectSettings(held_out=2), manual_dir=str(folder), **more,
     )  # fmt: skip
 
 
@@ -107,3 +107,45 @@ def test_a_file_that_cannot_be_read_does_not_end_the_check_of_the_others(folder,
     assert said["data"][1]["ok"] and said["data"][1]["rows"] == ROWS
     with pytest.raises(MoextendError, match="processes = -1"):
         check_command(settings(folder), data_dir=None, processes=-1, as_json=True, console=Console())
+
+
+def test_what_a_run_would_refuse_of_sound_data_is_said_too(folder, capsys):
+    """All at once: samples, questions and pictures that are not there."""
+    for path in folder.glob("*.json"):
+        rows = [row for row in json.loads(path.read_text()) if row["id"] not in ("row3", "row5")]
+        path.write_text(json.dumps([{key: row[key] for key in row if key != "image"} | {"conversations": [
+            {"from": "human", "value": "what?"}, row["conversations"][1]]} for row in rows]))  # fmt: skip
+    run = settings(folder)
+    run = dataclasses.replace(
+        run,
+        select=SelectSettings(held_out=18, share=0.01),
+        evaluate=dataclasses.replace(run.evaluate, questions=13),
+    )
+    code, record = checked(run, capsys)
+    assert code == 1 and record["ok"] is False and all(reading["ok"] for reading in record["data"])
+    assert record["problems"] == [
+        "select.held_out = 18: cannot hold out 18 of 18 rows; at most 17 can be, or a share such as 0.1",
+        "select.share = 0.01 of 8 layers chooses none; raise it",
+        "align trains the projector, and none of its 10 conversations has an image",
+        "evaluate.questions = 13, but llava_instruct has 12 rows",
+    ]
+    code, text = checked(run, capsys, as_json=False)
+    assert code == 1 and text.count("a run would be refused: ") == 4
+    run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, data="", held_out=17))
+    assert "cannot hold out 18 of 1 rows" in checked(run, capsys)[1]["problems"][0]
+
+
+def test_lengths_that_the_data_decide_limit_nothing(folder, capsys):
+    for path in folder.glob("*.json"):
+        rows = [row for row in json.loads(path.read_text()) if row["id"] not in ("row3", "row5")]
+        rows[0]["conversations"][1]["value"] = "long " * 400
+        path.write_text(json.dumps(rows))
+    run = settings(folder)
+    code, record = checked(run, capsys)
+    assert code == 1 and "too_long" in record["data"][1]["kinds"]
+    stage = dataclasses.replace(run.finetune, length=0, images_per_row=0)
+    own = dataclasses.replace(run, align=stage, extend=stage, finetune=stage, full=stage)
+    own = dataclasses.replace(own, evaluate=dataclasses.replace(run.evaluate, data="", length=0))
+    code, record = checked(own, capsys)
+    assert (code, record["problems"]) == (0, []), record
+    assert [reading["stages"] for reading in record["data"]] == [["align", "extend", "finetune", "full"], ["evaluate"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import re
@@ -13,17 +14,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import pytest
 import tiny
 
+import moextend_jax
 from moextend_jax import cli, machine, preemption
 from moextend_jax.checkpoints import sums
+from moextend_jax.options import options_of
+from moextend_jax.options import settings_of as settings_listed
+from moextend_jax.runs.results import RESULTS
 from moextend_jax.runs.run import settings_of
-
-# ml_collections reads a configuration file through a method of importlib that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+from moextend_jax.settings import fields
 
 
 class Ground(NamedTuple):
@@ -78,28 +81,94 @@ def test_help_lists_every_command(argv, capsys):
     assert all(f"\n  {name} " in said for name in cli.COMMANDS)
 
 
-def test_an_unknown_command_is_named(refused):
-    assert "'alingn'" in refused("alingn")
-    assert "align" in refused("alingn")
+def test_help_waits_for_no_library():
+    program = "import sys; from moextend_jax import cli; cli.main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "ml_collections" in done.stderr and not {"jax", "numpy", "matplotlib", "rich"} & {*done.stderr.split()}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_has_all_its_options_and_all_settings(name: str, capsys):
+    cli.main([*name.split(), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    kind = next(iter(get_type_hints(cli.resolve(cli.COMMANDS[name].function)).values()))
+    listed = options_of(kind) + (list(settings_listed()) if "config" in fields(kind) else [])
+    assert len(listed) > 0 and not [option.name for option in listed if not option.meaning]
+    for option in listed:
+        (at,) = [
+            n
+            for n, line in enumerate(lines)
+            if f"{line} ".startswith(f"  --{option.name}{'.NAME' * bool(option.names)} ")
+        ]
+        assert option.meaning.split()[0] in " ".join(lines[at : at + 2])
+
+
+def test_help_with_a_configuration_shows_its_values(capsys):
+    cli.main(["run", "demo:released", "--config.align.steps=7", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--config.align.steps Steps of the optimizer. (whole number at least 1; default 110)" in said
+    assert "(one of top_k, least_likely; default least_likely)" in said
+    cli.main(["help", "run"])
+    assert "Steps of the optimizer. (whole number at least 1; set by each configuration)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--version"], ["-V"], ["version"]])
+def test_the_version(words: list[str], capsys):
+    cli.main(words)
+    assert capsys.readouterr().out == f"moextend_jax {moextend_jax.__version__}\n"
+
+
+def test_python_runs_the_package():
+    done = subprocess.run([sys.executable, "-m", "moextend_jax", "-V"], capture_output=True, text=True, check=True)
+    assert moextend_jax.__version__ in done.stdout
+
+
+@pytest.mark.parametrize("words", [["data"], ["data", "--help"], ["routing"], ["help", "routing"]])
+def test_a_group_of_commands_lists_them(words: list[str], capsys):
+    cli.main(words)
+    said = capsys.readouterr().out
+    group = words[-1] if words[0] == "help" else words[0]
+    assert [line.split("  ")[1] for line in said.splitlines()] == [
+        name for name in cli.COMMANDS if name.startswith(group)
+    ]
 
 
 @pytest.mark.parametrize(
-    "command", [name for name in cli.COMMANDS if name not in ("report", "generate", "data", "eval")]
-)
-def test_a_command_without_a_configuration(refused, tmp_path, command: str):
-    assert "--config" in refused(command, f"--workdir={tmp_path}")
+    ("words", "meant"),
+    [
+        ("alingn", "align"), ("runn --workdir w", "run"), ("rouing plot", "routing plot"),
+        ("routing colect", "routing collect"), ("data chek", "data check"), ("run demo --wokdir w", "--workdir"),
+        ("run demmo --workdir w", "demo"), ("run demo:relased --workdir w", "released"),
+        ("run demo --workdir w --config.finetune.step=3", "--config.finetune.steps"),
+        ("run demo --workdir w --config.remat=layers", "layer"),
+        ("run demo --workdir w --config.mesh.fspd=2", "--config.mesh.fsdp"),
+        ("generate hi --workdir w --model=moextnd", "moextend"),
+        ("eval --workdir w --max-new-token 3", "--max_new_tokens"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_answered_with_what_was_meant(refused, words: str, meant: str):
+    assert refused(*words.split()).endswith(f"; did you mean {meant}?\n")
 
 
-@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name not in ("bench", "plan", "data")])
+NEED_CONFIG = [name for name, command in cli.COMMANDS.items() if command.function.startswith("moextend_jax.commands")
+               and not name.startswith(("report", "generate", "chat", "eval", "demo"))]  # fmt: skip
+NEED_CONFIG += ["evaluate", "plan"]
+
+
+@pytest.mark.parametrize("command", NEED_CONFIG)
+def test_a_command_without_a_configuration(refused, command: str):
+    assert "needs --config: " in refused(*command.split())
+
+
+@pytest.mark.parametrize("command", ["run", *RESULTS, "evaluate", "eval", "report", "generate"])
 def test_a_command_without_a_work_directory(refused, ground, command: str):
-    assert "--workdir" in refused(command, f"--config={ground.config}")
+    arguments = [] if command == "report" else [f"--config={ground.config}"]
+    assert "needs --workdir: " in refused(command, *arguments)
 
 
-def test_data_check_and_eval_say_what_they_need(refused, tmp_path):
-    assert "data check CONFIG" in refused("data")
-    assert "--config" in refused("data", "check")
+def test_eval_says_what_it_needs(refused, tmp_path):
     assert "--benchmark" in refused("eval", f"--workdir={tmp_path}")
-    assert "is no work directory" in refused("eval", "--benchmark=pope", f"--workdir={tmp_path}")
+    assert "is no work directory" in refused("eval", "--benchmark=easy_vqa", f"--workdir={tmp_path}")
 
 
 @pytest.mark.parametrize("extra", ["--nope=1", "--config.nope=1", "--config.align.nope=1", "stray"])
@@ -114,15 +183,7 @@ def test_a_value_of_the_wrong_type(refused, ground, tmp_path, extra: str):
 
 def test_a_value_that_is_no_choice(refused, ground, tmp_path):
     said = refused("align", *ground.arguments(tmp_path, "--config.remat=everything"))
-    assert "config.remat" in said and "'layer'" in said
-
-
-@pytest.mark.parametrize("text", [None, "def get_config(:", "def get_config():\n    return nope()", "import nope"])
-def test_a_configuration_file_that_is_missing_or_broken(refused, tmp_path, text):
-    path = tmp_path / "broken_config.py"
-    if text is not None:
-        path.write_text(text)
-    refused("align", f"--config={path}", f"--workdir={tmp_path / 'work'}")
+    assert "config.remat = 'everything' is not one of none, attention, layer" in said
 
 
 def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
@@ -143,7 +204,7 @@ def test_a_work_directory_that_is_a_file(refused, ground, tmp_path):
 def test_a_number_outside_its_range_is_named_with_the_range(refused, ground, tmp_path, words: str):
     *command, option = words.split()
     name, _, value = option.partition("=")
-    message = refused(*command, f"--config={ground.config}", f"--workdir={tmp_path}", option)
+    message = refused(*command, f"--config={ground.config}", option, f"--workdir={tmp_path}")
     assert name.lstrip("-") in message and re.search(rf"= {value}(\.0)? must be (at least|more than) ", message)
 
 
@@ -157,7 +218,7 @@ def test_a_number_outside_its_range_is_named_with_the_range(refused, ground, tmp
 )  # fmt: skip
 def test_a_number_of_a_tool_outside_its_range(refused, words: str):
     *_, name, value = words.split()
-    assert re.search(rf"{name}: {value} must be (at least|more than) \d", refused(*words.split()))
+    assert re.search(rf"{name} = {value}(\.0)? must be (at least|more than) \d", refused(*words.split()))
 
 
 def test_a_name_that_python_cannot_read(refused, ground, tmp_path):
@@ -187,8 +248,7 @@ class InTheCollector:
 
 
 def test_an_interrupt_in_the_garbage_collector_is_not_lost(monkeypatch, capsys):
-    monkeypatch.setitem(cli.COMMANDS, "align", InTheCollector(signal.SIGINT).wait)
-    monkeypatch.setattr(cli, "_parse", lambda *_: (None, None))
+    monkeypatch.setattr(cli, "call", InTheCollector(signal.SIGINT).wait)
     with pytest.raises(SystemExit) as exit:
         cli.main(["align"])
     assert exit.value.code == 130 and capsys.readouterr().err.startswith("moextend: interrupted;")
@@ -198,8 +258,7 @@ def test_an_interrupt_in_the_garbage_collector_is_not_lost(monkeypatch, capsys):
 def test_every_signal_that_announces_the_end_is_taken(monkeypatch, capsys, number: int):
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     monkeypatch.setattr(preemption._Notice, "given", False)
-    monkeypatch.setitem(cli.COMMANDS, "align", InTheCollector(number).wait)
-    monkeypatch.setattr(cli, "_parse", lambda *_: (None, None))
+    monkeypatch.setattr(cli, "call", InTheCollector(number).wait)
     preemption.listen()
     try:
         with pytest.raises(SystemExit) as exit:
@@ -225,7 +284,7 @@ def test_a_process_that_was_interrupted_ends_at_once():
     program = (
         "import atexit, sys\nfrom moextend_jax import cli, distributed\n"
         "def interrupted(*_): raise KeyboardInterrupt\n"
-        "cli.COMMANDS['align'], cli._parse = interrupted, lambda *_: (None, None)\n"
+        "cli.call = interrupted\n"
         "atexit.register(print, 'on the way out')\nsys.argv = ['moextend', 'align']\ncli.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -240,8 +299,7 @@ def test_a_platform_that_is_not_there(refused, monkeypatch):
 
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setattr(jax, "local_devices", refuse)
-    monkeypatch.setitem(cli.COMMANDS, "align", lambda *_: refuse())
-    monkeypatch.setattr(cli, "_parse", lambda *_: (None, None))
+    monkeypatch.setattr(cli, "call", lambda _: refuse())
     assert "JAX_PLATFORMS = cuda gives no devices" in refused("align")
 
 
@@ -369,8 +427,9 @@ def test_more_questions_than_rows(refused, ground):
 # --- generate and report ----------------------------------------------------------------------------------------------
 
 
-def test_generate_without_a_prompt_or_with_a_picture_that_cannot_be_read(refused, ground, tmp_path):
+def test_generate_without_a_prompt_or_with_a_picture_that_cannot_be_read(refused, ground, tmp_path, monkeypatch):
     aligned = ground.arguments(ground.aligned, "--model=aligned")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert "--prompt" in refused("generate", *aligned)
     assert "nope.png" in refused("generate", *aligned, "--prompt=hi", "--image=nope.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -405,6 +464,12 @@ def test_generate_remembers_the_settings_and_streams(ground, capsys):
             ["generate", f"--workdir={ground.aligned}", "--prompt=hello", f"--model={model}", "--max_new_tokens=3"]
         )
         assert capsys.readouterr().out.strip()
+
+
+def test_generate_answers_prompts_from_standard_input(ground, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nWhich?\n"))
+    cli.main(["generate", "-", f"--workdir={ground.aligned}", "--model=aligned", "--max-new-tokens", "1"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_generate_looks_at_a_picture(ground, capsys):

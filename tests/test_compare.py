@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import reference_set
 
-from moextend_jax.compare import command, forward, reference, verdict
+from moextend_jax import cli
+from moextend_jax.compare import forward, reference, verdict
 from moextend_jax.config import MoextendError
 
 
@@ -57,7 +58,7 @@ def arguments(checkpoint: Path, file: Path) -> list[str]:
 
 
 def compare(capsys, checkpoint: Path, file: Path) -> tuple[int, dict[str, Any]]:
-    code = command.main([*arguments(checkpoint, file), "--json"])
+    code = cli.call(["compare", *arguments(checkpoint, file), "--json"])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -108,7 +109,7 @@ def test_one_number_beyond_tolerance_is_exit_code_1(derived, text: Path, tmp_pat
     assert 0.9 < differing["text/topk_idx/2"]["agreement"] < 1
     assert set(by_name(record, "not compared")) == {"text/surprise"}
     file = changed(text, tmp_path, changes | {"text/topk_idx/2": None, "text/router_logits/4": None})
-    assert command.main([*arguments(derived.folder / "moextend_pert", file), "--atol", "1e-3"]) == 0
+    assert cli.call(["compare", *arguments(derived.folder / "moextend_pert", file), "--atol", "1e-3"]) == 0
     table = capsys.readouterr().out
     assert "surprise" in table and "1.0e-03" in table
 
@@ -151,33 +152,33 @@ def test_a_broken_reference_is_an_error_that_says_what(derived, tmp_path: Path, 
         facts = change.get("manifest") or json.dumps({"spec": {"coef": 0.1, **change["spec"]}})
         (tmp_path / "manifest.json").write_text(facts)
     with pytest.raises(MoextendError, match=message):
-        command.main(arguments(derived.folder / "vision", tmp_path / "forward.npz"))
+        cli.call(["compare", *arguments(derived.folder / "vision", tmp_path / "forward.npz")])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "compare: the following arguments are required: --checkpoint, --reference"),
+        ([], "compare needs --checkpoint: .*; --reference: "),
         (["--reference", "nowhere.npz"], "nowhere.npz does not exist"),
-        (["--reference", "x.npz", "--stage", "align"], "unrecognized arguments: --stage align"),
-        (["--reference", "x.npz", "--atol", "-1"], "--atol: -1 must be at least 0"),
+        (["--reference", "x.npz", "--stage", "align"], "compare: there is no option --stage;"),
+        (["--reference", "x.npz", "--atol", "-1"], "--atol = -1.0 must be at least 0"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: str):
     with pytest.raises(MoextendError, match=message):
-        command.main([*words, "--checkpoint", "x"] if words else [])
+        cli.call(["compare", *([*words, "--checkpoint", "x"] if words else [])])
 
 
 def test_a_folder_is_no_file_and_its_files_are_listed(derived):
     with pytest.raises(MoextendError, match=r"is a folder; name one of its files \(.*batches\.npz"):
-        command.main(["--checkpoint", "x", "--reference", str(derived.folder)])
+        cli.call(["compare", "--checkpoint", "x", "--reference", str(derived.folder)])
 
 
 def test_a_file_of_unknown_arrays_alone_has_nothing_to_compare(derived, text: Path, tmp_path: Path):
     arrays = {name: None for name in np.load(text / "forward_torch.npz")}
     file = changed(text, tmp_path, arrays | {"nowhere/logits": np.zeros(3), "text/surprise": np.zeros(3)})
     with pytest.raises(MoextendError, match="nothing in .* could be compared: logits: .* no batch 'nowhere'"):
-        command.main(arguments(derived.folder / "moextend_pert", file))
+        cli.call(["compare", *arguments(derived.folder / "moextend_pert", file)])
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ import oracle
 import pytest
 import tiny
 
+from moextend_jax import cli
 from moextend_jax.checkpoints import convert, hashes, huggingface, names, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
-from moextend_jax.runs import export
 from moextend_jax.runs.export import is_workdir, open_workdir
 from moextend_jax.runs.run import settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def there_and_back(src: Path, tmp_path: Path, *options: str, out: tuple[str, ...] = ()) -> Path:
-    convert.import_main([str(src), str(tmp_path / "imported"), *options])
-    export.export_main([str(tmp_path / "imported"), str(tmp_path / "exported"), *out])
+    cli.call(["import", str(src), str(tmp_path / "imported"), *options])
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "exported"), *out])
     return tmp_path / "exported"
 
 
@@ -73,10 +73,10 @@ def test_the_tower_of_a_whole_clip(tmp_path: Path):
 def test_the_parts_of_a_model_go_in_together_and_come_out_apart(tmp_path: Path):
     src, tower = folders.mixtral(tmp_path / "src"), folders.clip(tmp_path / "tower")
     projector = folders.projector(tmp_path / "projector", table="llava_hf")
-    convert.import_main([str(src), str(tmp_path / "whole"), f"--vision={tower}", "--projector", str(projector)])
+    cli.call(["import", str(src), str(tmp_path / "whole"), f"--vision={tower}", "--projector", str(projector)])
     assert open_checkpoint(tmp_path / "whole").config.vision == dataclasses.replace(tiny.VISION, feature_layer=-2)
     for layout, original in (("clip", tower), ("llava", projector), ("mixtral", src)):
-        export.export_main([str(tmp_path / "whole"), str(tmp_path / layout), "--layout", layout])
+        cli.call(["export", str(tmp_path / "whole"), str(tmp_path / layout), "--layout", layout])
         folders.assert_same(folders.read(tmp_path / layout), folders.read(original))
     folders.assert_same(folders.read(tmp_path / "mixtral" / "vision"), folders.read(tower))
     assert not (tmp_path / "mixtral" / "tokenizer.json").exists()  # CLIP's
@@ -180,7 +180,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("extended", [True, False])
 def test_a_run_is_exported_in_the_released_layout(tmp_path: Path, base: Path, extended: bool, capsys):
     trained = run_of(tmp_path / "run", base, extended=extended)
-    export.export_main([str(tmp_path / "run"), str(tmp_path / "out")])
+    cli.call(["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert "in layout released" in capsys.readouterr().out
     opened = open_checkpoint(tmp_path / "out")
     expected = {**open_checkpoint(base).arrays, **folders.arrays(tiny.PLAIN), **trained}
@@ -193,13 +193,13 @@ def test_a_run_is_exported_in_the_released_layout(tmp_path: Path, base: Path, ex
 @pytest.mark.parametrize("recipe", ["paper", "released"])
 def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, base: Path, recipe: str):
     trained = run_of(tmp_path / "run", base, extended=True, recipe=recipe, changed=recipe == "released")
-    export.export_main([str(tmp_path / "run"), str(tmp_path / "delta"), "--layout=delta"])
+    cli.call(["export", str(tmp_path / "run"), str(tmp_path / "delta"), "--layout=delta"])
     folders.assert_same(folders.read(tmp_path / "delta"), trained)
     said = json.loads((tmp_path / "delta" / "moextend.json").read_text())
     assert said["base_hash"] == hashes.base_hash(open_source(base).leaves)
     assert said["facts"]["recipe"]["calibrator_std"] == RECIPES[recipe].calibrator_std
 
-    convert.import_main([str(base), str(tmp_path / "imported")])
+    cli.call(["import", str(base), str(tmp_path / "imported")])
     for other in (base, tmp_path / "imported"):
         opened = open_checkpoint(tmp_path / "delta", base=other)
         folders.assert_same(opened.arrays, {**folders.arrays(tiny.PLAIN), **trained})
@@ -209,8 +209,8 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
         open_checkpoint(tmp_path / "delta")
 
     # Applied, imported, and taken off again it is the same delta.
-    convert.import_main([str(tmp_path / "delta"), str(tmp_path / "applied"), f"--base={base}"])
-    export.export_main([str(tmp_path / "applied"), str(tmp_path / "again"), "--layout=delta"])
+    cli.call(["import", str(tmp_path / "delta"), str(tmp_path / "applied"), f"--base={base}"])
+    cli.call(["export", str(tmp_path / "applied"), str(tmp_path / "again"), "--layout=delta"])
     folders.assert_same(folders.read(tmp_path / "again"), trained)
     assert json.loads((tmp_path / "again" / "moextend.json").read_text())["base_hash"] == said["base_hash"]
 
@@ -230,8 +230,9 @@ def test_the_settings_of_a_run_are_those_it_was_run_with_and_a_model_has_none(tm
     run_of(tmp_path / "run", base, extended=False)
     settings = settings_of(tmp_path / "run")
     assert settings is not None and settings.base == str(base) and is_workdir(tmp_path / "run")
-    for folder in (base, tmp_path / "nowhere"):
-        assert settings_of(folder) is None and not is_workdir(folder)
+    assert settings_of(base) is None and not is_workdir(base) and not is_workdir(tmp_path / "nowhere")
+    with pytest.raises(MoextendError, match="nowhere is no work directory: there is no such folder"):
+        settings_of(tmp_path / "nowhere")
     with pytest.raises(MoextendError, match="nowhere is no work directory"):
         open_workdir(tmp_path / "nowhere")
     (tmp_path / "run" / "config.json").write_text('{"settings": {"bass": 1}}')
@@ -247,7 +248,7 @@ def test_a_run_whose_base_has_changed_is_not_exported(tmp_path: Path, base: Path
     run_of(tmp_path / "run", base, extended=True)
     folders.change(base, {"model.norm.weight": lambda old: old + 1})
     with pytest.raises(MoextendError, match="was run on the base with content hash"):
-        export.export_main([str(tmp_path / "run"), str(tmp_path / "out")])
+        cli.call(["export", str(tmp_path / "run"), str(tmp_path / "out")])
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -302,14 +303,14 @@ def test_a_mistake_is_named_before_anything_is_written(tmp_path: Path, mistake: 
     make, said = MISTAKES[mistake]
     src = make(tmp_path / "src")
     with pytest.raises(MoextendError, match=said):
-        convert.import_main([str(src), str(tmp_path / "dst")])
+        cli.call(["import", str(src), str(tmp_path / "dst")])
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "src, dst"),
+        ([], "import needs --src: .*; --dst: new folder"),
         (["{src}"], "dst"),
         (["{src}", "{dst}", "--frobnicate"], "--frobnicate"),
         (["{src}", "{dst}", "--dtype", "int8"], "int8"),
@@ -323,7 +324,7 @@ def test_a_mistake_is_named_before_anything_is_written(tmp_path: Path, mistake: 
 def test_a_mistaken_import_says_so(tmp_path: Path, arguments: list[str], said: str):
     src = folders.mixtral(tmp_path / "src")
     with pytest.raises(MoextendError, match=said):
-        convert.import_main([one.format(src=src, dst=tmp_path / "dst") for one in arguments])
+        cli.call(["import", *(one.format(src=src, dst=tmp_path / "dst") for one in arguments)])
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
@@ -340,13 +341,13 @@ def test_a_mistaken_import_says_so(tmp_path: Path, arguments: list[str], said: s
 def test_a_mistaken_export_says_so(tmp_path: Path, arguments: list[str], said: str):
     src = folders.mixtral(tmp_path / "src")
     with pytest.raises(MoextendError, match=said):
-        export.export_main([str(src), str(tmp_path / "dst"), *arguments])
+        cli.call(["export", str(src), str(tmp_path / "dst"), *arguments])
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_an_extended_model_is_no_mixtral(tmp_path: Path):
     with pytest.raises(MoextendError, match="no Mixtral"):
-        export.export_main([str(folders.released(tmp_path / "a")), str(tmp_path / "b"), "--layout", "mixtral"])
+        cli.call(["export", str(folders.released(tmp_path / "a")), str(tmp_path / "b"), "--layout", "mixtral"])
 
 
 def test_an_error_while_writing_leaves_nothing(tmp_path: Path):
@@ -367,7 +368,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch: pyte
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(MoextendError, match="its disk has 10 B left"):
-        convert.import_main([str(src), str(tmp_path / "dst")])
+        cli.call(["import", str(src), str(tmp_path / "dst")])
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -462,17 +463,17 @@ def test_memory_stays_within_twice_the_largest_stacked_tensor_of_gigabytes(tmp_p
 def test_an_import_without_a_tokenizer_that_is_read_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     src = folders.mixtral(tmp_path / "src")
     (src / "tokenizer.json").write_text("{}")
-    convert.import_main([str(src), str(tmp_path / "both")])
+    cli.call(["import", str(src), str(tmp_path / "both")])
     assert "not tokenizer.json" not in capsys.readouterr().out
     (src / "tokenizer.model").unlink()
-    convert.import_main([str(src), str(tmp_path / "one")])
+    cli.call(["import", str(src), str(tmp_path / "one")])
     assert f"read tokenizer.model, not tokenizer.json: copy that of the base to {tmp_path / 'one'}" in (
         capsys.readouterr().out
     )
 
 
 def test_the_command_tells_what_it_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    convert.import_main([str(folders.mixtral(tmp_path / "src")), str(tmp_path / "dst")])
+    cli.call(["import", str(folders.mixtral(tmp_path / "src")), str(tmp_path / "dst")])
     out = capsys.readouterr().out
     assert re.search(
         r"imported decoder \(mixtral\) .* MB/s; peak memory .* above the start \(largest tensor written", out

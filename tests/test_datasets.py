@@ -132,10 +132,10 @@ def test_lists_of_images_are_read_and_other_keys_named(tmp_path):
     source = open_llava(tmp_path, [{"id": 1, "images": ["b.png", "a.png"], "image": None, "conversations": talk}])
     assert [ref.key for ref in source[0].images] == ["b.png", "a.png"]
     for more, message in [
-        ({"image_path": "a.png"}, "what image_path names is not read; call it image"),
+        ({"image_path": "a.png", "img": "b.png"}, "image_path and img name different pictures"),
         ({"image": "a.png", "video": "a.mp4"}, "what video names is not read; only pictures are"),
         ({"image": "a.png", "images": ["b.png"]}, "image and images name different pictures"),
-        ({"images": {"a": 1}}, "must be a path or a list of paths"),
+        ({"images": {"a": 1}}, "must be a path or a list of paths, or bytes"),
     ]:
         with pytest.raises(MoextendError, match=f"entry 0 .*{message}"):
             open_llava(tmp_path, [{"id": 1, "conversations": TALK, **more}])
@@ -156,10 +156,10 @@ def test_data_without_any_image_train_no_projector(tmp_path):
     ("entries", "message"),
     [
         ([], "holds no entries"),
-        ('{"id": 1, "conversations": []}\n{"id": 2}\n', "is JSON lines, one object after another"),
-        ('{"id": 1, "conversations": []}\n', "holds no entries; it must be a list"),
+        ('{"id": 1, "conversations": []}\n{"id": 2}\n', "entry 1 .*is no conversation"),
+        ("7", "holds no entries; it must be a list"),
         ("[{", "is not JSON"),
-        ([{"id": 1}], "entry 0 is not"),
+        ([{"id": 1}], "entry 0 .*is no conversation: .*; its keys are id"),
         ([{"id": 1, "image": "z.png", "conversations": TALK}], "no image z.png"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moextend_jax import doctor
+from moextend_jax import cli, doctor
 from moextend_jax.config import MoextendError
 from moextend_jax.doctor import Finding
 from moextend_jax.lock import locked
@@ -138,11 +138,11 @@ def test_the_exit_code_says_whether_something_is_missing(
     monkeypatch.setattr(doctor, "ask", lambda command, timeout: [devices])
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy"])
     missing = devices.verdict == "missing"
-    assert doctor.main(["--json", "--workdir", str(tmp_path)]) == missing
+    assert cli.call(["doctor", "--json", "--workdir", str(tmp_path)]) == missing
     record = json.loads(capsys.readouterr().out)
     assert record["ok"] != missing and devices._asdict() in record["findings"]
     assert {doctor.PACKAGE, "shared memory", "work directory"} <= {finding["part"] for finding in record["findings"]}
-    assert doctor.main([]) == missing
+    assert cli.call(["doctor"]) == missing
     table = capsys.readouterr().out
     assert ("Nothing that a run needs is missing" in table) != missing
     assert devices.value in table and devices.mend in table and "moextend-jax[gcs]" in table
@@ -151,4 +151,4 @@ def test_the_exit_code_says_whether_something_is_missing(
 def test_mistakes_of_use_are_refused():
     for arguments in (["--timeout", "0"], ["--timeout", "x"], ["--surprise"], ["--workdir", "s3://x"]):
         with pytest.raises(MoextendError, match=r"doctor|s3://"):
-            doctor.main(arguments)
+            cli.call(["doctor", *arguments])

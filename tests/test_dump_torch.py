@@ -15,9 +15,8 @@ import pytest
 import reference_set
 import tiny
 
+from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.compare import command
-from moextend_jax.routing import command as routing_command
 
 TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
 
@@ -107,7 +106,7 @@ def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(dumps: dic
 def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_path: Path, capsys):
     checkpoint, options, folder = dumps[layout]
     opened = ["--checkpoint", str(checkpoint), *options]
-    code = command.main([*opened, "--reference", str(folder / "forward" / "forward_torch.npz"), "--json"])
+    code = cli.call(["compare", *opened, "--reference", str(folder / "forward" / "forward_torch.npz"), "--json"])
     record = json.loads(capsys.readouterr().out)
     assert code == 0, [row for row in record["rows"] if row["verdict"] == "differs"]
     assert {row["verdict"] for row in record["rows"]} == {"ok"}
@@ -116,9 +115,9 @@ def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_pat
     assert ("topk_calibrated" in quantities) == (layout == "released_extended")
 
     collect = ["collect", *opened, "--ids", str(folder / "ids.npz"), "--out", str(tmp_path / "jax.npz")]
-    assert routing_command.main(collect) == 0
+    assert cli.call(["routing", *collect]) == 0
     capsys.readouterr()
-    assert routing_command.main(["compare", str(tmp_path / "jax.npz"), str(folder / "torch.npz"), "--json"]) == 0
+    assert cli.call(["routing", "compare", str(tmp_path / "jax.npz"), str(folder / "torch.npz"), "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["top_k_agreement_missing"] is None and record["same_source_experts"]
     for row in record["layers"]:

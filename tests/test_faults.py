@@ -21,15 +21,16 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
-from moextend_jax.data import entries, images
+from moextend_jax.data import image_files, images, json_values
 from moextend_jax.data.batches import Features, Pixels, Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
 from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_dataset
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.data.features import cache_features
-from moextend_jax.data.images import decode_image, find_image, read_image
-from moextend_jax.data.inspector import Reading, Work
+from moextend_jax.data.image_files import Facts, find_image, read_image
+from moextend_jax.data.images import decode_image
+from moextend_jax.data.inspector import Picture, Reading, Work
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
@@ -136,7 +137,7 @@ PLANTS = [
     Plant("encoding", 5, says(1, value="half of a pair: \ud83d")),
     Plant("reserved", 7, says(0, value="a\0b")),
     Plant("turn", 9, says(1, value=None)),
-    Plant("roles", 11, says(1, **{"from": "assistant"})),
+    Plant("roles", 11, says(1, **{"from": "narrator"})),
     Plant("order", 13, says(0, **{"from": "gpt"})),
     Plant("empty_answer", 15, says(1, value=" \n")),
     Plant("marks", 17, says(0, value="<image> what?")),
@@ -236,7 +237,7 @@ def planted(*kinds: str) -> dict[str, int]:
 
 
 def run_check(folder: Path, *, processes: int = 0, faults: FaultSettings = SKIP, **change: Any):
-    work = Work(tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={})
+    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={})
     reading: dict[str, Any] = {
         "stages": ("finetune",), "data": "llava_instruct", "split": "train", "length": LENGTH,
         "images_per_row": IMAGES_PER_ROW,
@@ -307,9 +308,9 @@ def test_a_decoder_that_crashes_is_a_fault_of_the_image():
 
     found = []
     work = Work(
-        tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={"f": Deadly()}
+        tokenizer=TOKENIZER, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={"f": Deadly()}
     )
-    names = [["a"], ["b", "deadly", "c"]]
+    names = [[Picture("a")], [Picture("b"), Picture("deadly"), Picture("c")]]
     with _Pool(work, 1) as pool:
         pool.run(
             [
@@ -318,7 +319,7 @@ def test_a_decoder_that_crashes_is_a_fault_of_the_image():
             ]
         )
     ((some, one),) = found
-    assert (some[one.place], one.kind) == ("deadly", "unreadable")
+    assert (some[one.place].name, one.kind) == ("deadly", "unreadable")
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def test_the_policy_error_refuses_and_names_it(faulty, plant: Plant):
 
 def test_refused_before_anything_is_built(tmp_path):
     write(tmp_path, PLANTS)
-    with pytest.raises(Fault, match=r"9 faults: .*entry 1 is not.*; and 6 more"):
+    with pytest.raises(Fault, match=r"9 faults: .*entry 1 .*is no conversation.*; and 6 more"):
         open_folder(tmp_path, STRICT)
     assert not (tmp_path / "built").exists()
 
@@ -512,7 +513,7 @@ def test_what_training_skips_is_not_asked_either(faulty):
     assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
     sound = exchanges[4]
     assert isinstance(sound, Exchange)
-    assert list(sound) == [turn["value"] for turn in source[4].conversations]
+    assert [sound.question, sound.answer] == [turn["value"] for turn in source[4].conversations]
     longer = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
     assert first_exchange(Example("x", longer, ()), tokenizer=TOKENIZER) == Exchange("a", "b")
 
@@ -603,9 +604,10 @@ def test_looking_at_many_files_finds_what_finding_each_does(tmp_path):
         "a.png", "images/a.png", "sub/b.png", "c.png", "within.png", "a:b", "linked/a.png", "link.png", "empty.png",
         "none.png", "sub", ".", "../away/a.png", str(inside / "c.png"), "x" * 300, "a\0b", "c.png/d", "s3://a/b", "",
     ]  # fmt: skip
-    for name, looked in zip(names, images.look(inside, names), strict=True):
+    for name, looked in zip(names, image_files.look(inside, names), strict=True):
         try:
-            assert looked == find_image(inside, name).stat(), name
+            facts = find_image(inside, name).stat()
+            assert looked == Facts(facts.st_size, facts.st_mtime_ns), name
         except Fault as fault:
             assert isinstance(looked, Fault) and (looked.kind, str(looked)) == (fault.kind, str(fault)), name
 
@@ -624,7 +626,7 @@ def test_a_picture_in_another_format_is_pointed_at(tmp_path):
 def test_names_that_this_process_cannot_spell_are_no_bad_pictures(tmp_path):
     """They would all be skipped; and the next run, in another terminal, would read them."""
     (tmp_path / "café.png").write_bytes(picture(1))
-    program = f"from moextend_jax.data.images import *; find_image(Path({str(tmp_path)!r}), 'caf\\xe9.png')"
+    program = f"from moextend_jax.data.image_files import *; find_image(Path({str(tmp_path)!r}), 'caf\\xe9.png')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert "config.MoextendError: image 'caf\\xe9.png': names of files are ascii here" in done.stderr
@@ -655,12 +657,14 @@ def test_a_worker_that_finds_no_room_in_shared_memory_is_one_line():
 
 
 def test_a_large_file_is_never_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MOST_BYTES", 1000)
+    monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(bytes(1001))
     with pytest.raises(Fault, match="1001 bytes") as caught:
         read_image(tmp_path, "a.png")
     assert caught.value.kind == "oversized"
-    monkeypatch.setattr(images, "find_image", lambda folder, name: Path("/dev/zero"))  # grew after it was measured
+    monkeypatch.setattr(
+        image_files, "find_image", lambda folder, name, **_: Path("/dev/zero")
+    )  # grew after it was measured
     with pytest.raises(Fault, match="more than 1000") as caught:
         read_image(tmp_path, "a.png")
     assert caught.value.kind == "oversized"
@@ -716,7 +720,7 @@ def test_an_animation_is_its_first_picture_and_transparency_no_warning():
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
 def test_entries_are_the_same_in_blocks_of_any_size(tmp_path, monkeypatch, block: int):
-    monkeypatch.setattr(entries, "BLOCK", block)
+    monkeypatch.setattr(json_values, "BLOCK", block)
     rows = [{"id": f"é漢😀{n}", "conversations": [{"from": "human", "value": 'a"\\b é' * n}]} for n in range(6)]
     for text in (json.dumps(rows), json.dumps(rows, ensure_ascii=False, indent=1) + "\n"):
         (tmp_path / "a.json").write_text(text, encoding="utf-8")
@@ -738,7 +742,21 @@ def test_invalid_utf8_is_named_by_its_byte(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[", "[{", '{"a": 1}', "[1,]", "[1 2]", "[1] x", "[tru]", "[" * 100_000, "[" + "9" * 5000 + "]", '["a', "nul"],
+    [
+        "",
+        "[",
+        "[{",
+        '{"a": 1',
+        '{"a": 1}, {"a": 1}',
+        "[1,]",
+        "[1 2]",
+        "[1] x",
+        "[tru]",
+        "[" * 100_000,
+        "[" + "9" * 5000 + "]",
+        '["a',
+        "nul",
+    ],
 )
 def test_what_is_no_list_of_entries_is_one_clear_line(tmp_path, text: str):
     (tmp_path / "a.json").write_text(text)

@@ -21,7 +21,9 @@ def encoded(shade):
 
 
 def images_of(shown: dict[str, bytes], fingerprint: str = "five") -> Images:
-    return Images([{"id": key.encode(), "image": image} for key, image in shown.items()], fingerprint=fingerprint)
+    return Images(
+        [{"id": key.encode(), "image": image, "span": b""} for key, image in shown.items()], fingerprint=fingerprint
+    )
 
 
 IMAGES = images_of({f"k{n}": encoded(10 * n) for n in range(5)})

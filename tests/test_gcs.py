@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import urllib.request
 from pathlib import Path
@@ -10,13 +11,28 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import test_forms
 import tiny
 
 from moextend_jax import folders
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import MoextendError
+from moextend_jax.data.datasets import open_dataset
 from moextend_jax.runs.run import write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
+
+FORMS = (
+    "llava",
+    "json lines",
+    "csv",
+    "parquet of paths",
+    "parquet of bytes",
+    "folder of the hub",
+    "saved by datasets",
+    "webdataset folder",
+    "webdataset braces",
+    "pattern",
+)
 
 
 def test_only_buckets_are_urls():
@@ -75,6 +91,53 @@ def test_results_metrics_and_records(bucket: Path):
 
     write_json(bucket / "summary.json", {"a": 1})
     assert json.loads((bucket / "summary.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_data_of_every_form_are_read_from_a_bucket(bucket: Path, tmp_path: Path, form: str):
+    """Rows are read once into local files, image files and pictures in tar files where they are."""
+    path = test_forms.FORMS[form](tmp_path)
+    test_forms.write_pictures(tmp_path / "images")
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            (bucket / form / file.relative_to(tmp_path)).write_bytes(file.read_bytes())
+    url = f"{bucket}/{form}/{path.relative_to(tmp_path)}"
+    there = open_dataset(url, data_dir=tmp_path / "built", images=f"{bucket}/{form}")
+    here = open_dataset(str(path), data_dir=tmp_path / "built", images=tmp_path)
+    assert test_forms.read(there) == test_forms.read(here) and len(there) == 6
+    test_forms.assert_same(test_forms.batch_arrays(pickle.loads(pickle.dumps(there))), test_forms.batch_arrays(here))
+    assert [report.counts for report in test_forms.checked(url, images=f"{bucket}/{form}")] == [{}]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_data_in_a_bucket(bucket: Path, tmp_path: Path):
+    """And LLaVA's names, with a manual folder there."""
+    llava = tiny.write_llava(tmp_path / "llava", rows=4)
+    for file in llava.iterdir():
+        (
+            bucket / "llava" / "images" / file.name if file.suffix == ".png" else bucket / "llava" / file.name
+        ).write_bytes(file.read_bytes())
+    manual = f"{bucket}/llava"
+    there = open_dataset("llava_instruct", data_dir=tmp_path / "built", manual_dir=manual)
+    here = open_dataset("llava_instruct", data_dir=tmp_path / "built", manual_dir=llava)
+    assert test_forms.read(there) == test_forms.read(here)
+    before = there.images.fingerprint
+    assert open_dataset("llava_instruct", data_dir=tmp_path, manual_dir=manual).images.fingerprint == before
+    (bucket / "llava" / "images" / "3.png").write_bytes((llava / "2.png").read_bytes())
+    assert open_dataset("llava_instruct", data_dir=tmp_path, manual_dir=manual).images.fingerprint != before
+    (bucket / "llava" / "images" / "1.png").write_bytes(b"")
+    (bucket / "llava" / "images" / "2.png").unlink()
+    with pytest.raises(MoextendError, match="2 faults: image 1.png .*0 bytes; no image 2.png in gs://bucket/"):
+        open_dataset("llava_instruct", data_dir=tmp_path, manual_dir=manual)
+    for name, message in [
+        (f"{bucket}/none.json", "no data set 'gs://bucket/.*none.json', and no such file"),
+        ("gs://nobucket/a.json", "no data set|cannot read"),
+    ]:
+        with pytest.raises(MoextendError, match=message):
+            open_dataset(name, data_dir=tmp_path)
+    with pytest.raises(MoextendError, match="no file gs://bucket/run dir/none/llava_v1_5_mix665k.json"):
+        open_dataset("llava_instruct", data_dir=tmp_path, manual_dir=f"{bucket}/none")
 
 
 @pytest.mark.slow

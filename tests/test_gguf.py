@@ -17,7 +17,7 @@ import tiny_llama as llama
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from moextend_jax.checkpoints import convert
+from moextend_jax import cli
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
@@ -117,10 +117,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, changes: dic
 def test_a_mixture_is_not_called_a_dense_model(tmp_path: Path, options: list[str]):
     mixture = llama.write_gguf(tmp_path / "m.gguf", keys={"expert_count": 8, "expert_used_count": 2})
     with pytest.raises(MoextendError, match="is a mixture of 8 experts, and as GGUF only dense models are read"):
-        convert.import_main([str(mixture), str(tmp_path / "out"), *options])
+        cli.call(["import", str(mixture), str(tmp_path / "out"), *options])
     dense = llama.write_gguf(tmp_path / "d.gguf")
     with pytest.raises(MoextendError, match="is a dense model: give --experts N"):
-        convert.import_main([str(dense), str(tmp_path / "out")])
+        cli.call(["import", str(dense), str(tmp_path / "out")])
 
 
 def test_another_format_an_empty_file_and_none_are_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -13,11 +14,11 @@ import numpy as np
 import pytest
 
 from moextend_jax.config import IGNORE, Batch, MoextendError
-from moextend_jax.evaluate.forgetting import average_drop, figure, forgetting
-from moextend_jax.evaluate.running import asker_of, generator_of
+from moextend_jax.evaluate.forgetting import average_drop, base_and, figure, forgetting, read_tasks
+from moextend_jax.evaluate.running import asker_of
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.models_of import open_model
-from moextend_jax.runs.run import Run, open_run
+from moextend_jax.runs.askable import Askable, askable
+from moextend_jax.runs.run import open_run
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 # lm-eval's own imports, and data sets' caches, warn about what is theirs.
@@ -32,7 +33,7 @@ CONTEXTS = ["In the beginning", "a person who ", "And the LORD said unto Moses,\
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
+def run(tmp_path_factory) -> Askable:
     """The embedded base, a real small language model."""
     stage = StageSettings(data="easy_vqa/questions", steps=1, batch_size=4, length=48)
     settings = RunSettings(
@@ -40,7 +41,7 @@ def run(tmp_path_factory) -> Run:
         evaluate=EvaluateSettings(data="easy_vqa/questions", questions=4, batch_size=16, length=64),
         dtype="float32", remat="none",
     )  # fmt: skip
-    return open_run(settings, tmp_path_factory.mktemp("work"))
+    return askable(open_run(settings, tmp_path_factory.mktemp("work")), "base")
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +49,17 @@ def model(run):
     pytest.importorskip("lm_eval", reason="needs the extra eval")
     from moextend_jax.evaluate.harness import HarnessModel
 
-    opened = open_model(run, "base")
-    asker = asker_of(run, generator_of(run, opened.model), opened.arrays)
-    return HarnessModel(asker, tokenizer=run.tokenizer, max_length=40)
+    return HarnessModel(asker_of(run), tokenizer=run.tokenizer, max_length=40)
 
 
 @pytest.fixture(scope="module")
 def direct(run):
     """Log-probabilities `[L, V]` of what follows each of some ids: one pass of the whole model, no cache, no batch."""
-    opened = open_model(run, "base")
 
     @jax.jit
     def nats(arrays, ids_BL, segments_BL):
         positions_BL = jnp.arange(ids_BL.shape[1])[None]
-        whole = with_arrays(opened.model, arrays)
+        whole = with_arrays(run.model, arrays)
         nothing_BL = jnp.full_like(ids_BL, IGNORE)
         hidden_BLD = whole(Batch(ids_BL, nothing_BL, positions_BL, segments_BL, jnp.full_like(ids_BL, -1))).hidden_BLD
         return jax.nn.log_softmax(whole.decoder.logits(hidden_BLD), axis=-1)[0]
@@ -70,7 +68,7 @@ def direct(run):
         ids_BL = np.zeros((1, 64), np.int32)
         ids_BL[0, : len(ids)] = ids
         segments_BL = (np.arange(64) < len(ids)).astype(np.int32)[None]
-        return np.asarray(nats(opened.arrays, ids_BL, segments_BL), np.float64)[: len(ids)]
+        return np.asarray(nats(run.arrays, ids_BL, segments_BL), np.float64)[: len(ids)]
 
     return of
 
@@ -129,7 +127,7 @@ def test_greedy_text_until_a_stop(run, model, direct):
         start = len(ids)
         for _ in range(12):
             nats_V = direct(ids)[-1].copy()
-            nats_V[[run.config.tags.start, run.config.tags.end, run.config.tags.pad]] = -np.inf
+            nats_V[[run.tokenizer.tags.start, run.tokenizer.tags.end, run.tokenizer.tags.pad]] = -np.inf
             ids.append(int(nats_V.argmax()))
             if ids[-1] == run.tokenizer.eos:
                 break
@@ -186,7 +184,8 @@ def test_a_task_runs_unchanged_and_makes_the_table(
     ):
         (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, rest=rest))
     tasks = ["local_choice", "local_words"]
-    record = forgetting(run, tasks=tasks, models=["base"], include_path=tmp_path, max_length=64)
+    known = read_tasks(tasks, include_path=tmp_path)
+    record = forgetting(base_and(run), known, out=tmp_path / "eval", max_length=64)
     right = 0
     for context, choices, answer in QUESTIONS:
         before = len(run.tokenizer.encode(context)) + 1
@@ -198,12 +197,14 @@ def test_a_task_runs_unchanged_and_makes_the_table(
         right += int(np.argmax(nats)) == answer
     assert record["tasks"]["local_choice"]["base"]["value"] == pytest.approx(100 * right / len(QUESTIONS))
     assert record["tasks"]["local_words"]["base"]["higher_is_better"] is False
-    assert record["average_drop"] == {"base": 0.0}
-    assert json.loads((run.workdir / "eval" / "forgetting.json").read_text())["tasks"] == record["tasks"]
+    assert record["average_drop"] == {} and record["models"] == {"base": run.identity}
+    again = forgetting([run, dataclasses.replace(run, name="again")], known, out=tmp_path / "eval", max_length=64)
+    assert again["average_drop"] == {"again": 0.0}
+    assert json.loads((tmp_path / "eval" / "forgetting.json").read_text())["models"] == again["models"]
     said = capsys.readouterr().out
     assert "average drop" in said and "local_choice" in said
     with pytest.raises(MoextendError, match="no task no_such_task"):
-        forgetting(run, tasks=["no_such_task"], models=["base"])
+        read_tasks(["no_such_task"])
 
 
 # --- without lm-eval --------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def test_without_lm_eval_it_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "moextend_jax.evaluate.harness", raising=False)
     with pytest.raises(MoextendError, match=r"lm-eval .*moextend-jax\[eval\]"):
-        forgetting(run, tasks=["arc_easy"])
+        read_tasks(["arc_easy"])
 
 
 def results(**figures: dict[str, float]) -> dict:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.checkpoints import convert, hashes, leaves
+from moextend_jax import cli
+from moextend_jax.checkpoints import hashes, leaves
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_checkpoint, open_source
 from moextend_jax.config import MoextendError
-from moextend_jax.runs import export
 
 # --- the record beside a base -----------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ def test_small_folders_and_fresh_files_get_no_record(tmp_path: Path, monkeypatch
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """An import, whole when it was written."""
-    convert.import_main([str(base_of(tmp_path)), str(tmp_path / "imported")])
+    cli.call(["import", str(base_of(tmp_path)), str(tmp_path / "imported")])
     swap_bytes(tmp_path / "imported" / "model.safetensors")
     return tmp_path / "imported"
 
@@ -176,18 +176,18 @@ def test_a_damaged_import_is_exported_nowhere(tmp_path: Path, damaged: Path, lay
     leaf = next(leaf for leaf in open_source(damaged).leaves.values() if leaf.sha256 != leaves.leaf_hash(leaf))
     assert leaf.path.startswith("vision/")  # the last of the file
     with pytest.raises(MoextendError, match=f"{leaf.path} is not what was imported"):
-        export.export_main([str(damaged), str(tmp_path / "out"), f"--layout={layout}"])
+        cli.call(["export", str(damaged), str(tmp_path / "out"), f"--layout={layout}"])
     with pytest.raises(MoextendError, match=f"{leaf.path} is not what was imported"):
-        convert.import_main([str(damaged), str(tmp_path / "out"), "--dtype=float32"])
+        cli.call(["import", str(damaged), str(tmp_path / "out"), "--dtype=float32"])
     assert {path.name for path in tmp_path.iterdir()} == {"base", "imported"}
 
 
 def test_a_delta_is_not_applied_to_a_damaged_base_nor_damaged_itself(tmp_path: Path, damaged: Path):
     whole = folders.released(tmp_path / "whole")
     base = tmp_path / "base"
-    convert.import_main([str(whole), str(tmp_path / "model"), "--feature_layer=-2"])
+    cli.call(["import", str(whole), str(tmp_path / "model"), "--feature_layer=-2"])
     delta = tmp_path / "delta"
-    export.export_main([str(tmp_path / "model"), str(delta), "--layout=delta"])
+    cli.call(["export", str(tmp_path / "model"), str(delta), "--layout=delta"])
     assert open_checkpoint(delta, base=base).layout == "delta"
     with pytest.raises(MoextendError, match="is not what was imported"):
         open_checkpoint(delta, base=damaged)

@@ -63,13 +63,13 @@ def open_again(finished) -> Run:
 
 def test_the_summary_has_every_figure(finished):
     summary = json.loads((finished[1] / "summary.json").read_text())
-    assert {"question_only", "aligned", "moextend", "full"} <= set(summary["easy_vqa"])
+    assert {"question_only", "aligned", "moextend", "full"} <= set(summary["accuracy"])
     for text in ("wordnet", "kjv"):
         assert set(summary["text_loss"][text]) == {"base", "moextend", "full"}
         assert all(5 < value < 15 for value in summary["text_loss"][text].values())
     assert {"align", "extend", "finetune", "total"} <= set(summary["seconds"])
     assert all(seconds > 0 for seconds in summary["seconds"].values())
-    assert all(0 <= summary["easy_vqa"][name] <= 1 for name in ("question_only", "aligned", "moextend", "full"))
+    assert all(0 <= summary["accuracy"][name] <= 1 for name in ("question_only", "aligned", "moextend", "full"))
     assert summary["frozen_unchanged"] is True
 
 
@@ -182,7 +182,7 @@ def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_
     cli.main(["evaluate", *words, *(f"--config.{name}={value}" for name, value in settings.items())])
     assert "1 of 7 questions are left out: 1 order" in capsys.readouterr().out
     record = json.loads((tmp_path / "work" / "summary.json").read_text())
-    assert record["easy_vqa"]["questions"] == 6
+    assert record["accuracy"]["questions"] == 6
     assert len(json.loads((tmp_path / "work" / "examples.json").read_text())) == 5  # those with an image
     routing = json.loads((tmp_path / "work" / "finetune" / "routing.json").read_text())
     assert routing["tokens"]["image"] == 5 * 4  # every question once, and no row that only fills a batch

@@ -207,7 +207,7 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
     routed, expected = (json.loads((where / "select" / "routing.json").read_text()) for where in (workdir, alone))
     assert routed["chosen_layers"] == expected["chosen_layers"] and routed["tokens"] == expected["tokens"]
     summary, expected = (json.loads((where / "summary.json").read_text()) for where in (workdir, alone))
-    assert summary["frozen_unchanged"] is True and summary["easy_vqa"] == expected["easy_vqa"]
+    assert summary["frozen_unchanged"] is True and summary["accuracy"] == expected["accuracy"]
     for text, losses in expected["text_loss"].items():
         np.testing.assert_allclose(list(summary["text_loss"][text].values()), list(losses.values()), atol=1e-5)
     settings, arrays = finished(workdir)

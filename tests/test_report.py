@@ -19,7 +19,8 @@ from moextend_jax.report.routing_pictures import routing_picture
 from moextend_jax.report.workdir import read_workdir
 
 SUMMARY = {
-    "easy_vqa": {"question_only": 0.671, "aligned": 0.702, "moextend": 0.934, "full": 0.951, "questions": 1000},
+    "data": "easy-VQA",
+    "accuracy": {"question_only": 0.671, "aligned": 0.702, "moextend": 0.934, "full": 0.951, "questions": 1000},
     "text_loss": {
         "wordnet": {"base": 3.105, "moextend": 3.118, "full": 3.402},
         "kjv": {"base": 2.511, "moextend": 2.519, "full": 3.006},
@@ -193,8 +194,29 @@ def test_any_single_part_is_enough(tmp_path, kept):
 
 
 def test_half_a_summary_is_enough(tmp_path):
-    put(tmp_path / "summary.json", {"easy_vqa": {"moextend": 0.9, "full": None}, "text_loss": {"kjv": {"base": 2.0}}})
+    put(tmp_path / "summary.json", {"accuracy": {"moextend": 0.9, "full": None}, "text_loss": {"kjv": {"base": 2.0}}})
     assert "90.0%" in write_report(tmp_path).read_text()
+
+
+def test_a_report_is_named_after_the_data_that_were_asked(tmp_path):
+    own = {**SUMMARY, "data": "held-out my$<1>.jsonl", "answer_loss": {"base": 3.25, "moextend": 0.125}}
+    put(tmp_path / "summary.json", own)
+    page = write_report(tmp_path).read_text()
+    assert "held-out my$&lt;1&gt;.jsonl accuracy" in page and "easy-VQA" not in page
+    assert "3.250" in page and "0.125" in page
+    results_picture(own, tmp_path / "results.png")
+
+
+def test_summaries_of_older_versions_are_read(tmp_path):
+    old = {name: value for name, value in SUMMARY.items() if name not in ("data", "accuracy")}
+    put(tmp_path / "summary.json", old | {"easy_vqa": SUMMARY["accuracy"]})
+    page = write_report(tmp_path).read_text()
+    assert "93.4%" in page and "easy-VQA accuracy" in page
+
+
+def test_one_question_says_little(tmp_path):
+    put(tmp_path / "summary.json", {**SUMMARY, "accuracy": {"moextend": 0.0, "questions": 1}})
+    assert re.search(r"0\.0% <small>±\s39\.7%", write_report(tmp_path).read_text())
 
 
 def test_changed_weights_are_shouted_about(tmp_path):
@@ -217,7 +239,7 @@ def test_new_experts_are_measured_in_tokens(tmp_path):
     [
         ("summary.json", "{", r"summary\.json: .*column"),
         ("summary.json", "[]", r"summary\.json: a JSON list, not a dict"),
-        ("summary.json", {"easy_vqa": {"moextend": "high"}}, r"easy_vqa\.moextend is 'high'"),
+        ("summary.json", {"accuracy": {"moextend": "high"}}, r"accuracy\.moextend is 'high'"),
         ("select/routing.json", {"layers": 4}, r"routing\.json: 'experts' is missing"),
         ("select/routing.json", {**selection(), "shift": [1.0]}, "do not fit 8 layers"),
         ("finetune/routing.json", {**grown(), "counts": {"text": [[1]], "image": [[1]]}}, r"\(1, 1\), not \(8, 9\)"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.extension import routing
@@ -45,7 +46,7 @@ def pair() -> tuple[statistics.Stats, statistics.Stats]:
 
 
 def run(*arguments: object) -> int:
-    return command.main([str(argument) for argument in arguments])
+    return cli.call(["routing", *(str(argument) for argument in arguments)])
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
     statistics.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))
     with pytest.raises(MoextendError, match="not of the same sizes: router outputs per layer"):
         run("compare", tmp_path / "a.npz", tmp_path / "b.npz")
-    with pytest.raises(MoextendError, match="routing needs one of collect, compare, plot; 'colect' is none"):
+    with pytest.raises(MoextendError, match="there is no command 'routing colect'; did you mean routing collect"):
         run("colect")
 
 

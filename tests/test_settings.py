@@ -152,6 +152,9 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
     return config
 
 
+BY_EPOCHS = {"least_steps": {"steps": 0, "epochs": 1.0}}
+
+
 def edges(number: Number) -> Iterator[tuple[float, bool]]:
     """Values at and just outside each edge of the range, and whether they are allowed."""
     bounds, whole = number.bounds, number.kind is int
@@ -183,6 +186,12 @@ def test_the_edges_of_a_range(number: Number):
         config = with_value(number.path, value)
         if allowed and number.path.endswith("accumulate"):  # it must divide that
             config[number.path.split(".")[0]]["batch_size"] = value
+        if allowed and number.path.endswith("steps"):  # or epochs, one of them
+            config[number.path.split(".")[0]] |= {"epochs": 0.0 if value else 1.0} | BY_EPOCHS.get(
+                number.path[-11:], {}
+            )
+        if allowed and number.path.endswith("epochs"):
+            config[number.path.split(".")[0]]["steps"] = int(not value)
         if allowed:
             from_config_dict(config)
             continue
@@ -229,8 +238,29 @@ def test_a_setting_left_out_is_named():
     with pytest.raises(MoextendError, match="evaluate must be set"):
         from_config_dict(config)
     config["evaluate"] = {"data": "easy_vqa/questions", "questions": 4}
-    with pytest.raises(MoextendError, match="config.align: steps must be set"):
+    with pytest.raises(MoextendError, match="config.align: neither steps nor epochs is set"):
         from_config_dict(config)
+    del config["align"]["length"]
+    with pytest.raises(MoextendError, match="config.align: length must be set"):
+        from_config_dict(config)
+
+
+def test_how_long_a_stage_trains_is_said_once():
+    stage = {"data": "x", "batch_size": 2, "length": 0}
+    assert StageSettings(**stage, epochs=0.5, least_steps=3).steps == 0
+    for wrong, said in [
+        ({"steps": 3, "epochs": 0.5}, "steps = 3 and epochs = 0.5 are both set"),
+        ({}, "neither steps nor epochs is set"),
+        ({"steps": 3, "least_steps": 2}, "least_steps = 2 goes with epochs"),
+    ]:
+        with pytest.raises(MoextendError, match=said):
+            StageSettings(**stage, **wrong)
+
+
+def test_a_part_held_out_is_a_share_or_a_number_of_rows():
+    assert SelectSettings(held_out=0.25).held_out == 0.25 and SelectSettings(held_out=3).held_out == 3
+    with pytest.raises(MoextendError, match=r"held_out = 2\.5 is neither"):
+        SelectSettings(held_out=2.5)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)

@@ -6,13 +6,12 @@ opened and checked before the first byte is written.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -21,8 +20,8 @@ from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
 from moextend_jax.config import Amount, Count, MoextendError
+from moextend_jax.options import OneOf
 from moextend_jax.settings import NotNegative
-from moextend_jax.terminal import Parser, option
 
 SHARD = "5GB"
 LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
@@ -31,28 +30,39 @@ LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def import_main(arguments: list[str]) -> None:
-    """`moextend import SRC DST`: a PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one
-    (Llama or Mistral, folder or GGUF) becomes a mixture of copies of its feed-forward layers."""
-    parser = Parser(prog="moextend import", description=import_main.__doc__)
-    parser.add_argument("src", type=Path, help="folder of a checkpoint, file of a projector, or GGUF file")
-    parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--base", type=Path, help="folder of the base, for partial saves and deltas")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
-    parser.add_argument("--projector", type=Path, help="folder or file of a LLaVA projector")
-    parser.add_argument("--feature_layer", "--feature-layer", type=int, help="hidden state the projector reads")
-    parser.add_argument("--dtype", choices=[str(dtype) for dtype in leaves.FLOATS], help="store in this element type")
-    dense = parser.add_argument_group("sparse upcycling of a dense model")
-    dense.add_argument("--experts", type=option(Count), help="copies of every feed-forward layer")
-    dense.add_argument("--top_k", "--top-k", type=option(Count), help="experts per token; default 2")
-    dense.add_argument(
-        "--noise", type=option(NotNegative), help="relative noise on each copy; default 0, which is exact"
-    )
-    dense.add_argument("--seed", type=option(Amount), help="of noise and routers; default 0")
-    values = parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    src: Path
+    """folder of a checkpoint, file of a projector, or GGUF file"""
+    dst: Path
+    """new folder"""
+    _: dataclasses.KW_ONLY
+    base: Path | None = None
+    """folder of the base, for partial saves and deltas"""
+    vision: Path | None = None
+    """folder of a CLIP vision tower"""
+    projector: Path | None = None
+    """folder or file of a LLaVA projector"""
+    feature_layer: int | None = None
+    """hidden state that the projector reads"""
+    dtype: Annotated[str | None, OneOf(tuple(map(str, leaves.FLOATS)))] = None
+    """store in this element type"""
+    experts: Count | None = None
+    """of a dense model: copies of every feed-forward layer"""
+    top_k: Count | None = None
+    """of a dense model: experts per token; else 2"""
+    noise: NotNegative | None = None
+    """of a dense model: relative noise on each copy; else 0, which is exact"""
+    seed: Amount | None = None
+    """of a dense model: of noise and routers; else 0"""
+
+
+def import_checkpoint(values: ImportOptions) -> None:
+    """A PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one (Llama or Mistral, folder or
+    GGUF) becomes a mixture of copies of its feed-forward layers."""
     with tempfile.TemporaryDirectory() as scratch:
         if values.experts is not None:
-            source = _upcycled(values, Path(scratch))
+            source = _upcycled(values, Path(scratch), experts=values.experts)
         else:
             if any(value is not None for value in (values.top_k, values.noise, values.seed)):
                 raise MoextendError("--top_k, --noise and --seed go with --experts N")
@@ -71,20 +81,18 @@ def import_main(arguments: list[str]) -> None:
         cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
-    if "decoder" in source.parts and "tokenizer.json" in source.files and "tokenizer.model" not in source.files:
-        print(f"training and generate read tokenizer.model, not tokenizer.json: copy that of the base to {values.dst}")
     print(f"imported {described(source)} to {values.dst}: {cost}")
     print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
 
 
-def _upcycled(values: argparse.Namespace, scratch: Path) -> Source:
+def _upcycled(values: ImportOptions, scratch: Path, *, experts: int) -> Source:
     from moextend_jax.checkpoints.upcycle import open_upcycled  # the gguf package takes a quarter of a second
 
     if values.base or values.vision or values.projector or values.feature_layer is not None:
         raise MoextendError("--experts takes SRC alone: leave --base, --vision, --projector and --feature_layer out")
     return open_upcycled(
         values.src,
-        experts=values.experts,
+        experts=experts,
         top_k=2 if values.top_k is None else values.top_k,
         noise=values.noise or 0.0,
         seed=values.seed or 0,
@@ -189,10 +197,12 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
         merged["visual"] = attributes["visual"] | added.get("visual", {})
     if tower and config.vision:
         merged["vision_config"] = tower["vision"]
+    if own := {name: source.record.facts[name] for name in ("recipe", "text_isolation") if name in source.record.facts}:
+        merged["moextend"] = own  # how it is to be asked, which the released code has no place for
     return {".": (plan(table="released", config=config), merged)}
 
 
-_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config"})
+_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config", "moextend"})
 
 
 def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:

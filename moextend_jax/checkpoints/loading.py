@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from moextend_jax import distributed
 from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, Recipe, VisionConfig
 from moextend_jax.models.moextend import abstract
+from moextend_jax.settings import build, fields
 from moextend_jax.sharding import parameter_shardings
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
@@ -54,12 +56,13 @@ class Source(NamedTuple):
 
 class Checkpoint(NamedTuple):
     """A model that can run. `arrays` are by our path; `base_hash` is the content hash of the pretrained part as stored;
-    `layout` is what the folder was: mixtral, released, delta."""
+    `layout` is what the folder was: mixtral, released, delta. `source` is what it was read from."""
 
     config: ModelConfig
     arrays: dict[str, jax.Array]
     base_hash: str
     layout: str
+    source: Source
 
 
 def open_checkpoint(
@@ -98,8 +101,9 @@ def open_checkpoint(
     return Checkpoint(
         config=config,
         arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or hashes.base_hash(source.leaves),
+        base_hash=source.record.base or distributed.text_from_first(lambda: hashes.base_hash(source.leaves)),
         layout=source.record.layout,
+        source=source,
     )
 
 
@@ -142,11 +146,14 @@ def folder_of(name: str, *, inside: str = "") -> Path:
 def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     """The decoder and tower that a run's settings name.
 
-    A base that brings a tower of its own goes before the embedded tower. A projector in it is not taken: align trains
-    one.
+    A base that brings a tower of its own goes before the embedded tower; `vision` "" wants that one. A projector in it
+    is not taken: align trains one.
     """
     folder = folder_of(base)
-    source = open_source(folder, vision=None if vision == "embedded" else Path(vision), feature_layer=feature_layer)
+    named = None if vision in ("", "embedded") else Path(vision)
+    source = open_source(folder, vision=named, feature_layer=feature_layer)
+    if "vision" not in source.parts and not vision:
+        raise MoextendError(f'{folder} has no vision tower of its own, as config.vision = "" has it: name one there')
     if "vision" not in source.parts:
         source = _with_tower(source, EMBEDDED / "vision", feature_layer=feature_layer)
     if "decoder" not in source.parts or "extension" in source.parts:
@@ -271,6 +278,9 @@ def _released(
 ) -> Source:
     """A whole released checkpoint, or the tensors that a stage trained over those of its base."""
     at = folder / "config.json"
+    facts = _facts(attributes or {}, where=at)
+    if feature_layer is None:
+        feature_layer = int(facts.get("recipe", {}).get("feature_layer", -1))
     stored = {
         re.sub(r"^(model\.)?(visual\.)?mm_projector\.", "model.visual.mm_projector.", n): t for n, t in stored.items()
     }
@@ -285,7 +295,8 @@ def _released(
             raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
     extension = _extension_in(stored)
     if attributes is not None:
-        decoder = huggingface.decoder_config({**attributes, "add_layer": None}, where=at)
+        plain = {name: value for name, value in attributes.items() if name != "moextend"} | {"add_layer": None}
+        decoder = huggingface.decoder_config(plain, where=at)
         configured = huggingface.extension_config(attributes, where=at)
         if configured:
             decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or configured).new_experts)
@@ -314,7 +325,7 @@ def _released(
         attributes,
         below=below,
         vision=vision,
-        feature_layer=-1 if feature_layer is None else feature_layer,
+        feature_layer=feature_layer,
     )
     config = ModelConfig(decoder=decoder, vision=tower, extension=extension)
     if attributes is not None:
@@ -329,8 +340,19 @@ def _released(
     _check_dtypes(own, attributes or {}, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
+    record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder)}
     return Source({**elsewhere, **own}, record, files)
+
+
+def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
+    """How a run made the model, where our export has written that into config.json; nothing else does."""
+    facts = attributes.get("moextend", {})
+    if not isinstance(facts, dict):
+        raise MoextendError(f"{where}: moextend = {shown(facts)} is not what an export writes there")
+    kinds = {"recipe": Recipe, "text_isolation": fields(ModelConfig)["text_isolation"]}
+    read = {name: build(kinds[name], facts[name], where=f"{where}: moextend.{name}") for name in kinds if name in facts}
+    return read | ({"recipe": dataclasses.asdict(read["recipe"])} if "recipe" in read else {})
 
 
 def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> bool:

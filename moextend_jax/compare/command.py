@@ -6,11 +6,9 @@ that was compared is within tolerance, 1 if not. What the file holds and nobody 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +17,17 @@ from rich.table import Table
 
 from moextend_jax.checkpoints import store
 from moextend_jax.checkpoints.huggingface import read_json
-from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.compare.forward import compare_forward, equal_columns, is_inside
 from moextend_jax.compare.observe import observer
 from moextend_jax.compare.reference import Reference, read_reference, start_tag
 from moextend_jax.compare.verdict import Row, Tolerances, summarised
 from moextend_jax.config import Amount, MoextendError
+from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
+from moextend_jax.runs.askable import open_place
+from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative
-from moextend_jax.terminal import Parser, console, option
+from moextend_jax.terminal import console
 
 TOWER = "clip"
 """Folder beside the reference that is taken where no option names the vision tower's."""
@@ -40,11 +40,36 @@ class Comparison(NamedTuple):
     notes: list[str]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Exit code 0 or 1; mistakes are raised."""
-    options = _parse(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    checkpoint: Path
+    """folder of the model"""
+    reference: Path
+    """npz file, beside its batches.npz"""
+    vision: Path | None = None
+    """folder of the vision tower; else `clip` beside the reference"""
+    base: Path | None = None
+    """folder of the base, for a checkpoint that holds an extension alone"""
+    image_start: Amount | None = None
+    """id of the image start tag; else as manifest.json says"""
+    feature_layer: int | None = None
+    """hidden state of the tower that the projector reads"""
+    aux_coefficient: NotNegative | None = None
+    """of the load-balancing loss; else as manifest.json says"""
+    atol: NotNegative | None = None
+    """tolerance instead of 1e-5 (simple) and 1e-4 (composed)"""
+    tie: NotNegative = Tolerances().tie
+    """logits this close tie"""
+    all: bool = False
+    """a line per array instead of one per kind of array"""
+    json: bool = False
+    """one JSON object instead of the table"""
+
+
+def compare_command(options: CompareOptions) -> int:
+    """Computes here the forward pass that a reference file holds, and prints what differs; exit code 1 if anything."""
     started = time.perf_counter()
-    reference = read_reference(Path(options.reference))
+    reference = read_reference(options.reference)
     # Accelerators multiply float32 matrices in fewer bits unless told not to.
     with jax.default_matmul_precision("highest"):
         rows, notes = compare(reference, options)
@@ -56,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         record = {
             "reference": str(reference.path),
-            "checkpoint": options.checkpoint,
+            "checkpoint": str(options.checkpoint),
             "ok": not differing,
             "compared": len(compared),
             "differing": len(differing),
@@ -71,16 +96,19 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if differing else 0
 
 
-def compare(reference: Reference, options: argparse.Namespace) -> Comparison:
-    folder = Path(options.checkpoint)
+def compare(reference: Reference, options: CompareOptions) -> Comparison:
+    folder = options.checkpoint
     attributes = _attributes(folder)
-    opened = open_checkpoint(
-        folder,
-        base=Path(options.base) if options.base else None,
-        vision=Path(options.vision) if options.vision else _tower_beside(reference, folder),
+    place = Place(
+        checkpoint=folder,
+        base=options.base,
+        vision=options.vision or _tower_beside(reference, folder),
         feature_layer=options.feature_layer,
         dtype="float32",
     )
+    if place.in_workdir:
+        raise MoextendError(f"{folder} is a work directory: `moextend export` makes a checkpoint of it to compare")
+    opened = open_place(place, mesh=one_device())
     defaults = Tolerances()
     simple, composed = (default if options.atol is None else options.atol for default in defaults[:2])
     observe = observer(
@@ -104,31 +132,6 @@ def compare(reference: Reference, options: argparse.Namespace) -> Comparison:
     return Comparison(rows, notes)
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(prog="moextend compare", description="compares a forward pass with a reference")
-    parser.add_argument("--checkpoint", required=True, help="folder of the model")
-    parser.add_argument("--reference", required=True, help="npz file, beside its batches.npz")
-    parser.add_argument("--vision", help=f"folder of the vision tower; else `{TOWER}` beside the reference")
-    parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
-    parser.add_argument(
-        "--image_start", type=option(Amount), help="id of the image start tag; else as manifest.json says"
-    )
-    parser.add_argument("--feature_layer", type=int, help="hidden state of the tower that the projector reads")
-    parser.add_argument(
-        "--aux_coefficient", type=option(NotNegative), help="of the load-balancing loss; else as manifest.json says"
-    )
-    parser.add_argument(
-        "--atol", type=option(NotNegative), help="tolerance instead of 1e-5 (simple) and 1e-4 (composed)"
-    )
-    parser.add_argument(
-        "--tie", type=option(NotNegative), default=Tolerances().tie, help="logits this close tie (%(default)s)"
-    )
-    parser.add_argument("--all", action="store_true", help="a line per array instead of one per kind of array")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    options = parser.parse_args(list(arguments))
-    return options
-
-
 def _tower_beside(reference: Reference, folder: Path) -> Path | None:
     """The tower beside the reference, for a checkpoint that does not bring its tower's sizes."""
     beside = reference.folder / TOWER
@@ -142,7 +145,7 @@ def _attributes(folder: Path) -> dict[str, Any]:
     return read_json(at) if at.is_file() else {}
 
 
-def _coefficient(reference: Reference, options: argparse.Namespace, attributes: dict[str, Any]) -> float:
+def _coefficient(reference: Reference, options: CompareOptions, attributes: dict[str, Any]) -> float:
     for value in (options.aux_coefficient, reference.spec.get("coef"), attributes.get("router_aux_loss_coef")):
         if isinstance(value, int | float):
             return float(value)

@@ -33,10 +33,10 @@ from absl import flags
 from moextend_jax import preemption
 from moextend_jax.config import Batch, MoextendError, Recipe
 from moextend_jax.data.conversations import Encoded, encode_row
-from moextend_jax.data.datasets import Example, Images, Source
+from moextend_jax.data.datasets import AnyImages, Example, Source
 from moextend_jax.data.faults import STRICT, Fault, counts, described
 from moextend_jax.data.features import FeatureStore
-from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.data.images import prepare_image
 from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ class Share(NamedTuple):
 class Pixels:
     """Images decoded and prepared for the tower, in the worker processes."""
 
-    images: Images
+    images: AnyImages
     size: int
     preparation: Literal["pad", "crop"]
 
@@ -93,8 +93,7 @@ class Pixels:
         images_BMhwc = np.zeros((*rows_BM.shape, self.size, self.size, 3), np.float32)
         for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
             try:
-                key, encoded = self.images[rows_BM[b, m]]
-                picture = decode_image(encoded, name=f"image {key}", id=key)
+                key, picture = self.images.decoded(rows_BM[b, m])
                 images_BMhwc[b, m] = prepare_image(picture, size=self.size, preparation=self.preparation, id=key)
             except Fault as fault:
                 on_fault((int(b), int(m)), fault)
@@ -197,15 +196,16 @@ def text_batches(
 ) -> grain.IterDataset[Batch]:
     """Batches of plain text, each passage BOS + text + EOS, with a label on every token but BOS.
 
-    A passage longer than a row goes on in another piece that starts with BOS again; only the last has EOS.
+    A passage longer than a row goes on in another piece that starts with BOS again; only the last has EOS. Of a model
+    without BOS a passage's first token has no label, and a piece starts with the last token of the one before.
     `conversations_per_row` passages at most share a row, 0 as many as fit.
     """
     pieces = []
     for passage in passages:
         ids = [*tokenizer.encode(passage), tokenizer.eos]
-        pieces += [
-            np.array([tokenizer.bos, *ids[n : n + length - 1]], np.int32) for n in range(0, len(ids), length - 1)
-        ]
+        prefix, step = tokenizer.prefix, length - 1
+        starts = range(0, len(ids) if prefix else max(1, len(ids) - 1), step)
+        pieces += [np.array([*prefix, *ids[n : n + length - len(prefix)]], np.int32) for n in starts]
     stage = StageSettings(
         data="text", steps=1, length=length, batch_size=batch_size, conversations_per_row=conversations_per_row
     )

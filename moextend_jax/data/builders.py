@@ -1,18 +1,21 @@
-"""TFDS builders that need no TensorFlow: easy-VQA and LLaVA's two mixes as ArrayRecord files.
+"""TFDS builders that need no TensorFlow: easy-VQA, and conversations in files of any form, as ArrayRecord files.
 
-Goes in: the installed `easy_vqa` package, or a manual folder with LLaVA's JSON file and images. Comes out: per
-config, rows `{id, conversations (JSON), images (keys), image_rows}`; config `images` has `{id, image (encoded)}`,
-one row per image file, so that no image is stored again for each of its questions. LLaVA's image files are not copied:
-`image` is empty there, and they are read where they are.
+Goes in: the installed `easy_vqa` package, or files of `data/forms.py`. Comes out: per config, rows `{id, conversations
+(JSON), images (keys), image_rows}`; config `images` has `{id, image (encoded), span (JSON)}`, one row per image, so
+that no image is stored again for each of its questions. Image files, and pictures in tar files (`span`), are not
+copied: `image` is empty there, and they are read where they are. Pictures that stand in rows of a table are stored.
 
-A faulty entry of LLaVA's is built as a row without content, and its `Fault` goes into the metadata of the built files,
-so that policies can change without building again. There too: a hash of the rows of each split.
+A faulty entry is built as a row without content, and its `Fault` goes into the metadata of the built files, so that
+policies can change without building again. There too: a hash of the rows of each split, and how many of them hold a
+picture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,9 +26,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.entries import read_entries
+from moextend_jax.data.entries import Content, read_entries
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.images import look
+from moextend_jax.data.forms import Files
+from moextend_jax.data.image_files import ImageFolder
+from moextend_jax.data.shards import Span
 
 
 class ImageRef(NamedTuple):
@@ -38,7 +43,7 @@ class ImageRef(NamedTuple):
 def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
     # Text features hold raw bytes without any TensorFlow.
     if _config(builder) == "images":
-        features = {"id": tfds.features.Text(), "image": tfds.features.Text()}
+        features = {name: tfds.features.Text() for name in ("id", "image", "span")}
     else:
         features = {
             "id": tfds.features.Text(),
@@ -67,6 +72,12 @@ def _row(
     }
 
 
+def _image_row(key: str, content: Content | None) -> dict[str, Any]:
+    """None: it is a file, read where it is."""
+    span = json.dumps(content) if isinstance(content, Span) else ""
+    return {"id": key, "image": content if isinstance(content, bytes) else b"", "span": span}
+
+
 def written(fault: Fault) -> list[str]:
     """A fault in JSON."""
     return [str(fault), fault.kind, fault.id]
@@ -75,18 +86,21 @@ def written(fault: Fault) -> list[str]:
 def _noted(
     builder: tfds.core.DatasetBuilder, split: str, rows: Iterable[tuple[dict[str, Any], Fault | None]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows, numbered; `fingerprint` and `faults` (by row) of the split go into the metadata when all have passed.
+    """The rows, numbered; `fingerprint`, `faults` (by row) and `stored` of the split go into the metadata when all have
+    passed.
 
     The fingerprint is of contents alone: it is the same wherever the files lie, whenever they were written.
     """
-    digest, faults = hashlib.sha256(), {}
+    digest, faults, stored = hashlib.sha256(), {}, 0
     for number, (row, fault) in enumerate(rows):
         if fault is not None:
             faults[str(number)] = written(fault)
+        stored += bool(row.get("image"))
         digest.update(_identity(row, fault))
         yield number, row
     assert builder.info.metadata is not None
-    builder.info.metadata[split] = {"fingerprint": digest.hexdigest(), "faults": faults}  # pyright: ignore[reportIndexIssue]
+    notes = {"fingerprint": digest.hexdigest(), "faults": faults, "stored": stored}
+    builder.info.metadata[split] = notes  # pyright: ignore[reportIndexIssue]
 
 
 def _identity(row: dict[str, Any], fault: Fault | None) -> bytes:
@@ -111,7 +125,7 @@ def _configs(**described: str) -> list[tfds.core.BuilderConfig]:
 class EasyVqa(tfds.core.GeneratorBasedBuilder):
     """Questions on pictures of one coloured shape, from the `easy_vqa` package (MIT licence)."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     url_infos = None  # nothing is downloaded; TFDS's own search for checksums needs an undeclared package
     BUILDER_CONFIGS = _configs(
         questions="one row per question",
@@ -141,7 +155,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
             "questions": _easy_questions, "conversations": _easy_conversations, "captions": _easy_captions
         }  # fmt: skip
         if _config(self) == "images":
-            rows = ({"id": refs[n].key, "image": Path(paths[n]).read_bytes()} for n in sorted(turns))
+            rows = (_image_row(refs[n].key, Path(paths[n]).read_bytes()) for n in sorted(turns))
         else:
             rows = generate[_config(self)](turns, refs)
         yield from _noted(self, split, ((row, None) for row in rows))
@@ -194,72 +208,85 @@ NO_IMAGE = ""
 """The id of the only row of `images` where no entry has one: TFDS refuses an empty split."""
 
 
-class Llava(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """LLaVA's JSON `[{"id", "image"?, "conversations"}, ...]` with image paths relative to the manual folder or
-    to its folder `images`; subclasses only name the file."""
+class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Conversations of one split in files of any form, one row per entry; `images` has one row per image that they name
+    or hold. `paths` are wanted only until it is built."""
 
-    VERSION = tfds.core.Version("1.1.0")
+    VERSION = tfds.core.Version("1.2.0")
     url_infos = None
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "Put the JSON file and the image folder into the manual folder."
-    BUILDER_CONFIGS = _configs(conversations="one row per entry of the JSON file")
-    JSON_FILE = ""
-
-    @classmethod
-    def find_json(cls, manual_dir: Path | str | None) -> Path:
-        if manual_dir is None:
-            raise MoextendError(f"data set {cls.name} needs a manual folder with {cls.JSON_FILE} and its images")
-        path = Path(manual_dir) / cls.JSON_FILE
-        if not path.is_file():
-            raise MoextendError(f"data set {cls.name}: no file {path}; download it there, the images beside it")
-        return path
+    BUILDER_CONFIGS = _configs(conversations="one row per entry")
+    paths: tuple[Path, ...] = ()
+    split = "train"
 
     def _info(self) -> tfds.core.DatasetInfo:
         return _info(self)
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(self.find_json(Path(dl_manager.manual_dir)))}
+        return {self.split: self._generate_examples(self.paths)}
 
-    def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        rows = _llava_images(path) if _config(self) == "images" else _llava_rows(path)
-        yield from _noted(self, "train", rows)
+    def _generate_examples(self, paths: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from _noted(self, self.split, _images(paths) if _config(self) == "images" else _rows(paths))
 
 
-def _llava_rows(path: Path) -> Iterator[tuple[dict[str, Any], Fault | None]]:
+def _rows(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
     refs: dict[str, ImageRef] = {}
-    for entry in read_entries(path):
+    for entry in read_entries(*paths):
         images = [refs.setdefault(name, ImageRef(name, len(refs))) for name in entry.images]
         yield _row(entry.id, entry.turns, images, entry.fault), entry.fault
 
 
-def _llava_images(path: Path) -> Iterator[tuple[dict[str, Any], None]]:
-    names = dict.fromkeys(name for entry in read_entries(path) for name in entry.images)
-    yield from (({"id": name, "image": b""}, None) for name in names or [NO_IMAGE])
+def _images(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], None]]:
+    seen: set[str] = set()
+    for entry in read_entries(*paths):
+        for name in entry.images:
+            if name not in seen:
+                seen.add(name)
+                yield _image_row(name, entry.contents.get(name)), None
+    if not seen:
+        yield _image_row(NO_IMAGE, None), None
 
 
-def scan(path: Path) -> Iterator[Fault]:
+def scan(files: Files, images: ImageFolder) -> Iterator[Fault]:
     """Faults of the entries, then of the image files as far as they show without reading any."""
     names: dict[str, None] = {}
-    for entry in read_entries(path):
-        names |= dict.fromkeys(entry.images)
+    for entry in read_entries(*files.paths):
+        names |= dict.fromkeys(name for name in entry.images if name not in entry.contents)
         if entry.fault is not None:
             yield entry.fault
-    yield from (file for file in look(path.parent, names) if isinstance(file, Fault))
+    yield from (file for file in images.look(names) if isinstance(file, Fault))
 
 
-class LlavaPretrain(Llava):
-    """558k image-caption pairs (LLaVA-Pretrain)."""
-
-    JSON_FILE = "blip_laion_cc_sbu_558k.json"
+# --- built files ------------------------------------------------------------------------------------------------------
 
 
-class LlavaInstruct(Llava):
-    """665k conversations (LLaVA-1.5's mix)."""
+class Built(NamedTuple):
+    """Files that TFDS built, opened: rows by number, faults of entries, a hash of the rows' contents, and how many rows
+    hold a picture."""
 
-    JSON_FILE = "llava_v1_5_mix665k.json"
+    rows: Any
+    faults: list[Fault]
+    fingerprint: str
+    stored: int
 
 
-BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {
-    "easy_vqa": EasyVqa,
-    "llava_pretrain": LlavaPretrain,
-    "llava_instruct": LlavaInstruct,
-}
+def is_built(builder: tfds.core.DatasetBuilder) -> bool:
+    return (builder.data_path / "dataset_info.json").exists()
+
+
+def open_built(builder: Any, split: str) -> Built:
+    """Builds the files where they are not there yet."""
+    if not is_built(builder):
+        tfds.disable_progress_bar()
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+    try:
+        rows = builder.as_data_source(split=split)
+    except ValueError as error:
+        known = ", ".join(builder.info.splits)
+        raise MoextendError(f"data set {builder.name} has no split {split!r}; there are {known}") from error
+    notes = builder.info.metadata[split.partition("[")[0]]
+    return Built(rows, [Fault(*fault) for fault in notes["faults"].values()], notes["fingerprint"], notes["stored"])
+
+
+BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {"easy_vqa": EasyVqa}
+"""By the names of data sets that come with a package."""

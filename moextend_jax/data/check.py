@@ -13,7 +13,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ import tensorflow_datasets as tfds
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data import inspector
-from moextend_jax.data.builders import BUILDERS, Llava
-from moextend_jax.data.datasets import Source, family_of, open_dataset
+from moextend_jax.data.builders import BUILDERS
+from moextend_jax.data.datasets import Source, family_of, image_folder, is_packaged, open_dataset
 from moextend_jax.data.entries import Entry, read_entries
-from moextend_jax.data.faults import KINDS
-from moextend_jax.data.inspector import Folder, Inspector, PlacedFault, Reading, Work
+from moextend_jax.data.faults import KINDS, STRICT
+from moextend_jax.data.forms import base_split, files_of, parts_of
+from moextend_jax.data.inspector import Inspector, Picture, PlacedFault, Reading, Work
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.settings import FaultSettings
 
@@ -43,13 +43,14 @@ class Origin(NamedTuple):
     """Where the rows of a data set are.
 
     entries: called, gives all entries from the first on. files: reads images by the names that entries have.
-    images: the name of the set of images; origins with one name share it. json: LLaVA's file, if it is one.
+    images: the name of the set of images; origins with one name share it. cut: whether the entries are those of the
+    reading's slice already, not of the whole split.
     """
 
     entries: Callable[[], Iterator[Entry]]
     files: Any
     images: str
-    json: Path | None = None
+    cut: bool = False
 
 
 class BuiltFiles(NamedTuple):
@@ -62,17 +63,25 @@ class BuiltFiles(NamedTuple):
         return self.source.images[self.rows[name]].encoded
 
 
-def open_origin(reading: Reading, *, data_dir: Path, manual_dir: Path | str | None) -> Origin:
-    """LLaVA's data are read where they are, so that nothing need be built to check them."""
-    family, _ = family_of(reading.data)
-    builder = BUILDERS[family]
-    if issubclass(builder, Llava):
-        path = builder.find_json(manual_dir)
-        return Origin(lambda: read_entries(path), Folder(path.parent), str(path), path)
-    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, manual_dir=manual_dir)
+def open_origin(
+    reading: Reading,
+    *,
+    data_dir: Path,
+    manual_dir: Path | str | None = None,
+    images: Path | str | None = None,
+    faults: FaultSettings = STRICT,
+) -> Origin:
+    """Files are read where they are, so that nothing need be built to check them. A mixture has an origin for each of
+    its parts."""
+    parts_of(reading.data)  # says what is wrong with one
+    if not is_packaged(reading.data):
+        files = files_of(reading.data, split=reading.split, manual_dir=manual_dir, known=BUILDERS)
+        home = image_folder(files, images, faults)
+        return Origin(lambda: read_entries(*files.paths), home, f"{home.path} of {files.paths[0]}")
+    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir)
     rows = {ref.key: ref.row for example in source for ref in example.images}
-    images = f"{family} {reading.split.partition('[')[0]}"
-    return Origin(lambda: _entries(source), BuiltFiles(source, rows), images)
+    of_split = f"{family_of(reading.data)[0]} {base_split(reading.split)}"
+    return Origin(lambda: _entries(source), BuiltFiles(source, rows), of_split, cut=True)
 
 
 def _entries(source: Source) -> Iterator[Entry]:
@@ -82,15 +91,16 @@ def _entries(source: Source) -> Iterator[Entry]:
 
 
 def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:
-    """Which entries of a JSON file are in the reading's split; a source is cut already."""
-    if origin.json is None or reading.split == "train":
+    """Which entries are in the reading's slice."""
+    split = base_split(reading.split)
+    if origin.cut or reading.split == split:
         return lambda number: True
     total = sum(1 for _ in origin.entries())
-    info = tfds.core.SplitInfo(name="train", shard_lengths=[total], num_bytes=0)  # pyright: ignore[reportCallIssue]
+    info = tfds.core.SplitInfo(name=split, shard_lengths=[total], num_bytes=0)  # pyright: ignore[reportCallIssue]
     try:
-        parts = tfds.core.ReadInstruction.from_spec(reading.split).to_absolute({"train": info})
+        parts = tfds.core.ReadInstruction.from_spec(reading.split).to_absolute({split: info})
     except (ValueError, KeyError) as error:
-        raise MoextendError(f"data set {reading.data} has no split {reading.split!r}; there is train") from error
+        raise MoextendError(f"data set {reading.data} has no split {reading.split!r}; there is {split}") from error
     ranges = [(part.from_ or 0, total if part.to is None else part.to) for part in parts]
     return lambda number: any(first <= number < end for first, end in ranges)
 
@@ -151,18 +161,19 @@ def check(
     processes: int,
     tell: Callable[[str, int, int], None] = lambda what, rows, images: None,
 ) -> list[Report]:
-    """A report for each reading; a data set that cannot be opened or read on is one with an `error`.
+    """A report for each reading, of a mixture for each of its data sets; one that cannot be opened or read on is one
+    with an `error`.
 
     Args:
       work: its readings and files are filled in here.
       processes: 0 works in this one.
       tell: called with a data set's name, and the rows and images done so far.
     """
-    reports = [Report(reading=reading) for reading in readings]
+    reports = [Report(reading=part) for reading in readings for part in _parts(reading)]
+    readings = [report.reading for report in reports]
     opened: dict[tuple[str, str], tuple[Origin, list[int]]] = {}
     for n, reading in enumerate(readings):
-        llava = issubclass(BUILDERS.get(reading.data.partition("/")[0], tfds.core.GeneratorBasedBuilder), Llava)
-        key = (reading.data, "" if llava else reading.split)
+        key = (reading.data, reading.split if is_packaged(reading.data) else base_split(reading.split))
         try:
             if key not in opened:
                 opened[key] = (open_origin(reading), [])
@@ -188,6 +199,13 @@ def check(
     return reports
 
 
+def _parts(reading: Reading) -> list[Reading]:
+    try:
+        return [replace(reading, data=part.name) for part in parts_of(reading.data)]
+    except MoextendError:
+        return [reading]  # to be refused when it is opened
+
+
 def _tell(tell: Callable[[str, int, int], None], name: str, told: Counter[str], kind: str, count: int) -> None:
     told[kind] += count
     tell(name, told["rows"], told["images"])
@@ -209,21 +227,20 @@ def _tasks(
     images: _Images,
     done: Callable[[str, int], None],
 ) -> Iterator[Task]:
-    new: list[str] = []
+    new: list[Picture] = []
+    entries: list[Entry] = []
 
-    def of_images(names: list[str]) -> Task:
+    def of_images() -> Task:
+        pictures = new[:]
+        new.clear()
+
         def take(faults: list[PlacedFault]) -> None:
-            images.faults.update({images.places[names[fault.place]]: fault for fault in faults})
-            done("images", len(names))
+            images.faults.update({images.places[pictures[fault.place].name]: fault for fault in faults})
+            done("images", len(pictures))
 
-        return Task("images", names, origin.images, take)
+        return Task("images", pictures, origin.images, take)
 
-    for entries in _chunks(origin.entries(), ROWS):
-        for entry in entries:
-            for name in entry.images:
-                if name not in images.places:
-                    images.places[name] = len(images.places)
-                    new.append(name)
+    def of_rows() -> Iterator[Task]:
         for n, is_wanted in wanted.items():
             chosen = [entry for entry in entries if is_wanted(entry.number)]
             shows = [(entry.number, images.places[name]) for entry in chosen for name in entry.images]
@@ -231,16 +248,20 @@ def _tasks(
             gathered[n].report.rows += len(chosen)
             yield Task("rows", chosen, n, _take_rows(gathered[n], [(entry.number, entry.id) for entry in chosen]))
         done("rows", len(entries))
-        while len(new) >= IMAGES:
-            yield of_images(new[:IMAGES])
-            new = new[IMAGES:]
-    if new:
-        yield of_images(new)
+        entries.clear()
 
-
-def _chunks(entries: Iterator[Entry], size: int) -> Iterator[list[Entry]]:
-    while chunk := list(islice(entries, size)):
-        yield chunk
+    for entry in origin.entries():
+        for name in entry.images:
+            if name not in images.places:
+                images.places[name] = len(images.places)
+                new.append(Picture(name, entry.contents.get(name)))
+        entries.append(entry._replace(contents={}))  # pictures that rows hold go with the images, a few at a time
+        if len(new) >= IMAGES:
+            yield of_images()
+        if len(entries) >= ROWS:
+            yield from of_rows()
+    yield from of_rows()
+    yield of_images()
 
 
 def _take_rows(rows: _Rows, ids: list[tuple[int, str]]) -> Callable[[list[PlacedFault]], None]:
@@ -346,7 +367,7 @@ class _Pool:
                     faults += [fault._replace(place=place) for fault in of_item]
                 except BrokenProcessPool:
                     kind = "unreadable" if task.method == "images" else "entry"
-                    name = item if isinstance(item, str) else item.id
+                    name = item.name if isinstance(item, Picture) else item.id
                     faults.append(PlacedFault(place, kind, f"{name}: reading it ends the process that does it"))
                     alone = self._start(1)
             task.take(faults)

@@ -1,20 +1,27 @@
-"""A conversation in LLaVA's JSON to token ids and labels, in one of two chat templates.
+"""A conversation in LLaVA's JSON to token ids and labels, in a chat template.
 
-Goes in: turns `[{"from": "human" | "gpt", "value": text}, ...]` with an `<image>` mark where an image stands.
-Comes out: `Encoded`, arrays of one conversation's length L. An image costs patches + 2 positions: the start tag,
-one pad tag per patch, the end tag; a span is never cut.
+Goes in: turns `[{"from": "system" | "human" | "gpt", "value": text}, ...]`, a system turn first, if any, with an
+`<image>` mark where an image stands. Comes out: `Encoded`, arrays of one conversation's length L. An image costs
+patches + 2 positions: the start tag, one pad tag per patch, the end tag; a span is never cut.
 
 `recipe.prompt` picks the template:
-  mixtral   `<s> [INST] question [/INST] answer</s> [INST] ...`, as Mixtral-Instruct's own code tokenises it
-            (each message after a space, messages stripped); EOS after every answer.
-  released  the released code: `[INST]`, question, `[/INST]` and answer tokenised apart, special tokens that are
-            spelled out in the text recognised, one EOS at the very end, which keeps its label but is masked from
-            attention because it is also the pad token.
+  checkpoint  the base's own (`data/templates.py`), or that of the family which its tokens show; `mixtral` for
+              Mixtral-8x7B-Instruct and for tokenizers of its time that have no template.
+  mixtral     `<s> [INST] question [/INST] answer</s> [INST] ...`, as Mixtral-Instruct's own code tokenises it
+              (each message after a space, messages stripped, a system turn before the first question); EOS after every
+              answer.
+  chatml, llama3   a family's, on a base that has its tokens.
+  released    the released code: `[INST]`, question, `[/INST]` and answer tokenised apart, special tokens that are
+              spelled out in the text recognised, one EOS at the very end, which keeps its label but is masked from
+              attention because it is also the pad token.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -23,6 +30,8 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, MoextendError, Recipe
 from moextend_jax.data.faults import Fault
+from moextend_jax.data.pieces import Control
+from moextend_jax.data.templates import Place, Script, Shape, Template, script
 from moextend_jax.data.tokenizer import Tokenizer
 
 MARK = "<image>"
@@ -37,6 +46,28 @@ class Encoded(NamedTuple):
     patches_L: np.ndarray
     segments_L: np.ndarray
     images: int
+
+
+class Talk(NamedTuple):
+    """What is said. system: empty where there is no such turn. The last answer is None where it is asked for."""
+
+    system: str
+    pairs: Sequence[tuple[str, str | None]]
+
+    @property
+    def folded(self) -> Sequence[tuple[str, str | None]]:
+        """The pairs with the system turn before the first question, as Mistral's code puts it."""
+        if not self.system:
+            return self.pairs
+        (question, answer), *rest = self.pairs
+        return [(f"{self.system}\n\n{question}", answer), *rest]
+
+
+class Part(NamedTuple):
+    """Ids that follow one another; `label`: the model learns to say them."""
+
+    ids: list[int]
+    label: bool
 
 
 def encode_conversation(
@@ -59,44 +90,78 @@ def encode_conversation(
       Fault: names the example; wrong turns or roles, an empty answer, text that is no Unicode or stands for images,
         `<image>` marks that do not match the images, or more tokens than `length`.
     """
-    pairs = pairs_of(turns, example_id=example_id, images=images)
+    talk = talk_of(turns, example_id=example_id, images=images)
     if recipe.turns == "first":
-        pairs = pairs[:1]
+        talk = talk._replace(pairs=talk.pairs[:1])
+    encode = encoder_of(tokenizer, recipe)
+
+    def parts_of(pairs: int) -> list[Part]:
+        return encode(talk._replace(pairs=talk.pairs[:pairs]), tokenizer, patches)
+
+    def total(parts: Sequence[Part]) -> int:
+        return sum(len(part.ids) for part in parts)
+
     try:
-        parts = [_encode_pair(question, answer, tokenizer, recipe, patches) for question, answer in pairs]
+        parts = parts_of(pairs := len(talk.pairs))
+        if length is not None and total(parts) > length and too_long == "drop_turns":
+            # Fewer pairs are fewer tokens.
+            pairs = bisect_right(range(1, pairs), length, key=lambda pairs: total(parts_of(pairs))) or 1
+            parts = parts_of(pairs)
     except MoextendError as error:
         raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
-    final = [tokenizer.eos] if recipe.prompt == "released" else []
-    total = 1 + len(final) + sum(len(question) + len(answer) for question, answer in parts)
-    while length is not None and total > length:
-        if too_long == "error" or len(parts) == 1:
-            hint = "raise the sequence length" + (" or drop turns that do not fit" if len(parts) > 1 else "")
-            raise Fault(
-                f"example {example_id}: {total} tokens ({images} images of {patches + 2}) do not fit a row of "
-                f"{length}; {hint}",
-                "too_long",
-                example_id,
-            )
-        question, answer = parts.pop()
-        total -= len(question) + len(answer)
-    ids, labels = [tokenizer.bos], [tokenizer.bos if recipe.prompt == "released" else IGNORE]
-    for question, answer in parts:
-        ids += question + answer
-        labels += [IGNORE] * len(question) + answer
-    return _encoded(ids + final, labels + final, tokenizer, recipe, patches)
+    if length is not None and total(parts) > length:
+        hint = "raise the sequence length" + (" or drop turns that do not fit" if pairs > 1 else "")
+        raise Fault(
+            f"example {example_id}: {total(parts)} tokens ({images} images of {patches + 2}) do not fit a row of "
+            f"{length}; {hint}",
+            "too_long",
+            example_id,
+        )
+    ids = [id for part in parts for id in part.ids]
+    labels = [id for part in parts for id in (part.ids if part.label else [IGNORE] * len(part.ids))]
+    return _encoded(ids, labels, tokenizer, recipe, patches)
 
 
-def pairs_of(turns: Sequence[dict[str, Any]], *, example_id: str, images: int) -> list[tuple[str, str]]:
-    """The questions and answers of a conversation, at least one pair.
+def talk_of(turns: Sequence[dict[str, Any]], *, example_id: str, images: int) -> Talk:
+    """What is said in a conversation: at least one question with its answer.
 
     Raises a `Fault` as `encode_conversation`, but for what only the ids show: length, and text that stands for images.
     """
-    pairs = _pairs(turns, example_id)
-    marks = sum(question.count(MARK) for question, _ in pairs)
+    talk = _talk(turns, example_id)
+    marks = sum(question.count(MARK) for question, _ in talk.pairs)
     if marks != images:
         message = f"example {example_id}: {marks} {MARK} marks in the questions but {images} images"
         raise Fault(message, "marks", example_id)
-    return pairs
+    return talk
+
+
+def encoder_of(tokenizer: Tokenizer, recipe: Recipe) -> Encoder:
+    """How the recipe's template encodes.
+
+    Raises:
+      MoextendError: no such template is known for the base.
+    """
+    name = tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt
+    if name is None:
+        raise MoextendError(
+            f"{tokenizer.where} has no chat template, and its tokens are of no family that is known: put a "
+            "chat_template.jinja there, or set recipe.prompt to mixtral"
+        )
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name not in tokenizer.templates:
+        raise MoextendError(f"recipe.prompt = {name} needs tokens that the tokenizer in {tokenizer.where} has not")
+    return partial(_by_template, tokenizer.templates[name])
+
+
+def template_identity(tokenizer: Tokenizer, recipe: Recipe) -> str:
+    """What a run remembers of its template: its name, of the checkpoint's own also what is in it."""
+    name = tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt
+    if name != "own":
+        return str(name)
+    template = tokenizer.templates[name]
+    digest = hashlib.sha256(json.dumps([template.source, dict(template.roles)], sort_keys=True).encode())
+    return f"own {digest.hexdigest()[:16]}"
 
 
 def encode_row(
@@ -132,14 +197,34 @@ def encode_row(
     return encoded
 
 
-def encode_prompt(question: str, *, images: int = 0, tokenizer: Tokenizer, recipe: Recipe, patches: int = 0) -> Encoded:
+def encode_prompt(
+    question: str, *, images: int = 0, system: str = "", tokenizer: Tokenizer, recipe: Recipe, patches: int = 0
+) -> Encoded:
     """Ids that end where the answer begins, for generation; without any mark the images go first."""
     if images and MARK not in question:
         question = f"{MARK}\n" * images + question
     if question.count(MARK) != images:
         raise MoextendError(f"prompt: {question.count(MARK)} {MARK} marks but {images} images: {question[:60]!r}")
-    encode, _ = TEMPLATES[recipe.prompt]
-    ids = [tokenizer.bos, *encode(question, tokenizer, patches)]
+    return _asking(Talk(system, [(question, None)]), tokenizer=tokenizer, recipe=recipe, patches=patches)
+
+
+def encode_dialogue(
+    turns: Sequence[dict[str, Any]], *, images: int = 0, tokenizer: Tokenizer, recipe: Recipe, patches: int = 0
+) -> Encoded:
+    """Turns that end in a question: ids that end where its answer begins, as training has them before it.
+
+    Raises:
+      Fault: as `encode_conversation`.
+    """
+    talk = talk_of([*turns, {"from": "gpt", "value": "."}], example_id="prompt", images=images)
+    (question, _) = talk.pairs[-1]
+    asked = talk._replace(pairs=[*talk.pairs[:-1], (question, None)])
+    return _asking(asked, tokenizer=tokenizer, recipe=recipe, patches=patches)
+
+
+def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, patches: int) -> Encoded:
+    parts = encoder_of(tokenizer, recipe)(talk, tokenizer, patches)
+    ids = [id for part in parts for id in part.ids]
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
 
 
@@ -154,12 +239,12 @@ def encode_bare_question(
     length: int | None = None,
 ) -> Encoded:
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
-    question, _ = _pairs(turns, example_id)[0]
+    question, _ = _talk(turns, example_id).pairs[0]
     if question.count(MARK) != images:
         message = f"example {example_id}: {question.count(MARK)} {MARK} marks but {images} images"
         raise Fault(message, "marks", example_id)
     try:
-        ids = [tokenizer.bos, *_released_text(question, tokenizer, patches)]
+        ids = [*tokenizer.prefix, *_released_text(question, tokenizer, patches)]
     except MoextendError as error:
         raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
     if length is not None and len(ids) > length:
@@ -168,7 +253,7 @@ def encode_bare_question(
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
 
 
-def _pairs(turns: Sequence[dict[str, Any]], example_id: str) -> list[tuple[str, str]]:
+def _talk(turns: Sequence[dict[str, Any]], example_id: str) -> Talk:
     def fault(kind: str, what: str) -> Fault:
         return Fault(f"example {example_id}: {what}", kind, example_id)
 
@@ -177,10 +262,12 @@ def _pairs(turns: Sequence[dict[str, Any]], example_id: str) -> list[tuple[str, 
     except (KeyError, TypeError) as error:
         raise fault("turn", 'a turn is not {"from": ..., "value": ...}') from error
     for role in roles:
-        if role not in ("human", "gpt"):
-            raise fault("roles", f"unknown role {role!r:.60}; there are human and gpt")
-    if not roles or len(roles) % 2 or roles != ["human", "gpt"] * (len(roles) // 2):
-        raise fault("order", f"roles must alternate human, gpt and end with gpt; got {roles}")
+        if role not in ("system", "human", "gpt"):
+            raise fault("roles", f"unknown role {role!r:.60}; there are system, human and gpt")
+    systems = int(roles[:1] == ["system"])
+    said = roles[systems:]
+    if not said or len(said) % 2 or said != ["human", "gpt"] * (len(said) // 2):
+        raise fault("order", f"roles must alternate human, gpt and end with gpt (system may go first); got {roles}")
     for text in texts:
         if not isinstance(text, str):
             raise fault("turn", f"a turn's value is not text: {text!r:.60}")
@@ -188,18 +275,16 @@ def _pairs(turns: Sequence[dict[str, Any]], example_id: str) -> list[tuple[str, 
             text.encode()
         except UnicodeEncodeError as error:  # half of a pair, which JSON can spell
             raise fault("encoding", f"text that is not UTF-8: {error}") from error
-    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    system = texts[0] if systems else ""
+    if MARK in system:
+        raise fault("marks", f"the system turn holds an {MARK} mark; only questions may")
+    pairs = list(zip(texts[systems::2], texts[systems + 1 :: 2], strict=True))
     for n, (_, answer) in enumerate(pairs):
         if not answer.strip():
             raise fault("empty_answer", f"answer {n + 1} is empty")
         if MARK in answer:
             raise fault("marks", f"answer {n + 1} holds an {MARK} mark; only questions may")
-    return pairs
-
-
-def _encode_pair(question: str, answer: str, tokenizer: Tokenizer, recipe: Recipe, patches: int):
-    encode_question, encode_answer = TEMPLATES[recipe.prompt]
-    return encode_question(question, tokenizer, patches), encode_answer(answer, tokenizer, patches)
+    return Talk(system if system.strip() else "", pairs)
 
 
 def _encoded(ids: list[int], labels: list[int], tokenizer: Tokenizer, recipe: Recipe, patches: int) -> Encoded:
@@ -219,30 +304,42 @@ def _span(tokenizer: Tokenizer, patches: int) -> list[int]:
     return [tokenizer.tags.start, *[tokenizer.tags.pad] * patches, tokenizer.tags.end]
 
 
-def _mixtral_question(question: str, tokenizer: Tokenizer, patches: int) -> list[int]:
+def _with_images(text: str, tokenizer: Tokenizer, patches: int, *, continued: bool) -> list[int]:
     # A space before an image would be a token of its own that says nothing.
-    first, *rest = re.sub(f" *{MARK}", MARK, f"[INST] {question.strip()} [/INST]").split(MARK)
-    ids = tokenizer.encode(first)
+    first, *rest = re.sub(f" *{MARK}", MARK, text).split(MARK) if MARK in text else [text]
+    ids = tokenizer.encode_continued(first) if continued else tokenizer.encode(first)
     for text in rest:
         ids = ids + _span(tokenizer, patches) + tokenizer.encode_continued(text)
     return ids
 
 
-def _mixtral_answer(answer: str, tokenizer: Tokenizer, patches: int) -> list[int]:
-    return [*tokenizer.encode(answer.strip()), tokenizer.eos]
+# --- templates --------------------------------------------------------------------------------------------------------
 
 
-def _released_question(question: str, tokenizer: Tokenizer, patches: int) -> list[int]:
-    return [
-        *_released_text("[INST]", tokenizer, patches),
-        *_released_text(question, tokenizer, patches),
-        *_released_text("[/INST]", tokenizer, patches),
-    ]
+def _mixtral(talk: Talk, tokenizer: Tokenizer, patches: int) -> list[Part]:
+    parts = [Part([*tokenizer.prefix], False)]
+    for question, answer in talk.folded:
+        text = f"[INST] {question.strip()} [/INST]"
+        parts.append(Part(_with_images(text, tokenizer, patches, continued=False), False))
+        if answer is not None:
+            parts.append(Part([*tokenizer.encode(answer.strip()), tokenizer.eos], True))
+    return parts
+
+
+def _released(talk: Talk, tokenizer: Tokenizer, patches: int) -> list[Part]:
+    parts = [Part([*tokenizer.prefix], True)]
+    for question, answer in talk.folded:
+        texts = ("[INST]", question, "[/INST]")
+        parts.append(Part([id for text in texts for id in _released_text(text, tokenizer, patches)], False))
+        if answer is None:
+            return parts
+        parts.append(Part(_released_text(answer, tokenizer, patches), True))
+    return [*parts, Part([tokenizer.eos], True)]
 
 
 def _released_text(text: str, tokenizer: Tokenizer, patches: int) -> list[int]:
     """A space goes before the text, and with `legacy` once more before it and after every special token."""
-    special = {MARK: _span(tokenizer, patches), "<s>": [tokenizer.bos], "</s>": [tokenizer.eos], "<unk>": [0]}
+    special = {MARK: _span(tokenizer, patches), "<s>": [*tokenizer.prefix], "</s>": [tokenizer.eos], "<unk>": [0]}
     encode = tokenizer.encode if tokenizer.legacy else tokenizer.encode_continued
     chunks = [chunk for chunk in re.split("(<image>|<s>|</s>|<unk>)", f" {text}") if chunk]
     if not tokenizer.legacy and chunks[0] == " " and len(chunks) > 1:
@@ -250,8 +347,55 @@ def _released_text(text: str, tokenizer: Tokenizer, patches: int) -> list[int]:
     return [id for chunk in chunks for id in (special[chunk] if chunk in special else encode(chunk))]
 
 
-Encoder = Callable[[str, Tokenizer, int], list[int]]
-TEMPLATES: dict[str, tuple[Encoder, Encoder]] = {
-    "mixtral": (_mixtral_question, _mixtral_answer),
-    "released": (_released_question, _released_text),
-}
+def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, patches: int) -> list[Part]:
+    """A conversation or a prompt as a Jinja template writes it.
+
+    Raises:
+      MoextendError: the template does not write this conversation as it writes others of its shape.
+    """
+    pairs, system = talk.pairs, bool(talk.system)
+    shape = Shape(len(pairs), system, open=pairs[-1][1] is None)
+    written = script(template, shape)
+    if written.folded:
+        pairs, system = talk.folded, False
+    texts = [talk.system] * system + [text for pair in pairs for text in pair if text is not None]
+    _check_written(template, shape._replace(system=system), texts, written)
+    parts: list[Part] = []
+    before: Control | Literal["nothing", "text"] = "nothing"
+    for span in written.spans:
+        ids: list[int] = []
+        text = ""
+        for item in (*span.items, None):
+            if isinstance(item, str | Place):
+                text += item if isinstance(item, str) else _outer(texts[item.turn], item)
+                continue
+            if isinstance(before, Control) and before.right:
+                text = text.lstrip()
+            if item is not None and item.left:
+                text = text.rstrip()
+            if text:
+                continued = before == "text" or (isinstance(before, Control) and not tokenizer.legacy)
+                ids += _with_images(text, tokenizer, patches, continued=continued)
+                before, text = "text", ""
+            if item is not None:
+                ids.append(item.id)
+                before = item
+        parts.append(Part(ids, span.answer))
+    return parts
+
+
+def _check_written(template: Template, shape: Shape, texts: Sequence[str], written: Script) -> None:
+    messages = [{"role": role, "content": text} for role, text in zip(shape.roles, texts, strict=True)]
+    expected = (item if isinstance(item, str) else _outer(texts[item.turn], item) for item in written.text)
+    if template.render(messages, open=shape.open) != "".join(expected):
+        raise MoextendError(f"{template.where} changes the text of this conversation")
+
+
+def _outer(text: str, place: Place) -> str:
+    text = text.lstrip() if place.left else text
+    return text.rstrip() if place.right else text
+
+
+Encoder = Callable[[Talk, Tokenizer, int], list[Part]]
+TEMPLATES: dict[str, Encoder] = {"mixtral": _mixtral, "released": _released}
+"""Those that no Jinja template writes."""

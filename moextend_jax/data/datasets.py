@@ -1,18 +1,18 @@
 """Data sets as random-access rows: built once into ArrayRecord files by TFDS builders that need no TensorFlow.
 
-Goes in: a name, a split, a folder for the built files and, for LLaVA's data, the manual folder. Comes out:
-`Source`: rows `Example(id, conversations, images)`, and the encoded image files behind them.
+Goes in: a name or a path, or several with weights, a split, and a folder for the built files. Comes out: `Source`: rows
+`Example(id, conversations, images)`, and the encoded images behind them.
 
-An example refers to its images by key and row number; their bytes are read only when asked for. LLaVA's image files
-are read where they are, and looked at whenever the data set is opened: one that was mended is sound.
+An example refers to its images by key and row number; their bytes are read only when asked for. Image files are read
+where they are, and looked at whenever the data set is opened: one that was mended is sound.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,14 +20,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
+from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.builders import BUILDERS, NO_IMAGE, ImageRef, Llava, scan
-from moextend_jax.data.conversations import pairs_of
+from moextend_jax.data.builders import (
+    BUILDERS,
+    NO_IMAGE,
+    Built,
+    Conversations,
+    ImageRef,
+    is_built,
+    open_built,
+    scan,
+)
+from moextend_jax.data.conversations import talk_of
 from moextend_jax.data.faults import STRICT, Fault, refuse
-from moextend_jax.data.images import look, read_image
+from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
+from moextend_jax.data.image_files import ImageFolder, read_span
+from moextend_jax.data.images import decode_image
+from moextend_jax.data.mixing import JoinedImages, JoinedRows, fingerprint_of, picks
+from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.folders import absolute, folder, is_url
 from moextend_jax.settings import KEEPABLE, FaultSettings
 
 
@@ -45,19 +59,26 @@ class EncodedImage(NamedTuple):
     encoded: bytes
 
 
+class DecodedImage(NamedTuple):
+    key: str
+    picture: Image.Image
+
+
 @dataclass(frozen=True)
 class Images(Sequence[EncodedImage]):
     """Encoded image files by row number; picklable.
 
     `faults`: what was wrong with some when the data set was opened. `folder` has the files that rows name; None where
     the rows hold them. `fingerprint` changes when any image does: by the bytes of stored ones, by the names, sizes and
-    times of files in a folder (and the bytes of `SAMPLED` of them), wherever the folder is.
+    times of files in a folder (and the bytes of `SAMPLED` of them), wherever the folder is; and with `upright`, whether
+    pictures are turned as their EXIF orientation says.
     """
 
     rows: Any
     faults: Mapping[int, Fault] = field(default_factory=dict)
-    folder: Path | None = None
+    folder: ImageFolder | None = None
     fingerprint: str = ""
+    upright: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +92,19 @@ class Images(Sequence[EncodedImage]):
         self.check(int(row))
         item = self.rows[int(row)]
         key = item["id"].decode()
-        return EncodedImage(key, bytes(item["image"]) if self.folder is None else read_image(self.folder, key))
+        if item["span"]:
+            return EncodedImage(key, read_span(Span(*json.loads(item["span"]))))
+        if item["image"] or self.folder is None:
+            return EncodedImage(key, bytes(item["image"]))
+        return EncodedImage(key, self.folder.read(key))
+
+    def decoded(self, row: Any) -> DecodedImage:
+        """The picture as RGB; raises a `Fault` as above, also where it is none."""
+        key, encoded = self[row]
+        return DecodedImage(key, decode_image(encoded, name=f"image {key}", id=key, upright=self.upright))
+
+
+AnyImages = Images | JoinedImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +115,7 @@ class Source(Sequence[Example]):
     """
 
     rows: Any
-    images: Images
+    images: AnyImages
     picked: np.ndarray | None = None
     fingerprint: str = ""
 
@@ -126,12 +159,50 @@ def select(source: Source, rows: Sequence[int] | np.ndarray) -> Source:
 
 
 def hold_out(source: Source, *, samples: int, seed: int) -> HoldOut:
-    """Splits off `samples` random rows; both parts keep the source's order."""
-    if not 0 < samples < len(source):
-        raise MoextendError(f"cannot hold out {samples} of {len(source)} rows; choose between 1 and {len(source) - 1}")
-    chosen = np.zeros(len(source), bool)
-    chosen[np.random.default_rng(seed).choice(len(source), samples, replace=False)] = True
-    return HoldOut(select(source, np.flatnonzero(chosen)), select(source, np.flatnonzero(~chosen)))
+    """Splits off `samples` random rows; both parts keep the source's order. A row that a mixture repeats is in one of
+    them only, and once where it is held out."""
+    rows = np.arange(len(source)) if source.picked is None else source.picked
+    count = len(np.unique(rows))
+    if not 0 < samples < count:
+        raise MoextendError(f"cannot hold out {samples} of {count} rows; choose between 1 and {count - 1}")
+    rng = np.random.default_rng(seed)
+    if count == len(rows):
+        chosen = rng.choice(count, samples, replace=False)
+    else:
+        order = rng.permutation(len(rows))
+        chosen = order[np.sort(np.unique(rows[order], return_index=True)[1])[:samples]]
+    return HoldOut(select(source, np.sort(chosen)), select(source, np.flatnonzero(~np.isin(rows, rows[chosen]))))
+
+
+def mix(sources: Sequence[Source], *, weights: Sequence[float] | None = None, names: Sequence[str] = ()) -> Source:
+    """Several sources as one: all their rows, one source after the other; with weights, an epoch in which the shares
+    of conversations follow them, and each row comes at least once (see `mixing.picks`)."""
+    images = JoinedImages([source.images for source in sources])
+    views = [_View(source) for source in sources]
+    picked = None if weights is None else picks([len(view) for view in views], weights, names)
+    identity = [[source.fingerprint for source in sources], None if weights is None else list(weights)]
+    return Source(
+        rows=JoinedRows(views, images.parts), images=images, picked=picked, fingerprint=fingerprint_of(identity)
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """The picked rows of a source, as built rows."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _row(self, index: int) -> int:
+        return int(index if self.source.picked is None else self.source.picked[index])
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return self.source.rows[self._row(index)]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        return self.source.rows.__getitems__([self._row(index) for index in indices])
 
 
 def open_dataset(
@@ -140,42 +211,89 @@ def open_dataset(
     split: str = "train",
     data_dir: Path | str,
     manual_dir: Path | str | None = None,
+    images: Path | str | None = None,
     faults: FaultSettings = STRICT,
 ) -> Source:
-    """Opens `easy_vqa/{questions,conversations,captions}`, `llava_pretrain` or `llava_instruct`.
+    """Opens what a setting `data` says: a name (`easy_vqa/{questions,conversations,captions}`, `llava_pretrain`,
+    `llava_instruct`), a path (a file of any form of `data/forms.py`, a folder of them, a pattern), or several of these
+    with commas between them, each with `:WEIGHT` or none.
 
-    Builds the files under `data_dir` on first use. `split` is `train` (easy_vqa: or `test`) or a slice of it,
-    e.g. `train[:1000]`. LLaVA's data are read from `manual_dir`: the JSON file once, the image folder beside it
-    always. Faulty entries and image files of it, the whole file's, are an error before anything is built where `faults`
-    says so; the others are kept as faulty.
+    Builds rows under `data_dir` on first use; later only image files are looked at. Faulty entries and image files, the
+    whole file's, are an error before anything is built where `faults` says so; the others are kept as faulty.
+
+    Args:
+      split: `train`, or another that the data have, or a slice, e.g. `train[:1000]`; of each data set.
+      manual_dir: where LLaVA's files are.
+      images: the folder that paths of images are relative to; None: the folder of the file that names them.
 
     Raises:
-      MoextendError: unknown name or split, missing package, missing or malformed manual files, no rows.
+      MoextendError: unknown name or split, missing package, missing or malformed files, no rows.
       Fault: entries or image files that are not to be skipped; names the first few.
     """
-    family, config = family_of(name)
-    builder = BUILDERS[family]
-    data_dir = Path(data_dir)
-    json_path = None
-    if issubclass(builder, Llava):
-        json_path = builder.find_json(manual_dir)
-        # Another JSON file must never find the rows built from this one.
-        stat = json_path.stat()
-        mark = f"{json_path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-        data_dir = data_dir / hashlib.sha256(mark.encode()).hexdigest()[:12]
-    parts = [builder(config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")]
-    if json_path is not None and not all(map(_is_built, parts)):
-        refuse(scan(json_path), faults, where=str(json_path), hint=HINT)
-    rows = _open(parts[0], split, manual_dir)
+    parts = parts_of(name)
+    sources = [
+        _open(part.name, split=split, data_dir=Path(data_dir), manual_dir=manual_dir, images=images, faults=faults)
+        for part in parts
+    ]
+    if len(sources) == 1:
+        return sources[0]
+    weights = [part.weight for part in parts if part.weight is not None]
+    return mix(sources, weights=weights or None, names=[part.name for part in parts])
+
+
+def _open(
+    name: str,
+    *,
+    split: str,
+    data_dir: Path,
+    manual_dir: Path | str | None,
+    images: Path | str | None,
+    faults: FaultSettings,
+) -> Source:
+    if is_packaged(name):
+        family, config = family_of(name)
+        builders = [
+            BUILDERS[family](config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")
+        ]
+        rows = open_built(builders[0], split)
+        stored = open_built(builders[1], base_split(split))
+        pictures = Images(stored.rows, fingerprint=stored.fingerprint)
+    else:
+        files = files_of(name, split=split, manual_dir=manual_dir, known=BUILDERS)
+        home = image_folder(files, images, faults)
+        builders = _builders(files, data_dir, base_split(split))
+        if not all(map(is_built, builders)):
+            refuse(scan(files, home), faults, where=name, hint=HINT)
+        rows = open_built(builders[0], split)
+        pictures = _images(open_built(builders[1], base_split(split)), home, files.upright)
+        refuse([*rows.faults, *pictures.faults.values()], faults, where=name, hint=HINT)
     if not len(rows.rows):
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
-    stored = _open(parts[1], split.partition("[")[0], manual_dir)
-    images = Images(stored.rows, {}, fingerprint=stored.fingerprint)
-    if json_path is not None:
-        images = _in_folder(stored.rows, json_path.parent)
-        refuse([*rows.faults, *images.faults.values()], faults, where=str(json_path), hint=HINT)
     fingerprint = hashlib.sha256(f"{rows.fingerprint} {split}".encode()).hexdigest()
-    return Source(rows=rows.rows, images=images, fingerprint=fingerprint)
+    return Source(rows=rows.rows, images=pictures, fingerprint=fingerprint)
+
+
+def _builders(files: Files, data_dir: Path, split: str) -> list[Conversations]:
+    """Those of rows and of images. Other files must never find what was built from these."""
+    marks = []
+    for path in files.paths:
+        facts: Any = path.stat()
+        size, time = (facts.length, facts.mtime) if is_url(path) else (facts.st_size, facts.st_mtime_ns)
+        marks.append(f"{absolute(path)} {size} {time}")
+    home = data_dir / hashlib.sha256("\n".join(marks).encode()).hexdigest()[:12]
+    builders = [Conversations(config=part, data_dir=home, file_format="array_record") for part in PARTS]
+    for builder in builders:
+        builder.paths, builder.split = files.paths, split
+    return builders
+
+
+PARTS = ("conversations", "images")
+
+
+def image_folder(files: Files, images: Path | str | None, faults: FaultSettings) -> ImageFolder:
+    """Where the pictures are that the files name by path."""
+    home = folder(os.fspath(images)) if images else files.home
+    return ImageFolder(home, anywhere=faults.policy("outside") == "keep")
 
 
 HINT = "; `moextend data check` names all"
@@ -186,29 +304,45 @@ SAMPLED = 64
 pictures of the same names and sizes still has another."""
 
 
-def _in_folder(rows: Any, folder: Path) -> Images:
-    """The images that the rows name, as they are now: one question to the file system for each, few are read."""
-    chunks = (range(first, min(first + CHUNK, len(rows))) for first in range(0, len(rows), CHUNK))
-    names = [item["id"].decode() for chunk in chunks for item in rows.__getitems__(list(chunk))]
-    if names == [NO_IMAGE]:
+STORED_CHUNK = 16
+"""The same where rows hold pictures."""
+
+
+def _images(built: Built, folder: ImageFolder, upright: bool) -> Images:
+    """The images of the rows, as they are now: one question to the file system for each that is a file, few are
+    read."""
+    rows, digest, faults = built.rows, hashlib.sha256(f"{built.fingerprint} {upright}".encode()), {}
+    if built.stored == len(rows):
+        return Images(rows, faults, folder, digest.hexdigest(), upright)
+    size = STORED_CHUNK if built.stored else CHUNK
+    chunks = (range(first, min(first + size, len(rows))) for first in range(0, len(rows), size))
+    items = [
+        (row, item["id"].decode(), item["span"])
+        for chunk in chunks
+        for row, item in zip(chunk, rows.__getitems__(list(chunk)), strict=True)
+        if not item["image"]
+    ]
+    if [name for _, name, _ in items] == [NO_IMAGE]:
         return Images(())
-    digest, faults = hashlib.sha256(), {}
-    for row, file in enumerate(look(folder, names)):
+    files = [(row, name) for row, name, span in items if not span]
+    for (row, name), file in zip(files, folder.look(name for _, name in files), strict=True):
         if isinstance(file, Fault):
             faults[row] = file
-        state = file.kind if isinstance(file, Fault) else [file.st_size, file.st_mtime_ns]
-        digest.update(json.dumps([names[row], state]).encode())
-    for row in range(0, len(names), -(-len(names) // SAMPLED)):
+        state = file.kind if isinstance(file, Fault) else list(file)
+        digest.update(json.dumps([name, state]).encode())
+    images = Images(rows, faults, folder, "", upright)
+    for row, _, _ in items[:: -(-len(items) // SAMPLED)]:
         with contextlib.suppress(Fault):
-            digest.update(hashlib.sha256(read_image(folder, names[row])).digest())
-    return Images(rows, faults, folder, digest.hexdigest())
+            digest.update(hashlib.sha256(images[row].encoded).digest())
+    return replace(images, fingerprint=digest.hexdigest())
 
 
 class Exchange(NamedTuple):
-    """The first question of a conversation, and its right answer."""
+    """The first question of a conversation, its right answer, and what a system turn says before it."""
 
     question: str
     answer: str
+    system: str = ""
 
 
 def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Fault:
@@ -219,14 +353,17 @@ def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Faul
     if example.fault is not None and example.fault.kind not in KEEPABLE:
         return example.fault.again()
     try:
-        pairs = pairs_of(example.conversations, example_id=example.id, images=len(example.images))
-        for text in (text for pair in pairs for text in pair if CONTROL.search(text)):
+        talk = talk_of(example.conversations, example_id=example.id, images=len(example.images))
+        texts = (talk.system, *(text for pair in talk.pairs for text in pair if text is not None))
+        for text in filter(CONTROL.search, texts):
             tokenizer.encode(text)
     except Fault as fault:
         return fault
     except MoextendError as error:
         return Fault(f"example {example.id}: {error}", "reserved", example.id)
-    return Exchange(*pairs[0])
+    question, answer = talk.pairs[0]
+    assert answer is not None
+    return Exchange(question, answer, talk.system)
 
 
 CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
@@ -235,19 +372,34 @@ CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 def check_shows_images(source: Source, *, stage: str) -> None:
     """Raises where no conversation has an image: a stage that trains the projector alone would train nothing."""
     if not any(example.images for example in source):
-        raise MoextendError(f"{stage} trains the projector, and none of its {len(source)} conversations has an image")
+        raise shows_no_image(stage, len(source))
+
+
+def shows_no_image(stage: str, rows: int) -> MoextendError:
+    return MoextendError(f"{stage} trains the projector, and none of its {rows} conversations has an image")
+
+
+def is_packaged(name: str) -> bool:
+    """Whether it is the name of a data set that comes with a package, and no path."""
+    return name.partition("/")[0] in BUILDERS
 
 
 def family_of(name: str) -> tuple[str, str]:
-    """The builder and the config that a data set's name stands for."""
+    """The builder and the config that such a name stands for."""
     family, _, config = name.partition("/")
-    if family not in BUILDERS:
-        raise MoextendError(f"no data set {name!r}; there are {', '.join(sorted(BUILDERS))}")
     configs = [known for known in BUILDERS[family].builder_configs if known != "images"]
     config = config or configs[0]
     if config not in configs:
         raise MoextendError(f"data set {family} has no rows {config!r}; there are {', '.join(configs)}")
     return family, config
+
+
+def short_name(data: str, split: str) -> str:
+    """A folder's name for what is kept of a data set's images: a word of it, and what tells it from others."""
+    if not is_packaged(data) and data not in LLAVA:
+        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(parts_of(data)[0].name).stem).strip("-")[:40]
+        data = f"{words or 'data'}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
+    return f"{data.partition('/')[0]}-{base_split(split)}"
 
 
 def open_text(path: Path | str) -> list[str]:
@@ -259,30 +411,3 @@ def open_text(path: Path | str) -> list[str]:
     if not any(lines):
         raise MoextendError(f"text {path} has no passages; write one per line")
     return [line for line in lines if line]
-
-
-class Built(NamedTuple):
-    """Files that TFDS built, opened: rows by number, faults of entries, and a hash of the rows' contents."""
-
-    rows: Any
-    faults: list[Fault]
-    fingerprint: str
-
-
-def _is_built(builder: tfds.core.DatasetBuilder) -> bool:
-    return (builder.data_path / "dataset_info.json").exists()
-
-
-def _open(builder: Any, split: str, manual_dir: Any) -> Built:
-    if not _is_built(builder):
-        download = tfds.download.DownloadConfig(manual_dir=manual_dir, verify_ssl=True)
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=download)
-    try:
-        rows = builder.as_data_source(split=split)
-    except ValueError as error:
-        known = ", ".join(builder.info.splits)
-        raise MoextendError(f"data set {builder.name} has no split {split!r}; there are {known}") from error
-    notes = builder.info.metadata[split.partition("[")[0]]
-    return Built(rows, [Fault(*fault) for fault in notes["faults"].values()], notes["fingerprint"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.settings import KEEPABLE, FaultSettings
+from moextend_jax.settings import FaultSettings
 
 
 class Kind(NamedTuple):
@@ -25,7 +25,7 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "missing": Kind(True, "no such image file"),
-    "outside": Kind(True, "path leaves the image folder: absolute, .. or a symlink"),
+    "outside": Kind(True, "path leaves the image folder: absolute, .. or a link (keep follows it)"),
     "url": Kind(True, "a URL in place of a path"),
     "unreadable": Kind(True, "the file system refuses the file, or its data are damaged"),
     "truncated": Kind(True, "the image ends too early"),
@@ -37,7 +37,7 @@ KINDS: dict[str, Kind] = {
     "encoding": Kind(False, "text that is not UTF-8"),
     "reserved": Kind(False, "text with a control character that stands for images"),
     "turn": Kind(False, "a turn without a role or whose value is not text"),
-    "roles": Kind(False, "a role that is neither human nor gpt"),
+    "roles": Kind(False, "a role that is none of system, human and gpt"),
     "order": Kind(False, "turns that do not alternate human, gpt"),
     "empty_answer": Kind(False, "an answer without text"),
     "marks": Kind(False, "image marks that do not match the images"),
@@ -66,7 +66,7 @@ class Fault(MoextendError):
         return Fault(str(self), self.kind, self.id)
 
 
-STRICT = FaultSettings(policies=cast(Any, {kind: "error" for kind in KINDS if kind not in KEEPABLE}))
+STRICT = FaultSettings(policies=cast(Any, {kind: "error" for kind in KINDS if kind != "duplicate_id"}))
 """Nothing is skipped."""
 
 

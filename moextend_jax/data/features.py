@@ -21,9 +21,9 @@ import numpy as np
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import Images
+from moextend_jax.data.datasets import AnyImages
 from moextend_jax.data.faults import STRICT, Fault, refuse
-from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.data.images import prepare_image
 from moextend_jax.progress import counting
 from moextend_jax.settings import FaultSettings
 
@@ -74,7 +74,7 @@ class FeatureStore:
 
 
 def cache_features(
-    images: Images,
+    images: AnyImages,
     *,
     path: Path | str,
     compute: Callable[[np.ndarray], Any],
@@ -126,7 +126,7 @@ def cache_features(
     return FeatureStore.open(path)
 
 
-def _fits(path: Path, fingerprint: dict[str, Any], images: Images, size, preparation) -> bool:
+def _fits(path: Path, fingerprint: dict[str, Any], images: AnyImages, size, preparation) -> bool:
     """Whether there is a cache of these images, and those noted as faulty in it still are: one that can be read by now
     needs its features."""
     try:
@@ -176,10 +176,9 @@ class _Prepared(NamedTuple):
     image_hwc: np.ndarray
 
 
-def _prepare(images: Images, row: int, *, size: int, preparation: Literal["pad", "crop"]) -> _Prepared | Fault:
+def _prepare(images: AnyImages, row: int, *, size: int, preparation: Literal["pad", "crop"]) -> _Prepared | Fault:
     try:
-        key, encoded = images[row]
-        picture = decode_image(encoded, name=f"image {key}", id=key)
+        key, picture = images.decoded(row)
         return _Prepared(key, prepare_image(picture, size=size, preparation=preparation, id=key))
     except Fault as fault:
         return fault

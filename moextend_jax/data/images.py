@@ -1,31 +1,24 @@
-"""Image files to the pixels a CLIP tower expects.
+"""Encoded images to the pixels a CLIP tower expects.
 
-Goes in: a path below a folder, then its bytes, in one of `FORMATS`. Comes out: `image_hwc` float32, normalised by
-CLIP's mean and standard deviation; or a `Fault` of `data/faults.py`. Nothing here trusts the file: how large a picture
-is is known from its header before memory is taken for it.
+Goes in: the bytes of an image file in one of `FORMATS`. Comes out: `image_hwc` float32, normalised by CLIP's mean and
+standard deviation; or a `Fault` of `data/faults.py`. Nothing here trusts the file: how large a picture is is known from
+its header before memory is taken for it.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import stat
-import sys
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moextend_jax.config import MoextendError
 from moextend_jax.data.faults import Fault
+from moextend_jax.data.image_files import MOST_BYTES
 
 MEAN_c = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD_c = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
-MOST_BYTES = 64 * 2**20
-"""Of an image file."""
 MOST_PIXELS = 89_478_485
 """Of a picture as its header says: a quarter of a GB as RGB, and where Pillow begins to warn."""
 MOST_SCALED = 2**28
@@ -40,124 +33,13 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", 
 """How files of the usual formats begin, also where no more of them is left."""
 
 
-# --- paths ------------------------------------------------------------------------------------------------------------
+def decode_image(encoded: bytes, *, name: str = "image", id: str = "", upright: bool = True) -> Image.Image:
+    """The picture as RGB, of an animation its first frame.
 
-
-def find_image(folder: Path, name: str) -> Path:
-    """The file of an image named relative to `folder` or to its folder `images`; nothing is read.
-
-    Raises:
-      Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more than MOST_BYTES.
-      MoextendError: this process cannot spell the name, and so no name of its kind.
+    Args:
+      name: for the error message; id: for its `Fault`.
+      upright: turned as its EXIF orientation says, which is how telephones save a picture. LLaVA never looked at it.
     """
-    if "://" in name or name.startswith("data:"):
-        raise Fault(f"image {name[:200]} is a URL; nothing is downloaded: put the file into {folder}", "url", name)
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise Fault(f"image {name} leaves {folder}; name it by its path below that folder", "outside", name)
-    roots = folder, folder / "images"
-    for root in roots:
-        try:
-            path = (root / name).resolve(strict=True)
-            facts = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except UnicodeEncodeError as error:
-            encoding = sys.getfilesystemencoding()
-            if encoding == "utf-8":  # half of a pair, which JSON can spell
-                raise Fault(f"image {name!a} in {folder}: {error}", "unreadable", ascii(name)) from error
-            raise MoextendError(
-                f"image {name!a}: names of files are {encoding} here, which cannot spell it; set PYTHONUTF8=1"
-            ) from error
-        except (OSError, ValueError, RuntimeError) as error:  # no permission; a name no file can have; a loop of links
-            raise Fault(f"cannot read image {name} in {folder}: {error}", "unreadable", name) from error
-        if not any(path.is_relative_to(root.resolve()) for root in roots):
-            raise Fault(
-                f"image {name} is a link out of {folder}, to {path}; only the folder images itself may be a link",
-                "outside",
-                name,
-            )
-        if not stat.S_ISREG(facts.st_mode):  # to open a pipe would wait for ever
-            raise Fault(f"image {name} in {folder} is not a file", "unreadable", name)
-        if not facts.st_size:
-            raise Fault(f"image {name} in {folder} is an empty file", "empty_file", name)
-        if facts.st_size > MOST_BYTES:
-            raise Fault(
-                f"image {name} in {folder} has {facts.st_size} bytes, more than {MOST_BYTES}", "oversized", name
-            )
-        return path
-    raise Fault(f"no image {name} in {folder} or {folder / 'images'}{_beside(roots, name)}", "missing", name)
-
-
-def _beside(roots: Iterable[Path], name: str) -> str:
-    """A hint, where the picture is there in another format: OCR-VQA's are .gif files that its JSON calls .jpg."""
-    for root in roots:
-        for suffix in (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG"):
-            other = (root / name).with_suffix(suffix)
-            if other.is_file():
-                return f"; {other.name} is there: convert it, or name it so"
-    return ""
-
-
-def look(folder: Path, names: Iterable[str]) -> Iterator[os.stat_result | Fault]:
-    """Size and time of each image's file, or the `Fault` that `find_image` raises.
-
-    Folders are resolved once and a sound file costs one question to the file system: there are 665 thousand of them.
-    """
-    homes: dict[str, list[str]] = {}
-    for name in names:
-        head, tail = os.path.split(name)
-        if head not in homes:
-            homes[head] = _homes(folder, head)
-        file = None if ":" in name else _sound_file(homes[head], tail)  # a URL is none, whatever is there
-        try:
-            yield file or find_image(folder, name).stat()
-        except Fault as fault:
-            yield fault
-
-
-def _homes(folder: Path, head: str) -> list[str]:
-    """Where files of `head/` may be, resolved; none where only `find_image` can tell what is right."""
-    if os.path.isabs(head) or ".." in head or "\0" in head:
-        return []
-    try:
-        roots = [os.path.realpath(root) for root in (folder, folder / "images")]
-        homes = [os.path.realpath(os.path.join(root, head)) for root in roots]
-    except (OSError, ValueError):
-        return []
-    inside = all(any(Path(home).is_relative_to(root) for root in roots) for home in homes)
-    return homes if inside else []
-
-
-def _sound_file(homes: Iterable[str], name: str) -> os.stat_result | None:
-    """None also for links, which may lead anywhere."""
-    for home in homes:
-        try:
-            file = os.lstat(f"{home}/{name}")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
-            return None
-        return file if stat.S_ISREG(file.st_mode) and 0 < file.st_size <= MOST_BYTES else None
-    return None
-
-
-def read_image(folder: Path, name: str) -> bytes:
-    """Its bytes; raises as `find_image`, also where reading fails."""
-    try:
-        with find_image(folder, name).open("rb") as file:
-            encoded = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise Fault(f"cannot read image {name} in {folder}: {error}", "unreadable", name) from error
-    if len(encoded) > MOST_BYTES:  # it grew
-        raise Fault(f"image {name} in {folder} has more than {MOST_BYTES} bytes", "oversized", name)
-    return encoded
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def decode_image(encoded: bytes, *, name: str = "image", id: str = "") -> Image.Image:
-    """The picture as RGB, of an animation its first frame; `name` is for the error message, `id` for its `Fault`."""
 
     def fault(kind: str, why: object) -> Fault:
         return Fault(f"cannot read {name} as an image: {why}", kind, id or name)
@@ -174,7 +56,7 @@ def decode_image(encoded: bytes, *, name: str = "image", id: str = "") -> Image.
             image.load()
             if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
                 raise fault("not_finite", "it has NaN or infinite pixels")
-            return _rgb(image)
+            return _rgb(_turned(image) if upright else image)
     except Fault:
         raise
     except UnidentifiedImageError as error:
@@ -218,6 +100,27 @@ def _looks_like_image(encoded: bytes) -> bool:
 def _cut_riff(encoded: bytes) -> bool:
     """A WebP file says how long it is."""
     return encoded[:4] == b"RIFF" and len(encoded) < 8 + int.from_bytes(encoded[4:8], "little")
+
+
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the values of EXIF's orientation."""
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged EXIF data: the picture itself is sound
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -10,22 +10,27 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.data.conversations import encode_prompt, encode_row
-from moextend_jax.data.entries import Entry
+from moextend_jax.data.conversations import encode_prompt, encode_row, talk_of
+from moextend_jax.data.entries import Content, Entry
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.images import check_scaled, decode_image, read_image
-from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moextend_jax.data.image_files import read_span
+from moextend_jax.data.images import check_scaled, decode_image
+from moextend_jax.data.shards import Span
+from moextend_jax.data.tokenizer import Tokenizer
+
+UNLIMITED = 1 << 30
+"""A length that everything fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked."""
+    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked. A length or a number
+    of images that is 0 is found in the data, so that all fit."""
 
     stages: tuple[str, ...]
     data: str
@@ -42,11 +47,16 @@ class ImageFiles(Protocol):
     def read(self, name: str) -> bytes: ...
 
 
-class Folder(NamedTuple):
-    path: Path
+class Picture(NamedTuple):
+    """An image to look at. content: where its row holds it; None where it is one of the data set's image files."""
 
-    def read(self, name: str) -> bytes:
-        return read_image(self.path, name)
+    name: str
+    content: Content | None = None
+
+    def read(self, files: ImageFiles) -> bytes:
+        if isinstance(self.content, Span):
+            return read_span(self.content)
+        return files.read(self.name) if self.content is None else self.content
 
 
 class PlacedFault(NamedTuple):
@@ -61,7 +71,7 @@ class PlacedFault(NamedTuple):
 class Work:
     """What a process needs to know. patches: positions that an image takes (P); size: the tower's pixels per side."""
 
-    tokenizer_folder: Path
+    tokenizer: Tokenizer
     recipe: Recipe
     patches: int
     size: int
@@ -75,7 +85,6 @@ class Inspector:
 
     def __init__(self, work: Work):
         self.work = work
-        self.tokenizer: Tokenizer = load_tokenizer(work.tokenizer_folder)
 
     def rows(self, entries: Sequence[Entry], which: int) -> list[PlacedFault]:
         """What `readings[which]` would refuse; at most one fault of each entry's turns, besides one of its form."""
@@ -99,35 +108,38 @@ class Inspector:
             entry.turns,
             example_id=entry.id,
             images=len(entry.images),
-            tokenizer=self.tokenizer,
+            tokenizer=self.work.tokenizer,
             recipe=self.work.recipe,
             patches=self.work.patches,
-            length=1 << 30 if prompt_only else reading.length,
-            images_per_row=len(entry.images) if prompt_only else reading.images_per_row,
+            length=(0 if prompt_only else reading.length) or UNLIMITED,
+            images_per_row=(0 if prompt_only else reading.images_per_row) or len(entry.images),
             too_long=reading.too_long,
         )
         if not prompt_only:
             return
         try:
+            talk = talk_of(entry.turns, example_id=entry.id, images=len(entry.images))
             prompt = encode_prompt(
-                entry.turns[0]["value"],
+                talk.pairs[0][0],
                 images=len(entry.images),
-                tokenizer=self.tokenizer,
+                system=talk.system,
+                tokenizer=self.work.tokenizer,
                 recipe=self.work.recipe,
                 patches=self.work.patches,
             )
         except MoextendError as error:
             raise Fault(f"question {entry.id}: {error}", "marks", entry.id) from error
-        if len(prompt.ids_L) > reading.length:
+        if reading.length and len(prompt.ids_L) > reading.length:
             message = f"question {entry.id}: a prompt of {len(prompt.ids_L)} tokens does not fit {reading.length}"
             raise Fault(message, "too_long", entry.id)
 
-    def images(self, names: Sequence[str], files: str) -> list[PlacedFault]:
+    def images(self, pictures: Sequence[Picture], files: str) -> list[PlacedFault]:
         """What decoding and preparing images would refuse; `files` names their set in the work's `files`."""
         faults = []
-        for place, name in enumerate(names):
+        for place, item in enumerate(pictures):
+            name = item.name
             try:
-                picture = decode_image(self.work.files[files].read(name), name=f"image {name}", id=name)
+                picture = decode_image(item.read(self.work.files[files]), name=f"image {name}", id=name)
                 check_scaled(
                     *picture.size, size=self.work.size, preparation=self.work.recipe.image_preparation, id=name
                 )

@@ -38,7 +38,7 @@ class Pictures(Protocol):
 
 
 class Completed(NamedTuple):
-    """ids: the model's answer to prompt `index`, which ends before EOS."""
+    """ids: the model's answer to prompt `index`, without what ends it."""
 
     index: int
     ids: list[int]
@@ -59,7 +59,7 @@ class Asker:
 
     generator: Generator
     arrays: Arrays
-    eos: int
+    ends: tuple[int, ...]
     rows: int
     tokens: int
     pictures: Pictures | None = None
@@ -79,7 +79,7 @@ class Asker:
 
         Args:
           stop: called every `LOOK` tokens with a prompt's index and its ids so far; True where they are enough. A batch
-            ends when each of its rows has had enough or EOS, so an answer may hold ids past the point where it stopped.
+            ends when each of its rows has had enough or an end; so an answer may hold ids past where it stopped.
         """
         steps = LOOK if stop else max_new_tokens
         begun: list[tuple[Work, list[jax.Array]]] = []
@@ -107,7 +107,7 @@ class Asker:
 
     def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[Completed]:
         ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
-        return [Completed(n, _until(ids_BL[row], self.eos)) for n, row in _placed(work)]
+        return [Completed(n, _until(ids_BL[row], self.ends)) for n, row in _placed(work)]
 
     def _until(self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]) -> list[Any]:
         """Ids `[B, n]` in pieces, on the host, until every row has ended or `stop` says that it has enough."""
@@ -115,7 +115,7 @@ class Asker:
         for piece in pieces:
             seen.append(on_host(piece))
             ids_BL = np.concatenate(seen, axis=1)
-            if all(self.eos in ids_BL[row] or stop(n, ids_BL[row].tolist()) for n, row in _placed(work)):
+            if all(np.isin(ids_BL[row], self.ends).any() or stop(n, ids_BL[row].tolist()) for n, row in _placed(work)):
                 break
         return seen
 
@@ -215,6 +215,6 @@ def _placed(work: Work) -> Iterator[tuple[int, int]]:
         yield from ((n, part * work.rows + row) for row, n in enumerate(indices))
 
 
-def _until(ids_L: np.ndarray, eos: int) -> list[int]:
-    ended = np.flatnonzero(ids_L == eos)
+def _until(ids_L: np.ndarray, ends: tuple[int, ...]) -> list[int]:
+    ended = np.flatnonzero(np.isin(ids_L, ends))
     return ids_L[: ended[0]].tolist() if len(ended) else ids_L.tolist()

@@ -1,13 +1,14 @@
 """`moextend eval --forgetting`: what an extended model forgot, by text benchmarks of lm-eval; the paper's table.
 
-In: a run, and names of lm-eval tasks. Out: WORKDIR/eval/forgetting.json and a table: each task's figure under the base
-and under each other model, and the average drop in points.
+In: the base, other models, and names of lm-eval tasks. Out: OUT/forgetting.json and a table: each task's figure under
+the base and under each other model, and the average drop in points.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ import jax
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.config import ModelConfig, MoextendError
-from moextend_jax.evaluate.running import asker_of, generator_of
-from moextend_jax.generate import Generator
-from moextend_jax.runs.models_of import identity, open_model, text_only
-from moextend_jax.runs.run import Run, write_json
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.running import asker_of
+from moextend_jax.runs.askable import Askable, text_only
+from moextend_jax.runs.run import write_json
 from moextend_jax.terminal import console
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "mbpp", "mmlu", "gsm8k")
@@ -38,60 +38,96 @@ class Figure(NamedTuple):
     higher_is_better: bool
 
 
+class Tasks(NamedTuple):
+    """Tasks that lm-eval knows; manager: its own `TaskManager`."""
+
+    names: tuple[str, ...]
+    manager: Any
+
+
+def read_tasks(names: Sequence[str] = TASKS, *, include_path: Path | None = None) -> Tasks:
+    """Looks tasks up, before any model is opened.
+
+    Args:
+      include_path: a folder of further tasks in lm-eval's YAML.
+
+    Raises:
+      MoextendError: lm-eval is not installed, or knows no such task.
+    """
+    harness = importlib.import_module("moextend_jax.evaluate.harness")  # lm-eval is an extra
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every default
+    manager = harness.tasks.TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in names if task not in manager.all_tasks]
+    if unknown or not names:
+        raise MoextendError(
+            f"lm-eval knows no task {', '.join(unknown) or 'at all'}; `lm-eval ls tasks` lists those it has, "
+            f"--include_path adds a folder of others"
+        )
+    return Tasks(tuple(names), manager)
+
+
 def forgetting(
-    run: Run,
+    models: Iterable[Askable],
+    tasks: Tasks,
     *,
-    tasks: Sequence[str] = TASKS,
-    models: Sequence[str] = ("moextend",),
+    out: Path,
     limit: int | None = None,
     num_fewshot: int | None = None,
     max_length: int = 4096,
-    include_path: Path | None = None,
     run_code: bool = False,
 ) -> dict[str, Any]:
-    """Runs the tasks on the base and on `models`, prints the table and returns what forgetting.json holds.
+    """Runs the tasks on the models, prints the table and returns what forgetting.json holds.
 
     Args:
+      models: the base, then those that are held against it; each is taken when the one before is done.
+      out: the folder to write to.
       limit: questions of each task. num_fewshot: None is the task's own.
-      include_path: a folder of further tasks in lm-eval's YAML.
       run_code: whether programs that the model writes may be run on this machine (MBPP does).
 
     Raises:
-      MoextendError: lm-eval is not installed, a task it does not know, or data that it cannot get.
+      MoextendError: lm-eval is not installed, or cannot get its data.
     """
     from moextend_jax.evaluate.harness import HarnessModel  # lm-eval is an extra
 
     by_model: dict[str, dict[str, Any]] = {}
-    generators: dict[ModelConfig, Generator] = {}  # models of one structure share what is compiled
-    for name in ("base", *models):
-        model, arrays = text_only(open_model(run, name))
-        generator = generators.setdefault(model.config, generator_of(run, model))
-        harness_model = HarnessModel(asker_of(run, generator, arrays), tokenizer=run.tokenizer, max_length=max_length)
+    identities: dict[str, str] = {}
+    for opened in models:
+        name = opened.name if by_model else "base"
+        harness_model = HarnessModel(asker_of(text_only(opened)), tokenizer=opened.tokenizer, max_length=max_length)
         # lm-eval keeps answers by request in a file of SQLite, which one process alone can write.
-        cache = run.workdir / "eval" / "lm-eval" / f"{identity(run, name)}-{max_length}"
+        cache = out / "lm-eval" / f"{opened.identity}-{max_length}"
         alone = jax.process_count() == 1
         if alone:
             cache.parent.mkdir(parents=True, exist_ok=True)
         by_model[name] = _results(
-            harness_model, tasks=tasks, cache=str(cache) if alone else None, limit=limit, num_fewshot=num_fewshot,
-            include_path=include_path, run_code=run_code,
+            harness_model, tasks, cache=str(cache) if alone else None, limit=limit, num_fewshot=num_fewshot,
+            run_code=run_code,
         )  # fmt: skip
+        identities[name] = opened.identity
+    others = [name for name in by_model if name != "base"]
     record = {
         "tasks": {
-            task: {name: figure(results, task)._asdict() for name, results in by_model.items()} for task in tasks
+            task: {name: figure(results, task)._asdict() for name, results in by_model.items()} for task in tasks.names
         },
-        "average_drop": {name: average_drop(by_model["base"], by_model[name], tasks) for name in models},
+        "average_drop": {name: average_drop(by_model["base"], by_model[name], tasks.names) for name in others},
         "published_average_drop": PUBLISHED,
         "limit": limit,
         "num_fewshot": num_fewshot,
-        "models": {name: identity(run, name) for name in by_model},
+        "models": identities,
         "results": {name: results["results"] for name, results in by_model.items()},
         "versions": {name: results.get("versions", {}) for name, results in by_model.items()},
     }
-    write_json(run.workdir / "eval" / "forgetting.json", record)
+    write_json(out / "forgetting.json", record)
     if distributed.first():
         print_table(record)
     return record
+
+
+def base_and(opened: Askable) -> Iterator[Askable]:
+    """The base that a model was made from, where there is one, and the model."""
+    if opened.open_base is not None and opened.name != "base":
+        yield opened.open_base()
+    yield opened
 
 
 def figure(results: Mapping[str, Any], task: str) -> Figure:
@@ -131,7 +167,8 @@ def print_table(record: Mapping[str, Any]) -> None:
         table.add_row(*cells)
     drops = [record["average_drop"][name] for name in names]
     cells = [cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")]
-    table.add_row("average drop", "", "", *cells)
+    if names:
+        table.add_row("average drop", "", "", *cells)
     out = console()
     out.print(table)
     published = ", ".join(f"{name} {drop}" for name, drop in record["published_average_drop"].items())
@@ -139,24 +176,15 @@ def print_table(record: Mapping[str, Any]) -> None:
 
 
 def _results(
-    harness_model: Any, *, tasks: Sequence[str], cache: str | None, limit: int | None, num_fewshot: int | None,
-    include_path: Path | None, run_code: bool,
-) -> dict[str, Any]:  # fmt: skip
+    harness_model: Any, tasks: Tasks, *, cache: str | None, limit: int | None, num_fewshot: int | None, run_code: bool
+) -> dict[str, Any]:
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every default
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown or not tasks:
-        raise MoextendError(
-            f"lm-eval knows no task {', '.join(unknown) or 'at all'}; `lm-eval ls tasks` lists those it has, "
-            f"--include_path adds a folder of others"
-        )
     try:
         results = simple_evaluate(
-            model=harness_model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager,
-            use_cache=cache, bootstrap_iters=0, log_samples=False, confirm_run_unsafe_code=run_code,
+            model=harness_model, tasks=list(tasks.names), num_fewshot=num_fewshot, limit=limit,
+            task_manager=tasks.manager, use_cache=cache, bootstrap_iters=0, log_samples=False,
+            confirm_run_unsafe_code=run_code,
         )  # fmt: skip
     except OSError as error:  # of a data set: no network, no such file
         raise MoextendError(f"lm-eval cannot get its data: {error}") from error

@@ -1,7 +1,8 @@
 """EleutherAI's lm-eval asking our models: its requests in, log-likelihoods and greedy text out.
 
 Needs the extra `eval`; lm-eval without its own model back ends needs no PyTorch. Texts are tokenised as in training
-(BOS, SentencePiece), without a chat template. Of several processes each asks lm-eval the same and all compute together.
+(after BOS, if the model has one), without a chat template. Of several processes each asks lm-eval the same and all
+compute together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.progress import counting
 
 try:
+    from lm_eval import tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.models import utils as generating  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
@@ -49,15 +51,15 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.text.bos
+        return self.text.eos if self.text.bos is None else self.text.bos
 
     @property
     def tokenizer_name(self) -> str:
-        return "sentencepiece"
+        return self.text.pieces.kind
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids = self.text.encode(string)
-        return ids if add_special_tokens is False else [self.text.bos, *ids]
+        return ids if add_special_tokens is False else [*self.text.prefix, *ids]
 
     # --- log-likelihoods ----------------------------------------------------------------------------------------------
 
@@ -133,7 +135,8 @@ class HarnessModel(TemplateLM):
     def _generated(self, requests: list[Any], most: int, stops: tuple[str, ...], bar: Any):
         if most >= self.max_length:
             raise MoextendError(f"a task asks for {most} new tokens, --max_length is {self.max_length}; raise it")
-        contexts = [self.tok_encode(request.args[0])[-(self.max_length - most) :] for request in requests]
+        encoded = (self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests)
+        contexts = [ids[-(self.max_length - most) :] for ids in encoded]
         prompts = [Prompt(ids_L=np.array(ids, np.int32), patches_L=np.full(len(ids), -1, np.int32)) for ids in contexts]
 
         def text(index: int, ids: list[int]) -> str:

@@ -71,7 +71,7 @@ class QuestionPictures:
         encoded = image_bytes(question)
         assert encoded is not None
         named = "its picture" if isinstance(question.image, bytes) else f"image {question.image}"
-        picture = decode_image(encoded, name=named)
+        picture = decode_image(encoded, name=named, upright=False)  # as those who publish scores do
         return prepare_image(picture, size=self._size, preparation=self._preparation, id=question.where)
 
     def _wrong(self, question: Question) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe
 from moextend_jax.data.batches import Features, Pixels
-from moextend_jax.data.conversations import encode_prompt
+from moextend_jax.data.conversations import Encoded, encode_prompt
 from moextend_jax.data.datasets import Example, first_exchange
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
@@ -19,11 +19,12 @@ from moextend_jax.evaluate.prompts import Prompt
 
 
 class Question(NamedTuple):
-    """The first question of a conversation, with its right answer."""
+    """The first question of a conversation, with its right answer and what a system turn says before it."""
 
     example: Example
     text: str
     answer: str
+    system: str = ""
 
 
 def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
@@ -35,8 +36,9 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
 
 
 def prompt_of(
-    text: str, *, images: tuple[int, ...], tokenizer: Tokenizer, recipe: Recipe, patches: int, where: str
-) -> Prompt:
+    text: str, *, images: tuple[int, ...], tokenizer: Tokenizer, recipe: Recipe, patches: int, where: str,
+    system: str = "",
+) -> Prompt:  # fmt: skip
     """The chat template around a question; its head is everything up to the last image.
 
     Args:
@@ -45,9 +47,16 @@ def prompt_of(
       where: names the question in messages.
     """
     try:
-        encoded = encode_prompt(text, images=len(images), tokenizer=tokenizer, recipe=recipe, patches=patches)
+        encoded = encode_prompt(
+            text, images=len(images), system=system, tokenizer=tokenizer, recipe=recipe, patches=patches
+        )
     except MoextendError as error:
         raise MoextendError(f"{where}: {error}") from error
+    return as_prompt(encoded, images=images, where=where)
+
+
+def as_prompt(encoded: Encoded, *, images: tuple[int, ...] = (), where: str = "prompt") -> Prompt:
+    """What was encoded with these images; its head is everything up to the last of them."""
     last = int(np.flatnonzero(encoded.patches_L >= 0)[-1]) if images else -2
     return Prompt(ids_L=encoded.ids_L, patches_L=encoded.patches_L, head=last + 2, images=images, where=where)
 

@@ -52,6 +52,10 @@ def patterns(settings: RunSettings, *, stage: str) -> tuple[str, ...]:
 def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mesh: Mesh) -> AbstractStep:
     """The step that trains `stage` of these settings on `mesh`; a MoextendError where rows do not divide over it."""
     run = stage_settings(settings, stage)
+    if not (run.length and run.images_per_row):
+        raise MoextendError(
+            f"{stage}.length and images_per_row are found in the data, which is not read here: set both"
+        )
     model = structure(config)
     shardings = parameter_shardings(model, mesh)
     leaves = {
@@ -59,7 +63,7 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
         for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
     trainable, frozen = stages.split(leaves, patterns(settings, stage=stage))
-    schedule = learning_rate(run.optimizer, steps=run.steps, recipe=settings.recipe)
+    schedule = learning_rate(run.optimizer, steps=max(run.steps, 1), recipe=settings.recipe)
     optimizer = make_optimizer(run.optimizer, paths=trainable)
     step = make_step(
         model,

@@ -4,49 +4,62 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
-from moextend_jax.config import MoextendError
+import jax
+
+from moextend_jax.config import Count
+from moextend_jax.options import OneOf
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.planning import plan
 from moextend_jax.plan.sweep import sweep
 from moextend_jax.plan.table import print_plan, print_ranking
-from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.runs.results import training
+from moextend_jax.settings import Positive, RunSettings, Share, from_config_dict
 from moextend_jax.terminal import console
 
 
-def plan_command(
-    settings: RunSettings,
-    *,
-    stage: str | None,
-    topology: str | None,
-    without_images: bool = False,
-    new_share: float | None = None,
-    layers: int | None = None,
-    most: int = 0,
-    within: float | None = None,
-    as_json: bool = False,
-) -> None:
-    """Prints one plan, or the ranking of a sweep.
+@dataclass(frozen=True)
+class PlanOptions:
+    config: RunSettings
+    _: KW_ONLY
+    stage: Annotated[str, OneOf(training())]
+    """what trains"""
+    topology: str
+    """CHIP:SHAPE, as v5p:4x4x4, v5e:16x16, v6e:8x8 or h100:2x8"""
+    json: bool = False
+    """JSON instead of tables"""
+    text_only: bool = False
+    """leave tower, projector and images out"""
+    new_share: Share | None = None
+    """share of picks that new experts get; as many as the others, where not given"""
+    layers: Count | None = None
+    """decoder layers to keep of the base"""
+    sweep: bool = False
+    """try meshes, micro-batches and what is saved"""
+    most: Count = 8
+    """programs that a sweep compiles at most"""
+    within: Positive | None = None
+    """GiB per chip that a sweep may use"""
 
-    Args:
-      most: programs that a sweep compiles at most; 0: no sweep, one plan of the settings as they are.
-      within: GiB per chip that a sweep may use; None: all.
-      as_json: JSON on standard output instead of tables.
-    """
-    if not stage or not topology:
-        raise MoextendError("plan needs --stage STAGE and --topology CHIP:SHAPE, for instance v5p:4x4x4")
-    if new_share is not None and not 0 <= new_share <= 1:
-        raise MoextendError(f"--new_share {new_share} is not between 0 and 1")
-    settings = text_only(settings) if without_images else settings
-    screen = console(stderr=as_json)
-    if most:
-        figures: Any = sweep(settings, stage=stage, topology_name=topology, most=most, within=within, tell=screen.print)
+
+def plan_command(options: PlanOptions) -> None:
+    """A stage's step compiled for chips that are not here: does it fit, bytes, FLOPs, messages, least time."""
+    jax.config.update("jax_platforms", "cpu")  # the chips of a plan are not here, and those that are stay free
+    settings = text_only(options.config) if options.text_only else options.config
+    stage, topology, screen = options.stage, options.topology, console(stderr=options.json)
+    if options.sweep:
+        figures: Any = sweep(
+            settings, stage=stage, topology_name=topology, most=options.most, within=options.within, tell=screen.print
+        )
     else:
-        figures = plan(settings, stage=stage, topology_name=topology, new_share=new_share, layers=layers)
-    if as_json:
+        figures = plan(
+            settings, stage=stage, topology_name=topology, new_share=options.new_share, layers=options.layers
+        )
+    if options.json:
         print(json.dumps(figures, indent=1))
-    elif most:
+    elif options.sweep:
         print_ranking(figures, screen)
     else:
         print_plan(figures, screen)

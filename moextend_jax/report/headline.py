@@ -12,17 +12,17 @@ from typing import Any
 
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import CORPORA, TITLES, duration, forgetting
-from moextend_jax.report.workdir import number
+from moextend_jax.report.workdir import data_title, number
 from moextend_jax.runs.results import ANSWERING, MODELS
 
 
 def tiles(summary: Mapping[str, Any] | None) -> str:
     """The three or four numbers to remember."""
-    ours, alone = (number(summary, "easy_vqa", model) for model in ("moextend", "question_only"))
+    ours, alone = (number(summary, "accuracy", model) for model in ("moextend", "question_only"))
     shown = []
     if ours is not None:
         against = "" if alone is None else f"; the question alone gives {alone:.1%}"
-        shown.append((f"{ours:.1%}", f"easy-VQA accuracy{against}"))
+        shown.append((f"{ours:.1%}", f"{escape(data_title(summary))} accuracy{against}"))
     lost, rival = (forgetting(summary, model=model) for model in ("moextend", "full"))
     if lost is not None:
         against = "" if rival is None else f"; full tuning {rival.mean:+.3f}"
@@ -42,22 +42,34 @@ def table(summary: Mapping[str, Any] | None) -> str:
     """Accuracy, and loss with what it gained over the base, of every model; a model that was not run says so."""
     if summary is None:
         return ""
-    questions = number(summary, "easy_vqa", "questions")
-    heads = ["", "accuracy"] + [f"{name}<br>loss / gained" for name in CORPORA.values()]
-    rows = [["Base model, text only", ""] + [_loss(summary, corpus, "base") for corpus in CORPORA]]
-    for model in ("question_only", *ANSWERING):
-        rows.append([TITLES[model], _accuracy(number(summary, "easy_vqa", model), questions)])
+    questions = number(summary, "accuracy", "questions")
+    answers = summary.get("answer_loss") is not None
+    heads = ["", "accuracy", *["answers<br>loss"] * answers]
+    heads += [f"{name}<br>loss / gained" for name in CORPORA.values()]
+    rows = []
+    for model in ("base", "question_only", *ANSWERING):
+        title = "Base model, text only" if model == "base" else TITLES[model]
+        rows.append([title, "" if model == "base" else _accuracy(number(summary, "accuracy", model), questions)])
+        if answers:
+            nats = number(summary, "answer_loss", model)
+            rows[-1].append("" if nats is None else f"{nats:.3f}")
         rows[-1] += [_loss(summary, corpus, model) for corpus in CORPORA]
     lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
     for row in rows:
         ours = ' class="ours"' if row[0] == TITLES["moextend"] else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
-    asked = "" if questions is None else f" on {questions:,.0f} test questions, ± its 95% interval"
+    asked = (
+        ""
+        if questions is None
+        else f" on {questions:,.0f} questions ({escape(data_title(summary))}), ± its 95% interval"
+    )
+    right = "Loss of answers is in nats per token of the right ones. " if answers else ""
     return (
         f'<div class="wide"><table>{"".join(lines)}</table></div>'
         + how(
-            f"Accuracy is the share of answers that match exactly{asked}. Loss is in nats per token of held-out text; "
-            "what it gains over the base model is what was forgotten, so 0 is perfect and less is better. "
+            f"Accuracy is the share of answers that match exactly{asked}. {right}"
+            "Loss of text is in nats per token of held-out text; what it gains over the base model is what was "
+            "forgotten, so 0 is perfect and less is better. "
             "Aligning leaves the language model as it was."
         )
         + _frozen(summary)
@@ -70,7 +82,9 @@ def _accuracy(accuracy: float | None, questions: float | None) -> str:
         return "<small>not run</small>"
     if not questions:
         return f"{accuracy:.1%}"
-    return f"{accuracy:.1%} <small>±\u00a0{1.96 * math.sqrt(accuracy * (1 - accuracy) / questions):.1%}</small>"
+    # Wilson's interval, which is no point where few questions are all right or all wrong.
+    half = 1.96 / (1 + 1.96**2 / questions) * math.sqrt(accuracy * (1 - accuracy) / questions + (0.98 / questions) ** 2)
+    return f"{accuracy:.1%} <small>±\u00a0{half:.1%}</small>"
 
 
 def _loss(summary: Mapping[str, Any], corpus: str, model: str) -> str:

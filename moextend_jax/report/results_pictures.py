@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL, canvas
-from moextend_jax.report.workdir import number
+from moextend_jax.report.workdir import data_title, number
 from moextend_jax.runs import results
 
 TITLES = {"question_only": "Question only"} | {
@@ -59,7 +59,7 @@ def results_picture(summary: Mapping[str, Any], path: Path) -> None:
 
 def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
     """Accuracy against forgetting: a dot at the mean over corpora, a line from the least to the most forgotten."""
-    floor = number(summary, "easy_vqa", "question_only")
+    floor = number(summary, "accuracy", "question_only")
     if floor is not None:
         ax.axhline(floor, color=PLAIN, linewidth=1, linestyle=(0, (4, 3)))
         ax.annotate(
@@ -67,7 +67,7 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
             ha="right", color=MUTED,
         )  # fmt: skip
     for model in results.ANSWERING:
-        accuracy, lost = number(summary, "easy_vqa", model), forgetting(summary, model=model)
+        accuracy, lost = number(summary, "accuracy", model), forgetting(summary, model=model)
         if results.MODELS[model].text_is_bases:
             lost = Forgetting({"both": 0.0})
         if accuracy is None or lost is None:
@@ -84,13 +84,14 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 
 def accuracy_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
-    scores = {model: number(summary, "easy_vqa", model) for model in TITLES}
+    scores = {model: number(summary, "accuracy", model) for model in TITLES}
+    data = data_title(summary).replace("$", r"\$")  # which begins a formula
     measured = {model: score for model, score in scores.items() if score is not None}
     bars = ax.bar(
         [TITLES[model] for model in measured], list(measured.values()), color=[MODEL_COLOUR[m] for m in measured]
     )
     ax.bar_label(bars, [f"{score:.1%}" for score in measured.values()], padding=2)
-    ax.set(title="easy-VQA accuracy (higher is better)", ylim=(0, 1.08))
+    ax.set(title=f"{data} accuracy (higher is better)", ylim=(0, 1.08))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 

@@ -62,7 +62,7 @@ def read_workdir(workdir: Path) -> Workdir:
     metrics = {stage: workdir / stage / "metrics.jsonl" for stage in training()}
     contents = Workdir(
         config=_json(workdir / "config.json", dict),
-        summary=_json(workdir / "summary.json", dict),
+        summary=_summary(workdir / "summary.json"),
         examples=_json(workdir / "examples.json", list),
         selection=None if selection is None else parse_selection(selection, where=workdir / "select/routing.json"),
         new_experts=None if routing is None else _new_experts(routing, where=workdir / "finetune/routing.json"),
@@ -89,6 +89,18 @@ def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selecti
             sources=tuple(int(expert) for expert in routing["sources"]),
             source_under=str(routing.get("recipe", {}).get("source_under", "before")),
         )
+
+
+def _summary(path: Path) -> Mapping[str, Any] | None:
+    summary = _json(path, dict)
+    if summary is not None and "easy_vqa" in summary:  # as it was written before other data could be evaluated
+        return {"data": "easy-VQA", "accuracy": summary["easy_vqa"], **summary}
+    return summary
+
+
+def data_title(summary: Mapping[str, Any] | None) -> str:
+    """What the questions were taken from."""
+    return str((summary or {}).get("data", "data not recorded"))
 
 
 def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:

@@ -6,24 +6,20 @@ tools/dump_torch_routing.py writes from PyTorch. Out: such a file; a table or JS
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.loading import folder_of, open_checkpoint
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
-from moextend_jax.config import IGNORE, RECIPES, Amount, Batch, Count, ModelConfig, MoextendError
-from moextend_jax.mesh import one_device, row_shards
-from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.config import IGNORE, Amount, Batch, Count, ModelConfig, MoextendError
+from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
 from moextend_jax.routing.compare import (
     Choice,
@@ -35,72 +31,56 @@ from moextend_jax.routing.compare import (
     why_no_agreement,
 )
 from moextend_jax.routing.stats import KINDS, Stats, load_of, read_stats, write_stats
-from moextend_jax.runs.models_of import open_model
-from moextend_jax.runs.results import MODELS
-from moextend_jax.runs.run import open_run, settings_of
-from moextend_jax.settings import LayerShare, NotNegative, RunSettings
-from moextend_jax.terminal import Parser, console, option
-
-USAGE = """moextend routing collect --checkpoint DIR (--data NAME | --text FILE | --ids IDS.npz) --out STATS.npz
-moextend routing compare A.npz B.npz [--after A2.npz B2.npz] [--share 0.5] [--json]
-moextend routing plot STATS.npz [OTHER.npz] --out PREFIX"""
-
-
-class Opened(NamedTuple):
-    model: MoExtend
-    arrays: dict[str, jax.Array]
-    mesh: Mesh
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Exit code 0; mistakes are raised."""
-    commands = {"collect": _collect, "compare": _compare, "plot": _plot}
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if not arguments or arguments[0] not in commands:
-        given = f"{arguments[0]!r} is none" if arguments else "none was given"
-        raise MoextendError(f"routing needs one of {', '.join(commands)}; {given}")
-    commands[arguments[0]](list(arguments[1:]))
-    return 0
-
+from moextend_jax.runs.askable import Askable, open_place
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.run import known_settings
+from moextend_jax.settings import LayerShare, NotNegative
+from moextend_jax.terminal import console
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 
 
-def _collect(arguments: list[str]) -> None:
-    parser = Parser(prog="moextend routing collect")
-    parser.add_argument("--checkpoint", required=True, help="folder of a model, or a --workdir that was trained in")
-    parser.add_argument("--base", help="folder of the base, for a checkpoint that holds an extension alone")
-    parser.add_argument("--vision", help="folder of the vision tower")
-    parser.add_argument("--feature_layer", type=int, help="hidden state of the tower that the projector reads")
-    parser.add_argument("--model", default="moextend", choices=list(MODELS),
-                        help="which model of a --workdir (%(default)s)")  # fmt: skip
-    parser.add_argument("--data", help="data set, e.g. easy_vqa/questions")
-    parser.add_argument("--text", help="file of passages, one per line")
-    parser.add_argument("--ids", help="npz file with input_ids [rows, length] and attention_mask")
-    parser.add_argument("--split", default="train", help="of the data set (%(default)s)")
-    parser.add_argument("--samples", type=option(Count), help="so many rows of it, drawn with --seed")
-    parser.add_argument("--seed", type=option(Amount), default=0)
-    parser.add_argument("--data_dir", "--data-dir", help="where prepared data sets go")
-    parser.add_argument("--manual_dir", "--manual-dir", help="where LLaVA's JSON and image folder are")
-    parser.add_argument("--recipe", default="paper", choices=sorted(RECIPES), help="prompt and images as there")
-    parser.add_argument("--length", type=option(Count), default=512, help="tokens per row (%(default)s)")
-    parser.add_argument("--batch_size", type=option(Count), default=8, help="rows at once (%(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="of the computation (float32; of a --workdir, as trained)")  # fmt: skip
-    parser.add_argument("--per_token", action=argparse.BooleanOptionalAction, help="keep every token's picks")
-    parser.add_argument("--ids_out", help="also write the token ids, for --ids and for PyTorch")
-    parser.add_argument("--out", required=True, help="file of statistics to write")
-    options = parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CollectOptions(Place):
+    data: str | None = None
+    """data set, as easy_vqa/questions"""
+    text: str | None = None
+    """file of passages, one per line"""
+    ids: Path | None = None
+    """npz file with input_ids [rows, length] and attention_mask"""
+    split: str = "train"
+    """of the data set"""
+    samples: Count | None = None
+    """so many rows of it, drawn with --seed"""
+    seed: Amount = 0
+    """of the draw"""
+    data_dir: str | None = None
+    """where prepared data sets go; else those of a --workdir"""
+    manual_dir: str | None = None
+    """where LLaVA's JSON and image folder are"""
+    length: Count = 512
+    """tokens per row"""
+    batch_size: Count = 8
+    """rows at once"""
+    per_token: bool | None = None
+    """keep every token's picks, or do not (--no_per_token)"""
+    ids_out: Path | None = None
+    """also write the token ids, for --ids and for PyTorch"""
+    out: Path
+    """file of statistics to write"""
+
+
+def collect_command(options: CollectOptions) -> None:
+    """Measures what a model's routers do with a data set, a text or token ids."""
     if sum(value is not None for value in (options.data, options.text, options.ids)) != 1:
         raise MoextendError("routing collect needs one of --data NAME, --text FILE and --ids IDS.npz")
     with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
         opened = _open(options)
         shards = row_shards(opened.mesh)
-        options.batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
+        batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
+        options = dataclasses.replace(options, batch_size=batch_size)
         rows: list[Batch] = []
-        batches = _noting(_batches(options, opened.model.config), rows if options.ids_out else None)
+        batches = _noting(_batches(options, opened), rows if options.ids_out else None)
         stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
     if not distributed.first():
         return
@@ -110,41 +90,21 @@ def _collect(arguments: list[str]) -> None:
     _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
 
 
-def _open(options: argparse.Namespace) -> Opened:
-    folder = Path(options.checkpoint)
-    settings = settings_of(folder)
-    if settings is None:
-        opened = open_checkpoint(
-            folder,
-            base=Path(options.base) if options.base else None,
-            vision=Path(options.vision) if options.vision else None,
-            feature_layer=options.feature_layer,
-            dtype=options.dtype or "float32",
-        )
-        return Opened(abstract(opened.config), opened.arrays, one_device())
-    return _open_run(folder, settings, which=options.model, dtype=options.dtype)
+def _open(options: CollectOptions) -> Askable:
+    float32 = not options.in_workdir and options.dtype is None
+    return open_place(dataclasses.replace(options, dtype="float32") if float32 else options)
 
 
-def _open_run(folder: Path, settings: RunSettings, *, which: str, dtype: str | None) -> Opened:
-    """A model of a work directory on its mesh, as it was trained unless `dtype` is another."""
-    run = open_run(settings, folder)
-    model, arrays = open_model(run, which)
-    if dtype is not None:
-        model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
-        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
-    return Opened(model, arrays, run.mesh)
-
-
-def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch]:
+def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
+    config = opened.config
     if options.ids:
         return _id_batches(Path(options.ids), config, batch_size=options.batch_size)
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
-    from moextend_jax.data.tokenizer import tokenizer_of
     from moextend_jax.settings import StageSettings
 
-    tokenizer = tokenizer_of(_tokenizer_folder(options), config)
-    shape = {"length": options.length, "batch_size": options.batch_size}
+    tokenizer = opened.tokenizer
+    shape: dict[str, Any] = {"length": options.length, "batch_size": options.batch_size}
     if options.text:
         passages = open_text(options.text)
         if options.samples and options.samples < len(passages):
@@ -152,15 +112,18 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
-    if options.data_dir is None:
+    data_dir, manual_dir = options.data_dir, options.manual_dir
+    if options.in_workdir:
+        settings = known_settings(options.folder)
+        data_dir = data_dir or settings.data_dir or options.folder / "data"
+        manual_dir = manual_dir or settings.manual_dir or None
+    if options.data is None or data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
-        source = open_dataset(
-            options.data, split=options.split, data_dir=options.data_dir, manual_dir=options.manual_dir
-        )
+        source = open_dataset(options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir)
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
-    recipe, images, most = RECIPES[options.recipe], None, 1
+    recipe, images, most = opened.recipe, None, 1
     if config.vision is not None:
         images = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
         most = max(1, max(len(source[row].images) for row in range(len(source))))
@@ -170,19 +133,10 @@ def _batches(options: argparse.Namespace, config: ModelConfig) -> Iterable[Batch
         tokenizer=tokenizer,
         recipe=recipe,
         images=images,
-        patches=config.vision.patches if config.vision else 0,
+        patches=opened.patches,
         seed=None,
         epochs=1,
     )
-
-
-def _tokenizer_folder(options: argparse.Namespace) -> Path:
-    """The base's tokenizer, where the checkpoint does not bring one."""
-    own = Path(options.checkpoint)
-    settings = settings_of(own)
-    if settings is not None:
-        return folder_of(settings.base)
-    return Path(options.base) if options.base and not (own / "tokenizer.model").is_file() else own
 
 
 def _id_batches(path: Path, config: ModelConfig, *, batch_size: int) -> Iterator[Batch]:
@@ -248,18 +202,26 @@ def _print_loads(stats: Stats, *, title: str) -> None:
 # --- compare ----------------------------------------------------------------------------------------------------------
 
 
-def _compare(arguments: list[str]) -> None:
-    parser = Parser(prog="moextend routing compare")
-    parser.add_argument("a", help="file of statistics")
-    parser.add_argument("b", help="another")
-    parser.add_argument("--after", nargs=2, metavar=("A2", "B2"), help="the same two models after the probe")
-    parser.add_argument(
-        "--share", type=option(LayerShare), default=0.5, help="share of the layers to choose (%(default)s)"
-    )
-    parser.add_argument("--tie", type=option(NotNegative), default=1e-5, help="logits this close tie (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    options = parser.parse_args(arguments)
-    names = (options.a, options.b)
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    a: Path
+    """file of statistics"""
+    b: Path
+    """another"""
+    _: dataclasses.KW_ONLY
+    after: tuple[Path, Path] | None = None
+    """A2 B2: the same two models after the probe"""
+    share: LayerShare = 0.5
+    """share of the layers to choose"""
+    tie: NotNegative = 1e-5
+    """logits this close tie"""
+    json: bool = False
+    """one JSON object instead of tables"""
+
+
+def compare_command(options: CompareOptions) -> None:
+    """Sets two files of statistics side by side: top-k, total variation, KL, d_j, and what each would choose."""
+    names = (str(options.a), str(options.b))
     a, b = (read_stats(Path(name)) for name in names)
     check_same_shape(a, b, names=names)
     rows = distances(a, b, tie=options.tie)
@@ -268,13 +230,13 @@ def _compare(arguments: list[str]) -> None:
     if options.after:
         after = [read_stats(Path(name)) for name in options.after]
         for before, probed, name in ((a, after[0], options.after[0]), (b, after[1], options.after[1])):
-            check_same_shape(before, probed, names=(options.a, name))
+            check_same_shape(before, probed, names=(names[0], str(name)))
         chosen = {"a": choices(a, after[0], share=options.share), "b": choices(b, after[1], share=options.share)}
     else:
         chosen = {"a_to_b": choices(a, b, share=options.share)}
     record = {
-        "a": options.a,
-        "b": options.b,
+        "a": names[0],
+        "b": names[1],
         "tokens": {kind: [a.tokens[kind], b.tokens[kind]] for kind in KINDS},
         "top_k_agreement_missing": why,
         "layers": as_json(rows),
@@ -342,16 +304,23 @@ def _print_choices(chosen: dict[str, list[Choice] | None], record: dict[str, Any
 # --- plot -------------------------------------------------------------------------------------------------------------
 
 
-def _plot(arguments: list[str]) -> None:
-    parser = Parser(prog="moextend routing plot")
-    parser.add_argument("stats", help="file of statistics")
-    parser.add_argument("other", nargs="?", help="another, whose difference is drawn")
-    parser.add_argument("--out", required=True, help="PREFIX of PREFIX.png and PREFIX.html")
-    options = parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class PlotOptions:
+    stats: Path
+    """file of statistics"""
+    other: Path | None = None
+    """another, whose difference is drawn"""
+    _: dataclasses.KW_ONLY
+    out: Path
+    """PREFIX of PREFIX.png and PREFIX.html"""
+
+
+def plot_command(options: PlotOptions) -> None:
+    """Draws one or two files of statistics as a PNG and an HTML page."""
     files = [name for name in (options.stats, options.other) if name]
     read = [read_stats(Path(name)) for name in files]
     if options.other:
-        check_same_shape(*read, names=(options.stats, options.other))
+        check_same_shape(*read, names=(str(options.stats), str(options.other)))
     from moextend_jax.report.routing_page import write_routing_page  # matplotlib takes a second to import
 
     names = [Path(name).stem for name in files]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -15,8 +16,10 @@ import numpy as np
 from moextend_jax import distributed
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import Features, Pixels, batches
-from moextend_jax.data.datasets import Source, hold_out, open_dataset
+from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.features import cache_features
+from moextend_jax.data.forms import base_split
+from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract
@@ -37,31 +40,52 @@ def open_source(run: Run, name: str, split: str) -> Source:
             split=split,
             data_dir=data_dir,
             manual_dir=run.settings.manual_dir or None,
+            images=run.settings.images or None,
             faults=run.settings.faults,
         )
 
 
-def source_of(run: Run, data: Data) -> Source:
-    """The rows of the data set that the table names."""
+Read = Callable[[str, str], Source]
+"""A data set by name and split."""
+
+
+def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
+    """The rows of the data set that the table names, without those that are held out for evaluation.
+
+    Args:
+      read: in place of `open_source`, for whoever keeps data sets open.
+    """
+    read = functools.cache(read or functools.partial(open_source, run))
     stage: StageSettings = getattr(run.settings, data.of)
-    source = open_source(run, stage.data, stage.split)
+    source, unseen = read(stage.data, stage.split), unseen_source(run, read=read)
+    if unseen is not None:
+        source = without(source, unseen)
     if data.part == "all":
         return source
-    return getattr(hold_out(source, samples=run.settings.select.held_out, seed=run.settings.seed), data.part)
+    samples = rows_of_part(run.settings.select.held_out, len(source), setting="select.held_out")
+    return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
+
+
+def unseen_source(run: Run, *, read: Read | None = None) -> Source | None:
+    """The part of the finetune data that no stage trains on and whose pictures none sees: `evaluate.held_out` of it.
+    None where `evaluate.data` names other data."""
+    settings, stage = run.settings, run.settings.finetune
+    if settings.evaluate.data:
+        return None
+    source = (read or functools.partial(open_source, run))(stage.data, stage.split)
+    part, setting = settings.evaluate.held_out, "evaluate.held_out"
+    return hold_out_pictures(source, part=part, seed=settings.seed, setting=setting).held_out
 
 
 def held_out_source(run: Run) -> Source | None:
     """Rows that no stage trains on, those of the evaluation; None where a stage trains on them."""
     evaluate = run.settings.evaluate
+    if not evaluate.data:
+        return unseen_source(run)
     stages: list[StageSettings] = [getattr(run.settings, results.result(name).settings) for name in results.training()]
-    if any((stage.data, base_of(stage.split)) == (evaluate.data, base_of(evaluate.split)) for stage in stages):
+    if any((stage.data, base_split(stage.split)) == (evaluate.data, base_split(evaluate.split)) for stage in stages):
         return None
     return open_source(run, evaluate.data, evaluate.split)
-
-
-def base_of(split: str) -> str:
-    """The split that a part such as "train[:90%]" is of."""
-    return split.partition("[")[0]
 
 
 VALIDATION_BATCHES = 4
@@ -81,7 +105,8 @@ def validation_batches(run: Run, stage: StageSettings, *, pixels: bool) -> list[
             f"{run.settings.evaluate.data!r}; name others there, or set validate_every = 0"
         )
     alone = dataclasses.replace(run, settings=dataclasses.replace(run.settings, workers=0))
-    rows = rows_of(alone, source, stage, data=Data("evaluate"), pixels=pixels, seed=None, epochs=1)
+    data = Data("evaluate" if run.settings.evaluate.data else "finetune")
+    rows = rows_of(alone, source, stage, data=data, pixels=pixels, seed=None, epochs=1)
     return [batch._replace(faults_BG=None, examples_Bg=None) for batch in itertools.islice(rows, VALIDATION_BATCHES)]
 
 
@@ -102,7 +127,7 @@ def images_of(run: Run, source: Source, *, data: str, split: str) -> Pixels | Fe
     if vision is None or not run.settings.cache_features or not len(source.images):
         return pixels_of(run, source)
     tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith("vision/")}
-    name = f"{data.partition('/')[0]}-{split.partition('[')[0]}"
+    name = short_name(data, split)
     return Features(
         store=cache_features(
             source.images,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -27,25 +27,35 @@ from moextend_jax.checkpoints.convert import (
     parts_of,
     size_of,
 )
-from moextend_jax.checkpoints.loading import Source, open_base, open_source
+from moextend_jax.checkpoints.loading import Source, folder_of, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import ExtensionConfig, MoextendError
+from moextend_jax.data.tokenizer import tokenizer_of
 from moextend_jax.folders import absolute
+from moextend_jax.options import OneOf
 from moextend_jax.runs import results
 from moextend_jax.runs.run import facts_of_base, remembered, settings_of
-from moextend_jax.terminal import Parser
 
 
-def export_main(arguments: list[str]) -> None:
-    """`moextend export SRC DST`: an imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
-    parser = Parser(prog="moextend export", description=export_main.__doc__)
-    parser.add_argument("src", type=Path, help="folder of a checkpoint, or WORKDIR of a run")
-    parser.add_argument("dst", type=Path, help="new folder")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: the layout that holds all there is")
-    parser.add_argument("--base", type=Path, help="folder of the base, where SRC is a delta or a partial save")
-    parser.add_argument("--vision", type=Path, help="folder of a CLIP vision tower")
-    parser.add_argument("--max_shard_size", "--max-shard-size", default=SHARD, help=f"of one file; default {SHARD}")
-    values = parser.parse_args(arguments)
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    src: Path
+    """folder of a checkpoint, or WORKDIR of a run"""
+    dst: Path
+    """new folder"""
+    _: dataclasses.KW_ONLY
+    layout: Annotated[str | None, OneOf(LAYOUTS)] = None
+    """else the layout that holds all there is"""
+    base: Path | None = None
+    """folder of the base, where SRC is a delta or a partial save"""
+    vision: Path | None = None
+    """folder of a CLIP vision tower"""
+    max_shard_size: str = SHARD
+    """of one file"""
+
+
+def export(values: ExportOptions) -> None:
+    """An imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
     shard = size_of(values.max_shard_size)
     if is_workdir(values.src):
         if values.base or values.vision:
@@ -79,7 +89,8 @@ def open_workdir(workdir: Path) -> Source:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
         )
-    facts = facts_of_base(base, settings)
+    tokenizer = tokenizer_of(folder_of(settings.base), source.config)
+    facts = facts_of_base(base, settings, tokenizer)
     trained: dict[str, Stored] = {}
     stages = []
     for stage in results.model_row("moextend").results:
@@ -90,7 +101,7 @@ def open_workdir(workdir: Path) -> Source:
         stages.append(stage)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
-    config = source.config
+    config = dataclasses.replace(source.config, tags=tokenizer.tags)
     if results.is_grown(stages):
         chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
@@ -103,6 +114,7 @@ def open_workdir(workdir: Path) -> Source:
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
     facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
+    facts["text_isolation"] = settings.text_isolation
     record = source.record._replace(config=config, base=base, facts=facts)
     return Source({**source.leaves, **own}, record, source.files)
 

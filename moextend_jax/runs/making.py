@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import check_shows_images
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import COPIED
@@ -27,6 +26,7 @@ from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
 from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
+from moextend_jax.runs.ready import Check, ready
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
 from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.train.loop import Job, train_loop
@@ -43,22 +43,27 @@ def make(run: Run, name: str) -> None:
     how = results.result(name).how
     if how == "train" and run.resume_from is not None and (stage := _stage_at(run.resume_from)) != name:
         raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
-    MAKERS[how](run, name)
+    if results.result(name).data is not None:  # data are read only where the rest is there
+        run.facts_of(name)
+    MAKERS[how](ready(run, [name]), name)
 
 
-def make_all(run: Run) -> Iterator[str]:
+def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     """Makes every result in order, and the baselines if the settings want them; yields the name of each when it is
-    there."""
-    for name, row in results.RESULTS.items():
-        if run.settings.baseline or not row.optional:
-            MAKERS[row.how](run, name)
-            yield name
+    there. What can be seen of the data to stand against any of them, or is found by `checks`, is an error before the
+    first."""
+    names = [name for name, row in results.RESULTS.items() if run.settings.baseline or not row.optional]
+    run = ready(run, names, checks=checks)
+    for name in names:
+        MAKERS[results.result(name).how](run, name)
+        yield name
 
 
 def train(run: Run, name: str) -> None:
     """Trains the leaves of a row from the model of its parents, and writes them as its result."""
     row, settings = results.result(name), _stage(run, name)
-    decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field != "loss_chunk"}
+    undecisive = ("loss_chunk", "epochs", "least_steps")  # steps says it
+    decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     facts = run.facts_of(name, settings=as_json(decisive))
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     if _is_done(run, name, facts):
@@ -67,8 +72,6 @@ def train(run: Run, name: str) -> None:
     assert row.data is not None
     trains, data = results.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
     opened, source = model_with(run, row.parents), source_of(run, data)
-    if trains == ("projector/*",):
-        check_shows_images(source, stage=name)
     _, frozen = split(opened.arrays, trains)
     with preparing("hashing the frozen weights"):
         hash_before = content_hash(frozen)
@@ -95,6 +98,7 @@ def train(run: Run, name: str) -> None:
     record = {
         "seconds": time.perf_counter() - started,
         "steps": settings.steps,
+        "data": source.fingerprint,
         "frozen_unchanged": content_hash(frozen) == hash_before,
         "trained": {path: int(leaf.size) for path, leaf in trained.items()},
         "frozen_parameters": sum(int(leaf.size) for leaf in frozen.values()),

@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import folder_of, open_base
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
-from moextend_jax.data.tokenizer import Tokenizer, tokenizer_of
-from moextend_jax.folders import is_url
+from moextend_jax.data.conversations import encoder_of, template_identity
+from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.folders import folder, is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
@@ -37,7 +39,7 @@ from moextend_jax.train import sinks
 Arrays = dict[str, jax.Array]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Run:
     """What all commands share: the pretrained parts, read once, and where everything lies."""
 
@@ -50,6 +52,10 @@ class Run:
     mesh: jax.sharding.Mesh
     resume_from: Path | None = None
     """A checkpoint of another work directory, for the stage that it is of."""
+
+    def __repr__(self) -> str:
+        there = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
+        return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {there})"
 
     @property
     def patches(self) -> int:
@@ -65,7 +71,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What every checkpoint of this run must agree on."""
-        return facts_of_base(self.base_hash, self.settings)
+        return facts_of_base(self.base_hash, self.settings, self.tokenizer)
 
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
         """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
@@ -88,16 +94,18 @@ class Run:
         return (self.workdir / name / "result").exists()
 
 
-def open_run(settings: RunSettings, workdir: Path) -> Run:
+def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     """Joins the other processes, if any, and reads the pretrained decoder and tower onto the mesh."""
+    workdir = folder(os.fspath(workdir))
     distributed.start(cpu_devices=settings.cpu_devices)
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     with preparing(f"opening {settings.base}"):
         source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     config = dataclasses.replace(source.config, **settings.model_options)
-    tokenizer = tokenizer_of(folder_of(settings.base), config)
-    check_end(source.record.attributes.get("decoder", {}), tokenizer, where=settings.base)
+    ends = ends_of(source.record.attributes.get("decoder", {}))
+    tokenizer = tokenizer_of(folder_of(settings.base), config, ends=ends)
+    encoder_of(tokenizer, settings.recipe)  # a template that is missing is no one conversation's fault
     config = dataclasses.replace(config, tags=tokenizer.tags)
     with preparing(f"reading {settings.base}"):
         pretrained = read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
@@ -169,20 +177,10 @@ def evaluation_rows(settings: RunSettings) -> list[Rows]:
     return [Rows(f"evaluate.{name}", getattr(settings.evaluate, name)) for name in ("batch_size", "text_batch_size")]
 
 
-def check_end(attributes: Mapping[str, Any], tokenizer: Tokenizer, *, where: str) -> None:
-    """Refuses a base whose config.json ends answers with another token than its tokenizer.model, such as ChatML's
-    `<|im_end|>`: it would be trained on another end, and its own never be said."""
-    ends = attributes.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if ends and tokenizer.eos not in ends:
-        raise MoextendError(
-            f"{where}: config.json ends answers with token {', '.join(map(str, ends))}, tokenizer.model with "
-            f"{tokenizer.eos}; added tokens are not read here, so this base cannot be trained or asked"
-        )
-
-
-def facts_of_base(base: str, settings: RunSettings) -> dict[str, Any]:
-    return {"base": base, "recipe": dataclasses.asdict(settings.recipe) | {"global_batch": None}}
+def facts_of_base(base: str, settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    prompt = template_identity(tokenizer, settings.recipe)
+    recipe = dataclasses.asdict(settings.recipe) | {"global_batch": None, "prompt": prompt}
+    return {"base": base, "recipe": recipe, "tags": list(tokenizer.tags.ids)}
 
 
 def not_run(workdir: Path, name: str) -> MoextendError:
@@ -217,15 +215,30 @@ def remembered(workdir: Path) -> dict[str, Any]:
     return attributes if "settings" in attributes else {}
 
 
-def settings_of(workdir: Path) -> RunSettings | None:
-    """The settings that a work directory's stages were run with; None where the folder is no work directory."""
+def settings_of(workdir: Path | str) -> RunSettings | None:
+    """The settings that a work directory's stages were run with; None where the folder is no work directory.
+
+    Raises:
+      MoextendError: there is no such folder, or its config.json cannot be read.
+    """
+    workdir = folder(os.fspath(workdir))
+    if not workdir.exists():
+        raise MoextendError(f"{workdir} is no work directory: there is no such folder")
     record = remembered(workdir)
     if not record:
         return None
     settings = record["settings"]
     if isinstance(settings, dict) and isinstance(recipe := settings.get("recipe"), dict):
-        settings = settings | {"recipe": train_state.BEFORE | recipe}
+        settings = settings | {"recipe": {"weight_guard": train_state.BEFORE["weight_guard"]} | recipe}
     return from_config_dict(settings)
+
+
+def known_settings(workdir: Path | str) -> RunSettings:
+    """The same; an error where no stage has been run in the folder."""
+    settings = settings_of(workdir)
+    if settings is None:
+        raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
+    return settings
 
 
 def as_json(value: Any) -> Any:

@@ -7,46 +7,53 @@ benchmark's server takes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
 from moextend_jax.evaluate.benchmarks import table
 from moextend_jax.evaluate.benchmarks.published import published
 from moextend_jax.evaluate.benchmarks.scores import Scores
-from moextend_jax.terminal import Parser, console
+from moextend_jax.options import OneOf
+from moextend_jax.terminal import console
 
 
-def score_main(arguments: Sequence[str]) -> int:
-    """Exit code 0; mistakes are raised."""
-    parser = Parser(prog="moextend eval score", description="scores a file of answers by the benchmark's own rule")
-    parser.add_argument("--benchmark", required=True, help=", ".join(table.BENCHMARKS))
-    parser.add_argument("--answers", required=True, help="answers.jsonl, one line per answer as LLaVA writes them")
-    parser.add_argument("--data", help="folder of the official files, as LLaVA's playground/data/eval")
-    parser.add_argument("--split", help="else the benchmark's default")
-    parser.add_argument("--partial", action="store_true", help="score the questions that have an answer")
-    parser.add_argument("--submission", help="file to write what the benchmark's server or judge takes")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    options = parser.parse_args(list(arguments))
-    folder = Path(options.data) if options.data else None
-    questions = table.read(options.benchmark, folder, options.split)
-    answered = table.read_answered(
-        options.benchmark, Path(options.answers), questions=questions, partial=options.partial
-    )
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    benchmark: Annotated[str, OneOf(tuple(table.BENCHMARKS))]
+    """its name"""
+    answers: Path
+    """answers.jsonl, one line per answer as LLaVA writes them"""
+    data: Path | None = None
+    """folder of the official files, as LLaVA's playground/data/eval"""
+    split: str | None = None
+    """else the benchmark's default"""
+    partial: bool = False
+    """score the questions that have an answer"""
+    submission: Path | None = None
+    """file to write what the benchmark's server or judge takes"""
+    json: bool = False
+    """one JSON object instead of the table"""
+
+
+def score(options: ScoreOptions) -> None:
+    """Scores a file of answers by the benchmark's own rule."""
+    name = options.benchmark
+    questions = table.read(name, options.data, options.split)
+    answered = table.read_answered(name, options.answers, questions=questions, partial=options.partial)
     if options.submission:
-        text = table.submission(options.benchmark, answered, folder, options.split)
-        Path(options.submission).write_text(text, encoding="utf-8", errors="replace")
-    scores = table.score(options.benchmark, answered, folder, options.split)
-    record = as_json(options.benchmark, scores, questions=len(questions), answered=len(answered))
+        text = table.submission(name, answered, options.data, options.split)
+        options.submission.write_text(text, encoding="utf-8", errors="replace")
+    scores = table.score(name, answered, options.data, options.split)
+    record = as_json(name, scores, questions=len(questions), answered=len(answered))
     if options.submission:
-        record["submission"] = options.submission
+        record["submission"] = str(options.submission)
     if options.json:
         print(json.dumps(record, indent=1, allow_nan=False))
     else:
-        print_scores(options.benchmark, scores, record)
-    return 0
+        print_scores(name, scores, record)
 
 
 def as_json(name: str, scores: Scores, *, questions: int, answered: int) -> dict[str, Any]:

@@ -1,0 +1,285 @@
+"""The Python interface: folders in; models that answer and show their routing, and whole runs, out.
+
+This is what stays as it is from version to version; docs/python.md describes it. `moextend_jax` itself has these names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from moextend_jax import configurations
+from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.evaluate.questions import as_prompt
+from moextend_jax.evaluate.running import asker_of
+from moextend_jax.evaluate.speak import Picture, Turn, batch_of, encoded, pixels, question, speak, told
+from moextend_jax.folders import folder
+from moextend_jax.generate import Sampling
+from moextend_jax.mesh import Program, on_host, place_whole
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.askable import Askable, described, open_place
+from moextend_jax.runs.place import Place
+from moextend_jax.settings import RunSettings, from_config_dict
+
+Named = str | os.PathLike[str]
+"""The name of a folder."""
+ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
+"""Of `Model.chat`'s messages, and what they are called inside."""
+
+
+class Routing(NamedTuple):
+    """What every layer's router decided for every token of one text.
+
+    picks: the chosen experts `[layers, tokens, k]`, most likely first. weights: how they are mixed, alike.
+    logits: `[layers, tokens, experts]`, float32, before the softmax; -inf where a layer has no such expert, or a token
+      may not choose it.
+    experts: the experts' names, `[experts]`: "0", "1", ... and "new 0", ....
+    tokens: the tokens' text, `[tokens]`; a picture's are "<patch 0>", .... ids: their ids `[tokens]`.
+    patches: `[tokens]`: which patch of the picture a token is, row by row from the top left; -1 for text.
+    """
+
+    picks: np.ndarray
+    weights: np.ndarray
+    logits: np.ndarray
+    experts: list[str]
+    tokens: list[str]
+    ids: np.ndarray
+    patches: np.ndarray
+
+    def __repr__(self) -> str:
+        layers, tokens, k = self.picks.shape
+        return f"Routing({layers} layers, {tokens} tokens, {k} of {len(self.experts)} experts each)"
+
+
+class Model:
+    """A model that answers; `open` makes them. `config` has its sizes."""
+
+    def __init__(self, opened: Askable):
+        self._opened = opened
+
+    def __repr__(self) -> str:
+        return f"Model({self._opened.name!r}, {described(self.config)})"
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._opened.config
+
+    def generate(
+        self, text: str | Sequence[str], image: Picture | list[Picture | None] | None = None, *,
+        max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0, seed: int = 0, system: str | None = None,
+        plain: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """The answer to a text, or the answers to a list of texts, which are computed together.
+
+        Args:
+          image: a file, its bytes, a PIL image, or an array uint8 `[height, width, 3]`; for a list of texts one for
+            all, or a list with one (or None) for each.
+          temperature: 0 takes the likeliest token; else draws from the `top_k` likeliest (0: all) with `seed`.
+          system: what the model is told first.
+          plain: continue the text without the chat template; None: as the model was taught.
+        """
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "plain": plain}
+        drawn = {"temperature": temperature, "top_k": top_k}
+        if isinstance(text, str):
+            if isinstance(image, list):
+                raise MoextendError("one text has one image; a list of texts may have a list of images")
+            return "".join(self.stream(text, image, seed=seed, **drawn, **options))
+        images = image if isinstance(image, list) else [image] * len(text)
+        if len(images) != len(text):
+            raise MoextendError(f"{len(text)} texts, but {len(images)} images")
+        if temperature:
+            pairs = enumerate(zip(text, images, strict=True), seed)
+            return ["".join(self.stream(*pair, seed=n, **drawn, **options)) for n, pair in pairs]
+        return self._together(text, images, **options)
+
+    def stream(
+        self, text: str, image: Picture | None = None, *, max_new_tokens: int = 64, temperature: float = 0.0,
+        top_k: int = 0, seed: int = 0, system: str | None = None, plain: bool | None = None,
+    ) -> Iterator[str]:  # fmt: skip
+        """The answer piece by piece, as it is made."""
+        images = () if image is None else (image,)
+        return speak(
+            self._opened, told(system, text, images=len(images)), images=images, plain=plain, seed=seed,
+            max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_k),
+        )  # fmt: skip
+
+    def chat(self, messages: Iterable[Mapping[str, Any]], **options: Any) -> str:
+        """The answer to a conversation, `[{"role": "user", "content": "..."}, ...]`; roles are system, user, assistant.
+
+        content: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+        options: max_new_tokens, temperature, top_k and seed of `generate`.
+        """
+        turns, images = [], []
+        for message in messages:
+            turn, shown = _turn(message)
+            turns.append(turn)
+            images += shown
+        sampling = Sampling(options.pop("temperature", 0.0), options.pop("top_k", 0))
+        options = {"max_new_tokens": 64} | options
+        return "".join(speak(self._opened, turns, images=images, plain=False, sampling=sampling, **options))
+
+    def routing(
+        self, text: str, image: Picture | None = None, *, answer: str | None = None, system: str | None = None,
+        plain: bool | None = None,
+    ) -> Routing:  # fmt: skip
+        """Which experts each token of a prompt goes to, and of the answer to it where one is given."""
+        opened, images = self._opened, () if image is None else (image,)
+        turns = told(system, text, images=len(images))
+        if answer is None:
+            prompt = encoded(opened, turns, images=len(images), plain=plain)
+        else:
+            asked = [question(text, images=len(images))] if isinstance(turns, str) else turns
+            prompt = encode_conversation(
+                [*asked, {"from": "gpt", "value": answer}], example_id="prompt", images=len(images),
+                tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches,
+            )  # fmt: skip
+        batch, count = batch_of(opened, prompt, images=images), len(prompt.ids_L)
+        batch.segments_BL[0, :count] = prompt.segments_L
+        routing = _routing(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
+        logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing)
+        base, extension = opened.config.decoder.experts, opened.config.extension
+        new = range(extension.new_experts if extension else 0)
+        return Routing(
+            picks=picks_ZTk,
+            weights=weights_ZTk,
+            logits=logits_ZTO,
+            experts=[*map(str, range(base)), *(f"new {n}" for n in new)],
+            tokens=_texts(opened, prompt.ids_L, prompt.patches_L),
+            ids=prompt.ids_L,
+            patches=prompt.patches_L,
+        )
+
+    def _together(self, texts: Sequence[str], images: Sequence[Picture | None], **options: Any) -> list[str]:
+        opened, most = self._opened, options.pop("max_new_tokens")
+        shown = [image for image in images if image is not None]
+        numbers = iter(range(len(shown)))
+        prompts = []
+        for text, image in zip(texts, images, strict=True):
+            own = () if image is None else (next(numbers),)
+            turns = told(options["system"], text, images=len(own))
+            prompts.append(as_prompt(encoded(opened, turns, images=len(own), plain=options["plain"]), images=own))
+        answers = [""] * len(prompts)
+        pictures = _Shown(np.stack([pixels(opened, image) for image in shown])) if shown else None
+        for completed in asker_of(opened, pictures=pictures).complete(prompts, max_new_tokens=most):
+            for index, ids in completed:
+                answers[index] = opened.tokenizer.decode(ids)
+        return answers
+
+
+def open(  # noqa: A001
+    path: Named, *, model: str | None = None, base: Named | None = None, vision: Named | None = None,
+    feature_layer: int | None = None, recipe: str | None = None, dtype: str | None = None,
+) -> Model:  # fmt: skip
+    """A model of a folder: a work directory, or a checkpoint, imported, exported or as published.
+
+    Args:
+      model: of a work directory which: base, aligned, probed, moextend (the default) or full.
+      base: folder of the base, for a checkpoint that holds an extension alone. vision: folder of a vision tower.
+      feature_layer, recipe: the tower's layer that the projector reads, and how prompts and images are prepared (paper
+        or released), for a checkpoint that does not say so.
+      dtype: float32 or bfloat16, of the computation; None: as stored, or as trained.
+
+    Raises:
+      MoextendError: nothing that could be opened is there, or something is wrong with it.
+    """
+    place = Place(
+        checkpoint=_folder(path), model=model, base=_folder(base), vision=_folder(vision), feature_layer=feature_layer,
+        recipe=recipe, dtype=dtype,
+    )  # fmt: skip
+    return Model(open_place(place))
+
+
+def run(
+    config: str | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: Named,
+    resume_from: Named | None = None, **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """`moextend run`: all stages, evaluation and report; goes on where it stood. Returns what summary.json holds.
+
+    Args:
+      config: name or file of a configuration, as "demo" or "demo:released", or settings.
+      changes: settings to change, groups as mappings: `finetune={"steps": 20}, seed=1`.
+    """
+    from moextend_jax.commands import whole_run
+
+    if isinstance(config, str):
+        config = configurations.load(config)
+    elif isinstance(config, RunSettings):
+        config = dataclasses.asdict(config)
+    settings = from_config_dict(_changed(config.to_dict() if isinstance(config, ConfigDict) else config, changes))
+    return whole_run(settings, folder(os.fspath(workdir)), resume_from=_folder(resume_from))
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _folder(named: Named | None) -> Path | None:
+    return None if named is None else folder(os.fspath(named))
+
+
+class _Shown:
+    """Pixels `[n, h, w, c]` that an `Asker` reads by row."""
+
+    field = "images_BMhwc"
+
+    def __init__(self, pixels_nhwc: np.ndarray):
+        self._pixels_nhwc = pixels_nhwc
+
+    def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
+        images_BMhwc = self._pixels_nhwc[np.maximum(rows_BM, 0)]
+        return np.where((rows_BM >= 0)[..., None, None, None], images_BMhwc, 0)
+
+
+@functools.lru_cache(maxsize=4)
+def _routing(config: ModelConfig, mesh: Mesh) -> Program:
+    return Program(lambda arrays, batch: with_arrays(abstract(config), arrays)(batch).routing, mesh=mesh)
+
+
+def _texts(opened: Askable, ids_L: np.ndarray, patches_L: np.ndarray) -> list[str]:
+    """What each token adds to the text before it; a name for what is no text."""
+    tokenizer = opened.tokenizer
+    named = {control.id: text for text, control in tokenizer.pieces.control.items()}
+    named |= {tokenizer.tags.start: "<image>", tokenizer.tags.end: "</image>"}
+    texts, before = [], []
+    for id, patch in zip(ids_L.tolist(), patches_L.tolist(), strict=True):
+        if patch >= 0:
+            texts.append(f"<patch {patch}>")
+        elif id in named:
+            texts.append(named[id])
+        else:
+            texts.append(tokenizer.decode([*before, id])[len(tokenizer.decode(before)) :])
+            before = [id]
+    return texts
+
+
+def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Picture]]:
+    """A message as a turn, and its pictures."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise MoextendError(f"chat: role {role!r} is none of {', '.join(ROLES)}")
+    parts: list[dict[str, Any]] = (
+        [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+    )
+    try:
+        images: list[Picture] = [part["image"] for part in parts if part["type"] == "image"]
+        text = "\n".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
+    except (KeyError, TypeError):
+        raise MoextendError("chat: content is neither a text nor parts of type text and image") from None
+    return {"from": ROLES[role], "value": text}, images
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for name, value in changes.items():
+        group = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _changed(merged[name], value) if group else value
+    return merged

@@ -1,0 +1,309 @@
+"""What the commands of a run do: each takes its options, and calls one part of the package.
+
+The fields of a command's class are its options (`options.py`); `cli.COMMANDS` names the functions. Parts are imported
+where they are needed: help must not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from moextend_jax.config import Amount, Count, MoextendError
+from moextend_jax.folders import folder, local
+from moextend_jax.options import OneOf, Sets
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.results import RESULTS, training
+from moextend_jax.settings import NotNegative, RunSettings
+from moextend_jax.terminal import console
+
+TrainingData = Sets(tuple(f"{RESULTS[name].settings}.data" for name in training()))
+
+
+# --- the stages -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    config: RunSettings
+    _: KW_ONLY
+    workdir: Path
+    """folder of the run, made where it is not there; the same command goes on in it"""
+    data: Annotated[str | None, TrainingData] = None
+    """own conversations for every stage: a file or a folder"""
+    images: Annotated[str | None, Sets(("images",))] = None
+    """folder of their pictures"""
+    base: Annotated[str | None, Sets(("base",))] = None
+    """folder of the language model to extend"""
+    vision: Annotated[str | None, Sets(("vision",))] = None
+    """folder of the vision tower"""
+    resume_from: Path | None = None
+    """a checkpoint of another work directory to start its stage from"""
+
+
+def stage(options: RunOptions, name: str) -> None:
+    from moextend_jax.runs.making import make
+    from moextend_jax.runs.run import remember, working
+
+    if options.resume_from and name not in training():
+        raise MoextendError(f"{name} has no checkpoints; leave --resume_from out")
+    with working(options.config, options.workdir, resume_from=options.resume_from) as run:
+        make(run, name)
+        remember(run)
+        _show(run, name)
+
+
+def run_all(options: RunOptions) -> None:
+    whole_run(options.config, options.workdir, resume_from=options.resume_from)
+
+
+def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> dict[str, Any]:
+    """All stages, evaluation and report; what summary.json holds."""
+    from moextend_jax import distributed
+    from moextend_jax.evaluate import summary
+    from moextend_jax.report.page import write_report
+    from moextend_jax.runs.making import make_all
+    from moextend_jax.runs.run import remember, working
+
+    screen, started = console(), time.perf_counter()
+    with working(settings, workdir, resume_from=resume_from) as run:
+        for name in make_all(run, checks=[summary.check]):
+            remember(run)
+            _show(run, name)
+        record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
+        summary.print_table(record, screen)
+        if distributed.first():
+            screen.print(f"report: {write_report(run.workdir)}", soft_wrap=True, highlight=False)
+            screen.print(
+                f"next: moextend generate --workdir {run.workdir} --image FILE \"what is this?\", "
+                f"moextend export {run.workdir} OUT, moextend run --data FILE --images FOLDER ... on your own data",
+                soft_wrap=True, highlight=False, markup=False,
+            )  # fmt: skip
+    return record
+
+
+def evaluate(options: RunOptions) -> None:
+    from moextend_jax.evaluate import summary
+    from moextend_jax.runs.run import evaluation_rows, remember, working
+
+    if options.resume_from:
+        raise MoextendError("evaluate does not train; leave --resume_from out")
+    with working(options.config, options.workdir, rows=evaluation_rows(options.config)) as run:
+        summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), console())
+        remember(run)
+
+
+def _show(run: Any, name: str) -> None:
+    """What there is to see of a result that has just been made."""
+    from moextend_jax import distributed
+    from moextend_jax.runs.models_of import read_selection
+
+    if name != "select" or not distributed.first():
+        return
+    from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
+
+    record = read_selection(run)
+    routing_picture(record, run.workdir / name / "routing.png")
+    print(f"layers to extend: {record['chosen_layers']}, copying experts {record['sources']}")
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    workdir: Path
+    """folder of the run"""
+
+
+def report(options: ReportOptions) -> None:
+    from moextend_jax.report.page import write_report
+
+    print(write_report(options.workdir))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Place):
+    config: RunSettings | None = None
+    """of a run, where not its own; of a checkpoint its mesh, dtype and evaluate.batch_size count"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeakOptions(ModelOptions):
+    temperature: NotNegative = 0.0
+    """0 takes the likeliest token, more draws more freely"""
+    top_k: Amount = 0
+    """draw from the so many likeliest; 0: from all"""
+    seed: Amount = 0
+    """of the draw"""
+
+
+@dataclass(frozen=True)
+class GenerateOptions(SpeakOptions):
+    prompt: str | None = None
+    """what to say to the model; `-`, or none where something is piped in, takes standard input, a prompt a line"""
+    _: KW_ONLY
+    image: Path | None = None
+    """picture file to show it"""
+    max_new_tokens: Count = 64
+    """most tokens to say"""
+    plain: bool | None = None
+    """continue the prompt as it is, without the chat template; a base model does"""
+    json: bool = False
+    """a line {"prompt", "answer"} for each prompt"""
+
+
+def generate(options: GenerateOptions) -> None:
+    from moextend_jax.evaluate.speak import generate_command
+    from moextend_jax.generate import Sampling
+    from moextend_jax.runs.askable import open_place
+
+    prompts = prompts_of(options.prompt)
+    generate_command(
+        open_place(options, settings=options.config),
+        prompts,
+        image=options.image,
+        as_json=options.json,
+        plain=options.plain,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k),
+        seed=options.seed,
+    )
+
+
+def prompts_of(prompt: str | None) -> Iterable[str]:
+    """A prompt, or those on standard input, one a line."""
+    if prompt and prompt != "-":
+        return [prompt]
+    if prompt is None and sys.stdin.isatty():
+        raise MoextendError("generate needs a prompt: --prompt TEXT, or one a line on standard input")
+    return (line.strip() for line in sys.stdin if line.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SpeakOptions):
+    system: str | None = None
+    """what the model is told before everything"""
+    max_new_tokens: Count = 512
+    """most tokens of an answer"""
+
+
+def chat(options: ChatOptions) -> None:
+    from moextend_jax.evaluate.chat import chat_command
+    from moextend_jax.generate import Sampling
+    from moextend_jax.runs.askable import open_place
+
+    chat_command(
+        open_place(options, settings=options.config),
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_k),
+        seed=options.seed,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ModelOptions):
+    benchmark: str | None = None
+    """name of a benchmark: vqav2, gqa, vizwiz, pope, easy_vqa, ... (docs/evaluation.md)"""
+    data: Path | None = None
+    """folder of the benchmark's official files"""
+    split: str | None = None
+    """of the benchmark, where not its usual one"""
+    limit: Count | None = None
+    """only the first so many questions"""
+    max_new_tokens: Count | None = None
+    """most tokens of an answer, where not the benchmark's"""
+    forgetting: bool = False
+    """text tasks of lm-eval, base against model, instead of a benchmark"""
+    tasks: tuple[str, ...] = ()
+    """of lm-eval, instead of the paper's"""
+    num_fewshot: Amount | None = None
+    """examples before each question"""
+    include_path: Path | None = None
+    """folder of further tasks (YAML)"""
+    run_code: bool = False
+    """run programs that the model writes (MBPP)"""
+    out: Path | None = None
+    """folder for the answers, where not WORKDIR/eval, or of a checkpoint `eval` in the current directory"""
+
+
+def eval_command(options: EvalOptions) -> None:
+    if bool(options.benchmark) == options.forgetting:
+        raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
+    from moextend_jax.evaluate.benchmark import benchmark, read_exam
+    from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks
+    from moextend_jax.runs.askable import evaluating
+
+    if options.benchmark:
+        exam = read_exam(options.benchmark, data=options.data, split=options.split, limit=options.limit)
+        with evaluating(options, settings=options.config, out=options.out) as (opened, out):
+            benchmark(opened, exam, out=out, max_new_tokens=options.max_new_tokens)
+        return
+    tasks = read_tasks(options.tasks or TASKS, include_path=options.include_path)
+    with evaluating(options, settings=options.config, out=options.out) as (opened, out):
+        forgetting(
+            base_and(opened), tasks, out=out, limit=options.limit, num_fewshot=options.num_fewshot,
+            run_code=options.run_code,
+        )  # fmt: skip
+
+
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    config: RunSettings
+    _: KW_ONLY
+    stage: Annotated[str | None, OneOf(training(optional=False))] = None
+    """time only this one"""
+    layers: Count | None = None
+    """decoder layers to keep of the base"""
+    json: Path | None = None
+    """file to write all figures to"""
+
+
+def bench_command(options: BenchOptions) -> None:
+    from moextend_jax.bench import bench
+
+    figures = bench(options.config, console(), only=options.stage, layers=options.layers)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    config: RunSettings
+    _: KW_ONLY
+    workdir: Path | None = None
+    """folder of the run, for its data"""
+    data_dir: Path | None = None
+    """folder of prepared data sets"""
+    data: Annotated[str | None, TrainingData] = None
+    """own conversations for every stage: a file or a folder"""
+    images: Annotated[str | None, Sets(("images",))] = None
+    """folder of their pictures"""
+    processes: Amount = os.cpu_count() or 1
+    """that read and decode; 0: this one"""
+    json: bool = False
+    """JSON instead of tables"""
+
+
+def check_data(options: DataOptions) -> int:
+    from moextend_jax.check_data import check_command
+
+    inside = options.workdir / "data" if options.workdir else None
+    chosen = options.data_dir or (folder(options.config.data_dir) if options.config.data_dir else inside)
+    return check_command(
+        options.config,
+        data_dir=local(chosen, what="data_dir") if chosen else None,
+        processes=options.processes,
+        as_json=options.json,
+        console=console(stderr=options.json),
+    )

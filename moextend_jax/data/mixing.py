@@ -1,0 +1,135 @@
+"""Several data sets as one: rows after rows, images after images, and which rows an epoch has of each.
+
+Goes in: rows and images of each, and weights. Comes out: rows and images with numbers of their own, and for weights the
+rows `picked` of an epoch, in which every row comes at least once.
+
+Of 3 and 8 rows with weights 1 and 1 an epoch has 8 and 8: the first data set is repeated, the two alternate.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.faults import Fault
+
+MOST_ROWS = 1 << 26
+"""Of an epoch."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Where the items of several sequences stand, one after another."""
+
+    sizes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def starts(self) -> list[int]:
+        return [sum(self.sizes[:n]) for n in range(len(self.sizes))]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which sequence, and the item's index in it."""
+        starts = self.starts
+        n = bisect.bisect_right(starts, index) - 1
+        while not self.sizes[n]:
+            n -= 1
+        return n, index - starts[n]
+
+
+class JoinedRows:
+    """Built rows of several data sets; `image_rows` and keys of images are numbered through, as `JoinedImages` are."""
+
+    def __init__(self, parts: Sequence[Any], images: Sequence[Sequence[Any]]):
+        self.parts, self.images = tuple(parts), Joined(tuple(map(len, images)))
+        self.joined = Joined(tuple(map(len, parts)))
+
+    def __len__(self) -> int:
+        return len(self.joined)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        n, row = self.joined.place(index)
+        return self._renumbered(n, self.parts[n][row])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        places = [self.joined.place(index) for index in indices]
+        items: dict[int, Any] = {}
+        for n, part in enumerate(self.parts):
+            mine = [at for at, (which, _) in enumerate(places) if which == n]
+            if mine:
+                read = part.__getitems__([places[at][1] for at in mine])
+                items |= {at: self._renumbered(n, item) for at, item in zip(mine, read, strict=True)}
+        return [items[at] for at in range(len(places))]
+
+    def _renumbered(self, n: int, item: Mapping[str, Any]) -> Mapping[str, Any]:
+        keys = [f"{n}/".encode() + key for key in item["images"]]
+        return {**item, "images": keys, "image_rows": np.asarray(item["image_rows"]) + self.images.starts[n]}
+
+
+class JoinedImages(Sequence[Any]):
+    """Images of several data sets, `datasets.Images` each; their keys are `NUMBER/KEY`."""
+
+    def __init__(self, parts: Sequence[Any]):
+        self.parts = tuple(parts)
+        self.joined = Joined(tuple(map(len, parts)))
+        self.fingerprint = fingerprint_of([part.fingerprint for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.joined)
+
+    def check(self, row: int) -> None:
+        self._of_part(row, lambda images, row: images.check(row))
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._of_part(row, lambda images, row: images[row])
+
+    def decoded(self, row: Any) -> Any:
+        return self._of_part(row, lambda images, row: images.decoded(row))
+
+    def _of_part(self, row: Any, read: Callable[[Any, int], Any]) -> Any:
+        n, row = self.joined.place(int(row))
+        try:
+            image = read(self.parts[n], row)
+        except Fault as fault:
+            raise Fault(str(fault), fault.kind, f"{n}/{fault.id}") from fault
+        return image and image._replace(key=f"{n}/{image.key}")
+
+
+def fingerprint_of(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+
+def picks(sizes: Sequence[int], weights: Sequence[float], names: Sequence[str]) -> np.ndarray:
+    """Rows of an epoch over data sets that stand one after another: shares by weight, every row at least once, evenly
+    alternating.
+
+    Raises:
+      MoextendError: a weight is so small that an epoch would be longer than MOST_ROWS.
+    """
+    share = np.asarray(weights, np.float64) / np.sum(weights)
+    lengths = np.asarray(sizes) / share
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > MOST_ROWS:
+        raise MoextendError(
+            f"data: {names[longest]} has {sizes[longest]} rows and a share of {share[longest]:.2g}, so that all its "
+            f"rows come once in {lengths[longest]:.3g}; give it a larger weight, or take a slice of it"
+        )
+    starts = np.cumsum([0, *sizes[:-1]])
+    rows, when = [], []
+    for size, start, count in zip(sizes, starts, np.rint(lengths[longest] * share).astype(int), strict=True):
+        count = max(int(count), size)
+        whole, more = divmod(count, size)
+        # All rows as often as they go in, then some from all over the data set.
+        order = np.concatenate([np.tile(np.arange(size), whole), np.arange(more) * size // max(more, 1)])
+        rows.append(start + order)
+        when.append((np.arange(count) + 0.5) / count)
+    return np.concatenate(rows)[np.argsort(np.concatenate(when), kind="stable")].astype("<i8")

@@ -1,0 +1,120 @@
+"""Splits a data set so that no picture is on both sides: a `Source` and how much of it in, two views of it out.
+
+Which rows are held out follows from the seed and from the pictures' own names: rows that are added later, or stand in
+another order, move no picture to the other side unless the number that is held out changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.datasets import AnyImages, HoldOut, Source, select
+from moextend_jax.data.mixing import JoinedImages
+
+
+def rows_of_part(part: float, rows: int, *, setting: str) -> int:
+    """How many of `rows` rows a part is: from 1 on it is a number of rows, below a share (of at least one row).
+
+    Raises:
+      MoextendError: no row would be left; names the setting.
+    """
+    count = round(part) if part >= 1 else max(1, round(part * rows))
+    if count >= rows:
+        at_most = f"at most {rows - 1} can be, or a share such as 0.1" if rows > 1 else "there must be two at least"
+        raise MoextendError(f"{setting} = {part:g}: cannot hold out {count} of {rows} rows; {at_most}")
+    return count
+
+
+def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -> HoldOut:
+    """Splits off `part` of the rows or a few less, with all rows that share a picture on one side; both parts keep the
+    source's order. Rows without a picture are each by themselves. Where every picture has more rows than that, the rows
+    of one are held out.
+
+    Args:
+      part: a number of rows or a share, see `rows_of_part`.
+      setting: what sets it, for messages.
+
+    Raises:
+      MoextendError: too few rows, or all of them are tied together by their pictures.
+    """
+    wanted = rows_of_part(part, len(source), setting=setting)
+    groups = sorted(_groups(marks_of(source)), key=lambda group: _order(group[0], seed))
+    chosen = np.zeros(len(source), bool)
+    for _, rows in groups:
+        if chosen.sum() + len(rows) <= wanted:
+            chosen[rows] = True
+    if not chosen.any():  # every group is larger than wanted: the smallest is nearest
+        if len(groups) == 1:
+            raise MoextendError(f"{setting}: all {len(source)} rows share pictures, so none can be held out unseen")
+        chosen[min(groups, key=lambda group: len(group[1]))[1]] = True
+    return HoldOut(select(source, np.flatnonzero(chosen)), select(source, np.flatnonzero(~chosen)))
+
+
+def without(source: Source, unseen: Source) -> Source:
+    """The rows of a source that show no picture of `unseen`, and are none of its rows without pictures."""
+    marks = set(itertools.chain.from_iterable(marks_of(unseen)))
+    return select(source, [row for row, of_row in enumerate(marks_of(source)) if marks.isdisjoint(of_row)])
+
+
+class Mark(NamedTuple):
+    """What must not be on both sides: a picture, or a text that shows none. home: where the picture lies, so that
+    pictures of one name in two folders are two."""
+
+    home: str
+    name: str
+
+
+def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
+    """Of each row."""
+    picture = _pictures(source.images)
+    for example in source:
+        text = json.dumps([example.id, example.conversations])
+        hashed = Mark("", hashlib.sha256(text.encode()).hexdigest())
+        yield tuple(picture(ref.key) for ref in example.images) or (hashed,)
+
+
+def _pictures(images: AnyImages) -> Callable[[str], Mark]:
+    """From the keys of images to marks, which other data sets' images have too where they are the same."""
+    if isinstance(images, JoinedImages):
+        parts = [_pictures(part) for part in images.parts]
+
+        def of_part(key: str) -> Mark:
+            number, _, name = key.partition("/")
+            return parts[int(number)](name)
+
+        return of_part
+    home = str(images.folder.path) if images.folder else images.fingerprint
+    return lambda key: Mark(home, key)
+
+
+def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:
+    """Rows that are tied together by marks, with the least mark of each group."""
+    parent: dict[Mark, Mark] = {}
+
+    def root(mark: Mark) -> Mark:
+        while (above := parent.setdefault(mark, mark)) != mark:
+            parent[mark] = parent[above]  # shorter for the next time
+            mark = above
+        return mark
+
+    first = []
+    for of_row in marks:
+        roots = sorted(map(root, of_row))
+        parent.update(dict.fromkeys(roots[1:], roots[0]))
+        first.append(of_row[0])
+    rows: dict[Mark, list[int]] = defaultdict(list)
+    for row, mark in enumerate(first):
+        rows[root(mark)].append(row)
+    return list(rows.items())
+
+
+def _order(mark: Mark, seed: int) -> str:
+    return hashlib.sha256(f"{seed} {mark.name}".encode(errors="surrogateescape")).hexdigest()

@@ -1,0 +1,132 @@
+"""A conversation at the terminal: lines in, a model's answers out as they are made; it sees pictures and remembers.
+
+Each answer is made from all that was said, laid out as conversations are in training. `/image PATH` shows a picture
+with the next question, `/reset` forgets everything, `/quit` (or the end of the input) leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.speak import Picture, Turn, picture, question, speak
+from moextend_jax.generate import Sampling
+from moextend_jax.runs.askable import Askable
+
+HELP = "/image PATH shows a picture with the next question, /reset forgets what was said, /quit leaves"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Conversation:
+    """What was said so far, and the pictures that were shown with it. system: what the model is told at first."""
+
+    opened: Askable
+    system: str | None = None
+    max_new_tokens: int = 512
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    turns: list[Turn] = dataclasses.field(default_factory=list)
+    images: list[Picture] = dataclasses.field(default_factory=list)
+
+    def ask(self, text: str, *, images: Iterable[Picture] = ()) -> Iterator[str]:
+        """Yields the answer as it is made. Only an answer that came to its end, and that is not empty, is remembered,
+        with its question."""
+        images = list(images)
+        first: list[Turn] = [{"from": "system", "value": self.system}] if self.system else []
+        asked, shown, pieces = [*self.turns, question(text, images=len(images))], [*self.images, *images], []
+        for piece in speak(
+            self.opened, [*first, *asked], images=shown, plain=False, max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling, seed=self.seed + len(self.turns),
+        ):  # fmt: skip
+            pieces.append(piece)
+            yield piece
+        if answer := "".join(pieces).strip():
+            self.turns, self.images = [*asked, {"from": "gpt", "value": answer}], shown
+
+    def reset(self) -> None:
+        """Forgets what was said and shown."""
+        self.turns, self.images = [], []
+
+
+def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[str], None]) -> None:
+    """Answers lines until there are no more. A mistake is shown, and the conversation goes on.
+
+    Args:
+      show: takes text that is to be shown at once.
+    """
+    waiting: list[Picture] = []
+    for line in lines:
+        command, _, rest = line.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/reset":
+            conversation.reset()
+            waiting = []
+        elif command == "/image":
+            with _mistakes_shown(show):
+                if not conversation.opened.sees:
+                    raise MoextendError(f"the {conversation.opened.name} model cannot see")
+                waiting.append(picture(rest.strip()))
+        elif command.startswith("/"):
+            show(f"{HELP}\n")
+        elif command:
+            with _mistakes_shown(show):
+                for piece in conversation.ask(line.strip(), images=waiting):
+                    show(piece)
+                waiting = []
+            show("\n")
+
+
+def chat_command(
+    opened: Askable,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+    seed: int = 0,
+) -> None:
+    """`moextend chat` on standard input and output.
+
+    Raises:
+      MoextendError: the model continues text and does not answer, or there are several processes.
+    """
+    if jax.process_count() > 1:
+        raise MoextendError("chat is for one process: others would not hear what is typed")
+    if opened.plain:
+        raise MoextendError(
+            f"the {opened.name} model continues text, it was not taught to answer: choose another, or "
+            "`moextend generate`"
+        )
+    conversation = Conversation(
+        opened=opened, system=system, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+    )
+    chat(conversation, _typed(), show=lambda text: print(text, end="", flush=True))
+
+
+def _typed() -> Iterator[str]:
+    """Lines of a terminal, which can be edited, or of a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` arrow keys)
+    print(HELP)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input("> ")
+
+
+@contextlib.contextmanager
+def _mistakes_shown(show: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a mistake or an interrupt ends what is being done, not the conversation."""
+    try:
+        yield
+    except MoextendError as error:
+        show(f"{error}\n")
+    except KeyboardInterrupt:
+        show(" (interrupted, and not remembered)\n")

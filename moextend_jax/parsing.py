@@ -1,0 +1,146 @@
+"""Words of a command line against what a command can be given (`options.py`): its options out, checked, or its help.
+
+Hyphens and underscores are the same, so are `--name VALUE` and `--name=VALUE`; `--no_NAME` is false. Of two values for
+one option the last counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from moextend_jax.config import MoextendError
+from moextend_jax.configurations import load, meant
+from moextend_jax.folders import folder
+from moextend_jax.options import MISSING, Sets, describe, kinds_of, options_of, places, settings_of
+from moextend_jax.settings import RunSettings, fields, from_config_dict
+
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def parse(kind: Any, words: Sequence[str], *, command: str, does: str) -> Any:
+    """The options of a command as an instance of the dataclass `kind`; the help, a string, where words ask for it.
+
+    Raises:
+      MoextendError: an option that is not there or is lacking; a value it cannot have; a broken configuration.
+    """
+    values, settings = {}, {}
+    for name, value in _options(kind, words, command=command):
+        if name.startswith("config."):
+            settings[name.removeprefix("config.")] = value
+        else:
+            values[name] = value
+            short = [part for part in get_args(fields(kind).get(name)) if isinstance(part, Sets)]
+            settings |= {path: value for part in short for path in part.settings}
+    config = load(values["config"]) if "config" in values else None
+    if "help" in values:
+        return describe(kind, config, command=command, does=does)
+    lacking = [option for option in options_of(kind) if option.default is MISSING and option.name not in values]
+    if lacking:
+        wanted = "; ".join(f"--{option.name}: {option.meaning}" for option in lacking)
+        raise MoextendError(f"{command} needs {wanted}")
+    if config is not None:
+        values["config"] = from_config_dict(changed(config, settings))
+    elif settings:
+        raise MoextendError(f"{command}: --config.{next(iter(settings))} needs --config NAME, which it changes")
+    return kind(**values)
+
+
+def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings with others at some paths, such as `align.steps`."""
+    copy = dict(settings)
+    for path, value in changes.items():
+        group, _, rest = path.partition(".")
+        copy[group] = changed(copy.get(group, {}), {rest: value}) if rest else value
+    return copy
+
+
+def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every option and setting that is given, in order."""
+    kinds = _kinds(kind)
+    rest, seen = list(words), set()
+    while rest:
+        word = rest.pop(0)
+        name, equals, text = word.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if word in ("-h", "--help"):
+            yield "help", True
+            continue
+        if not word.startswith("-") or word == "-":
+            name, texts = next((place for place in places(kind) if place not in seen), ""), [word]
+        elif name not in kinds and kinds_of(kinds.get(name.removeprefix("no_"))) == [bool] and not equals:
+            name, texts = name.removeprefix("no_"), ["false"]
+        elif not word.startswith("--") or name not in kinds:
+            hint = meant(f"--{name}", [f"--{known}" for known in kinds]) or f"; see `moextend {command} --help`"
+            raise MoextendError(f"{command}: there is no option {word.partition('=')[0]}{hint}")
+        elif equals:
+            texts = [text]
+        elif kinds_of(kinds[name]) == [bool]:
+            texts = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
+        else:
+            count = _words(kinds[name])
+            texts, rest = rest[:count], rest[count:]
+            if len(texts) < count or any(text.startswith("--") for text in texts):
+                raise MoextendError(f"{command}: --{name} needs {'a value' if count == 1 else f'{count} values'}")
+        if not name:
+            raise MoextendError(f"{command}: {word!r} is no option; see `moextend {command} --help`")
+        seen.add(name)
+        yield name, read(kinds[name], texts, what=f"{command}: --{name}")
+
+
+def _kinds(kind: Any) -> dict[str, Any]:
+    """The type of every name that may be given."""
+    kinds = {option.name: option.kind for option in options_of(kind)}
+    for option in settings_of() if "config" in kinds else ():
+        below = {f"{option.name}.{name}": get_args(option.kind)[1] for name in option.names}
+        kinds |= below or {option.name: option.kind}
+    return kinds
+
+
+def _words(kind: Any) -> int:
+    """Words that follow an option: one for each of a pair, one for anything else."""
+    kind = kinds_of(kind)[0]
+    if get_origin(kind) is Annotated:
+        return _words(get_args(kind)[0])
+    return len(get_args(kind)) if get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis else 1
+
+
+def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
+    """The value of a type that texts stand for: several those of a tuple, which may be one text with commas, too.
+
+    Raises:
+      MoextendError: there is none, or it is outside the type's range.
+    """
+    *others, kind = kinds_of(kind)
+    for other in others:
+        with contextlib.suppress(MoextendError):  # what is none of them is said to be none of the last
+            return read(other, texts, what=what)
+    origin, arguments, text = get_origin(kind), get_args(kind), " ".join(texts)
+    if origin is Annotated:
+        value = read(arguments[0], texts, what=what)
+        for bounds in arguments[1:]:
+            if not isinstance(bounds, Sets):
+                bounds.check(value, what=what)
+        return value
+    if origin is Literal:
+        choices = {str(choice): choice for choice in arguments}
+        if text not in choices:
+            raise MoextendError(f"{what} = {text!r} is not one of {', '.join(choices)}{meant(text, choices)}")
+        return choices[text]
+    if origin is tuple:
+        if len(texts) == 1:  # a,b or ("a", "b")
+            texts = [part.strip(" '\"") for part in text.strip("()[] ").split(",") if part.strip()]
+        parts = arguments[:1] * len(texts) if arguments[-1] is Ellipsis else arguments
+        if len(parts) != len(texts):
+            raise MoextendError(f"{what} = {text!r} must be {len(parts)} values")
+        return tuple(read(part, [text], what=what) for part, text in zip(parts, texts, strict=True))
+    if kind is RunSettings:  # which is loaded when all that changes it is known
+        return text
+    if kind is Path:
+        return folder(text)
+    try:
+        return BOOLS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        raise MoextendError(f"{what} = {text!r} is not of type {kind.__name__}") from None

@@ -1,0 +1,231 @@
+"""Models that can be asked, whatever folder they lie in: a `Place` in, an `Askable` out.
+
+A place is a work directory and a row of `results.MODELS`, or a checkpoint: anything that `moextend import` accepts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from moextend_jax import distributed
+from moextend_jax.checkpoints import hashes, train_state
+from moextend_jax.checkpoints.loading import Checkpoint, open_checkpoint
+from moextend_jax.checkpoints.outside import read_small
+from moextend_jax.config import RECIPES, ModelConfig, Recipe
+from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.lock import locked
+from moextend_jax.mesh import make_mesh
+from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.runs import models_of
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.results import model_row
+from moextend_jax.runs.run import Arrays, Run, known_settings, open_run, working
+from moextend_jax.settings import EvaluateSettings, RunSettings, build, fields
+
+SIZES = EvaluateSettings(data="", questions=1)
+"""Batches of a checkpoint's evaluation, where no configuration says otherwise."""
+MESH = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
+"""All devices share a checkpoint's arrays, where no configuration says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Askable:
+    """A model on its mesh, with all that asking it takes.
+
+    name: what its answers are filed under: a row of MODELS, or the name of a checkpoint's folder.
+    folder: where it came from. recipe: its chat template and how its images are prepared.
+    sizes: how large batches of questions are.
+    identify, is_plain, read_tokenizer: compute `identity`, `plain` and `tokenizer`, which not everything needs.
+    open_base: opens the model that this one was made from, where that is at hand.
+    """
+
+    name: str
+    folder: Path
+    model: MoExtend
+    arrays: Arrays
+    mesh: Mesh
+    recipe: Recipe
+    sizes: EvaluateSettings
+    identify: Callable[[], str]
+    is_plain: Callable[[], bool]
+    read_tokenizer: Callable[[], Tokenizer]
+    open_base: Callable[[], Askable] | None
+
+    def __repr__(self) -> str:
+        return f"Askable({self.name!r} of {str(self.folder)!r}, {described(self.config)})"
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def sees(self) -> bool:
+        return self.config.vision is not None
+
+    @property
+    def patches(self) -> int:
+        """Visual tokens of an image; 0 of a model that does not see."""
+        return self.config.vision.patches if self.config.vision else 0
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self.read_tokenizer()
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether a prompt is a text that the model continues, rather than a question in the chat template."""
+        return self.is_plain()
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Names the model by what it is made of: answers of two identities must not be mixed."""
+        return self.identify()
+
+
+def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh | None = None) -> Askable:
+    """Opens and reads a model.
+
+    Args:
+      settings: of a work directory those that it was run with are the default; of a checkpoint they say its mesh, its
+        element type and the size of batches, and nothing else.
+      mesh: of a checkpoint, instead of that of the settings.
+
+    Raises:
+      MoextendError: nothing that could be opened is there, or something is wrong with it.
+    """
+    if place.in_workdir:
+        run = open_run(settings or known_settings(place.folder), place.folder)
+        return askable(run, place.model or "moextend", dtype=place.dtype)
+    distributed.start(cpu_devices=settings.cpu_devices if settings else 1)
+    mesh = mesh or make_mesh(settings.mesh if settings else MESH)
+    dtype = place.dtype or (settings.dtype if settings else None)
+    checkpoint = open_checkpoint(
+        place.folder, base=place.base, vision=place.vision, feature_layer=place.feature_layer, dtype=dtype, mesh=mesh
+    )
+    return _of_checkpoint(checkpoint, place, mesh=mesh, sizes=settings.evaluate if settings else SIZES)
+
+
+@contextlib.contextmanager
+def evaluating(
+    place: Place, *, settings: RunSettings | None = None, out: Path | None = None
+) -> Iterator[tuple[Askable, Path]]:
+    """A model, and the folder for its answers, which nobody else writes meanwhile: `out`; by default WORKDIR/eval, and
+    of a checkpoint, whose folder is left alone, `eval` in the current directory."""
+    if place.in_workdir:
+        with working(settings or known_settings(place.folder), place.folder, rows=()) as run:  # batches divide anyhow
+            yield askable(run, place.model or "moextend", dtype=place.dtype), out or place.folder / "eval"
+        return
+    out = out or Path("eval")
+    distributed.start(cpu_devices=settings.cpu_devices if settings else 1)
+    distributed.check_shared(out)
+    with locked(out):
+        yield open_place(place, settings=settings), out
+
+
+def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
+    """A row of MODELS of an opened run, computed in `dtype`, else as it was trained."""
+    model, arrays = models_of.open_model(run, name)
+    if dtype is not None:
+        model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
+        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
+    identity = models_of.identity(run, name)
+    return Askable(
+        name=name,
+        folder=run.workdir,
+        model=model,
+        arrays=arrays,
+        mesh=run.mesh,
+        recipe=run.settings.recipe,
+        is_plain=lambda: not model_row(name).sees,
+        sizes=run.settings.evaluate,
+        identify=lambda: identity if dtype is None else f"{identity}-{dtype}",
+        read_tokenizer=lambda: run.tokenizer,
+        open_base=lambda: askable(run, "base", dtype=dtype),
+    )
+
+
+def text_only(opened: Askable) -> Askable:
+    """The model without its eyes."""
+    model, arrays = models_of.text_only(models_of.Opened(opened.model, opened.arrays))
+    return dataclasses.replace(opened, model=model, arrays=arrays)
+
+
+def not_extended(opened: Askable) -> Askable:
+    """An extended model without what its extension added: the base, where its pretrained leaves are still the base's,
+    and its recipe kept the routers."""
+    model = abstract(dataclasses.replace(opened.config, extension=None))
+    arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith("extension/")}
+    return dataclasses.replace(
+        opened, name="base", model=model, arrays=arrays, open_base=None, identify=lambda: f"base-of-{opened.identity}"
+    )
+
+
+def described(config: ModelConfig) -> str:
+    """A model's sizes in a few words."""
+    sizes, extension = config.decoder, config.extension
+    sees = f", sees {config.vision.patches} patches" if config.vision else ", text only"
+    grown = f", {extension.new_experts} new in {len(extension.layers)} of them" if extension else ""
+    return f"{sizes.layers} layers of {sizes.experts} experts{grown}{sees}, {config.dtype}"
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: EvaluateSettings) -> Askable:
+    source, facts = checkpoint.source, checkpoint.source.record.facts
+    recipe = RECIPES[place.recipe] if place.recipe else _recipe(checkpoint, where=place.folder)
+    isolation = facts.get("text_isolation", "none")
+    build(fields(ModelConfig)["text_isolation"], isolation, where=f"{place.folder}: text_isolation")
+    config = dataclasses.replace(checkpoint.config, weight_guard=recipe.weight_guard, text_isolation=isolation)
+    name = place.folder.resolve().name
+
+    def identify() -> str:
+        stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
+        return f"{name}-{stored[:12]}-{config.dtype}"
+
+    def read_tokenizer() -> Tokenizer:
+        beside = [source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files]
+        ends = ends_of(source.record.attributes.get("decoder", {}))
+        return tokenizer_of(beside[0] if beside else place.folder, config, ends=ends)
+
+    def is_plain() -> bool:
+        if config.vision is not None or _has_template(source.files):
+            return False
+        return opened.tokenizer.prompt in (None, "mixtral")
+
+    opened = Askable(
+        name=name,
+        folder=place.folder,
+        model=abstract(config),
+        arrays=checkpoint.arrays,
+        mesh=mesh,
+        recipe=recipe,
+        is_plain=is_plain,
+        sizes=sizes,
+        identify=identify,
+        read_tokenizer=read_tokenizer,
+        open_base=None,
+    )
+    if config.extension is None:
+        return opened
+    return dataclasses.replace(opened, open_base=lambda: not_extended(opened))
+
+
+def _recipe(checkpoint: Checkpoint, *, where: Path) -> Recipe:
+    """That of the run that made it, else of the code that wrote its layout."""
+    if isinstance(recorded := checkpoint.source.record.facts.get("recipe"), dict):
+        return build(Recipe, {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded, where=f"{where}: recipe")
+    return RECIPES["released" if checkpoint.layout in ("released", "delta") else "paper"]
+
+
+def _has_template(files: Mapping[str, Path]) -> bool:
+    """Whether a tokenizer brings a chat template, so that the model was taught to answer."""
+    if "chat_template.jinja" in files or "chat_template.json" in files:
+        return True
+    return "tokenizer_config.json" in files and b'"chat_template"' in read_small(files["tokenizer_config.json"])

@@ -1,0 +1,211 @@
+"""What a run needs of its data, looked at before the first step: a `Run` and the results it is to make in; the run with
+every length and number of steps filled in out, or one error that names all that stands in the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from moextend_jax import distributed
+from moextend_jax.config import MoextendError
+from moextend_jax.data.datasets import Source, check_shows_images
+from moextend_jax.data.measure import Measured, measure, rows_per_conversation
+from moextend_jax.data.splitting import rows_of_part
+from moextend_jax.runs import results
+from moextend_jax.runs.data_of import Read, open_source, source_of
+from moextend_jax.runs.results import Data
+from moextend_jax.runs.run import Run
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+LOOKED_AT = 4096
+"""Conversations of each data set that are encoded before the first step, where no length depends on all of them;
+`moextend data check` reads every one."""
+
+Check = Callable[[Run], None]
+
+
+class Stage(NamedTuple):
+    """A result that is trained: the settings' group of that name, and the data that it reads."""
+
+    name: str
+    group: str
+    data: Data
+
+
+def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Run:
+    """Looks at the data of results that are to be made, and counts what their settings leave open.
+
+    Args:
+      names: rows of `results.RESULTS`.
+      checks: further ones, each of which raises a MoextendError for what it finds.
+
+    Raises:
+      MoextendError: says all that is wrong: data that cannot be read, rows that are refused, too few of them for what
+        is held out, no picture to align on, what `checks` say.
+    """
+    names, settings = list(names), run.settings
+    problems = Problems()
+    read = functools.cache(functools.partial(open_source, run))
+    stages = _stages(settings, names)
+    sources: dict[str, Source] = {}
+    for name in dict.fromkeys([*names, *(stage.name for stage in stages)]):
+        if (data := _data(settings, name)) is not None:
+            of: StageSettings = getattr(settings, data.of)
+            with problems:
+                sources[name] = read(of.data, of.split)
+    rows = {name: len(source) for name, source in sources.items()}
+    problems.note(row_problems(settings, rows=rows, layers=run.config.decoder.layers))
+    measured = functools.cache(functools.partial(_measure, run, read))
+    readers: dict[Reading, list[str]] = {}
+    for stage in (stage for stage in stages if stage.name in sources):
+        readers.setdefault(_reading(settings, stage), []).append(stage.name)
+        with problems:
+            if results.patterns(stage.name, recipe=settings.recipe) == ("projector/*",):
+                check_shows_images(sources[stage.name], stage=stage.name)
+    for reading, of_stages in readers.items():
+        problems.note(_refused(measured(reading), stages=of_stages))
+    for check in checks:
+        with problems:
+            check(run)
+    problems.raise_any()
+    filled = {}
+    for stage in stages:
+        counted, line = _counted(run, stage, measured(_reading(settings, stage)), read)
+        filled[stage.group] = counted
+        if line and stage.name in names and distributed.first():
+            print(f"{stage.name}: {line}")
+    return dataclasses.replace(run, settings=dataclasses.replace(settings, **filled))
+
+
+def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int) -> list[str]:
+    """What numbers of rows stand against.
+
+    Args:
+      rows: of the data set of each result that is to be made, by its name, nothing held out yet.
+      layers: of the decoder.
+    """
+    problems = Problems()
+    left = dict(rows)
+    if not settings.evaluate.data:
+        for name, data in ((name, _data(settings, name)) for name in rows):
+            if data is not None and getattr(settings, data.of).data == settings.finetune.data:
+                with problems:
+                    left[name] -= rows_of_part(settings.evaluate.held_out, rows[name], setting="evaluate.held_out")
+    for name in left:
+        data = _data(settings, name)
+        if data is not None and data.part != "all" and left[name] > 0:
+            with problems:
+                rows_of_part(settings.select.held_out, left[name], setting="select.held_out")
+    if "select" in rows and int(settings.select.share * layers) < 1:
+        problems.note([f"select.share = {settings.select.share:g} of {layers} layers chooses none; raise it"])
+    return problems.messages
+
+
+def too_many_questions(settings: EvaluateSettings, rows: int) -> MoextendError:
+    return MoextendError(f"evaluate.questions = {settings.questions}, but {settings.data} has {rows} rows")
+
+
+class Problems:
+    """What is wrong, each thing once: messages that are noted, and errors raised inside of `with problems:`."""
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    def note(self, messages: Iterable[str]) -> None:
+        self.messages = list(dict.fromkeys([*self.messages, *messages]))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, MoextendError):
+            return False
+        self.note([str(error)])
+        return True
+
+    def raise_any(self) -> None:
+        if len(self.messages) == 1:
+            raise MoextendError(self.messages[0])
+        if self.messages:
+            listed = "; ".join(f"({number}) {message}" for number, message in enumerate(self.messages, 1))
+            raise MoextendError(f"{len(self.messages)} things stand in the way, nothing was done: {listed}")
+
+
+def _data(settings: RunSettings, name: str) -> Data | None:
+    row = results.result(name)
+    return None if row.data is None else row.data(settings.recipe)
+
+
+def _stages(settings: RunSettings, names: Iterable[str]) -> list[Stage]:
+    """Those of the results whose rows have sizes of their own: `select` lays its rows out as the probe does."""
+    stages = []
+    for name in dict.fromkeys("extend" if name == "select" else name for name in names):
+        data = _data(settings, name)
+        if data is not None:
+            stages.append(Stage(name, results.result(name).settings, data))
+    return stages
+
+
+class Reading(NamedTuple):
+    """How a stage reads its data: stages that read alike are measured once."""
+
+    data: str
+    split: str
+    length: int
+    conversation_length: int
+    images_per_row: int
+    too_long: Literal["error", "drop_turns"]
+    feeds: Literal["conversation", "bare_question"]
+
+
+def _reading(settings: RunSettings, stage: Stage) -> Reading:
+    own: StageSettings = getattr(settings, stage.group)
+    of: StageSettings = getattr(settings, stage.data.of)
+    sizes = (own.length, own.conversation_length, own.images_per_row, own.too_long)
+    return Reading(of.data, of.split, *sizes, stage.data.feeds)
+
+
+def _measure(run: Run, read: Read, reading: Reading) -> Measured:
+    fields = reading._asdict()
+    feeds = fields.pop("feeds")
+    return measure(
+        read(reading.data, reading.split),
+        stage=StageSettings(steps=1, batch_size=1, **fields),
+        tokenizer=run.tokenizer,
+        recipe=run.settings.recipe,
+        patches=run.patches,
+        faults=run.settings.faults,
+        parts=feeds,
+        most=LOOKED_AT if reading.length and reading.images_per_row else None,
+    )
+
+
+def _refused(measured: Measured, *, stages: Sequence[str]) -> Iterable[str]:
+    for kind, fault in measured.refused.items():
+        more = f" ({measured.counts[kind]} are {kind})" if measured.counts[kind] > 1 else ""
+        yield f"{', '.join(stages)}: {fault}{more}"
+
+
+def _counted(run: Run, stage: Stage, measured: Measured, read: Read) -> tuple[StageSettings, str]:
+    """The settings with numbers for a length, pictures of a row and steps that are left open, and a line about them."""
+    settings: StageSettings = getattr(run.settings, stage.group)
+    sized = dataclasses.replace(
+        settings,
+        length=settings.length or measured.length,
+        images_per_row=settings.images_per_row or measured.pictures,
+    )
+    lines = []
+    if sized.epochs:
+        conversations = len(source_of(run, stage.data, read=read))
+        each = rows_per_conversation(measured, stage=sized, patches=run.patches)
+        steps = max(math.ceil(sized.epochs * conversations * each / sized.batch_size), sized.least_steps, 1)
+        epochs = steps * sized.batch_size / each / conversations
+        about = "about " if each != 1 else ""
+        lines = [f"{steps:,} steps of {sized.batch_size} rows, {about}{epochs:.3g} x {conversations:,} conversations"]
+        sized = dataclasses.replace(sized, steps=steps, epochs=0.0, least_steps=0)
+    if not settings.length:
+        lines.append(f"{sized.length} tokens a row (the longest conversation: {measured.tokens_n.max(initial=0)})")
+    return sized, "; ".join(lines)

@@ -1,0 +1,43 @@
+"""A work directory as `moextend run` leaves it, with random leaves for what would have been trained.
+
+In: a folder. Out: its `Run`, whose base is a tiny random one with the real tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from moextend_jax.checkpoints import train_state
+from moextend_jax.config import ExtensionConfig
+from moextend_jax.runs.run import Run, open_run, remember
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+
+EXTENSION = ExtensionConfig(layers=(0, 2), sources=(1, 3))
+
+
+def settings(base: Path, **more: Any) -> RunSettings:
+    stage = StageSettings(data="easy_vqa/questions", steps=1, batch_size=4, length=48)
+    evaluated = EvaluateSettings(data="easy_vqa/questions", questions=4, batch_size=16, length=64, max_new_tokens=3)
+    options = {"base": str(base), "vision": str(base / "vision"), "dtype": "float32", "remat": "none", **more}
+    return RunSettings(align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluated, **options)
+
+
+def random_run(folder: Path, **more: Any) -> Run:
+    """FOLDER/base and the work directory FOLDER/work. more: settings."""
+    base = tiny.write_base(folder / "base")
+    run = open_run(settings(base, **more), folder / "work")
+    config = dataclasses.replace(run.config, extension=EXTENSION)
+    leaves = tiny.arrays(config, seed=1)
+    record = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": run.base_hash}
+    (run.workdir / "select").mkdir(parents=True)
+    (run.workdir / "select" / "routing.json").write_text(json.dumps(record))
+    for name, part in {"align": "projector/", "grow": "extension/", "finetune": "extension/"}.items():
+        own = {path: leaf for path, leaf in leaves.items() if path.startswith(part)}
+        train_state.save_leaves(run.workdir / name / "result", own, facts=run.facts)
+    remember(run)
+    return run

@@ -1,0 +1,220 @@
+"""`import moextend_jax as mx`: answers are the command's, routing is that of `routing collect`; mistakes are a line."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import random_run
+from PIL import Image
+
+import moextend_jax as mx
+from moextend_jax import cli, commands
+from moextend_jax.evaluate.questions import prompt_of
+from moextend_jax.evaluate.running import asker_of
+from moextend_jax.evaluate.speak import pixels
+from moextend_jax.routing.stats import read_stats
+from moextend_jax.runs.askable import Askable, askable
+from moextend_jax.runs.run import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's own
+
+QUESTION, NEW = "Which is it?", 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return random_run.random_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def model(run: Run) -> mx.Model:
+    return mx.open(run.workdir)
+
+
+@pytest.fixture(scope="module")
+def pixels_hwc() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (20, 50, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def picture(pixels_hwc: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    Image.fromarray(pixels_hwc).save(path)
+    return path
+
+
+def test_the_package_is_imported_without_jax_and_has_what_it_documents():
+    code = (
+        "import sys, moextend_jax as mx; assert 'jax' not in sys.modules and 'numpy' not in sys.modules; "
+        "assert {'open', 'run', 'Model', 'Routing', 'MoextendError'} <= set(dir(mx)); assert callable(mx.open)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'opne'"):
+        mx.opne  # noqa: B018
+    for part in (mx.open, mx.run, mx.Routing, *(part for _, part in inspect.getmembers(mx.Model, inspect.isfunction))):
+        assert part.__name__.startswith("_") or part.__doc__
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_and_the_asker_and_python_say_the_same(run: Run, model: mx.Model, picture: Path, capsys):
+    answer = model.generate(QUESTION, picture, max_new_tokens=NEW)
+    assert answer != model.generate(QUESTION, max_new_tokens=NEW) and answer.strip()
+    assert "".join(model.stream(QUESTION, picture, max_new_tokens=NEW)) == answer
+    cli.call(
+        ["generate", QUESTION, "--image", str(picture), "--workdir", str(run.workdir), "--max_new_tokens", str(NEW)]
+    )
+    assert capsys.readouterr().out == f"{answer}\n"
+    assert model.generate([QUESTION, "Hi", QUESTION], [picture, None, None], max_new_tokens=NEW) == [
+        answer, model.generate("Hi", max_new_tokens=NEW), model.generate(QUESTION, max_new_tokens=NEW)
+    ]  # fmt: skip
+    assert asked(askable(run, "moextend"), picture) == answer
+
+
+def asked(opened: Askable, picture: Path) -> str:
+    """By an `Asker`, as benchmarks are."""
+
+    class Shown:
+        field = "images_BMhwc"
+
+        def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
+            return np.where((rows_BM >= 0)[..., None, None, None], pixels(opened, picture), 0)
+
+    prompt = prompt_of(
+        QUESTION, images=(0,), tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches, where="here"
+    )
+    ((completed,),) = asker_of(opened, pictures=Shown()).complete([prompt], max_new_tokens=NEW)
+    return opened.tokenizer.decode(completed.ids)
+
+
+def test_a_picture_may_be_a_file_its_bytes_an_image_or_an_array(model: mx.Model, picture: Path, pixels_hwc: np.ndarray):
+    expected = model.generate(QUESTION, picture, max_new_tokens=NEW)
+    for same in (str(picture), picture.read_bytes(), Image.fromarray(pixels_hwc), pixels_hwc):
+        assert model.generate(QUESTION, same, max_new_tokens=NEW) == expected
+    for wrong, message in (
+        (pixels_hwc / 255, r"uint8 \[height, width, 3\] .* not float64\[20, 50, 3\]"),
+        (picture.with_name("none.png"), "none.png cannot be read: No such file"),
+        (3, "a int is no picture"),
+        ([picture], "one text has one image"),
+    ):
+        with pytest.raises(mx.MoextendError, match=message):
+            model.generate(QUESTION, wrong, max_new_tokens=NEW)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(mx.MoextendError, match="2 texts, but 1 images"):
+        model.generate([QUESTION, QUESTION], [picture])
+
+
+def test_seeds_draw_and_a_list_draws_each(model: mx.Model):
+    drawn: dict[str, Any] = {"temperature": 5.0, "max_new_tokens": NEW}
+    first, second = (model.generate("Hi", seed=seed, **drawn) for seed in (3, 4))
+    assert first != second and model.generate(["Hi", "Hi"], seed=3, **drawn) == [first, second]
+
+
+def test_messages_are_a_conversation(model: mx.Model, picture: Path):
+    asks = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTION}]
+    answer = model.generate(QUESTION, picture, max_new_tokens=NEW)
+    assert model.chat([{"role": "user", "content": asks}], max_new_tokens=NEW) == answer
+    told = model.chat(
+        [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}], max_new_tokens=NEW
+    )
+    assert told == model.generate("Hi", system="Be short.", max_new_tokens=NEW)
+    assert told != model.generate("Hi", max_new_tokens=NEW)
+    for wrong, message in (
+        ([{"role": "bot", "content": "Hi"}], "role 'bot' is none of system, user, assistant"),
+        ([{"role": "user", "content": [{"type": "sound"}]}], "content is neither"),
+        ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "roles must alternate"),
+    ):
+        with pytest.raises(mx.MoextendError, match=message):
+            model.chat(wrong)
+
+
+def test_a_base_continues_text_also_in_the_folder_that_it_was_published_in(run: Run):
+    base, folder = mx.open(run.workdir, model="base"), mx.open(run.settings.base, dtype="float32")
+    text = base.generate("In the beginning", max_new_tokens=NEW)
+    assert folder.generate("In the beginning", max_new_tokens=NEW) == text
+    assert base.generate("In the beginning", plain=False, max_new_tokens=NEW) != text
+    with pytest.raises(mx.MoextendError, match="nowhere is no work directory and no checkpoint"):
+        mx.open("nowhere")
+    assert repr(folder) == "Model('base', 3 layers of 4 experts, text only, float32)"
+
+
+# --- routing ----------------------------------------------------------------------------------------------------------
+
+
+def test_routing_is_what_routing_collect_counts(run: Run, tmp_path: Path):
+    routing = mx.open(run.workdir).routing("In the beginning", plain=True)
+    np.savez(tmp_path / "ids.npz", input_ids=routing.ids[None])
+    cli.call(["routing", "collect", "--workdir", str(run.workdir), "--ids", str(tmp_path / "ids.npz"),
+              "--out", str(tmp_path / "out.npz")])  # fmt: skip
+    stats = read_stats(tmp_path / "out.npz")
+    assert stats.per_token is not None
+    np.testing.assert_array_equal(stats.per_token.ids_ZTk, routing.picks)
+    for z, picks_Tk in enumerate(routing.picks):
+        counted = np.bincount(picks_Tk.reshape(-1), minlength=len(routing.experts))
+        np.testing.assert_array_equal(counted, stats.picks_ZO["text"][z])
+    probs = np.exp(routing.logits - routing.logits.max(-1, keepdims=True))
+    probs /= probs.sum(-1, keepdims=True)
+    np.testing.assert_allclose(probs.mean(axis=1), stats.probs_ZO["text"], atol=1e-6)
+
+
+def test_routing_names_tokens_patches_and_experts(model: mx.Model, picture: Path):
+    routing = model.routing(QUESTION, picture, answer="a ring")
+    tokens, patches = len(routing.tokens), 4
+    assert routing.picks.shape == routing.weights.shape == (3, tokens, 2)
+    assert routing.logits.shape == (3, tokens, 5) and routing.experts == ["0", "1", "2", "3", "new 0"]
+    assert np.isneginf(routing.logits[1, :, 4]).all() and np.isfinite(routing.logits[[0, 2]]).all()
+    assert (routing.picks[1] < 4).all() and (routing.picks[[0, 2]] == 4).any()
+    first = routing.tokens.index("<patch 0>")
+    assert routing.tokens[first - 1 : first + patches + 1] == [
+        "<image>",
+        *(f"<patch {n}>" for n in range(4)),
+        "</image>",
+    ]
+    np.testing.assert_array_equal(routing.patches[first : first + patches], range(patches))
+    assert (np.delete(routing.patches, range(first, first + patches)) == -1).all()
+    text = "".join(token for token in routing.tokens if not token.startswith("<"))
+    assert QUESTION in text and text.endswith("a ring") and routing.tokens[0] == "<s>" and routing.tokens[-1] == "</s>"
+    assert repr(routing) == f"Routing(3 layers, {tokens} tokens, 2 of 5 experts each)"
+    asked = model.routing(QUESTION, picture)
+    np.testing.assert_array_equal(asked.picks, routing.picks[:, : len(asked.tokens)])
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+    calls: list[tuple] = []
+
+    def whole_run(settings, workdir, *, resume_from):
+        calls.append((settings, workdir, resume_from))
+        return {"seconds": {}}
+
+    monkeypatch.setattr(commands, "whole_run", whole_run)
+    yield calls
+
+
+def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], run: Run, tmp_path: Path):
+    optimizer = {"learning_rate": 0.5}
+    mx.run("demo:released", workdir=str(tmp_path), finetune={"steps": 20, "optimizer": optimizer}, seed=1)
+    mx.run(run.settings, workdir=tmp_path, resume_from="elsewhere")
+    (changed, workdir, resumed), (same, _, elsewhere) = started
+    assert (changed.finetune.steps, changed.finetune.optimizer.learning_rate, changed.seed) == (20, 0.5, 1)
+    assert changed.align.steps == 110 and changed.finetune.optimizer.multipliers == {"calibrators": 0.02}
+    assert changed.recipe.prompt == "released" and workdir == tmp_path and resumed is None
+    assert same == run.settings and elsewhere == Path("elsewhere")
+    for config, change, message in (
+        ("demmo", {}, "there is no configuration demmo"),
+        ("demo", {"finetune": {"step": 3}}, "config.finetune.step is no setting"),
+        ("demo", {"seed": -1}, "config.seed = -1 must be at least 0"),
+    ):
+        with pytest.raises(mx.MoextendError, match=message):
+            mx.run(config, workdir=tmp_path, **change)
+    assert len(started) == 2

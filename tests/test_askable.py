@@ -1,0 +1,254 @@
+"""A model answers the same from its work directory and from every folder that it was exported to; what cannot be asked
+is refused before it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import folders
+import jax
+import numpy as np
+import pytest
+import random_run
+import tiny
+
+from moextend_jax import cli
+from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.evaluate import chat, speak
+from moextend_jax.evaluate.forgetting import base_and
+from moextend_jax.runs.askable import Askable, askable, evaluating, open_place
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.run import Run, open_run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's own
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Strict, with the paper's feature layer: neither is what the released layout means by itself."""
+    return random_run.random_run(tmp_path_factory.mktemp("run"), text_isolation="strict")
+
+
+@pytest.fixture(scope="module")
+def trained(run: Run) -> Askable:
+    return askable(run, "moextend")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not square, so that padding and cutting give other pixels."""
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    rng = np.random.default_rng(0)
+    speak.picture(rng.integers(0, 255, (20, 50, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+def said(opened: Askable, picture: Path | None = None) -> str:
+    images = () if picture is None else (picture,)
+    return "".join(speak.speak(opened, "Which is it?", images=images, max_new_tokens=6))
+
+
+def exported(run: Run, layout: str, out: Path) -> Place:
+    """The run's result in a folder of its own."""
+    folder = out / layout
+    cli.call(["export", str(run.workdir), str(folder), "--layout", "delta" if layout == "delta" else "released"])
+    if layout == "imported":
+        folder.rename(out / "src")
+        cli.call(["import", str(out / "src"), str(folder)])
+    return Place(checkpoint=folder, base=Path(run.settings.base) if layout == "delta" else None)
+
+
+@pytest.mark.parametrize("layout", ["released", "delta", "imported"])
+def test_a_result_answers_the_same_from_every_folder(run: Run, trained: Askable, picture: Path, layout, tmp_path: Path):
+    opened = open_place(exported(run, layout, tmp_path))
+    assert opened.recipe == run.settings.recipe and opened.config.text_isolation == "strict"
+    assert opened.config.vision == trained.config.vision and opened.config.extension is not None
+    assert opened.config.weight_guard == trained.config.weight_guard and not opened.plain
+    for path, leaf in trained.arrays.items():
+        np.testing.assert_array_equal(opened.arrays[path], leaf, err_msg=path)
+    assert said(opened, picture) == said(trained, picture) != ""
+    assert said(opened) == said(trained) != said(trained, picture)
+
+
+def test_the_recipe_of_a_released_checkpoint_is_the_released_code_s_unless_an_export_says_otherwise(tmp_path: Path):
+    folder = folders.released(tmp_path / "released")
+    assert open_place(Place(checkpoint=folder)).recipe == RECIPES["released"]
+    assert open_place(Place(checkpoint=folder, recipe="paper")).recipe == RECIPES["paper"]
+    attributes = json.loads((folder / "config.json").read_text())
+    for wrong, message in (({"recipe": {"prompt": "?"}}, "prompt = '?'"), (3, "is not what an export writes"),
+                           ({"text_isolation": "some"}, "text_isolation = 'some'")):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(attributes | {"moextend": wrong}))
+        with pytest.raises(MoextendError, match=f"config.json: moextend.*{message}"):
+            open_place(Place(checkpoint=folder))
+
+
+def test_a_text_model_continues_text_unless_its_tokenizer_brings_a_template(run: Run, tmp_path: Path):
+    folder = shutil.copytree(run.settings.base, tmp_path / "text")
+    opened = open_place(Place(checkpoint=folder))
+    assert opened.plain and not opened.sees and opened.open_base is None
+    assert said(opened) == said(askable(run, "base")) != ""
+    with pytest.raises(MoextendError, match="the text model cannot see"):
+        said(opened, Path("nowhere.png"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert not open_place(Place(checkpoint=folder)).plain
+
+
+def test_a_place_that_is_none_is_refused_before_anything_is_read(run: Run, tmp_path: Path):
+    for options, message in (
+        ({}, "needs --workdir: .* or --checkpoint"),
+        ({"workdir": run.workdir, "checkpoint": run.workdir}, "not both"),
+        ({"checkpoint": tmp_path / "nowhere"}, "nowhere is no work directory and no checkpoint"),
+        ({"checkpoint": Path(run.settings.base), "model": "aligned"}, "leave --model aligned out"),
+        ({"workdir": run.workdir, "base": tmp_path, "recipe": "paper"}, "leave --base, --recipe out"),
+        ({"workdir": run.workdir, "model": "moextnd"}, "did you mean moextend"),
+    ):
+        with pytest.raises(MoextendError, match=message):
+            Place(**options)
+    with pytest.raises(MoextendError, match="is no work directory: run a stage"):
+        open_place(Place(workdir=tmp_path))
+    assert Place(checkpoint=run.workdir).in_workdir
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_s_answers_go_where_they_are_wanted_and_its_folder_is_left_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = exported(run, "released", tmp_path)
+    before = sorted(path.name for path in place.folder.iterdir())
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", "--benchmark", "easy_vqa", "--limit", "4"]
+    cli.call([*words, "--checkpoint", "released"])
+    cli.call([*words, "--workdir", str(run.workdir)])
+    texts = [
+        {line["question_id"]: line["text"] for line in map(json.loads, path.read_text().splitlines())}
+        for path in (tmp_path / "eval" / "easy_vqa" / "released" / "answers.jsonl",
+                     run.workdir / "eval" / "easy_vqa" / "moextend" / "answers.jsonl")
+    ]  # fmt: skip
+    assert texts[0] == texts[1] and len(set(texts[0].values())) > 1
+    assert sorted(path.name for path in place.folder.iterdir()) == before
+    with evaluating(place, out=tmp_path / "other") as (opened, out):
+        assert out == tmp_path / "other" and opened.name == "released"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--benchmark=pop"], "there is no benchmark 'pop'"), (["--benchmark=pope", "--data=no"], "no folder no")],
+)
+def test_a_benchmark_that_is_not_there_is_said_before_a_model_is_opened(run, words, message, monkeypatch, capsys):
+    monkeypatch.setattr("moextend_jax.runs.askable.open_run", None)
+    with pytest.raises(MoextendError, match=message):
+        cli.call(["eval", *words, "--workdir", str(run.workdir)])
+
+
+def test_an_extended_checkpoint_is_held_against_itself_without_its_extension(run: Run, tmp_path: Path):
+    base, opened = base_and(open_place(exported(run, "delta", tmp_path)))
+    assert (base.name, opened.name) == ("base", "delta") and base.identity != opened.identity
+    expected = askable(run, "base")
+    for path, leaf in expected.arrays.items():
+        np.testing.assert_array_equal(base.arrays[path], leaf)
+    assert base.config.extension is None and not [path for path in base.arrays if path.startswith("extension")]
+    assert [one.name for one in base_and(open_place(Place(checkpoint=Path(run.settings.base))))] == ["base"]
+
+
+# --- bases ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_takes_an_imported_folder_with_its_own_tower_as_base(run: Run, tmp_path: Path):
+    cli.call(["import", run.settings.base, str(tmp_path / "imported")])
+    for vision in ("", "embedded"):
+        settings = dataclasses.replace(run.settings, base=str(tmp_path / "imported"), vision=vision)
+        opened = open_run(settings, str(tmp_path / "work"))
+        assert opened.base_hash == run.base_hash and opened.config == run.config
+        for path, leaf in run.pretrained.items():
+            np.testing.assert_array_equal(opened.pretrained[path], leaf)
+    text = tiny.write_base(tmp_path / "text")
+    shutil.rmtree(text / "vision")
+    settings = dataclasses.replace(run.settings, base=str(text), vision="")
+    with pytest.raises(MoextendError, match='text has no vision tower of its own, as config.vision = ""'):
+        open_run(settings, tmp_path / "work")
+
+
+def test_what_a_notebook_prints_is_short(run: Run, trained: Askable):
+    assert repr(run).startswith("Run(") and "made: align, grow, finetune" in repr(run) and len(repr(run)) < 400
+    assert "1 new in 2 of them, sees 4 patches" in repr(trained) and len(repr(trained)) < 200
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The model answers "so 1", "so 2", ...; what it was asked is kept as text."""
+    asked: list[str] = []
+
+    def answering(opened, turns, *, images, **options):
+        speak.encoded(opened, turns, images=len(images), plain=options["plain"])
+        asked.append(f"{len(images)}: " + " | ".join(turn["value"] for turn in turns))
+        yield from ("so ", f"{len(asked)}")
+
+    monkeypatch.setattr(chat, "speak", answering)
+    yield asked
+
+
+def talk(opened: Askable, *lines: str, **options) -> str:
+    shown: list[str] = []
+    chat.chat(chat.Conversation(opened=opened, **options), lines, show=shown.append)
+    return "".join(shown)
+
+
+def test_a_chat_remembers_what_was_said_and_shown_until_it_is_reset(trained: Askable, picture: Path, heard: list[str]):
+    text = talk(
+        trained, "Hello", "", f"/image {picture}", "What is it?", "/image nowhere.png", "And now?", "/help", "/reset",
+        "Again", "/quit", "never", system="Be short.",
+    )  # fmt: skip
+    assert heard == [
+        "0: Be short. | Hello",
+        "1: Be short. | Hello | so 1 | <image>\nWhat is it?",
+        "1: Be short. | Hello | so 1 | <image>\nWhat is it? | so 2 | And now?",
+        "0: Be short. | Again",
+    ]
+    assert "image nowhere.png cannot be read" in text and "/reset forgets" in text
+    assert [line for line in text.splitlines() if line.startswith("so")] == ["so 1", "so 2", "so 3", "so 4"]
+
+
+def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, heard: list[str]):
+    text = talk(trained, "<image> which?", "Hello")
+    assert "1 <image> marks in the questions but 0 images" in text and heard == ["0: Hello"]
+    assert "cannot see" in talk(askable(run, "base"), "/image some.png")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_question_stands_where_training_has_it(trained: Askable, recipe: str):
+    opened = dataclasses.replace(trained, recipe=RECIPES[recipe])
+    turns = [speak.question("Hi"), {"from": "gpt", "value": "yes?"}, speak.question("What is it?", images=1)]
+    asked = speak.encoded(opened, turns, images=1, plain=None)
+    whole = encode_conversation(
+        [*turns, {"from": "gpt", "value": "a ring"}], example_id="", images=1, tokenizer=opened.tokenizer,
+        recipe=dataclasses.replace(opened.recipe, turns="all"), patches=opened.patches,
+    )  # fmt: skip
+    count = len(asked.ids_L)
+    np.testing.assert_array_equal(asked.ids_L, whole.ids_L[:count])
+    np.testing.assert_array_equal(asked.patches_L, whole.patches_L[:count])
+    assert whole.labels_L[count] == whole.ids_L[count] and whole.labels_L[count - 1] != whole.ids_L[count - 1]
+
+
+def test_chat_answers_as_generate_does_and_a_base_is_not_chatted_with(run, trained, picture, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", iter([f"/image {picture}\n", "Which is it?\n"]), raising=False)
+    monkeypatch.setattr(chat, "_typed", lambda: __import__("sys").stdin)
+    chat.chat_command(trained, max_new_tokens=6)
+    assert capsys.readouterr().out == f"{said(trained, picture)}\n"
+    with pytest.raises(MoextendError, match="the base model continues text"):
+        chat.chat_command(askable(run, "base"))
+
+
+def test_models_of_one_structure_share_what_is_compiled(run: Run, trained: Askable):
+    other = dataclasses.replace(trained, arrays=jax.tree.map(lambda leaf: leaf + 0, trained.arrays), name="other")
+    assert speak.generator_of(other) is speak.generator_of(trained)
+    assert speak.generator_of(askable(run, "base")) is not speak.generator_of(trained)

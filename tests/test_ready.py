@@ -1,0 +1,241 @@
+"""Before the first step: what the data decide is filled in, and all that stands in the way is said at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax.checkpoints.loading import EMBEDDED
+from moextend_jax.config import IGNORE, MoextendError
+from moextend_jax.data.batches import batches
+from moextend_jax.data.splitting import marks_of
+from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.evaluate import summary
+from moextend_jax.mesh import make_mesh, place_leaves
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.data_of import held_out_source, pixels_of, source_of, unseen_source
+from moextend_jax.runs.making import make_all
+from moextend_jax.runs.models_of import Opened, text_only
+from moextend_jax.runs.ready import ready
+from moextend_jax.runs.results import RESULTS, Data
+from moextend_jax.runs.run import Run
+from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings
+
+ROWS = 24
+
+
+def settings(folder: Path, **more: Any) -> RunSettings:
+    stage = StageSettings(data="llava_instruct", epochs=1.5, batch_size=4, length=0, images_per_row=0)
+    evaluate = EvaluateSettings(data="", held_out=0.25, questions=100, length=0)
+    first = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate,
+        select=SelectSettings(held_out=0.1), manual_dir=str(folder), data_dir=str(folder / "data"),
+    )  # fmt: skip
+    return changed(first, **more)
+
+
+def changed(first: RunSettings, **groups: dict[str, Any]) -> RunSettings:
+    parts = {name: dataclasses.replace(getattr(first, name), **fields) for name, fields in groups.items()}
+    return dataclasses.replace(first, **parts)
+
+
+def open_without_weights(settings: RunSettings, workdir: Path) -> Run:
+    mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
+    config = tiny.BASE_CONFIG
+    return Run(settings=settings, workdir=workdir, config=config, tokenizer=load_tokenizer(EMBEDDED), pretrained={},
+               base_hash="none", mesh=mesh)  # fmt: skip
+
+
+@pytest.fixture
+def llava(tmp_path) -> Path:
+    return tiny.write_llava(tmp_path / "llava", rows=ROWS)
+
+
+def turns(question: str, answer: str) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "llava_v1_5_mix665k.json"
+    path.write_text(json.dumps([change(n, row) for n, row in enumerate(json.loads(path.read_text()))]))
+
+
+def test_steps_and_lengths_come_from_the_data(llava, tmp_path, capsys):
+    run = open_without_weights(settings(llava, extend={"least_steps": 30}), tmp_path)
+    filled = ready(run, RESULTS).settings
+    assert filled.align.steps == filled.finetune.steps == math.ceil(1.5 * 18 / 4)  # of 24 rows 6 are held out
+    assert filled.extend.steps == 30
+    for stage in (filled.align, filled.extend, filled.finetune, filled.full):
+        assert (stage.epochs, stage.least_steps, stage.length, stage.images_per_row) == (0, 0, 32, 1)
+    assert filled.select == run.settings.select and filled.evaluate == run.settings.evaluate
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("align: 7 steps of 4 rows, 1.56 x 18 conversations; 32 tokens a row (the longest")
+    assert ready(run, ["finetune"]).settings.finetune == filled.finetune  # whatever is made with it
+    assert ready(run, ["select"]).settings.extend == filled.extend  # whose rows select counts on
+    capsys.readouterr()
+    fixed = open_without_weights(changed(settings(llava), align={"steps": 3, "epochs": 0.0, "length": 40}), tmp_path)
+    assert ready(fixed, ["align"]).settings.align == dataclasses.replace(fixed.settings.align, images_per_row=1)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_longest_conversation_and_the_one_with_most_pictures_fit(llava, tmp_path):
+    def change(n: int, row: dict) -> dict:
+        if n == 3:
+            row["conversations"][1]["value"] = "word " * 100
+        if n == 4:
+            row["image"] = ["4.png", "5.png", "6.png"]
+            row["conversations"][0]["value"] = "<image><image><image> which?"
+        return row
+
+    rewrite(llava, change)
+    finetune = ready(open_without_weights(settings(llava), tmp_path), ["finetune"]).settings.finetune
+    assert finetune.images_per_row == 3 and 100 < finetune.length <= 128
+
+
+def test_steps_of_packed_rows_are_those_that_packing_makes(llava, tmp_path):
+    rewrite(llava, lambda n, row: {"id": row["id"]} | turns("count", "one " * (1 + 7 * n % 23)))
+    packed = {"conversations_per_row": 0, "length": 64, "epochs": 1.0, "batch_size": 1}
+    run = open_without_weights(settings(llava, finetune=packed, evaluate={"data": "llava_instruct"}), tmp_path)
+    stage = ready(run, ["finetune"]).settings.finetune
+    rows = batches(
+        source_of(run, Data("finetune")), stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe,
+        images=None, patches=run.patches, epochs=1,
+    )  # fmt: skip
+    assert stage.steps == len(list(rows)) < ROWS / 2
+
+
+def test_all_that_stands_in_the_way_is_said_before_anything_is_written(llava, tmp_path):
+    wrong = changed(
+        settings(llava),
+        align={"data": "llava_pretrain", "split": "dev"},
+        extend={"length": 10},
+        select={"held_out": 24.0, "share": 0.1},
+        evaluate={"data": "coco"},
+    )
+    run = open_without_weights(wrong, tmp_path / "work")
+    with pytest.raises(MoextendError) as refused:
+        next(make_all(run, checks=[summary.check]))
+    for part in (
+        "5 things stand in the way, nothing was done: (1)", "has no split 'dev'", "cannot hold out 24 of 24 rows",
+        "select.share = 0.1 of 3 layers", "extend: example row0", "do not fit a row of 10", "(24 are too_long)",
+        "no data set 'coco'",
+    ):  # fmt: skip
+        assert part in str(refused.value), part
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda n, row: row | {"image": []} | turns("which?", "this"), "align trains the projector"),
+        (lambda n, row: row | {"image": "one.png"}, "share pictures, so none can be held out unseen"),
+        (
+            lambda n, row: row if n else row | {"conversations": row["conversations"][:1]},
+            "align, extend, finetune: example row0: roles must .*evaluate: example row0: roles",
+        ),
+    ],
+)
+def test_data_that_a_later_stage_would_refuse(llava, tmp_path, change, said: str):
+    (llava / "one.png").write_bytes((llava / "1.png").read_bytes())
+    rewrite(llava, change)
+    with pytest.raises(MoextendError, match=said):
+        next(make_all(open_without_weights(settings(llava), tmp_path / "work"), checks=[summary.check]))
+
+
+def test_questions_are_looked_at_before_anything_is_trained(llava, tmp_path):
+    (llava / "3.png").write_bytes(b"no picture")
+    asked = {"data": "llava_instruct", "questions": 24, "split": "train", "length": 0}
+    strict = dataclasses.replace(settings(llava).faults, policies={"not_image": "error"})
+    run = open_without_weights(dataclasses.replace(settings(llava, evaluate=asked), faults=strict), tmp_path / "work")
+    with pytest.raises(MoextendError, match=r"^evaluate: cannot read image 3\.png"):
+        next(make_all(run, checks=[summary.check]))
+    with pytest.raises(MoextendError, match="its prompt has 2. tokens, evaluate.length is 7"):
+        summary.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"length": 7})))
+    with pytest.raises(MoextendError, match="evaluate.questions = 25, but llava_instruct has 24 rows"):
+        summary.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"questions": 25})))
+
+
+def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
+    run = open_without_weights(settings(llava, align={"split": "train[:50%]"}), tmp_path)
+    unseen = unseen_source(run)
+    assert unseen is not None and len(unseen) == 6
+    marks = set(itertools.chain.from_iterable(marks_of(unseen)))
+    parts = {name: source_of(run, row.data(run.settings.recipe)) for name, row in RESULTS.items() if row.data}
+    for name, part in parts.items():
+        assert all(map(marks.isdisjoint, marks_of(part))), name
+    assert len(parts["finetune"]) == 18 and len(parts["select"]) == 2 and len(parts["extend"]) == 16
+    assert 6 <= len(parts["align"]) < 12
+    asked = summary._asked(run)
+    assert {row.id for row in asked.source} == {row.id for row in unseen}
+    assert (asked.title, asked.data) == ("held-out llava_instruct", "llava_instruct")
+    named = changed(run.settings, evaluate={"data": "llava_instruct", "questions": 5, "split": "train[:6]"})
+    assert [row.id for row in held_out_source(run) or ()] == [row.id for row in unseen]
+    assert held_out_source(dataclasses.replace(run, settings=named)) is None  # stages train on it
+    assert len(source_of(dataclasses.replace(run, settings=named), Data("finetune"))) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("data", "title"),
+    [
+        ("easy_vqa/questions", "easy-VQA"),
+        ("llava_instruct", "llava_instruct"),
+        ("/a/b/own.jsonl", "own.jsonl"),
+        ("gs://bucket/own.json", "own.json"),
+        ("x/a.json:0.7,y/b.parquet:0.3", "a.json, b.parquet"),
+        ("folder/", "folder"),
+    ],
+)
+def test_tables_name_data_as_people_do(data: str, title: str):
+    assert summary.title_of(data) == title
+
+
+def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
+    """Whatever the batches; of a model with eyes, and of the base, which gets the text alone."""
+    own = settings(llava, finetune={"steps": 1, "epochs": 0.0}, evaluate={"text_batch_size": 4})
+    run = open_without_weights(own, tmp_path)
+    source = unseen_source(run)
+    assert source is not None
+    opened = Opened(abstract(run.config), place_leaves(abstract(run.config), tiny.arrays(run.config), run.mesh))
+    images = pixels_of(run, source)
+
+    def loss(opened: Any, images: Any, rows: int) -> float:
+        stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=rows)
+        return summary._answer_loss(run, opened, source, stage=stage, images=images)
+
+    nats, tokens = 0.0, 0
+    stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=6)
+    (batch,) = batches(source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, images=images,
+                       patches=run.patches, seed=None, epochs=1)  # fmt: skip
+    model = with_arrays(opened.model, opened.arrays)
+    hidden_BLD = jax.jit(lambda batch: model(batch).hidden_BLD)(batch._replace(examples_Bg=None))
+    logits_BLV = np.asarray(hidden_BLD, np.float64) @ np.asarray(model.decoder.head_DV, np.float64)
+    for logits_LV, labels_L in zip(logits_BLV, batch.labels_BL, strict=True):
+        for n in np.flatnonzero(labels_L != IGNORE):
+            nats += np.log(np.exp(logits_LV[n - 1]).sum()) - logits_LV[n - 1, labels_L[n]]
+            tokens += 1
+    seeing = loss(opened, images, 4)
+    assert seeing == pytest.approx(nats / tokens, rel=1e-4)
+    blind = loss(text_only(opened), None, 4)
+    assert np.isfinite(blind) and abs(blind - seeing) > 1e-3
+
+
+def test_rows_that_may_have_been_seen_are_not_asked(llava, tmp_path):
+    run = open_without_weights(settings(llava), tmp_path / "work")
+    record = tmp_path / "work" / "finetune" / "stage.json"
+    record.parent.mkdir(parents=True)
+    for held_out, refused in [(0.25, False), (0.5, True)]:
+        then = dataclasses.replace(run, settings=changed(run.settings, evaluate={"held_out": held_out}))
+        record.write_text(json.dumps({"data": source_of(then, Data("finetune")).fingerprint}))
+        with pytest.raises(MoextendError, match="finetune was trained on other rows") if refused else nullcontext():
+            summary._check_unseen(run)

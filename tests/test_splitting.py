@@ -1,0 +1,93 @@
+"""Held-out data: no picture on both sides, the same choice whenever it is made, never more than asked for."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.builders import ImageRef
+from moextend_jax.data.datasets import Example, Images, Source, mix
+from moextend_jax.data.image_files import ImageFolder
+from moextend_jax.data.splitting import Mark, hold_out_pictures, marks_of, rows_of_part, without
+
+
+class Rows(list):
+    """Examples as the rows of a data set that was built."""
+
+    def __getitem__(self, row):
+        example = super().__getitem__(row)
+        keys, numbers = zip(*example.images, strict=True) if example.images else ((), ())
+        return {
+            "id": example.id.encode(), "conversations": f'[{{"from": "human", "value": "{example.id}?"}}]',
+            "images": [key.encode() for key in keys], "image_rows": list(numbers),
+        }  # fmt: skip
+
+    def __getitems__(self, rows):
+        return [self[row] for row in rows]
+
+
+def source(*keys_of_rows: str, folder: str = "pictures") -> Source:
+    """Rows that show these pictures, one letter each, of a folder."""
+    rows = Rows(
+        Example(f"{n}{keys}", [], tuple(ImageRef(key, ord(key)) for key in keys)) for n, keys in enumerate(keys_of_rows)
+    )
+    return Source(rows=rows, images=Images((), folder=ImageFolder(Path(folder))), fingerprint="x")
+
+
+def marks(rows: Source) -> set[Mark]:
+    return set(itertools.chain.from_iterable(marks_of(rows)))
+
+
+def split(rows: Source, part: float, seed: int = 0):
+    return hold_out_pictures(rows, part=part, seed=seed, setting="evaluate.held_out")
+
+
+def test_no_picture_is_on_both_sides_and_nothing_is_lost():
+    rows = source(*"aabbccddee", "fg", "gh", "", "", "")
+    for seed in range(20):
+        held_out, rest = split(rows, 4, seed)
+        assert 1 <= len(held_out) <= 4 and len(held_out) + len(rest) == len(rows)
+        assert marks(held_out).isdisjoint(marks(rest)) and marks(held_out) | marks(rest) == marks(rows)
+        assert [row.id for row in held_out] == sorted(
+            (row.id for row in held_out), key=lambda id: int(id[:2].strip("abcdefgh"))
+        )
+    assert len({tuple(row.id for row in split(rows, 4, seed).held_out) for seed in range(20)}) > 5
+
+
+def test_the_choice_belongs_to_the_pictures_and_not_to_the_order_or_number_of_rows():
+    keys = "abcdefghijklmnopqrstuvwxyz"
+    first = marks(split(source(*keys), 5).held_out)
+    assert len(first) == 5 and first == marks(split(source(*reversed(keys)), 5).held_out)
+    assert len(first & marks(split(source(*keys, *keys.upper()), 10).held_out)) >= 3  # of 5, whatever was added
+
+
+def test_pictures_with_more_rows_than_are_wanted():
+    assert len(split(source(*"aaabbb"), 1).held_out) == 3
+    with pytest.raises(MoextendError, match=r"evaluate.held_out: all 3 rows share pictures"):
+        split(source("ab", "bc", "c"), 1)
+
+
+def test_the_rows_of_other_data_lose_the_pictures_that_were_held_out():
+    held_out, rest = split(source(*"abcdef"), 2)
+    captions = source(*"fedcba", "xa", "")
+    left = without(captions, held_out)
+    assert marks(left).isdisjoint(marks(held_out)) and marks(rest) <= marks(left)
+    others = source(*"abcdef", folder="others")
+    assert len(without(others, held_out)) == 6  # pictures of these names, but others
+    mixed = mix([source(*"xyz", folder="others"), source(*"abcdef")], weights=None, names=["one", "two"])
+    assert len(without(mixed, held_out)) == 7
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "count"),
+    [(0.1, 6, 1), (0.1, 6000, 600), (1, 6, 1), (5, 6, 5), (0.9, 2, None), (6, 6, None), (0.5, 1, None)],
+)  # fmt: skip
+def test_parts_are_shares_or_counts(part: float, rows: int, count: int | None):
+    if count is not None:
+        assert rows_of_part(part, rows, setting="s") == count
+        return
+    with pytest.raises(MoextendError, match=rf"s = {part}: cannot hold out \d+ of {rows} rows"):
+        rows_of_part(part, rows, setting="s")
