@@ -3,7 +3,8 @@
     python launch/local.py --processes 2 --devices 4 -- run --config demo --workdir work/two
 
 Process 0 has the terminal; what others say on standard error has their number in front. The first that fails ends all,
-and its exit code is the launcher's. SIGTERM is passed on: the run saves and ends with exit code 75.
+and its exit code is the launcher's. SIGTERM and Ctrl-C are passed on: the run saves and ends with exit code 75 or 130.
+A second Ctrl-C ends it at once.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ def free_port() -> int:
 def start(command: Sequence[str], variables: dict[str, str], index: int) -> subprocess.Popen:
     piped = subprocess.PIPE if index else None
     process = subprocess.Popen(
-        command, env={**os.environ, **variables}, stderr=piped, stdout=subprocess.DEVNULL if index else None
-    )
+        command, env={**os.environ, **variables}, stderr=piped, stdout=subprocess.DEVNULL if index else None,
+        process_group=0,  # so that Ctrl-C comes once, from `wait`, and not from the terminal too
+    )  # fmt: skip
     if index:
         threading.Thread(target=pass_on, args=(process, index), daemon=True).start()
     return process
@@ -91,18 +93,28 @@ def pass_on(process: subprocess.Popen, index: int) -> None:
 
 def wait(processes: list[subprocess.Popen]) -> int:
     # As on a machine that is taken away: all processes are told, save at one step, and end with exit code 75.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, lambda number, _: [process.send_signal(number) for process in processes])
+    interrupts = []
+
+    def tell(number: int, _: object) -> None:
+        if number == signal.SIGINT:
+            interrupts.append(time.monotonic())
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, tell)
+    failed = 0
     try:
         while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            # One that waits for another cannot hear; a user who says it twice need not wait.
+            if len(interrupts) > 1 and time.monotonic() > interrupts[1] + GRACE:
+                codes = [-signal.SIGINT]
+                break
             time.sleep(0.05)
         failed = next((code for code in codes if code), 0)
         deadline = time.monotonic() + GRACE
         while failed and time.monotonic() < deadline and any(process.poll() is None for process in processes):
             time.sleep(0.05)
-    except KeyboardInterrupt:  # the terminal has told the processes too
-        failed = -signal.SIGINT
-        time.sleep(GRACE)
     finally:
         for process in processes:  # not SIGTERM: JAX takes that for a notice of preemption and goes on
             if process.poll() is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from moextend_jax import distributed
+from moextend_jax import distributed, machine
 from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
@@ -133,16 +132,11 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[WARMUP:])
-    on_device = jax.local_devices()[0].memory_stats()
-    if on_device:
-        peak = on_device["peak_bytes_in_use"]
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     analysis, model = compiled.memory_analysis(), with_arrays(abstract(config), {**trainable, **frozen})
     return {
         "tokens_per_second": rows * length / median,
         "seconds_per_step": median,
-        "peak_memory_gb": peak / 1e9,
+        "peak_memory_gb": machine.peak_memory() / 1e9,
         "temporaries_gb": analysis.temp_size_in_bytes / 1e9 if analysis else float("nan"),
         "trained_parameters": sum(leaf.size for leaf in trainable.values()),
         "loss": float(metrics["loss"]),

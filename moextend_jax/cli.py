@@ -19,7 +19,7 @@ from moextend_jax.configurations import meant, names
 from moextend_jax.machine import no_devices, quiet_libtpu
 from moextend_jax.options import row
 from moextend_jax.parsing import parse
-from moextend_jax.preemption import EXIT_CODE, Preempted, not_lost
+from moextend_jax.preemption import INTERRUPTED, Preempted, not_lost
 from moextend_jax.runs.results import RESULTS
 
 
@@ -103,14 +103,16 @@ def _code_of(words: list[str]) -> int:
         print("moextend:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
         return 2
     except Preempted as notice:
-        print(f"moextend: told to stop: {notice}; the same command goes on from there", file=sys.stderr)
-        return EXIT_CODE
+        print(f"moextend: {notice.why}: {notice}; the same command goes on from there", file=sys.stderr)
+        return notice.code
     except OSError as error:  # a folder that is a file, no permission, a full disk: the message names the path
         print(f"moextend: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("moextend: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        # A command that writes says what it keeps; the others have nothing to keep.
+        left = "; ".join(map(str, interrupt.args)) or "nothing was being trained"
+        print(f"moextend: interrupted; {left}", file=sys.stderr)
+        return INTERRUPTED
     except Exception:
         if "jax" in sys.modules and (line := no_devices()):
             print(f"moextend: {line}; ask `moextend doctor`", file=sys.stderr)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moextend_jax import preemption
+from moextend_jax import compile_cache, preemption
 from moextend_jax.config import MoextendError
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
@@ -36,6 +36,7 @@ def start(*, cpu_devices: int = 1) -> None:
     Raises:
       MoextendError: the environment is incomplete, or the processes do not find each other.
     """
+    compile_cache.enable()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         split_cpu(cpu_devices)
     if jax.distributed.is_initialized():

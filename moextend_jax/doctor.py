@@ -52,7 +52,7 @@ class DoctorOptions:
 def doctor(options: DoctorOptions) -> int:
     """What is installed, what would be used, what is missing; exit code 1 if a run needs what is missing."""
     findings = [*packages(), *ask([sys.executable, "-m", "moextend_jax.doctor"], timeout=options.timeout)]
-    findings += [shared_memory(Path("/dev/shm")), *([workdir(options.workdir)] if options.workdir else [])]
+    findings += [shared_memory(Path("/dev/shm")), compiled(), *([workdir(options.workdir)] if options.workdir else [])]
     missing = sum(finding.verdict == "missing" for finding in findings)
     if options.json:
         print(json.dumps({"ok": not missing, "findings": [finding._asdict() for finding in findings]}, indent=1))
@@ -140,6 +140,19 @@ def layer() -> Any:
     y_BLNH = attend(heads_BLNH, KeysValues(heads_BLNH, heads_BLNH), Visible.in_rows(jnp.ones((1, 512), int)))
     x_RD, sizes_G = heads_BLNH.reshape(1024, 256), jnp.full(4, 256)
     return y_BLNH, swiglu(x_RD, x_RD[:, :1], ((w_GDF, w_GDF, w_GDF),), sizes_G)
+
+
+def compiled() -> Finding:
+    """Where compiled programs are kept from one start to the next."""
+    from moextend_jax import compile_cache
+
+    cache = compile_cache.status()
+    place = compile_cache.folder()
+    parent = next(folder for folder in (place, *place.parents) if folder.exists())
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or os.access(parent, os.W_OK):
+        return Finding("compiled programs", cache)
+    mend = f"every start compiles anew: chmod u+w {parent}, or set JAX_COMPILATION_CACHE_DIR"
+    return Finding("compiled programs", f"{parent} cannot be written", "note", mend)
 
 
 def shared_memory(path: Path) -> Finding:

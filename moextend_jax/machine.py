@@ -6,6 +6,8 @@ In: /dev and the environment. Out: names of platforms, variables for libtpu, one
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 NO_TPU = {
@@ -27,6 +29,15 @@ def quiet_libtpu() -> None:
     if accelerator() != "tpu" and not any(Path("/dev/vfio").glob("[0-9]*")):
         for name, value in NO_TPU.items():
             os.environ.setdefault(name, value)
+
+
+def peak_memory() -> int:
+    """Most bytes that were in use at once: of the first device, or of this process where devices do not say."""
+    import jax
+
+    if statistics := jax.local_devices()[0].memory_stats():
+        return statistics["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def no_devices() -> str:

@@ -1,8 +1,10 @@
-"""Machines that are taken away: a signal in, a saved checkpoint and exit code 75 out.
+"""Machines that are taken away, and Ctrl-C: a signal in, a saved checkpoint and an exit code out.
 
 In one process the signal is ours. In several, JAX's own service catches SIGTERM (and a cloud's maintenance notice,
 which comes as the same signal), tells all processes, and names the step at which all of them stop; the other signals
 are passed on to it as SIGTERM.
+
+The first Ctrl-C during training is such a signal too; the second, and any other, leaves at once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: what can be done is done, try again later. The same command goes on."""
+INTERRUPTED = 128 + signal.SIGINT
+"""What shells say of a command that Ctrl-C ended."""
 
 OTHERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SIGNALS = (signal.SIGTERM, *OTHERS)
@@ -26,26 +30,42 @@ SOON = 0.05
 
 
 class Preempted(BaseException):
-    """The run has stopped because its machine is to be taken away; the message says where it stands.
+    """The run has stopped because its machine is to be taken away, or somebody pressed Ctrl-C; the message says where
+    it stands, and `code` is what the process ends with.
 
     Like KeyboardInterrupt it can be raised anywhere, so it is no Exception: libraries that catch those would lose it.
     """
 
+    def __init__(self, *words: object):
+        super().__init__(*words)
+        self.code = INTERRUPTED if _Notice.interrupted else EXIT_CODE
+
+    @property
+    def why(self) -> str:
+        return "interrupted" if self.code == INTERRUPTED else "told to stop"
+
 
 class _Notice:
     given = False
+    interrupted = False
     deferred = False
+    alone = True
 
 
 def listen() -> None:
-    """From here on `SIGNALS` raise `Preempted`, in training after the step. Any number of signals is as one. Only where
-    there is one process."""
+    """From here on `SIGNALS` raise `Preempted`, in training after the step; so does the first Ctrl-C in training. Any
+    number of signals is as one. Only where there is one process."""
+    _Notice.given = _Notice.interrupted = False
     _handle(SIGNALS, _on_signal)
+    _handle((signal.SIGINT,), _on_interrupt)
 
 
 def pass_on() -> None:
-    """From here on `OTHERS` are as SIGTERM, for which JAX's service listens where there are several processes."""
+    """From here on `OTHERS`, and the first Ctrl-C in training, are as SIGTERM, for which JAX's service listens where
+    there are several processes."""
+    _Notice.alone = False
     _handle(OTHERS, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    _handle((signal.SIGINT,), _on_interrupt)
 
 
 def _handle(signals: tuple[signal.Signals, ...], handler: Callable[..., None]) -> None:
@@ -58,6 +78,18 @@ def _on_signal(*_: object) -> None:
     first, _Notice.given = not _Notice.given, True
     if first and not _Notice.deferred:
         raise Preempted("nothing was being trained")
+
+
+def _on_interrupt(*_: object) -> None:
+    if _Notice.interrupted or not _Notice.deferred:
+        raise KeyboardInterrupt
+    _Notice.interrupted = True
+    # Not by print: the signal may have come in the middle of one.
+    os.write(2, b"moextend: stopping after this step; Ctrl-C again to leave at once\n")
+    if _Notice.alone:
+        _Notice.given = True
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

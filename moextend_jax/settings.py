@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
@@ -259,6 +260,12 @@ class RunSettings:
     """Checkpoints of a stage that are kept: two at least, for the newest may be damaged."""
     log_every: Count = 10
     """Steps between lines of metrics."""
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
+    """What gets the logged numbers beside `metrics.jsonl`: rows of `train/sinks.py`."""
+    validate_every: Amount = 0
+    """Steps between two losses of held-out rows, the same rows each time; the last step has one too. 0: none."""
+    profile: str = ""
+    """FIRST:LAST, steps of every training stage that are traced into WORKDIR/STAGE/profile for xprof; "": none."""
     faults: FaultSettings = dataclasses.field(default_factory=FaultSettings)
     """What training does about damaged examples."""
     nonfinite_limit: Amount = 10
@@ -274,6 +281,19 @@ class RunSettings:
             raise MoextendError(
                 "text_isolation strict needs routers_kept before: routers that the probe trained change text too"
             )
+
+        _ = self.profiled
+
+    @property
+    def profiled(self) -> range:
+        """The steps that `profile` names, first and last among them."""
+        if not self.profile:
+            return range(0)
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        first, last = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise MoextendError(f"profile = {self.profile!r} must be FIRST:LAST, steps from 1 on, such as '100:103'")
+        return range(first, last + 1)
 
     @property
     def model_options(self) -> dict[str, Any]:

@@ -7,8 +7,10 @@ the order of files.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
 # Read when the libraries are imported, so set before any test module imports them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -36,10 +38,15 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What one test or run of the tests has compiled, the next reads. Processes that tests start do without: some are
 # killed, and half an entry would stay.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 if DEVICES > 1:
     jax.config.update("jax_num_cpu_devices", DEVICES)
+
+from moextend_jax import progress  # noqa: E402
+
+progress.LONG = 3600.0  # what takes a second, and so gets a line, depends on the machine: tests of that set it
 
 SHARED = Path(__file__).parents[2] / "shared"
 

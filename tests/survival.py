@@ -41,7 +41,7 @@ from moextend_jax.train.loop import train_loop  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
 
 STEPS, EVERY = 11, 3
-TIMES = ("seconds", "tokens_per_second", "tokens")
+TIMES = ("seconds", "tokens_per_second", "tokens", "step_seconds", "tflops_per_second", "peak_memory_gb")
 WRITING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate")
 """Audited operations that change the disk, beside opening for writing."""
 

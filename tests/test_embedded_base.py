@@ -13,8 +13,8 @@ from moextend_jax.config import ModelConfig
 from moextend_jax.data.batches import text_batches
 from moextend_jax.data.datasets import open_text
 from moextend_jax.data.tokenizer import load_tokenizer
-from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.models.moextend import abstract
+from moextend_jax.train.held_out import loss_step, mean_loss
 
 
 def test_the_files_are_those_of_the_hash_list():
@@ -43,8 +43,8 @@ def test_it_loads_and_reads_text_better_than_it_could_guess():
     sizes = {**config.sizes(), "C": config.vision.width, "d": config.decoder.width}
     projector = {"first": "CD", "first_bias": "D", "second": "dD", "second_bias": "D"}
     arrays |= {f"projector/{name}": jnp.zeros([sizes[axis] for axis in axes]) for name, axes in projector.items()}
-    step = text_loss_step(model, chunk=64)
+    step = loss_step(model, chunk=64)
     for text in ("wordnet", "kjv"):
         passages = open_text(tiny.ASSETS / "text" / f"{text}.txt")[:40]
         rows = text_batches(passages, tokenizer=load_tokenizer(EMBEDDED), length=128, batch_size=8, seed=None, epochs=1)
-        assert 1 < text_loss(step, arrays, rows) < 7  # a guess over 32,000 pieces costs 10.4
+        assert 1 < mean_loss(step, arrays, rows) < 7  # a guess over 32,000 pieces costs 10.4

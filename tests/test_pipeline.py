@@ -48,8 +48,9 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "TEXTS", short)
         tiny.shorten_easy_vqa(patch)
+        flags = ["--config.baseline=true", "--config.validate_every=2"]
         with (folder / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
-            cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", "--config.baseline=true"])
+            cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", *flags])
     return config, folder / "work"
 
 
@@ -103,6 +104,8 @@ def test_every_stage_leaves_its_records(finished, stage: str):
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, record["steps"] + 1))
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["tokens"] > 0 for row in rows)
+    assert all(len(row["load_max"]) == 3 for row in rows) and ("new_share" in rows[0]) is (stage == "finetune")
+    assert [row["step"] for row in rows if "validation_loss" in row] == ([2] if stage == "full" else [2, 3])
     assert list((folder / "tensorboard").iterdir())
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from configs.mixtral_8x7b import get_config
+from moextend_jax import chips
 from moextend_jax import settings as settings_module
 from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
 from moextend_jax.mesh import mesh_shape
-from moextend_jax.plan import chips, collectives, flops, hlo, products, roofline, sizes, sweep, topology, traffic
+from moextend_jax.models import flops
+from moextend_jax.plan import collectives, hlo, products, roofline, sizes, sweep, topology, traffic
 from moextend_jax.plan.command import plan_command
 from moextend_jax.settings import RunSettings, from_config_dict
 

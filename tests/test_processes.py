@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,12 @@ def test_two_processes_that_nobody_stops_are_one_run(alone, two):
 
 
 @pytest.mark.slow
+def test_ctrl_c_in_one_process_saves_in_all(llava, alone, tmp_path: Path):  # which has built the data
+    printed = struck(tmp_path / "run", llava, number=signal.SIGINT, at=1, code=75)
+    assert "finetune 4/4" in printed
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["told", "killed"])
 def test_a_signal_to_one_process_loses_no_bit(llava, two, stopped, tmp_path: Path, how: str):
     cut = stopped
@@ -257,6 +264,33 @@ def test_a_failing_process_ends_all(tmp_path: Path):
     )
     done = launch(f"--script={script}", processes=3, code=1)
     assert done.stderr.strip() == "[1] no disk"
+
+
+def test_ctrl_c_reaches_each_process_once(tmp_path: Path):
+    """Whoever sends it: a terminal tells the launcher's group, `kill -INT` the launcher alone."""
+    script = tmp_path / "counts.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "heard = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: heard.append(1))\n"
+        "name = os.path.join(sys.argv[1], os.environ['JAX_PROCESS_ID'])\n"
+        "open(name, 'w').close()\n"
+        "while not heard: time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        "open(name, 'w').write(str(len(heard)))\n"
+        "sys.exit(130)\n"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "local.py"), f"--script={script}", "--", str(tmp_path)],
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(timeout=30) == 130
+    assert [(tmp_path / name).read_text() for name in "01"] == ["1", "1"]
 
 
 def test_a_mistake_is_one_line(tmp_path: Path):

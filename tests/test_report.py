@@ -78,7 +78,8 @@ def loss_lines(steps, start=4.0, end=0.4):
     rng = np.random.default_rng(steps)
     for step in range(1, steps + 1):
         loss = end + (start - end) * np.exp(-4 * step / steps) + 0.1 * rng.normal() * start / 4
-        yield json.dumps({"step": step, "loss": loss, "ce": loss, "tokens_per_second": 2000.0}) + "\n"
+        held_out = {"validation_loss": 2.0 - step / steps} if steps == 300 and step % 50 == 0 else {}
+        yield json.dumps({"step": step, "loss": loss, "ce": loss, "tokens_per_second": 2000.0, **held_out}) + "\n"
 
 
 def put(path: Path, content) -> None:

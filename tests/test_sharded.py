@@ -80,7 +80,7 @@ def three_steps(stage: str, arrays, batches, mesh=None) -> Trained:
     state, seen, first = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), [], None
     for batch in batches:
         state, metrics = step(state, frozen, batch)
-        seen.append({name: float(value) for name, value in metrics.items()})
+        seen.append({name: np.asarray(value, float) for name, value in metrics.items()})
         first = first or jax.tree.map(np.asarray, state.optimizer)
     return Trained(first, jax.tree.map(np.asarray, state), seen, counts)
 

@@ -26,8 +26,8 @@ from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
 from moextend_jax.config import DecoderConfig, ModelConfig
 from moextend_jax.evaluate import summary
-from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.generate import Generator
+from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.long
@@ -96,9 +96,9 @@ def padded(ids_1L: np.ndarray, length: int):
 
 
 def losses(arrays: dict[str, jax.Array], config: DecoderConfig, passages: dict[str, list[np.ndarray]]):
-    step = text_loss_step(tiny.structure(ModelConfig(decoder=config, dtype="float32", remat="none")), chunk=64)
+    step = loss_step(tiny.structure(ModelConfig(decoder=config, dtype="float32", remat="none")), chunk=64)
     length = max(ids.shape[1] for rows in passages.values() for ids in rows)
-    return {name: [text_loss(step, arrays, [padded(ids, length)]) for ids in rows] for name, rows in passages.items()}
+    return {name: [mean_loss(step, arrays, [padded(ids, length)]) for ids in rows] for name, rows in passages.items()}
 
 
 def test_the_sizes_are_smollm2s(opened: Opened):

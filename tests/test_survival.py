@@ -26,6 +26,7 @@ from moextend_jax import cli, preemption
 from moextend_jax.checkpoints import sums, train_state
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.lock import locked
+from moextend_jax.runs import run as run_module
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.nonfinite import read_batch
@@ -69,7 +70,11 @@ COMPILED: dict[int, Any] = {}
 survival.py compiles anew in every process."""
 
 
-def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, **more: Any):
+def train(
+    folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, steps: int = 8, expect: Any = (), **more: Any
+):  # fmt: skip
+    """Trains, or is interrupted by an error of the kinds expected."""
+
     def compiled_once(*arguments: Any, **named: Any) -> Any:
         return COMPILED.setdefault(steps, make_step(*arguments, **named))
 
@@ -77,6 +82,10 @@ def train(folder: Path, *, rows: Any = None, facts: dict[str, Any] = FACTS, step
     job = tiny.job("align", folder, facts=facts, steps=steps, **more)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", compiled_once)
+        if expect:
+            with pytest.raises(expect):
+                loop.train_loop(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN, std=0.1), rows, job)
+            return {}
         return loop.train_loop(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN, std=0.1), rows, job)
 
 
@@ -230,8 +239,8 @@ def test_roll_back_goes_on_with_later_data(tmp_path: Path, capsys):
 # --- being told to stop -----------------------------------------------------------------------------------------------
 
 
-def told_at(monkeypatch, step: int, signals: int = 1):
-    """SIGTERM arrives while that step is prepared."""
+def told_at(monkeypatch, step: int, signals: int = 1, number: int = signal.SIGTERM):
+    """A signal arrives while that step is prepared."""
     put = loop.place_rows
     seen = 0
 
@@ -240,7 +249,7 @@ def told_at(monkeypatch, step: int, signals: int = 1):
         seen += 1
         if seen == step:
             for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
         return put(batch, mesh)
 
     monkeypatch.setattr(loop, "place_rows", put_and_signal)
@@ -248,11 +257,13 @@ def told_at(monkeypatch, step: int, signals: int = 1):
 
 @pytest.fixture
 def listening(monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (*preemption.SIGNALS, signal.SIGINT)}
     monkeypatch.setattr(preemption._Notice, "given", False)
+    monkeypatch.setattr(preemption._Notice, "interrupted", False)
     preemption.listen()
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("signals", [1, 3])
@@ -267,7 +278,56 @@ def test_told_to_stop_it_saves_and_goes_on_bit_for_bit(whole, tmp_path: Path, mo
     assert steps == list(range(1, 9))
 
 
-def test_the_command_line_leaves_with_75(tmp_path: Path, capsys):
+def test_the_first_interrupt_saves_and_goes_on_bit_for_bit(whole, tmp_path: Path, monkeypatch, listening, capfd):
+    with monkeypatch.context() as patch, pytest.raises(preemption.Preempted) as notice:
+        told_at(patch, 5, number=signal.SIGINT)
+        train(tmp_path)
+    assert (str(notice.value), notice.value.code) == ("align is saved at step 5 of 8", 130)
+    assert capfd.readouterr().err == "moextend: stopping after this step; Ctrl-C again to leave at once\n"
+    preemption.listen()  # as the next command of this process does
+    assert same(train(tmp_path), whole.trained)
+
+
+def test_the_second_interrupt_leaves_at_once(tmp_path: Path, monkeypatch, listening):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        told_at(patch, 5, 2, signal.SIGINT)
+        train(tmp_path)
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["2", "4"]
+
+
+def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monkeypatch, listening, capsys):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run_module, "open_run", interrupted)
+    work = tmp_path / "w"
+    (work / "align" / "result").mkdir(parents=True)
+    for step in ("300", "1200", "1300.orbax-checkpoint-tmp"):
+        (work / "extend" / "checkpoints" / step).mkdir(parents=True)
+
+    def command(_: list[str]) -> int:
+        with run_module.working(tiny.run_settings(), work):
+            return 0
+
+    monkeypatch.setattr(cli, "call", command)
+    assert cli._code_of(["align"]) == 130
+    assert capsys.readouterr().err == (
+        f"moextend: interrupted; kept in {work}: align, extend until step 1200; the same command goes on from there\n"
+    )
+    work = tmp_path / "empty"
+    assert cli._code_of(["align"]) == 130
+    assert "no stage had saved anything in" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads the configuration by it
+@pytest.mark.parametrize(
+    ("number", "code", "why"),
+    [
+        (signal.SIGTERM, preemption.EXIT_CODE, "told to stop"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_line_saves_when_told_to_stop(tmp_path: Path, capsys, number: int, code: int, why: str):
     """A whole process, told while it trains; the same command then ends, and says nothing was lost."""
     llava = tiny.write_llava(tmp_path / "llava")
     config = tiny.write_config(
@@ -287,11 +347,11 @@ def test_the_command_line_leaves_with_75(tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as second:
         cli.main(words)
     assert second.value.code == 2 and f"is in use by process {process.pid}" in capsys.readouterr().err
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(1 if number == signal.SIGINT else 2):
+        process.send_signal(number)
     _, message = process.communicate(timeout=120)
-    assert process.returncode == preemption.EXIT_CODE, message
-    (step,) = re.findall(r"align is saved at step (\d+) of 400; the same command goes on", message)
+    assert process.returncode == code, message
+    (step,) = re.findall(rf"{why}: align is saved at step (\d+) of 400; the same command goes on", message)
     saved = max(int(path.name) for path in (tmp_path / "w" / "align" / "checkpoints").iterdir())
     assert saved == int(step)
 

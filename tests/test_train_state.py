@@ -71,7 +71,7 @@ def run(source, tokenizer, arrays, monkeypatch):
     return train
 
 
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "step_seconds", "tflops_per_second", "peak_memory_gb"}
 
 
 def lines(folder: Path) -> list[dict]:

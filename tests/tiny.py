@@ -25,7 +25,7 @@ from moextend_jax.checkpoints import huggingface
 from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract
-from moextend_jax.parameters import by_path
+from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.runs import results
 from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings
 from moextend_jax.train.loop import Job
@@ -57,6 +57,11 @@ def _drawn(config: ModelConfig, *, seed: int, std: float) -> dict[str, np.ndarra
         centre = 1.0 if path.endswith(("norm", "scale")) else 0.0
         leaves[path] = (centre + rng.normal(0, std, param.shape)).astype(np.float32)
     return leaves
+
+
+def with_arrays_of(config: ModelConfig, leaves: dict[str, jax.Array]) -> Any:
+    """The model with these leaves in it."""
+    return with_arrays(structure(config), leaves)
 
 
 def batch(*, rows: int = 3, length: int = 14, seed: int = 0, pixels: bool = False) -> Batch:
@@ -97,13 +102,14 @@ def run_settings(**more: Any) -> RunSettings:
 
 def job(
     name: str, folder: Path, *, facts: dict[str, Any], steps: int, learning_rate: float = 1e-2, mesh: Any = None,
-    resume_from: Path | None = None, name_of: Any = str, **more: Any,
+    resume_from: Path | None = None, name_of: Any = str, held_out: Any = (), **more: Any,
 ) -> Job:  # fmt: skip
     """A stage of a few steps that saves and logs often; `more` are fields of `RunSettings`."""
     optimizer = OptimizerConfig(learning_rate=learning_rate)
     settings = {"checkpoint_every": 2, "log_every": 1, "aux_coefficient": 0.01, "nonfinite_limit": 0, **more}
     return Job(
         name=name, trains=STAGES[name], folder=folder, facts=facts, resume_from=resume_from, name_of=name_of,
+        held_out=held_out,
         stage=StageSettings(data="none", steps=steps, batch_size=2, length=40, loss_chunk=4, optimizer=optimizer),
         settings=run_settings(**settings),
         mesh=mesh or make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),

@@ -136,9 +136,8 @@ def main() -> None:
         state, metrics = step(state, frozen, place_rows(batch, mesh))
         if (count + 1) % 10 == 0:
             speed = (count + 1 - first) * (phase.text_rows + phase.chat_rows) * LENGTH / (time.time() - started)
-            print(
-                json.dumps({"step": count + 1, "tokens_per_second": speed} | jax.tree.map(float, metrics)), flush=True
-            )
+            scalars = {name: float(value) for name, value in metrics.items() if not value.ndim}
+            print(json.dumps({"step": count + 1, "tokens_per_second": speed} | scalars), flush=True)
         if (count + 1) % 50 == 0 or count + 1 == phase.steps:
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
             saved.with_suffix(".new").write_bytes(pickle.dumps((leaves, text.get_state(), chats.get_state())))

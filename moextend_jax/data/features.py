@@ -24,6 +24,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import AnyImages
 from moextend_jax.data.faults import STRICT, Fault, refuse
 from moextend_jax.data.images import prepare_image
+from moextend_jax.progress import counting
 from moextend_jax.settings import FaultSettings
 
 
@@ -84,7 +85,6 @@ def cache_features(
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int = 64,
     threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
     faults: FaultSettings = STRICT,
 ) -> FeatureStore:
     """Runs every image through the tower once and keeps the features; a cache that fits is only opened.
@@ -94,7 +94,6 @@ def cache_features(
       tower: hash of the tower's weights. Together with `feature_layer`, `size`, `preparation`, `dtype` and
         `images.fingerprint` it is the cache's fingerprint; a cache with another one is made again.
       threads: how many images are decoded at once.
-      progress: called with (images done, images in all).
       faults: an image whose fault is skipped is noted in the cache; conversations that show it are then skipped.
 
     Raises:
@@ -115,7 +114,7 @@ def cache_features(
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        keys, bad = _write(unfinished, images, compute, size, preparation, dtype, batch_size, threads, progress, faults)
+        keys, bad = _write(unfinished, images, compute, size, preparation, dtype, batch_size, threads, faults)
         if distributed.first():
             facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
             (unfinished / "cache.json").write_text(json.dumps(facts))
@@ -139,13 +138,13 @@ def _fits(path: Path, fingerprint: dict[str, Any], images: AnyImages, size, prep
 
 
 def _write(
-    folder: Path, images, compute, size, preparation, dtype, batch_size, threads, progress, faults: FaultSettings
+    folder: Path, images, compute, size, preparation, dtype, batch_size, threads, faults: FaultSettings
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of images with zero rows. All
     processes compute, on one mesh; the first writes."""
     prepare = partial(_prepare, images, size=size, preparation=preparation)
     keys, bad, out_nPC = [], {}, None
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, counting("features", len(images), unit="images", quick=False) as bar:
         for first in range(0, len(images), batch_size):
             images_nhwc = np.zeros((batch_size, size, size, 3), np.float32)  # one shape, one compilation
             prepared = list(pool.map(prepare, range(first, min(first + batch_size, len(images)))))
@@ -166,8 +165,7 @@ def _write(
                 out_nPC = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=shape)
             if out_nPC is not None:
                 out_nPC[first : first + len(prepared)] = features_nPC
-            if progress:
-                progress(len(keys), len(images))
+            bar.update(len(keys))
     if out_nPC is not None:
         out_nPC.flush()
     return keys, bad

@@ -19,10 +19,10 @@ from moextend_jax.data.images import decode_image
 from moextend_jax.evaluate.benchmarks import answers, table
 from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
 from moextend_jax.evaluate.benchmarks.question import Answered, Question, check_images, image_bytes
-from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.pictures import QuestionPictures
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
+from moextend_jax.progress import counting
 from moextend_jax.runs.askable import Askable
 from moextend_jax.runs.results import ANSWERING
 from moextend_jax.runs.run import write_json

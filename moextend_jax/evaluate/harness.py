@@ -16,9 +16,9 @@ import numpy as np
 from moextend_jax.config import MoextendError
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.evaluate.counting import counting
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.folders import extra_hint
+from moextend_jax.progress import counting
 
 try:
     from lm_eval import tasks  # noqa: F401  # pyright: ignore[reportMissingImports]

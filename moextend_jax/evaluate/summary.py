@@ -25,13 +25,12 @@ from moextend_jax.data.forms import parts_of
 from moextend_jax.data.measure import measure
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.evaluate.counting import Bar, counting
 from moextend_jax.evaluate.prompts import Prompt, bucket
 from moextend_jax.evaluate.running import asker_of
-from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.extension import routing
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.parameters import with_arrays
+from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.data_of import images_of, open_source, pixels_of, source_of, unseen_source
 from moextend_jax.runs.models_of import frozen_unchanged
@@ -39,6 +38,7 @@ from moextend_jax.runs.ready import too_many_questions
 from moextend_jax.runs.results import ANSWERING, MODELS, Data, result, training, trains_tower
 from moextend_jax.runs.run import Run, write_json
 from moextend_jax.settings import StageSettings
+from moextend_jax.train.held_out import loss_step, mean_loss
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
 
@@ -80,7 +80,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         _check_unseen(run)
     source = asked.source
     images, pixels = images_of(run, source, data=asked.data, split=asked.split), pixels_of(run, source)
-    prompted, skipped = _prompted_questions(run, asked, images)
+    with preparing("preparing the questions"):
+        prompted, skipped = _prompted_questions(run, asked, images)
     if skipped and distributed.first():
         kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
         print(f"evaluate: {skipped.total()} of {len(source)} questions are left out: {kinds}")
@@ -233,20 +234,20 @@ def _answer_loss(
         source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, images=images, patches=run.patches,
         share=run.share, seed=None, epochs=1, faults=run.settings.faults,
     )  # fmt: skip
-    step = text_loss_step(opened.model, chunk=512, mesh=run.mesh)
-    return text_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in rows))
+    step = loss_step(opened.model, chunk=512, mesh=run.mesh)
+    return mean_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in rows))
 
 
 def _text_losses(run: Run, opened: Askable) -> dict[str, float]:
     settings = run.settings.evaluate
-    step = text_loss_step(opened.model, chunk=512, mesh=run.mesh)
+    step = loss_step(opened.model, chunk=512, mesh=run.mesh)
 
     def loss(text: str) -> float:
         passages = text_batches(
             open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
             batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
         )  # fmt: skip
-        return text_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in passages))
+        return mean_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in passages))
 
     return {text: loss(text) for text in ("wordnet", "kjv")}
 

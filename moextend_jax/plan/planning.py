@@ -12,10 +12,10 @@ from typing import Any
 from jax.sharding import NamedSharding
 
 from moextend_jax.config import ModelConfig
+from moextend_jax.models.flops import full_training, step_flops
 from moextend_jax.plan import collectives, hlo, topology
 from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_settings
 from moextend_jax.plan.compiling import compile_step
-from moextend_jax.plan.flops import full_training, step_flops
 from moextend_jax.plan.memory import memory
 from moextend_jax.plan.products import Kernel, Products, products
 from moextend_jax.plan.roofline import Roofline, roofline

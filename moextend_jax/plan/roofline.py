@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.plan.chips import Chip
+from moextend_jax.chips import Chip
 from moextend_jax.plan.collectives import Collective
 
 

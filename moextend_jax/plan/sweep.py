@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.models.flops import step_flops
 from moextend_jax.plan import topology
 from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_settings
-from moextend_jax.plan.flops import step_flops
 from moextend_jax.plan.memory import shard_bytes
 from moextend_jax.plan.planning import local_tokens
 from moextend_jax.plan.sizes import model_config

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moextend_jax.plan.chips import GIB
+from moextend_jax.chips import GIB
 
 KINDS = {
     "frozen": "frozen base",

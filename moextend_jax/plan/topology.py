@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from moextend_jax.chips import Chip, chip
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import extra_hint
 from moextend_jax.mesh import mesh_of
-from moextend_jax.plan.chips import Chip, chip
 
 TARGETS = Path(__file__).parent
 """Folder of NAME.txtpb, which describe GPUs to the CUDA compiler."""

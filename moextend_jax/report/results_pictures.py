@@ -113,7 +113,8 @@ def forgetting_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
 
 
 def curve_panel(ax: Axes, rows: Sequence[Mapping[str, Any]], *, stage: str) -> None:
-    """Loss over steps: every value pale, a running mean over about a thirtieth of the run on top."""
+    """Loss over steps: every value pale, a running mean over about a thirtieth of the run on top, and where there is
+    one the loss of held-out rows, dotted."""
     points = [(row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
     step_n, loss_n = np.asarray(points, float).T
     width = min(len(points), max(5, len(points) // 30))
@@ -122,8 +123,13 @@ def curve_panel(ax: Axes, rows: Sequence[Mapping[str, Any]], *, stage: str) -> N
     thin = slice(None, None, max(1, len(points) // CURVE_POINTS))
     ax.plot(step_n[thin], loss_n[thin], color=OURS, alpha=0.45, linewidth=0.8)
     ax.plot(middle_n[thin], smooth_n[thin], color=OURS, linewidth=1.8)
+    held_out = [(row["step"], row["validation_loss"]) for row in rows if isinstance(row.get("validation_loss"), float)]
+    if held_out:
+        ax.plot(*zip(*held_out, strict=True), "o--", color=RIVAL, linewidth=1.2, markersize=3, label="held-out rows")
+        ax.legend(loc="upper right")
     # The first steps may tower over the rest: cut them off rather than flatten what follows.
-    low, high = float(loss_n.min()), float(np.quantile(loss_n, 0.98))
+    drawn_n = [*loss_n, *(loss for _, loss in held_out)]
+    low, high = float(min(drawn_n)), float(np.quantile(drawn_n, 0.98))
     pad = 0.06 * max(high - low, 1e-3)
     ax.set(title=f"{stage}: last {smooth_n[-1]:.3f}", xlabel="step", ylabel="loss", ylim=(low - pad, high + pad))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -22,8 +22,9 @@ from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.mesh import make_leaves, place_rows
 from moextend_jax.models.moextend import abstract
+from moextend_jax.progress import preparing
 from moextend_jax.runs import results
-from moextend_jax.runs.data_of import rows_of, source_of
+from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
 from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
 from moextend_jax.runs.ready import Check, ready
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
@@ -72,12 +73,14 @@ def train(run: Run, name: str) -> None:
     trains, data = results.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
     opened, source = model_with(run, row.parents), source_of(run, data)
     _, frozen = split(opened.arrays, trains)
-    hash_before = content_hash(frozen)
+    with preparing("hashing the frozen weights"):
+        hash_before = content_hash(frozen)
+    # A tower that trains has no features to cache.
+    pixels = any(path.startswith("vision/") for path in trains)
     trained = train_loop(
         opened.model,
         opened.arrays,
-        # A tower that trains has no features to cache.
-        rows_of(run, source, settings, data=data, pixels=any(path.startswith("vision/") for path in trains)),
+        rows_of(run, source, settings, data=data, pixels=pixels),
         Job(
             name=name,
             trains=trains,
@@ -88,6 +91,7 @@ def train(run: Run, name: str) -> None:
             facts=facts | {"examples": len(source), "data": source.fingerprint, "pictures": source.images.fingerprint},
             resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
             name_of=lambda row: source[row].id,
+            held_out=validation_batches(run, settings, pixels=pixels) if run.settings.validate_every else (),
         ),
     )
     train_state.save_leaves(run.workdir / name / "result", trained, facts=facts)

@@ -31,9 +31,11 @@ from moextend_jax.folders import folder, is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
+from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, from_config_dict
 from moextend_jax.sharding import parameter_shardings
+from moextend_jax.train import sinks
 
 Arrays = dict[str, jax.Array]
 
@@ -101,7 +103,8 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     distributed.start(cpu_devices=settings.cpu_devices)
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
-    source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
+    with preparing(f"opening {settings.base}"):
+        source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     for note in source.notes if distributed.first() else ():
         print(f"moextend: {settings.base}: {note}", file=sys.stderr)
     config = dataclasses.replace(source.config, **settings.model_options)
@@ -109,13 +112,17 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     tokenizer = tokenizer_of(tokenizer_folder(settings.base), config, ends=ends)
     encoder_of(tokenizer, settings.recipe)  # a template that is missing is no one conversation's fault
     config = dataclasses.replace(config, tags=tokenizer.tags)
+    with preparing(f"reading {settings.base}"):
+        pretrained = read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
+    with preparing(f"hashing {settings.base}"):
+        digest = distributed.text_from_first(lambda: base_hash(source.leaves))
     return Run(
         settings=settings,
         workdir=workdir,
         config=config,
         tokenizer=tokenizer,
-        pretrained=read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype),
-        base_hash=distributed.text_from_first(lambda: base_hash(source.leaves)),
+        pretrained=pretrained,
+        base_hash=digest,
         mesh=mesh,
     )
 
@@ -134,6 +141,8 @@ def working(
       MoextendError: another run is there, rows of a stage do not divide, or `resume_from` holds no checkpoint.
       Preempted: inside, at any place.
     """
+    if rows is None:
+        sinks.check(settings.sinks)
     distributed.start(cpu_devices=settings.cpu_devices)
     check_rows(rows_of_settings(settings) if rows is None else list(rows), make_mesh(settings.mesh))
     with locked(workdir):
@@ -141,7 +150,24 @@ def working(
             preemption.listen()
         if resume_from is not None:
             train_state.facts_at(resume_from)
-        yield dataclasses.replace(open_run(settings, workdir), resume_from=resume_from)
+        try:
+            yield dataclasses.replace(open_run(settings, workdir), resume_from=resume_from)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept(workdir)) from None
+
+
+def kept(workdir: Path) -> str:
+    """What an interrupted command leaves in a work directory, in words."""
+    standing = []
+    for name in results.training():
+        numbers = [path.name for path in (workdir / name / "checkpoints").glob("*") if path.name.isdigit()]
+        if (workdir / name / "result").exists():
+            standing.append(name)
+        elif numbers:
+            standing.append(f"{name} until step {max(map(int, numbers))}")
+    if not standing:
+        return f"no stage had saved anything in {workdir}: the same command starts afresh"
+    return f"kept in {workdir}: {', '.join(standing)}; the same command goes on from there"
 
 
 def rows_of_settings(settings: RunSettings) -> list[Rows]:

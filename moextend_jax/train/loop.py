@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,21 @@ import jax
 
 from moextend_jax import preemption
 from moextend_jax.checkpoints import train_state
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Batch, MoextendError
 from moextend_jax.data import faults
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.mesh import on_host, place, place_rows, state_shardings
 from moextend_jax.models.moextend import MoExtend
+from moextend_jax.progress import counting, preparing
 from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.train import stages
-from moextend_jax.train.metrics import MetricsWriter, progress
+from moextend_jax.train.held_out import loss_step, mean_loss
+from moextend_jax.train.meter import Meter
+from moextend_jax.train.metrics import MetricsWriter
 from moextend_jax.train.nonfinite import Watch
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import init_state, make_step
+from moextend_jax.train.tracing import Tracer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class Job:
     facts: JSON; a checkpoint with other facts is refused.
     resume_from: a folder of checkpoints, or one of them, to start from where `folder` has none of its own.
     name_of: gives the id of a row of the data set, for the record of a bad step.
+    held_out: this process's part, on the host, of batches whose loss is computed every `settings.validate_every` steps.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Job:
     facts: dict[str, Any]
     resume_from: Path | None = None
     name_of: Callable[[int], str] = str
+    held_out: Sequence[Batch] = ()
 
 
 def train_loop(
@@ -81,6 +86,7 @@ def train_loop(
     state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer)
     state = jax.tree.map(place, state, state_shardings(state, trainable, mesh))
     process = jax.process_index()
+    validate = loss_step(model, chunk=stage.loss_chunk, mesh=mesh)
     watch = Watch(folder / "nonfinite", most=settings.nonfinite_limit + 1, name_of=job.name_of)
 
     with (
@@ -92,27 +98,37 @@ def train_loop(
         )
         count = int(state.step)
         with (
-            MetricsWriter(folder, resume_step=count, process_index=process) as writer,
-            progress(job.name, steps, start_step=count, process_index=process) as bar,
+            MetricsWriter(
+                folder, resume_step=count, process_index=process, sinks=settings.sinks,
+                name=f"{folder.parent.name}/{job.name}", settings=dataclasses.asdict(settings),
+            ) as writer,
+            counting(job.name, steps, done=count) as bar,
+            Tracer(folder / "profile", settings.profiled) as tracer,
             preemption.deferred(),
-        ):
-            started, tokens = time.perf_counter(), 0
+        ):  # fmt: skip
+            tracer.announce(job.name, after=count, last=steps)
+            meter = Meter(model.config, trains=job.trains, devices=list(mesh.devices.flat))
+            compiling = preparing(f"compiling {job.name}")
             last, before_last = None, None
             while count < steps:
                 count += 1
                 with no_bus_error():
                     host = next(iterator)
                 batch = place_rows(host, mesh)
-                tokens += (batch.segments_BL > 0).sum()  # of all processes; nobody waits for it here
+                meter.note(batch)
                 if batch.faults_BG is not None:
                     counts_G = counts_G + batch.faults_BG.sum(0)
                 # Two steps under way and no more: where a CPU is several devices, the 33rd program started on one waits
                 # for the first, and may have taken the thread in which another device would have to end it.
                 jax.block_until_ready(before_last)
-                state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
+                with tracer.step(count, state), compiling:
+                    state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
                 last, before_last = metrics, last
+                tracer.after(count, metrics)
+                compiling = contextlib.nullcontext()
                 watch.note(count, host, metrics)
-                logs = count % settings.log_every == 0 or count in (1, steps)
+                validates = bool(job.held_out) and (count % settings.validate_every == 0 or count == steps)
+                logs = validates or count % settings.log_every == 0 or count in (1, steps)
                 saves = count % settings.checkpoint_every == 0 or count == steps
                 leaves = preemption.given() or (jax.process_count() > 1 and manager.reached_preemption(count))
                 if logs or saves or leaves:
@@ -132,15 +148,19 @@ def train_loop(
                     counts_G = on_host(counts_G)
                     faults.check_share(counts_G, settings.faults)
                 if logs:
-                    numbers = {name: float(value) for name, value in metrics.items() if name != "finite"}
-                    seconds = time.perf_counter() - started
-                    numbers |= {"tokens": int(tokens), "tokens_per_second": int(tokens) / seconds, "seconds": seconds}
+                    numbers = meter.numbers(metrics)
                     numbers |= {"nonfinite_steps": int(state.skipped), **faults.named(counts_G)}
+                    if validates:
+                        leaves_now = {**state.trainable, **frozen}
+                        with meter.paused():
+                            placed = (place_rows(rows, mesh) for rows in job.held_out)
+                            numbers["validation_loss"] = mean_loss(validate, leaves_now, placed)
                     writer.write(count, numbers)
-                    bar.update(count, loss=numbers["loss"], tokens_per_second=numbers["tokens_per_second"])
-                    started, tokens = time.perf_counter(), 0
+                    words = f"loss {numbers['loss']:.4f}  {numbers['tokens_per_second']:,.0f} tokens/s"
+                    bar.update(count, note=words)
                 if saves or leaves:
-                    train_state.save(manager, state, iterator, step=count, facts=job.facts, counts_G=counts_G)
+                    with meter.paused():
+                        train_state.save(manager, state, iterator, step=count, facts=job.facts, counts_G=counts_G)
                 if leaves:
                     train_state.finish(manager)
                     raise preemption.Preempted(f"{job.name} is saved at step {count} of {steps}")

@@ -17,12 +17,14 @@ from moextend_jax.sharding import Shards, gather, map_shards, shards
 
 
 class Losses(NamedTuple):
-    """Scalars: total = ce + aux_coefficient * aux, ce in nats per labelled token, and the number of labelled tokens."""
+    """total = ce + aux_coefficient * aux, ce in nats per labelled token, the number of labelled tokens, and how many
+    tokens chose each expert, by layer."""
 
     total: jax.Array
     ce: jax.Array
     aux: jax.Array
     tokens: jax.Array
+    picks_ZO: jax.Array
 
 
 class Load(NamedTuple):
@@ -178,5 +180,6 @@ def losses_of(
     total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
-    aux = AUX[recipe.aux_loss](load(decoded.routing, valid_T), config=model.config)
-    return Losses(ce + aux_coefficient * aux, ce, aux, labelled)
+    by_layer = load(decoded.routing, valid_T)
+    aux = AUX[recipe.aux_loss](by_layer, config=model.config)
+    return Losses(ce + aux_coefficient * aux, ce, aux, labelled, by_layer.picks_ZO * valid_T.sum())

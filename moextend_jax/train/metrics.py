@@ -1,7 +1,7 @@
-"""Where a run's numbers go: JSON lines and TensorBoard on disk, a progress bar on screen.
+"""The numbers of a training stage on disk: one mapping of names to numbers per logged step in, lines of JSON out.
 
-In: one mapping of scalar names to numbers per logged step. Out: `DIR/metrics.jsonl`, one object a line with
-"step" first, event files in `DIR/tensorboard/`, and a rich progress bar, or plain lines where there is no terminal.
+`DIR/metrics.jsonl` has one object a line with "step" first, exact also after a run that was cut off; what else gets the
+numbers is a row of `sinks.py`. docs/watching.md says what each number means.
 """
 
 from __future__ import annotations
@@ -11,29 +11,33 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url
+from moextend_jax.train.sinks import IDS, SINKS, first_line, open_sinks, scalars
 
 
 class MetricsWriter:
-    """Appends scalars of a step to `directory`; a context manager.
+    """Appends the numbers of a step to `directory`, and hands them to sinks; a context manager.
 
     `resume_step` is the step of the checkpoint the run starts from: later lines, left by a run that was cut off,
     are dropped, so that the file equals an uninterrupted run's. 0 starts afresh. Only process 0 writes. Where the
     directory is a URL, TensorBoard's files arrive at the end. What the disk refuses is a MoextendError.
+
+    Args:
+      sinks: rows of `sinks.SINKS`; name, settings: what the run is called there, and made with.
     """
 
-    def __init__(self, directory: Path, *, resume_step: int = 0, process_index: int = 0):
-        self._lines = self._events = None
+    def __init__(
+        self, directory: Path, *, resume_step: int = 0, process_index: int = 0, sinks: Iterable[str] = ("tensorboard",),
+        name: str = "", settings: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self._lines, self._sinks = None, {}
         if process_index != 0:
             return
         # A bucket's objects cannot grow: lines are kept here, and sent whole.
@@ -41,50 +45,68 @@ class MetricsWriter:
         self._path = path = here / "metrics.jsonl"
         with self._disk_errors():
             here.mkdir(parents=True, exist_ok=True)
-            if self._away is not None and (self._away / path.name).exists():
-                path.write_text((self._away / path.name).read_text())
+            for file in (path, here / IDS):
+                if self._away is not None and (self._away / file.name).exists():
+                    file.write_text((self._away / file.name).read_text())
             _drop_after(path, step=resume_step)
+            self._sinks = open_sinks(sinks, here, name=name, settings=settings or {}, resume_step=resume_step)
             # Whole lines reach the disk even if we are killed.
             self._lines = path.open("a", buffering=1, encoding="utf-8")
-            self._events = Events(here / "tensorboard")
-            self._events.hide_from(resume_step + 1)
+            if self._away is not None and (here / IDS).exists():
+                (self._away / IDS).write_text((here / IDS).read_text())
 
-    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes one line; values are Python numbers or 0-d arrays. JSON has no NaN or infinity: they become null."""
-        if self._lines is None or self._events is None:
+    def write(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """Writes one line; values are Python numbers, 0-d arrays, or lists by layer (None: not of this layer). JSON has
+        no NaN or infinity: they become null."""
+        if self._lines is None:
             return
-        numbers = {name: value.item() if hasattr(value, "item") else value for name, value in scalars.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in numbers.items()}
         with self._disk_errors():
             if self._away is None and not _is_open_here(self._lines, self._path):
                 raise OSError("it is gone: somebody has moved or deleted the work directory")
-            self._lines.write(json.dumps({"step": int(step), **finite}) + "\n")
+            self._lines.write(json.dumps({"step": int(step), **_finite(plain)}) + "\n")
             if self._away is not None:
                 (self._away / self._path.name).write_text(self._path.read_text())
-            self._events.scalars(int(step), numbers)
+            for kind in list(self._sinks):
+                with self._sink_errors(kind):
+                    self._sinks[kind].log(int(step), scalars(plain))
 
     def go_back(self, step: int) -> None:
         """Drops the lines of later steps: the run does them again."""
-        if self._lines is None or self._events is None:
+        if self._lines is None:
             return
         with self._disk_errors():
             self._lines.close()
             _drop_after(self._path, step=step)
             self._lines = self._path.open("a", buffering=1, encoding="utf-8")
-            self._events.hide_from(step + 1)
+            for sink in self._sinks.values():
+                sink.back(step)
 
     def close(self) -> None:
-        if self._lines is None or self._events is None:
+        if self._lines is None:
             return
-        lines, events, self._lines, self._events = self._lines, self._events, None, None
+        lines, self._lines = self._lines, None
         with self._disk_errors():
             lines.close()
-            events.close()
+            for kind in list(self._sinks):
+                with self._sink_errors(kind):
+                    self._sinks[kind].close()
             if self._away is not None:
                 (self._away / "tensorboard").mkdir(parents=True, exist_ok=True)
-                for file in (self._path.parent / "tensorboard").iterdir():
+                for file in (self._path.parent / "tensorboard").glob("*"):
                     (self._away / "tensorboard" / file.name).write_bytes(file.read_bytes())
                 shutil.rmtree(self._path.parent)
+
+    @contextlib.contextmanager
+    def _sink_errors(self, kind: str) -> Iterator[None]:
+        """A tool that fails says so once, and training goes on without it: the lines have everything."""
+        try:
+            yield
+        except Exception as error:
+            if not SINKS[kind].elsewhere:
+                raise
+            del self._sinks[kind]
+            print(f"sinks: {kind} failed and gets no more: {first_line(error)}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -104,36 +126,6 @@ class MetricsWriter:
                 raise
 
 
-class Events:
-    """A TensorBoard file, written in the caller's thread, so that errors are the caller's too."""
-
-    def __init__(self, folder: Path):
-        # Imported here: reading metrics, and every other command, should not wait for protobuf.
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        self._scalar, self._proto = summary.scalar, event_pb2
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = EventsWriter(str(folder / "events"))
-
-    def hide_from(self, step: int) -> None:
-        """TensorBoard shows nothing that older files, or this one so far, say of this step and later ones."""
-        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
-        self._write(step, session_log=started)
-
-    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self._write(step, summary=self._scalar(name, value))
-
-    def _write(self, step: int, **what: Any) -> None:
-        self._file.write_event(self._proto.Event(wall_time=time.time(), step=step, **what))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file in order; a last line without its end (a run killed while writing) is left out."""
     rows = []
@@ -146,6 +138,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             raise MoextendError(f"{path}:{number}: not a line of metrics ({error}); mend or delete the file") from error
     return rows
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can say: null for a float that is not finite, in lists and groups too."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_open_here(file: TextIO, path: Path) -> bool:
@@ -161,64 +162,3 @@ def _drop_after(path: Path, *, step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(lines, encoding="utf-8")
     os.replace(partial, path)  # never a moment in which the older lines exist nowhere
-
-
-class Bar:
-    """Handle that `progress` yields; `update` takes host numbers, so a call never waits for the device."""
-
-    def __init__(self, stage: str, total_steps: int, *, start_step: int, every_seconds: float, screen: Progress | None):
-        self.stage, self.total, self.start = stage, total_steps, start_step
-        self.every_seconds, self.screen = every_seconds, screen
-        self.began = self.printed = time.monotonic()
-        self.task: TaskID | None = None
-        if screen is not None:
-            self.task = screen.add_task(stage, total=total_steps, completed=start_step, loss="", speed="")
-
-    def update(self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None) -> None:
-        """Steps done so far, with the latest loss and speed where they are known."""
-        numbers: dict[str, Any] = {} if loss is None else {"loss": f"loss {loss:.4f}"}
-        if tokens_per_second is not None:
-            numbers["speed"] = f"{tokens_per_second:,.0f} tokens/s"
-        if self.screen is not None and self.task is not None:
-            self.screen.update(self.task, completed=step, **numbers)
-            return
-        now = time.monotonic()
-        if self.every_seconds < 0 or (step < self.total and now - self.printed < self.every_seconds):
-            return
-        self.printed = now
-        left = (now - self.began) / max(1, step - self.start) * (self.total - step)
-        clock = f"{int(left) // 60}:{int(left) % 60:02d} left"
-        print("  ".join([f"{self.stage} {step}/{self.total}", *numbers.values(), clock]), flush=True)
-
-
-@contextlib.contextmanager
-def progress(
-    stage: str,
-    total_steps: int,
-    *,
-    start_step: int = 0,
-    every_seconds: float = 10.0,
-    process_index: int = 0,
-    console: Console | None = None,
-) -> Iterator[Bar]:
-    """Shows a stage's step, loss, tokens/s and time left: a bar on a terminal, else a line each `every_seconds`.
-
-    Other processes than 0 show nothing.
-    """
-    if process_index != 0:
-        yield Bar(stage, total_steps, start_step=start_step, every_seconds=-1, screen=None)
-        return
-    console = console or Console()
-    if not console.is_terminal:
-        yield Bar(stage, total_steps, start_step=start_step, every_seconds=every_seconds, screen=None)
-        return
-    columns = (
-        TextColumn("[bold]{task.description:<8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as screen:
-        yield Bar(stage, total_steps, start_step=start_step, every_seconds=every_seconds, screen=screen)

@@ -89,7 +89,7 @@ def make_step(
             gradient_of, trainable, frozen, jax.tree.map(lambda leaf: leaf[0], parts), tokens))  # fmt: skip
         gradient, losses_ = jax.lax.scan(part, start, parts)[0]
         gradient, mean = jax.tree.map(lambda leaf: leaf / accumulate, (gradient, losses_))
-        return gradient, mean._replace(tokens=losses_.tokens)
+        return gradient, mean._replace(tokens=losses_.tokens, picks_ZO=losses_.picks_ZO)
 
     def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
         gradient, losses_ = value_and_gradient(state.trainable, frozen, batch)
@@ -113,6 +113,7 @@ def make_step(
             "grad_norm": norm,
             "learning_rate": rate,
             "finite": finite,
+            "picks_ZO": losses_.picks_ZO,
         }
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return TrainState(trainable, optimizer_state, state.step + 1, skipped), metrics

@@ -1,4 +1,7 @@
-"""Held-out text loss: passages in, mean nats per token out; what a model forgot is its loss less the base's."""
+"""Loss of rows that nothing trains on: batches in, mean nats per labelled token out.
+
+Of text it says what a model forgot, its loss less the base's; while a stage trains, how it does on other rows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import cross_entropy
 
 
-def text_loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Program:
+def loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Program:
     """Jitted `(arrays, batch) -> (nats summed over labelled tokens, number of these)`.
 
     Args:
@@ -29,8 +32,8 @@ def text_loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> 
     return Program(step, mesh=mesh or one_device())
 
 
-def text_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:
-    """Mean nats per labelled token over all batches, by a `text_loss_step`."""
+def mean_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:
+    """Mean nats per labelled token over all batches, by a `loss_step`."""
     total, tokens = 0.0, 0
     for batch in batches:
         nats, count = step(arrays, batch)

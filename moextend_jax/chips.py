@@ -39,6 +39,18 @@ CHIPS = {
 }
 
 
+KINDS = {
+    "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+}  # fmt: skip
+"""How JAX names the devices that are these chips (`jax.Device.device_kind`)."""
+
+
+def peak_flops(kind: str) -> float | None:
+    """FLOPs a second at best of a device that JAX names so; None where the table has no such chip (a CPU)."""
+    return CHIPS[KINDS[kind]].flops if kind in KINDS else None
+
+
 def chip(name: str) -> Chip:
     if name not in CHIPS:
         raise MoextendError(f"chip {name!r} is unknown; there are {', '.join(CHIPS)}")

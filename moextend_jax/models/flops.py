@@ -89,7 +89,7 @@ def step_flops(
     trains = tuple(trains)
     if config.remat not in RECOMPUTED:
         raise MoextendError(
-            f"remat policy {config.remat!r} has no row in plan/flops.py; there are {', '.join(RECOMPUTED)}"
+            f"remat policy {config.remat!r} has no row in models/flops.py; there are {', '.join(RECOMPUTED)}"
         )
     saved = config.saved if config.remat == "layer" else ()
     again = [name for name in RECOMPUTED[config.remat] if SAVED_AS[name] not in saved]

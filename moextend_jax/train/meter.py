@@ -1,0 +1,95 @@
+"""What a logged line says of the steps since the line before: losses, time, FLOPs, memory, and where tokens went.
+
+In: each step's batch and the metrics that the last one returned. Out: plain numbers by name, and lists by layer;
+docs/watching.md says what each means. Nothing here is computed by the step but `picks_ZO`, which its loss needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from moextend_jax import chips, machine
+from moextend_jax.config import Batch, ModelConfig
+from moextend_jax.mesh import on_host
+from moextend_jax.models.flops import step_flops
+
+GIGA, TERA = 1e9, 1e12
+
+
+class Meter:
+    """Counts from one line to the next."""
+
+    def __init__(self, config: ModelConfig, *, trains: tuple[str, ...], devices: list[Any]):
+        self.config, self.trains = config, trains
+        peak = chips.peak_flops(devices[0].device_kind)
+        self.peak = None if peak is None else peak * len(devices)
+        self.flops = 0.0
+        self.compiles = True  # in the time of the first line is the compiler's
+        self._restart()
+
+    def note(self, batch: Batch) -> None:
+        """`batch` is that of all processes, on the mesh; nobody waits for it here."""
+        self.steps += 1
+        self.tokens = self.tokens + (batch.segments_BL > 0).sum()
+        self.flops = self.flops or model_flops(self.config, batch, trains=self.trains)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, time is no step's."""
+        began = perf_counter()
+        yield
+        self.other += perf_counter() - began
+
+    def numbers(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What the line says; waits for the last step."""
+        numbers = {name: float(value) for name, value in metrics.items() if name not in ("finite", "picks_ZO")}
+        seconds = perf_counter() - self.began
+        numbers |= {"tokens": int(self.tokens), "tokens_per_second": int(self.tokens) / seconds, "seconds": seconds}
+        if not self.compiles:
+            step_seconds = (seconds - self.other) / self.steps
+            numbers |= {"step_seconds": step_seconds, "tflops_per_second": self.flops / step_seconds / TERA}
+            if self.peak:
+                numbers["mfu"] = self.flops / step_seconds / self.peak
+        numbers["peak_memory_gb"] = machine.peak_memory() / GIGA
+        self.compiles = False
+        self._restart()
+        return numbers | by_layer(on_host(metrics["picks_ZO"]), config=self.config)
+
+    def _restart(self) -> None:
+        self.began, self.steps, self.other = perf_counter(), 0, 0.0
+        self.tokens: Any = 0
+
+
+def model_flops(config: ModelConfig, batch: Batch, *, trains: tuple[str, ...]) -> float:
+    """FLOPs of a step on this batch, nothing counted twice; without the tower's where its features are cached."""
+    rows, length = batch.ids_BL.shape
+    pictures = batch.images_BMhwc if batch.features_BMPC is None else batch.features_BMPC
+    images = 0 if pictures is None else pictures.shape[1]
+    flops = step_flops(config, trains=trains, rows=rows, length=length, images=images)
+    if batch.features_BMPC is None:
+        return flops.model
+    return flops._replace(parts={name: of for name, of in flops.parts.items() if not name.startswith("vision/")}).model
+
+
+def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[float | None]]:
+    """Of each layer's picks: the share of the busiest expert, how even they are (1: all experts alike, 0: one has them
+    all), and in an extended model the share of new experts, None in plain layers."""
+    experts, layers = config.decoder.experts, len(picks_ZO)
+    share_ZO = picks_ZO / np.maximum(picks_ZO.sum(axis=1, keepdims=True), 1e-9)
+    nats_Z = -(share_ZO * np.log(np.maximum(share_ZO, 1e-30))).sum(axis=1)
+    extended = config.extension.layers if config.extension else ()
+    outputs_Z = np.array([picks_ZO.shape[1] if z in extended else experts for z in range(layers)])
+    numbers = {"load_max": _short(share_ZO.max(axis=1)), "load_entropy": _short(nats_Z / np.log(outputs_Z))}
+    if extended:
+        new = _short(share_ZO[:, experts:].sum(axis=1))
+        numbers["new_share"] = [new[z] if z in extended else None for z in range(layers)]
+    return numbers
+
+
+def _short(values_Z: np.ndarray) -> list[Any]:
+    return [round(float(value), 4) for value in values_Z]

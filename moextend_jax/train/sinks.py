@@ -1,0 +1,186 @@
+"""TABLE of sinks: where the numbers of a training stage also go, beside the lines of `metrics.jsonl`.
+
+In: a folder, a name ("demo/align"), the settings as a dict, and the step that the stage starts from. Out: a `Sink`,
+which takes plain numbers by step. A stage that goes on continues the run that it had: its id is in FOLDER/sinks.json.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moextend_jax.config import MoextendError
+
+IDS = "sinks.json"
+PROJECT = "moextend"
+
+
+class Sink(NamedTuple):
+    """`back(step)`: what was logged of later steps is not to be, where the tool can do that."""
+
+    log: Callable[[int, Mapping[str, float]], Any]
+    close: Callable[[], Any]
+    back: Callable[[int], Any] = lambda _: None
+
+
+Open = Callable[[Path, str, dict[str, Any], int], Sink]
+
+
+class Kind(NamedTuple):
+    """`package` must be importable. `elsewhere`: it keeps the numbers outside the work directory, so training goes on
+    without it where it fails; a disk that refuses the work directory's own files ends training."""
+
+    package: str
+    open: Open
+    elsewhere: bool = True
+
+
+def _tensorboard(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
+    """Event files in FOLDER/tensorboard, written in the caller's thread, so that errors are the caller's too."""
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+
+    (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+    file, proto = EventsWriter(str(folder / "tensorboard" / "events")), event_pb2
+
+    def write(step: int, **what: Any) -> None:
+        file.write_event(proto.Event(wall_time=time.time(), step=step, **what))
+        file.flush()
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        for tag, value in numbers.items():
+            write(step, summary=summary.scalar(tag, value))
+
+    def back(step: int) -> None:  # TensorBoard then shows nothing that files so far say of later steps
+        write(step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
+
+    back(resume_step)
+    return Sink(log, file.close, back)
+
+
+def _wandb(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
+    import wandb
+
+    run_id = _run_id(folder, "wandb", resume_step, lambda: uuid.uuid4().hex[:8])
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", PROJECT), name=name, group=name.partition("/")[0], dir=str(folder),
+        id=run_id, resume="allow", config=settings,
+    )  # fmt: skip
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        if step >= run.step:  # W&B takes no step twice; one that is done again has the same numbers
+            run.log(dict(numbers), step=step)
+
+    return Sink(log, run.finish)
+
+
+def _trackio(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
+    import trackio
+
+    run_name = _run_id(folder, "trackio", resume_step, lambda: f"{name}-{uuid.uuid4().hex[:8]}")
+    run = trackio.init(
+        PROJECT, name=run_name, group=name.partition("/")[0], config=settings, resume="allow", embed=False
+    )
+    return Sink(lambda step, numbers: run.log(dict(numbers), step=step), run.finish)
+
+
+def _mlflow(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
+    """Goes to MLFLOW_TRACKING_URI, else into WORKDIR/mlflow.db."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Param
+
+    client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute().parent}/mlflow.db")
+
+    def create() -> str:
+        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        experiment = client.get_experiment_by_name(title)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(title)
+        run = client.create_run(experiment_id, run_name=name)
+        params = [Param(key, str(value)) for key, value in _flat(settings).items()]
+        for start in range(0, len(params), 100):  # the most that MLflow takes at once
+            client.log_batch(run.info.run_id, params=params[start : start + 100])
+        return run.info.run_id
+
+    run_id = _run_id(folder, "mlflow", resume_step, create)
+
+    def log(step: int, numbers: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        client.log_batch(run_id, [Metric(key, value, now, step) for key, value in numbers.items()])
+
+    return Sink(log, lambda: client.set_terminated(run_id))
+
+
+SINKS: dict[str, Kind] = {
+    "tensorboard": Kind("tensorboardX", _tensorboard, elsewhere=False),
+    "wandb": Kind("wandb", _wandb),
+    "trackio": Kind("trackio", _trackio),
+    "mlflow": Kind("mlflow", _mlflow),
+}
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises MoextendError where a sink's package is not installed; call it before anything is prepared."""
+    for name in names:
+        if importlib.util.find_spec(SINKS[name].package) is None:
+            package = SINKS[name].package
+            raise MoextendError(f"sinks: {name} needs the package {package}: pip install {package}, or leave it out")
+
+
+def open_sinks(
+    names: Iterable[str], folder: Path, *, name: str, settings: dict[str, Any], resume_step: int
+) -> dict[str, Sink]:
+    """The sinks by their names.
+
+    Raises:
+      OSError: the folder cannot be written. MoextendError: a tool does not start: no account, no server.
+    """
+    opened = {}
+    for kind in names:
+        try:
+            opened[kind] = SINKS[kind].open(folder, name, settings, resume_step)
+        except Exception as error:
+            if not SINKS[kind].elsewhere:
+                raise
+            raise MoextendError(f"sinks: {kind} does not start: {first_line(error)}") from error
+    return opened
+
+
+def scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """What tools take: one number a name. A list, which is by layer, becomes `NAME/layer_03`; None is left out."""
+    flat = {}
+    for name, value in numbers.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/layer_{z:02d}": item for z, item in enumerate(value) if item is not None}
+        else:
+            flat[name] = value
+    return flat
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _run_id(folder: Path, kind: str, resume_step: int, create: Callable[[], str]) -> str:
+    """The id of the run that a stage continues, or of a new one where it starts afresh."""
+    path = folder / IDS
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    if resume_step == 0 or kind not in ids:
+        path.write_text(json.dumps(ids | {kind: create()}) + "\n")
+        ids = json.loads(path.read_text())
+    return ids[kind]
+
+
+def _flat(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `align.optimizer.clip_norm` and so on."""
+    flat = {}
+    for name, value in settings.items():
+        group = _flat(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= group
+    return flat
