@@ -216,6 +216,7 @@ def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], 
         ("demo", {"finetune": {"step": 3}}, "config.finetune.step is no setting"),
         ("demo", {"seed": -1}, "config.seed = -1 must be at least 0"),
     ):
+        changes: dict[str, Any] = change
         with pytest.raises(mx.MoextendError, match=message):
-            mx.run(config, workdir=tmp_path, **change)
+            mx.run(config, workdir=tmp_path, **changes)
     assert len(started) == 2
