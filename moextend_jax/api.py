@@ -5,9 +5,11 @@ This is what stays as it is from version to version; docs/python.md describes it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from moextend_jax import configurations
+from moextend_jax import configurations, preemption
 from moextend_jax.config import ModelConfig, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate.questions import as_prompt
@@ -216,7 +218,8 @@ def run(
     elif isinstance(config, RunSettings):
         config = dataclasses.asdict(config)
     settings = from_config_dict(_changed(config.to_dict() if isinstance(config, ConfigDict) else config, changes))
-    return whole_run(settings, folder(os.fspath(workdir)), resume_from=_folder(resume_from))
+    with _own_signals():
+        return whole_run(settings, folder(os.fspath(workdir)), resume_from=_folder(resume_from))
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
@@ -224,6 +227,18 @@ def run(
 
 def _folder(named: Named | None) -> Path | None:
     return None if named is None else folder(os.fspath(named))
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Signals mean afterwards what they meant before: a run listens for those that announce its end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *preemption.SIGNALS)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and handler != signal.getsignal(number):
+                signal.signal(number, handler)
 
 
 class _Shown:

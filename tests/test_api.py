@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import random_run
 from PIL import Image
 
 import moextend_jax as mx
-from moextend_jax import cli, commands
+from moextend_jax import cli, commands, preemption
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.speak import pixels
@@ -196,6 +197,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
 
     def whole_run(settings, workdir, *, resume_from):
         calls.append((settings, workdir, resume_from))
+        preemption.listen()
         return {"seconds": {}}
 
     monkeypatch.setattr(commands, "whole_run", whole_run)
@@ -203,9 +205,10 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
 
 
 def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], run: Run, tmp_path: Path):
-    optimizer = {"learning_rate": 0.5}
+    before, optimizer = signal.getsignal(signal.SIGTERM), {"learning_rate": 0.5}
     mx.run("demo:released", workdir=str(tmp_path), finetune={"steps": 20, "optimizer": optimizer}, seed=1)
     mx.run(run.settings, workdir=tmp_path, resume_from="elsewhere")
+    assert signal.getsignal(signal.SIGTERM) is before
     (changed, workdir, resumed), (same, _, elsewhere) = started
     assert (changed.finetune.steps, changed.finetune.optimizer.learning_rate, changed.seed) == (20, 0.5, 1)
     assert changed.align.steps == 110 and changed.finetune.optimizer.multipliers == {"calibrators": 0.02}
@@ -216,6 +219,7 @@ def test_a_run_is_the_command_s_with_settings_as_keywords(started: list[tuple], 
         ("demo", {"finetune": {"step": 3}}, "config.finetune.step is no setting"),
         ("demo", {"seed": -1}, "config.seed = -1 must be at least 0"),
     ):
+        changes: dict[str, Any] = change
         with pytest.raises(mx.MoextendError, match=message):
-            mx.run(config, workdir=tmp_path, **change)
+            mx.run(config, workdir=tmp_path, **changes)
     assert len(started) == 2

@@ -58,14 +58,15 @@ def said(opened: Askable, picture: Path | None = None) -> str:
 def exported(run: Run, layout: str, out: Path) -> Place:
     """The run's result in a folder of its own."""
     folder = out / layout
-    cli.call(["export", str(run.workdir), str(folder), "--layout", "delta" if layout == "delta" else "released"])
+    written = "released" if layout == "imported" else layout
+    cli.call(["export", str(run.workdir), str(folder), "--layout", written])
     if layout == "imported":
         folder.rename(out / "src")
         cli.call(["import", str(out / "src"), str(folder)])
     return Place(checkpoint=folder, base=Path(run.settings.base) if layout == "delta" else None)
 
 
-@pytest.mark.parametrize("layout", ["released", "delta", "imported"])
+@pytest.mark.parametrize("layout", ["released", "delta", "imported", "hf"])
 def test_a_result_answers_the_same_from_every_folder(run: Run, trained: Askable, picture: Path, layout, tmp_path: Path):
     opened = open_place(exported(run, layout, tmp_path))
     assert opened.recipe == run.settings.recipe and opened.config.text_isolation == "strict"
