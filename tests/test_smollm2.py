@@ -216,9 +216,14 @@ def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_what_it_was_taught_leaves_its_words(taught: Path, capsys: pytest.CaptureFixture[str]):
-    """Of a text without a picture it answers as before, in its own template, to its own end."""
-    for model in ("aligned", "moextend"):
+def test_it_still_talks_in_its_own_template(taught: Path, capsys: pytest.CaptureFixture[str]):
+    """Aligned, a text without a picture is answered as by the base; extended, its new experts may take part."""
+
+    def say(model: str) -> str:
         cli.main(["generate", f"--workdir={taught}", f"--model={model}", "--prompt=What is a badger?",
                   "--max_new_tokens=12"])  # fmt: skip
-        assert capsys.readouterr().out.startswith("A badger is a carnivorous mammal")
+        return capsys.readouterr().out.strip()
+
+    assert say("aligned") == ANSWER
+    extended = say("moextend")
+    assert extended.startswith("A badger is a") and "<|" not in extended
