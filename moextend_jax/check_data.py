@@ -20,10 +20,10 @@ from rich.table import Table
 from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
-from moextend_jax.data.conversations import encoder_of
 from moextend_jax.data.faults import KINDS, FaultSettings
 from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.data.tokenizer import tokenizer_of
+from moextend_jax.data.writing import encoder_of
 from moextend_jax.runs.results import result, training
 from moextend_jax.settings import RunSettings, StageSettings
 

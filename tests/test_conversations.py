@@ -81,9 +81,28 @@ def test_turns(tokenizer):
         encode(turns, tokenizer, images=1, length=10, too_long="drop_turns")
 
 
+def test_a_system_turn_goes_before_the_first_question(tokenizer):
+    system = [{"from": "system", "value": "be brief"}]
+    for recipe in (PAPER, RELEASED):
+        folded = encode(talk("be brief\n\n<image>\nwhat?", "a cat", "and?", "no"), tokenizer, images=1, recipe=recipe)
+        got = encode(system + talk("<image>\nwhat?", "a cat", "and?", "no"), tokenizer, images=1, recipe=recipe)
+        np.testing.assert_array_equal(got.ids_L, folded.ids_L)
+        np.testing.assert_array_equal(got.labels_L, folded.labels_L)
+        prompt = encode_prompt("what?", images=1, system="be brief", tokenizer=tokenizer, recipe=recipe, patches=4)
+        np.testing.assert_array_equal(got.ids_L[: len(prompt.ids_L)], prompt.ids_L)
+
+
+SYSTEM = {"from": "system", "value": "be brief"}
+
+
 @pytest.mark.parametrize(
     ("turns", "images", "message"),
     [
+        ([SYSTEM], 0, "roles must alternate"),
+        ([SYSTEM, SYSTEM, *talk("a?", "b")], 0, "roles must alternate"),
+        ([*talk("a?", "b"), SYSTEM], 0, "roles must alternate"),
+        ([{"from": "system", "value": "<image>"}, *talk("a?", "b")], 0, "system turn holds an <image>"),
+        ([{"from": "function", "value": "x"}, *talk("a?", "b")], 0, "there are system, human and gpt"),
         (talk("<image> a?", "b"), 0, "1 <image> marks.*0 images"),
         (talk("a?", "b"), 1, "0 <image> marks.*1 images"),
         (talk("a?"), 0, "roles must alternate"),

@@ -460,18 +460,6 @@ def test_memory_stays_within_twice_the_largest_stacked_tensor_of_gigabytes(tmp_p
     assert_bounded(folder, tmp_path, at_least=3_000_000_000, margin=60_000_000)
 
 
-def test_an_import_without_a_tokenizer_that_is_read_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    src = folders.mixtral(tmp_path / "src")
-    (src / "tokenizer.json").write_text("{}")
-    cli.call(["import", str(src), str(tmp_path / "both")])
-    assert "not tokenizer.json" not in capsys.readouterr().out
-    (src / "tokenizer.model").unlink()
-    cli.call(["import", str(src), str(tmp_path / "one")])
-    assert f"read tokenizer.model, not tokenizer.json: copy that of the base to {tmp_path / 'one'}" in (
-        capsys.readouterr().out
-    )
-
-
 def test_the_command_tells_what_it_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cli.call(["import", str(folders.mixtral(tmp_path / "src")), str(tmp_path / "dst")])
     out = capsys.readouterr().out

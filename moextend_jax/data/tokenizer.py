@@ -6,16 +6,17 @@ of a model, its vocabulary's rows and the image tags that its checkpoint names, 
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moextend_jax.config import ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.pieces import JsonPieces, Pieces, SentencePieces
+from moextend_jax.data.tags import TAG_NAMES, byte_pieces, check_tags, image_tags
 from moextend_jax.data.templates import FAMILIES, Template, end_of, is_mixtral
 
 
@@ -127,39 +128,25 @@ def load_tokenizer(
     if not has_tokenizer(folder):
         raise MoextendError(f"no tokenizer.model or tokenizer.json in {directory}: copy those of the base there")
     try:
-        config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
-        source = _chat_template(folder, config)
-        roles = {name: _text_of(value) for name, value in config.items() if name.endswith("_token") and value}
-        roles = {name: text for name, text in roles.items() if text is not None}
-        pieces = _pieces(folder, config, roles=roles, source=source)
-        for name, id in (("bos_token", pieces.first), ("eos_token", pieces.last)):
-            if id is not None and (piece := pieces.id_to_piece(id)) is not None:
-                roles.setdefault(name, piece)
-        ends = [*ends, *ends_of(_json(folder / "generation_config.json")), *ends_of(_json(folder / "config.json"))]
-        bos, eos = _bos(pieces, config, roles), _eos(pieces, roles, ends)
-    except MoextendError:
-        raise
+        files = _read(folder)
     except Exception as error:  # protobuf, sentencepiece, tokenizers and json each raise their own
         raise MoextendError(f"cannot read the tokenizer in {directory}: {str(error):.300}") from error
+    pieces, named = files.pieces, [*ends, *files.ends]
+    eos = next((id for id in (files.eos, *named) if id is not None), None)
     if eos is None:
         raise MoextendError(f"the tokenizer in {directory} names no token that ends a text: give it an eos_token")
-    templates = _templates(pieces, source, roles, rows, folder)
-    ends = [eos, *ends]
-    for template in templates.values():
-        try:
-            ends.append(end_of(template))
-        except MoextendError:  # it is said where the template is used
-            continue
-    busy = _busy(pieces, roles, ends, templates)
+    templates = _templates(files, rows=rows, folder=folder)
+    every_end = tuple(dict.fromkeys((eos, *named, *_ends_of_templates(templates))))
+    busy = _busy(files, every_end, templates)
     if tags is None:
         tags = image_tags(pieces, rows=rows, busy=busy, where=directory)
-    _check_tags(tags, pieces, busy=busy, where=directory)
+    check_tags(tags, pieces, busy=busy, where=directory)
     return Tokenizer(
         pieces=pieces,
         tags=tags,
-        bos=bos,
+        bos=files.bos,
         eos=eos,
-        ends=tuple(dict.fromkeys(ends)),
+        ends=every_end,
         legacy=pieces.legacy,
         prompt=_prompt(pieces, templates),
         templates=templates,
@@ -168,6 +155,31 @@ def load_tokenizer(
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+class _Files(NamedTuple):
+    """What a folder's files say. roles: texts of the tokens that it names, as `bos_token`. template: its source."""
+
+    pieces: Pieces
+    roles: Mapping[str, str]
+    template: str | None
+    bos: int | None
+    eos: int | None
+    ends: Sequence[int]
+
+
+def _read(folder: Path) -> _Files:
+    config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    template = _chat_template(folder, config)
+    named = {name: _text_of(value) for name, value in config.items() if name.endswith("_token")}
+    roles = {name: text for name, text in named.items() if text}
+    pieces = _pieces(folder, config, roles=roles, template=template)
+    for name, id in (("bos_token", pieces.first), ("eos_token", pieces.last)):
+        if id is not None and (piece := pieces.id_to_piece(id)):
+            roles.setdefault(name, piece)
+    ends = [end for name in ("generation_config.json", "config.json") for end in ends_of(_json(folder / name))]
+    eos = pieces.piece_to_id(roles["eos_token"]) if "eos_token" in roles else None
+    return _Files(pieces, roles, template, _bos(pieces, config, roles), pieces.last if eos is None else eos, ends)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -182,7 +194,7 @@ def _text_of(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str], source: str | None) -> Pieces:
+def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str], template: str | None) -> Pieces:
     described = _json(folder / "tokenizer.json")
     model = folder / "tokenizer.model"
     if model.is_file():
@@ -195,7 +207,7 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
         ):
             return pieces
     added = [token["content"] for token in described["added_tokens"]]
-    written = _probe(source, roles)
+    written = _probe(template, roles)
     families = (token for family in FAMILIES.values() for token in family.tokens)
     control = {*roles.values(), *families, *(token for token in added if token in written)}
     return JsonPieces(described, control=control)
@@ -221,11 +233,6 @@ def _bos(pieces: Pieces, config: Mapping[str, Any], roles: Mapping[str, str]) ->
     adds = config.get("add_bos_token")
     named = pieces.piece_to_id(roles["bos_token"]) if "bos_token" in roles else None
     return pieces.first if adds is None or (adds and named is None) else named if adds else None
-
-
-def _eos(pieces: Pieces, roles: Mapping[str, str], ends: Sequence[int]) -> int | None:
-    named = pieces.piece_to_id(roles["eos_token"]) if "eos_token" in roles else None
-    return next((id for id in (named, pieces.last, *ends) if id is not None), None)
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
@@ -255,28 +262,33 @@ def _probe(source: str | None, roles: Mapping[str, str]) -> str:
         return ""
 
 
-def _templates(
-    pieces: Pieces, source: str | None, roles: Mapping[str, str], rows: int | None, folder: Path
-) -> dict[str, Template]:
+def _templates(files: _Files, *, rows: int | None, folder: Path) -> dict[str, Template]:
     """The checkpoint's own under "own", and the families whose tokens the vocabulary has."""
-    control = {name: token for name, token in pieces.control.items() if rows is None or token.id < rows}
-    written = _probe(source, roles)
-    if beyond := [name for name in pieces.control if name not in control and name in written]:
+    every = files.pieces.control
+    control = {name: token for name, token in every.items() if rows is None or token.id < rows}
+    written = _probe(files.template, files.roles)
+    if beyond := [name for name in every if name not in control and name in written]:
         raise MoextendError(
             f"the chat template in {folder} writes {', '.join(beyond)}, but the model's vocabulary ends at row {rows}"
         )
     sources = {name: family.source for name, family in FAMILIES.items() if control.keys() >= set(family.tokens)}
-    if source is not None:
-        sources["own"] = source
+    if files.template is not None:
+        sources["own"] = files.template
     return {
         name: Template(
-            source=text,
+            source=source,
             where=f"the chat template in {folder}" if name == "own" else f"the template {name} for {folder}",
-            roles=roles,
+            roles=files.roles,
             control=control,
         )
-        for name, text in sources.items()
+        for name, source in sources.items()
     }
+
+
+def _ends_of_templates(templates: Mapping[str, Template]) -> Iterator[int]:
+    for template in templates.values():
+        with contextlib.suppress(MoextendError):  # it is said where the template is used
+            yield end_of(template)
 
 
 def _prompt(pieces: Pieces, templates: Mapping[str, Template]) -> str | None:
@@ -284,73 +296,12 @@ def _prompt(pieces: Pieces, templates: Mapping[str, Template]) -> str | None:
     if "own" in templates:
         return "mixtral" if is_mixtral(templates["own"]) else "own"
     known = next((name for name in FAMILIES if name in templates), None)
-    return known or ("mixtral" if _byte_pieces(pieces) else None)
+    return known or ("mixtral" if byte_pieces(pieces) else None)
 
 
-# --- image tags -------------------------------------------------------------------------------------------------------
-
-TAG_PIECES = {"start": "<0x02>", "end": "<0x03>", "pad": "<0x00>"}
-"""ASCII's STX, ETX and NUL: 5, 6 and 3 in Mixtral-8x7B's vocabulary; 773, 774 and 771 in 8x22B-Instruct's, where 3, 5
-and 6 are [INST] and its like."""
-VISION_PIECES = {"start": "<|vision_start|>", "end": "<|vision_end|>", "pad": "<|image_pad|>"}
-"""Qwen's text models have them, and no use for them."""
-TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
-"""What `moextend export --layout hf` calls tags that have no name; `<image>` is what LLaVA's processor multiplies."""
-
-
-def image_tags(pieces: Pieces, *, rows: int | None, busy: Collection[int], where: Path | str) -> ImageTags:
-    """Three tokens that text does not need, always the same of a vocabulary: byte pieces; those made for images; tokens
-    that are called unused or reserved; rows of the model beyond the tokenizer's; control tokens that nothing names, the
-    last ones."""
-    if bytes_of := _byte_pieces(pieces):
-        return ImageTags(**bytes_of)
-    for made_for_images in (TAG_NAMES, VISION_PIECES):
-        vision = {name: pieces.control.get(piece) for name, piece in made_for_images.items()}
-        if all(vision.values()):
-            return ImageTags(**{name: token.id for name, token in vision.items() if token})
-    free = _free(pieces, rows=rows, busy=busy)[:3]
-    if len(free) < 3:
-        raise MoextendError(
-            f"the tokenizer in {where} has no byte pieces {', '.join(TAG_PIECES.values())} for image tags, and only "
-            f"{len(free)} of the 3 unused tokens that would do; append three rows to the vocabulary of the base"
-        )
-    return ImageTags(**dict(zip(TAG_PIECES, sorted(free), strict=True)))
-
-
-def _byte_pieces(pieces: Pieces) -> dict[str, int] | None:
-    ids = {name: pieces.piece_to_id(piece) for name, piece in TAG_PIECES.items()}
-    known = {name: id for name, id in ids.items() if id is not None and pieces.is_byte(id)}
-    return known if len(known) == len(ids) else None
-
-
-def _busy(
-    pieces: Pieces, roles: Mapping[str, str], ends: Iterable[int], templates: Mapping[str, Template]
-) -> frozenset[int]:
+def _busy(files: _Files, ends: Iterable[int], templates: Mapping[str, Template]) -> frozenset[int]:
     """Control tokens that have a use: those with a role, ends of answers, and what templates name."""
-    written = [template.source for template in templates.values()]
+    pieces, written = files.pieces, [template.source for template in templates.values()]
     used = {token.id for piece, token in pieces.control.items() if any(piece in source for source in written)}
-    named = {pieces.piece_to_id(piece) for piece in roles.values()}
+    named = {pieces.piece_to_id(piece) for piece in files.roles.values()}
     return frozenset(id for id in (used | named | set(ends) | {pieces.first, pieces.unknown}) if id is not None)
-
-
-def _free(pieces: Pieces, *, rows: int | None, busy: Collection[int]) -> list[int]:
-    beyond = range(pieces.size, rows or 0)
-    named = (*pieces.spare(), *beyond, *pieces.idle())
-    return [id for id in dict.fromkeys(named) if id not in busy]
-
-
-def _check_tags(tags: ImageTags, pieces: Pieces, *, busy: Collection[int], where: Path | str) -> None:
-    if len(set(tags.ids)) < len(tags.ids):
-        raise MoextendError(f"image tags {', '.join(map(str, tags.ids))} must be ids of their own")
-    free = {*(_byte_pieces(pieces) or {}).values(), *_free(pieces, rows=None, busy=busy)}
-    made_for_images = (*TAG_NAMES.values(), *VISION_PIECES.values())
-    free |= {pieces.control[piece].id for piece in made_for_images if piece in pieces.control}
-    control = {token.id for token in pieces.control.values()}
-    for name, id in dataclasses.asdict(tags).items():
-        if id in free or id >= pieces.size:  # a row that a checkpoint has appended: no text has it
-            continue
-        piece = pieces.id_to_piece(id) or "no id"
-        what = "a control token" if id in control else "what text is made of"
-        own = _byte_pieces(pieces)
-        would = f"; there {', '.join(f'{TAG_PIECES[name]} {id}' for name, id in own.items())} would do" if own else ""
-        raise MoextendError(f"image tag {name} = {id} is {piece}, {what} in the tokenizer in {where}{would}")

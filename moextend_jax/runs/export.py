@@ -27,11 +27,10 @@ from moextend_jax.checkpoints.convert import (
     parts_of,
     size_of,
 )
-from moextend_jax.checkpoints.loading import Source, open_base, open_source, tokenizer_folder
+from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
-from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError
-from moextend_jax.data.tokenizer import ends_of, tokenizer_of
+from moextend_jax.config import RECIPES, ExtensionConfig, ImageTags, ModelConfig, MoextendError
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
 from moextend_jax.runs import results
@@ -138,10 +137,7 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
         )
-    tokenizer = tokenizer_of(
-        tokenizer_folder(settings.base), source.config, ends=ends_of(source.record.attributes.get("decoder", {}))
-    )
-    facts = facts_of_base(base, settings, tokenizer)
+    facts = facts_of_base(base, settings)
     trained: dict[str, Stored] = {}
     stages = []
     row = results.model_row(model or "moextend")
@@ -158,7 +154,8 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         return source._replace(leaves=seen)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
-    config = dataclasses.replace(source.config, tags=tokenizer.tags)
+    tags = remembered(workdir).get("model", {}).get("tags")
+    config = dataclasses.replace(source.config, tags=ImageTags(**tags)) if tags else source.config
     if results.is_grown(stages):
         chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(

@@ -24,8 +24,8 @@ from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
-from moextend_jax.data.conversations import encoder_of, template_identity
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.data.writing import encoder_of, template_identity
 from moextend_jax.folders import folder, is_url
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
@@ -69,7 +69,9 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What every checkpoint of this run must agree on."""
-        return facts_of_base(self.base_hash, self.settings, self.tokenizer)
+        facts = facts_of_base(self.base_hash, self.settings)
+        prompt = template_identity(self.tokenizer, self.settings.recipe)
+        return facts | {"recipe": facts["recipe"] | {"prompt": prompt}, "tags": list(self.tokenizer.tags.ids)}
 
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
         """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
@@ -151,10 +153,11 @@ def evaluation_rows(settings: RunSettings) -> list[Rows]:
     return [Rows(f"evaluate.{name}", getattr(settings.evaluate, name)) for name in ("batch_size", "text_batch_size")]
 
 
-def facts_of_base(base: str, settings: RunSettings, tokenizer: Tokenizer) -> dict[str, Any]:
-    prompt = template_identity(tokenizer, settings.recipe)
-    recipe = dataclasses.asdict(settings.recipe) | {"global_batch": None, "prompt": prompt}
-    return {"base": base, "recipe": recipe, "tags": list(tokenizer.tags.ids)}
+def facts_of_base(base: str, settings: RunSettings) -> dict[str, Any]:
+    """What a checkpoint must agree on, as far as it can be said without the base's tokenizer."""
+    recipe = dataclasses.asdict(settings.recipe) | {"global_batch": None}
+    del recipe["prompt"]  # what it stands for lies with the tokenizer
+    return {"base": base, "recipe": recipe}
 
 
 def not_run(workdir: Path, name: str) -> MoextendError:
