@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -48,11 +49,11 @@ def test_a_chat_has_the_ids_of_training(name: str, tmp_path: Path):
         template = tiny_tokens.TEMPLATES.get(name)
         tiny_tokens.write_byte_level(tmp_path, template=template, bos=bos, pre="llama3" if bos else "gpt-2")
     ours = load_tokenizer(tmp_path)
-    theirs = exported(tmp_path, ours)
+    theirs: Any = exported(tmp_path, ours)
     for first in (0, 1):  # with a system turn and without one
         turns = TALK[first:]
         wanted = encode_dialogue(turns, images=1, tokenizer=ours, recipe=PAPER, patches=1).ids_L.tolist()
-        messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
+        messages: list[Any] = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
         said = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert said == wanted
         parts = [{"type": "text", "text": turn["value"].removeprefix("<image>\n")} for turn in turns]

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from PIL import Image
 from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, huggingface, train_state
 from moextend_jax.checkpoints.loading import open_source
-from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, Recipe
+from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.conversations import encode_prompt
 from moextend_jax.data.images import prepare_image
 from moextend_jax.data.tokenizer import load_tokenizer
@@ -121,14 +121,14 @@ def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": base_hash}))
     chosen = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": base_hash}
     (workdir / "select" / "routing.json").write_text(json.dumps(chosen))
-    facts = facts_of_base(base_hash, settings, load_tokenizer(base))
+    facts = facts_of_base(base_hash, settings)
     for name, result in leaves_of(recipe).items():
         train_state.save_leaves(workdir / name / "result", result, facts=facts)
     return workdir
 
 
-def export(words: list[str]) -> None:
-    cli.call(["export", *words])
+def export(words: Sequence[str | Path]) -> None:
+    cli.call(["export", *map(str, words)])
 
 
 def imported(folder: Path, base: Path) -> Path:
@@ -369,6 +369,44 @@ def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dic
     assert np.load(dumped / name / "forward_torch.npz")["text/logits"].shape[1] < 40  # cut to the longest row
 
 
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[str, Path], base: Path, tmp_path: Path):
+    run = folders["aligned"].parent / "run of aligned"
+    text = tiny.arrays(dataclasses.replace(CASES["imported"].config, vision=None))
+    blind = dataclasses.replace(CASES["imported"].config, vision=None)
+    huggingface.write_parameters(tmp_path / "blind", text, table="released", config=blind)
+    attributes = huggingface.released_attributes(blind, dtype="float32")
+    huggingface.write_json(tmp_path / "blind" / "config.json", attributes)
+    for words, message in (
+        ([run, "--model", "probed"], "extend has not been run"),
+        ([base, "--model", "aligned"], "is one model, not a run"),
+        ([run, "--recipe", "paper"], "knows its recipe"),
+        ([tmp_path / "blind"], "an extended model without a tower and a projector"),
+        ([base / "vision"], "layout hf needs a decoder"),
+    ):
+        with pytest.raises(MoextendError, match=message):
+            export([words[0], tmp_path / "out", "--layout", "hf", *words[1:]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_model_is_a_mixtral_and_shards_have_an_index(folders: dict[str, Path], tmp_path: Path, capsys):
+    attributes = huggingface.read_json(folders["base"] / "config.json")
+    assert attributes["architectures"] == ["MixtralForCausalLM"]
+    assert not (folders["base"] / "chat_template.jinja").exists()
+    assert not (folders["base"] / "preprocessor_config.json").exists()
+    run = folders["aligned"].parent / "run of aligned"
+    export([str(run), str(tmp_path / "out"), "--layout", "hf", "--max_shard_size", "100KB"])
+    assert "from_pretrained('" in capsys.readouterr().out
+    index = huggingface.read_json(tmp_path / "out" / "model.safetensors.index.json")
+    assert {(tmp_path / "out" / file).is_file() for file in index["weight_map"].values()} == {True}
+    generation = huggingface.read_json(tmp_path / "out" / "generation_config.json")
+    assert generation["eos_token_id"] == [2] and generation["suppress_tokens"] == [3, 5, 6]
+    export([str(run), str(tmp_path / "other")])
+    assert "for PyTorch of today use --layout hf" in capsys.readouterr().out
+
+
 # --- lm-eval ----------------------------------------------------------------------------------------------------------
 
 TASK = """
@@ -398,7 +436,7 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
     for package in ("torch", "accelerate", "lm_eval"):
         pytest.importorskip(package, reason="lm-eval's model `hf` needs torch and accelerate")
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.models import huggingface as theirs_of  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     from moextend_jax.evaluate.harness import HarnessModel
@@ -418,14 +456,15 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     opened = open_place(Place(checkpoint=folders[name], dtype="float32"))
     ours = HarnessModel(asker_of(opened), tokenizer=opened.tokenizer, max_length=64)
-    theirs = HFLM(
+    hf_model: Any = theirs_of.HFLM
+    theirs = hf_model(
         pretrained=str(folders[name]), trust_remote_code=True, add_bos_token=True, dtype="float32", device="cpu",
         batch_size=4, max_length=64,
     )  # fmt: skip
     for task in TASKS:
         # Rolling windows begin with the prefix token, which is BOS, anyhow; with this it would be scored too.
         theirs.add_bos_token = task != "local_words"
-        results = [
+        results: list[Any] = [
             simple_evaluate(model, tasks=[task], task_manager=manager, log_samples=True, bootstrap_iters=0)
             for model in (ours, theirs)
         ]

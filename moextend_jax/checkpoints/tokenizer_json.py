@@ -107,7 +107,7 @@ def _from_sentencepiece(where: Path, tokenizer: Tokenizer, *, tags: Mapping[int,
             "and Llama's are, can be written as tokenizer.json"
         )
     control = {token.id: piece for piece, token in tokenizer.pieces.control.items()}
-    names = {id: piece.piece for id, piece in enumerate(model.pieces)} | control | tags
+    names = {id: piece.piece for id, piece in enumerate(model.pieces)} | control | dict(tags)
     spelled = {id for id, piece in enumerate(model.pieces) if piece.type == piece.USER_DEFINED}
     added = sorted(control.keys() | tags.keys() | spelled)
     before = [] if tokenizer.bos is None else [names[tokenizer.bos]]
