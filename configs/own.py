@@ -42,7 +42,9 @@ def get_config(arg: str = "paper") -> ConfigDict:
             finetune=stage(epochs=3, least_steps=120, learning_rate=4e-3),
             full=stage(epochs=3, least_steps=120, learning_rate=2e-3),
             select=SelectSettings(held_out=0.1, batch_size=32),
-            evaluate=EvaluateSettings(data="", questions=1000, length=0, batch_size=64, max_new_tokens=64),
+            evaluate=EvaluateSettings(
+                data="", split="train", questions=1000, length=0, batch_size=64, max_new_tokens=64
+            ),
             dtype="float32",
             remat="none",
             cpu_devices=2,

@@ -57,18 +57,8 @@ def start(*, cpu_devices: int = 1) -> None:
     sys.stdout = os.fdopen(printed, "w", buffering=1)
 
 
-PATIENCE = (
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600 --xla_cpu_collective_call_terminate_timeout_seconds=3600"
-)
-"""Of XLA. Devices of one CPU wait for each other; on a busy machine some wait longer than the 40 seconds after which
-XLA would end the process."""
-
-
 def split_cpu(devices: int) -> None:
     """Makes that many XLA devices of a CPU. A process that has used JAX before keeps the devices it has."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if devices > 1 and "xla_cpu_collective_call" not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {PATIENCE}".strip()
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", devices)
 

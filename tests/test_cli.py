@@ -106,10 +106,11 @@ def test_help_of_a_command_has_all_its_options_and_all_settings(name: str, capsy
 def test_help_with_a_configuration_shows_its_values(capsys):
     cli.main(["run", "demo:released", "--config.align.steps=7", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "--config.align.steps Steps of the optimizer. (whole number at least 1; default 110)" in said
+    assert "--config.align.steps Steps of the optimizer; 0: as many as `epochs` come to." in said
+    assert "(whole number at least 0; default 110)" in said
     assert "(one of top_k, least_likely; default least_likely)" in said
     cli.main(["help", "run"])
-    assert "Steps of the optimizer. (whole number at least 1; set by each configuration)" in capsys.readouterr().out
+    assert "Data set that the stage is trained on. (set by each configuration)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--version"], ["-V"], ["version"]])

@@ -57,7 +57,7 @@ def test_a_share_that_chooses_no_layer_is_an_error():
 
 
 def test_counting_nothing_is_an_error():
-    with pytest.raises(MoextendError, match="empty"):
+    with pytest.raises(MoextendError, match="select.held_out or evaluate.questions chooses none"):
         routing.count_all(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN), [], recipe=PAPER)
 
 

@@ -38,7 +38,7 @@ def test_six_pictures_by_one_command(tmp_path):
     assert set(record["answer_loss"]) == {"base", "aligned", "moextend"} and record["frozen_unchanged"] is True
     unseen = record["accuracy"]["moextend"]
     # All six, five of which were trained on: these are known by heart.
-    asked = ["--config.evaluate.data=own.jsonl", "--config.evaluate.split=train", "--config.evaluate.questions=6"]
+    asked = ["--config.evaluate.data=own.jsonl", "--config.evaluate.questions=6"]
     moextend("evaluate", *own, "--workdir", "w", *asked, folder=folder)
     record = json.loads((folder / "w" / "summary.json").read_text())
     assert record["data"] == "own.jsonl" and record["accuracy"]["questions"] == 6

@@ -153,6 +153,18 @@ def test_data_that_a_later_stage_would_refuse(llava, tmp_path, change, said: str
         next(make_all(open_without_weights(settings(llava), tmp_path / "work"), checks=[summary.check]))
 
 
+def test_more_than_may_be_skipped(llava, tmp_path):
+    rewrite(llava, lambda n, row: row if n % 2 else row | {"conversations": row["conversations"][:1]})
+    faults = dataclasses.replace(settings(llava).faults, policies={"order": "skip"}, most_skipped=0.01)
+    run = open_without_weights(dataclasses.replace(settings(llava), faults=faults), tmp_path / "work")
+    with pytest.raises(MoextendError, match="^align: 12 of 24 conversations .* more than most_skipped = 0.01 allows"):
+        ready(run, ["align"])
+    rewrite(llava, lambda n, row: row | {"conversations": row["conversations"][:1]})
+    (tmp_path / "llava" / "data").rename(tmp_path / "gone")
+    with pytest.raises(MoextendError, match="^align: all 24 conversations looked at would be skipped"):
+        ready(run, ["align"])
+
+
 def test_questions_are_looked_at_before_anything_is_trained(llava, tmp_path):
     (llava / "3.png").write_bytes(b"no picture")
     asked = {"data": "llava_instruct", "questions": 24, "split": "train", "length": 0}

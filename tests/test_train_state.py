@@ -44,7 +44,7 @@ def run(source, tokenizer, arrays, monkeypatch):
     """Trains align for six steps with a checkpoint every three; `dies_at` cuts it off before that step."""
     seen: list[np.ndarray] = []
 
-    def train(folder: Path, *, dies_at: int | None = None, facts=FACTS):
+    def train(folder: Path, *, dies_at: int | None = None, facts=FACTS, **more):
         seen.clear()
         rows = batches(
             source,
@@ -63,7 +63,7 @@ def run(source, tokenizer, arrays, monkeypatch):
             return batch
 
         monkeypatch.setattr(loop, "place_rows", put)
-        job = tiny.job("align", folder, facts=facts, steps=6, checkpoint_every=3)
+        job = tiny.job("align", folder, facts=facts, steps=6, **{"checkpoint_every": 3, **more})
         model = tiny.structure(CONFIG)
         trained = loop.train_loop(model, place_leaves(model, arrays, job.mesh), rows, job)
         return trained, list(seen)
@@ -77,6 +77,27 @@ TIMES = {"seconds", "tokens_per_second", "step_seconds", "tflops_per_second", "p
 def lines(folder: Path) -> list[dict]:
     rows = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def test_two_steps_are_under_way_at_most(run, tmp_path: Path, monkeypatch):
+    """More lock up a CPU of several devices (`train/loop.py`)."""
+    steps, waited, make_step, wait = [], [], loop.make_step, jax.block_until_ready
+
+    def making(*args, **named):
+        program = make_step(*args, **named)
+
+        def step(*arguments):
+            assert len(steps) < 2 or steps[-2] in waited
+            state, metrics = program(*arguments)
+            steps.append(id(metrics))
+            return state, metrics
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", making)
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(id(tree)) or wait(tree))
+    run(tmp_path, log_every=100, checkpoint_every=100)
+    assert len(steps) == 6
 
 
 def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch, capsys):

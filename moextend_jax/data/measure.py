@@ -35,6 +35,11 @@ class Measured(NamedTuple):
     skipped: int
 
     @property
+    def read(self) -> int:
+        """How many were looked at."""
+        return len(self.tokens_n) + self.skipped + self.counts.total()
+
+    @property
     def length(self) -> int:
         """Tokens of the longest, rounded up."""
         return -(-int(self.tokens_n.max(initial=1)) // ROUNDED) * ROUNDED

@@ -76,9 +76,11 @@ def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
     """Of each row."""
     picture = _pictures(source.images)
     for example in source:
-        text = json.dumps([example.id, example.conversations])
-        hashed = Mark("", hashlib.sha256(text.encode()).hexdigest())
-        yield tuple(picture(ref.key) for ref in example.images) or (hashed,)
+        if example.images:
+            yield tuple(picture(ref.key) for ref in example.images)
+        else:
+            text = json.dumps([example.id, example.conversations])
+            yield (Mark("", hashlib.sha256(text.encode()).hexdigest()),)
 
 
 def _pictures(images: AnyImages) -> Callable[[str], Mark]:

@@ -111,7 +111,7 @@ def count_all(
         parts = [on_host(part).astype(np.int64) for part in counts]
         total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     if total is None:
-        raise MoextendError("no batch to count routing on: the held-out data set is empty")
+        raise MoextendError("no rows to count routing on; select.held_out or evaluate.questions chooses none")
     return Counts(*total)
 
 

@@ -13,13 +13,14 @@ from typing import Literal, NamedTuple
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import Source, check_shows_images
+from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import Read, open_source, source_of
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Run
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, StageSettings
 
 LOOKED_AT = 4096
 """Conversations of each data set that are encoded before the first step, where no length depends on all of them;
@@ -67,7 +68,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
             if results.patterns(stage.name, recipe=settings.recipe) == ("projector/*",):
                 check_shows_images(sources[stage.name], stage=stage.name)
     for reading, of_stages in readers.items():
-        problems.note(_refused(measured(reading), stages=of_stages))
+        problems.note(_refused(measured(reading), settings.faults, stages=of_stages))
     for check in checks:
         with problems:
             check(run)
@@ -183,10 +184,18 @@ def _measure(run: Run, read: Read, reading: Reading) -> Measured:
     )
 
 
-def _refused(measured: Measured, *, stages: Sequence[str]) -> Iterable[str]:
+def _refused(measured: Measured, faults: FaultSettings, *, stages: Sequence[str]) -> Iterable[str]:
+    names = ", ".join(stages)
     for kind, fault in measured.refused.items():
         more = f" ({measured.counts[kind]} are {kind})" if measured.counts[kind] > 1 else ""
-        yield f"{', '.join(stages)}: {fault}{more}"
+        yield f"{names}: {fault}{more}"
+    if measured.skipped == measured.read:
+        yield f"{names}: all {measured.read} conversations looked at would be skipped; `moextend data check` says why"
+    elif measured.skipped > faults.most_skipped * max(measured.read, LEAST_READ):
+        yield (
+            f"{names}: {measured.skipped} of {measured.read} conversations looked at would be skipped, more than "
+            f"most_skipped = {faults.most_skipped:g} allows; `moextend data check` names them"
+        )
 
 
 def _counted(run: Run, stage: Stage, measured: Measured, read: Read) -> tuple[StageSettings, str]:

@@ -109,6 +109,7 @@ def train_loop(
             tracer.announce(job.name, after=count, last=steps)
             meter = Meter(model.config, trains=job.trains, devices=list(mesh.devices.flat))
             compiling = preparing(f"compiling {job.name}")
+            last, before_last = None, None
             while count < steps:
                 count += 1
                 with no_bus_error():
@@ -117,10 +118,14 @@ def train_loop(
                 meter.note(batch)
                 if batch.faults_BG is not None:
                     counts_G = counts_G + batch.faults_BG.sum(0)
+                # Two steps under way and no more: where a CPU is several devices, the 33rd program started on one waits
+                # for the first, and may have taken the thread in which another device would have to end it.
+                jax.block_until_ready(before_last)
                 with tracer.step(count, state), compiling:
                     state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
                 tracer.after(count, metrics)
                 compiling = contextlib.nullcontext()
+                last, before_last = metrics, last
                 watch.note(count, host, metrics)
                 validates = bool(job.held_out) and (count % settings.validate_every == 0 or count == steps)
                 logs = validates or count % settings.log_every == 0 or count in (1, steps)
