@@ -295,7 +295,7 @@ def test_the_second_interrupt_leaves_at_once(tmp_path: Path, monkeypatch, listen
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == ["2", "4"]
 
 
-def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monkeypatch, listening, capsys):
+def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monkeypatch, listening):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -305,18 +305,14 @@ def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monke
     for step in ("300", "1200", "1300.orbax-checkpoint-tmp"):
         (work / "extend" / "checkpoints" / step).mkdir(parents=True)
 
-    def command(_: list[str]) -> int:
-        with run_module.working(tiny.run_settings(), work):
-            return 0
+    def message() -> str:
+        with pytest.raises(KeyboardInterrupt) as error, run_module.working(tiny.run_settings(), work):
+            pass
+        return str(error.value)
 
-    monkeypatch.setattr(cli, "call", command)
-    assert cli._code_of(["align"]) == 130
-    assert capsys.readouterr().err == (
-        f"moextend: interrupted; kept in {work}: align, extend until step 1200; the same command goes on from there\n"
-    )
+    assert message() == f"kept in {work}: align, extend until step 1200; the same command goes on from there"
     work = tmp_path / "empty"
-    assert cli._code_of(["align"]) == 130
-    assert "no stage had saved anything in" in capsys.readouterr().err
+    assert message().startswith(f"no stage had saved anything in {work}")
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads the configuration by it

@@ -123,9 +123,9 @@ def train_loop(
                 jax.block_until_ready(before_last)
                 with tracer.step(count, state), compiling:
                     state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
-                last, before_last = metrics, last
                 tracer.after(count, metrics)
                 compiling = contextlib.nullcontext()
+                last, before_last = metrics, last
                 watch.note(count, host, metrics)
                 validates = bool(job.held_out) and (count % settings.validate_every == 0 or count == steps)
                 logs = validates or count % settings.log_every == 0 or count in (1, steps)
