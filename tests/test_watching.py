@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,18 +162,34 @@ def traced_steps(folder: Path) -> set[int]:
     return steps
 
 
-def test_only_the_steps_that_are_named_are_traced(tmp_path: Path, capsys):
-    test_survival.train(tmp_path, profile="4:5")
-    assert traced_steps(tmp_path / "profile") == {4, 5}
-    assert f"traced: {tmp_path / 'profile'}" in capsys.readouterr().out
+def alone(code: str, folder: Path) -> str:
+    """What a process of its own prints: one that has asked libtpu for a topology, as tests of plans do, dies of a
+    trace."""
+    start = (
+        "from pathlib import Path\nfrom test_survival import train\nfrom test_watching import DiesAt\n"
+        f"folder = Path({str(folder)!r})\n"
+    )
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent)])
+    finished = subprocess.run(
+        [sys.executable, "-c", start + code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
-def test_a_trace_ends_with_what_fails_in_it_and_goes_on_from_where_a_run_does(tmp_path: Path):
-    test_survival.train(tmp_path / "cut", rows=DiesAt(6), profile="5:7", expect=KeyboardInterrupt)
-    assert traced_steps(tmp_path / "cut" / "profile") == {5}
-    test_survival.train(tmp_path / "again", rows=DiesAt(6), expect=KeyboardInterrupt)
-    test_survival.train(tmp_path / "again", profile="3:6")  # goes on from step 4
-    assert traced_steps(tmp_path / "again" / "profile") == {5, 6}
+def test_only_the_steps_that_are_named_are_traced(tmp_path: Path):
+    """Also where a run fails inside a trace, and where it goes on from a checkpoint."""
+    printed = alone(
+        "train(folder / 'a', profile='4:5')\n"
+        "train(folder / 'cut', rows=DiesAt(6), profile='5:7', expect=KeyboardInterrupt)\n"
+        "train(folder / 'again', rows=DiesAt(6), expect=KeyboardInterrupt)\n"
+        "train(folder / 'again', profile='3:6')  # goes on from step 4",
+        tmp_path,
+    )
+    steps = [traced_steps(tmp_path / name / "profile") for name in ("a", "cut", "again")]
+    assert steps == [{4, 5}, {5}, {5, 6}]
+    assert f"traced: {tmp_path / 'a' / 'profile'}" in printed
 
 
 def test_steps_that_are_over_or_never_come_are_named(tmp_path: Path, capsys):

@@ -1,6 +1,6 @@
 """A trace of some steps, for xprof: `settings.profiled` in, FOLDER/plugins/profile/DATE/HOST.xplane.pb out.
 
-Process 0 traces its own devices and its runtime. In the trace a step is a "train" with its number.
+Process 0 traces its own devices and its own Python. In the trace a step is a "train" with its number.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ class Tracer:
         """To be entered around a step; `before` is what it starts from, which a trace waits for."""
         if count in self.steps and not self._runs:
             jax.block_until_ready(before)
-            options = jax.profiler.ProfileOptions()
-            # JAX's tracer of Python walks the threads of all libraries, and has crashed where one of them was ending.
-            options.python_tracer_level = 0
-            jax.profiler.start_trace(str(self._here), profiler_options=options)
+            jax.profiler.start_trace(str(self._here))
             self._runs = True
         return jax.profiler.StepTraceAnnotation("train", step_num=count)
 
