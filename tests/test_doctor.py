@@ -54,7 +54,7 @@ def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monke
     versions["flax"] = ""
     assert by_part(doctor.packages())[core].verdict == "missing"
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["absent", "numpy"])  # in any version
-    assert by_part(doctor.packages())[core] == Finding(core, "absent -", "missing", "pip install 'moextend-jax'")
+    assert by_part(doctor.packages())[core] == Finding(core, "absent -", "missing", "pip install -e .")
     versions[core] = ""
     assert list(doctor.packages()) == [Finding(core, "not installed", "missing", "pip install -e .")]
 

@@ -612,7 +612,7 @@ def test_a_mixture_is_spelt_with_commas_and_weights(tmp_path: Path):
     assert parts_of(str(odd)) == [Part(str(odd))]
     for text, message in [
         ("a:1,b", "give every data set a weight, or none"), ("a,,b", "empty name"), (":3", "empty name"),
-        ("a:0", "a weight must be above 0"), ("a:nan", "above 0"), ("a:inf", "above 0"), ("", "empty name"),
+        ("a:0", "a weight must be above 0"), ("a:nan", "above 0"), ("a:inf", "above 0"), ("", "no data is named"),
     ]:  # fmt: skip
         with pytest.raises(MoextendError, match=message):
             parts_of(text)
@@ -727,7 +727,7 @@ def checked(data: str, **more: Any) -> list[Report]:
     return check(
         [reading],
         open_origin=lambda one: open_origin(one, data_dir=Path("none"), images=more.get("images")),
-        work=Work(tokenizer_folder=BASE, recipe=RECIPES["paper"], patches=4, size=8, readings=(), files={}),
+        work=Work(tokenizer=load_tokenizer(BASE), recipe=RECIPES["paper"], patches=4, size=8, readings=(), files={}),
         faults=STRICT,
         processes=more.get("processes", 0),
     )

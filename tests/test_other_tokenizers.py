@@ -12,12 +12,13 @@ import tiny
 import tiny_tokens
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import convert, train_state
+from moextend_jax.checkpoints import train_state
 from moextend_jax.config import ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
-from moextend_jax.evaluate.speak import prompt_batch, speak
+from moextend_jax.evaluate.speak import batch_of, encoded, speak
 from moextend_jax.generate import Sampling
 from moextend_jax.routing.stats import read_stats
+from moextend_jax.runs.askable import askable
 from moextend_jax.runs.export import open_workdir
 from moextend_jax.runs.models_of import open_model
 from moextend_jax.runs.run import Run, open_run, remember
@@ -50,12 +51,12 @@ def run(tmp_path) -> Run:
 
 
 def say(run: Run, which: str, **more) -> str:
-    options = {"prompt": "a?", "image": None, "max_new_tokens": 3, "sampling": Sampling(), "seed": 0} | more
-    return "".join(speak(run, which=which, **options))
+    return "".join(speak(askable(run, which), "a?", **{"max_new_tokens": 3, "sampling": Sampling(), **more}))
 
 
 def test_it_is_asked_in_its_own_template_and_continues_text_without_bos(run, tmp_path):
-    chat, plain = (prompt_batch(run, "a?", None, plain=plain) for plain in (False, True))
+    model = askable(run, "aligned")
+    chat, plain = (batch_of(model, encoded(model, "a?", images=0, plain=plain)) for plain in (False, True))
     assert run.tokenizer.decode(chat.ids_BL[0][chat.segments_BL[0] > 0]).endswith("user\na?\nassistant\n")
     assert plain.ids_BL[0, :3].tolist() == [*run.tokenizer.encode("a?"), 0]
     assert say(run, "aligned") == say(run, "aligned")
@@ -88,7 +89,7 @@ def test_an_import_keeps_template_and_ends(tmp_path):
     base = write_base(tmp_path / "base", template=tiny_tokens.GEMMA)
     attributes = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(attributes | {"eos_token_id": [2, 3]}))
-    convert.import_main([str(base), str(tmp_path / "imported")])
+    cli.call(["import", str(base), str(tmp_path / "imported")])
     assert not (tmp_path / "imported" / "config.json").exists()
     ours = open_run(settings(base), tmp_path / "one").tokenizer
     theirs = tiny.run_settings(base=str(tmp_path / "imported"), dtype="float32")

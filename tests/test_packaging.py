@@ -76,6 +76,8 @@ def test_the_entry_point_names_the_command_line():
 def test_every_import_of_the_package_is_a_requirement_or_of_an_extra():
     imported = set()
     for path in (ROOT / "moextend_jax").rglob("*.py"):
+        if "assets" in path.parts:  # copied into exported folders, never imported here
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:

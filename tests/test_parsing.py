@@ -181,7 +181,7 @@ def test_what_a_file_leaves_out_has_its_default_and_may_still_be_set(tmp_path: P
     steps = " ".join(f"--config.{stage}.steps=1" for stage in ("align", "extend", "finetune", "full"))
     settings = read(f"{tmp_path}/mine.py:large {steps} --config.mesh.data=4", OfRun).config
     assert settings.evaluate.data == "large" and settings.mesh == {"data": 4, "fsdp": -1, "expert": 1, "tensor": 1}
-    with pytest.raises(MoextendError, match=r"config\.align: steps must be set"):
+    with pytest.raises(MoextendError, match=r"config\.align: neither steps nor epochs is set"):
         read(f"{tmp_path}/mine.py", OfRun)
 
 

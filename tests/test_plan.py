@@ -20,7 +20,7 @@ from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
 from moextend_jax.mesh import mesh_shape
 from moextend_jax.models import flops
 from moextend_jax.plan import collectives, hlo, products, roofline, sizes, sweep, topology, traffic
-from moextend_jax.plan.command import plan_command
+from moextend_jax.plan.command import PlanOptions, plan_command
 from moextend_jax.settings import RunSettings, from_config_dict
 
 TINY = DecoderConfig(vocab_size=512, width=256, hidden=512, layers=4, heads=4, kv_heads=2, head_size=64)
@@ -293,7 +293,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> RunSettings:
 
 def test_a_plan_compiled_for_a_tpu(small: RunSettings, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
-    plan_command(small, stage="finetune", topology="v5p:2x2x1", as_json=True)
+    plan_command(PlanOptions(small, stage="finetune", topology="v5p:2x2x1", json=True))
     figures = json.loads(capsys.readouterr().out)
     held, counted = figures["bytes_per_chip"], figures["flops_per_step"]
     assert figures["fits"] and figures["chips"] == 4
@@ -337,9 +337,9 @@ def test_a_sweep_ranks_what_fits_and_keeps_within(small: RunSettings, monkeypatc
 
 
 @pytest.mark.parametrize("stage, name, match", [
-    ("finetune", "v5p:9x9x9", "libtpu|v5p:9x9x9"), ("select", "v5p:2x2x1", "stage"), (None, "v5p:2x2x1", "--stage"),
+    ("finetune", "v5p:9x9x9", "libtpu|v5p:9x9x9"), ("select", "v5p:2x2x1", "stage"),
 ])  # fmt: skip
 def test_mistakes_are_named(small: RunSettings, stage, name: str, match: str):
     pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
     with pytest.raises(MoextendError, match=match):
-        plan_command(small, stage=stage, topology=name)
+        plan_command(PlanOptions(small, stage=stage, topology=name))
