@@ -66,7 +66,7 @@ def _tensorboard(folder: Path, name: str, settings: dict[str, Any], resume_step:
 
 
 def _wandb(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     run_id = _run_id(folder, "wandb", resume_step, lambda: uuid.uuid4().hex[:8])
     run = wandb.init(
@@ -82,7 +82,7 @@ def _wandb(folder: Path, name: str, settings: dict[str, Any], resume_step: int) 
 
 
 def _trackio(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     run_name = _run_id(folder, "trackio", resume_step, lambda: f"{name}-{uuid.uuid4().hex[:8]}")
     run = trackio.init(
@@ -93,8 +93,8 @@ def _trackio(folder: Path, name: str, settings: dict[str, Any], resume_step: int
 
 def _mlflow(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
     """Goes to MLFLOW_TRACKING_URI, else into WORKDIR/mlflow.db."""
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric, Param
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+    from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
     client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.absolute().parent}/mlflow.db")
 
