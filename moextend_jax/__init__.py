@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moextend_jax.config import MoextendError
+from moextend_jax.machine import quiet_libtpu
 
 if TYPE_CHECKING:
     from moextend_jax.api import Model, Routing, open, run  # noqa: A004
@@ -20,6 +21,7 @@ __all__ = ["Model", "MoextendError", "Routing", "open", "run"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    quiet_libtpu()  # before JAX is imported
     return getattr(importlib.import_module("moextend_jax.api"), name)
 
 

@@ -28,8 +28,8 @@ TrainingData = Sets(tuple(f"{RESULTS[name].settings}.data" for name in training(
 
 NEXT = """next:
   moextend generate --workdir {workdir} --image FILE "what is this?"
-  moextend export {workdir} NEW_FOLDER
-  moextend run own --data FILE --images FOLDER --workdir work/own"""
+  moextend export {workdir} NEW_FOLDER --layout hf
+  moextend run own --data FILE --images FOLDER --workdir NEW_WORKDIR"""
 """What to try when a run has ended."""
 
 
