@@ -17,16 +17,15 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
+from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_no_image
 from moextend_jax.data.faults import KINDS, FaultSettings
 from moextend_jax.data.inspector import UNLIMITED, Reading, Work
-from moextend_jax.data.tokenizer import tokenizer_of
-from moextend_jax.data.writing import encoder_of
 from moextend_jax.runs.ready import row_problems, too_many_questions
 from moextend_jax.runs.results import RESULTS, patterns, result, training
+from moextend_jax.runs.run import tokenizer_of_base
 from moextend_jax.settings import RunSettings, StageSettings
 
 
@@ -47,10 +46,8 @@ def check_command(
     vision = base.config.vision
     if vision is None:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
-    tokenizer = tokenizer_of(tokenizer_folder(settings.base), base.config)
-    encoder_of(tokenizer, settings.recipe)
     work = Work(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of_base(settings, base),
         recipe=settings.recipe,
         patches=vision.patches,
         size=vision.image_size,

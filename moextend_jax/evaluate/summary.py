@@ -93,20 +93,22 @@ def evaluate(run: Run) -> dict[str, Any]:
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
     trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
-    models = {name: askable(run, name) for name in ("base", *trained)}
-    with counting("evaluate", (len(models) - 1) * len(prompted), unit="questions") as bar:
-        for name, opened in models.items():
-            pictures = None
-            if MODELS[name].sees:
-                # A tower that was trained has no cached features.
-                pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
-                asker = asker_of(opened, pictures=pictures)
-                answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
-            if answer_stage is not None:
-                answer_losses[name] = _answer_loss(run, opened, source, stage=answer_stage, images=pictures)
-            if not MODELS[name].text_is_bases:
-                losses[name] = _text_losses(run, opened)
 
+    def ask(name: str, bar: Bar) -> None:
+        opened, pictures = askable(run, name), None  # gone when the next is opened: memory need not hold all
+        if MODELS[name].sees:
+            # A tower that was trained has no cached features.
+            pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
+            asker = asker_of(opened, pictures=pictures)
+            answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
+        if answer_stage is not None:
+            answer_losses[name] = _answer_loss(run, opened, source, stage=answer_stage, images=pictures)
+        if not MODELS[name].text_is_bases:
+            losses[name] = _text_losses(run, opened)
+
+    with counting("evaluate", len(trained) * len(prompted), unit="questions") as bar:
+        for name in ("base", *trained):
+            ask(name, bar)
     right = [item.question.answer for item in prompted]
     summary: dict[str, Any] = {
         "data": asked.title,
@@ -116,13 +118,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
     if answer_losses:
         summary["answer_loss"] = answer_losses
-    if "moextend" in models:
-        in_batches = functools.partial(_batches, run, images=images)
-        _write_routing(run, models["moextend"], in_batches(prompted))
+    if "moextend" in trained:
+        opened, in_batches = askable(run, "moextend"), functools.partial(_batches, run, images=images)
+        _write_routing(run, opened, in_batches(prompted))
         pictured = [row for row, item in enumerate(prompted) if item.prompt.images][: settings.examples]
         examples = [prompted[row] for row in pictured]
-        predictions = {name: [given[row] for row in pictured] for name, given in answers.items() if name in models}
-        _write_examples(run, models["moextend"], examples, in_batches(examples), predictions, source.images)
+        predictions = {name: [given[row] for row in pictured] for name, given in answers.items() if name in trained}
+        _write_examples(run, opened, examples, in_batches(examples), predictions, source.images)
     return summary
 
 

@@ -16,6 +16,7 @@ from moextend_jax.data.datasets import Source, check_shows_images
 from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
+from moextend_jax.models.mixtral import check_length
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import Read, open_source, source_of
 from moextend_jax.runs.results import Data
@@ -77,8 +78,11 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     for stage in stages:
         counted, line = _counted(run, stage, measured(_reading(settings, stage)), read)
         filled[stage.group] = counted
+        with problems:
+            check_length(counted.length, run.config.decoder)
         if line and stage.name in names and distributed.first():
             print(f"{stage.name}: {line}")
+    problems.raise_any()
     return dataclasses.replace(run, settings=dataclasses.replace(settings, **filled))
 
 

@@ -22,7 +22,7 @@ from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.hashes import base_hash
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
+from moextend_jax.checkpoints.loading import Source, open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
@@ -108,9 +108,7 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     for note in source.notes if distributed.first() else ():
         print(f"moextend: {settings.base}: {note}", file=sys.stderr)
     config = dataclasses.replace(source.config, **settings.model_options)
-    ends = ends_of(source.record.attributes.get("decoder", {}))
-    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config, ends=ends)
-    encoder_of(tokenizer, settings.recipe)  # a template that is missing is no one conversation's fault
+    tokenizer = tokenizer_of_base(settings, source)
     config = dataclasses.replace(config, tags=tokenizer.tags)
     with preparing(f"reading {settings.base}"):
         pretrained = read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
@@ -125,6 +123,15 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         base_hash=digest,
         mesh=mesh,
     )
+
+
+def tokenizer_of_base(settings: RunSettings, source: Source) -> Tokenizer:
+    """That of the opened base `source`; an error where it has no template for the recipe, which is no one
+    conversation's fault."""
+    ends = ends_of(source.record.attributes.get("decoder", {}))
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), source.config, ends=ends)
+    encoder_of(tokenizer, settings.recipe)
+    return tokenizer
 
 
 @contextlib.contextmanager
