@@ -85,17 +85,23 @@ def check_command(
 
 def problems_of(settings: RunSettings, reports: Sequence[Report], *, layers: int) -> list[str]:
     """What `moextend run` would refuse before its first step though every row is sound: too few of them, no picture."""
-    read = {name: report for report in reports if not report.error for name in report.reading.stages}
-    rows = {name: report.rows for name, report in read.items() if name in RESULTS}
+    read: dict[str, list[Report]] = {}  # of each that reads: a mixture has a report for each of its data sets
+    for report in reports:
+        for name in report.reading.stages:
+            read.setdefault(name, []).append(report)
+    read = {name: parts for name, parts in read.items() if not any(report.error for report in parts)}
+    counts = {name: sum(report.rows for report in parts) for name, parts in read.items()}
+    rows = {name: count for name, count in counts.items() if name in RESULTS}
     if "extend" in rows:  # of whose data the samples are
         rows["select"] = rows["extend"]
     problems = row_problems(settings, rows=rows, layers=layers)
     for name in read.keys() & RESULTS.keys():
-        if patterns(name, recipe=settings.recipe) == ("projector/*",) and not read[name].images:
-            problems.append(str(shows_no_image(name, read[name].rows)))
+        pictured = any(report.images for report in read[name])
+        if patterns(name, recipe=settings.recipe) == ("projector/*",) and not pictured:
+            problems.append(str(shows_no_image(name, counts[name])))
     evaluate = settings.evaluate
-    if evaluate.data and "evaluate" in read and read["evaluate"].rows < evaluate.questions:
-        problems.append(str(too_many_questions(evaluate, read["evaluate"].rows)))
+    if evaluate.data and counts.get("evaluate", evaluate.questions) < evaluate.questions:
+        problems.append(str(too_many_questions(evaluate, counts["evaluate"])))
     return problems
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from moextend_jax import distributed
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import Features, Pixels, batches
-from moextend_jax.data.datasets import Source, hold_out, is_packaged, open_dataset, short_name
+from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.forms import base_split, parts_of
@@ -64,7 +64,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
         source = without(source, unseen)
     if data.part == "all":
         return source
-    samples = rows_of_part(run.settings.select.held_out, len(source), setting="select.held_out")
+    samples = rows_of_part(run.settings.select.held_out, len(distinct(source)), setting="select.held_out")
     return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
 
 
