@@ -160,6 +160,8 @@ def test_rows_that_are_longer_than_the_window_of_the_base(llava, tmp_path):
     with pytest.raises(MoextendError, match="^rows of 64 tokens: the model was made for a sliding window of 40"):
         next(make_all(dataclasses.replace(run, config=narrow)))
     assert not list(tmp_path.glob("align"))
+    with pytest.raises(MoextendError, match="^rows of 256 tokens: the model was made for a sliding window of 40"):
+        summary.check(dataclasses.replace(run, config=narrow))  # of held-out text
 
 
 def test_more_than_may_be_skipped(llava, tmp_path):

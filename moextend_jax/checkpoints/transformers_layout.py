@@ -129,8 +129,8 @@ def _text_attributes(source: Source) -> dict[str, Any]:
     decoder, recorded = source.config.decoder, source.record.attributes.get("decoder", {})
     dtype = str(source.leaves["decoder/embed"].dtype)
     own = huggingface.decoder_attributes(decoder, dtype=dtype)
-    kept = {name: recorded[name] for name in KEPT if recorded.get(name) is not None}
-    return {name: value for name, value in (own | kept).items() if name not in ("architectures", "torch_dtype")} | {
+    carried = {name: recorded[name] for name in KEPT if recorded.get(name) is not None}
+    return {name: value for name, value in (own | carried).items() if name not in ("architectures", "torch_dtype")} | {
         "dtype": dtype
     }
 

@@ -29,6 +29,7 @@ from moextend_jax.evaluate.prompts import Prompt, bucket
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
+from moextend_jax.models.mixtral import check_length
 from moextend_jax.parameters import with_arrays
 from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs.askable import Askable, askable
@@ -61,11 +62,13 @@ class Asked(NamedTuple):
 
 def check(run: Run) -> None:
     """Raises a MoextendError for what `evaluate` would find wrong with its questions, before any model is there."""
-    asked = _asked(run)
+    asked, settings = _asked(run), run.settings.evaluate
     try:
-        _prompted_questions(run, asked, pixels_of(run, asked.source))
+        prompted, _ = _prompted_questions(run, asked, pixels_of(run, asked.source))
     except Fault as fault:
         raise MoextendError(f"evaluate: {fault}") from fault
+    longest = settings.max_new_tokens + max(len(item.prompt.ids_L) for item in prompted)
+    check_length(max(longest, settings.text_length), run.config.decoder)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -218,9 +221,9 @@ def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> lis
 
 def _answer_stage(run: Run, source: Source) -> StageSettings:
     """How the answers of some rows are read: as finetune trains them, each in a row of its own that holds all of it."""
-    whole = {"length": 0, "images_per_row": 0, "conversations_per_row": 1, "conversation_length": 0, "accumulate": 1}
+    alone = {"length": 0, "images_per_row": 0, "conversations_per_row": 1, "conversation_length": 0, "accumulate": 1}
     rows = run.settings.evaluate.text_batch_size
-    stage = dataclasses.replace(run.settings.finetune, batch_size=rows, **whole)
+    stage = dataclasses.replace(run.settings.finetune, batch_size=rows, **alone)
     measured = measure(
         source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, patches=run.patches,
         faults=run.settings.faults,

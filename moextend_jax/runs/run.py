@@ -55,8 +55,8 @@ class Run:
     """A checkpoint of another work directory, for the stage that it is of."""
 
     def __repr__(self) -> str:
-        there = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
-        return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {there})"
+        names = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
+        return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {names})"
 
     @property
     def patches(self) -> int:
@@ -160,10 +160,10 @@ def working(
         try:
             yield dataclasses.replace(open_run(settings, workdir), resume_from=resume_from)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(kept(workdir)) from None
+            raise KeyboardInterrupt(left_in(workdir)) from None
 
 
-def kept(workdir: Path) -> str:
+def left_in(workdir: Path) -> str:
     """What an interrupted command leaves in a work directory, in words."""
     standing = []
     for name in results.training():
