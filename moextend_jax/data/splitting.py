@@ -57,7 +57,7 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
             raise MoextendError(f"{setting}: all {len(once)} rows share pictures, so none can be held out unseen")
         chosen[min(groups, key=lambda group: len(group[1]))[1]] = True
     held_out = select(once, np.flatnonzero(chosen))
-    rest = ~chosen if once is source else ~np.isin(source.picked, held_out.picked)
+    rest = ~chosen if once is source else ~np.isin(np.asarray(source.picked), np.asarray(held_out.picked))
     return HoldOut(held_out, select(source, np.flatnonzero(rest)))
 
 
