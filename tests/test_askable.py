@@ -23,6 +23,7 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate import chat, speak
 from moextend_jax.evaluate.forgetting import base_and
+from moextend_jax.routing.command import CollectOptions, _batches
 from moextend_jax.runs.askable import Askable, askable, evaluating, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run, open_run
@@ -76,6 +77,17 @@ def test_a_result_answers_the_same_from_every_folder(run: Run, trained: Askable,
         np.testing.assert_array_equal(opened.arrays[path], leaf, err_msg=path)
     assert said(opened, picture) == said(trained, picture) != ""
     assert said(opened) == said(trained) != said(trained, picture)
+
+
+def test_routing_leaves_out_what_the_run_leaves_out(run: Run, trained: Askable, picture: Path, tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(picture.read_bytes())
+    (tmp_path / "b.png").write_bytes(picture.read_bytes()[:60])
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a shape"}]
+    data, out = tmp_path / "own.json", tmp_path / "out.npz"
+    data.write_text(json.dumps([{"image": name, "conversations": turns} for name in ("a.png", "b.png")]))
+    options = CollectOptions(workdir=run.workdir, data=str(data), data_dir=str(tmp_path / "data"), length=64, out=out)
+    (batch,) = _batches(options, trained)
+    assert (batch.segments_BL > 0).any(axis=1).sum() == 1
 
 
 def test_the_recipe_of_a_released_checkpoint_is_the_released_code_s_unless_an_export_says_otherwise(tmp_path: Path):
