@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import json
@@ -22,9 +21,11 @@ from moextend_jax.data.datasets import AnyImages, Example, Source, open_text
 from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.forms import parts_of
+from moextend_jax.data.images import framed
 from moextend_jax.data.measure import measure
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.pictures import PIXELS, as_png
 from moextend_jax.evaluate.prompts import Prompt, bucket
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
@@ -290,17 +291,18 @@ def _write_examples(
     experts, extension = run.config.decoder.experts, opened.model.config.extension
     assert extension is not None
     picks = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing.ids_Tk, mesh=run.mesh)
-    grid = round(run.patches**0.5)
+    grid, preparation = round(run.patches**0.5), run.settings.recipe.image_preparation
     records: list[dict[str, Any]] = []
     for batch in batches:
         ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
         chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
         share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
         for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):
+            picture = images.decoded(question.example.images[0].row).picture  # of which the grid is
             share_P = share_BL[row][batch.patches_BL[row] >= 0][: grid * grid]
             records.append(
                 {
-                    "image_png": base64.b64encode(images[question.example.images[0].row].encoded).decode(),
+                    "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), preparation=preparation)),
                     "question": question.text.replace("<image>", "").strip(),
                     "answer": question.answer,
                     "predictions": {name: answers[len(records)] for name, answers in predictions.items()},
