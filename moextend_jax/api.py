@@ -123,9 +123,9 @@ class Model:
         """
         turns, images = [], []
         for message in messages:
-            turn, shown = _turn(message)
+            turn, pictures = _turn(message)
             turns.append(turn)
-            images += shown
+            images += pictures
         sampling = Sampling(options.pop("temperature", 0.0), options.pop("top_k", 0))
         options = {"max_new_tokens": 64} | options
         return "".join(speak(self._opened, turns, images=images, plain=False, sampling=sampling, **options))
@@ -163,15 +163,15 @@ class Model:
 
     def _together(self, texts: Sequence[str], images: Sequence[Picture | None], **options: Any) -> list[str]:
         opened, most = self._opened, options.pop("max_new_tokens")
-        shown = [image for image in images if image is not None]
-        numbers = iter(range(len(shown)))
+        present = [image for image in images if image is not None]
+        numbers = iter(range(len(present)))
         prompts = []
         for text, image in zip(texts, images, strict=True):
             own = () if image is None else (next(numbers),)
             turns = told(options["system"], text, images=len(own))
             prompts.append(as_prompt(encoded(opened, turns, images=len(own), plain=options["plain"]), images=own))
         answers = [""] * len(prompts)
-        pictures = _Shown(np.stack([pixels(opened, image) for image in shown])) if shown else None
+        pictures = _Shown(np.stack([pixels(opened, image) for image in present])) if present else None
         for completed in asker_of(opened, pictures=pictures).complete(prompts, max_new_tokens=most):
             for index, ids in completed:
                 answers[index] = opened.tokenizer.decode(ids)

@@ -17,16 +17,15 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
+from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_no_image
 from moextend_jax.data.faults import KINDS, FaultSettings
 from moextend_jax.data.inspector import UNLIMITED, Reading, Work
-from moextend_jax.data.tokenizer import tokenizer_of
-from moextend_jax.data.writing import encoder_of
 from moextend_jax.runs.ready import row_problems, too_many_questions
 from moextend_jax.runs.results import RESULTS, patterns, result, training
+from moextend_jax.runs.run import tokenizer_of_base
 from moextend_jax.settings import RunSettings, StageSettings
 
 
@@ -47,10 +46,8 @@ def check_command(
     vision = base.config.vision
     if vision is None:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
-    tokenizer = tokenizer_of(tokenizer_folder(settings.base), base.config)
-    encoder_of(tokenizer, settings.recipe)
     work = Work(
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of_base(settings, base),
         recipe=settings.recipe,
         patches=vision.patches,
         size=vision.image_size,
@@ -88,17 +85,23 @@ def check_command(
 
 def problems_of(settings: RunSettings, reports: Sequence[Report], *, layers: int) -> list[str]:
     """What `moextend run` would refuse before its first step though every row is sound: too few of them, no picture."""
-    read = {name: report for report in reports if not report.error for name in report.reading.stages}
-    rows = {name: report.rows for name, report in read.items() if name in RESULTS}
+    read: dict[str, list[Report]] = {}  # of each that reads: a mixture has a report for each of its data sets
+    for report in reports:
+        for name in report.reading.stages:
+            read.setdefault(name, []).append(report)
+    read = {name: parts for name, parts in read.items() if not any(report.error for report in parts)}
+    counts = {name: sum(report.rows for report in parts) for name, parts in read.items()}
+    rows = {name: count for name, count in counts.items() if name in RESULTS}
     if "extend" in rows:  # of whose data the samples are
         rows["select"] = rows["extend"]
     problems = row_problems(settings, rows=rows, layers=layers)
     for name in read.keys() & RESULTS.keys():
-        if patterns(name, recipe=settings.recipe) == ("projector/*",) and not read[name].images:
-            problems.append(str(shows_no_image(name, read[name].rows)))
+        pictured = any(report.images for report in read[name])
+        if patterns(name, recipe=settings.recipe) == ("projector/*",) and not pictured:
+            problems.append(str(shows_no_image(name, counts[name])))
     evaluate = settings.evaluate
-    if evaluate.data and "evaluate" in read and read["evaluate"].rows < evaluate.questions:
-        problems.append(str(too_many_questions(evaluate, read["evaluate"].rows)))
+    if evaluate.data and counts.get("evaluate", evaluate.questions) < evaluate.questions:
+        problems.append(str(too_many_questions(evaluate, counts["evaluate"])))
     return problems
 
 

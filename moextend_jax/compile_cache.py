@@ -54,10 +54,10 @@ def prune(place: Path, *, most: int) -> None:
         except FileNotFoundError:  # another process prunes too
             continue
     entries.sort(key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime), reverse=True)
-    kept = 0
+    total = 0
     for status, path in entries:
-        kept += status.st_size
-        if kept > most:
+        total += status.st_size
+        if total > most:
             path.unlink(missing_ok=True)
 
 

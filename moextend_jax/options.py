@@ -118,13 +118,13 @@ def describe(kind: Any, settings: Mapping[str, Any] | None, *, command: str, doe
     lines = [" ".join(["moextend", command, *usage, "[--OPTION VALUE ...]"]), "", *row("", does, indent=0), ""]
     for option in options:
         nothing = any(option.default is value for value in (None, False, ()))
-        lines += _rows(option, needed="needed", default="" if nothing else f"default {shown(option.default)}")
+        lines += _rows(option, needed="needed", default="" if nothing else f"default {as_written(option.default)}")
     if any(option.name == "config" for option in options):
         whose = "the defaults are this configuration's" if settings else "--config NAME --help shows its own"
         lines += ["", f"Settings, any of which may be given too ({whose}):", ""]
         for option in settings_of(settings):
             lines += _rows(
-                option, needed="set by each configuration", default=f"default {shown(option.default)}", indent=8
+                option, needed="set by each configuration", default=f"default {as_written(option.default)}", indent=8
             )
     return "\n".join(lines)
 
@@ -165,7 +165,7 @@ def allowed(kind: Any) -> str:
     return {int: "whole number", float: "number"}.get(kind, "")
 
 
-def shown(value: Any) -> str:
+def as_written(value: Any) -> str:
     """A default as one would write it."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {part}" for name, part in value.items()) or "none"

@@ -23,6 +23,7 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate import chat, speak
 from moextend_jax.evaluate.forgetting import base_and
+from moextend_jax.routing.command import CollectOptions, _batches
 from moextend_jax.runs.askable import Askable, askable, evaluating, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run, open_run
@@ -78,11 +79,27 @@ def test_a_result_answers_the_same_from_every_folder(run: Run, trained: Askable,
     assert said(opened) == said(trained) != said(trained, picture)
 
 
+def test_routing_leaves_out_what_the_run_leaves_out(run: Run, trained: Askable, picture: Path, tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(picture.read_bytes())
+    (tmp_path / "b.png").write_bytes(picture.read_bytes()[:60])
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a shape"}]
+    data, out = tmp_path / "own.json", tmp_path / "out.npz"
+    data.write_text(json.dumps([{"image": name, "conversations": turns} for name in ("a.png", "b.png")]))
+    options = CollectOptions(workdir=run.workdir, data=str(data), data_dir=str(tmp_path / "data"), length=64, out=out)
+    (batch,) = _batches(options, trained)
+    assert (batch.segments_BL > 0).any(axis=1).sum() == 1
+
+
 def test_the_recipe_of_a_released_checkpoint_is_the_released_code_s_unless_an_export_says_otherwise(tmp_path: Path):
     folder = folders.released(tmp_path / "released")
     assert open_place(Place(checkpoint=folder)).recipe == RECIPES["released"]
     assert open_place(Place(checkpoint=folder, recipe="paper")).recipe == RECIPES["paper"]
     attributes = json.loads((folder / "config.json").read_text())
+    recorded = {"recipe": dataclasses.asdict(RECIPES["paper"])}
+    (folder / "config.json").write_text(json.dumps(attributes | {"moextend": recorded}))
+    assert open_place(Place(checkpoint=folder)).recipe == RECIPES["paper"]
+    with pytest.raises(MoextendError, match="knows its recipe: leave --recipe out"):
+        open_place(Place(checkpoint=folder, recipe="released"))
     for wrong, message in (({"recipe": {"prompt": "?"}}, "prompt = '?'"), (3, "is not what an export writes"),
                            ({"text_isolation": "some"}, "text_isolation = 'some'")):  # fmt: skip
         (folder / "config.json").write_text(json.dumps(attributes | {"moextend": wrong}))

@@ -135,6 +135,24 @@ def test_what_a_run_would_refuse_of_sound_data_is_said_too(folder, capsys):
     assert "cannot hold out 18 of 1 rows" in checked(run, capsys)[1]["problems"][0]
 
 
+def test_rows_of_a_mixture_are_those_of_all_its_data(folder, capsys):
+    (folder / "images" / "3.jpg").write_bytes((folder / "images" / "0.jpg").read_bytes())
+    rows = json.loads((folder / "llava_v1_5_mix665k.json").read_text())
+    rows = [row for row in rows if row["id"] != "row5"]
+    texts = [{"id": "t", "conversations": [{"from": "human", "value": "what?"}, rows[0]["conversations"][1]]}]
+    for name, content in (("pictures", rows), ("texts", texts)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    run = settings(folder)
+    data = f"{folder}/pictures.json:0.9,{folder}/texts.json:0.1"
+    stage = dataclasses.replace(run.finetune, data=data)
+    run = dataclasses.replace(run, align=stage, extend=stage, finetune=stage, full=stage)
+    asked = dataclasses.replace(run.evaluate, data=data, split="train", questions=20)
+    code, record = checked(dataclasses.replace(run, evaluate=asked), capsys)
+    assert (code, record["problems"]) == (0, []), record
+    many = dataclasses.replace(run, evaluate=dataclasses.replace(asked, questions=21))
+    assert checked(many, capsys)[1]["problems"][0].endswith("texts.json:0.1 has 20 rows")
+
+
 def test_lengths_that_the_data_decide_limit_nothing(folder, capsys):
     for path in folder.glob("*.json"):
         rows = [row for row in json.loads(path.read_text()) if row["id"] not in ("row3", "row5")]

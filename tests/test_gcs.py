@@ -19,7 +19,8 @@ import moextend_jax as mx
 from moextend_jax import cli, folders
 from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
-from moextend_jax.config import MoextendError
+from moextend_jax.checkpoints.transformers_layout import folder_of_model
+from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.runs.run import open_run, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
@@ -284,6 +285,10 @@ def test_the_tokenizer_of_a_bucket_is_copied_to_this_machine(bucket: Path):
     assert not folders.is_url(folder) and tokenizer_folder(str(bucket.parent / "tokenizer")) == folder
     assert {path.name for path in folder.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
     assert (folder / "tokenizer.model").read_bytes() == (EMBEDDED / "tokenizer.model").read_bytes()
+    source = open_base("embedded", "embedded", feature_layer=-2)
+    files = {name: bucket.parent / "tokenizer" / name for name in ("tokenizer.model", "tokenizer_config.json")}
+    away = folder_of_model(source._replace(files=files), recipe=RECIPES["paper"])  # export --layout hf
+    assert away.json_files == folder_of_model(source, recipe=RECIPES["paper"]).json_files
 
 
 @pytest.mark.slow

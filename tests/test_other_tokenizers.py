@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import tiny
 import tiny_tokens
+from rich.console import Console
 
 from moextend_jax import cli
+from moextend_jax.check_data import check_command
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
@@ -22,6 +24,7 @@ from moextend_jax.runs.askable import askable
 from moextend_jax.runs.export import open_workdir
 from moextend_jax.runs.models_of import open_model
 from moextend_jax.runs.run import Run, open_run, remember
+from moextend_jax.settings import SelectSettings
 
 # ml_collections reads a configuration file through a method of importlib that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -96,6 +99,25 @@ def test_an_import_keeps_template_and_ends(tmp_path):
     imported = open_run(theirs, tmp_path / "two").tokenizer
     assert ours.ends[:2] == imported.ends[:2] == (2, 3) and 5 in imported.ends
     assert imported.templates["own"].source == tiny_tokens.GEMMA and imported.tags == ours.tags
+
+
+def test_data_check_takes_the_ends_that_an_import_remembers(tmp_path, capsys):
+    """Of a base whose config.json alone says what ends an answer."""
+    base = write_base(tmp_path / "base", template=tiny_tokens.GEMMA, eos_token=None)
+    attributes = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(attributes | {"eos_token_id": 2}))
+    (base / "generation_config.json").unlink(missing_ok=True)
+    cli.call(["import", str(base), str(tmp_path / "imported")])
+    run = dataclasses.replace(settings(base), base=str(tmp_path / "imported"), vision="")
+    rows = dataclasses.replace(run.align, data="llava_instruct", split="train")
+    asked = dataclasses.replace(run.evaluate, data="llava_instruct", split="train", questions=2, length=0)
+    run = dataclasses.replace(
+        run, align=rows, extend=rows, finetune=rows, full=rows, evaluate=asked,
+        manual_dir=str(tiny.write_llava(tmp_path / "llava")), select=SelectSettings(held_out=2),
+    )  # fmt: skip
+    capsys.readouterr()
+    check_command(run, data_dir=None, processes=0, as_json=True, console=Console(quiet=True))
+    assert all(reading["error"] is None for reading in json.loads(capsys.readouterr().out)["data"])
 
 
 def test_routing_of_a_text(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import math
 import shutil
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 from moextend_jax import cli
 from moextend_jax.checkpoints.hashes import content_hash
@@ -180,6 +183,7 @@ def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_
             {"from": "human", "value": "Which is it?"}, {"from": "gpt", "value": "number 4"},
         ]}  # fmt: skip
         path.write_text(json.dumps(entries))
+    Image.new("RGB", (40, 20), (0, 90, 0)).save(llava / "0.png")  # the report's grid is of the square around it
     settings = {
         "finetune.data": "llava_instruct", "finetune.split": "train", "evaluate.data": "llava_instruct",
         "evaluate.split": "train", "evaluate.questions": 7, "evaluate.examples": 6, "manual_dir": llava,
@@ -190,7 +194,9 @@ def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_
     assert "1 of 7 questions are left out: 1 order" in capsys.readouterr().out
     record = json.loads((tmp_path / "work" / "summary.json").read_text())
     assert record["accuracy"]["questions"] == 6
-    assert len(json.loads((tmp_path / "work" / "examples.json").read_text())) == 5  # those with an image
+    examples = json.loads((tmp_path / "work" / "examples.json").read_text())
+    pictures = [Image.open(io.BytesIO(base64.b64decode(example["image_png"]))) for example in examples]
+    assert sorted(picture.size for picture in pictures) == [(32, 32)] * 4 + [(40, 40)]  # those with an image
     routing = json.loads((tmp_path / "work" / "finetune" / "routing.json").read_text())
     assert routing["tokens"]["image"] == 5 * 4  # every question once, and no row that only fills a batch
     assert sum(routing["counts"]["text"][0]) == 2 * routing["tokens"]["text"]

@@ -153,6 +153,17 @@ def test_data_that_a_later_stage_would_refuse(llava, tmp_path, change, said: str
         next(make_all(open_without_weights(settings(llava), tmp_path / "work"), checks=[summary.check]))
 
 
+def test_rows_that_are_longer_than_the_window_of_the_base(llava, tmp_path):
+    run = open_without_weights(settings(llava, finetune={"length": 64}), tmp_path)
+    narrow = dataclasses.replace(run.config, decoder=dataclasses.replace(run.config.decoder, window=40))
+    ready(dataclasses.replace(run, config=narrow), ["align", "extend"])
+    with pytest.raises(MoextendError, match="^rows of 64 tokens: the model was made for a sliding window of 40"):
+        next(make_all(dataclasses.replace(run, config=narrow)))
+    assert not list(tmp_path.glob("align"))
+    with pytest.raises(MoextendError, match="^rows of 256 tokens: the model was made for a sliding window of 40"):
+        summary.check(dataclasses.replace(run, config=narrow))  # of held-out text
+
+
 def test_more_than_may_be_skipped(llava, tmp_path):
     rewrite(llava, lambda n, row: row if n % 2 else row | {"conversations": row["conversations"][:1]})
     faults = dataclasses.replace(settings(llava).faults, policies={"order": "skip"}, most_skipped=0.01)

@@ -176,6 +176,12 @@ def test_questions_and_configuration_cannot_inject_markup(tmp_path):
     assert parser.fetched == [] and parser.scripts == []
 
 
+def test_answers_are_right_as_accuracy_counts_them(tmp_path):
+    put(tmp_path / "examples.json", [{**example(), "predictions": {"aligned": "red", "moextend": " Blue. "}}])
+    page = write_report(tmp_path).read_text()
+    assert (page.count("✓</i></span>"), page.count("✗</i></span>")) == (1, 1)
+
+
 def test_an_image_that_is_none_is_refused(tmp_path):
     put(tmp_path / "examples.json", [{**example(), "image_png": '"><script>alert(1)</script>'}])
     with pytest.raises(MoextendError, match=r"examples\.json"):

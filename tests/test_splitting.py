@@ -9,7 +9,7 @@ import pytest
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.builders import ImageRef
-from moextend_jax.data.datasets import Example, Images, Source, mix
+from moextend_jax.data.datasets import Example, Images, Source, distinct, mix
 from moextend_jax.data.image_files import ImageFolder
 from moextend_jax.data.splitting import Mark, hold_out_pictures, marks_of, rows_of_part, without
 
@@ -62,6 +62,16 @@ def test_the_choice_belongs_to_the_pictures_and_not_to_the_order_or_number_of_ro
     first = marks(split(source(*keys), 5).held_out)
     assert len(first) == 5 and first == marks(split(source(*reversed(keys)), 5).held_out)
     assert len(first & marks(split(source(*keys, *keys.upper()), 10).held_out)) >= 3  # of 5, whatever was added
+
+
+def test_rows_that_a_mixture_repeats_count_once():
+    mixed = mix([source(*"abcdefgh"), source("x", "y", folder="others")], weights=[1, 1], names=["few", "many"])
+    assert len(mixed) == 16 and len(distinct(mixed)) == 10
+    held_out, rest = split(mixed, 9)
+    assert len(held_out) == 9 and marks(held_out).isdisjoint(marks(rest))
+    assert len(rest) in (1, 4)  # one of eight, or one of the two, which come four times
+    with pytest.raises(MoextendError, match="cannot hold out 10 of 10 rows"):
+        split(mixed, 10)
 
 
 def test_pictures_with_more_rows_than_are_wanted():

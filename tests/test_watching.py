@@ -142,6 +142,14 @@ def test_rows_that_a_stage_trains_on_are_not_held_out():
     evaluate = EvaluateSettings(data="own", split="train[90%:]", questions=1)
     run = cast(Run, type("R", (), {"settings": dataclasses.replace(settings, finetune=stage, evaluate=evaluate)}))
     assert held_out_source(run) is None  # whether two parts of a split overlap is not looked into
+    for data, asked in (
+        ("a.json:0.7,own:0.3", "own"),
+        ("own", "./own,b.json"),
+        ("easy_vqa/captions", "easy_vqa/questions"),
+    ):
+        both = dataclasses.replace(stage, data=data), dataclasses.replace(evaluate, data=asked)
+        mixed = dataclasses.replace(settings, finetune=both[0], evaluate=both[1])
+        assert held_out_source(cast(Run, type("R", (), {"settings": mixed}))) is None
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------

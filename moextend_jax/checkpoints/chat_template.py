@@ -63,9 +63,9 @@ def _candidates(name: str, tokenizer: Tokenizer, files: TokenizerFiles) -> Itera
         return
     template = tokenizer.templates[name]
     folded = script(template, Shape(1, system=True, open=True)).folded
-    whole = _variables(files, folded=folded) + turns + _asset("pictures")
-    yield whole + template.source
-    yield f"{whole}{{%- set written %}}{template.source}{{%- endset %}}\n{_spaced(template)}"
+    prefix = _variables(files, folded=folded) + turns + _asset("pictures")
+    yield prefix + template.source
+    yield f"{prefix}{{%- set written %}}{template.source}{{%- endset %}}\n{_spaced(template)}"
 
 
 def _spaced(template: Template) -> str:

@@ -57,6 +57,13 @@ class Source(NamedTuple):
         return self.record.config
 
     @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder on this machine that has the tokenizer's files, or copies where they are in a bucket; None: the
+        checkpoint brings none."""
+        at = [self.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in self.files]
+        return local_copy(at[0], SIDE_FILES) if at else None
+
+    @property
     def parts(self) -> set[str]:
         return {path.partition("/")[0] for path in self.leaves}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +64,7 @@ def export_transformers(
         for name, text in folder.texts.items():
             (new / name).write_text(text, encoding="utf-8")
         for name, path in folder.copies.items():
-            shutil.copyfile(path, new / name)
+            (new / name).write_bytes(path.read_bytes())  # which may be in a bucket
     return meter.cost()
 
 
@@ -105,7 +104,7 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
 def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool) -> None:
     # The released code tokenises its question apart from what follows: a space at its end stays one.
     apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if sees and recipe.prompt == "released" else ""
-    files = tokenizer_files(_beside(source), tokenizer, sees=sees, apart=apart)
+    files = tokenizer_files(Path(tokenizer.where), tokenizer, sees=sees, apart=apart)
     if "tokenizer.model" in source.files:
         folder.copies["tokenizer.model"] = source.files["tokenizer.model"]
     if sees:
@@ -118,14 +117,9 @@ def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe:
 
 def _tokenizer(source: Source) -> Tokenizer | None:
     """None where the checkpoint brings none: ids go in then, as they do here."""
-    if not {"tokenizer.model", "tokenizer.json"} & source.files.keys():
+    if (folder := source.tokenizer_folder) is None:
         return None
-    return tokenizer_of(_beside(source), source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
-
-
-def _beside(source: Source) -> Path:
-    """The folder of the tokenizer's files."""
-    return next(source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files)
+    return tokenizer_of(folder, source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------
@@ -135,8 +129,8 @@ def _text_attributes(source: Source) -> dict[str, Any]:
     decoder, recorded = source.config.decoder, source.record.attributes.get("decoder", {})
     dtype = str(source.leaves["decoder/embed"].dtype)
     own = huggingface.decoder_attributes(decoder, dtype=dtype)
-    kept = {name: recorded[name] for name in KEPT if recorded.get(name) is not None}
-    return {name: value for name, value in (own | kept).items() if name not in ("architectures", "torch_dtype")} | {
+    carried = {name: recorded[name] for name in KEPT if recorded.get(name) is not None}
+    return {name: value for name, value in (own | carried).items() if name not in ("architectures", "torch_dtype")} | {
         "dtype": dtype
     }
 

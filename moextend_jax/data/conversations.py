@@ -208,8 +208,8 @@ def _talk(turns: Sequence[dict[str, Any]], example_id: str) -> Talk:
         if role not in ("system", "human", "gpt"):
             raise fault("roles", f"unknown role {role!r:.60}; there are system, human and gpt")
     systems = int(roles[:1] == ["system"])
-    said = roles[systems:]
-    if not said or len(said) % 2 or said != ["human", "gpt"] * (len(said) // 2):
+    spoken = roles[systems:]
+    if not spoken or len(spoken) % 2 or spoken != ["human", "gpt"] * (len(spoken) // 2):
         raise fault("order", f"roles must alternate human, gpt and end with gpt (system may go first); got {roles}")
     for text in texts:
         if not isinstance(text, str):

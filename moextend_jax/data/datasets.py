@@ -103,6 +103,12 @@ def select(source: Source, rows: Sequence[int] | np.ndarray) -> Source:
     return replace(source, picked=rows if source.picked is None else source.picked[rows], fingerprint=fingerprint)
 
 
+def distinct(source: Source) -> Source:
+    """The source without the rows that a mixture repeats."""
+    first = () if source.picked is None else np.unique(source.picked, return_index=True)[1]
+    return source if source.picked is None or len(first) == len(source) else select(source, np.sort(first))
+
+
 def hold_out(source: Source, *, samples: int, seed: int) -> HoldOut:
     """Splits off `samples` random rows; both parts keep the source's order. A row that a mixture repeats is in one of
     them only, and once where it is held out."""

@@ -163,9 +163,9 @@ def _matching(path: Path) -> list[Path]:
     paths = []
     for name in map("".join, itertools.product(*choices)):
         paths += sorted(path.parent.glob(name)) if any(c in name for c in "*?") else [path.parent / name]
-    for one in paths:
-        if not one.is_file():
-            raise MoextendError(f"no file {one}, which {path.name} names")
+    for file in paths:
+        if not file.is_file():
+            raise MoextendError(f"no file {file}, which {path.name} names")
     return paths
 
 

@@ -216,8 +216,8 @@ def look_in_bucket(folder: Path, names: Iterable[str], *, anywhere: bool = False
         try:
             _check_name(folder, name, False)
             paths = [os.fspath(root / name) for root in (folder, folder / "images")]
-            found = (listing(head).get(tail) for head, _, tail in (path.rpartition("/") for path in paths))
-            facts = next((facts for facts in found if facts is not None), None)
+            matches = (listing(head).get(tail) for head, _, tail in (path.rpartition("/") for path in paths))
+            facts = next((facts for facts in matches if facts is not None), None)
             if facts is None:
                 raise Fault(f"no image {name} in {folder} or {folder / 'images'}", "missing", name)
             if not 0 < facts.size <= MOST_BYTES:

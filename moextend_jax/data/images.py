@@ -146,10 +146,15 @@ def prepare_image(image: Image.Image, *, size: int, preparation: Literal["pad", 
     `pad` (LLaVA's settings, the paper) first widens the short side with CLIP's mean colour so that nothing is
     lost; `crop` (CLIP's own, the released code) scales the short side to `size` and cuts out the centre.
     """
+    image = framed(image, size=size, preparation=preparation, id=id)
+    return (np.asarray(image, np.float32) / np.float32(255) - MEAN_c) / STD_c
+
+
+def framed(image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> Image.Image:
+    """The square of a picture that `prepare_image` normalises, as RGB."""
     check_scaled(*image.size, size=size, preparation=preparation, id=id)
     image = image.convert("RGB")
-    image = _pad(image, size) if preparation == "pad" else _crop(image, size)
-    return (np.asarray(image, np.float32) / np.float32(255) - MEAN_c) / STD_c
+    return _pad(image, size) if preparation == "pad" else _crop(image, size)
 
 
 def _pad(image: Image.Image, size: int) -> Image.Image:

@@ -127,9 +127,9 @@ def picks(sizes: Sequence[int], weights: Sequence[float], names: Sequence[str]) 
     rows, when = [], []
     for size, start, count in zip(sizes, starts, np.rint(lengths[longest] * share).astype(int), strict=True):
         count = max(int(count), size)
-        whole, more = divmod(count, size)
+        rounds, more = divmod(count, size)
         # All rows as often as they go in, then some from all over the data set.
-        order = np.concatenate([np.tile(np.arange(size), whole), np.arange(more) * size // max(more, 1)])
+        order = np.concatenate([np.tile(np.arange(size), rounds), np.arange(more) * size // max(more, 1)])
         rows.append(start + order)
         when.append((np.arange(count) + 0.5) / count)
     return np.concatenate(rows)[np.argsort(np.concatenate(when), kind="stable")].astype("<i8")

@@ -108,10 +108,10 @@ def _row(path: Path, tar: tarfile.TarFile, key: str, members: list[_Member]) -> 
             if stem or not isinstance(content, dict):  # a file of turns alone
                 content = {stem or "conversations": content}
             value |= content
-    return Row(path, place, {"id": key} | value | _shown(value, pictures), [])
+    return Row(path, place, {"id": key} | value | _in_order(value, pictures), [])
 
 
-def _shown(value: dict[str, Any], pictures: list[Span]) -> dict[str, Any]:
+def _in_order(value: dict[str, Any], pictures: list[Span]) -> dict[str, Any]:
     """The pictures of a row in the order in which its JSON names them, all if it names none of them."""
     if not pictures:
         return {}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import AnyImages, HoldOut, Source, select
+from moextend_jax.data.datasets import AnyImages, HoldOut, Source, distinct, select
 from moextend_jax.data.mixing import JoinedImages
 
 
@@ -36,7 +36,7 @@ def rows_of_part(part: float, rows: int, *, setting: str) -> int:
 def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -> HoldOut:
     """Splits off `part` of the rows or a few less, with all rows that share a picture on one side; both parts keep the
     source's order. Rows without a picture are each by themselves. Where every picture has more rows than that, the rows
-    of one are held out.
+    of one are held out. What a mixture repeats counts once, and is held out once.
 
     Args:
       part: a number of rows or a share, see `rows_of_part`.
@@ -45,17 +45,20 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
     Raises:
       MoextendError: too few rows, or all of them are tied together by their pictures.
     """
-    wanted = rows_of_part(part, len(source), setting=setting)
-    groups = sorted(_groups(marks_of(source)), key=lambda group: _order(group[0], seed))
-    chosen = np.zeros(len(source), bool)
+    once = distinct(source)
+    wanted = rows_of_part(part, len(once), setting=setting)
+    groups = sorted(_groups(marks_of(once)), key=lambda group: _order(group[0], seed))
+    chosen = np.zeros(len(once), bool)
     for _, rows in groups:
         if chosen.sum() + len(rows) <= wanted:
             chosen[rows] = True
     if not chosen.any():  # every group is larger than wanted: the smallest is nearest
         if len(groups) == 1:
-            raise MoextendError(f"{setting}: all {len(source)} rows share pictures, so none can be held out unseen")
+            raise MoextendError(f"{setting}: all {len(once)} rows share pictures, so none can be held out unseen")
         chosen[min(groups, key=lambda group: len(group[1]))[1]] = True
-    return HoldOut(select(source, np.flatnonzero(chosen)), select(source, np.flatnonzero(~chosen)))
+    held_out = select(once, np.flatnonzero(chosen))
+    rest = ~chosen if once is source else ~np.isin(np.asarray(source.picked), np.asarray(held_out.picked))
+    return HoldOut(held_out, select(source, np.flatnonzero(rest)))
 
 
 def without(source: Source, unseen: Source) -> Source:

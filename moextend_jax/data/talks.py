@@ -177,7 +177,7 @@ def _number(text: Any) -> Any:
 
 def _talk(turns: Sequence[Any], images: list[Any]) -> NormalTurns:
     """Turns of either spelling; pictures that stand in them take their places among the row's."""
-    shown: list[Any] = []
+    in_turns: list[Any] = []
     rest = list(images)
     plain = []
     for turn in turns:
@@ -192,8 +192,8 @@ def _talk(turns: Sequence[Any], images: list[Any]) -> NormalTurns:
             continue
         role, text = turn[names[0]], turn[names[1]]
         role = ROLES.get(role.lower(), role) if isinstance(role, str) else "?"
-        plain.append(_turn(role, _content(text, shown, rest) if isinstance(text, list) else text))
-    return NormalTurns(plain, [*shown, *(image for image in rest if image is not TAKEN)])
+        plain.append(_turn(role, _content(text, in_turns, rest) if isinstance(text, list) else text))
+    return NormalTurns(plain, [*in_turns, *(image for image in rest if image is not TAKEN)])
 
 
 def _check_read(turn: Mapping[str, Any]) -> None:
@@ -207,8 +207,8 @@ TAKEN = object()
 """In the place of a picture that a turn has shown."""
 
 
-def _content(parts: list[Any], shown: list[Any], rest: list[Any]) -> str:
-    """A list of texts and pictures as one text, a line each. Moves pictures from `rest` to `shown`, which part has
+def _content(parts: list[Any], in_turns: list[Any], rest: list[Any]) -> str:
+    """A list of texts and pictures as one text, a line each. Moves pictures from `rest` to `in_turns`, which part has
     none of its own."""
     lines = []
     for part in parts:
@@ -221,7 +221,7 @@ def _content(parts: list[Any], shown: list[Any], rest: list[Any]) -> str:
             lines.append(part["text"])
         elif kind in ("image", "image_url", "input_image"):
             lines.append(MARK)
-            shown.append(_own(part) or _next(part.get("index"), rest))
+            in_turns.append(_own(part) or _next(part.get("index"), rest))
         else:
             raise Fault(f"a part of a turn, {kind!r:.60}, is neither text nor picture", "entry")
     return "\n".join(lines)

@@ -40,7 +40,7 @@ FAMILIES: dict[str, Family] = {
     "chatml": Family(CHATML, ("<|im_start|>", "<|im_end|>")),
     "llama3": Family(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
 }
-"""For checkpoints without a template of their own, known by their tokens. Mixtral's is in `conversations.py`."""
+"""For checkpoints without a template of their own, known by their tokens. Mixtral's is in `writing.py`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

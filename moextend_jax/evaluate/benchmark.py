@@ -6,9 +6,7 @@ scores.json beside it, and a table. Killed and started again it goes on with the
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from moextend_jax.data.images import decode_image
 from moextend_jax.evaluate.benchmarks import answers, table
 from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
 from moextend_jax.evaluate.benchmarks.question import Answered, Question, check_images, image_bytes
-from moextend_jax.evaluate.pictures import QuestionPictures
+from moextend_jax.evaluate.pictures import PIXELS, QuestionPictures, as_png
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.progress import counting
@@ -27,8 +25,8 @@ from moextend_jax.runs.askable import Askable
 from moextend_jax.runs.results import ANSWERING
 from moextend_jax.runs.run import write_json
 
-EXAMPLES, PIXELS = 6, 256
-"""Questions that the report shows of a benchmark, and the longest side of their pictures in pixels."""
+EXAMPLES = 6
+"""Questions that the report shows of a benchmark."""
 
 
 class Exam(NamedTuple):
@@ -111,18 +109,16 @@ def examples(answered: Sequence[Answered], points: Sequence[float]) -> list[dict
                 "answer": question.answer,
                 "said": text,
                 "points": points[n] if points else None,
-                "image_png": None if encoded is None else small_png(encoded, name=question.where),
+                "image_png": None if encoded is None else _small_png(encoded, name=question.where),
             }
         )
     return records
 
 
-def small_png(encoded: bytes, *, name: str) -> str:
-    """Base64 of a picture no larger than a report shows it."""
-    picture, file = decode_image(encoded, name=name, upright=False), io.BytesIO()
+def _small_png(encoded: bytes, *, name: str) -> str:
+    picture = decode_image(encoded, name=name, upright=False)
     picture.thumbnail((PIXELS, PIXELS))
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode("ascii")
+    return as_png(picture)
 
 
 def folder_of(out: Path, name: str, *, split: str | None, model: str) -> Path:

@@ -38,15 +38,15 @@ class Conversation:
         with its question."""
         images = list(images)
         first: list[Turn] = [{"from": "system", "value": self.system}] if self.system else []
-        asked, shown, pieces = [*self.turns, question(text, images=len(images))], [*self.images, *images], []
+        asked, pictures, pieces = [*self.turns, question(text, images=len(images))], [*self.images, *images], []
         for piece in speak(
-            self.opened, [*first, *asked], images=shown, plain=False, max_new_tokens=self.max_new_tokens,
+            self.opened, [*first, *asked], images=pictures, plain=False, max_new_tokens=self.max_new_tokens,
             sampling=self.sampling, seed=self.seed + len(self.turns),
         ):  # fmt: skip
             pieces.append(piece)
             yield piece
         if answer := "".join(pieces).strip():
-            self.turns, self.images = [*asked, {"from": "gpt", "value": answer}], shown
+            self.turns, self.images = [*asked, {"from": "gpt", "value": answer}], pictures
 
     def reset(self) -> None:
         """Forgets what was said and shown."""

@@ -1,19 +1,32 @@
-"""The pictures of a benchmark's questions: files or encoded bytes in, pixels as the tower expects them out."""
+"""Pictures of questions: a benchmark's files or encoded bytes in, pixels as the tower expects them out; and small ones
+for reports."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.evaluate.benchmarks.question import Mistakes, Question, check_images, image_bytes
 
 THREADS = 8
+PIXELS = 256
+"""The longest side of a picture in a report."""
+
+
+def as_png(picture: Image.Image) -> str:
+    """Base64 of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 class QuestionPictures:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
 import json
@@ -22,13 +21,16 @@ from moextend_jax.data.datasets import AnyImages, Example, Source, open_text
 from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.forms import parts_of
+from moextend_jax.data.images import framed
 from moextend_jax.data.measure import measure
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.pictures import PIXELS, as_png
 from moextend_jax.evaluate.prompts import Prompt, bucket
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
+from moextend_jax.models.mixtral import check_length
 from moextend_jax.parameters import with_arrays
 from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs.askable import Askable, askable
@@ -61,11 +63,13 @@ class Asked(NamedTuple):
 
 def check(run: Run) -> None:
     """Raises a MoextendError for what `evaluate` would find wrong with its questions, before any model is there."""
-    asked = _asked(run)
+    asked, settings = _asked(run), run.settings.evaluate
     try:
-        _prompted_questions(run, asked, pixels_of(run, asked.source))
+        prompted, _ = _prompted_questions(run, asked, pixels_of(run, asked.source))
     except Fault as fault:
         raise MoextendError(f"evaluate: {fault}") from fault
+    longest = settings.max_new_tokens + max(len(item.prompt.ids_L) for item in prompted)
+    check_length(max(longest, settings.text_length), run.config.decoder)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -93,20 +97,22 @@ def evaluate(run: Run) -> dict[str, Any]:
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
     trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
-    models = {name: askable(run, name) for name in ("base", *trained)}
-    with counting("evaluate", (len(models) - 1) * len(prompted), unit="questions") as bar:
-        for name, opened in models.items():
-            pictures = None
-            if MODELS[name].sees:
-                # A tower that was trained has no cached features.
-                pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
-                asker = asker_of(opened, pictures=pictures)
-                answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
-            if answer_stage is not None:
-                answer_losses[name] = _answer_loss(run, opened, source, stage=answer_stage, images=pictures)
-            if not MODELS[name].text_is_bases:
-                losses[name] = _text_losses(run, opened)
 
+    def ask(name: str, bar: Bar) -> None:
+        opened, pictures = askable(run, name), None  # gone when the next is opened: memory need not hold all
+        if MODELS[name].sees:
+            # A tower that was trained has no cached features.
+            pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
+            asker = asker_of(opened, pictures=pictures)
+            answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
+        if answer_stage is not None:
+            answer_losses[name] = _answer_loss(run, opened, source, stage=answer_stage, images=pictures)
+        if not MODELS[name].text_is_bases:
+            losses[name] = _text_losses(run, opened)
+
+    with counting("evaluate", len(trained) * len(prompted), unit="questions") as bar:
+        for name in ("base", *trained):
+            ask(name, bar)
     right = [item.question.answer for item in prompted]
     summary: dict[str, Any] = {
         "data": asked.title,
@@ -116,13 +122,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     }
     if answer_losses:
         summary["answer_loss"] = answer_losses
-    if "moextend" in models:
-        in_batches = functools.partial(_batches, run, images=images)
-        _write_routing(run, models["moextend"], in_batches(prompted))
+    if "moextend" in trained:
+        opened, in_batches = askable(run, "moextend"), functools.partial(_batches, run, images=images)
+        _write_routing(run, opened, in_batches(prompted))
         pictured = [row for row, item in enumerate(prompted) if item.prompt.images][: settings.examples]
         examples = [prompted[row] for row in pictured]
-        predictions = {name: [given[row] for row in pictured] for name, given in answers.items() if name in models}
-        _write_examples(run, models["moextend"], examples, in_batches(examples), predictions, source.images)
+        predictions = {name: [given[row] for row in pictured] for name, given in answers.items() if name in trained}
+        _write_examples(run, opened, examples, in_batches(examples), predictions, source.images)
     return summary
 
 
@@ -216,9 +222,9 @@ def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> lis
 
 def _answer_stage(run: Run, source: Source) -> StageSettings:
     """How the answers of some rows are read: as finetune trains them, each in a row of its own that holds all of it."""
-    whole = {"length": 0, "images_per_row": 0, "conversations_per_row": 1, "conversation_length": 0, "accumulate": 1}
+    alone = {"length": 0, "images_per_row": 0, "conversations_per_row": 1, "conversation_length": 0, "accumulate": 1}
     rows = run.settings.evaluate.text_batch_size
-    stage = dataclasses.replace(run.settings.finetune, batch_size=rows, **whole)
+    stage = dataclasses.replace(run.settings.finetune, batch_size=rows, **alone)
     measured = measure(
         source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, patches=run.patches,
         faults=run.settings.faults,
@@ -285,17 +291,18 @@ def _write_examples(
     experts, extension = run.config.decoder.experts, opened.model.config.extension
     assert extension is not None
     picks = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing.ids_Tk, mesh=run.mesh)
-    grid = round(run.patches**0.5)
+    grid, preparation = round(run.patches**0.5), run.settings.recipe.image_preparation
     records: list[dict[str, Any]] = []
     for batch in batches:
         ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
         chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
         share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
         for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):
+            picture = images.decoded(question.example.images[0].row).picture  # of which the grid is
             share_P = share_BL[row][batch.patches_BL[row] >= 0][: grid * grid]
             records.append(
                 {
-                    "image_png": base64.b64encode(images[question.example.images[0].row].encoded).decode(),
+                    "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), preparation=preparation)),
                     "question": question.text.replace("<image>", "").strip(),
                     "answer": question.answer,
                     "predictions": {name: answers[len(records)] for name, answers in predictions.items()},

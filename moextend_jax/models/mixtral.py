@@ -92,7 +92,7 @@ def run_layers(
       sighted_BL: tokens that may choose new experts, None: all.
     """
     sizes = config.decoder
-    _check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
+    check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
     turns = rotation(positions_BL, head_size=sizes.head_size, theta=sizes.rope_theta)
     layer_def, layers = nnx.split(decoder.layers)
     if extension is None or config.extension is None:
@@ -134,7 +134,7 @@ def run_layers(
     return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
 
 
-def _check_length(length: int, sizes: DecoderConfig) -> None:
+def check_length(length: int, sizes: DecoderConfig) -> None:
     """Raises MoextendError where a sliding window, which is not computed here, would hide tokens of such a row."""
     if sizes.window is not None and length > sizes.window:
         raise MoextendError(

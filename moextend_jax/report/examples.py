@@ -36,8 +36,8 @@ def cards(examples: Sequence[Mapping[str, Any]] | None) -> str:
     except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
         raise MoextendError(f"examples.json: {error}; evaluate again or delete the file") from error
     return f'<div class="cards">{drawn}</div>' + how(
-        "Left the image as given, right the same in grey with each patch tinted by how many of the extended layers "
-        f'sent it to a new expert: 0%<span class="scale"></span>{top:.0%}.'
+        "Left the image as the model sees it, right the same in grey with each patch tinted by how many of the "
+        f'extended layers sent it to a new expert: 0%<span class="scale"></span>{top:.0%}.'
     )
 
 
@@ -48,7 +48,7 @@ def _card(example: Mapping[str, Any], *, top: float) -> str:
         frames += f'<div class="frame grey">{image}{_overlay(example["new_expert_share"], top=top)}</div>'
     answer, lines = str(example["answer"]), []
     for model, said in example["predictions"].items():
-        right = str(said).strip().lower() == answer.strip().lower()
+        right = _plain(str(said)) == _plain(answer)
         mark = '<i class="good">✓</i>' if right else '<i class="bad">✗</i>'
         name = str(TITLES.get(model, model))
         lines.append(f"<li><span>{escape(name)}</span><span>{escape(str(said))} {mark}</span></li>")
@@ -56,6 +56,11 @@ def _card(example: Mapping[str, Any], *, top: float) -> str:
         f'<div class="card"><div class="pair">{frames}</div><p><b>{escape(str(example["question"]))}</b></p>'
         f"<ul><li><span>Right answer</span><span>{escape(answer)}</span></li>{''.join(lines)}</ul></div>"
     )
+
+
+def _plain(text: str) -> str:
+    """Accuracy's own rule, `evaluate.questions.accuracy`."""
+    return text.strip().rstrip(".").lower()
 
 
 def small_image(encoded: str) -> str:

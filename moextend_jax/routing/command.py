@@ -107,6 +107,7 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         return _id_batches(Path(options.ids), config, pad=pad, batch_size=options.batch_size)
     from moextend_jax.data.batches import Pixels, batches, text_batches
     from moextend_jax.data.datasets import hold_out, open_dataset, open_text
+    from moextend_jax.data.faults import STRICT
     from moextend_jax.settings import StageSettings
 
     tokenizer = opened.tokenizer
@@ -118,16 +119,17 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
-    data_dir, manual_dir, images = options.data_dir, options.manual_dir, options.images
+    data_dir, manual_dir, images, faults = options.data_dir, options.manual_dir, options.images, STRICT
     if options.in_workdir:
         settings = known_settings(options.folder)
         data_dir = data_dir or settings.data_dir or options.folder / "data"
         manual_dir, images = manual_dir or settings.manual_dir or None, images or settings.images or None
+        faults = settings.faults  # what the run left out is left out here
     if options.data is None or data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
         source = open_dataset(
-            options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir, images=images
+            options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir, images=images, faults=faults
         )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
@@ -144,6 +146,7 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         patches=opened.patches,
         seed=None,
         epochs=1,
+        faults=faults,
     )
 
 

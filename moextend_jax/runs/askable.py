@@ -10,16 +10,17 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
-from moextend_jax.checkpoints.loading import SIDE_FILES, Checkpoint, Source, open_checkpoint
+from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
-from moextend_jax.config import RECIPES, ModelConfig, Recipe
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
-from moextend_jax.folders import absolute, local_copy
+from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
@@ -179,10 +180,8 @@ def described(config: ModelConfig) -> str:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: EvaluateSettings) -> Askable:
-    source, facts = checkpoint.source, checkpoint.source.record.facts
-    recipe = RECIPES[place.recipe] if place.recipe else recipe_of(source, where=place.folder)
-    isolation = facts.get("text_isolation", "none")
-    build(fields(ModelConfig)["text_isolation"], isolation, where=f"{place.folder}: text_isolation")
+    source = checkpoint.source
+    recipe, isolation = how_trained(source, recipe=place.recipe, where=place.folder)
     config = dataclasses.replace(checkpoint.config, weight_guard=recipe.weight_guard, text_isolation=isolation)
     name = absolute(place.folder).name
 
@@ -191,9 +190,8 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         return f"{name}-{stored[:12]}-{config.dtype}"
 
     def read_tokenizer() -> Tokenizer:
-        beside = [source.files[name].parent for name in ("tokenizer.model", "tokenizer.json") if name in source.files]
         ends = ends_of(source.record.attributes.get("decoder", {}))
-        return tokenizer_of(local_copy(beside[0] if beside else place.folder, SIDE_FILES), config, ends=ends)
+        return tokenizer_of(source.tokenizer_folder or place.folder, config, ends=ends)
 
     def is_plain() -> bool:
         if config.vision is not None or _has_template(source.files):
@@ -218,11 +216,28 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     return dataclasses.replace(opened, open_base=lambda: not_extended(opened))
 
 
-def recipe_of(source: Source, *, where: Path) -> Recipe:
-    """That of the run that made a checkpoint, else of the code that wrote its layout."""
-    if isinstance(recorded := source.record.facts.get("recipe"), dict):
-        return build(Recipe, {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded, where=f"{where}: recipe")
-    return RECIPES["released" if source.record.layout in ("released", "delta") else "paper"]
+class HowTrained(NamedTuple):
+    recipe: Recipe
+    text_isolation: str
+
+
+def how_trained(source: Source, *, recipe: str | None, where: Path) -> HowTrained:
+    """How the run that made a checkpoint trained it; of one that does not say, the recipe that is asked for, else that
+    of the code that wrote its layout.
+
+    Raises:
+      MoextendError: the checkpoint says a recipe, and another is asked for.
+    """
+    facts = source.record.facts
+    isolation = build(fields(ModelConfig)["text_isolation"], facts.get("text_isolation", "none"),
+                      where=f"{where}: text_isolation")  # fmt: skip
+    if not isinstance(recorded := facts.get("recipe"), dict):
+        usual = "released" if source.record.layout in ("released", "delta") else "paper"
+        return HowTrained(RECIPES[recipe or usual], isolation)
+    if recipe is not None:
+        raise MoextendError(f"{where} knows its recipe: leave --recipe out")
+    recorded = {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded
+    return HowTrained(build(Recipe, recorded, where=f"{where}: recipe"), isolation)
 
 
 def _has_template(files: Mapping[str, Path]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from moextend_jax import distributed
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import Features, Pixels, batches
-from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
+from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
+from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import cache_features
-from moextend_jax.data.forms import base_split
+from moextend_jax.data.forms import base_split, parts_of
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.folders import folder, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
@@ -62,7 +64,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
         source = without(source, unseen)
     if data.part == "all":
         return source
-    samples = rows_of_part(run.settings.select.held_out, len(source), setting="select.held_out")
+    samples = rows_of_part(run.settings.select.held_out, len(distinct(source)), setting="select.held_out")
     return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
 
 
@@ -83,9 +85,16 @@ def held_out_source(run: Run) -> Source | None:
     if not evaluate.data:
         return unseen_source(run)
     stages: list[StageSettings] = [getattr(run.settings, results.result(name).settings) for name in results.training()]
-    if any((stage.data, base_split(stage.split)) == (evaluate.data, base_split(evaluate.split)) for stage in stages):
+    if any(not _parts(stage).isdisjoint(_parts(evaluate)) for stage in stages):
         return None
     return open_source(run, evaluate.data, evaluate.split)
+
+
+def _parts(of: StageSettings | EvaluateSettings) -> set[tuple[str, str]]:
+    """Name and split of each data set; of those that come with a package all rows are about the same pictures."""
+    names = (part.name for part in parts_of(of.data))
+    return {(name.partition("/")[0] if is_packaged(name) else os.path.normpath(name), base_split(of.split))
+            for name in names}  # fmt: skip
 
 
 VALIDATION_BATCHES = 4
@@ -107,7 +116,11 @@ def validation_batches(run: Run, stage: StageSettings, *, pixels: bool) -> list[
     alone = dataclasses.replace(run, settings=dataclasses.replace(run.settings, workers=0))
     data = Data("evaluate" if run.settings.evaluate.data else "finetune")
     rows = rows_of(alone, source, stage, data=data, pixels=pixels, seed=None, epochs=1)
-    return [batch._replace(faults_BG=None, examples_Bg=None) for batch in itertools.islice(rows, VALIDATION_BATCHES)]
+    try:
+        first = list(itertools.islice(rows, VALIDATION_BATCHES))
+    except Fault as fault:
+        raise MoextendError(f"validate_every: held-out rows, laid out as the stage's own: {fault}") from fault
+    return [batch._replace(faults_BG=None, examples_Bg=None) for batch in first]
 
 
 def pixels_of(run: Run, source: Source) -> Pixels:

@@ -30,13 +30,12 @@ from moextend_jax.checkpoints.convert import (
 from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
-from moextend_jax.config import RECIPES, ExtensionConfig, ImageTags, ModelConfig, MoextendError
+from moextend_jax.config import RECIPES, ExtensionConfig, ImageTags, MoextendError
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
 from moextend_jax.runs import results
-from moextend_jax.runs.askable import recipe_of
+from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of
-from moextend_jax.settings import build, fields
 
 HF = "hf"
 """The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
@@ -79,7 +78,7 @@ def export(values: ExportOptions) -> None:
     screen = Console(stderr=True)
     if layout == HF:
         how = how_trained(source, recipe=values.recipe, where=values.src)
-        cost = export_transformers(source, values.dst, **how, max_shard_bytes=shard, console=screen)
+        cost = export_transformers(source, values.dst, **how._asdict(), max_shard_bytes=shard, console=screen)
     else:
         cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=screen)
     print(f"exported {described(source)} to {values.dst} in layout {layout}: {cost}")
@@ -89,19 +88,6 @@ def export(values: ExportOptions) -> None:
         print(_how_to_load(values.dst))
     elif layout == "released":
         print("layout released is for the paper's code and for moextend; for PyTorch of today use --layout hf")
-
-
-def how_trained(source: Source, *, recipe: str | None, where: Path) -> dict[str, Any]:
-    """The recipe and the text isolation of what a run made; of a checkpoint that does not say, the recipe asked for.
-
-    Raises:
-      MoextendError: the checkpoint says a recipe, and another is asked for.
-    """
-    facts = source.record.facts
-    if "recipe" in facts and recipe is not None:
-        raise MoextendError(f"{where} knows its recipe: leave --recipe out")
-    isolation = build(fields(ModelConfig)["text_isolation"], facts.get("text_isolation", "none"), where=str(where))
-    return {"recipe": RECIPES[recipe] if recipe else recipe_of(source, where=where), "text_isolation": isolation}
 
 
 def _how_to_load(folder: Path) -> str:

@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import Source, check_shows_images
+from moextend_jax.data.datasets import Source, check_shows_images, distinct
 from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
+from moextend_jax.models.mixtral import check_length
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import Read, open_source, source_of
 from moextend_jax.runs.results import Data
@@ -58,7 +59,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
             of: StageSettings = getattr(settings, data.of)
             with problems:
                 sources[name] = read(of.data, of.split)
-    rows = {name: len(source) for name, source in sources.items()}
+    rows = {name: len(distinct(source)) for name, source in sources.items()}
     problems.note(row_problems(settings, rows=rows, layers=run.config.decoder.layers))
     measured = functools.cache(functools.partial(_measure, run, read))
     readers: dict[Reading, list[str]] = {}
@@ -77,8 +78,11 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     for stage in stages:
         counted, line = _counted(run, stage, measured(_reading(settings, stage)), read)
         filled[stage.group] = counted
+        with problems:
+            check_length(counted.length, run.config.decoder)
         if line and stage.name in names and distributed.first():
             print(f"{stage.name}: {line}")
+    problems.raise_any()
     return dataclasses.replace(run, settings=dataclasses.replace(settings, **filled))
 
 
@@ -86,7 +90,7 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     """What numbers of rows stand against.
 
     Args:
-      rows: of the data set of each result that is to be made, by its name, nothing held out yet.
+      rows: of the data set of each result that is to be made, by its name, each once, nothing held out yet.
       layers: of the decoder.
     """
     problems = Problems()

@@ -22,7 +22,7 @@ from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.hashes import base_hash
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import open_base, tokenizer_folder
+from moextend_jax.checkpoints.loading import Source, open_base, tokenizer_folder
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
@@ -55,8 +55,8 @@ class Run:
     """A checkpoint of another work directory, for the stage that it is of."""
 
     def __repr__(self) -> str:
-        there = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
-        return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {there})"
+        names = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
+        return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {names})"
 
     @property
     def patches(self) -> int:
@@ -108,9 +108,7 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     for note in source.notes if distributed.first() else ():
         print(f"moextend: {settings.base}: {note}", file=sys.stderr)
     config = dataclasses.replace(source.config, **settings.model_options)
-    ends = ends_of(source.record.attributes.get("decoder", {}))
-    tokenizer = tokenizer_of(tokenizer_folder(settings.base), config, ends=ends)
-    encoder_of(tokenizer, settings.recipe)  # a template that is missing is no one conversation's fault
+    tokenizer = tokenizer_of_base(settings, source)
     config = dataclasses.replace(config, tags=tokenizer.tags)
     with preparing(f"reading {settings.base}"):
         pretrained = read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
@@ -125,6 +123,15 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         base_hash=digest,
         mesh=mesh,
     )
+
+
+def tokenizer_of_base(settings: RunSettings, source: Source) -> Tokenizer:
+    """That of the opened base `source`; an error where it has no template for the recipe, which is no one
+    conversation's fault."""
+    ends = ends_of(source.record.attributes.get("decoder", {}))
+    tokenizer = tokenizer_of(tokenizer_folder(settings.base), source.config, ends=ends)
+    encoder_of(tokenizer, settings.recipe)
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -153,10 +160,10 @@ def working(
         try:
             yield dataclasses.replace(open_run(settings, workdir), resume_from=resume_from)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(kept(workdir)) from None
+            raise KeyboardInterrupt(left_in(workdir)) from None
 
 
-def kept(workdir: Path) -> str:
+def left_in(workdir: Path) -> str:
     """What an interrupted command leaves in a work directory, in words."""
     standing = []
     for name in results.training():

@@ -39,10 +39,10 @@ class Tracer:
             self._runs = True
         return jax.profiler.StepTraceAnnotation("train", step_num=count)
 
-    def after(self, count: int, made: Any) -> None:
+    def after(self, count: int, outputs: Any) -> None:
         """Ends the trace where this was its last step; waits for what the step has made."""
         if self._runs and count + 1 >= self.steps.stop:
-            jax.block_until_ready(made)
+            jax.block_until_ready(outputs)
             self._stop()
 
     def _stop(self) -> None:
