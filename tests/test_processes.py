@@ -197,7 +197,12 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
     workdir = tmp_path / "work dir"
     run = ["--", "run", f"--config={config}", "--config.finetune.optimizer.learning_rate=1e-5"]
     said = launch(script, *run, f"--workdir={workdir}", processes=2, devices=2, on_torus=True)
-    assert said.stdout.count("layers to extend") == 1 and not said.stderr.strip()
+    # One process tells of preparations, and nobody of anything else.
+    told = said.stderr.splitlines()
+    assert said.stdout.count("layers to extend") == 1 and len(set(told)) == len(told)
+    assert all(
+        re.fullmatch(r"(preparing|compiling|opening|hashing|evaluate).*( \.\.\.|: \d+\.\d s)", line) for line in told
+    )
     launch(script, *run, f"--workdir={alone}", processes=1)
     for stage in ("align", "extend", "finetune"):
         record = json.loads((workdir / stage / "stage.json").read_text())
