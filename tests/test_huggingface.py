@@ -204,14 +204,14 @@ def test_what_tools_write_about_themselves_is_no_obstacle(folder: Path, name: st
 
 
 def test_a_sliding_window_is_nothing_in_rows_that_fit_and_refused_in_longer_ones(folder: Path):
-    from moextend_jax.models.mixtral import _check_length
+    from moextend_jax.models.mixtral import check_length
 
     config = huggingface.read_decoder_config(with_attributes(folder, sliding_window=4096))
     assert config.window == 4096
     assert huggingface.decoder_attributes(config, dtype="float32")["sliding_window"] == 4096
-    _check_length(4096, config)
+    check_length(4096, config)
     with pytest.raises(MoextendError, match="rows of 4097 tokens: .* sliding window of 4096"):
-        _check_length(4097, config)
+        check_length(4097, config)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "", "null"])
