@@ -23,7 +23,7 @@ from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, t
 from moextend_jax.config import MoextendError
 from moextend_jax.data import forms
 from moextend_jax.data.datasets import open_dataset
-from moextend_jax.runs.run import open_run, write_json
+from moextend_jax.runs.run import open_run, settings_of, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 FORMS = (
@@ -72,9 +72,13 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_that_names_it(monkeypatch: 
     def unreachable(path: Path) -> bool:
         raise OSError("Cannot connect to host")
 
-    monkeypatch.setattr(type(folders.folder("gs://bucket/x")), "is_file", unreachable)
+    for look in ("is_file", "exists"):
+        monkeypatch.setattr(type(folders.folder("gs://bucket/x")), look, unreachable)
     with pytest.raises(MoextendError, match="^gs://bucket/x.* cannot be read: OSError: Cannot connect to host$"):
         forms.files_of(data, manual_dir="gs://bucket/x")
+    for open_it in (mx.open, settings_of):
+        with pytest.raises(MoextendError, match="^gs://bucket/run cannot be read: OSError: Cannot connect to host$"):
+            open_it("gs://bucket/run")
     assert not logging.getLogger("gcsfs.retry").isEnabledFor(logging.ERROR)
 
 

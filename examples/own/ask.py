@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 folder, picture, question = sys.argv[1:]
-processor = AutoProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 text = processor.apply_chat_template(talk, add_generation_prompt=True)
