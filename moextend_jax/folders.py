@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ def folder(text: str) -> Path:
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise MoextendError(f"{text}: a gs:// path needs gcsfs: {extra_hint('gcs')}")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs every failure with a traceback, and raises it too
     return cast(Path, epath.Path(text))
 
 

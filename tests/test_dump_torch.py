@@ -52,7 +52,11 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         "released": (derived.folder / "vision", vision),
         "released_extended": (derived.folder / "moextend_pert", vision),
         "nan": (mixtral(folder / "nan", with_nan()), []),
+        "own_code": (folder / "own_code", []),
+        "no_ids": (folder / "model", []),
     }
+    (folder / "own_code").mkdir()
+    (folder / "own_code" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
     rng, mask = np.random.default_rng(0), np.ones((5, 12), np.int64)
     mask[1, 8:] = mask[2, 3:6] = mask[3, 5] = 0
     words, dumped = [], {}
@@ -60,14 +64,17 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         dumped[name] = Dump(checkpoint, options, folder / f"{name}.dump")
         dumped[name].folder.mkdir()
         ids_BL = rng.integers(3, tiny.PLAIN.decoder.vocab_size, mask.shape)
-        np.savez(dumped[name].folder / "ids.npz", input_ids=ids_BL, attention_mask=mask)
+        if name != "no_ids":
+            np.savez(dumped[name].folder / "ids.npz", input_ids=ids_BL, attention_mask=mask)
         at = {option: str(dumped[name].folder / file) for option, file in FILES.items()}
         words.append([str(checkpoint), *(word for pair in at.items() for word in pair), "--batch_size", "2"])
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     command_line = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(words)]
     done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (folder / "nan.dump" / "message").write_text(done.stdout.splitlines()[-1])
+    for name, message in zip(dumped, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert bool(message) == (name in ("nan", "own_code", "no_ids")), message
+        (dumped[name].folder / "message").write_text(message)
     return dumped
 
 
@@ -163,14 +170,15 @@ FILES = {"--ids": "ids.npz", "--out": "torch.npz", "--forward": "forward"}
 LOOP = """
 import json, runpy, sys
 tool, lines = sys.argv[1], json.loads(sys.argv[2])
+messages = []
 for words in lines:
     sys.argv = [tool, *words]
     try:
         runpy.run_path(tool, run_name="__main__")
+        messages.append("")
     except SystemExit as error:
-        if words is not lines[-1]:
-            raise
-        print(error)
+        messages.append(str(error))
+print(json.dumps(messages))
 """
 
 
@@ -189,6 +197,11 @@ def with_nan() -> dict[str, Any]:
 def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(dumps: dict[str, Dump]):
     assert "NaN or infinite in layers [1, 2]" in (dumps["nan"].folder / "message").read_text()
     assert not (dumps["nan"].folder / "torch.npz").exists()
+
+
+def test_what_the_tool_needs_besides_is_one_line(dumps: dict[str, Dump]):
+    assert "--trust_remote_code runs" in (dumps["own_code"].folder / "message").read_text()
+    assert "ids.npz does not exist; moextend" in (dumps["no_ids"].folder / "message").read_text()
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "released", "released_extended"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import json
@@ -476,3 +477,10 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
         np.testing.assert_allclose(ours_N, theirs_N, atol=1e-3)
         metric = "acc,none" if task == "local_choice" else "word_perplexity,none"
         assert results[0]["results"][task][metric] == pytest.approx(results[1]["results"][task][metric], rel=1e-4)
+
+
+def test_the_example_is_never_asked_whether_to_run_the_model_s_code():
+    """transformers asks at the terminal, in the middle of an answer, for each part that is opened without the word."""
+    tree = ast.parse((Path(__file__).parents[1] / "examples" / "own" / "ask.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and "from_pretrained" in ast.dump(node.func)]
+    assert calls and all("trust_remote_code" in {word.arg for word in call.keywords} for call in calls)

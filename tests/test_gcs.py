@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import threading
 import urllib.request
@@ -21,8 +22,9 @@ from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_sta
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.checkpoints.transformers_layout import folder_of_model
 from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.data import forms
 from moextend_jax.data.datasets import open_dataset
-from moextend_jax.runs.run import open_run, write_json
+from moextend_jax.runs.run import open_run, settings_of, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 FORMS = (
@@ -60,6 +62,25 @@ def test_without_gcsfs_a_bucket_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MoextendError, match=r"gs://bucket/a: .* needs gcsfs: pip install -e '\.\[gcs\]'"):
         folders.folder("gs://bucket/a")
+
+
+@pytest.mark.parametrize("data", ["llava_instruct", "gs://bucket/x.json"])
+def test_a_bucket_that_cannot_be_reached_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch, data: str):
+    """Where there is no network, the first look raises an OSError, and gcsfs logs tracebacks of it besides."""
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: True)
+    logging.getLogger("gcsfs").setLevel(logging.WARNING)
+
+    def unreachable(path: Path) -> bool:
+        raise OSError("Cannot connect to host")
+
+    for look in ("is_file", "exists"):
+        monkeypatch.setattr(type(folders.folder("gs://bucket/x")), look, unreachable)
+    with pytest.raises(MoextendError, match="^gs://bucket/x.* cannot be read: OSError: Cannot connect to host$"):
+        forms.files_of(data, manual_dir="gs://bucket/x")
+    for open_it in (mx.open, settings_of):
+        with pytest.raises(MoextendError, match="^gs://bucket/run cannot be read: OSError: Cannot connect to host$"):
+            open_it("gs://bucket/run")
+    assert not logging.getLogger("gcsfs.retry").isEnabledFor(logging.ERROR)
 
 
 @pytest.fixture(scope="module")

@@ -281,8 +281,11 @@ def test_a_template_that_writes_tokens_without_rows_is_refused(tmp_path):
         load_tokenizer(tmp_path, rows=rows - 2)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"model": 3, "added_tokens": []}'])
-def test_a_tokenizer_json_that_cannot_be_read_is_one_clear_line(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, message",
+    [("{}", "no 'added_tokens' in it"), ("[]", ""), ("no json", ""), ('{"model": 3, "added_tokens": []}', "")],
+)
+def test_a_tokenizer_json_that_cannot_be_read_is_one_clear_line(tmp_path, text, message):
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(MoextendError, match=f"cannot read the tokenizer in {tmp_path}"):
+    with pytest.raises(MoextendError, match=f"cannot read the tokenizer in {tmp_path}: {message}"):
         load_tokenizer(tmp_path)

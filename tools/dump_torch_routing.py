@@ -67,6 +67,8 @@ def load(folder: Path, *, trust_remote_code: bool = False):
         file = safe_open(path, "pt")
         files |= dict.fromkeys(file.keys(), file)
     if not any(".gate_vision." in name or name.startswith("model.visual.") for name in files):
+        if "auto_map" in json.loads((folder / "config.json").read_text()) and not trust_remote_code:
+            raise SystemExit(f"{folder} brings Python of its own, for its auto_map; --trust_remote_code runs that")
         trust = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(folder, **trust)
         sees = getattr(config, "image_token_id", None) is not None and hasattr(config, "vision_config")
@@ -280,6 +282,8 @@ class Rows:
 
 def read_rows(path: Path, model) -> tuple[Rows, np.ndarray]:
     """The rows of an npz file, and their labels."""
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist; moextend routing collect --ids_out makes such a file")
     file = np.load(path, allow_pickle=False)
     ids = file["input_ids"].astype(np.int64)
     mask = (file["attention_mask"] != 0).astype(np.int64) if "attention_mask" in file else np.ones_like(ids)

@@ -161,7 +161,7 @@ def open_source(
 def _open_source(folder: Path, wanted: _Wanted) -> Source:
     base, vision, projector = wanted.base, wanted.vision, wanted.projector
     if not folder.exists():
-        raise MoextendError(f"{folder} does not exist: not a Hugging Face model folder")
+        raise MoextendError(f"{folder} does not exist: give the folder of a model, as published or imported")
     source = _imported(folder, wanted) if store.is_imported(folder) else _foreign(folder, wanted)
     if vision and "vision" not in source.parts:
         source = _with_tower(source, vision, wanted)

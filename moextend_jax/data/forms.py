@@ -19,7 +19,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.data.json_values import Row, read_json
 from moextend_jax.data.shards import read_tar
 from moextend_jax.data.tables import read_arrow, read_csv, read_parquet
-from moextend_jax.folders import folder
+from moextend_jax.folders import folder, reading
 
 
 class Form(NamedTuple):
@@ -116,11 +116,14 @@ def files_of(
         if manual_dir is None:
             raise MoextendError(f"data set {name} needs a manual folder with {LLAVA[name]} and its images")
         path = folder(os.fspath(manual_dir)) / LLAVA[name]
-        if not path.is_file():
+        with reading(path):
+            exists = path.is_file()
+        if not exists:
             raise MoextendError(f"data set {name}: no file {path}; download it there, the images beside it")
         paths, upright = {"train": [path]}, False
     else:
-        paths, upright = _splits(name, sorted([*known, *LLAVA])), True
+        with reading(name):
+            paths, upright = _splits(name, sorted([*known, *LLAVA])), True
     wanted = base_split(split)
     if SPLITS.get(wanted, wanted) not in paths:
         raise MoextendError(f"data set {name} has no split {split!r}; there are {', '.join(paths)}")

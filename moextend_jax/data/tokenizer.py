@@ -130,7 +130,8 @@ def load_tokenizer(
     try:
         files = _read(folder)
     except Exception as error:  # protobuf, sentencepiece, tokenizers and json each raise their own
-        raise MoextendError(f"cannot read the tokenizer in {directory}: {str(error):.300}") from error
+        words = f"no {error} in it" if isinstance(error, KeyError) else f"{str(error):.300}"
+        raise MoextendError(f"cannot read the tokenizer in {directory}: {words}") from error
     pieces, named = files.pieces, [*ends, *files.ends]
     eos = next((id for id in (files.eos, *named) if id is not None), None)
     if eos is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from moextend_jax.config import RECIPES, MoextendError, Range
+from moextend_jax.folders import reading
 from moextend_jax.options import OneOf
 from moextend_jax.runs.results import MODELS
 
@@ -46,7 +47,9 @@ class Place:
         for name, names in {"model": MODELS, "recipe": RECIPES, "dtype": ("float32", "bfloat16")}.items():
             if (value := getattr(self, name)) is not None:
                 OneOf(tuple(names)).check(value, what=name)
-        if not self.folder.exists():
+        with reading(self.folder):
+            exists = self.folder.exists()
+        if not exists:
             raise MoextendError(f"{self.folder} is no work directory and no checkpoint: there is no such folder")
         of_checkpoints = ("base", "vision", "feature_layer", "recipe")
         given = [f"--{name}" for name in of_checkpoints if getattr(self, name) is not None]

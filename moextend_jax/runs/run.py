@@ -27,7 +27,7 @@ from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
-from moextend_jax.folders import folder, is_url
+from moextend_jax.folders import folder, is_url, reading
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
@@ -235,7 +235,9 @@ def settings_of(workdir: Path | str) -> RunSettings | None:
       MoextendError: there is no such folder, or its config.json cannot be read.
     """
     workdir = folder(os.fspath(workdir))
-    if not workdir.exists():
+    with reading(workdir):
+        exists = workdir.exists()
+    if not exists:
         raise MoextendError(f"{workdir} is no work directory: there is no such folder")
     record = remembered(workdir)
     if not record:
