@@ -50,6 +50,8 @@ class RunOptions:
     """folder of the language model to extend"""
     vision: Annotated[str | None, Sets(("vision",))] = None
     """folder of the vision tower"""
+    profile: Annotated[str | None, Sets(("profile",))] = None
+    """steps to trace for xprof, FIRST:LAST, as 100:103"""
     resume_from: Path | None = None
     """a checkpoint of another work directory to start its stage from"""
 

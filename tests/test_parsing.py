@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import pytest
 
 from moextend_jax import configurations
+from moextend_jax.commands import RunOptions
 from moextend_jax.config import Count, MoextendError, Range
 from moextend_jax.configurations import load
 from moextend_jax.options import OneOf, Sets, describe
@@ -226,3 +227,12 @@ def test_a_file_here_goes_before_one_of_the_package(tmp_path: Path, monkeypatch)
     shutil.copy(configurations.FOLDER / "bench.py", tmp_path / "configs" / "demo.py")
     monkeypatch.chdir(tmp_path)
     assert load("configs/demo.py")["evaluate"]["data"] == "none" != load("demo")["evaluate"]["data"]
+
+
+def test_short_options_of_a_run_set_its_settings():
+    words = ["demo", "--workdir", "w", "--data", "own.jsonl", "--images", "pictures", "--profile", "100:103"]
+    settings = parse(RunOptions, words, command="run", does="").config
+    assert {settings.align.data, settings.extend.data, settings.finetune.data, settings.full.data} == {"own.jsonl"}
+    assert (settings.images, settings.profile) == ("pictures", "100:103")
+    with pytest.raises(MoextendError, match="profile = .* must be FIRST:LAST"):
+        parse(RunOptions, [*words[:3], "--profile", "103:100"], command="run", does="")
