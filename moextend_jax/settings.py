@@ -205,6 +205,10 @@ class EvaluateSettings:
         _check_part(self.held_out)
 
 
+MESH = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
+"""All devices share the arrays, where nothing else is said."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Everything a run needs; `base` and `vision` are Hugging Face folders, "embedded" the small real model inside."""
@@ -250,9 +254,7 @@ class RunSettings:
     """How tokens meet experts on other devices: all-gather in the expert group, or all-to-all."""
     text_isolation: Literal["none", "strict"] = "none"
     """strict: conversations without an image never choose a new expert, so that text is computed as before."""
-    mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(
-        default_factory=lambda: {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
-    )
+    mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(default_factory=MESH.copy)
     """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from local_tasks import write_tasks
 from PIL import Image
 
 from moextend_jax import cli
@@ -410,23 +411,6 @@ def test_a_text_model_is_a_mixtral_and_shards_have_an_index(folders: dict[str, P
 
 # --- lm-eval ----------------------------------------------------------------------------------------------------------
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{{target}}}}}"
-{rest}
-"""
-TASKS = {
-    "local_choice": ("multiple_choice", "answer", 'doc_to_choice: "{{choices}}"\nmetric_list:\n  - metric: acc'),
-    "local_words": ("loglikelihood_rolling", "question", "metric_list:\n  - metric: word_perplexity"),
-}
-
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
@@ -446,14 +430,11 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
     from moextend_jax.runs.place import Place
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "questions.jsonl"
     lines = [
         {"question": f"In the beginning {n} was", "choices": ["light", "the sea and all", f"a {n} é"], "answer": n % 3}
         for n in range(12)
     ]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for task, (kind, target, rest) in TASKS.items():
-        (tmp_path / f"{task}.yaml").write_text(TASK.format(name=task, data=data, kind=kind, target=target, rest=rest))
+    tasks = write_tasks(tmp_path, lines)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     opened = open_place(Place(checkpoint=folders[name], dtype="float32"))
     ours = HarnessModel(asker_of(opened), tokenizer=opened.tokenizer, max_length=64)
@@ -462,7 +443,7 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
         pretrained=str(folders[name]), trust_remote_code=True, add_bos_token=True, dtype="float32", device="cpu",
         batch_size=4, max_length=64,
     )  # fmt: skip
-    for task in TASKS:
+    for task in tasks:
         # Rolling windows begin with the prefix token, which is BOS, anyhow; with this it would be scored too.
         theirs.add_bos_token = task != "local_words"
         results: list[Any] = [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_tokens
+from local_tasks import write_tasks
 
 from moextend_jax.config import IGNORE, Batch, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
@@ -156,30 +157,6 @@ def test_sampling_is_refused(model):
         model.generate_until([request("a", {"until": [], "do_sample": True, "temperature": 0.7})])
 
 
-TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: {kind}
-doc_to_text: "{{{{question}}}}"
-{rest}
-"""
-CHOICE = """
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list:
-  - metric: acc
-"""
-WORDS = """
-doc_to_target: "{{question}}"
-metric_list:
-  - metric: word_perplexity
-"""
-
-
 @pytest.mark.parametrize("with_its_own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_task_runs_unchanged_and_makes_the_table(
     run, model, direct, tmp_path, monkeypatch, capsys, with_its_own: bool
@@ -190,15 +167,8 @@ def test_a_task_runs_unchanged_and_makes_the_table(
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=with_its_own)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "questions.jsonl"
     lines = [{"question": context, "choices": choices, "answer": n} for context, choices, n in QUESTIONS]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, kind, rest in (
-        ("local_choice", "multiple_choice", CHOICE),
-        ("local_words", "loglikelihood_rolling", WORDS),
-    ):
-        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, data=data, kind=kind, rest=rest))
-    tasks = ["local_choice", "local_words"]
+    tasks = write_tasks(tmp_path, lines)
     known = read_tasks(tasks, include_path=tmp_path)
     record = forgetting(base_and(run), known, out=tmp_path / "eval", max_length=64)
     right = 0

@@ -18,7 +18,7 @@ from moextend_jax.config import MoextendError, Recipe
 from moextend_jax.data.conversations import encode_dialogue
 from moextend_jax.data.templates import Shape, Template, script
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.data.writing import MARK, TEMPLATES, encoder_of
+from moextend_jax.data.writing import MARK, TEMPLATES, encoder_of, prompt_of
 
 ASSETS = Path(__file__).parents[1] / "assets" / "hf"
 AFTER = "\uf8ff"
@@ -39,10 +39,18 @@ def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -
       MoextendError: no text that is known here gives the ids of training.
     """
     encoder_of(tokenizer, recipe)  # says what is wrong where there is none
-    name = str(tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt)
+    name = str(prompt_of(tokenizer, recipe))
     tried = (*TRIED, ANSWERED) if name in TEMPLATES else TRIED
+    pieces = tokenizers.Tokenizer.from_str(json.dumps(files.content))
+    pad = files.tags["pad"]
+
+    def ids(source: str, turns: tuple[dict[str, str], ...]) -> list[int]:
+        """As transformers does it, with two tokens per picture."""
+        text = _rendered(source, turns, tokenizer, files).replace(pad, 2 * pad)
+        return pieces.encode(text, add_special_tokens=False).ids
+
     for source in _candidates(name, tokenizer, files):
-        if all(_ids(source, turns, tokenizer, files) == _taught(turns, tokenizer, recipe) for turns in tried):
+        if all(ids(source, turns) == _taught(turns, tokenizer, recipe) for turns in tried):
             return source
     raise MoextendError(
         f"layout hf: no chat template makes transformers give the ids that this model was taught: the tokenizer in "
@@ -92,13 +100,6 @@ def _asset(name: str) -> str:
 def _taught(turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
     images = sum(turn["value"].count(MARK) for turn in turns)
     return encode_dialogue(turns, images=images, tokenizer=tokenizer, recipe=recipe, patches=2).ids_L.tolist()
-
-
-def _ids(source: str, turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, files: TokenizerFiles) -> list[int]:
-    """As transformers does it, with two tokens per picture."""
-    text = _rendered(source, turns, tokenizer, files).replace(files.tags["pad"], 2 * files.tags["pad"])
-    pieces = tokenizers.Tokenizer.from_str(json.dumps(files.content))
-    return pieces.encode(text, add_special_tokens=False).ids
 
 
 def _rendered(source: str, turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, files: TokenizerFiles) -> str:

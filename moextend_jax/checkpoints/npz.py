@@ -1,4 +1,4 @@
-"""npz files from elsewhere: a path in, plain arrays by name out, none of them larger than the file can account for.
+"""npz files: written whole; read from elsewhere, plain arrays by name, none larger than the file can account for.
 
 An npz file is a zip file, of which a thousandth can be enough to fill the memory, and each array in it begins with a
 header that may ask for any size. Both are added up before anything is unpacked.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,6 +23,15 @@ FREE, TIMES = 64 << 20, 100
 
 _ENDING = ".npy"
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a compressed file, whole or not at all; a name without .npz stays as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **cast(Any, arrays))
+    unfinished.rename(path)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -37,7 +37,9 @@ class ImageFolder(NamedTuple):
     anywhere: bool = False
 
     def look(self, names: Iterable[str]) -> Iterator[Facts | Fault]:
-        return (look_in_bucket if is_url(self.path) else look)(self.path, names, anywhere=self.anywhere)
+        if is_url(self.path):
+            return look_in_bucket(self.path, names)
+        return look(self.path, names, anywhere=self.anywhere)
 
     def read(self, name: str) -> bytes:
         if is_url(self.path):
@@ -47,9 +49,7 @@ class ImageFolder(NamedTuple):
 
 def read_span(span: Span) -> bytes:
     """A picture inside an archive."""
-    if not 0 < span.size <= MOST_BYTES:
-        kind = "oversized" if span.size else "empty_file"
-        raise Fault(f"image {span.name} has {span.size} bytes", kind, span.name)
+    _check_size(span.size, span.name, id=span.name)
     try:
         with folder(span.file).open("rb") as file:
             file.seek(span.at)
@@ -106,7 +106,16 @@ def find_image(folder: Path, name: str, *, anywhere: bool = False) -> Path:
                 f"image {name} in {folder} has {facts.st_size} bytes, more than {MOST_BYTES}", "oversized", name
             )
         return path
-    raise Fault(f"no image {name} in {folder} or {folder / 'images'}{_beside(roots, name)}", "missing", name)
+    raise _missing(folder, name, hint=_beside(roots, name))
+
+
+def _missing(folder: Path, name: str, *, hint: str = "") -> Fault:
+    return Fault(f"no image {name} in {folder} or {folder / 'images'}{hint}", "missing", name)
+
+
+def _check_size(size: int, what: str, *, id: str) -> None:
+    if not 0 < size <= MOST_BYTES:
+        raise Fault(f"image {what} has {size} bytes", "oversized" if size else "empty_file", id)
 
 
 def _check_name(folder: Path, name: str, anywhere: bool) -> None:
@@ -190,8 +199,8 @@ def read_image(folder: Path, name: str, *, anywhere: bool = False) -> bytes:
 # --- in a bucket ------------------------------------------------------------------------------------------------------
 
 
-def look_in_bucket(folder: Path, names: Iterable[str], *, anywhere: bool = False) -> Iterator[Facts | Fault]:
-    """As `look`; each folder that names lead into is listed once."""
+def look_in_bucket(folder: Path, names: Iterable[str]) -> Iterator[Facts | Fault]:
+    """As `look`, and nothing is outside of a bucket's folder; each folder that names lead into is listed once."""
     import fsspec  # of the extra that gs:// paths need
 
     files = fsspec.filesystem("gs")
@@ -219,10 +228,8 @@ def look_in_bucket(folder: Path, names: Iterable[str], *, anywhere: bool = False
             matches = (listing(head).get(tail) for head, _, tail in (path.rpartition("/") for path in paths))
             facts = next((facts for facts in matches if facts is not None), None)
             if facts is None:
-                raise Fault(f"no image {name} in {folder} or {folder / 'images'}", "missing", name)
-            if not 0 < facts.size <= MOST_BYTES:
-                kind = "oversized" if facts.size else "empty_file"
-                raise Fault(f"image {name} in {folder} has {facts.size} bytes", kind, name)
+                raise _missing(folder, name)
+            _check_size(facts.size, f"{name} in {folder}", id=name)
             yield facts
         except Fault as fault:
             yield fault
@@ -238,8 +245,6 @@ def read_from_bucket(folder: Path, name: str) -> bytes:
             continue
         except Exception as error:  # no picture's fault: the network, or no permission
             raise unreadable(path, error) from error
-        if not 0 < len(encoded) <= MOST_BYTES:
-            kind = "oversized" if encoded else "empty_file"
-            raise Fault(f"image {name} in {folder} has {len(encoded)} bytes", kind, name)
+        _check_size(len(encoded), f"{name} in {folder}", id=name)
         return encoded
-    raise Fault(f"no image {name} in {folder} or {folder / 'images'}", "missing", name)
+    raise _missing(folder, name)

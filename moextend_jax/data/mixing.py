@@ -9,7 +9,9 @@ Of 3 and 8 rows with weights 1 and 1 an epoch has 8 and 8: the first data set is
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,17 +35,16 @@ class Joined:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    @property
+    @functools.cached_property
     def starts(self) -> list[int]:
-        return [sum(self.sizes[:n]) for n in range(len(self.sizes))]
+        return list(itertools.accumulate(self.sizes[:-1], initial=0))
 
     def place(self, index: int) -> tuple[int, int]:
         """Which sequence, and the item's index in it."""
-        starts = self.starts
-        n = bisect.bisect_right(starts, index) - 1
+        n = bisect.bisect_right(self.starts, index) - 1
         while not self.sizes[n]:
             n -= 1
-        return n, index - starts[n]
+        return n, index - self.starts[n]
 
 
 class JoinedRows:

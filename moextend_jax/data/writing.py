@@ -42,13 +42,18 @@ class Part(NamedTuple):
     label: bool
 
 
+def prompt_of(tokenizer: Tokenizer, recipe: Recipe) -> str | None:
+    """The name of the recipe's template, "checkpoint" resolved; None where the checkpoint has none."""
+    return tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt
+
+
 def encoder_of(tokenizer: Tokenizer, recipe: Recipe) -> Encoder:
     """How the recipe's template encodes.
 
     Raises:
       MoextendError: no such template is known for the base.
     """
-    name = tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt
+    name = prompt_of(tokenizer, recipe)
     if name is None:
         raise MoextendError(
             f"{tokenizer.where} has no chat template, and its tokens are of no family that is known: put a "
@@ -63,7 +68,7 @@ def encoder_of(tokenizer: Tokenizer, recipe: Recipe) -> Encoder:
 
 def template_identity(tokenizer: Tokenizer, recipe: Recipe) -> str:
     """What a run remembers of its template: its name, of the checkpoint's own also what is in it."""
-    name = tokenizer.prompt if recipe.prompt == "checkpoint" else recipe.prompt
+    name = prompt_of(tokenizer, recipe)
     if name != "own":
         return str(name)
     template = tokenizer.templates[name]

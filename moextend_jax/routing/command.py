@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.npz import read_npz, whole_numbers
+from moextend_jax.checkpoints.npz import read_npz, whole_numbers, write_npz
 from moextend_jax.config import IGNORE, Amount, Batch, Count, ModelConfig, MoextendError
 from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
@@ -226,11 +226,7 @@ def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:
         images_BMhwc = np.concatenate([np.asarray(batch.images_BMhwc) for batch in batches])
         shown_BM = np.arange(images_BMhwc.shape[1]) < counts_B[:, None]
         arrays["pixel_values"] = images_BMhwc[shown_BM].transpose(0, 3, 1, 2).astype(np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    unfinished.rename(path)
+    write_npz(path, arrays)
 
 
 def _print_loads(stats: Stats, *, title: str) -> None:

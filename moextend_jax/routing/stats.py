@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.checkpoints.npz import read_npz, whole_numbers
+from moextend_jax.checkpoints.npz import read_npz, whole_numbers, write_npz
 from moextend_jax.config import MoextendError
 from moextend_jax.extension.routing import Counts
 
@@ -119,11 +119,7 @@ def write_stats(path: Path, stats: Stats) -> None:
     if stats.per_token is not None:
         ids, gaps, image = stats.per_token
         arrays |= {"ids": ids, "gaps": gaps.astype(np.float32), "image": image}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:  # a name without .npz stays as it is
-        np.savez_compressed(file, **arrays)
-    unfinished.rename(path)
+    write_npz(path, arrays)
 
 
 def read_stats(path: Path) -> Stats:

@@ -28,12 +28,10 @@ from moextend_jax.runs import models_of
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import model_row
 from moextend_jax.runs.run import Arrays, Run, known_settings, open_run, working
-from moextend_jax.settings import EvaluateSettings, RunSettings, build, fields
+from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fields
 
 SIZES = EvaluateSettings(data="", questions=1)
 """Batches of a checkpoint's evaluation, where no configuration says otherwise."""
-MESH = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
-"""All devices share a checkpoint's arrays, where no configuration says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -209,11 +207,9 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         sizes=sizes,
         identify=identify,
         read_tokenizer=read_tokenizer,
-        open_base=None,
+        open_base=(lambda: not_extended(opened)) if config.extension else None,
     )
-    if config.extension is None:
-        return opened
-    return dataclasses.replace(opened, open_base=lambda: not_extended(opened))
+    return opened
 
 
 class HowTrained(NamedTuple):

@@ -172,8 +172,8 @@ def _run_id(folder: Path, kind: str, resume_step: int, create: Callable[[], str]
     path = folder / IDS
     ids = json.loads(path.read_text()) if path.exists() else {}
     if resume_step == 0 or kind not in ids:
-        path.write_text(json.dumps(ids | {kind: create()}) + "\n")
-        ids = json.loads(path.read_text())
+        ids[kind] = create()
+        path.write_text(json.dumps(ids) + "\n")
     return ids[kind]
 
 
