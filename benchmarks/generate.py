@@ -50,16 +50,17 @@ def main() -> None:
     assert opened.config.vision is not None
     questions = table.read("easy_vqa", None)[: args.questions]
     pictures = QuestionPictures(
-        questions, size=opened.config.vision.image_size, preparation=opened.recipe.image_preparation
-    )
+        questions, size=opened.config.vision.image_size, tokens=opened.patches,
+        preparation=opened.recipe.image_preparation,
+    )  # fmt: skip
     prompts = [
         prompt_of(
-            question.text, images=images, tokenizer=opened.tokenizer, recipe=opened.recipe,
-            patches=opened.patches, where=question.where,
+            question.text, items={"image": images}, spans=opened.config.spans({"image": len(images)}),
+            tokenizer=opened.tokenizer, recipe=opened.recipe, where=question.where,
         )
         for question, images in zip(questions, pictures.numbers, strict=True)
     ]  # fmt: skip
-    asker = asker_of(opened, pictures=pictures)
+    asker = asker_of(opened, readers={"image": pictures})
 
     def answer() -> tuple[float, float, list[list[int]]]:
         said: list[list[int]] = [[] for _ in prompts]

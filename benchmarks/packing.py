@@ -23,10 +23,10 @@ from scipy.optimize import linprog
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from moextend_jax.config import IGNORE, Batch  # noqa: E402
+from moextend_jax.config import IGNORE, IMAGE, Batch, Room  # noqa: E402
 from moextend_jax.data.batches import WINDOW  # noqa: E402
 from moextend_jax.data.conversations import Encoded  # noqa: E402
-from moextend_jax.data.packing import Item, Row, pack  # noqa: E402
+from moextend_jax.data.packing import Item, Row, Shape, pack  # noqa: E402
 
 PATCHES, LIMIT = 576, 2048
 
@@ -74,24 +74,22 @@ def items_of(lengths_n: np.ndarray, images_n: np.ndarray, *, patches: int) -> li
     rng, items = np.random.default_rng(1), []
     for length, images in zip(lengths_n.tolist(), images_n.tolist(), strict=True):
         ids_L = rng.integers(7, 30000, length, dtype=np.int32)
-        patches_L = np.full(length, -1, np.int32)
+        places_L = np.full(length, -1, np.int32)
         for image in range(images):
             start = 2 + image * (patches + 2)
-            patches_L[start : start + patches] = np.arange(patches) + image * patches
+            places_L[start : start + patches] = np.arange(patches) + image * patches
         text = length - 1 - images * (patches + 2)
         labels_L = np.where(np.arange(length) >= length - text // 2, ids_L, IGNORE)
-        items.append(Item(Encoded(ids_L, labels_L, patches_L, np.ones(length, np.int32), images), [0] * images))
+        encoded = Encoded(ids_L, labels_L, places_L, np.ones(length, np.int32), {IMAGE: images})
+        items.append(Item(encoded, {IMAGE: [0] * images}))
     return items
 
 
 def packed(items: list[Item], *, length: int, images_per_row: int) -> list[Row]:
     """Rows as the pipeline makes them, a window at a time."""
+    shape = Shape(length, {IMAGE: Room(images_per_row, PATCHES)})
     windows = [items[start : start + WINDOW] for start in range(0, len(items), WINDOW)]
-    return [
-        row
-        for some in windows
-        for row in pack(some, length=length, images_per_row=images_per_row, patches=PATCHES, conversations_per_row=0)
-    ]
+    return [row for some in windows for row in pack(some, shape=shape, conversations_per_row=0)]
 
 
 def fewest_rows(lengths_n: np.ndarray, *, length: int, rounds: int = 80) -> float:
@@ -155,14 +153,12 @@ def show_step(console: Console, *, conversations: int, steps: int) -> None:
     lengths_n = np.where(images_n, 67 + (lengths_n - 579) // scale, lengths_n // scale)
     limit = -(-LIMIT // scale)
     items = items_of(lengths_n, images_n, patches=PATCHES // scale)
-    alone = {"length": limit, "images_per_row": 1, "conversations_per_row": 1}
-    kinds = {"padded": alone} | {
-        f"packed, {images} images": {"length": n * limit, "images_per_row": images, "conversations_per_row": 0}
-        for n, images in ((1, 3), (2, 6))
-    }
+    packed_kinds = {f"packed, {images} images": (n * limit, images, 0) for n, images in ((1, 3), (2, 6))}
+    kinds = {"padded": (limit, 1, 1), **packed_kinds}
     run, measured = _finetune(), {}
-    for kind, settings in kinds.items():
-        rows = pack(items, patches=PATCHES // scale, **settings)
+    for kind, (length, images, conversations_per_row) in kinds.items():
+        shape = Shape(length, {IMAGE: Room(images, PATCHES // scale)})
+        rows = pack(items, shape=shape, conversations_per_row=conversations_per_row)
         measured[kind] = (_batch(rows, patches=PATCHES // scale), [])
     for batch, _ in measured.values():
         run(batch)  # compiles
@@ -182,14 +178,14 @@ def show_step(console: Console, *, conversations: int, steps: int) -> None:
 
 
 def _batch(rows: list[Row], *, patches: int) -> Batch:
-    rows_BM = np.stack([row.image_rows_M for row in rows])
+    rows_BM = np.stack([row.item_rows_M[IMAGE] for row in rows])
     return Batch(
         np.stack([row.ids_L for row in rows]),
         np.stack([row.labels_L for row in rows]),
         np.stack([row.positions_L for row in rows]),
         np.stack([row.segments_L for row in rows]),
-        np.stack([row.patches_L for row in rows]),
-        features_BMPC=np.random.default_rng(2).standard_normal((*rows_BM.shape, patches, 256), dtype=np.float32),
+        np.stack([row.places_L for row in rows]),
+        features={IMAGE: np.random.default_rng(2).standard_normal((*rows_BM.shape, patches, 256), dtype=np.float32)},
     )
 
 
@@ -203,7 +199,7 @@ def _finetune():
     from moextend_jax.mesh import make_mesh
     from moextend_jax.models.moextend import MoExtend
     from moextend_jax.parameters import by_path
-    from moextend_jax.runs.results import patterns
+    from moextend_jax.runs.results import FIRST
     from moextend_jax.settings import from_config_dict
     from moextend_jax.train import stages
     from moextend_jax.train.optimizer import learning_rate, make_optimizer
@@ -217,7 +213,7 @@ def _finetune():
         path: jax.numpy.asarray(float(path.endswith("norm")) + 0.02 * rng.standard_normal(param.shape, np.float32))
         for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
-    trainable, frozen = stages.split(arrays, patterns("finetune", recipe=settings.recipe))
+    trainable, frozen = stages.split(arrays, FIRST.patterns("finetune", recipe=settings.recipe))
     schedule = learning_rate(finetune.optimizer, steps=finetune.steps, recipe=settings.recipe)
     optimizer = make_optimizer(finetune.optimizer, paths=trainable)
     step = make_step(

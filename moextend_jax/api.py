@@ -19,11 +19,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moextend_jax import configurations, preemption
-from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.config import IMAGE, FeaturesConfig, Medium, ModelConfig, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate.questions import as_prompt
 from moextend_jax.evaluate.running import asker_of
-from moextend_jax.evaluate.speak import Picture, Turn, batch_of, encoded, pixels, question, speak, told
+from moextend_jax.evaluate.speak import Items, Picture, Turn, batch_of, encoded, question, show, speak, told
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
 from moextend_jax.mesh import Program, on_host, place_whole
@@ -78,14 +78,15 @@ class Model:
 
     def generate(
         self, text: str | Sequence[str], image: Picture | list[Picture | None] | None = None, *,
-        max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0, seed: int = 0, system: str | None = None,
-        plain: bool | None = None,
+        items: Items | list[Items] | None = None, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+        seed: int = 0, system: str | None = None, plain: bool | None = None,
     ) -> Any:  # fmt: skip
         """The answer to a text, or the answers to a list of texts, which are computed together.
 
         Args:
           image: a file, its bytes, a PIL image, or an array uint8 `[height, width, 3]`; for a list of texts one for
             all, or a list with one (or None) for each.
+          items: files of other media by their name, `{"sound": ["a.wav"]}`; for a list of texts alike.
           temperature: 0 takes the likeliest token; else draws from the `top_k` likeliest (0: all) with `seed`.
           system: what the model is told first.
           plain: continue the text without the chat template; None: as the model was taught.
@@ -93,25 +94,29 @@ class Model:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "plain": plain}
         drawn = {"temperature": temperature, "top_k": top_k}
         if isinstance(text, str):
-            if isinstance(image, list):
+            if isinstance(image, list) or isinstance(items, list):
                 raise MoextendError("one text has one image; a list of texts may have a list of images")
-            return "".join(self.stream(text, image, seed=seed, **drawn, **options))
+            return "".join(self.stream(text, image, items=items, seed=seed, **drawn, **options))
         images = image if isinstance(image, list) else [image] * len(text)
-        if len(images) != len(text):
-            raise MoextendError(f"{len(text)} texts, but {len(images)} images")
+        others = items if isinstance(items, list) else [items] * len(text)
+        if len(images) != len(text) or len(others) != len(text):
+            raise MoextendError(f"{len(text)} texts, but {len(images)} images" if len(images) != len(text) else
+                                f"{len(text)} texts, but items for {len(others)}")  # fmt: skip
+        each = [shown(*pair) for pair in zip(images, others, strict=True)]
         if temperature:
-            pairs = enumerate(zip(text, images, strict=True), seed)
-            return ["".join(self.stream(*pair, seed=n, **drawn, **options)) for n, pair in pairs]
-        return self._together(text, images, **options)
+            pairs = enumerate(zip(text, each, strict=True), seed)
+            return ["".join(self.stream(one, items=of, seed=n, **drawn, **options)) for n, (one, of) in pairs]
+        return self._together(text, each, **options)
 
     def stream(
-        self, text: str, image: Picture | None = None, *, max_new_tokens: int = 64, temperature: float = 0.0,
-        top_k: int = 0, seed: int = 0, system: str | None = None, plain: bool | None = None,
+        self, text: str, image: Picture | None = None, *, items: Items | None = None, max_new_tokens: int = 64,
+        temperature: float = 0.0, top_k: int = 0, seed: int = 0, system: str | None = None, plain: bool | None = None,
     ) -> Iterator[str]:  # fmt: skip
         """The answer piece by piece, as it is made."""
-        images = () if image is None else (image,)
+        every = shown(image, items)
+        counts = {name: [1] * len(of) for name, of in every.items()}
         return speak(
-            self._opened, told(system, text, images=len(images)), images=images, plain=plain, seed=seed,
+            self._opened, told(self._opened, system, text, counts), items=every, plain=plain, seed=seed,
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_k),
         )  # fmt: skip
 
@@ -121,61 +126,74 @@ class Model:
         content: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
         options: max_new_tokens, temperature, top_k and seed of `generate`.
         """
-        turns, images = [], []
+        turns, images = [], list[Picture]()
         for message in messages:
             turn, pictures = _turn(message)
             turns.append(turn)
             images += pictures
         sampling = Sampling(options.pop("temperature", 0.0), options.pop("top_k", 0))
         options = {"max_new_tokens": 64} | options
-        return "".join(speak(self._opened, turns, images=images, plain=False, sampling=sampling, **options))
+        return "".join(speak(self._opened, turns, items={IMAGE: images}, plain=False, sampling=sampling, **options))
 
     def routing(
-        self, text: str, image: Picture | None = None, *, answer: str | None = None, system: str | None = None,
-        plain: bool | None = None,
+        self, text: str, image: Picture | None = None, *, items: Items | None = None, answer: str | None = None,
+        system: str | None = None, plain: bool | None = None,
     ) -> Routing:  # fmt: skip
         """Which experts each token of a prompt goes to, and of the answer to it where one is given."""
-        opened, images = self._opened, () if image is None else (image,)
-        turns = told(system, text, images=len(images))
+        opened = self._opened
+        read = show(opened, shown(image, items))
+        turns = told(opened, system, text, read.spans)
         if answer is None:
-            prompt = encoded(opened, turns, images=len(images), plain=plain)
+            prompt = encoded(opened, turns, spans=read.spans, plain=plain)
         else:
-            asked = [question(text, images=len(images))] if isinstance(turns, str) else turns
+            asked = [question(opened, text, read.spans)] if isinstance(turns, str) else turns
             prompt = encode_conversation(
-                [*asked, {"from": "gpt", "value": answer}], example_id="prompt", images=len(images),
-                tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches,
+                [*asked, {"from": "gpt", "value": answer}], example_id="prompt",
+                items=read.spans, tokenizer=opened.tokenizer, recipe=opened.recipe,
             )  # fmt: skip
-        batch, count = batch_of(opened, prompt, images=images), len(prompt.ids_L)
+        batch, count = batch_of(opened, prompt, read), len(prompt.ids_L)
         batch.segments_BL[0, :count] = prompt.segments_L
         routing = _routing(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
         logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing)
-        base, extension = opened.config.decoder.experts, opened.config.extension
-        new = range(extension.new_experts if extension else 0)
+        base, extensions = opened.config.decoder.experts, opened.config.extensions
+        new = [
+            f"new {n}" if len(extensions) == 1 else f"{name} {n}"
+            for name, added in extensions.items()
+            for n in range(added.new_experts)
+        ]
         return Routing(
             picks=picks_ZTk,
             weights=weights_ZTk,
             logits=logits_ZTO,
-            experts=[*map(str, range(base)), *(f"new {n}" for n in new)],
-            tokens=_texts(opened, prompt.ids_L, prompt.patches_L),
+            experts=[*map(str, range(base)), *new],
+            tokens=_texts(opened, prompt.ids_L, prompt.places_L),
             ids=prompt.ids_L,
-            patches=prompt.patches_L,
+            patches=prompt.places_L,
         )
 
-    def _together(self, texts: Sequence[str], images: Sequence[Picture | None], **options: Any) -> list[str]:
+    def _together(self, texts: Sequence[str], each: Sequence[Items], **options: Any) -> list[str]:
         opened, most = self._opened, options.pop("max_new_tokens")
-        present = [image for image in images if image is not None]
-        numbers = iter(range(len(present)))
-        prompts = []
-        for text, image in zip(texts, images, strict=True):
-            own = () if image is None else (next(numbers),)
-            turns = told(options["system"], text, images=len(own))
-            prompts.append(as_prompt(encoded(opened, turns, images=len(own), plain=options["plain"]), images=own))
+        prompts, arrays = [], {name: list[np.ndarray]() for name in opened.config.media}
+        for text, items in zip(texts, each, strict=True):
+            read = show(opened, items)
+            turns = told(opened, options["system"], text, read.spans)
+            asked = encoded(opened, turns, spans=read.spans, plain=options["plain"])
+            rows = {}
+            for name, of in read.arrays.items():
+                rows[name] = tuple(range(len(arrays[name]), len(arrays[name]) + len(of)))
+                arrays[name] += list(of)
+            prompts.append(as_prompt(asked, items=rows))
         answers = [""] * len(prompts)
-        pictures = _Shown(np.stack([pixels(opened, image) for image in present])) if present else None
-        for completed in asker_of(opened, pictures=pictures).complete(prompts, max_new_tokens=most):
+        readers = {name: _Shown(opened.config.media[name], np.stack(of)) for name, of in arrays.items() if of}
+        for completed in asker_of(opened, readers=readers).complete(prompts, max_new_tokens=most):
             for index, ids in completed:
                 answers[index] = opened.tokenizer.decode(ids)
         return answers
+
+
+def shown(image: Picture | None, items: Items | None) -> dict[str, Sequence[Any]]:
+    """What is shown, by medium."""
+    return ({} if image is None else {IMAGE: [image]}) | dict(items or {})
 
 
 def open(  # noqa: A001
@@ -242,16 +260,15 @@ def _own_signals() -> Iterator[None]:
 
 
 class _Shown:
-    """Pixels `[n, h, w, c]` that an `Asker` reads by row."""
+    """Items `[n, ...]` of a medium that an `Asker` reads by row."""
 
-    field = "images_BMhwc"
-
-    def __init__(self, pixels_nhwc: np.ndarray):
-        self._pixels_nhwc = pixels_nhwc
+    def __init__(self, medium: Medium, arrays: np.ndarray):
+        self.field = "features" if isinstance(medium.tower, FeaturesConfig) else "media"
+        self.tokens, self._arrays = medium.tokens, arrays
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
-        images_BMhwc = self._pixels_nhwc[np.maximum(rows_BM, 0)]
-        return np.where((rows_BM >= 0)[..., None, None, None], images_BMhwc, 0)
+        arrays = self._arrays[np.maximum(rows_BM, 0)]
+        return np.where((rows_BM >= 0).reshape(*rows_BM.shape, *[1] * (arrays.ndim - 2)), arrays, 0)
 
 
 @functools.lru_cache(maxsize=4)
@@ -259,13 +276,13 @@ def _routing(config: ModelConfig, mesh: Mesh) -> Program:
     return Program(lambda arrays, batch: with_arrays(abstract(config), arrays)(batch).routing, mesh=mesh)
 
 
-def _texts(opened: Askable, ids_L: np.ndarray, patches_L: np.ndarray) -> list[str]:
+def _texts(opened: Askable, ids_L: np.ndarray, places_L: np.ndarray) -> list[str]:
     """What each token adds to the text before it; a name for what is no text."""
     tokenizer = opened.tokenizer
     named = {control.id: text for text, control in tokenizer.pieces.control.items()}
     named |= {tokenizer.tags.start: "<image>", tokenizer.tags.end: "</image>"}
     texts, before = [], []
-    for id, patch in zip(ids_L.tolist(), patches_L.tolist(), strict=True):
+    for id, patch in zip(ids_L.tolist(), places_L.tolist(), strict=True):
         if patch >= 0:
             texts.append(f"<patch {patch}>")
         elif id in named:

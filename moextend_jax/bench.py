@@ -26,18 +26,19 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from moextend_jax import distributed, machine
-from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
+from moextend_jax import chips, distributed, machine
+from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.parameters import with_arrays
-from moextend_jax.plan.abstract_step import abstract_step
+from moextend_jax.plan.abstract_step import abstract_step, patterns
 from moextend_jax.plan.sizes import model_config
-from moextend_jax.runs.results import training
+from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, from_config_dict
 from moextend_jax.train.loss import cross_entropy
+from moextend_jax.train.meter import model_flops
 from moextend_jax.train.step import init_state
 
 LABELS = {
@@ -56,12 +57,15 @@ def bench(
     Args:
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
     """
-    names = [only] if only else training(optional=False)
+    names = [only] if only else results.table(settings).training(optional=False)
     report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in names
               for kind in LABELS}  # fmt: skip
-    table = Table("stage", "labels", "tokens/s", "s/step", "peak memory GB", "XLA temporaries GB", "trained parameters")
+    table = Table(
+        "stage", "labels", "tokens/s", "s/step", "MFU", "peak memory GB", "XLA temporaries GB", "trained parameters"
+    )
     for name, row in report.items():
-        table.add_row(*name.split("/"), f"{row['tokens_per_second']:,.0f}", f"{row['seconds_per_step']:.3f}",
+        mfu = f"{row['mfu']:.0%}" if row["mfu"] else "-"
+        table.add_row(*name.split("/"), f"{row['tokens_per_second']:,.0f}", f"{row['seconds_per_step']:.3f}", mfu,
                       f"{row['peak_memory_gb']:.2f}", f"{row['temporaries_gb']:.2f}",
                       f"{row['trained_parameters']:,}")  # fmt: skip
     console.print(table)
@@ -97,8 +101,8 @@ def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) ->
     if length <= text:
         raise MoextendError(f"bench: rows of {length} tokens cannot hold an image of {P} patches and text")
     ids_BL = rng.integers(7, config.decoder.vocab_size, (rows, length), dtype=np.int32)
-    patches_BL = np.full_like(ids_BL, -1)
-    patches_BL[:, 3 : 3 + P] = np.arange(P)
+    places_BL = np.full_like(ids_BL, -1)
+    places_BL[:, 3 : 3 + P] = np.arange(P)
     position_L = np.arange(length, dtype=np.int32)
     labelled_L = (position_L >= text) & ((position_L - text) // 32 % 2 == 1) if labels == "answers" else position_L >= 0
     return Batch(
@@ -106,14 +110,14 @@ def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) ->
         labels_BL=np.where(labelled_L, ids_BL, IGNORE),
         positions_BL=np.tile(position_L, (rows, 1)),
         segments_BL=np.ones_like(ids_BL),
-        patches_BL=patches_BL,
-        features_BMPC=rng.standard_normal((rows, 1, P, config.vision.width), dtype=np.float32),
+        places_BL=places_BL,
+        features={IMAGE: rng.standard_normal((rows, 1, P, config.vision.width), dtype=np.float32)},
     )
 
 
 def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | None = None) -> dict[str, Any]:
     """Figures of one stage's step in this process; seconds are medians over `STEPS` steps after `WARMUP`."""
-    stage_settings = getattr(settings, stage)
+    stage_settings = results.stage_of(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
     distributed.split_cpu(settings.cpu_devices)
     mesh = make_mesh(settings.mesh)
@@ -124,7 +128,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
     )
     rows, length = stage_settings.batch_size, stage_settings.length
     batch = place_whole(random_batch(config, rows=rows, length=length, labels=labels), mesh)
-    state = init_state(jax.tree.map(jnp.copy, trainable), planned.optimizer)
+    state = init_state(trainable, planned.optimizer)  # which the first step takes
     compiled = planned.step.lower(state, frozen, batch).compile()
     seconds = []
     for _ in range(WARMUP + STEPS):
@@ -132,15 +136,22 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[WARMUP:])
-    analysis, model = compiled.memory_analysis(), with_arrays(abstract(config), {**trainable, **frozen})
+    analysis, peak_memory = compiled.memory_analysis(), machine.peak_memory()
+    trainable = state.trainable
+    del state
+    model = with_arrays(abstract(config), {**trainable, **frozen})
+    device = jax.devices()[0].device_kind
+    flops, peak = model_flops(config, batch, trains=patterns(settings, stage=stage)), chips.peak_flops(device)
     return {
         "tokens_per_second": rows * length / median,
         "seconds_per_step": median,
-        "peak_memory_gb": machine.peak_memory() / 1e9,
+        "mfu": flops / median / (peak * mesh.size) if peak else None,
+        "tflops_per_step": flops / 1e12,
+        "peak_memory_gb": peak_memory / 1e9,
         "temporaries_gb": analysis.temp_size_in_bytes / 1e9 if analysis else float("nan"),
         "trained_parameters": sum(leaf.size for leaf in trainable.values()),
         "loss": float(metrics["loss"]),
-        "device": jax.devices()[0].device_kind,
+        "device": device,
         "parts": _parts(model, batch, planned.optimizer, trainable, chunk=stage_settings.loss_chunk, mesh=mesh),
     }
 
@@ -163,7 +174,6 @@ def _parts(
     model: MoExtend, batch: Batch, optimizer: optax.GradientTransformation, trainable: Any, *, chunk: int, mesh: Mesh
 ) -> dict[str, float]:
     """Seconds of each part of a step on the mesh. Plain layers stand for extended ones: a new expert adds no rows."""
-    assert model.projector is not None
     decoder = model.config.decoder
     graph, layers = nnx.split(model.decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))
@@ -175,7 +185,7 @@ def _parts(
         return layer.attention(x_BLD, turns, Visible.in_rows(batch.segments_BL))[0]
 
     def mixed(x_BLD):
-        return mixture(x_BLD, layer.moe, None, extended=jnp.array(False), config=model.config)[0]
+        return mixture(x_BLD, layer.moe, config=model.config)[0]
 
     def updated(trainable):
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
@@ -196,7 +206,7 @@ def _parts(
     return {
         "attention": decoder.layers * both_ways(attended, x_BLD),
         "mixture of experts": decoder.layers * both_ways(mixed, x_BLD),
-        "projector": both_ways(model.projector, batch.features_BMPC[:, 0]),
+        "projector": both_ways(model.media[IMAGE].projector, batch.features[IMAGE][:, 0]),
         "cross_entropy": both_ways(nats, x_BLD),
         "optimizer": _seconds(Program(updated, mesh=mesh), trainable),
     }

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moextend_jax.checkpoints.loading import open_base
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.check import Report, check, open_origin
-from moextend_jax.data.datasets import shows_no_image
+from moextend_jax.data.datasets import shows_none
 from moextend_jax.data.faults import KINDS, FaultSettings
 from moextend_jax.data.inspector import UNLIMITED, Reading, Work
+from moextend_jax.media import IMAGE_MARK
+from moextend_jax.runs import results
+from moextend_jax.runs.media import with_media
 from moextend_jax.runs.ready import row_problems, too_many_questions
-from moextend_jax.runs.results import RESULTS, patterns, result, training
 from moextend_jax.runs.run import tokenizer_of_base
 from moextend_jax.settings import RunSettings, StageSettings
 
@@ -43,14 +45,14 @@ def check_command(
         raise MoextendError(f"processes = {processes} must not be negative")
     faults, manual_dir = settings.faults, settings.manual_dir or None
     base = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
-    vision = base.config.vision
-    if vision is None:
+    tokenizer = tokenizer_of_base(settings, base)
+    base = with_media(base, settings, tokenizer)
+    if not base.config.media:
         raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
     work = Work(
-        tokenizer=tokenizer_of_base(settings, base),
+        tokenizer=dataclasses.replace(tokenizer, others=base.config.media),
         recipe=settings.recipe,
-        patches=vision.patches,
-        size=vision.image_size,
+        media=base.config.media,
         readings=(),
         files={},
     )
@@ -63,6 +65,7 @@ def check_command(
                 data_dir=folder,
                 manual_dir=manual_dir,
                 images=settings.images or None,
+                media=work.media,
                 faults=faults,
             ),
             work=work,
@@ -70,7 +73,8 @@ def check_command(
             processes=processes,
             tell=stack.enter_context(_progress(console)),
         )
-    problems = problems_of(settings, reports, layers=base.config.decoder.layers)
+    marks = {name: medium.mark for name, medium in work.media.items()}
+    problems = problems_of(settings, reports, layers=base.config.decoder.layers, marks=marks)
     fine = all(report.ok(faults) for report in reports) and not problems
     if as_json:
         listed = [described(report, faults) for report in reports]
@@ -83,42 +87,53 @@ def check_command(
     return 0 if fine else 1
 
 
-def problems_of(settings: RunSettings, reports: Sequence[Report], *, layers: int) -> list[str]:
-    """What `moextend run` would refuse before its first step though every row is sound: too few of them, no picture."""
+def problems_of(
+    settings: RunSettings, reports: Sequence[Report], *, layers: int, marks: Mapping[str, str] | None = None
+) -> list[str]:
+    """What `moextend run` would refuse before its first step though every row is sound: too few of them, no picture.
+    `marks`: of the media, by name."""
+    marks = marks or {IMAGE: IMAGE_MARK}
     read: dict[str, list[Report]] = {}  # of each that reads: a mixture has a report for each of its data sets
     for report in reports:
         for name in report.reading.stages:
             read.setdefault(name, []).append(report)
     read = {name: parts for name, parts in read.items() if not any(report.error for report in parts)}
     counts = {name: sum(report.rows for report in parts) for name, parts in read.items()}
-    rows = {name: count for name, count in counts.items() if name in RESULTS}
-    if "extend" in rows:  # of whose data the samples are
-        rows["select"] = rows["extend"]
+    table = results.table(settings)
+    rows = {name: count for name, count in counts.items() if name in table.results}
+    for name in [name for name in rows if name.startswith("extend")]:  # of whose data the samples are
+        rows[name.replace("extend", "select")] = rows[name]
     problems = row_problems(settings, rows=rows, layers=layers)
-    for name in read.keys() & RESULTS.keys():
-        pictured = any(report.images for report in read[name])
-        if patterns(name, recipe=settings.recipe) == ("projector/*",) and not pictured:
-            problems.append(str(shows_no_image(name, counts[name])))
-    evaluate = settings.evaluate
-    if evaluate.data and counts.get("evaluate", evaluate.questions) < evaluate.questions:
-        problems.append(str(too_many_questions(evaluate, counts["evaluate"])))
+    for name in read.keys() & table.results.keys():
+        trains = table.patterns(name, recipe=settings.recipe)
+        if results.is_aligning(trains):
+            medium = trains[0].split("/")[1]
+            if not any(report.items[marks[medium]] for report in read[name]):
+                problems.append(str(shows_none(name, counts[name], medium=medium)))
+    for link in settings.links:
+        evaluate, asked = results.evaluate_of(settings, link.name), results.named(settings, link.name, "evaluate")
+        if evaluate.data and counts.get(asked, evaluate.questions) < evaluate.questions:
+            problems.append(str(too_many_questions(evaluate, counts[asked])))
     return problems
 
 
 def readings_of(settings: RunSettings) -> list[Reading]:
     """What the results read (`runs/results.py`) and evaluation asks, those that read alike together."""
     names: dict[Reading, tuple[str, ...]] = {}
-    for name in training():
-        row = result(name)
+    table = results.table(settings)
+    for name in table.training():
+        row = table.result(name)
         assert row.data is not None
-        of: StageSettings = getattr(settings, row.data(settings.recipe).of)
-        stage: StageSettings = getattr(settings, row.settings)
+        of = results.stage_of(settings, row.data(settings.recipe).of)
+        stage = results.stage_of(settings, name)
         reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
         names[reading] = (*names.get(reading, ()), name)
-    asked = settings.evaluate if settings.evaluate.data else settings.finetune
-    length = settings.evaluate.length
-    questions = Reading(stages=(), data=asked.data, split=asked.split, length=length, parts="prompt")
-    names[questions] = ("evaluate",)
+    for link in settings.links:
+        evaluate = results.evaluate_of(settings, link.name)
+        finetune = results.stage_of(settings, results.named(settings, link.name, "finetune"))
+        asked = evaluate if evaluate.data else finetune
+        questions = Reading(stages=(), data=asked.data, split=asked.split, length=evaluate.length, parts="prompt")
+        names[questions] = (*names.get(questions, ()), results.named(settings, link.name, "evaluate"))
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 
 
@@ -129,6 +144,7 @@ def _reading(stage: StageSettings) -> Reading:
         split=stage.split,
         length=min(stage.length or UNLIMITED, stage.conversation_length or UNLIMITED) % UNLIMITED,
         images_per_row=stage.images_per_row,
+        items_per_row=tuple(sorted(stage.items_per_row.items())),
         too_long=stage.too_long,
     )
 
@@ -138,18 +154,18 @@ def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         "{task.description}",
         "{task.fields[rows]:,} rows",
-        "{task.completed:,.0f} images",
+        "{task.completed:,.0f} files",
         "{task.fields[speed]}",
     )
     screen = Progress(*(TextColumn(column) for column in columns), TimeElapsedColumn(), console=console)
     tasks: dict[str, tuple[Any, float]] = {}
 
-    def tell(name: str, rows: int, images: int) -> None:
+    def tell(name: str, rows: int, items: int) -> None:
         if name not in tasks:
             tasks[name] = screen.add_task(name, total=None, rows=0, speed=""), time.monotonic()
         task, began = tasks[name]
-        speed = f"{images / max(time.monotonic() - began, 1e-3):,.0f} images/s"
-        screen.update(task, completed=images, rows=rows, speed=speed)
+        speed = f"{items / max(time.monotonic() - began, 1e-3):,.0f} files/s"
+        screen.update(task, completed=items, rows=rows, speed=speed)
 
     with screen:
         yield tell
@@ -164,6 +180,7 @@ def described(report: Report, faults: FaultSettings) -> dict[str, Any]:
         "split": reading.split,
         "rows": report.rows,
         "images": report.images,
+        "items": dict(report.items),
         "skipped": report.skipped,
         "most_skipped": faults.most_skipped,
         "ok": report.ok(faults),
@@ -182,7 +199,8 @@ def described(report: Report, faults: FaultSettings) -> dict[str, Any]:
 def print_report(report: Report, faults: FaultSettings, console: Console) -> None:
     reading = report.reading
     title = f"{reading.data} {reading.split} ({', '.join(reading.stages)})"
-    size = f"{report.rows:,} conversations, {report.images:,} images"
+    others = "".join(f", {n:,} of {mark}" for mark, n in sorted(report.items.items()) if mark != IMAGE_MARK)
+    size = f"{report.rows:,} conversations, {report.images:,} images{others}"
     if report.counts:
         table = Table(title=escape(f"{title}: {size}"), title_justify="left")
         for column in ("kind", "policy", "count", "first", "what is wrong"):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 from moextend_jax.config import MoextendError
 
 GIB = 2**30
+GPU_SHARE = 0.95
+"""Of a GPU's memory, what a run takes for its arrays (`machine.whole_gpu`): the rest is for CUDA and its libraries."""
 
 
 class Chip(NamedTuple):
@@ -34,8 +36,8 @@ CHIPS = {
     "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2765e9, 90e9, 3, 4),
     "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 819e9, 45e9, 2, 16),
     "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1640e9, 90e9, 2, 16),
-    # 80 GB as the driver counts them, less CUDA's context and 5 % that XLA's allocator leaves
-    "h100": Chip("gpu", 989e12, int(0.95 * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9),
+    # 80 GB as CUDA counts them
+    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9),
 }
 
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, get_type_hints
 from moextend_jax import __version__
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import meant, names
-from moextend_jax.machine import no_devices, quiet_libtpu
+from moextend_jax.machine import keep_memory, no_devices, quiet_libtpu, whole_gpu
 from moextend_jax.options import row
 from moextend_jax.parsing import parse
 from moextend_jax.preemption import INTERRUPTED, Preempted, not_lost
-from moextend_jax.runs.results import RESULTS
+from moextend_jax.runs.results import FIRST
 
 
 class Command(NamedTuple):
@@ -35,14 +35,15 @@ class Command(NamedTuple):
 
 
 RUN = "moextend_jax.commands"
-STAGES, ASK, BEFORE, FILES = "Stages of a run, in order", "What came out", "Before a run", "Checkpoints and PyTorch"
+RUNS, STAGES, ASK = "A whole run", "Stages of a run, in order", "What came out"
+BEFORE, FILES = "Before a run", "Checkpoints and PyTorch"
 COMMANDS: dict[str, Command] = {
     "demo": Command(
-        "A whole run", f"{RUN}:run_all", "the method on a small real model: minutes on two CPU cores",
+        RUNS, f"{RUN}:run_all", "the method on a small real model: minutes on two CPU cores",
         words=("--config=demo", "--workdir=work/demo"),
     ),
-    "run": Command("A whole run", f"{RUN}:run_all", "all stages, then evaluate and report; goes on where it stood"),
-    **{name: Command(STAGES, f"{RUN}:stage", result.does, arguments=(name,)) for name, result in RESULTS.items()},
+    "run": Command(RUNS, f"{RUN}:run_all", "all stages, then evaluate and report; goes on where it stood"),
+    **{name: Command(STAGES, f"{RUN}:stage", result.does, arguments=(name,)) for name, result in FIRST.results.items()},
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
     "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html"),
     "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or those on standard input, about a picture or not"),
@@ -59,6 +60,9 @@ COMMANDS: dict[str, Command] = {
     "import": Command(
         FILES, "moextend_jax.checkpoints.convert:import_checkpoint",
         "a published checkpoint, or a dense one made a mixture of experts, as JAX arrays",
+    ),
+    "compose": Command(
+        FILES, "moextend_jax.checkpoints.compose:compose", "a base and deltas that were trained apart as one model"
     ),
     "export": Command(
         FILES, "moextend_jax.runs.export:export", "a run or an imported checkpoint as PyTorch's files, or as a delta"
@@ -81,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
+    whole_gpu()
     code = _code_of(words)
     if code and "moextend_jax.distributed" in sys.modules:
         import jax
@@ -133,10 +138,16 @@ def call(words: list[str]) -> int:
     if words[0] in ("-V", "--version", "version"):
         return _tell(f"moextend_jax {__version__}")
     _check_names([*words, os.getcwd()])
-    name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
-    if name is None:
-        return _no_command(words)
-    command = COMMANDS[name]
+    stage, _, extension = words[0].partition(":")
+    if extension and stage in FIRST.results:  # of a later extension
+        name, command = words[0], COMMANDS[stage]._replace(arguments=(words[0],))
+    else:
+        name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
+        if name is None:
+            return _no_command(words)
+        command = COMMANDS[name]
+    if command.group in (RUNS, STAGES):
+        keep_memory()
     function = resolve(command.function)
     kind = next(iter(get_type_hints(function).values()))
     options = parse(

@@ -20,11 +20,11 @@ from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import folder, local
 from moextend_jax.options import OneOf, Sets
 from moextend_jax.runs.place import Place
-from moextend_jax.runs.results import RESULTS, training
+from moextend_jax.runs.results import FIRST
 from moextend_jax.settings import NotNegative, RunSettings
 from moextend_jax.terminal import console
 
-TrainingData = Sets(tuple(f"{RESULTS[name].settings}.data" for name in training()))
+TrainingData = Sets(tuple(f"{name}.data" for name in FIRST.training()))
 
 NEXT = """next:
   moextend generate --workdir {workdir} --image FILE "what is this?"
@@ -58,9 +58,10 @@ class RunOptions:
 
 def stage(options: RunOptions, name: str) -> None:
     from moextend_jax.runs.making import make
+    from moextend_jax.runs.results import table
     from moextend_jax.runs.run import remember, working
 
-    if options.resume_from and name not in training():
+    if options.resume_from and table(options.config).result(name).how != "train":
         raise MoextendError(f"{name} has no checkpoints; leave --resume_from out")
     with working(options.config, options.workdir, resume_from=options.resume_from) as run:
         make(run, name)
@@ -74,6 +75,10 @@ def run_all(options: RunOptions) -> None:
 
 def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> dict[str, Any]:
     """All stages, evaluation and report; what summary.json holds."""
+    if settings.chains:
+        from moextend_jax.continual import run_chains
+
+        return run_chains(settings, workdir, run=whole_run)
     from moextend_jax import distributed
     from moextend_jax.evaluate import summary
     from moextend_jax.report.page import write_report
@@ -107,13 +112,14 @@ def _show(run: Any, name: str) -> None:
     """What there is to see of a result that has just been made."""
     from moextend_jax import distributed
     from moextend_jax.runs.models_of import read_selection
+    from moextend_jax.runs.results import table
 
-    if name != "select" or not distributed.first():
+    if not name.startswith("select") or not distributed.first():
         return
     from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
 
-    record = read_selection(run)
-    routing_picture(record, run.workdir / name / "routing.png")
+    record = read_selection(run, table(run.settings).result(name).extension)
+    routing_picture(record, run.folder(name) / "routing.png")
     print(f"layers to extend: {record['chosen_layers']}, copying experts {record['sources']}")
 
 
@@ -155,6 +161,8 @@ class GenerateOptions(SpeakOptions):
     _: KW_ONLY
     image: Path | None = None
     """picture file to show it"""
+    show: tuple[str, ...] = ()
+    """MEDIUM=FILE of other media to show it, as audio=a.wav"""
     max_new_tokens: Count = 64
     """most tokens to say"""
     plain: bool | None = None
@@ -172,13 +180,24 @@ def generate(options: GenerateOptions) -> None:
     generate_command(
         open_place(options, settings=options.config),
         prompts,
-        image=options.image,
+        items=shown_of(options),
         as_json=options.json,
         plain=options.plain,
         max_new_tokens=options.max_new_tokens,
         sampling=Sampling(options.temperature, options.top_k),
         seed=options.seed,
     )
+
+
+def shown_of(options: GenerateOptions) -> dict[str, list[Path]]:
+    """The files that are shown, by medium."""
+    items: dict[str, list[Path]] = {} if options.image is None else {"image": [options.image]}
+    for text in options.show:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file):
+            raise MoextendError(f"--show {text!r} must be MEDIUM=FILE, as audio=a.wav")
+        items.setdefault(name, []).append(Path(file))
+    return items
 
 
 def prompts_of(prompt: str | None) -> Iterable[str]:
@@ -265,7 +284,7 @@ def eval_command(options: EvalOptions) -> None:
 class BenchOptions:
     config: RunSettings
     _: KW_ONLY
-    stage: Annotated[str | None, OneOf(training(optional=False))] = None
+    stage: Annotated[str | None, OneOf(FIRST.training(optional=False))] = None
     """time only this one"""
     layers: Count | None = None
     """decoder layers to keep of the base"""

@@ -12,6 +12,9 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     Q vision positions = 1+P (the class token first)
     G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
     g most conversations in a row
+    e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
+    u blocks of a resampler that attend to the tower
+    i positions of all media of a row, one after another (`Batch.places_BL` counts them)
 
 Nothing here imports the rest of the package.
 """
@@ -21,7 +24,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+Value = TypeVar("Value")
 
 
 class MoextendError(Exception):
@@ -68,6 +74,24 @@ LARGEST = 2**31 - 1
 """Arrays count in int32."""
 Count = Annotated[int, Range(least=1, most=LARGEST)]
 Amount = Annotated[int, Range(least=0, most=LARGEST)]
+
+
+class Named(dict[str, Value]):
+    """A dict that nobody changes (see `replacing`), can be hashed, and equals another only in the same order: media and
+    extensions of a model by name."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, dict) and list(self.items()) == list(other.items())
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def replacing(self, name: str, value: Value) -> Named[Value]:
+        """The same with one value added at the end, or in the place of the one with its name."""
+        return Named({**self, name: value})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,21 +152,73 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtensionConfig:
-    """Which layers (0-based, ascending) get new experts, and the pretrained expert each one is copied from."""
+class WhisperConfig:
+    """Sizes of Whisper's encoder; defaults are whisper-tiny's. `seconds` is the longest sound that it hears here, and
+    bounds the mel frames (100 a second) and the positions (50 a second); its weights were made for 30."""
 
-    layers: tuple[int, ...]
-    sources: tuple[int, ...]
-    new_experts: int = 1
-    calibrator_width: int = 16
+    width: int = 384
+    hidden: int = 1536
+    layers: int = 4
+    heads: int = 6
+    bands: int = 80
+    seconds: int = 30
+    norm_eps: float = 1e-5
+    feature_layer: int = -1
+
+    @property
+    def frames(self) -> int:
+        return 100 * self.seconds
+
+    @property
+    def patches(self) -> int:
+        return 50 * self.seconds
 
     def sizes(self) -> dict[str, int]:
-        return {"Y": len(self.layers), "X": self.new_experts, "A": self.calibrator_width}
+        return {
+            "C": self.width, "J": self.hidden, "U": self.layers, "N": self.heads, "H": self.width // self.heads,
+            "P": self.patches, "b": self.bands, "l": self.frames,
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """In place of a tower: features [P, C] that another program computed. Items of fewer positions are allowed."""
+
+    width: int
+    patches: int
+
+    def sizes(self) -> dict[str, int]:
+        return {"C": self.width, "P": self.patches}
+
+
+TowerConfig = VisionConfig | WhisperConfig | FeaturesConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """How tower features [P, C] become tokens [p, D] of the decoder.
+
+    linear: two linear maps with a GELU, p = P. pool: the mean of `neighbours` positions first. stack: `neighbours`
+    positions side by side as one of `neighbours` * C first. resampler: `queries` learnt vectors attend to all P, in
+    `layers` blocks of width C with `heads` heads and cross-attention in every `cross_every`-th, then one linear map.
+    """
+
+    kind: Literal["linear", "pool", "stack", "resampler"] = "linear"
+    neighbours: int = 1
+    queries: int = 32
+    layers: int = 2
+    heads: int = 8
+    cross_every: int = 1
+
+    def tokens(self, positions: int) -> int:
+        """How many tokens `positions` of a tower become; a last group of neighbours may be incomplete."""
+        return self.queries if self.kind == "resampler" else -(-positions // self.neighbours)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageTags:
-    """Token ids around an image: `start`, then one `pad` per patch (its embedding is replaced), then `end`.
+    """Token ids around an image, or an item of another medium: `start`, then one `pad` per token of it (whose embedding
+    is replaced), then `end`. Every medium has its own `pad`.
 
     The defaults are the byte pieces of ASCII's STX, ETX and NUL in Mixtral-8x7B's own vocabulary, so that no
     pretrained array has to grow; text may not contain those characters. In another vocabulary these pieces have other
@@ -159,6 +235,74 @@ class ImageTags:
         return self.start, self.end, self.pad
 
 
+IMAGE = "image"
+"""What the first medium and the first extension are called; files of one extension know no other."""
+
+MediumKind = Literal["image", "video", "audio", "features"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Medium:
+    """A medium of a model: what stands for it in text, the tower that reads it, the projector behind the tower.
+
+    frames: pictures of one item of a video. join: their tokens one picture after another, or averaged patch by patch
+    (Uni-MoE, 2405.11273). spans: token lengths that an item may have, ascending, () for one length; the shortest that
+    covers an item is taken, the longest is P of every array. seconds: of audio whose tower reads pictures of sound, the
+    longest sound, which fills the picture (Whisper has its own).
+    """
+
+    kind: MediumKind = "image"
+    mark: str = f"<{IMAGE}>"
+    tags: ImageTags = ImageTags()
+    tower: TowerConfig = VisionConfig()
+    projector: ProjectorConfig = ProjectorConfig()
+    frames: int = 1
+    join: Literal["each", "mean"] = "each"
+    spans: tuple[int, ...] = ()
+    seconds: float = 2.0
+
+    @property
+    def positions(self) -> int:
+        """Positions of the tower that become one item's tokens, frames averaged already or all of them."""
+        return self.tower.patches * (self.frames if self.join == "each" else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an item at most: P of arrays of tokens."""
+        return self.projector.tokens(self.tower.patches) * (self.frames if self.join == "each" else 1)
+
+    def span(self, positions: int | None = None) -> int:
+        """Tokens of an item whose tower gives `positions` positions that mean something; None: all of them."""
+        needed = self.tokens
+        # Frames go through the projector one by one, so that tokens of all are more than those of their positions.
+        if positions is not None and positions < self.positions:
+            needed = self.projector.tokens(positions)
+        return next((length for length in self.spans if length >= needed), self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionConfig:
+    """Which layers (0-based, ascending) get new experts, and the pretrained experts that each one is copied from.
+
+    sources: of each extended layer X experts, one after another, all layers flat: with X = 1 one per layer.
+    medium: the medium that it was made for, "" for a task in text. share: how much of it there is beside others
+    (`log share` is added to its router logits): 0 takes it out exactly, 1 is all of it.
+    trains: its leaves get a gradient in the step that is compiled; leaves of others are read layer by layer and never
+    spread over layers that they do not have.
+    """
+
+    layers: tuple[int, ...]
+    sources: tuple[int, ...]
+    new_experts: int = 1
+    calibrator_width: int = 16
+    medium: str = "image"
+    share: float = 1.0
+    trains: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        return {"Y": len(self.layers), "X": self.new_experts, "A": self.calibrator_width}
+
+
 WeightGuard = Literal["none", "bounded"]
 
 Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]
@@ -170,12 +314,13 @@ again. Where there is none (`attention.attend`) XLA computes the scores again wh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model. `vision` None is a text model; `extension` None is a model not grown yet."""
+    """A whole model. Without `media` it is a text model; without `extensions` one that is not grown yet."""
 
     decoder: DecoderConfig
-    vision: VisionConfig | None = None
-    extension: ExtensionConfig | None = None
-    tags: ImageTags = ImageTags()
+    media: Named[Medium] = Named()
+    """By name, in the order in which their tokens lie in a row's `i`."""
+    extensions: Named[ExtensionConfig] = Named()
+    """By name, in the order in which they were added: their new experts are numbered on in this order from E."""
     dtype: str = "bfloat16"
     """Storage dtype of frozen parameters and dtype of activations."""
     train_dtype: str = "float32"
@@ -187,17 +332,89 @@ class ModelConfig:
     dispatch: Literal["gather", "exchange"] = "gather"
     """How tokens meet experts on other devices: a row of `expert_parallel.DISPATCHES`."""
     text_isolation: Literal["none", "strict"] = "none"
-    """Which tokens may choose new experts: all (the paper), or those of conversations with an image, so that text is
-    computed as before the extension: batches of text by the same program, bit for bit."""
+    """Which tokens may choose an extension's experts: all (the paper), or those of conversations with its medium, so
+    that all others are computed as before the extension: batches without that medium by the same program, bit for
+    bit."""
+    composition: Literal["shared", "decoupled"] = "shared"
+    """Of several extensions: "shared" lets a token choose among all that `text_isolation` opens to it; "decoupled"
+    leaves the tokens of a span its own medium's extension alone, and the text around it none with text isolation
+    strict, else all."""
     weight_guard: WeightGuard = "bounded"
     """What keeps calibrated weights finite: a row of `router.WEIGHT_GUARDS`. A run takes it from its recipe."""
 
-    def sizes(self) -> dict[str, int]:
-        parts = [self.decoder.sizes()]
-        if self.extension:
-            parts.append(self.extension.sizes())
-            parts.append({"O": self.decoder.experts + self.extension.new_experts})
-        return {letter: size for part in parts for letter, size in part.items()}
+    def sizes(self, extension: str | None = None) -> dict[str, int]:
+        """Sizes of the decoder's letters, and of those of one of the extensions."""
+        if extension is None:
+            return self.decoder.sizes()
+        added = self.extensions[extension]
+        return {**self.decoder.sizes(), **added.sizes(), "O": self.decoder.experts + added.new_experts}
+
+    @property
+    def outputs(self) -> int:
+        """O of routing of the whole model: pretrained experts, then those of all extensions."""
+        return self.decoder.experts + sum(added.new_experts for added in self.extensions.values())
+
+    def spans(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
+        """By medium the tokens of so many items that are all as long as can be."""
+        return {name: [self.media[name].tokens] * count for name, count in counts.items()}
+
+    @property
+    def vision(self) -> VisionConfig | None:
+        """The picture tower, which files of CLIP, LLaVA and the released code hold; None where there is none."""
+        medium = self.media.get(IMAGE)
+        return medium.tower if medium and isinstance(medium.tower, VisionConfig) else None
+
+    @property
+    def tags(self) -> ImageTags:
+        """Those of pictures."""
+        return self.media[IMAGE].tags if IMAGE in self.media else ImageTags()
+
+    @property
+    def extension(self) -> ExtensionConfig | None:
+        """The extension of a model that has at most one, which is all that the released layout can hold."""
+        if len(self.extensions) > 1:
+            raise MoextendError(
+                f"the model has {len(self.extensions)} extensions, {', '.join(self.extensions)}, not one"
+            )
+        return next(iter(self.extensions.values()), None)
+
+    def columns(self, extension: str) -> range:
+        """Numbers of an extension's experts among these."""
+        names = list(self.extensions)
+        before = sum(self.extensions[name].new_experts for name in names[: names.index(extension)])
+        first = self.decoder.experts + before
+        return range(first, first + self.extensions[extension].new_experts)
+
+
+def of_pictures(
+    *,
+    decoder: DecoderConfig,
+    vision: VisionConfig | None = None,
+    extension: ExtensionConfig | None = None,
+    tags: ImageTags | None = None,
+    **options: Any,
+) -> ModelConfig:
+    """A model that sees pictures and has at most one extension, both called IMAGE: what published files hold."""
+    config = ModelConfig(decoder=decoder, **options)
+    return with_extension(with_vision(config, vision, tags=tags), extension)
+
+
+def with_vision(config: ModelConfig, vision: VisionConfig | None, *, tags: ImageTags | None = None) -> ModelConfig:
+    """The model with another picture tower, or without any (None), its tags as they were if none are given."""
+    rest = {name: medium for name, medium in config.media.items() if name != IMAGE}
+    if vision is None:
+        return dataclasses.replace(config, media=Named(rest))
+    medium = dataclasses.replace(config.media.get(IMAGE, Medium()), tower=vision)
+    medium = medium if tags is None else dataclasses.replace(medium, tags=tags)
+    return dataclasses.replace(config, media=Named({IMAGE: medium, **rest}))
+
+
+def with_extension(config: ModelConfig, extension: ExtensionConfig | None, *, name: str = IMAGE) -> ModelConfig:
+    """The model with this extension in the place of the one of that name, or without that one (None)."""
+    if extension is not None:
+        return dataclasses.replace(config, extensions=config.extensions.replacing(name, extension))
+    rest = {other: added for other, added in config.extensions.items() if other != name}
+    return dataclasses.replace(config, extensions=Named(rest))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,23 +478,50 @@ IGNORE = -100
 """Label of a position that the loss does not count."""
 
 
+class Room(NamedTuple):
+    """What a row holds of a medium: so many items (M) of so many tokens each (P) at most."""
+
+    items: int
+    tokens: int
+
+
+Rooms = Mapping[str, Room]
+"""By medium, in the order of `ModelConfig.media`, of those that a batch has."""
+
+
+def first_places(rooms: Rooms) -> dict[str, int]:
+    """Where the tokens of each medium begin in a row's `i`."""
+    first, places = 0, {}
+    for name, room in rooms.items():
+        places[name] = first
+        first += room.items * room.tokens
+    return places
+
+
 class Batch(NamedTuple):
     """Rows of token sequences, host (NumPy) or device arrays; what data makes and models read.
 
     A row may hold several conversations one after another: `segments_BL` is 0 on padding and 1, 2, ... on
     the conversations, tokens see only their own segment, and `positions_BL` restart with each.
-    `patches_BL` is -1 on text; on an image's pad tokens it is the index into the row's `M*P` patch features.
-    Exactly one of `images_BMhwc` (float, normalised) and `features_BMPC` (from a frozen tower) is given for a
-    batch with images; both are None for text. For the host's books alone: `faults_BG` counts the conversations behind a
-    row, None where nothing can be skipped; `examples_Bg` are the data set's rows in it, -1 on empty places.
+    `places_BL` is -1 on text; on a pad token of a medium it is the index into the row's tokens of all media (letter i):
+    those of the first medium of `ModelConfig.media` that the batch has, M items of P tokens, then those of the next.
+    Of a medium that the batch has, `media` holds what goes into its tower, [B, M, ...] (an image's [h, w, c], float and
+    normalised), or `features` what has come out of a frozen one, [B, M, P, C]; both are empty for text. For the host's
+    books alone: `faults_BG` counts the conversations behind a row, None where nothing can be skipped; `examples_Bg` are
+    the data set's rows in it, -1 on empty places.
     """
 
     ids_BL: Any
     labels_BL: Any
     positions_BL: Any
     segments_BL: Any
-    patches_BL: Any
-    images_BMhwc: Any = None
-    features_BMPC: Any = None
+    places_BL: Any
+    media: Mapping[str, Any] = {}
+    features: Mapping[str, Any] = {}
     faults_BG: Any = None
     examples_Bg: Any = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The media that the batch has."""
+        return frozenset((*self.media, *self.features))

@@ -27,7 +27,11 @@ from moextend_jax.settings import Positive
 from moextend_jax.terminal import console
 
 PACKAGE = "moextend-jax"
-KERNELS = ("blocked_swiglu", "blocked_attention", "megablox", "splash_attention", "triton", "cudnn")  # names in traces
+KERNELS = {
+    "blocked_swiglu": "blocked_swiglu", "blocked_attention": "blocked_attention", "megablox": "name=gmm",
+    "splash_attention": "splash_attention", "triton": "triton_grouped", "cudnn": "dot_product_attention_fwd",
+}  # fmt: skip
+"""TABLE kernel -> what a trace has of it."""
 
 
 class Finding(NamedTuple):
@@ -125,8 +129,13 @@ def look() -> Iterator[Finding]:
     if jax.default_backend() == "cpu" and (extra := needed_extra()):
         yield Finding("devices", "JAX does not use the accelerator", "missing", extra_hint(extra))
     program = jax.jit(layer).trace()
-    yield Finding("kernels", ", ".join(name for name in KERNELS if name in str(program.jaxpr)))
+    yield Finding("kernels", kernels(program))
     jax.block_until_ready(program.lower().compile()())
+
+
+def kernels(program: Any) -> str:
+    """Names of those that a traced program has."""
+    return ", ".join(name for name, trace in KERNELS.items() if trace in str(program.jaxpr))
 
 
 def layer() -> Any:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from moextend_jax.config import IGNORE, Batch
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.attention import KeysValues, Visible, segment_mask
-from moextend_jax.models.moextend import MoExtend, sighted
+from moextend_jax.models.moextend import MoExtend, Shares, shares_of_text
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, map_shards, platform, shards, spec
 
@@ -46,12 +46,12 @@ class Heads(NamedTuple):
     """What rows have read before their tails.
 
     past: keys and values `[Z, B, S, K, H]`. length_B: how many of the S a row has.
-    sighted_B: whether a row has an image; None where no row has.
+    shares: which extensions the text behind each head may choose, `[B]` (`models.moextend.shares_of_text`).
     """
 
     past: KeysValues
     length_B: jax.Array
-    sighted_B: jax.Array | None
+    shares: Shares
 
 
 class State(NamedTuple):
@@ -60,7 +60,7 @@ class State(NamedTuple):
     newest_B: the newest id of each row, EOS after a row's end (ended_B); its keys are not in the cache yet.
     position_B: the position of that id.
     seen_BS: which slots of the cache a row attends to.
-    sighted_B: whether a row has an image; None where no row has.
+    shares: which extensions a row's text may choose, `[B]` by name.
     past: the cache, keys and values `[Z, B, S, K, H]`.
     slot: where in the cache the newest ids go, one for all rows.
     count: ids of a row so far, by which `key` is folded for the next draw.
@@ -70,7 +70,7 @@ class State(NamedTuple):
     ended_B: jax.Array
     position_B: jax.Array
     seen_BS: jax.Array
-    sighted_B: jax.Array | None
+    shares: Shares
     past: KeysValues
     slot: jax.Array
     count: jax.Array
@@ -271,13 +271,13 @@ class _Prefilled(NamedTuple):
 
     past: keys and values `[Z, B, S, K, H]` of heads, then of the prompts, then zeros for new tokens.
     seen_BS: which of these S a row attends to.
-    sighted_B: whether a row has an image; None where no row has.
+    shares: which extensions a row's further text may choose, `[B]` by name.
     """
 
     hidden_BLD: jax.Array
     past: KeysValues
     seen_BS: jax.Array
-    sighted_B: jax.Array | None
+    shares: Shares
 
 
 def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: int) -> _Prefilled:
@@ -286,26 +286,30 @@ def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: i
     B, L = real_BL.shape
     if heads is None:
         decoded, past, seen_BS = loaded(prompts, skip_padding=True), [], real_BL
-        sighted_BL = sighted(prompts)
-        sighted_B = None if sighted_BL is None else sighted_BL.any(axis=1)
+        shares = shares_of_text(prompts, loaded.config)
     else:
         head_BS = jnp.arange(heads.past.keys_BSKH.shape[2])[None, :] < heads.length_B[:, None]
         head_B1LS = jnp.broadcast_to(head_BS[:, None, None, :], (B, 1, L, head_BS.shape[1]))
         mask_B1LS = jnp.concatenate([head_B1LS, segment_mask(prompts.segments_BL)], axis=-1)
-        past, seen_BS, sighted_B = [heads.past], jnp.concatenate([head_BS, real_BL], axis=1), heads.sighted_B
+        past, seen_BS, shares = [heads.past], jnp.concatenate([head_BS, real_BL], axis=1), heads.shares
         decoded = loaded.decode(
             loaded.embed(prompts),
             positions_BL=prompts.positions_BL,
             visible=Visible.by_mask(mask_B1LS),
             past=heads.past,
             real_BL=real_BL,
-            sighted_BL=None if sighted_B is None else jnp.broadcast_to(sighted_B[:, None], (B, L)),
+            shares=_over_tokens(shares, L),
         )
     empty = jax.tree.map(
         lambda kv: jnp.zeros((*kv.shape[:2], room, *kv.shape[3:]), kv.dtype), decoded.keys_values
     )  # fmt: skip
     past = jax.tree.map(lambda *pieces: jnp.concatenate(pieces, axis=2), *past, decoded.keys_values, empty)
-    return _Prefilled(decoded.hidden_BLD, past, jnp.pad(seen_BS, ((0, 0), (0, room))), sighted_B)
+    return _Prefilled(decoded.hidden_BLD, past, jnp.pad(seen_BS, ((0, 0), (0, room))), shares)
+
+
+def _over_tokens(shares: Shares, length: int) -> Shares:
+    """`[B] -> [B, L]`."""
+    return jax.tree.map(lambda share_B: jnp.broadcast_to(share_B[:, None], (len(share_B), length)), shares)
 
 
 def _prefill(
@@ -313,7 +317,7 @@ def _prefill(
     room: int, sampling: Sampling, ends: tuple[int, ...], suppress: tuple[int, ...],
 ) -> State:  # fmt: skip
     loaded = with_arrays(model, arrays)
-    hidden_BLD, past, seen_BS, sighted_B = _prefilled(loaded, prompts, heads, room=room)
+    hidden_BLD, past, seen_BS, shares = _prefilled(loaded, prompts, heads, room=room)
     length_B = (prompts.segments_BL > 0).sum(axis=1).astype(jnp.int32)
     last_B1 = jnp.maximum(length_B - 1, 0)[:, None]
     last_B1D = jnp.take_along_axis(hidden_BLD, last_B1[..., None], axis=1)
@@ -322,7 +326,7 @@ def _prefill(
     newest_B = choose(logits_BV, jax.random.fold_in(key, 0), sampling, suppress=suppress)
     newest_B = jnp.where(length_B > 0, newest_B, ends[0]).astype(jnp.int32)
     slot = jnp.int32(seen_BS.shape[1] - room)
-    return State(newest_B, _is_end(newest_B, ends), position_B, seen_BS, sighted_B, past, slot, jnp.int32(1), key)
+    return State(newest_B, _is_end(newest_B, ends), position_B, seen_BS, shares, past, slot, jnp.int32(1), key)
 
 
 def _advance(
@@ -342,7 +346,7 @@ def _advance(
         newest_B = choose(logits_BV, jax.random.fold_in(state.key, state.count), sampling, suppress=suppress)
         newest_B = jnp.where(state.ended_B, ends[0], newest_B).astype(jnp.int32)
         state = State(
-            newest_B, state.ended_B | _is_end(newest_B, ends), state.position_B + 1, seen_BS, state.sighted_B, past,
+            newest_B, state.ended_B | _is_end(newest_B, ends), state.position_B + 1, seen_BS, state.shares, past,
             state.slot + 1, state.count + 1, state.key,
         )  # fmt: skip
         return state, count + 1, ids_BL.at[:, count].set(newest_B)
@@ -371,7 +375,7 @@ def _decode(loaded: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.
         visible=Visible.by_mask(mask_BS[:, None, None, :]),
         past=state.past,
         real_BL=real_B1,
-        sighted_BL=None if state.sighted_B is None else state.sighted_B[:, None],
+        shares=_over_tokens(state.shares, 1),
     )
     past = jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, state.slot, axis=2),

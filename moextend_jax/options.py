@@ -81,8 +81,13 @@ def settings_of(
     """Every setting, in order, with its default or its value in a configuration."""
     values = with_defaults(kind, {}) if values is None else values
     for name, part in fields(kind).items():
+        part = kinds_of(part)[0]
         if dataclasses.is_dataclass(part):
-            yield from settings_of(values[name], kind=part, prefix=f"{prefix}.{name}")
+            if values.get(name) is not None:
+                yield from settings_of(values[name], kind=part, prefix=f"{prefix}.{name}")
+        elif get_origin(part) is Mapping and dataclasses.is_dataclass(of := get_args(part)[1]):
+            for key, group in values.get(name, {}).items():
+                yield from settings_of(group, kind=of, prefix=f"{prefix}.{name}.{key}")
         else:
             yield Option(f"{prefix}.{name}", part, meanings(kind).get(name, ""), values.get(name, MISSING))
 
@@ -110,11 +115,17 @@ def kinds_of(kind: Any) -> list[Any]:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
+def is_list(kind: Any) -> bool:
+    """Whether an option takes any number of values."""
+    return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+
+
 def describe(kind: Any, settings: Mapping[str, Any] | None, *, command: str, does: str) -> str:
     """The help of a command: each option, and each setting (of a configuration), with meaning, default and range."""
     options = options_of(kind)
-    usage = [option.name.upper() if option.default is MISSING else f"[{option.name.upper()}]"
-             for option in options if option.name in places(kind)]  # fmt: skip
+    placed = [option for option in options if option.name in places(kind)]
+    usage = [option.name.upper() + (" ..." if is_list(option.kind) else "") for option in placed]
+    usage = [name if option.default is MISSING else f"[{name}]" for name, option in zip(usage, placed, strict=True)]
     lines = [" ".join(["moextend", command, *usage, "[--OPTION VALUE ...]"]), "", *row("", does, indent=0), ""]
     for option in options:
         nothing = any(option.default is value for value in (None, False, ()))

@@ -32,6 +32,19 @@ def constant(axes: str, sizes: Mapping[str, int], *, dtype: str, value: float) -
     return nnx.Param(jnp.full(shape(axes, sizes), value, dtype), axes=axes)
 
 
+_BEFORE = {"vision/": "media/image/tower/", "projector/": "media/image/projector/", "extension/": "extensions/image/"}
+
+
+def current_path(path: str) -> str:
+    """A leaf's path today, from what it was called while a model could have one medium and one extension."""
+    return next((now + path.removeprefix(then) for then, now in _BEFORE.items() if path.startswith(then)), path)
+
+
+def lasting_path(path: str) -> str:
+    """What `current_path` is the inverse of: content hashes go by these names, since files hold hashes of before."""
+    return next((then + path.removeprefix(now) for then, now in _BEFORE.items() if path.startswith(now)), path)
+
+
 def by_path(state: nnx.State) -> dict[str, nnx.Param]:
     """The parameters of a state under slash-joined paths, e.g. "decoder/layers/moe/gate"."""
     return {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(state)}

@@ -1,20 +1,21 @@
 """Words of a command line against what a command can be given (`options.py`): its options out, checked, or its help.
 
 Hyphens and underscores are the same, so are `--name VALUE` and `--name=VALUE`; `--no_NAME` is false. Of two values for
-one option the last counts.
+one option the last counts, of a list all do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load, meant
 from moextend_jax.folders import folder
-from moextend_jax.options import MISSING, Sets, describe, kinds_of, options_of, places, settings_of
+from moextend_jax.options import MISSING, Sets, describe, is_list, kinds_of, options_of, places, settings_of
 from moextend_jax.settings import RunSettings, fields, from_config_dict
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -31,7 +32,7 @@ def parse(kind: Any, words: Sequence[str], *, command: str, does: str) -> Any:
         if name.startswith("config."):
             settings[name.removeprefix("config.")] = value
         else:
-            values[name] = value
+            values[name] = values.get(name, ()) + value if is_list(fields(kind).get(name)) else value
             short = [part for part in get_args(fields(kind).get(name)) if isinstance(part, Sets)]
             settings |= {path: value for part in short for path in part.settings}
     config = load(values["config"]) if "config" in values else None
@@ -59,8 +60,8 @@ def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple[str, Any]]:
     """(name, value) of every option and setting that is given, in order."""
-    kinds = _kinds(kind)
-    rest, seen = list(words), set()
+    kinds = _Kinds(_kinds(kind))
+    rest, seen, placed = list(words), set(), []
     while rest:
         word = rest.pop(0)
         name, equals, text = word.partition("=")
@@ -69,8 +70,9 @@ def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple
             yield "help", True
             continue
         if not word.startswith("-") or word == "-":
-            name, texts = next((place for place in places(kind) if place not in seen), ""), [word]
-        elif name not in kinds and kinds_of(kinds.get(name.removeprefix("no_"))) == [bool] and not equals:
+            placed.append(word)
+            continue
+        if name not in kinds and kinds_of(kinds.get(name.removeprefix("no_"))) == [bool] and not equals:
             name, texts = name.removeprefix("no_"), ["false"]
         elif not word.startswith("--") or name not in kinds:
             hint = meant(f"--{name}", [f"--{known}" for known in kinds]) or f"; see `moextend {command} --help`"
@@ -84,10 +86,29 @@ def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple
             texts, rest = rest[:count], rest[count:]
             if len(texts) < count or any(text.startswith("--") for text in texts):
                 raise MoextendError(f"{command}: --{name} needs {'a value' if count == 1 else f'{count} values'}")
-        if not name:
-            raise MoextendError(f"{command}: {word!r} is no option; see `moextend {command} --help`")
         seen.add(name)
         yield name, read(kinds[name], texts, what=f"{command}: --{name}")
+    free = [place for place in places(kind) if place not in seen]
+    for name, texts in _by_place(free, placed, kinds).items():
+        if not name:
+            raise MoextendError(f"{command}: {texts[0]!r} is no option; see `moextend {command} --help`")
+        one = get_args(kinds[name])[0] if is_list(kinds[name]) else kinds[name]
+        values = [read(one, [text], what=f"{command}: --{name}") for text in texts]
+        yield name, tuple(values) if is_list(kinds[name]) else values[0]
+
+
+def _by_place(names: Sequence[str], words: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Words by the names of the places in which they stand: one each, and of a list all that leave one for each other;
+    words that no place is left for are under ""."""
+    lists = [number for number, name in enumerate(names) if is_list(kinds[name])]
+    before = lists[0] if lists else len(names)
+    after = len(names) - before - 1 if lists else 0
+    middle = max(before, len(words) - after) if lists else len(words)
+    by_name = {name: [word] for name, word in zip(names, words[:before], strict=False)}
+    if lists and words[before:middle]:
+        by_name[names[before]] = list(words[before:middle])
+    by_name |= {name: [word] for name, word in zip(names[before + 1 :], words[middle:], strict=False)}
+    return by_name if lists or len(words) <= len(names) else by_name | {"": list(words[len(names) :])}
 
 
 def _kinds(kind: Any) -> dict[str, Any]:
@@ -97,6 +118,32 @@ def _kinds(kind: Any) -> dict[str, Any]:
         below = {f"{option.name}.{name}": get_args(option.kind)[1] for name in option.names}
         kinds |= below or {option.name: option.kind}
     return kinds
+
+
+class _Kinds(dict[str, Any]):
+    """Types by name; also of settings inside a table whose names a configuration chooses, as
+    `config.extensions.NAME.finetune.steps`."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or self.get(str(name)) is not None
+
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name) if dict.__contains__(self, name) else self.get(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if dict.__contains__(self, name) or not name.startswith("config.") or "config" not in dict.keys(self):
+            return super().get(name, default)
+        kind, path = RunSettings, "config"
+        for part in name.split(".")[1:]:
+            # A table that has names by default has no others.
+            if get_origin(kind) is Mapping and not any(known.startswith(f"{path}.") for known in dict.keys(self)):
+                kind = get_args(kind)[1]
+            elif dataclasses.is_dataclass(kind) and part in fields(cast(type, kind)):
+                kind = kinds_of(fields(cast(type, kind))[part])[0]
+            else:
+                return default
+            path = f"{path}.{part}"
+        return default if dataclasses.is_dataclass(kind) or get_origin(kind) is Mapping else kind
 
 
 def _words(kind: Any) -> int:

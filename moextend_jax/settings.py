@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
+import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, Amount, Count, MoextendError, Range, Recipe, Saved
+from moextend_jax.config import IMAGE, RECIPES, Amount, Count, MoextendError, Range, Recipe, Saved
 
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
@@ -31,21 +33,22 @@ Group = Literal["projector", "new_experts", "router_columns", "calibrators", "ro
 FaultKind = Literal[
     "missing", "outside", "url", "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
     "entry", "encoding", "reserved", "turn", "roles", "order", "empty_answer", "marks", "too_long", "too_many_images",
-    "duplicate_id",
+    "duplicate_id", "not_video", "not_sound", "not_features", "wrong_shape", "long_sound", "unknown_medium",
 ]  # fmt: skip
 """Kinds of faults in data; `data/faults.py` says what each means."""
 
 Policy = Literal["error", "skip", "keep"]
 """`error` stops the run, `skip` leaves the conversation out and counts it, `keep` takes a sound one all the same."""
 
-# What is wrong with the configuration (a folder, a length, a template) is wrong with many rows, and to skip them would
-# train on something else than was asked for: error. One scraped file in a thousand is damaged, and whoever
-# finds it after 30 hours can only leave it out: skip, within `most_skipped`. A repeated id is no damage at all: LLaVA's
-# instructions ask several conversations about an image under the image's id.
+# What is wrong with the configuration (a folder, a length, a template, the width of features) is wrong with many rows,
+# and to skip them would train on something else than was asked for: error. One scraped file in a thousand is damaged,
+# and whoever finds it after 30 hours can only leave it out: skip, within `most_skipped`. A repeated id is no damage at
+# all: LLaVA's instructions ask several conversations about an image under the image's id.
 SKIPPED: tuple[FaultKind, ...] = (
-    "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite",
+    "unreadable", "truncated", "empty_file", "oversized", "not_image", "not_finite", "not_video", "not_sound",
+    "not_features",
 )  # fmt: skip
-KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id", "outside")
+KEEPABLE: tuple[FaultKind, ...] = ("duplicate_id", "outside", "long_sound")
 """Kinds whose conversation can be read all the same."""
 POLICIES = cast(
     dict[FaultKind, Policy],
@@ -133,6 +136,11 @@ class StageSettings:
     """Part of the data set."""
     images_per_row: Amount = 1
     """Images of a row at most; 0: as many as the conversation with the most has."""
+    items_per_row: Mapping[str, Amount] = dataclasses.field(default_factory=dict)
+    """The same of other media, by name; 0, and of media not named here: as many as the conversation with the most
+    has."""
+    missing: Mapping[str, Share] = dataclasses.field(default_factory=dict)
+    """Share of the conversations, by medium, that are fed without their items of it."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
@@ -157,6 +165,10 @@ class StageSettings:
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
+    def room(self, medium: str) -> int:
+        """Items of a medium that a row holds."""
+        return self.images_per_row if medium == IMAGE else self.items_per_row.get(medium, 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectSettings:
@@ -167,6 +179,8 @@ class SelectSettings:
     number of rows."""
     share: LayerShare = 0.5
     """Share of the layers to extend."""
+    new_experts: Count = 1
+    """New experts of such a layer, copied from so many different experts, the most picked first."""
     batch_size: Count = 64
     """Rows at once."""
 
@@ -175,12 +189,17 @@ class SelectSettings:
         _check_part(self.held_out)
 
 
+LeaveOut = Literal["none", "each", "subsets"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
     """Accuracy on questions, and what is forgotten of text."""
 
     data: str
     """Data set whose questions are asked; "" is a part of finetune's, on which no stage trains then."""
+    sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Further data sets whose questions are asked, by a name for tables."""
     held_out: Part = 0.1
     """That part: below 1 a share of the rows, from 1 on a number of rows. Rows that show one picture stay together."""
     questions: Count
@@ -199,11 +218,100 @@ class EvaluateSettings:
     """Rows of held-out text at once."""
     examples: Amount = 8
     """Questions shown in the report."""
+    leave_out: LeaveOut = "none"
+    """Questions are asked again: none; each, without each of their media; subsets, with every subset of them, which
+    gives the importance of each medium and costs 2^M answers for M media."""
 
     def __post_init__(self):
         _check(self)
         _check_part(self.held_out)
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectorSettings:
+    """What stands between a tower and the decoder; `config.ProjectorConfig` says what each kind does."""
+
+    kind: Literal["linear", "pool", "stack", "resampler"] = "linear"
+    """Two linear maps; the same behind the mean, or beside each other, of neighbours; learnt queries that look at
+    all."""
+    neighbours: Count = 1
+    """Positions of the tower that pool and stack make one token of."""
+    queries: Count = 32
+    """Tokens of a resampler."""
+    layers: Count = 2
+    """Blocks of a resampler."""
+    heads: Count = 8
+    """Attention heads of a resampler."""
+    cross_every: Count = 1
+    """Of a resampler's blocks, which look at the tower: each so many."""
+
+    def __post_init__(self):
+        _check(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediumSettings:
+    """A medium beside pictures, or how pictures reach the decoder (medium "image")."""
+
+    kind: Literal["image", "video", "audio", "features"] = "audio"
+    """What its files are."""
+    tower: str = ""
+    """Folder of its frozen tower, CLIP's or Whisper's; embedded: the small one of the package; "": of kind features
+    none, of kinds image and video the run's `vision`."""
+    projector: ProjectorSettings = dataclasses.field(default_factory=ProjectorSettings)
+    """Between its tower and the decoder."""
+    seconds: Count = 2
+    """Of a sound: the longest that is heard."""
+    frames: Count = 8
+    """Pictures of a video."""
+    join: Literal["each", "mean"] = "each"
+    """The frames' tokens one after another, or averaged patch by patch."""
+    spans: tuple[Count, ...] = ()
+    """Tokens that an item may take, ascending: the fewest that cover it; none: all take as many as the longest."""
+    width: Amount = 0
+    """Of features: channels (C) of each position."""
+    patches: Amount = 0
+    """Of features: positions (P) of an item at most."""
+
+    def __post_init__(self):
+        _check(self)
+        if (self.kind == "features") != bool(self.width and self.patches):
+            raise MoextendError("width and patches belong to kind features, which needs both")
+
+
+class Link(NamedTuple):
+    """An extension in a run: its name, the medium that it is for ("": a task in text), and whether it is trained apart
+    from those before it, on the base."""
+
+    name: str = IMAGE
+    medium: str = IMAGE
+    apart: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionSettings:
+    """A further extension of a run: the groups of `RunSettings` once more."""
+
+    align: StageSettings
+    extend: StageSettings
+    finetune: StageSettings
+    full: StageSettings
+    evaluate: EvaluateSettings
+    select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
+    medium: str = ""
+    """The medium that it is for; "": a task in text."""
+    apart: bool = False
+    """Trained on the base alone, without the extensions before it."""
+
+    def __post_init__(self):
+        _check(self)
+
+
+RESERVED = (
+    "align", "extend", "select", "grow", "finetune", "full", "data", "features", "eval", "base", "aligned", "probed",
+    "moextend", "strict", "open",
+)  # fmt: skip
+"""What an extension cannot be called: folders and models of a work directory have these names."""
 
 MESH = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
 """All devices share the arrays, where nothing else is said."""
@@ -219,11 +327,20 @@ class RunSettings:
     full: StageSettings
     evaluate: EvaluateSettings
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
+    extension: str = IMAGE
+    """What the extension of the groups above is called."""
+    medium: str = IMAGE
+    """The medium that it is for; "": a task in text."""
+    extensions: Mapping[str, ExtensionSettings] = dataclasses.field(default_factory=dict)
+    """Further ones by name, trained one after another, each with the earlier ones frozen."""
+    media: Mapping[str, MediumSettings] = dataclasses.field(default_factory=dict)
+    """Media by name beside pictures, which are "image"."""
     recipe: Recipe = RECIPES["paper"]
     base: str = "embedded"
     """Folder of the pretrained language model; embedded: the small real one of the package."""
     vision: str = "embedded"
-    """Folder of the pretrained vision tower; embedded: the small real one of the package."""
+    """Folder of the pretrained vision tower; embedded: the small real one of the package; "": the one that the base
+    brings; none: the run has no pictures."""
     seed: Amount = 0
     """Of new parameters, the order of data, and what is held out."""
     data_dir: str = ""
@@ -241,7 +358,7 @@ class RunSettings:
     """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
     aux_coefficient: NotNegative = 0.001
     """Weight of the load-balancing loss."""
-    # The next six are those of `config.ModelConfig`.
+    # The next seven are those of `config.ModelConfig`.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of frozen parameters and of the computation."""
     train_dtype: Literal["bfloat16", "float32"] = "float32"
@@ -253,7 +370,11 @@ class RunSettings:
     dispatch: Literal["gather", "exchange"] = "gather"
     """How tokens meet experts on other devices: all-gather in the expert group, or all-to-all."""
     text_isolation: Literal["none", "strict"] = "none"
-    """strict: conversations without an image never choose a new expert, so that text is computed as before."""
+    """strict: conversations without an extension's medium never choose its experts, so that all others are computed as
+    before it."""
+    composition: Literal["shared", "decoupled"] = "shared"
+    """Where several extensions are open to a token: it chooses among all, or the tokens of a medium's span have their
+    own extension alone."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(default_factory=MESH.copy)
     """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
@@ -274,6 +395,12 @@ class RunSettings:
     """Steps of a stage that may be skipped because their loss or gradient is not finite."""
     rollbacks: Amount = 0
     """How often, above that limit, a stage goes back to its newest checkpoint and on with later data."""
+    mixture: StageSettings | None = None
+    """A last stage that trains the router columns, calibrators and projectors of all extensions together, on data that
+    may have several media in a conversation (Uni-MoE's third phase); None: there is none."""
+    chains: tuple[Literal["strict", "open", "full"], ...] = ()
+    """`moextend run` makes the chain of extensions so often: WORKDIR/strict with text isolation strict, WORKDIR/open
+    without, and full fine-tuning on one after another beside the first; none: once, as `text_isolation` says."""
     baseline: bool = False
     """`moextend run` also trains the full fine-tuning baseline."""
 
@@ -285,6 +412,30 @@ class RunSettings:
             )
 
         _ = self.profiled
+        names = [link.name for link in self.links]
+        for name in (*names, *self.media):
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in RESERVED:
+                raise MoextendError(
+                    f"{name!r} cannot name an extension or a medium: small letters, digits and _, and none of "
+                    f"{', '.join(RESERVED)}"
+                )
+        if len(set(names)) < len(names):
+            raise MoextendError(f"extensions.{self.extension} has the name of the first extension")
+        for link in self.links:
+            if link.medium and link.medium not in (IMAGE, *self.media):
+                known = ", ".join((IMAGE, *self.media))
+                raise MoextendError(f"extension {link.name} is for the medium {link.medium!r}; media are {known}")
+            if not link.medium and self.text_isolation == "strict":
+                raise MoextendError(
+                    f"text_isolation strict: extension {link.name} is for no medium, so that no conversation could "
+                    "choose it; name one, or set text_isolation none"
+                )
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The extensions in order."""
+        later = (Link(name, of.medium, of.apart) for name, of in self.extensions.items())
+        return (Link(self.extension, self.medium), *later)
 
     @property
     def profiled(self) -> range:
@@ -300,7 +451,7 @@ class RunSettings:
     @property
     def model_options(self) -> dict[str, Any]:
         """The fields of `config.ModelConfig` that are choices of a run, not sizes of a checkpoint."""
-        names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation")
+        names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation", "composition")
         return {name: getattr(self, name) for name in names} | {"weight_guard": self.recipe.weight_guard}
 
 
@@ -339,6 +490,8 @@ def build(kind: Any, value: Any, *, where: str) -> Any:
     """The value as `kind`: groups of settings from Mappings, tuples from lists, floats from integers; a mistake is an
     error that begins with `where`."""
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):  # X | None
+        return None if value is None else build(arguments[0], value, where=where)
     if origin is Annotated:
         number = build(arguments[0], value, where=where)
         for bounds in arguments[1:]:
@@ -363,6 +516,8 @@ def build(kind: Any, value: Any, *, where: str) -> Any:
             _check_names(value, get_args(arguments[0]), where=where)
         return {name: build(arguments[1], item, where=f"{where}.{name}") for name, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > sys.float_info.max:
+            raise MoextendError(f"{where} is too large a number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise MoextendError(f"{where} = {value!r} is not of type {kind.__name__}")

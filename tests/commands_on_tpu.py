@@ -20,7 +20,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moextend_jax import bench, cli, mesh
-from moextend_jax.config import DecoderConfig, VisionConfig
+from moextend_jax.config import DecoderConfig, VisionConfig, with_vision
 from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.evaluate.running import asker_of
@@ -30,12 +30,12 @@ from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
 
 # As tiny as kernels for TPU allow: widths of 128 on each device, rows of a multiple of 128 positions.
-WIDE = dataclasses.replace(
-    tiny.BASE_CONFIG,
-    decoder=DecoderConfig(
-        vocab_size=32000, width=512, hidden=256, layers=2, heads=4, kv_heads=2, head_size=64, experts=4, tied_head=True
-    ),
-    vision=VisionConfig(width=512, hidden=256, layers=2, heads=2, image_size=32, patch_size=16),
+DECODER = DecoderConfig(
+    vocab_size=32000, width=512, hidden=256, layers=2, heads=4, kv_heads=2, head_size=64, experts=4, tied_head=True
+)
+WIDE = with_vision(
+    dataclasses.replace(tiny.BASE_CONFIG, decoder=DECODER),
+    VisionConfig(width=512, hidden=256, layers=2, heads=2, image_size=32, patch_size=16),
 )
 
 
@@ -111,7 +111,7 @@ def run(folder: Path) -> None:
     note("eval --forgetting")
     opened = open_place(Place(workdir=folder / "work", model="base"))
     prompt = Prompt(
-        ids_L=np.arange(40, 60, dtype=np.int32), patches_L=np.full(20, -1, np.int32), head=12,
+        ids_L=np.arange(40, 60, dtype=np.int32), places_L=np.full(20, -1, np.int32), head=12,
         targets_L=np.arange(52, 60, dtype=np.int32),
     )  # fmt: skip
     list(asker_of(opened).score([prompt]))

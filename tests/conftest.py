@@ -12,7 +12,8 @@ from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
 # Read when the libraries are imported, so set before any test module imports them.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# MOEXTEND_TEST_PLATFORM=cuda runs them on a GPU (docs/benchmarks.md says which).
+os.environ["JAX_PLATFORMS"] = os.environ.get("MOEXTEND_TEST_PLATFORM", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -17,13 +17,25 @@ import numpy as np
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from moextend_jax.checkpoints import huggingface, names
-from moextend_jax.config import ImageTags, ModelConfig
+from moextend_jax.checkpoints import huggingface, names, store
+from moextend_jax.checkpoints.loading import Source
+from moextend_jax.config import (
+    ExtensionConfig,
+    FeaturesConfig,
+    ImageTags,
+    Medium,
+    ModelConfig,
+    Named,
+    ProjectorConfig,
+    WhisperConfig,
+    with_extension,
+    with_vision,
+)
 
 HALF = np.dtype(ml_dtypes.bfloat16)
-TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
-RELEASED = dataclasses.replace(tiny.EXTENDED, tags=ImageTags(start=40, end=41, pad=42))
-ALIGNED = dataclasses.replace(RELEASED, extension=None)
+TEXT = with_vision(tiny.PLAIN, None)
+RELEASED = with_vision(tiny.EXTENDED, tiny.VISION, tags=ImageTags(start=40, end=41, pad=42))
+ALIGNED = with_extension(RELEASED, None)
 
 
 def arrays(config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) -> dict[str, np.ndarray]:
@@ -36,7 +48,7 @@ def files(table: str, config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) 
     by_file = {}
     for tensor in names.tensors(table, config):
         value = made[tensor.path][tensor.index]
-        if tensor.path == "vision/patch":
+        if tensor.path == "media/image/tower/patch":
             size = config.vision.patch_size if config.vision else 0
             value = value.reshape(size, size, 3, -1).transpose(3, 2, 0, 1)
         elif tensor.path.endswith("/out") or tensor.path.endswith("attention/out"):
@@ -45,7 +57,7 @@ def files(table: str, config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) 
             value = value.reshape(value.shape[0], -1).T
         elif "attention/" in tensor.path and value.ndim == 2 and tensor.path.endswith("_bias"):
             value = value.reshape(-1)
-        elif value.ndim == 2 and tensor.path not in ("decoder/embed", "vision/position"):
+        elif value.ndim == 2 and tensor.path not in ("decoder/embed", "media/image/tower/position"):
             value = value.T
         by_file[tensor.file] = np.ascontiguousarray(value)
     return by_file
@@ -180,6 +192,47 @@ def llava(
             "calibrator_width": extension.calibrator_width, **attributes,
         }  # fmt: skip
     return write(folder, renamed, llava_attributes() | attributes)
+
+
+# --- a model of many media and extensions -----------------------------------------------------------------------------
+
+MANY = ModelConfig(
+    decoder=dataclasses.replace(tiny.DECODER, vocab_size=32000),
+    media=Named(
+        image=Medium(tower=tiny.VISION, tags=ImageTags(start=5, end=6, pad=3)),
+        speech=Medium(
+            kind="audio",
+            mark="<audio:speech>",
+            tags=ImageTags(start=5, end=6, pad=4),
+            tower=WhisperConfig(width=12, hidden=20, layers=2, heads=2, bands=4, seconds=2),
+            projector=ProjectorConfig(kind="stack", neighbours=4),
+            spans=(5, 25),
+        ),
+        touch=Medium(
+            kind="features",
+            mark="<features:touch>",
+            tags=ImageTags(start=5, end=6, pad=7),
+            tower=FeaturesConfig(width=8, patches=3),
+            projector=ProjectorConfig(kind="resampler", queries=2, layers=3, heads=2, cross_every=2),
+        ),
+    ),
+    extensions=Named(
+        image=tiny.EXTENSION,
+        speech=ExtensionConfig(
+            layers=(1, 2), sources=(3, 0, 1, 2), new_experts=2, calibrator_width=4, medium="speech", share=0.5
+        ),
+        touch=ExtensionConfig(layers=(1,), sources=(2,), calibrator_width=3, medium="touch"),
+    ),
+    composition="decoupled",
+    dtype="float32",
+)
+"""Three kinds of towers and of projectors; extensions of other layers, numbers of experts and sources."""
+
+
+def source_of(config: ModelConfig, *, seed: int = 0, **facts: Any) -> Source:
+    """A whole model in memory, opened."""
+    leaves = huggingface.from_arrays(arrays(config, dtype=np.float32, seed=seed), config=config)
+    return Source(leaves, store.Record(config, "mixtral", {}, ("llava", ""), None, facts), {})
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import folders
 import gguf
+import media_files
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
@@ -44,9 +45,10 @@ from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.image_files import read_span
+from moextend_jax.data.item_files import read_span
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
+from moextend_jax.media import KINDS
 from moextend_jax.routing import stats as routing_stats
 
 Rng = np.random.Generator
@@ -359,6 +361,11 @@ def _imported(folder: Path) -> None:
     shutil.rmtree(folder / "source")
 
 
+def _many(folder: Path) -> None:
+    small = dataclasses.replace(folders.MANY, decoder=tiny.DECODER)
+    convert.import_source(folders.source_of(small, text_isolation="strict"), folder / "model")
+
+
 def _delta(folder: Path) -> None:
     folders.released(folder / "whole")
     folders.mixtral(folder / "base")
@@ -405,7 +412,7 @@ def _read_chat(folder: Path) -> None:
     tokenizer = tokenizer_of(folder, ModelConfig(decoder=decoder))
     turns = [{"from": "human", "value": "<image> a?"}, {"from": "gpt", "value": "b <|im_end|>"}]
     encoded = encode_conversation(
-        turns * 2, example_id=str(folder), images=2, tokenizer=tokenizer, recipe=RECIPES["paper"], patches=2
+        turns * 2, example_id=str(folder), items={"image": [2, 2]}, tokenizer=tokenizer, recipe=RECIPES["paper"]
     )
     assert encoded.ids_L.min() >= 0 and encoded.ids_L.max() < decoder.vocab_size
     tokenizer.decode(encoded.ids_L)
@@ -532,6 +539,25 @@ def _read_data(folder: Path) -> None:
                     read_span(content)
 
 
+def _read_item(name: str) -> Callable[[Path], None]:
+    """What a tower takes is of its shape and finite, and what the header says is what decoding finds."""
+    medium, kind = media_files.FILES[name][0], KINDS[media_files.FILES[name][0].kind]
+
+    def read(folder: Path) -> None:
+        encoded, options = (folder / "item").read_bytes(), {"name": f"image {folder.name}", "id": "x", "medium": medium}
+        item = kind.decode(encoded, **options)
+        inputs = kind.prepare(item, medium=medium, preparation="pad", id=folder.name)
+        assert inputs.shape == kind.input_shape(medium) and inputs.dtype == np.float32 and np.isfinite(inputs).all()
+        positions = kind.positions(item, medium)
+        assert 0 < positions <= medium.positions and kind.span_of_file(encoded, **options) == positions
+
+    return read
+
+
+def _item(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "item").write_bytes(media_files.FILES[name][1])
+
+
 def change_line(data: bytes, rng: Rng) -> bytes:
     """Another value in one of the lines' JSON."""
     lines = data.split(b"\n")
@@ -583,6 +609,9 @@ READERS: dict[str, Reader] = {
     "import": Reader(
         _imported, "model/moextend.json", lambda folder: _read_source(open_source(folder / "model")), change_json
     ),
+    "import of many media": Reader(
+        _many, "model/moextend.json", lambda folder: _read_source(open_source(folder / "model")), change_json
+    ),
     "delta": Reader(
         _delta, "delta/moextend.json",
         lambda folder: _read_source(open_source(folder / "delta", base=folder / "base")), change_json,
@@ -593,6 +622,8 @@ READERS: dict[str, Reader] = {
     ),
     **{f"data: {form}": Reader(make, f"data.{form}", _read_data, change_bytes) for form, make in DATA.items()},
     "data: messages": Reader(DATA["jsonl"], "data.jsonl", _read_data, change_line),
+    **{f"media: {name}": Reader(_item(name), "item", _read_item(name), change_bytes) for name in media_files.FILES},
+    "media: npz, header": Reader(_item("npz"), "item", _read_item("npz"), change_npz),
     "tokenizer.model": Reader(_tokenizer, "tokenizer.model", load_tokenizer, change_bytes),
     "tokenizer_config.json": Reader(_tokenizer, "tokenizer_config.json", load_tokenizer, change_json),
     "tokenizer.json": Reader(_byte_level, "tokenizer.json", _read_chat, change_json),

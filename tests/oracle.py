@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.config import ImageTags, ModelConfig
+from moextend_jax.config import ImageTags, ModelConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend, abstract
 
 FOLDER = Path(__file__).parents[2] / "shared" / "oracle"
@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
 def load(name: str, *, folder: Path = FOLDER, remat: Any = "none") -> Loaded:
     """A model by its files alone, without `open_checkpoint`. Models of one configuration share their structure."""
     start = json.loads((folder / "manifest.json").read_text())["spec"]["image_start_id"]
-    config = ModelConfig(
+    config = of_pictures(
         decoder=huggingface.read_decoder_config(folder / name),
         vision=huggingface.read_vision_config(folder / "clip", feature_layer=-1),
         extension=huggingface.read_extension_config(folder / name),

@@ -25,8 +25,8 @@ import torus
 from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import RECIPES, ExtensionConfig
-from moextend_jax.data.batches import Pixels, Share, batches
+from moextend_jax.config import RECIPES, ExtensionConfig, with_extension
+from moextend_jax.data.batches import Share, batches
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.extension.routing import count_all
@@ -37,7 +37,7 @@ from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import loop
 
 CONFIG = dataclasses.replace(
-    tiny.BASE_CONFIG, extension=ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5), remat="none"
+    with_extension(tiny.BASE_CONFIG, ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5)), remat="none"
 )
 ROWS, BATCH, STEPS, SAVED = 23, 4, 4, 2
 FACTS = {"base": "tiny"}
@@ -67,8 +67,7 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
             stage=StageSettings(data="llava_instruct", steps=STEPS, length=40, batch_size=BATCH),
             tokenizer=tokenizer,
             recipe=RECIPES["paper"],
-            images=Pixels(images=source.images, size=32, preparation="pad"),
-            patches=4,
+            readers={"image": tiny.pictures(source.images, size=32, patch=16)},
             share=share,
             **more,
         )

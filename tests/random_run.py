@@ -5,7 +5,6 @@ In: a folder. Out: its `Run`, whose base is a tiny random one with the real toke
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import tiny
 
 from moextend_jax.checkpoints import train_state
-from moextend_jax.config import ExtensionConfig
+from moextend_jax.config import ExtensionConfig, with_extension
 from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -31,12 +30,16 @@ def random_run(folder: Path, **more: Any) -> Run:
     """FOLDER/base and the work directory FOLDER/work. more: settings."""
     base = tiny.write_base(folder / "base")
     run = open_run(settings(base, **more), folder / "work")
-    config = dataclasses.replace(run.config, extension=EXTENSION)
+    config = with_extension(run.config, EXTENSION)
     leaves = tiny.arrays(config, seed=1)
     record = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": run.base_hash}
     (run.workdir / "select").mkdir(parents=True)
     (run.workdir / "select" / "routing.json").write_text(json.dumps(record))
-    for name, part in {"align": "projector/", "grow": "extension/", "finetune": "extension/"}.items():
+    for name, part in {
+        "align": "media/image/projector/",
+        "grow": "extensions/image/",
+        "finetune": "extensions/image/",
+    }.items():
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(part)}
         train_state.save_leaves(run.workdir / name / "result", own, facts=run.facts)
     remember(run)

@@ -33,7 +33,7 @@ import tiny  # noqa: E402
 from moextend_jax.checkpoints import train_state  # noqa: E402
 from moextend_jax.checkpoints.hashes import content_hash  # noqa: E402
 from moextend_jax.config import RECIPES  # noqa: E402
-from moextend_jax.data.batches import Pixels, batches  # noqa: E402
+from moextend_jax.data.batches import batches  # noqa: E402
 from moextend_jax.data.datasets import open_dataset  # noqa: E402
 from moextend_jax.data.tokenizer import load_tokenizer  # noqa: E402
 from moextend_jax.settings import StageSettings  # noqa: E402
@@ -56,8 +56,7 @@ def stage(folder: Path, llava: Path, *, workers: int = 0) -> str:
         ),
         tokenizer=load_tokenizer(tiny.ASSETS / "base"),
         recipe=RECIPES["paper"],
-        images=Pixels(images=source.images, size=32, preparation="pad"),
-        patches=4,
+        readers={"image": tiny.pictures(source.images, size=32, patch=16)},
         seed=3,
         workers=workers,
     )

@@ -19,7 +19,7 @@ import moextend_jax as mx
 from moextend_jax import cli, commands, preemption
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
-from moextend_jax.evaluate.speak import pixels
+from moextend_jax.evaluate.speak import show
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.run import Run
@@ -85,15 +85,18 @@ def asked(opened: Askable, picture: Path) -> str:
     """By an `Asker`, as benchmarks are."""
 
     class Shown:
-        field = "images_BMhwc"
+        field, tokens = "media", opened.patches
 
         def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
-            return np.where((rows_BM >= 0)[..., None, None, None], pixels(opened, picture), 0)
+            return np.where(
+                (rows_BM >= 0)[..., None, None, None], show(opened, {"image": [picture]}).arrays["image"][0], 0
+            )
 
     prompt = prompt_of(
-        QUESTION, images=(0,), tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches, where="here"
-    )
-    ((completed,),) = asker_of(opened, pictures=Shown()).complete([prompt], max_new_tokens=NEW)
+        QUESTION, items={"image": (0,)}, spans={"image": [opened.patches]}, tokenizer=opened.tokenizer,
+        recipe=opened.recipe, where="here",
+    )  # fmt: skip
+    ((completed,),) = asker_of(opened, readers={"image": Shown()}).complete([prompt], max_new_tokens=NEW)
     return opened.tokenizer.decode(completed.ids)
 
 

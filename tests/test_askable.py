@@ -53,7 +53,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(opened: Askable, picture: Path | None = None) -> str:
     images = () if picture is None else (picture,)
-    return "".join(speak.speak(opened, "Which is it?", images=images, max_new_tokens=6))
+    return "".join(speak.speak(opened, "Which is it?", items={"image": images}, max_new_tokens=6))
 
 
 def exported(run: Run, layout: str, out: Path) -> Place:
@@ -125,11 +125,12 @@ def test_a_place_that_is_none_is_refused_before_anything_is_read(run: Run, tmp_p
         ({"checkpoint": tmp_path / "nowhere"}, "nowhere is no work directory and no checkpoint"),
         ({"checkpoint": Path(run.settings.base), "model": "aligned"}, "leave --model aligned out"),
         ({"workdir": run.workdir, "base": tmp_path, "recipe": "paper"}, "leave --base, --recipe out"),
-        ({"workdir": run.workdir, "model": "moextnd"}, "did you mean moextend"),
     ]
     for options, message in cases:
         with pytest.raises(MoextendError, match=message):
             Place(**options)
+    with pytest.raises(MoextendError, match="did you mean moextend"):
+        open_place(Place(workdir=run.workdir, model="moextnd"))
     with pytest.raises(MoextendError, match="is no work directory: run a stage"):
         open_place(Place(workdir=tmp_path))
     assert Place(checkpoint=run.workdir).in_workdir
@@ -242,9 +243,10 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The model answers "so 1", "so 2", ...; what it was asked is kept as text."""
     asked: list[str] = []
 
-    def answering(opened, turns, *, images, **options):
-        speak.encoded(opened, turns, images=len(images), plain=options["plain"])
-        asked.append(f"{len(images)}: " + " | ".join(turn["value"] for turn in turns))
+    def answering(opened, turns, *, items, **options):
+        spans = {name: [1] * len(files) for name, files in items.items()}
+        speak.encoded(opened, turns, spans=spans, plain=options["plain"])
+        asked.append(f"{len(items.get('image', ()))}: " + " | ".join(turn["value"] for turn in turns))
         yield from ("so ", f"{len(asked)}")
 
     monkeypatch.setattr(chat, "speak", answering)
@@ -281,15 +283,19 @@ def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_question_stands_where_training_has_it(trained: Askable, recipe: str):
     opened = dataclasses.replace(trained, recipe=RECIPES[recipe])
-    turns = [speak.question("Hi"), {"from": "gpt", "value": "yes?"}, speak.question("What is it?", images=1)]
-    asked = speak.encoded(opened, turns, images=1, plain=None)
+    turns = [
+        speak.question(opened, "Hi", {}),
+        {"from": "gpt", "value": "yes?"},
+        speak.question(opened, "What is it?", {"image": [1]}),
+    ]
+    asked = speak.encoded(opened, turns, spans=opened.config.spans({"image": 1}), plain=None)
     whole = encode_conversation(
-        [*turns, {"from": "gpt", "value": "a ring"}], example_id="", images=1, tokenizer=opened.tokenizer,
-        recipe=dataclasses.replace(opened.recipe, turns="all"), patches=opened.patches,
+        [*turns, {"from": "gpt", "value": "a ring"}], example_id="", items={"image": [opened.patches]},
+        tokenizer=opened.tokenizer, recipe=dataclasses.replace(opened.recipe, turns="all"),
     )  # fmt: skip
     count = len(asked.ids_L)
     np.testing.assert_array_equal(asked.ids_L, whole.ids_L[:count])
-    np.testing.assert_array_equal(asked.patches_L, whole.patches_L[:count])
+    np.testing.assert_array_equal(asked.places_L, whole.places_L[:count])
     assert whole.labels_L[count] == whole.ids_L[count] and whole.labels_L[count - 1] != whole.ids_L[count - 1]
 
 

@@ -27,7 +27,7 @@ P = tiny.VISION.patches
 class Pictures:
     """Features of nine images, and which of them were read."""
 
-    field = "features_BMPC"
+    field, tokens = "features", P
 
     def __init__(self):
         self.of = np.random.default_rng(5).normal(size=(9, P, tiny.VISION.width)).astype(np.float32)
@@ -56,7 +56,7 @@ def on_mesh(sizes: dict[str, int], eos: int = EOS) -> Generator:
 def asker(*, rows: int = 16, tokens: int = 10**6, eos: int = EOS, mesh: dict[str, int] | None = None) -> Asker:
     return Asker(
         generator=generator(eos) if mesh is None else on_mesh(mesh, eos),
-        arrays=arrays(), ends=(eos,), rows=rows, tokens=tokens, pictures=Pictures(),
+        arrays=arrays(), ends=(eos,), rows=rows, tokens=tokens, readers={"image": Pictures()},
     )  # fmt: skip
 
 
@@ -67,12 +67,12 @@ def prompts(count: int = 40, *, seed: int = 0) -> list[Prompt]:
     for n in range(count):
         tail = rng.integers(10, tiny.DECODER.vocab_size, 1 + n % 12).astype(np.int32)
         if n % 3 == 2:
-            made.append(Prompt(ids_L=tail, patches_L=np.full(len(tail), -1, np.int32)))
+            made.append(Prompt(ids_L=tail, places_L=np.full(len(tail), -1, np.int32)))
             continue
         ids_L = np.concatenate([[7, 8], np.full(P, 3), [6], tail]).astype(np.int32)
-        patches_L = np.full(len(ids_L), -1, np.int32)
-        patches_L[2 : 2 + P] = np.arange(P)
-        made.append(Prompt(ids_L=ids_L, patches_L=patches_L, head=3 + P, images=(n % 9,)))
+        places_L = np.full(len(ids_L), -1, np.int32)
+        places_L[2 : 2 + P] = np.arange(P)
+        made.append(Prompt(ids_L=ids_L, places_L=places_L, head=3 + P, items={"image": (n % 9,)}))
     return made
 
 
@@ -94,14 +94,14 @@ def whole(prompt: Prompt) -> Batch:
     labels_L = np.full(LONGEST, IGNORE, np.int32)
     if prompt.targets_L is not None:
         labels_L[prompt.head : len(prompt.ids_L)] = prompt.targets_L
-    features_MPC = Pictures().of[list(prompt.images)] if prompt.images else np.zeros_like(Pictures().of[:1])
+    features_MPC = Pictures().of[list(prompt.items["image"])] if prompt.items else np.zeros_like(Pictures().of[:1])
     batch = Batch(
         np.pad(prompt.ids_L, (0, rest))[None],
         labels_L[None],
         np.arange(LONGEST, dtype=np.int32)[None],
         (np.arange(LONGEST) < len(prompt.ids_L)).astype(np.int32)[None],
-        np.pad(prompt.patches_L, (0, rest), constant_values=-1)[None],
-        features_BMPC=features_MPC[None],
+        np.pad(prompt.places_L, (0, rest), constant_values=-1)[None],
+        features={"image": features_MPC[None]},
     )
     return jax.tree.map(jnp.asarray, batch)
 
@@ -131,7 +131,7 @@ def test_answers_do_not_depend_on_what_else_is_asked():
 def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
     """All logits of two steps, of one prompt in every row of batches of other prompts. This is why an argmax cannot
     change: a prompt's shapes are its own (test_prompts.py), and within a shape rows do not matter."""
-    every = [prompt for prompt in prompts(240) if bool(prompt.images) is with_heads]
+    every = [prompt for prompt in prompts(240) if bool(prompt.items) is with_heads]
     alike = [prompt for prompt in every if 8 < prompt.tail <= 12]
     who = asker()
     assert len({buckets(prompt) for prompt in alike}) == 1 and len(alike) > 16
@@ -164,7 +164,7 @@ def scores(who: Asker, tails: Batch, heads) -> np.ndarray:
 def test_programs_are_few_and_compiled_once():
     who = Asker(
         generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), ends=(EOS,), rows=16,
-        tokens=10**6, pictures=Pictures(),
+        tokens=10**6, readers={"image": Pictures()},
     )  # fmt: skip
     some = prompts(60)
     pairs = {(work.head_length, work.tail_length) for work in plan(some, parts=1, rows=16, tokens=10**6, room=NEW)}
@@ -178,11 +178,12 @@ def test_programs_are_few_and_compiled_once():
 
 def test_an_image_is_read_once_for_all_questions_of_a_batch():
     who = asker(rows=64)
-    assert isinstance(who.pictures, Pictures)
-    some = [prompt for prompt in prompts(60) if prompt.images]
+    pictures = who.readers["image"]
+    assert isinstance(pictures, Pictures)
+    some = [prompt for prompt in prompts(60) if prompt.items]
     alike = [prompt for prompt in some if prompt.tail <= 8]
     said(who, alike)
-    assert len(alike) > 15 and sorted(who.pictures.read_rows) == sorted({prompt.images[0] for prompt in alike})
+    assert len(alike) > 15 and sorted(pictures.read_rows) == sorted({prompt.items["image"][0] for prompt in alike})
 
 
 def test_nobody_waits_for_rows_that_were_only_filled_up():
@@ -218,7 +219,7 @@ def scored_prompts() -> list[Prompt]:
     for n, prompt in enumerate(prompts(24)):
         targets_L = rng.integers(10, tiny.DECODER.vocab_size, prompt.tail).astype(np.int32)
         targets_L[: n % 3] = IGNORE
-        made.append(Prompt(ids_L=prompt.ids_L, patches_L=prompt.patches_L, head=prompt.head, images=prompt.images,
+        made.append(Prompt(ids_L=prompt.ids_L, places_L=prompt.places_L, head=prompt.head, items=prompt.items,
                            targets_L=targets_L))  # fmt: skip
     return made
 
@@ -248,8 +249,8 @@ def test_greedy_is_true_of_what_the_model_says():
     tail = np.concatenate([prompt.ids_L, ids[:-1]]).astype(np.int32)
     targets_L = np.full(len(tail) - prompt.head, IGNORE, np.int32)
     targets_L[-len(ids) :] = ids
-    patches_L = np.concatenate([prompt.patches_L, np.full(len(ids) - 1, -1)]).astype(np.int32)
-    asked = Prompt(ids_L=tail, patches_L=patches_L, head=prompt.head, images=prompt.images, targets_L=targets_L)
+    places_L = np.concatenate([prompt.places_L, np.full(len(ids) - 1, -1)]).astype(np.int32)
+    asked = Prompt(ids_L=tail, places_L=places_L, head=prompt.head, items=prompt.items, targets_L=targets_L)
     who = asker()
     (((_, _, greedy),),) = who.score([asked])
     assert greedy

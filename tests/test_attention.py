@@ -229,7 +229,7 @@ def test_a_later_token_does_not_change_earlier_logits():
 
 def test_an_image_changes_only_what_comes_after_it():
     batch = tiny.batch()
-    moved = forward()(batch._replace(features_BMPC=-batch.features_BMPC)) - forward()(batch)
+    moved = forward()(batch._replace(features={"image": -batch.features["image"]})) - forward()(batch)
     assert np.abs(moved[0, :2]).max() < 1e-5 and np.abs(moved[0, 2:]).max() > 0.1
     assert np.abs(moved[1]).max() < 1e-5  # a row of text alone
 

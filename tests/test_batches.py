@@ -6,16 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import tiny_tokens
 from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, MoextendError
-from moextend_jax.data.batches import Features, Pixels, Share, batches, fill_ratio, text_batches
+from moextend_jax.data.batches import Share, batches, fill_ratio, text_batches
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.features import cache_features
-from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.data.readers import Features
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.media.image import decode_image, prepare_image
 from moextend_jax.settings import StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
@@ -49,11 +51,8 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def features(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "c"
-    return Features(
-        store=cache_features(
-            source.images, path=path, compute=tower, tower="t", feature_layer=-2, size=8, preparation="pad"
-        )
-    )
+    inputs = tiny.pictures(source.images)
+    return Features(store=cache_features(inputs, path=path, compute=tower, tower="t"), medium=inputs.medium)
 
 
 def make(source, images, *, recipe="paper", epochs: int | None = 1, seed: int | None = 0, **more):
@@ -65,8 +64,7 @@ def make(source, images, *, recipe="paper", epochs: int | None = 1, seed: int | 
         stage=StageSettings(data="llava_instruct", steps=1, **(rows | more)),
         tokenizer=TOKENIZER,
         recipe=RECIPES[recipe],
-        images=images,
-        patches=PATCHES,
+        readers={} if images is None else {"image": images},
         seed=seed,
         epochs=epochs,
         **others,
@@ -92,17 +90,17 @@ def all_answers(batches):
     return [answer for batch in batches for answer in answers(batch)]
 
 
-def same(a, b):
-    for x, y in zip(a, b, strict=True):
-        assert (x is None) == (y is None)
-        if x is not None:
-            np.testing.assert_array_equal(x, y)
+def same(one, two):
+    ours, theirs = tiny.by_field(one), tiny.by_field(two)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["features", "pixels"])
 @pytest.mark.parametrize("conversations_per_row", [1, 0])
 def test_each_conversation_comes_once_with_its_own_images(source, features, kind, conversations_per_row):
-    images = features if kind == "features" else Pixels(images=source.images, size=8, preparation="pad")
+    images = features if kind == "features" else tiny.pictures(source.images)
     seen = []
     for batch in make(source, images, conversations_per_row=conversations_per_row):
         assert batch.ids_BL.shape == (4, 64) and batch.ids_BL.dtype == np.int32
@@ -113,10 +111,9 @@ def test_each_conversation_comes_once_with_its_own_images(source, features, kind
             wanted = encode_conversation(
                 example.conversations,
                 example_id=example.id,
-                images=len(example.images),
+                items={"image": [PATCHES] * len(example.images)},
                 tokenizer=TOKENIZER,
                 recipe=RECIPES["paper"],
-                patches=PATCHES,
             )
             np.testing.assert_array_equal(batch.ids_BL[row, here], wanted.ids_L)
             np.testing.assert_array_equal(batch.labels_BL[row, here], wanted.labels_L)
@@ -124,7 +121,7 @@ def test_each_conversation_comes_once_with_its_own_images(source, features, kind
             _check_images(batch, row, here, source, example, wanted)
             seen.append(example.id)
         padding = batch.segments_BL == 0
-        assert (batch.labels_BL[padding] == IGNORE).all() and (batch.patches_BL[padding] == -1).all()
+        assert (batch.labels_BL[padding] == IGNORE).all() and (batch.places_BL[padding] == -1).all()
     assert sorted(seen) == sorted(f"row{n}" for n in range(ROWS))
 
 
@@ -136,16 +133,14 @@ def _only(batch, row, here):
 
 
 def _check_images(batch, row, here, source, example, wanted):
-    slots = batch.patches_BL[row, here]
-    assert ((slots >= 0) == (wanted.patches_L >= 0)).all()
-    given = batch.features_BMPC if batch.images_BMhwc is None else batch.images_BMhwc
+    slots = batch.places_BL[row, here]
+    assert ((slots >= 0) == (wanted.places_L >= 0)).all()
+    given = batch.features["image"] if not batch.media else batch.media["image"]
     for m, ref in enumerate(example.images):
-        slot = slots[wanted.patches_L == m * PATCHES][0] // PATCHES
-        np.testing.assert_array_equal(slots[wanted.patches_L // PATCHES == m], slot * PATCHES + np.arange(PATCHES))
+        slot = slots[wanted.places_L == m * PATCHES][0] // PATCHES
+        np.testing.assert_array_equal(slots[wanted.places_L // PATCHES == m], slot * PATCHES + np.arange(PATCHES))
         pixels = prepare_image(decode_image(source.images[ref.row].encoded), size=8, preparation="pad")
-        np.testing.assert_array_equal(
-            given[row, slot], pixels if batch.features_BMPC is None else tower(pixels[None])[0]
-        )
+        np.testing.assert_array_equal(given[row, slot], pixels if not batch.features else tower(pixels[None])[0])
 
 
 def test_packing_fills_rows(source, features):
@@ -181,10 +176,10 @@ def test_shares_at_their_places_are_the_batches_of_one_process(
     shares = [make(source, features, seed=5, share=Share(parts, of), **more) for parts in parts_of]
     states = []
     for wanted, *batches_of in zip(alone, *resumed(shares, states), strict=True):
-        for column, *columns in zip(wanted, *batches_of, strict=True):
-            if column is None:
-                assert columns == [None] * len(shares)
-                continue
+        fields = [tiny.by_field(batch) for batch in batches_of]
+        assert {tuple(of) for of in fields} == {tuple(tiny.by_field(wanted))}
+        for name, column in tiny.by_field(wanted).items():
+            columns = [of[name] for of in fields]
             placed = np.full_like(column, 99)
             for parts, rows in zip(parts_of, columns, strict=True):
                 assert len(rows) == 2 * len(parts)
@@ -226,8 +221,8 @@ def test_resumed_equals_uninterrupted(source, features, workers):
 
 def test_question_alone_has_no_trace_of_the_image(source):
     for batch in make(source, None):
-        assert batch.features_BMPC is None and batch.images_BMhwc is None
-        assert (batch.patches_BL == -1).all() and not np.isin(batch.ids_BL[batch.segments_BL > 0], [3, 5, 6]).any()
+        assert not batch.features and not batch.media
+        assert (batch.places_BL == -1).all() and not np.isin(batch.ids_BL[batch.segments_BL > 0], [3, 5, 6]).any()
 
 
 def test_what_does_not_fit_is_named(source, features):
@@ -268,7 +263,7 @@ def test_text_rows():
     assert {key: len(some) for key, some in pieces.items()} == {"In": 1, "a": 1, "x": 3, "the": 1}
     assert sum(int(piece[-1] == TOKENIZER.eos) for piece in pieces["x"]) == 1
     assert sum(len(piece) - 1 for piece in pieces["x"]) == len(TOKENIZER.encode(passages[2])) + 1
-    assert (batch.patches_BL == -1).all() and batch.features_BMPC is None
+    assert (batch.places_BL == -1).all() and not batch.features
 
 
 def test_text_rows_of_a_model_without_bos(tmp_path):

@@ -46,8 +46,8 @@ def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypa
 def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):
     config = model_config(settings, stage="align")
     answers, every = (bench.random_batch(config, rows=2, length=160, labels=kind) for kind in bench.LABELS)
-    assert [sorted(row[row >= 0]) for row in answers.patches_BL] == [list(range(64))] * 2
-    assert not (answers.labels_BL[answers.patches_BL >= 0] != IGNORE).any()
+    assert [sorted(row[row >= 0]) for row in answers.places_BL] == [list(range(64))] * 2
+    assert not (answers.labels_BL[answers.places_BL >= 0] != IGNORE).any()
     assert (answers.labels_BL != IGNORE).sum(axis=1).tolist() == [32, 32]
     assert (every.labels_BL != IGNORE).all()
 

@@ -40,7 +40,11 @@ def settings(base: Path) -> RunSettings:
 def aligned(workdir: Path, base: Path, *, seed: int = 0) -> Run:
     """A run whose projector is random."""
     run = open_run(settings(base), workdir)
-    leaves = {path: leaf for path, leaf in tiny.arrays(run.config, seed=seed).items() if path.startswith("projector/")}
+    leaves = {
+        path: leaf
+        for path, leaf in tiny.arrays(run.config, seed=seed).items()
+        if path.startswith("media/image/projector/")
+    }
     train_state.save_leaves(workdir / "align" / "result", leaves, facts=run.facts)
     return run
 

@@ -11,7 +11,8 @@ import pytest
 
 from moextend_jax import cli
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.benchmarks import easy_vqa, gqa, mmbench, mme, pope, scienceqa, table, textvqa
+from moextend_jax.evaluate.benchmark import read_exam
+from moextend_jax.evaluate.benchmarks import easy_vqa, gqa, mcub, mmbench, mme, pope, scienceqa, table, textvqa
 from moextend_jax.evaluate.benchmarks.question import Answered, Question
 from moextend_jax.evaluate.benchmarks.scores import Scores
 from moextend_jax.evaluate.benchmarks.vqa_text import agreement, normalise, normalise_m4c, vqa_accuracy
@@ -538,6 +539,88 @@ def test_free_answers_are_written_for_their_judges(tmp_path: Path):
     assert scores.headline is None and "GPT-4" in scores.notes[0]
     with pytest.raises(MoextendError, match="no file to submit"):
         table.submission("llava_bench", answer_all("llava_bench", tmp_path, ["He."]), tmp_path)
+
+
+# --- MCUB -------------------------------------------------------------------------------------------------------------
+
+MCUB_ANSWERS = {  # text, the right letter, by the released rule, by the careful one
+    "begins with it": ("A. Presence of a dog", "A", True, True),
+    "bare": ("B", "B", True, True),
+    "in a sentence": ("The answer is C.", "C", False, True),
+    "small": ("d", "D", False, True),
+    "begins like it": ("All of them are animals", "A", True, False),
+    "article": ("A dog, a cat and a bird are seen. A picture shows them.", "A", True, False),
+    "article, then the letter": ("A dog is in all of them: (B)", "B", False, True),
+    "two": ("A, B and C", "A", True, False),
+    "two others": ("Either B or C", "B", False, False),
+    "subject": ("A is the answer", "A", True, True),
+    "vitamin": ("vitamin B-12, so D", "D", False, True),
+    "empty": ("", "C", False, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MCUB_ANSWERS)
+def test_mcubs_two_rules(case: str):
+    text, letter, by_released, by_careful = MCUB_ANSWERS[case]
+    assert (mcub.released(text, letter), mcub.careful(text, letter)) == (by_released, by_careful)
+
+
+def mcub_files(folder: Path, letters: dict[str | int, str], *, split: str = "4") -> Path:
+    asked = [
+        {
+            "id": of,
+            "conversations": [{"from": "human", "value": f"<image>\n<audio>\nWhat is common? {of}"}],
+            "modal_inputs": {"vision": ["a.jpg"], "audio": ["a.wav"]},
+        }
+        for of in letters
+    ]
+    right = [
+        {"id": of, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": letter}]}
+        for of, letter in letters.items()
+        if letter
+    ]
+    json_file(folder / "mcub" / f"MCUB-{split}.json", asked)
+    json_file(folder / "mcub" / "MCUB-answer.json", right)
+    return folder
+
+
+@pytest.mark.parametrize("split", ["4", "3-image-audio-pointcloud"])
+def test_mcub_scores_files_of_answers(tmp_path: Path, capsys, split: str):
+    mcub_files(tmp_path, {1: "A", "two": "B", 3: "C", 4: ""}, split=split)
+    texts = {1: "All of them", "two": "b", 3: "C", 4: "A", "nobody's": "A", 99: "B"}
+    entries = [{"question_id": of, "prompt": "?", "text": text, "model_id": "m"} for of, text in texts.items()]
+    answers = json_lines(tmp_path / "answers.jsonl", entries)
+    line = ["eval", "score", "--benchmark", "mcub", "--data", str(tmp_path), "--answers", str(answers)]
+    assert cli.call([*line, "--split", split, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == [
+        {"rule": "released", "answers": 6, "right": 2, "accuracy %": pytest.approx(100 / 3)},
+        {"rule": "careful", "answers": 6, "right": 2, "accuracy %": pytest.approx(100 / 3)},
+    ]
+    assert printed["headline"] == {"name": "accuracy, released rule", "value": pytest.approx(100 / 3)}
+    assert (printed["questions"], printed["answered"]) == (4, 4)
+    assert printed["notes"] == ["3 answers have an id without a right answer and count as wrong"]
+    json_lines(answers, entries[1:])
+    with pytest.raises(MoextendError, match="question 1 has no answer"):
+        cli.call([*line, "--split", split])
+
+
+def test_mcubs_files_are_not_trusted(tmp_path: Path):
+    home = mcub_files(tmp_path, {1: "A"}) / "mcub"
+    json_file(home / "MCUB-answer.json", [{"id": 1, "conversations": [{"value": "the first"}]}])
+    with pytest.raises(MoextendError, match=r"MCUB-answer\.json:1: its last turn is 'the first', not a letter"):
+        table.read("mcub", tmp_path)
+    json_file(home / "MCUB-answer.json", [{"id": 1, "conversations": [{"value": "A"}]}])
+    for broken in ([], [3], [{"from": "human"}], [{"value": 3}], "text"):
+        json_file(home / "MCUB-4.json", [{"id": 1, "conversations": broken}])
+        with pytest.raises(MoextendError, match=r"MCUB-4\.json:1: "):
+            table.read("mcub", tmp_path)
+
+
+def test_mcub_is_not_asked(tmp_path: Path):
+    mcub_files(tmp_path, {1: "A"})
+    with pytest.raises(MoextendError, match="MCUB is not asked here; `moextend eval score --benchmark mcub`"):
+        read_exam("mcub", data=tmp_path)
 
 
 def test_every_benchmark_says_where_its_files_belong(tmp_path: Path):

@@ -52,7 +52,7 @@ def test_a_chat_has_the_ids_of_training(name: str, tmp_path: Path):
     theirs: Any = exported(tmp_path, ours)
     for first in (0, 1):  # with a system turn and without one
         turns = TALK[first:]
-        wanted = encode_dialogue(turns, images=1, tokenizer=ours, recipe=PAPER, patches=1).ids_L.tolist()
+        wanted = encode_dialogue(turns, items={"image": [1]}, tokenizer=ours, recipe=PAPER).ids_L.tolist()
         messages: list[Any] = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
         said = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert said == wanted

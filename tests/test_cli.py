@@ -22,9 +22,10 @@ import tiny
 import moextend_jax
 from moextend_jax import cli, machine, preemption
 from moextend_jax.checkpoints import sums
+from moextend_jax.chips import GIB, chip
 from moextend_jax.options import options_of
 from moextend_jax.options import settings_of as settings_listed
-from moextend_jax.runs.results import RESULTS
+from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import settings_of
 from moextend_jax.settings import fields
 
@@ -161,7 +162,7 @@ def test_a_command_without_a_configuration(refused, command: str):
     assert "needs --config: " in refused(*command.split())
 
 
-@pytest.mark.parametrize("command", ["run", *RESULTS, "evaluate", "eval", "report", "generate"])
+@pytest.mark.parametrize("command", ["run", *FIRST.results, "evaluate", "eval", "report", "generate"])
 def test_a_command_without_a_work_directory(refused, ground, command: str):
     arguments = [] if command == "report" else [f"--config={ground.config}"]
     assert "needs --workdir: " in refused(command, *arguments)
@@ -314,6 +315,52 @@ def test_libtpu_without_a_tpu_is_told_so(monkeypatch):
     monkeypatch.setattr(machine, "accelerator", lambda: "")
     machine.quiet_libtpu()
     assert machine.NO_TPU.items() <= os.environ.items()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from moextend_jax import machine
+if sys.argv[1] == "kept": machine.keep_memory()
+np.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8): np.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_on_cpu_a_step_finds_the_memory_of_the_one_before(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    freed, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("freed", "kept")
+    )
+    assert kept < freed / 10
+
+
+def test_memory_is_left_alone_with_an_accelerator(monkeypatch):
+    monkeypatch.setattr(machine, "accelerator", lambda: "gpu")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: pytest.fail("told"))
+    machine.keep_memory()
+
+
+def test_a_run_may_use_as_much_of_a_gpu_as_plans_count_on(monkeypatch):
+    """JAX alone takes three quarters, so that what a plan says fits would not."""
+    share, old = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    for name in (share, old):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    for accelerator, value in (("", None), ("tpu", None), ("gpu", "0.95")):
+        monkeypatch.setattr(machine, "accelerator", lambda accelerator=accelerator: accelerator)
+        machine.whole_gpu()
+        assert os.environ.get(share) == value
+    assert chip("h100").hbm == int(float(os.environ[share]) * 79.1 * GIB)
+    monkeypatch.delenv(share)
+    monkeypatch.setenv(old, "0.4")  # JAX refuses both
+    machine.whole_gpu()
+    assert share not in os.environ
 
 
 # --- stages and what they need ----------------------------------------------------------------------------------------

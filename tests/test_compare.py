@@ -191,8 +191,8 @@ def test_a_hole_is_seen_by_nobody_and_positions_count_across_it():
     batch = reference.to_batch(rows, start=100, patches=2, room=2)
     assert batch.segments_BL.tolist() == mask_BL.tolist()
     assert batch.positions_BL.tolist() == [list(range(8))]
-    assert batch.patches_BL.tolist() == [[-1, -1, -1, 0, 1, -1, -1, -1]]  # the image is there, mask or not
-    assert batch.images_BMhwc.shape == (1, 2, 2, 2, 3) and not batch.images_BMhwc[0, 1].any()
+    assert batch.places_BL.tolist() == [[-1, -1, -1, 0, 1, -1, -1, -1]]  # the image is there, mask or not
+    assert batch.media["image"].shape == (1, 2, 2, 2, 3) and not batch.media["image"][0, 1].any()
 
 
 def test_what_left_padding_leaves_undefined():

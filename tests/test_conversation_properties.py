@@ -11,11 +11,12 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moextend_jax.config import IGNORE, RECIPES
-from moextend_jax.data.conversations import MARK, Encoded, encode_conversation, encode_prompt
+from moextend_jax.config import IGNORE, RECIPES, Room
+from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.packing import Item, pack
+from moextend_jax.data.packing import Item, Shape, pack
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.data.writing import MARK
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "moextend_jax" / "assets" / "base")
 TAGS = TOKENIZER.tags
@@ -66,10 +67,9 @@ def encoded(talk: Talk, *, recipe=PAPER, tokenizer=TOKENIZER, **more: Any) -> En
     return encode_conversation(
         talk.turns(),
         example_id="x",
-        images=talk.images,
+        items={"image": [talk.patches] * talk.images},
         tokenizer=tokenizer,
         recipe=recipe,
-        patches=talk.patches,
         **more,
     )
 
@@ -125,8 +125,8 @@ def decoded_part(ids, *, first: bool) -> str:
 def test_a_prompt_is_the_beginning(talk: Talk):
     whole = encoded(talk)
     question = talk.turns()[0]["value"]
-    images = len(talk.questions[0]) - 1
-    prompt = encode_prompt(question, images=images, tokenizer=TOKENIZER, recipe=PAPER, patches=talk.patches)
+    items = {"image": [talk.patches] * (len(talk.questions[0]) - 1)}
+    prompt = encode_prompt(question, items=items, tokenizer=TOKENIZER, recipe=PAPER)
     np.testing.assert_array_equal(prompt.ids_L, whole.ids_L[: len(prompt.ids_L)])
     assert (prompt.labels_L == IGNORE).all() and whole.labels_L[len(prompt.ids_L)] != IGNORE
 
@@ -159,14 +159,14 @@ def test_image_spans_are_whole_and_in_order(talk: Talk, recipe):
 
 def check_spans(got: Encoded, *, images: int, patches: int) -> None:
     starts = np.flatnonzero(got.ids_L == TAGS.start)
-    assert got.images == len(starts) == images
+    assert got.items == ({"image": images} if images else {}) and len(starts) == images
     span = [TAGS.start, *[TAGS.pad] * patches, TAGS.end]
     for m, start in enumerate(starts):
         assert got.ids_L[start : start + len(span)].tolist() == span
-        assert got.patches_L[start : start + len(span)].tolist() == [-1, *range(m * patches, (m + 1) * patches), -1]
+        assert got.places_L[start : start + len(span)].tolist() == [-1, *range(m * patches, (m + 1) * patches), -1]
     for tag, count in ((TAGS.start, 1), (TAGS.pad, patches), (TAGS.end, 1)):
         assert (got.ids_L == tag).sum() == images * count
-    assert (got.patches_L >= 0).sum() == images * patches
+    assert (got.places_L >= 0).sum() == images * patches
     assert (got.labels_L[np.isin(got.ids_L, span)] == IGNORE).all()
 
 
@@ -189,18 +189,20 @@ def test_dropping_turns_keeps_whole_pairs_and_the_limit(talk: Talk, recipe, leng
 @settings(SAME, max_examples=30)
 @given(st.lists(talks(), min_size=1, max_size=6))
 def test_packed_rows_hold_each_conversation_whole(some: list[Talk]):
-    items = [Item(encoded(talk._replace(patches=2)), [7] * talk.images, n) for n, talk in enumerate(some)]
-    length, room = max(len(item.encoded.ids_L) for item in items), max(len(item.image_rows) for item in items)
-    rows = pack(items, length=length, images_per_row=room, patches=2, conversations_per_row=0)
+    items = [Item(encoded(talk._replace(patches=2)), {"image": [7] * talk.images}, n) for n, talk in enumerate(some)]
+    length, room = max(len(item.encoded.ids_L) for item in items), max(len(item.rows["image"]) for item in items)
+    rows = pack(items, shape=Shape(length, {"image": Room(room, 2)}), conversations_per_row=0)
     placed = [(row, place) for row in rows for place in row.places]
     assert sorted(place.example for _, place in placed) == list(range(len(items)))
     for row, place in placed:
         item = items[place.example]
         np.testing.assert_array_equal(row.ids_L[place.positions], item.encoded.ids_L)
         np.testing.assert_array_equal(row.labels_L[place.positions], item.encoded.labels_L)
-        own = row.patches_L[place.positions]
-        np.testing.assert_array_equal(np.where(own >= 0, own - place.images.start * 2, -1), item.encoded.patches_L)
-        assert place.images.stop - place.images.start == len(item.image_rows)
+        own = row.places_L[place.positions]
+        np.testing.assert_array_equal(
+            np.where(own >= 0, own - place.slots["image"].start * 2, -1), item.encoded.places_L
+        )
+        assert place.slots["image"].stop - place.slots["image"].start == len(item.rows["image"])
 
 
 @SAME
@@ -222,9 +224,9 @@ JSON_VALUES = st.recursive(
 def test_turns_of_any_form_are_encoded_or_a_fault(turns, images: int, recipe):
     try:
         got = encode_conversation(
-            turns, example_id="x", images=images, tokenizer=TOKENIZER, recipe=recipe, patches=2, length=40
+            turns, example_id="x", items={"image": [2] * images}, tokenizer=TOKENIZER, recipe=recipe, length=40
         )
     except Fault as fault:
         assert fault.id == "x" and str(fault).startswith("example x: ")
     else:
-        assert len(got.ids_L) <= 40 and got.images == images
+        assert len(got.ids_L) <= 40 and got.items.get("image", 0) == images

@@ -24,7 +24,7 @@ def talk(*texts):
 
 def encode(turns, tokenizer, *, images=0, recipe=PAPER, patches=4, **more):
     return encode_conversation(
-        turns, example_id="ex7", images=images, tokenizer=tokenizer, recipe=recipe, patches=patches, **more
+        turns, example_id="ex7", items={"image": [patches] * images}, tokenizer=tokenizer, recipe=recipe, **more
     )
 
 
@@ -42,10 +42,10 @@ def test_mixtral_template_is_the_official_one(tokenizer):
 def test_prompt_is_the_beginning_of_the_conversation(tokenizer):
     for recipe in (PAPER, RELEASED):
         whole = encode(talk("<image>\nwhat?", "a cat"), tokenizer, images=1, recipe=recipe)
-        prompt = encode_prompt("what?", images=1, tokenizer=tokenizer, recipe=recipe, patches=4)
+        prompt = encode_prompt("what?", items={"image": [4]}, tokenizer=tokenizer, recipe=recipe)
         kept = len(prompt.ids_L)
         np.testing.assert_array_equal(whole.ids_L[:kept], prompt.ids_L)
-        np.testing.assert_array_equal(whole.patches_L[:kept], prompt.patches_L)
+        np.testing.assert_array_equal(whole.places_L[:kept], prompt.places_L)
         assert (whole.labels_L[1:kept] == IGNORE).all() and whole.labels_L[kept] != IGNORE
         assert prompt.ids_L[-4:].tolist() == END_INST
 
@@ -54,11 +54,11 @@ def test_image_spans(tokenizer):
     got = encode(talk("see <image> and <image>\nwhich?", "both"), tokenizer, images=2, patches=3)
     tags = tokenizer.tags
     start = np.flatnonzero(got.ids_L == tags.start)
-    assert got.images == 2 and len(start) == 2
+    assert got.items == {"image": 2} and len(start) == 2
     for m, s in enumerate(start):
         assert got.ids_L[s : s + 5].tolist() == [tags.start, tags.pad, tags.pad, tags.pad, tags.end]
-        assert got.patches_L[s : s + 5].tolist() == [-1, 3 * m, 3 * m + 1, 3 * m + 2, -1]
-    assert (got.patches_L >= 0).sum() == 6
+        assert got.places_L[s : s + 5].tolist() == [-1, 3 * m, 3 * m + 1, 3 * m + 2, -1]
+    assert (got.places_L >= 0).sum() == 6
     assert 28705 not in got.ids_L.tolist()  # no token for a lone space
 
 
@@ -88,7 +88,7 @@ def test_a_system_turn_goes_before_the_first_question(tokenizer):
         got = encode(system + talk("<image>\nwhat?", "a cat", "and?", "no"), tokenizer, images=1, recipe=recipe)
         np.testing.assert_array_equal(got.ids_L, folded.ids_L)
         np.testing.assert_array_equal(got.labels_L, folded.labels_L)
-        prompt = encode_prompt("what?", images=1, system="be brief", tokenizer=tokenizer, recipe=recipe, patches=4)
+        prompt = encode_prompt("what?", items={"image": [4]}, system="be brief", tokenizer=tokenizer, recipe=recipe)
         np.testing.assert_array_equal(got.ids_L[: len(prompt.ids_L)], prompt.ids_L)
 
 

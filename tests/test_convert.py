@@ -21,7 +21,7 @@ import tiny
 from moextend_jax import cli
 from moextend_jax.checkpoints import convert, hashes, huggingface, names, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
-from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
+from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError, with_extension, with_vision
 from moextend_jax.runs.export import is_workdir, open_workdir
 from moextend_jax.runs.run import settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
@@ -106,7 +106,7 @@ def test_the_released_folders_come_back_bit_for_bit(tmp_path: Path, name: str):
 
 
 def test_a_partial_save_becomes_whole(tmp_path: Path):
-    partial = folders.released(tmp_path / "partial", seed=1, keep="extension/")
+    partial = folders.released(tmp_path / "partial", seed=1, keep="extensions/image/")
     base = folders.released(tmp_path / "base", config=folders.ALIGNED)
     exported = there_and_back(partial, tmp_path, f"--base={base}")
     folders.assert_same(folders.read(exported), folders.read(base) | folders.read(partial))
@@ -133,6 +133,10 @@ def test_another_element_type_is_stored_where_asked_for(tmp_path: Path):
 
 # --- the result of a run ----------------------------------------------------------------------------------------------
 
+ROWS = dataclasses.replace(tiny.EXTENDED, decoder=dataclasses.replace(tiny.DECODER, vocab_size=32000))
+"""A model with a row for each piece of a real tokenizer."""
+BASE = with_extension(ROWS, None)
+
 
 def run_of(
     workdir: Path, base: Path, *, extended: bool, recipe: str = "paper", changed: bool = False
@@ -153,16 +157,16 @@ def run_of(
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": found}))
     facts = {"base": found, "recipe": dataclasses.asdict(RECIPES[recipe]) | {"global_batch": None}}
-    made = tiny.arrays(tiny.EXTENDED, seed=3)
-    results = {"align": {path: leaf for path, leaf in made.items() if path.startswith("projector/")}}
+    made = tiny.arrays(ROWS, seed=3)
+    results = {"align": {path: leaf for path, leaf in made.items() if path.startswith("media/image/projector/")}}
     if extended:
         (workdir / "select").mkdir()
         record = {"chosen_layers": [0, 2], "sources": [1, 3], "base": facts["base"]}
         (workdir / "select" / "routing.json").write_text(json.dumps(record))
-        results["grow"] = {path: leaf for path, leaf in made.items() if path.startswith("extension/")}
+        results["grow"] = {path: leaf for path, leaf in made.items() if path.startswith("extensions/image/")}
         if changed:
             results["grow"]["decoder/layers/moe/gate"] = made["decoder/layers/moe/gate"]
-        results["finetune"] = {path: leaf + 1 for path, leaf in made.items() if path.startswith("extension/")}
+        results["finetune"] = {path: leaf + 1 for path, leaf in made.items() if path.startswith("extensions/image/")}
     trained = {}
     for name, result in results.items():
         train_state.save_leaves(workdir / name / "result", result, facts=facts)
@@ -172,8 +176,14 @@ def run_of(
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    folders.clip(folders.mixtral(tmp_path / "base") / "vision")
-    return tmp_path / "base"
+    return base_of(tmp_path / "base")
+
+
+def base_of(folder: Path, *, seed: int = 0, config: ModelConfig = BASE) -> Path:
+    """A base with a tower and a real tokenizer."""
+    folders.clip(folders.mixtral(folder, seed=seed, config=with_vision(config, None)) / "vision")
+    shutil.copy(tiny.ASSETS / "base" / "tokenizer.model", folder)
+    return folder
 
 
 @pytest.mark.filterwarnings("ignore")  # Orbax's own
@@ -183,7 +193,7 @@ def test_a_run_is_exported_in_the_released_layout(tmp_path: Path, base: Path, ex
     cli.call(["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert "in layout released" in capsys.readouterr().out
     opened = open_checkpoint(tmp_path / "out")
-    expected = {**open_checkpoint(base).arrays, **folders.arrays(tiny.PLAIN), **trained}
+    expected = {**open_checkpoint(base).arrays, **folders.arrays(BASE), **trained}
     folders.assert_same(opened.arrays, expected)
     assert (opened.config.extension is not None) == extended
     assert (tmp_path / "out" / "tokenizer.model").exists()
@@ -202,7 +212,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
     cli.call(["import", str(base), str(tmp_path / "imported")])
     for other in (base, tmp_path / "imported"):
         opened = open_checkpoint(tmp_path / "delta", base=other)
-        folders.assert_same(opened.arrays, {**folders.arrays(tiny.PLAIN), **trained})
+        folders.assert_same(opened.arrays, {**folders.arrays(BASE), **trained})
         assert opened.config.extension == ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5)
         assert (opened.layout, opened.base_hash) == ("delta", said["base_hash"])
     with pytest.raises(MoextendError, match="--base DIR"):
@@ -214,16 +224,16 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
     folders.assert_same(folders.read(tmp_path / "again"), trained)
     assert json.loads((tmp_path / "again" / "moextend.json").read_text())["base_hash"] == said["base_hash"]
 
-    other = folders.clip(folders.mixtral(tmp_path / "other", seed=9) / "vision").parent
+    other = base_of(tmp_path / "other", seed=9)
     found = hashes.base_hash(open_source(other).leaves)
     with pytest.raises(MoextendError, match=rf"content hash {said['base_hash']}, but {other} has {found}"):
         open_checkpoint(tmp_path / "delta", base=other)
-    small = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, layers=2))
-    short = folders.clip(folders.mixtral(tmp_path / "short", config=small) / "vision").parent
+    small = dataclasses.replace(BASE, decoder=dataclasses.replace(BASE.decoder, layers=2))
+    short = base_of(tmp_path / "short", config=small)
     with pytest.raises(MoextendError, match=rf"extends layers \[2\], but {short} has only 2 layers"):
         open_checkpoint(tmp_path / "delta", base=short)
     with pytest.raises(MoextendError, match="--vision DIR"):
-        open_checkpoint(tmp_path / "delta", base=folders.mixtral(tmp_path / "text"))
+        open_checkpoint(tmp_path / "delta", base=folders.mixtral(tmp_path / "text", config=with_vision(BASE, None)))
 
 
 def test_the_settings_of_a_run_are_those_it_was_run_with_and_a_model_has_none(tmp_path: Path, base: Path):

@@ -9,8 +9,9 @@ from PIL import Image
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data import datasets
-from moextend_jax.data.builders import COLOURS, SHAPES, easy_caption
-from moextend_jax.data.datasets import check_shows_images, hold_out, open_dataset, open_text, select
+from moextend_jax.data.datasets import check_shows, hold_out, open_dataset, open_text, select
+from moextend_jax.data.easy_vqa import COLOURS, SHAPES
+from moextend_jax.data.easy_vqa import caption as easy_caption
 
 TALK = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
@@ -145,7 +146,7 @@ def test_lists_of_images_are_read_and_other_keys_named(tmp_path):
     assert [ref.key for ref in source[0].images] == ["b.png", "a.png"]
     for more, message in [
         ({"image_path": "a.png", "img": "b.png"}, "image_path and img name different pictures"),
-        ({"image": "a.png", "video": "a.mp4"}, "what video names is not read; only pictures are"),
+        ({"image": "a.png", "video": "a.webp"}, "has an item '<video>', .* no such medium; there are image <image>"),
         ({"image": "a.png", "images": ["b.png"]}, "image and images name different pictures"),
         ({"images": {"a": 1}}, "must be a path or a list of paths, or bytes"),
     ]:
@@ -158,10 +159,12 @@ def test_lists_of_images_are_read_and_other_keys_named(tmp_path):
 def test_data_without_any_image_train_no_projector(tmp_path):
     text = {"id": 0, "conversations": TALK}
     source = open_llava(tmp_path, [text, {"id": 1, "image": "a.png", "conversations": TALK}])
-    check_shows_images(source, stage="align")
+    check_shows(source, medium="image", stage="align")
     for without in (select(source, [0]), open_llava(tmp_path / "text", [text])):
-        with pytest.raises(MoextendError, match="align trains the projector, and none of its 1 conversations has"):
-            check_shows_images(without, stage="align")
+        with pytest.raises(MoextendError, match="align trains the projector, and none of its 1 conversations has an"):
+            check_shows(without, medium="image", stage="align")
+    with pytest.raises(MoextendError, match="none of its 2 conversations has an item of sound"):
+        check_shows(source, medium="sound", stage="align:sound")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_bad_llava_files_are_one_clear_line(tmp_path, entries, message):
 
 def test_wrong_names_list_what_there_is(data_dir, tmp_path):
     for name, more, message in [
-        ("vqa", {}, "there are easy_vqa, llava_instruct, llava_pretrain"),
+        ("vqa", {}, "there are easy_vqa, instruments, .*, llava_pretrain, recorded_words"),
         ("easy_vqa/images", {}, "there are questions, conversations, captions"),
         ("easy_vqa/captions", {"split": "val"}, "there are train, test"),
         ("llava_pretrain", {}, "needs a manual folder with blip_laion_cc_sbu_558k.json"),

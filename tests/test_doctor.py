@@ -39,18 +39,32 @@ def test_kernels_of_another_platform_are_named_by_their_traces(monkeypatch: pyte
     assert kernels.value == "megablox, splash_attention"
 
 
+def test_cudnn_is_named_where_it_is_used(monkeypatch: pytest.MonkeyPatch):
+    import jax
+    from jax._src.cudnn import fused_attention_stablehlo as checks
+
+    from moextend_jax.models import attention, experts, grouped_matmul
+
+    for module in (attention, experts, grouped_matmul):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for name, answer in (("check_cudnn_version", 91400), ("check_compute_capability", True),
+                         ("is_cuda_compute_capability_equal", False)):  # fmt: skip
+        monkeypatch.setattr(checks, name, lambda *_, answer=answer: answer)
+    assert doctor.kernels(jax.jit(lambda: doctor.layer()).trace()) == "triton, cudnn"
+
+
 def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monkeypatch: pytest.MonkeyPatch):
-    versions = {"numpy": "1.0", "libtpu": "", "gcsfs": "", "tokamax": ""}
+    versions = {"numpy": "1.0", "libtpu": "", "gcsfs": ""}
     version, core = doctor.version, doctor.PACKAGE
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     findings = by_part(doctor.packages())
     assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install -e .")
-    assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "gcs", "gpu")} == {"note"}
+    assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "gcs")} == {"note"}
     assert findings[f"{core}[gcs]"].mend == "pip install -e '.[gcs]'"
     monkeypatch.delenv("JAX_PLATFORMS")
-    for platform, extra in (("tpu", "plan"), ("gpu", "gpu")):
-        monkeypatch.setattr(doctor.machine, "accelerator", lambda platform=platform: platform)
-        assert by_part(doctor.packages())[f"{core}[{extra}]"].verdict == "missing"
+    monkeypatch.setattr(doctor.machine, "accelerator", lambda: "tpu")
+    assert by_part(doctor.packages())[f"{core}[plan]"].verdict == "missing"
     versions["flax"] = ""
     assert by_part(doctor.packages())[core].verdict == "missing"
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["absent", "numpy"])  # in any version

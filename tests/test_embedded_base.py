@@ -9,7 +9,7 @@ import tiny
 
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.loading import EMBEDDED
-from moextend_jax.config import ModelConfig
+from moextend_jax.config import of_pictures
 from moextend_jax.data.batches import text_batches
 from moextend_jax.data.datasets import open_text
 from moextend_jax.data.tokenizer import load_tokenizer
@@ -27,7 +27,7 @@ def test_the_files_are_those_of_the_hash_list():
 
 
 def test_it_loads_and_reads_text_better_than_it_could_guess():
-    config = ModelConfig(
+    config = of_pictures(
         decoder=huggingface.read_decoder_config(EMBEDDED),
         vision=huggingface.read_vision_config(EMBEDDED / "vision", feature_layer=-2),
         dtype="float32",
@@ -42,7 +42,9 @@ def test_it_loads_and_reads_text_better_than_it_could_guess():
     assert config.vision is not None
     sizes = {**config.sizes(), "C": config.vision.width, "d": config.decoder.width}
     projector = {"first": "CD", "first_bias": "D", "second": "dD", "second_bias": "D"}
-    arrays |= {f"projector/{name}": jnp.zeros([sizes[axis] for axis in axes]) for name, axes in projector.items()}
+    arrays |= {
+        f"media/image/projector/{name}": jnp.zeros([sizes[axis] for axis in axes]) for name, axes in projector.items()
+    }
     step = loss_step(model, chunk=64)
     for text in ("wordnet", "kjv"):
         passages = open_text(tiny.ASSETS / "text" / f"{text}.txt")[:40]

@@ -144,7 +144,7 @@ def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():
 
     @functools.partial(jax.jit, static_argnames="grown")
     def run(x_BLD, grown: bool):
-        return mixture(x_BLD, moe, new if grown else None, extended=jnp.array(True), config=tiny.EXTENDED)
+        return mixture(x_BLD, moe, [new] if grown else [], extended=[jnp.array(True)] * grown, config=tiny.EXTENDED)
 
     (before_BLD, before), (after_BLD, _) = run(x_BLD, grown=False), run(x_BLD, grown=True)
     first_T = np.asarray(before.ids_Tk)[:, 0] == source
@@ -201,11 +201,11 @@ def test_nor_of_frozen_attention_embedding_or_head(stage: str):
 def test_tokens_that_are_not_real_cost_no_expert_and_change_nobody(how: Any, monkeypatch: pytest.MonkeyPatch):
     model = tiny.structure(tiny.EXTENDED)
     whole = with_arrays(model, tiny.arrays(tiny.EXTENDED))
-    assert isinstance(whole, MoExtend) and whole.extension is not None and tiny.EXTENDED.extension is not None
-    layer = tiny.EXTENDED.extension.layers[0]
+    assert isinstance(whole, MoExtend)
+    layer = tiny.EXTENSION.layers[0]
     moe, new = (
         nnx.merge(*nnx.split(jax.tree.map(lambda leaf, n=n: leaf[n], module)))
-        for module, n in ((whole.decoder.layers.moe, layer), (whole.extension, 0))
+        for module, n in ((whole.decoder.layers.moe, layer), (whole.extensions["image"], 0))
     )
     x_BLD = jax.random.normal(jax.random.key(3), (2, 9, tiny.DECODER.width))
     real_BL = jnp.arange(9)[None, :] < jnp.array([[9], [4]])
@@ -213,7 +213,7 @@ def test_tokens_that_are_not_real_cost_no_expert_and_change_nobody(how: Any, mon
     inner = experts.swiglu
     monkeypatch.setattr(experts, "swiglu", lambda *args: rows.append(int(args[-1].sum())) or inner(*args))
     config = dataclasses.replace(tiny.EXTENDED, dispatch=how)
-    run = functools.partial(mixture, x_BLD, moe, new, extended=jnp.array(True), config=config)
+    run = functools.partial(mixture, x_BLD, moe, [new], extended=[jnp.array(True)], config=config)
     (all_BLD, all_routed), (some_BLD, routed) = run(), run(real_BL=real_BL)
     assert sum(rows[: len(rows) // 2]) == 2 * 18 and sum(rows[len(rows) // 2 :]) == 2 * 13
     np.testing.assert_array_equal(some_BLD, jnp.where(real_BL[..., None], all_BLD, 0))

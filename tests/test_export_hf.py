@@ -25,10 +25,20 @@ from PIL import Image
 from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, huggingface, train_state
 from moextend_jax.checkpoints.loading import open_source
-from moextend_jax.config import IGNORE, RECIPES, Batch, ExtensionConfig, ModelConfig, MoextendError, Recipe
+from moextend_jax.config import (
+    IGNORE,
+    RECIPES,
+    Batch,
+    ExtensionConfig,
+    ModelConfig,
+    MoextendError,
+    Recipe,
+    with_extension,
+    with_vision,
+)
 from moextend_jax.data.conversations import encode_prompt
-from moextend_jax.data.images import prepare_image
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.media.image import prepare_image
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.run import facts_of_base
@@ -70,7 +80,7 @@ class Case(NamedTuple):
         """Of the model that it is."""
         grown = "grow" in self.results or not self.results
         config = dataclasses.replace(config_of(self.recipe), text_isolation=self.text_isolation)
-        return dataclasses.replace(config, extension=self.extension if grown else None)
+        return with_extension(config, self.extension if grown else None)
 
 
 PAPER = RECIPES["paper"]
@@ -91,24 +101,29 @@ CASES = {
 
 def leaves_of(recipe: Recipe) -> dict[str, dict[str, jax.Array]]:
     """What each result of a run holds: random, and so with every part to be seen."""
-    arrays = tiny.arrays(dataclasses.replace(config_of(recipe), extension=EXTENSION), seed=3)
+    arrays = tiny.arrays(with_extension(config_of(recipe), EXTENSION), seed=3)
 
     def named(*starts: str) -> dict[str, jax.Array]:
         return {path: leaf for path, leaf in arrays.items() if path.startswith(starts)}
 
     routers = named("decoder/layers/moe/gate") if recipe.routers_kept == "after" else {}
     return {
-        "align": named("projector/"),
-        "grow": named("extension/") | routers,
-        "finetune": named("extension/", "projector/") if recipe != PAPER else named("extension/"),
-        "full": {path: leaf + 0.01 for path, leaf in named("decoder/", "projector/", "vision/").items()},
+        "align": named("media/image/projector/"),
+        "grow": named("extensions/image/") | routers,
+        "finetune": named("extensions/image/", "media/image/projector/")
+        if recipe != PAPER
+        else named("extensions/image/"),
+        "full": {
+            path: leaf + 0.01
+            for path, leaf in named("decoder/", "media/image/projector/", "media/image/tower/").items()
+        },
     }
 
 
 def config_of(recipe: Recipe) -> ModelConfig:
     assert BASE.vision
     vision = dataclasses.replace(BASE.vision, feature_layer=recipe.feature_layer)
-    return dataclasses.replace(BASE, vision=vision, weight_guard=recipe.weight_guard)
+    return dataclasses.replace(with_vision(BASE, vision), weight_guard=recipe.weight_guard)
 
 
 def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
@@ -143,7 +158,7 @@ def imported(folder: Path, base: Path) -> Path:
 
 
 def imported_arrays(config: ModelConfig) -> dict[str, jax.Array]:
-    frozen = ("decoder/", "vision/")
+    frozen = ("decoder/", "media/image/tower/")
     arrays = tiny.arrays(config, seed=5)
     return {path: leaf.astype("bfloat16") if path.startswith(frozen) else leaf for path, leaf in arrays.items()}
 
@@ -234,8 +249,8 @@ def logits_of(name: str, ids: np.ndarray, patches: np.ndarray, pixels: np.ndarra
         labels_BL=np.full_like(ids_BL, IGNORE),
         positions_BL=np.arange(48, dtype=np.int32)[None],
         segments_BL=np.pad(np.ones_like(ids), pad)[None],
-        patches_BL=np.pad(patches, pad, constant_values=-1)[None],
-        images_BMhwc=None if pixels is None else jnp.asarray(pixels)[None, None],
+        places_BL=np.pad(patches, pad, constant_values=-1)[None],
+        media={} if pixels is None else {"image": jnp.asarray(pixels)[None, None]},
     )
     return np.asarray(logits_program(config)(arrays, batch))[: len(ids)]
 
@@ -245,11 +260,10 @@ def inputs_of(name: str, row: int, base: Path, picture: Path) -> tuple[np.ndarra
     text, sees = QUESTIONS[row]
     recipe, vision = CASES[name].recipe, BASE.vision
     assert vision
-    encoded = encode_prompt(
-        text, images=int(sees), tokenizer=load_tokenizer(base), recipe=recipe, patches=vision.patches
-    )
+    items = {"image": [vision.patches]} if sees else {}
+    encoded = encode_prompt(text, items=items, tokenizer=load_tokenizer(base), recipe=recipe)
     pixels = prepare_image(Image.open(picture), size=vision.image_size, preparation=recipe.image_preparation)
-    return encoded.ids_L, encoded.patches_L, pixels if sees else None
+    return encoded.ids_L, encoded.places_L, pixels if sees else None
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
@@ -306,14 +320,14 @@ def test_tensors_are_named_as_transformers_names_them(stock, name: str, folders:
 @pytest.mark.parametrize("name", ["aligned", "moextend", "released"])
 def test_text_has_the_same_ids(stock, name: str, base: Path):
     tokenizer, recipe = load_tokenizer(base), CASES[name].recipe
-    prompt = functools.partial(encode_prompt, tokenizer=tokenizer, recipe=recipe, patches=4)
+    prompt = functools.partial(encode_prompt, tokenizer=tokenizer, recipe=recipe)
     for n, text in enumerate(TEXTS):
         assert list(stock[f"{name}/text/{n}"]) == [tokenizer.bos, *tokenizer.encode(text)], text
         assert list(stock[f"{name}/chat/{n}"]) == list(prompt(text).ids_L), text
     # What spells a token is text on request, though in other pieces.
     chat = list(stock[f"{name}/chat/{len(TEXTS)}"])
     assert (chat.count(tokenizer.bos), chat.count(tokenizer.eos)) == (1, 0)
-    assert list(stock[f"{name}/marked"]) == list(prompt(MARKED, images=1).ids_L)
+    assert list(stock[f"{name}/marked"]) == list(prompt(MARKED, items={"image": [4]}).ids_L)
 
 
 def test_what_is_stored_in_bfloat16_runs_in_it(stock):
@@ -376,8 +390,8 @@ def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dic
 
 def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[str, Path], base: Path, tmp_path: Path):
     run = folders["aligned"].parent / "run of aligned"
-    text = tiny.arrays(dataclasses.replace(CASES["imported"].config, vision=None))
-    blind = dataclasses.replace(CASES["imported"].config, vision=None)
+    blind = with_vision(CASES["imported"].config, None)
+    text = tiny.arrays(blind)
     huggingface.write_parameters(tmp_path / "blind", text, table="released", config=blind)
     attributes = huggingface.released_attributes(blind, dtype="float32")
     huggingface.write_json(tmp_path / "blind" / "config.json", attributes)

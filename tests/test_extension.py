@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError
+from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_extension
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.parameters import by_path, with_arrays
@@ -72,7 +72,7 @@ def test_counts_equal_a_loop_over_tokens(counted):
     run = jax.jit(lambda batch: with_arrays(model, arrays)(batch).routing.logits_TO)
     for batch in batches:
         logits_ZTE = np.asarray(run(batch))
-        for token, (segment, patch) in enumerate(zip(batch.segments_BL.flat, batch.patches_BL.flat, strict=True)):
+        for token, (segment, patch) in enumerate(zip(batch.segments_BL.flat, batch.places_BL.flat, strict=True)):
             if segment == 0:
                 continue
             for layer in range(Z):
@@ -102,27 +102,30 @@ def test_the_least_likely_experts_of_a_plain_layer_are_among_those_it_has():
 
 def test_new_leaves_are_copies_of_the_source_expert_and_the_calibrator_is_the_identity():
     arrays = tiny.arrays(tiny.PLAIN)
-    extension = dataclasses.replace(tiny.EXTENSION, new_experts=2)
-    config = dataclasses.replace(tiny.PLAIN, extension=extension)
+    sources_YX = ((1, 2), (3, 3))
+    extension = dataclasses.replace(tiny.EXTENSION, new_experts=2, sources=(1, 2, 3, 3))
+    config = with_extension(tiny.PLAIN, extension)
     leaves = grow(arrays, config=config, recipe=PAPER, seed=0)
-    new = {path: leaf.shape for path, leaf in _params(config).items() if path.startswith("extension/")}
+    new = {path: leaf.shape for path, leaf in _params(config).items() if path.startswith("extensions/image/")}
     assert {path: leaf.shape for path, leaf in leaves.items()} == new
     experts = "decoder/layers/moe/experts/"
-    for y, (layer, source) in enumerate(zip(extension.layers, extension.sources, strict=True)):
-        for x in range(2):
+    for y, (layer, sources_X) in enumerate(zip(extension.layers, sources_YX, strict=True)):
+        for x, source in enumerate(sources_X):
             for name in ("w_gate", "w_up", "w_down"):
-                ours = leaves[f"extension/new_experts/{name}"][y, x]
+                ours = leaves[f"extensions/image/new_experts/{name}"][y, x]
                 np.testing.assert_array_equal(ours, arrays[experts + name][layer, source])
             column = arrays["decoder/layers/moe/gate"][layer, :, source]
-            np.testing.assert_array_equal(leaves["extension/router/new_gate"][y, :, x], column)
-    assert not leaves["extension/router/calibrator/w_out"].any()
+            np.testing.assert_array_equal(leaves["extensions/image/router/new_gate"][y, :, x], column)
+    assert not leaves["extensions/image/router/calibrator/w_out"].any()
 
 
 @pytest.mark.parametrize(("recipe", "std"), [(PAPER, 1.0), (RELEASED, 0.02)])
 def test_the_calibrator_starts_with_the_recipe_s_deviation(recipe, std: float):
     extension = dataclasses.replace(tiny.EXTENSION, calibrator_width=200)
-    config = dataclasses.replace(tiny.PLAIN, extension=extension)
-    w_in = grow(tiny.arrays(tiny.PLAIN), config=config, recipe=recipe, seed=0)["extension/router/calibrator/w_in"]
+    config = with_extension(tiny.PLAIN, extension)
+    w_in = grow(tiny.arrays(tiny.PLAIN), config=config, recipe=recipe, seed=0)[
+        "extensions/image/router/calibrator/w_in"
+    ]
     np.testing.assert_allclose(np.std(w_in), std, rtol=0.1)
 
 
@@ -132,7 +135,7 @@ def test_new_leaves_have_the_training_dtype():
     leaves = grow(arrays, config=half, recipe=PAPER, seed=0)
     assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype("float32")}
     np.testing.assert_array_equal(
-        leaves["extension/new_experts/w_up"][0, 0].astype(jnp.bfloat16),
+        leaves["extensions/image/new_experts/w_up"][0, 0].astype(jnp.bfloat16),
         arrays["decoder/layers/moe/experts/w_up"][0, 1],
     )
 
@@ -140,7 +143,7 @@ def test_new_leaves_have_the_training_dtype():
 def test_growing_without_a_selection_or_beyond_the_last_layer_is_an_error():
     with pytest.raises(MoextendError, match="select"):
         grow(tiny.arrays(tiny.PLAIN), config=tiny.PLAIN, recipe=PAPER, seed=0)
-    beyond = dataclasses.replace(tiny.PLAIN, extension=ExtensionConfig(layers=(1, 3), sources=(0, 0)))
+    beyond = with_extension(tiny.PLAIN, ExtensionConfig(layers=(1, 3), sources=(0, 0)))
     with pytest.raises(MoextendError, match="layer 3.*has 3"):
         grow(tiny.arrays(tiny.PLAIN), config=beyond, recipe=PAPER, seed=0)
 

@@ -13,26 +13,30 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
+import tiny
+from media_files import KINDS_OF_OTHERS
 from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
-from moextend_jax.data import image_files, images, json_values
-from moextend_jax.data.batches import Features, Pixels, Share, batches
+from moextend_jax.data import item_files, json_values
+from moextend_jax.data.batches import Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
 from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_dataset
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.data.features import cache_features
-from moextend_jax.data.image_files import Facts, find_image, read_image
-from moextend_jax.data.images import decode_image
-from moextend_jax.data.inspector import Picture, Reading, Work
+from moextend_jax.data.inspector import ItemFile, Reading, Work
+from moextend_jax.data.item_files import Facts, find_file, read_file
+from moextend_jax.data.readers import Features
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.media.image import decode_image, prepare_image
 from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
@@ -144,15 +148,15 @@ PLANTS = [
     Plant("too_long", 19, says(1, value="word " * LENGTH)),
     Plant("too_many_images", 24, four_images),
     Plant("duplicate_id", 21, other(id="row0"), "row0"),
+    Plant("unknown_medium", 23, other(audio="a.wav")),
 ]  # fmt: skip
 ROWS = 40
-FED = ("ids_BL", "labels_BL", "positions_BL", "segments_BL", "patches_BL", "images_BMhwc", "features_BMPC")
 LATE = ("truncated", "oversized", "not_image", "not_finite")
 """Kinds that show only when the image is decoded."""
 
 
 def test_every_kind_is_planted():
-    assert {plant.kind for plant in PLANTS} == set(KINDS)
+    assert {plant.kind for plant in PLANTS} == set(KINDS) - KINDS_OF_OTHERS  # which test_media_data.py has
     assert len({plant.at for plant in PLANTS}) == len(PLANTS) < ROWS
 
 
@@ -188,21 +192,20 @@ def tower(images_nhwc):
 
 
 def cached(folder: Path, faults: FaultSettings) -> Features:
-    settings: dict[str, Any] = {"tower": "t", "feature_layer": -2, "size": 8, "preparation": "pad"}
-    source = open_folder(folder, faults)
-    return Features(store=cache_features(source.images, path=folder / "c", compute=tower, faults=faults, **settings))
+    inputs = tiny.pictures(open_folder(folder, faults).images)
+    store = cache_features(inputs, path=folder / "c", compute=tower, faults=faults, tower="t")
+    return Features(store=store, medium=inputs.medium)
 
 
 def make(folder: Path, faults: FaultSettings, *, kind: str = "pixels", stage: StageSettings | None = None, **more: Any):
     source = open_folder(folder, faults)
-    files = Pixels(images=source.images, size=8, preparation="pad") if kind == "pixels" else cached(folder, faults)
+    files = tiny.pictures(source.images) if kind == "pixels" else cached(folder, faults)
     return batches(
         source,
         stage=stage or stage_of(),
         tokenizer=TOKENIZER,
         recipe=RECIPES["paper"],
-        images=files,
-        patches=PATCHES,
+        readers={"image": files},
         faults=faults,
         **cast(Any, {"epochs": 1} | more),
     )
@@ -213,16 +216,11 @@ def stage_of(conversations_per_row: int = 1, **more: Any) -> StageSettings:
     return StageSettings(data="llava_instruct", steps=1, conversations_per_row=conversations_per_row, **(rows | more))
 
 
-def joined(some) -> Batch:
-    """Batches as one."""
-    return Batch(*[None if column[0] is None else np.concatenate(column) for column in zip(*some, strict=True)])
-
-
 def assert_same(one: Batch, two: Batch) -> None:
-    for name, a, b in zip(Batch._fields, one, two, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            np.testing.assert_array_equal(a, b, err_msg=name)
+    ours, theirs = tiny.by_field(one), tiny.by_field(two)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 def totals(faults_BG) -> dict[str, int]:
@@ -237,7 +235,7 @@ def planted(*kinds: str) -> dict[str, int]:
 
 
 def run_check(folder: Path, *, processes: int = 0, faults: FaultSettings = SKIP, **change: Any):
-    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={})
+    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], media=tiny.seeing(), readings=(), files={})
     reading: dict[str, Any] = {
         "stages": ("finetune",), "data": "llava_instruct", "split": "train", "length": LENGTH,
         "images_per_row": IMAGES_PER_ROW,
@@ -255,15 +253,15 @@ def run_check(folder: Path, *, processes: int = 0, faults: FaultSettings = SKIP,
 @pytest.mark.parametrize("processes", [0, 1])
 def test_the_check_finds_each_with_its_place_and_name(faulty, processes: int, monkeypatch):
     monkeypatch.setattr("moextend_jax.data.check.ROWS", 7)
-    monkeypatch.setattr("moextend_jax.data.check.IMAGES", 3)
+    monkeypatch.setattr("moextend_jax.data.check.ITEMS", 3)
     report = run_check(faulty, processes=processes)
-    assert report.counts == planted() and report.rows == ROWS and report.skipped == len(PLANTS)
+    assert report.counts == Counter(planted()) and report.rows == ROWS and report.skipped == len(PLANTS)
     for plant in PLANTS:
         assert (plant.at, plant.id or f"row{plant.at}") in [one[:2] for one in report.first[plant.kind]], plant
     assert report.ok(SKIP)
     assert not report.ok(FaultSettings(policies=cast(Any, dict.fromkeys(KINDS, "skip")), most_skipped=0.5))
     for kind in KINDS:
-        assert not report.ok(skip_but(kind, "error")), kind
+        assert report.ok(skip_but(kind, "error")) == (kind in KINDS_OF_OTHERS), kind
 
 
 def test_the_check_of_sound_data_finds_nothing(sound):
@@ -297,7 +295,7 @@ def test_a_file_that_is_not_json_ends_only_its_own_report(tmp_path):
 class Deadly(NamedTuple):
     """An image file that ends the process that reads it, as a bug in a decoder would."""
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, noun: str) -> bytes:
         if name == "deadly":
             os._exit(11)
         return picture(1)
@@ -307,14 +305,12 @@ def test_a_decoder_that_crashes_is_a_fault_of_the_image():
     from moextend_jax.data.check import Task
 
     found = []
-    work = Work(
-        tokenizer=TOKENIZER, recipe=RECIPES["paper"], patches=PATCHES, size=8, readings=(), files={"f": Deadly()}
-    )
-    names = [[Picture("a")], [Picture("b"), Picture("deadly"), Picture("c")]]
+    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], media=tiny.seeing(), readings=(), files={"f": Deadly()})
+    names = [[ItemFile("<image>", name) for name in task] for task in (["a"], ["b", "deadly", "c"])]
     with _Pool(work, 1) as pool:
         pool.run(
             [
-                Task("images", some, "f", lambda new, some=some: found.extend((some, one) for one in new))
+                Task("items", some, "f", lambda new, some=some: found.extend((some, one) for one in new))
                 for some in names
             ]
         )
@@ -337,7 +333,7 @@ def test_the_policy_error_refuses_and_names_it(faulty, plant: Plant):
 
 def test_refused_before_anything_is_built(tmp_path):
     write(tmp_path, PLANTS)
-    with pytest.raises(Fault, match=r"9 faults: .*entry 1 .*is no conversation.*; and 6 more"):
+    with pytest.raises(Fault, match=r"10 faults: .*entry 1 .*is no conversation.*; and 7 more"):
         open_folder(tmp_path, STRICT)
     assert not (tmp_path / "built").exists()
 
@@ -360,16 +356,16 @@ def test_a_fault_in_a_worker_process_stays_what_it_is(faulty):
 @pytest.mark.parametrize("kind", ["pixels", "features"])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_skipped_rows_are_empty_and_all_others_as_they_were(faulty, sound, kind: str, seed: int | None):
-    ours, theirs = (joined(make(folder, SKIP, kind=kind, seed=seed)) for folder in (faulty, sound))
+    ours, theirs = (tiny.joined(make(folder, SKIP, kind=kind, seed=seed)) for folder in (faulty, sound))
     bad = ours.faults_BG[:, 1:].any(axis=1)
     assert bad.sum() == len(PLANTS) and totals(ours.faults_BG) == {"read": ROWS} | planted()
     assert totals(theirs.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0)
-    for name in FED:
-        a, b = getattr(ours, name), getattr(theirs, name)
-        if a is not None:
-            np.testing.assert_array_equal(a[~bad], b[~bad], err_msg=name)
-            empty = {"labels_BL": IGNORE, "patches_BL": -1}.get(name, 0)
-            assert (a[bad] == empty).all(), name
+    fed = [tiny.by_field(batch._replace(faults_BG=None, examples_Bg=None)) for batch in (ours, theirs)]
+    assert len(fed[0]) == 6 and fed[0].keys() == fed[1].keys()
+    for name, a in fed[0].items():
+        np.testing.assert_array_equal(a[~bad], fed[1][name][~bad], err_msg=name)
+        empty = {"labels_BL": IGNORE, "places_BL": -1}.get(name, 0)
+        assert (a[bad] == empty).all(), name
     assert sorted(ours.examples_Bg[~bad].ravel()) == sorted(set(range(ROWS)) - {plant.at for plant in PLANTS})
     assert (ours.examples_Bg[bad] == -1).all()
     if seed is None:
@@ -380,14 +376,14 @@ def test_skipped_rows_are_empty_and_all_others_as_they_were(faulty, sound, kind:
 def test_packed_rows_lose_only_the_conversations_themselves(faulty, sound, kind: str, monkeypatch):
     monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 16)
     more = {"kind": kind, "stage": stage_of(0, length=96, conversation_length=LENGTH), "seed": 1}
-    ours, theirs = (joined(make(folder, SKIP, **more)) for folder in (faulty, sound))
+    ours, theirs = (tiny.joined(make(folder, SKIP, **more)) for folder in (faulty, sound))
     assert totals(ours.faults_BG) == {"read": ROWS} | planted()
     bad = {plant.at for plant in PLANTS}
     assert answers(ours) == sorted(set(range(ROWS)) - bad) and answers(theirs) == list(range(ROWS))
     assert sorted(ours.examples_Bg[ours.examples_Bg >= 0]) == answers(ours)
-    given = ours.images_BMhwc if kind == "pixels" else ours.features_BMPC
+    given = ours.media["image"] if kind == "pixels" else ours.features["image"]
     used = np.zeros(given.shape[:2], bool)
-    for row, slots in enumerate(ours.patches_BL):
+    for row, slots in enumerate(ours.places_BL):
         used[row, np.unique(slots[slots >= 0]) // PATCHES] = True
     assert used.sum() == sum(n % 2 == 0 for n in set(range(ROWS)) - bad)
     assert (given[~used] == 0).all() and (np.abs(given[used]).max(axis=tuple(range(1, given.ndim - 1))) > 0).all()
@@ -405,11 +401,13 @@ def test_an_image_that_turns_out_bad_leaves_its_place_and_moves_nothing(tmp_path
     """Packed; the picture shows only when decoded, so that the row keeps a gap with its neighbours unchanged."""
     late = [plant for plant in PLANTS if plant.kind in LATE]
     more: dict[str, Any] = {"stage": stage_of(0, length=96, conversation_length=LENGTH)}
-    ours, theirs = (joined(make(write(tmp_path / name, some), SKIP, **more)) for name, some in (("a", late), ("b", [])))
+    ours, theirs = (
+        tiny.joined(make(write(tmp_path / name, some), SKIP, **more)) for name, some in (("a", late), ("b", []))
+    )
     assert totals(ours.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | planted(*LATE)
     changed = ours.segments_BL != theirs.segments_BL
     assert changed.sum() > 0 and (ours.segments_BL[changed] == 0).all() and (ours.labels_BL[changed] == IGNORE).all()
-    for name in ("ids_BL", "labels_BL", "positions_BL", "segments_BL", "patches_BL"):
+    for name in ("ids_BL", "labels_BL", "positions_BL", "segments_BL", "places_BL"):
         np.testing.assert_array_equal(getattr(ours, name)[~changed], getattr(theirs, name)[~changed], err_msg=name)
     rows = changed.any(axis=1)
     assert (ours.segments_BL[rows] > 0).any()  # neighbours in the same row stay
@@ -421,7 +419,7 @@ def test_workers_and_resumed_runs_skip_the_same(faulty, conversations_per_row):
     more: dict[str, Any] = {"stage": stage_of(conversations_per_row), "epochs": 2, "seed": 5}
     wanted = list(make(faulty, SKIP, **more))
     if not conversations_per_row:  # the slower and the harder one
-        assert_same(joined(make(faulty, SKIP, workers=2, **more)), joined(wanted))
+        assert_same(tiny.joined(make(faulty, SKIP, workers=2, **more)), tiny.joined(wanted))
     for stop in (1, len(wanted) // 2):
         dataset = make(faulty, SKIP, **more)
         iterator = iter(dataset)
@@ -429,7 +427,7 @@ def test_workers_and_resumed_runs_skip_the_same(faulty, conversations_per_row):
             next(iterator)
         again = iter(dataset)
         again.set_state(json.loads(json.dumps(iterator.get_state())))
-        assert_same(joined(list(again)), joined(wanted[stop:]))
+        assert_same(tiny.joined(list(again)), tiny.joined(wanted[stop:]))
 
 
 def test_hosts_together_skip_what_one_skips(faulty):
@@ -442,21 +440,21 @@ def test_hosts_together_skip_what_one_skips(faulty):
 
 def test_duplicate_ids_are_kept_by_default(faulty):
     keeps = skip_but("duplicate_id", "keep")
-    batch = joined(make(faulty, keeps, seed=None))
+    batch = tiny.joined(make(faulty, keeps, seed=None))
     assert batch.labels_BL[21].max() > 0 and totals(batch.faults_BG)["duplicate_id"] == 0
     assert FaultSettings().policies["duplicate_id"] == STRICT.policies["duplicate_id"] == "keep"
 
 
 def test_without_images_only_text_counts(faulty):
     source = open_folder(faulty, SKIP)
-    found = joined(
+    found = tiny.joined(
         batches(
-            source, stage=stage_of(0), tokenizer=TOKENIZER, recipe=RECIPES["paper"], images=None,
-            patches=PATCHES, epochs=1, faults=SKIP,
+            source, stage=stage_of(0), tokenizer=TOKENIZER, recipe=RECIPES["paper"], readers={},
+            epochs=1, faults=SKIP,
         )
     )  # fmt: skip
     assert totals(found.faults_BG) == {"read": ROWS} | {
-        kind: 0 if KINDS[kind].image or kind in ("too_many_images", "marks") else count
+        kind: 0 if KINDS[kind].file or kind in ("too_many_images", "marks") else count
         for kind, count in planted().items()
     }
 
@@ -475,7 +473,7 @@ def test_windows_and_batches_that_are_skipped_whole_are_passed(tmp_path, convers
     monkeypatch.setattr("moextend_jax.data.batches.WINDOW", 8)
     rows = [{"id": n, "conversations": entry(1)["conversations"] if n == 30 else []} for n in range(ROWS)]
     (tmp_path / JSON).write_text(json.dumps(rows))
-    found = joined(make(tmp_path, SKIP, stage=stage_of(conversations_per_row), seed=None))
+    found = tiny.joined(make(tmp_path, SKIP, stage=stage_of(conversations_per_row), seed=None))
     assert answers(found) == [1] and totals(found.faults_BG) == {"read": ROWS} | dict.fromkeys(KINDS, 0) | {"order": 39}
 
 
@@ -485,9 +483,9 @@ def test_windows_and_batches_that_are_skipped_whole_are_passed(tmp_path, convers
 def test_a_cache_notes_bad_images_and_a_mended_one_is_made_again(tmp_path):
     write(tmp_path, [plant for plant in PLANTS if plant.kind == "truncated"])
     source = open_folder(tmp_path, SKIP)
-    settings: dict[str, Any] = {"path": tmp_path / "c", "tower": "t", "feature_layer": -2, "size": 8}
-    settings |= {"preparation": "pad", "compute": tower}
-    store = cache_features(source.images, faults=SKIP, **settings)
+    settings: dict[str, Any] = {"path": tmp_path / "c", "tower": "t", "compute": tower}
+    inputs = tiny.pictures(source.images)
+    store = cache_features(inputs, faults=SKIP, **settings)
     noted = json.loads((tmp_path / "c" / "cache.json").read_text())["faults"]
     assert (
         {key: fault[1] for key, fault in noted.items()}
@@ -498,9 +496,9 @@ def test_a_cache_notes_bad_images_and_a_mended_one_is_made_again(tmp_path):
     with pytest.raises(Fault, match="16.png"):
         store.row("16.png")
     with pytest.raises(Fault, match="16.png"):
-        cache_features(source.images, faults=STRICT, **settings)
+        cache_features(inputs, faults=STRICT, **settings)
     mended = write(tmp_path / "mended", [])
-    store = cache_features(open_folder(mended, SKIP).images, faults=SKIP, **settings)
+    store = cache_features(tiny.pictures(open_folder(mended, SKIP).images), faults=SKIP, **settings)
     assert not store.faults and (store["16.png"] != 0).any()
 
 
@@ -510,7 +508,7 @@ def test_what_training_skips_is_not_asked_either(faulty):
     exchanges = [first_exchange(example, tokenizer=TOKENIZER) for example in source]
     kinds = {n: exchange.kind for n, exchange in enumerate(exchanges) if isinstance(exchange, Fault)}
     late = ("too_long", "too_many_images", "duplicate_id")
-    assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].image and plant.kind not in late}
+    assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].file and plant.kind not in late}
     sound = exchanges[4]
     assert isinstance(sound, Exchange)
     assert [sound.question, sound.answer] == [turn["value"] for turn in source[4].conversations]
@@ -525,14 +523,14 @@ def test_a_picture_that_was_mended_is_read_again(tmp_path, kind: str):
     write(tmp_path, plants)
     wanted = planted("missing", "empty_file", "truncated")
     assert run_check(tmp_path).counts == wanted
-    skipped = totals(joined(make(tmp_path, SKIP, kind=kind)).faults_BG)
+    skipped = totals(tiny.joined(make(tmp_path, SKIP, kind=kind)).faults_BG)
     assert skipped == {"read": ROWS} | dict.fromkeys(KINDS, 0) | wanted
     for plant in plants:
         (tmp_path / "images" / plant.id).write_bytes(picture(plant.at))
     assert not run_check(tmp_path).counts
-    rows = joined(make(tmp_path, SKIP, kind=kind, seed=None))
+    rows = tiny.joined(make(tmp_path, SKIP, kind=kind, seed=None))
     assert rows.faults_BG[:, 1:].sum() == 0
-    given = rows.images_BMhwc if kind == "pixels" else rows.features_BMPC
+    given = rows.media["image"] if kind == "pixels" else rows.features["image"]
     assert all((given[plant.at, 0] != 0).any() for plant in plants)
     make(tmp_path, STRICT, kind=kind)
 
@@ -561,10 +559,10 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch):
         "images/../../secret.png",
     ):
         with pytest.raises(Fault) as caught:
-            read_image(inside, name)
+            read_file(inside, name)
         assert caught.value.kind == "outside" and not opened, name
     for name in ("ok.png", "images/ok.png", "within.png"):
-        assert read_image(inside, name) == picture(2)
+        assert read_file(inside, name) == picture(2)
 
 
 def test_the_image_folder_itself_may_be_a_link(tmp_path):
@@ -572,7 +570,7 @@ def test_the_image_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / "disk" / "a.png").write_bytes(picture(1))
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "images").symlink_to(tmp_path / "disk")
-    assert read_image(tmp_path / "root", "a.png") == read_image(tmp_path / "root", "images/a.png") == picture(1)
+    assert read_file(tmp_path / "root", "a.png") == read_file(tmp_path / "root", "images/a.png") == picture(1)
 
 
 def test_names_that_no_file_can_have(tmp_path):
@@ -583,7 +581,7 @@ def test_names_that_no_file_can_have(tmp_path):
         ("data:image/png;base64,AAAA", "url"), ("s3://a/b.png", "url"), ("a.png/b.png", "missing"), (".", "unreadable"),
     ]:  # fmt: skip
         with pytest.raises(Fault) as caught:
-            find_image(tmp_path, name)
+            find_file(tmp_path, name)
         assert caught.value.kind == kind, name
 
 
@@ -604,9 +602,9 @@ def test_looking_at_many_files_finds_what_finding_each_does(tmp_path):
         "a.png", "images/a.png", "sub/b.png", "c.png", "within.png", "a:b", "linked/a.png", "link.png", "empty.png",
         "none.png", "sub", ".", "../away/a.png", str(inside / "c.png"), "x" * 300, "a\0b", "c.png/d", "s3://a/b", "",
     ]  # fmt: skip
-    for name, looked in zip(names, image_files.look(inside, names), strict=True):
+    for name, looked in zip(names, item_files.look(inside, names), strict=True):
         try:
-            facts = find_image(inside, name).stat()
+            facts = find_file(inside, name).stat()
             assert looked == Facts(facts.st_size, facts.st_mtime_ns), name
         except Fault as fault:
             assert isinstance(looked, Fault) and (looked.kind, str(looked)) == (fault.kind, str(fault)), name
@@ -615,7 +613,7 @@ def test_looking_at_many_files_finds_what_finding_each_does(tmp_path):
 def test_a_picture_in_another_format_is_pointed_at(tmp_path):
     (tmp_path / "a.gif").write_bytes(picture(1, format="GIF"))
     with pytest.raises(Fault, match=r"no image a.jpg in .*; a.gif is there: convert it") as caught:
-        find_image(tmp_path, "a.jpg")
+        find_file(tmp_path, "a.jpg")
     assert caught.value.kind == "missing"
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
     with pytest.raises(Fault, match="it is HEIC, .*convert it to JPEG") as caught:
@@ -626,11 +624,11 @@ def test_a_picture_in_another_format_is_pointed_at(tmp_path):
 def test_names_that_this_process_cannot_spell_are_no_bad_pictures(tmp_path):
     """They would all be skipped; and the next run, in another terminal, would read them."""
     (tmp_path / "café.png").write_bytes(picture(1))
-    program = f"from moextend_jax.data.image_files import *; find_image(Path({str(tmp_path)!r}), 'caf\\xe9.png')"
+    program = f"from moextend_jax.data.item_files import *; find_file(Path({str(tmp_path)!r}), 'caf\\xe9.png')"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert "config.MoextendError: image 'caf\\xe9.png': names of files are ascii here" in done.stderr
-    assert find_image(tmp_path, "café.png").is_file()
+    assert find_file(tmp_path, "café.png").is_file()
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), OSError(28, "No space left on device")])
@@ -657,16 +655,16 @@ def test_a_worker_that_finds_no_room_in_shared_memory_is_one_line():
 
 
 def test_a_large_file_is_never_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "MOST_BYTES", 1000)
+    monkeypatch.setattr(item_files, "MOST_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(bytes(1001))
     with pytest.raises(Fault, match="1001 bytes") as caught:
-        read_image(tmp_path, "a.png")
+        read_file(tmp_path, "a.png")
     assert caught.value.kind == "oversized"
     monkeypatch.setattr(
-        image_files, "find_image", lambda folder, name, **_: Path("/dev/zero")
+        item_files, "find_file", lambda folder, name, **_: Path("/dev/zero")
     )  # grew after it was measured
     with pytest.raises(Fault, match="more than 1000") as caught:
-        read_image(tmp_path, "a.png")
+        read_file(tmp_path, "a.png")
     assert caught.value.kind == "oversized"
 
 
@@ -683,7 +681,7 @@ def test_a_bomb_is_known_by_its_header(size, monkeypatch):
 def test_a_long_thin_picture_is_no_bomb_either(preparation):
     thin = Image.new("RGB", (60_000, 2 if preparation == "pad" else 1))
     with pytest.raises(Fault, match="too long and thin") as caught:
-        images.prepare_image(thin, size=336, preparation=preparation, id="thin")
+        prepare_image(thin, size=336, preparation=preparation, id="thin")
     assert caught.value.kind == "oversized"
 
 

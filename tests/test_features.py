@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
-from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import AnyImages, Images, open_dataset
+from moextend_jax.config import MoextendError, VisionConfig
+from moextend_jax.data.datasets import AnyItems, Items, open_dataset
 from moextend_jax.data.features import FeatureStore, cache_features
-from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.media.image import decode_image, prepare_image
 
 
 def encoded(shade):
@@ -20,8 +21,8 @@ def encoded(shade):
     return file.getvalue()
 
 
-def images_of(shown: dict[str, bytes], fingerprint: str = "five") -> Images:
-    return Images(
+def images_of(shown: dict[str, bytes], fingerprint: str = "five") -> Items:
+    return Items(
         [{"id": key.encode(), "image": image, "span": b""} for key, image in shown.items()], fingerprint=fingerprint
     )
 
@@ -34,9 +35,12 @@ def tower(images_nhwc):
     return images_nhwc.reshape(n, 4, h * h // 4, 3)[:, :, 0]
 
 
-def make(path, *, images: AnyImages = IMAGES, compute=tower, **more):
-    settings = {"tower": "t1", "feature_layer": -2, "size": 8, "preparation": "pad", "batch_size": 2}
-    return cache_features(images, path=path, compute=compute, **(settings | more))
+def make(path, *, images: AnyItems = IMAGES, compute=tower, preparation: Any = "pad", feature_layer=-2, **more):
+    inputs = tiny.pictures(images, preparation=preparation)
+    assert isinstance(inputs.medium.tower, VisionConfig)
+    read = dataclasses.replace(inputs.medium.tower, feature_layer=feature_layer)
+    inputs = dataclasses.replace(inputs, medium=dataclasses.replace(inputs.medium, tower=read))
+    return cache_features(inputs, path=path, compute=compute, **({"tower": "t1", "batch_size": 2} | more))
 
 
 def refuse(images_nhwc):
@@ -69,6 +73,9 @@ def test_a_fitting_cache_is_used_again_and_a_stale_one_is_not(tmp_path):
             make(tmp_path / "c", compute=refuse, **change)
         with pytest.raises(MoextendError, match="was made with"):
             FeatureStore.open(tmp_path / "c", fingerprint=first.fingerprint | {"tower": "t2"})
+    assert first.fingerprint == {  # as caches of before have it
+        "tower": "t1", "dtype": "float32", "images": "five", "feature_layer": -2, "size": 8, "preparation": "pad"
+    }  # fmt: skip
     half = make(tmp_path / "c", dtype="float16")
     assert half["k1"].dtype == np.float16
 
@@ -107,7 +114,7 @@ def test_a_damaged_cache_is_made_again(tmp_path):
 
 
 def test_no_images_and_broken_images_are_errors(tmp_path):
-    with pytest.raises(MoextendError, match="no images"):
+    with pytest.raises(MoextendError, match="no items"):
         make(tmp_path / "c", images=images_of({}))
     with pytest.raises(MoextendError, match="cannot read image bad"):
         make(tmp_path / "c", images=images_of({"bad": b"x"}))

@@ -18,20 +18,21 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from PIL import Image
 
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.data.batches import Pixels, batches
+from moextend_jax.data.batches import batches
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import STRICT, Fault
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.forms import Part, files_of, parts_of
-from moextend_jax.data.images import decode_image
 from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.data.mixing import picks
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.media.image import decode_image
 from moextend_jax.settings import FaultSettings, StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
@@ -225,12 +226,10 @@ def batch_arrays(source: Source, **more: Any) -> dict[str, np.ndarray]:
         stage=StageSettings(data="x", steps=1, batch_size=2, length=64, images_per_row=3, conversations_per_row=2),
         tokenizer=load_tokenizer(BASE),
         recipe=RECIPES["paper"],
-        images=Pixels(images=source.images, size=8, preparation="pad"),
-        patches=4,
+        readers={"image": tiny.pictures(source.images)},
         **cast(Any, {"epochs": 1} | more),
     )
-    columns = zip(*(batch._asdict().items() for batch in made), strict=True)
-    return {parts[0][0]: np.concatenate([array for _, array in parts]) for parts in columns if parts[0][1] is not None}
+    return tiny.by_field(tiny.joined(made))
 
 
 def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -340,8 +339,11 @@ NOT_READ: list[tuple[Any, str, str]] = [
     ({"question": "a?", "choices": ["b"]}, "entry", "this is no conversation: .* its keys are question, choices"),
     ({"caption": "a cat"}, "entry", "no image with a caption; its keys are caption"),
     ([1], "entry", "this is not an object with keys"),
-    ({"videos": ["a.mp4"], "messages": []}, "entry", "what videos names is not read"),
-    ({"messages": [part(type="video", video="a.mp4"), SAID]}, "entry", "a part of a turn, 'video', is neither"),
+    ({"messages": [part(type="file", file="a.pdf"), SAID]}, "entry", "a part of a turn, 'file', is neither text nor"),
+    ({"messages": [part(type="audio"), SAID], "image": "x.png"}, "marks", "it shows more audio than it has"),
+    ({"conversations": [], "audio": {"array": [0.5]}}, "entry", "audio must be a path or a list of paths, or bytes"),
+    ({"conversations": [], "features": {"x" * 5000: "a.npz"}}, "entry", "a medium's name of 5000 characters"),
+    ({"audio": "a.wav", "audios": ["b.wav"], "messages": []}, "entry", "audio and audios name different items"),
     ({"messages": [{"role": "user", "content": "a", "images": ["x.png"]}, SAID]}, "entry", "what images of a turn"),
     ({"messages": [{"role": "user", "content": "a"}, {**SAID, "tool_calls": [{}]}]}, "entry", "what tool_calls of a"),
     ({"messages": [{"role": "user", "content": "a"}, {**SAID, "weight": 0}]}, "entry", "what weight of a turn"),
@@ -422,7 +424,7 @@ def parquet_bytes() -> bytes:
         ("a.tar", "no tar", "is no tar file that can be read.*not compressed"),
         ("a.tar", b"\x1f\x8b" + bytes(600), "is no tar file that can be read.*not compressed"),
         ("a.xlsx", "a", "data are read from .json, .jsonl, .*, or a folder of such files"),
-        ("a/b.json", None, "no data set '.*a/b.json', and no such file; there are easy_vqa, llava_instruct, llava_pr"),
+        ("a/b.json", None, "no data set '.*a/b.json', and no such file; there are easy_vqa, .*, or give a path"),
         ("a-{0..2}.tar", None, "no file .*a-0.tar, which a-.0..2..tar names"),
         ("a-*.tar", None, "no file is called .*a-\\*.tar"),
     ],
@@ -595,7 +597,7 @@ def test_own_data_are_turned_and_llavas_are_as_released(tmp_path: Path):
     for data, name in [("llava_instruct", "llava_v1_5_mix665k.json"), (str(tmp_path / "own.json"), "own.json")]:
         as_json(tmp_path / name, lambda n: {"image": "1.jpg", "conversations": talk("<image>", "b")})
         source = open_dataset(data, data_dir=tmp_path / "built", manual_dir=tmp_path)
-        sizes[name] = source.images.decoded(0).picture.size, source.images.fingerprint
+        sizes[name] = source.images.decoded(0).item.size, source.images.fingerprint
     assert [size for size, _ in sizes.values()] == [(16, 8), (8, 16)]
     assert len({fingerprint for _, fingerprint in sizes.values()}) == 2
 
@@ -663,11 +665,11 @@ def test_weights_are_shares_of_conversations(two: Path):
 def test_a_mixture_goes_on_where_it_stood(two: Path):
     mixed = open_dataset(f"{two}/a/a.json:1,{two}/b/b.csv:1", data_dir=two / "built")
     whole = batch_arrays(mixed, seed=3)
-    assert (whole["examples_Bg"] >= 0).sum() == 12 and whole["images_BMhwc"].any()
+    assert (whole["examples_Bg"] >= 0).sum() == 12 and whole["media/image"].any()
     made = batches(
         mixed, stage=StageSettings(data="x", steps=1, batch_size=2, length=64, images_per_row=3),
         tokenizer=load_tokenizer(BASE), recipe=RECIPES["paper"],
-        images=Pixels(images=mixed.images, size=8, preparation="pad"), patches=4, seed=3,
+        readers={"image": tiny.pictures(mixed.images)}, seed=3,
     )  # fmt: skip
     iterator = iter(made)
     next(iterator)
@@ -699,12 +701,14 @@ def test_faults_of_a_mixture_are_those_of_its_files(two: Path, tmp_path: Path):
     both = open_dataset(f"{two}/b/b.csv,{tmp_path}/c.jsonl", data_dir=tmp_path, faults=skip)
     made = batches(
         both, stage=StageSettings(data="x", steps=1, batch_size=4, length=64), tokenizer=load_tokenizer(BASE),
-        recipe=RECIPES["paper"], images=Pixels(images=both.images, size=8, preparation="pad"), patches=4, seed=None,
+        recipe=RECIPES["paper"], readers={"image": tiny.pictures(both.images)}, seed=None,
         epochs=1, faults=skip,
     )  # fmt: skip
     (batch,) = made
-    tower: dict[str, Any] = {"tower": "t", "feature_layer": -2, "size": 8, "preparation": "pad", "faults": skip}
-    store = cache_features(both.images, path=tmp_path / "features", compute=lambda x: x.reshape(len(x), 4, -1), **tower)
+    store = cache_features(
+        tiny.pictures(both.images), path=tmp_path / "features", compute=lambda x: x.reshape(len(x), 4, -1), tower="t",
+        faults=skip,
+    )  # fmt: skip
     assert [store.row(ref.key) for example in both.read([0, 1]) for ref in example.images] == [0, 1]
     with pytest.raises(Fault, match="no image none.png"):
         store.row(both[2].images[0].key)
@@ -727,7 +731,7 @@ def checked(data: str, **more: Any) -> list[Report]:
     return check(
         [reading],
         open_origin=lambda one: open_origin(one, data_dir=Path("none"), images=more.get("images")),
-        work=Work(tokenizer=load_tokenizer(BASE), recipe=RECIPES["paper"], patches=4, size=8, readings=(), files={}),
+        work=Work(tokenizer=load_tokenizer(BASE), recipe=RECIPES["paper"], media=tiny.seeing(), readings=(), files={}),
         faults=STRICT,
         processes=more.get("processes", 0),
     )
@@ -744,7 +748,7 @@ def test_the_check_reads_every_form(tmp_path: Path, pictures: Path):
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_the_check_names_bad_pictures_wherever_they_are(tmp_path: Path, processes: int, monkeypatch):
-    monkeypatch.setattr("moextend_jax.data.check.IMAGES", 2)
+    monkeypatch.setattr("moextend_jax.data.check.ITEMS", 2)
     monkeypatch.setattr("moextend_jax.data.check.ROWS", 4)
     bad = {2: lying(6)[:-200], 4: b"<html>"}
     row = lambda n: {"id": f"row{n}", "question": "a", "answer": "b", "image": bad.get(n, picture(n))}  # noqa: E731

@@ -43,7 +43,7 @@ def padded(batch: Batch, by: int) -> Batch:
 
     return batch._replace(
         ids_BL=pad(batch.ids_BL, 8), labels_BL=pad(batch.labels_BL, IGNORE), positions_BL=pad(batch.positions_BL, 0),
-        segments_BL=pad(batch.segments_BL, 0), patches_BL=pad(batch.patches_BL, -1),
+        segments_BL=pad(batch.segments_BL, 0), places_BL=pad(batch.places_BL, -1),
     )  # fmt: skip
 
 

@@ -17,11 +17,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moextend_jax.checkpoints import huggingface, names
-from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError, VisionConfig, with_vision
 from moextend_jax.parameters import with_arrays
 
 TABLES = {
-    "mixtral": dataclasses.replace(tiny.PLAIN, vision=None),
+    "mixtral": with_vision(tiny.PLAIN, None),
     "clip": tiny.PLAIN,
     "released": tiny.EXTENDED,
 }
@@ -350,7 +350,7 @@ def test_impossible_sizes_are_refused_by_name(name: str, value: Any):
 
 
 def test_attributes_round_trip():
-    config = dataclasses.replace(tiny.EXTENDED, tags=ImageTags(start=50, end=51, pad=52))
+    config = with_vision(tiny.EXTENDED, tiny.VISION, tags=ImageTags(start=50, end=51, pad=52))
     attributes = json.loads(json.dumps(huggingface.released_attributes(config, dtype="float32")))
     where = Path("config.json")
     assert huggingface.decoder_config(attributes, where=where) == config.decoder
@@ -402,8 +402,8 @@ def test_transformers_and_we_read_each_other_s_files_and_agree(tmp_path: Path):
     arrays = huggingface.read_parameters(tmp_path / "theirs", model, table="mixtral", config=config)
     arrays = {path: jnp.asarray(leaf) for path, leaf in arrays.items()}
 
-    batch = tiny.batch()._replace(features_BMPC=None)
-    batch = batch._replace(patches_BL=np.full_like(batch.patches_BL, -1))
+    batch = tiny.batch()._replace(features={})
+    batch = batch._replace(places_BL=np.full_like(batch.places_BL, -1))
 
     @jax.jit
     def logits_of(arrays: dict[str, jax.Array]):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.images import MEAN_c, STD_c, decode_image, prepare_image
+from moextend_jax.media.image import MEAN_c, STD_c, decode_image, prepare_image
 
 
 def noise(width, height):

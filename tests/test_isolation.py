@@ -13,9 +13,9 @@ import pytest
 import test_asking
 import tiny
 
-from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
+from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError, with_vision
 from moextend_jax.generate import Generator
-from moextend_jax.models.moextend import sighted
+from moextend_jax.models.moextend import shares
 from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -27,7 +27,7 @@ ROWS, LENGTH = 1000, 16
 def arrays() -> dict[str, jax.Array]:
     """New columns and calibrators with weight: without isolation many tokens choose them."""
     made = tiny.arrays(tiny.EXTENDED, std=0.3)
-    assert np.abs(made["extension/router/calibrator/w_out"]).max() > 0
+    assert np.abs(made["extensions/image/router/calibrator/w_out"]).max() > 0
     return made
 
 
@@ -42,7 +42,7 @@ def text(rows: int, *, seed: int = 0) -> Batch:
 
 def logits_of(config, arrays, batch: Batch) -> np.ndarray:
     model = tiny.structure(config)
-    paths = {path for path in arrays if config.extension or not path.startswith("extension/")}
+    paths = {path for path in arrays if config.extension or not path.startswith("extensions/image/")}
 
     @jax.jit
     def compute(some, batch):
@@ -63,25 +63,27 @@ def test_a_thousand_text_rows_are_the_base_s(arrays):
 def test_beside_images_in_the_batch_and_in_the_row(arrays):
     """Rows of text, rows with an image, and rows that hold one conversation of each."""
     mixed = tiny.batch(rows=6, length=LENGTH)
-    seen = (mixed.patches_BL >= 0).any(axis=1)
+    seen = (mixed.places_BL >= 0).any(axis=1)
     assert seen.any() and not seen.all()
     base, strict, free = (logits_of(config, arrays, mixed) for config in (tiny.PLAIN, STRICT, tiny.EXTENDED))
     real = mixed.segments_BL > 0
-    blind = real & ~np.asarray(sighted(mixed))
+    blind = real & np.isneginf(np.asarray(shares(mixed, STRICT)["image"]))
     assert blind.any() and (real & ~blind).any()
     np.testing.assert_allclose(strict[blind], base[blind], rtol=0, atol=1e-5)
     np.testing.assert_allclose(strict[real & ~blind], free[real & ~blind], rtol=0, atol=1e-5)
     assert np.abs(strict - base)[real & ~blind].max() > 1e-3
 
 
-def test_who_is_sighted():
+def test_who_may_choose():
     segments_BL = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0]], np.int32)
-    patches_BL = np.array([[-1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1], [-1] * 6], np.int32)
-    batch = Batch(segments_BL, segments_BL, segments_BL, segments_BL, patches_BL)
-    assert sighted(batch) is None
-    batch = batch._replace(features_BMPC=np.zeros((3, 1, 2, 4), np.float32))
+    places_BL = np.array([[-1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1], [-1] * 6], np.int32)
+    batch = Batch(segments_BL, segments_BL, segments_BL, segments_BL, places_BL)
+    config = with_vision(STRICT, dataclasses.replace(tiny.VISION, image_size=8, patch_size=8 // 2))
+    assert shares(batch, config) == {}
+    batch = batch._replace(features={"image": np.zeros((3, 1, 2, 4), np.float32)})
     expected = [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [0] * 6]
-    np.testing.assert_array_equal(sighted(batch), np.array(expected, bool))
+    np.testing.assert_array_equal(np.asarray(shares(batch, config)["image"]) == 0, np.array(expected, bool))
+    assert shares(batch, tiny.EXTENDED) == {"image": None}
 
 
 def test_gradients_of_text_do_not_reach_the_extension(arrays):
@@ -91,7 +93,7 @@ def test_gradients_of_text_do_not_reach_the_extension(arrays):
         whole = with_arrays(model, {**arrays, **new})
         return jnp.abs(whole(batch).hidden_BLD).sum()
 
-    new = {path: leaf for path, leaf in arrays.items() if path.startswith("extension/")}
+    new = {path: leaf for path, leaf in arrays.items() if path.startswith("extensions/image/")}
     for batch, reaches in ((text(4), False), (tiny.batch(rows=3), True)):
         gradient = jax.jit(jax.grad(loss))(new, batch)
         total = sum(float(jnp.abs(leaf).sum()) for leaf in gradient.values())
@@ -112,14 +114,16 @@ def test_answers_to_text_are_the_base_s_and_answers_to_images_are_not(arrays):
     every = [prompt for prompt in test_asking.prompts(48) if prompt.tail <= 8]  # of one length: fewer programs
 
     def said(config):
-        of = {path: leaf for path, leaf in lively.items() if config.extension or not path.startswith("extension/")}
+        of = {
+            path: leaf for path, leaf in lively.items() if config.extension or not path.startswith("extensions/image/")
+        }
         who = dataclasses.replace(
             test_asking.asker(), generator=Generator(tiny.structure(config), eos=test_asking.EOS), arrays=of
         )
         return test_asking.said(who, every)
 
     base, strict, free = said(tiny.PLAIN), said(STRICT), said(tiny.EXTENDED)
-    blind = [n for n, prompt in enumerate(every) if not prompt.images]
-    seeing = [n for n, prompt in enumerate(every) if prompt.images]
+    blind = [n for n, prompt in enumerate(every) if not prompt.items]
+    seeing = [n for n, prompt in enumerate(every) if prompt.items]
     assert [strict[n] for n in blind] == [base[n] for n in blind] != [free[n] for n in blind]
     assert [strict[n] for n in seeing] == [free[n] for n in seeing] != [base[n] for n in seeing]

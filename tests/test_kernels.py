@@ -1,14 +1,17 @@
-"""TPU kernels, interpreted on CPU, compute what the plain code does, with gradients."""
+"""Kernels for TPU and GPU, interpreted on CPU, compute what the plain code does, with gradients."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moextend_jax.models import grouped_triton
 from moextend_jax.models.attention import segment_mask, splash
-from moextend_jax.models.grouped_matmul import megablox, ragged_dot
+from moextend_jax.models.grouped_matmul import MEGABLOX, TRITON, Kernels, by_kernels, ragged_dot
 
 RNG = np.random.default_rng(0)
 
@@ -17,10 +20,16 @@ def normal(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+KERNELS = pytest.mark.parametrize("kernels", [MEGABLOX, TRITON], ids=["megablox", "triton"])
+
+
+@KERNELS
 @pytest.mark.parametrize("sizes", [(5, 0, 9, 2), (0, 16, 0, 0), (3, 3, 0, 1), (0, 0, 0, 0)])
 @pytest.mark.parametrize("trained", [(), (1,), (0, 1)])
-def test_megablox_equals_ragged_dot_where_rows_belong_to_somebody(sizes: tuple[int, ...], trained: tuple[int, ...]):
-    """What the kernel leaves unwritten past the last group (NaN when interpreted) reaches nobody."""
+def test_kernels_equal_ragged_dot_where_rows_belong_to_somebody(
+    kernels: Kernels, sizes: tuple[int, ...], trained: tuple[int, ...]
+):
+    """What a kernel leaves unwritten past the last group (NaN when interpreted) reaches nobody."""
     x_RD, dy_RF, sizes_O = normal(16, 8), normal(16, 24), jnp.asarray(sizes, jnp.int32)
     parts = [normal(3, 8, 24), normal(1, 8, 24)]
 
@@ -31,21 +40,36 @@ def test_megablox_equals_ragged_dot_where_rows_belong_to_somebody(sizes: tuple[i
         y_RF, pull = jax.vjp(of, x_RD, {n: parts[n] for n in trained})
         return y_RF, *pull(dy_RF)
 
-    got, expected = run(megablox), run(ragged_dot)
+    got, expected = run(functools.partial(by_kernels, kernels)), run(ragged_dot)
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
     assert len(jax.tree.leaves(got)) == 2 + len(trained)
 
 
-def test_megablox_computes_no_gradient_of_a_frozen_part():
+@pytest.mark.parametrize(("kernels", "name"), [(MEGABLOX, "name=tgmm"), (TRITON, "name=triton_grouped_gradient")])
+def test_kernels_compute_no_gradient_of_a_frozen_part(kernels: Kernels, name: str):
     x_RD, parts, sizes_O = normal(16, 8), (normal(3, 8, 24), normal(1, 8, 24)), jnp.array([5, 5, 3, 3], jnp.int32)
 
     def total(x_RD, new):
-        return megablox(x_RD, (parts[0], new), sizes_O).sum()
+        return jnp.sum(by_kernels(kernels, x_RD, (parts[0], new), sizes_O))
 
     program = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(x_RD, parts[1]))
-    assert program.count("name=tgmm") == 1 or program.count("tgmm") == 1
-    assert "f32[3,8,24]" not in "".join(line for line in program.splitlines() if "tgmm" in line)
+    assert program.count(name) == 1
+    assert "f32[3,8,24]" not in "".join(line for line in program.splitlines() if name in line)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(70, (33, 0, 1, 30)), (64, (0, 0, 64, 0)), (9, (0, 0, 0, 0))])
+def test_tiles_cover_each_group_once_and_no_two(rows: int, sizes: tuple[int, ...]):
+    """Whatever the sizes: the tiles that have rows are those of the groups, in order, and there is room for all."""
+    tile = grouped_triton.Tile(rows=16, band=4)
+    schedule = grouped_triton.schedule_of(jnp.asarray(sizes, jnp.int32), 1, 3, rows=rows, tile=tile)
+    end, covered = np.cumsum(sizes), []
+    for group, start, stop in zip(*(np.asarray(array).tolist() for array in schedule), strict=True):
+        if start < stop:
+            assert stop == end[1 + group]
+            covered += range(start, min(start + tile.rows, stop))
+    assert covered == list(range(sizes[0], sum(sizes)))
+    assert len(schedule.group_T) % tile.band == 0
 
 
 def test_splash_attention_equals_the_masked_one_with_gradients():

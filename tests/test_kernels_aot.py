@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig, of_pictures
 from moextend_jax.generate import Generator, Sampling
 from moextend_jax.mesh import rows_sharding
 from moextend_jax.models.expert_parallel import mixture
@@ -57,11 +57,11 @@ def compiled(name: str, mesh_shape: tuple[int, ...], how: Any, gradient: str):
     moe = nnx.eval_shape(lambda: MoE(DECODER.sizes(), rngs=nnx.Rngs(0), dtype="bfloat16"))
     new = nnx.eval_shape(lambda: Extension(DECODER, EXTENSION, rngs=nnx.Rngs(0), dtype="bfloat16", std=1.0))
 
-    config = ModelConfig(decoder=DECODER, extension=EXTENSION, dispatch=how)
+    config = of_pictures(decoder=DECODER, extension=EXTENSION, dispatch=how)
 
     def run(x_BLD, new_arrays, moe_arrays):
         this, added = with_arrays(moe, moe_arrays), with_arrays(new, new_arrays)
-        y_BLD, _ = mixture(x_BLD, this, added, extended=jnp.array(True), config=config)
+        y_BLD, _ = mixture(x_BLD, this, [added], extended=[jnp.array(True)], config=config)
         return y_BLD.astype(jnp.float32).sum()
 
     function = {"none": run, "tokens": jax.grad(run), "extension": jax.grad(run, argnums=(0, 1))}[gradient]

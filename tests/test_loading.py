@@ -19,18 +19,18 @@ import tiny_llama
 from moextend_jax.checkpoints import convert, hashes, huggingface, leaves
 from moextend_jax.checkpoints.loading import EMBEDDED, Source, folder_of, open_base, open_checkpoint, open_source
 from moextend_jax.checkpoints.upcycle import open_upcycled
-from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.config import ImageTags, MoextendError, with_extension
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES
 
-TRAINED = {"align": "projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extension/"}
+TRAINED = {"align": "media/image/projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extensions/image/"}
 
 
 def sizes(config):
     """A configuration without what depends on how it is run, or is not in files."""
     extension = config.extension and dataclasses.replace(config.extension, sources=())
-    return dataclasses.replace(config, extension=extension, dtype="", train_dtype="", remat="none")
+    return dataclasses.replace(with_extension(config, extension), dtype="", train_dtype="", remat="none")
 
 
 def test_a_mixtral(tmp_path: Path):
@@ -193,7 +193,7 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
 
 
 def test_a_partial_save_needs_its_base(tmp_path: Path):
-    folder = folders.released(tmp_path, keep="extension/")
+    folder = folders.released(tmp_path, keep="extensions/image/")
     with pytest.raises(MoextendError, match=r"Missing: lm_head.weight.*A partial save needs its base: --base DIR"):
         open_source(folder)
 
@@ -213,7 +213,7 @@ def test_half_a_leaf_is_never_completed_from_the_base(tmp_path: Path):
 
 def test_an_extension_of_layers_that_the_base_does_not_have(tmp_path: Path):
     small = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, layers=2))
-    folder = folders.released(tmp_path / "partial", keep="extension/")
+    folder = folders.released(tmp_path / "partial", keep="extensions/image/")
     base = folders.clip(folders.mixtral(tmp_path / "base", config=small) / "vision").parent
     with pytest.raises(MoextendError, match=rf"extends layers \[2\], but {base} has only 2 layers"):
         open_source(folder, base=base)
@@ -221,7 +221,7 @@ def test_an_extension_of_layers_that_the_base_does_not_have(tmp_path: Path):
 
 def test_a_base_of_other_sizes_names_them(tmp_path: Path):
     wide = dataclasses.replace(folders.TEXT, decoder=dataclasses.replace(tiny.DECODER, hidden=48))
-    folder = folders.released(tmp_path / "partial", keep="extension/")
+    folder = folders.released(tmp_path / "partial", keep="extensions/image/")
     with pytest.raises(MoextendError, match="hidden is 40 and 48"):
         open_source(folder, base=folders.mixtral(tmp_path / "base", config=wide))
 

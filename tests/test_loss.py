@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.config import (
+    IGNORE,
+    RECIPES,
+    Batch,
+    DecoderConfig,
+    ExtensionConfig,
+    ModelConfig,
+    Named,
+    of_pictures,
+    with_extension,
+)
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import Load, aux_per_layer, aux_released, cross_entropy, load, losses, losses_of
@@ -67,13 +77,13 @@ def test_a_batch_without_labels_has_a_finite_loss():
 # --- load balancing ---------------------------------------------------------------------------------------------------
 
 
-MIXED = ModelConfig(decoder=DecoderConfig(layers=2), extension=ExtensionConfig(layers=(1,), sources=(0,)))
+MIXED = of_pictures(decoder=DecoderConfig(layers=2), extension=ExtensionConfig(layers=(1,), sources=(0,)))
 
 
 def balanced() -> Load:
     """Layer 0 spreads its picks over 8 experts, layer 1 over 9."""
     picks = np.stack([[2 / 8] * 8 + [0], [2 / 9] * 9])
-    return Load(jnp.asarray(picks, jnp.float32), jnp.asarray(picks / 2, jnp.float32))
+    return Load(jnp.asarray(picks, jnp.float32), jnp.asarray(picks / 2, jnp.float32), jnp.asarray(100 * (picks > 0)))
 
 
 def test_a_balanced_load_costs_top_k_in_every_layer_whatever_its_number_of_experts():
@@ -98,16 +108,42 @@ def test_a_load_by_hand():
     counted = load(routing, jnp.array([True, True, False]))  # the third token is padding
     np.testing.assert_allclose(counted.picks_ZO, [[0.5, 0.5, 0], [0.5, 0, 0.5]], atol=1e-6)
     np.testing.assert_allclose(counted.probs_ZO, [[0.375, 0.625, 0], [0.3125, 0.1875, 0.5]], atol=1e-6)
-    config = ModelConfig(
+    config = of_pictures(
         decoder=DecoderConfig(layers=2, experts=2, top_k=1), extension=ExtensionConfig(layers=(1,), sources=(0,))
     )
     first, second = 0.5 * 0.375 + 0.5 * 0.625, 0.5 * 0.3125 + 0.5 * 0.5
     np.testing.assert_allclose(aux_per_layer(counted, config=config), (2 * first + 3 * second) / 2, rtol=1e-6)
     np.testing.assert_allclose(aux_released(counted, config=config), (first + second) * 3 / 2, rtol=1e-6)
-    plain = dataclasses.replace(config, extension=None)
-    pooled = Load(counted.picks_ZO[:, :2], counted.probs_ZO[:, :2])
+    plain = with_extension(config, None)
+    np.testing.assert_array_equal(counted.counts_ZO, [[2, 2, 0], [2, 2, 2]])
+    pooled = Load(*(of_ZO[:, :2] for of_ZO in counted))
     expected = 2 * (0.5 * (0.375 + 0.3125) / 2 + 0.25 * (0.625 + 0.1875) / 2)
     np.testing.assert_allclose(aux_released(pooled, config=plain), expected, rtol=1e-6)
+
+
+def test_the_load_of_an_expert_is_over_the_tokens_that_may_choose_it():
+    """Two layers of two pretrained experts and two extensions; the third token may choose neither, nobody the last."""
+    shut = -np.inf
+    logits_ZTO = np.log([[[0.5, 0.25, 0.25, 1.0], [0.25, 0.25, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]] * 2).astype(np.float32)
+    logits_ZTO[..., 3] = logits_ZTO[:, 2, 2] = shut
+    routing = Routing(jnp.asarray(logits_ZTO), jnp.array([[[0], [2], [1]]] * 2), jnp.ones((2, 3, 1)))
+    counted = load(routing, jnp.ones(3, bool))
+    np.testing.assert_array_equal(counted.counts_ZO, [[3, 3, 2, 0]] * 2)
+    np.testing.assert_allclose(counted.picks_ZO, [[1 / 3, 1 / 3, 1 / 2, 0]] * 2, atol=1e-6)
+    np.testing.assert_allclose(counted.probs_ZO, [[1.25 / 3, 1 / 3, 0.75 / 2, 0]] * 2, atol=1e-6)
+    grown = [ExtensionConfig(layers=(0, 1), sources=(0, 0), medium=medium) for medium in ("image", "sound")]
+    config = dataclasses.replace(MIXED, extensions=Named(zip(("image", "sound"), grown, strict=True)))
+    # Three experts that some token may choose, not four.
+    expected = 3 * (1.25 / 9 + 1 / 9 + 0.75 / 4)
+    np.testing.assert_allclose(aux_per_layer(counted, config=config), expected, rtol=1e-6)
+    # The released code knows no closed columns: shares of all three tokens, and every expert of the model.
+    config = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, experts=2))
+    expected = 4 * (1.25 / 9 + 1 / 9 + 0.75 / 9)
+    np.testing.assert_allclose(aux_released(counted, config=config), expected, rtol=1e-6)
+    gradient = jax.grad(
+        lambda logits: aux_per_layer(load(routing._replace(logits_TO=logits), jnp.ones(3, bool)), config=config)
+    )
+    assert not np.any(gradient(routing.logits_TO)[..., 3]) and np.isfinite(gradient(routing.logits_TO)).all()
 
 
 def test_no_gradient_of_the_aux_loss_is_nan_where_a_plain_layer_has_no_new_expert():
@@ -115,7 +151,7 @@ def test_no_gradient_of_the_aux_loss_is_nan_where_a_plain_layer_has_no_new_exper
     gradient = whole(tiny.EXTENDED)(arrays, tiny.batch())[1]
     for path, leaf in gradient.items():
         assert np.isfinite(leaf).all(), path
-        if path != "vision/post_norm/scale" and not path.startswith("vision/"):
+        if path != "media/image/tower/post_norm/scale" and not path.startswith("media/image/tower/"):
             assert np.abs(leaf).max() > 0, path
 
 
@@ -145,9 +181,15 @@ def packed_and_apart() -> tuple[Batch, Batch, list[tuple[tuple[int, slice], tupl
     rng = np.random.default_rng(0)
     P, C, M = tiny.VISION.patches, tiny.VISION.width, 2
     lengths = [[9, 6], [7, 7]]
-    apart = Batch(*(np.full((4, 16), fill, np.int32) for fill in (3, IGNORE, 0, 0, -1)))
+
+    def empty(rows: int) -> Batch:
+        ids_BL, labels_BL, positions_BL, segments_BL, places_BL = (
+            np.full((rows, 16), fill, np.int32) for fill in (3, IGNORE, 0, 0, -1)
+        )
+        return Batch(ids_BL, labels_BL, positions_BL, segments_BL, places_BL)
+
+    apart, packed = empty(4), empty(2)
     features_BMPC = np.zeros((4, M, P, C), np.float32)
-    packed = Batch(*(np.full((2, 16), fill, np.int32) for fill in (3, IGNORE, 0, 0, -1)))
     packed_features = np.zeros((2, M, P, C), np.float32)
     places = []
     for row in range(2):
@@ -163,10 +205,14 @@ def packed_and_apart() -> tuple[Batch, Batch, list[tuple[tuple[int, slice], tupl
                 batch.positions_BL[at, place] = np.arange(length)
                 batch.segments_BL[at, place] = n + 1 if batch is packed else 1
                 if has_image:
-                    batch.patches_BL[at, place][1 : 1 + P] = np.arange(P) + image * P
+                    batch.places_BL[at, place][1 : 1 + P] = np.arange(P) + image * P
             places.append(((row, here), (one, there)))
             start += length
-    return packed._replace(features_BMPC=packed_features), apart._replace(features_BMPC=features_BMPC), places
+    return (
+        packed._replace(features={"image": packed_features}),
+        apart._replace(features={"image": features_BMPC}),
+        places,
+    )
 
 
 def test_packed_conversations_neither_see_nor_change_each_other():

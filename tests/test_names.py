@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from moextend_jax.checkpoints import names
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, VisionConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path
 
@@ -111,7 +111,7 @@ CASES = {
 @functools.cache
 def shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Our parameters of the full-size model."""
-    config = ModelConfig(decoder=decoder, vision=CLIP_L_336, extension=PUBLISHED)
+    config = of_pictures(decoder=decoder, vision=CLIP_L_336, extension=PUBLISHED)
     model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
     return {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
 
@@ -127,7 +127,7 @@ def test_the_counts_are_the_published_ones():
 @pytest.mark.parametrize("case", CASES)
 def test_every_published_name_is_matched_once_and_has_its_shape(case: str):
     table, decoder, published = CASES[case]
-    config = ModelConfig(decoder=decoder, vision=CLIP_L_336, extension=PUBLISHED)
+    config = of_pictures(decoder=decoder, vision=CLIP_L_336, extension=PUBLISHED)
     tensors = list(names.tensors(table, config))
     assert collections.Counter(tensor.file for tensor in tensors) == collections.Counter(published.keys())
     ours = shapes(decoder)
@@ -146,7 +146,7 @@ def test_every_published_name_is_matched_once_and_has_its_shape(case: str):
 
 def test_no_pattern_of_other_tensors_swallows_one_of_ours():
     for table, pattern in names.BESIDE.items():
-        config = ModelConfig(decoder=M8X7B, vision=CLIP_L_336)
+        config = of_pictures(decoder=M8X7B, vision=CLIP_L_336)
         for tensor in names.tensors(table, config):
             for prefix in ("", names.PREFIXES.get(table, "")):
                 assert not pattern.fullmatch(prefix + tensor.file)

@@ -50,10 +50,10 @@ def test_a_short_run_has_finite_rates_that_are_not_all_zero(recipe, steps: int):
 
 
 LEAVES = {
-    "projector/first": (4, 3),
-    "extension/new_experts/w_up": (2, 5),
-    "extension/router/new_gate": (3,),
-    "extension/router/calibrator/w_in": (2, 2),
+    "media/image/projector/first": (4, 3),
+    "extensions/image/new_experts/w_up": (2, 5),
+    "extensions/image/router/new_gate": (3,),
+    "extensions/image/router/calibrator/w_in": (2, 2),
 }
 CONFIG = OptimizerConfig(
     clip_norm=1.5,
@@ -67,8 +67,8 @@ CONFIG = OptimizerConfig(
 
 def by_hand(start, gradients, rate_of) -> dict[str, np.ndarray]:
     """AdamW in float64 with the group's rate and decay, clipped by the norm over all trainable leaves."""
-    multiplier = {"extension/new_experts/w_up": 0.5, "extension/router/new_gate": 3.0}
-    decay = {"projector/first": 0.1, "extension/router/new_gate": 0.2}
+    multiplier = {"extensions/image/new_experts/w_up": 0.5, "extensions/image/router/new_gate": 3.0}
+    decay = {"media/image/projector/first": 0.1, "extensions/image/router/new_gate": 0.2}
     leaves = {path: np.asarray(leaf, np.float64) for path, leaf in start.items()}
     m, v = ({path: np.zeros_like(leaf) for path, leaf in leaves.items()} for _ in range(2))
     for step, gradient in enumerate(gradients):
@@ -118,12 +118,14 @@ def test_the_state_is_two_moments_of_what_trains_and_counters(stage: str):
 
 def test_moments_of_a_bfloat16_leaf_are_float32_and_forget():
     """A bfloat16 second moment times 0.999 rounds back to itself: after one large gradient it would stay for ever."""
-    leaves = {"projector/first": jnp.ones(4, jnp.bfloat16)}
+    leaves = {"media/image/projector/first": jnp.ones(4, jnp.bfloat16)}
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1e9), paths=leaves)
     state = optimizer.init(leaves)
     sizes = []
     for scale in (1.0, *[1e-3] * 20):
-        updates, state = optimizer.update({"projector/first": jnp.full(4, scale, jnp.bfloat16)}, state, leaves)
+        updates, state = optimizer.update(
+            {"media/image/projector/first": jnp.full(4, scale, jnp.bfloat16)}, state, leaves
+        )
         moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
         assert {leaf.dtype for leaf in (*moments, *jax.tree.leaves(updates))} == {jnp.dtype("float32")}
         sizes.append(float(moments[1][0]))

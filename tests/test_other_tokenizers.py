@@ -17,7 +17,7 @@ from moextend_jax.check_data import check_command
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import ImageTags, ModelConfig, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
-from moextend_jax.evaluate.speak import batch_of, encoded, speak
+from moextend_jax.evaluate.speak import batch_of, encoded, show, speak
 from moextend_jax.generate import Sampling
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs.askable import askable
@@ -47,7 +47,7 @@ def settings(base: Path):
 def run(tmp_path) -> Run:
     """A run whose projector is random."""
     run = open_run(settings(write_base(tmp_path / "base")), tmp_path / "work")
-    leaves = {path: leaf for path, leaf in tiny.arrays(run.config).items() if path.startswith("projector/")}
+    leaves = {path: leaf for path, leaf in tiny.arrays(run.config).items() if path.startswith("media/image/projector/")}
     train_state.save_leaves(tmp_path / "work" / "align" / "result", leaves, facts=run.facts)
     remember(run)
     return run
@@ -59,11 +59,13 @@ def say(run: Run, which: str, **more) -> str:
 
 def test_it_is_asked_in_its_own_template_and_continues_text_without_bos(run, tmp_path):
     model = askable(run, "aligned")
-    chat, plain = (batch_of(model, encoded(model, "a?", images=0, plain=plain)) for plain in (False, True))
+    chat, plain = (
+        batch_of(model, encoded(model, "a?", spans={}, plain=plain), show(model, {})) for plain in (False, True)
+    )
     assert run.tokenizer.decode(chat.ids_BL[0][chat.segments_BL[0] > 0]).endswith("user\na?\nassistant\n")
     assert plain.ids_BL[0, :3].tolist() == [*run.tokenizer.encode("a?"), 0]
     assert say(run, "aligned") == say(run, "aligned")
-    tags = json.loads((tmp_path / "work" / "config.json").read_text())["model"]["tags"]
+    tags = json.loads((tmp_path / "work" / "config.json").read_text())["model"]["media"]["image"]["tags"]
     assert ImageTags(**tags) == run.config.tags == run.tokenizer.tags == ImageTags(start=7, end=8, pad=9)
     assert open_workdir(tmp_path / "work").config.tags == run.config.tags
 

@@ -12,11 +12,11 @@ import optax
 import pytest
 import tiny
 
-from moextend_jax.config import IGNORE, RECIPES, Batch
+from moextend_jax.config import IGNORE, RECIPES, Batch, Room
 from moextend_jax.data import batches
-from moextend_jax.data.batches import Features
 from moextend_jax.data.conversations import Encoded
-from moextend_jax.data.packing import Item, Row, pack
+from moextend_jax.data.packing import Item, Row, Shape, pack
+from moextend_jax.data.readers import Features
 from moextend_jax.extension.routing import count_picks
 from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import StageSettings
@@ -42,8 +42,8 @@ def conversation(rng: np.random.Generator, *, text: int, images: int, first_imag
     labels_L[0] = ids_L[0]  # the released template labels it; no packed neighbour may predict it
     if hidden_end:
         segments_L[-1] = 0
-    encoded = Encoded(ids_L, labels_L, np.array(patches, np.int32), segments_L, images)
-    return Item(encoded, list(range(first_image, first_image + images)))
+    encoded = Encoded(ids_L, labels_L, np.array(patches, np.int32), segments_L, {"image": images})
+    return Item(encoded, {"image": range(first_image, first_image + images)})
 
 
 def conversations(count: int = 9, *, seed: int = 0, hidden_end: bool = False) -> list[Item]:
@@ -67,12 +67,16 @@ def fake(lengths_n, images_n) -> list[Item]:
     made = []
     for n, m in zip(lengths_n, images_n, strict=True):
         ids_L = np.ones(n, np.int32)
-        made.append(Item(Encoded(ids_L, ids_L, -ids_L, ids_L, m), [0] * m))
+        made.append(Item(Encoded(ids_L, ids_L, -ids_L, ids_L, {"image": m}), {"image": [0] * m}))
     return made
 
 
+def shape_of(length: int = L, images_per_row: int = M) -> Shape:
+    return Shape(length, {"image": Room(images_per_row, P)})
+
+
 def rows_of(items: list[Item], *, alone: bool = False, length: int = L, images_per_row: int = M) -> list[Row]:
-    return pack(items, length=length, images_per_row=images_per_row, patches=P, conversations_per_row=int(alone))
+    return pack(items, shape=shape_of(length, images_per_row), conversations_per_row=int(alone))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -82,33 +86,33 @@ def rows_of(items: list[Item], *, alone: bool = False, length: int = L, images_p
 @pytest.mark.parametrize("seed", range(5))
 def test_every_conversation_is_there_once_and_whole(seed: int, conversations_per_row: int):
     items = conversations(25, seed=seed)
-    rows = pack(items, length=L, images_per_row=M, patches=P, conversations_per_row=conversations_per_row)
+    rows = pack(items, shape=shape_of(), conversations_per_row=conversations_per_row)
     left = {item.encoded.ids_L.tobytes(): item for item in items}
     for row in rows:
         used, count = 0, int(row.segments_L.max())
         assert 1 <= count <= (conversations_per_row or L)
         for segment in range(1, count + 1):
             (here,) = np.nonzero(row.segments_L == segment)
-            encoded, image_rows, _ = left.pop(row.ids_L[here].tobytes())
+            encoded, item_rows, _ = left.pop(row.ids_L[here].tobytes())
+            image_rows = item_rows["image"]
             assert (here == here[0] + np.arange(len(encoded.ids_L))).all()
             np.testing.assert_array_equal(row.positions_L[here], np.arange(len(here)))
             np.testing.assert_array_equal(row.labels_L[here][1:], encoded.labels_L[1:])
             assert row.labels_L[here[0]] == IGNORE
-            patches_l = np.where(encoded.patches_L >= 0, encoded.patches_L + used * P, -1)
-            np.testing.assert_array_equal(row.patches_L[here], patches_l)
-            np.testing.assert_array_equal(row.image_rows_M[used : used + len(image_rows)], image_rows)
+            patches_l = np.where(encoded.places_L >= 0, encoded.places_L + used * P, -1)
+            np.testing.assert_array_equal(row.places_L[here], patches_l)
+            np.testing.assert_array_equal(row.item_rows_M["image"][used : used + len(image_rows)], image_rows)
             used += len(image_rows)
-        assert (row.image_rows_M[used:] == -1).all()
+        assert (row.item_rows_M["image"][used:] == -1).all()
         padding = row.segments_L == 0
-        assert (row.labels_L[padding] == IGNORE).all() and (row.patches_L[padding] == -1).all()
+        assert (row.labels_L[padding] == IGNORE).all() and (row.places_L[padding] == -1).all()
     assert not left
 
 
 def test_the_same_window_gives_the_same_rows():
     items = conversations(25)
     for one, again in zip(rows_of(items), rows_of(items), strict=True):
-        for a, b in zip(one, again, strict=True):
-            np.testing.assert_array_equal(a, b)
+        jax.tree.map(np.testing.assert_array_equal, one, again)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_rows_are_filled_exactly_where_that_is_easy(lengths_n, length, rows):
 
 def test_image_slots_limit_a_row_as_length_does():
     rows = rows_of(fake([5] * 8, [1, 1, 1, 1, 0, 0, 0, 0]), length=20, images_per_row=1)
-    assert len(rows) == 4 and all((row.image_rows_M >= 0).sum() == 1 for row in rows)
+    assert len(rows) == 4 and all((row.item_rows_M["image"] >= 0).sum() == 1 for row in rows)
 
 
 def test_llava_like_lengths_fill_rows_of_two_conversation_limits():
@@ -157,12 +161,13 @@ def batch_of(rows: list[Row], *, size: int, pixels: bool = False) -> Batch:
     images_nhwc = rng.normal(size=(64, side, side, 3)).astype(np.float32)
     store = cast(Any, SimpleNamespace(features_nPC=features_nPC))
     stage = StageSettings(data="", steps=1, length=L, batch_size=size, images_per_row=M)
-    batch = batches._batch(rows, stage=stage, images=Features(store=store))
+    readers = {"image": Features(store=store, medium=tiny.PLAIN.media["image"])}
+    batch = batches._batch(rows, stage=stage, shape=shape_of(), readers=readers)
     if not pixels:
         return batch
-    images_BMhwc = images_nhwc[np.maximum(np.stack([row.image_rows_M for row in rows]), 0)]
+    images_BMhwc = images_nhwc[np.maximum(np.stack([row.item_rows_M["image"] for row in rows]), 0)]
     images_BMhwc = np.pad(images_BMhwc, [(0, size - len(rows)), *[(0, 0)] * 4])
-    return batch._replace(features_BMPC=None, images_BMhwc=images_BMhwc)
+    return batch._replace(features={}, media={"image": images_BMhwc})
 
 
 def both(*, hidden_end: bool = False, pixels: bool = False) -> tuple[Batch, Batch]:
@@ -170,7 +175,7 @@ def both(*, hidden_end: bool = False, pixels: bool = False) -> tuple[Batch, Batc
     items = conversations(hidden_end=hidden_end)
     packed, apart = rows_of(items), rows_of(items, alone=True)
     assert len(packed) < 6 and max(row.segments_L.max() for row in packed) > 2
-    assert max((row.image_rows_M >= 0).sum() for row in packed) > 2
+    assert max((row.item_rows_M["image"] >= 0).sum() for row in packed) > 2
     size = len(apart)
     return batch_of(packed, size=size, pixels=pixels), batch_of(apart, size=size, pixels=pixels)
 
@@ -235,7 +240,7 @@ def test_routing_counts_of_text_and_of_images_are_those_of_unpacked_rows(recipe:
     count = jax.jit(lambda batch: count_picks(with_arrays(MODEL, ARRAYS)(batch).routing, batch, recipe=RECIPES[recipe]))
     ours, theirs = (count(batch) for batch in both(hidden_end=hidden_end))
     items = conversations(hidden_end=hidden_end)
-    images = sum(len(item.image_rows) for item in items)
+    images = sum(len(item.rows["image"]) for item in items)
     assert ours.image_tokens == theirs.image_tokens == images * P
     hidden = len(items) if hidden_end else 0
     assert ours.text_tokens == theirs.text_tokens == lengths(items).sum() - images * P - hidden

@@ -48,6 +48,19 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
+class Several:
+    base: str
+    """what from"""
+    parts: tuple[Path, ...]
+    """what of"""
+    out: Path
+    """where to"""
+    _: dataclasses.KW_ONLY
+    share: tuple[str, ...] = ()
+    """of them"""
+
+
+@dataclasses.dataclass(frozen=True)
 class OfRun:
     config: RunSettings
     _: dataclasses.KW_ONLY
@@ -107,6 +120,18 @@ def test_a_mistake_names_the_option(words: str, message: str):
     with pytest.raises(MoextendError) as error:
         read(words)
     assert message in str(error.value)
+
+
+def test_a_list_by_place_takes_all_that_leave_one_for_each_other():
+    for words, base, parts, out in (
+        ("a b c d", "a", "b c", "d"), ("a b,1 d", "a", "b,1", "d"), ("--out d a b c", "a", "b c", "d"),
+        ("b c d --base a", "a", "b c", "d"),
+    ):  # fmt: skip
+        options = parse(Several, [*words.split(), "--share=x=1,y", "--share", "z"], command="put", does="")
+        assert options == Several(base, tuple(map(Path, parts.split())), Path(out), share=("x=1", "y", "z"))
+    with pytest.raises(MoextendError, match="put needs --parts: what of"):
+        parse(Several, ["a", "d"], command="put", does="")
+    assert parse(Several, ["--help"], command="put", does="").startswith("moextend put BASE PARTS ... OUT [--OPTION")
 
 
 def test_all_that_is_lacking_is_named():
@@ -209,7 +234,10 @@ def test_a_file_that_is_broken_is_one_line_with_its_place(tmp_path: Path, text: 
     ("name", "message"),
     [
         ("dmeo", r"no configuration dmeo: no such file, and the package's are .*demo.*; did you mean demo\?"),
-        ("configs/nope.py", "no configuration configs/nope.py: no such file, and the package's are bench, demo"),
+        (
+            "configs/nope.py",
+            "no configuration configs/nope.py: no such file, and the package's are bench, continual, demo",
+        ),
         ("demo.py", r"no configuration demo.py: .*did you mean demo\?"),
         ("demo:relased", r"demo:relased: the arguments are paper, released; did you mean released\?"),
         ("mixtral_8x7b:full", "the arguments are paper, packed, released"),

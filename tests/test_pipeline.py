@@ -19,7 +19,7 @@ from moextend_jax import cli
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.evaluate import summary
 from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
-from moextend_jax.runs.results import RESULTS
+from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import from_config_dict
 from moextend_jax.train.metrics import read_metrics
@@ -51,7 +51,7 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "TEXTS", short)
         tiny.shorten_easy_vqa(patch)
-        flags = ["--config.baseline=true", "--config.validate_every=2"]
+        flags = ["--config.baseline=true", "--config.validate_every=2", "--config.evaluate.leave_out=subsets"]
         with (folder / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):
             cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}", *flags])
     return config, folder / "work"
@@ -81,6 +81,19 @@ def test_the_summary_has_every_figure(finished):
     assert all(seconds > 0 for seconds in summary["seconds"].values())
     assert all(0 <= summary["accuracy"][name] <= 1 for name in ("question_only", "aligned", "moextend", "full"))
     assert summary["frozen_unchanged"] is True
+
+
+def test_the_questions_are_asked_without_the_image_too(finished):
+    config, workdir = finished
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert set(summary["without"]["image"]) == {"aligned", "moextend", "full"}
+    for model, alone in summary["without"]["image"].items():
+        asked = summary["importance"][model]
+        assert asked["subsets"]["none"] == {"right": 8 * alone, "questions": 8, "accuracy": alone}
+        assert asked["subsets"]["image"]["accuracy"] == summary["accuracy"][model]
+        assert asked["media"]["image"]["importance"] == pytest.approx(summary["accuracy"][model] - alone)
+    assert (config.parent / "printed.txt").read_text().count("without image") == 3
+    assert "without image" in (workdir / "report.html").read_text()
 
 
 def test_the_selection_is_recorded_with_a_picture(finished):
@@ -117,23 +130,30 @@ def test_results_hold_what_the_stage_trains_and_nothing_else(finished):
         stage: set(json.loads((finished[1] / stage / "stage.json").read_text())["trained"])
         for stage in ("align", "extend", "finetune", "full")
     }
-    assert {path.split("/")[0] for path in trained["align"]} == {"projector"}
+    assert all(path.startswith("media/image/projector/") for path in trained["align"])
     assert trained["extend"] == {"decoder/layers/moe/gate"}
-    assert {path.split("/")[0] for path in trained["finetune"]} == {"extension"}
-    assert {path.split("/")[0] for path in trained["full"]} == {"decoder", "projector", "vision"}
+    assert {path.split("/")[0] for path in trained["finetune"]} == {"extensions"}
+    assert {"/".join(path.split("/")[:-1]).partition("/layers")[0] for path in trained["full"]} >= {
+        "decoder", "media/image/projector", "media/image/tower",
+    }  # fmt: skip
 
 
 def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
     run = open_again(finished)
     _, arrays = open_model(run, "moextend")
-    _, start = model_with(run, RESULTS["finetune"].parents)
+    _, start = model_with(run, FIRST.results["finetune"].parents)
     for path, leaf in run.pretrained.items():  # the probe's routers are gone, in the paper's recipe
         assert np.asarray(arrays[path]).tobytes() == np.asarray(leaf).tobytes(), path
-    for path in ("extension/new_experts/w_up", "extension/router/new_gate", "extension/router/calibrator/w_out"):
+    for path in (
+        "extensions/image/new_experts/w_up",
+        "extensions/image/router/new_gate",
+        "extensions/image/router/calibrator/w_out",
+    ):
         assert np.abs(np.asarray(arrays[path]) - np.asarray(start[path])).max() > 0, path
     layer, source = run_selection(finished)
     np.testing.assert_array_equal(
-        start["extension/new_experts/w_up"][0, 0], run.pretrained["decoder/layers/moe/experts/w_up"][layer, source]
+        start["extensions/image/new_experts/w_up"][0, 0],
+        run.pretrained["decoder/layers/moe/experts/w_up"][layer, source],
     )
     assert frozen_unchanged(run)
 
@@ -170,6 +190,7 @@ def test_generate_streams_from_the_finished_model(finished, capsys, tmp_path):
         assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_path: Path, capsys):
     """A conversation without an answer is left out of the questions and of what answers are guessed from; one without
     an image is asked; seven questions make two batches of four, and more examples than rows."""
@@ -209,7 +230,7 @@ def test_the_other_choices_of_the_recipe_run_too(finished, tmp_path):
     for stage in ("align", "extend", "select", "grow", "finetune"):
         cli.main([stage, *arguments])
     record = json.loads((tmp_path / "finetune" / "stage.json").read_text())
-    assert {path.split("/")[0] for path in record["trained"]} == {"extension", "projector"}
+    assert {path.split("/")[0] for path in record["trained"]} == {"extensions", "media"}
     run = open_again((config, tmp_path))
     _, arrays = open_model(run, "moextend")
     gate = "decoder/layers/moe/gate"

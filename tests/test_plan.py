@@ -197,16 +197,35 @@ ENTRY %main (x: bf16[512,256], w: bf16[8,256,1024]) -> bf16[512,1024] {
 """
 
 
-def test_a_grouped_kernel_counts_the_rows_of_its_groups():
+@pytest.mark.parametrize(
+    ("target", "op_name"),
+    [("tpu_custom_call", "a/gmm"), ("__gpu$xla.gpu.triton", "triton_grouped_product/pallas_call")],
+)
+def test_a_grouped_kernel_counts_the_rows_of_its_groups(target: str, op_name: str):
     seen = []
 
     def share(kernel: products.Kernel, times: float) -> float:
         seen.append(kernel)
         return 0.25
 
-    found = products.products(hlo.parse(GROUPED), unknown=once, share=share)
+    text = GROUPED.replace("tpu_custom_call", target).replace("a/gmm", op_name).replace("%gmm.1", "%pallas_call.1")
+    found = products.products(hlo.parse(text), unknown=once, share=share)
     assert found.flops == 0.25 * 2 * 512 * 256 * 1024
     assert (seen[0].groups, seen[0].matrix, seen[0].rows) == (8, (256, 1024), 512)
+
+
+def test_products_through_cublas_count_what_they_contract():
+    """XLA for GPU writes a product as a call whose second result is cuBLAS's workspace."""
+    text = """
+ENTRY %main (x: bf16[4,64,32], w: bf16[4,32,128]) -> (bf16[4,64,128], s8[1024]) {
+  %x = bf16[4,64,32] parameter(0)
+  %w = bf16[4,32,128] parameter(1)
+  ROOT %c = (bf16[4,64,128], s8[1024]) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]}}}
+}
+"""
+    found = products.products(hlo.parse(text), unknown=once)
+    assert found.flops == 2 * 4 * 64 * 32 * 128 and not found.uncounted
 
 
 def test_products_written_as_windows_count_no_padding():
@@ -219,6 +238,26 @@ ENTRY %main (x: f32[2,3,4], w: f32[2,4,5]) -> f32[2,3,5] {
 }
 """
     assert products.products(hlo.parse(text), unknown=once).flops == 2 * 2 * 3 * 4 * 5
+
+
+def test_traffic_of_a_kernel_that_is_started_is_its_own():
+    """A layer's weights sliced on another stream, as XLA for GPU does it: one of 12 matrices read, one written."""
+    text = """
+%fused (w: f32[12,8,16], i: s32[]) -> f32[1,8,16] {
+  %w = f32[12,8,16] parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[1,8,16] dynamic-slice(%w, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+}
+
+ENTRY %main (w: f32[12,8,16], i: s32[]) -> f32[1,8,16] {
+  %w = f32[12,8,16] parameter(0)
+  %i = s32[] parameter(1)
+  %start = ((f32[12,8,16], s32[]), f32[1,8,16], u32[]) fusion-start(%w, %i), kind=kLoop, calls=%fused
+  ROOT %done = f32[1,8,16] fusion-done(%start)
+}
+"""
+    assert traffic.traffic(hlo.parse(text), unknown=once) == pytest.approx(2 * 8 * 16 * 4, abs=8)
 
 
 def test_traffic_of_a_scan_reads_each_slice_once():
@@ -239,14 +278,14 @@ def mixtral(**changes: typing.Any):
 
 def test_the_anchor_is_8_times_weights_times_tokens():
     """MaxText's full training of Mixtral-8x7B does 12.94 TFLOP per layer and chip at 4,096 tokens per chip."""
-    full = flops.full_training(mixtral(), rows=128, length=2048, images=0)
+    full = flops.full_training(mixtral(), rows=128, length=2048, items={"image": 0})
     weights = {name: phases for name, phases in full.parts.items() if name not in ("head", "attention/scores")}
     per_layer = sum(sum(phases.values()) for phases in weights.values()) / 32 / 64
     assert per_layer == pytest.approx(12.94e12, rel=5e-3)
 
 
 def test_router_training_needs_no_weight_gradient_and_less_than_6_times():
-    extend = flops.step_flops(mixtral(), trains=("decoder/layers/moe/gate",), rows=128, length=2048, images=0)
+    extend = flops.step_flops(mixtral(), trains=("decoder/layers/moe/gate",), rows=128, length=2048, items={"image": 0})
     gate = 2 * 32 * 128 * 2048 * 4096 * 8
     assert extend.by_phase()["weight_gradients"] == gate
     weights = {name: phases for name, phases in extend.parts.items() if name not in ("head", "attention/scores")}
@@ -320,6 +359,7 @@ def test_a_sweep_tries_only_what_divides(small: RunSettings):
 
 def test_a_sweep_ranks_what_fits_and_keeps_within(small: RunSettings, monkeypatch):
     """What is compiled is the most promising by estimate; the ranking goes by what was compiled."""
+    pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
     asked = []
 
     def compiled(settings, **_):

@@ -116,6 +116,7 @@ def steps_saved(folder: Path) -> list[int]:
     return [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_on_a_torus_two_processes_are_one_run(llava, alone, tmp_path: Path):
     """Where each process's rows lie scattered in the mesh: batches, counts, training and answers are one process's."""
     sizes = {**ALONE, "fsdp": 4}
@@ -219,7 +220,7 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
     # The routers may be as far apart as Adam's steps can bring them, and nothing else may.
     farthest = 2 * settings.finetune.steps * settings.finetune.optimizer.learning_rate
     for path, leaf in finished(alone)[1].items():
-        atol = farthest if path.startswith("extension/router/") else 1e-6
+        atol = farthest if path.startswith("extensions/image/router/") else 1e-6
         np.testing.assert_allclose(arrays[path], leaf, atol=atol, rtol=0, err_msg=path)
     assert "</html>" in (workdir / "report.html").read_text()
     for words in (
@@ -241,15 +242,28 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
                 )
             )
             shutil.rmtree(workdir / "eval", ignore_errors=True)
-        assert seen[0] == seen[1], words
+        if words[0] == "routing":
+            _same_picks(seen[0][1], seen[1][1])
+        else:
+            assert seen[0][0] == seen[1][0], words
 
 
-def _arrays(path: Path) -> dict[str, bytes]:
-    """Whole numbers of an npz file, if it is there: counts and picks."""
+def _same_picks(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """All but where rounding decides: three steps of 1e-5 leave a new expert's column next to its source's."""
+    decided_ZT = a["gaps"] > 1e-5
+    assert decided_ZT.mean() > 0.9
+    np.testing.assert_array_equal(np.sort(a["ids"])[decided_ZT], np.sort(b["ids"])[decided_ZT])
+    for name in ("outputs", "tokens/text", "tokens/image", "image"):
+        np.testing.assert_array_equal(a[name], b[name])
+    for name in ("probs/text", "entropy/text"):
+        np.testing.assert_allclose(a[name], b[name], atol=1e-6)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     with np.load(path) as arrays:
-        return {name: arrays[name].tobytes() for name in arrays if arrays[name].dtype.kind in "iu"}
+        return dict(arrays)
 
 
 def finished(workdir: Path) -> tuple[RunSettings, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,8 +16,8 @@ from moextend_jax.generate import ALIGNED_ROWS
 def prompt(head: int, tail: int, *, image: int = 0) -> Prompt:
     length = head + tail
     return Prompt(
-        ids_L=np.arange(length, dtype=np.int32), patches_L=np.full(length, -1, np.int32), head=head,
-        images=(image,) if head else (),
+        ids_L=np.arange(length, dtype=np.int32), places_L=np.full(length, -1, np.int32), head=head,
+        items={"image": (image,)} if head else {},
     )  # fmt: skip
 
 
@@ -63,8 +64,8 @@ def test_every_prompt_is_asked_once_and_fits():
                 assert prompts[n].tail <= work.tail_length and prompts[n].head <= work.head_length
                 if work.head_length:
                     other = prompts[heads[head_of[row]]]
-                    assert other.images == prompts[n].images and other.head == prompts[n].head
-            assert len(heads) == len({(prompts[n].head, prompts[n].images) for n in part if prompts[n].head})
+                    assert other.items == prompts[n].items and other.head == prompts[n].head
+            assert len(heads) == len({(prompts[n].head, prompts[n].items["image"]) for n in part if prompts[n].head})
             assert len(heads) <= work.readings * work.heads_at_once
 
 
@@ -78,11 +79,22 @@ def test_the_shapes_of_a_prompt_are_its_own():
     assert {len(prompts) - 1 - n: of for n, of in shapes(prompts[::-1], **OPTIONS).items()} == together
 
 
+def test_a_batch_has_prompts_of_the_same_media_alone():
+    """Which extensions may run follows from the media that a batch has."""
+    media: list[dict[str, tuple[int, ...]]] = [{"image": (0,)}, {"sound": (0,)}, {"image": (0,), "sound": (0,)}]
+    prompts = [dataclasses.replace(prompt(20, 9), items=media[n % 3]) for n in range(48)]
+    works = plan(prompts, parts=1, rows=64, tokens=10**6)
+    assert sorted(work.media for work in works) == sorted(map(tuple, media))
+    for work in works:
+        assert {tuple(prompts[n].items) for n in work.prompts[0]} == {work.media}
+        assert len(work.prompts[0]) == 16 and len(work.heads[0]) == 1
+
+
 def test_questions_about_one_image_stand_side_by_side():
     prompts = [prompt(20, 9, image=n % 4) for n in range(64)]
     (work,) = plan(prompts, parts=1, rows=64, tokens=10**6)
     assert len(work.heads[0]) == 4 and work.readings == 1
-    assert [prompts[n].images for n in work.prompts[0]] == sorted(one.images for one in prompts)
+    assert [prompts[n].items["image"] for n in work.prompts[0]] == sorted(one.items["image"] for one in prompts)
 
 
 def test_long_prompts_come_in_smaller_batches():

@@ -18,17 +18,18 @@ import tiny
 from moextend_jax.checkpoints.loading import EMBEDDED
 from moextend_jax.config import IGNORE, MoextendError
 from moextend_jax.data.batches import batches
+from moextend_jax.data.readers import Readers
 from moextend_jax.data.splitting import marks_of
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate import summary
 from moextend_jax.mesh import make_mesh, place_leaves
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.data_of import held_out_source, pixels_of, source_of, unseen_source
+from moextend_jax.runs.data_of import held_out_source, readers_of, source_of, unseen_source
 from moextend_jax.runs.making import make_all
 from moextend_jax.runs.models_of import Opened, text_only
 from moextend_jax.runs.ready import ready
-from moextend_jax.runs.results import RESULTS, Data
+from moextend_jax.runs.results import FIRST, Data
 from moextend_jax.runs.run import Run
 from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings
 
@@ -73,7 +74,7 @@ def rewrite(folder: Path, change) -> None:
 
 def test_steps_and_lengths_come_from_the_data(llava, tmp_path, capsys):
     run = open_without_weights(settings(llava, extend={"least_steps": 30}), tmp_path)
-    filled = ready(run, RESULTS).settings
+    filled = ready(run, FIRST.results).settings
     assert filled.align.steps == filled.finetune.steps == math.ceil(1.5 * 18 / 4)  # of 24 rows 6 are held out
     assert filled.extend.steps == 30
     for stage in (filled.align, filled.extend, filled.finetune, filled.full):
@@ -110,7 +111,7 @@ def test_steps_of_packed_rows_are_those_that_packing_makes(llava, tmp_path):
     stage = ready(run, ["finetune"]).settings.finetune
     rows = batches(
         source_of(run, Data("finetune")), stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe,
-        images=None, patches=run.patches, epochs=1,
+        readers={}, epochs=1,
     )  # fmt: skip
     assert stage.steps == len(list(rows)) < ROWS / 2
 
@@ -191,20 +192,20 @@ def test_questions_are_looked_at_before_anything_is_trained(llava, tmp_path):
 
 def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     run = open_without_weights(settings(llava, align={"split": "train[:50%]"}), tmp_path)
-    unseen = unseen_source(run)
+    unseen = unseen_source(run, "image")
     assert unseen is not None and len(unseen) == 6
     marks = set(itertools.chain.from_iterable(marks_of(unseen)))
-    parts = {name: source_of(run, row.data(run.settings.recipe)) for name, row in RESULTS.items() if row.data}
+    parts = {name: source_of(run, row.data(run.settings.recipe)) for name, row in FIRST.results.items() if row.data}
     for name, part in parts.items():
         assert all(map(marks.isdisjoint, marks_of(part))), name
     assert len(parts["finetune"]) == 18 and len(parts["select"]) == 2 and len(parts["extend"]) == 16
     assert 6 <= len(parts["align"]) < 12
-    asked = summary._asked(run)
+    (asked,) = summary._asked_of_all(run).values()
     assert {row.id for row in asked.source} == {row.id for row in unseen}
     assert (asked.title, asked.data) == ("held-out llava_instruct", "llava_instruct")
     named = changed(run.settings, evaluate={"data": "llava_instruct", "questions": 5, "split": "train[:6]"})
-    assert [row.id for row in held_out_source(run) or ()] == [row.id for row in unseen]
-    assert held_out_source(dataclasses.replace(run, settings=named)) is None  # stages train on it
+    assert [row.id for row in held_out_source(run, "image") or ()] == [row.id for row in unseen]
+    assert held_out_source(dataclasses.replace(run, settings=named), "image") is None  # stages train on it
     assert len(source_of(dataclasses.replace(run, settings=named), Data("finetune"))) == ROWS
 
 
@@ -212,7 +213,9 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     ("data", "title"),
     [
         ("easy_vqa/questions", "easy-VQA"),
+        ("instruments/questions:1,a/b.json:2", "instruments/questions, b.json"),
         ("llava_instruct", "llava_instruct"),
+        ("spoken_words/captions:1,instruments:2", "spoken_words/captions, instruments"),
         ("/a/b/own.jsonl", "own.jsonl"),
         ("gs://bucket/own.json", "own.json"),
         ("x/a.json:0.7,y/b.parquet:0.3", "a.json, b.parquet"),
@@ -227,19 +230,19 @@ def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
     """Whatever the batches; of a model with eyes, and of the base, which gets the text alone."""
     own = settings(llava, finetune={"steps": 1, "epochs": 0.0}, evaluate={"text_batch_size": 4})
     run = open_without_weights(own, tmp_path)
-    source = unseen_source(run)
+    source = unseen_source(run, "image")
     assert source is not None
     opened = Opened(abstract(run.config), place_leaves(abstract(run.config), tiny.arrays(run.config), run.mesh))
-    images = pixels_of(run, source)
+    readers = readers_of(run, source, data="", split="", inputs=True)
 
-    def loss(opened: Any, images: Any, rows: int) -> float:
+    def loss(opened: Any, readers: Readers, rows: int) -> float:
         stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=rows)
-        return summary._answer_loss(run, opened, source, stage=stage, images=images)
+        return summary._answer_loss(run, opened, source, stage=stage, readers=readers)
 
     nats, tokens = 0.0, 0
     stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=6)
-    (batch,) = batches(source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, images=images,
-                       patches=run.patches, seed=None, epochs=1)  # fmt: skip
+    (batch,) = batches(source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, readers=readers,
+                       seed=None, epochs=1)  # fmt: skip
     model = with_arrays(opened.model, opened.arrays)
     hidden_BLD = jax.jit(lambda batch: model(batch).hidden_BLD)(batch._replace(examples_Bg=None))
     logits_BLV = np.asarray(hidden_BLD, np.float64) @ np.asarray(model.decoder.head_DV, np.float64)
@@ -247,10 +250,23 @@ def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
         for n in np.flatnonzero(labels_L != IGNORE):
             nats += np.log(np.exp(logits_LV[n - 1]).sum()) - logits_LV[n - 1, labels_L[n]]
             tokens += 1
-    seeing = loss(opened, images, 4)
+    seeing = loss(opened, readers, 4)
     assert seeing == pytest.approx(nats / tokens, rel=1e-4)
-    blind = loss(text_only(opened), None, 4)
+    blind = loss(text_only(opened), {}, 4)
     assert np.isfinite(blind) and abs(blind - seeing) > 1e-3
+
+
+def test_a_cache_of_features_lies_in_no_other(llava, tmp_path, monkeypatch):
+    """One that is made again takes its folder away; that of pictures is where it always was."""
+    run, paths = open_without_weights(settings(llava), tmp_path), []
+    source = source_of(run, Data("finetune"))
+    glimpse = dataclasses.replace(run.config.media["image"], mark="<image:glimpse>")
+    monkeypatch.setattr("moextend_jax.runs.data_of.cache_features", lambda inputs, *, path, **_: paths.append(path))
+    both = dataclasses.replace(run.config, media=run.config.media.replacing("glimpse", glimpse))
+    source = dataclasses.replace(source, items={"image": source.images, "glimpse": source.images})
+    readers_of(dataclasses.replace(run, config=both), source, data="llava_instruct", split="train")
+    assert paths[0] == tmp_path / "features" / "llava_instruct-train" and len(paths) == 2
+    assert paths[1].parent == paths[0].parent and paths[1] != paths[0]
 
 
 def test_rows_that_may_have_been_seen_are_not_asked(llava, tmp_path):

@@ -7,6 +7,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.report.page import write_report
 from moextend_jax.report.results_pictures import forgetting, results_picture
 from moextend_jax.report.routing_pictures import routing_picture
-from moextend_jax.report.workdir import read_workdir
+from moextend_jax.report.workdir import parse_selection, read_workdir
 
 SUMMARY = {
     "data": "easy-VQA",
@@ -341,3 +342,14 @@ def test_malformed_evaluations_are_one_line(workdir, file: str, content: str):
     (evaluated(workdir) / "eval" / file).write_text(content)
     with pytest.raises(MoextendError, match="evaluate again or delete the file"):
         write_report(workdir)
+
+
+def test_a_selection_of_two_new_experts_a_layer(tmp_path):
+    record: dict[str, Any] = {**selection(), "new_experts": 2}
+    record["sources"] = [expert for layer in record["chosen_layers"] for expert in (layer % 8, (layer + 1) % 8)]
+    read = parse_selection(record, where="here")
+    assert read.copied == tuple((layer, (layer + n) % 8) for layer in record["chosen_layers"] for n in (0, 1))
+    routing_picture(record, tmp_path / "routing.png")
+    assert (tmp_path / "routing.png").stat().st_size > 1000
+    with pytest.raises(MoextendError, match="here: 7 sources for 4 chosen layers"):
+        parse_selection(record | {"sources": record["sources"][1:]}, where="here")

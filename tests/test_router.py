@@ -16,7 +16,7 @@ import tiny
 from flax import nnx
 
 from configs.mixtral_8x7b import get_config
-from moextend_jax.config import DecoderConfig, ExtensionConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
 from moextend_jax.models.router import (
     LARGEST_WEIGHT,
     NewColumns,
@@ -57,7 +57,7 @@ def routed(*, extended: bool) -> Routing:
     columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
     if not extended:
         columns = with_arrays(columns, {path: 0 * leaf[...] for path, leaf in by_path(nnx.state(columns)).items()})
-    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, columns, extended=flag, top_k=2, normalise=bounded))
+    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, [columns], extended=[flag], top_k=2, normalise=bounded))
     return jax.tree.map(np.asarray, run(one["x_TD"], one["gate_DE"], extended))
 
 
@@ -95,7 +95,7 @@ def test_weights_are_calibrated_but_the_choice_is_not():
     q_TO = p_TO + gelu_TA @ w_out_AO
     chosen_Tk = np.take_along_axis(q_TO, ids_Tk, axis=1)
     single = [jnp.asarray(array, jnp.float32) for array in (x_TD, gate_DE, new_gate_DX, w_in_OA, w_out_AO)]
-    ours = route_extended(single[0], single[1], new_columns(*single[2:]), extended=jnp.array(True), **OPTIONS)
+    ours = route_extended(single[0], single[1], [new_columns(*single[2:])], **OPTIONS)
     np.testing.assert_array_equal(ours.ids_Tk, ids_Tk)
     total_T1 = chosen_Tk.sum(axis=1, keepdims=True)
     assert np.abs(total_T1).min() > 1e-2
@@ -115,7 +115,7 @@ def test_calibrated_weights_that_nearly_cancel_are_held_and_the_others_are_untou
     x_TD, gate_DE = normal(1.0, 20_000, 64), normal(0.1, 64, 8)
 
     def weights(normalise) -> np.ndarray:
-        routing = route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), top_k=2, normalise=normalise)
+        routing = route_extended(x_TD, gate_DE, [columns], top_k=2, normalise=normalise)
         return np.asarray(routing.weights_Tk)
 
     free_Tk, held_Tk = weights(over_their_sum), weights(bounded)
@@ -156,7 +156,7 @@ def test_a_plain_layer_gives_new_leaves_a_zero_gradient_and_no_nan():
     one = layer()
 
     def total(columns: NewColumns, gate_DE: jax.Array):
-        routing = route_extended(one["x_TD"], gate_DE, columns, extended=jnp.array(False), **OPTIONS)
+        routing = route_extended(one["x_TD"], gate_DE, [columns], extended=[jnp.array(False)], **OPTIONS)
         return (routing.weights_Tk * jnp.arange(2.0)[None]).sum()
 
     zeros = new_columns(*(np.zeros_like(one[name]) for name in ("new_gate_DX", "w_in_OA", "w_out_AO")))
@@ -176,11 +176,14 @@ def test_weights_sum_to_one_and_the_likeliest_comes_first():
     np.testing.assert_allclose(routed(extended=True).weights_Tk.sum(axis=1), 1, atol=1e-5)
 
 
-def test_of_a_clone_and_its_source_the_source_comes_first():
+@pytest.mark.parametrize("width", [6, 1000])
+def test_of_a_clone_and_its_source_the_source_comes_first(width: int):
+    """Their logits are equal to the last bit, in numbers of any length."""
     rng = np.random.default_rng(0)
-    x_TD, gate_DE = (jnp.asarray(rng.integers(-3, 4, size=shape), jnp.float32) for shape in ((40, 6), (6, 4)))
+    x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, width), (width, 4)))
     columns = new_columns(gate_DE[:, 2:3], np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float32))
-    ids_Tk = np.asarray(route_extended(x_TD, gate_DE, columns, extended=jnp.array(True), **OPTIONS).ids_Tk)
+    logits_TO, ids_Tk = map(np.asarray, route_extended(x_TD, gate_DE, [columns], **OPTIONS)[:2])
+    np.testing.assert_array_equal(logits_TO[:, 4], logits_TO[:, 2])
     both_T = (ids_Tk == 2).any(axis=1) & (ids_Tk == 4).any(axis=1)
     assert both_T.any()
     assert (ids_Tk[both_T] == [2, 4]).all()
@@ -212,11 +215,13 @@ def test_new_columns_that_nobody_can_choose_leave_the_model_as_it_was():
     """All hidden states share a large first coordinate, which the new columns dislike."""
     arrays = tiny.arrays(tiny.EXTENDED, std=0.2)
     arrays["decoder/embed"] = arrays["decoder/embed"].at[:, 0].set(20.0)
-    arrays["projector/second_bias"] = arrays["projector/second_bias"].at[0].set(20.0)
-    arrays["projector/second"] = arrays["projector/second"].at[:, 0].set(0.0)
-    arrays["extension/router/new_gate"] = jnp.zeros_like(arrays["extension/router/new_gate"]).at[:, 0].set(-1e4)
-    arrays["extension/router/calibrator/w_out"] *= 0
-    plain = {path: leaf for path, leaf in arrays.items() if not path.startswith("extension/")}
+    arrays["media/image/projector/second_bias"] = arrays["media/image/projector/second_bias"].at[0].set(20.0)
+    arrays["media/image/projector/second"] = arrays["media/image/projector/second"].at[:, 0].set(0.0)
+    arrays["extensions/image/router/new_gate"] = (
+        jnp.zeros_like(arrays["extensions/image/router/new_gate"]).at[:, 0].set(-1e4)
+    )
+    arrays["extensions/image/router/calibrator/w_out"] *= 0
+    plain = {path: leaf for path, leaf in arrays.items() if not path.startswith("extensions/image/")}
     (logits_BLV, routing), (plain_BLV, plain_routing) = whole(tiny.EXTENDED, arrays), whole(tiny.PLAIN, plain)
     experts = tiny.DECODER.experts
     assert (routing.logits_TO[list(tiny.EXTENSION.layers)][..., experts] < -1e3).all()
@@ -226,9 +231,7 @@ def test_new_columns_that_nobody_can_choose_leave_the_model_as_it_was():
 
 
 def test_plain_layers_of_an_extended_model_never_choose_new_experts():
-    config = dataclasses.replace(
-        tiny.EXTENDED, extension=dataclasses.replace(tiny.EXTENSION, layers=(1,), sources=(0,))
-    )
+    config = with_extension(tiny.PLAIN, dataclasses.replace(tiny.EXTENSION, layers=(1,), sources=(0,)))
     _, routing = whole(config, tiny.arrays(config))
     new = tiny.DECODER.experts
     assert np.isneginf(routing.logits_TO[[0, 2], :, new:]).all()

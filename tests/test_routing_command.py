@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -15,14 +14,14 @@ import tiny
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface, train_state
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError, with_vision
 from moextend_jax.extension import routing
 from moextend_jax.routing import collect, command, compare
 from moextend_jax.routing import stats as statistics
 from moextend_jax.runs.run import open_run, remember, settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
-TEXT = dataclasses.replace(tiny.PLAIN, vision=None)
+TEXT = with_vision(tiny.PLAIN, None)
 
 
 @functools.cache
@@ -425,7 +424,7 @@ def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, 
     )  # fmt: skip
     opened = open_run(settings, tmp_path)
     trained = tiny.arrays(tiny.BASE_CONFIG, seed=1, std=0.1)
-    for name, prefix in (("align", "projector/"), ("extend", "decoder/layers/moe/gate")):
+    for name, prefix in (("align", "media/image/projector/"), ("extend", "decoder/layers/moe/gate")):
         result = {path: leaf for path, leaf in trained.items() if path.startswith(prefix)}
         train_state.save_leaves(tmp_path / name / "result", result, facts=opened.facts)
     remember(opened)

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import re
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
@@ -22,9 +23,11 @@ from moextend_jax.settings import (
     POLICIES,
     SKIPPED,
     EvaluateSettings,
+    ExtensionSettings,
     FaultKind,
     FaultSettings,
     Group,
+    MediumSettings,
     OptimizerConfig,
     RunSettings,
     SelectSettings,
@@ -46,9 +49,12 @@ def settings() -> RunSettings:
         length=32,
         optimizer=OptimizerConfig(multipliers={"projector": 2.0}, weight_decays={"calibrators": 0.1}),
     )
+    evaluate = EvaluateSettings(data="easy_vqa/questions", questions=10)
+    stages: dict[str, Any] = {"align": stage, "extend": stage, "finetune": stage, "full": stage, "evaluate": evaluate}
     return RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage,
-        evaluate=EvaluateSettings(data="easy_vqa/questions", questions=10), recipe=RECIPES["released"],
+        **stages, recipe=RECIPES["released"], mixture=stage,
+        media={"touch": MediumSettings(kind="features", width=2, patches=3)},
+        extensions={"touch": ExtensionSettings(medium="touch", **stages)},
     )  # fmt: skip
 
 
@@ -83,6 +89,7 @@ WRONG = [
     ("align.nope", 1, "config.align.nope"),
     ("align.optimizer.rate", 1.0, "config.align.optimizer.rate"),
     ("recipe.calibrator", 1, "config.recipe.calibrator"),
+    ("aux_coefficient", 10**400, "config.aux_coefficient is too large a number"),
     ("align.steps", "many", "config.align.steps"),
     ("align.steps", 2.5, "config.align.steps"),
     ("align.steps", True, "config.align.steps"),
@@ -132,8 +139,10 @@ def numbers(kind: Any, path: str) -> Iterator[Number]:
         yield Number(path, *arguments)
     elif origin is tuple and arguments[-1] is not Ellipsis:
         yield from (number for n, part in enumerate(arguments) for number in numbers(part, f"{path}.{n}"))
-    elif origin is not None and origin is not Literal:  # a table: try its first name
-        names = get_args(arguments[0]) or ("fsdp",)
+    elif origin is types.UnionType:
+        yield from numbers(arguments[0], path)
+    elif origin is not None and origin is not Literal:  # a table: try its first name, or one that it has
+        names = get_args(arguments[0]) or (("touch",) if dataclasses.is_dataclass(arguments[-1]) else ("fsdp",))
         yield from numbers(arguments[-1], f"{path}.{names[0]}" if origin is not tuple else path)
     elif kind in (int, float):
         yield Number(path, kind, None)
@@ -184,14 +193,17 @@ def test_the_edges_of_a_range(number: Number):
     assert tried
     for value, allowed in tried:
         config = with_value(number.path, value)
+        group = config
+        for name in number.path.split(".")[:-1]:
+            group = group[name] if isinstance(group, dict) else group[int(name)]
         if allowed and number.path.endswith("accumulate"):  # it must divide that
-            config[number.path.split(".")[0]]["batch_size"] = value
-        if allowed and number.path.endswith("steps"):  # or epochs, one of them
-            config[number.path.split(".")[0]] |= {"epochs": 0.0 if value else 1.0} | BY_EPOCHS.get(
-                number.path[-11:], {}
-            )
+            group["batch_size"] = value
+        if allowed and number.path.endswith(".steps") or number.path.endswith("least_steps"):  # or epochs, one of them
+            group |= {"epochs": 0.0 if value else 1.0} | BY_EPOCHS.get(number.path[-11:], {})
         if allowed and number.path.endswith("epochs"):
-            config[number.path.split(".")[0]]["steps"] = int(not value)
+            group["steps"] = int(not value)
+        if allowed and value == 0 and number.path.endswith((".width", ".patches")):  # of features, which have both
+            group |= {"kind": "audio", "width": 0, "patches": 0}
         if allowed:
             from_config_dict(config)
             continue
@@ -270,5 +282,7 @@ def test_every_configuration_in_the_repository_is_valid(path: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert from_config_dict(module.get_config()).recipe == RECIPES["paper"]
-    if inspect.signature(module.get_config).parameters:
-        assert from_config_dict(module.get_config("released")).recipe == RECIPES["released"]
+    for arg in inspect.signature(module.get_config, eval_str=True).parameters.values():
+        for kind in get_args(arg.annotation):
+            recipe = RECIPES["released" if kind == "released" else "paper"]
+            assert from_config_dict(module.get_config(kind)).recipe == recipe

@@ -13,7 +13,7 @@ import tiny
 
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.extension import routing
-from moextend_jax.mesh import make_mesh, place_rows
+from moextend_jax.mesh import make_mesh, one_device, place_rows
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import OptimizerConfig
@@ -90,7 +90,7 @@ def on_one_device(stage: str) -> Trained:
     return three_steps(stage, tiny.arrays(MODEL), BATCHES)
 
 
-QUICK = {(stage, "no data") for stage in ("align", "extend", "finetune", "full")}
+QUICK = {(stage, "no data") for stage in ("align", "extend", "finetune")}
 QUICK |= {("finetune", "no tensor"), ("finetune", "expert")}
 CASES = [
     pytest.param(stage, shape, marks=() if (stage, shape) in QUICK else pytest.mark.slow)
@@ -154,4 +154,41 @@ def test_exchanged_rows_give_what_gathered_tokens_give(shape: str):
         got = run(*split(arrays), place_rows(tiny.batch(rows=8), mesh))
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
     for path, gradient in expected[1].items():
+        np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)
+
+
+# --- several extensions -----------------------------------------------------------------------------------------------
+
+SEVERAL = dataclasses.replace(tiny.BOTH, decoder=MODEL.decoder, text_isolation="strict")
+TALKS = tiny.talks(
+    *([tiny.Talk(n, media)] for n, media in enumerate((("image",), ("sound",), ("image", "sound"), ()) * 2)), length=14
+)
+
+
+def second_extension(dispatch: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """Loss and gradient of the second extension, beside the first, which is frozen."""
+    structure, arrays, batch = tiny.structure(SEVERAL), tiny.arrays(SEVERAL), TALKS
+    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True))) if shape else one_device()
+    if shape:
+        shardings = parameter_shardings(structure, mesh)
+        arrays = {path: jax.device_put(leaf, shardings[path]) for path, leaf in arrays.items()}
+        batch = place_rows(batch, mesh)
+    trainable, frozen = stages.split(arrays, ["extensions/sound/*"])
+    config = dataclasses.replace(SEVERAL, dispatch=dispatch)
+    run, _ = value_and_gradient("", stages.for_training(tiny.structure(config), trainable))
+    with jax.set_mesh(mesh):
+        return jax.tree.map(np.asarray, run(trainable, frozen, batch))
+
+
+@functools.cache
+def second_extension_on_one_device() -> Any:
+    return second_extension("gather")
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "exchange"])
+def test_several_extensions_do_not_depend_on_the_mesh(dispatch: str):
+    expected, got = second_extension_on_one_device(), second_extension(dispatch, MESHES["no data"])
+    np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
+    for path, gradient in expected[1].items():
+        assert gradient.any(), path
         np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.builders import ImageRef
-from moextend_jax.data.datasets import Example, Images, Source, distinct, mix
-from moextend_jax.data.image_files import ImageFolder
+from moextend_jax.data.datasets import Example, ItemRef, Source, distinct, mix
+from moextend_jax.data.item_files import ItemFolder
+from moextend_jax.data.items import Items
 from moextend_jax.data.splitting import Mark, hold_out_pictures, marks_of, rows_of_part, without
 
 
@@ -19,7 +19,7 @@ class Rows(list):
 
     def __getitem__(self, row):
         example = super().__getitem__(row)
-        keys, numbers = zip(*example.images, strict=True) if example.images else ((), ())
+        keys, numbers = [ref.key for ref in example.images], [ref.row for ref in example.images]
         return {
             "id": example.id.encode(), "conversations": f'[{{"from": "human", "value": "{example.id}?"}}]',
             "images": [key.encode() for key in keys], "image_rows": list(numbers),
@@ -32,9 +32,10 @@ class Rows(list):
 def source(*keys_of_rows: str, folder: str = "pictures") -> Source:
     """Rows that show these pictures, one letter each, of a folder."""
     rows = Rows(
-        Example(f"{n}{keys}", [], tuple(ImageRef(key, ord(key)) for key in keys)) for n, keys in enumerate(keys_of_rows)
+        Example(f"{n}{keys}", [], tuple(ItemRef("image", key, ord(key)) for key in keys))
+        for n, keys in enumerate(keys_of_rows)
     )
-    return Source(rows=rows, images=Images((), folder=ImageFolder(Path(folder))), fingerprint="x")
+    return Source(rows=rows, items={"image": Items((), folder=ItemFolder(Path(folder)))}, fingerprint="x")
 
 
 def marks(rows: Source) -> set[Mark]:

@@ -71,7 +71,9 @@ def test_three_steps_change_what_the_stage_trains_and_not_one_bit_else(stage: st
     assert hashes(frozen) == frozen_before
     unmoved = {path for path, digest in hashes(state.trainable).items() if digest == before[path]}
     # Only the contrastive loss of pretraining reads the tower's last norm.
-    assert unmoved == ({path for path in before if path.startswith("vision/post_norm")} if stage == "full" else set())
+    assert unmoved == (
+        {path for path in before if path.startswith("media/image/tower/post_norm")} if stage == "full" else set()
+    )
 
 
 def test_the_loss_falls():
@@ -127,7 +129,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str)
 def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is_the_one_used():
     """Adam's first update has the size of the rate, whatever the gradient's."""
     good = tiny.batch(rows=4)
-    bad = good._replace(features_BMPC=good.features_BMPC * np.nan)
+    bad = good._replace(features={"image": good.features["image"] * np.nan})
     before, rates = in_parts(1)[1].trainable, (1e-3, 2e-3, 3e-3)
     for rate, (state, metrics) in zip(rates, run_in_parts(1, bad, bad, good), strict=True):
         moved = max(float(jnp.abs(leaf - before[path]).max()) for path, leaf in state.trainable.items())
@@ -136,6 +138,7 @@ def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is
     assert int(state.step) == 3 and int(state.skipped) == 2
 
 
+@pytest.mark.slow
 def test_a_step_in_bfloat16_on_cpu(monkeypatch: pytest.MonkeyPatch):
     """With rows above a block of attention; leaves keep their dtypes, moments are float32."""
     monkeypatch.setattr(blocked_attention, "BLOCK", 8)

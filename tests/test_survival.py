@@ -198,7 +198,7 @@ class Poisoned(Rows):
 
     def __next__(self) -> Batch:
         batch = super().__next__()
-        return batch._replace(features_BMPC=batch.features_BMPC * np.nan) if self.at in self.bad else batch
+        return batch._replace(features={"image": batch.features["image"] * np.nan}) if self.at in self.bad else batch
 
 
 def test_steps_that_are_not_finite_change_nothing(tmp_path: Path):
@@ -209,7 +209,7 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path: Path):
     assert [row["nonfinite_steps"] for row in rows] == [0, 0, 1] and rows[2]["loss"] is None
     saved = tmp_path / "after" / "nonfinite" / "step_0000003-process_0.npz"
     batch = read_batch(saved)
-    assert np.isnan(batch.features_BMPC).all()
+    assert np.isnan(batch.features["image"]).all()
     np.testing.assert_array_equal(batch.ids_BL, Rows().made[3].ids_BL)
     assert json.loads(saved.with_suffix(".json").read_text())["examples"] == ["3"]
 

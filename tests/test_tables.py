@@ -17,23 +17,53 @@ from jax.sharding import PartitionSpec
 
 from moextend_jax import sharding
 from moextend_jax.checkpoints import names
-from moextend_jax.config import RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
-from moextend_jax.models.moextend import MoExtend
+from moextend_jax.config import (
+    RECIPES,
+    Batch,
+    DecoderConfig,
+    ExtensionConfig,
+    ImageTags,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    ProjectorConfig,
+    VisionConfig,
+    WhisperConfig,
+    of_pictures,
+    with_extension,
+    with_vision,
+)
+from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path
-from moextend_jax.runs.results import patterns
+from moextend_jax.runs.results import FIRST
 from moextend_jax.train.stages import GROUPS, group, split
 
 PUBLISHED = ExtensionConfig(
     layers=(2, 3, 5, 6, 8, 9, 10, 12, 13, 14, 16, 17, 19, 20, 25, 27),
     sources=(1, 3, 3, 1, 0, 7, 2, 7, 0, 5, 5, 3, 0, 3, 3, 1),
 )
-FULL = ModelConfig(decoder=DecoderConfig(), vision=VisionConfig(), extension=PUBLISHED)
+FULL = of_pictures(decoder=DecoderConfig(), vision=VisionConfig(), extension=PUBLISHED)
+
+
+SOUND = Medium(
+    kind="audio",
+    mark="<audio>",
+    tags=ImageTags(pad=8),
+    tower=WhisperConfig(),
+    projector=ProjectorConfig(kind="resampler"),
+)
+EVERYTHING = dataclasses.replace(
+    with_extension(
+        FULL, ExtensionConfig(layers=(1, 31), sources=(0, 1, 2, 3), new_experts=2, medium="audio"), name="audio"
+    ),
+    media=FULL.media.replacing("audio", SOUND),
+)
+"""A second medium and extension beside, of which published files know nothing."""
 
 
 @functools.cache
-def parameters() -> dict[str, nnx.Param]:
-    model = nnx.eval_shape(lambda: MoExtend(FULL, rngs=nnx.Rngs(0)))
-    return by_path(nnx.state(model))
+def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
+    return by_path(nnx.state(abstract(config)))
 
 
 def size(prefix: str) -> int:
@@ -42,9 +72,9 @@ def size(prefix: str) -> int:
 
 def test_it_is_the_real_model():
     assert size("decoder/") == 46_702_792_704  # Mixtral-8x7B
-    assert size("vision/") == 303_507_456  # CLIP ViT-L/14 at 336 pixels
-    assert size("extension/new_experts/") == 16 * 3 * 4096 * 14336  # 2.82 B
-    assert size("extension/router/") == 16 * (4096 + 2 * 16 * 9)
+    assert size("media/image/tower/") == 303_507_456  # CLIP ViT-L/14 at 336 pixels
+    assert size("extensions/image/new_experts/") == 16 * 3 * 4096 * 14336  # 2.82 B
+    assert size("extensions/image/router/") == 16 * (4096 + 2 * 16 * 9)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -94,7 +124,7 @@ def test_inverse_layout_is_the_two_sides_swapped():
 
 def test_a_tied_head_and_a_text_model_ask_for_less():
     tied = dataclasses.replace(FULL, decoder=DecoderConfig(tied_head=True))
-    text = dataclasses.replace(FULL, vision=None, extension=None)
+    text = with_extension(with_vision(FULL, None), None)
     everything = {tensor.file for tensor in names.tensors("released", FULL)}
     assert everything - {t.file for t in names.tensors("released", tied)} == {"lm_head.weight"}
     assert {t.file for t in names.tensors("released", text)} == {t.file for t in names.tensors("mixtral", FULL)}
@@ -104,7 +134,7 @@ def test_a_tied_head_and_a_text_model_ask_for_less():
 
 
 def test_every_parameter_has_a_sharding():
-    for path, param in parameters().items():
+    for path, param in (parameters() | parameters(EVERYTHING)).items():
         assert len(param.axes) == len(param.shape), path
         entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec(param.axes) if entry]
         used = [axis for entry in entries for axis in entry]
@@ -112,9 +142,10 @@ def test_every_parameter_has_a_sharding():
 
 
 def test_every_row_of_the_sharding_table_is_used():
-    letters = {letter for param in parameters().values() for letter in param.axes}
-    letters |= {letter for field in Batch._fields for letter in field.split("_")[1]}
-    letters |= {"S", "n"}  # inside attention, inside the tower
+    letters = {letter for param in (parameters() | parameters(EVERYTHING)).values() for letter in param.axes}
+    letters |= {letter for field in Batch._fields for letter in field.partition("_")[2]}
+    letters |= {"M", "h", "w", "c", "b", "l", "P", "C"}  # of its media
+    letters |= {"S", "n", "i"}  # inside attention, inside a tower, tokens of all media of a row
     assert set(sharding.TABLE) == letters
 
 
@@ -136,7 +167,7 @@ def test_the_experts_of_the_big_model_are_split_by_expert_width_and_hidden():
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    for path in parameters():
+    for path in (*parameters(), *parameters(EVERYTHING)):
         assert group(path) in set(GROUPS.values())
 
 
@@ -170,14 +201,14 @@ def test_a_stage_trains_all_of_its_groups_and_nothing_else(stage: str):
 
 
 def test_the_recipe_decides_whether_finetune_trains_the_projector():
-    assert patterns("finetune", recipe=RECIPES["paper"]) == tiny.STAGES["finetune"]
-    assert patterns("finetune", recipe=RECIPES["released"]) == tiny.STAGES["finetune, released"]
+    assert FIRST.patterns("finetune", recipe=RECIPES["paper"]) == tiny.STAGES["finetune"]
+    assert FIRST.patterns("finetune", recipe=RECIPES["released"]) == tiny.STAGES["finetune, released"]
     with pytest.raises(MoextendError, match="'dance'"):
-        patterns("dance", recipe=RECIPES["paper"])
+        FIRST.patterns("dance", recipe=RECIPES["paper"])
 
 
 def test_a_stage_whose_leaves_are_missing_is_an_error():
-    plain = {path: param for path, param in parameters().items() if not path.startswith("extension/")}
+    plain = {path: param for path, param in parameters().items() if not path.startswith("extensions/image/")}
     with pytest.raises(MoextendError, match="extension"):
         split(plain, tiny.STAGES["finetune"])
 

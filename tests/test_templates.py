@@ -30,7 +30,7 @@ def talk(*texts: str, system: str | None = None) -> list[dict[str, str]]:
 
 def encode(turns, tokenizer: Tokenizer, *, images=0, recipe=PAPER, patches=4, **more) -> Encoded:
     return encode_conversation(
-        turns, example_id="ex7", images=images, tokenizer=tokenizer, recipe=recipe, patches=patches, **more
+        turns, example_id="ex7", items={"image": [patches] * images}, tokenizer=tokenizer, recipe=recipe, **more
     )
 
 
@@ -93,10 +93,10 @@ def test_ids_are_those_of_transformers_and_labels_are_the_answers(folder, turns)
 def test_a_prompt_is_the_beginning_of_its_conversation(folder):
     ours = pickle.loads(pickle.dumps(load_tokenizer(folder)))
     whole = encode(talk("<image>\nwhat?", "a", system="be brief"), ours, images=1)
-    prompt = encode_prompt("what?", images=1, system="be brief", tokenizer=ours, recipe=PAPER, patches=4)
+    prompt = encode_prompt("what?", items={"image": [4]}, system="be brief", tokenizer=ours, recipe=PAPER)
     count = len(prompt.ids_L)
     np.testing.assert_array_equal(whole.ids_L[:count], prompt.ids_L)
-    np.testing.assert_array_equal(whole.patches_L[:count], prompt.patches_L)
+    np.testing.assert_array_equal(whole.places_L[:count], prompt.places_L)
     assert whole.labels_L[count] != IGNORE and (whole.labels_L[:count] == IGNORE).all()
     start = int(np.flatnonzero(prompt.ids_L == ours.tags.start)[0])
     tags = ours.tags

@@ -3,12 +3,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_tokens
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 
-from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError
+from moextend_jax.config import DecoderConfig, ImageTags, ModelConfig, MoextendError, of_pictures
 from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
@@ -110,7 +111,7 @@ def test_tags_that_are_something_else_are_refused_with_what_would_do(tmp_path):
 
 def test_the_model_s_rows_fit_the_tokenizer(tmp_path):
     def config(rows: int, **more):
-        return ModelConfig(decoder=DecoderConfig(vocab_size=rows), **more)
+        return of_pictures(decoder=DecoderConfig(vocab_size=rows), vision=tiny.VISION, **more)
 
     folder = vocabulary(tmp_path, control=V3)
     count = load_tokenizer(folder).vocab_size

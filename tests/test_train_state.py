@@ -11,7 +11,7 @@ import tiny
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.data.batches import Pixels, batches
+from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moextend_jax.mesh import place_leaves
@@ -51,8 +51,7 @@ def run(source, tokenizer, arrays, monkeypatch):
             stage=StageSettings(data="llava_instruct", steps=6, length=40, batch_size=2),
             tokenizer=tokenizer,
             recipe=RECIPES["paper"],
-            images=Pixels(images=source.images, size=32, preparation="pad"),
-            patches=4,
+            readers={"image": tiny.pictures(source.images, size=32, patch=16)},
             seed=3,
         )
 
@@ -138,7 +137,7 @@ def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, m
 
 
 def leaves(scale: float) -> dict[str, jax.Array]:
-    made = {path: leaf for path, leaf in tiny.arrays(tiny.EXTENDED).items() if path.startswith("extension/")}
+    made = {path: leaf for path, leaf in tiny.arrays(tiny.EXTENDED).items() if path.startswith("extensions/image/")}
     return {path: (scale * leaf).astype("bfloat16" if "w_up" in path else "float32") for path, leaf in made.items()}
 
 

@@ -17,10 +17,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from moextend_jax.checkpoints import names
-from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from moextend_jax.config import DecoderConfig, ProjectorConfig, VisionConfig, of_pictures
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract, fresh_projector
-from moextend_jax.models.vision import Projector, VisionTower
+from moextend_jax.models.projectors import Projector, make_projector
+from moextend_jax.models.vision import VisionTower
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.sharding import parameter_shardings
 
@@ -33,10 +34,10 @@ def load(tensors: dict[str, np.ndarray], config: VisionConfig) -> VisionTower:
     """A tower with a file's tensors; an assertion fails unless both sides match one to one."""
     left = dict(tensors)
     stacks: dict[str, list[np.ndarray]] = {}
-    for row in names.tensors("clip", ModelConfig(decoder=DecoderConfig(), vision=config)):
+    for row in names.tensors("clip", of_pictures(decoder=DecoderConfig(), vision=config)):
         letters = {} if "h w" in row.layout else config.sizes()
         array = einops.rearrange(left.pop(row.file), row.layout, **names.axis_sizes(row.layout, letters))
-        stacks.setdefault(row.path.removeprefix("vision/"), []).append(array)
+        stacks.setdefault(row.path.removeprefix("media/image/tower/"), []).append(array)
     assert not left
     tower = nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0), dtype="float32"))
     arrays = {path: jnp.asarray(np.stack(s) if path.startswith("layers") else s[0]) for path, s in stacks.items()}
@@ -114,7 +115,7 @@ def tiny() -> VisionTower:
 
 
 def test_a_fresh_projector_makes_nothing_else_of_the_model():
-    config = ModelConfig(decoder=DecoderConfig(), vision=VisionConfig())  # 8x7B's
+    config = of_pictures(decoder=DecoderConfig(), vision=VisionConfig())  # 8x7B's
     traced = jax.make_jaxpr(functools.partial(fresh_projector, config), return_shape=True)(jax.random.key(0))
     jaxpr, leaves = traced
     wanted = {path: param.shape for path, param in by_path(nnx.state(abstract(config))).items() if "projector" in path}
@@ -123,17 +124,20 @@ def test_a_fresh_projector_makes_nothing_else_of_the_model():
 
 
 def test_a_fresh_projector_lands_where_it_is_asked_for():
-    config = ModelConfig(decoder=DecoderConfig(width=20), vision=TINY)
+    config = of_pictures(decoder=DecoderConfig(width=20), vision=TINY)
     mesh = make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
-    where = {p: s for p, s in parameter_shardings(abstract(config), mesh).items() if p.startswith("projector/")}
+    where = {
+        p: s for p, s in parameter_shardings(abstract(config), mesh).items() if p.startswith("media/image/projector/")
+    }
     leaves = jax.jit(functools.partial(fresh_projector, config), out_shardings=where)(jax.random.key(0))
     assert {path: leaf.sharding for path, leaf in leaves.items()} == where
-    np.testing.assert_allclose(leaves["projector/second"].std(), (3 * 20) ** -0.5, rtol=0.1)
-    assert not leaves["projector/first_bias"].any()
+    np.testing.assert_allclose(leaves["media/image/projector/second"].std(), (3 * 20) ** -0.5, rtol=0.1)
+    assert not leaves["media/image/projector/first_bias"].any()
 
 
 def test_rank_promotion_is_explicit():
-    projector = Projector(sizes={"C": 16, "D": 20}, rngs=nnx.Rngs(1), dtype="float32")
+    projector = make_projector(ProjectorConfig(), C=16, P=9, D=20, rngs=nnx.Rngs(1), dtype="float32")
+    assert isinstance(projector, Projector)
 
     @nnx.jit
     def run(tower: VisionTower, projector: Projector, images_nhwc: jax.Array) -> tuple[jax.Array, ...]:

@@ -55,14 +55,14 @@ def test_a_step_returns_how_many_tokens_chose_each_expert():
 
 def test_flops_are_those_of_the_plan_without_what_is_not_computed():
     trains = tiny.STAGES["finetune"]
-    planned = step_flops(tiny.EXTENDED, trains=trains, rows=3, length=14, images=1)
+    planned = step_flops(tiny.EXTENDED, trains=trains, rows=3, length=14, items={"image": 1})
     pixels, features = tiny.batch(pixels=True), tiny.batch()
     assert model_flops(tiny.EXTENDED, pixels, trains=trains) == planned.model
-    tower = sum(sum(phases.values()) for name, phases in planned.parts.items() if name.startswith("vision/"))
+    tower = sum(sum(phases.values()) for name, phases in planned.parts.items() if name.startswith("media/image/tower/"))
     assert tower > 0
     assert model_flops(tiny.EXTENDED, features, trains=trains) == pytest.approx(planned.model - tower)
-    text = features._replace(features_BMPC=None)
-    no_images = step_flops(tiny.EXTENDED, trains=trains, rows=3, length=14, images=0)
+    text = features._replace(features={})
+    no_images = step_flops(tiny.EXTENDED, trains=trains, rows=3, length=14, items={"image": 0})
     assert model_flops(tiny.EXTENDED, text, trains=trains) == no_images.model
 
 
@@ -141,7 +141,7 @@ def test_rows_that_a_stage_trains_on_are_not_held_out():
     stage = StageSettings(data="own", split="train[:90%]", steps=1, batch_size=1, length=1)
     evaluate = EvaluateSettings(data="own", split="train[90%:]", questions=1)
     run = cast(Run, type("R", (), {"settings": dataclasses.replace(settings, finetune=stage, evaluate=evaluate)}))
-    assert held_out_source(run) is None  # whether two parts of a split overlap is not looked into
+    assert held_out_source(run, "image") is None  # whether two parts of a split overlap is not looked into
     for data, asked in (
         ("a.json:0.7,own:0.3", "own"),
         ("own", "./own,b.json"),
@@ -149,7 +149,7 @@ def test_rows_that_a_stage_trains_on_are_not_held_out():
     ):
         both = dataclasses.replace(stage, data=data), dataclasses.replace(evaluate, data=asked)
         mixed = dataclasses.replace(settings, finetune=both[0], evaluate=both[1])
-        assert held_out_source(cast(Run, type("R", (), {"settings": mixed}))) is None
+        assert held_out_source(cast(Run, type("R", (), {"settings": mixed})), "image") is None
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
@@ -186,6 +186,7 @@ def alone(code: str, folder: Path) -> str:
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_only_the_steps_that_are_named_are_traced(tmp_path: Path):
     """Also where a run fails inside a trace, and where it goes on from a checkpoint."""
     printed = alone(

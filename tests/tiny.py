@@ -10,8 +10,9 @@ import functools
 import io
 import json
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import easy_vqa
 import jax
@@ -22,7 +23,25 @@ from flax import nnx
 from PIL import Image
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.config import IGNORE, RECIPES, Batch, DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig
+from moextend_jax.config import (
+    IGNORE,
+    RECIPES,
+    Batch,
+    DecoderConfig,
+    ExtensionConfig,
+    FeaturesConfig,
+    ImageTags,
+    Medium,
+    ModelConfig,
+    Named,
+    Room,
+    VisionConfig,
+    first_places,
+    of_pictures,
+    with_extension,
+)
+from moextend_jax.data.datasets import AnyItems
+from moextend_jax.data.readers import Inputs
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
@@ -35,8 +54,20 @@ DECODER = DecoderConfig(
 )
 VISION = VisionConfig(width=12, hidden=20, layers=2, heads=2, image_size=8, patch_size=4, feature_layer=-1)
 EXTENSION = ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5)
-PLAIN = ModelConfig(decoder=DECODER, vision=VISION, dtype="float32", remat="none")
-EXTENDED = dataclasses.replace(PLAIN, extension=EXTENSION)
+PLAIN = of_pictures(decoder=DECODER, vision=VISION, dtype="float32", remat="none")
+EXTENDED = with_extension(PLAIN, EXTENSION)
+SOUND = Medium(
+    kind="features", mark="<features:sound>", tags=ImageTags(pad=4), tower=FeaturesConfig(width=6, patches=3)
+)
+BOTH = dataclasses.replace(
+    with_extension(
+        EXTENDED,
+        ExtensionConfig(layers=(1, 2), sources=(0, 2, 1, 1), new_experts=2, calibrator_width=4, medium="sound"),
+        name="sound",
+    ),
+    media=EXTENDED.media.replacing("sound", SOUND),
+)
+"""Two extensions of two media; the first layer has one of them, the second the other, the third both."""
 
 ASSETS = Path(__file__).parents[1] / "moextend_jax" / "assets"
 
@@ -70,25 +101,88 @@ def batch(*, rows: int = 3, length: int = 14, seed: int = 0, pixels: bool = Fals
     P = VISION.patches
     ids_BL = rng.integers(7, DECODER.vocab_size, (rows, length)).astype(np.int32)
     segments_BL = np.ones_like(ids_BL)
-    patches_BL = np.full_like(ids_BL, -1)
+    places_BL = np.full_like(ids_BL, -1)
     for row in range(rows):
         segments_BL[row, length - row :] = 0
         if row % 2 == 0:
-            patches_BL[row, 2 : 2 + P] = np.arange(P)
+            places_BL[row, 2 : 2 + P] = np.arange(P)
     labels_BL = np.where((segments_BL > 0) & (np.arange(length) > 7), ids_BL, IGNORE).astype(np.int32)
     positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BL.shape)
     size = VISION.image_size
     images = {
-        "images_BMhwc": rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32) if pixels else None,
-        "features_BMPC": None if pixels else rng.normal(size=(rows, 1, P, VISION.width)).astype(np.float32),
+        "media": {"image": rng.normal(size=(rows, 1, size, size, 3)).astype(np.float32)} if pixels else {},
+        "features": {} if pixels else {"image": rng.normal(size=(rows, 1, P, VISION.width)).astype(np.float32)},
     }
-    return Batch(ids_BL, labels_BL, positions_BL, segments_BL, patches_BL, **images)
+    return Batch(ids_BL, labels_BL, positions_BL, segments_BL, places_BL, **images)
+
+
+def seeing(*, size: int = 8, patch: int = 4) -> Named[Medium]:
+    """The media of a model with a tower for pictures of so many pixels, in patches of so many."""
+    return Named({"image": Medium(tower=VisionConfig(image_size=size, patch_size=patch))})
+
+
+def pictures(images: AnyItems, *, size: int = 8, patch: int = 4, preparation: Literal["pad", "crop"] = "pad") -> Inputs:
+    """What prepares pictures for such a tower."""
+    return Inputs(items=images, medium=seeing(size=size, patch=patch)["image"], preparation=preparation)
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    """The rows of all of them as one batch."""
+    return jax.tree.map(lambda *columns: np.concatenate(columns), *batches)
+
+
+def by_field(batch: Batch) -> dict[str, np.ndarray]:
+    """The arrays that a batch has by name: ids_BL, media/image, ..."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+class Talk(NamedTuple):
+    """A conversation of WORDS text tokens about items of these media, as its number draws them."""
+
+    number: int
+    media: tuple[str, ...] = ()
+
+
+WORDS = 6
+
+
+def talks(*rows: Sequence[Talk], length: int = 16) -> Batch:
+    """Rows of conversations one after another. What one holds does not depend on the others, nor on its place."""
+    names = [name for name in BOTH.media if any(name in talk.media for row in rows for talk in row)]
+    rooms = {
+        name: Room(max(sum(name in talk.media for talk in row) for row in rows), BOTH.media[name].tokens)
+        for name in names
+    }
+    features = {
+        name: np.zeros((len(rows), *room, BOTH.media[name].tower.sizes()["C"]), np.float32)
+        for name, room in rooms.items()
+    }
+    ids_BL, positions_BL, segments_BL = (np.zeros((len(rows), length), np.int32) for _ in range(3))
+    labels_BL, places_BL = np.full_like(ids_BL, IGNORE), np.full_like(ids_BL, -1)
+    for b, row in enumerate(rows):
+        start, counts = 0, dict.fromkeys(names, 0)
+        for segment, talk in enumerate(row, 1):
+            here = slice(start, start + WORDS + sum(BOTH.media[name].tokens for name in talk.media))
+            rng, count = np.random.default_rng(talk.number), here.stop - start
+            assert here.stop <= length
+            ids_BL[b, here] = rng.integers(7, DECODER.vocab_size, count)
+            positions_BL[b, here], segments_BL[b, here] = np.arange(count), segment
+            labels_BL[b, here.stop - 3 : here.stop] = ids_BL[b, here.stop - 3 : here.stop]
+            at = start + 1
+            for name in talk.media:
+                tokens, m = BOTH.media[name].tokens, counts[name]
+                places_BL[b, at : at + tokens] = first_places(rooms)[name] + m * tokens + np.arange(tokens)
+                features[name][b, m] = rng.normal(size=features[name].shape[2:])
+                at, counts[name] = at + tokens + 1, m + 1
+            start = here.stop
+    return Batch(ids_BL, labels_BL, positions_BL, segments_BL, places_BL, features=features)
 
 
 STAGES = {
-    **{name: results.patterns(name, recipe=RECIPES["paper"]) for name in results.training()},
-    "finetune, released": results.patterns("finetune", recipe=RECIPES["released"]),
-    "full, text": results.patterns("full", recipe=RECIPES["paper"], sees=False),
+    **{name: results.FIRST.patterns(name, recipe=RECIPES["paper"]) for name in results.FIRST.training()},
+    "finetune, released": results.FIRST.patterns("finetune", recipe=RECIPES["released"]),
+    "full, text": results.FIRST.patterns("full", recipe=RECIPES["paper"], sees=False),
 }
 """What each stage trains, as path patterns; those that a recipe or a model without eyes changes stand twice."""
 
@@ -118,7 +212,7 @@ def job(
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
-BASE_CONFIG = ModelConfig(
+BASE_CONFIG = of_pictures(
     decoder=DecoderConfig(
         vocab_size=32000, width=16, hidden=24, layers=3, heads=2, kv_heads=1, head_size=8, experts=4, tied_head=True
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from images import SIZE, emoji_picture, render_emoji, shape_pair, shape_set
 from probe import load_tower
 
 from moextend_jax.checkpoints.huggingface import write_parameters
-from moextend_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from moextend_jax.data.images import MEAN_c, STD_c
+from moextend_jax.config import DecoderConfig, VisionConfig, of_pictures
+from moextend_jax.media.image import MEAN_c, STD_c
 from moextend_jax.models.vision import VisionTower
 from moextend_jax.parameters import arrays_of
 
@@ -135,8 +136,8 @@ def unit(x_nC: jax.Array) -> jax.Array:
 def save(tower: VisionTower, folder: Path) -> None:
     """The tower as a Hugging Face folder, tensors in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {f"vision/{path}": np.asarray(w.astype(jnp.bfloat16)) for path, w in arrays_of(tower).items()}
-    whole = ModelConfig(decoder=DecoderConfig(), vision=CONFIG)
+    arrays = {f"media/image/tower/{path}": np.asarray(w.astype(jnp.bfloat16)) for path, w in arrays_of(tower).items()}
+    whole = of_pictures(decoder=DecoderConfig(), vision=CONFIG)
     write_parameters(folder, arrays, table="clip", config=whole)
     model = {
         "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": CONFIG.width,
@@ -168,8 +169,13 @@ def main() -> None:
     pair = nnx.jit(lambda: Pair(len(source.vocabulary) + 1, rngs=nnx.Rngs(options.seed)))()
     if options.start:
         pair.tower = load_tower(options.start)
+    train(pair, source.batch, steps=options.steps, batch=options.batch, folder=options.folder)
+
+
+def train(pair: Pair, batch_of: Callable[[int], Pictures], *, steps: int, batch: int, folder: Path) -> None:
+    """Trains both on pictures of `batch_of` so many, and saves the tower now and then."""
     graph, state = nnx.split(pair)
-    schedule = optax.warmup_cosine_decay_schedule(0, 1e-3, options.steps // 10, options.steps, 1e-5)
+    schedule = optax.warmup_cosine_decay_schedule(0, 1e-3, steps // 10, steps, 1e-5)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(schedule, weight_decay=0.05, mask=lambda tree: jax.tree.map(lambda w: w.ndim > 1, tree)),
@@ -186,12 +192,12 @@ def main() -> None:
 
     moments = optimizer.init(state)
     start = time.time()
-    for i in range(1, options.steps + 1):
-        state, moments, loss, hits = step(state, moments, source.batch(options.batch))
-        if i % 50 == 0 or i == options.steps:
+    for i in range(1, steps + 1):
+        state, moments, loss, hits = step(state, moments, batch_of(batch))
+        if i % 50 == 0 or i == steps:
             print(f"step {i} loss {loss:.3f} own caption first {hits} {time.time() - start:.0f} s", flush=True)
-        if i % 500 == 0 or i == options.steps:
-            save(nnx.merge(graph, state).tower, options.folder)
+        if i % 500 == 0 or i == steps:
+            save(nnx.merge(graph, state).tower, folder)
 
 
 if __name__ == "__main__":

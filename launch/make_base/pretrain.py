@@ -27,7 +27,7 @@ from flax import nnx
 from moextend_jax.checkpoints.huggingface import read_parameters, write_decoder_config, write_parameters
 from moextend_jax.config import RECIPES, DecoderConfig, ModelConfig
 from moextend_jax.data.batches import batches, text_batches
-from moextend_jax.data.datasets import Images, Source, open_text
+from moextend_jax.data.datasets import Source, open_text
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.mesh import make_mesh, place_rows
 from moextend_jax.models.moextend import MoExtend
@@ -115,11 +115,11 @@ def main() -> None:
     text = iter(
         text_batches(passages, tokenizer=tokenizer, length=LENGTH, batch_size=max(1, phase.text_rows), seed=SEED)
     )
-    source = Source(rows=Conversations(arguments.text / f"{phase.chats}.json"), images=Images(()))
+    source = Source(rows=Conversations(arguments.text / f"{phase.chats}.json"), items={})
     rows = StageSettings(
         data="chats", steps=1, length=LENGTH, batch_size=max(1, phase.chat_rows), conversations_per_row=0
     )
-    chats = iter(batches(source, stage=rows, tokenizer=tokenizer, recipe=recipe, images=None, patches=0, seed=SEED))
+    chats = iter(batches(source, stage=rows, tokenizer=tokenizer, recipe=recipe, readers={}, seed=SEED))
     saved = arguments.state / "state.pkl"
     if saved.exists():
         leaves, *positions = pickle.loads(saved.read_bytes())

@@ -20,8 +20,8 @@ from flax import nnx
 from PIL import Image
 
 from moextend_jax.checkpoints.huggingface import read_parameters, read_vision_config
-from moextend_jax.config import DecoderConfig, ModelConfig
-from moextend_jax.data.images import prepare_image
+from moextend_jax.config import DecoderConfig, of_pictures
+from moextend_jax.media.image import prepare_image
 from moextend_jax.models.vision import VisionTower
 from moextend_jax.parameters import with_arrays
 
@@ -40,9 +40,11 @@ class Split(NamedTuple):
 def load_tower(folder: Path) -> VisionTower:
     config = read_vision_config(folder, feature_layer=-2)
     tower = nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0), dtype="float32"))
-    whole = ModelConfig(decoder=DecoderConfig(), vision=config)
-    arrays = read_parameters(folder, nnx.Dict(vision=tower), table="clip", config=whole)
-    float32 = {path.removeprefix("vision/"): jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
+    whole = of_pictures(decoder=DecoderConfig(), vision=config)
+    arrays = read_parameters(folder, nnx.Dict(media=nnx.Dict(image=nnx.Dict(tower=tower))), table="clip", config=whole)
+    float32 = {
+        path.removeprefix("media/image/tower/"): jnp.asarray(array, jnp.float32) for path, array in arrays.items()
+    }
     tower = with_arrays(tower, float32)
     assert isinstance(tower, VisionTower)
     return tower

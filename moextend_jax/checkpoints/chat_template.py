@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from moextend_jax.checkpoints.tokenizer_json import TokenizerFiles
-from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.data.conversations import encode_dialogue
 from moextend_jax.data.templates import Shape, Template, script
 from moextend_jax.data.tokenizer import Tokenizer
@@ -99,7 +99,8 @@ def _asset(name: str) -> str:
 
 def _taught(turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
     images = sum(turn["value"].count(MARK) for turn in turns)
-    return encode_dialogue(turns, images=images, tokenizer=tokenizer, recipe=recipe, patches=2).ids_L.tolist()
+    items = {IMAGE: [2] * images} if images else {}
+    return encode_dialogue(turns, items=items, tokenizer=tokenizer, recipe=recipe).ids_L.tolist()
 
 
 def _rendered(source: str, turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, files: TokenizerFiles) -> str:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
 from moextend_jax import folders
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
-from moextend_jax.config import Amount, Count, MoextendError
+from moextend_jax.config import Amount, Count, MoextendError, with_vision
 from moextend_jax.options import OneOf
 from moextend_jax.settings import NotNegative
 
@@ -119,7 +120,8 @@ def import_source(source: Source, dst: Path, *, dtype: str | None = None, consol
         # The base of an applied delta or of a partial save is in the folder too: what is written is whole.
         record = source.record
         if record.base is not None:
-            record = record._replace(base=None, layout="released", facts=record.facts | {"base_hash": record.base})
+            facts = record.facts | {"base_hash": record.base, "base_parts": dict(record.parts)}
+            record = record._replace(base=None, layout="released", facts=facts, parts={})
         store.write(folder, source.leaves, record, dtype=dtype, max_shard_bytes=size_of(SHARD), written=written)
         _copy_files(source.files, folder)
     return meter.cost()
@@ -135,9 +137,15 @@ def default_layout(source: Source) -> str:
 
 
 def export_source(
-    source: Source, dst: Path, *, layout: str, max_shard_bytes: int, console: Console | None = None
+    source: Source,
+    dst: Path,
+    *,
+    layout: str,
+    extensions: Collection[str] | None = None,
+    max_shard_bytes: int,
+    console: Console | None = None,
 ) -> Cost:
-    """Writes an opened checkpoint in a layout of LAYOUTS.
+    """Writes an opened checkpoint in a layout of LAYOUTS; of layout delta `extensions`, else all of them.
 
     Raises:
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
@@ -150,7 +158,7 @@ def export_source(
     if layout == "mixtral" and "extension" in source.parts:
         raise MoextendError("an extended model is no Mixtral: export it with --layout released or delta")
     if layout == "delta":
-        return _export_delta(source, dst, console=console)
+        return export_delta(source, dst, extensions=extensions, console=console)
     files = _layout(source, layout)
     everything = {f"{name}/{file}": tensor for name, (planned, _) in files.items() for file, tensor in planned.items()}
     with watched(everything, dst, console) as (meter, written), new_folder(dst) as folder:
@@ -170,6 +178,8 @@ def export_source(
 
 def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], dict[str, Any]]]:
     """Tensors and config.json of every folder of an export, by the folder's name inside it."""
+    if layout != "mixtral":
+        names.check_published(source.leaves, source.config, layout=layout)
     config, recorded = source.config, source.record.attributes
     tower = {"vision": recorded.get("vision") or huggingface.vision_attributes(config.vision)} if config.vision else {}
     plan = functools.partial(leaves.plan_theirs, source.leaves)
@@ -194,7 +204,7 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
             raise MoextendError(
                 f"layout released needs this part too: {name_list(missing)}; there is only {name_list(source.parts)}"
             )
-        config = dataclasses.replace(config, vision=None)
+        config = with_vision(config, None)
     added = huggingface.released_attributes(config, dtype=dtype)
     merged = attributes | {name: added[name] for name in _RELEASED_ONLY | {"num_local_experts"} if name in added}
     if isinstance(attributes.get("visual"), dict):  # what the released code wrote there besides stays
@@ -206,15 +216,27 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     return {".": (plan(table="released", config=config), merged)}
 
 
-_RELEASED_ONLY = frozenset({"add_layer", "visual", "vision_config", "moextend"})
+_RELEASED_ONLY = frozenset({"add_layer", "sources", "visual", "vision_config", "moextend"})
 
 
-def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost:
-    changed = set(source.record.facts.get("changed", ()))  # pretrained leaves that a recipe trains, such as routers
+def export_delta(
+    source: Source, dst: Path, *, extensions: Collection[str] | None = None, console: Console | None = None
+) -> Cost:
+    """Writes extensions of an opened model, all or those that are named, without its base.
+
+    Raises:
+      MoextendError: there is no such extension.
+    """
+    facts = source.record.facts
+    changed = set(facts.get("changed", ()))  # pretrained leaves that a recipe trains, such as routers
     trained = {path: leaf for path, leaf in source.leaves.items() if path in changed}
-    delta_leaves = delta.of_model(source.leaves) | trained
-    base = source.record.base or source.record.facts.get("base_hash") or hashes.base_hash(source.leaves)
-    record = source.record._replace(layout="delta", base=base)
+    own = delta.of_extensions(source.leaves, source.config, extensions)
+    base, parts = source.record.base or facts.get("base_hash"), source.record.parts or facts.get("base_parts")
+    if base is None:
+        base, parts = hashes.base_hashes(source.leaves)
+    facts = {name: fact for name, fact in facts.items() if name not in ("base_hash", "base_parts")}
+    record = source.record._replace(layout="delta", base=base, parts=parts or {}, config=own.config, facts=facts)
+    delta_leaves = own.leaves | trained
     planned = {path: leaves.plan_ours(leaf) for path, leaf in delta_leaves.items()}
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
         store.write(folder, delta_leaves, record, max_shard_bytes=size_of(SHARD), written=written)
@@ -222,11 +244,8 @@ def _export_delta(source: Source, dst: Path, *, console: Console | None) -> Cost
 
 
 def parts_of(layout: str, source: Source) -> set[str]:
-    parts = {
-        "mixtral": {"decoder", "vision"}, "clip": {"vision"}, "llava": {"projector"},
-        "delta": {"decoder", "vision", "projector", "extension"},  # the first two by their hash
-    }  # fmt: skip
-    return parts.get(layout, source.parts)
+    parts = {"mixtral": {"decoder", "vision"}, "clip": {"vision"}, "llava": {"projector"}}
+    return parts.get(layout, source.parts)  # a delta has decoder and towers by their hashes
 
 
 def _copy_files(files: Any, folder: Path) -> None:

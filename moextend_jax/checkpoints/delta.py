@@ -1,49 +1,106 @@
-"""Deltas: an extension alone, and the refusals that keep it with its base.
+"""Deltas: extensions alone, with the projectors of their media, and the refusals that keep them with their base.
 
-In: leaves of a grown model and those of its base. Out: the leaves to keep; or an error that names both bases.
+In: leaves of an extended model and those of its base. Out: the leaves to keep; or an error that names both bases.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from moextend_jax.checkpoints import hashes, store
+from moextend_jax.checkpoints import store
+from moextend_jax.checkpoints.hashes import BaseHashes
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.config import DecoderConfig, ExtensionConfig, MoextendError
+from moextend_jax.config import (
+    IMAGE,
+    DecoderConfig,
+    ExtensionConfig,
+    FeaturesConfig,
+    ModelConfig,
+    MoextendError,
+    Named,
+)
 
 
-def of_model(matched: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """Projector, new experts, router columns and calibrators."""
-    return {path: leaf for path, leaf in matched.items() if path.startswith(("projector/", "extension/"))}
+class Part(NamedTuple):
+    """Extensions of a model: their leaves, and the model without all others."""
+
+    leaves: dict[str, Leaf]
+    config: ModelConfig
 
 
-def check_layers(extension: ExtensionConfig | None, decoder: DecoderConfig, *, where: Path, base: Path | None) -> None:
+def of_extensions(leaves: Mapping[str, Leaf], config: ModelConfig, names: Collection[str] | None = None) -> Part:
+    """Some extensions, with the projectors of their media; None: all extensions and all projectors.
+
+    Raises:
+      MoextendError: there is no such extension.
+    """
+    if unknown := sorted({*(names or ())} - config.extensions.keys()):
+        known = ", ".join(config.extensions) or "none"
+        raise MoextendError(f"there is no extension {', '.join(unknown)}; there are: {known}")
+    added = Named({name: part for name, part in config.extensions.items() if names is None or name in names})
+    read = {part.medium for part in added.values()}
+    media = Named({name: medium for name, medium in config.media.items() if names is None or name in read})
+    starts = tuple(f"extensions/{name}/" for name in added) + tuple(f"media/{name}/projector/" for name in media)
+    own = {path: leaf for path, leaf in leaves.items() if path.startswith(starts)}
+    return Part(own, dataclasses.replace(config, extensions=added, media=media))
+
+
+def check_layers(
+    extensions: Iterable[ExtensionConfig], decoder: DecoderConfig, *, where: Path, base: Path | None
+) -> None:
     """An extension must not name layers that its base does not have."""
-    beyond = [layer for layer in (extension.layers if extension else ()) if layer >= decoder.layers]
+    beyond = [layer for extension in extensions for layer in extension.layers if layer >= decoder.layers]
     if beyond:
         raise MoextendError(f"{where} extends layers {beyond}, but {base} has only {decoder.layers} layers")
 
 
 def check_base(
-    record: store.Record, base_leaves: Mapping[str, Leaf], *, decoder: DecoderConfig, where: Path, base: Path
+    record: store.Record, known: BaseHashes, *, decoder: DecoderConfig, where: Path, base: Path | str
 ) -> None:
     """A delta belongs to the very weights it was trained on.
+
+    Args:
+      known: hashes of the base, with the towers that stand in for those it does not bring.
 
     Raises:
       MoextendError: other sizes, layers that the base does not have, no tower where one belongs, or another content
         hash; names both.
     """
-    check_layers(record.config.extension, decoder, where=where, base=base)
+    check_layers(record.config.extensions.values(), decoder, where=where, base=Path(base))
     if record.config.decoder != decoder:
         raise MoextendError(f"{where} and its base {base} differ: {differing(record.config.decoder, decoder)}")
-    if record.config.vision and not any(path.startswith("vision/") for path in base_leaves):
-        raise MoextendError(f"{where} was trained with a vision tower and {base} has none: name it with --vision DIR")
-    base_hash = hashes.base_hash(base_leaves)
-    if base_hash != record.base:
-        raise MoextendError(f"{where} belongs to the base with content hash {record.base}, but {base} has {base_hash}")
+    for name, medium in record.config.media.items():
+        if isinstance(medium.tower, FeaturesConfig) or f"media/{name}" in known.parts:
+            continue
+        raise MoextendError(f"{where} was trained with a {tower_of(name)} and {base} has none: {how_to_name(name)}")
+    if record.config.media.keys() == {IMAGE} or not record.parts:
+        if known.base != record.base:
+            raise MoextendError(
+                f"{where} belongs to the base with content hash {record.base}, but {base} has {known.base}"
+            )
+        return
+    for part in ("decoder", *(f"media/{name}" for name in record.config.media)):
+        if (expected := record.parts.get(part)) != (own := known.parts.get(part)):
+            what = "decoder" if part == "decoder" else tower_of(part.removeprefix("media/"))
+            raise MoextendError(
+                f"{where} belongs to a base whose {what} has content hash {expected}, but that of {base} has {own}"
+            )
+
+
+def tower_of(medium: str) -> str:
+    """What messages call a medium's tower."""
+    return "vision tower" if medium == IMAGE else f"tower for {medium}"
+
+
+def how_to_name(medium: str) -> str:
+    """What to do about a tower that is missing."""
+    if medium == IMAGE:
+        return "name it with --vision DIR"
+    return f"`moextend compose BASE DELTA NEW_FOLDER --tower {medium}=DIR` puts them together"
 
 
 def differing(own: DecoderConfig, other: DecoderConfig) -> str:

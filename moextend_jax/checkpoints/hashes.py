@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,8 +31,9 @@ from jax.experimental import multihost_utils
 from moextend_jax.checkpoints.leaves import Leaf, bytes_of, check_claim, leaf_hash
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small
 from moextend_jax.checkpoints.tensors import opened
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.folders import is_url, reading
+from moextend_jax.parameters import lasting_path
 
 NAME, FORMAT = ".moextend-hashes.json", 1
 WORTH = 1 << 28
@@ -41,25 +42,59 @@ SETTLED = 2 * 10**9
 """Nanoseconds since a file's last change. Before, it could change once more within one tick of its file system's clock,
 which nobody would see."""
 THREADS = 8
-PRETRAINED = ("decoder/", "vision/")
+_PRETRAINED = re.compile(r"decoder/|media/[^/]+/tower/")
+
+
+def is_pretrained(path: str) -> bool:
+    """Whether a leaf is of the decoder or of a tower."""
+    return _PRETRAINED.match(path) is not None
 
 
 # --- of files ---------------------------------------------------------------------------------------------------------
 
 
-def base_hash(leaves: Mapping[str, Leaf]) -> str:
-    """The content hash of the pretrained part, decoder and vision tower: equal exactly if what is stored is.
+class BaseHashes(NamedTuple):
+    """Content hashes of pretrained leaves, equal exactly if what is stored is.
 
-    Reads all of its bytes, or believes the record beside them. One process of a run should call it.
+    base: of decoder and picture tower together, as files of before have it. parts: of "decoder", and of the tower of
+    each medium that has one by "media/NAME"; what a medium is called is not in a tower's hash.
+    """
+
+    base: str
+    parts: dict[str, str]
+
+
+def base_hash(leaves: Mapping[str, Leaf]) -> str:
+    """The content hash of decoder and picture tower; see `base_hashes`."""
+    return base_hashes(leaves).base
+
+
+def base_hashes(leaves: Mapping[str, Leaf]) -> BaseHashes:
+    """Of the pretrained ones among these leaves.
+
+    Reads all of their bytes, or believes the record beside them. One process of a run should call it.
 
     Raises:
       MoextendError: a leaf (of any part) is not what its folder says it is.
     """
-    counted = {path: leaf for path, leaf in leaves.items() if path.startswith(PRETRAINED) or leaf.sha256}
+    counted = {path: leaf for path, leaf in leaves.items() if is_pretrained(path) or leaf.sha256}
     hashes = leaf_hashes(counted)
-    return combine(
-        {path: (leaf.dtype, leaf.shape, hashes[path]) for path, leaf in counted.items() if path.startswith(PRETRAINED)}
-    )
+    return combined({p: (leaf.dtype, leaf.shape, hashes[p]) for p, leaf in counted.items() if is_pretrained(p)})
+
+
+Hashed = Mapping[str, tuple[np.dtype, tuple[int, ...], str]]
+"""By path a leaf's element type, shape and `leaf_hash`."""
+
+
+def combined(hashes: Hashed) -> BaseHashes:
+    """The same of leaves that are hashed already; all must be pretrained."""
+    parts: dict[str, dict[str, tuple[np.dtype, tuple[int, ...], str]]] = {}
+    for path, leaf in hashes.items():
+        part, _, inside = path.partition("/tower/") if path.startswith("media/") else path.partition("/")
+        parts.setdefault(part, {})[inside] = leaf
+    pictures = f"media/{IMAGE}/"
+    base = {path: leaf for path, leaf in hashes.items() if path.startswith(("decoder/", pictures))}
+    return BaseHashes(combine(base), {part: combine(leaves) for part, leaves in parts.items()})
 
 
 def stored_hash(leaves: Mapping[str, Leaf]) -> str:
@@ -94,8 +129,9 @@ def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
     return hashes
 
 
-def combine(hashes: Mapping[str, tuple[np.dtype, tuple[int, ...], str]]) -> str:
-    lines = [f"{path} {dtype} {list(shape)} {sha}\n" for path, (dtype, shape, sha) in sorted(hashes.items())]
+def combine(hashes: Hashed) -> str:
+    lasting = {lasting_path(path): of_leaf for path, of_leaf in hashes.items()}
+    lines = [f"{path} {dtype} {list(shape)} {sha}\n" for path, (dtype, shape, sha) in sorted(lasting.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

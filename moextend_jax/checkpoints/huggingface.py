@@ -28,7 +28,7 @@ from moextend_jax.checkpoints.outside import inside, parse_json, read_small, sho
 from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
-from moextend_jax.data.images import MEAN_c, STD_c
+from moextend_jax.media.image import MEAN_c, STD_c
 from moextend_jax.parameters import by_path
 
 _DECODER = {
@@ -93,7 +93,7 @@ PREPROCESSOR: dict[str, Any] = {
     "do_normalize": True, "do_rescale": True, "rescale_factor": round(1 / 255, 6), "resample": 3,
     "do_convert_rgb": True,
 }  # fmt: skip
-"""What a tower's pictures must be prepared by: the levels of `data.images`. What of a picture is shown, the rest of
+"""What a tower's pictures must be prepared by: the levels of `media.image`. What of a picture is shown, the rest of
 preprocessor_config.json, is the recipe's choice."""
 
 
@@ -205,10 +205,10 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
     if beyond := [layer for layer in layers if layer >= count]:
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
     sources: Any = attributes.get("sources")
-    known = (
-        isinstance(sources, list) and len(sources) == len(layers) and all(type(n) is int and n >= -1 for n in sources)
-    )
-    return ExtensionConfig(layers=tuple(layers), sources=tuple(sources) if known else (-1,) * len(layers))
+    known = isinstance(sources, list) and sources and all(type(n) is int and n >= -1 for n in sources)
+    if not known or len(sources) % len(layers):
+        return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
+    return ExtensionConfig(layers=tuple(layers), sources=tuple(sources), new_experts=len(sources) // len(layers))
 
 
 def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
@@ -276,8 +276,12 @@ def vision_attributes(config: VisionConfig) -> dict[str, Any]:
 def released_attributes(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     """Attributes of the released layout: experts counted with the new one, `add_layer`, ids of the image tags."""
     extension, vision, tags = config.extension, config.vision, config.tags
-    added = {"num_local_experts": config.decoder.experts + extension.new_experts} if extension else {}
+    added: dict[str, Any] = {}
+    if extension:
+        added["num_local_experts"] = config.decoder.experts + extension.new_experts
     tower = {"vision_config": vision_attributes(vision)} if vision else {}
+    if extension and extension.new_experts > 1:
+        added["sources"] = list(extension.sources)
     in_a_row = (tags.end, tags.pad) == (tags.start + 1, tags.start + 2)
     return {
         **decoder_attributes(config.decoder, dtype=dtype), **added, **tower,

@@ -115,13 +115,22 @@ def match(
     by_path: dict[str, dict[Index, names.Tensor]] = collections.defaultdict(dict)
     for tensor in wanted:
         by_path[tensor.path][tensor.index] = tensor
-    return {path: _leaf(path, pieces, tensors, config, dtype) for path, pieces in by_path.items()}
+    return {
+        path: leaf_of(path, pieces, tensors, letters=names.letters(path, config), dtype=dtype)
+        for path, pieces in by_path.items()
+    }
 
 
-def _leaf(
-    path: str, pieces: Mapping[Index, names.Tensor], stored: Mapping[str, Stored], config: ModelConfig, dtype: Any
+def leaf_of(
+    path: str,
+    pieces: Mapping[Index, names.Tensor],
+    stored: Mapping[str, Stored],
+    *,
+    letters: Mapping[str, int],
+    dtype: Any = None,
 ) -> Leaf:
-    letters = names.letters(path, config)
+    """A leaf over the tensors that are its pieces; `letters` are the sizes of its layout's letters, `dtype` as for
+    `match`, whose errors of shape and element type this raises."""
     layout = next(iter(pieces.values())).layout
     file_side, our_side = layout.split(" -> ")
     expected = names.shape(file_side, letters)
@@ -195,14 +204,12 @@ def from_ours(path: str, stored: Stored, *, config: ModelConfig, sha256: str | N
     Raises:
       MoextendError: it has another shape than a model of this configuration, or is not of a floating type.
     """
-    row = next((row for row in names.TABLES["released"] if row.path == path), None)
+    row = names.row_of(path, config)
     if row is None:
         raise MoextendError(f"{stored.where}: {short(path)} is no parameter of this model")
-    if not names.count(row, config):
-        raise MoextendError(f"{stored.where}: {path} belongs to a part that this model does not have")
     file_side, our_side = row.layout.split(" -> ")
     letters = names.letters(path, config)
-    stacked = names.stack(row.file, config)
+    stacked = names.stack(row, config)
     expected = (*stacked, *names.shape(our_side, letters))
     if stored.shape != expected or stored.dtype not in FLOATS:
         raise MoextendError(

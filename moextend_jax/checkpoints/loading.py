@@ -24,7 +24,21 @@ from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, llava, 
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, Recipe, VisionConfig
+from moextend_jax.checkpoints.whisper import read_whisper
+from moextend_jax.config import (
+    IMAGE,
+    DecoderConfig,
+    ExtensionConfig,
+    ModelConfig,
+    MoextendError,
+    Named,
+    Recipe,
+    TowerConfig,
+    VisionConfig,
+    WhisperConfig,
+    of_pictures,
+    with_vision,
+)
 from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.models.moextend import abstract
@@ -65,7 +79,16 @@ class Source(NamedTuple):
 
     @property
     def parts(self) -> set[str]:
-        return {path.partition("/")[0] for path in self.leaves}
+        """decoder, vision (the picture tower), projector (of pictures), extension; other media by their name."""
+        return {part_of(path) for path in self.leaves}
+
+
+def part_of(path: str) -> str:
+    """The part of a model that a leaf belongs to, in the words of `Source.parts`."""
+    kind, name, *rest = path.split("/")
+    if kind == "media":
+        return name if name != IMAGE else {"tower": "vision"}.get(rest[0], rest[0])
+    return "extension" if kind == "extensions" else kind
 
 
 class _Wanted(NamedTuple):
@@ -113,9 +136,9 @@ def open_checkpoint(
     matched, config = source.leaves, source.config
     if "decoder" not in source.parts:
         raise MoextendError(f"{folder} holds no decoder, only {', '.join(sorted(source.parts))}")
-    if "projector" not in source.parts:
-        matched = {path: leaf for path, leaf in matched.items() if not path.startswith("vision/")}
-        config = dataclasses.replace(config, vision=None)
+    read = {path.split("/")[1] for path in matched if path.startswith("media/") and "/projector/" in path}
+    config = dataclasses.replace(config, media=Named({name: m for name, m in config.media.items() if name in read}))
+    matched = {path: leaf for path, leaf in matched.items() if names.row_of(path, config)}
     kind = dtype or str(matched["decoder/embed"].dtype)
     config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat=remat)
     if mesh is None:
@@ -184,6 +207,10 @@ def tokenizer_folder(base: str) -> Path:
     return local_copy(folder_of(base), SIDE_FILES)
 
 
+NO_PICTURES = "none"
+"""What `vision` says of a run that has no pictures."""
+
+
 def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     """The decoder and tower that a run's settings name.
 
@@ -191,6 +218,11 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     is not taken: align trains one.
     """
     folder = folder_of(base)
+    if vision == NO_PICTURES:
+        source = open_source(folder)
+        own = {path: leaf for path, leaf in source.leaves.items() if path.startswith("decoder/")}
+        check_routers(source)
+        return source._replace(leaves=own, record=source.record._replace(config=with_vision(source.config, None)))
     tower = None if vision in ("", "embedded") else named_folder(vision)
     source = open_source(folder, vision=tower, feature_layer=feature_layer)
     if "vision" not in source.parts and not vision:
@@ -200,8 +232,52 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     if "decoder" not in source.parts or "extension" in source.parts:
         raise MoextendError(f"{folder} cannot be a base: it must hold a decoder that is not extended")
     check_routers(source)
-    pretrained = {path: leaf for path, leaf in source.leaves.items() if path.startswith(hashes.PRETRAINED)}
+    pretrained = {path: leaf for path, leaf in source.leaves.items() if hashes.is_pretrained(path)}
     return source._replace(leaves=pretrained)
+
+
+def open_tower(name: str, *, medium: str, seconds: int, feature_layer: int) -> tuple[TowerConfig, dict[str, Leaf]]:
+    """The frozen tower of a medium, CLIP's or Whisper's; its leaves by their path in the model.
+
+    Args:
+      name: its folder; "embedded" is the package's own for that medium's kind.
+      seconds: that Whisper hears. feature_layer: the hidden state that the projector reads, of Whisper always the last.
+
+    Raises:
+      MoextendError: there is none.
+    """
+    folder = folder_of(name, inside="audio")
+    if store.is_imported(folder):
+        return _imported_tower(folder, medium=medium, seconds=seconds, feature_layer=feature_layer)
+    at = folder / "config.json"
+    if (folder / "model.bin").is_file() or (at.is_file() and huggingface.read_json(at).get("model_type") == "whisper"):
+        read = read_whisper(folder, seconds=seconds)
+        return read.config, {f"media/{medium}/tower/{path}": leaf for path, leaf in read.leaves.items()}
+    source = open_source(folder, feature_layer=feature_layer)
+    if source.config.vision is None or "vision" not in source.parts:
+        raise MoextendError(f"{folder} holds no tower")
+    own = {path: leaf for path, leaf in source.leaves.items() if part_of(path) == "vision"}
+    return source.config.vision, {path.replace(IMAGE, medium, 1): leaf for path, leaf in own.items()}
+
+
+def _imported_tower(
+    folder: Path, *, medium: str, seconds: int, feature_layer: int
+) -> tuple[TowerConfig, dict[str, Leaf]]:
+    """The tower in a folder that `moextend import` made; where several are in it, that of this medium's name."""
+    record, matched = store.read(folder)
+    towers = sorted({path.split("/")[1] for path in matched if path.startswith("media/") and "/tower/" in path})
+    name = medium if medium in towers or not towers else towers[0]
+    if not towers or (len(towers) > 1 and name != medium):
+        raise MoextendError(f"{folder} holds no tower{f' for {medium}, but for {name_list(towers)}' if towers else ''}")
+    tower, start = record.config.media[name].tower, f"media/{name}/tower/"
+    if isinstance(tower, WhisperConfig) and tower.seconds != seconds:
+        raise MoextendError(f"the tower in {folder} hears {tower.seconds} seconds of sound, not {seconds}")
+    if isinstance(tower, VisionConfig):
+        tower = dataclasses.replace(tower, feature_layer=feature_layer)
+    return tower, {
+        f"media/{medium}/tower/{path.removeprefix(start)}": leaf
+        for path, leaf in matched.items() if path.startswith(start)
+    }  # fmt: skip
 
 
 def check_routers(source: Source) -> None:
@@ -211,11 +287,12 @@ def check_routers(source: Source) -> None:
       MoextendError: a router's column is NaN or infinite; names layer and expert.
     """
     config = source.config
-    extended = config.extension.layers if config.extension else ()
-    for path, layers, first in (
-        ("decoder/layers/moe/gate", range(config.decoder.layers), 0),
-        ("extension/router/new_gate", extended, config.decoder.experts),
-    ):
+    columns = [("decoder/layers/moe/gate", range(config.decoder.layers), 0)]
+    columns += [
+        (f"extensions/{name}/router/new_gate", added.layers, config.columns(name).start)
+        for name, added in config.extensions.items()
+    ]
+    for path, layers, first in columns:
         if not (leaf := source.leaves.get(path)):
             continue
         for index in leaf.indices():
@@ -241,11 +318,14 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
     below = _open_source(base, wanted._replace(base=None))
-    delta.check_base(record, below.leaves, decoder=below.config.decoder, where=folder, base=base)
+    known = hashes.base_hashes(below.leaves)
+    delta.check_base(record, known, decoder=below.config.decoder, where=folder, base=base)
     hashes.leaf_hashes(matched)  # refuses a delta that is not what was written
     vision_config = below.config.vision if feature_layer is not None else record.config.vision
-    config = dataclasses.replace(record.config, vision=vision_config)
-    below_record = below.record._replace(config=config, layout="delta", base=record.base, facts=record.facts)
+    config = with_vision(record.config, vision_config)
+    below_record = below.record._replace(
+        config=config, layout="delta", base=record.base, facts=record.facts, parts=known.parts
+    )
     return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files}, below.notes)
 
 
@@ -308,7 +388,7 @@ def _with_one_head(stored: Mapping[str, Stored], decoder: DecoderConfig) -> Mapp
 def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
     at, feature_layer = folder / "config.json", wanted.feature_layer or -2
     sizes = huggingface.vision_config(attributes, where=at, feature_layer=feature_layer)
-    config = ModelConfig(decoder=DecoderConfig(), vision=sizes)
+    config = of_pictures(decoder=DecoderConfig(), vision=sizes)
     matched = leaves.match(stored, table="clip", config=config, where=folder, dtype=wanted.dtype)
     _check_dtypes(matched, {}, wanted, table="clip", config=config, where=folder)
     huggingface.check_picture_size(folder, sizes)
@@ -331,7 +411,7 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
     D, C = weight.shape if weight and len(weight.shape) == 2 else (1, 1)
     if not D or not C:
         raise MoextendError(f"{path}: the projector's {prefix + first} is empty")
-    config = ModelConfig(decoder=DecoderConfig(width=D), vision=VisionConfig(width=C))
+    config = of_pictures(decoder=DecoderConfig(width=D), vision=VisionConfig(width=C))
     matched = leaves.match(stored, table=table, config=config, where=path)
     return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
 
@@ -368,19 +448,19 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
                 f"{at}: add_layer is {shown(named_layers)}, but the files hold new experts in layers "
                 f"{shown(stored_layers)}"
             )
-        if extension and configured:
+        if extension and configured and len(configured.sources) == len(extension.sources):
             extension = dataclasses.replace(extension, sources=configured.sources)
     elif below is not None:
         decoder = below.config.decoder
     else:
         raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
     if below is not None:
-        delta.check_layers(extension, below.config.decoder, where=folder, base=base)
+        delta.check_layers([extension] if extension else [], below.config.decoder, where=folder, base=base)
         if decoder != below.config.decoder:
             raise MoextendError(
                 f"{folder} and its base {base} differ: {delta.differing(decoder, below.config.decoder)}"
             )
-    delta.check_layers(extension, decoder, where=folder, base=folder)
+    delta.check_layers([extension] if extension else [], decoder, where=folder, base=folder)
     tower, tower_attributes = _tower_sizes(
         folder,
         stored,
@@ -389,9 +469,8 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
         vision=vision,
         feature_layer=feature_layer,
     )
-    config = ModelConfig(decoder=decoder, vision=tower, extension=extension)
-    if attributes is not None:
-        config = dataclasses.replace(config, tags=huggingface.image_tags(attributes))
+    tags = None if attributes is None else huggingface.image_tags(attributes)
+    config = of_pictures(decoder=decoder, vision=tower, extension=extension, tags=tags)
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
         elsewhere |= open_source(vision, feature_layer=feature_layer, dtype=dtype).leaves
@@ -430,6 +509,10 @@ def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | N
     return "add_layer" in (attributes or {}) or any(mark in name for name in stored for mark in marks)
 
 
+MOST_EXPERTS = 4096
+"""New experts of a layer, in a file that claims more of them than anybody has."""
+
+
 def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
     """The extension whose router columns these tensors hold; a file does not say which experts it copied (-1)."""
     pattern = re.compile(r"model\.layers\.([0-9]{1,9})\.block_sparse_moe\.(gate_vision|weight_scale)\..*")
@@ -439,10 +522,11 @@ def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
     block = f"model.layers.{layers[0]}.block_sparse_moe."
     gate = stored.get(block + "gate_vision.weight")
     calibrator = stored.get(block + "weight_scale.weight_scale.0.weight")
+    new_experts = min(max(1, gate.shape[0]), MOST_EXPERTS) if gate and gate.shape else 1
     return ExtensionConfig(
         layers=tuple(layers),
-        sources=(-1,) * len(layers),
-        new_experts=max(1, gate.shape[0]) if gate and gate.shape else 1,
+        sources=(-1,) * (len(layers) * new_experts),
+        new_experts=new_experts,
         calibrator_width=max(1, calibrator.shape[0]) if calibrator and calibrator.shape else 16,
     )
 
@@ -474,7 +558,7 @@ def _tower_sizes(
         sizes = dataclasses.replace(below.config.vision, feature_layer=feature_layer)
         return sizes, below.record.attributes.get("vision", {})
     for sizes in huggingface.PUBLISHED_TOWERS:
-        config = ModelConfig(decoder=DecoderConfig(), vision=dataclasses.replace(sizes, feature_layer=feature_layer))
+        config = of_pictures(decoder=DecoderConfig(), vision=dataclasses.replace(sizes, feature_layer=feature_layer))
         try:
             leaves.match(tower, table="clip", config=config, where=folder)
         except MoextendError:
@@ -495,9 +579,9 @@ def _with_tower(source: Source, vision: Path, wanted: _Wanted) -> Source:
     tower = open_source(vision, feature_layer=wanted.feature_layer, dtype=wanted.dtype)
     if "vision" not in tower.parts:
         raise MoextendError(f"{vision} holds no vision tower")
-    matched = {path: leaf for path, leaf in tower.leaves.items() if path.startswith("vision/")}
+    matched = {path: leaf for path, leaf in tower.leaves.items() if path.startswith("media/image/tower/")}
     record = source.record._replace(
-        config=dataclasses.replace(source.config, vision=tower.config.vision),
+        config=with_vision(source.config, tower.config.vision),
         attributes=source.record.attributes | {"vision": tower.record.attributes.get("vision", {})},
     )
     # A CLIP folder's tokenizer is not this model's.
@@ -515,7 +599,7 @@ def _with_projector(source: Source, projector: Path) -> Source:
         at = projector / "config.json"
         attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
         other = _projector(projector, spelling.unwrapped(open_tensors(projector))[0], attributes)
-    config, projector_widths = source.config, other.leaves["projector/first"].shape
+    config, projector_widths = source.config, other.leaves["media/image/projector/first"].shape
     if config.vision is None or "vision" not in source.parts:
         raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
     model_widths = (config.vision.width, config.decoder.width)
@@ -524,7 +608,7 @@ def _with_projector(source: Source, projector: Path) -> Source:
             f"{projector} leads from width {projector_widths[0]} to {projector_widths[1]}, the model's tower and "
             f"decoder have {model_widths[0]} and {model_widths[1]}"
         )
-    matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("projector/")}
+    matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("media/image/projector/")}
     record = source.record._replace(projector=other.record.projector)
     return source._replace(leaves={**source.leaves, **matched}, record=record)
 
@@ -533,7 +617,7 @@ def _with_feature_layer(source: Source, feature_layer: int | None) -> Source:
     if feature_layer is None or source.config.vision is None:
         return source
     vision = dataclasses.replace(source.config.vision, feature_layer=feature_layer)
-    config = dataclasses.replace(source.config, vision=vision)
+    config = with_vision(source.config, vision)
     return source._replace(record=source.record._replace(config=config))
 
 
@@ -586,7 +670,7 @@ def _check_dtypes(
     if wanted.dtype is not None:
         return
     configured = attributes.get("torch_dtype") or attributes.get("dtype")
-    for part in ("decoder/", "vision/"):
+    for part in ("decoder/", "media/image/tower/"):
         own = {path: leaf for path, leaf in matched.items() if path.startswith(part) and not path.endswith("/gate")}
         if not own:
             continue

@@ -2,7 +2,11 @@
 
 Import reads a row left to right, export right to left with the layout's sides swapped. Braces stand for stacked
 axes: "{Z}" counts decoder layers, "{Y}" extended layers (their number in the file is the layer's), "{E}" pretrained
-experts, "{X}" new experts (numbered on from E), "{U}" vision layers.
+experts, "{X}" new experts (numbered on from E), "{U}" layers of a tower or blocks of a resampler, "{u}" those of them
+that attend to the tower.
+
+Published files know one medium and one extension, pictures, both called "image" in the rows. Leaves of others take the
+same rows: `row_of`.
 """
 
 from __future__ import annotations
@@ -10,10 +14,22 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from moextend_jax.config import ModelConfig
+from moextend_jax.config import (
+    IMAGE,
+    FeaturesConfig,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    ProjectorConfig,
+    TowerConfig,
+    VisionConfig,
+    WhisperConfig,
+)
+from moextend_jax.models.projectors import TABLE, sizes
+from moextend_jax.models.whisper import sizes_of
 
 
 class Name(NamedTuple):
@@ -48,65 +64,114 @@ MIXTRAL = (
 )
 
 EXTENSION = (
-    Name("extension/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
+    Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
     Name(
-        "extension/router/calibrator/w_in",
+        "extensions/image/router/calibrator/w_in",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.0.weight",
         "A O -> O A",
     ),
     Name(
-        "extension/router/calibrator/w_out",
+        "extensions/image/router/calibrator/w_out",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.2.weight",
         "O A -> A O",
     ),
-    Name("extension/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "f D -> D f"),
-    Name("extension/new_experts/w_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.weight", "f D -> D f"),
-    Name("extension/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D f -> f D"),
+    Name(
+        "extensions/image/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "f D -> D f"
+    ),
+    Name("extensions/image/new_experts/w_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.weight", "f D -> D f"),
+    Name(
+        "extensions/image/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D f -> f D"
+    ),
 )
 
 
 def _projector(first: str, second: str) -> tuple[Name, ...]:
     return (
-        Name("projector/first", first + ".weight", "d C -> C d"),
-        Name("projector/first_bias", first + ".bias", "d -> d"),
-        Name("projector/second", second + ".weight", "D d -> d D"),
-        Name("projector/second_bias", second + ".bias", "D -> D"),
+        Name("media/image/projector/first", first + ".weight", "d C -> C d"),
+        Name("media/image/projector/first_bias", first + ".bias", "d -> d"),
+        Name("media/image/projector/second", second + ".weight", "D d -> d D"),
+        Name("media/image/projector/second_bias", second + ".bias", "D -> D"),
     )
 
 
 _LAYER = "vision_model.encoder.layers.{U}."
 CLIP = (
-    Name("vision/patch", "vision_model.embeddings.patch_embedding.weight", "C c h w -> (h w c) C"),
-    Name("vision/class_token", "vision_model.embeddings.class_embedding", "C -> C"),
-    Name("vision/position", "vision_model.embeddings.position_embedding.weight", "Q C -> Q C"),
-    Name("vision/pre_norm/scale", "vision_model.pre_layrnorm.weight", "C -> C"),
-    Name("vision/pre_norm/bias", "vision_model.pre_layrnorm.bias", "C -> C"),
-    Name("vision/layers/attention_norm/scale", _LAYER + "layer_norm1.weight", "C -> C"),
-    Name("vision/layers/attention_norm/bias", _LAYER + "layer_norm1.bias", "C -> C"),
-    Name("vision/layers/attention/query", _LAYER + "self_attn.q_proj.weight", "(N H) C -> C N H"),
-    Name("vision/layers/attention/query_bias", _LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
-    Name("vision/layers/attention/key", _LAYER + "self_attn.k_proj.weight", "(N H) C -> C N H"),
-    Name("vision/layers/attention/key_bias", _LAYER + "self_attn.k_proj.bias", "(N H) -> N H"),
-    Name("vision/layers/attention/value", _LAYER + "self_attn.v_proj.weight", "(N H) C -> C N H"),
-    Name("vision/layers/attention/value_bias", _LAYER + "self_attn.v_proj.bias", "(N H) -> N H"),
-    Name("vision/layers/attention/out", _LAYER + "self_attn.out_proj.weight", "C (N H) -> N H C"),
-    Name("vision/layers/attention/out_bias", _LAYER + "self_attn.out_proj.bias", "C -> C"),
-    Name("vision/layers/mlp_norm/scale", _LAYER + "layer_norm2.weight", "C -> C"),
-    Name("vision/layers/mlp_norm/bias", _LAYER + "layer_norm2.bias", "C -> C"),
-    Name("vision/layers/mlp/up", _LAYER + "mlp.fc1.weight", "J C -> C J"),
-    Name("vision/layers/mlp/up_bias", _LAYER + "mlp.fc1.bias", "J -> J"),
-    Name("vision/layers/mlp/down", _LAYER + "mlp.fc2.weight", "C J -> J C"),
-    Name("vision/layers/mlp/down_bias", _LAYER + "mlp.fc2.bias", "C -> C"),
-    Name("vision/post_norm/scale", "vision_model.post_layernorm.weight", "C -> C"),
-    Name("vision/post_norm/bias", "vision_model.post_layernorm.bias", "C -> C"),
+    Name("media/image/tower/patch", "vision_model.embeddings.patch_embedding.weight", "C c h w -> (h w c) C"),
+    Name("media/image/tower/class_token", "vision_model.embeddings.class_embedding", "C -> C"),
+    Name("media/image/tower/position", "vision_model.embeddings.position_embedding.weight", "Q C -> Q C"),
+    Name("media/image/tower/pre_norm/scale", "vision_model.pre_layrnorm.weight", "C -> C"),
+    Name("media/image/tower/pre_norm/bias", "vision_model.pre_layrnorm.bias", "C -> C"),
+    Name("media/image/tower/layers/attention_norm/scale", _LAYER + "layer_norm1.weight", "C -> C"),
+    Name("media/image/tower/layers/attention_norm/bias", _LAYER + "layer_norm1.bias", "C -> C"),
+    Name("media/image/tower/layers/attention/query", _LAYER + "self_attn.q_proj.weight", "(N H) C -> C N H"),
+    Name("media/image/tower/layers/attention/query_bias", _LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
+    Name("media/image/tower/layers/attention/key", _LAYER + "self_attn.k_proj.weight", "(N H) C -> C N H"),
+    Name("media/image/tower/layers/attention/key_bias", _LAYER + "self_attn.k_proj.bias", "(N H) -> N H"),
+    Name("media/image/tower/layers/attention/value", _LAYER + "self_attn.v_proj.weight", "(N H) C -> C N H"),
+    Name("media/image/tower/layers/attention/value_bias", _LAYER + "self_attn.v_proj.bias", "(N H) -> N H"),
+    Name("media/image/tower/layers/attention/out", _LAYER + "self_attn.out_proj.weight", "C (N H) -> N H C"),
+    Name("media/image/tower/layers/attention/out_bias", _LAYER + "self_attn.out_proj.bias", "C -> C"),
+    Name("media/image/tower/layers/mlp_norm/scale", _LAYER + "layer_norm2.weight", "C -> C"),
+    Name("media/image/tower/layers/mlp_norm/bias", _LAYER + "layer_norm2.bias", "C -> C"),
+    Name("media/image/tower/layers/mlp/up", _LAYER + "mlp.fc1.weight", "J C -> C J"),
+    Name("media/image/tower/layers/mlp/up_bias", _LAYER + "mlp.fc1.bias", "J -> J"),
+    Name("media/image/tower/layers/mlp/down", _LAYER + "mlp.fc2.weight", "C J -> J C"),
+    Name("media/image/tower/layers/mlp/down_bias", _LAYER + "mlp.fc2.bias", "C -> C"),
+    Name("media/image/tower/post_norm/scale", "vision_model.post_layernorm.weight", "C -> C"),
+    Name("media/image/tower/post_norm/bias", "vision_model.post_layernorm.bias", "C -> C"),
 )
+
+_ENCODER = "layers.{U}."
+WHISPER = (
+    Name("first", "conv1.weight", "C b w -> w b C"),
+    Name("first_bias", "conv1.bias", "C -> C"),
+    Name("second", "conv2.weight", "C c w -> w c C"),
+    Name("second_bias", "conv2.bias", "C -> C"),
+    Name("position", "embed_positions.weight", "P C -> P C"),
+    Name("layers/attention_norm/scale", _ENCODER + "self_attn_layer_norm.weight", "C -> C"),
+    Name("layers/attention_norm/bias", _ENCODER + "self_attn_layer_norm.bias", "C -> C"),
+    Name("layers/attention/query", _ENCODER + "self_attn.q_proj.weight", "(N H) C -> C N H"),
+    Name("layers/attention/query_bias", _ENCODER + "self_attn.q_proj.bias", "(N H) -> N H"),
+    Name("layers/attention/key", _ENCODER + "self_attn.k_proj.weight", "(N H) C -> C N H"),
+    Name("layers/attention/value", _ENCODER + "self_attn.v_proj.weight", "(N H) C -> C N H"),
+    Name("layers/attention/value_bias", _ENCODER + "self_attn.v_proj.bias", "(N H) -> N H"),
+    Name("layers/attention/out", _ENCODER + "self_attn.out_proj.weight", "C (N H) -> N H C"),
+    Name("layers/attention/out_bias", _ENCODER + "self_attn.out_proj.bias", "C -> C"),
+    Name("layers/mlp_norm/scale", _ENCODER + "final_layer_norm.weight", "C -> C"),
+    Name("layers/mlp_norm/bias", _ENCODER + "final_layer_norm.bias", "C -> C"),
+    Name("layers/mlp/up", _ENCODER + "fc1.weight", "J C -> C J"),
+    Name("layers/mlp/up_bias", _ENCODER + "fc1.bias", "J -> J"),
+    Name("layers/mlp/down", _ENCODER + "fc2.weight", "C J -> J C"),
+    Name("layers/mlp/down_bias", _ENCODER + "fc2.bias", "C -> C"),
+    Name("post_norm/scale", "layer_norm.weight", "C -> C"),
+    Name("post_norm/bias", "layer_norm.bias", "C -> C"),
+)
+"""Whisper's encoder: path inside the tower <-> tensor of Hugging Face's encoder."""
+
+
+def _resampler() -> Iterator[Name]:
+    norm = {"norm/scale": "C", "norm/bias": "C"}
+    attention = {f"inner/{part}{end}": axes for part in ("query", "key", "value")
+                 for end, axes in (("", "C N H"), ("_bias", "N H"))}  # fmt: skip
+    attention |= {"inner/out": "N H C", "inner/out_bias": "C", **norm}
+    mlp = {"inner/up": "C J", "inner/up_bias": "J", "inner/down": "J C", "inner/down_bias": "C", **norm}
+    blocks = {"self_attention": ("U", attention), "cross_attention": ("u", attention), "mlp": ("U", mlp)}
+    leaves = {"queries": "q C", **norm, "out": "C d", "out_bias": "d"}
+    yield from (Name(path, path, f"{axes} -> {axes}") for path, axes in leaves.items())
+    for part, (stacked_over, leaves) in blocks.items():
+        for path, axes in leaves.items():
+            yield Name(f"{part}/{path}", f"{part}/{{{stacked_over}}}/{path}", f"{axes} -> {axes}")
+
+
+RESAMPLER = tuple(_resampler())
+"""A resampler: path inside the projector, and the same as name and layout, since no published file holds one."""
 
 _TEXT, _ROUTER = "language_model.", "language_model.model.layers.{Y}.block_sparse_moe.gate."
 TRANSFORMERS = (
     *(row._replace(file=_TEXT + row.file) for row in MIXTRAL),
-    Name("extension/router/new_gate", _ROUTER + "new.weight", "X D -> D X"),
-    Name("extension/router/calibrator/w_in", _ROUTER + "calibrator.0.weight", "A O -> O A"),
-    Name("extension/router/calibrator/w_out", _ROUTER + "calibrator.2.weight", "O A -> A O"),
+    Name("extensions/image/router/new_gate", _ROUTER + "new.weight", "X D -> D X"),
+    Name("extensions/image/router/calibrator/w_in", _ROUTER + "calibrator.0.weight", "A O -> O A"),
+    Name("extensions/image/router/calibrator/w_out", _ROUTER + "calibrator.2.weight", "O A -> A O"),
     *(row._replace(file=_TEXT + row.file) for row in EXTENSION if ".experts.{X}." in row.file),
     *_projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     *(row._replace(file="vision_tower." + row.file) for row in CLIP),
@@ -143,13 +208,68 @@ BESIDE: dict[str, re.Pattern[str]] = {
 """Tensors of the whole model that a part was taken from: CLIP's text half, a LLaVA's decoder and tower."""
 
 
+def _inside(rows: Iterable[Name], part: str = "") -> dict[str, Name]:
+    return {row.path.removeprefix(part): row for row in rows}
+
+
+_DECODER, _EXTENSION = _inside(MIXTRAL), _inside(EXTENSION, f"extensions/{IMAGE}/")
+_TOWERS: dict[type[TowerConfig], dict[str, Name]] = {
+    VisionConfig: _inside(CLIP, f"media/{IMAGE}/tower/"), WhisperConfig: _inside(WHISPER), FeaturesConfig: {},
+}  # fmt: skip
+_LINEAR = _inside(TABLES["llava"], f"media/{IMAGE}/projector/")
+_PROJECTORS = dict.fromkeys(TABLE, _LINEAR) | {"resampler": _inside(RESAMPLER)}
+"""Rows by path inside the part: `row_of` finds them whatever a medium or an extension is called."""
+
+
+def row_of(path: str, config: ModelConfig) -> Name | None:
+    """The row of one of our leaves; None: a model of this configuration has no such leaf."""
+    kind, _, inside = path.partition("/")
+    name, _, inside = inside.partition("/")
+    rows, leaf = _DECODER, path
+    if kind == "extensions":
+        rows, leaf = _EXTENSION if name in config.extensions else {}, inside
+    elif kind == "media":
+        part, _, leaf = inside.partition("/")
+        rows = _rows_of_medium(config.media[name], part) if name in config.media else {}
+    if leaf not in rows or (path == "decoder/head" and config.decoder.tied_head):
+        return None
+    return rows[leaf]._replace(path=path)
+
+
+def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
+    rows = {"tower": _TOWERS[type(medium.tower)], "projector": _PROJECTORS[medium.projector.kind]}
+    return rows.get(part, {})
+
+
+def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
+    """Published layouts hold a decoder, pictures behind two linear maps, and one extension for them.
+
+    Raises:
+      MoextendError: these leaves of a model are more, or others.
+    """
+    parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if path.startswith(("media/", "extensions/")))
+    others = []
+    for kind, name in parts:
+        if name != IMAGE:
+            others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
+        elif kind == "media" and config.media[name].projector != ProjectorConfig():
+            others.append(f"a projector of kind {config.media[name].projector.kind}")
+        elif kind == "extensions" and config.extensions[name].share != 1:
+            others.append(f"a share of {config.extensions[name].share} of extension {name}")
+    if others:
+        raise MoextendError(
+            f"layout {layout} holds pictures behind two linear maps and one extension called {IMAGE}, and this model "
+            f"has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back onto its base"
+        )
+
+
 def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor that a file of layout `table` must hold for a model of this configuration."""
     for name in TABLES[table]:
-        if not _exists(name.path, config):
+        if row_of(name.path, config) is None:
             continue
         counters = stacked(name.file)
-        counts = [numbers(letter, config) for letter in counters]
+        counts = [list(numbers(letter, name.path, config)) for letter in counters]
         for index in itertools.product(*(range(len(count)) for count in counts)):
             at = {letter: counts[axis][index[axis]] for axis, letter in enumerate(counters)}
             yield Tensor(name.file.format(**at), name.path, index, name.layout)
@@ -157,14 +277,13 @@ def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:
 
 def count(row: Name, config: ModelConfig) -> int:
     """How many tensors a row stands for in a file, before any of their names is made."""
-    if not _exists(row.path, config):
-        return 0
-    return math.prod(stack(row.file, config))
+    return 0 if row_of(row.path, config) is None else math.prod(stack(row, config))
 
 
-def stack(file: str, config: ModelConfig) -> tuple[int, ...]:
+def stack(row: Name, config: ModelConfig) -> tuple[int, ...]:
     """Sizes of the stacked axes of a row's file name."""
-    return tuple(_count(letter, config) for letter in stacked(file))
+    sizes = letters(row.path, config)
+    return tuple(sizes[letter] for letter in stacked(row.file))
 
 
 def stacked(file: str) -> list[str]:
@@ -184,13 +303,19 @@ def axis_sizes(layout: str, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def letters(path: str, config: ModelConfig) -> dict[str, int]:
-    """Sizes of every letter that a layout of this path uses: N and H mean other heads in the vision tower."""
-    vision = config.vision
-    if path.startswith("vision/"):
-        assert vision is not None
-        return {**vision.sizes(), "h": vision.patch_size, "w": vision.patch_size, "c": 3}
-    shared = {"d": config.decoder.width, **({"C": vision.width} if vision else {})}
-    return {**config.sizes(), **shared}
+    """Sizes of every letter that a layout of this path uses: N and H mean other heads in a tower."""
+    kind, name, part = (*path.split("/", 3), "")[:3]
+    if kind == "extensions":
+        return config.sizes(name)
+    if kind != "media":
+        return config.sizes()
+    medium, tower = config.media[name], config.media[name].tower
+    if part == "projector":
+        return sizes(medium.projector, C=tower.sizes()["C"], D=config.decoder.width)
+    if isinstance(tower, WhisperConfig):
+        return sizes_of(tower)
+    patch = tower.patch_size if isinstance(tower, VisionConfig) else 0
+    return {**tower.sizes(), "h": patch, "w": patch, "c": 3}
 
 
 def groups(side: str) -> list[list[str]]:
@@ -203,29 +328,9 @@ def shape(side: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(math.prod(sizes[letter] for letter in group) for group in groups(side))
 
 
-def _exists(path: str, config: ModelConfig) -> bool:
-    if path == "decoder/head":
-        return not config.decoder.tied_head
-    needs = {"extension": config.extension, "projector": config.vision, "vision": config.vision}
-    return needs.get(path.split("/")[0], config.decoder) is not None
-
-
-def _count(letter: str, config: ModelConfig) -> int:
-    if letter == "U":
-        assert config.vision is not None
-        return config.vision.layers
-    return config.sizes()[letter]
-
-
-def numbers(letter: str, config: ModelConfig) -> list[int]:
-    """What a stacked axis counts in file names, e.g. the extended layers' numbers for "Y"."""
-    if letter == "U":
-        assert config.vision is not None
-        return list(range(config.vision.layers))
-    if letter in "ZE":
-        return list(range(config.decoder.sizes()[letter]))
-    assert config.extension is not None
+def numbers(letter: str, path: str, config: ModelConfig) -> Iterable[int]:
+    """What a stacked axis of a leaf counts in file names, e.g. the extended layers' numbers for "Y"."""
+    _, name, *_ = path.split("/")
     if letter == "Y":
-        return list(config.extension.layers)
-    experts = config.decoder.experts
-    return list(range(experts, experts + config.extension.new_experts))
+        return config.extensions[name].layers
+    return config.columns(name) if letter == "X" else range(letters(path, config)[letter])

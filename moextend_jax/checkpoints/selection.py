@@ -14,8 +14,8 @@ from moextend_jax.config import DecoderConfig, MoextendError
 
 
 def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
-    """The whole record. Its `chosen_layers` ascend and are layers of the decoder, its `sources` are experts of it, one
-    per layer; its `base` is text.
+    """The whole record. Its `chosen_layers` ascend and are layers of the decoder, its `sources` are experts of it,
+    `new_experts` different ones for each layer; its `base` is text.
 
     Raises:
       MoextendError: they are not, or are not there; names the file.
@@ -27,9 +27,14 @@ def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
         raise MoextendError(
             f"{path}: chosen_layers = {shown(layers)} is no ascending list of layers below {decoder.layers}"
         )
-    if not _below(sources, decoder.experts) or len(sources) != len(layers):
+    new: Any = record.get("new_experts", 1)
+    if type(new) is not int or not 1 <= new <= decoder.experts:
+        raise MoextendError(f"{path}: new_experts = {shown(new)} is no number of experts up to {decoder.experts}")
+    of_layers = [sources[n : n + new] for n in range(0, len(sources), new)] if isinstance(sources, list) else []
+    if not _below(sources, decoder.experts) or [len({*some}) for some in of_layers] != [new] * len(layers):
+        each = "one per layer" if new == 1 else f"{new} different ones per layer"
         raise MoextendError(
-            f"{path}: sources = {shown(sources)} are not {len(layers)} experts below {decoder.experts}, one per layer"
+            f"{path}: sources = {shown(sources)} are not {new * len(layers)} experts below {decoder.experts}, {each}"
         )
     if not isinstance(record.get("base"), str):
         raise MoextendError(f"{path}: base = {shown(record.get('base'))} is no content hash")

@@ -1,7 +1,7 @@
 """The folder that an import makes: stacked leaves in safetensors, and moextend.json, which says what they are.
 
 Out and in: leaves by our path with the sizes of their model, the layout they came from, and their hashes. A delta is
-the same folder with the leaves of an extension only, and the hash of the base it belongs to.
+the same folder with the leaves of extensions only, and the hashes of the base they belong to.
 
 Why not Orbax, as for training checkpoints: Orbax saves arrays that are on devices, and its partial saves still take a
 whole stacked leaf (30 GB of w_gate for Mixtral-8x7B) at a time. An import has no devices. Here a leaf is written piece
@@ -13,29 +13,48 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
 from moextend_jax.checkpoints import hashes, leaves
-from moextend_jax.checkpoints.attributes import fits
+from moextend_jax.checkpoints.attributes import MOST, fits
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.names import PREFIXES
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.tensors import difference, open_safetensors, write_safetensors
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.config import (
+    IMAGE,
+    DecoderConfig,
+    ExtensionConfig,
+    FeaturesConfig,
+    ImageTags,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    Named,
+    TowerConfig,
+    VisionConfig,
+    WhisperConfig,
+)
+from moextend_jax.media import mark_of
+from moextend_jax.parameters import current_path
+from moextend_jax.settings import build, fields
 
-FILE, FORMAT = "moextend.json", 1
+FILE, FORMAT = "moextend.json", 2
+"""Format 1 knew one medium and one extension, whose leaves had other names (`parameters.current_path`)."""
 
 
 class Record(NamedTuple):
     """What moextend.json holds.
 
     `layout` is where the leaves came from, "delta" for a delta. `attributes` are the config.json files they came with,
-    by part; `projector` how their projector is spelled (table, prefix). `base` is a delta's base hash, else None.
+    by part; `projector` how their projector is spelled (table, prefix). `base` is a delta's base hash, else None;
+    `parts` the hashes of its base by part (`hashes.BaseHashes`), which older deltas lack.
     """
 
     config: ModelConfig
@@ -44,6 +63,7 @@ class Record(NamedTuple):
     projector: tuple[str, str]
     base: str | None
     facts: dict[str, Any]
+    parts: Mapping[str, str] = {}
 
 
 def is_imported(folder: Path) -> bool:
@@ -64,21 +84,31 @@ def write(
     planned = {path: leaves.plan_ours(leaf, dtype=dtype, digest=digests[path]) for path, leaf in matched.items()}
     write_safetensors(folder, planned, max_shard_bytes=max_shard_bytes, written=written)
     written_leaves = {path: (plan.dtype, plan.shape, digests[path].hexdigest()) for path, plan in planned.items()}
-    pretrained = {path: leaf for path, leaf in written_leaves.items() if path.startswith(hashes.PRETRAINED)}
-    parts = {path.partition("/")[0] for path in matched} if record.base is None else {"decoder", "vision", "extension"}
+    pretrained = hashes.combined({p: leaf for p, leaf in written_leaves.items() if hashes.is_pretrained(p)})
+    parts = {tuple(path.split("/")[:2]) for path in matched}
+    has_decoder = record.base is not None or any(path.startswith("decoder/") for path in matched)
     value = {
         "format": FORMAT,
         "layout": record.layout,
         "model": {
-            "decoder": dataclasses.asdict(record.config.decoder) if "decoder" in parts else None,
-            "vision": _asdict(record.config.vision) if "vision" in parts else None,
-            "extension": _asdict(record.config.extension) if "extension" in parts else None,
-            "tags": dataclasses.asdict(record.config.tags),
+            "decoder": dataclasses.asdict(record.config.decoder) if has_decoder else None,
+            "media": {
+                name: medium_attributes(medium)
+                for name, medium in record.config.media.items()
+                if ("media", name) in parts or record.base is not None
+            },
+            "extensions": {
+                name: extension_attributes(added)
+                for name, added in record.config.extensions.items()
+                if ("extensions", name) in parts
+            },
+            "composition": record.config.composition,
         },
         "attributes": record.attributes,
         "projector": record.projector,
         "facts": record.facts,
-        "base_hash": record.base or (hashes.combine(pretrained) if pretrained else None),
+        "base_hash": record.base or (pretrained.base if pretrained.parts else None),
+        "base_parts": dict(record.parts) if record.base else pretrained.parts,
         "content_hash": hashes.combine(written_leaves),
         "leaves": {
             path: {"dtype": str(d), "shape": list(s), "sha256": sha} for path, (d, s, sha) in written_leaves.items()
@@ -95,19 +125,23 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
     """
     where = folder / FILE
     value = read_json(where)
-    if value.get("format") != FORMAT:
-        raise MoextendError(f"{where} has format {shown(value.get('format'))}; this version reads format {FORMAT}")
+    if value.get("format") not in (1, FORMAT):
+        raise MoextendError(
+            f"{where} has format {shown(value.get('format'))}; this version reads formats 1 and {FORMAT}"
+        )
     stored = open_safetensors(folder)
     try:
-        model, listed = value["model"], value["leaves"]
+        model, listed = value["model"], {current_path(path): claim for path, claim in value["leaves"].items()}
+        stored = {current_path(path): tensor for path, tensor in stored.items()}
         record = _checked(
             Record(
-                config=_config(model, projector_shape=listed.get("projector/first", {}).get("shape")),
+                config=_config(model, projector_shape=listed.get("media/image/projector/first", {}).get("shape")),
                 layout=value["layout"],
                 attributes=value["attributes"],
                 projector=tuple(value["projector"]),
                 base=value["base_hash"] if value["layout"] == "delta" else None,
                 facts=value["facts"],
+                parts=value.get("base_parts", {}) if value["layout"] == "delta" else {},
             )
         )
         if unequal := difference(listed, stored):
@@ -130,54 +164,120 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
 
 def _checked(record: Record) -> Record:
     """Raises ValueError where another program would have gone wrong later."""
-    config, extension = record.config, record.config.extension
-    for part in (config.decoder, config.vision):
-        for name, value in dataclasses.asdict(part).items() if part else ():
+    config = record.config
+    for part in (config.decoder, *(medium.tower for medium in config.media.values())):
+        for name, value in dataclasses.asdict(part).items():
             if not fits(name, value):
                 raise ValueError(f"{name} = {shown(value)} is impossible")
-    tags = dataclasses.astuple(config.tags)
-    if not all(type(tag) is int and -1 <= tag < 1 << 31 for tag in tags):
-        raise ValueError(f"image tags {shown(tags)} are impossible")
-    if extension:
-        numbers = (extension.new_experts, extension.calibrator_width)
-        if not all(type(n) is int for n in (*extension.layers, *extension.sources, *numbers)):
-            raise ValueError(f"extension {shown(dataclasses.asdict(extension))} is impossible")
-        if list(extension.layers) != sorted({*extension.layers}) or min(0, *extension.layers) < 0 or min(numbers) < 1:
-            raise ValueError(f"extended layers {shown(extension.layers)} are impossible")
-        if len(extension.sources) != len(extension.layers) or not extension.layers:
-            raise ValueError(f"{len(extension.layers)} layers copy {len(extension.sources)} experts")
+    for name in (*config.media, *config.extensions):
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{shown(name)} is no name of a medium or an extension")
+    for name, medium in config.media.items():
+        _check_medium(name, medium)
+    pads = [medium.tags.pad for medium in config.media.values()]
+    if len({*pads}) < len(pads):
+        raise ValueError(f"media {shown(list(config.media))} have the same tags")
+    for name, extension in config.extensions.items():
+        _check_extension(name, extension, config.decoder)
     if not isinstance(record.layout, str) or not isinstance(record.facts, dict):
         raise ValueError("layout or facts are of another type than they should be")
     if not all(isinstance(part, dict) for part in (record.attributes, *record.attributes.values())):
         raise ValueError("attributes are of another type than they should be")
     if record.projector not in {(table, prefix) for table, own in PREFIXES.items() for prefix in ("", own)}:
         raise ValueError(f"projector {shown(record.projector)} is spelled in no known way")
-    if record.layout == "delta" and not hashes.is_hash(record.base):
-        raise ValueError(f"base_hash is {shown(record.base)}")
+    for base in (record.base, record.facts.get("base_hash")):
+        if not hashes.is_hash(base) and (base is not None or (record.layout == "delta" and base is record.base)):
+            raise ValueError(f"base_hash is {shown(base)}")
+    for parts in (record.parts, record.facts.get("base_parts", {})):
+        if not isinstance(parts, dict) or not all(map(hashes.is_hash, parts.values())):
+            raise ValueError(f"base_parts are {shown(parts)}")
     return record
+
+
+NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+TOWERS: dict[str, tuple[type, ...]] = {
+    "image": (VisionConfig,), "video": (VisionConfig,), "audio": (VisionConfig, WhisperConfig),
+    "features": (FeaturesConfig,),
+}  # fmt: skip
+"""What may read a medium of each kind."""
+
+
+def _check_medium(name: str, medium: Medium) -> None:
+    tower, projector = medium.tower, medium.projector
+    if not isinstance(tower, TOWERS[medium.kind]) or medium.mark != mark_of(name, medium.kind):
+        raise ValueError(f"{name} is of kind {medium.kind}, not with {type(tower).__name__} and {shown(medium.mark)}")
+    if not isinstance(tower, FeaturesConfig) and tower.feature_layer < -tower.layers - 1:
+        raise ValueError(f"the tower of {name} has {tower.layers} layers, no layer {tower.feature_layer}")
+    if not all(-1 <= tag < 1 << 31 for tag in medium.tags.ids):
+        raise ValueError(f"{name} tags {shown(medium.tags.ids)} are impossible")
+    numbers = (medium.frames, *medium.spans, *(n for n in dataclasses.astuple(projector) if n != projector.kind))
+    if not all(0 < n < MOST for n in numbers) or list(medium.spans) != sorted({*medium.spans}):
+        raise ValueError(f"{name} has frames, spans or a projector that are impossible")
+    if (medium.frames > 1 and medium.kind != "video") or not 0 < medium.seconds < MOST:
+        raise ValueError(f"{name} has frames or seconds that are impossible")
+    if projector.kind == "resampler" and tower.width % projector.heads:
+        raise ValueError(f"the resampler of {name} has {projector.heads} heads in width {tower.width}")
+    if projector.neighbours > (1 if projector.kind == "linear" else tower.patches):
+        raise ValueError(f"the projector of {name} has {projector.neighbours} neighbours")
+
+
+def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConfig) -> None:
+    layers, sources = extension.layers, extension.sources
+    if list(layers) != sorted({*layers}) or not layers or layers[0] < 0 or layers[-1] >= decoder.layers:
+        raise ValueError(f"extended layers {shown(layers)} are impossible")
+    if min(extension.new_experts, extension.calibrator_width) < 1 or extension.calibrator_width >= MOST:
+        raise ValueError(f"extension {shown(name)} has {extension.new_experts} experts for each layer")
+    if len(sources) != len(layers) * extension.new_experts:
+        raise ValueError(f"{len(layers)} layers copy {len(sources)} experts")
+    if not all(-1 <= source < decoder.experts for source in sources):
+        raise ValueError(f"sources {shown(sources)} are impossible")
+    if not 0 <= extension.share <= 1 or (extension.medium and not NAME.fullmatch(extension.medium)):
+        raise ValueError(f"extension {shown(name)} has medium {shown(extension.medium)}, share {extension.share}")
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
     decoder = DecoderConfig(**model["decoder"]) if model["decoder"] else None
-    vision = VisionConfig(**model["vision"]) if model["vision"] else None
+    if "media" in model:
+        media = {name: medium_of(attributes, where=name) for name, attributes in model["media"].items()}
+        extensions, composition = model["extensions"], model["composition"]
+    else:  # format 1
+        tower = VisionConfig(**model["vision"]) if model["vision"] else None
+        media = {IMAGE: Medium(tower=tower, tags=ImageTags(**model["tags"]))} if tower else {}
+        extensions, composition = {IMAGE: model["extension"]} if model["extension"] else {}, "shared"
     if projector_shape:  # a projector alone has these two sizes and no others
         C, D = projector_shape
-        decoder, vision = decoder or DecoderConfig(width=D), vision or VisionConfig(width=C)
-    extension = model["extension"]
+        decoder, media = decoder or DecoderConfig(width=D), media or {IMAGE: Medium(tower=VisionConfig(width=C))}
     return ModelConfig(
         decoder=decoder or DecoderConfig(),
-        vision=vision,
-        extension=ExtensionConfig(
-            **{**extension, "layers": tuple(extension["layers"]), "sources": tuple(extension["sources"])}
-        )
-        if extension
-        else None,
-        tags=ImageTags(**model["tags"]),
+        media=Named(media),
+        extensions=Named({name: _built(ExtensionConfig, part, where=name) for name, part in extensions.items()}),
+        composition=_built(fields(ModelConfig)["composition"], composition, where="composition"),
     )
 
 
-def _asdict(config: Any) -> dict[str, Any] | None:
-    return dataclasses.asdict(config) if config else None
+def medium_attributes(medium: Medium) -> dict[str, Any]:
+    """A medium in JSON."""
+    return dataclasses.asdict(medium) | {"tower_kind": type(medium.tower).__name__}
+
+
+def medium_of(attributes: Mapping[str, Any], *, where: str) -> Medium:
+    """The inverse of `medium_attributes`; raises TypeError, KeyError or ValueError where it is none."""
+    rest = dict(attributes)
+    kind = {kind.__name__: kind for kind in get_args(TowerConfig)}[rest.pop("tower_kind")]
+    tower = _built(kind, rest.pop("tower"), where=where)
+    return dataclasses.replace(_built(Medium, rest, where=where), tower=tower)
+
+
+def _built(kind: Any, value: Any, *, where: str) -> Any:
+    try:
+        return build(kind, value, where=where)
+    except MoextendError as error:  # which may be as long as what stands in the file
+        raise ValueError(str(error)) from None
+
+
+def extension_attributes(extension: ExtensionConfig) -> dict[str, Any]:
+    """An extension in JSON; whether it trains is no fact about it."""
+    return {name: value for name, value in dataclasses.asdict(extension).items() if name != "trains"}
 
 
 def dtype_of(matched: Mapping[str, Leaf]) -> np.dtype:

@@ -313,7 +313,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             raise MoextendError(
                 f"{path} cannot be read: it is cut short, {short(name)} needs its bytes {begin:,}..{end:,} of {data:,}"
             )
-        stored[name] = in_runs(shape, dtype, _run(path, dtype, start + begin), where=str(path), file=at)
+        stored[name] = in_runs(shape, dtype, run_at(path, dtype, start + begin), where=str(path), file=at)
         end_before = end
     if end_before != data:
         raise MoextendError(f"{path} cannot be read: {data - end_before:,} bytes after its last tensor")
@@ -342,9 +342,9 @@ def _entry(entry: Any, *, where: str) -> tuple[str, tuple[int, ...], int, int]:
     return kind, tuple(shape), *place
 
 
-def _run(path: Path, dtype: np.dtype, offset: int) -> Callable[[int, int], np.ndarray]:
-    """Every call maps its own byte range anew, so that its pages leave memory together with the view; of a bucket's
-    object it reads that range."""
+def run_at(path: Path, dtype: np.dtype, offset: int) -> Callable[[int, int], np.ndarray]:
+    """Reads elements of a tensor that begins at this byte. Every call maps its own byte range anew, so that its pages
+    leave memory together with the view; of a bucket's object it reads that range."""
 
     def run(first: int, last: int) -> np.ndarray:
         begin, nbytes = offset + first * dtype.itemsize, (last - first) * dtype.itemsize

@@ -22,6 +22,7 @@ from moextend_jax.checkpoints import sums
 from moextend_jax.config import MoextendError
 from moextend_jax.data import faults
 from moextend_jax.folders import absolute
+from moextend_jax.parameters import current_path
 
 # What Orbax logs as an error, a traceback for each of its threads, it also raises: `disk_errors` says it in one line.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -235,7 +236,7 @@ def _restore(manager: ocp.CheckpointManager, step: int, state: Any, rows, *, fac
     check_facts(restored_items["facts"], facts, where=where)
     restored = _state(manager, step, state)
     rows.set_state(restored_items["rows"]["place"])
-    return Started(restored, np.asarray(restored_items["rows"]["faults"], np.int64))
+    return Started(restored, faults.restored(restored_items["rows"]["faults"]))
 
 
 def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
@@ -333,8 +334,11 @@ def load_leaves(
             return None
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path] if shardings else device)
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=shardings[current_path(path)] if shardings else device
+            )
             for path, leaf in result.leaves.items()
         }
         args = ocp.args.Composite(leaves=ocp.args.StandardRestore(abstract))
-        return result.manager.restore(result.step, args=args)["leaves"]
+        restored = result.manager.restore(result.step, args=args)["leaves"]
+        return {current_path(path): leaf for path, leaf in restored.items()}

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import huggingface, leaves
+from moextend_jax.checkpoints import huggingface, leaves, names
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
-from moextend_jax.config import ModelConfig, MoextendError, Recipe
-from moextend_jax.data.images import MEAN_c, STD_c
+from moextend_jax.config import ModelConfig, MoextendError, Recipe, with_vision
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.media.image import MEAN_c, STD_c
 
 CODE = "modeling_moextend.py"
 KEPT = ("max_position_embeddings", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -72,6 +72,7 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
     """Of what `source` holds: a LLaVA, extended or not, where there is a projector; else a Mixtral."""
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
+    names.check_published(source.leaves, source.config, layout="hf")
     sees = {"vision", "projector"} <= source.parts
     if "extension" in source.parts and not sees:
         raise MoextendError(
@@ -81,10 +82,10 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
     tokenizer = _tokenizer(source)
     text = _text_attributes(source)
     if not sees:
-        config = dataclasses.replace(source.config, vision=None)
+        config = with_vision(source.config, None)
         attributes, table = {"architectures": ["MixtralForCausalLM"], **text}, "mixtral"
     else:
-        config = dataclasses.replace(source.config, tags=tokenizer.tags if tokenizer else source.config.tags)
+        config = with_vision(source.config, source.config.vision, tags=tokenizer.tags if tokenizer else None)
         attributes, table = _llava_attributes(source, config, text, recipe, text_isolation), "transformers"
     folder = Folder(
         tensors=leaves.plan_theirs(source.leaves, table=table, config=config),
@@ -184,7 +185,7 @@ def _generation(source: Source, config: ModelConfig, tokenizer: Tokenizer | None
 
 
 def _processor(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """LLaVA's processor, which prepares pictures as `data.images` does for this recipe. On its Pillow backend the
+    """LLaVA's processor, which prepares pictures as `media.image` does for this recipe. On its Pillow backend the
     pixels are ours; torchvision's resizing rounds some of them otherwise by a level or two."""
     vision = config.vision
     assert vision is not None

@@ -102,7 +102,9 @@ def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tup
     for z, gate_DE in enumerate(gate_ZDE):
         columns = list(gate_DE.T)
         if z in layers:
-            columns += list(np.asarray(arrays["extension/router/new_gate"])[layers.index(z)].T)
+            columns += list(
+                np.asarray(arrays[f"extensions/{next(iter(config.extensions))}/router/new_gate"])[layers.index(z)].T
+            )
         first: dict[bytes, int] = {}
         for o, column in enumerate(columns):
             twin = first.setdefault(np.ascontiguousarray(column, np.float32).tobytes(), o)

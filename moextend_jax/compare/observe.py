@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moextend_jax.config import RECIPES, Batch
+from moextend_jax.config import IMAGE, RECIPES, Batch
 from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import mixture, rms_norm
-from moextend_jax.models.moextend import MoExtend, sighted
+from moextend_jax.models.moextend import MoExtend, shares
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import aux_released, load, losses_of
@@ -78,24 +78,21 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
     turns = rotation(batch.positions_BL, head_size=config.head_size, theta=config.rope_theta)
     visible = Visible.in_rows(batch.segments_BL)
     layer_def, layers = nnx.split(model.decoder.layers)
-    x_BLD, sighted_BL = model.embed(batch), None
-    if model.config.text_isolation == "strict":
-        sighted_BL = sighted(batch)
-        sighted_BL = jnp.zeros(batch.ids_BL.shape, bool) if sighted_BL is None else sighted_BL
+    x_BLD, open_to = model.embed(batch), shares(batch, model.config)
     for z in range(config.layers):
         this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
         attended_BLD, _ = this.attention(normed_BLD, turns, visible)
         between_BLD = x_BLD + attended_BLD
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
-        new = _extension_of(model, z)
+        new = _extension_of(model, z) if open_to else None
         moe_out_BLD, routing = mixture(
             moe_in_BLD,
             this.moe,
-            new,
-            extended=jnp.bool_(new is not None),
+            [new] if new else [],
             config=model.config,
-            sighted_BL=sighted_BL if new else None,
+            extended=[True] if new else [],
+            shares=list(open_to.values()) if new else [],
         )
         calibrated_Tk = None
         if new is not None:
@@ -109,7 +106,8 @@ def _extension_of(model: MoExtend, layer: int):
     extension = model.config.extension
     if extension is None or layer not in extension.layers:
         return None
-    definition, state = nnx.split(model.extension)
+    (module,) = model.extensions.values()
+    definition, state = nnx.split(module)
     y = extension.layers.index(layer)
     return nnx.merge(definition, jax.tree.map(lambda leaf: leaf[y], state))
 
@@ -130,9 +128,10 @@ def _routing(routing: Routing, model: MoExtend) -> dict[str, Any]:
 
 def _images(model: MoExtend, batch: Batch) -> dict[str, Any]:
     """`clip_patch_features` and `image_features` of every image slot [B*M, P, ...], empty slots included."""
-    if batch.images_BMhwc is None:
+    if IMAGE not in batch.media:
         return {}
-    assert model.vision is not None and model.projector is not None
-    B, M, *image = batch.images_BMhwc.shape
-    features_nPC = model.vision(batch.images_BMhwc.reshape(B * M, *image).astype(model.config.dtype))
-    return {"clip_patch_features": features_nPC, "image_features": model.projector(features_nPC)}
+    images_BMhwc, module = batch.media[IMAGE], model.media[IMAGE]
+    assert module.tower is not None
+    B, M, *image = images_BMhwc.shape
+    features_nPC = module.tower(images_BMhwc.reshape(B * M, *image).astype(model.config.dtype))
+    return {"clip_patch_features": features_nPC, "image_features": module.projector(features_nPC)}

@@ -17,7 +17,7 @@ import numpy as np
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
 from moextend_jax.checkpoints.outside import parse_json, read_small, shown
 from moextend_jax.checkpoints.tensors import name_list
-from moextend_jax.config import IGNORE, Batch, ModelConfig, MoextendError
+from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 
 BATCH_OF_NONE = "text"
 """The batch of arrays that name none (plain transformers on text)."""
@@ -132,7 +132,7 @@ def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> B
     count on across them, as transformers counts when nobody gives it positions.
     """
     B, L = rows.ids_BL.shape
-    patches_BL = np.full((B, L), -1, np.int32)
+    places_BL = np.full((B, L), -1, np.int32)
     places = image_places(rows.ids_BL, start=start, patches=patches)
     most = max([room, *(sum(row == place[0] for place in places) for row in range(B))])
     images_BMhwc, seen = None, dict.fromkeys(range(B), 0)
@@ -140,11 +140,12 @@ def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> B
         images_BMhwc = np.zeros((B, most, *rows.pixels_nhwc.shape[1:]), np.float32)
     for image, (row, first, end) in zip(rows.images, places, strict=True):
         assert images_BMhwc is not None and rows.pixels_nhwc is not None
-        patches_BL[row, first + 1 : end] = np.arange(patches) + seen[row] * patches
+        places_BL[row, first + 1 : end] = np.arange(patches) + seen[row] * patches
         images_BMhwc[row, seen[row]] = rows.pixels_nhwc[image]
         seen[row] += 1
     positions_BL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
-    return Batch(rows.ids_BL, rows.labels_BL, positions_BL, rows.mask_BL, patches_BL, images_BMhwc)
+    media = {} if images_BMhwc is None else {IMAGE: images_BMhwc}
+    return Batch(rows.ids_BL, rows.labels_BL, positions_BL, rows.mask_BL, places_BL, media)
 
 
 def image_places(ids_BL: np.ndarray, *, start: int | None, patches: int) -> list[tuple[int, int, int]]:

@@ -1,6 +1,6 @@
 """Rows of a data set to batches of static shape: a Grain pipeline that shuffles, shards, packs and resumes.
 
-Goes in: a `Source` of conversations with cached features or pixels, or passages of text. Comes out: a Grain
+Goes in: a `Source` of conversations, for each medium what reads its items, or passages of text. Comes out: a Grain
 `IterDataset` of `Batch`; its iterator has `get_state` and `set_state` and goes on exactly where it stood.
 
 Several conversations share a row where they fit, each a segment of its own. They are read and packed a window at
@@ -21,7 +21,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -31,13 +31,13 @@ import numpy as np
 from absl import flags
 
 from moextend_jax import preemption
-from moextend_jax.config import Batch, MoextendError, Recipe
+from moextend_jax.config import Batch, MoextendError, Recipe, Room, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
-from moextend_jax.data.datasets import AnyImages, Example, Source
+from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.faults import STRICT, Fault, counts, described
-from moextend_jax.data.features import FeatureStore
-from moextend_jax.data.images import prepare_image
-from moextend_jax.data.packing import Item, Place, Row, empty_row, pack, take_out
+from moextend_jax.data.missing import media_left_out, without_media
+from moextend_jax.data.packing import Item, Place, Row, Shape, empty_row, pack, take_out
+from moextend_jax.data.readers import Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.settings import FaultSettings, StageSettings
@@ -51,13 +51,6 @@ SHORTEST = 2
 """Fewest tokens of a conversation; it bounds how many conversations a row can hold."""
 MOST_TRIED = 10_000
 """Conversations tried, after a batch in which all were skipped, before the data set counts as having no other."""
-
-OnFault = Callable[[tuple[int, int], Fault], None]
-"""Called with the slot (row B, image M) of an image that cannot be read, and its fault; its pixels stay zero."""
-
-
-def _raise(slot: tuple[int, int], fault: Fault) -> None:
-    raise fault
 
 
 class Share(NamedTuple):
@@ -73,56 +66,10 @@ class Share(NamedTuple):
         return [row for part in self.parts for row in range(part * size, (part + 1) * size)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pixels:
-    """Images decoded and prepared for the tower, in the worker processes."""
-
-    images: AnyImages
-    size: int
-    preparation: Literal["pad", "crop"]
-
-    field = "images_BMhwc"
-
-    def row(self, ref) -> int:
-        """The row of an image in `images`; raises the `Fault` that it had when the data set was opened."""
-        self.images.check(ref.row)
-        return ref.row
-
-    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
-        """Pixels `[B, M, h, w, c]` (float32) of images by row, zeros for -1 and for images with a fault."""
-        images_BMhwc = np.zeros((*rows_BM.shape, self.size, self.size, 3), np.float32)
-        for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
-            try:
-                key, picture = self.images.decoded(rows_BM[b, m])
-                images_BMhwc[b, m] = prepare_image(picture, size=self.size, preparation=self.preparation, id=key)
-            except Fault as fault:
-                on_fault((int(b), int(m)), fault)
-        return images_BMhwc
-
-    def fill(self, batch: Batch, rows_BM: np.ndarray) -> Batch:
-        return batch._replace(images_BMhwc=self.read(rows_BM))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """Images as the cached output of the frozen tower."""
-
-    store: FeatureStore
-
-    field = "features_BMPC"
-
-    def row(self, ref) -> int:
-        """The row of an image in the cache; raises its `Fault` where it could not be read when the cache was made."""
-        return self.store.row(ref.key)
-
-    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
-        """Features `[B, M, P, C]` of images by row, zeros for -1."""
-        features_BMPC = self.store.features_nPC[np.maximum(rows_BM, 0)]
-        features_BMPC[rows_BM < 0] = 0
-        return features_BMPC
-
-    def fill(self, batch: Batch, rows_BM: np.ndarray) -> Batch:
-        return batch._replace(features_BMPC=self.read(rows_BM))
+def rooms_of(readers: Readers, stage: StageSettings) -> Rooms:
+    """What a stage's rows hold of each medium; media of which they hold nothing are left out."""
+    rooms = {name: Room(stage.room(name), reader.tokens) for name, reader in readers.items()}
+    return {name: room for name, room in rooms.items() if room.items}
 
 
 def batches(
@@ -131,8 +78,7 @@ def batches(
     stage: StageSettings,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    images: Pixels | Features | None,
-    patches: int,
+    readers: Readers,
     share: Share = Share(),  # noqa: B008  (immutable)
     seed: int | None = 0,
     epochs: int | None = None,
@@ -140,32 +86,33 @@ def batches(
     parts: Literal["conversation", "bare_question"] = "conversation",
     faults: FaultSettings = STRICT,
 ) -> grain.IterDataset[Batch]:
-    """Batches of `stage.batch_size` rows of `stage.length` tokens with room for `stage.images_per_row` images (M).
+    """Batches of `stage.batch_size` rows of `stage.length` tokens with room for `stage.room(name)` items of each
+    medium.
 
     Args:
       stage: sizes and packing of the rows of the whole batch, over all processes.
-      images: where pixels or features come from; None leaves every image out (and its `<image>` mark), which is
-        how the question alone is asked.
       share: this process's rows of every batch, and all that it gets. The processes' rows, each part at its place, are
         the batch of a single process.
-      seed: order of the rows, another in every epoch; None keeps the source's order.
+      seed: order of the rows, another in every epoch, and which go without a medium (`stage.missing`); None keeps the
+        source's order and all media.
       epochs: None goes on for ever. At the end of the last one the batch is filled up with empty rows.
       workers: processes that read, encode and decode; 0 does it in the caller's process.
       parts: what of an example is fed; `bare_question` is `conversations.encode_bare_question`.
       faults: which kinds of faults are errors and which are skipped and counted.
 
     Raises:
-      MoextendError: a batch that cannot be divided into `share.of` parts, or workers where no processes can be; while
-        iterating, a `Fault` that is not skipped (a conversation that `encode_row` refuses, an image that cannot be
-        read), or that all conversations are skipped.
+      MoextendError: a batch that cannot be divided into `share.of` parts, a medium in `stage.missing` that is none, or
+        workers where no processes can be; while iterating, a `Fault` that is not skipped (a conversation that
+        `encode_row` refuses, an image that cannot be read), or that all conversations are skipped.
     """
+    if unknown := [name for name in stage.missing if name not in tokenizer.media]:
+        raise MoextendError(f"missing.{unknown[0]}: no such medium; there are {', '.join(tokenizer.media) or 'none'}")
     encode = partial(
         _encode_example,
         stage=stage,
         tokenizer=tokenizer,
         recipe=recipe,
-        images=images,
-        patches=patches,
+        readers=readers,
         parts=parts,
         faults=faults,
     )
@@ -173,8 +120,8 @@ def batches(
         source,
         encode,
         stage=stage,
-        images=images,
-        patches=patches,
+        readers=readers,
+        media=tuple(tokenizer.media),
         share=share,
         seed=seed,
         epochs=epochs,
@@ -210,7 +157,7 @@ def text_batches(
         data="text", steps=1, length=length, batch_size=batch_size, conversations_per_row=conversations_per_row
     )
     return _pipeline(
-        pieces, _encode_piece, stage=stage, images=None, patches=0, share=share, seed=seed, epochs=epochs, workers=0
+        pieces, _encode_piece, stage=stage, readers={}, media=(), share=share, seed=seed, epochs=epochs, workers=0
     )
 
 
@@ -224,8 +171,8 @@ def _pipeline(
     encode: Callable[[Any], Item],
     *,
     stage: StageSettings,
-    images: Pixels | Features | None,
-    patches: int,
+    readers: Readers,
+    media: Sequence[str],
     share: Share,
     seed: int | None,
     epochs: int | None,
@@ -239,18 +186,16 @@ def _pipeline(
     indices = grain.MapDataset.range(len(source))
     if seed is not None:
         indices = indices.seed(seed).shuffle()
-    windows = indices.repeat(epochs).batch(WINDOW)
+    size = max(1, len(source))
+    numbered = indices.repeat(epochs).map_with_index(lambda place, row: (place // size, row))
+    windows = numbered.batch(WINDOW)
+    shape = Shape(stage.length, rooms_of(readers, stage), media)
     to_rows = _WindowToRows(
         source=source,
         encode=encode,
-        pack=partial(
-            pack,
-            length=stage.length,
-            images_per_row=stage.images_per_row if images else 0,
-            patches=patches,
-            conversations_per_row=stage.conversations_per_row,
-        ),
+        pack=partial(pack, shape=shape, conversations_per_row=stage.conversations_per_row),
         seed=seed,
+        missing={} if seed is None else stage.missing,
         faults=faults,
         rows_stay=stage.conversations_per_row == 1,
     )
@@ -261,10 +206,11 @@ def _pipeline(
     finish = partial(
         _batch,
         stage=stage,
+        shape=shape,
         share=share,
-        images=images,
+        readers=readers,
         faults=faults,
-        check=partial(_check_any_good, source, encode, images),
+        check=partial(_check_any_good, source, encode, readers),
         examples=(stage.conversations_per_row or stage.length // SHORTEST) if isinstance(source, Source) else 0,
     )
     ready = rows.batch(stage.batch_size, batch_fn=finish)
@@ -293,20 +239,24 @@ def _end_with(parent: int) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _WindowToRows(grain.experimental.FlatMapTransform):
     source: Sequence[Any]
-    encode: Callable[[Any], Item]
+    encode: Callable[..., Item]
     pack: Callable[[list[Item]], list[Row]]
     seed: int | None
+    missing: Mapping[str, float]
     faults: FaultSettings
     rows_stay: bool
     """One conversation per row: one that is skipped leaves its row empty, so that all others keep theirs."""
     max_fan_out: int = WINDOW
 
-    def flat_map(self, element: np.ndarray) -> list[Row]:
-        examples = self.source.read(element) if isinstance(self.source, Source) else [self.source[n] for n in element]
+    def flat_map(self, element: tuple[np.ndarray, np.ndarray]) -> list[Row]:
+        epochs, numbers = element
+        examples = self.source.read(numbers) if isinstance(self.source, Source) else [self.source[n] for n in numbers]
         items, skipped = [], {}
         for n, example in enumerate(examples):
             try:
-                items.append(self.encode(example)._replace(example=int(element[n])))
+                epoch, number = int(epochs[n]), int(numbers[n])
+                out = media_left_out(self.missing, seed=self.seed or 0, epoch=epoch, row=number)
+                items.append(self.encode(example, out=out)._replace(example=number))
             except Fault as fault:
                 if not self.faults.skips(fault):
                     raise
@@ -317,7 +267,7 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
         rows = self.pack(items) if items else [self.pack([NOTHING])[0]._replace(places=())]
         rows = self._counted(rows, skipped) if self.faults.can_skip else rows
         if self.seed is not None:  # packing sorts by length, and processes take blocks of rows: mix them
-            np.random.default_rng([self.seed, *element]).shuffle(rows)  # pyright: ignore[reportArgumentType]
+            np.random.default_rng([self.seed, *numbers]).shuffle(rows)  # pyright: ignore[reportArgumentType]
         return rows
 
     def _counted(self, rows: list[Row], skipped: dict[int, str]) -> list[Row]:
@@ -331,33 +281,34 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
 
 
 def _encode_example(
-    example: Example, *, stage: StageSettings, images: Pixels | Features | None, faults: FaultSettings, **options: Any
-) -> Item:
+    example: Example, *, stage: StageSettings, tokenizer: Tokenizer, readers: Readers, faults: FaultSettings,
+    out: Collection[str] = (), **options: Any,
+) -> Item:  # fmt: skip
     if example.fault is not None and faults.policy(example.fault.kind) != "keep":
         raise example.fault.again()
-    turns, refs = example.conversations, example.images
-    if images is None:
-        turns, refs = [_without_marks(turn) for turn in turns], ()
+    turns, refs_of = example.conversations, example.by_medium
+    if out := [name for name in tokenizer.media if name not in readers or name in out]:
+        marks = {name: marked.mark for name, marked in tokenizer.media.items()}
+        turns, refs_of = without_media(turns, refs_of, marks=marks, out=out)
+    rows = {
+        name: [readers[name].row(ref) for ref in refs] if name in readers else [-1] * len(refs)
+        for name, refs in refs_of.items()
+    }
     encoded = encode_row(
         turns,
         example_id=example.id,
-        images=len(refs),
+        items={name: [readers[name].span(row) if name in readers else 1 for row in of] for name, of in rows.items()},
+        tokenizer=tokenizer,
         length=min(stage.length, stage.conversation_length or stage.length),
-        images_per_row=stage.images_per_row,
+        rooms={name: Room(stage.room(name), reader.tokens) for name, reader in readers.items()},
         too_long=stage.too_long,
         **options,
     )
-    return Item(encoded, [images.row(ref) for ref in refs[: encoded.images]] if images else [])
+    return Item(encoded, {name: rows[name][:count] for name, count in encoded.items.items()})
 
 
-def _without_marks(turn: Any) -> Any:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        return turn  # for encoding to refuse
-    return {**turn, "value": turn["value"].replace("<image>\n", "").replace("<image>", "")}
-
-
-def _encode_piece(ids_L: np.ndarray) -> Item:
-    return Item(Encoded(ids_L, ids_L, np.full_like(ids_L, -1), np.ones_like(ids_L), 0), [])
+def _encode_piece(ids_L: np.ndarray, *, out: Collection[str] = ()) -> Item:
+    return Item(Encoded(ids_L, ids_L, np.full_like(ids_L, -1), np.ones_like(ids_L), {}), {})
 
 
 NOTHING = _encode_piece(np.zeros(0, np.int32))
@@ -368,7 +319,8 @@ def _batch(
     rows: Sequence[Row],
     *,
     stage: StageSettings,
-    images: Pixels | Features | None,
+    shape: Shape,
+    readers: Readers,
     share: Share = Share(),  # noqa: B008
     faults: FaultSettings = STRICT,
     check: Callable[[], None] = lambda: None,
@@ -380,27 +332,29 @@ def _batch(
       check: called where every conversation of the batch was skipped.
       examples: most conversations of a row (g of `examples_Bg`); 0: the batch does not say which it holds.
     """
-    empty = empty_row(length=stage.length, images_per_row=stage.images_per_row if images else 0)
+    empty = empty_row(shape)
     rows = [rows[b] if b < len(rows) else empty for b in share.of_rows(stage.batch_size)]
-    bad: dict[tuple[int, int], Fault] = {}
+    arrays = {}
+    for name in shape.rooms:
+        bad: dict[tuple[int, int], Fault] = {}
 
-    def on_fault(slot: tuple[int, int], fault: Fault) -> None:
-        if not faults.skips(fault):
-            raise fault
-        bad[slot] = fault
+        def on_fault(slot: tuple[int, int], fault: Fault, bad: dict[tuple[int, int], Fault] = bad) -> None:
+            if not faults.skips(fault):
+                raise fault
+            bad[slot] = fault
 
-    pixels = images.read(np.stack([row.image_rows_M for row in rows]), on_fault) if images else None
-    for (b, m), fault in bad.items():
-        for place in rows[b].places:  # none, if it is out for another of its images
-            if not place.images.start <= m < place.images.stop:
-                continue
-            rows[b] = _skip(rows[b], place, fault.kind)
-            assert pixels is not None
-            pixels[b, place.images] = 0
-    text = (np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True))
-    batch = Batch(*text)
-    if images:
-        batch = batch._replace(**{images.field: pixels})
+        arrays[name] = readers[name].read(np.stack([row.item_rows_M[name] for row in rows]), on_fault)
+        for (b, m), fault in bad.items():
+            for place in rows[b].places:  # none, if it is out for another of its items
+                if not place.slots[name].start <= m < place.slots[name].stop:
+                    continue
+                rows[b] = _skip(rows[b], place, fault.kind)
+                for medium, array in arrays.items():
+                    array[b, place.slots[medium]] = 0
+    ids_BL, labels_BL, positions_BL, segments_BL, places_BL = (
+        np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True)
+    )
+    batch = given(Batch(ids_BL, labels_BL, positions_BL, segments_BL, places_BL), readers, arrays)
     if examples:
         examples_Bg = np.full((len(rows), examples), -1, np.int32)
         for b, row in enumerate(rows):
@@ -417,21 +371,26 @@ def _batch(
 
 def _skip(row: Row, place: Place, kind: str) -> Row:
     """The row without the conversation at `place`, which is counted as skipped for a fault of `kind`."""
-    places = tuple(other for other in row.places if other is not place)
-    row = Row(*(array.copy() for array in row[:6]), places=places, faults_G=row.faults_G + counts([kind]))
-    take_out(row, place)
-    return row
+    text = {name: array.copy() for name, array in zip(Row._fields[:5], row[:5], strict=True)}
+    copy = row._replace(
+        **text,
+        item_rows_M={name: rows_M.copy() for name, rows_M in row.item_rows_M.items()},
+        places=tuple(other for other in row.places if other is not place),
+        faults_G=row.faults_G + counts([kind]),
+    )
+    take_out(copy, place)
+    return copy
 
 
-def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Item], images: Pixels | Features | None) -> None:
+def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Item], readers: Readers) -> None:
     """Raises MoextendError where none of up to `MOST_TRIED` random conversations can be read."""
     tried = np.random.default_rng(0).permutation(len(source))[:MOST_TRIED]
     counts_G = counts(read=len(tried))
     for n in tried:
         try:
             item = encode(source[int(n)])
-            if images:
-                images.read(np.array([item.image_rows], np.int32))
+            for name, rows in item.rows.items():
+                readers[name].read(np.array([rows], np.int32))
             return
         except Fault as fault:
             counts_G += counts([fault.kind])

@@ -1,23 +1,26 @@
-"""TFDS builders that need no TensorFlow: easy-VQA, and conversations in files of any form, as ArrayRecord files.
+"""TFDS builders that need no TensorFlow: easy-VQA, sounds of packages, and conversations in files of any form, as
+ArrayRecord files.
 
-Goes in: the installed `easy_vqa` package, or files of `data/forms.py`. Comes out: per config, rows `{id, conversations
-(JSON), images (keys), image_rows}`; config `images` has `{id, image (encoded), span (JSON)}`, one row per image, so
-that no image is stored again for each of its questions. Image files, and pictures in tar files (`span`), are not
-copied: `image` is empty there, and they are read where they are. Pictures that stand in rows of a table are stored.
+Goes in: the installed `easy_vqa` package, sounds of `data/made_sounds.py`, or files of `data/forms.py`. Comes out: per
+config, rows `{id, conversations (JSON), images (keys), image_rows}`; config `images` has `{id, image (encoded), span
+(JSON)}`, one row per image, so that no image is stored again for each of its questions. Image files, and pictures in
+tar files (`span`), are not copied: `image` is empty there, and they are read where they are. Pictures that stand in
+rows of a table are stored.
+
+Of items of other media the JSON has an object `{turns, items: [[mark, key, row], ...]}` in the place of the turns, and
+there is a config with rows like those of images for each mark. Data of images alone are built as they always were.
 
 A faulty entry is built as a row without content, and its `Fault` goes into the metadata of the built files, so that
-policies can change without building again. There too: a hash of the rows of each split, and how many of them hold a
-picture.
+policies can change without building again. There too: a hash of the rows of each split, the marks of other media, and
+how many rows hold a file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,24 +28,38 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Medium, MoextendError
+from moextend_jax.data import easy_vqa
 from moextend_jax.data.entries import Content, read_entries
-from moextend_jax.data.faults import Fault
+from moextend_jax.data.faults import Fault, unknown_medium
 from moextend_jax.data.forms import Files
-from moextend_jax.data.image_files import ImageFolder
+from moextend_jax.data.item_files import ItemFolder
+from moextend_jax.data.made_sounds import FAMILIES
 from moextend_jax.data.shards import Span
+from moextend_jax.media import IMAGE_MARK, KINDS
 
 
-class ImageRef(NamedTuple):
-    """`key` names an image for ever (caches use it), `row` is its place in config `images` of the same split."""
+class BuiltRef(NamedTuple):
+    """`key` names an item for ever (caches use it), `row` is its place in the config of its mark, of the same split."""
 
+    mark: str
     key: str
     row: int
 
 
+def config_of(mark: str) -> str:
+    """The config with the items of a mark."""
+    return "images" if mark == IMAGE_MARK else f"items-{mark.strip('<>').replace(':', '-')}"
+
+
+def holds_items(config: str) -> bool:
+    """Whether a config has items, not conversations."""
+    return config == "images" or config.startswith("items-")
+
+
 def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
     # Text features hold raw bytes without any TensorFlow.
-    if _config(builder) == "images":
+    if holds_items(_config(builder)):
         features = {name: tfds.features.Text() for name in ("id", "image", "span")}
     else:
         features = {
@@ -51,7 +68,7 @@ def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
             "images": tfds.features.Sequence(tfds.features.Text()),
             "image_rows": tfds.features.Sequence(np.int64),
         }
-    # Row numbers of images must be the order in which they were generated; the pipeline shuffles later.
+    # Row numbers of items must be the order in which they were generated; the pipeline shuffles later.
     return tfds.core.DatasetInfo(
         builder=builder,
         features=tfds.features.FeaturesDict(features),
@@ -61,18 +78,20 @@ def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
 
 
 def _row(
-    id: str, conversations: list[dict[str, str]], images: Sequence[ImageRef], fault: Fault | None = None
+    id: str, conversations: list[dict[str, str]], refs: Sequence[BuiltRef], fault: Fault | None = None
 ) -> dict[str, Any]:
-    talk = conversations if fault is None else {"fault": written(fault), "turns": conversations}
+    images = [ref for ref in refs if ref.mark == IMAGE_MARK]
+    others = [list(ref) for ref in refs if ref.mark != IMAGE_MARK]
+    more = ({"fault": written(fault)} if fault else {}) | ({"items": others} if others else {})
     return {
         "id": id,
-        "conversations": json.dumps(talk),
+        "conversations": json.dumps({**more, "turns": conversations} if more else conversations),
         "images": [ref.key for ref in images],
         "image_rows": np.array([ref.row for ref in images], np.int64),
     }
 
 
-def _image_row(key: str, content: Content | None) -> dict[str, Any]:
+def _item_row(key: str, content: Content | None) -> dict[str, Any]:
     """None: it is a file, read where it is."""
     span = json.dumps(content) if isinstance(content, Span) else ""
     return {"id": key, "image": content if isinstance(content, bytes) else b"", "span": span}
@@ -86,30 +105,42 @@ def written(fault: Fault) -> list[str]:
 def _noted(
     builder: tfds.core.DatasetBuilder, split: str, rows: Iterable[tuple[dict[str, Any], Fault | None]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows, numbered; `fingerprint`, `faults` (by row) and `stored` of the split go into the metadata when all have
-    passed.
+    """The rows, numbered; `fingerprint`, `faults` (by row), `stored` and `marks`, if there are others than images', of
+    the split go into the metadata when all have passed.
 
     The fingerprint is of contents alone: it is the same wherever the files lie, whenever they were written.
     """
-    digest, faults, stored = hashlib.sha256(), {}, 0
+    digest, faults, stored, marks = hashlib.sha256(), {}, 0, {}
     for number, (row, fault) in enumerate(rows):
         if fault is not None:
             faults[str(number)] = written(fault)
         stored += bool(row.get("image"))
-        digest.update(_identity(row, fault))
+        others = _others(row)
+        for mark, *_ in others:
+            marks.setdefault(mark, row["id"])
+        digest.update(_identity(row, fault, others))
         yield number, row
     assert builder.info.metadata is not None
     notes = {"fingerprint": digest.hexdigest(), "faults": faults, "stored": stored}
+    notes |= {"marks": marks} if marks else {}
     builder.info.metadata[split] = notes  # pyright: ignore[reportIndexIssue]
 
 
-def _identity(row: dict[str, Any], fault: Fault | None) -> bytes:
+def _others(row: dict[str, Any]) -> list[list[Any]]:
+    """`[mark, key, row]` of its items that are no images."""
+    talk = json.loads(row.get("conversations", "[]"))
+    return talk.get("items", []) if isinstance(talk, dict) else []
+
+
+def _identity(row: dict[str, Any], fault: Fault | None, others: list[list[Any]]) -> bytes:
     if "image" in row:
         return json.dumps([row["id"], hashlib.sha256(row["image"]).hexdigest()]).encode()
     talk = json.loads(row["conversations"])
+    turns = talk["turns"] if isinstance(talk, dict) else talk
     if fault is not None:  # its message names the file
-        talk = [fault.kind, talk["turns"]]
-    return json.dumps([row["id"], talk, row["images"]]).encode()
+        turns = [fault.kind, turns]
+    keys = [[mark, key] for mark, key, _ in others]
+    return json.dumps([row["id"], turns, row["images"], *([keys] if keys else [])]).encode()
 
 
 def _config(builder: tfds.core.DatasetBuilder) -> str:
@@ -136,29 +167,31 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return _info(self)
 
-    def _split_generators(self, dl_manager):
-        if importlib.util.find_spec("easy_vqa") is None:
-            raise MoextendError("data set easy_vqa needs the package easy-vqa; pip install easy-vqa")
-        import easy_vqa
+    def check_packages(self) -> None:
+        """Raises a MoextendError where what it is made of is not installed."""
+        easy_vqa.pictures("test")
 
+    def _split_generators(self, dl_manager):
         return {
-            "train": self._generate_examples("train", easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()),
-            "test": self._generate_examples("test", easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()),
+            split: self._generate_examples(split, easy_vqa.asked(split, of="easy_vqa")) for split in ("train", "test")
         }
 
-    def _generate_examples(self, split, questions, paths) -> Iterator[tuple[int, dict[str, Any]]]:
-        turns: dict[int, list[tuple[str, str]]] = {}
-        for question, answer, number in zip(*questions, strict=True):
-            turns.setdefault(number, []).append((question, answer))
-        refs = {number: ImageRef(f"{split}/{number}", row) for row, number in enumerate(sorted(turns))}
+    def _generate_examples(self, split, turns) -> Iterator[tuple[int, dict[str, Any]]]:
+        refs = _easy_refs(split, turns)
         generate = {
             "questions": _easy_questions, "conversations": _easy_conversations, "captions": _easy_captions
         }  # fmt: skip
-        if _config(self) == "images":
-            rows = (_image_row(refs[n].key, Path(paths[n]).read_bytes()) for n in sorted(turns))
-        else:
-            rows = generate[_config(self)](turns, refs)
+        rows = _easy_pictures(split, refs) if holds_items(_config(self)) else generate[_config(self)](turns, refs)
         yield from _noted(self, split, ((row, None) for row in rows))
+
+
+def _easy_refs(split: str, turns: Iterable[int]) -> dict[int, BuiltRef]:
+    return {number: BuiltRef(IMAGE_MARK, f"{split}/{number}", row) for row, number in enumerate(sorted(turns))}
+
+
+def _easy_pictures(split: str, refs: Mapping[int, BuiltRef]) -> Iterator[dict[str, Any]]:
+    paths = easy_vqa.pictures(split)
+    return (_item_row(refs[number].key, Path(paths[number]).read_bytes()) for number in sorted(refs))
 
 
 def _talk(*texts: str) -> list[dict[str, str]]:
@@ -180,43 +213,72 @@ def _easy_conversations(turns, refs) -> Iterator[dict[str, Any]]:
 
 def _easy_captions(turns, refs) -> Iterator[dict[str, Any]]:
     for number in sorted(turns):
-        caption = easy_caption(turns[number])
+        caption = easy_vqa.caption(turns[number])
         if caption:
             yield _row(refs[number].key, _talk("<image>\nDescribe the image.", caption), [refs[number]])
 
 
-SHAPES = {"circle", "rectangle", "triangle"}
-COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+class Sounds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Conversations about sounds that packages make: a row of `made_sounds.FAMILIES`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+    family = ""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return _info(self)
+
+    def check_packages(self) -> None:
+        """Raises a MoextendError where what it is made of is not installed."""
+        family = FAMILIES[self.family]
+        next(family.sounds(family.splits[0]))
+
+    def _split_generators(self, dl_manager):
+        self.check_packages()  # before anything is written
+        return {split: self._generate_examples(split) for split in FAMILIES[self.family].splits}
+
+    def _generate_examples(self, split) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield from _noted(self, split, ((row, None) for row in _sound_rows(self.family, _config(self), split)))
 
 
-def easy_caption(turns: Sequence[tuple[str, str]]) -> str | None:
-    """What an image's own questions and answers say of it: "a blue triangle", "a triangle", "a blue shape"."""
-    true: set[str] = set()
-    for question, answer in turns:
-        words = set(re.findall(r"\w+", question))
-        if answer not in ("yes", "no"):
-            true |= words | {answer}
-        elif (answer == "yes") != bool(words & {"no", "not"}):
-            true |= words
-    shape, colour = sorted(true & SHAPES), sorted(true & COLOURS)
-    if not shape and not colour:
-        return None
-    return " ".join(["a", *colour[:1], *(shape[:1] or ["shape"])])
+def _sound_rows(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
+    family = FAMILIES[name]
+    pictures = _easy_refs(split, easy_vqa.asked(split, of=name)) if family.has_pictures else {}
+    if config == "images":
+        yield from _easy_pictures(split, pictures)
+    elif holds_items(config):
+        for row, sound in enumerate(family.sounds(split)):
+            yield _item_row(f"{split}/{row}", sound.encoded)
+    else:
+        for talk in family.talks[config](split, family.labels(split)):
+            refs = [BuiltRef(family.mark, f"{split}/{talk.sound}", talk.sound)]
+            refs += [] if talk.picture is None else [pictures[talk.picture]]
+            yield _row(talk.id, _talk(talk.human, talk.gpt), refs)
 
 
-NO_IMAGE = ""
+def _of_family(name: str) -> type[Sounds]:
+    family = FAMILIES[name]
+    items = ("images", config_of(family.mark)) if family.has_pictures else (config_of(family.mark),)
+    configs = [tfds.core.BuilderConfig(name=config, description=name) for config in (*family.talks, *items)]
+    return type(
+        name.title().replace("_", ""), (Sounds,), {"family": name, "BUILDER_CONFIGS": configs}, skip_registration=True
+    )
+
+
+NO_ITEM = ""
 """The id of the only row of `images` where no entry has one: TFDS refuses an empty split."""
 
 
 class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Conversations of one split in files of any form, one row per entry; `images` has one row per image that they name
-    or hold. `paths` are wanted only until it is built."""
+    """Conversations of one split in files of any form, one row per entry; the config of a `mark` has one row per item
+    of it that they name or hold. `paths` are wanted only until it is built."""
 
     VERSION = tfds.core.Version("1.2.0")
     url_infos = None
     BUILDER_CONFIGS = _configs(conversations="one row per entry")
     paths: tuple[Path, ...] = ()
     split = "train"
+    mark = IMAGE_MARK
 
     def _info(self) -> tfds.core.DatasetInfo:
         return _info(self)
@@ -225,48 +287,68 @@ class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {self.split: self._generate_examples(self.paths)}
 
     def _generate_examples(self, paths: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from _noted(self, self.split, _images(paths) if _config(self) == "images" else _rows(paths))
+        yield from _noted(self, self.split, _items(paths, self.mark) if holds_items(_config(self)) else _rows(paths))
+
+
+def items_builder(mark: str, **options: Any) -> Conversations:
+    config = config_of(mark)
+    if config != "images":
+        config = tfds.core.BuilderConfig(name=config, description=f"one row per file of {mark}")
+    builder = Conversations(config=config, **options)
+    builder.mark = mark
+    return builder
 
 
 def _rows(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
-    refs: dict[str, ImageRef] = {}
+    rows: dict[str, dict[str, int]] = {}  # of each mark, by the names of items
     for entry in read_entries(*paths):
-        images = [refs.setdefault(name, ImageRef(name, len(refs))) for name in entry.images]
-        yield _row(entry.id, entry.turns, images, entry.fault), entry.fault
+        refs = []
+        for mark, name in entry.items:
+            of_mark = rows.setdefault(mark, {})
+            refs.append(BuiltRef(mark, name, of_mark.setdefault(name, len(of_mark))))
+        yield _row(entry.id, entry.turns, refs, entry.fault), entry.fault
 
 
-def _images(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], None]]:
+def _items(paths: Sequence[Path], mark: str) -> Iterator[tuple[dict[str, Any], None]]:
     seen: set[str] = set()
     for entry in read_entries(*paths):
-        for name in entry.images:
-            if name not in seen:
-                seen.add(name)
-                yield _image_row(name, entry.contents.get(name)), None
+        for item in entry.items:
+            if item.mark == mark and item.name not in seen:
+                seen.add(item.name)
+                yield _item_row(item.name, entry.contents.get(item.name)), None
     if not seen:
-        yield _image_row(NO_IMAGE, None), None
+        yield _item_row(NO_ITEM, None), None
 
 
-def scan(files: Files, images: ImageFolder) -> Iterator[Fault]:
-    """Faults of the entries, then of the image files as far as they show without reading any."""
-    names: dict[str, None] = {}
+def scan(files: Files, folder: ItemFolder, media: Mapping[str, Medium]) -> Iterator[Fault]:
+    """Faults of the entries, then of the items' files as far as they show without reading any."""
+    names: dict[str, dict[str, None]] = {medium.mark: {} for medium in media.values()}
     for entry in read_entries(*files.paths):
-        names |= dict.fromkeys(name for name in entry.images if name not in entry.contents)
+        for mark, name in entry.items:
+            if mark in names and name not in entry.contents:
+                names[mark][name] = None
         if entry.fault is not None:
             yield entry.fault
-    yield from (file for file in images.look(names) if isinstance(file, Fault))
+        marks, where = (item.mark for item in entry.items), f"entry {entry.number} (id {entry.id})"
+        if (fault := unknown_medium(entry.id, marks, media, where=where)) is not None:
+            yield fault
+    for medium in media.values():
+        looked = folder.look(names[medium.mark], KINDS[medium.kind].noun)
+        yield from (file for file in looked if isinstance(file, Fault))
 
 
 # --- built files ------------------------------------------------------------------------------------------------------
 
 
 class Built(NamedTuple):
-    """Files that TFDS built, opened: rows by number, faults of entries, a hash of the rows' contents, and how many rows
-    hold a picture."""
+    """Files that TFDS built, opened: rows by number, faults of entries, a hash of the rows' contents, how many rows
+    hold a file, and by the marks of items other than images the first row that has one."""
 
     rows: Any
     faults: list[Fault]
     fingerprint: str
     stored: int
+    marks: Mapping[str, str] = {}
 
 
 def is_built(builder: tfds.core.DatasetBuilder) -> bool:
@@ -287,8 +369,12 @@ def open_built(builder: Any, split: str, *, name: str) -> Built:
         rows = f"; {base} has {splits[base].num_examples} rows" if base in splits else ""
         raise MoextendError(f"data set {name} has no split {split!r}; there are {', '.join(splits)}{rows}") from error
     notes = builder.info.metadata[split.partition("[")[0]]
-    return Built(rows, [Fault(*fault) for fault in notes["faults"].values()], notes["fingerprint"], notes["stored"])
+    faults = [Fault(*fault) for fault in notes["faults"].values()]
+    return Built(rows, faults, notes["fingerprint"], notes["stored"], notes.get("marks", {}))
 
 
-BUILDERS: Mapping[str, type[tfds.core.GeneratorBasedBuilder]] = {"easy_vqa": EasyVqa}
+BUILDERS: Mapping[str, type[EasyVqa | Sounds]] = {
+    "easy_vqa": EasyVqa,
+    **{name: _of_family(name) for name in FAMILIES},
+}
 """By the names of data sets that come with a package."""

@@ -1,7 +1,7 @@
-"""Reads every row and every image of data sets once, in parallel, and says what is wrong with them.
+"""Reads every row and every item of data sets once, in parallel, and says what is wrong with them.
 
 Goes in: `Reading`s (which stages read which data how) and `Origin`s (where the rows are). Comes out: a `Report` per
-reading. The text of one chunk after another and the names of images are all that is held in memory.
+reading. The text of one chunk after another and the names of items are all that is held in memory.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
+from moextend_jax import config
 from moextend_jax.config import MoextendError
 from moextend_jax.data import inspector
 from moextend_jax.data.builders import BUILDERS
-from moextend_jax.data.datasets import Source, family_of, image_folder, is_packaged, open_dataset
-from moextend_jax.data.entries import Entry, read_entries
+from moextend_jax.data.datasets import ItemRef, Source, family_of, is_packaged, item_folder, open_dataset
+from moextend_jax.data.entries import Entry, ItemName, read_entries
 from moextend_jax.data.faults import KINDS, STRICT
 from moextend_jax.data.forms import base_split, files_of, parts_of
-from moextend_jax.data.inspector import Inspector, Picture, PlacedFault, Reading, Work
+from moextend_jax.data.inspector import Inspector, ItemFile, PlacedFault, Reading, RowsOf, Work
 from moextend_jax.data.shared_memory import check_shared_memory
+from moextend_jax.media import IMAGE_MARK, IMAGES_ALONE
+from moextend_jax.media import KINDS as KINDS_OF_MEDIA
 from moextend_jax.settings import FaultSettings
 
-ROWS, IMAGES = 256, 32
-"""Rows and images of one task: what a process is sent at a time."""
+ROWS, ITEMS = 256, 32
+"""Rows and items of one task: what a process is sent at a time."""
 SHOWN = 5
 """First faults of a kind that a report names."""
 
@@ -42,25 +45,26 @@ SHOWN = 5
 class Origin(NamedTuple):
     """Where the rows of a data set are.
 
-    entries: called, gives all entries from the first on. files: reads images by the names that entries have.
-    images: the name of the set of images; origins with one name share it. cut: whether the entries are those of the
+    entries: called, gives all entries from the first on. files: reads items by the names that entries have.
+    items: the name of the set of items; origins with one name share it. cut: whether the entries are those of the
     reading's slice already, not of the whole split.
     """
 
     entries: Callable[[], Iterator[Entry]]
     files: Any
-    images: str
+    items: str
     cut: bool = False
 
 
 class BuiltFiles(NamedTuple):
-    """Images of a data set that was built, by key; `rows` says which row of `source.images` each is."""
+    """Items of a data set that was built, by what they are and key; `refs` says where each is."""
 
     source: Source
-    rows: dict[str, int]
+    refs: dict[tuple[str, str], ItemRef]
 
-    def read(self, name: str) -> bytes:
-        return self.source.images[self.rows[name]].encoded
+    def read(self, name: str, noun: str = "image") -> bytes:
+        ref = self.refs[noun, name]
+        return self.source.items[ref.medium][ref.row].encoded
 
 
 def open_origin(
@@ -69,6 +73,7 @@ def open_origin(
     data_dir: Path,
     manual_dir: Path | str | None = None,
     images: Path | str | None = None,
+    media: config.Named[config.Medium] = IMAGES_ALONE,
     faults: FaultSettings = STRICT,
 ) -> Origin:
     """Files are read where they are, so that nothing need be built to check them. A mixture has an origin for each of
@@ -76,17 +81,18 @@ def open_origin(
     parts_of(reading.data)  # says what is wrong with one
     if not is_packaged(reading.data):
         files = files_of(reading.data, split=reading.split, manual_dir=manual_dir, known=BUILDERS)
-        home = image_folder(files, images, faults)
+        home = item_folder(files, images, faults)
         return Origin(lambda: read_entries(*files.paths), home, f"{home.path} of {files.paths[0]}")
-    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir)
-    rows = {ref.key: ref.row for example in source for ref in example.images}
+    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, media=media)
+    nouns = {name: KINDS_OF_MEDIA[medium.kind].noun for name, medium in source.media.items()}
+    refs = {(nouns[ref.medium], ref.key): ref for example in source for ref in example.items}
     of_split = f"{family_of(reading.data)[0]} {base_split(reading.split)}"
-    return Origin(lambda: _entries(source), BuiltFiles(source, rows), of_split, cut=True)
+    return Origin(lambda: _entries(source), BuiltFiles(source, refs), of_split, cut=True)
 
 
 def _entries(source: Source) -> Iterator[Entry]:
     for number, example in enumerate(source):
-        names = tuple(ref.key for ref in example.images)
+        names = tuple(ItemName(source.media[ref.medium].mark, ref.key) for ref in example.items)
         yield Entry(number, example.id, names, example.conversations, example.fault)
 
 
@@ -111,7 +117,7 @@ def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:
 
 
 class Named(NamedTuple):
-    """A fault for a report: number and id of its entry; of an image, the first entry that shows it, and its name."""
+    """A fault for a report: number and id of its entry; of an item, the first entry that has it, and its name."""
 
     entry: int
     id: str
@@ -124,12 +130,17 @@ class Report:
 
     reading: Reading
     rows: int = 0
-    images: int = 0
+    items: Counter[str] = field(default_factory=Counter)
+    """How many different ones, by mark."""
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[Named]] = field(default_factory=dict)
     skipped: int = 0
     error: str | None = None
     """Why the rest could not be read."""
+
+    @property
+    def images(self) -> int:
+        return self.items[IMAGE_MARK]
 
     def ok(self, faults: FaultSettings) -> bool:
         refused = any(faults.policy(kind) == "error" for kind in self.counts)
@@ -137,17 +148,17 @@ class Report:
 
 
 @dataclass
-class _Images:
-    """Images of one set. places: for each name its number in order of appearance; faults: of some, by that number."""
+class _Items:
+    """Items of one set. places: for each its number in order of appearance; faults: of some, by that number."""
 
-    places: dict[str, int] = field(default_factory=dict)
+    places: dict[ItemName, int] = field(default_factory=dict)
     faults: dict[int, PlacedFault] = field(default_factory=dict)
 
 
 @dataclass
 class _Rows:
     """What is gathered of a reading while its rows go by. faulty: kinds of faults by entry number. shows: arrays
-    `[n, 2]` of pairs (entry number, image number)."""
+    `[n, 2]` of pairs (entry number, item number)."""
 
     report: Report
     faulty: dict[int, set[str]] = field(default_factory=dict)
@@ -161,7 +172,7 @@ def check(
     work: Work,
     faults: FaultSettings,
     processes: int,
-    tell: Callable[[str, int, int], None] = lambda what, rows, images: None,
+    tell: Callable[[str, int, int], None] = lambda what, rows, items: None,
 ) -> list[Report]:
     """A report for each reading, of a mixture for each of its data sets; one that cannot be opened or read on is one
     with an `error`.
@@ -169,7 +180,7 @@ def check(
     Args:
       work: its readings and files are filled in here.
       processes: 0 works in this one.
-      tell: called with a data set's name, and the rows and images done so far.
+      tell: called with a data set's name, and the rows and items done so far.
     """
     reports = [Report(reading=part) for reading in readings for part in _parts(reading)]
     readings = [report.reading for report in reports]
@@ -182,22 +193,22 @@ def check(
             opened[key][1].append(n)
         except MoextendError as error:
             reports[n].error = str(error)
-    files = {origin.images: origin.files for origin, _ in opened.values()}
-    work = replace(work, readings=tuple(readings), files=files)
-    images: dict[str, _Images] = {name: _Images() for name in files}
+    files = {origin.items: origin.files for origin, _ in opened.values()}
+    work = replace(work, readings=tuple(readings), files=files, cut=faults.policy("long_sound") == "keep")
+    items: dict[str, _Items] = {name: _Items() for name in files}
     gathered = {n: _Rows(reports[n]) for _, which in opened.values() for n in which}
     with _Pool(work, processes) as pool:
         for (name, split), (origin, which) in opened.items():
             try:
                 wanted = {n: _wanted(readings[n], origin) for n in which}
                 done = partial(_tell, tell, f"{name} {split}".strip(), Counter())
-                pool.run(_tasks(origin, wanted, gathered, images[origin.images], done))
+                pool.run(_tasks(origin, wanted, gathered, items[origin.items], done))
             except MoextendError as error:
                 for n in which:
                     reports[n].error = str(error)
     for origin, which in opened.values():
         for n in which:
-            _finish(gathered[n], images[origin.images], faults)
+            _finish(gathered[n], items[origin.items], faults)
     return reports
 
 
@@ -210,7 +221,7 @@ def _parts(reading: Reading) -> list[Reading]:
 
 def _tell(tell: Callable[[str, int, int], None], name: str, told: Counter[str], kind: str, count: int) -> None:
     told[kind] += count
-    tell(name, told["rows"], told["images"])
+    tell(name, told["rows"], told["items"])
 
 
 class Task(NamedTuple):
@@ -226,44 +237,48 @@ def _tasks(
     origin: Origin,
     wanted: Mapping[int, Callable[[int], bool]],
     gathered: Mapping[int, _Rows],
-    images: _Images,
+    items: _Items,
     done: Callable[[str, int], None],
 ) -> Iterator[Task]:
-    new: list[Picture] = []
+    new: list[ItemFile] = []
     entries: list[Entry] = []
 
-    def of_images() -> Task:
-        pictures = new[:]
+    def of_items() -> Task:
+        files = new[:]
         new.clear()
 
         def take(faults: list[PlacedFault]) -> None:
-            images.faults.update({images.places[pictures[fault.place].name]: fault for fault in faults})
-            done("images", len(pictures))
+            places = (items.places[ItemName(*files[fault.place][:2])] for fault in faults)
+            items.faults.update(zip(places, faults, strict=True))
+            done("items", len(files))
 
-        return Task("images", pictures, origin.images, take)
+        return Task("items", files, origin.items, take)
 
     def of_rows() -> Iterator[Task]:
         for n, is_wanted in wanted.items():
             chosen = [entry for entry in entries if is_wanted(entry.number)]
-            shows = [(entry.number, images.places[name]) for entry in chosen for name in entry.images]
+            shows = [(entry.number, items.places[item]) for entry in chosen for item in entry.items]
             gathered[n].shows.append(np.array(shows, np.int32).reshape(-1, 2))
             gathered[n].report.rows += len(chosen)
-            yield Task("rows", chosen, n, _take_rows(gathered[n], [(entry.number, entry.id) for entry in chosen]))
+            ids = [(entry.number, entry.id) for entry in chosen]
+            yield Task("rows", chosen, RowsOf(n, origin.items), _take_rows(gathered[n], ids))
         done("rows", len(entries))
         entries.clear()
 
     for entry in origin.entries():
-        for name in entry.images:
-            if name not in images.places:
-                images.places[name] = len(images.places)
-                new.append(Picture(name, entry.contents.get(name)))
-        entries.append(entry._replace(contents={}))  # pictures that rows hold go with the images, a few at a time
-        if len(new) >= IMAGES:
-            yield of_images()
+        for item in entry.items:
+            if item not in items.places:
+                items.places[item] = len(items.places)
+                new.append(ItemFile(*item, entry.contents.get(item.name)))
+        # Pictures that rows hold go with the items, a few at a time; of others the row's length is known by the file.
+        contents = {item.name: entry.contents.get(item.name) for item in entry.items if item.mark != IMAGE_MARK}
+        entries.append(entry._replace(contents={name: file for name, file in contents.items() if file is not None}))
+        if len(new) >= ITEMS:
+            yield of_items()
         if len(entries) >= ROWS:
             yield from of_rows()
     yield from of_rows()
-    yield of_images()
+    yield of_items()
 
 
 def _take_rows(rows: _Rows, ids: list[tuple[int, str]]) -> Callable[[list[PlacedFault]], None]:
@@ -282,20 +297,20 @@ def _note(report: Report, kind: str, named: Named) -> None:
     report.first[kind] = sorted([*report.first.get(kind, []), named])[:SHOWN]
 
 
-def _finish(rows: _Rows, images: _Images, faults: FaultSettings) -> None:
-    """Faults of images become those of the readings that show them."""
-    report, names = rows.report, list(images.places)
+def _finish(rows: _Rows, items: _Items, faults: FaultSettings) -> None:
+    """Faults of items become those of the readings that have them."""
+    report, names = rows.report, list(items.places)
     shows = np.concatenate(rows.shows) if rows.shows else np.zeros((0, 2), np.int32)
-    image_numbers, first = np.unique(shows[:, 1], return_index=True)
-    report.images = len(image_numbers)
-    by_image = {int(image): int(shows[at, 0]) for image, at in zip(image_numbers, first, strict=True)}
-    faulty = [image for image in sorted(images.faults) if image in by_image]
-    for image in faulty:
-        _, kind, message = images.faults[image]
+    numbers, first = np.unique(shows[:, 1], return_index=True)
+    report.items = Counter(names[number].mark for number in numbers)
+    by_item = {int(item): int(shows[at, 0]) for item, at in zip(numbers, first, strict=True)}
+    faulty = [item for item in sorted(items.faults) if item in by_item]
+    for item in faulty:
+        _, kind, message = items.faults[item]
         report.counts[kind] += 1
-        _note(report, kind, Named(by_image[image], names[image], message))
-    for number, image in shows[np.isin(shows[:, 1], faulty)]:
-        rows.faulty.setdefault(int(number), set()).add(images.faults[int(image)].kind)
+        _note(report, kind, Named(by_item[item], names[item].name, message))
+    for number, item in shows[np.isin(shows[:, 1], faulty)]:
+        rows.faulty.setdefault(int(number), set()).add(items.faults[int(item)].kind)
     report.skipped = sum(any(faults.policy(kind) == "skip" for kind in kinds) for kinds in rows.faulty.values())
     report.counts = Counter({kind: report.counts[kind] for kind in KINDS if report.counts[kind]})
 
@@ -368,8 +383,8 @@ class _Pool:
                     of_item = alone.submit(inspector.do, task.method, [item], task.what).result()  # pyright: ignore
                     faults += [fault._replace(place=place) for fault in of_item]
                 except BrokenProcessPool:
-                    kind = "unreadable" if task.method == "images" else "entry"
-                    name = item.name if isinstance(item, Picture) else item.id
+                    kind = "unreadable" if task.method == "items" else "entry"
+                    name = item.name if isinstance(item, ItemFile) else item.id
                     faults.append(PlacedFault(place, kind, f"{name}: reading it ends the process that does it"))
                     alone = self._start(1)
             task.take(faults)

@@ -1,8 +1,9 @@
 """A conversation in LLaVA's JSON to token ids and labels, in a chat template.
 
 Goes in: turns `[{"from": "system" | "human" | "gpt", "value": text}, ...]`, a system turn first, if any, with an
-`<image>` mark where an image stands. Comes out: `Encoded`, arrays of one conversation's length L. An image costs
-patches + 2 positions: the start tag, one pad tag per patch, the end tag; a span is never cut.
+`<image>` mark where an image stands, and other media's marks likewise (`Tokenizer.media`). Comes out: `Encoded`, arrays
+of one conversation's length L. An item of a medium costs its tokens + 2 positions: the start tag, one pad tag per
+token, the end tag; a span is never cut.
 
 `recipe.prompt` picks the template:
   checkpoint  the base's own (`data/templates.py`), or that of the family which its tokens show; `mixtral` for
@@ -19,56 +20,70 @@ patches + 2 positions: the start tag, one pad tag per patch, the end tag; a span
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import IGNORE, MoextendError, Recipe
+from moextend_jax.config import IGNORE, IMAGE, MoextendError, Recipe, Rooms
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.data.writing import MARK, Part, Talk, encoder_of, released_text
+from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_text
+
+MEDIUM = 1 << 24
+"""What a place counts on by from one medium to the next, before it is known how many items a row holds."""
 
 
 class Encoded(NamedTuple):
-    """One conversation; `patches_L` is m*P+p on patch p of image m, -1 elsewhere; `segments_L` is 1, and 0 where
-    a token is hidden from attention (released template only); `images` counts the images in use."""
+    """One conversation; `places_L` is -1 on text; on token p of item m of medium number n of `Tokenizer.media`, whose
+    longest item has P tokens, it is n * MEDIUM + m*P + p. `segments_L` is 1, and 0 where a token is hidden from
+    attention (released template only); `items` counts those in use by medium, without media that it has none of."""
 
     ids_L: np.ndarray
     labels_L: np.ndarray
-    patches_L: np.ndarray
+    places_L: np.ndarray
     segments_L: np.ndarray
-    images: int
+    items: Mapping[str, int]
+
+
+def in_row(places_L: np.ndarray, *, first: Mapping[str, int], media: Sequence[str]) -> np.ndarray:
+    """Places in a row from those of `Encoded`: the items of each medium, of the names `media` by number, begin at
+    `first`."""
+    if not first:
+        return places_L
+    numbers_L, own_L = np.divmod(places_L, MEDIUM)
+    firsts = np.array([first.get(name, 0) for name in media], np.int32)
+    return np.where(places_L >= 0, own_L + firsts[np.maximum(numbers_L, 0)], -1).astype(np.int32)
 
 
 def encode_conversation(
     turns: Sequence[dict[str, Any]],
     *,
     example_id: str,
-    images: int,
+    items: Items,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    patches: int,
     length: int | None = None,
     too_long: Literal["error", "drop_turns"] = "error",
 ) -> Encoded:
-    """Ids and labels of a conversation that has `images` images of `patches` patches each.
+    """Ids and labels of a conversation that has these items.
 
     `length` None means no limit. `drop_turns` leaves out whole trailing question-answer pairs until the rest
-    fits; images of a dropped pair are dropped with it.
+    fits; items of a dropped pair are dropped with it.
 
     Raises:
       Fault: names the example; wrong turns or roles, an empty answer, text that is no Unicode or stands for images,
-        `<image>` marks that do not match the images, or more tokens than `length`.
+        marks that do not match the items, or more tokens than `length`.
     """
-    talk = talk_of(turns, example_id=example_id, images=images)
+    counts = {name: len(tokens) for name, tokens in items.items()}
+    talk = talk_of(turns, example_id=example_id, items=counts, tokenizer=tokenizer)
     if recipe.turns == "first":
         talk = talk._replace(pairs=talk.pairs[:1])
     encode = encoder_of(tokenizer, recipe)
 
     def parts_of(pairs: int) -> list[Part]:
-        return encode(talk._replace(pairs=talk.pairs[:pairs]), tokenizer, patches)
+        return encode(talk._replace(pairs=talk.pairs[:pairs]), tokenizer, items)
 
     def total(parts: Sequence[Part]) -> int:
         return sum(len(part.ids) for part in parts)
@@ -83,40 +98,55 @@ def encode_conversation(
         raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
     if length is not None and total(parts) > length:
         hint = "raise the sequence length" + (" or drop turns that do not fit" if pairs > 1 else "")
+        spans = ", ".join(f"{len(of)} {_called(name)} of {max(of) + 2}" for name, of in items.items() if of)
         raise Fault(
-            f"example {example_id}: {total(parts)} tokens ({images} images of {patches + 2}) do not fit a row of "
-            f"{length}; {hint}",
+            f"example {example_id}: {total(parts)} tokens ({spans or '0 images'}) do not fit a row of {length}; {hint}",
             "too_long",
             example_id,
         )
     ids = [id for part in parts for id in part.ids]
     labels = [id for part in parts for id in (part.ids if part.label else [IGNORE] * len(part.ids))]
-    return _encoded(ids, labels, tokenizer, recipe, patches)
+    return _encoded(ids, labels, tokenizer, recipe, items)
 
 
-def talk_of(turns: Sequence[dict[str, Any]], *, example_id: str, images: int) -> Talk:
+def _called(medium: str) -> str:
+    return "images" if medium == IMAGE else f"of {medium}"
+
+
+def talk_of(
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Mapping[str, int], tokenizer: Tokenizer
+) -> Talk:
     """What is said in a conversation: at least one question with its answer.
 
     Raises a `Fault` as `encode_conversation`, but for what only the ids show: length, and text that stands for images.
     """
-    talk = _talk(turns, example_id)
-    marks = sum(question.count(MARK) for question, _ in talk.pairs)
-    if marks != images:
-        message = f"example {example_id}: {marks} {MARK} marks in the questions but {images} images"
-        raise Fault(message, "marks", example_id)
+    talk = _talk(turns, example_id, tokenizer)
+    _check_marks([question for question, _ in talk.pairs], items, tokenizer, example_id, " in the questions")
     return talk
+
+
+def _check_marks(
+    texts: Sequence[str], items: Mapping[str, int], tokenizer: Tokenizer, example_id: str, where: str = ""
+) -> None:
+    for name, marked in tokenizer.media.items():
+        marks = sum(text.count(marked.mark) for text in texts)
+        if marks != items.get(name, 0):
+            has = f"{items.get(name, 0)} images" if name == IMAGE else f"{items.get(name, 0)} items of {name}"
+            raise Fault(f"example {example_id}: {marks} {marked.mark} marks{where} but {has}", "marks", example_id)
+    if unknown := [name for name, count in items.items() if count and name not in tokenizer.media]:
+        known = ", ".join(tokenizer.media)
+        raise Fault(f"example {example_id}: an item of {unknown[0]}, and the media are {known}", "marks", example_id)
 
 
 def encode_row(
     turns: Sequence[dict[str, Any]],
     *,
     example_id: str,
-    images: int,
+    items: Items,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    patches: int,
     length: int,
-    images_per_row: int,
+    rooms: Rooms,
     too_long: Literal["error", "drop_turns"] = "error",
     parts: Literal["conversation", "bare_question"] = "conversation",
 ) -> Encoded:
@@ -125,78 +155,92 @@ def encode_row(
     encoded = encode(
         turns,
         example_id=example_id,
-        images=images,
+        items=items,
         tokenizer=tokenizer,
         recipe=recipe,
-        patches=patches,
         length=length,
     )
-    if encoded.images > images_per_row:
-        raise Fault(
-            f"example {example_id}: {encoded.images} images, but a row holds {images_per_row}; raise images_per_row",
-            "too_many_images",
-            example_id,
-        )
+    for name, count in encoded.items.items():
+        if count > rooms[name].items:
+            what, setting = (
+                ("images", "images_per_row") if name == IMAGE else (f"items of {name}", f"items_per_row.{name}")
+            )
+            raise Fault(
+                f"example {example_id}: {count} {what}, but a row holds {rooms[name].items}; raise {setting}",
+                "too_many_images",
+                example_id,
+            )
     return encoded
 
 
 def encode_prompt(
-    question: str, *, images: int = 0, system: str = "", tokenizer: Tokenizer, recipe: Recipe, patches: int = 0
-) -> Encoded:
-    """Ids that end where the answer begins, for generation; without any mark the images go first."""
-    if images and MARK not in question:
-        question = f"{MARK}\n" * images + question
-    if question.count(MARK) != images:
-        raise MoextendError(f"prompt: {question.count(MARK)} {MARK} marks but {images} images: {question[:60]!r}")
-    return _asking(Talk(system, [(question, None)]), tokenizer=tokenizer, recipe=recipe, patches=patches)
+    question: str, *, items: Items | None = None, system: str = "", tokenizer: Tokenizer, recipe: Recipe,
+) -> Encoded:  # fmt: skip
+    """Ids that end where the answer begins, for generation; without any mark of a medium its items go first."""
+    items = items or {}
+    for name, tokens in reversed(list(items.items())):
+        mark = tokenizer.media[name].mark
+        if tokens and mark not in question:
+            question = f"{mark}\n" * len(tokens) + question
+        if question.count(mark) != len(tokens):
+            raise MoextendError(
+                f"prompt: {question.count(mark)} {mark} marks but {len(tokens)} {_called(name)}: {question[:60]!r}"
+            )
+    for name, marked in tokenizer.media.items():
+        if marked.mark in question and not items.get(name):
+            count = question.count(marked.mark)
+            raise MoextendError(f"prompt: {count} {marked.mark} marks but 0 {_called(name)}: {question[:60]!r}")
+    talk = Talk(system, [(question, None)])
+    return _asking(talk, tokenizer=tokenizer, recipe=recipe, items=items)
 
 
 def encode_dialogue(
-    turns: Sequence[dict[str, Any]], *, images: int = 0, tokenizer: Tokenizer, recipe: Recipe, patches: int = 0
-) -> Encoded:
+    turns: Sequence[dict[str, Any]], *, items: Items | None = None, tokenizer: Tokenizer, recipe: Recipe,
+) -> Encoded:  # fmt: skip
     """Turns that end in a question: ids that end where its answer begins, as training has them before it.
 
     Raises:
       Fault: as `encode_conversation`.
     """
-    talk = talk_of([*turns, {"from": "gpt", "value": "."}], example_id="prompt", images=images)
+    items = items or {}
+    counts = {name: len(tokens) for name, tokens in items.items()}
+    answered = [*turns, {"from": "gpt", "value": "."}]
+    talk = talk_of(answered, example_id="prompt", items=counts, tokenizer=tokenizer)
     (question, _) = talk.pairs[-1]
     asked = talk._replace(pairs=[*talk.pairs[:-1], (question, None)])
-    return _asking(asked, tokenizer=tokenizer, recipe=recipe, patches=patches)
+    return _asking(asked, tokenizer=tokenizer, recipe=recipe, items=items)
 
 
-def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, patches: int) -> Encoded:
-    parts = encoder_of(tokenizer, recipe)(talk, tokenizer, patches)
+def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, items: Items) -> Encoded:
+    parts = encoder_of(tokenizer, recipe)(talk, tokenizer, items)
     ids = [id for part in parts for id in part.ids]
-    return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
+    return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, items)
 
 
 def encode_bare_question(
     turns: Sequence[dict[str, Any]],
     *,
     example_id: str,
-    images: int,
+    items: Items,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    patches: int,
     length: int | None = None,
 ) -> Encoded:
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
-    question, _ = _talk(turns, example_id).pairs[0]
-    if question.count(MARK) != images:
-        message = f"example {example_id}: {question.count(MARK)} {MARK} marks but {images} images"
-        raise Fault(message, "marks", example_id)
+    question, _ = _talk(turns, example_id, tokenizer).pairs[0]
+    counts = {name: len(tokens) for name, tokens in items.items()}
+    _check_marks([question], counts, tokenizer, example_id)
     try:
-        ids = [*tokenizer.prefix, *released_text(question, tokenizer, patches)]
+        ids = [*tokenizer.prefix, *released_text(question, tokenizer, items)]
     except MoextendError as error:
         raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
     if length is not None and len(ids) > length:
         message = f"example {example_id}: a question of {len(ids)} tokens does not fit a row of {length}"
         raise Fault(message, "too_long", example_id)
-    return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, patches)
+    return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, items)
 
 
-def _talk(turns: Sequence[dict[str, Any]], example_id: str) -> Talk:
+def _talk(turns: Sequence[dict[str, Any]], example_id: str, tokenizer: Tokenizer) -> Talk:
     def fault(kind: str, what: str) -> Fault:
         return Fault(f"example {example_id}: {what}", kind, example_id)
 
@@ -219,25 +263,39 @@ def _talk(turns: Sequence[dict[str, Any]], example_id: str) -> Talk:
         except UnicodeEncodeError as error:  # half of a pair, which JSON can spell
             raise fault("encoding", f"text that is not UTF-8: {error}") from error
     system = texts[0] if systems else ""
-    if MARK in system:
-        raise fault("marks", f"the system turn holds an {MARK} mark; only questions may")
+    marks = [marked.mark for marked in tokenizer.media.values()]
+    for mark in marks:
+        if mark in system:
+            raise fault("marks", f"the system turn holds an {mark} mark; only questions may")
     pairs = list(zip(texts[systems::2], texts[systems + 1 :: 2], strict=True))
     for n, (_, answer) in enumerate(pairs):
         if not answer.strip():
             raise fault("empty_answer", f"answer {n + 1} is empty")
-        if MARK in answer:
-            raise fault("marks", f"answer {n + 1} holds an {MARK} mark; only questions may")
+        for mark in marks:
+            if mark in answer:
+                raise fault("marks", f"answer {n + 1} holds an {mark} mark; only questions may")
     return Talk(system if system.strip() else "", pairs)
 
 
-def _encoded(ids: list[int], labels: list[int], tokenizer: Tokenizer, recipe: Recipe, patches: int) -> Encoded:
+def _encoded(
+    ids: list[int], labels: list[int], tokenizer: Tokenizer, recipe: Recipe, items: Items,
+) -> Encoded:  # fmt: skip
     ids_L = np.array(ids, np.int32)
-    pads_L = ids_L == tokenizer.tags.pad
-    # Text can not produce the pad tag, so every one of them is a patch, in order.
-    patches_L = np.where(pads_L, np.cumsum(pads_L, dtype=np.int32) - 1, -1).astype(np.int32)
+    places_L, counts = np.full_like(ids_L, -1), {}
+    for number, (name, marked) in enumerate(tokenizer.media.items()):
+        if not items.get(name):
+            continue
+        # Text can not produce the pad tag, so every one of them is a token of an item, in order.
+        pads = np.flatnonzero(ids_L == marked.tags.pad)
+        P, tokens = marked.tokens or max(items[name]), np.array(items[name])
+        ends = np.cumsum(tokens)
+        used = int(np.searchsorted(ends, len(pads), side="left")) + 1 if len(pads) else 0
+        item = np.repeat(np.arange(used), tokens[:used])
+        within = np.arange(len(pads)) - np.repeat(ends[:used] - tokens[:used], tokens[:used])
+        places_L[pads] = number * MEDIUM + item * P + within
+        if used:
+            counts[name] = used
     segments_L = np.ones_like(ids_L)
     if recipe.prompt == "released":
         segments_L[ids_L == tokenizer.eos] = 0
-    return Encoded(
-        ids_L, np.array(labels, np.int32), patches_L, segments_L, int(pads_L.sum()) // patches if patches else 0
-    )
+    return Encoded(ids_L, np.array(labels, np.int32), places_L, segments_L, counts)

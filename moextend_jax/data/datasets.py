@@ -1,9 +1,9 @@
 """Data sets as random-access rows: built once into ArrayRecord files by TFDS builders that need no TensorFlow.
 
-Goes in: a name or a path, or several with weights, a split, and a folder for the built files. Comes out: `Source`: rows
-`Example(id, conversations, images)`, and the encoded images behind them.
+Goes in: a name or a path, or several with weights, a split, the media of the run, and a folder for the built files.
+Comes out: `Source`: rows `Example(id, conversations, items)`, and the encoded items behind them, by medium.
 
-An example refers to its images by key and row number; their bytes are read only when asked for. Image files are read
+An example refers to its items by medium, key and row number; their bytes are read only when asked for. Files are read
 where they are, and looked at whenever the data set is opened: one that was mended is sound.
 """
 
@@ -15,54 +15,87 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IMAGE, Medium, MoextendError, Named
 from moextend_jax.data.builders import (
     BUILDERS,
+    Built,
+    BuiltRef,
     Conversations,
-    ImageRef,
+    config_of,
+    holds_items,
     is_built,
+    items_builder,
     open_built,
     scan,
 )
 from moextend_jax.data.conversations import talk_of
-from moextend_jax.data.encoded_images import Images, look_at_images
-from moextend_jax.data.faults import STRICT, Fault, refuse
+from moextend_jax.data.faults import STRICT, Fault, refuse, unknown_medium
 from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
-from moextend_jax.data.image_files import ImageFolder
-from moextend_jax.data.mixing import JoinedImages, JoinedRows, fingerprint_of, picks
+from moextend_jax.data.item_files import ItemFolder
+from moextend_jax.data.items import Items, look_at_items
+from moextend_jax.data.mixing import JoinedItems, JoinedRows, fingerprint_of, picks
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.folders import absolute, folder, is_url
+from moextend_jax.media import IMAGE_MARK, IMAGES_ALONE
 from moextend_jax.settings import KEEPABLE, FaultSettings
 
 
+class ItemRef(NamedTuple):
+    """`key` names an item for ever (caches use it), `row` is its place in `Source.items[medium]`."""
+
+    medium: str
+    key: str
+    row: int
+
+
 class Example(NamedTuple):
-    """`fault` is what was wrong with it when the data set was built."""
+    """items: those of one medium in the order of its marks. `fault` is what was wrong with it when the data set was
+    built, or that it has items of a medium that the run has not (these are not among `items`)."""
 
     id: str
     conversations: list[dict[str, str]]
-    images: tuple[ImageRef, ...]
+    items: tuple[ItemRef, ...]
     fault: Fault | None = None
 
+    @property
+    def by_medium(self) -> dict[str, tuple[ItemRef, ...]]:
+        """Without media that it has no item of."""
+        return {name: self.of(name) for name in dict.fromkeys(ref.medium for ref in self.items)}
 
-AnyImages = Images | JoinedImages
+    def of(self, medium: str) -> tuple[ItemRef, ...]:
+        return tuple(ref for ref in self.items if ref.medium == medium)
+
+    @property
+    def images(self) -> tuple[ItemRef, ...]:
+        return self.of(IMAGE)
+
+
+AnyItems = Items | JoinedItems
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Sequence[Example]):
     """Rows of a data set, or some of them: `select` and `hold_out` make views, not copies. Picklable.
 
-    `fingerprint` is of what the rows say, and which and in which order they are; not of their images.
+    items: of each of `media`. `fingerprint` is of what the rows say, and which and in which order they are; not of
+    their items' files.
     """
 
     rows: Any
-    images: AnyImages
+    items: Mapping[str, AnyItems]
+    media: Named[Medium] = IMAGES_ALONE
     picked: np.ndarray | None = None
     fingerprint: str = ""
+
+    @property
+    def images(self) -> AnyItems:
+        return self.items.get(IMAGE, Items(()))
 
     def __len__(self) -> int:
         return len(self.rows) if self.picked is None else len(self.picked)
@@ -70,25 +103,31 @@ class Source(Sequence[Example]):
     def __getitem__(self, index: Any) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _example(self.rows[int(index if self.picked is None else self.picked[index])])
+        return self._example(self.rows[int(index if self.picked is None else self.picked[index])])
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
         """Many rows at once, at a fraction of the cost per row."""
         rows = np.asarray(indices) if self.picked is None else self.picked[indices]
-        return [_example(item) for item in self.rows.__getitems__([int(row) for row in rows])]
+        return [self._example(item) for item in self.rows.__getitems__([int(row) for row in rows])]
 
     def __iter__(self) -> Iterator[Example]:
         """All in order, a chunk at a time in memory."""
         for first in range(0, len(self), CHUNK):
             yield from self.read(range(first, min(first + CHUNK, len(self))))
 
-
-def _example(item: Mapping[str, Any]) -> Example:
-    refs = zip(item["images"], item["image_rows"], strict=True)
-    talk, fault = json.loads(item["conversations"]), None
-    if isinstance(talk, dict):
-        talk, fault = talk["turns"], Fault(*talk["fault"])
-    return Example(item["id"].decode(), talk, tuple(ImageRef(key.decode(), int(row)) for key, row in refs), fault)
+    def _example(self, item: Mapping[str, Any]) -> Example:
+        images = zip(item["images"], item["image_rows"], strict=True)
+        refs = [BuiltRef(IMAGE_MARK, key.decode(), int(row)) for key, row in images]
+        id, turns, fault = item["id"].decode(), json.loads(item["conversations"]), None
+        if isinstance(turns, dict):
+            refs += [BuiltRef(*ref) for ref in turns.get("items", [])]
+            fault = Fault(*turns["fault"]) if "fault" in turns else None
+            turns = turns["turns"]
+        names = {medium.mark: name for name, medium in self.media.items()}
+        items = tuple(ItemRef(names[ref.mark], ref.key, ref.row) for ref in refs if ref.mark in names)
+        if len(items) < len(refs):
+            fault = unknown_medium(id, (ref.mark for ref in refs), self.media)
+        return Example(id, turns, items, fault)
 
 
 class HoldOut(NamedTuple):
@@ -128,12 +167,14 @@ def hold_out(source: Source, *, samples: int, seed: int) -> HoldOut:
 def mix(sources: Sequence[Source], *, weights: Sequence[float] | None = None, names: Sequence[str] = ()) -> Source:
     """Several sources as one: all their rows, one source after the other; with weights, an epoch in which the shares
     of conversations follow them, and each row comes at least once (see `mixing.picks`)."""
-    images = JoinedImages([source.images for source in sources])
+    media = sources[0].media
+    items = {name: JoinedItems([source.items[name] for source in sources]) for name in media}
+    of_marks = {medium.mark: items[name].parts for name, medium in media.items()}
     views = [_View(source) for source in sources]
     picked = None if weights is None else picks([len(view) for view in views], weights, names)
     identity = [[source.fingerprint for source in sources], None if weights is None else list(weights)]
     return Source(
-        rows=JoinedRows(views, images.parts), images=images, picked=picked, fingerprint=fingerprint_of(identity)
+        rows=JoinedRows(views, of_marks), items=items, media=media, picked=picked, fingerprint=fingerprint_of(identity)
     )
 
 
@@ -163,29 +204,34 @@ def open_dataset(
     data_dir: Path | str,
     manual_dir: Path | str | None = None,
     images: Path | str | None = None,
+    media: Named[Medium] = IMAGES_ALONE,
     faults: FaultSettings = STRICT,
 ) -> Source:
-    """Opens what a setting `data` says: a name (`easy_vqa/{questions,conversations,captions}`, `llava_pretrain`,
-    `llava_instruct`), a path (a file of any form of `data/forms.py`, a folder of them, a pattern), or several of these
-    with commas between them, each with `:WEIGHT` or none.
+    """Opens what a setting `data` says: a name (`easy_vqa/{questions,conversations,captions}`, one of
+    `made_sounds.FAMILIES`, `llava_pretrain`, `llava_instruct`), a path (a file of any form of `data/forms.py`, a folder
+    of them, a pattern), or several of these with commas between them, each with `:WEIGHT` or none.
 
-    Builds rows under `data_dir` on first use; later only image files are looked at. Faulty entries and image files, the
+    Builds rows under `data_dir` on first use; later only items' files are looked at. Faulty entries and files, the
     whole file's, are an error before anything is built where `faults` says so; the others are kept as faulty.
 
     Args:
       split: `train`, or another that the data have, or a slice, e.g. `train[:1000]`; of each data set.
       manual_dir: where LLaVA's files are.
-      images: the folder that paths of images are relative to; None: the folder of the file that names them.
+      images: the folder that paths of items are relative to; None: the folder of the file that names them.
+      media: of the run; items of others are faults.
 
     Raises:
       MoextendError: unknown name or split, missing package, missing or malformed files, no rows.
-      Fault: entries or image files that are not to be skipped; names the first few.
+      Fault: entries or items' files that are not to be skipped; names the first few.
     """
     parts = parts_of(name)
     sources = [
-        _open(part.name, split=split, data_dir=Path(data_dir), manual_dir=manual_dir, images=images, faults=faults)
+        _open(
+            part.name, split=split, data_dir=Path(data_dir), manual_dir=manual_dir, images=images, media=media,
+            faults=faults,
+        )
         for part in parts
-    ]
+    ]  # fmt: skip
     if len(sources) == 1:
         return sources[0]
     weights = [part.weight for part in parts if part.weight is not None]
@@ -199,52 +245,75 @@ def _open(
     data_dir: Path,
     manual_dir: Path | str | None,
     images: Path | str | None,
+    media: Named[Medium],
     faults: FaultSettings,
 ) -> Source:
     if is_packaged(name):
         family, config = family_of(name)
-        builders = [
-            BUILDERS[family](config=part, data_dir=data_dir, file_format="array_record") for part in (config, "images")
-        ]
-        rows = open_built(builders[0], split, name=name)
-        stored = open_built(builders[1], base_split(split), name=name)
-        pictures = Images(stored.rows, fingerprint=stored.fingerprint)
+        builder = partial(BUILDERS[family], data_dir=data_dir, file_format="array_record")
+        rows, items = open_built(builder(config=config), split, name=name), {}
+        refuse(_unknown(rows, media), faults, where=name)
+        for of, medium in media.items():
+            items[of] = Items((), kind=medium.kind)
+            if config_of(medium.mark) in BUILDERS[family].builder_configs:
+                stored = open_built(builder(config=config_of(medium.mark)), base_split(split), name=name)
+                items[of] = Items(stored.rows, fingerprint=stored.fingerprint, kind=medium.kind)
     else:
         files = files_of(name, split=split, manual_dir=manual_dir, known=BUILDERS)
-        home = image_folder(files, images, faults)
-        builders = _builders(files, data_dir, base_split(split))
-        if not all(map(is_built, builders)):
-            refuse(scan(files, home), faults, where=name, hint=HINT)
-        rows = open_built(builders[0], split, name=name)
-        pictures = look_at_images(open_built(builders[1], base_split(split), name=name), home, files.upright)
-        refuse([*rows.faults, *pictures.faults.values()], faults, where=name, hint=HINT)
+        home = item_folder(files, images, faults)
+        builder = partial(_builder, files=files, data_dir=data_dir, split=base_split(split), media=media)
+        wanted = (None, *(medium.mark for medium in media.values() if medium.mark == IMAGE_MARK))
+        if not all(is_built(builder(mark)) for mark in wanted):
+            refuse(scan(files, home, media), faults, where=name, hint=HINT)
+        rows = open_built(builder(None), split, name=name)
+        refuse(_unknown(rows, media), faults, where=name, hint=HINT)
+        items = {}
+        for of, medium in media.items():
+            if medium.mark == IMAGE_MARK or medium.mark in rows.marks:
+                built = open_built(builder(medium.mark), base_split(split), name=name)
+                cut = faults.policy("long_sound") == "keep"
+                items[of] = look_at_items(built, home, upright=files.upright, kind=medium.kind, cut=cut)
+            else:
+                items[of] = Items((), kind=medium.kind)
+        of_items = (fault for of_medium in items.values() for fault in of_medium.faults.values())
+        refuse([*rows.faults, *of_items], faults, where=name, hint=HINT)
     if not len(rows.rows):
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
     fingerprint = hashlib.sha256(f"{rows.fingerprint} {split}".encode()).hexdigest()
-    return Source(rows=rows.rows, images=pictures, fingerprint=fingerprint)
+    return Source(rows=rows.rows, items=items, media=media, fingerprint=fingerprint)
 
 
-def _builders(files: Files, data_dir: Path, split: str) -> list[Conversations]:
-    """Those of rows and of images. Other files must never find what was built from these."""
+def _unknown(rows: Built, media: Named[Medium]) -> Iterator[Fault]:
+    """Where some rows have items of a medium that the run has not."""
+    for mark, id in rows.marks.items():
+        if (fault := unknown_medium(id, [mark], media)) is not None:
+            yield fault
+
+
+def _builder(mark: str | None, *, files: Files, data_dir: Path, split: str, media: Named[Medium]) -> Conversations:
+    """That of the items of a mark, None: of rows. Other files must never find what was built from these."""
     marks = []
     for path in files.paths:
         facts: Any = path.stat()
         size, time = (facts.length, facts.mtime) if is_url(path) else (facts.st_size, facts.st_mtime_ns)
         marks.append(f"{absolute(path)} {size} {time}")
+    if list(media) != [IMAGE]:
+        marks.append(READS)
     home = data_dir / hashlib.sha256("\n".join(marks).encode()).hexdigest()[:12]
-    builders = [Conversations(config=part, data_dir=home, file_format="array_record") for part in PARTS]
-    for builder in builders:
-        builder.paths, builder.split = files.paths, split
-    return builders
+    options: dict[str, Any] = {"data_dir": home, "file_format": "array_record"}
+    builder = Conversations(config="conversations", **options) if mark is None else items_builder(mark, **options)
+    builder.paths, builder.split = files.paths, split
+    return builder
 
 
-PARTS = ("conversations", "images")
+READS = "items of all media"
+"""What was built before there were any has faults in their place."""
 
 
-def image_folder(files: Files, images: Path | str | None, faults: FaultSettings) -> ImageFolder:
-    """Where the pictures are that the files name by path."""
+def item_folder(files: Files, images: Path | str | None, faults: FaultSettings) -> ItemFolder:
+    """Where the items are that the files name by path."""
     home = folder(os.fspath(images)) if images else files.home
-    return ImageFolder(home, anywhere=faults.policy("outside") == "keep")
+    return ItemFolder(home, anywhere=faults.policy("outside") == "keep")
 
 
 HINT = "; `moextend data check` names all"
@@ -268,7 +337,12 @@ def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Faul
     if example.fault is not None and example.fault.kind not in KEEPABLE:
         return example.fault.again()
     try:
-        talk = talk_of(example.conversations, example_id=example.id, images=len(example.images))
+        talk = talk_of(
+            example.conversations,
+            example_id=example.id,
+            items={name: len(refs) for name, refs in example.by_medium.items()},
+            tokenizer=tokenizer,
+        )
         texts = (talk.system, *(text for pair in talk.pairs for text in pair if text is not None))
         for text in filter(CONTROL.search, texts):
             tokenizer.encode(text)
@@ -284,14 +358,27 @@ def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Faul
 CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 
 
-def check_shows_images(source: Source, *, stage: str) -> None:
-    """Raises where no conversation has an image: a stage that trains the projector alone would train nothing."""
-    if not any(example.images for example in source):
-        raise shows_no_image(stage, len(source))
+def check_shows(source: Source, *, medium: str, stage: str) -> None:
+    """Raises where no conversation has an item of a medium: a stage that trains its projector alone would train
+    nothing."""
+    if not any(example.by_medium.get(medium) for example in source):
+        raise shows_none(stage, len(source), medium=medium)
 
 
-def shows_no_image(stage: str, rows: int) -> MoextendError:
-    return MoextendError(f"{stage} trains the projector, and none of its {rows} conversations has an image")
+def shows_none(stage: str, rows: int, *, medium: str = IMAGE) -> MoextendError:
+    what = "an image" if medium == IMAGE else f"an item of {medium}"
+    return MoextendError(f"{stage} trains the projector, and none of its {rows} conversations has {what}")
+
+
+def check_packages(name: str, *, data_dir: Path | str) -> None:
+    """Raises a MoextendError where a data set must still be built from a package that is not installed. Takes a moment,
+    where to find it out by building takes minutes."""
+    for part in parts_of(name):
+        if is_packaged(part.name):
+            family, config = family_of(part.name)
+            builder = BUILDERS[family](config=config, data_dir=data_dir, file_format="array_record")
+            if not is_built(builder):
+                builder.check_packages()
 
 
 def is_packaged(name: str) -> bool:
@@ -302,7 +389,7 @@ def is_packaged(name: str) -> bool:
 def family_of(name: str) -> tuple[str, str]:
     """The builder and the config that such a name stands for."""
     family, _, config = name.partition("/")
-    configs = [known for known in BUILDERS[family].builder_configs if known != "images"]
+    configs = [known for known in BUILDERS[family].builder_configs if not holds_items(known)]
     config = config or configs[0]
     if config not in configs:
         raise MoextendError(f"data set {family} has no rows {config!r}; there are {', '.join(configs)}")
@@ -310,11 +397,14 @@ def family_of(name: str) -> tuple[str, str]:
 
 
 def short_name(data: str, split: str) -> str:
-    """A folder's name for what is kept of a data set's images: a word of it, and what tells it from others."""
-    if not is_packaged(data) and data not in LLAVA:
-        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(parts_of(data)[0].name).stem).strip("-")[:40]
+    """A folder's name for what is kept of a data set's items: a word of it, and what tells it from others."""
+    names = [part.name for part in parts_of(data)]
+    if all(map(is_packaged, names)):  # rows of a family's configs are about the same items
+        data = "-".join(name.partition("/")[0] for name in names)
+    elif data not in LLAVA:
+        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(names[0]).stem).strip("-")[:40]
         data = f"{words or 'data'}-{hashlib.sha256(data.encode()).hexdigest()[:8]}"
-    return f"{data.partition('/')[0]}-{base_split(split)}"
+    return f"{data}-{base_split(split)}"
 
 
 def open_text(path: Path | str) -> list[str]:

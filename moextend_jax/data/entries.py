@@ -20,7 +20,8 @@ from moextend_jax.data.forms import form_of
 from moextend_jax.data.json_values import Row
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tables import NOT_UTF8
-from moextend_jax.data.talks import normal_turns
+from moextend_jax.data.talks import Item, normal_turns
+from moextend_jax.media import IMAGE_MARK
 
 SHOWN = 20
 """Invalid bytes of an entry whose places its fault names."""
@@ -28,19 +29,30 @@ MOST_NAME = 1000
 """Characters of a path."""
 
 Content = bytes | Span
-"""An encoded picture that is not a file of its own."""
+"""An encoded picture, sound, ... that is not a file of its own."""
+
+
+class ItemName(NamedTuple):
+    """name: a path, or a key of `Entry.contents`. mark: what stands for it, which says of which medium it is."""
+
+    mark: str
+    name: str
 
 
 class Entry(NamedTuple):
-    """`fault` is None where the entry can be read; one that cannot has no images and no turns. `number` counts from
-    0. images: paths, or names of `contents`."""
+    """`fault` is None where the entry can be read; one that cannot has no items and no turns. `number` counts from
+    0. items: those of one mark in the order of the marks."""
 
     number: int
     id: str
-    images: tuple[str, ...]
+    items: tuple[ItemName, ...]
     turns: list[Any]
     fault: Fault | None
     contents: Mapping[str, Content] = {}
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return tuple(item.name for item in self.items if item.mark == IMAGE_MARK)
 
 
 def read_entries(*paths: Path) -> Iterator[Entry]:
@@ -74,34 +86,42 @@ def _entry(number: int, row: Row, seen: dict[str, int]) -> Entry:
             raise Fault("this is not an object with keys", "entry")
         talk = normal_turns(row.value)
         contents: dict[str, Content] = {}
-        images = tuple(_named(image, contents) for image in talk.images)
-        if broken or not _utf8(*images):
+        items = tuple(ItemName(item.mark, _named(item, contents)) for item in talk.items)
+        if broken or not _utf8(*(text for item in items for text in item)):
             raise Fault("an id or an image path that is not UTF-8", "encoding")
     except Fault as fault:
         return Entry(number, id, (), [], Fault(f"{where}: {fault}", fault.kind, id))
     first = seen.setdefault(id, number)
     again = Fault(f"{where} has the id of entry {first}", "duplicate_id", id) if first != number else None
-    return Entry(number, id, images, talk.turns, again, contents)
+    return Entry(number, id, items, talk.turns, again, contents)
 
 
-def _named(image: Any, contents: dict[str, Content]) -> str:
-    """The name of a picture; where the row holds it, it goes into `contents`."""
-    if isinstance(image, dict):  # Hugging Face's, and OpenAI's
-        image = next((image[key] for key in ("bytes", "path", "url") if image.get(key)), None)
-    if isinstance(image, str) and image.startswith("data:"):
-        image = _decoded(image)
-    if isinstance(image, Span):
-        contents[image.name] = image
-        return image.name
-    if isinstance(image, bytes) and image:
-        name = f"bytes {hashlib.sha256(image).hexdigest()[:32]}"  # the same picture is kept once
-        contents[name] = image
+def _named(item: Item, contents: dict[str, Content]) -> str:
+    """The name of an item's file; where the row holds it, it goes into `contents`."""
+    file = item.file
+    if isinstance(file, dict):  # Hugging Face's, and OpenAI's
+        file = next((file[key] for key in ("bytes", "path", "url") if file.get(key)), _input(file))
+    if isinstance(file, str) and file.startswith("data:"):
+        file = _decoded(file)
+    if isinstance(file, Span):
+        contents[file.name] = file
+        return file.name
+    if isinstance(file, bytes) and file:
+        name = f"bytes {hashlib.sha256(file).hexdigest()[:32]}"  # the same file is kept once
+        contents[name] = file
         return name
-    if not isinstance(image, str) or not image:
-        raise Fault(f"image must be a path or a list of paths, or bytes, not {image!r:.60}", "entry")
-    if len(image) > MOST_NAME:
-        raise Fault(f"an image path of {len(image)} characters, {image[:40]}...", "entry")
-    return image
+    if not isinstance(file, str) or not file:
+        raise Fault(f"{item.kind} must be a path or a list of paths, or bytes, not {file!r:.60}", "entry")
+    if len(file) > MOST_NAME:
+        raise Fault(f"an {item.kind} path of {len(file)} characters, {file[:40]}...", "entry")
+    if len(item.medium) > MOST_NAME:
+        raise Fault(f"a medium's name of {len(item.medium)} characters, {item.medium[:40]}...", "entry")
+    return file
+
+
+def _input(file: dict[str, Any]) -> Any:
+    """OpenAI's `{"data": base64, "format": "wav"}`."""
+    return f"data:;base64,{file['data']}" if isinstance(file.get("data"), str) else None
 
 
 def _decoded(url: str) -> bytes:

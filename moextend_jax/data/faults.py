@@ -6,33 +6,33 @@ skipped, `counts_G`: conversations read, then those skipped by kind (G = 1 + kin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Medium, MoextendError
 from moextend_jax.settings import FaultSettings
 
 
 class Kind(NamedTuple):
-    """A kind of fault. image: it is an image file's, so all conversations that show the image have it; else it is one
-    conversation's. means: what is wrong, for messages."""
+    """A kind of fault. file: it is an image's file (a sound's, ...), so all conversations that name the file have it;
+    else it is one conversation's. means: what is wrong, for messages."""
 
-    image: bool
+    file: bool
     means: str
 
 
 KINDS: dict[str, Kind] = {
-    "missing": Kind(True, "no such image file"),
-    "outside": Kind(True, "path leaves the image folder: absolute, .. or a link (keep follows it)"),
+    "missing": Kind(True, "no such file"),
+    "outside": Kind(True, "path leaves the folder of images: absolute, .. or a link (keep follows it)"),
     "url": Kind(True, "a URL in place of a path"),
     "unreadable": Kind(True, "the file system refuses the file, or its data are damaged"),
-    "truncated": Kind(True, "the image ends too early"),
-    "empty_file": Kind(True, "zero bytes"),
-    "oversized": Kind(True, "more bytes or pixels than an image may have"),
+    "truncated": Kind(True, "the file ends too early"),
+    "empty_file": Kind(True, "zero bytes, or a sound without samples"),
+    "oversized": Kind(True, "more bytes, pixels, frames or seconds than a file may have"),
     "not_image": Kind(True, "not an image file"),
-    "not_finite": Kind(True, "NaN or infinite pixels"),
+    "not_finite": Kind(True, "NaN or infinite pixels, samples or features"),
     "entry": Kind(False, "not a conversation in any usual form, or more than is read"),
     "encoding": Kind(False, "text that is not UTF-8"),
     "reserved": Kind(False, "text with a control character that stands for images"),
@@ -40,11 +40,27 @@ KINDS: dict[str, Kind] = {
     "roles": Kind(False, "a role that is none of system, human and gpt"),
     "order": Kind(False, "turns that do not alternate human, gpt"),
     "empty_answer": Kind(False, "an answer without text"),
-    "marks": Kind(False, "image marks that do not match the images"),
+    "marks": Kind(False, "marks that do not match the images, sounds, ..."),
     "too_long": Kind(False, "more tokens than a row has"),
     "too_many_images": Kind(False, "more images than a row has room for"),
     "duplicate_id": Kind(False, "the id of an earlier conversation"),
+    "not_video": Kind(True, "not pictures one after another in a form that is read"),
+    "not_sound": Kind(True, "not a WAV, FLAC or OGG file"),
+    "not_features": Kind(True, "not one array of floating-point numbers in a .npz or .npy file"),
+    "wrong_shape": Kind(True, "features of another width than the medium's, or more positions"),
+    "long_sound": Kind(True, "a sound longer than its medium hears (keep takes the beginning)"),
+    "unknown_medium": Kind(False, "an item of a medium that the run does not have"),
 }
+"""Others are added at the end: checkpoints of runs hold counts in this order."""
+
+MOST_BYTES = 64 * 2**20
+"""Of an item's file."""
+
+
+def wrong_size(size: int) -> str:
+    """The kind of fault of a file of `size` bytes; "" for none."""
+    return ("" if size <= MOST_BYTES else "oversized") if size else "empty_file"
+
 
 LEAST_READ = 1000
 """A share of skipped conversations is taken of at least so many: one bad one at the start of a run is not 100 %."""
@@ -77,6 +93,11 @@ def counts(kinds: Iterable[str] = (), *, read: int = 0) -> np.ndarray:
     for kind in kinds:
         counts_G[1 + list(KINDS).index(kind)] += 1
     return counts_G
+
+
+def restored(saved: Sequence[int]) -> np.ndarray:
+    """counts_G of a checkpoint, which may have been written before there were as many kinds."""
+    return np.pad(np.asarray(saved, np.int64), (0, 1 + len(KINDS) - len(saved)))
 
 
 def named(counts_G: Any) -> dict[str, int]:
@@ -117,3 +138,14 @@ def refuse(faults: Iterable[Fault], settings: FaultSettings, *, where: str, hint
 
 NAMED = 3
 """Faults that the message of `refuse` names."""
+
+
+def unknown_medium(id: str, marks: Iterable[str], media: Mapping[str, Medium], *, where: str = "") -> Fault | None:
+    """The fault of an example, or an entry `where`, that has items of a medium which the run has not."""
+    known = {medium.mark for medium in media.values()}
+    unknown = next((mark for mark in marks if mark not in known), None)
+    if unknown is None:
+        return None
+    having = f"there are {', '.join(f'{name} {medium.mark}' for name, medium in media.items())}"
+    message = f"{where or f'example {id}'} has an item {unknown!a:.80}, and the run has no such medium; {having}"
+    return Fault(message, "unknown_medium", id)

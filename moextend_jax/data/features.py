@@ -1,8 +1,8 @@
-"""Cache on disk of what the frozen vision tower makes of every image, so that later epochs and stages skip it.
+"""Cache on disk of what a frozen tower makes of every item of its medium, so that later epochs and stages skip it.
 
-Goes in: encoded images and a function `images_nhwc -> features_nPC`. Comes out: `FeatureStore`, memory-mapped
-`features_nPC` by image key. The folder holds `features.npy` and `cache.json` (keys, fingerprint, and the faults of
-images that could not be read, whose features are zero).
+Goes in: what prepares the items and a function from their arrays to `features_nPC`. Comes out: `FeatureStore`,
+memory-mapped `features_nPC` by image key. The folder holds `features.npy` and `cache.json` (keys, fingerprint, and the
+faults of images that could not be read, whose features are zero).
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import AnyImages
 from moextend_jax.data.faults import STRICT, Fault, refuse
-from moextend_jax.data.images import prepare_image
 from moextend_jax.progress import counting
 from moextend_jax.settings import FaultSettings
 
@@ -73,48 +71,61 @@ class FeatureStore:
         return self.features_nPC[self.row(key)]
 
 
+class Preparing(Protocol):
+    """`data.readers.Inputs`."""
+
+    @property
+    def items(self) -> Any: ...
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one item's array."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the arrays beside the items."""
+        ...
+
+    def prepared(self, row: int, /) -> Any:
+        """Key and array of an item, or its `Fault` raised."""
+        ...
+
+
 def cache_features(
-    images: AnyImages,
+    inputs: Preparing,
     *,
     path: Path | str,
     compute: Callable[[np.ndarray], Any],
     tower: str,
-    feature_layer: int,
-    size: int,
-    preparation: Literal["pad", "crop"],
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int = 64,
     threads: int = 1,
     faults: FaultSettings = STRICT,
 ) -> FeatureStore:
-    """Runs every image through the tower once and keeps the features; a cache that fits is only opened.
+    """Runs every item through the tower once and keeps the features; a cache that fits is only opened.
 
     Args:
-      compute: `images_nhwc` (always `batch_size` of them) to `features_nPC`.
-      tower: hash of the tower's weights. Together with `feature_layer`, `size`, `preparation`, `dtype` and
-        `images.fingerprint` it is the cache's fingerprint; a cache with another one is made again.
-      threads: how many images are decoded at once.
-      faults: an image whose fault is skipped is noted in the cache; conversations that show it are then skipped.
+      compute: arrays `[n, ...]` (always `batch_size` of them) to `features_nPC`.
+      tower: hash of the tower's weights. Together with the facts of `inputs`, `dtype` and the items' fingerprint it is
+        the cache's fingerprint; a cache with another one is made again.
+      threads: how many items are decoded at once.
+      faults: an item whose fault is skipped is noted in the cache; conversations that show it are then skipped.
 
     Raises:
-      Fault: an image that cannot be read and is not to be skipped, now or when the cache was made.
+      Fault: an item that cannot be read and is not to be skipped, now or when the cache was made.
     """
-    if not len(images):
-        raise MoextendError(f"no images to cache features of in {path}")
+    if not len(inputs.items):
+        raise MoextendError(f"no items to cache features of in {path}")
     path = Path(path)
-    fingerprint = {
-        "tower": tower, "feature_layer": feature_layer, "size": size, "preparation": preparation, "dtype": dtype,
-        "images": images.fingerprint,
-    }  # fmt: skip
+    fingerprint = {"tower": tower, "dtype": dtype, "images": inputs.items.fingerprint} | inputs.facts()
     # Process 0's look decides: on another host the files may have other times.
-    if not distributed.any_process(distributed.first() and not _fits(path, fingerprint, images, size, preparation)):
+    if not distributed.any_process(distributed.first() and not _fits(path, fingerprint, inputs)):
         store = FeatureStore.open(path)
         refuse(store.faults.values(), faults, where=f"feature cache {path}")
         return store
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        keys, bad = _write(unfinished, images, compute, size, preparation, dtype, batch_size, threads, faults)
+        keys, bad = _write(unfinished, inputs, compute, dtype, batch_size, threads, faults)
         if distributed.first():
             facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
             (unfinished / "cache.json").write_text(json.dumps(facts))
@@ -126,28 +137,28 @@ def cache_features(
     return FeatureStore.open(path)
 
 
-def _fits(path: Path, fingerprint: dict[str, Any], images: AnyImages, size, preparation) -> bool:
-    """Whether there is a cache of these images, and those noted as faulty in it still are: one that can be read by now
+def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:
+    """Whether there is a cache of these items, and those noted as faulty in it still are: one that can be read by now
     needs its features."""
     try:
         store = FeatureStore.open(path, fingerprint=fingerprint)
     except MoextendError:
         return False  # not there, stale or broken
-    prepare = partial(_prepare, images, size=size, preparation=preparation)
-    return all(isinstance(prepare(store.rows[key]), Fault) for key in store.faults)
+    return all(isinstance(_prepare(inputs, store.rows[key]), Fault) for key in store.faults)
 
 
 def _write(
-    folder: Path, images, compute, size, preparation, dtype, batch_size, threads, faults: FaultSettings
+    folder: Path, inputs: Preparing, compute, dtype, batch_size, threads, faults: FaultSettings
 ) -> tuple[list[str], dict[str, list[str]]]:
-    """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of images with zero rows. All
+    """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of items with zero rows. All
     processes compute, on one mesh; the first writes."""
-    prepare = partial(_prepare, images, size=size, preparation=preparation)
+    prepare = partial(_prepare, inputs)
+    count = len(inputs.items)
     keys, bad, out_nPC = [], {}, None
-    with ThreadPoolExecutor(threads) as pool, counting("features", len(images), unit="images", quick=False) as bar:
-        for first in range(0, len(images), batch_size):
-            images_nhwc = np.zeros((batch_size, size, size, 3), np.float32)  # one shape, one compilation
-            prepared = list(pool.map(prepare, range(first, min(first + batch_size, len(images)))))
+    with ThreadPoolExecutor(threads) as pool, counting("features", count, unit="images", quick=False) as bar:
+        for first in range(0, count, batch_size):
+            arrays = np.zeros((batch_size, *inputs.shape), np.float32)  # one shape, one compilation
+            prepared = list(pool.map(prepare, range(first, min(first + batch_size, count))))
             for n, item in enumerate(prepared):
                 if isinstance(item, Fault):
                     if not faults.skips(item):
@@ -156,12 +167,12 @@ def _write(
                     keys.append(item.id)
                 else:
                     keys.append(item.key)
-                    images_nhwc[n] = item.image_hwc
-            features_nPC = np.asarray(compute(images_nhwc))[: len(prepared)].astype(dtype)
+                    arrays[n] = item.array
+            features_nPC = np.asarray(compute(arrays))[: len(prepared)].astype(dtype)
             features_nPC[[isinstance(item, Fault) for item in prepared]] = 0
             if out_nPC is None and distributed.first():
                 folder.mkdir(parents=True)
-                shape = (len(images), *features_nPC.shape[1:])
+                shape = (count, *features_nPC.shape[1:])
                 out_nPC = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=shape)
             if out_nPC is not None:
                 out_nPC[first : first + len(prepared)] = features_nPC
@@ -171,14 +182,8 @@ def _write(
     return keys, bad
 
 
-class _Prepared(NamedTuple):
-    key: str
-    image_hwc: np.ndarray
-
-
-def _prepare(images: AnyImages, row: int, *, size: int, preparation: Literal["pad", "crop"]) -> _Prepared | Fault:
+def _prepare(inputs: Preparing, row: int) -> Any:
     try:
-        key, picture = images.decoded(row)
-        return _Prepared(key, prepare_image(picture, size=size, preparation=preparation, id=key))
+        return inputs.prepared(row)
     except Fault as fault:
         return fault

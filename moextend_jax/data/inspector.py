@@ -1,6 +1,6 @@
-"""What is wrong with rows and with images: the work of one process of `moextend data check`.
+"""What is wrong with rows and with items' files: the work of one process of `moextend data check`.
 
-Goes in: a chunk of entries, or of image names. Comes out: what was found, small enough to send back. Nothing here
+Goes in: a chunk of entries, or of items. Comes out: what was found, small enough to send back. Nothing here
 raises, whatever the data, and nothing imports the training libraries: a worker process starts in a moment.
 """
 
@@ -14,14 +14,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.config import IMAGE, Medium, MoextendError, Named, Recipe, Room
 from moextend_jax.data.conversations import encode_prompt, encode_row, talk_of
-from moextend_jax.data.entries import Content, Entry
-from moextend_jax.data.faults import Fault
-from moextend_jax.data.image_files import read_span
-from moextend_jax.data.images import check_scaled, decode_image
+from moextend_jax.data.entries import Content, Entry, ItemName
+from moextend_jax.data.faults import Fault, unknown_medium
+from moextend_jax.data.item_files import read_span
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.media import KINDS
+from moextend_jax.media.image import check_scaled, tower_of
 
 UNLIMITED = 1 << 30
 """A length that everything fits."""
@@ -37,26 +38,36 @@ class Reading:
     split: str
     length: int
     images_per_row: int = 1
+    items_per_row: tuple[tuple[str, int], ...] = ()
     too_long: Literal["error", "drop_turns"] = "error"
     parts: Literal["conversation", "prompt"] = "conversation"
 
 
-class ImageFiles(Protocol):
-    """Where a data set's images come from, by name."""
+class ItemFiles(Protocol):
+    """Where a data set's items come from, by name; `noun` for messages."""
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str, noun: str) -> bytes: ...
 
 
-class Picture(NamedTuple):
-    """An image to look at. content: where its row holds it; None where it is one of the data set's image files."""
+class ItemFile(NamedTuple):
+    """An item to look at, of the medium whose mark is `mark`. content: where its row holds it; None where it is one of
+    the data set's files."""
 
+    mark: str
     name: str
     content: Content | None = None
 
-    def read(self, files: ImageFiles) -> bytes:
+    def read(self, files: ItemFiles, noun: str) -> bytes:
         if isinstance(self.content, Span):
-            return read_span(self.content)
-        return files.read(self.name) if self.content is None else self.content
+            return read_span(self.content, noun)
+        return files.read(self.name, noun) if self.content is None else self.content
+
+
+class RowsOf(NamedTuple):
+    """Whose rows they are: the number of the reading, and the name of the set of its items' files."""
+
+    reading: int
+    files: str
 
 
 class PlacedFault(NamedTuple):
@@ -69,63 +80,73 @@ class PlacedFault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a process needs to know. patches: positions that an image takes (P); size: the tower's pixels per side."""
+    """What a process needs to know. media: of the model; cut: of a sound that is longer than its medium's the beginning
+    is taken."""
 
     tokenizer: Tokenizer
     recipe: Recipe
-    patches: int
-    size: int
+    media: Named[Medium]
     readings: tuple[Reading, ...]
     files: dict[str, Any]
-    """`ImageFiles` by the name of an image set."""
+    """`ItemFiles` by the name of a set of items."""
+    cut: bool = False
 
 
 class Inspector:
-    """Checks rows and images for the readings of one `Work`."""
+    """Checks rows and items for the readings of one `Work`."""
 
     def __init__(self, work: Work):
         self.work = work
+        self.names = {medium.mark: name for name, medium in work.media.items()}
 
-    def rows(self, entries: Sequence[Entry], which: int) -> list[PlacedFault]:
-        """What `readings[which]` would refuse; at most one fault of each entry's turns, besides one of its form."""
-        faults = []
+    def rows(self, entries: Sequence[Entry], what: RowsOf) -> list[PlacedFault]:
+        """What a reading would refuse; at most one fault of each entry's turns, besides one of its form."""
+        faults, reading = [], self.work.readings[what.reading]
         for place, entry in enumerate(entries):
             if entry.fault is not None:
                 faults.append(PlacedFault(place, entry.fault.kind, str(entry.fault)))
                 if entry.fault.kind != "duplicate_id":
                     continue
+            unknown = unknown_medium(entry.id, (item.mark for item in entry.items), self.work.media)
+            if unknown is not None:
+                faults.append(PlacedFault(place, unknown.kind, str(unknown)))
+                continue
             try:
-                self._encode(entry, self.work.readings[which])
+                self._encode(entry, reading, self.work.files[what.files])
             except Fault as fault:
                 faults.append(PlacedFault(place, fault.kind, str(fault)))
             except Exception as error:  # that would be a bug, and still a row to look at
                 faults.append(PlacedFault(place, "entry", f"example {entry.id}: {type(error).__name__}: {error}"))
         return faults
 
-    def _encode(self, entry: Entry, reading: Reading) -> None:
+    def _encode(self, entry: Entry, reading: Reading, files: ItemFiles) -> None:
         prompt_only = reading.parts == "prompt"
+        spans: dict[str, list[int]] = {}
+        for item in entry.items:
+            name = self.names[item.mark]
+            spans.setdefault(name, []).append(self._span(item, entry, self.work.media[name], files))
+        counts = {name: len(of) for name, of in spans.items()}
+        most = {} if prompt_only else {IMAGE: reading.images_per_row, **dict(reading.items_per_row)}
         encode_row(
             entry.turns,
             example_id=entry.id,
-            images=len(entry.images),
+            items=spans,
             tokenizer=self.work.tokenizer,
             recipe=self.work.recipe,
-            patches=self.work.patches,
             length=(0 if prompt_only else reading.length) or UNLIMITED,
-            images_per_row=(0 if prompt_only else reading.images_per_row) or len(entry.images),
+            rooms={name: Room(most.get(name) or count, self.work.media[name].tokens) for name, count in counts.items()},
             too_long=reading.too_long,
         )
         if not prompt_only:
             return
         try:
-            talk = talk_of(entry.turns, example_id=entry.id, images=len(entry.images))
+            talk = talk_of(entry.turns, example_id=entry.id, items=counts, tokenizer=self.work.tokenizer)
             prompt = encode_prompt(
                 talk.pairs[0][0],
-                images=len(entry.images),
+                items=spans,
                 system=talk.system,
                 tokenizer=self.work.tokenizer,
                 recipe=self.work.recipe,
-                patches=self.work.patches,
             )
         except MoextendError as error:
             raise Fault(f"question {entry.id}: {error}", "marks", entry.id) from error
@@ -133,21 +154,42 @@ class Inspector:
             message = f"question {entry.id}: a prompt of {len(prompt.ids_L)} tokens does not fit {reading.length}"
             raise Fault(message, "too_long", entry.id)
 
-    def images(self, pictures: Sequence[Picture], files: str) -> list[PlacedFault]:
-        """What decoding and preparing images would refuse; `files` names their set in the work's `files`."""
+    def _span(self, item: ItemName, entry: Entry, medium: Medium, files: ItemFiles) -> int:
+        """Tokens of an item; as many as can be where its file is faulty, which is told of the file."""
+        if not medium.spans:
+            return medium.tokens
+        noun, name = KINDS[medium.kind].noun, item.name
+        try:
+            encoded = ItemFile(*item, entry.contents.get(name)).read(files, noun)
+            options: dict[str, Any] = {"medium": medium, "cut": self.work.cut}
+            return medium.span(KINDS[medium.kind].span_of_file(encoded, name=f"{noun} {name}", id=name, **options))
+        except Fault:
+            return medium.tokens
+
+    def items(self, items: Sequence[ItemFile], files: str) -> list[PlacedFault]:
+        """What decoding and preparing items would refuse; `files` names their set in the work's `files`."""
         faults = []
-        for place, item in enumerate(pictures):
-            name = item.name
+        for place, item in enumerate(items):
+            if item.mark not in self.names:  # the conversation has the fault
+                continue
+            medium = self.work.media[self.names[item.mark]]
+            noun = KINDS[medium.kind].noun
             try:
-                picture = decode_image(item.read(self.work.files[files]), name=f"image {name}", id=name)
-                check_scaled(
-                    *picture.size, size=self.work.size, preparation=self.work.recipe.image_preparation, id=name
-                )
+                self._prepare(item.read(self.work.files[files], noun), medium, noun, item.name)
             except Fault as fault:
                 faults.append(PlacedFault(place, fault.kind, str(fault)))
             except Exception as error:
-                faults.append(PlacedFault(place, "unreadable", f"image {name}: {type(error).__name__}: {error}"))
+                message = f"{noun} {item.name}: {type(error).__name__}: {error}"
+                faults.append(PlacedFault(place, "unreadable", message))
         return faults
+
+    def _prepare(self, encoded: bytes, medium: Medium, noun: str, name: str) -> None:
+        options: dict[str, Any] = {"medium": medium, "cut": self.work.cut}
+        item = KINDS[medium.kind].decode(encoded, name=f"{noun} {name}", id=name, **options)
+        pictures = (item,) if medium.kind == "image" else item if medium.kind == "video" else ()
+        for picture in pictures:
+            size, preparation = tower_of(medium).image_size, self.work.recipe.image_preparation
+            check_scaled(*picture.size, size=size, preparation=preparation, id=name)
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------
@@ -162,6 +204,6 @@ def start(work: Work) -> None:
     _inspector = Inspector(work)
 
 
-def do(method: Literal["rows", "images"], items: Sequence[Any], what: Any) -> list[PlacedFault]:
+def do(method: Literal["rows", "items"], items: Sequence[Any], what: Any) -> list[PlacedFault]:
     assert _inspector is not None
     return getattr(_inspector, method)(items, what)

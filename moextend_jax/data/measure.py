@@ -1,22 +1,23 @@
-"""What conversations come to as tokens: a source and how a stage reads it in; lengths, pictures and faults out.
+"""What conversations come to as tokens: a source and how a stage reads it in; lengths, items and faults out.
 
 No picture is opened and no array is made for a batch: this is what a run looks at before its first step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import Recipe
+from moextend_jax.config import IMAGE, Medium, Named, Recipe, Room
 from moextend_jax.data.batches import WINDOW
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import CHUNK, Example, Source
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.inspector import UNLIMITED
-from moextend_jax.data.packing import Item, pack
+from moextend_jax.data.packing import Item, Shape, pack
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.settings import FaultSettings, StageSettings
 
@@ -25,11 +26,11 @@ ROUNDED = 16
 
 
 class Measured(NamedTuple):
-    """Of the sound ones among some conversations: tokens_n of each and its pictures_n. refused: the first faults whose
-    policy is `error`, by kind; counts: of these; skipped: how many of the others."""
+    """Of the sound ones among some conversations: tokens_n of each and its items_n of each medium. refused: the first
+    faults whose policy is `error`, by kind; counts: of these; skipped: how many of the others."""
 
     tokens_n: np.ndarray
-    pictures_n: np.ndarray
+    items_n: dict[str, np.ndarray]
     refused: dict[str, Fault]
     counts: Counter[str]
     skipped: int
@@ -44,10 +45,19 @@ class Measured(NamedTuple):
         """Tokens of the longest, rounded up."""
         return -(-int(self.tokens_n.max(initial=1)) // ROUNDED) * ROUNDED
 
-    @property
-    def pictures(self) -> int:
-        """Of the conversation with the most; 1 where none has any."""
-        return int(self.pictures_n.max(initial=1))
+    def filled(self, stage: StageSettings) -> StageSettings:
+        """The stage's settings with the length and the numbers of items that it leaves to be found."""
+        items = {name: stage.items_per_row.get(name) or self.most(name) for name in self.items_n if name != IMAGE}
+        return dataclasses.replace(
+            stage,
+            length=stage.length or self.length,
+            images_per_row=stage.images_per_row or self.most(IMAGE),
+            items_per_row={name: count for name, count in items.items() if count},
+        )
+
+    def most(self, medium: str) -> int:
+        """Items of the conversation with the most of a medium; of pictures 1 where none has any."""
+        return int(self.items_n[medium].max(initial=int(medium == IMAGE))) if medium in self.items_n else 0
 
 
 def measure(
@@ -56,12 +66,12 @@ def measure(
     stage: StageSettings,
     tokenizer: Tokenizer,
     recipe: Recipe,
-    patches: int,
+    media: Named[Medium],
     faults: FaultSettings,
     parts: Literal["conversation", "bare_question"] = "conversation",
     most: int | None = None,
 ) -> Measured:
-    """Encodes conversations as `batches.batches` does; a length or a number of pictures that is 0 limits nothing.
+    """Encodes conversations as `batches.batches` does; a length or a number of items that is 0 limits nothing.
 
     Args:
       most: look at so many only, at even distances; None: at all.
@@ -69,24 +79,32 @@ def measure(
     rows = (
         np.arange(len(source)) if most is None else np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)
     )
-    tokens, pictures, skipped = [], [], 0
+    tokens, skipped = [], 0
+    items: dict[str, list[int]] = {name: [] for name in media}
     refused: dict[str, Fault] = {}
     counts: Counter[str] = Counter()
 
     def encoded(example: Example) -> Encoded:
         if example.fault is not None and faults.policy(example.fault.kind) != "keep":
             raise example.fault.again()
-        for ref in example.images:
-            source.images.check(ref.row)
+        for name, refs in example.by_medium.items():
+            for ref in refs:
+                source.items[name].check(ref.row)
+        spans = {
+            name: [source.items[name].span(ref.row, media[name]) for ref in refs]
+            for name, refs in example.by_medium.items()
+        }
         return encode_row(
             example.conversations,
             example_id=example.id,
-            images=len(example.images),
+            items=spans,
             tokenizer=tokenizer,
             recipe=recipe,
-            patches=patches,
             length=min(stage.length or UNLIMITED, stage.conversation_length or UNLIMITED),
-            images_per_row=stage.images_per_row or len(example.images),
+            rooms={
+                name: Room(stage.room(name) or len(spans.get(name, ())), medium.tokens)
+                for name, medium in media.items()
+            },
             too_long=stage.too_long,
             parts=parts,
         )
@@ -96,37 +114,38 @@ def measure(
             try:
                 row = encoded(example)
                 tokens.append(len(row.ids_L))
-                pictures.append(row.images)
+                for name, counts_n in items.items():
+                    counts_n.append(row.items.get(name, 0))
             except Fault as fault:
                 if faults.skips(fault):
                     skipped += 1
                 else:
                     refused.setdefault(fault.kind, fault)
                     counts[fault.kind] += 1
-    return Measured(np.array(tokens, int), np.array(pictures, int), refused, counts, skipped)
+    return Measured(
+        np.array(tokens, int), {name: np.array(of, int) for name, of in items.items()}, refused, counts, skipped
+    )
 
 
-def rows_per_conversation(measured: Measured, *, stage: StageSettings, patches: int) -> float:
+def rows_per_conversation(measured: Measured, *, stage: StageSettings, media: Named[Medium]) -> float:
     """How many rows of a stage a conversation takes: 1 where each has a row of its own, else what packing comes to."""
     if stage.conversations_per_row == 1 or not len(measured.tokens_n):
         return 1.0
     order = np.random.default_rng(0).permutation(len(measured.tokens_n))
-    items = [_blank(int(measured.tokens_n[n]), int(measured.pictures_n[n])) for n in order]
+    items = [
+        _blank(int(measured.tokens_n[n]), {name: int(items_n[n]) for name, items_n in measured.items_n.items()})
+        for n in order
+    ]
+    rooms = {name: Room(stage.room(name), medium.tokens) for name, medium in media.items()}
+    shape = Shape(stage.length, {name: room for name, room in rooms.items() if room.items}, tuple(media))
     rows = sum(
-        len(
-            pack(
-                items[first : first + WINDOW],
-                length=stage.length,
-                images_per_row=stage.images_per_row,
-                patches=patches,
-                conversations_per_row=stage.conversations_per_row,
-            )
-        )
+        len(pack(items[first : first + WINDOW], shape=shape, conversations_per_row=stage.conversations_per_row))
         for first in range(0, len(items), WINDOW)
     )
     return rows / len(items)
 
 
-def _blank(tokens: int, pictures: int) -> Item:
+def _blank(tokens: int, items: dict[str, int]) -> Item:
     ids_L = np.zeros(tokens, np.int32)
-    return Item(Encoded(ids_L, ids_L, ids_L, ids_L, pictures), [0] * pictures)
+    nowhere_L = np.full_like(ids_L, -1)
+    return Item(Encoded(ids_L, ids_L, nowhere_L, ids_L, items), {name: [0] * count for name, count in items.items()})

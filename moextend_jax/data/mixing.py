@@ -1,6 +1,6 @@
-"""Several data sets as one: rows after rows, images after images, and which rows an epoch has of each.
+"""Several data sets as one: rows after rows, items after items, and which rows an epoch has of each.
 
-Goes in: rows and images of each, and weights. Comes out: rows and images with numbers of their own, and for weights the
+Goes in: rows and items of each, and weights. Comes out: rows and items with numbers of their own, and for weights the
 rows `picked` of an epoch, in which every row comes at least once.
 
 Of 3 and 8 rows with weights 1 and 1 an epoch has 8 and 8: the first data set is repeated, the two alternate.
@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Medium, MoextendError
 from moextend_jax.data.faults import Fault
+from moextend_jax.media import IMAGE_MARK, PICTURE
 
 MOST_ROWS = 1 << 26
 """Of an epoch."""
@@ -48,10 +49,12 @@ class Joined:
 
 
 class JoinedRows:
-    """Built rows of several data sets; `image_rows` and keys of images are numbered through, as `JoinedImages` are."""
+    """Built rows of several data sets; rows and keys of items are numbered through, as `JoinedItems` are. `items` has
+    by mark those of each data set."""
 
-    def __init__(self, parts: Sequence[Any], images: Sequence[Sequence[Any]]):
-        self.parts, self.images = tuple(parts), Joined(tuple(map(len, images)))
+    def __init__(self, parts: Sequence[Any], items: Mapping[str, Sequence[Sequence[Any]]]):
+        self.parts = tuple(parts)
+        self.starts = {mark: Joined(tuple(map(len, of_mark))).starts for mark, of_mark in items.items()}
         self.joined = Joined(tuple(map(len, parts)))
 
     def __len__(self) -> int:
@@ -71,13 +74,22 @@ class JoinedRows:
                 items |= {at: self._renumbered(n, item) for at, item in zip(mine, read, strict=True)}
         return [items[at] for at in range(len(places))]
 
-    def _renumbered(self, n: int, item: Mapping[str, Any]) -> Mapping[str, Any]:
-        keys = [f"{n}/".encode() + key for key in item["images"]]
-        return {**item, "images": keys, "image_rows": np.asarray(item["image_rows"]) + self.images.starts[n]}
+    def _renumbered(self, n: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        keys = [f"{n}/".encode() + key for key in row["images"]]
+        talk = row["conversations"]
+        if talk[:1] in (b"{", "{") and (items := (read := json.loads(talk)).get("items")):
+            moved = [[mark, f"{n}/{key}", at + self._start(n, mark)] for mark, key, at in items]
+            talk = json.dumps({**read, "items": moved})
+        numbers = np.asarray(row["image_rows"]) + self._start(n, IMAGE_MARK)
+        return {**row, "conversations": talk, "images": keys, "image_rows": numbers}
+
+    def _start(self, n: int, mark: str) -> int:
+        """0 for a mark that no medium has: its items are never looked up."""
+        return self.starts[mark][n] if mark in self.starts else 0
 
 
-class JoinedImages(Sequence[Any]):
-    """Images of several data sets, `datasets.Images` each; their keys are `NUMBER/KEY`."""
+class JoinedItems(Sequence[Any]):
+    """Items of one medium of several data sets, `items.Items` each; their keys are `NUMBER/KEY`."""
 
     def __init__(self, parts: Sequence[Any]):
         self.parts = tuple(parts)
@@ -88,21 +100,26 @@ class JoinedImages(Sequence[Any]):
         return len(self.joined)
 
     def check(self, row: int) -> None:
-        self._of_part(row, lambda images, row: images.check(row))
+        self._of_part(row, lambda items, row: items.check(row))
 
     def __getitem__(self, row: Any) -> Any:
-        return self._of_part(row, lambda images, row: images[row])
+        return self._renamed(row, self._of_part(row, lambda items, row: items[row]))
 
-    def decoded(self, row: Any) -> Any:
-        return self._of_part(row, lambda images, row: images.decoded(row))
+    def decoded(self, row: Any, medium: Medium = PICTURE) -> Any:
+        return self._renamed(row, self._of_part(row, lambda items, row: items.decoded(row, medium)))
+
+    def span(self, row: Any, medium: Medium) -> int:
+        return self._of_part(row, lambda items, row: items.span(row, medium))
 
     def _of_part(self, row: Any, read: Callable[[Any, int], Any]) -> Any:
         n, row = self.joined.place(int(row))
         try:
-            image = read(self.parts[n], row)
+            return read(self.parts[n], row)
         except Fault as fault:
             raise Fault(str(fault), fault.kind, f"{n}/{fault.id}") from fault
-        return image and image._replace(key=f"{n}/{image.key}")
+
+    def _renamed(self, row: Any, item: Any) -> Any:
+        return item._replace(key=f"{self.joined.place(int(row))[0]}/{item.key}")
 
 
 def fingerprint_of(parts: Sequence[Any]) -> str:

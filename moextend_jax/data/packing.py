@@ -1,7 +1,7 @@
 """Conversations of different lengths into rows of one length; spans are never cut.
 
-Goes in: a window of `Encoded` conversations, each with the row numbers of its images. Comes out: `Row`s of L
-tokens and M image slots. A window is packed on its own, so the pipeline's place is just a window number.
+Goes in: a window of `Encoded` conversations, each with the row numbers of its items (images, ...). Comes out: `Row`s of
+L tokens and M slots of each medium. A window is packed on its own, so the pipeline's place is just a window number.
 
 A row takes the shortest conversation left and the others that fill it best, found exactly (a subset sum that prefers
 short ones). Images make lengths so much alike that first-fit, longest first, leaves gaps that nothing fits: three to
@@ -11,63 +11,73 @@ rows can be at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import IGNORE
-from moextend_jax.data.conversations import Encoded
+from moextend_jax.config import IGNORE, IMAGE, Rooms, first_places
+from moextend_jax.data.conversations import Encoded, in_row
 
 
 class Item(NamedTuple):
-    """`example` is the conversation's row in the data set."""
+    """A conversation; of each medium the rows that its items are read from; `example` is its row in the data set."""
 
     encoded: Encoded
-    image_rows: Sequence[int]
+    rows: Mapping[str, Sequence[int]]
     example: int = -1
 
 
 class Place(NamedTuple):
-    """Where a row holds a conversation: its positions and its image slots; and which one it is."""
+    """Where a row holds a conversation: its positions and its slots of each medium; and which one it is."""
 
     positions: slice
-    images: slice
+    slots: Mapping[str, slice]
     example: int = -1
 
 
 class Row(NamedTuple):
-    """As in `config.Batch`, for one row; `image_rows_M` is -1 on empty slots. `places` are the row's conversations, in
-    order; `faults_G` is None where nothing can be skipped."""
+    """As in `config.Batch`, for one row; `item_rows_M` of a medium is -1 on empty slots. `places` are the row's
+    conversations, in order; `faults_G` is None where nothing can be skipped."""
 
     ids_L: np.ndarray
     labels_L: np.ndarray
     positions_L: np.ndarray
     segments_L: np.ndarray
-    patches_L: np.ndarray
-    image_rows_M: np.ndarray
+    places_L: np.ndarray
+    item_rows_M: dict[str, np.ndarray]
     places: tuple[Place, ...]
     faults_G: np.ndarray | None = None
 
 
-def pack(
-    items: Sequence[Item], *, length: int, images_per_row: int, patches: int, conversations_per_row: int
-) -> list[Row]:
+class Shape(NamedTuple):
+    """Of rows: their length, what they hold of each medium, and the media by number (`conversations.MEDIUM`)."""
+
+    length: int
+    rooms: Rooms = {}
+    media: Sequence[str] = (IMAGE,)
+
+
+def pack(items: Sequence[Item], *, shape: Shape, conversations_per_row: int) -> list[Row]:
     """Rows that hold every item once; each must fit an empty row. `conversations_per_row` 0 is as many as fit.
 
     With one conversation per row the order is kept.
     """
     if conversations_per_row == 1:
-        return [_row([item], length, images_per_row, patches) for item in items]
+        return [_row([item], shape) for item in items]
     # What a row has of each kind, and what an item takes of it.
-    room, limited = np.array([conversations_per_row, images_per_row, length]), int(conversations_per_row > 0)
-    takes = [np.array([limited, len(item.image_rows), len(item.encoded.ids_L)]) for item in items]
+    of_media = [room.items for room in shape.rooms.values()]
+    room, limited = np.array([conversations_per_row, *of_media, shape.length]), int(conversations_per_row > 0)
+    takes = [
+        np.array([limited, *(len(item.rows.get(name, ())) for name in shape.rooms), len(item.encoded.ids_L)])
+        for item in items
+    ]
     left = sorted(range(len(items)), key=lambda n: takes[n][-1])
     rows = []
     while left:
         first, *left = left
         chosen = _best_fill([takes[n] for n in left], room - takes[first])
-        rows.append(_row([items[n] for n in (first, *(left[k] for k in chosen))], length, images_per_row, patches))
+        rows.append(_row([items[n] for n in (first, *(left[k] for k in chosen))], shape))
         left = [n for k, n in enumerate(left) if k not in chosen]
     return rows
 
@@ -78,7 +88,7 @@ def _best_fill(takes: list[np.ndarray], room: np.ndarray) -> list[int]:
     `reached[k]` holds the sums that the first k can make; the search ends at the first k that fills the row.
     """
     reached = [np.zeros(room + 1, bool)]
-    reached[0][0, 0, 0] = True
+    reached[0][(0,) * len(room)] = True
     for take in takes:
         if (take > room).any():
             reached.append(reached[-1])
@@ -97,34 +107,40 @@ def _best_fill(takes: list[np.ndarray], room: np.ndarray) -> list[int]:
     return chosen[::-1]
 
 
-def empty_row(*, length: int, images_per_row: int) -> Row:
-    return _row([], length, images_per_row, 0)
+def empty_row(shape: Shape) -> Row:
+    return _row([], shape)
 
 
-def _row(items: Sequence[Item], length: int, images_per_row: int, patches: int) -> Row:
-    ids_L, positions_L, segments_L = (np.zeros(length, np.int32) for _ in range(3))
-    labels_L, patches_L = np.full(length, IGNORE, np.int32), np.full(length, -1, np.int32)
-    image_rows_M = np.full(images_per_row, -1, np.int32)
-    start = image = 0
+def _row(items: Sequence[Item], shape: Shape) -> Row:
+    ids_L, positions_L, segments_L = (np.zeros(shape.length, np.int32) for _ in range(3))
+    labels_L, places_L = np.full(shape.length, IGNORE, np.int32), np.full(shape.length, -1, np.int32)
+    item_rows_M = {name: np.full(room.items, -1, np.int32) for name, room in shape.rooms.items()}
+    start, next_slot, first = 0, dict.fromkeys(shape.rooms, 0), first_places(shape.rooms)
     places = []
-    for segment, (encoded, image_rows, example) in enumerate(items, 1):
+    for segment, (encoded, rows, example) in enumerate(items, 1):
         here = slice(start, start + len(encoded.ids_L))
         ids_L[here] = encoded.ids_L
         labels_L[here] = encoded.labels_L
         labels_L[start] = IGNORE  # nobody predicts a first token, least of all the conversation before it
         positions_L[here] = np.arange(len(encoded.ids_L))
         segments_L[here] = encoded.segments_L * segment
-        patches_L[here] = np.where(encoded.patches_L >= 0, encoded.patches_L + image * patches, -1)
-        slots = slice(image, image + len(image_rows))
-        image_rows_M[slots] = image_rows
+        begin = {name: first[name] + next_slot[name] * room.tokens for name, room in shape.rooms.items()}
+        places_L[here] = in_row(encoded.places_L, first=begin, media=shape.media)
+        slots = {}
+        for name in shape.rooms:
+            of_medium = rows.get(name, ())
+            slots[name] = slice(next_slot[name], next_slot[name] + len(of_medium))
+            item_rows_M[name][slots[name]] = of_medium
+            next_slot[name] = slots[name].stop
         places.append(Place(here, slots, example))
-        start, image = here.stop, slots.stop
-    return Row(ids_L, labels_L, positions_L, segments_L, patches_L, image_rows_M, tuple(places))
+        start = here.stop
+    return Row(ids_L, labels_L, positions_L, segments_L, places_L, item_rows_M, tuple(places))
 
 
 def take_out(row: Row, place: Place) -> None:
     """Makes the place of a conversation empty, in the row's own arrays."""
     for array_L, empty in ((row.ids_L, 0), (row.labels_L, IGNORE), (row.positions_L, 0), (row.segments_L, 0)):
         array_L[place.positions] = empty
-    row.patches_L[place.positions] = -1
-    row.image_rows_M[place.images] = -1
+    row.places_L[place.positions] = -1
+    for name, slots in place.slots.items():
+        row.item_rows_M[name][slots] = -1

@@ -1,7 +1,7 @@
 """WebDataset shards: tar files whose members of one base name are one row.
 
 Goes in: a tar file. Comes out: `Row`s: a member `.json` gives the keys, `.txt` a caption, `NAME.txt` the key NAME;
-pictures are not read, they are `Span`s of the tar file. Nothing is unpacked.
+pictures, sounds and features are not read, they are `Span`s of the tar file. Nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -19,11 +19,23 @@ from moextend_jax.data.json_values import MOST_ENTRY, Row, one_line, open_file, 
 from moextend_jax.folders import absolute
 
 PICTURES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "jp2", "ico", "avif", "heic")
-OTHER_MEDIA = ("mp4", "avi", "mov", "webm", "mkv", "wav", "mp3", "flac", "ogg", "m4a")
+MEMBERS = {
+    **dict.fromkeys(PICTURES, "image"), **dict.fromkeys(("wav", "flac", "ogg", "opus"), "audio"),
+    **dict.fromkeys(("npz", "npy"), "features"),
+}  # fmt: skip
+"""The key under which a member's file is, by its suffix; an animation is a video where the row's JSON says so."""
+NAMING = {"video": ("videos", "video"), "audio": ("audios", "audio"), "features": ("features",),
+          "image": ("images", "image")}  # fmt: skip
+"""Keys of the JSON that may name members, by the key under which these then are."""
+UNREAD = {
+    **dict.fromkeys(("mp4", "avi", "mov", "webm", "mkv"), "an animation (.webp)"),
+    **dict.fromkeys(("mp3", "m4a", "aac", "wma"), ".flac"),
+}
+"""Suffixes of what is not read, and what to convert it to."""
 
 
 class Span(NamedTuple):
-    """A picture inside an archive: `size` bytes of `file` from byte `at` on."""
+    """An item's file inside an archive: `size` bytes of `file` from byte `at` on."""
 
     file: str
     at: int
@@ -32,7 +44,7 @@ class Span(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Two members of one name are two pictures."""
+        """Two members of one name are two items."""
         return f"{Path(self.file).name}/{self.member}@{self.at}"
 
 
@@ -79,16 +91,17 @@ def _member(info: tarfile.TarInfo) -> _Member:
 
 def _row(path: Path, tar: tarfile.TarFile, key: str, members: list[_Member]) -> Row:
     value: dict[str, Any] = {}
-    pictures: list[Span] = []
+    members_of: dict[str, list[Span]] = {}
     place = f"member {members[0].info.name}"
     for _, kind, info in members:
         stem, _, suffix = kind.rpartition(".")
         if info.sparse is not None:
             return Row(path, place, None, [], f"{info.name} is a sparse file, which is not read")
-        if suffix in PICTURES:
-            pictures.append(Span(os.fspath(absolute(path)), info.offset_data, info.size, info.name))
-        elif suffix in OTHER_MEDIA:
-            return Row(path, place, None, [], f"what {info.name} holds is not read; only pictures are")
+        if suffix in MEMBERS:
+            span = Span(os.fspath(absolute(path)), info.offset_data, info.size, info.name)
+            members_of.setdefault(MEMBERS[suffix], []).append(span)
+        elif suffix in UNREAD:
+            return Row(path, place, None, [], f"what {info.name} holds is not read; convert it to {UNREAD[suffix]}")
         elif suffix in ("json", "txt"):
             if info.size > MOST_ENTRY:
                 return Row(path, place, None, [], f"{info.name} has more than {MOST_ENTRY} bytes")
@@ -108,16 +121,32 @@ def _row(path: Path, tar: tarfile.TarFile, key: str, members: list[_Member]) -> 
             if stem or not isinstance(content, dict):  # a file of turns alone
                 content = {stem or "conversations": content}
             value |= content
-    return Row(path, place, {"id": key} | value | _in_order(value, pictures), [])
+    return Row(path, place, {"id": key} | value | _items(value, members_of), [])
 
 
-def _in_order(value: dict[str, Any], pictures: list[Span]) -> dict[str, Any]:
-    """The pictures of a row in the order in which its JSON names them, all if it names none of them."""
-    if not pictures:
-        return {}
-    named = value.get("images") or value.get("image") or []
-    named = [named] if isinstance(named, str) else named
-    members = {Path(span.member).name: span for span in pictures}
-    if isinstance(named, list) and named and all(isinstance(n, str) and Path(n).name in members for n in named):
-        pictures = [members[Path(name).name] for name in named]
-    return {"image": None, "images": pictures}
+def _items(value: dict[str, Any], members_of: dict[str, list[Span]]) -> dict[str, Any]:
+    """The members of a row by the keys of their kinds, in the order in which its JSON names them; all of a kind if it
+    names none of them, or something else."""
+    spans = {Path(span.member).name: span for members in members_of.values() for span in members}
+    items: dict[str, Any] = {}
+    films: list[Span] = []
+    for key, names in NAMING.items():
+        named = _resolved(next((value[name] for name in names if value.get(name)), None), spans)
+        if key == "video":
+            films = [span for files in named.values() for span in files]
+        unnamed = [span for span in members_of.get(key, []) if span not in films]
+        if named or unnamed:
+            items |= {**dict.fromkeys(names), key: named.get("", named) or unnamed}
+    return items
+
+
+def _resolved(named: Any, spans: dict[str, Span]) -> dict[str, list[Span]]:
+    """Members by the name of their medium, "" where the row says none; {} where any name is none of a member."""
+    by_medium = named if isinstance(named, dict) else {"": named}
+    listed = {medium: [files] if isinstance(files, str) else files for medium, files in by_medium.items()}
+    for files in listed.values():
+        if not isinstance(files, list) or not files:
+            return {}
+        if not all(isinstance(file, str) and Path(file).name in spans for file in files):
+            return {}
+    return {medium: [spans[Path(file).name] for file in files] for medium, files in listed.items()}

@@ -1,4 +1,4 @@
-"""Splits a data set so that no picture is on both sides: a `Source` and how much of it in, two views of it out.
+"""Splits a data set so that no picture or other item is on both sides: a `Source` and how much of it in, two views out.
 
 Which rows are held out follows from the seed and from the pictures' own names: rows that are added later, or stand in
 another order, move no picture to the other side unless the number that is held out changes.
@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import AnyImages, HoldOut, Source, distinct, select
-from moextend_jax.data.mixing import JoinedImages
+from moextend_jax.data.datasets import AnyItems, HoldOut, Source, distinct, select
+from moextend_jax.data.mixing import JoinedItems
 
 
 def rows_of_part(part: float, rows: int, *, setting: str) -> int:
@@ -68,8 +68,8 @@ def without(source: Source, unseen: Source) -> Source:
 
 
 class Mark(NamedTuple):
-    """What must not be on both sides: a picture, or a text that shows none. home: where the picture lies, so that
-    pictures of one name in two folders are two."""
+    """What must not be on both sides: a picture or another item, or a text without any. home: where the item lies, so
+    that items of one name in two folders are two."""
 
     home: str
     name: str
@@ -77,26 +77,26 @@ class Mark(NamedTuple):
 
 def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
     """Of each row."""
-    picture = _pictures(source.images)
+    mark = {name: _mark_of(items) for name, items in source.items.items()}
     for example in source:
-        if example.images:
-            yield tuple(picture(ref.key) for ref in example.images)
+        if example.items:
+            yield tuple(mark[ref.medium](ref.key) for ref in example.items)
         else:
             text = json.dumps([example.id, example.conversations])
             yield (Mark("", hashlib.sha256(text.encode()).hexdigest()),)
 
 
-def _pictures(images: AnyImages) -> Callable[[str], Mark]:
-    """From the keys of images to marks, which other data sets' images have too where they are the same."""
-    if isinstance(images, JoinedImages):
-        parts = [_pictures(part) for part in images.parts]
+def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
+    """From the keys of items to marks, which other data sets' items have too where they are the same."""
+    if isinstance(items, JoinedItems):
+        parts = [_mark_of(part) for part in items.parts]
 
         def of_part(key: str) -> Mark:
             number, _, name = key.partition("/")
             return parts[int(number)](name)
 
         return of_part
-    home = str(images.folder.path) if images.folder else images.fingerprint
+    home = str(items.folder.path) if items.folder else items.fingerprint
     return lambda key: Mark(home, key)
 
 

@@ -37,6 +37,17 @@ def image_tags(pieces: Pieces, *, rows: int | None, busy: Collection[int], where
     return ImageTags(**dict(zip(TAG_PIECES, sorted(free), strict=True)))
 
 
+def spare_ids(pieces: Pieces, tags: ImageTags, *, rows: int | None, busy: Collection[int]) -> tuple[int, ...]:
+    """Ids beside the tags of pictures that text does not need, always the same of a vocabulary: pads of other media."""
+    controls = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(0x20) if byte not in TEXT_BYTES]
+    ids = [id for id in controls if id is not None and pieces.is_byte(id)] or _free(pieces, rows=rows, busy=busy)
+    return tuple(id for id in ids if id not in tags.ids)
+
+
+TEXT_BYTES = (0x09, 0x0A, 0x0D)
+"""Tab, new line and return: control characters that texts have."""
+
+
 def byte_pieces(pieces: Pieces) -> dict[str, int] | None:
     ids = {name: pieces.piece_to_id(piece) for name, piece in TAG_PIECES.items()}
     known = {name: id for name, id in ids.items() if id is not None and pieces.is_byte(id)}

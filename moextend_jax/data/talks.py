@@ -1,9 +1,9 @@
-"""The conversation of a row, in whichever of the usual spellings: keys in, turns and pictures out.
+"""The conversation of a row, in whichever of the usual spellings: keys in, turns and items out.
 
 Goes in: what a row of a file says, `{key: value}`. Comes out: turns `[{"from": "system" | "human" | "gpt", "value":
-text}, ...]` with an `<image>` mark where a picture stands, and the pictures in the order of the marks. What turns say
-is checked where they are encoded (`data/conversations.py`); one that has no such form is passed on as it is, for that
-check to name.
+text}, ...]` with a mark where an item stands (`<image>`, `<audio>`, `<features:depth>`), and the items, those of one
+mark in the order of the marks. Which media a run has is asked where rows are read. What turns say is checked where they
+are encoded (`data/conversations.py`); one that has no such form is passed on as it is, for that check to name.
 
 `SHAPES` is the table of spellings, a row each; docs/data.md shows an example of each.
 """
@@ -15,8 +15,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from moextend_jax.data.conversations import MARK
+from moextend_jax.config import MediumKind
 from moextend_jax.data.faults import Fault
+from moextend_jax.media import KINDS, mark_of
 
 ROLES = {
     "human": "human", "user": "human", "prompter": "human",
@@ -25,42 +26,60 @@ ROLES = {
 }  # fmt: skip
 """Other people's names of roles. All others (tool, function, observation, ...) stay, to be refused."""
 
-IMAGE_KEYS = (
-    ("image", "images"),
-    ("image_path", "image_paths", "image_file", "image_files", "img", "img_path", "picture"),
-    ("file_name", "filename"),
-    ("image_url", "image_urls"),
-)
-"""Keys that name the pictures of a row. The first line that names any is read: an image_url beside an image is where it
-came from. Keys of one line must not name different ones."""
-KNOWN = frozenset(key for keys in IMAGE_KEYS for key in keys)
-OTHER_MEDIA_KEYS = ("video", "videos", "audio", "audios")
-"""Not reading them would train on questions about something that is not there."""
+ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {
+    "image": (
+        ("image", "images"),
+        ("image_path", "image_paths", "image_file", "image_files", "img", "img_path", "picture"),
+        ("file_name", "filename"),
+        ("image_url", "image_urls"),
+    ),
+    "video": (("video", "videos"), ("video_path", "video_paths", "video_file", "video_files")),
+    "audio": (("audio", "audios"), ("audio_path", "audio_paths", "audio_file", "audio_files")),
+    "features": (("features",), ("features_path", "features_paths", "features_file", "features_files")),
+}
+"""Keys that name the items of a row, by their kind. The first line that names any is read: an image_url beside an image
+is where it came from. Keys of one line must not name different ones. Items of a medium that is not called as its kind
+stand under its name: `{"audio": {"speech": "a.wav"}}`."""
+KNOWN = frozenset(key for lines in ITEM_KEYS.values() for keys in lines for key in keys)
+FILE_KEYS = ("bytes", "path", "url", "data", "array")
+"""Of an object that is one file, not items by the names of their media."""
 
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "completion", "response", "output")
 CAPTIONS = ("caption", "text")
-CAPTION_QUESTION = "Describe the image."
+CAPTION_QUESTION = {"audio": "Describe the sound.", "features": "Describe this."}
+"""By the kind of the row's first item: `Describe the image.` unless it says another."""
 UNREAD_IN_TURNS = frozenset(
-    ("tool_calls", "function_call", "audio", "images", "image", "video", "videos", "weight", "train")
+    ("tool_calls", "function_call", "weight", "train", *(key for lines in ITEM_KEYS.values() for key in lines[0]))
 )
 """Keys of a turn that would be missed, unless they say what happens anyway."""
 READ_AS_USUAL: dict[str, tuple[Any, ...]] = {"weight": (None, 1), "train": (None, True)}
 
 
-class NormalTurns(NamedTuple):
-    """images: paths, URLs, bytes, `{"bytes", "path"}` or `shards.Span`s."""
+class Item(NamedTuple):
+    """file: a path, a URL, bytes, `{"bytes", "path"}` or a `shards.Span`. medium: its name, the kind's unless the data
+    say another."""
 
+    kind: MediumKind
+    medium: str
+    file: Any
+
+    @property
+    def mark(self) -> str:
+        return mark_of(self.medium, self.kind)
+
+
+class NormalTurns(NamedTuple):
     turns: list[Any]
-    images: list[Any]
+    items: list[Item]
 
 
 def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
     """Raises a `Fault` that says what of the row is not read."""
-    images = _images_of(value)
+    items = _items_of(value)
     for shape in SHAPES:
         key = next((key for key in shape.keys if value.get(key) not in (None, "")), None)
-        if key is not None and (talk := shape.read(value, key, images)) is not None:
+        if key is not None and (talk := shape.read(value, key, items)) is not None:
             break
     else:
         raise Fault(f"this is no {WANTED}; its keys are {', '.join(map(str, value))}"[:400], "entry")
@@ -73,22 +92,35 @@ def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
 WANTED = "conversation: no conversations, no messages, no question and answer, no image with a caption"
 
 
-# --- pictures of a row ------------------------------------------------------------------------------------------------
+# --- items of a row ---------------------------------------------------------------------------------------------------
 
 
-def _images_of(value: Mapping[str, Any]) -> list[Any]:
-    for key, item in value.items():
-        if (key in OTHER_MEDIA_KEYS and item) or (key not in KNOWN and _holds_bytes(item)):
-            verb = "names" if key in OTHER_MEDIA_KEYS else "holds"
-            raise Fault(f"what {key} {verb} is not read; only pictures are, under image or images", "entry")
-    for keys in IMAGE_KEYS:
-        named = {key: _as_list(value[key]) for key in keys if value.get(key)}
+def _items_of(value: Mapping[str, Any]) -> list[Item]:
+    for key, content in value.items():
+        if key not in KNOWN and _holds_bytes(content):
+            raise Fault(f"what {key} holds is not read; only what {', '.join(ITEM_KEYS)} hold is", "entry")
+    return [item for kind, lines in ITEM_KEYS.items() for item in _of_kind(value, kind, lines)]
+
+
+def _of_kind(value: Mapping[str, Any], kind: MediumKind, lines: tuple[tuple[str, ...], ...]) -> list[Item]:
+    for keys in lines:
+        named = {key: _named(value[key], kind) for key in keys if value.get(key)}
         lists = list(named.values())
         if any(other != lists[0] for other in lists[1:]):
-            raise Fault(f"{' and '.join(named)} name different pictures", "entry")
+            noun = "pictures" if kind == "image" else "items"
+            raise Fault(f"{' and '.join(named)} name different {noun}", "entry")
         if lists:
             return lists[0]
     return []
+
+
+def _named(content: Any, kind: MediumKind) -> list[Item]:
+    """What a key of the kind says: a file, a list of files, or either by the names of media."""
+    content = _parsed(content)
+    if isinstance(content, dict) and not any(key in content for key in FILE_KEYS):
+        by_medium = {f"{name}": _as_list(files) for name, files in content.items() if files}
+        return [Item(kind, name, file) for name, files in by_medium.items() for file in files]
+    return [Item(kind, kind, file) for file in _as_list(content)]
 
 
 def _holds_bytes(item: Any) -> bool:
@@ -103,8 +135,8 @@ def _as_list(item: Any) -> list[Any]:
 
 
 def _parsed(item: Any) -> Any:
-    """Tables also hold lists written as JSON."""
-    if isinstance(item, str) and item.startswith("["):
+    """Tables also hold lists and objects written as JSON."""
+    if isinstance(item, str) and item.startswith(("[", "{")):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(item)
     return item
@@ -113,48 +145,49 @@ def _parsed(item: Any) -> Any:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _conversations(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
-    """Its `<image>` marks are its own: LLaVA's form says where each picture stands."""
+def _conversations(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
+    """Its marks are its own: LLaVA's form says where each item stands."""
     turns = _parsed(value[key])
-    return _talk(turns, images) if isinstance(turns, list) else None
+    return _talk(turns, items) if isinstance(turns, list) else None
 
 
-def _messages(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
-    talk = _conversations(value, key, images)
+def _messages(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
+    talk = _conversations(value, key, items)
     return talk and _marked(talk)
 
 
-def _texts(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
+def _texts(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
     """`[{"user", "assistant"}, ...]`, as the Cauldron has them."""
     pairs = _as_list(value[key])
     if not all(isinstance(pair, dict) and "user" in pair and "assistant" in pair for pair in pairs):
         return None
     texts = [(role, pair[name]) for pair in pairs for role, name in (("human", "user"), ("gpt", "assistant"))]
-    return _marked(NormalTurns([_turn(role, text) for role, text in texts], images))
+    return _marked(NormalTurns([_turn(role, text) for role, text in texts], items))
 
 
-def _question(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
+def _question(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
     answer = next((value[name] for name in ANSWERS if value.get(name) not in (None, "")), None)
     if answer is None:
         return None
     if isinstance(value[key], list) and isinstance(answer, list):  # messages, parted where the answer begins
-        return _marked(_talk([*value[key], *answer], images))
+        return _marked(_talk([*value[key], *answer], items))
     more = value.get("input") if key == "instruction" else None
     question = f"{value[key]}\n{more}" if isinstance(more, str) and more.strip() else value[key]
-    return _marked(NormalTurns([_turn("human", _number(question)), _turn("gpt", _number(answer))], images))
+    return _marked(NormalTurns([_turn("human", _number(question)), _turn("gpt", _number(answer))], items))
 
 
-def _caption(value: Mapping[str, Any], key: str, images: list[Any]) -> NormalTurns | None:
-    if not images or not isinstance(value[key], str):
+def _caption(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTurns | None:
+    if not items or not isinstance(value[key], str):
         return None
-    return _marked(NormalTurns([_turn("human", CAPTION_QUESTION), _turn("gpt", value[key])], images))
+    question = CAPTION_QUESTION.get(items[0].kind, f"Describe the {items[0].kind}.")
+    return _marked(NormalTurns([_turn("human", question), _turn("gpt", value[key])], items))
 
 
 class Shape(NamedTuple):
     """keys: the first that a row has is handed on. read: None where the row has not this shape after all."""
 
     keys: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], str, list[Any]], NormalTurns | None]
+    read: Callable[[Mapping[str, Any], str, list[Item]], NormalTurns | None]
 
 
 SHAPES = (
@@ -175,10 +208,10 @@ def _number(text: Any) -> Any:
 # --- turns ------------------------------------------------------------------------------------------------------------
 
 
-def _talk(turns: Sequence[Any], images: list[Any]) -> NormalTurns:
-    """Turns of either spelling; pictures that stand in them take their places among the row's."""
-    in_turns: list[Any] = []
-    rest = list(images)
+def _talk(turns: Sequence[Any], items: list[Item]) -> NormalTurns:
+    """Turns of either spelling; items that stand in them take their places among the row's."""
+    in_turns: list[Item] = []
+    placed: set[int] = set()
     plain = []
     for turn in turns:
         if not isinstance(turn, Mapping):
@@ -192,8 +225,8 @@ def _talk(turns: Sequence[Any], images: list[Any]) -> NormalTurns:
             continue
         role, text = turn[names[0]], turn[names[1]]
         role = ROLES.get(role.lower(), role) if isinstance(role, str) else "?"
-        plain.append(_turn(role, _content(text, in_turns, rest) if isinstance(text, list) else text))
-    return NormalTurns(plain, [*in_turns, *(image for image in rest if image is not TAKEN)])
+        plain.append(_turn(role, _content(text, in_turns, items, placed) if isinstance(text, list) else text))
+    return NormalTurns(plain, [*in_turns, *(item for n, item in enumerate(items) if n not in placed)])
 
 
 def _check_read(turn: Mapping[str, Any]) -> None:
@@ -203,13 +236,11 @@ def _check_read(turn: Mapping[str, Any]) -> None:
 
 
 SPELLINGS = (("from", "value"), ("role", "content"))
-TAKEN = object()
-"""In the place of a picture that a turn has shown."""
 
 
-def _content(parts: list[Any], in_turns: list[Any], rest: list[Any]) -> str:
-    """A list of texts and pictures as one text, a line each. Moves pictures from `rest` to `in_turns`, which part has
-    none of its own."""
+def _content(parts: list[Any], in_turns: list[Item], items: list[Item], placed: set[int]) -> str:
+    """A list of texts and items as one text, a line each. Its items go into `in_turns`; of a part that has none of its
+    own one of the row's `items`, whose number goes into `placed`."""
     lines = []
     for part in parts:
         if isinstance(part, str):
@@ -219,43 +250,52 @@ def _content(parts: list[Any], in_turns: list[Any], rest: list[Any]) -> str:
         kind = part.get("type") or next((key for key in PART_KEYS if part.get(key) is not None), None)
         if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
             lines.append(part["text"])
-        elif kind in ("image", "image_url", "input_image"):
-            lines.append(MARK)
-            in_turns.append(_own(part) or _next(part.get("index"), rest))
+        elif isinstance(kind, str) and kind in PARTS:
+            own = _own(part, PARTS[kind]) or [_next(part.get("index"), PARTS[kind], items, placed)]
+            lines += [item.mark for item in own]
+            in_turns += own
         else:
-            raise Fault(f"a part of a turn, {kind!r:.60}, is neither text nor picture", "entry")
+            raise Fault(f"a part of a turn, {kind!r:.60}, is neither text nor {', '.join(KINDS)}", "entry")
     return "\n".join(lines)
 
 
-PART_KEYS = ("image", "image_url", "text", "video", "audio")
+PARTS: dict[str, MediumKind] = {
+    "image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
+    "input_video": "video", "audio": "audio", "audio_url": "audio", "input_audio": "audio", "features": "features",
+}  # fmt: skip
+"""Types of parts that are items."""
+PART_KEYS = (*PARTS, "text")
 """One of which says what a part is that has no type."""
 
 
-def _own(part: Mapping[str, Any]) -> Any:
-    """The picture that a part brings with it."""
-    for key in ("image", "image_url", "url", "path", "bytes", "data"):
+def _own(part: Mapping[str, Any], kind: MediumKind) -> list[Item]:
+    """The items that a part brings with it; usually one."""
+    for key in (kind, f"{kind}_url", f"input_{kind}", "url", "path", "bytes", "data"):
         if part.get(key):
-            return part[key]
-    return None
+            return _named(part[key], kind)
+    return []
 
 
-def _next(index: Any, rest: list[Any]) -> Any:
-    """The row's picture of that number, or the next that no turn has shown."""
+def _next(index: Any, kind: MediumKind, items: list[Item], placed: set[int]) -> Item:
+    """The row's item of that kind and number, or the next that no turn has shown."""
+    numbers = [n for n, item in enumerate(items) if item.kind == kind]
     if not isinstance(index, int):
-        index = next((n for n, image in enumerate(rest) if image is not TAKEN), -1)
-    if not 0 <= index < len(rest) or rest[index] is TAKEN:
-        raise Fault("it shows more pictures than it has", "marks")
-    image, rest[index] = rest[index], TAKEN
-    return image
+        index = next((at for at, n in enumerate(numbers) if n not in placed), -1)
+    if not 0 <= index < len(numbers) or numbers[index] in placed:
+        raise Fault(f"it shows more {'pictures' if kind == 'image' else kind} than it has", "marks")
+    placed.add(numbers[index])
+    return items[numbers[index]]
 
 
 def _marked(talk: NormalTurns) -> NormalTurns:
-    """With marks for its pictures before the first question, where it has none at all."""
+    """With marks before the first question for its items of each medium that has none at all."""
     humans = [n for n, turn in enumerate(talk.turns) if _from(turn) == "human" and isinstance(turn["value"], str)]
-    if not talk.images or not humans or any(MARK in talk.turns[n]["value"] for n in humans):
+    marks = [item.mark for item in talk.items]
+    missing = [mark for mark in marks if not any(mark in talk.turns[n]["value"] for n in humans)]
+    if not missing or not humans:
         return talk
     turns, first = list(talk.turns), humans[0]
-    turns[first] = _turn("human", f"{MARK}\n" * len(talk.images) + turns[first]["value"])
+    turns[first] = _turn("human", "".join(f"{mark}\n" for mark in missing) + turns[first]["value"])
     return talk._replace(turns=turns)
 
 

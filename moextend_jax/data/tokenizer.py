@@ -14,17 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moextend_jax.config import ImageTags, ModelConfig, MoextendError
+from moextend_jax.config import IMAGE, ImageTags, Medium, ModelConfig, MoextendError, Named
 from moextend_jax.data.pieces import JsonPieces, Pieces, SentencePieces
-from moextend_jax.data.tags import TAG_NAMES, byte_pieces, check_tags, image_tags
+from moextend_jax.data.tags import TAG_NAMES, byte_pieces, check_tags, image_tags, spare_ids
 from moextend_jax.data.templates import FAMILIES, Template, end_of, is_mixtral
+
+
+class Marked(NamedTuple):
+    """What stands for a medium: its mark in a text, and the tags around an item in ids. tokens: of its longest item
+    (P); 0: all of a conversation's items have as many as the longest of them."""
+
+    mark: str
+    tags: ImageTags
+    tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """What a model's texts are made of. Ids of `tags` are reserved for images: text can never produce them, nor those
-    of control tokens.
+    """What a model's texts are made of. Ids of `tags` are reserved for images, and those of `others` for other media:
+    text can never produce them, nor those of control tokens.
 
+    media: of every medium by name its mark in text and its tags, pictures first.
     bos: the id before every text; None: this model has none. eos: the id after every text. ends: all ids that end an
     answer, eos first. legacy: text after a control token gets a space before it, as at the beginning. prompt: the
     template that "checkpoint" means, "mixtral" or one of `templates`; None: none is known. where: the folder.
@@ -39,6 +49,24 @@ class Tokenizer:
     prompt: str | None
     templates: Mapping[str, Template]
     where: str
+    others: Named[Medium] = Named()
+    spare: tuple[int, ...] = ()
+    """Ids that may stand for items of more media."""
+
+    @functools.cached_property
+    def media(self) -> dict[str, Marked]:
+        tokens = self.others[IMAGE].tokens if IMAGE in self.others else 0
+        pictures = {IMAGE: Marked(f"<{IMAGE}>", self.tags, tokens)}
+        return pictures | {
+            name: Marked(medium.mark, medium.tags, medium.tokens)
+            for name, medium in self.others.items()
+            if name != IMAGE
+        }
+
+    @functools.cached_property
+    def tag_ids(self) -> frozenset[int]:
+        """Of all media."""
+        return frozenset(id for marked in self.media.values() for id in marked.tags.ids)
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -60,21 +88,24 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; control tokens, image tags and ids that no piece has are left out."""
-        silent = {*self.prefix, *self.ends, *self.tags.ids}
+        silent = {*self.prefix, *self.ends, *self.tag_ids}
         return self.pieces.decode([int(id) for id in ids if int(id) not in silent])
 
     def unspeakable(self, rows: int) -> tuple[int, ...]:
-        """Ids that an answer may not have, of a model with so many rows in its vocabulary: the image tags, and rows
-        that no piece has (rows that only round the number)."""
-        empty = (id for id in range(rows) if id not in self.tags.ids and self.pieces.id_to_piece(id) is None)
-        return (*self.tags.ids, *empty)
+        """Ids that an answer may not have, of a model with so many rows in its vocabulary: the tags, and rows that no
+        piece has (rows that only round the number)."""
+        empty = (id for id in range(rows) if id not in self.tag_ids and self.pieces.id_to_piece(id) is None)
+        return (*self.tags.ids, *sorted(self.tag_ids - {*self.tags.ids}), *empty)
 
     def _checked(self, ids: list[int], text: str) -> list[int]:
         if self._reserved.isdisjoint(ids):
             return ids
-        if not set(self.tags.ids).isdisjoint(ids):
+        if taken := [name for name, marked in self.media.items() if not set(marked.tags.ids).isdisjoint(ids)]:
+            # Media may share what stands before and behind their items.
+            pictures = taken[0] == IMAGE
+            what, remove = ("images", "NUL, STX and ETX") if pictures else (f"medium {taken[0]}", "it")
             raise MoextendError(
-                f"text holds a control character that is reserved for images: {text[:60]!r}; remove NUL, STX and ETX"
+                f"text holds a control character that is reserved for {what}: {text[:60]!r}; remove {remove}"
             )
         spelled = self.pieces.id_to_piece(next(id for id in ids if id in self._reserved))
         raise MoextendError(f"text gives the control token {spelled}: {text[:60]!r}")
@@ -82,7 +113,7 @@ class Tokenizer:
     @functools.cached_property
     def _reserved(self) -> frozenset[int]:
         control = {token.id for token in self.pieces.control.values()}
-        return frozenset((control - {self.pieces.unknown}) | set(self.tags.ids))
+        return frozenset((control - {self.pieces.unknown}) | self.tag_ids)
 
 
 def has_tokenizer(directory: Path | str) -> bool:
@@ -152,6 +183,7 @@ def load_tokenizer(
         prompt=_prompt(pieces, templates),
         templates=templates,
         where=str(directory),
+        spare=spare_ids(pieces, tags, rows=rows, busy=busy),
     )
 
 

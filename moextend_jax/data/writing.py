@@ -1,6 +1,6 @@
 """A talk to token ids, as `recipe.prompt` says: Mixtral's own way, the released code's, or a Jinja template's.
 
-Goes in: a `Talk`, and the positions that an image takes (patches). Comes out: `Part`s, ids that follow one another.
+Goes in: a `Talk`, and the tokens that each item of a medium takes. Comes out: `Part`s, ids that follow one another.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
-from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.data.pieces import Control
 from moextend_jax.data.templates import Place, Script, Shape, Template, script
-from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.data.tokenizer import Marked, Tokenizer
 
-MARK = "<image>"
+MARK = f"<{IMAGE}>"
+
+Items = Mapping[str, Sequence[int]]
+"""By medium the tokens of each of a conversation's items, in the order of the marks."""
 
 
 class Talk(NamedTuple):
@@ -79,38 +82,61 @@ def template_identity(tokenizer: Tokenizer, recipe: Recipe) -> str:
 # --- templates --------------------------------------------------------------------------------------------------------
 
 
-def _mixtral(talk: Talk, tokenizer: Tokenizer, patches: int) -> list[Part]:
-    parts = [Part([*tokenizer.prefix], False)]
+class _Spans:
+    """Writes the next item of a medium, in ids, where its mark stands."""
+
+    def __init__(self, tokenizer: Tokenizer, items: Items):
+        self._by_mark: dict[str, tuple[Marked, Iterator[int]]] = {
+            marked.mark: (marked, iter(items.get(name, ()))) for name, marked in tokenizer.media.items()
+        }
+        marks = "|".join(map(re.escape, self._by_mark))
+        self.split = re.compile(f" *({marks})")
+
+    def write(self, mark: str) -> list[int]:
+        marked, tokens = self._by_mark[mark]
+        return [marked.tags.start, *[marked.tags.pad] * next(tokens), marked.tags.end]
+
+
+def _mixtral(talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
+    parts, spans = [Part([*tokenizer.prefix], False)], _Spans(tokenizer, items)
     for question, answer in talk.folded:
         text = f"[INST] {question.strip()} [/INST]"
-        parts.append(Part(_with_images(text, tokenizer, patches, continued=False), False))
+        parts.append(Part(_with_items(text, tokenizer, spans, continued=False), False))
         if answer is not None:
             parts.append(Part([*tokenizer.encode(answer.strip()), tokenizer.eos], True))
     return parts
 
 
-def _released(talk: Talk, tokenizer: Tokenizer, patches: int) -> list[Part]:
-    parts = [Part([*tokenizer.prefix], True)]
+def _released(talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
+    parts, spans = [Part([*tokenizer.prefix], True)], _Spans(tokenizer, items)
     for question, answer in talk.folded:
         texts = ("[INST]", question, "[/INST]")
-        parts.append(Part([id for text in texts for id in released_text(text, tokenizer, patches)], False))
+        parts.append(Part([id for text in texts for id in _released_text(text, tokenizer, spans)], False))
         if answer is None:
             return parts
-        parts.append(Part(released_text(answer, tokenizer, patches), True))
+        parts.append(Part(_released_text(answer, tokenizer, spans), True))
     return [*parts, Part([tokenizer.eos], True)]
 
 
-def released_text(text: str, tokenizer: Tokenizer, patches: int) -> list[int]:
+def released_text(text: str, tokenizer: Tokenizer, items: Items) -> list[int]:
     """A space goes before the text, and with `legacy` once more before it and after every special token."""
-    special = {MARK: _span(tokenizer, patches), "<s>": [*tokenizer.prefix], "</s>": [tokenizer.eos], "<unk>": [0]}
+    return _released_text(text, tokenizer, _Spans(tokenizer, items))
+
+
+def _released_text(text: str, tokenizer: Tokenizer, spans: _Spans) -> list[int]:
+    special = {"<s>": [*tokenizer.prefix], "</s>": [tokenizer.eos], "<unk>": [0]}
+    marks = [marked.mark for marked in tokenizer.media.values()]
     encode = tokenizer.encode if tokenizer.legacy else tokenizer.encode_continued
-    chunks = [chunk for chunk in re.split("(<image>|<s>|</s>|<unk>)", f" {text}") if chunk]
+    chunks = [chunk for chunk in re.split(f"({'|'.join(map(re.escape, (*marks, *special)))})", f" {text}") if chunk]
     if not tokenizer.legacy and chunks[0] == " " and len(chunks) > 1:
         chunks = chunks[1:]
-    return [id for chunk in chunks for id in (special[chunk] if chunk in special else encode(chunk))]
+    ids: list[int] = []
+    for chunk in chunks:
+        ids += spans.write(chunk) if chunk in marks else special[chunk] if chunk in special else encode(chunk)
+    return ids
 
 
-def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, patches: int) -> list[Part]:
+def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
     """A conversation or a prompt as a Jinja template writes it.
 
     Raises:
@@ -124,6 +150,7 @@ def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, patches: 
     texts = [talk.system] * system + [text for pair in pairs for text in pair if text is not None]
     _check_written(template, shape._replace(system=system), texts, written)
     parts: list[Part] = []
+    media = _Spans(tokenizer, items)
     before: Control | Literal["nothing", "text"] = "nothing"
     for span in written.spans:
         ids: list[int] = []
@@ -138,7 +165,7 @@ def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, patches: 
                 text = text.rstrip()
             if text:
                 continued = before == "text" or (isinstance(before, Control) and not tokenizer.legacy)
-                ids += _with_images(text, tokenizer, patches, continued=continued)
+                ids += _with_items(text, tokenizer, media, continued=continued)
                 before, text = "text", ""
             if item is not None:
                 ids.append(item.id)
@@ -159,19 +186,15 @@ def _outer(text: str, place: Place) -> str:
     return text.rstrip() if place.right else text
 
 
-Encoder = Callable[[Talk, Tokenizer, int], list[Part]]
+Encoder = Callable[[Talk, Tokenizer, Items], list[Part]]
 TEMPLATES: dict[str, Encoder] = {"mixtral": _mixtral, "released": _released}
 """Those that no Jinja template writes."""
 
 
-def _with_images(text: str, tokenizer: Tokenizer, patches: int, *, continued: bool) -> list[int]:
-    # A space before an image would be a token of its own that says nothing.
-    first, *rest = re.sub(f" *{MARK}", MARK, text).split(MARK) if MARK in text else [text]
+def _with_items(text: str, tokenizer: Tokenizer, spans: _Spans, *, continued: bool) -> list[int]:
+    # A space before an item would be a token of its own that says nothing.
+    first, *rest = spans.split.split(text) if "<" in text else [text]
     ids = tokenizer.encode_continued(first) if continued else tokenizer.encode(first)
-    for text in rest:
-        ids = ids + _span(tokenizer, patches) + tokenizer.encode_continued(text)
+    for mark, text in zip(rest[::2], rest[1::2], strict=True):
+        ids = ids + spans.write(mark) + tokenizer.encode_continued(text)
     return ids
-
-
-def _span(tokenizer: Tokenizer, patches: int) -> list[int]:
-    return [tokenizer.tags.start, *[tokenizer.tags.pad] * patches, tokenizer.tags.end]

@@ -7,7 +7,7 @@ answers. The next batch is made and started while the last one's answers are fet
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -15,25 +15,33 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moextend_jax.config import IGNORE, Batch
-from moextend_jax.evaluate.prompts import Prompt, Work, plan
+from moextend_jax.config import IGNORE, IMAGE, Batch, Rooms, first_places
+from moextend_jax.data.conversations import in_row
+from moextend_jax.data.readers import with_items
+from moextend_jax.evaluate.prompts import Prompt, Work, plan, rooms_of_prompts
 from moextend_jax.generate import Arrays, Generator, Heads
 from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
+from moextend_jax.models.moextend import share_of_text
 
 LOOK = 32
 """New tokens between two looks at the answers, where their text decides when to stop."""
 
 
-class Pictures(Protocol):
-    """`data.batches.Pixels`, `Features`, or anything that reads rows of images as they do."""
+class Reader(Protocol):
+    """`data.readers.Inputs`, `Features`, or anything that reads rows of a medium's items as they do."""
 
     @property
     def field(self) -> str:
-        """`images_BMhwc` or `features_BMPC`."""
+        """`media` or `features`: of `Batch`."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest item (P)."""
         ...
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
-        """Pixels `[B, M, h, w, c]` or features `[B, M, P, C]` of images by row number, zeros for -1."""
+        """Arrays `[B, M, ...]` of items by row number, zeros for -1."""
         ...
 
 
@@ -62,7 +70,9 @@ class Asker:
     ends: tuple[int, ...]
     rows: int
     tokens: int
-    pictures: Pictures | None = None
+    media: tuple[str, ...] = (IMAGE,)
+    """By number, as in the prompts' places (`conversations.MEDIUM`)."""
+    readers: Mapping[str, Reader] = dataclasses.field(default_factory=dict)
 
     @property
     def mesh(self) -> Mesh:
@@ -137,10 +147,11 @@ class Asker:
         parts = row_shards(self.mesh)
         own = own_row_shards(self.mesh)
         works = plan(prompts, parts=parts, rows=self.rows // parts, tokens=self.tokens // parts, room=room)
-        most = max((len(prompt.images) for prompt in prompts), default=0)
+        rooms = rooms_of_prompts(prompts, self.readers)
 
         def host_batches(work: Work) -> tuple[Batch, list[tuple[Batch, np.ndarray]]]:
-            readings = [self._heads(prompts, work, own, n, most) for n in range(work.readings)]
+            here = {name: room for name, room in rooms.items() if name in work.media}
+            readings = [self._heads(prompts, work, own, n, here) for n in range(work.readings)]
             return _tails(prompts, work, own), readings
 
         with ThreadPoolExecutor(1) as pool:
@@ -151,27 +162,26 @@ class Asker:
                 coming = pool.submit(host_batches, works[n + 1]) if n + 1 < len(works) else None
                 yield work, place_rows(tails, self.mesh), self._read(prompts, work, own, readings)
 
-    def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, most: int) -> tuple[Batch, np.ndarray]:
-        """The heads of one reading, with their images, as a batch `[n, L]` of this process's parts; and for each row of
-        the work, `[B]`, which of its part's n heads it takes, -1 for none of this reading. `most`: images of a row."""
+    def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, rooms: Rooms) -> tuple[Batch, np.ndarray]:
+        """The heads of one reading, with their items, as a batch `[n, L]` of this process's parts; and for each row of
+        the work, `[B]`, which of its part's n heads it takes, -1 for none of this reading."""
         first, count, length = reading * work.heads_at_once, work.heads_at_once, work.head_length
         batch = _empty_batch(count * len(own), length)
-        images_nM = np.full((count * len(own), most), -1, np.int32)
+        rows_nM = {name: np.full((count * len(own), room.items), -1, np.int32) for name, room in rooms.items()}
         rows_B = np.full(work.rows * len(own), -1, np.int32)
         for p, part in enumerate(own):
             for slot, n in enumerate(work.heads[part][first : first + count]):
                 row, prompt = p * count + slot, prompts[n]
                 batch.ids_BL[row, : prompt.head] = prompt.ids_L[: prompt.head]
                 batch.segments_BL[row, : prompt.head] = 1
-                batch.patches_BL[row, : prompt.head] = prompt.patches_L[: prompt.head]
-                images_nM[row, : len(prompt.images)] = prompt.images
+                places_L = in_row(prompt.places_L[: prompt.head], first=first_places(rooms), media=self.media)
+                batch.places_BL[row, : prompt.head] = places_L
+                for name, items in prompt.items.items():
+                    rows_nM[name][row, : len(items)] = items
             for row, head in enumerate(work.head_of[part]):
                 if first <= head < first + count:
                     rows_B[p * work.rows + row] = head - first
-        if most:
-            assert self.pictures is not None
-            batch = batch._replace(**{self.pictures.field: self.pictures.read(images_nM)})
-        return batch, rows_B
+        return with_items(batch, self.readers, rows_nM), rows_B
 
     def _read(
         self, prompts, work: Work, own: tuple[int, ...], readings: list[tuple[Batch, np.ndarray]]
@@ -182,12 +192,15 @@ class Asker:
         past = self.generator.no_heads(rows=rows, length=work.head_length)
         for heads, rows_B in readings:
             past = self.generator.read(self.arrays, place_rows(heads, self.mesh), past, place_rows(rows_B, self.mesh))
-        length_B, sighted_B = (np.zeros(work.rows * len(own), kind) for kind in (np.int32, bool))
+        length_B, full_B = (np.zeros(work.rows * len(own), kind) for kind in (np.int32, bool))
         for p, part in enumerate(own):
             for row, n in enumerate(work.prompts[part], p * work.rows):
-                length_B[row], sighted_B[row] = prompts[n].head, bool(prompts[n].images)
-        seeing = any(prompt.images for prompt in prompts)
-        return Heads(past, place_rows(length_B, self.mesh), place_rows(sighted_B, self.mesh) if seeing else None)
+                length_B[row], full_B[row] = prompts[n].head, True
+        shares = {  # of rows with all of the work's media, and of rows without a prompt
+            name: None if share is None else place_rows(np.where(full_B, share, -np.inf).astype(np.float32), self.mesh)
+            for name, share in share_of_text(self.generator.model.config, frozenset(work.media)).items()
+        }
+        return Heads(past, place_rows(length_B, self.mesh), shares)
 
 
 def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:

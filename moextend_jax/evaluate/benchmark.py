@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moextend_jax import distributed
-from moextend_jax.config import MoextendError
-from moextend_jax.data.images import decode_image
+from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.evaluate.benchmarks import answers, table
 from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
 from moextend_jax.evaluate.benchmarks.question import Answered, Question, check_images, image_bytes
 from moextend_jax.evaluate.pictures import PIXELS, QuestionPictures, as_png
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
+from moextend_jax.media.image import decode_image
 from moextend_jax.progress import counting
 from moextend_jax.runs.askable import Askable
 from moextend_jax.runs.results import ANSWERING
@@ -49,9 +49,14 @@ def read_exam(name: str, *, data: Path | None = None, split: str | None = None, 
     """Reads a benchmark's files, before any model is opened.
 
     Raises:
-      MoextendError: no such benchmark or split, question files that are missing or broken (by line), or images that are
-        not there.
+      MoextendError: no such benchmark or split, one that is not asked here, question files that are missing or broken
+        (by line), or images that are not there.
     """
+    row = table.benchmark(name)
+    if not row.asked:
+        raise MoextendError(
+            f"{row.title} is not asked here; `moextend eval score --benchmark {name}` scores a file of answers"
+        )
     exam = Exam(name, data, split, limit, table.read(name, data, split))
     check_images(exam.questions)
     return exam
@@ -147,15 +152,15 @@ def _answer(opened: Askable, exam: Exam, path: Path, *, model_id: str, max_new_t
         prompts = [
             prompt_of(
                 question.text,
-                images=images,
+                items={IMAGE: images},
+                spans=opened.config.spans({IMAGE: len(images)} if images else {}),
                 tokenizer=opened.tokenizer,
                 recipe=opened.recipe,
-                patches=opened.patches,
                 where=question.where,
             )
             for question, images in zip(left, numbers, strict=True)
         ]
-        asker = asker_of(opened, pictures=pictures)
+        asker = asker_of(opened, readers={IMAGE: pictures} if pictures else {})
         total = len(exam.questions)
         with counting(exam.name, total, unit="questions", done=total - len(left)) as bar:
             for completed in asker.complete(prompts, max_new_tokens=max_new_tokens):
@@ -171,7 +176,7 @@ def _pictures(opened: Askable, questions: Sequence[Question]) -> QuestionPicture
     if opened.config.vision is None:
         return None
     size, preparation = opened.config.vision.image_size, opened.recipe.image_preparation
-    pictures = QuestionPictures(questions, size=size, preparation=preparation)
+    pictures = QuestionPictures(questions, size=size, tokens=opened.patches, preparation=preparation)
     if len(pictures):
         with counting("images", len(pictures), unit="images") as bar:
             pictures.check(lambda: bar.add(1))

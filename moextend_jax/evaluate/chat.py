@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
-from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.speak import Picture, Turn, picture, question, speak
+from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.evaluate.speak import Item, Items, Turn, question, speak
+from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable
 
-HELP = "/image PATH shows a picture with the next question, /reset forgets what was said, /quit leaves"
+HELP = (
+    "/image PATH shows a picture with the next question, /show MEDIUM PATH a sound or the like, /reset forgets what "
+    "was said, /quit leaves"
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,26 +35,28 @@ class Conversation:
     sampling: Sampling = Sampling()
     seed: int = 0
     turns: list[Turn] = dataclasses.field(default_factory=list)
-    images: list[Picture] = dataclasses.field(default_factory=list)
+    items: dict[str, list[Item]] = dataclasses.field(default_factory=dict)
 
-    def ask(self, text: str, *, images: Iterable[Picture] = ()) -> Iterator[str]:
+    def ask(self, text: str, *, items: Items | None = None) -> Iterator[str]:
         """Yields the answer as it is made. Only an answer that came to its end, and that is not empty, is remembered,
         with its question."""
-        images = list(images)
+        new = {name: list(of) for name, of in (items or {}).items() if of}
         first: list[Turn] = [{"from": "system", "value": self.system}] if self.system else []
-        asked, pictures, pieces = [*self.turns, question(text, images=len(images))], [*self.images, *images], []
+        counts = {name: [1] * len(of) for name, of in new.items()}
+        asked, pieces = [*self.turns, question(self.opened, text, counts)], []
+        every = {name: [*self.items.get(name, ()), *new.get(name, ())] for name in {**self.items, **new}}
         for piece in speak(
-            self.opened, [*first, *asked], images=pictures, plain=False, max_new_tokens=self.max_new_tokens,
+            self.opened, [*first, *asked], items=every, plain=False, max_new_tokens=self.max_new_tokens,
             sampling=self.sampling, seed=self.seed + len(self.turns),
         ):  # fmt: skip
             pieces.append(piece)
             yield piece
         if answer := "".join(pieces).strip():
-            self.turns, self.images = [*asked, {"from": "gpt", "value": answer}], pictures
+            self.turns, self.items = [*asked, {"from": "gpt", "value": answer}], every
 
     def reset(self) -> None:
         """Forgets what was said and shown."""
-        self.turns, self.images = [], []
+        self.turns, self.items = [], {}
 
 
 def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[str], None]) -> None:
@@ -59,26 +65,29 @@ def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[st
     Args:
       show: takes text that is to be shown at once.
     """
-    waiting: list[Picture] = []
+    waiting: dict[str, list[Item]] = {}
     for line in lines:
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
             conversation.reset()
-            waiting = []
-        elif command == "/image":
+            waiting = {}
+        elif command in ("/image", "/show"):
+            name, _, file = (IMAGE, "", rest) if command == "/image" else rest.strip().partition(" ")
             with _mistakes_shown(show):
-                if not conversation.opened.sees:
-                    raise MoextendError(f"the {conversation.opened.name} model cannot see")
-                waiting.append(picture(rest.strip()))
+                if name not in conversation.opened.config.media:
+                    can = "see" if name == IMAGE else f"take {name!r}"
+                    raise MoextendError(f"the {conversation.opened.name} model cannot {can}")
+                read(conversation.opened, {name: [file.strip()]})  # what cannot be read is said now
+                waiting.setdefault(name, []).append(file.strip())
         elif command.startswith("/"):
             show(f"{HELP}\n")
         elif command:
             with _mistakes_shown(show):
-                for piece in conversation.ask(line.strip(), images=waiting):
+                for piece in conversation.ask(line.strip(), items=waiting):
                     show(piece)
-                waiting = []
+                waiting = {}
             show("\n")
 
 

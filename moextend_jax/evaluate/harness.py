@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):
         tail = len(continuation)
         return Prompt(
             ids_L=np.array(ids, np.int32),
-            patches_L=np.full(len(ids), -1, np.int32),
+            places_L=np.full(len(ids), -1, np.int32),
             head=len(ids) - tail,
             targets_L=np.array(continuation, np.int32),
             where=f"request {request!r:.80}",
@@ -138,7 +138,7 @@ class HarnessModel(TemplateLM):
             raise MoextendError(f"a task asks for {most} new tokens, --max_length is {self.max_length}; raise it")
         encoded = (self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests)
         contexts = [ids[-(self.max_length - most) :] for ids in encoded]
-        prompts = [Prompt(ids_L=np.array(ids, np.int32), patches_L=np.full(len(ids), -1, np.int32)) for ids in contexts]
+        prompts = [Prompt(ids_L=np.array(ids, np.int32), places_L=np.full(len(ids), -1, np.int32)) for ids in contexts]
 
         def text(index: int, ids: list[int]) -> str:
             """What the ids add to the context: decoded alone they would lose a space at the beginning."""

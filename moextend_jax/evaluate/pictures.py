@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.evaluate.benchmarks.question import Mistakes, Question, check_images, image_bytes
+from moextend_jax.media.image import decode_image, prepare_image
 
 THREADS = 8
 PIXELS = 256
@@ -32,10 +32,10 @@ def as_png(picture: Image.Image) -> str:
 class QuestionPictures:
     """Reads pictures by number; questions about the same picture share its number."""
 
-    field = "images_BMhwc"
+    field = "media"
 
-    def __init__(self, questions: Sequence[Question], *, size: int, preparation: Literal["pad", "crop"]):
-        self._size = size
+    def __init__(self, questions: Sequence[Question], *, size: int, tokens: int, preparation: Literal["pad", "crop"]):
+        self._size, self.tokens = size, tokens
         self._preparation: Literal["pad", "crop"] = preparation
         self._questions: list[Question] = []  # by picture number: the first that asks about it
         numbers: dict[Hashable, int] = {}

@@ -7,13 +7,14 @@ number of rows. Prompts that share a head stand side by side, so that it is read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import MoextendError, Room, Rooms
 from moextend_jax.generate import ALIGNED_ROWS
 
 SMALLEST = 8
@@ -23,18 +24,18 @@ SMALLEST = 8
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
     """Token ids `[L]`: first the `head`, which is read once for all prompts that have the same `ids_L[:head]` and
-    `images`, then the tail.
+    `items`, then the tail.
 
-    patches_L: as in `Batch`, of a row with these images, all of which lie in the head.
-    images: rows of what the asker's pictures are read from.
+    places_L: as in `Encoded`, of these items, all of which lie in the head.
+    items: by medium rows of what the asker reads them from; media of which there is none are left out.
     targets_L: for each position of the tail, the id that should come after it (scoring); -100 for none.
     where: names the prompt in messages.
     """
 
     ids_L: np.ndarray
-    patches_L: np.ndarray
+    places_L: np.ndarray
     head: int = 0
-    images: tuple[int, ...] = ()
+    items: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     targets_L: np.ndarray | None = None
     where: str = "prompt"
 
@@ -45,7 +46,7 @@ class Prompt:
 
 class Work(NamedTuple):
     """One batch: `rows` rows in each of the parts that the mesh makes of it, heads padded to `head_length` tokens and
-    tails to `tail_length`.
+    tails to `tail_length`, all with items of the same `media`.
 
     heads_at_once: heads of a part that are read together, as one batch.
     prompts: for each part, indices of the prompts in its rows.
@@ -53,6 +54,7 @@ class Work(NamedTuple):
     head_of: for each part and each of its prompts, which of the part's `heads` it has.
     """
 
+    media: tuple[str, ...]
     head_length: int
     tail_length: int
     rows: int
@@ -81,7 +83,7 @@ def bucket(length: int, *, per_octave: int = 4) -> int:
 
 
 def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room: int = 0) -> list[Work]:
-    """All prompts in batches, those of like lengths together.
+    """All prompts in batches, those of like lengths and of the same media together.
 
     Args:
       parts: how many parts the mesh makes of a batch's rows.
@@ -97,13 +99,13 @@ def plan(prompts: Sequence[Prompt], *, parts: int, rows: int, tokens: int, room:
     for n, prompt in enumerate(prompts):
         if prompt.tail < 1:
             raise MoextendError(f"{prompt.where}: a prompt without tokens")
-        head = (prompt.ids_L[: prompt.head].tobytes(), prompt.images) if prompt.head else ()
-        order.append((buckets(prompt), first_with.setdefault(head, n), n))
+        head = (prompt.ids_L[: prompt.head].tobytes(), tuple(prompt.items.items())) if prompt.head else ()
+        order.append(((tuple(prompt.items), *buckets(prompt)), first_with.setdefault(head, n), n))
     order.sort()
     works, start = [], 0
     while start < len(order):
         shape = order[start][0]
-        in_part = rows_of(sum(shape) + room, rows=rows, tokens=tokens)
+        in_part = rows_of(sum(shape[1:]) + room, rows=rows, tokens=tokens)
         items = [entry[1:] for entry in order[start : start + parts * in_part] if entry[0] == shape]
         works.append(_work(shape, items, parts=parts, rows=in_part))
         start += len(items)
@@ -123,15 +125,22 @@ def rows_of(length: int, *, rows: int, tokens: int) -> int:
     return max(1, min(rows, tokens // length) // ALIGNED_ROWS) * ALIGNED_ROWS
 
 
-def _work(shape: tuple[int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:
+def rooms_of_prompts(prompts: Sequence[Prompt], readers: Mapping[str, Any]) -> Rooms:
+    """What rows of these prompts hold of each medium that one of them has."""
+    most = {name: max((len(prompt.items.get(name, ())) for prompt in prompts), default=0) for name in readers}
+    return {name: Room(most[name], reader.tokens) for name, reader in readers.items() if most[name]}
+
+
+def _work(shape: tuple[tuple[str, ...], int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:
     """items: for each prompt (index of the first prompt with its head, its own index), equal heads side by side. shape:
-    tokens of heads and of tails as padded."""
+    its media, and tokens of heads and of tails as padded."""
     each = -(-len(items) // parts)
     split = [items[part * each : (part + 1) * each] for part in range(parts)]
-    heads = [list(dict.fromkeys(head for head, _ in part)) for part in split] if shape[0] else [[] for _ in split]
+    heads = [list(dict.fromkeys(head for head, _ in part)) for part in split] if shape[1] else [[] for _ in split]
     return Work(
-        head_length=shape[0],
-        tail_length=shape[1],
+        media=shape[0],
+        head_length=shape[1],
+        tail_length=shape[2],
         rows=rows,
         heads_at_once=-(-rows // 8 // ALIGNED_ROWS) * ALIGNED_ROWS,
         prompts=[[n for _, n in part] for part in split],

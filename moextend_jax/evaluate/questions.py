@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe
-from moextend_jax.data.batches import Features, Pixels
-from moextend_jax.data.conversations import Encoded, encode_prompt
+from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe, first_places
+from moextend_jax.data.conversations import Encoded, encode_prompt, in_row
 from moextend_jax.data.datasets import Example, first_exchange
 from moextend_jax.data.faults import Fault
+from moextend_jax.data.readers import Readers, with_items
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.evaluate.prompts import Prompt
+from moextend_jax.data.writing import Items
+from moextend_jax.evaluate.prompts import Prompt, rooms_of_prompts
 
 
 class Question(NamedTuple):
@@ -36,51 +37,56 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
 
 
 def prompt_of(
-    text: str, *, images: tuple[int, ...], tokenizer: Tokenizer, recipe: Recipe, patches: int, where: str,
-    system: str = "",
+    text: str, *, items: Mapping[str, tuple[int, ...]], spans: Items, tokenizer: Tokenizer,
+    recipe: Recipe, where: str, system: str = "",
 ) -> Prompt:  # fmt: skip
-    """The chat template around a question; its head is everything up to the last image.
+    """The chat template around a question; its head is everything up to the last item.
 
     Args:
-      images: rows of what the pictures are read from.
-      patches: positions that an image takes (P).
+      items: by medium rows of what the items are read from. spans: the tokens that each takes.
       where: names the question in messages.
     """
     try:
-        encoded = encode_prompt(
-            text, images=len(images), system=system, tokenizer=tokenizer, recipe=recipe, patches=patches
-        )
+        encoded = encode_prompt(text, items=spans, system=system, tokenizer=tokenizer, recipe=recipe)
     except MoextendError as error:
         raise MoextendError(f"{where}: {error}") from error
-    return as_prompt(encoded, images=images, where=where)
+    return as_prompt(encoded, items=items, where=where)
 
 
-def as_prompt(encoded: Encoded, *, images: tuple[int, ...] = (), where: str = "prompt") -> Prompt:
-    """What was encoded with these images; its head is everything up to the last of them."""
-    last = int(np.flatnonzero(encoded.patches_L >= 0)[-1]) if images else -2
-    return Prompt(ids_L=encoded.ids_L, patches_L=encoded.patches_L, head=last + 2, images=images, where=where)
+def as_prompt(encoded: Encoded, *, items: Mapping[str, tuple[int, ...]] | None = None, where: str = "prompt") -> Prompt:
+    """What was encoded with these items; its head is everything up to the last of them."""
+    items = {name: rows for name, rows in (items or {}).items() if rows}
+    last = int(np.flatnonzero(encoded.places_L >= 0)[-1]) if items else -2
+    return Prompt(ids_L=encoded.ids_L, places_L=encoded.places_L, head=last + 2, items=items, where=where)
 
 
-def prompt_batch(prompts: Sequence[Prompt], *, images: Pixels | Features, rows: int, length: int) -> Batch:
-    """Prompts that end where the answer begins, padded on the right to `length`, and to `rows` rows with empty ones."""
+def prompt_batch(prompts: Sequence[Prompt], *, readers: Readers, media: Sequence[str], rows: int, length: int) -> Batch:
+    """Prompts that end where the answer begins, with the media by number (`conversations.MEDIUM`), padded on the right
+    to `length`, and to `rows` rows with empty ones."""
     ids_BL = np.zeros((rows, length), np.int32)
-    segments_BL, patches_BL = np.zeros_like(ids_BL), np.full_like(ids_BL, -1)
-    most = max(len(prompt.images) for prompt in prompts)
-    rows_BM = np.full((rows, most), -1, np.int32)
+    segments_BL, places_BL = np.zeros_like(ids_BL), np.full_like(ids_BL, -1)
+    rooms = rooms_of_prompts(prompts, readers)
+    rows_BM = {name: np.full((rows, room.items), -1, np.int32) for name, room in rooms.items()}
     for row, prompt in enumerate(prompts):
         count = len(prompt.ids_L)
         ids_BL[row, :count] = prompt.ids_L
         segments_BL[row, :count] = 1
-        patches_BL[row, :count] = prompt.patches_L
-        rows_BM[row, : len(prompt.images)] = prompt.images
+        places_BL[row, :count] = in_row(prompt.places_L, first=first_places(rooms), media=media)
+        for name, items in prompt.items.items():
+            rows_BM[name][row, : len(items)] = items
     positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BL.shape)
-    batch = Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, segments_BL, patches_BL)
-    return images.fill(batch, rows_BM) if most else batch
+    batch = Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, segments_BL, places_BL)
+    return with_items(batch, readers, rows_BM)
 
 
 def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of answers equal to the right one but for case, outer spaces and a final full stop."""
-    return sum(_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)) / len(right)
+    """Share of answers that `are_right`."""
+    return sum(are_right(right, answers)) / len(right)
+
+
+def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Which answers equal the right one but for case, outer spaces and a final full stop."""
+    return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]
 
 
 def question_only_answers(training: Iterable[Example], texts: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:

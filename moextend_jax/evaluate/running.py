@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
 from moextend_jax.config import ModelConfig
-from moextend_jax.evaluate.asking import Asker, Pictures
+from moextend_jax.evaluate.asking import Asker, Reader
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import abstract
 from moextend_jax.runs.askable import Askable
@@ -23,12 +24,12 @@ def generator_of(opened: Askable) -> Generator:
     return _generator(opened.config, tokenizer.ends, suppress, opened.mesh)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _generator(config: ModelConfig, ends: tuple[int, ...], suppress: tuple[int, ...], mesh: Mesh) -> Generator:
     return Generator(abstract(config), eos=ends[0], ends=ends, suppress=suppress, mesh=mesh)
 
 
-def asker_of(opened: Askable, *, pictures: Pictures | None = None) -> Asker:
+def asker_of(opened: Askable, *, readers: Mapping[str, Reader] | None = None) -> Asker:
     """Batches are as large as `sizes.batch_size` rows of `sizes.length` tokens, or of `ROW` where that is 0."""
     return Asker(
         generator=generator_of(opened),
@@ -36,5 +37,6 @@ def asker_of(opened: Askable, *, pictures: Pictures | None = None) -> Asker:
         ends=opened.tokenizer.ends,
         rows=opened.sizes.batch_size,
         tokens=opened.sizes.batch_size * (opened.sizes.length or ROW),
-        pictures=pictures,
+        media=tuple(opened.tokenizer.media),
+        readers=readers or {},
     )

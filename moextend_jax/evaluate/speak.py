@@ -1,20 +1,21 @@
-"""One prompt or conversation, with or without pictures, in; the model's words, piece by piece, out."""
+"""One prompt or conversation, with or without items, in; the model's words, piece by piece, out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from moextend_jax.config import IGNORE, Batch, MoextendError
-from moextend_jax.data.conversations import MARK, Encoded, encode_dialogue
-from moextend_jax.data.images import decode_image, prepare_image
+from moextend_jax.config import IGNORE, IMAGE, Batch, FeaturesConfig, Medium, MoextendError, Room, first_places
+from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
+from moextend_jax.media import KINDS
+from moextend_jax.media.image import decode_image
 from moextend_jax.mesh import place_whole, row_shards
 from moextend_jax.runs.askable import Askable
 
@@ -24,13 +25,17 @@ BUCKET = 64
 Turn = dict[str, str]
 Picture = str | Path | bytes | Image.Image | np.ndarray
 """A file's name or content, or a picture: PIL's, or uint8 `[height, width, 3]` or `[height, width]`."""
+Item = Any
+"""Of a medium: a file's name or content, of pictures any `Picture`."""
+Items = Mapping[str, Sequence[Item]]
+Spans = Mapping[str, Sequence[int]]
 
 
 def speak(
     opened: Askable,
     prompt: str | Sequence[Turn],
     *,
-    images: Sequence[Picture] = (),
+    items: Items | None = None,
     plain: bool | None = None,
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
@@ -39,13 +44,16 @@ def speak(
     """Yields text as it is generated.
 
     Args:
-      prompt: a question, or turns that end in one, with an `<image>` mark where each image stands.
+      prompt: a question, or turns that end in one, with a mark where each item stands (`<image>`).
+      items: what is shown, by medium, in the order of the marks.
       plain: whether the model continues the prompt as it is, without the chat template; None: as the model does.
 
     Raises:
-      MoextendError: an image that cannot be read or that the model cannot see, or marks that are not the images'.
+      MoextendError: an item that cannot be read or of a medium that the model does not have, or marks that are not the
+        items'.
     """
-    batch = batch_of(opened, encoded(opened, prompt, images=len(images), plain=plain), images=images)
+    shown = show(opened, items or {})
+    batch = batch_of(opened, encoded(opened, prompt, spans=shown.spans, plain=plain), shown)
     ids: list[int] = []
     printed = ""
     for ids_B in generator_of(opened).stream(
@@ -68,17 +76,16 @@ def speak(
 
 
 def generate_command(
-    opened: Askable, prompts: Iterable[str], *, image: Path | None, as_json: bool = False, **options: Any
+    opened: Askable, prompts: Iterable[str], *, items: Items, as_json: bool = False, **options: Any
 ) -> None:
-    """`moextend generate`: answers each prompt, about the same picture.
+    """`moextend generate`: answers each prompt, about the same items.
 
     Args:
       as_json: a line {"prompt", "answer"} for each, instead of the words as they are made.
       options: as `speak`.
     """
-    images = () if image is None else (image,)
     for prompt in prompts:
-        pieces = speak(opened, prompt, images=images, **options)
+        pieces = speak(opened, prompt, items=items, **options)
         if as_json:
             print(json.dumps({"prompt": prompt, "answer": "".join(pieces)}, ensure_ascii=False), flush=True)
             continue
@@ -87,55 +94,103 @@ def generate_command(
         print()
 
 
-def encoded(opened: Askable, prompt: str | Sequence[Turn], *, images: int, plain: bool | None) -> Encoded:
-    """Ids that end where the answer begins."""
-    if images and not opened.sees:
-        raise MoextendError(f"the {opened.name} model cannot see: leave out --image, or choose another model")
+def encoded(opened: Askable, prompt: str | Sequence[Turn], *, spans: Spans, plain: bool | None) -> Encoded:
+    """Ids that end where the answer begins. spans: by medium the tokens of each item that is shown."""
+    for name, of in spans.items():
+        if of and name not in opened.config.media:
+            option = "--image" if name == IMAGE else f"--show {name}=FILE"
+            can = "see" if name == IMAGE else f"take {name}; its media are {', '.join(opened.config.media) or 'none'}"
+            raise MoextendError(f"the {opened.name} model cannot {can}: leave out {option}, or choose another model")
+    shows = any(spans.values())
     if opened.plain if plain is None else plain:
-        if images or not isinstance(prompt, str):
+        if shows or not isinstance(prompt, str):
             raise MoextendError("a prompt that is continued as plain text has neither images nor turns")
         ids_L = np.array([*opened.tokenizer.prefix, *opened.tokenizer.encode(prompt)], np.int32)
-        return Encoded(ids_L, np.full_like(ids_L, IGNORE), np.full_like(ids_L, -1), np.ones_like(ids_L), 0)
-    turns = [question(prompt, images=images)] if isinstance(prompt, str) else prompt
-    return encode_dialogue(
-        turns, images=images, tokenizer=opened.tokenizer, recipe=opened.recipe, patches=opened.patches
-    )
+        return Encoded(ids_L, np.full_like(ids_L, IGNORE), np.full_like(ids_L, -1), np.ones_like(ids_L), {})
+    turns = [question(opened, prompt, spans)] if isinstance(prompt, str) else prompt
+    return encode_dialogue(turns, items=spans, tokenizer=opened.tokenizer, recipe=opened.recipe)
 
 
-def told(system: str | None, text: str, *, images: int = 0) -> str | list[Turn]:
+def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | list[Turn]:
     """A question after what the model is told first, if anything."""
-    return [{"from": "system", "value": system}, question(text, images=images)] if system else text
+    return [{"from": "system", "value": system}, question(opened, text, spans)] if system else text
 
 
-def question(text: str, *, images: int = 0) -> Turn:
-    """A turn that asks; without any mark the images go first."""
-    return {"from": "human", "value": f"{MARK}\n" * images + text if MARK not in text else text}
+def question(opened: Askable, text: str, spans: Spans) -> Turn:
+    """A turn that asks; without any mark of a medium its items go first."""
+    for name, of in reversed([*spans.items()]):
+        mark = opened.tokenizer.media[name].mark if name in opened.tokenizer.media else ""
+        text = text if mark and mark in text else f"{mark}\n" * len(of) + text
+    return {"from": "human", "value": text}
 
 
-def batch_of(opened: Askable, prompt: Encoded, *, images: Sequence[Picture] = ()) -> Batch:
+def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     """The prompt as row 0 of a batch, on the host; the mesh's other row shards get a row without tokens each."""
     rows, length = row_shards(opened.mesh), -(-len(prompt.ids_L) // BUCKET) * BUCKET
     empty = ((0, rows - 1), (0, length - len(prompt.ids_L)))
     ids_BL = np.pad(prompt.ids_L[None], empty)
-    images_BMhwc = None
-    if images:
-        pixels_Mhwc = np.stack([pixels(opened, image) for image in images])
-        images_BMhwc = np.pad(pixels_Mhwc[None], ((0, rows - 1), *[(0, 0)] * 4))
+    fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
+    for name, items in shown.arrays.items():
+        kind = "features" if isinstance(opened.config.media[name].tower, FeaturesConfig) else "media"
+        fields[kind][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
+    rooms = {
+        name: Room(len(items), opened.config.media[name].tokens)
+        for name, items in ((name, shown.arrays[name]) for name in opened.config.media if name in shown.arrays)
+    }
+    places_L = in_row(prompt.places_L, first=first_places(rooms), media=tuple(opened.tokenizer.media))
     return Batch(
         ids_BL=ids_BL,
         labels_BL=np.full_like(ids_BL, IGNORE),
         positions_BL=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
         segments_BL=np.pad(np.ones_like(prompt.ids_L)[None], empty),
-        patches_BL=np.pad(prompt.patches_L[None], empty, constant_values=-1),
-        images_BMhwc=images_BMhwc,
+        places_BL=np.pad(places_L[None], empty, constant_values=-1),
+        **fields,
     )
 
 
-def pixels(opened: Askable, image: Picture) -> np.ndarray:
-    """`image_hwc` as the model's tower expects it."""
-    assert opened.config.vision is not None
-    size, preparation = opened.config.vision.image_size, opened.recipe.image_preparation
-    return prepare_image(picture(image), size=size, preparation=preparation)
+class Shown(NamedTuple):
+    """Items as their towers take them, `[M, ...]` by medium, and the tokens that each of them takes."""
+
+    arrays: dict[str, np.ndarray]
+    spans: dict[str, list[int]]
+
+
+def show(opened: Askable, items: Items) -> Shown:
+    """Reads what is shown to a model. A sound that is too long is heard to where its medium ends.
+
+    Raises:
+      MoextendError: an item that cannot be read; of a medium that the model does not have `encoded` says it.
+    """
+    arrays, spans = {}, {}
+    for name, files in items.items():
+        medium = opened.config.media.get(name)
+        if medium is None or not files:
+            spans[name] = [1] * len(files)
+            continue
+        read = [_item(file, name, medium) for file in files]
+        kind, preparation = KINDS[medium.kind], opened.recipe.image_preparation
+        arrays[name] = np.stack([kind.prepare(item, medium=medium, preparation=preparation, id=name) for item in read])
+        spans[name] = [medium.span(kind.positions(item, medium)) for item in read]
+    return Shown(arrays, {name: of for name, of in spans.items() if of})
+
+
+def _item(file: Item, name: str, medium: Medium) -> Any:
+    if medium.kind == "image":
+        return picture(file)
+    encoded_file = file if isinstance(file, bytes) else _bytes_of(file, what=name)
+    named = name if isinstance(file, bytes) else str(file)
+    return KINDS[medium.kind].decode(encoded_file, name=named, id=named, medium=medium, cut=True)
+
+
+def _bytes_of(file: Any, *, what: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except TypeError:
+        noun = "picture" if what == "image" else what
+        raise MoextendError(f"{what}: a {type(file).__name__} is no {noun}, and no file's name") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MoextendError(f"{what} {file} cannot be read: {reason}") from None
 
 
 def picture(image: Any) -> Image.Image:
@@ -151,11 +206,4 @@ def picture(image: Any) -> Image.Image:
         return Image.fromarray(image)
     if isinstance(image, bytes):
         return decode_image(image)
-    try:
-        encoded_file = Path(image).read_bytes()
-    except TypeError:
-        raise MoextendError(f"image: a {type(image).__name__} is no picture, and no file's name") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise MoextendError(f"image {image} cannot be read: {reason}") from None
-    return decode_image(encoded_file, name=str(image))
+    return decode_image(_bytes_of(image, what="image"), name=str(image))

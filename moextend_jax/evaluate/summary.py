@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,47 +15,63 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.config import Batch, MoextendError
-from moextend_jax.data.batches import Features, Pixels, batches, text_batches
-from moextend_jax.data.datasets import AnyImages, Example, Source, open_text
+from moextend_jax.config import IMAGE, Batch, MoextendError
+from moextend_jax.data.batches import batches, text_batches
+from moextend_jax.data.datasets import AnyItems, Example, Source, is_packaged, open_text
 from moextend_jax.data.datasets import select as select_rows
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.forms import parts_of
-from moextend_jax.data.images import framed
 from moextend_jax.data.measure import measure
-from moextend_jax.evaluate import questions
+from moextend_jax.data.missing import without_marks
+from moextend_jax.data.readers import Readers
+from moextend_jax.evaluate import chains, questions
 from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.composing import RULES, composed
+from moextend_jax.evaluate.importance import importance_table
+from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
 from moextend_jax.evaluate.pictures import PIXELS, as_png
 from moextend_jax.evaluate.prompts import Prompt, bucket
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
+from moextend_jax.media.image import framed
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.models.mixtral import check_length
+from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
 from moextend_jax.progress import Bar, counting, preparing
+from moextend_jax.runs import results
 from moextend_jax.runs.askable import Askable, askable
-from moextend_jax.runs.data_of import images_of, open_source, pixels_of, source_of, unseen_source
+from moextend_jax.runs.data_of import open_source, readers_of, source_of, unseen_source
 from moextend_jax.runs.models_of import frozen_unchanged
 from moextend_jax.runs.ready import too_many_questions
-from moextend_jax.runs.results import ANSWERING, MODELS, Data, result, training, trains_tower
+from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Run, write_json
-from moextend_jax.settings import StageSettings
+from moextend_jax.settings import EvaluateSettings, StageSettings
 from moextend_jax.train.held_out import loss_step, mean_loss
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
 
 
+CHAINS = {
+    "strict": "MoExtend, an extension for each medium, strict text isolation",
+    "open": "MoExtend, the same without isolation",
+    "full": "full fine-tuning on one after another",
+}
+
+
 class PromptedQuestion(NamedTuple):
-    """A question of the evaluation data and its prompt, whose images are rows of what pictures are read from."""
+    """A question of the evaluation data and its prompt, whose items are rows of what they are read from."""
 
     question: questions.Question
     prompt: Prompt
 
 
 class Asked(NamedTuple):
-    """Rows whose first question is asked, of a data set and split; `title` names them for people."""
+    """Rows whose first question is asked about an extension's medium or task, of a data set and split; `title` names
+    them for people."""
 
     source: Source
+    extension: str
     data: str
     split: str
     title: str
@@ -63,93 +79,257 @@ class Asked(NamedTuple):
 
 def check(run: Run) -> None:
     """Raises a MoextendError for what `evaluate` would find wrong with its questions, before any model is there."""
-    asked, settings = _asked(run), run.settings.evaluate
-    try:
-        prompted, _ = _prompted_questions(run, asked, pixels_of(run, asked.source))
-    except Fault as fault:
-        raise MoextendError(f"evaluate: {fault}") from fault
-    longest = settings.max_new_tokens + max(len(item.prompt.ids_L) for item in prompted)
-    check_length(max(longest, settings.text_length), run.config.decoder)
+    for asked in _asked_of_all(run).values():
+        settings = results.evaluate_of(run.settings, asked.extension)
+        readers = readers_of(run, asked.source, data=asked.data, split=asked.split, inputs=True)
+        try:
+            prompted, _ = _prompted_questions(run, asked, readers)
+        except Fault as fault:
+            raise MoextendError(f"{results.named(run.settings, asked.extension, 'evaluate')}: {fault}") from fault
+        longest = settings.max_new_tokens + max(len(item.prompt.ids_L) for item in prompted)
+        check_length(max(longest, settings.text_length), run.config.decoder)
 
 
 def evaluate(run: Run) -> dict[str, Any]:
     """Evaluates every model the work directory holds and returns accuracies, text losses and, of a held-out part of the
-    finetune data, losses of its answers; writes examples.json and finetune/routing.json.
+    finetune data, losses of its answers; of several extensions what each step of the chain learnt and forgot. Writes
+    examples.json and finetune/routing.json.
 
     Whatever can be wrong with the data shows before the first model is asked: a faulty conversation is left out, or
     is an error, as training does with it.
     """
-    settings, asked = run.settings.evaluate, _asked(run)
-    if not settings.data:
-        _check_unseen(run)
-    source = asked.source
-    images, pixels = images_of(run, source, data=asked.data, split=asked.split), pixels_of(run, source)
-    with preparing("preparing the questions"):
-        prompted, skipped = _prompted_questions(run, asked, images)
-    if skipped and distributed.first():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
-        print(f"evaluate: {skipped.total()} of {len(source)} questions are left out: {kinds}")
-    answer_stage = None if settings.data else _answer_stage(run, source)
-    known = source_of(run, Data("finetune"))
-    texts = [item.question.text for item in prompted]
-    guesses = questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
-    answers = {"question_only": guesses}
+    table = results.table(run.settings)
+    asked = {on: _questions(run, of) for on, of in _asked_of_all(run).items()}
+    first = asked[run.settings.extension]
+    settings = run.settings.evaluate
+    answer_stage = None if settings.data else _answer_stage(run, first.asked.source)
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
-    trained = [name for name in ANSWERING if name == "aligned" or all(map(run.has, MODELS[name].results))]
+    answers: dict[str, dict[str, list[str]]] = {on: {"question_only": _guesses(run, of)} for on, of in asked.items()}
+    plan = _plan(run, asked)
+    right: dict[str, dict[str, list[dict[frozenset[str], bool]]]] = {on: {} for on in asked}  # by medium, of each model
 
     def ask(name: str, bar: Bar) -> None:
-        opened, pictures = askable(run, name), None  # gone when the next is opened: memory need not hold all
-        if MODELS[name].sees:
-            # A tower that was trained has no cached features.
-            pictures = pixels if trains_tower(MODELS[name].results, recipe=run.settings.recipe) else images
-            asker = asker_of(opened, pictures=pictures)
-            answers[name] = _answers(run, asker, [_seen(item, pictures) for item in prompted], bar)
-        if answer_stage is not None:
-            answer_losses[name] = _answer_loss(run, opened, source, stage=answer_stage, images=pictures)
-        if not MODELS[name].text_is_bases:
+        opened, row = askable(run, name), table.model(name)  # gone when the next is opened: memory need not hold all
+        # A tower that was trained has no cached features.
+        pixels = table.has_trained_tower(row.results, recipe=run.settings.recipe)
+        for on in plan[name]:
+            of = asked[on]
+            own = _inputs(run, of) if pixels else of.readers
+            asker = asker_of(opened, readers=own)
+            say = functools.partial(_answers, run, asker, bar=bar, most=of.settings.max_new_tokens)
+            answers[on][name] = say([_seen(item, own) for item in of.prompted])
+            if of.again:
+                fewer = [_asked_with(run, of.prompted[some.question], own, media=some.media) for some in of.again]
+                right[on][name] = of.right_by_media(answers[on][name], say(fewer))
+        if answer_stage is not None and (name == "base" or run.settings.extension in plan[name]):
+            own = {} if not row.sees else _inputs(run, first) if pixels else first.readers
+            loss = _answer_loss(run, opened, first.asked.source, stage=answer_stage, readers=own)
+            answer_losses[name] = loss
+        if not row.text_is_bases:
             losses[name] = _text_losses(run, opened)
 
-    with counting("evaluate", len(trained) * len(prompted), unit="questions") as bar:
-        for name in ("base", *trained):
+    total = sum(len(asked[on].prompted) + len(asked[on].again) for on_of_model in plan.values() for on in on_of_model)
+    with counting("evaluate", total, unit="questions") as bar:
+        for name in plan:
             ask(name, bar)
-    right = [item.question.answer for item in prompted]
+    accuracy = {on: {name: of.accuracy(texts) for name, texts in answers[on].items()} for on, of in asked.items()}
+    last = {name: run.settings.links[-1].name for name in ("moextend", "full")}
+    plain = {"aligned", "question_only", *last}  # of the table of a run; a chain has its own
+    own = {name: score for name, score in accuracy[run.settings.extension].items() if name in plain}
     summary: dict[str, Any] = {
-        "data": asked.title,
-        "accuracy": {name: questions.accuracy(right, texts) for name, texts in answers.items()}
-        | {"questions": len(prompted)},
+        "data": first.asked.title,
+        "accuracy": own | {"questions": len(first.prompted)},
         "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in ("wordnet", "kjv")},
     }
     if answer_losses:
         summary["answer_loss"] = answer_losses
-    if "moextend" in trained:
-        opened, in_batches = askable(run, "moextend"), functools.partial(_batches, run, images=images)
-        _write_routing(run, opened, in_batches(prompted))
-        pictured = [row for row, item in enumerate(prompted) if item.prompt.images][: settings.examples]
-        examples = [prompted[row] for row in pictured]
-        predictions = {name: [given[row] for row in pictured] for name, given in answers.items() if name in trained}
-        _write_examples(run, opened, examples, in_batches(examples), predictions, source.images)
+    left_out = {on: of.left_out(right[on]) for on, of in asked.items()}
+    summary |= left_out[run.settings.extension]
+    if len(asked) > 1:
+        summary |= _chains(run, asked, accuracy, left_out)
+        summary |= _composed(run, asked, accuracy)
+    if "moextend" in plan:
+        opened, in_batches = askable(run, "moextend"), functools.partial(_batches, run, readers=first.readers)
+        _write_routing(run, opened, in_batches(first.prompted))
+        pictured = [row for row, item in enumerate(first.prompted) if IMAGE in item.prompt.items][: settings.examples]
+        examples = [first.prompted[row] for row in pictured]
+        predictions = {
+            name: [texts[row] for row in pictured]
+            for name, texts in answers[run.settings.extension].items()
+            if name in plain and name != "question_only"
+        }
+        if examples:
+            _write_examples(run, opened, examples, in_batches(examples), predictions, first.asked.source.images)
     return summary
 
 
-def _asked(run: Run) -> Asked:
-    """The rows that are asked, the same for every run."""
-    settings = run.settings.evaluate
-    unseen = unseen_source(run)
-    of = settings if unseen is None else run.settings.finetune
-    source = open_source(run, settings.data, settings.split) if unseen is None else unseen
-    count = settings.questions if unseen is None else min(settings.questions, len(source))
+class Questions(NamedTuple):
+    """Questions ready to be asked of any model, and what reads their items. again: what is asked once more with fewer
+    media."""
+
+    asked: Asked
+    settings: EvaluateSettings
+    prompted: list[PromptedQuestion]
+    readers: Readers
+    again: list[Variant]
+
+    @property
+    def answers(self) -> list[str]:
+        """The right ones."""
+        return [item.question.answer for item in self.prompted]
+
+    @property
+    def media(self) -> list[list[str]]:
+        """Of each question, in the model's order."""
+        return [[name for name in self.readers if name in item.prompt.items] for item in self.prompted]
+
+    def accuracy(self, texts: Sequence[str]) -> float:
+        return questions.accuracy(self.answers, texts)
+
+    def right_by_media(self, texts: Sequence[str], texts_again: Sequence[str]) -> list[dict[frozenset[str], bool]]:
+        """Of each question, which answers were right by the media that it was asked with."""
+        wanted = [self.answers[variant.question] for variant in self.again]
+        return right_by_media(
+            self.media, questions.are_right(self.answers, texts), asked=self.again,
+            right_then=questions.are_right(wanted, texts_again),
+        )  # fmt: skip
+
+    def left_out(self, right: dict[str, list[dict[frozenset[str], bool]]]) -> dict[str, Any]:
+        """What summary.json gets of that, by model."""
+        return left_out_summary(dict(right), media=list(self.readers), leave_out=self.settings.leave_out)
+
+
+def _questions(run: Run, asked: Asked) -> Questions:
+    settings = results.evaluate_of(run.settings, asked.extension)
+    if not settings.data:
+        _check_unseen(run)
+    readers = readers_of(run, asked.source, data=asked.data, split=asked.split)
+    with preparing("preparing the questions"):
+        prompted, skipped = _prompted_questions(run, asked, readers)
+    if skipped and distributed.first():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+        print(f"evaluate: {skipped.total()} of {len(asked.source)} questions are left out: {kinds}")
+    ready = Questions(asked, settings, prompted, readers, [])
+    return ready._replace(again=variants(ready.media, leave_out=settings.leave_out))
+
+
+def _inputs(run: Run, of: Questions) -> Readers:
+    return readers_of(run, of.asked.source, data=of.asked.data, split=of.asked.split, inputs=True)
+
+
+def _guesses(run: Run, of: Questions) -> list[str]:
+    known = source_of(run, Data(results.named(run.settings, of.asked.extension, "finetune")))
+    texts = [item.question.text for item in of.prompted]
+    return questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
+
+
+def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
+    """The models that there are, and which questions each is asked: in a chain, those of all that it has learnt."""
+    table, first = results.table(run.settings), run.settings.extension
+    plan: dict[str, list[str]] = {"base": []}
+    for name in results.ANSWERING:
+        if name == "aligned" or all(map(run.has, table.model(name).results)):
+            plan[name] = [on for on in asked if on.partition("/")[0] == first]
+    if len(run.settings.links) > 1:
+        for kind in ("moextend", "full"):
+            learnt: list[str] = []
+            for link in run.settings.links:
+                name = f"{kind}:{link.name}"
+                learnt = [link.name] if link.apart else [*learnt, link.name]
+                if all(map(run.has, table.model(name).results)):
+                    plan[name] = [on for on in asked if on.partition("/")[0] in learnt]
+    return plan
+
+
+def _chains(
+    run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, Mapping[str, float]],
+    left_out: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """What each step learnt and forgot (`evaluate/chains.py`), of MoExtend, called by its text isolation, and of full
+    fine-tuning; and what was asked."""
+    found: dict[str, Any] = {}
+    moextend = "strict" if run.settings.text_isolation == "strict" else "open"
+    for title, kind in ((moextend, "moextend"), ("full", "full")):
+        names = {link.name: f"{kind}:{link.name}" for link in run.settings.links if not link.apart}
+        scores = {after: {on: of[name] for on, of in accuracy.items() if name in of} for after, name in names.items()}
+        if scores := {after: row for after, row in scores.items() if row}:
+            found[title] = chains.score_matrix(scores)
+    about = {
+        on: {"data": of.asked.title, "questions": len(of.prompted), "accuracy": dict(accuracy[on]), **left_out[on]}
+        for on, of in asked.items()
+    }
+    return {"chains": found, "asked": about}
+
+
+def _composed(run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Questions with several media, asked of all extensions together under every rule of `composing.RULES`, of each
+    alone with its own medium, and after the stage `mixture`; by what is asked. Nothing where no question has several,
+    an extension is not there, or each was trained on top of the earlier ones, not apart.
+    """
+    if run.settings.text_isolation != "strict":
+        return {}
+    table, links = results.table(run.settings), [link for link in run.settings.links if not link.apart]
+    several = {on: of for on, of in asked.items() if any(len(media) > 1 for media in of.media)}
+    last = f"moextend:{links[-1].name}"
+    if not several or not all(map(run.has, table.model(last).results)):
+        return {}
+    scores: dict[str, dict[str, float]] = {on: dict(accuracy[on]) for on in several}
+
+    def ask(title: str, opened: Askable, *, media: Collection[str] | None = None) -> None:
+        for on, of in several.items():
+            prompts = [
+                item.prompt if media is None else _asked_with(run, item, of.readers, media=media)
+                for item in of.prompted
+            ]
+            asker = asker_of(opened, readers=of.readers)
+            with counting(title, len(prompts), unit="questions") as bar:
+                texts = _answers(run, asker, prompts, bar=bar, most=of.settings.max_new_tokens)
+            scores[on][title] = of.accuracy(texts)
+
+    for link in links:
+        if link.medium:
+            ask(f"{link.name} alone", askable(run, f"moextend:{link.name}"), media=[link.medium])
+    opened = askable(run, last)
+    for name, rule in RULES.items():
+        model = abstract(composed(opened.model.config, rule))
+        ask(name, dataclasses.replace(opened, model=model))
+    if "mixture" in table.results and run.has("mixture"):
+        ask("trained together", askable(run, "moextend"))
+    return {"composed": scores}
+
+
+def _asked_of_all(run: Run) -> dict[str, Asked]:
+    """The rows that are asked of every extension, by its name, further sets as NAME/SET; the same for every run."""
+    asked = {}
+    for link in run.settings.links:
+        settings = results.evaluate_of(run.settings, link.name)
+        asked[link.name] = _asked(run, link.name, settings.data)
+        for name, data in settings.sets.items():
+            asked[f"{link.name}/{name}"] = _asked(run, link.name, data, fewer=True)
+    return asked
+
+
+def _asked(run: Run, extension: str, data: str, *, fewer: bool = False) -> Asked:
+    """fewer: of a data set with fewer rows than questions all of them."""
+    settings = results.evaluate_of(run.settings, extension)
+    unseen = None if data else unseen_source(run, extension)
+    finetune = results.stage_of(run.settings, results.named(run.settings, extension, "finetune"))
+    data, split = (data, settings.split) if unseen is None else (finetune.data, finetune.split)
+    source = open_source(run, data, split) if unseen is None else unseen
+    count = min(settings.questions, len(source)) if fewer or unseen is not None else settings.questions
     if count > len(source):
-        raise too_many_questions(settings, len(source))
+        raise too_many_questions(settings, len(source), data=data)
     chosen = np.random.default_rng(0).choice(len(source), count, replace=False)
-    title = title_of(of.data) if unseen is None else f"held-out {title_of(of.data)}"
-    return Asked(select_rows(source, chosen), of.data, of.split, title)
+    title = title_of(data) if unseen is None else f"held-out {title_of(data)}"
+    return Asked(select_rows(source, chosen), extension, data, split, title)
 
 
 def _check_unseen(run: Run) -> None:
     """Raises a MoextendError where a stage was trained on other rows than are left beside those held out now."""
-    for name in training():
-        path, data = run.workdir / name / "stage.json", result(name).data
+    table = results.table(run.settings)
+    for name in table.training():
+        path, data = run.folder(name) / "stage.json", table.result(name).data
         if data is None or not path.exists():
             continue
         if json.loads(path.read_text()).get("data") != source_of(run, data(run.settings.recipe)).fingerprint:
@@ -160,21 +340,22 @@ def _check_unseen(run: Run) -> None:
 
 
 def title_of(data: str) -> str:
-    """What tables call a data set: easy-VQA by its name, files by theirs without their folders and weights."""
+    """What tables call a data set: easy-VQA and others of packages by their names, files by theirs without their
+    folders; without weights."""
     if data.partition("/")[0] == "easy_vqa":
         return "easy-VQA"
-    return ", ".join(Path(part.name).name or part.name for part in parts_of(data))
+    names = [part.name for part in parts_of(data)]
+    return ", ".join(name if is_packaged(name) else Path(name).name or name for name in names)
 
 
-def _prompted_questions(
-    run: Run, asked: Asked, images: Pixels | Features
-) -> tuple[list[PromptedQuestion], Counter[str]]:
+def _prompted_questions(run: Run, asked: Asked, readers: Readers) -> tuple[list[PromptedQuestion], Counter[str]]:
     """The questions, and how many are left out, by kind, because training would skip their conversations."""
     prompted: list[PromptedQuestion] = []
     skipped: Counter[str] = Counter()
+    length = results.evaluate_of(run.settings, asked.extension).length
     for example in asked.source:
         try:
-            prompted.append(_prompted(run, example, images))
+            prompted.append(_prompted(run, example, readers, length=length))
         except Fault as fault:
             if not run.settings.faults.skips(fault):
                 raise
@@ -184,36 +365,54 @@ def _prompted_questions(
     return prompted, skipped
 
 
-def _prompted(run: Run, example: Example, images: Pixels | Features) -> PromptedQuestion:
-    """Raises a `Fault` for what cannot be asked: a conversation, a length, an image that cannot be read."""
-    question, length = questions.question_of(example, tokenizer=run.tokenizer), run.settings.evaluate.length
-    rows = tuple(images.row(ref) for ref in example.images)
+def _prompted(run: Run, example: Example, readers: Readers, *, length: int) -> PromptedQuestion:
+    """Raises a `Fault` for what cannot be asked: a conversation, a length, an item that cannot be read."""
+    question = questions.question_of(example, tokenizer=run.tokenizer)
+    items = _rows(example, readers)
     prompt = questions.prompt_of(
         question.text,
-        images=rows,
+        items=items,
+        spans={name: [readers[name].span(row) for row in rows] for name, rows in items.items()},
         system=question.system,
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
-        patches=run.patches,
         where=f"question {example.id}",
     )
     if length and len(prompt.ids_L) > length:
         message = f"{prompt.where}: its prompt has {len(prompt.ids_L)} tokens, evaluate.length is {length}; raise it"
         raise Fault(message, "too_long", example.id)
-    if rows:
-        images.read(np.array([rows]))
+    for name, rows in items.items():
+        readers[name].read(np.array([rows]))
     return PromptedQuestion(question, prompt)
 
 
-def _seen(item: PromptedQuestion, images: Pixels | Features) -> Prompt:
-    """The prompt with its pictures as rows of `images`."""
-    refs = item.question.example.images
-    return dataclasses.replace(item.prompt, images=tuple(images.row(ref) for ref in refs))
+def _rows(example: Example, readers: Readers) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(readers[name].row(ref) for ref in refs) for name, refs in example.by_medium.items()}
 
 
-def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar) -> list[str]:
+def _seen(item: PromptedQuestion, readers: Readers) -> Prompt:
+    """The prompt with its items as rows of these readers."""
+    return dataclasses.replace(item.prompt, items=_rows(item.question.example, readers))
+
+
+def _asked_with(run: Run, item: PromptedQuestion, readers: Readers, *, media: Collection[str]) -> Prompt:
+    """The question's prompt with its items of these media alone."""
+    question, tokenizer = item.question, run.tokenizer
+    items = {name: rows for name, rows in _rows(question.example, readers).items() if name in media}
+    return questions.prompt_of(
+        without_marks(question.text, (marked.mark for name, marked in tokenizer.media.items() if name not in media)),
+        items=items,
+        spans={name: [readers[name].span(row) for row in rows] for name, rows in items.items()},
+        system=question.system,
+        tokenizer=tokenizer,
+        recipe=run.settings.recipe,
+        where=item.prompt.where,
+    )
+
+
+def _answers(run: Run, asker: Asker, prompts: Sequence[Prompt], bar: Bar, *, most: int) -> list[str]:
     texts = [""] * len(prompts)
-    for completed in asker.complete(prompts, max_new_tokens=run.settings.evaluate.max_new_tokens):
+    for completed in asker.complete(prompts, max_new_tokens=most):
         for index, ids in completed:
             texts[index] = run.tokenizer.decode(ids).strip()
         bar.add(len(completed))
@@ -226,18 +425,16 @@ def _answer_stage(run: Run, source: Source) -> StageSettings:
     rows = run.settings.evaluate.text_batch_size
     stage = dataclasses.replace(run.settings.finetune, batch_size=rows, **alone)
     measured = measure(
-        source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, patches=run.patches,
+        source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, media=run.config.media,
         faults=run.settings.faults,
     )  # fmt: skip
-    return dataclasses.replace(stage, length=measured.length, images_per_row=measured.pictures)
+    return measured.filled(stage)
 
 
-def _answer_loss(
-    run: Run, opened: Askable, source: Source, *, stage: StageSettings, images: Pixels | Features | None
-) -> float:
-    """Mean nats per token of the right answers; without `images` of a model that sees the text alone."""
+def _answer_loss(run: Run, opened: Askable, source: Source, *, stage: StageSettings, readers: Readers) -> float:
+    """Mean nats per token of the right answers; of a model without `readers` of the text alone."""
     rows = batches(
-        source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, images=images, patches=run.patches,
+        source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, readers=readers,
         share=run.share, seed=None, epochs=1, faults=run.settings.faults,
     )  # fmt: skip
     step = loss_step(opened.model, chunk=512, mesh=run.mesh)
@@ -258,25 +455,26 @@ def _text_losses(run: Run, opened: Askable) -> dict[str, float]:
     return {text: loss(text) for text in ("wordnet", "kjv")}
 
 
-def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, images: Pixels | Features) -> Iterator[Batch]:
+def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, readers: Readers) -> Iterator[Batch]:
     """The prompts in the order given, on the host, every process the same; the last batch ends in empty rows."""
     rows = run.settings.evaluate.batch_size
     length = run.settings.evaluate.length or bucket(max(len(item.prompt.ids_L) for item in prompted))
     for first in range(0, len(prompted), rows):
         prompts = [item.prompt for item in prompted[first : first + rows]]
-        yield questions.prompt_batch(prompts, images=images, rows=rows, length=length)
+        yield questions.prompt_batch(
+            prompts, readers=readers, media=tuple(run.tokenizer.media), rows=rows, length=length
+        )
 
 
 def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
     placed = (place_whole(batch, run.mesh) for batch in batches)
     counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
-    extension = opened.model.config.extension
-    assert extension is not None
+    extensions = opened.model.config.extensions.values()
     record = {
         "layers": run.config.decoder.layers,
         "experts": run.config.decoder.experts,
-        "new_experts": extension.new_experts,
-        "extended_layers": list(extension.layers),
+        "new_experts": sum(added.new_experts for added in extensions),
+        "extended_layers": sorted({layer for added in extensions for layer in added.layers}),
         "tokens": {"text": int(counts.text_tokens), "image": int(counts.image_tokens)},
         "counts": {"text": counts.text_ZO.tolist(), "image": counts.image_ZO.tolist()},
     }
@@ -285,21 +483,21 @@ def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
 
 def _write_examples(
     run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
-    predictions: dict[str, list[str]], images: AnyImages,
+    predictions: dict[str, list[str]], images: AnyItems,
 ) -> None:  # fmt: skip
     """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
-    experts, extension = run.config.decoder.experts, opened.model.config.extension
-    assert extension is not None
+    experts = run.config.decoder.experts
+    layers = sorted({layer for added in opened.model.config.extensions.values() for layer in added.layers})
     picks = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing.ids_Tk, mesh=run.mesh)
-    grid, preparation = round(run.patches**0.5), run.settings.recipe.image_preparation
+    grid, preparation = round(run.config.media[IMAGE].tokens ** 0.5), run.settings.recipe.image_preparation
     records: list[dict[str, Any]] = []
     for batch in batches:
         ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
         chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
-        share_BL = chose_ZT[list(extension.layers)].mean(axis=0).reshape(batch.ids_BL.shape)
+        share_BL = chose_ZT[layers].mean(axis=0).reshape(batch.ids_BL.shape)
         for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):
-            picture = images.decoded(question.example.images[0].row).picture  # of which the grid is
-            share_P = share_BL[row][batch.patches_BL[row] >= 0][: grid * grid]
+            picture = images.decoded(question.example.images[0].row).item  # of which the grid is
+            share_P = share_BL[row][batch.places_BL[row] >= 0][: grid * grid]
             records.append(
                 {
                     "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), preparation=preparation)),
@@ -316,8 +514,8 @@ def _write_examples(
 def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | None) -> dict[str, Any]:
     """summary.json: the evaluation, seconds of each stage, sizes, and whether the pretrained weights are untouched."""
     stages = {}
-    for name in training():
-        path = run.workdir / name / "stage.json"
+    for name in results.table(run.settings).training():
+        path = run.folder(name) / "stage.json"
         if path.exists():
             stages[name] = json.loads(path.read_text())
     summary = evaluated | {
@@ -342,15 +540,28 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("question only", f"{accuracy['question_only']:.3f}")
     wordnet, kjv = losses["wordnet"], losses["kjv"]
-    for name in ("base", *ANSWERING):
+    models = results.FIRST.models
+    for name in ("base", *results.ANSWERING):
         if name not in accuracy and name not in kjv:
             continue
         read = name if name in kjv else "base"  # whose text is the base's
         forgotten = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
         cells = [f"{accuracy[name]:.3f}" if name in accuracy else ""]
         cells += [f"{answer_loss[name]:.3f}"] if answer_loss else []
-        table.add_row(MODELS[name].title, *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
+        table.add_row(models[name].title, *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
+        for medium, of in summary.get("without", {}).items():
+            if name in of:
+                table.add_row(f"  without {medium}", f"{of[name]:.3f}")
     console.print(table)
+    for name, measured in summary.get("importance", {}).items():
+        console.print(importance_table(f"{models[name].title}: what each medium is worth", measured))
+    for on, scores in summary.get("composed", {}).items():
+        rows = Table("", "accuracy", title=f"{on}: extensions put together")
+        for name, score in scores.items():
+            rows.add_row(name, f"{score:.3f}")
+        console.print(rows)
+    for title, chain in summary.get("chains", {}).items():
+        console.print(chains.chain_table(CHAINS[title], chain))
     console.print(
         f"questions: {accuracy['questions']}; pretrained weights bit-identical: "
         f"{'yes' if summary['frozen_unchanged'] else 'NO'}; seconds: "

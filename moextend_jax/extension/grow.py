@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import ModelConfig, MoextendError, Recipe
+from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe
 from moextend_jax.models.mixtral import Extension
 from moextend_jax.parameters import arrays_of
 
@@ -21,13 +21,15 @@ COPIED = {
 """New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
 
 
-def grow(arrays: Mapping[str, jax.Array], *, config: ModelConfig, recipe: Recipe, seed: int) -> dict[str, jax.Array]:
-    """The leaves of the extension that `config.extension` describes, initialised from the pretrained ones.
+def grow(
+    arrays: Mapping[str, jax.Array], *, config: ModelConfig, recipe: Recipe, seed: int, name: str = IMAGE
+) -> dict[str, jax.Array]:
+    """The leaves of the extension `name` of `config.extensions`, initialised from the pretrained ones.
 
-    Each new expert and its router column copy the layer's source expert (paper Eq. 8); the pretrained arrays are
+    Each new expert and its router column copy a source expert of the layer (paper Eq. 8); the pretrained arrays are
     not touched.
     """
-    extension = config.extension
+    extension = config.extensions.get(name)
     if extension is None:
         raise MoextendError("grow needs the layers to extend: run `moextend select` first")
     if max(extension.layers) >= config.decoder.layers:
@@ -38,11 +40,12 @@ def grow(arrays: Mapping[str, jax.Array], *, config: ModelConfig, recipe: Recipe
         config.decoder, extension, rngs=nnx.Rngs(seed), dtype=config.train_dtype, std=recipe.calibrator_std
     )
     leaves = arrays_of(fresh)
-    layers_Y, sources_Y = jnp.array(extension.layers), jnp.array(extension.sources)
+    layers_Y1 = jnp.array(extension.layers)[:, None]
+    sources_YX = jnp.array(extension.sources).reshape(len(extension.layers), extension.new_experts)
     for new, old in COPIED.items():
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
-            copied = arrays[old][layers_Y, :, sources_Y][..., None]
+            copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YX], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]
-            copied = arrays[old][layers_Y, sources_Y][:, None]
-        leaves[new] = jnp.broadcast_to(copied, leaves[new].shape).astype(leaves[new].dtype)
-    return {f"extension/{path}": leaf for path, leaf in leaves.items()}
+            copied = arrays[old][layers_Y1, sources_YX]
+        leaves[new] = copied.astype(leaves[new].dtype)
+    return {f"extensions/{name}/{path}": leaf for path, leaf in leaves.items()}

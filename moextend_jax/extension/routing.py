@@ -31,7 +31,8 @@ class Counts(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """shift_Z: d_j of every layer. layers: chosen, ascending. sources: expert to copy in each chosen layer."""
+    """shift_Z: d_j of every layer. layers: chosen, ascending. sources: experts to copy, X for each chosen layer, one
+    after another."""
 
     shift_Z: np.ndarray
     layers: tuple[int, ...]
@@ -43,7 +44,7 @@ def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe) -> Counts:
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
         ids_ZTk = least_likely(routing.logits_TO, top_k=ids_ZTk.shape[-1])
-    image_T = (batch.patches_BL >= 0).reshape(-1)
+    image_T = (batch.places_BL >= 0).reshape(-1)
     text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
     text_ZO, image_ZO = (tally(ids_ZTk, of_T, outputs=outputs) for of_T in (text_T, image_T))
     return Counts(text_ZO, image_ZO, text_T.sum(), image_T.sum())
@@ -115,10 +116,11 @@ def count_all(
     return Counts(*total)
 
 
-def select(before: Counts, after: Counts, *, share: float, recipe: Recipe) -> Selection:
-    """The layers whose routing moved most (paper section 3.2).
+def select(before: Counts, after: Counts, *, share: float, recipe: Recipe, new_experts: int = 1) -> Selection:
+    """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
 
-    The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer.
+    The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer, and to the lower expert. Each of
+    the `new_experts` X of a layer has another source.
 
     Raises:
       MoextendError: the share chooses no layer, or a layer's shift is no number (nothing was counted there).
@@ -133,7 +135,12 @@ def select(before: Counts, after: Counts, *, share: float, recipe: Recipe) -> Se
         raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
     layers = tuple(sorted(int(z) for z in np.argsort(-shift_Z, kind="stable")[:count]))
     decided_ZO = shares((before if recipe.source_under == "before" else after).total_ZO)
-    return Selection(shift_Z, layers, tuple(int(decided_ZO[z].argmax()) for z in layers))
+    if new_experts > decided_ZO.shape[1]:
+        raise MoextendError(
+            f"select.new_experts = {new_experts}: each copies another expert, and a layer has {decided_ZO.shape[1]}"
+        )
+    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[:new_experts] for z in layers)
+    return Selection(shift_Z, layers, tuple(int(expert) for experts in by_picks for expert in experts))
 
 
 def shares(counts_ZO: np.ndarray) -> np.ndarray:
@@ -147,9 +154,9 @@ def shift(before_ZO: np.ndarray, after_ZO: np.ndarray) -> np.ndarray:
 
 
 def outputs_Z(model: MoExtend) -> np.ndarray:
-    """Router outputs of every layer: E, or E+X in an extended one."""
-    decoder, extension = model.config.decoder, model.config.extension
+    """Router outputs of every layer: E, and the X of every extension that it has."""
+    decoder = model.config.decoder
     widths_Z = np.full(decoder.layers, decoder.experts)
-    if extension is not None:
+    for extension in model.config.extensions.values():
         widths_Z[list(extension.layers)] += extension.new_experts
     return widths_Z

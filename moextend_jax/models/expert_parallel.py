@@ -45,27 +45,30 @@ class Split(NamedTuple):
 def mixture(
     x_BLD: jax.Array,
     moe: Any,
-    new: Any,
+    slots: Sequence[Any] = (),
     *,
-    extended: jax.Array,
     config: ModelConfig,
+    extended: Sequence[jax.Array | bool] = (),
+    shares: Sequence[jax.Array | None] = (),
     real_BL: jax.Array | None = None,
-    sighted_BL: jax.Array | None = None,
 ):
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: modules `gate`, `experts` of one layer. new: its extension (`router`, `new_experts`), or None.
-      extended: bool scalar, false on layers whose extension is only a placeholder of zeros.
+      moe: modules `gate`, `experts` of one layer. slots: `router`, `new_experts` of every extension in it.
       config: its top-k, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
+      extended: for each extension a bool scalar, false on layers that it does not have.
+      shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
-      sighted_BL: tokens that may choose new experts, None: all.
     """
     top_k, x_split = config.decoder.top_k, shards("BLd", x_BLD.shape)
-    arrays, splits = zip(*(module_shards(module) if module else ({}, {}) for module in (moe, new)), strict=True)
-    experts, new_experts = splits[0]["experts/w_gate"], splits[1].get("new_experts/w_gate")
+    arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
+    experts = splits[0]["experts/w_gate"]
     split = Split(
-        experts.over("E"), experts.over("F"), new_experts.over("f") if new_experts else (), x_split.over("BL")
+        experts.over("E"),
+        experts.over("F"),
+        splits[1]["new_experts/w_gate"].over("f") if slots else (),
+        x_split.over("BL"),
     )
     # Mesh axes over which an expert stays split in use: where tokens come to the experts, a new one's slices too.
     kept = {"experts": split.expert + split.tensor}
@@ -74,19 +77,19 @@ def mixture(
     # For example a group of expert 2 x tensor 2, E = 8, 128 tokens on each device. Device (1, 0) holds the first half
     # of the hidden width of experts 4 to 7 and the third quarter of a new expert's. With "gather" it sees the group's
     # 512 tokens, adds up what these parts give each, and is left with the group's sum for its own 128.
-    def local(x_BLD, arrays, extended, real_BL, sighted_BL):
+    def local(x_BLD, arrays, extended, real_BL, shares):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        this, added = map(in_use, (moe, new), arrays, splits)
+        this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
-            if added is None:
+            if not added:
                 routing = route(x_TD, this.gate[...], top_k=top_k)
             else:
-                sighted_T = None if sighted_BL is None else sighted_BL.reshape(-1)
                 routing = route_extended(
-                    x_TD, this.gate[...], added.router, extended=extended, top_k=top_k,
-                    normalise=WEIGHT_GUARDS[config.weight_guard], sighted_T=sighted_T,
+                    x_TD, this.gate[...], [slot.router for slot in added], extended=extended, top_k=top_k,
+                    normalise=WEIGHT_GUARDS[config.weight_guard],
+                    shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
-        parts = [this.experts.weights(x_TD.dtype), *([added.new_experts.weights(x_TD.dtype)] if added else [])]
+        parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
         y_TD = DISPATCHES[config.dispatch](x_TD, _of_real(routing, real_BL), parts, split)
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
 
@@ -98,12 +101,11 @@ def mixture(
             leaf = leaf.astype(x_BLD.dtype) if kind.endswith("experts") else leaf
             return gather(leaf, splits[path], keep=kept.get(kind, ()))
 
-        return module and with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
+        return with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 
     tokens = Shards("BL", x_split.split[:2])
-    y_BLD, routing = map_shards(local, (x_split, splits, Shards("", ()), tokens, tokens), x_split)(
-        x_BLD, arrays, extended, real_BL, sighted_BL
-    )
+    ins = (x_split, splits, Shards("", ()), tokens, tokens)
+    y_BLD, routing = map_shards(local, ins, x_split)(x_BLD, arrays, list(extended), real_BL, list(shares))
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
 
 
@@ -128,14 +130,14 @@ def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     is_here_Tk = (local_Tk >= 0) & (local_Tk < here) & (ids_Tk < experts)
     if not new:
         y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts)
-    elif new[0][0].shape[-1] == pretrained[0].shape[-1]:  # one buffer of rows serves both
-        added = new[0][0].shape[0]
+    elif new[0][0].shape[-1] == pretrained[0].shape[-1]:  # one buffer of rows serves all
+        added = sum(part[0].shape[0] for part in new)
         local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
         local_Tk = jnp.where(ids_Tk >= experts, ids_Tk - experts + here, local_Tk)
         y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split), parts)
     else:
         y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, [pretrained])
-        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new[0], group, split)
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split)
     return _summed(y_TD, group, together)
 
 
@@ -169,7 +171,7 @@ def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained])
     y_TD = combine(top_k, back.send(y_RD, len(x_RD), split.expert), sorting)
     if new:
-        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new[0], split.tensor, split)
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, split.tensor, split)
     return _summed(y_TD, split.tensor, together)
 
 
@@ -206,16 +208,16 @@ class _Trip(NamedTuple):
         return jnp.where(from_Rp.any(axis=1)[:, None], rows_pRD[sender_R, index_R], out_RD)
 
 
-def _new_alone(x_TD, ids_Tk, weights_Tk, part: Weights, group: tuple[str, ...], split: Split) -> jax.Array:
+def _new_alone(x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[str, ...], split: Split) -> jax.Array:
     """The new experts' share of the sum; `ids_Tk` is negative for pretrained ones. A token chooses each new expert at
     most once, so it needs no more rows than there are new experts."""
-    X, top_k = part[0].shape[0], ids_Tk.shape[-1]
-    is_new_Tk = ids_Tk >= 0
+    X, top_k = sum(part[0].shape[0] for part in new), ids_Tk.shape[-1]
+    is_new_Tk = (ids_Tk >= 0) & (ids_Tk < X)
     slots_Tk = jnp.argsort(~is_new_Tk, axis=1, stable=True)[:, : min(X, top_k)]
     ids_Tk, weights_Tk, is_new_Tk = (
         jnp.take_along_axis(array, slots_Tk, axis=1) for array in (ids_Tk, weights_Tk, is_new_Tk)
     )
-    return apply_experts(x_TD, jnp.where(is_new_Tk, ids_Tk, X), _shared(weights_Tk, is_new_Tk, group, split), [part])
+    return apply_experts(x_TD, jnp.where(is_new_Tk, ids_Tk, X), _shared(weights_Tk, is_new_Tk, group, split), new)
 
 
 def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], split: Split) -> jax.Array:

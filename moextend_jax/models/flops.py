@@ -9,11 +9,22 @@ counts nothing. Experts compute the rows routed to them and no more.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from moextend_jax.config import DecoderConfig, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.config import (
+    DecoderConfig,
+    ExtensionConfig,
+    FeaturesConfig,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    Named,
+    VisionConfig,
+    WhisperConfig,
+)
+from moextend_jax.models.moextend import share_of_text
 
 PHASES = ("forward", "recomputed", "activation_backward", "weight_gradients")
 
@@ -76,17 +87,31 @@ class Flops(NamedTuple):
         return self.total - self.by_phase()["recomputed"]
 
 
+def running(config: ModelConfig, media: frozenset[str]) -> Named[ExtensionConfig]:
+    """The extensions that tokens of a batch with these media may choose; the others do not run."""
+    names = share_of_text(config, media)
+    return Named({name: added for name, added in config.extensions.items() if name in names})
+
+
 def step_flops(
-    config: ModelConfig, *, trains: Iterable[str], rows: int, length: int, images: int, new_share: float | None = None
+    config: ModelConfig,
+    *,
+    trains: Iterable[str],
+    rows: int,
+    length: int,
+    items: Mapping[str, int],
+    new_share: float | None = None,
 ) -> Flops:
     """FLOPs of one step.
 
     Args:
       trains: path patterns of the trainable leaves.
-      rows, length: of the global batch; `images` per row.
-      new_share: share of an extended layer's picks that go to new experts; None is X/(E+X), a balanced router.
+      rows, length: of the global batch; `items` of each medium per row.
+      new_share: share of an extended layer's picks that go to the new experts of one extension; None is X over E and
+        all new ones, a balanced router.
     """
-    trains = tuple(trains)
+    trains, present = tuple(trains), frozenset(name for name, count in items.items() if count)
+    config = dataclasses.replace(config, extensions=running(config, present))
     if config.remat not in RECOMPUTED:
         raise MoextendError(
             f"remat policy {config.remat!r} has no row in models/flops.py; there are {', '.join(RECOMPUTED)}"
@@ -98,19 +123,18 @@ def step_flops(
         return any(fnmatchcase(leaf, pattern) for leaf in leaves for pattern in trains)
 
     found: dict[str, dict[str, float]] = {}
-    for part in _parts(config, trained, rows=rows, length=length, images=images, new_share=new_share):
-        recomputed = part.flops if part.name in again else 0.0
+    for part in _parts(config, trained, rows=rows, length=length, items=items, new_share=new_share):
+        recomputed = part.flops if part.name.partition(" of ")[0] in again else 0.0
         backward = (1 if part.leaves else 2) * part.flops if part.below else 0.0
         gradients = part.flops if trained(part.leaves) else 0.0
         found[part.name] = dict(zip(PHASES, (part.flops, recomputed, backward, gradients), strict=True))
     return Flops(found)
 
 
-def full_training(config: ModelConfig, *, rows: int, length: int, images: int) -> Flops:
+def full_training(config: ModelConfig, *, rows: int, length: int, items: Mapping[str, int]) -> Flops:
     """Full fine-tuning of the model that is being extended, same batch, every layer recomputed."""
-    plain = dataclasses.replace(config, extension=None, remat="layer", saved=())
-    trains = ("decoder/*", "projector/*", "vision/*")
-    flops = step_flops(plain, trains=trains, rows=rows, length=length, images=images)
+    plain = dataclasses.replace(config, extensions=Named(), remat="layer", saved=())
+    flops = step_flops(plain, trains=("decoder/*", "media/*"), rows=rows, length=length, items=items)
     for (
         name,
         phases,
@@ -120,29 +144,47 @@ def full_training(config: ModelConfig, *, rows: int, length: int, images: int) -
     return flops
 
 
-def _parts(config: ModelConfig, trained, *, rows: int, length: int, images: int, new_share: float | None) -> list[Part]:
-    if config.vision is None:
-        return _decoder(config, rows=rows, length=length, new_share=new_share)
-    C, D = config.vision.width, config.decoder.width
-    patches = rows * images * config.vision.patches
-    tower = trained(("vision/patch",))
-    first = Part("projector/first", 2.0 * patches * C * D, ("projector/first",), tower)
-    below = tower or trained(first.leaves)
-    second = Part("projector/second", 2.0 * patches * D * D, ("projector/second",), below)
-    parts = [*_tower(config.vision, tower, images=rows * images), first, second]
+def _parts(
+    config: ModelConfig, trained, *, rows: int, length: int, items: Mapping[str, int], new_share: float | None
+) -> list[Part]:
+    parts: list[Part] = []
+    for name, medium in config.media.items():
+        if n := rows * items.get(name, 0):
+            parts += _medium(f"media/{name}/", medium, trained, n=n, width=config.decoder.width)
     return parts + _decoder(config, rows=rows, length=length, new_share=new_share)
 
 
-def _tower(vision: VisionConfig, trains: bool, *, images: int) -> list[Part]:
-    C, J, Q = vision.width, vision.hidden, vision.patches + 1
-    layers = range(vision.layers + 1)[vision.feature_layer]
-    tokens = images * Q
-    inside = "vision/layers/"
+def _medium(inside: str, medium: Medium, trained, *, n: int, width: int) -> list[Part]:
+    """Tower and projector of n items. A resampler's blocks count as its last map alone: they are small beside it."""
+    tower, C, D, n = medium.tower, medium.tower.sizes()["C"], width, n * medium.frames
+    parts: list[Part] = []
+    if not isinstance(tower, FeaturesConfig):
+        parts = _tower(inside + "tower/", tower, trained((inside + "tower/layers/mlp/up",)), n=n)
+    below, tokens = bool(parts) and parts[0].below, n * medium.projector.tokens(tower.patches)
+    inputs = C * (medium.projector.neighbours if medium.projector.kind == "stack" else 1)
+    leaf = inside + "projector/first"
+    first = Part(leaf, 2.0 * tokens * inputs * D, (leaf,), trained((inside + "tower/layers/mlp/up",)))
+    below = first.below or trained(first.leaves)
     return [
-        Part("vision/patch", 2.0 * images * vision.patches * vision.patch_size**2 * 3 * C, ("vision/patch",), False),
-        Part("vision/attention", 8.0 * layers * tokens * C * C, (inside + "attention/query",), trains),
-        Part("vision/scores", 4.0 * layers * tokens * Q * C, (), trains),
-        Part("vision/mlp", 4.0 * layers * tokens * C * J, (inside + "mlp/up",), trains),
+        *parts,
+        first,
+        Part(inside + "projector/second", 2.0 * tokens * D * D, (inside + "projector/second",), below),
+    ]
+
+
+def _tower(inside: str, tower: VisionConfig | WhisperConfig, trains: bool, *, n: int) -> list[Part]:
+    C, J = tower.width, tower.hidden
+    layers = range(tower.layers + 1)[tower.feature_layer]
+    if isinstance(tower, VisionConfig):
+        Q, first = tower.patches + 1, 2.0 * n * tower.patches * tower.patch_size**2 * 3 * C
+    else:  # two convolutions of three taps, the second at half the frames
+        Q, first = tower.patches, 2.0 * n * 3 * (tower.frames * tower.bands * C + tower.patches * C * C)
+    tokens = n * Q
+    return [
+        Part(inside + "patch", first, (inside + "patch", inside + "conv1"), False),
+        Part(inside + "attention", 8.0 * layers * tokens * C * C, (inside + "layers/attention/query",), trains),
+        Part(inside + "scores", 4.0 * layers * tokens * Q * C, (), trains),
+        Part(inside + "mlp", 4.0 * layers * tokens * C * J, (inside + "layers/mlp/up",), trains),
     ]
 
 
@@ -151,13 +193,14 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     D, F, Z, H, k = decoder.width, decoder.hidden, decoder.layers, decoder.head_size, decoder.top_k
     N, K, E = decoder.heads, decoder.kv_heads, decoder.experts
     T = rows * length
-    extended, X, A = 0, 0, 0
-    if config.extension:
-        extended, X, A = len(config.extension.layers), config.extension.new_experts, config.extension.calibrator_width
-    share = X / (E + X) if new_share is None else new_share
-    old_rows, new_rows = T * k * (Z - extended * share), T * k * extended * share
+    picked: dict[str, float] = {}  # by extension, the share of all picks of all layers that go to its experts
+    for name, added in config.extensions.items():
+        columns = E + sum(other.new_experts for other in config.extensions.values())
+        share = added.new_experts / columns if new_share is None else new_share
+        picked[name] = len(added.layers) * share
+    old_rows = T * k * (Z - sum(picked.values()))
     layers = "decoder/layers/"
-    experts, new = (layers + "moe/experts/", "extension/new_experts/")
+    experts = layers + "moe/experts/"
     parts = [
         Part("attention/query", 2.0 * Z * T * D * N * H, (layers + "attention/query",), True),
         Part("attention/key", 2.0 * Z * T * D * K * H, (layers + "attention/key",), True),
@@ -169,14 +212,16 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
         Part("experts/up", 2.0 * old_rows * D * F, (experts + "w_up",), True),
         Part("experts/down", 2.0 * old_rows * D * F, (experts + "w_down",), True),
     ]
-    if extended:
-        calibrator = 4.0 * extended * T * (E + X) * A
+    for name, added in config.extensions.items():
+        extended, X, A, new = len(added.layers), added.new_experts, added.calibrator_width, f"extensions/{name}/"
+        of, new_rows = "" if len(config.extensions) == 1 else f" of {name}", T * k * picked[name]
+        router, calibrator = 2.0 * extended * T * D * X, 4.0 * extended * T * (E + X) * A
         parts += [
-            Part("router/new", 2.0 * extended * T * D * X, ("extension/router/new_gate",), True),
-            Part("calibrator", calibrator, ("extension/router/calibrator/w_in",), True),
-            Part("new_experts/gate", 2.0 * new_rows * D * F, (new + "w_gate",), True),
-            Part("new_experts/up", 2.0 * new_rows * D * F, (new + "w_up",), True),
-            Part("new_experts/down", 2.0 * new_rows * D * F, (new + "w_down",), True),
+            Part(f"router/new{of}", router, (new + "router/new_gate",), True),
+            Part(f"calibrator{of}", calibrator, (new + "router/calibrator/w_in",), True),
+            Part(f"new_experts/gate{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_gate",), True),
+            Part(f"new_experts/up{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_up",), True),
+            Part(f"new_experts/down{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_down",), True),
         ]
     head = "decoder/embed" if decoder.tied_head else "decoder/head"
     return [*parts, Part("head", 2.0 * T * D * decoder.vocab_size, (head,), True)]

@@ -1,7 +1,8 @@
-"""The Mixtral decoder, plain or extended: embeddings `x_BLD` in, final hidden states and routing of all layers out."""
+"""The Mixtral decoder, plain or with extensions: embeddings `x_BLD` in, final hidden states and all routing out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -56,10 +57,13 @@ class Mixtral(nnx.Module):
 class Extension(nnx.Module):
     """Everything new: per extended layer X experts, their router columns and one calibrator, stacked over Y."""
 
-    def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
+    def __init__(
+        self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float,
+        experts_dtype: str | None = None,
+    ):  # fmt: skip
         sizes = {**decoder.sizes(), **extension.sizes()}
         self.router = NewColumns(decoder, extension, rngs=rngs, dtype=dtype, std=std)
-        self.new_experts = Experts("YXDf", sizes, rngs=rngs, dtype=dtype)
+        self.new_experts = Experts("YXDf", sizes, rngs=rngs, dtype=experts_dtype or dtype)
 
 
 class Decoded(NamedTuple):
@@ -77,34 +81,31 @@ def run_layers(
     config: ModelConfig,
     positions_BL: jax.Array,
     visible: Visible,
-    extension: Extension | None = None,
+    extensions: Mapping[str, Extension],
+    shares: Mapping[str, jax.Array | None],
     past: KeysValues | None = None,
     real_BL: jax.Array | None = None,
-    sighted_BL: jax.Array | None = None,
 ) -> Decoded:
     """Runs all layers in one scan, whose body is compiled once whatever the depth.
 
     Args:
       visible: the segments of a batch's rows, or with `past` a mask over both.
-      extension: None runs the layers as they were before it, also where `config` has one.
+      extensions: all of the model's. Those that `shares` names run; without any the layers run as before them.
+      shares: by name the log of an extension's share [B, L] for every token, None: all of it (`router.route_extended`).
       past: keys and values of earlier positions, stacked over Z.
       real_BL: tokens that experts compute, None: all. The others (padding) pass the experts by.
-      sighted_BL: tokens that may choose new experts, None: all.
     """
     sizes = config.decoder
     check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
     turns = rotation(positions_BL, head_size=sizes.head_size, theta=sizes.rope_theta)
     layer_def, layers = nnx.split(decoder.layers)
-    if extension is None or config.extension is None:
-        extension_def, slots, extended_Z = None, None, jnp.zeros(sizes.layers, bool)
-    else:
-        extension_def, state = nnx.split(extension)
-        slots, extended_Z = _one_slot_per_layer(state, config.extension.layers, sizes.layers, dtype=x_BLD.dtype)
+    names = tuple(name for name in config.extensions if name in shares)
+    slots = tuple(_slots(extensions[name], config.extensions[name], sizes.layers, dtype=x_BLD.dtype) for name in names)
 
     def layer(x_BLD, layer_slice):
-        params, extension_slice, extended, past = layer_slice
+        params, by_slot, past = layer_slice
         this: DecoderLayers = nnx.merge(layer_def, params)
-        new = None if extension_def is None else nnx.merge(extension_def, extension_slice)
+        here = [slot.of_layer(own) for slot, own in zip(slots, by_slot, strict=True)]
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
@@ -119,19 +120,34 @@ def run_layers(
         y_BLD, routing = mixture(
             normed_BLD,
             this.moe,
-            new,
-            extended=extended,
+            here,
             config=config,
+            extended=[own.extended for own in by_slot],
+            shares=[shares[name] for name in names],
             real_BL=real_BL,
-            sighted_BL=sighted_BL if new else None,
         )
         return constrain(x_BLD + y_BLD, "BLd"), (routing, present)
 
     if config.remat == "layer":
         layer = jax.checkpoint(layer, prevent_cse=False, policy=save_these(config.saved))
     x_BLD = constrain(x_BLD, "BLd")
-    x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, (layers, slots, extended_Z, past))
+    scanned = (layers, tuple(slot.scanned for slot in slots), past)
+    x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, scanned)
+    routing = _numbered(routing, config=config, names=names)
     return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
+
+
+def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) -> Routing:
+    """The routing of a model whose extensions `names` alone ran, in the columns of the whole model: those of the others
+    are -inf, and no token has chosen them."""
+    if names == tuple(config.extensions):
+        return routing
+    E, logits = config.decoder.experts, routing.logits_TO
+    columns = [n for name in names for n in config.columns(name)]
+    wide = jnp.full((*logits.shape[:-1], config.outputs), -jnp.inf, logits.dtype)
+    wide = wide.at[..., jnp.array([*range(E), *columns])].set(logits)
+    number = jnp.array([*range(E), *columns, config.outputs])  # the last: padding's, which chooses nobody
+    return routing._replace(logits_TO=wide, ids_Tk=number[routing.ids_Tk].astype(routing.ids_Tk.dtype))
 
 
 def check_length(length: int, sizes: DecoderConfig) -> None:
@@ -155,25 +171,56 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
     return x32_BLD.astype(x_BLD.dtype) * scale_D.astype(x_BLD.dtype)[None, None, :]
 
 
-def _one_slot_per_layer(state: nnx.State, extended_layers: tuple[int, ...], layers: int, *, dtype: Any):
-    """Extension leaves `[Y, ...]` spread to `[Z, ...]`, zeros on plain layers, as inputs of the scan.
+class _Scanned(NamedTuple):
+    """What the scan takes of an extension for each layer: whether the layer has it, its row y of the stacked leaves,
+    and the leaves of extensions that train. All stacked over Z outside of the layer."""
 
-    One scan over all layers with zeros is cheaper than it looks: an unchosen expert gets no rows, hence no FLOPs,
-    and the body stays one program without branches, which collectives of a mesh could not cross. Experts are spread
-    in the dtype they compute in. For example layers 1 and 3 of four are extended, so Y = 2:
+    extended: Any
+    row: Any
+    leaves: Any
 
-        slot_Z = 2 0 2 1            (2 is past the end of Y)
-        leaf_Y = a b  ->  leaf_Z = 0 a 0 b,  extended_Z = no yes no yes
+
+class _Slots(NamedTuple):
+    """An extension as the layers read it. stored: leaves [Y, ...] of one that does not train, else None."""
+
+    definition: Any
+    stored: Any
+    scanned: _Scanned
+
+    def of_layer(self, own: _Scanned) -> Extension:
+        """The extension in the layer whose part of `scanned` is `own`; anything where the layer does not have it."""
+        leaves = own.leaves
+        if self.stored is not None:
+            leaves = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, own.row, keepdims=False), self.stored)
+        return nnx.merge(self.definition, leaves)
+
+
+def _slots(extension: Extension, config: ExtensionConfig, layers: int, *, dtype: Any) -> _Slots:
+    """Where each layer finds its part of an extension.
+
+    For example layers 1 and 3 of four are extended, so Y = 2:
+
+        row_Z = 0 0 0 1,  extended_Z = no yes no yes
+
+    Leaves that do not train are read at that row inside the scan: nothing is copied for layers that do not have them,
+    however many extensions there are. Leaves that train are spread, zeros on plain layers (`a b` -> `0 a 0 b`): an
+    unchosen expert gets no rows, hence costs no FLOPs, and the gradient of a scan's inputs is written once, while that
+    of an array read inside would be added up over all layers. Experts are spread in the dtype they compute in.
     """
-    slot_Z = jnp.full(layers, len(extended_layers)).at[jnp.array(extended_layers)].set(jnp.arange(len(extended_layers)))
+    Y = len(config.layers)
+    rows_Z = jnp.full(layers, Y).at[jnp.array(config.layers)].set(jnp.arange(Y))
+    definition, state = nnx.split(extension)
+    extended_Z = rows_Z < Y
+    if not config.trains:
+        return _Slots(definition, state, _Scanned(extended_Z, jnp.where(extended_Z, rows_Z, 0), None))
 
     def spread(path, param: nnx.Param):
         leaf = param[...].astype(dtype) if "new_experts" in path else param[...]
-        leaf = constrain(jnp.take(leaf, slot_Z, axis=0, mode="fill", fill_value=0), param.axes)
+        leaf = constrain(jnp.take(leaf, rows_Z, axis=0, mode="fill", fill_value=0), param.axes)
         return param.replace(leaf)
 
     flat = [(path, spread(path, param)) for path, param in nnx.to_flat_state(state)]
-    return nnx.from_flat_state(flat), slot_Z < len(extended_layers)
+    return _Slots(definition, None, _Scanned(extended_Z, rows_Z, nnx.from_flat_state(flat)))
 
 
 __all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]

@@ -1,33 +1,60 @@
-"""The whole model: a `Batch` of text and images in, hidden states, routing and keys/values out."""
+"""The whole model: a `Batch` of text and media in, hidden states, routing and keys/values out."""
 
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import IGNORE, Batch, ModelConfig
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, ModelConfig, TowerConfig, VisionConfig, WhisperConfig
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
-from moextend_jax.models.vision import Projector, VisionTower
+from moextend_jax.models.projectors import join_frames, make_projector
+from moextend_jax.models.vision import VisionTower
+from moextend_jax.models.whisper import WhisperTower
 from moextend_jax.parameters import arrays_of
 from moextend_jax.sharding import constrain
 
+TOWERS: dict[type[TowerConfig], Any] = {VisionConfig: VisionTower, WhisperConfig: WhisperTower}
+"""TABLE of towers by their sizes' class: a call gives features x_nPC. `FeaturesConfig` has none."""
+
+Shares = dict[str, jax.Array | None]
+"""By extension the log of its share for tokens, or rows; None: all of it for all. Those not named do not run."""
+
+
+class MediumModule(nnx.Module):
+    """What reads a medium: its tower (None where features come from elsewhere) and its projector."""
+
+    def __init__(self, medium: Medium, config: ModelConfig, *, rngs: nnx.Rngs):
+        tower = TOWERS.get(type(medium.tower))
+        self.tower = tower(medium.tower, rngs=rngs, dtype=config.dtype) if tower else None
+        self.projector = _projector(medium, config, rngs)
+
 
 class MoExtend(nnx.Module):
-    """Pretrained decoder, and where configured a vision tower with its projector and an extension."""
+    """Pretrained decoder, and where configured what reads its media, and its extensions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, calibrator_std: float = 1.0):
         self.config = config
         self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype)
-        self.vision = VisionTower(config.vision, rngs=rngs, dtype=config.dtype) if config.vision else None
-        self.projector = _projector(config, rngs) if config.vision else None
-        self.extension = (
-            Extension(config.decoder, config.extension, rngs=rngs, dtype=config.train_dtype, std=calibrator_std)
-            if config.extension
-            else None
+        self.media = nnx.Dict({name: MediumModule(medium, config, rngs=rngs) for name, medium in config.media.items()})
+        self.extensions = nnx.Dict(
+            {
+                name: Extension(
+                    config.decoder,
+                    added,
+                    rngs=rngs,
+                    dtype=config.train_dtype,
+                    std=calibrator_std,
+                    # What experts compute in, so that frozen ones are stored at that size.
+                    experts_dtype=config.train_dtype if added.trains else config.dtype,
+                )
+                for name, added in config.extensions.items()
+            }
         )
 
     def __call__(self, batch: Batch, *, skip_padding: bool = False) -> Decoded:
@@ -41,34 +68,38 @@ class MoExtend(nnx.Module):
             positions_BL=batch.positions_BL,
             visible=Visible.in_rows(batch.segments_BL),
             real_BL=needed(batch) if skip_padding else None,
-            sighted_BL=sighted(batch),
+            shares=shares(batch, self.config),
         )
 
     def embed(self, batch: Batch) -> jax.Array:
-        """Token embeddings `[B, L, D]` with projected image features in the places that `patches_BL` names."""
+        """Token embeddings `[B, L, D]` with projected features in the places that `places_BL` names."""
         x_BLD = jnp.take(self.decoder.embed[...], batch.ids_BL, axis=0).astype(self.config.dtype)
-        if batch.images_BMhwc is None and batch.features_BMPC is None:
+        if not batch.names:
             return x_BLD
-        image_BpD = self.project(batch)
-        index_BL1 = jnp.maximum(batch.patches_BL, 0)[..., None]
-        spliced_BLD = jnp.take_along_axis(image_BpD, index_BL1, axis=1)
-        return jnp.where((batch.patches_BL >= 0)[..., None], spliced_BLD, x_BLD)
+        tokens = [self.project(batch, name) for name in self.config.media if name in batch.names]
+        tokens_BiD = tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens, axis=1)
+        index_BL1 = jnp.maximum(batch.places_BL, 0)[..., None]
+        spliced_BLD = jnp.take_along_axis(tokens_BiD, index_BL1, axis=1)
+        return jnp.where((batch.places_BL >= 0)[..., None], spliced_BLD, x_BLD)
 
-    def project(self, batch: Batch) -> jax.Array:
-        """Visual tokens `[B, M*P, D]` of the rows' images."""
-        assert self.projector is not None
-        features_BMPC = batch.features_BMPC
+    def project(self, batch: Batch, name: str) -> jax.Array:
+        """Tokens `[B, M*P, D]` of the rows' items of a medium."""
+        medium, module = self.config.media[name], self.media[name]
+        features_BMPC = batch.features.get(name)
         if features_BMPC is None:
-            assert self.vision is not None
-            B, M, *image = batch.images_BMhwc.shape
-            with jax.named_scope("vision"):
-                features_BMPC = self.vision(batch.images_BMhwc.reshape(B * M, *image).astype(self.config.dtype))
-                features_BMPC = features_BMPC.reshape(B, M, *features_BMPC.shape[1:])
+            items = batch.media[name]
+            B, M = items.shape[:2]
+            with jax.named_scope(name):
+                items = items.reshape(B * M, *items.shape[2:])
+                features_nPC = tower_features(module.tower, medium, items, self.config.dtype)
+            features_BMPC = features_nPC.reshape(B, M, *features_nPC.shape[1:])
         B, M, P, C = features_BMPC.shape
+        frames = medium.frames
         with jax.named_scope("projector"):
-            image_nPD = self.projector(features_BMPC.reshape(B * M, P, C).astype(self.config.dtype))
+            tokens_npD = module.projector(features_BMPC.reshape(-1, P // frames, C).astype(self.config.dtype))
+            tokens_npD = join_frames(tokens_npD, frames=frames, join=medium.join)
         # The projector computes in its own dtype.
-        return constrain(image_nPD.astype(self.config.dtype).reshape(B, M * P, -1), "BSd")
+        return constrain(tokens_npD.astype(self.config.dtype).reshape(B, -1, tokens_npD.shape[-1]), "BSd")
 
     def decode(
         self,
@@ -76,37 +107,53 @@ class MoExtend(nnx.Module):
         *,
         positions_BL: jax.Array,
         visible: Visible,
+        shares: Shares,
         past: KeysValues | None = None,
         real_BL: jax.Array | None = None,
-        sighted_BL: jax.Array | None = None,
     ) -> Decoded:
         """Runs the layers on embeddings.
 
         Args:
           past, real_BL: see `run_layers`.
-          sighted_BL: tokens whose conversation has an image (`sighted`), None: no token. Only "strict" text isolation
-            reads it. What no image belongs to then runs through the same program as before the extension: equal bit
-            for bit, which another program's roundings are not.
+          shares: of the batch (`shares`). Extensions that it does not name run nowhere: what no item of their medium
+            belongs to is computed by the same program as before them, hence equal bit for bit, which another
+            program's roundings are not.
         """
-        strict = self.config.text_isolation == "strict"
-        extension = None if strict and sighted_BL is None else self.extension
-        decoded = run_layers(
+        return run_layers(
             self.decoder,
             x_BLD,
             config=self.config,
             positions_BL=positions_BL,
             visible=visible,
-            extension=extension,
+            extensions=self.extensions,
+            shares=shares,
             past=past,
             real_BL=real_BL,
-            sighted_BL=sighted_BL if strict else None,
         )
-        if extension is self.extension:
-            return decoded
-        assert self.config.extension is not None
-        absent = ((0, 0), (0, 0), (0, self.config.extension.new_experts))
-        logits_ZTO = jnp.pad(decoded.routing.logits_TO, absent, constant_values=-jnp.inf)
-        return decoded._replace(routing=decoded.routing._replace(logits_TO=logits_ZTO))
+
+
+def tower_features(tower: Any, medium: Medium, items: jax.Array, dtype: Any) -> jax.Array:
+    """Features `[n, P, C]` of items `[n, ...]` as data prepares them; of a video those of its frames one after another.
+    Items of a medium without a tower are features already."""
+    if tower is None:
+        return items
+    n = len(items)
+    if medium.kind == "video":
+        items = items.reshape(-1, *items.shape[2:])
+    features_nPC = tower(items.astype(dtype))
+    return features_nPC.reshape(n, -1, features_nPC.shape[-1])
+
+
+def input_shape(medium: Medium) -> tuple[int, ...]:
+    """Of one item of a medium as data prepares it for its tower: an image's [h, w, c], a video's [frames, h, w, c], a
+    sound's mel bands [b, l], features [P, C]."""
+    tower = medium.tower
+    if isinstance(tower, VisionConfig):
+        image = (tower.image_size, tower.image_size, 3)
+        return (medium.frames, *image) if medium.kind == "video" else image
+    if isinstance(tower, WhisperConfig):
+        return tower.bands, tower.frames
+    return tower.patches, tower.width
 
 
 def needed(batch: Batch) -> jax.Array:
@@ -119,29 +166,88 @@ def targets(labels_BL: jax.Array) -> jax.Array:
     return jnp.pad(labels_BL[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE)
 
 
-def sighted(batch: Batch) -> jax.Array | None:
-    """`[B, L]`: whether a token's conversation, its segment of the row, has an image; None for a batch of text."""
-    if batch.images_BMhwc is None and batch.features_BMPC is None:
-        return None
-    segments_BL, here_BL = jnp.asarray(batch.segments_BL), jnp.asarray(batch.patches_BL) >= 0
+def shares(batch: Batch, config: ModelConfig) -> Shares:
+    """The extensions that tokens of a batch may choose, and for each the log of its share for every token `[B, L]`.
+
+    With strict text isolation those of the media that a token's conversation, its segment of the row, has; "decoupled"
+    is in `config.ModelConfig.composition`. Which are named follows from the media that the batch has and from nothing
+    else, so that batches of one kind run one program.
+    """
+    strict, open_to = config.text_isolation == "strict", {}
+    for name, added in config.extensions.items():
+        if not added.share or (strict and added.medium not in batch.names):
+            continue
+        log_share = math.log(added.share)
+        if config.composition == "decoupled":
+            inside_BL = _inside(batch, config, added.medium)
+            in_any_BL = jnp.asarray(batch.places_BL) >= 0
+            text_BL = jnp.where(in_any_BL | strict, -jnp.inf, log_share)
+            open_to[name] = jnp.where(inside_BL, 0.0, text_BL)
+        elif strict:
+            open_to[name] = jnp.where(_near(batch, _inside(batch, config, added.medium)), log_share, -jnp.inf)
+        else:
+            open_to[name] = jnp.full(batch.ids_BL.shape, log_share) if log_share else None
+    return open_to
+
+
+def shares_of_text(batch: Batch, config: ModelConfig) -> Shares:
+    """The same `[B]` for text that goes on after the only conversation of each row: what is generated."""
+    if config.composition == "decoupled":
+        texts = share_of_text(config, batch.names)
+        return {name: jnp.full(len(batch.ids_BL), share) for name, share in texts.items() if share is not None}
+    return {name: None if of_BL is None else of_BL.max(axis=1) for name, of_BL in shares(batch, config).items()}
+
+
+def share_of_text(config: ModelConfig, media: frozenset[str]) -> dict[str, float | None]:
+    """The same for text behind items of just these media: a number, -inf where it may not choose the extension."""
+    strict, open_to = config.text_isolation == "strict", {}
+    for name, added in config.extensions.items():
+        if added.share and not (strict and added.medium not in media):
+            decoupled = config.composition == "decoupled"
+            share = -math.inf if decoupled and strict else math.log(added.share)
+            open_to[name] = share if share or decoupled or strict else None
+    return open_to
+
+
+def _inside(batch: Batch, config: ModelConfig, medium: str) -> jax.Array:
+    """`[B, L]`: whether a token is one of an item of this medium."""
+    first = 0
+    for name, of_medium in config.media.items():
+        if name not in batch.names:
+            continue
+        array = batch.media[name] if name in batch.media else batch.features[name]
+        after = first + array.shape[1] * of_medium.tokens
+        if name == medium:
+            places_BL = jnp.asarray(batch.places_BL)
+            return (places_BL >= first) & (places_BL < after)
+        first = after
+    return jnp.zeros(batch.ids_BL.shape, bool)
+
+
+def _near(batch: Batch, inside_BL: jax.Array) -> jax.Array:
+    """`[B, L]`: whether a token's conversation has a token that is `inside`."""
+    segments_BL = jnp.asarray(batch.segments_BL)
     B, L = segments_BL.shape
     row_B1 = jnp.arange(B)[:, None]
-    seen_BS = jnp.zeros((B, L + 1), bool).at[row_B1, segments_BL].max(here_BL)
+    seen_BS = jnp.zeros((B, L + 1), bool).at[row_B1, segments_BL].max(inside_BL)
     return seen_BS[row_B1, segments_BL]
 
 
-def _projector(config: ModelConfig, rngs: nnx.Rngs) -> Projector:
-    assert config.vision is not None
-    return Projector(sizes={"C": config.vision.width, "D": config.decoder.width}, rngs=rngs, dtype=config.train_dtype)
+def _projector(medium: Medium, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    sizes = medium.tower.sizes()
+    return make_projector(
+        medium.projector, C=sizes["C"], P=sizes["P"], D=config.decoder.width, rngs=rngs, dtype=config.train_dtype
+    )
 
 
-def fresh_projector(config: ModelConfig, key: jax.Array) -> dict[str, jax.Array]:
-    """A projector's leaves as training starts from them, by their paths in the model ("projector/first", ...).
+def fresh_projector(config: ModelConfig, key: jax.Array, *, medium: str = IMAGE) -> dict[str, jax.Array]:
+    """A projector's leaves as training starts from them, by their paths in the model ("media/image/projector/first").
 
     Makes nothing else of the model. On a mesh, each device its own part:
     `jax.jit(functools.partial(fresh_projector, config), out_shardings=those of these paths)(key)`.
     """
-    return {f"projector/{path}": leaf for path, leaf in arrays_of(_projector(config, nnx.Rngs(key))).items()}
+    leaves = arrays_of(_projector(config.media[medium], config, nnx.Rngs(key)))
+    return {f"media/{medium}/projector/{path}": leaf for path, leaf in leaves.items()}
 
 
 @functools.cache

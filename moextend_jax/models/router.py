@@ -1,8 +1,8 @@
-"""The router decides: `x_TD -> Routing(logits, expert ids, weights)`, with or without new columns."""
+"""The router decides: `x_TD -> Routing(logits, expert ids, weights)`, with or without columns of extensions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,8 +16,9 @@ from moextend_jax.parameters import weight
 class Routing(NamedTuple):
     """What a layer decided; with a leading Z where layers are stacked.
 
-    logits_TO: float32 router logits before the softmax; O = E, or E+X in an extended model, whose plain layers
-      hold -inf in the new columns. The load-balancing loss and every statistic come from these.
+    logits_TO: float32 router logits before the softmax; O = E, or in an extended model E and the X of every extension;
+      -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
+      from these.
     ids_Tk: chosen experts, most likely first; ids from E on are new experts.
     weights_Tk: float32 combine weights, summing to one over k (but where `bounded` had to hold them).
     """
@@ -35,8 +36,11 @@ class Calibrator(nnx.Module):
         self.w_out = weight("YAO", sizes, rngs=rngs, dtype=dtype, std=0.0)
 
     def __call__(self, q_TO: jax.Array) -> jax.Array:
+        return q_TO + self.correction(q_TO)
+
+    def correction(self, q_TO: jax.Array) -> jax.Array:
         w_OA, w_AO = self.w_in[...].astype(q_TO.dtype), self.w_out[...].astype(q_TO.dtype)
-        return q_TO + jax.nn.gelu(q_TO @ w_OA, approximate=False) @ w_AO
+        return jax.nn.gelu(q_TO @ w_OA, approximate=False) @ w_AO
 
 
 class NewColumns(nnx.Module):
@@ -59,33 +63,59 @@ def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int) -> Routing:
 def route_extended(
     x_TD: jax.Array,
     gate_DE: jax.Array,
-    new: NewColumns,
+    slots: Sequence[NewColumns],
     *,
-    extended: jax.Array,
+    extended: Sequence[jax.Array | bool] | None = None,
+    shares: Sequence[jax.Array | None] | None = None,
     top_k: int,
     normalise: Callable[[jax.Array], jax.Array],
-    sighted_T: jax.Array | None = None,
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
-    Experts are chosen by the uncalibrated probabilities over E+X, weighted by the calibrated ones.
+    Experts are chosen by the uncalibrated probabilities over all columns, weighted by the calibrated ones. Beside
+    others an extension's calibrator corrects what it was trained on, the probabilities that its own columns alone would
+    have, in proportion to what these columns have among all; alone it is the calibrator as trained.
 
     Args:
-      new: the new columns of this layer; for a plain layer its leaves are zeros, which makes the calibrator
-        the identity.
-      extended: bool scalar; on a plain layer no token can choose a new expert, and the result is `route`'s.
+      slots: the new columns of every extension in this layer, in the order of their experts' numbers.
+      extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
+      shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
+        A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
-      sighted_T: tokens that may choose new experts, None: all. The others get `route`'s choice and weights.
     """
-    open_T1 = jnp.broadcast_to(extended, x_TD.shape[:1])[:, None]
-    open_T1 = open_T1 if sighted_T is None else open_T1 & sighted_T[:, None]
-    new_TX = jnp.where(open_T1, _logits(x_TD, new.new_gate[...]), -jnp.inf)
-    logits_TO = jnp.concatenate([_logits(x_TD, gate_DE), new_TX], axis=-1)
+    base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
+    log_shares_T1 = [
+        _log_share(x_TD, shares[n] if shares else None, extended[n] if extended else True) for n in range(len(slots))
+    ]
+    # Where nothing has a share nothing is added: it would round.
+    columns = [
+        jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
+        for own_TX, share_T, share_T1 in zip(
+            (_own_logits(x_TD, gate_DE, slot.new_gate[...]) for slot in slots),
+            shares or [None] * len(slots),
+            log_shares_T1,
+            strict=True,
+        )
+    ]
+    logits_TO = jnp.concatenate([base_TE, *columns], axis=-1)
     probs_TO = jax.nn.softmax(logits_TO, axis=-1)
     _, ids_Tk = jax.lax.top_k(probs_TO, top_k)
-    weights_Tk = normalise(jnp.take_along_axis(new.calibrator(probs_TO), ids_Tk, axis=-1))
-    if sighted_T is not None:
+    calibrated_TO, first = probs_TO, E
+    for slot, own_TX, share_T1 in zip(slots, columns, log_shares_T1, strict=True):
+        after = first + own_TX.shape[-1]
+        own_TO, mass_T1 = probs_TO, jnp.exp(jnp.minimum(share_T1, 0.0))
+        if len(slots) > 1:
+            own_TO = jax.nn.softmax(jnp.concatenate([base_TE, own_TX], axis=-1), axis=-1)
+            # What the others have not: exactly all where they are closed, as without them.
+            mass_T1 *= 1.0 - probs_TO[:, E:first].sum(-1, keepdims=True) - probs_TO[:, after:].sum(-1, keepdims=True)
+        correction_TO = slot.calibrator.correction(own_TO) * mass_T1
+        before_T, behind_T = (jnp.zeros((len(x_TD), n)) for n in (first - E, logits_TO.shape[-1] - after))
+        correction_TO = jnp.concatenate([correction_TO[:, :E], before_T, correction_TO[:, E:], behind_T], axis=-1)
+        calibrated_TO, first = calibrated_TO + correction_TO, after
+    weights_Tk = normalise(jnp.take_along_axis(calibrated_TO, ids_Tk, axis=-1))
+    if shares and any(share is not None for share in shares):
         plain = route(x_TD, gate_DE, top_k=top_k)
+        open_T1 = ~jnp.isneginf(jnp.concatenate(log_shares_T1, axis=-1)).all(axis=-1, keepdims=True)
         ids_Tk, weights_Tk = (
             jnp.where(open_T1, extended_Tk, plain_Tk)
             for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
@@ -93,8 +123,20 @@ def route_extended(
     return Routing(logits_TO, ids_Tk, weights_Tk)
 
 
+def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array | bool) -> jax.Array:
+    share_T = jnp.zeros(len(x_TD)) if share_T is None else share_T
+    return jnp.where(extended, share_T, -jnp.inf)[:, None]
+
+
 def _logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
     return jnp.einsum("TD,DE->TE", x_TD, gate_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+
+
+def _own_logits(x_TD: jax.Array, gate_DE: jax.Array, new_DX: jax.Array) -> jax.Array:
+    """Of the new columns [T, X], which begin as copies of columns of the base. In one product with these a copy's logit
+    is its source's; in a product of their own rounding would choose between the two, on every mesh in its own way."""
+    gates_DO = jnp.concatenate([gate.astype(x_TD.dtype) for gate in (gate_DE, new_DX)], axis=-1)
+    return _logits(x_TD, gates_DO)[:, gate_DE.shape[-1] :]
 
 
 def over_their_sum(weights_Tk: jax.Array) -> jax.Array:

@@ -1,28 +1,32 @@
-"""CLIP vision tower and projector: images_nhwc in, patch features x_nPC and visual tokens x_nPD out (n images).
+"""CLIP vision tower: images_nhwc in, patch features x_nPC out (n images); and the layers that towers have in common.
 
-The tower is CLIP's ViT (Radford et al. 2021) as `transformers` writes it, its layers stacked on the leading axis U;
-the projector is the paper's (LLaVA-1.5's): Linear, GELU, Linear.
+It is CLIP's ViT (Radford et al. 2021) as `transformers` writes it, its layers stacked on the leading axis U.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import VisionConfig
+from moextend_jax.config import VisionConfig, WhisperConfig
 from moextend_jax.parameters import constant, weight, with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, shards
 
+Sizes = Mapping[str, int]
+
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis, computed in float32; `stack` is "" or "U" for stacked layers."""
+    """Layer norm over the last axis, computed in float32; `stack` is "" or the letter of stacked layers."""
 
-    def __init__(self, stack: str, config: VisionConfig, *, dtype: str):
-        self.eps = config.norm_eps
-        self.scale = constant(stack + "C", config.sizes(), dtype=dtype, value=1.0)
-        self.bias = constant(stack + "C", config.sizes(), dtype=dtype, value=0.0)
+    def __init__(self, stack: str, sizes: Sizes, *, eps: float, dtype: str):
+        self.eps = eps
+        self.scale = constant(stack + "C", sizes, dtype=dtype, value=1.0)
+        self.bias = constant(stack + "C", sizes, dtype=dtype, value=0.0)
 
     def __call__(self, x_nQC: jax.Array) -> jax.Array:
         x32_nQC = x_nQC.astype(jnp.float32)
@@ -33,37 +37,37 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with biases; every position sees every other."""
+    """Multi-head attention with biases, of the key too or not: every position of x sees every one of `seen`."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: str):
-        sizes = config.sizes()
-        self.query = weight("UCNH", sizes, rngs=rngs, dtype=dtype)
-        self.query_bias = constant("UNH", sizes, dtype=dtype, value=0.0)
-        self.key = weight("UCNH", sizes, rngs=rngs, dtype=dtype)
-        self.key_bias = constant("UNH", sizes, dtype=dtype, value=0.0)
-        self.value = weight("UCNH", sizes, rngs=rngs, dtype=dtype)
-        self.value_bias = constant("UNH", sizes, dtype=dtype, value=0.0)
-        self.out = weight("UNHC", sizes, rngs=rngs, dtype=dtype)
-        self.out_bias = constant("UC", sizes, dtype=dtype, value=0.0)
+    def __init__(self, stack: str, sizes: Sizes, *, key_bias: bool = True, rngs: nnx.Rngs, dtype: str):
+        self.query = weight(stack + "CNH", sizes, rngs=rngs, dtype=dtype)
+        self.query_bias = constant(stack + "NH", sizes, dtype=dtype, value=0.0)
+        self.key = weight(stack + "CNH", sizes, rngs=rngs, dtype=dtype)
+        self.key_bias = constant(stack + "NH", sizes, dtype=dtype, value=0.0) if key_bias else None
+        self.value = weight(stack + "CNH", sizes, rngs=rngs, dtype=dtype)
+        self.value_bias = constant(stack + "NH", sizes, dtype=dtype, value=0.0)
+        self.out = weight(stack + "NHC", sizes, rngs=rngs, dtype=dtype)
+        self.out_bias = constant(stack + "C", sizes, dtype=dtype, value=0.0)
 
-    def __call__(self, x_nQC: jax.Array) -> jax.Array:
+    def __call__(self, x_nQC: jax.Array, seen_nPC: jax.Array) -> jax.Array:
         q_nQNH = jnp.einsum("nQC,CNH->nQNH", x_nQC, self.query[...]) + self.query_bias[None, None]
-        k_nQNH = jnp.einsum("nQC,CNH->nQNH", x_nQC, self.key[...]) + self.key_bias[None, None]
-        v_nQNH = jnp.einsum("nQC,CNH->nQNH", x_nQC, self.value[...]) + self.value_bias[None, None]
-        y_nQNH = jax.nn.dot_product_attention(q_nQNH, k_nQNH, v_nQNH)
+        k_nPNH = jnp.einsum("nPC,CNH->nPNH", seen_nPC, self.key[...])
+        if self.key_bias is not None:
+            k_nPNH = k_nPNH + self.key_bias[None, None]
+        v_nPNH = jnp.einsum("nPC,CNH->nPNH", seen_nPC, self.value[...]) + self.value_bias[None, None]
+        y_nQNH = jax.nn.dot_product_attention(q_nQNH, k_nPNH, v_nPNH)
         return jnp.einsum("nQNH,NHC->nQC", y_nQNH, self.out[...]) + self.out_bias[None, None]
 
 
 class MLP(nnx.Module):
-    """Linear, CLIP's activation, Linear."""
+    """Linear, an activation, Linear."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: str):
-        sizes = config.sizes()
-        self.activation = config.activation
-        self.up = weight("UCJ", sizes, rngs=rngs, dtype=dtype)
-        self.up_bias = constant("UJ", sizes, dtype=dtype, value=0.0)
-        self.down = weight("UJC", sizes, rngs=rngs, dtype=dtype)
-        self.down_bias = constant("UC", sizes, dtype=dtype, value=0.0)
+    def __init__(self, stack: str, sizes: Sizes, *, activation: str, rngs: nnx.Rngs, dtype: str):
+        self.activation = activation
+        self.up = weight(stack + "CJ", sizes, rngs=rngs, dtype=dtype)
+        self.up_bias = constant(stack + "J", sizes, dtype=dtype, value=0.0)
+        self.down = weight(stack + "JC", sizes, rngs=rngs, dtype=dtype)
+        self.down_bias = constant(stack + "C", sizes, dtype=dtype, value=0.0)
 
     def __call__(self, x_nQC: jax.Array) -> jax.Array:
         h_nQJ = jnp.einsum("nQC,CJ->nQJ", x_nQC, self.up[...]) + self.up_bias[None, None]
@@ -85,15 +89,41 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 class Layers(nnx.Module):
     """All U layers, stacked; a call on the state sliced to one u runs that layer."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs, dtype: str):
-        self.attention_norm = LayerNorm("U", config, dtype=dtype)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.mlp_norm = LayerNorm("U", config, dtype=dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+    def __init__(
+        self, config: VisionConfig | WhisperConfig, *, activation: str, key_bias: bool = True, rngs: nnx.Rngs,
+        dtype: str,
+    ):  # fmt: skip
+        sizes, eps = config.sizes(), config.norm_eps
+        self.attention_norm = LayerNorm("U", sizes, eps=eps, dtype=dtype)
+        self.attention = Attention("U", sizes, key_bias=key_bias, rngs=rngs, dtype=dtype)
+        self.mlp_norm = LayerNorm("U", sizes, eps=eps, dtype=dtype)
+        self.mlp = MLP("U", sizes, activation=activation, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_nQC: jax.Array) -> jax.Array:
-        x_nQC = x_nQC + self.attention(self.attention_norm(x_nQC))
+        y_nQC = self.attention_norm(x_nQC)
+        x_nQC = x_nQC + self.attention(y_nQC, y_nQC)
         return x_nQC + self.mlp(self.mlp_norm(x_nQC))
+
+
+def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:
+    """States x_nQC after the first `depth` layers of a tower that has `embed` and `layers`: every device runs its own
+    inputs, which have these axes, with a layer's weights gathered while it runs."""
+    arrays, splits = module_shards(tower)
+    own = shards(axes, inputs.shape)
+
+    def local(inputs, arrays):
+        here = {path: leaf if path.startswith("layers/") else gather(leaf, splits[path])
+                for path, leaf in arrays.items()}  # fmt: skip
+
+        def run(x_nQC: jax.Array, one_layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            layer = {path: gather(leaf, splits[f"layers/{path}"].without_first()) for path, leaf in one_layer.items()}
+            return with_arrays(tower.layers, layer)(x_nQC), None
+
+        stacked = (path for path in arrays if path.startswith("layers/"))
+        below_U = {path.removeprefix("layers/"): here[path][:depth] for path in stacked}
+        return jax.lax.scan(run, with_arrays(tower, here).embed(inputs), below_U)[0]
+
+    return map_shards(local, (own, splits), Shards("nQc", (own.split[0], (), ())))(inputs, arrays)
 
 
 class VisionTower(nnx.Module):
@@ -108,9 +138,9 @@ class VisionTower(nnx.Module):
         self.patch = weight("WC", sizes, rngs=rngs, dtype=dtype)
         self.class_token = weight("C", sizes, rngs=rngs, dtype=dtype)
         self.position = weight("QC", sizes, rngs=rngs, dtype=dtype)
-        self.pre_norm = LayerNorm("", config, dtype=dtype)
-        self.layers = Layers(config, rngs=rngs, dtype=dtype)
-        self.post_norm = LayerNorm("", config, dtype=dtype)
+        self.pre_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype)
+        self.layers = Layers(config, activation=config.activation, rngs=rngs, dtype=dtype)
+        self.post_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype)
 
     def __call__(self, images_nhwc: jax.Array) -> jax.Array:
         return self.hidden_state(images_nhwc, layer=self.config.feature_layer)[:, 1:]
@@ -122,27 +152,8 @@ class VisionTower(nnx.Module):
     def hidden_state(self, images_nhwc: jax.Array, *, layer: int) -> jax.Array:
         """Hidden state x_nQC: 0 is the input of the first layer, U or -1 the last output; layers above do not run."""
         depth = range(self.config.layers + 1)[layer]
-        arrays, splits = module_shards(self)
-        images = shards("nhwc", images_nhwc.shape)
-
-        def local(images_nhwc, arrays):
-            """Every device its own images, with a layer's weights gathered while it runs."""
-            here = {path: leaf if path.startswith("layers/") else gather(leaf, splits[path])
-                    for path, leaf in arrays.items()}  # fmt: skip
-
-            def run(x_nQC: jax.Array, one_layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-                whole = {
-                    path: gather(leaf, splits[f"layers/{path}"].without_first()) for path, leaf in one_layer.items()
-                }
-                return with_arrays(self.layers, whole)(x_nQC), None
-
-            stacked = (path for path in arrays if path.startswith("layers/"))
-            below_U = {path.removeprefix("layers/"): here[path][:depth] for path in stacked}
-            return jax.lax.scan(run, with_arrays(self, here).embed(images_nhwc), below_U)[0]
-
         with jax.named_scope("vision_tower"):
-            run = map_shards(local, (images, splits), Shards("nQc", (images.split[0], (), ())))
-            return run(images_nhwc, arrays)
+            return run_layers(self, images_nhwc, axes="nhwc", depth=depth)
 
     def embed(self, images_nhwc: jax.Array) -> jax.Array:
         p = self.config.patch_size
@@ -151,27 +162,3 @@ class VisionTower(nnx.Module):
         class_n1C = jnp.broadcast_to(self.class_token[None, None], (x_nPC.shape[0], 1, x_nPC.shape[2]))
         x_nQC = jnp.concatenate([class_n1C, x_nPC], axis=1) + self.position[None]
         return self.pre_norm(x_nQC)
-
-
-class Projector(nnx.Module):
-    """Patch features x_nPC to visual tokens x_nPD: Linear(C, D), exact GELU, Linear(D, D)."""
-
-    def __init__(self, *, sizes: dict[str, int], rngs: nnx.Rngs, dtype: str):
-        """`sizes` holds C (tower) and D (decoder); d is D as an input axis, so that no letter stands twice."""
-        sizes = {**sizes, "d": sizes["D"]}
-        # The spread of PyTorch's Linear, from which LLaVA's and the released projector start.
-        self.first = weight("Cd", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["C"]) ** -0.5)
-        self.first_bias = constant("d", sizes, dtype=dtype, value=0.0)
-        self.second = weight("dD", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["D"]) ** -0.5)
-        self.second_bias = constant("D", sizes, dtype=dtype, value=0.0)
-
-    def __call__(self, x_nPC: jax.Array) -> jax.Array:
-        arrays, splits = module_shards(self)
-        images = Shards("nPc", (shards("n", x_nPC.shape).split[0], (), ()))
-
-        def local(x_nPC, arrays):
-            w = {name: gather(leaf, splits[name]) for name, leaf in arrays.items()}
-            h_nPd = gelu(jnp.einsum("nPC,Cd->nPd", x_nPC, w["first"]) + w["first_bias"][None, None])
-            return jnp.einsum("nPd,dD->nPD", h_nPd, w["second"]) + w["second_bias"][None, None]
-
-        return map_shards(local, (images, splits), images)(x_nPC, arrays)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Rows, check_rows, rows_sharding, state_shardings
 from moextend_jax.models.moextend import abstract as structure
+from moextend_jax.models.moextend import input_shape
 from moextend_jax.parameters import by_path
 from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, StageSettings
@@ -38,31 +39,34 @@ class AbstractStep(NamedTuple):
 
 
 def stage_settings(settings: RunSettings, stage: str) -> StageSettings:
-    """The settings of `stage`, a result that is trained (`results.RESULTS`)."""
-    if stage not in results.training():
-        raise MoextendError(f"stage {stage!r} is unknown; there are {', '.join(results.training())}")
-    return getattr(settings, results.result(stage).settings)
+    """The settings of `stage`, a result that is trained (`results.table`)."""
+    names = results.table(settings).training()
+    if stage not in names:
+        raise MoextendError(f"stage {stage!r} is unknown; there are {', '.join(names)}")
+    return results.stage_of(settings, stage)
 
 
 def patterns(settings: RunSettings, *, stage: str) -> tuple[str, ...]:
     """Patterns of the paths of the leaves that train. Full training of a model without a tower is of its decoder."""
-    return results.patterns(stage, recipe=settings.recipe, sees=bool(settings.vision))
+    return results.table(settings).patterns(stage, recipe=settings.recipe, sees=bool(settings.vision))
 
 
 def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mesh: Mesh) -> AbstractStep:
     """The step that trains `stage` of these settings on `mesh`; a MoextendError where rows do not divide over it."""
     run = stage_settings(settings, stage)
-    if not (run.length and run.images_per_row):
+    if not run.length or (config.media and not any(run.room(name) for name in config.media)):
         raise MoextendError(
-            f"{stage}.length and images_per_row are found in the data, which is not read here: set both"
+            f"{stage}.length and images_per_row (or items_per_row) are found in the data, which is not read here: "
+            "set both"
         )
-    model = structure(config)
+    trains, model = patterns(settings, stage=stage), structure(config)
+    model = stages.for_training(model, stages.split(by_path(nnx.state(model, nnx.Param)), trains)[0])
     shardings = parameter_shardings(model, mesh)
     leaves = {
         path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=shardings[path])
         for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
-    trainable, frozen = stages.split(leaves, patterns(settings, stage=stage))
+    trainable, frozen = stages.split(leaves, trains)
     schedule = learning_rate(run.optimizer, steps=max(run.steps, 1), recipe=settings.recipe)
     optimizer = make_optimizer(run.optimizer, paths=trainable)
     step = make_step(
@@ -87,12 +91,15 @@ def _sharded(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDt
 def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch:
     """The batch of a step as data makes it, with pixels: a tower's cached features would be smaller."""
     rows = jax.ShapeDtypeStruct((run.batch_size, run.length), jnp.int32)
-    images = None
-    if config.vision:
-        size = config.vision.image_size
-        images = jax.ShapeDtypeStruct((run.batch_size, run.images_per_row, size, size, 3), jnp.float32)
+    media, features = {}, {}
+    for name, medium in config.media.items():
+        room = run.room(name)
+        shape = (run.batch_size, room, *input_shape(medium))
+        if room:
+            kind = features if medium.kind == "features" else media
+            kind[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     check_rows([Rows("batch_size", run.batch_size, run.accumulate)], mesh)
-    batch = Batch(rows, rows, rows, rows, rows, images_BMhwc=images)
+    batch = Batch(rows, rows, rows, rows, rows, media, features)
     return jax.tree.map(lambda array: _sharded(array, rows_sharding(mesh)), batch)
 
 

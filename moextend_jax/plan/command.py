@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 
 from moextend_jax.config import Count
-from moextend_jax.options import OneOf
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.planning import plan
 from moextend_jax.plan.sweep import sweep
 from moextend_jax.plan.table import print_plan, print_ranking
-from moextend_jax.runs.results import training
 from moextend_jax.settings import Positive, RunSettings, Share, from_config_dict
 from moextend_jax.terminal import console
 
@@ -24,7 +22,7 @@ from moextend_jax.terminal import console
 class PlanOptions:
     config: RunSettings
     _: KW_ONLY
-    stage: Annotated[str, OneOf(training())]
+    stage: str
     """what trains"""
     topology: str
     """CHIP:SHAPE, as v5p:4x4x4, v5e:16x16, v6e:8x8 or h100:2x8"""

@@ -38,7 +38,7 @@ def compile_step(abstract: AbstractStep) -> Compiled:
     """Lowers and compiles. A program too big for the chip is an answer, any other failure a MoextendError."""
     started, worked = time.perf_counter(), time.process_time()
     platform = (chip := abstract.mesh.devices.flat[0]).platform
-    # tokamax asks the default device what it may use.
+    # Kernels may ask the default device what it is.
     default = jax.default_device(chip) if platform == "gpu" else contextlib.nullcontext()
     with tempfile.TemporaryDirectory(prefix="moextend-plan-") as folder:
         with default:

@@ -62,6 +62,8 @@ class Instruction(NamedTuple):
 
 
 Computation = dict[str, Instruction]
+FUSIONS = ("fusion", "fusion-start")
+"""Kernels of several operations. XLA for GPU starts those that copy on another stream, as TPUs start copies."""
 
 
 class Module(NamedTuple):
@@ -156,7 +158,7 @@ def _around(module: Module) -> dict[str, str]:
         called: (one, name)
         for name, computation in module.computations.items()
         for one in computation.values()
-        if one.opcode in ("while", "fusion", "call", "async-start", "conditional")
+        if one.opcode in ("while", *FUSIONS, "call", "async-start", "conditional")
         for attribute in ("body", "calls", "to_apply", "branch_computations")
         for called in one.called(attribute)
     }
@@ -187,7 +189,7 @@ def executions(module: Module, *, unknown: Callable[[Instruction], float]) -> di
                 ]  # fmt: skip
                 for branch in branches:
                     visit(branch, times / len(branches))
-            elif one.opcode in ("fusion", "async-start"):
+            elif one.opcode in (*FUSIONS, "async-start"):
                 for called in one.called("calls"):
                     visit(called, times)
             elif one.opcode == "call":

@@ -15,9 +15,9 @@ from moextend_jax.plan.compiling import Compiled
 
 
 class Memory(NamedTuple):
-    """All in bytes of one chip. `padding` is what layouts add to the arguments, less those that the step does not
-    use; `outputs` less `aliased` are results
-    that do not take the place of a donated argument. The total counts each byte once."""
+    """All in bytes of one chip. `padding` is what layouts add to the arguments; those that the step does not use, such
+    as extensions of media that its batch has not, lie there all the same. `outputs` less `aliased` are results that do
+    not take the place of a donated argument. The total counts each byte once."""
 
     frozen: int
     trainable: int
@@ -48,7 +48,8 @@ def memory(abstract: AbstractStep, compiled: Compiled) -> Memory:
     if stats is None:  # too big to compile: only the sum is known
         total = max(compiled.needed or 0, exact)
         return Memory(**kinds, padding=0, outputs=0, aliased=0, temporaries=total - exact, code=0, total=total)
-    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    # The compiler counts the arguments that the step uses.
+    arguments, outputs = max(stats.argument_size_in_bytes, exact), stats.output_size_in_bytes
     aliased, temporaries, code = stats.alias_size_in_bytes, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes
     return Memory(
         **kinds,

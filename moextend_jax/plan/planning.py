@@ -11,8 +11,8 @@ from typing import Any
 
 from jax.sharding import NamedSharding
 
-from moextend_jax.config import ModelConfig
-from moextend_jax.models.flops import full_training, step_flops
+from moextend_jax.config import IMAGE, ModelConfig
+from moextend_jax.models.flops import full_training, running, step_flops
 from moextend_jax.plan import collectives, hlo, topology
 from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_settings
 from moextend_jax.plan.compiling import compile_step
@@ -46,7 +46,8 @@ def plan(
     abstract = abstract_step(settings, config, stage=stage, mesh=mesh)
     compiled = compile_step(abstract)
     chip_bytes = memory(abstract, compiled)
-    shape = {"rows": run.batch_size, "length": run.length, "images": run.images_per_row if config.vision else 0}
+    items = {name: run.room(name) for name in config.media}
+    shape: dict[str, Any] = {"rows": run.batch_size, "length": run.length, "items": items}
     flops = step_flops(config, trains=patterns(settings, stage=stage), new_share=new_share, **shape)
     full = full_training(config, **shape)
     figures: dict[str, Any] = {
@@ -58,7 +59,8 @@ def plan(
         "rows": run.batch_size,
         "accumulate": run.accumulate,
         "length": run.length,
-        "images": shape["images"],
+        "images": items.get(IMAGE, 0),
+        "items": items,
         "remat": settings.remat,
         "saved": list(settings.saved),
         "bytes_per_chip": {**chip_bytes._asdict(), "limit": place.chip.hbm},
@@ -106,23 +108,31 @@ def local_tokens(run: StageSettings, mesh: Any) -> int:
 def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float | None):
     """A function of a grouped product and how often it runs in a step: the share of the product's rows that are picks
     of its experts, not padding. models/expert_parallel.py says which experts a device computes."""
-    decoder, extension = config.decoder, config.extension
+    decoder = config.decoder
+    present = frozenset(name for name in config.media if run.room(name))
+    extensions = running(config, present).values()
     expert, tensor, k = mesh.shape["expert"], mesh.shape["tensor"], decoder.top_k
-    X = extension.new_experts if extension else 0
-    new = 0.0 if not extension else X / (decoder.experts + X) if new_share is None else new_share
-    extended = len(extension.layers) if extension else 0
+    X = sum(added.new_experts for added in extensions)
+    # Of the picks in an extended layer, those that go to one of its new experts.
+    one = (
+        1 / (decoder.experts + X)
+        if new_share is None or not X
+        else new_share / max(added.new_experts for added in extensions)
+    )
+    gone = sum(len(added.layers) * added.new_experts for added in extensions) * one / decoder.layers
+    extended = sum(len(added.layers) * added.new_experts for added in extensions) / max(X, 1)
     here = max(1, decoder.experts // expert)
     picks = local_tokens(run, mesh) * expert * tensor * k
     # With experts split over devices new ones have rows of their own, of which a token has no more than there are.
     alone = expert > 1 or config.dispatch == "exchange"
-    new_rows = new * k / min(X, k) if alone and X else new
 
     def share(kernel: Kernel, times: float) -> float:
         like_pretrained = kernel.groups == here and decoder.hidden // tensor in kernel.matrix and kernel.rows >= picks
         if X and not like_pretrained:
+            new = kernel.groups * one
             # Run in every layer, though only the extended ones have rows for them.
-            return new_rows * min(1.0, extended * run.accumulate / times)
-        return (1 - new * extended / decoder.layers) * here / decoder.experts
+            return (new * k / min(X, k) if alone else new) * min(1.0, extended * run.accumulate / times)
+        return (1 - gone) * here / decoder.experts
 
     return share
 

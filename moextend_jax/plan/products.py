@@ -65,8 +65,7 @@ def products(module: Module, *, unknown: Callable[[Instruction], float], share: 
         elif one.opcode == "custom-call" and _is_product(one):
             flops = _kernel(one, computation, times, share)
             if flops is None:
-                # tokamax writes its arguments into the name
-                uncounted.append(f"{one.name} ({one.op_name.partition('/tokamax:')[0]})")
+                uncounted.append(f"{one.name} ({one.op_name})")
                 continue
         else:
             continue
@@ -147,6 +146,10 @@ def _splash(one: Instruction, computation: Computation) -> float | None:
 def _kernel(one: Instruction, computation: Computation, times: float, share: Share | None) -> float | None:
     estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', one.rest)
     grouped = _grouped(one, computation)
+    if grouped is None and "gemm_backend_config" in one.rest:
+        axes = re.search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', one.rest)
+        left = _dims(one.operands[0], computation)
+        return 2.0 * one.arrays[0].size * math.prod(left[int(n)] for n in re.findall(r"\d+", axes[1])) if axes else None
     if grouped is None:
         known = _splash(one, computation)
         return known if known or not estimate else float(estimate[1])
@@ -157,7 +160,7 @@ def _kernel(one: Instruction, computation: Computation, times: float, share: Sha
 
 def _grouped(one: Instruction, computation: Computation) -> Kernel | None:
     """gmm: [R, D] x [G, D, F] -> [R, F]; its gradient to the weights: [R, D] x [R, F] -> [G, D, F]."""
-    if not re.search(r"gmm|ragged[-_]dot", f"{one.name} {one.op_name}"):
+    if not re.search(r"gmm|triton_grouped|ragged[-_]dot", f"{one.name} {one.op_name}"):
         return None
     result = one.arrays[0]
     given = [computation[name].arrays[0] for name in one.operands if computation[name].arrays]

@@ -9,10 +9,24 @@ import dataclasses
 from pathlib import Path
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.checkpoints.loading import folder_of, open_source
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig
-from moextend_jax.runs.results import result
-from moextend_jax.settings import RunSettings
+from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_source, open_tower
+from moextend_jax.config import (
+    IMAGE,
+    DecoderConfig,
+    ExtensionConfig,
+    FeaturesConfig,
+    ImageTags,
+    ModelConfig,
+    MoextendError,
+    Named,
+    TowerConfig,
+    VisionConfig,
+    WhisperConfig,
+    of_pictures,
+)
+from moextend_jax.runs.media import medium_of, projector_of
+from moextend_jax.runs.results import select_of, table
+from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
 
 _8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
 DECODERS = {
@@ -27,8 +41,17 @@ TOWERS = {
 }
 
 
+WHISPERS = {
+    name: WhisperConfig(width=width, hidden=4 * width, layers=layers, heads=width // 64, bands=bands)
+    for name, width, layers, bands in (
+        ("whisper-tiny", 384, 4, 80), ("whisper-base", 512, 6, 80), ("whisper-small", 768, 12, 80),
+        ("whisper-medium", 1024, 24, 80), ("whisper-large-v2", 1280, 32, 80), ("whisper-large-v3", 1280, 32, 128),
+    )
+}  # fmt: skip
+
+
 def model_config(settings: RunSettings, *, stage: str, layers: int | None = None) -> ModelConfig:
-    """In finetune the share p of the layers has one new expert, evenly spread; `settings.vision` "" is a text model.
+    """From grow on the share p of the layers has X new experts, evenly spread; `settings.vision` "" is a text model.
 
     Args:
       layers: decoder layers to keep of the base; None: all.
@@ -39,21 +62,50 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
         if not 1 <= layers <= decoder.layers:
             raise MoextendError(f"--layers {layers}: {settings.base} has {decoder.layers}")
         decoder = dataclasses.replace(decoder, layers=layers)
-    return ModelConfig(
-        decoder=decoder,
-        vision=_tower(settings.vision, feature_layer=feature_layer) if settings.vision else None,
-        extension=extension(decoder, share=settings.select.share) if result(stage).grown else None,
-        **settings.model_options,
-    )
+    sees = settings.vision not in ("", NO_PICTURES)
+    vision = _tower(settings.vision, feature_layer=feature_layer) if sees else None
+    config = of_pictures(decoder=decoder, vision=vision, **settings.model_options)
+    media = dict(config.media)
+    for number, (name, of) in enumerate(settings.media.items()):
+        if name in media:
+            media[name] = dataclasses.replace(media[name], projector=projector_of(of))
+        else:
+            tower = _tower_of(name, of, vision, feature_layer=feature_layer)
+            # Any ids will do: a plan reads no text.
+            media[name] = medium_of(name, of, tower, tags=ImageTags(pad=7 + number))
+    rows, links = table(settings), {link.name: link for link in settings.links}
+    extensions = {}
+    for name in rows.grown((*rows.result(stage).parents, stage)):
+        select = select_of(settings, name)
+        extensions[name] = extension(decoder, select, medium=links[name].medium)
+    return dataclasses.replace(config, media=Named(media), extensions=Named(extensions))
 
 
-def extension(decoder: DecoderConfig, *, share: float) -> ExtensionConfig:
+def extension(decoder: DecoderConfig, select: SelectSettings, *, medium: str = IMAGE) -> ExtensionConfig:
     """floor(p * layers) layers, the last of each run of 1/p: which ones the data will choose makes no difference."""
-    extended = int(share * decoder.layers)
+    extended = int(select.share * decoder.layers)
     if not extended:
-        raise MoextendError(f"select.share = {share} extends none of {decoder.layers} layers")
+        raise MoextendError(f"select.share = {select.share} extends none of {decoder.layers} layers")
     layers = tuple((n + 1) * decoder.layers // extended - 1 for n in range(extended))
-    return ExtensionConfig(layers=layers, sources=(0,) * extended)
+    new = select.new_experts
+    return ExtensionConfig(layers=layers, sources=tuple(range(new)) * extended, new_experts=new, medium=medium)
+
+
+def _tower_of(name: str, of: MediumSettings, vision: VisionConfig | None, *, feature_layer: int) -> TowerConfig:
+    if of.kind == "features":
+        return FeaturesConfig(width=of.width, patches=of.patches)
+    if not of.tower and vision is not None and of.kind != "audio":
+        return vision
+    folder = folder_of(of.tower, inside="audio")
+    if of.tower and folder.exists():
+        return open_tower(of.tower, medium=name, seconds=of.seconds, feature_layer=feature_layer)[0]
+    if folder.name in TOWERS:
+        return dataclasses.replace(TOWERS[folder.name], feature_layer=feature_layer)
+    if folder.name in WHISPERS:
+        return dataclasses.replace(WHISPERS[folder.name], seconds=of.seconds)
+    raise MoextendError(
+        f"media.{name}.tower {of.tower!r} is no folder, and no published tower: {', '.join((*TOWERS, *WHISPERS))}"
+    )
 
 
 def _decoder(base: str) -> DecoderConfig:

@@ -138,9 +138,9 @@ def estimate(settings: RunSettings, mesh_bytes: MeshBytes, *, stage: str, place:
     """A candidate's least bytes and rough time, from sizes and shardings alone: nothing is compiled."""
     run, config = stage_settings(settings, stage), model_config(settings, stage=stage)
     tokens = local_tokens(run, mesh_bytes.mesh)
-    images = run.images_per_row if config.vision else 0
+    items = {name: run.room(name) for name in config.media}
     flops = step_flops(
-        config, trains=patterns(settings, stage=stage), rows=run.batch_size, length=run.length, images=images
+        config, trains=patterns(settings, stage=stage), rows=run.batch_size, length=run.length, items=items
     )
     compute = flops.total / place.chips / place.chip.flops
     sent = run.accumulate * _sent(config, mesh_bytes, tokens)

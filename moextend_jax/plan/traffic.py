@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moextend_jax.plan.hlo import Computation, Instruction, Module, executions
+from moextend_jax.plan.hlo import FUSIONS, Computation, Instruction, Module, executions
 
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -22,7 +22,7 @@ def traffic(module: Module, *, unknown: Callable[[Instruction], float]) -> float
         name
         for computation in module.computations.values()
         for one in computation.values()
-        if one.opcode == "fusion"
+        if one.opcode in FUSIONS
         for name in one.called("calls")
     }
     total = 0.0
@@ -36,13 +36,15 @@ def traffic(module: Module, *, unknown: Callable[[Instruction], float]) -> float
 def _moved(one: Instruction, computation: Computation, module: Module) -> float:
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
-    inside = module.computations.get(one.called("calls")[0]) if one.opcode == "fusion" else None
+    inside = module.computations.get(one.called("calls")[0]) if one.opcode in FUSIONS else None
     written = None if inside is None else _updated(inside)
     if one.opcode == "dynamic-update-slice":
         return 2.0 * _nbytes(computation[one.operands[1]])
     if one.opcode in SLICES:
         return 2.0 * _nbytes(one)
-    total = _nbytes(one) if written is None else written
+    # The shape of a kernel that is only started names its operands too.
+    result = next((line for line in (inside or {}).values() if line.root), one) if one.opcode == FUSIONS[1] else one
+    total = _nbytes(result) if written is None else written
     for index, operand in enumerate(one.operands):
         if operand in computation:
             whole = _nbytes(computation[operand])

@@ -13,7 +13,7 @@ from typing import Any
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import CORPORA, TITLES, duration, forgetting
 from moextend_jax.report.workdir import data_title, number
-from moextend_jax.runs.results import ANSWERING, MODELS
+from moextend_jax.runs.results import ANSWERING, FIRST
 
 
 def tiles(summary: Mapping[str, Any] | None) -> str:
@@ -92,7 +92,7 @@ def _loss(summary: Mapping[str, Any], corpus: str, model: str) -> str:
     if loss is None:
         if model == "question_only":
             return ""
-        return f"<small>{'as the base' if MODELS[model].text_is_bases else 'not run'}</small>"
+        return f"<small>{'as the base' if FIRST.models[model].text_is_bases else 'not run'}</small>"
     return f"{loss:.3f}" if model == "base" or base is None else f"{loss:.3f} / {loss - base:+.3f}"
 
 

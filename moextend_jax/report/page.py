@@ -14,6 +14,7 @@ from typing import Any
 
 from moextend_jax.folders import absolute
 from moextend_jax.report import results_pictures, routing_pictures
+from moextend_jax.report.chains import chains_section
 from moextend_jax.report.evaluations import (
     Evaluations,
     benchmark_table,
@@ -23,6 +24,7 @@ from moextend_jax.report.evaluations import (
 )
 from moextend_jax.report.examples import cards
 from moextend_jax.report.headline import table, tiles
+from moextend_jax.report.importance import importance_section
 from moextend_jax.report.markup import beside, picture, pictures, section, write_page
 from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, number, read_workdir
 
@@ -39,6 +41,12 @@ def write_report(workdir: Path) -> Path:
         tiles(found.summary),
         _section("Accuracy and forgetting", table(found.summary), missing="summary.json"),
         _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
+        *_optional(
+            {
+                "Extension after extension": chains_section(found.summary),
+                "What each medium is worth": importance_section(found.summary),
+            }
+        ),
         _section("What it sees", cards(found.examples), missing="examples.json"),
         *_evaluations(read_evaluations(workdir)),
         _section("Routing before and after the probe", _routing(found.selection), missing="select/routing.json"),
@@ -55,11 +63,17 @@ def write_report(workdir: Path) -> Path:
 
 def _evaluations(found: Evaluations) -> list[str]:
     """Nothing where no benchmark was run: a run does not do that by itself."""
-    parts = {
-        "Benchmarks": benchmark_table(found.benchmarks),
-        "What was forgotten of text": forgetting_table(found.forgetting),
-        "Questions of the benchmarks": question_cards(found.benchmarks),
-    }
+    return _optional(
+        {
+            "Benchmarks": benchmark_table(found.benchmarks),
+            "What was forgotten of text": forgetting_table(found.forgetting),
+            "Questions of the benchmarks": question_cards(found.benchmarks),
+        }
+    )
+
+
+def _optional(parts: Mapping[str, str]) -> list[str]:
+    """Sections of what there is, by title."""
     return [section(title, body) for title, body in parts.items() if body]
 
 
@@ -114,7 +128,7 @@ def _choice(selection: Selection | None) -> str:
         name="choice", label="Shift of routing per layer and the chosen layers",
         width=_width(len(selection.shift_Z)), height=2.8,
     )  # fmt: skip
-    pairs = ", ".join(f"{z} ← expert {e}" for z, e in zip(selection.chosen, selection.sources, strict=False))
+    pairs = ", ".join(f"{z} ← expert {e}" for z, e in selection.copied)
     return beside(
         drawn,
         "d<sub>j</sub> is the standard deviation over experts of the shift of their share in layer j: the layers "

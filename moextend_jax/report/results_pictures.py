@@ -19,7 +19,7 @@ from moextend_jax.report.workdir import data_title, number
 from moextend_jax.runs import results
 
 TITLES = {"question_only": "Question only"} | {
-    name: row.title[0].upper() + row.title[1:] for name, row in results.MODELS.items()
+    name: row.title[0].upper() + row.title[1:] for name, row in results.FIRST.models.items()
 }
 """Of models in pictures and tables."""
 MODEL_COLOUR = dict.fromkeys(TITLES, PLAIN) | {"moextend": OURS, "full": RIVAL}
@@ -68,7 +68,7 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
         )  # fmt: skip
     for model in results.ANSWERING:
         accuracy, lost = number(summary, "accuracy", model), forgetting(summary, model=model)
-        if results.MODELS[model].text_is_bases:
+        if results.FIRST.models[model].text_is_bases:
             lost = Forgetting({"both": 0.0})
         if accuracy is None or lost is None:
             continue

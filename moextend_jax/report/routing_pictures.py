@@ -48,7 +48,7 @@ def routing_picture(routing: Mapping[str, Any], path: Path) -> None:
 
 def selection_panels(selection: Selection, *, kind: str, top: float, most: float) -> dict[str, Callable[[Axes], None]]:
     """Before, after and shift of one kind of token; copied experts are framed in the routing that named them."""
-    copied = tuple(zip(selection.chosen, selection.sources, strict=False))
+    copied = selection.copied
     before_ZE, after_ZE = selection.before_ZE[kind], selection.after_ZE[kind]
     frames = {"before": (), "after": (), selection.source_under: copied}
     name = f"{kind.capitalize()} tokens"
@@ -88,13 +88,13 @@ def shift_panel(ax: Axes, shift_ZE: np.ndarray, *, title: str, top: float) -> No
 
 
 def choice_panel(ax: Axes, selection: Selection) -> None:
-    """d_j per layer; chosen layers are filled and named after the expert that is copied."""
+    """d_j per layer; chosen layers are filled and named after the experts that are copied."""
     layers = range(len(selection.shift_Z))
-    chosen = dict(zip(selection.chosen, selection.sources, strict=False))
+    chosen = {layer: ", ".join(f"{e}" for z, e in selection.copied if z == layer) for layer in selection.chosen}
     ax.bar(layers, selection.shift_Z, color=[OURS if layer in chosen else LINE for layer in layers], width=0.8)
-    for layer, expert in chosen.items():
+    for layer, experts in chosen.items():
         ax.annotate(
-            f"{expert}", (layer, selection.shift_Z[layer]), (0, 2), textcoords="offset points", ha="center", color=OURS
+            experts, (layer, selection.shift_Z[layer]), (0, 2), textcoords="offset points", ha="center", color=OURS
         )
     ax.set(xlabel="layer", ylabel="shift of routing $d_j$")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.runs.results import training
+from moextend_jax.runs.results import FIRST
 from moextend_jax.train.metrics import read_metrics
 
 KINDS = ("image", "text")
@@ -29,7 +29,8 @@ class Selection(NamedTuple):
     after_ZE: dict[str, np.ndarray]
     shift_Z: np.ndarray
     chosen: tuple[int, ...]
-    sources: tuple[int, ...]
+    copied: tuple[tuple[int, int], ...]
+    """Chosen layers, each with an expert that it copies."""
     source_under: str
     """The routing that named the sources: "before" or "after"."""
 
@@ -59,7 +60,7 @@ def read_workdir(workdir: Path) -> Workdir:
     if not workdir.is_dir():
         raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
     selection, routing = _json(workdir / "select/routing.json", dict), _json(workdir / "finetune/routing.json", dict)
-    metrics = {stage: workdir / stage / "metrics.jsonl" for stage in training()}
+    metrics = {stage: workdir / stage / "metrics.jsonl" for stage in FIRST.training()}
     contents = Workdir(
         config=_json(workdir / "config.json", dict),
         summary=_summary(workdir / "summary.json"),
@@ -76,17 +77,21 @@ def read_workdir(workdir: Path) -> Workdir:
 def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selection:
     """The content of select/routing.json; `where` names it in errors."""
     with _malformed(where):
-        shape = (int(routing["layers"]), int(routing["experts"]))
+        layers, new = int(routing["layers"]), int(routing.get("new_experts", 1))
+        shape = (layers, int(routing["experts"]))
         chosen = tuple(int(layer) for layer in routing["chosen_layers"])
+        sources = tuple(int(expert) for expert in routing["sources"])
         shift_Z = np.asarray(routing["shift"], float)
-        if shift_Z.shape != shape[:1] or not all(0 <= layer < shape[0] for layer in chosen):
-            raise ValueError(f"shift or chosen_layers do not fit {shape[0]} layers")
+        if shift_Z.shape != shape[:1] or not all(0 <= layer < layers for layer in chosen):
+            raise ValueError(f"shift or chosen_layers do not fit {layers} layers")
+        if len(sources) != new * len(chosen):
+            raise ValueError(f"{len(sources)} sources for {len(chosen)} chosen layers")
         return Selection(
             before_ZE={kind: _shares(routing["before"][kind], shape) for kind in KINDS},
             after_ZE={kind: _shares(routing["after"][kind], shape) for kind in KINDS},
             shift_Z=shift_Z,
             chosen=chosen,
-            sources=tuple(int(expert) for expert in routing["sources"]),
+            copied=tuple((chosen[n // new], expert) for n, expert in enumerate(sources)),
             source_under=str(routing.get("recipe", {}).get("source_under", "before")),
         )
 

@@ -55,7 +55,7 @@ def collect(
         real_BL = np.asarray(batch.segments_BL) > 0
         digest.update(token_places(np.asarray(batch.ids_BL), real_BL))
         if picks is not None:
-            real_T, image_T = real_BL.reshape(-1), np.asarray(batch.patches_BL).reshape(-1) >= 0
+            real_T, image_T = real_BL.reshape(-1), np.asarray(batch.places_BL).reshape(-1) >= 0
             picks.append(PerToken(_small(ids_ZTk[:, real_T]), gaps_ZT[:, real_T], image_T[real_T]))
             if per_token is None and sums["tokens/text"] + sums["tokens/image"] > FEW:
                 picks = None
@@ -97,7 +97,7 @@ def _count(model: MoExtend, batch: Batch):
     probs_ZTO = jnp.exp(log_probs_ZTO)
     absent_ZTO = jnp.isneginf(logits_ZTO)  # new columns of plain layers
     entropy_ZT = -jnp.where(absent_ZTO, 0.0, probs_ZTO * log_probs_ZTO).sum(axis=-1)
-    image_T = (batch.patches_BL >= 0).reshape(-1)
+    image_T = (batch.places_BL >= 0).reshape(-1)
     real_T = (batch.segments_BL > 0).reshape(-1)
     sums = {"faulty": count_faulty(logits_ZTO, real_T)}
     for kind, of_T in (("text", real_T & ~image_T), ("image", real_T & image_T)):

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers, write_npz
-from moextend_jax.config import IGNORE, Amount, Batch, Count, ModelConfig, MoextendError
+from moextend_jax.config import IGNORE, IMAGE, Amount, Batch, Count, ModelConfig, MoextendError
 from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
 from moextend_jax.routing.compare import (
@@ -105,9 +105,10 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
     if options.ids:
         pad = lambda: opened.tokenizer.tags.pad  # noqa: E731  ids of text need no tokenizer
         return _id_batches(Path(options.ids), config, pad=pad, batch_size=options.batch_size)
-    from moextend_jax.data.batches import Pixels, batches, text_batches
-    from moextend_jax.data.datasets import hold_out, open_dataset, open_text
+    from moextend_jax.data.batches import batches, text_batches
+    from moextend_jax.data.datasets import IMAGES_ALONE, hold_out, open_dataset, open_text
     from moextend_jax.data.faults import STRICT
+    from moextend_jax.data.readers import Inputs
     from moextend_jax.settings import StageSettings
 
     tokenizer = opened.tokenizer
@@ -129,21 +130,36 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
     with distributed.first_alone(f"open {options.data} {options.split}"):
         source = open_dataset(
-            options.data, split=options.split, data_dir=data_dir, manual_dir=manual_dir, images=images, faults=faults
+            options.data,
+            split=options.split,
+            data_dir=data_dir,
+            manual_dir=manual_dir,
+            images=images,
+            media=config.media or IMAGES_ALONE,
+            faults=faults,
         )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
-    recipe, pixels, most = opened.recipe, None, 1
-    if config.vision is not None:
-        pixels = Pixels(images=source.images, size=config.vision.image_size, preparation=recipe.image_preparation)
-        most = max(1, max(len(source[row].images) for row in range(len(source))))
+    recipe = opened.recipe
+    readers = {
+        name: Inputs(items=source.items[name], medium=medium, preparation=recipe.image_preparation)
+        for name, medium in config.media.items()
+    }
+    counts = [example.by_medium for example in source]
+    most = {name: max(len(items.get(name, ())) for items in counts) for name in readers}
     return batches(
         source,
-        stage=StageSettings(data=options.data, steps=1, images_per_row=most, too_long="drop_turns", **shape),
+        stage=StageSettings(
+            data=options.data,
+            steps=1,
+            images_per_row=most.get(IMAGE) or 1,
+            items_per_row=most,
+            too_long="drop_turns",
+            **shape,
+        ),
         tokenizer=tokenizer,
         recipe=recipe,
-        images=pixels,
-        patches=opened.patches,
+        readers=readers,
         seed=None,
         epochs=1,
         faults=faults,
@@ -165,15 +181,15 @@ def _id_batches(path: Path, config: ModelConfig, *, pad: Callable[[], int], batc
         raise MoextendError(f"{path}: ids from {real.min()} to {real.max()}, but the vocabulary has "
                             f"{config.decoder.vocab_size}")  # fmt: skip
     ids_BL = np.where(mask_BL > 0, ids_BL, 0)
-    patches_BL, images_BMhwc = _pictures(path, arrays, ids_BL, mask_BL, config, pad=pad)
+    places_BL, images_BMhwc = _pictures(path, arrays, ids_BL, mask_BL, config, pad=pad)
     for first in range(0, len(ids_BL), batch_size):
         some = slice(first, first + batch_size)
         empty = ((0, batch_size - len(ids_BL[some])), (0, 0))
         batch = text_batch(*(np.pad(array[some], empty) for array in (ids_BL, mask_BL)))
         if images_BMhwc is not None:
             images = np.pad(images_BMhwc[some], (*empty, (0, 0), (0, 0), (0, 0)))
-            patches = np.pad(patches_BL[some], empty, constant_values=-1)
-            batch = batch._replace(patches_BL=patches, images_BMhwc=images)
+            patches = np.pad(places_BL[some], empty, constant_values=-1)
+            batch = batch._replace(places_BL=patches, media={IMAGE: images})
         yield batch
 
 
@@ -182,9 +198,9 @@ def _pictures(
     pad: Callable[[], int],
 ) -> tuple[np.ndarray, np.ndarray | None]:  # fmt: skip
     """Which patch each token is, and the pictures of each row, from `pixel_values` [images, 3, height, width]."""
-    patches_BL = np.full_like(ids_BL, -1)
+    places_BL = np.full_like(ids_BL, -1)
     if "pixel_values" not in arrays or config.vision is None:
-        return patches_BL, None
+        return places_BL, None
     pixels, size, each = arrays["pixel_values"], config.vision.image_size, config.vision.patches
     pads_BL = (ids_BL == pad()) & (mask_BL > 0)
     counts_B, rest_B = np.divmod(pads_BL.sum(axis=1), each)
@@ -193,10 +209,10 @@ def _pictures(
             f"{path}: pixel_values {list(pixels.shape)} are not one picture [3, {size}, {size}] for every {each} image "
             f"tokens (id {pad()}) of a row, of which there are {pads_BL.sum()}"
         )
-    patches_BL = np.where(pads_BL, np.cumsum(pads_BL, axis=1) - 1, -1).astype(ids_BL.dtype)
+    places_BL = np.where(pads_BL, np.cumsum(pads_BL, axis=1) - 1, -1).astype(ids_BL.dtype)
     images_BMhwc = np.zeros((len(ids_BL), max(1, counts_B.max()), size, size, 3), np.float32)
     images_BMhwc[np.arange(images_BMhwc.shape[1]) < counts_B[:, None]] = pixels.transpose(0, 2, 3, 1)
-    return patches_BL, images_BMhwc
+    return places_BL, images_BMhwc
 
 
 def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
@@ -216,14 +232,17 @@ def _noting(batches: Iterable[Batch], rows: list[Batch] | None) -> Iterator[Batc
 
 def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:
     """Rows cut to the longest, and their pictures, row by row."""
-    ids_BL, mask_BL, patches_BL = (np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
-                                   for name in ("ids_BL", "segments_BL", "patches_BL"))  # fmt: skip
+    ids_BL, mask_BL, places_BL = (np.concatenate([np.asarray(getattr(batch, name)) for batch in batches])
+                                   for name in ("ids_BL", "segments_BL", "places_BL"))  # fmt: skip
     used_B, real_BL = (mask_BL > 0).any(axis=1), mask_BL > 0
     length = 1 + int(np.flatnonzero(real_BL.any(axis=0)).max(initial=0))
     arrays = {"input_ids": ids_BL[used_B, :length], "attention_mask": real_BL[used_B, :length].astype(np.int8)}
-    if (patches_BL >= 0).any():
-        counts_B = (patches_BL.max(axis=1) + 1) // patches
-        images_BMhwc = np.concatenate([np.asarray(batch.images_BMhwc) for batch in batches])
+    others = sorted({name for batch in batches for name in {**batch.media, **batch.features}} - {IMAGE})
+    if others:
+        raise MoextendError(f"--ids_out carries pictures, and the data have items of {', '.join(others)}; leave it out")
+    if (places_BL >= 0).any():
+        counts_B = (places_BL.max(axis=1) + 1) // patches
+        images_BMhwc = np.concatenate([np.asarray(batch.media[IMAGE]) for batch in batches])
         shown_BM = np.arange(images_BMhwc.shape[1]) < counts_B[:, None]
         arrays["pixel_values"] = images_BMhwc[shown_BM].transpose(0, 3, 1, 2).astype(np.float32)
     write_npz(path, arrays)

@@ -18,15 +18,14 @@ from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
 from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError, Recipe
+from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError, Named, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
-from moextend_jax.runs import models_of
+from moextend_jax.runs import models_of, results
 from moextend_jax.runs.place import Place
-from moextend_jax.runs.results import model_row
 from moextend_jax.runs.run import Arrays, Run, known_settings, open_run, working
 from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fields
 
@@ -66,12 +65,12 @@ class Askable:
 
     @property
     def sees(self) -> bool:
-        return self.config.vision is not None
+        return IMAGE in self.config.media
 
     @property
     def patches(self) -> int:
         """Visual tokens of an image; 0 of a model that does not see."""
-        return self.config.vision.patches if self.config.vision else 0
+        return self.config.media[IMAGE].tokens if self.sees else 0
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -142,7 +141,7 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
         arrays=arrays,
         mesh=run.mesh,
         recipe=run.settings.recipe,
-        is_plain=lambda: not model_row(name).sees,
+        is_plain=lambda: not results.table(run.settings).model(name).sees,
         sizes=run.settings.evaluate,
         identify=lambda: identity if dtype is None else f"{identity}-{dtype}",
         read_tokenizer=lambda: run.tokenizer,
@@ -159,8 +158,8 @@ def text_only(opened: Askable) -> Askable:
 def not_extended(opened: Askable) -> Askable:
     """An extended model without what its extension added: the base, where its pretrained leaves are still the base's,
     and its recipe kept the routers."""
-    model = abstract(dataclasses.replace(opened.config, extension=None))
-    arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith("extension/")}
+    model = abstract(dataclasses.replace(opened.config, extensions=Named()))
+    arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith("extensions/")}
     return dataclasses.replace(
         opened, name="base", model=model, arrays=arrays, open_base=None, identify=lambda: f"base-of-{opened.identity}"
     )
@@ -168,9 +167,14 @@ def not_extended(opened: Askable) -> Askable:
 
 def described(config: ModelConfig) -> str:
     """A model's sizes in a few words."""
-    sizes, extension = config.decoder, config.extension
-    sees = f", sees {config.vision.patches} patches" if config.vision else ", text only"
-    grown = f", {extension.new_experts} new in {len(extension.layers)} of them" if extension else ""
+    sizes = config.decoder
+    sees = f", sees {config.vision.patches} patches" if config.vision else "" if config.media else ", text only"
+    sees += "".join(f", {name} of {medium.tokens} tokens" for name, medium in config.media.items() if name != IMAGE)
+    grown = "".join(
+        f", {added.new_experts} new in {len(added.layers)} of them"
+        + (f" for {name}" if len(config.extensions) > 1 else "")
+        for name, added in config.extensions.items()
+    )
     return f"{sizes.layers} layers of {sizes.experts} experts{grown}{sees}, {config.dtype}"
 
 
@@ -189,10 +193,11 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
 
     def read_tokenizer() -> Tokenizer:
         ends = ends_of(source.record.attributes.get("decoder", {}))
-        return tokenizer_of(source.tokenizer_folder or place.folder, config, ends=ends)
+        tokenizer = tokenizer_of(source.tokenizer_folder or place.folder, config, ends=ends)
+        return dataclasses.replace(tokenizer, others=config.media)
 
     def is_plain() -> bool:
-        if config.vision is not None or _has_template(source.files):
+        if config.media or _has_template(source.files):
             return False
         return opened.tokenizer.prompt in (None, "mixtral")
 
@@ -207,7 +212,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         sizes=sizes,
         identify=identify,
         read_tokenizer=read_tokenizer,
-        open_base=(lambda: not_extended(opened)) if config.extension else None,
+        open_base=(lambda: not_extended(opened)) if config.extensions else None,
     )
     return opened
 

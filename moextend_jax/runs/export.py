@@ -30,12 +30,14 @@ from moextend_jax.checkpoints.convert import (
 from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
-from moextend_jax.config import RECIPES, ExtensionConfig, ImageTags, MoextendError
+from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_extension
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
+from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
-from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of
+from moextend_jax.runs.media import with_media
+from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 HF = "hf"
 """The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
@@ -51,10 +53,12 @@ class ExportOptions:
     layout: Annotated[str | None, OneOf((HF, *LAYOUTS))] = None
     """hf is what PyTorch programs of today load, released what the paper's code does; else the layout that holds all
     there is"""
-    model: Annotated[str | None, OneOf(tuple(results.MODELS))] = None
+    model: str | None = None
     """which one of a run; else the furthest"""
     recipe: Annotated[str | None, OneOf(tuple(RECIPES))] = None
     """of layout hf, where SRC does not say: how prompts and pictures are made; else that of its layout"""
+    extension: tuple[str, ...] = ()
+    """of layout delta: only these; else all"""
     base: Path | None = None
     """folder of the base, where SRC is a delta or a partial save"""
     vision: Path | None = None
@@ -76,11 +80,20 @@ def export(values: ExportOptions) -> None:
         source = open_source(values.src, base=values.base, vision=values.vision)
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
+    if values.extension and layout != "delta":
+        raise MoextendError(f"--extension {','.join(values.extension)} goes with --layout delta")
     if layout == HF:
         how = how_trained(source, recipe=values.recipe, where=values.src)
         cost = export_transformers(source, values.dst, **how._asdict(), max_shard_bytes=shard, console=screen)
     else:
-        cost = export_source(source, values.dst, layout=layout, max_shard_bytes=shard, console=screen)
+        cost = export_source(
+            source,
+            values.dst,
+            layout=layout,
+            extensions=values.extension or None,
+            max_shard_bytes=shard,
+            console=screen,
+        )
     print(f"exported {described(source)} to {values.dst} in layout {layout}: {cost}")
     if left := source.parts - parts_of(layout, source):
         print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
@@ -118,7 +131,9 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
     if settings is None:
         raise MoextendError(f"{workdir} is no work directory: no stage has been run in it")
     source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
-    base, expected = hashes.base_hash(source.leaves), remembered(workdir).get("base_hash")
+    source = with_media(source, settings, tokenizer_of_base(settings, source))
+    known = hashes.base_hashes(source.leaves)
+    base, expected = known.base, remembered(workdir).get("base_hash")
     if base != expected:
         raise MoextendError(
             f"{workdir} was run on the base with content hash {expected}, but {settings.base} has {base}"
@@ -126,9 +141,10 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
     facts = facts_of_base(base, settings)
     trained: dict[str, Stored] = {}
     stages = []
-    row = results.model_row(model or "moextend")
+    table = results.table(settings)
+    row = table.model(model or "moextend")
     for stage in row.results:
-        result = _open_result(workdir / stage / "result", facts=facts)
+        result = _open_result(results.folder_of(workdir, stage) / "result", facts=facts)
         if result is None:
             break
         trained |= result
@@ -140,22 +156,24 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         return source._replace(leaves=seen)
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
-    tags = remembered(workdir).get("model", {}).get("tags")
-    config = dataclasses.replace(source.config, tags=ImageTags(**tags)) if tags else source.config
-    if results.is_grown(stages):
-        chosen = selection.read_selection(workdir / "select" / "routing.json", decoder=config.decoder)
+    config = dataclasses.replace(source.config, composition=settings.composition)
+    media = {link.name: link.medium for link in settings.links}
+    for name in table.grown(stages):
+        where = results.folder_of(workdir, results.named(settings, name, "select"))
+        chosen = selection.read_selection(where / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
             layers=tuple(chosen["chosen_layers"]),
             sources=tuple(chosen["sources"]),
-            new_experts=trained["extension/router/new_gate"].shape[-1],
-            calibrator_width=trained["extension/router/calibrator/w_in"].shape[-1],
+            new_experts=trained[f"extensions/{name}/router/new_gate"].shape[-1],
+            calibrator_width=trained[f"extensions/{name}/router/calibrator/w_in"].shape[-1],
+            medium=media[name],
         )
-        config = dataclasses.replace(config, extension=extension)
+        config = with_extension(config, extension, name=name)
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())
     facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
     facts["text_isolation"] = settings.text_isolation
-    record = source.record._replace(config=config, base=base, facts=facts)
+    record = source.record._replace(config=config, base=base, facts=facts, parts=known.parts)
     return Source({**source.leaves, **own}, record, source.files)
 
 
@@ -183,6 +201,6 @@ def _open_result(folder: Path, *, facts: Mapping[str, Any]) -> dict[str, Stored]
         return read
 
     return {
-        path: Stored(tuple(leaf.shape), np.dtype(leaf.dtype), reader(path, leaf), str(folder))
+        current_path(path): Stored(tuple(leaf.shape), np.dtype(leaf.dtype), reader(path, leaf), str(folder))
         for path, leaf in result.leaves.items()
     }

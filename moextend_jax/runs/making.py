@@ -15,7 +15,8 @@ from typing import Any
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.data.datasets import Source
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import COPIED
@@ -28,7 +29,7 @@ from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
 from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
 from moextend_jax.runs.ready import Check, ready
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
-from moextend_jax.settings import RunSettings, StageSettings
+from moextend_jax.settings import RunSettings, SelectSettings, StageSettings
 from moextend_jax.train.loop import Job, train_loop
 from moextend_jax.train.stages import split
 
@@ -40,10 +41,11 @@ def make(run: Run, name: str) -> None:
       MoextendError: a parent is missing, the result that is there is of other settings, `resume_from` is of another
         stage, or whatever making it refuses.
     """
-    how = results.result(name).how
+    row = results.table(run.settings).result(name)
+    how = row.how
     if how == "train" and run.resume_from is not None and (stage := _stage_at(run.resume_from)) != name:
         raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
-    if results.result(name).data is not None:  # data are read only where the rest is there
+    if row.data is not None:  # data are read only where the rest is there
         run.facts_of(name)
     MAKERS[how](ready(run, [name]), name)
 
@@ -52,16 +54,18 @@ def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     """Makes every result in order, and the baselines if the settings want them; yields the name of each when it is
     there. What can be seen of the data to stand against any of them, or is found by `checks`, is an error before the
     first."""
-    names = [name for name, row in results.RESULTS.items() if run.settings.baseline or not row.optional]
+    rows = results.table(run.settings).results
+    names = [name for name, row in rows.items() if run.settings.baseline or not row.optional]
     run = ready(run, names, checks=checks)
     for name in names:
-        MAKERS[results.result(name).how](run, name)
+        MAKERS[rows[name].how](run, name)
         yield name
 
 
 def train(run: Run, name: str) -> None:
     """Trains the leaves of a row from the model of its parents, and writes them as its result."""
-    row, settings = results.result(name), _stage(run, name)
+    table, settings = results.table(run.settings), results.stage_of(run.settings, name)
+    row = table.result(name)
     undecisive = ("loss_chunk", "epochs", "least_steps")  # steps says it
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     facts = run.facts_of(name, settings=as_json(decisive))
@@ -70,13 +74,13 @@ def train(run: Run, name: str) -> None:
         return
     started = time.perf_counter()
     assert row.data is not None
-    trains, data = results.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
-    opened, source = model_with(run, row.parents), source_of(run, data)
+    trains, data = table.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
+    opened, source = model_with(run, row.parents, trained=row.extension), source_of(run, data)
     _, frozen = split(opened.arrays, trains)
     with preparing("hashing the frozen weights"):
         hash_before = content_hash(frozen)
     # A tower that trains has no features to cache.
-    pixels = any(path.startswith("vision/") for path in trains)
+    pixels = results.trains_tower(trains)
     trained = train_loop(
         opened.model,
         opened.arrays,
@@ -87,14 +91,16 @@ def train(run: Run, name: str) -> None:
             stage=settings,
             settings=run.settings,
             mesh=run.mesh,
-            folder=run.workdir / name,
-            facts=facts | {"examples": len(source), "data": source.fingerprint, "pictures": source.images.fingerprint},
+            folder=run.folder(name),
+            facts=facts | _of_source(source),
             resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
             name_of=lambda row: source[row].id,
-            held_out=validation_batches(run, settings, pixels=pixels) if run.settings.validate_every else (),
+            held_out=validation_batches(run, settings, extension=row.extension, pixels=pixels)
+            if run.settings.validate_every
+            else (),
         ),
     )
-    train_state.save_leaves(run.workdir / name / "result", trained, facts=facts)
+    train_state.save_leaves(run.folder(name) / "result", trained, facts=facts)
     record = {
         "seconds": time.perf_counter() - started,
         "steps": settings.steps,
@@ -104,28 +110,42 @@ def train(run: Run, name: str) -> None:
         "frozen_parameters": sum(int(leaf.size) for leaf in frozen.values()),
         "result": run.result_identity(name),
     }
-    write_json(run.workdir / name / "stage.json", record)
+    write_json(run.folder(name) / "stage.json", record)
+
+
+def _of_source(source: Source) -> dict[str, Any]:
+    """What a stage that goes on must find as it was. Pictures have a name of their own, as before other media."""
+    others = {name: items.fingerprint for name, items in source.items.items() if name != IMAGE and len(items)}
+    facts = {"examples": len(source), "data": source.fingerprint, "pictures": source.images.fingerprint}
+    return facts | ({"items": others} if others else {})
 
 
 def select(run: Run, name: str) -> None:
     """Counts routing before and after the probe on S_e, and writes NAME/routing.json."""
-    row, settings, recipe = results.result(name), run.settings.select, run.settings.recipe
-    facts = as_json(run.facts_of(name, settings=dataclasses.asdict(settings)))
-    if (run.workdir / name / "routing.json").exists() and read_selection(run).get("facts") == facts:
+    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+    settings: SelectSettings = results.group_of(run.settings, name)
+    asked = dataclasses.asdict(settings)
+    if settings.new_experts == 1:  # as before there was a choice
+        del asked["new_experts"]
+    facts = as_json(run.facts_of(name, settings=asked))
+    if (run.folder(name) / "routing.json").exists() and read_selection(run, row.extension).get("facts") == facts:
         return
     assert row.data is not None
     data = row.data(recipe)
     source = source_of(run, data)
-    stage = counting_stage(run.settings)
+    stage = counting_stage(run.settings, name)
 
     def count(opened: Opened) -> routing.Counts:
         rows = rows_of(run, source, stage, data=data, epochs=1, seed=None)
         batches = (place_rows(batch, run.mesh) for batch in rows)
-        return routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
+        counts = routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
+        # An earlier extension's experts are no sources, and would make the choice another than without it.
+        experts = run.config.decoder.experts
+        return counts._replace(text_ZO=counts.text_ZO[:, :experts], image_ZO=counts.image_ZO[:, :experts])
 
     with no_bus_error():
         before, after = (count(open_model(run, model)) for model in row.models)
-    chosen = routing.select(before, after, share=settings.share, recipe=recipe)
+    chosen = routing.select(before, after, share=settings.share, recipe=recipe, new_experts=settings.new_experts)
     record = {
         "layers": run.config.decoder.layers,
         "experts": run.config.decoder.experts,
@@ -136,32 +156,37 @@ def select(run: Run, name: str) -> None:
         "shift": chosen.shift_Z.tolist(),
         "chosen_layers": list(chosen.layers),
         "sources": list(chosen.sources),
+        "new_experts": settings.new_experts,
         "recipe": dataclasses.asdict(recipe),
         "base": run.base_hash,
         "facts": facts,
     }
-    write_json(run.workdir / name / "routing.json", record)
+    write_json(run.folder(name) / "routing.json", record)
 
 
-def counting_stage(settings: RunSettings) -> StageSettings:
+def counting_stage(settings: RunSettings, name: str = "select") -> StageSettings:
     """How `select` lays out its rows: as the probe does, in batches of its own size, each computed at once."""
-    return dataclasses.replace(settings.extend, batch_size=settings.select.batch_size, accumulate=1)
+    probe = results.stage_of(settings, name.replace("select", "extend"))
+    return dataclasses.replace(probe, batch_size=results.group_of(settings, name).batch_size, accumulate=1)
 
 
 def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
-    config, recipe = grown_config(run), run.settings.recipe
-    extension = dataclasses.asdict(config)["extension"]
+    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+    config = grown_config(run, [row.extension])
+    added = config.extensions[row.extension]
+    extension = {field: getattr(added, field) for field in ("layers", "sources", "new_experts", "calibrator_width")}
     facts = run.facts_of(name, extension=as_json(extension))
     if _is_done(run, name, facts):
         return
-    row = results.result(name)
     leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
     arrays = {**open_model(run, row.models[0]).arrays, **leaves}
     copied = {path: leaf for path, leaf in arrays.items() if path in COPIED.values()}
-    new_leaves = functools.partial(grow_leaves, config=config, recipe=recipe, seed=run.settings.seed)
+    new_leaves = functools.partial(
+        grow_leaves, config=config, recipe=recipe, seed=run.settings.seed, name=row.extension
+    )
     leaves |= make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
-    train_state.save_leaves(run.workdir / name / "result", leaves, facts=facts)
+    train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 
 MAKERS: dict[str, Callable[[Run, str], None]] = {"train": train, "select": select, "grow": grow}
@@ -171,16 +196,12 @@ def _stage_at(resume_from: Path) -> str | None:
     return train_state.facts_at(resume_from).get("stage")
 
 
-def _stage(run: Run, name: str) -> StageSettings:
-    return getattr(run.settings, results.result(name).settings)
-
-
 def _is_done(run: Run, name: str, facts: Mapping[str, Any]) -> bool:
     """Whether a result is there already; one of other settings is an error."""
-    folder = run.workdir / name
+    folder = run.folder(name)
     recorded = train_state.result_facts(folder / "result")
     if recorded is None:
         return False
     train_state.check_facts(recorded, facts, where=folder)
     # stage.json is written last: without it the stage was cut off while it ended.
-    return results.result(name).how != "train" or (folder / "stage.json").exists()
+    return results.table(run.settings).result(name).how != "train" or (folder / "stage.json").exists()

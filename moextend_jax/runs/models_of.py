@@ -13,7 +13,7 @@ import jax
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import ExtensionConfig, ModelConfig, MoextendError
+from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
@@ -34,67 +34,85 @@ def open_model(run: Run, name: str) -> Opened:
     Raises:
       MoextendError: no such model, or a result that it is made of is not there.
     """
-    row = results.model_row(name)
+    row = results.table(run.settings).model(name)
     opened = model_with(run, row.results)
     return opened if row.sees else text_only(opened)
 
 
-def model_with(run: Run, names: Iterable[str]) -> Opened:
-    """The pretrained parts with the leaves of these results over them; a projector that none of them has is fresh."""
+def model_with(run: Run, names: Iterable[str], *, trained: str | None = None) -> Opened:
+    """The pretrained parts with the leaves of these results over them; projectors that none of them has are fresh.
+
+    Experts of extensions but the one that is to be `trained` are cast to what they compute in: frozen ones cost no more
+    memory than the base's.
+    """
     names = tuple(names)
-    config = grown_config(run) if results.is_grown(names) else run.config
+    config = grown_config(run, results.table(run.settings).grown(names))
     arrays = dict(run.pretrained)
     for name in names:
         arrays |= leaves_of(run, name)
-    if not any(path.startswith("projector/") for path in arrays):
-        arrays |= projector_of_seed(run)
+    for path, leaf in arrays.items():
+        if "/new_experts/" in path and not path.startswith(f"extensions/{trained}/"):
+            arrays[path] = leaf.astype(run.settings.dtype)
+    for medium in config.media:
+        if not any(path.startswith(f"media/{medium}/projector/") for path in arrays):
+            arrays |= projector_of_seed(run, medium)
     return Opened(abstract(config), place_leaves(abstract(config), arrays, run.mesh))
 
 
 def text_only(opened: Opened) -> Opened:
     """The model without its eyes."""
-    model = abstract(dataclasses.replace(opened.model.config, vision=None))
-    arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith(("vision/", "projector/"))}
+    model = abstract(dataclasses.replace(opened.model.config, media=Named()))
+    arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith("media/")}
     return Opened(model, arrays)
 
 
 def leaves_of(run: Run, name: str) -> Arrays:
     """Leaves that a result holds; an error that says what to run where it is not there."""
-    config = grown_config(run) if results.is_grown([name]) else run.config
+    table = results.table(run.settings)
+    config = grown_config(run, table.grown([*table.result(name).parents, name]))
     shardings = parameter_shardings(abstract(config), run.mesh)
-    leaves = train_state.load_leaves(run.workdir / name / "result", facts=run.facts, shardings=shardings)
+    leaves = train_state.load_leaves(run.folder(name) / "result", facts=run.facts, shardings=shardings)
     if leaves is None:
         raise not_run(run.workdir, name)
     return leaves
 
 
-def grown_config(run: Run) -> ModelConfig:
-    """Of the extended model that `select` has chosen."""
-    chosen = read_selection(run)
-    extension = ExtensionConfig(layers=tuple(chosen["chosen_layers"]), sources=tuple(chosen["sources"]))
-    return dataclasses.replace(run.config, extension=extension)
+def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
+    """Of the model with these extensions, each as its `select` has chosen."""
+    media = {link.name: link.medium for link in run.settings.links}
+    extensions = {}
+    for name in names:
+        chosen = read_selection(run, name)
+        extensions[name] = ExtensionConfig(
+            layers=tuple(chosen["chosen_layers"]),
+            sources=tuple(chosen["sources"]),
+            new_experts=chosen.get("new_experts", 1),
+            medium=media[name],
+        )
+    return dataclasses.replace(run.config, extensions=Named(extensions))
 
 
-def read_selection(run: Run) -> dict[str, Any]:
-    """The content of select/routing.json."""
-    path = run.workdir / "select" / "routing.json"
+def read_selection(run: Run, extension: str) -> dict[str, Any]:
+    """The content of an extension's select/routing.json."""
+    name = "select" if extension == run.settings.extension else f"select:{extension}"
+    path = run.folder(name) / "routing.json"
     if not path.exists():
-        raise not_run(run.workdir, "select")
+        raise not_run(run.workdir, name)
     record = selection.read_selection(path, decoder=run.config.decoder)
     if record["base"] != run.base_hash:
-        raise MoextendError(f"{path} was made with another base model; run `moextend select` again")
+        raise MoextendError(f"{path} was made with another base model; run `moextend {name}` again")
     return record
 
 
-def projector_of_seed(run: Run) -> Arrays:
+def projector_of_seed(run: Run, medium: str = IMAGE) -> Arrays:
     """Leaves of a projector that starts from the seed, each made where it will lie."""
-    leaves, key = functools.partial(fresh_projector, run.config), jax.random.key(run.settings.seed)
-    return make_leaves(abstract(run.config), leaves, key, mesh=run.mesh)
+    leaves = functools.partial(fresh_projector, run.config, medium=medium)
+    return make_leaves(abstract(run.config), leaves, jax.random.key(run.settings.seed), mesh=run.mesh)
 
 
 def identity(run: Run, name: str) -> str:
     """Names a model by what it is made of: answers of two identities must not be mixed."""
-    stages = {stage: run.result_identity(stage) for stage in results.model_row(name).results}
+    stages = {stage: run.result_identity(stage) for stage in results.table(run.settings).model(name).results}
     digest = hashlib.sha256(json.dumps([run.base_hash, stages, run.settings.dtype]).encode())
     return f"{name}-{digest.hexdigest()[:12]}"
 
@@ -104,8 +122,9 @@ def frozen_unchanged(run: Run) -> bool:
 
     The released recipe keeps the probe's routers (`routers_kept`): those are not frozen there, all others are.
     """
-    arrays = open_model(run, "moextend").arrays
-    frozen = run.pretrained.keys() - leaves_of(run, "grow").keys()
+    arrays, table = open_model(run, "moextend").arrays, results.table(run.settings)
+    grown = [name for name in table.model("moextend").results if name.startswith("grow")]
+    frozen = run.pretrained.keys() - {path for name in grown for path in leaves_of(run, name)}
     return content_hash({path: arrays[path] for path in frozen}) == content_hash(
         {path: run.pretrained[path] for path in frozen}
     )

@@ -13,7 +13,7 @@ from typing import Annotated
 from moextend_jax.config import RECIPES, MoextendError, Range
 from moextend_jax.folders import reading
 from moextend_jax.options import OneOf
-from moextend_jax.runs.results import MODELS
+from moextend_jax.runs.results import FIRST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class Place:
     """folder of a run, whose model is taken"""
     checkpoint: Path | None = None
     """folder of a model instead: whatever `moextend import` reads, or a folder of a run"""
-    model: Annotated[str, OneOf(tuple(MODELS))] | None = None
-    """which model of the run; else moextend"""
+    model: str | None = None
+    """which model of the run: base, aligned, probed, moextend or full, of a later extension moextend:NAME; else
+    moextend, the last"""
     base: Path | None = None
     """of a checkpoint that holds an extension alone: folder of its base"""
     vision: Path | None = None
@@ -44,7 +45,9 @@ class Place:
     def __post_init__(self):
         if (self.workdir is None) == (self.checkpoint is None):
             raise MoextendError("asking needs --workdir: folder of a run, or --checkpoint: folder of a model; not both")
-        for name, names in {"model": MODELS, "recipe": RECIPES, "dtype": ("float32", "bfloat16")}.items():
+        if self.model is not None:  # of a later extension moextend:NAME, which the run knows
+            OneOf(tuple(FIRST.models)).check(self.model.partition(":")[0], what="model")
+        for name, names in {"recipe": RECIPES, "dtype": ("float32", "bfloat16")}.items():
             if (value := getattr(self, name)) is not None:
                 OneOf(tuple(names)).check(value, what=name)
         with reading(self.folder):

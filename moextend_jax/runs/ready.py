@@ -12,13 +12,14 @@ from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.data.datasets import Source, check_shows_images, distinct
+from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct
 from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.models.mixtral import check_length
+from moextend_jax.progress import preparing
 from moextend_jax.runs import results
-from moextend_jax.runs.data_of import Read, open_source, source_of
+from moextend_jax.runs.data_of import Read, data_dir_of, open_source, source_of
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Run
 from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, StageSettings
@@ -31,10 +32,9 @@ Check = Callable[[Run], None]
 
 
 class Stage(NamedTuple):
-    """A result that is trained: the settings' group of that name, and the data that it reads."""
+    """A result that is trained, and the data that it reads."""
 
     name: str
-    group: str
     data: Data
 
 
@@ -52,11 +52,16 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     names, settings = list(names), run.settings
     problems = Problems()
     read = functools.cache(functools.partial(open_source, run))
-    stages = _stages(settings, names)
+    stages, checks = _stages(settings, names), list(checks)
+    with preparing("looking for packages"):
+        for data in _data_names(settings, stages, evaluated=bool(checks)):
+            with problems:
+                check_packages(data, data_dir=data_dir_of(run))
+    problems.raise_any()
     sources: dict[str, Source] = {}
     for name in dict.fromkeys([*names, *(stage.name for stage in stages)]):
         if (data := _data(settings, name)) is not None:
-            of: StageSettings = getattr(settings, data.of)
+            of = results.stage_of(settings, data.of)
             with problems:
                 sources[name] = read(of.data, of.split)
     rows = {name: len(distinct(source)) for name, source in sources.items()}
@@ -66,8 +71,10 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     for stage in (stage for stage in stages if stage.name in sources):
         readers.setdefault(_reading(settings, stage), []).append(stage.name)
         with problems:
-            if results.patterns(stage.name, recipe=settings.recipe) == ("projector/*",):
-                check_shows_images(sources[stage.name], stage=stage.name)
+            trains = results.table(settings).patterns(stage.name, recipe=settings.recipe)
+            if results.is_aligning(trains):
+                medium = trains[0].split("/")[1]
+                check_shows(sources[stage.name], medium=medium, stage=stage.name)
     for reading, of_stages in readers.items():
         problems.note(_refused(measured(reading), settings.faults, stages=of_stages))
     for check in checks:
@@ -77,13 +84,22 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     filled = {}
     for stage in stages:
         counted, line = _counted(run, stage, measured(_reading(settings, stage)), read)
-        filled[stage.group] = counted
+        filled[stage.name] = counted
         with problems:
             check_length(counted.length, run.config.decoder)
         if line and stage.name in names and distributed.first():
             print(f"{stage.name}: {line}")
     problems.raise_any()
-    return dataclasses.replace(run, settings=dataclasses.replace(settings, **filled))
+    return dataclasses.replace(run, settings=results.with_stages(settings, filled))
+
+
+def _data_names(settings: RunSettings, stages: Iterable[Stage], *, evaluated: bool) -> Iterable[str]:
+    """What is going to be opened, each once."""
+    names = [results.stage_of(settings, stage.data.of).data for stage in stages]
+    for link in settings.links if evaluated else ():
+        evaluate = results.evaluate_of(settings, link.name)
+        names += [evaluate.data, *evaluate.sets.values()]
+    return filter(None, dict.fromkeys(names))
 
 
 def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int) -> list[str]:
@@ -95,23 +111,28 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     """
     problems = Problems()
     left = dict(rows)
-    if not settings.evaluate.data:
-        for name, data in ((name, _data(settings, name)) for name in rows):
-            if data is not None and getattr(settings, data.of).data == settings.finetune.data:
-                with problems:
-                    left[name] -= rows_of_part(settings.evaluate.held_out, rows[name], setting="evaluate.held_out")
+    table = results.table(settings)
+    for name, data in ((name, _data(settings, name)) for name in rows):
+        extension = table.result(name).extension
+        evaluate, finetune = (results.group_of(settings, results.named(settings, extension, of))
+                              for of in ("evaluate", "finetune"))  # fmt: skip
+        if data is not None and not evaluate.data and results.stage_of(settings, data.of).data == finetune.data:
+            with problems:
+                left[name] -= rows_of_part(evaluate.held_out, rows[name], setting="evaluate.held_out")
     for name in left:
         data = _data(settings, name)
         if data is not None and data.part != "all" and left[name] > 0:
             with problems:
-                rows_of_part(settings.select.held_out, left[name], setting="select.held_out")
-    if "select" in rows and int(settings.select.share * layers) < 1:
-        problems.note([f"select.share = {settings.select.share:g} of {layers} layers chooses none; raise it"])
+                select = results.select_of(settings, table.result(name).extension)
+                rows_of_part(select.held_out, left[name], setting="select.held_out")
+    for name in rows:
+        if name.startswith("select") and int((share := results.group_of(settings, name).share) * layers) < 1:
+            problems.note([f"{name}.share = {share:g} of {layers} layers chooses none; raise it"])
     return problems.messages
 
 
-def too_many_questions(settings: EvaluateSettings, rows: int) -> MoextendError:
-    return MoextendError(f"evaluate.questions = {settings.questions}, but {settings.data} has {rows} rows")
+def too_many_questions(settings: EvaluateSettings, rows: int, *, data: str = "") -> MoextendError:
+    return MoextendError(f"evaluate.questions = {settings.questions}, but {data or settings.data} has {rows} rows")
 
 
 class Problems:
@@ -140,17 +161,17 @@ class Problems:
 
 
 def _data(settings: RunSettings, name: str) -> Data | None:
-    row = results.result(name)
+    row = results.table(settings).result(name)
     return None if row.data is None else row.data(settings.recipe)
 
 
 def _stages(settings: RunSettings, names: Iterable[str]) -> list[Stage]:
     """Those of the results whose rows have sizes of their own: `select` lays its rows out as the probe does."""
     stages = []
-    for name in dict.fromkeys("extend" if name == "select" else name for name in names):
+    for name in dict.fromkeys(name.replace("select", "extend") for name in names):
         data = _data(settings, name)
         if data is not None:
-            stages.append(Stage(name, results.result(name).settings, data))
+            stages.append(Stage(name, data))
     return stages
 
 
@@ -162,26 +183,27 @@ class Reading(NamedTuple):
     length: int
     conversation_length: int
     images_per_row: int
+    items_per_row: tuple[tuple[str, int], ...]
     too_long: Literal["error", "drop_turns"]
     feeds: Literal["conversation", "bare_question"]
 
 
 def _reading(settings: RunSettings, stage: Stage) -> Reading:
-    own: StageSettings = getattr(settings, stage.group)
-    of: StageSettings = getattr(settings, stage.data.of)
-    sizes = (own.length, own.conversation_length, own.images_per_row, own.too_long)
+    own, of = results.stage_of(settings, stage.name), results.stage_of(settings, stage.data.of)
+    items = tuple(sorted(own.items_per_row.items()))
+    sizes = (own.length, own.conversation_length, own.images_per_row, items, own.too_long)
     return Reading(of.data, of.split, *sizes, stage.data.feeds)
 
 
 def _measure(run: Run, read: Read, reading: Reading) -> Measured:
     fields = reading._asdict()
-    feeds = fields.pop("feeds")
+    feeds, items = fields.pop("feeds"), dict(fields.pop("items_per_row"))
     return measure(
         read(reading.data, reading.split),
-        stage=StageSettings(steps=1, batch_size=1, **fields),
+        stage=StageSettings(steps=1, batch_size=1, items_per_row=items, **fields),
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
-        patches=run.patches,
+        media=run.config.media,
         faults=run.settings.faults,
         parts=feeds,
         most=LOOKED_AT if reading.length and reading.images_per_row else None,
@@ -204,16 +226,12 @@ def _refused(measured: Measured, faults: FaultSettings, *, stages: Sequence[str]
 
 def _counted(run: Run, stage: Stage, measured: Measured, read: Read) -> tuple[StageSettings, str]:
     """The settings with numbers for a length, pictures of a row and steps that are left open, and a line about them."""
-    settings: StageSettings = getattr(run.settings, stage.group)
-    sized = dataclasses.replace(
-        settings,
-        length=settings.length or measured.length,
-        images_per_row=settings.images_per_row or measured.pictures,
-    )
+    settings = results.stage_of(run.settings, stage.name)
+    sized = measured.filled(settings)
     lines = []
     if sized.epochs:
         conversations = len(source_of(run, stage.data, read=read))
-        each = rows_per_conversation(measured, stage=sized, patches=run.patches)
+        each = rows_per_conversation(measured, stage=sized, media=run.config.media)
         steps = max(math.ceil(sized.epochs * conversations * each / sized.batch_size), sized.least_steps, 1)
         epochs = steps * sized.batch_size / each / conversations
         about = "about " if each != 1 else ""

@@ -1,24 +1,34 @@
 """TABLE of results: what a work directory can hold, and which of them each model is made of; the only list of names.
 
-In: a name. Out: its row: what it trains, what must be there before it, the data it reads. A row says what; how results
-are made is `runs/making.py`, how models are put together `runs/models_of.py`. Another extension or method is another
-row.
+In: the extensions of a run in order (`settings.Link`), and a name. Out: its row: what it trains, what must be there
+before it, the data it reads. A row says what; how results are made is `runs/making.py`, how models are put together
+`runs/models_of.py`.
+
+The first extension's results are called align, extend, select, grow, finetune and full; those of a later one NAME
+align:NAME, ..., finetune:NAME, full:NAME, and start from the model that the earlier ones make. For example a second
+extension "sound" of a medium that is new: align:sound trains its projector in the model of align, grow and finetune,
+whose leaves are frozen there; finetune:sound trains extensions/sound/* with all of these frozen.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.config import IMAGE, MoextendError, Recipe
+from moextend_jax.configurations import meant
+from moextend_jax.settings import EvaluateSettings, Link, RunSettings, SelectSettings, StageSettings
 
 Row = TypeVar("Row")
 
 
 class Data(NamedTuple):
-    """Rows that a result is made from: of the data set that the settings of result `of` name all of them, the samples
-    S_e that are held out for the extender, or the rest. `feeds`: what of a conversation, see `data.batches.batches`."""
+    """Rows that a result is made from: of the data set that the settings of the result `of` name all of them, the
+    samples S_e that are held out for the extender, or the rest. `feeds`: what of a conversation, see
+    `data.batches.batches`."""
 
     of: str
     part: Literal["all", "held_out", "rest"] = "all"
@@ -27,12 +37,12 @@ class Data(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What WORKDIR/NAME holds.
+    """What the folder of a result holds.
 
     parents: results that it is made from: one that trains starts from the model that they make.
     how: a row of `making.MAKERS`. data: what it reads. trains: path patterns of the leaves that it trains, by recipe;
-    all others are frozen. settings: the group of `RunSettings` that sets it.
-    grown: whether its leaves belong to the extended model.
+    all others are frozen. settings: where in `RunSettings` the group is that sets it.
+    extension: the one that it belongs to. grown: whether its leaves are those of that extension.
     models: rows of MODELS that it looks at: those whose routing is compared, or the one that is extended.
     optional: a baseline, which `moextend run` makes only if asked to.
     """
@@ -42,80 +52,17 @@ class Result:
     parents: tuple[str, ...] = ()
     data: Callable[[Recipe], Data] | None = None
     trains: Callable[[Recipe], tuple[str, ...]] = lambda _: ()
-    settings: str = ""
+    settings: tuple[str, ...] = ()
+    extension: str = IMAGE
     grown: bool = False
     models: tuple[str, ...] = ()
     optional: bool = False
 
 
-def _probe_data(recipe: Recipe) -> Data:
-    return Data("align") if recipe.probe_data == "captions" else Data("finetune", "rest")
-
-
-def _held_out(recipe: Recipe) -> Data:
-    if recipe.probe_data == "captions":
-        return Data("align", "held_out", "bare_question")
-    return Data("finetune", "held_out")
-
-
-def _finetuned(recipe: Recipe) -> tuple[str, ...]:
-    also = ("projector/*",) if recipe.finetune_trains == "extension_and_projector" else ()
-    return ("extension/*", *also)
-
-
-RESULTS: dict[str, Result] = {
-    "align": Result(
-        does="train the projector",
-        data=lambda _: Data("align"),
-        trains=lambda _: ("projector/*",),
-        settings="align",
-    ),
-    "extend": Result(
-        does="train the routers alone, as a probe",
-        parents=("align",),
-        data=_probe_data,
-        trains=lambda _: ("decoder/layers/moe/gate",),
-        settings="extend",
-    ),
-    "select": Result(
-        does="count routing before and after the probe; choose layers and source experts",
-        how="select",
-        parents=("align", "extend"),
-        models=("aligned", "probed"),
-        data=_held_out,
-        settings="select",
-    ),
-    "grow": Result(
-        does="add new experts, router columns and calibrators to the chosen layers",
-        how="grow",
-        parents=("align", "extend"),
-        models=("aligned",),
-        grown=True,
-    ),
-    "finetune": Result(
-        does="train what was added",
-        parents=("align", "grow"),
-        data=lambda _: Data("finetune"),
-        trains=_finetuned,
-        settings="finetune",
-        grown=True,
-    ),
-    "full": Result(
-        does="full fine-tuning, the baseline",
-        parents=("align",),
-        data=lambda _: Data("full"),
-        trains=lambda _: ("decoder/*", "projector/*", "vision/*"),
-        settings="full",
-        optional=True,
-    ),
-}  # fmt: skip
-"""In the order in which `moextend run` makes them."""
-
-
 class ModelRow(NamedTuple):
     """A model of a work directory: the results whose leaves lie, one over the other, over the pretrained parts.
 
-    title: for tables. sees: False is the pretrained decoder alone, without its eyes. text_is_bases: nothing that text
+    title: for tables. sees: False is the pretrained decoder alone, without its media. text_is_bases: nothing that text
     passes through was trained, so its text losses are the base's and are not computed again.
     """
 
@@ -125,48 +72,262 @@ class ModelRow(NamedTuple):
     text_is_bases: bool = False
 
 
-MODELS: dict[str, ModelRow] = {
-    "base": ModelRow("base", (), sees=False),
-    "aligned": ModelRow("aligned only", ("align",), text_is_bases=True),
-    "probed": ModelRow("probed", ("align", "extend")),
-    "moextend": ModelRow("MoExtend", ("align", "grow", "finetune")),
-    "full": ModelRow("full fine-tuning", ("align", "full")),
-}
+class Table(NamedTuple):
+    """The rows of a run: results in the order in which `moextend run` makes them, and models.
+
+    answering: models that are asked questions; the probe is not meant to answer.
+    """
+
+    results: dict[str, Result]
+    models: dict[str, ModelRow]
+
+    @property
+    def answering(self) -> tuple[str, ...]:
+        return tuple(name for name in self.models if name in ANSWERING)
+
+    def result(self, name: str) -> Result:
+        """Raises MoextendError for a name that is no row."""
+        return _row(self.results, name, kind="stage")
+
+    def model(self, name: str) -> ModelRow:
+        """Raises MoextendError for a name that is no row."""
+        return _row(self.models, name, kind="model")
+
+    def training(self, *, optional: bool = True) -> tuple[str, ...]:
+        """Names of the results that are trained, with or without the baselines."""
+        return tuple(
+            name for name, row in self.results.items() if row.how == "train" and (optional or not row.optional)
+        )
+
+    def grown(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The extensions that a model with these results has, in order."""
+        return tuple(dict.fromkeys(self.results[name].extension for name in names if self.results[name].grown))
+
+    def patterns(self, name: str, *, recipe: Recipe, sees: bool = True) -> tuple[str, ...]:
+        """Path patterns of the leaves that a result trains; of a text model (`sees` False) those of its decoder."""
+        return tuple(p for p in self.result(name).trains(recipe) if sees or not p.startswith("media/"))
+
+    def has_trained_tower(self, names: Iterable[str], *, recipe: Recipe) -> bool:
+        """Whether one of these results holds a trained tower."""
+        return any(trains_tower(self.results[name].trains(recipe)) for name in names)
+
+
 ANSWERING = ("aligned", "moextend", "full")
-"""Models that are asked questions; the probe is not meant to answer."""
 
 
-def result(name: str) -> Result:
-    """Raises MoextendError for a name that is no row."""
-    return _row(RESULTS, name, kind="stage")
+def table(settings: RunSettings) -> Table:
+    """That of a run."""
+    return of_links(settings.links, mixture=settings.mixture is not None)
 
 
-def model_row(name: str) -> ModelRow:
-    """Raises MoextendError for a name that is no row."""
-    return _row(MODELS, name, kind="model")
+@functools.cache
+def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
+    """The rows of these extensions, one after the other, and perhaps of the stage that trains them together."""
+    results: dict[str, Result] = {}
+    models = {"base": ModelRow("base", (), sees=False)}
+    media: dict[str, str] = {}  # by medium the result that aligned it
+    before: tuple[str, ...] = ()  # what the model is made of so far
+    tuned: tuple[str, ...] = ()  # the same of full fine-tuning
+    for number, link in enumerate(links):
+        last, of = "" if number == 0 else f":{link.name}", f" ({link.name})" if len(links) > 1 else ""
+        aligned = tuple(name for name in before if name.startswith("align")) if link.apart else before
+        if link.medium and link.medium not in media:
+            media[link.medium] = f"align{last}"
+            results[f"align{last}"] = _align(link, last, parents=aligned)
+            aligned += (f"align{last}",)
+        results |= _extended(link, last, aligned=aligned)
+        moextend = (*aligned, f"grow{last}", f"finetune{last}")
+        tuned += tuple(name for name in media.values() if name not in tuned)
+        results[f"full{last}"] = _full(link, last, parents=tuned, media=tuple(media))
+        tuned += (f"full{last}",)
+        exact = not before
+        models[f"aligned{last}"] = ModelRow(f"aligned only{of}", aligned, text_is_bases=exact)
+        models[f"probed{last}"] = ModelRow(f"probed{of}", (*aligned, f"extend{last}"))
+        models[f"moextend:{link.name}"] = ModelRow(f"MoExtend{of}", moextend)
+        models[f"full:{link.name}"] = ModelRow(f"full fine-tuning{of}", tuned)
+        if not link.apart:
+            before = moextend
+    if mixture:
+        results["mixture"] = _mixture(links, parents=before)
+        before = (*before, "mixture")
+    models["moextend"] = ModelRow("MoExtend", before)
+    models["full"] = ModelRow("full fine-tuning", tuned)
+    return Table(results, models)
 
 
-def patterns(name: str, *, recipe: Recipe, sees: bool = True) -> tuple[str, ...]:
-    """Path patterns of the leaves that a result trains; of a text model (`sees` False) those of its decoder."""
-    return tuple(p for p in result(name).trains(recipe) if sees or not p.startswith(("projector/", "vision/")))
+def _align(link: Link, last: str, *, parents: tuple[str, ...]) -> Result:
+    return Result(
+        does=f"train the projector{_of(last)}",
+        parents=parents,
+        data=lambda _: Data(f"align{last}"),
+        trains=lambda _: (f"media/{link.medium}/projector/*",),
+        settings=_group(last, "align"),
+        extension=link.name,
+    )
 
 
-def trains_tower(names: Iterable[str], *, recipe: Recipe) -> bool:
-    """Whether one of these results holds a trained vision tower."""
-    return any(path.startswith("vision/") for name in names for path in RESULTS[name].trains(recipe))
+def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
+    """extend, select, grow and finetune of an extension that starts from the model of `aligned`."""
+
+    def captions(recipe: Recipe) -> bool:  # there are none of a task in text
+        return recipe.probe_data == "captions" and bool(link.medium)
+
+    def probe_data(recipe: Recipe) -> Data:
+        return Data(f"align{last}") if captions(recipe) else Data(f"finetune{last}", "rest")
+
+    def held_out(recipe: Recipe) -> Data:
+        if captions(recipe):
+            return Data(f"align{last}", "held_out", "bare_question")
+        return Data(f"finetune{last}", "held_out")
+
+    def finetuned(recipe: Recipe) -> tuple[str, ...]:
+        projector = recipe.finetune_trains == "extension_and_projector" and link.medium
+        return (f"extensions/{link.name}/*", *((f"media/{link.medium}/projector/*",) if projector else ()))
+
+    rows = {
+        "extend": Result(
+            does="train the routers alone, as a probe",
+            parents=aligned,
+            data=probe_data,
+            trains=lambda _: ("decoder/layers/moe/gate",),
+        ),
+        "select": Result(
+            does="count routing before and after the probe; choose layers and source experts",
+            how="select",
+            parents=(*aligned, f"extend{last}"),
+            models=(f"aligned{last}", f"probed{last}"),
+            data=held_out,
+        ),
+        "grow": Result(
+            does="add new experts, router columns and calibrators to the chosen layers",
+            how="grow",
+            parents=(*aligned, f"extend{last}"),
+            models=(f"aligned{last}",),
+            grown=True,
+        ),
+        "finetune": Result(
+            does="train what was added",
+            parents=(*aligned, f"grow{last}"),
+            data=lambda _: Data(f"finetune{last}"),
+            trains=finetuned,
+            grown=True,
+        ),
+    }  # fmt: skip
+    return {
+        f"{name}{last}": dataclasses.replace(
+            row,
+            does=row.does + _of(last),
+            settings=() if name == "grow" else _group(last, name),
+            extension=link.name,
+        )
+        for name, row in rows.items()
+    }
 
 
-def training(*, optional: bool = True) -> tuple[str, ...]:
-    """Names of the results that are trained, with or without the baselines."""
-    return tuple(name for name, row in RESULTS.items() if row.how == "train" and (optional or not row.optional))
+def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, ...]) -> Result:
+    return Result(
+        does=f"full fine-tuning, the baseline{_of(last)}",
+        parents=parents,
+        data=lambda _: Data(f"full{last}"),
+        trains=lambda _: ("decoder/*", *(f"media/{medium}/*" for medium in media)),
+        settings=_group(last, "full"),
+        extension=link.name,
+        optional=True,
+    )
 
 
-def is_grown(results: Iterable[str]) -> bool:
-    """Whether a model with these results is an extended one."""
-    return any(RESULTS[name].grown for name in results)
+def _mixture(links: tuple[Link, ...], *, parents: tuple[str, ...]) -> Result:
+    names = [link.name for link in links if not link.apart]
+    media = dict.fromkeys(link.medium for link in links if link.medium and not link.apart)
+    return Result(
+        does="train the columns, calibrators and projectors of all extensions together",
+        parents=parents,
+        data=lambda _: Data("mixture"),
+        trains=lambda _: (
+            *(f"extensions/{name}/router/*" for name in names),
+            *(f"media/{medium}/projector/*" for medium in media),
+        ),
+        settings=("mixture",),
+        extension=names[-1],
+    )
+
+
+def _of(last: str) -> str:
+    return f" of {last[1:]}" if last else ""
+
+
+def _group(last: str, name: str) -> tuple[str, ...]:
+    return ("extensions", last[1:], name) if last else (name,)
+
+
+FIRST = of_links((Link(),))
+"""The rows of a run with one extension: the names of commands."""
+
+
+# --- where a result's settings and files are --------------------------------------------------------------------------
+
+
+def group_of(settings: RunSettings, name: str) -> Any:
+    """The settings of a result, or of what is asked (evaluate, evaluate:NAME)."""
+    stage, _, extension = name.partition(":")
+    path = _group(f":{extension}" if extension else "", stage) if stage == "evaluate" else None
+    group: Any = settings
+    for key in path or table(settings).result(name).settings:
+        group = group[key] if isinstance(group, Mapping) else getattr(group, key)
+    return group
+
+
+def stage_of(settings: RunSettings, name: str) -> StageSettings:
+    """Those of a result that is trained."""
+    group = group_of(settings, name)
+    assert isinstance(group, StageSettings)
+    return group
+
+
+def named(settings: RunSettings, extension: str, stage: str) -> str:
+    """What a stage of an extension is called: finetune of the first, finetune:NAME of a later one."""
+    return stage if extension == settings.extension else f"{stage}:{extension}"
+
+
+def select_of(settings: RunSettings, name: str) -> SelectSettings:
+    """Those of the extender of an extension."""
+    return settings.select if name == settings.extension else settings.extensions[name].select
+
+
+def evaluate_of(settings: RunSettings, extension: str) -> EvaluateSettings:
+    """What is asked about an extension's medium or task."""
+    return settings.evaluate if extension == settings.extension else settings.extensions[extension].evaluate
+
+
+def with_stages(settings: RunSettings, stages: Mapping[str, StageSettings]) -> RunSettings:
+    """The settings with those of some results replaced."""
+    for name, stage in stages.items():
+        *path, field = table(settings).result(name).settings
+        if path:
+            extension = dataclasses.replace(settings.extensions[path[1]], **{field: stage})
+            settings = dataclasses.replace(settings, extensions={**settings.extensions, path[1]: extension})
+        else:
+            settings = dataclasses.replace(settings, **{field: stage})
+    return settings
+
+
+def folder_of(workdir: Path, name: str) -> Path:
+    """WORKDIR/align of the first extension, WORKDIR/NAME/align of a later one."""
+    stage, _, extension = name.partition(":")
+    return workdir / extension / stage if extension else workdir / stage
+
+
+def trains_tower(trains: Iterable[str]) -> bool:
+    """Whether these path patterns are those of a tower too, whose features cannot be cached then."""
+    return any(pattern.startswith("media/") and "/projector/" not in pattern for pattern in trains)
+
+
+def is_aligning(trains: Iterable[str]) -> bool:
+    """Whether these path patterns are of projectors alone."""
+    return all(pattern.startswith("media/") and "/projector/" in pattern for pattern in trains)
 
 
 def _row(table: Mapping[str, Row], name: str, *, kind: str) -> Row:
     if name not in table:
-        raise MoextendError(f"there is no {kind} {name!r}; there are {', '.join(table)}")
+        raise MoextendError(f"there is no {kind} {name!r}; there are {', '.join(table)}{meant(name, table)}")
     return table[name]

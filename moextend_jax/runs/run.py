@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import jax
 
 from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import huggingface, train_state
-from moextend_jax.checkpoints.hashes import base_hash
+from moextend_jax.checkpoints.hashes import base_hashes
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import Source, open_base, tokenizer_folder
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.data.writing import encoder_of, template_identity
@@ -33,6 +33,7 @@ from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_s
 from moextend_jax.models.moextend import abstract
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
+from moextend_jax.runs.media import with_media
 from moextend_jax.settings import RunSettings, from_config_dict
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import sinks
@@ -51,18 +52,14 @@ class Run:
     pretrained: Arrays
     base_hash: str
     mesh: jax.sharding.Mesh
+    towers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Hashes of the towers of media other than pictures, whose tower the base's hash covers."""
     resume_from: Path | None = None
     """A checkpoint of another work directory, for the stage that it is of."""
 
     def __repr__(self) -> str:
-        names = ", ".join(name for name in results.RESULTS if self.has(name)) or "nothing"
+        names = ", ".join(name for name in results.table(self.settings).results if self.has(name)) or "nothing"
         return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {names})"
-
-    @property
-    def patches(self) -> int:
-        """Visual tokens of an image."""
-        assert self.config.vision is not None
-        return self.config.vision.patches
 
     @property
     def share(self) -> Share:
@@ -78,23 +75,34 @@ class Run:
 
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
         """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
-        decisive = ("seed", "aux_coefficient", "dtype", "train_dtype", "text_isolation")
+        row = results.table(self.settings).result(name)
+        medium = next(link.medium for link in self.settings.links if link.name == row.extension)
+        if medium in self.towers:
+            more = {"tower": self.towers[medium], **more}
+        decisive = ["seed", "aux_coefficient", "dtype", "train_dtype"]
+        table = results.table(self.settings)
+        if (row.grown and row.how == "train") or table.grown(row.parents):  # else there is no extension yet
+            decisive.append("text_isolation")
         return self.facts | {
             "stage": name,
             "run": {setting: getattr(self.settings, setting) for setting in decisive},
-            "parents": {parent: self.result_identity(parent) for parent in results.result(name).parents},
+            "parents": {parent: self.result_identity(parent) for parent in row.parents},
             **more,
         }
 
     def result_identity(self, name: str) -> str:
-        facts = train_state.result_facts(self.workdir / name / "result")
+        facts = train_state.result_facts(self.folder(name) / "result")
         if facts is None:
             raise not_run(self.workdir, name)
         return facts["identity"]
 
     def has(self, name: str) -> bool:
         """Whether a result is there."""
-        return (self.workdir / name / "result").exists()
+        return (self.folder(name) / "result").exists()
+
+    def folder(self, name: str) -> Path:
+        """Where a result lies."""
+        return results.folder_of(self.workdir, name)
 
 
 def open_run(settings: RunSettings, workdir: Path | str) -> Run:
@@ -107,13 +115,15 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         source = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     for note in source.notes if distributed.first() else ():
         print(f"moextend: {settings.base}: {note}", file=sys.stderr)
-    config = dataclasses.replace(source.config, **settings.model_options)
     tokenizer = tokenizer_of_base(settings, source)
-    config = dataclasses.replace(config, tags=tokenizer.tags)
+    with preparing("opening towers"):
+        source = with_media(source, settings, tokenizer)
+    config = dataclasses.replace(source.config, **settings.model_options)
+    tokenizer = dataclasses.replace(tokenizer, others=config.media)
     with preparing(f"reading {settings.base}"):
         pretrained = read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
     with preparing(f"hashing {settings.base}"):
-        digest = distributed.text_from_first(lambda: base_hash(source.leaves))
+        digest, towers = json.loads(distributed.text_from_first(lambda: json.dumps(hashes_of(source))))
     return Run(
         settings=settings,
         workdir=workdir,
@@ -121,8 +131,16 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         tokenizer=tokenizer,
         pretrained=pretrained,
         base_hash=digest,
+        towers=towers,
         mesh=mesh,
     )
+
+
+def hashes_of(source: Source) -> tuple[str, dict[str, str]]:
+    """Of the base, decoder and picture tower, and of the towers of other media by the media's names."""
+    base, parts = base_hashes(source.leaves)
+    names = {f"media/{name}": name for name in source.config.media if name != IMAGE}
+    return base, {names[part]: digest for part, digest in parts.items() if part in names}
 
 
 def tokenizer_of_base(settings: RunSettings, source: Source) -> Tokenizer:
@@ -166,9 +184,11 @@ def working(
 def left_in(workdir: Path) -> str:
     """What an interrupted command leaves in a work directory, in words."""
     standing = []
-    for name in results.training():
-        numbers = [path.name for path in (workdir / name / "checkpoints").glob("*") if path.name.isdigit()]
-        if (workdir / name / "result").exists():
+    settings = settings_of(workdir)
+    for name in (results.FIRST if settings is None else results.table(settings)).training():
+        folder = results.folder_of(workdir, name)
+        numbers = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+        if (folder / "result").exists():
             standing.append(name)
         elif numbers:
             standing.append(f"{name} until step {max(map(int, numbers))}")
@@ -179,7 +199,8 @@ def left_in(workdir: Path) -> str:
 
 def rows_of_settings(settings: RunSettings) -> list[Rows]:
     """Every number of rows that a run computes together, in any of its stages and in evaluation."""
-    stages = [(name, getattr(settings, row.settings)) for name, row in results.RESULTS.items() if row.settings]
+    rows = results.table(settings).results
+    stages = [(name, results.group_of(settings, name)) for name, row in rows.items() if row.settings]
     rows = [Rows(f"{name}.batch_size", stage.batch_size, getattr(stage, "accumulate", 1)) for name, stage in stages]
     return rows + evaluation_rows(settings)
 

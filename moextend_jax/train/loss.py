@@ -28,10 +28,12 @@ class Losses(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Per layer: picks_ZO = share of tokens that chose the expert (sums to k), probs_ZO = mean probability."""
+    """Per layer: picks_ZO = share of the tokens that may choose the expert that did, probs_ZO = its mean probability
+    among them, counts_ZO = how many they are; 0 where the layer lacks the expert."""
 
     picks_ZO: jax.Array
     probs_ZO: jax.Array
+    counts_ZO: jax.Array
 
 
 def cross_entropy(
@@ -129,29 +131,34 @@ def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def load(routing: Routing, valid_T: jax.Array) -> Load:
-    """Load of every expert over the tokens where `valid_T`; arrays of `routing` are stacked over layers (Z)."""
+    """Load of every expert over the tokens where `valid_T` that may choose it (all, of a pretrained expert); arrays of
+    `routing` are stacked over layers (Z)."""
     outputs = routing.logits_TO.shape[-1]
-    count = jnp.maximum(valid_T.sum(), 1).astype(jnp.float32)
+    may_ZTO = ~jnp.isneginf(routing.logits_TO) & valid_T[None, :, None]
+    counts_ZO = may_ZTO.sum(axis=1)
+    least_ZO = jnp.maximum(counts_ZO, 1).astype(jnp.float32)
     valid_1T1 = valid_T.astype(jnp.float32)[None, :, None]
     probs_ZTO = jax.nn.softmax(routing.logits_TO, axis=-1)
     picks_ZTO = jax.nn.one_hot(routing.ids_Tk, outputs).sum(axis=-2)
-    return Load((picks_ZTO * valid_1T1).sum(axis=1) / count, (probs_ZTO * valid_1T1).sum(axis=1) / count)
+    picks_ZO, probs_ZO = ((of_ZTO * valid_1T1).sum(axis=1) / least_ZO for of_ZTO in (picks_ZTO, probs_ZTO))
+    return Load(picks_ZO, probs_ZO, counts_ZO)
 
 
 def aux_per_layer(load: Load, *, config: ModelConfig) -> jax.Array:
-    """Mean over layers of (the layer's own number of experts) * sum_i picks_i probs_i: the paper's form."""
-    experts_Z = jnp.full(config.decoder.layers, config.decoder.experts, jnp.float32)
-    if config.extension:
-        experts_Z = experts_Z.at[jnp.array(config.extension.layers)].add(config.extension.new_experts)
+    """Mean over layers of (the layer's own number of experts) * sum_i picks_i probs_i: the paper's form. An extension
+    that no token of the batch may choose does not count."""
+    experts_Z = (load.counts_ZO > 0).sum(axis=-1).astype(jnp.float32)
     return (experts_Z * (load.picks_ZO * load.probs_ZO).sum(axis=-1)).mean()
 
 
 def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
     """The released code's form: tokens of all layers pooled (Hugging Face), or, in an extended model, the sum over
-    layers times E+X over the number of layers, plain layers included."""
-    if config.extension:
-        experts = config.decoder.experts + config.extension.new_experts
-        return (load.picks_ZO * load.probs_ZO).sum() * experts / config.decoder.layers
+    layers times E+X over the number of layers, plain layers included. Shares are of all tokens, whether they may
+    choose or not."""
+    tokens_Z1 = jnp.maximum(load.counts_ZO.max(axis=-1, keepdims=True), 1)
+    product_ZO = load.picks_ZO * load.probs_ZO * (load.counts_ZO / tokens_Z1) ** 2
+    if config.extensions:
+        return product_ZO.sum() * config.outputs / config.decoder.layers
     return (load.picks_ZO.mean(axis=0) * load.probs_ZO.mean(axis=0)).sum() * config.decoder.experts
 
 
@@ -182,4 +189,4 @@ def losses_of(
     valid_T = batch.segments_BL.reshape(-1) > 0
     by_layer = load(decoded.routing, valid_T)
     aux = AUX[recipe.aux_loss](by_layer, config=model.config)
-    return Losses(ce + aux_coefficient * aux, ce, aux, labelled, by_layer.picks_ZO * valid_T.sum())
+    return Losses(ce + aux_coefficient * aux, ce, aux, labelled, by_layer.picks_ZO * by_layer.counts_ZO)

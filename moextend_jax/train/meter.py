@@ -68,12 +68,10 @@ class Meter:
 def model_flops(config: ModelConfig, batch: Batch, *, trains: tuple[str, ...]) -> float:
     """FLOPs of a step on this batch, nothing counted twice; without the tower's where its features are cached."""
     rows, length = batch.ids_BL.shape
-    pictures = batch.images_BMhwc if batch.features_BMPC is None else batch.features_BMPC
-    images = 0 if pictures is None else pictures.shape[1]
-    flops = step_flops(config, trains=trains, rows=rows, length=length, images=images)
-    if batch.features_BMPC is None:
-        return flops.model
-    return flops._replace(parts={name: of for name, of in flops.parts.items() if not name.startswith("vision/")}).model
+    items = {name: array.shape[1] for name, array in (*batch.media.items(), *batch.features.items())}
+    flops = step_flops(config, trains=trains, rows=rows, length=length, items=items)
+    cached = tuple(f"media/{name}/tower/" for name in batch.features)
+    return flops._replace(parts={name: of for name, of in flops.parts.items() if not name.startswith(cached)}).model
 
 
 def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[float | None]]:
@@ -82,8 +80,11 @@ def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[flo
     experts, layers = config.decoder.experts, len(picks_ZO)
     share_ZO = picks_ZO / np.maximum(picks_ZO.sum(axis=1, keepdims=True), 1e-9)
     nats_Z = -(share_ZO * np.log(np.maximum(share_ZO, 1e-30))).sum(axis=1)
-    extended = config.extension.layers if config.extension else ()
-    outputs_Z = np.array([picks_ZO.shape[1] if z in extended else experts for z in range(layers)])
+    extended = {z for added in config.extensions.values() for z in added.layers}
+    outputs_Z = np.array(
+        [experts + sum(added.new_experts for added in config.extensions.values() if z in added.layers)
+         for z in range(layers)]
+    )  # fmt: skip
     numbers = {"load_max": _short(share_ZO.max(axis=1)), "load_entropy": _short(nats_Z / np.log(outputs_Z))}
     if extended:
         new = _short(share_ZO[:, experts:].sum(axis=1))

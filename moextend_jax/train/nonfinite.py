@@ -1,8 +1,8 @@
 """Steps whose loss or gradient was not finite: counted, and their batches kept for replay.
 
 In: each step's batch and its `finite` metric, a device scalar that nobody waits for until `check`. Out: the batches of
-bad steps as FOLDER/step_0000123-process_0.npz (arrays by the names of `config.Batch`) beside a JSON file that names the
-examples in it.
+bad steps as FOLDER/step_0000123-process_0.npz (arrays by the names of `config.Batch`: ids_BL, media/image, ...) beside
+a JSON file that names the examples in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Watch:
     def _write(self, seen: Seen) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{seen.step:07d}-process_{jax.process_index()}"
-        arrays = {field: array for field, array in seen.batch._asdict().items() if array is not None}
+        leaves = jax.tree_util.tree_leaves_with_path(seen.batch)
+        arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
         with (self.folder / f"{name}.npz").open("wb") as file:
             np.savez(file, **arrays)
         rows = [] if seen.batch.examples_Bg is None else np.unique(seen.batch.examples_Bg)
@@ -67,5 +68,9 @@ class Watch:
 
 def read_batch(path: Path) -> Batch:
     """A batch that `Watch` wrote."""
+    fields: dict[str, Any] = {"media": {}, "features": {}}
     with np.load(path, allow_pickle=False) as arrays:
-        return Batch(**{name: arrays[name] for name in arrays.files})
+        for path_in_batch in arrays.files:
+            field, _, medium = path_in_batch.partition("/")
+            (fields[field] if medium else fields)[medium or field] = arrays[path_in_batch]
+    return Batch(**fields)

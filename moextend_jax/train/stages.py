@@ -7,20 +7,22 @@ stage cover these leaves and nothing else.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import MoextendError, Named
+from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.settings import Group
 
 Leaf = TypeVar("Leaf")
 
 GROUPS: dict[str, Group] = {
-    "projector/*": "projector",
-    "extension/new_experts/*": "new_experts",
-    "extension/router/new_gate": "router_columns",
-    "extension/router/calibrator/*": "calibrators",
+    "media/*/projector/*": "projector",
+    "extensions/*/new_experts/*": "new_experts",
+    "extensions/*/router/new_gate": "router_columns",
+    "extensions/*/router/calibrator/*": "calibrators",
     "decoder/layers/moe/gate": "routers",
     "decoder/layers/moe/experts/*": "base",
     "decoder/layers/attention/*": "base",
@@ -28,7 +30,7 @@ GROUPS: dict[str, Group] = {
     "decoder/embed": "base",
     "decoder/norm": "base",
     "decoder/head": "base",
-    "vision/*": "vision",
+    "media/*/tower/*": "vision",
 }
 
 
@@ -40,6 +42,19 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
             raise MoextendError(f"this model has no parameters {pattern!r}, which the stage trains")
     trainable = {path: leaf for path, leaf in leaves.items() if any(fnmatchcase(path, p) for p in trains)}
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
+
+
+def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
+    """The structure of a model whose step trains these leaves: it says which extensions have a gradient."""
+    training = {path.split("/")[1] for path in trainable if path.startswith("extensions/")}
+    extensions = Named(
+        {name: dataclasses.replace(added, trains=name in training) for name, added in model.config.extensions.items()}
+    )
+    return (
+        model
+        if extensions == model.config.extensions
+        else abstract(dataclasses.replace(model.config, extensions=extensions))
+    )
 
 
 def group(path: str) -> Group:

@@ -50,11 +50,11 @@ def test_features_from_a_frozen_tower_are_spliced_in_as_pixels_are(folder: Path,
     features_nPC, places, embedded_BLD = (theirs[key] for key in wanted)
     structure, arrays, _ = sets.model(folder, name)
     batch = sets.batches(folder, ("train0",))["train0"]
-    features_BMPC = np.zeros((*batch.images_BMhwc.shape[:2], *features_nPC.shape[1:]), np.float32)
+    features_BMPC = np.zeros((*batch.media["image"].shape[:2], *features_nPC.shape[1:]), np.float32)
     slots = dict.fromkeys(range(len(batch.ids_BL)), 0)
     for features_PC, (row, _, _) in zip(features_nPC, places, strict=True):
         features_BMPC[row, slots[row]] = features_PC
         slots[row] += 1
-    cached = batch._replace(images_BMhwc=None, features_BMPC=features_BMPC)
+    cached = batch._replace(media={}, features={"image": features_BMPC})
     x_BLD = with_arrays(structure, arrays).embed(cached)
     np.testing.assert_allclose(x_BLD, embedded_BLD, atol=sets.SIMPLE, rtol=0)

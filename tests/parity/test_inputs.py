@@ -16,8 +16,8 @@ import pytest
 
 from moextend_jax.config import IGNORE, ImageTags
 from moextend_jax.data.conversations import encode_conversation
-from moextend_jax.data.images import decode_image, prepare_image
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.media.image import decode_image, prepare_image
 from parity import sets
 from parity.test_stages import STAGES
 
@@ -67,10 +67,9 @@ def test_the_released_template(folder: Path, legacy: str):
                 for place, turn in enumerate(turns)
             ],
             example_id=str(row),
-            images=sum(turn["value"].count("</image>") for turn in turns),
+            items={"image": [facts["image_token_span"]] * sum(turn["value"].count("</image>") for turn in turns)},
             tokenizer=replace(tokenizer, legacy=legacy == "True"),
             recipe=replace(sets.RELEASED, turns="all"),
-            patches=facts["image_token_span"],
         )
         room = slice(0, facts["max_len"])
         surplus = (0, max(0, facts["max_len"] - len(ours.ids_L)))

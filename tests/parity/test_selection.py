@@ -13,7 +13,7 @@ import pytest
 
 from moextend_jax.compare.forward import equal_columns
 from moextend_jax.compare.reference import chosen_images
-from moextend_jax.config import Batch, ExtensionConfig, Recipe
+from moextend_jax.config import Batch, ExtensionConfig, Recipe, with_extension
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.parameters import with_arrays
@@ -42,7 +42,7 @@ def test_counts_shifts_and_choices_of_every_mode(folder: Path):
         return {mode: routing.count_picks(picked, batch, recipe=recipe) for mode, recipe in MODES.items()}
 
     before, after = (_summed([count(model.arrays, batch) for batch in batches]) for model in models)
-    image_tokens = sum(int((batch.patches_BL >= 0).sum()) for batch in batches)
+    image_tokens = sum(int((batch.places_BL >= 0).sum()) for batch in batches)
     unknown = set(theirs) - {"input_ids", "lengths"}
     for mode, recipe in MODES.items():
         assert before[mode].image_tokens == image_tokens
@@ -106,7 +106,7 @@ def test_growth_is_the_released_initialisation_bit_for_bit(folder: Path):
     if "expert_idx" in (facts := sets.manifest(folder)):
         assert twins == dict(zip(facts["add_layer"], facts["expert_idx"], strict=True))
     extension = ExtensionConfig(layers=tuple(twins), sources=tuple(twins.values()))
-    grown = grow(arrays, config=dataclasses.replace(config, extension=extension), recipe=sets.RELEASED, seed=0)
+    grown = grow(arrays, config=with_extension(config, extension), recipe=sets.RELEASED, seed=0)
     assert set(grown) == set(init) - set(arrays)
     for path, leaf in {**arrays, **grown}.items():
         if path.endswith("w_in"):  # random: as many, as wide

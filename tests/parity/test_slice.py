@@ -5,14 +5,12 @@ tests/test_router.py reads its router.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, with_extension
 from moextend_jax.extension import routing
 from moextend_jax.models.router import Routing
 from moextend_jax.train.loss import aux_released, load
@@ -50,7 +48,7 @@ def test_load_balancing_loss(theirs: dict[str, np.ndarray], name: str, extended:
     config = ModelConfig(decoder=DecoderConfig(layers=4))
     if extended:
         extension = ExtensionConfig(layers=extended, sources=(0,) * len(extended))
-        config = dataclasses.replace(config, extension=extension)
+        config = with_extension(config, extension)
     masked = aux_released(load(routed, jnp.asarray(theirs["aux/valid_T"])), config=config)
     np.testing.assert_allclose(masked, theirs[f"aux/{name}/loss_aux"], atol=sets.SIMPLE)
     if not extended:  # without a mask the released extended model gives no aux loss at all

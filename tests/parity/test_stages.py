@@ -17,7 +17,7 @@ from moextend_jax.checkpoints import names
 from moextend_jax.compare.forward import equal_columns
 from moextend_jax.config import ModelConfig
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.results import patterns
+from moextend_jax.runs.results import FIRST
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -47,7 +47,7 @@ def test_gradients(folder: Path, name: str, remat: str):
         pytest.skip(f"stage_{name}.npz holds no gradients")
     stage, start = STAGES[name]
     structure, arrays, config = sets.model(folder, start, remat=remat)
-    trainable, frozen = stages.split(arrays, patterns(stage, recipe=sets.RELEASED))
+    trainable, frozen = stages.split(arrays, FIRST.patterns(stage, recipe=sets.RELEASED))
     coefficient = sets.coefficient(folder)
 
     def total(trainable, frozen, batch):
@@ -65,7 +65,7 @@ def test_losses_norms_and_parameters_of_every_step(folder: Path, name: str):
         pytest.skip(f"stage_{name}.npz holds no steps")
     stage, start = STAGES[name]
     _, arrays, config = sets.model(folder, start)
-    trainable, frozen = stages.split(arrays, patterns(stage, recipe=sets.RELEASED))
+    trainable, frozen = stages.split(arrays, FIRST.patterns(stage, recipe=sets.RELEASED))
     optimizer, step = _step(folder, config, tuple(trainable))
     state = init_state({path: leaf.copy() for path, leaf in trainable.items()}, optimizer)
     expected = parts["steps"][""]

@@ -29,11 +29,11 @@ def test_hidden_states_and_features(folder: Path):
     if "clip_patch_features" in pictures:
         groups["images.npz"] = {"pixel_values": pictures["pixel_values"], "patch_m1": pictures["clip_patch_features"]}
     source = open_source(folder / "clip")
-    tower = abstract(source.config).vision
+    tower = abstract(source.config).media["image"].tower
     assert tower is not None and source.parts == {"vision"}
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     placed = read_sharded(source.leaves, dict.fromkeys(source.leaves, device), dtype="float32")
-    arrays = {path.removeprefix("vision/"): leaf for path, leaf in placed.items()}
+    arrays = {path.removeprefix("media/image/tower/"): leaf for path, leaf in placed.items()}
 
     @jax.jit
     def run(arrays, images_nhwc) -> dict[str, Any]:

@@ -122,13 +122,18 @@ def open_answers(
     return Answers(path, descriptor=descriptor, done=done, model_id=model_id, more=more)
 
 
-def read_answers(path: Path, *, questions: Sequence[Question], key: Callable[[dict[str, Any]], Key]) -> dict[Key, str]:
+def read_answers(
+    path: Path, *, questions: Sequence[Question], key: Callable[[dict[str, Any]], Key], strangers: bool = False
+) -> dict[Key, str]:
     """Key to text of every answer in the file, which anybody may have written.
+
+    Args:
+      strangers: lines that answer none of the questions are answers too.
 
     Raises:
       MoextendError: names lines that are no answers, answer no question, or answer one twice.
     """
-    found = _parse(read_bytes(path), path, questions=questions, key=key)
+    found = _parse(read_bytes(path), path, questions=questions, key=key, strangers=strangers)
     return {of: entry["text"] for of, (_, entry) in found.items()}
 
 
@@ -164,7 +169,12 @@ def _whole(encoded: bytes) -> bytes:
 
 
 def _parse(
-    encoded: bytes, path: Path, *, questions: Sequence[Question], key: Callable[[dict[str, Any]], Key]
+    encoded: bytes,
+    path: Path,
+    *,
+    questions: Sequence[Question],
+    key: Callable[[dict[str, Any]], Key],
+    strangers: bool = False,
 ) -> dict[Key, tuple[str, dict[str, Any]]]:
     mistakes, read = Mistakes(), []
     for number, line in enumerate(_whole(encoded).split(b"\n"), 1):
@@ -193,6 +203,8 @@ def _parse(
             found[of] = where, entry
         elif of[-1] and (*of[:-1], 0) in known:
             mistakes.add(where, f"question {entry['question_id']!r} is answered a second time")
+        elif strangers:
+            found[of] = where, entry
         else:
             mistakes.add(where, f"no such question: {entry['question_id']!r}")
     mistakes.check()

@@ -47,7 +47,9 @@ def score(options: ScoreOptions) -> None:
         text = table.submission(name, answered, options.data, options.split)
         options.submission.write_text(text, encoding="utf-8", errors="replace")
     scores = table.score(name, answered, options.data, options.split)
-    record = as_json(name, scores, questions=len(questions), answered=len(answered))
+    asked = {question.key for question in questions}
+    count = sum(question.key in asked for question, _ in answered)
+    record = as_json(name, scores, questions=len(questions), answered=count)
     if options.submission:
         record["submission"] = str(options.submission)
     if options.json:

@@ -81,7 +81,7 @@ def check_images(questions: Sequence[Question]) -> None:
 
 
 def image_bytes(question: Question) -> bytes | None:
-    """The encoded picture, to be decoded by `data.images.decode_image`; None for a question without one."""
+    """The encoded picture, to be decoded by `media.image.decode_image`; None for a question without one."""
     if not isinstance(question.image, Path):
         return question.image
     try:

@@ -19,6 +19,7 @@ from moextend_jax.evaluate.benchmarks import (
     easy_vqa,
     gqa,
     llava_questions,
+    mcub,
     mmbench,
     mme,
     open_ended,
@@ -54,6 +55,10 @@ class Benchmark:
     """Whether the official file may ask the same thing of the same picture twice."""
     recorded: Callable[[Question], dict[str, Any]] | None = None
     """Further fields of its lines in an answers file."""
+    strangers: bool = False
+    """Whether lines of an answers file that answer none of the questions count, as wrong; else they are an error."""
+    asked: bool = True
+    """Whether `moextend eval --benchmark` can ask its questions; False: their answers are scored, no more."""
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -103,6 +108,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         title="LLaVA-Bench", folders=("llava-bench-in-the-wild",), splits=("test",), max_new_tokens=1024,
         read=open_ended.read_llava_bench, score=open_ended.score_llava_bench,
     ),
+    "mcub": Benchmark(
+        title="MCUB", folders=("mcub", "MCUB"), splits=mcub.SPLITS, max_new_tokens=128,
+        read=mcub.read, score=mcub.score, strangers=True, asked=False,
+    ),
     "easy_vqa": Benchmark(
         title="easy-VQA", folders=(), splits=("test", "train"), max_new_tokens=8,
         read=easy_vqa.read, score=easy_vqa.score,
@@ -148,16 +157,23 @@ def open_answers(name: str, path: Path, *, questions: Sequence[Question], model_
 def read_answered(name: str, path: Path, *, questions: Sequence[Question], partial: bool = False) -> list[Answered]:
     """Questions with their answers, in the questions' order; `partial` leaves out those that have none.
 
+    Of a benchmark that counts them, answers to no question come last, as answers to questions without a text.
+
     Raises:
       MoextendError: names lines of the file that answer nothing, and, unless `partial`, questions without answer.
     """
-    texts = answers.read_answers(path, questions=questions, key=benchmark(name).key)
+    row = benchmark(name)
+    texts = answers.read_answers(path, questions=questions, key=row.key, strangers=row.strangers)
     mistakes = Mistakes()
     for question in questions:
         if question.key not in texts and not partial:
             mistakes.add(question.where, f"question {question.question_id!r} has no answer in {path}")
     mistakes.check("Go on with the run that answers them, or score what there is with --partial")
-    answered = [Answered(question, texts[question.key]) for question in questions if question.key in texts]
+    answered = [Answered(question, texts.pop(question.key)) for question in questions if question.key in texts]
+    answered += [
+        Answered(Question(question_id=key[0], text="", image=None, where=str(path), key=key), text)
+        for key, text in texts.items()
+    ]
     if not answered:
         raise MoextendError(f"{path} holds no answers")
     return answered

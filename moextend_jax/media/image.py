@@ -7,14 +7,16 @@ its header before memory is taken for it.
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moextend_jax.data.faults import Fault
-from moextend_jax.data.image_files import MOST_BYTES
+from moextend_jax.config import Medium, MoextendError, VisionConfig
+from moextend_jax.data.faults import MOST_BYTES, Fault, wrong_size
 
 MEAN_c = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD_c = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -41,48 +43,55 @@ def decode_image(encoded: bytes, *, name: str = "image", id: str = "", upright: 
       upright: turned as its EXIF orientation says, which is how telephones save a picture. LLaVA never looked at it.
     """
 
-    def fault(kind: str, why: object) -> Fault:
-        return Fault(f"cannot read {name} as an image: {why}", kind, id or name)
+    with pictures(encoded, kind="not_image", what=f"{name} as an image", id=id or name) as (image, fault):
+        image.load()
+        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            raise fault("not_finite", "it has NaN or infinite pixels")
+        return as_rgb(_turned(image) if upright else image)
 
-    if not encoded:
-        raise fault("empty_file", "it has no bytes")
-    if len(encoded) > MOST_BYTES:
-        raise fault("oversized", f"{len(encoded)} bytes are more than {MOST_BYTES}")
-    file = _Watched(encoded)
+
+@contextlib.contextmanager
+def pictures(
+    encoded: bytes, *, kind: Literal["not_image", "not_video"], what: str, id: str
+) -> Iterator[tuple[Image.Image, Callable[[str, object], Fault]]]:
+    """A file of one or more pictures, opened, none of them larger than MOST_PIXELS; and what makes a fault. Whatever
+    Pillow raises inside becomes one of `id`; `kind` is that of a file which is none, `what` for messages."""
+
+    def fault(kind: str, why: object) -> Fault:
+        return Fault(f"cannot read {what}: {why}", kind, id)
+
+    if wrong := wrong_size(len(encoded)):
+        raise fault(wrong, f"{len(encoded)} bytes are more than {MOST_BYTES}" if encoded else "it has no bytes")
+    file = Watched(encoded)
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise fault("oversized", f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
-            image.load()
-            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-                raise fault("not_finite", "it has NaN or infinite pixels")
-            return _rgb(_turned(image) if upright else image)
+            yield image, fault
     except Fault:
         raise
     except UnidentifiedImageError as error:
         if encoded[4:8] == b"ftyp" and encoded[8:12] in HEIC:
-            raise fault(
-                "not_image", "it is HEIC, a telephone's format, which is not read; convert it to JPEG"
-            ) from error
+            raise fault(kind, "it is HEIC, a telephone's format, which is not read; convert it to JPEG") from error
         if not _looks_like_image(encoded):
-            raise fault("not_image", f"it is none of {', '.join(FORMATS)}") from error
-        kind = "truncated" if file.ended or _cut_riff(encoded) else "unreadable"
-        raise fault(kind, "it begins as one, but its header is cut off or damaged") from error
+            raise fault(kind, f"it is none of {', '.join(FORMATS)}") from error
+        cut = "truncated" if file.ended or _cut_riff(encoded) else "unreadable"
+        raise fault(cut, "it begins as one, but its header is cut off or damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise fault("oversized", error) from error
     except MemoryError as error:
         raise fault("oversized", "not enough memory") from error
     except Exception as error:  # each of Pillow's decoders has its own way to fail on damaged data
-        said = str(error) or type(error).__name__
-        cut = isinstance(error, EOFError) or _cut_riff(encoded) or any(sign in said.lower() for sign in CUT)
-        raise fault("truncated" if cut else "unreadable", said) from error
+        message = str(error) or type(error).__name__
+        cut = isinstance(error, EOFError) or _cut_riff(encoded) or any(sign in message.lower() for sign in CUT)
+        raise fault("truncated" if cut else "unreadable", message) from error
 
 
 CUT = ("truncated", "not enough", "but only got", "end of file", "unexpected end")
 """How Pillow's decoders say that the data end too early."""
 
 
-class _Watched(io.BytesIO):
+class Watched(io.BytesIO):
     """Knows whether more was asked for than there was."""
 
     ended = False
@@ -123,7 +132,7 @@ def _turned(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would cut every level above 255 off
         levels = np.asarray(image).astype(np.uint16) >> 8
         image = Image.fromarray(levels.astype(np.uint8))
@@ -146,15 +155,24 @@ def prepare_image(image: Image.Image, *, size: int, preparation: Literal["pad", 
     `pad` (LLaVA's settings, the paper) first widens the short side with CLIP's mean colour so that nothing is
     lost; `crop` (CLIP's own, the released code) scales the short side to `size` and cuts out the centre.
     """
-    image = framed(image, size=size, preparation=preparation, id=id)
+    return normalised(framed(image, size=size, preparation=preparation, id=id))
+
+
+def normalised(image: Image.Image | np.ndarray) -> np.ndarray:
+    """`image_hwc` float32 of a picture's levels 0..255."""
     return (np.asarray(image, np.float32) / np.float32(255) - MEAN_c) / STD_c
 
 
 def framed(image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> Image.Image:
     """The square of a picture that `prepare_image` normalises, as RGB."""
     check_scaled(*image.size, size=size, preparation=preparation, id=id)
-    image = image.convert("RGB")
-    return _pad(image, size) if preparation == "pad" else _crop(image, size)
+    try:
+        image = image.convert("RGB")
+        return _pad(image, size) if preparation == "pad" else _crop(image, size)
+    except MemoryError as error:
+        raise Fault(
+            f"image {id} of {image.width} x {image.height} pixels: not enough memory", "oversized", id
+        ) from error
 
 
 def _pad(image: Image.Image, size: int) -> Image.Image:
@@ -173,3 +191,38 @@ def _crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+# --- the kind `image` of media ----------------------------------------------------------------------------------------
+
+
+def decode(
+    encoded: bytes, *, name: str = "image", id: str = "", medium: Medium, upright: bool = True, cut: bool = False
+) -> Image.Image:
+    del medium, cut
+    return decode_image(encoded, name=name, id=id, upright=upright)
+
+
+def prepare(item: Image.Image, *, medium: Medium, preparation: Literal["pad", "crop"], id: str = "") -> np.ndarray:
+    return prepare_image(item, size=tower_of(medium).image_size, preparation=preparation, id=id)
+
+
+def positions(item: Image.Image, medium: Medium) -> int:
+    del item
+    return tower_of(medium).patches
+
+
+def input_shape(medium: Medium) -> tuple[int, ...]:
+    size = tower_of(medium).image_size
+    return size, size, 3
+
+
+def span_of_file(encoded: bytes, *, medium: Medium, **_: object) -> int:
+    del encoded
+    return tower_of(medium).patches
+
+
+def tower_of(medium: Medium) -> VisionConfig:
+    if not isinstance(medium.tower, VisionConfig):
+        raise MoextendError(f"a medium of the kind {medium.kind} needs a picture tower")
+    return medium.tower

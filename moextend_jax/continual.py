@@ -1,0 +1,113 @@
+"""Several chains of the same extensions: settings in, WORKDIR/strict, WORKDIR/open and summary.json out.
+
+"strict" keeps every conversation from the extensions of media that it does not have, "open" does not, and "full" tunes
+everything on, one medium after another; it lies in the same folder as the first of the others, whose projectors it
+starts from, and so does the stage `mixture`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moextend_jax import distributed
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.chains import chain_table
+from moextend_jax.evaluate.summary import CHAINS
+from moextend_jax.folders import is_url
+from moextend_jax.report.page import write_report
+from moextend_jax.runs import results
+from moextend_jax.runs.run import write_json
+from moextend_jax.settings import RunSettings
+from moextend_jax.terminal import console
+
+Run = Callable[[RunSettings, Path], dict[str, Any]]
+"""`commands.whole_run`: what its summary.json holds."""
+
+
+def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, Any]:
+    """Makes the chains that `settings.chains` names; goes on where it stood. Returns what summary.json holds: `chains`
+    and `text_loss` by their names, `asked` and `seconds` by folder, and `composed` where questions have several media.
+
+    Raises:
+      MoextendError: there is one extension alone, or "full" without another chain.
+    """
+    kinds = [kind for kind in ("strict", "open") if kind in settings.chains]
+    if len(settings.links) < 2 or not kinds:
+        raise MoextendError(
+            f"chains = {','.join(settings.chains)} needs several extensions, and strict or open among it"
+        )
+    began, records = time.perf_counter(), {}
+    for kind in kinds:
+        if kind != kinds[0]:
+            _share(workdir / kinds[0], workdir / kind)
+        own = dataclasses.replace(
+            settings,
+            chains=(),
+            text_isolation="strict" if kind == "strict" else "none",
+            baseline="full" in settings.chains and kind == kinds[0],
+            mixture=settings.mixture if kind == kinds[0] else None,
+            data_dir=settings.data_dir or os.fspath(workdir / "data"),
+        )
+        records[kind] = run(own, workdir / kind)
+        if kind == "strict":
+            check_nothing_is_lost(records[kind])
+    summary: dict[str, Any] = {
+        "chains": {name: chain for record in records.values() for name, chain in record["chains"].items()},
+        "text_loss": {kind: record["text_loss"] for kind, record in records.items()},
+        "asked": {kind: record["asked"] for kind, record in records.items()},
+        "frozen_unchanged": {kind: record["frozen_unchanged"] for kind, record in records.items()},
+        "seconds": {kind: record["seconds"]["total"] for kind, record in records.items()}
+        | {"total": time.perf_counter() - began},
+    }
+    if composed := {kind: record["composed"] for kind, record in records.items() if "composed" in record}:
+        summary["composed"] = composed
+    write_json(workdir / "summary.json", summary)
+    screen = console()
+    for name, chain in summary["chains"].items():
+        screen.print(chain_table(CHAINS[name], chain))
+    if distributed.first():
+        print(f"report: {write_report(workdir)}")
+    return summary
+
+
+def check_nothing_is_lost(record: dict[str, Any]) -> None:
+    """Raises a MoextendError unless under strict isolation every earlier score and text loss is bit for bit what it
+    was."""
+    lost = {after: amount for after, amount in record["chains"]["strict"]["forgetting"].items() if amount != 0}
+    for text, losses in record["text_loss"].items():
+        changed = [name for name in losses if name.startswith("moextend") and losses[name] != losses["base"]]
+        lost |= {f"{name} on {text}": losses[name] - losses["base"] for name in changed}
+    if lost:
+        told = ", ".join(f"{name} {amount:+g}" for name, amount in lost.items())
+        raise MoextendError(
+            f"text_isolation strict lost what it must keep exactly: {told}; this is a fault of the program"
+        )
+
+
+def _share(made: Path, folder: Path) -> None:
+    """What no extension takes part in is the same in both chains: it is linked, not made again."""
+    if not distributed.first() or folder.exists() or is_url(folder):
+        return
+    rows = results.FIRST.results.items()
+    names = [name for name, row in rows if not row.optional and (row.how != "train" or not row.grown)]
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for name in ("features", *names):
+        if (made / name).exists():
+            shutil.copytree(made / name, unfinished / name, copy_function=_link)
+    if unfinished.exists():
+        unfinished.rename(folder)
+
+
+def _link(source: str, to: str) -> str:
+    try:
+        os.link(source, to)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, to)
+    return to

@@ -1,0 +1,274 @@
+"""Files of images, sounds and other items: names in; their facts, their bytes, or a `Fault` of `data/faults.py` out.
+
+A name is a path below a folder, which may be in a bucket; files inside an archive are `Span`s of it, rows of an
+ArrayRecord file have names of their own (`data/records.py`). A file of data comes from elsewhere: no name in it, and no
+link, leads out of the folder, unless the user says so (`anywhere`). `noun` is what messages call an item
+(`media.KINDS`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moextend_jax.config import MoextendError
+from moextend_jax.data.faults import MOST_BYTES, Fault
+from moextend_jax.data.json_values import unreadable
+from moextend_jax.data.records import read_row, row_of
+from moextend_jax.data.shards import Span
+from moextend_jax.folders import folder, is_url
+
+BESIDE = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG", ".wav", ".flac", ".ogg", ".npz", ".npy")
+"""Ends of names that are looked for where a file is missing."""
+
+
+class Facts(NamedTuple):
+    """Of a file: bytes, and when it was written (any number that changes with it)."""
+
+    size: int
+    time: int | str
+
+
+class ItemFolder(NamedTuple):
+    """Where items are that data name by path. anywhere: also outside, by absolute paths, `..` and links."""
+
+    path: Path
+    anywhere: bool = False
+
+    def look(self, names: Iterable[str], noun: str = "image") -> Iterator[Facts | Fault]:
+        """Of every name, in their order."""
+        for in_record, some in itertools.groupby(names, key=lambda name: row_of(name) is not None):
+            if in_record:
+                yield from map(functools.partial(self._look_at_row, noun=noun), some)
+            elif is_url(self.path):
+                yield from look_in_bucket(self.path, some, noun=noun)
+            else:
+                yield from look(self.path, some, anywhere=self.anywhere, noun=noun)
+
+    def _look_at_row(self, name: str, noun: str) -> Facts | Fault:
+        try:
+            facts = self._file_of_rows(name, noun).stat()
+            return Facts(facts.st_size, facts.st_mtime_ns)
+        except Fault as fault:
+            return fault
+
+    def _file_of_rows(self, name: str, noun: str) -> Path:
+        if is_url(self.path):
+            raise Fault(f"{noun} {name} is in a bucket; ArrayRecord files are read from a disk", "unreadable", name)
+        of = row_of(name)
+        assert of is not None
+        return find_file(self.path, of.file, anywhere=self.anywhere, noun=noun, most=sys.maxsize)
+
+    def read(self, name: str, noun: str = "image") -> bytes:
+        if of := row_of(name):
+            return read_row(self._file_of_rows(name, noun), of.row, name=name, noun=noun)
+        if is_url(self.path):
+            return read_from_bucket(self.path, name, noun=noun)
+        return read_file(self.path, name, anywhere=self.anywhere, noun=noun)
+
+
+def read_span(span: Span, noun: str = "image") -> bytes:
+    """An item inside an archive."""
+    _check_size(span.size, f"{noun} {span.name}", id=span.name)
+    try:
+        with folder(span.file).open("rb") as file:
+            file.seek(span.at)
+            encoded = file.read(span.size)
+    except OSError as error:
+        raise Fault(f"cannot read {noun} {span.name}: {error}", "unreadable", span.name) from error
+    except Exception as error:  # a bucket's
+        raise unreadable(Path(span.file), error) from error
+    if len(encoded) < span.size:
+        raise Fault(f"{noun} {span.name} ends with its archive", "truncated", span.name)
+    return encoded
+
+
+# --- in a file system -------------------------------------------------------------------------------------------------
+
+
+def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "image", most: int = MOST_BYTES) -> Path:
+    """The file of an item named relative to `folder` or to its folder `images`; nothing is read.
+
+    Raises:
+      Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more bytes than `most`.
+      MoextendError: this process cannot spell the name, and so no name of its kind.
+    """
+    _check_name(folder, name, anywhere, noun)
+    roots = folder, folder / "images"
+    for root in roots:
+        try:
+            path = (root / name).resolve(strict=True)
+            facts = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            if encoding == "utf-8":  # half of a pair, which JSON can spell
+                raise Fault(f"{noun} {name!a} in {folder}: {error}", "unreadable", ascii(name)) from error
+            raise MoextendError(
+                f"{noun} {name!a}: names of files are {encoding} here, which cannot spell it; set PYTHONUTF8=1"
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:  # no permission; a name no file can have; a loop of links
+            raise Fault(f"cannot read {noun} {name} in {folder}: {error}", "unreadable", name) from error
+        if not anywhere and not any(path.is_relative_to(root.resolve()) for root in roots):
+            raise Fault(
+                f"{noun} {name} is a link out of {folder}, to {path}; only the folder images itself may be a link, "
+                "unless you laid it: then set faults.policies.outside to keep",
+                "outside",
+                name,
+            )
+        if not stat.S_ISREG(facts.st_mode):  # to open a pipe would wait for ever
+            raise Fault(f"{noun} {name} in {folder} is not a file", "unreadable", name)
+        if not facts.st_size:
+            raise Fault(f"{noun} {name} in {folder} is an empty file", "empty_file", name)
+        if facts.st_size > most:
+            raise Fault(f"{noun} {name} in {folder} has {facts.st_size} bytes, more than {most}", "oversized", name)
+        return path
+    raise _missing(folder, name, noun, hint=_beside(roots, name))
+
+
+def _missing(folder: Path, name: str, noun: str, *, hint: str = "") -> Fault:
+    return Fault(f"no {noun} {name} in {folder} or {folder / 'images'}{hint}", "missing", name)
+
+
+def _check_size(size: int, what: str, *, id: str) -> None:
+    if not 0 < size <= MOST_BYTES:
+        raise Fault(f"{what} has {size} bytes", "oversized" if size else "empty_file", id)
+
+
+def _check_name(folder: Path, name: str, anywhere: bool, noun: str) -> None:
+    if "://" in name or name.startswith("data:"):
+        raise Fault(f"{noun} {name[:200]} is a URL; nothing is downloaded: put the file into {folder}", "url", name)
+    if not anywhere and (Path(name).is_absolute() or ".." in Path(name).parts):
+        raise Fault(
+            f"{noun} {name} leaves {folder}; name it by its path below that folder (or set images to the folder that "
+            "has it, or faults.policies.outside to keep)",
+            "outside",
+            name,
+        )
+
+
+def _beside(roots: Iterable[Path], name: str) -> str:
+    """A hint, where the item is there in another format: OCR-VQA's are .gif files that its JSON calls .jpg."""
+    for root in roots:
+        for suffix in BESIDE:
+            other = (root / name).with_suffix(suffix)
+            if other.is_file():
+                return f"; {other.name} is there: convert it, or name it so"
+    return ""
+
+
+def look(folder: Path, names: Iterable[str], *, anywhere: bool = False, noun: str = "image") -> Iterator[Facts | Fault]:
+    """Size and time of each item's file, or the `Fault` that `find_file` raises.
+
+    Folders are resolved once and a sound file costs one question to the file system: there are 665 thousand of them.
+    """
+    homes: dict[str, list[str]] = {}
+    for name in names:
+        head, tail = os.path.split(name)
+        if head not in homes:
+            homes[head] = _homes(folder, head, anywhere)
+        file = None if ":" in name else _sound_file(homes[head], tail)  # a URL is none, whatever is there
+        try:
+            file = file or find_file(folder, name, anywhere=anywhere, noun=noun).stat()
+            yield Facts(file.st_size, file.st_mtime_ns)
+        except Fault as fault:
+            yield fault
+
+
+def _homes(folder: Path, head: str, anywhere: bool) -> list[str]:
+    """Where files of `head/` may be, resolved; none where only `find_file` can tell what is right."""
+    if "\0" in head or (not anywhere and (os.path.isabs(head) or ".." in head)):
+        return []
+    try:
+        roots = [os.path.realpath(root) for root in (folder, folder / "images")]
+        homes = [os.path.realpath(os.path.join(root, head)) for root in roots]
+    except (OSError, ValueError):
+        return []
+    inside = anywhere or all(any(Path(home).is_relative_to(root) for root in roots) for home in homes)
+    return homes if inside else []
+
+
+def _sound_file(homes: Iterable[str], name: str) -> os.stat_result | None:
+    """None also for links, which may lead anywhere."""
+    for home in homes:
+        try:
+            file = os.lstat(f"{home}/{name}")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return None
+        return file if stat.S_ISREG(file.st_mode) and 0 < file.st_size <= MOST_BYTES else None
+    return None
+
+
+def read_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "image") -> bytes:
+    """Its bytes; raises as `find_file`, also where reading fails."""
+    try:
+        with find_file(folder, name, anywhere=anywhere, noun=noun, most=MOST_BYTES).open("rb") as file:
+            encoded = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise Fault(f"cannot read {noun} {name} in {folder}: {error}", "unreadable", name) from error
+    if len(encoded) > MOST_BYTES:  # it grew
+        raise Fault(f"{noun} {name} in {folder} has more than {MOST_BYTES} bytes", "oversized", name)
+    return encoded
+
+
+# --- in a bucket ------------------------------------------------------------------------------------------------------
+
+
+def look_in_bucket(folder: Path, names: Iterable[str], *, noun: str = "image") -> Iterator[Facts | Fault]:
+    """As `look`, and nothing is outside of a bucket's folder; each folder that names lead into is listed once."""
+    import fsspec  # of the extra that gs:// paths need
+
+    files = fsspec.filesystem("gs")
+    listed: dict[str, dict[str, Facts]] = {}
+
+    def listing(head: str) -> dict[str, Facts]:
+        if head not in listed:
+            try:
+                items = files.ls(head, detail=True, refresh=True)
+            except FileNotFoundError:
+                items = []
+            except Exception as error:
+                raise unreadable(Path(head), error) from error
+            listed[head] = {
+                item["name"].rpartition("/")[2]: Facts(item["size"], f"{item.get('updated', '')}")
+                for item in items
+                if item["type"] == "file"
+            }
+        return listed[head]
+
+    for name in names:
+        try:
+            _check_name(folder, name, False, noun)
+            paths = [os.fspath(root / name) for root in (folder, folder / "images")]
+            matches = (listing(head).get(tail) for head, _, tail in (path.rpartition("/") for path in paths))
+            facts = next((facts for facts in matches if facts is not None), None)
+            if facts is None:
+                raise _missing(folder, name, noun)
+            _check_size(facts.size, f"{noun} {name} in {folder}", id=name)
+            yield facts
+        except Fault as fault:
+            yield fault
+
+
+def read_from_bucket(folder: Path, name: str, *, noun: str = "image") -> bytes:
+    _check_name(folder, name, False, noun)
+    for path in (folder / name, folder / "images" / name):
+        try:
+            with path.open("rb") as file:
+                encoded = file.read(MOST_BYTES + 1)
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # no item's fault: the network, or no permission
+            raise unreadable(path, error) from error
+        _check_size(len(encoded), f"{noun} {name} in {folder}", id=name)
+        return encoded
+    raise _missing(folder, name, noun)

@@ -1,0 +1,143 @@
+"""What reads the items of a medium by row: encoded files or cached features in, arrays of a batch out.
+
+TABLE of two: `Inputs` decodes and prepares for the tower, `Features` has what came out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from moextend_jax.config import Batch, FeaturesConfig, Medium, WhisperConfig
+from moextend_jax.data.datasets import AnyItems
+from moextend_jax.data.faults import Fault
+from moextend_jax.data.features import FeatureStore
+from moextend_jax.media import KINDS
+
+OnFault = Callable[[tuple[int, int], Fault], None]
+"""Called with the slot (row B, item M) of an item that cannot be read, and its fault; its array stays zero."""
+
+
+def _raise(slot: tuple[int, int], fault: Fault) -> None:
+    raise fault
+
+
+class Prepared(NamedTuple):
+    key: str
+    array: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Items of a medium decoded and prepared for its tower, in the worker processes."""
+
+    items: AnyItems
+    medium: Medium
+    preparation: Literal["pad", "crop"]
+
+    @property
+    def field(self) -> Literal["media", "features"]:
+        return "features" if isinstance(self.medium.tower, FeaturesConfig) else "media"
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest item (P)."""
+        return self.medium.tokens
+
+    def row(self, ref) -> int:
+        """The row of an item; raises the `Fault` that it had when the data set was opened."""
+        self.items.check(ref.row)
+        return ref.row
+
+    def span(self, row: int) -> int:
+        """Tokens of the item in a row; raises its `Fault` where they depend on its file and that cannot be read."""
+        return self.items.span(row, self.medium)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one item's array."""
+        return KINDS[self.medium.kind].input_shape(self.medium)
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the arrays beside the items."""
+        tower, preparation = self.medium.tower, {"preparation": self.preparation}
+        if isinstance(tower, WhisperConfig):
+            return {"feature_layer": tower.feature_layer, "bands": tower.bands, "seconds": tower.seconds}
+        if isinstance(tower, FeaturesConfig):
+            return {"width": tower.width, "patches": tower.patches}
+        more = {"seconds": self.medium.seconds} if self.medium.kind == "audio" else preparation
+        more |= {"frames": self.medium.frames} if self.medium.kind == "video" else {}
+        return {"feature_layer": tower.feature_layer, "size": tower.image_size, **more}
+
+    def prepared(self, row: int) -> Prepared:
+        """An item as its tower takes it; raises a `Fault` where it cannot be read."""
+        key, item = self.items.decoded(row, self.medium)
+        prepare = KINDS[self.medium.kind].prepare
+        return Prepared(key, prepare(item, medium=self.medium, preparation=self.preparation, id=key))
+
+    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
+        """Arrays `[B, M, ...]` (float32) of items by row, zeros for -1 and for items with a fault."""
+        arrays = np.zeros((*rows_BM.shape, *self.shape), np.float32)
+        for b, m in zip(*np.nonzero(rows_BM >= 0), strict=True):
+            try:
+                arrays[b, m] = self.prepared(int(rows_BM[b, m])).array
+            except Fault as fault:
+                on_fault((int(b), int(m)), fault)
+        return arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Items of a medium as the cached output of its frozen tower. items: where the lengths of their spans depend on
+    their files."""
+
+    store: FeatureStore
+    medium: Medium
+    items: AnyItems | None = None
+
+    field = "features"
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest item (P)."""
+        return self.medium.tokens
+
+    def row(self, ref) -> int:
+        """The row of an item in the cache; raises its `Fault` where it could not be read when the cache was made."""
+        return self.store.row(ref.key)
+
+    def span(self, row: int) -> int:
+        """Tokens of the item in a row, which has the same number in the cache."""
+        if not self.medium.spans:
+            return self.medium.span()
+        assert self.items is not None
+        return self.items.span(row, self.medium)
+
+    def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
+        """Features `[B, M, P, C]` of items by row, zeros for -1."""
+        features_BMPC = self.store.features_nPC[np.maximum(rows_BM, 0)]
+        features_BMPC[rows_BM < 0] = 0
+        return features_BMPC
+
+
+Readers = Mapping[str, Inputs | Features]
+"""By medium what reads its items, in the order of `ModelConfig.media`. Items of other media are left out, and their
+marks: that is how the question alone is asked."""
+
+
+def with_items(batch: Batch, readers: Mapping[str, Any], rows: Mapping[str, np.ndarray]) -> Batch:
+    """The batch with the items in these rows `[B, M]` of each medium's reader, but of media whose M is 0."""
+    read = {name: readers[name].read(rows_BM) for name, rows_BM in rows.items() if rows_BM.shape[1]}
+    return given(batch, readers, read)
+
+
+def given(batch: Batch, readers: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Batch:
+    """The batch with what the readers have read, each where its kind belongs."""
+    fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
+    for name in readers:
+        if name in arrays:
+            fields[readers[name].field][name] = arrays[name]
+    return batch._replace(**fields)

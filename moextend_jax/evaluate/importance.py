@@ -1,0 +1,102 @@
+"""How much each medium of a question helps to answer it: the question is asked with every subset of its media.
+
+In: for every question, subset of its media -> answered rightly. Out: importance per question, and over all of them a
+plain dict for summary.json and a table to print. `report/importance.py` draws it.
+
+The importance of m is the share of right answers over the subsets with m, less that over the non-empty ones without it
+(modality importance score, 2408.12763; the formula is second-hand). For a question of a single medium the empty subset
+takes their place. The empty one is otherwise a row of its own: the question alone. M media cost 2^M runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+
+Right = Mapping[frozenset[str], float]
+"""Of one question: subset of its media to whether the answer was right, 1 or 0, or a score between."""
+ALONE = "none"
+"""What tables and summary.json call the empty subset: the question without any of its media."""
+
+
+def subsets(media: Collection[str]) -> list[frozenset[str]]:
+    """All that a question with these media has to be asked with: nothing first, everything last, in their order."""
+    return [frozenset(some) for count in range(len(media) + 1) for some in combinations(media, count)]
+
+
+def question_importance(right: Right) -> dict[str, float]:
+    """Medium -> importance, -1 to 1, of a question that was asked with all of `subsets`.
+
+    ValueError: it was not; that is the caller's mistake.
+    """
+    media = frozenset().union(*right)
+    if set(right) != set(subsets(media)):
+        raise ValueError(f"asked with {list(map(sorted, right))}, which are not all subsets of {sorted(media)}")
+    least = min(1, len(media) - 1)  # of media in a subset that stands for "without"
+    return {
+        name: _mean(right, (some for some in right if name in some))
+        - _mean(right, (some for some in right if name not in some and len(some) >= least))
+        for name in media
+    }
+
+
+def importance(answered: Sequence[Right], *, media: Sequence[str]) -> dict[str, Any]:
+    """What summary.json holds of questions that were asked with every subset of their media.
+
+    Args:
+      media: names in the order of tables, all that questions have.
+
+    Returns:
+      `questions`: how many. `media`: name -> `importance`, its mean over the `questions` that have the medium, and how
+      many of these it `helps` (importance above 0) and `hurts` (below). `subsets`: `image+sound` (none: "none") ->
+      `right`, the sum over the `questions` that were asked so, and `accuracy`, their mean.
+    """
+    each = [question_importance(right) for right in answered]
+    of_media = {name: [of[name] for of in each if name in of] for name in media}
+    of_subsets = {some: [right[some] for right in answered if some in right] for some in subsets(media)}
+    return {
+        "questions": len(answered),
+        "media": {
+            name: {
+                "importance": fmean(of),
+                "questions": len(of),
+                "helps": sum(value > 0 for value in of),
+                "hurts": sum(value < 0 for value in of),
+            }
+            for name, of in of_media.items()
+            if of
+        },
+        "subsets": {
+            label(some, media=media): {"right": float(sum(of)), "questions": len(of), "accuracy": fmean(of)}
+            for some, of in of_subsets.items()
+            if of
+        },
+    }
+
+
+def label(some: Collection[str], *, media: Sequence[str]) -> str:
+    """`image+sound`, in the order of `media`."""
+    return "+".join(name for name in media if name in some) or ALONE
+
+
+def importance_table(title: str, measured: Mapping[str, Any]) -> Table:
+    """Prints what `importance` returned: a line per medium, then one per subset that was asked."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("medium, or media asked with")
+    for name in ("importance", "helps", "hurts", "accuracy", "questions"):
+        table.add_column(name, justify="right")
+    for name, of in measured["media"].items():
+        cells = (f"{of['importance']:+.3f}", str(of["helps"]), str(of["hurts"]), "", str(of["questions"]))
+        table.add_row(name, *cells)
+    table.add_section()
+    for name, of in measured["subsets"].items():
+        table.add_row(name, "", "", "", f"{of['accuracy']:.3f}", str(of["questions"]))
+    return table
+
+
+def _mean(right: Right, chosen: Iterable[frozenset[str]]) -> float:
+    return fmean(float(right[some]) for some in chosen)

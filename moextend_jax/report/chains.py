@@ -1,0 +1,109 @@
+"""What chains of extensions learnt and forgot: the matrix of scores with its numbers, bars of transfer and forgetting.
+
+In: `chains` of summary.json, {name: what `evaluate/chains.py` returned}. Out: panels on an Axes, and HTML; "" where
+there is no chain. Transfer and forgetting are computed again from the scores, which are checked thereby.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.chains import columns, learnt_on, score_matrix
+from moextend_jax.report.canvas import LINE, MUTED, OURS, RIVAL
+from moextend_jax.report.markup import how, picture, pictures
+
+CHAIN_TITLES = {
+    "strict": "Extensions under strict isolation",
+    "open": "Extensions without isolation",
+    "full": "Everything tuned on",
+}
+"""Of chains in pages; another goes by its own name."""
+
+
+def chains_section(summary: Mapping[str, Any] | None) -> str:
+    """Raises MoextendError where summary.json's chains are not what `score_matrix` returned."""
+    chains = (summary or {}).get("chains")
+    if not chains:
+        return ""
+    parts = []
+    for n, (name, chain) in enumerate(parse_chains(chains).items()):
+        title = CHAIN_TITLES.get(name, name)
+        rows, tested = len(chain["scores"]), len(columns(chain))
+        drawn = [
+            picture(
+                lambda ax, chain=chain: matrix_panel(ax, chain),
+                name=f"chain-{n}-scores", label=f"Scores of {title}: after each extension, on each",
+                width=1.6 + 0.95 * tested, height=1.1 + 0.62 * rows,
+            ),
+            picture(
+                lambda ax, chain=chain: bars_panel(ax, chain),
+                name=f"chain-{n}-bars", label=f"Transfer and forgetting of {title}",
+                width=1.6 + 0.95 * rows, height=2.6,
+            ),
+        ]  # fmt: skip
+        lost = f"Backward transfer {chain['backward_transfer']:+.3f}."
+        parts.append(f"<h3>{escape(title)}</h3>" + pictures(drawn, lost, columns="pictures two"))
+    return "".join(parts) + how(
+        "A row is the model after one more extension was learnt, a column what it was asked; beneath a score is how it "
+        "changed since that extension was new. Transfer of an extension is its own score right after it was learnt, "
+        "forgetting the mean of what all earlier ones have lost by then, so that 0 is perfect; backward transfer is "
+        "what the earlier ones gained by the end. Test sets are averaged first, then extensions; the formulas are ours."
+    )
+
+
+def parse_chains(chains: Any) -> dict[str, dict[str, Any]]:
+    """Name -> chain, computed anew from its scores; what else a chain records is left aside."""
+    try:
+        scores = {
+            str(name): {str(after): dict(row) for after, row in of["scores"].items()} for name, of in chains.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MoextendError(f"summary.json: its chains are not {{name: {{'scores': ...}}}}: {error!r}") from error
+    return {name: score_matrix(of) for name, of in scores.items()}
+
+
+def matrix_panel(ax: Axes, chain: Mapping[str, Any]) -> None:
+    """A heat map with its numbers, on a scale from 0 to 1, wider where scores are; untested cells stay empty."""
+    rows, tested = list(chain["scores"]), columns(chain)
+    values = np.array([[chain["scores"][after].get(on, np.nan) for on in tested] for after in rows])
+    edges = np.arange(len(tested) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
+    low, high = min(0.0, np.nanmin(values)), max(1.0, np.nanmax(values))
+    mesh = ax.pcolormesh(
+        *edges, np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, edgecolor="face", linewidth=0.3
+    )
+    ax.invert_yaxis()
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set(ylabel="after")
+    ax.set_xticks(range(len(tested)), [on.replace("/", "\n").replace("$", r"\$") for on in tested])
+    ax.set_yticks(range(len(rows)), [after.replace("$", r"\$") for after in rows])
+    for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
+        red, green, blue, _ = mesh.cmap(mesh.norm(value))
+        ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+        own = chain["scores"].get(learnt_on(tested[column]), {}).get(tested[column])
+        later = row > rows.index(learnt_on(tested[column])) if learnt_on(tested[column]) in rows else False
+        text = f"{value:.3f}" + (f"\n{value - own:+.3f}" if later and own is not None else "")
+        ax.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
+
+
+def bars_panel(ax: Axes, chain: Mapping[str, Any]) -> None:
+    """Two bars per extension: its transfer, and the forgetting of those before it."""
+    names = list(chain["scores"])
+    places = np.arange(len(names))
+    for key, colour, offset in (("transfer", OURS, -0.2), ("forgetting", RIVAL, 0.2)):
+        values = [chain[key][name] for name in names]
+        bars = ax.bar(places + offset, values, width=0.38, color=colour, label=key)
+        ax.bar_label(bars, [f"{value:.3f}" for value in values], padding=2, fontsize=8.5)
+    ax.axhline(0, color=MUTED, linewidth=0.8)
+    ax.grid(axis="y", color=LINE)
+    ax.set_xticks(places, [name.replace("$", r"\$") for name in names])
+    ax.margins(y=0.16)
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, fontsize=8.5, handlelength=1.2)

@@ -1,0 +1,89 @@
+"""Media of a run: settings and an opened base in, the same with every medium's tower, projector and tags out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moextend_jax.checkpoints.leaves import Leaf
+from moextend_jax.checkpoints.loading import Source, open_tower
+from moextend_jax.config import (
+    IMAGE,
+    FeaturesConfig,
+    ImageTags,
+    Medium,
+    MoextendError,
+    Named,
+    ProjectorConfig,
+    TowerConfig,
+    VisionConfig,
+    WhisperConfig,
+)
+from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.media import mark_of
+from moextend_jax.settings import MediumSettings, RunSettings
+
+
+def with_media(source: Source, settings: RunSettings, tokenizer: Tokenizer) -> Source:
+    """The base with the media that the settings name beside its pictures, and the tags that its tokenizer has for them.
+
+    Raises:
+      MoextendError: a tower that is not there or not of its medium's kind, or more media than the vocabulary has free
+        ids for.
+    """
+    media, leaves = dict(source.config.media), dict(source.leaves)
+    if IMAGE in media:
+        media[IMAGE] = dataclasses.replace(media[IMAGE], tags=tokenizer.tags)
+    others = [name for name in settings.media if name != IMAGE]
+    if len(others) > len(tokenizer.spare):
+        raise MoextendError(
+            f"{len(others)} media beside pictures need as many ids that text does not use, and the vocabulary in "
+            f"{tokenizer.where} has {len(tokenizer.spare)}"
+        )
+    for name, of in settings.media.items():
+        if name == IMAGE:
+            if IMAGE not in media:
+                raise MoextendError(f"media.{IMAGE} is set, and the run has no pictures: vision = {settings.vision!r}")
+            media[IMAGE] = dataclasses.replace(media[IMAGE], projector=projector_of(of))
+            continue
+        tower, own = _tower(name, of, source, settings)
+        leaves |= own
+        # What stands before and behind an item is the same for all media; only what stands in it differs.
+        tags = dataclasses.replace(tokenizer.tags, pad=tokenizer.spare[others.index(name)])
+        media[name] = medium_of(name, of, tower, tags=tags)
+    config = dataclasses.replace(source.config, media=Named(media))
+    return source._replace(leaves=leaves, record=source.record._replace(config=config))
+
+
+def medium_of(name: str, of: MediumSettings, tower: TowerConfig, *, tags: ImageTags) -> Medium:
+    """A medium as its settings have it, behind this tower."""
+    return Medium(
+        kind=of.kind,
+        mark=mark_of(name, of.kind),
+        tags=tags,
+        tower=tower,
+        projector=projector_of(of),
+        frames=of.frames if of.kind == "video" else 1,
+        join=of.join,
+        spans=of.spans,
+        seconds=float(of.seconds),
+    )
+
+
+def projector_of(of: MediumSettings) -> ProjectorConfig:
+    """Sizes of a medium's projector."""
+    return ProjectorConfig(**dataclasses.asdict(of.projector))
+
+
+def _tower(name: str, of: MediumSettings, source: Source, settings: RunSettings) -> tuple[TowerConfig, dict[str, Leaf]]:
+    if of.kind == "features":
+        return FeaturesConfig(width=of.width, patches=of.patches), {}
+    if not of.tower:
+        if of.kind == "audio" or source.config.vision is None:
+            raise MoextendError(f"media.{name}.tower must name the folder of its tower")
+        own = {path: leaf for path, leaf in source.leaves.items() if path.startswith(f"media/{IMAGE}/tower/")}
+        return source.config.vision, {path.replace(IMAGE, name, 1): leaf for path, leaf in own.items()}
+    tower, leaves = open_tower(of.tower, medium=name, seconds=of.seconds, feature_layer=settings.recipe.feature_layer)
+    wanted = VisionConfig if of.kind in ("image", "video") else (VisionConfig, WhisperConfig)
+    if not isinstance(tower, wanted):
+        raise MoextendError(f"media.{name} is of kind {of.kind}, and {of.tower} is a tower for sound")
+    return tower, leaves

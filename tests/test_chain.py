@@ -1,0 +1,243 @@
+"""A chain of extensions, of pictures, features and sounds: what was learnt before is bit for bit what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+from PIL import Image
+from rich.console import Console
+
+from moextend_jax import cli
+from moextend_jax.check_data import check_command
+from moextend_jax.commands import whole_run
+from moextend_jax.config import MoextendError
+from moextend_jax.continual import check_nothing_is_lost
+from moextend_jax.evaluate.composing import RULES
+from moextend_jax.routing.stats import read_stats
+from moextend_jax.runs import results
+from moextend_jax.runs.models_of import open_model, read_selection
+from moextend_jax.runs.run import Run, working
+from moextend_jax.settings import (
+    EvaluateSettings,
+    ExtensionSettings,
+    MediumSettings,
+    RunSettings,
+    SelectSettings,
+    StageSettings,
+)
+
+ROWS = 24
+
+
+def write_features(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    rng, entries = np.random.default_rng(0), []
+    for n in range(ROWS):
+        np.savez(folder / f"{n}.npz", x=rng.normal(size=(3, 5)).astype(np.float32))
+        talk = [
+            {"from": "human", "value": f"<features:touch>\nHow is it? {n}"},
+            {"from": "gpt", "value": f"soft {n % 3}"},
+        ]
+        entries.append({"id": f"touch{n}", "features": {"touch": f"{n}.npz"}, "conversations": talk})
+    (folder / "touch.json").write_text(json.dumps(entries))
+    return folder / "touch.json"
+
+
+def write_sounds(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    entries = []
+    for n in range(ROWS):
+        wave = np.sin(np.arange(8000) * (0.02 + 0.005 * n)).astype(np.float32) / 2
+        soundfile.write(folder / f"{n}.wav", wave, 16000)
+        talk = [
+            {"from": "human", "value": f"<audio:sound>\nWhat is heard? {n}"},
+            {"from": "gpt", "value": f"a tone {n % 2}"},
+        ]
+        entries.append({"id": f"sound{n}", "audio": {"sound": f"{n}.wav"}, "conversations": talk})
+    (folder / "sounds.json").write_text(json.dumps(entries))
+    return folder / "sounds.json"
+
+
+def write_pictures_with(sounds: Path) -> Path:
+    """Conversations with a picture and one of these sounds each."""
+    folder, entries = sounds.parent, []
+    for n in range(ROWS):
+        Image.new("RGB", (8, 8), (10 * n, 0, 0)).save(folder / f"{n}.png")
+        talk = [
+            {"from": "human", "value": f"<image>\n<audio:sound>\nWhich? {n}"},
+            {"from": "gpt", "value": f"number {n % 2}"},
+        ]
+        entries.append({"id": f"both{n}", "image": f"{n}.png", "audio": {"sound": f"{n}.wav"}, "conversations": talk})
+    (folder / "both.json").write_text(json.dumps(entries))
+    return folder / "both.json"
+
+
+def groups(data: str, **more) -> dict:
+    stage = StageSettings(
+        data=data, steps=2, batch_size=8, length=0, images_per_row=0, loss_chunk=64, split="train[:16]"
+    )
+    evaluate = EvaluateSettings(
+        data=data, questions=8, split="train[16:]", batch_size=8, length=0, max_new_tokens=3, text_length=64,
+        text_batch_size=8,
+    )  # fmt: skip
+    select = SelectSettings(held_out=6, share=0.5, batch_size=6)
+    return dict(align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, select=select) | more
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> RunSettings:
+    """Of pictures, then of features in other layers, two new experts in each."""
+    folder = tmp_path_factory.mktemp("chain")
+    base = tiny.write_base(folder / "base")
+    llava = tiny.write_llava(folder / "llava", rows=ROWS)
+    select = SelectSettings(held_out=6, share=0.7, batch_size=6, new_experts=2)
+    touch = groups(str(write_features(folder / "touch")), select=select)
+    return RunSettings(
+        **groups(str(llava / "llava_v1_5_mix665k.json")),
+        extensions={"touch": ExtensionSettings(medium="touch", **touch)},
+        media={"touch": MediumSettings(kind="features", width=5, patches=3)},
+        base=str(base), vision=str(base / "vision"), dtype="float32", remat="none", text_isolation="strict",
+        checkpoint_every=100, log_every=1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> tuple[Run, dict]:
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    record = whole_run(settings, workdir)
+    with working(settings, workdir) as run:
+        return run, record
+
+
+@pytest.mark.slow
+def test_a_later_extension_is_copied_from_pretrained_experts(finished):
+    run, _ = finished
+    record = read_selection(run, "touch")
+    experts = run.config.decoder.experts
+    for when in ("before", "after"):
+        assert all(len(row) == experts for of in record[when].values() for row in of)
+    assert max(record["sources"]) < experts
+    assert (run.folder("select:touch") / "routing.png").exists()
+
+
+@pytest.mark.slow
+def test_nothing_learnt_before_is_lost(finished):
+    _, record = finished
+    chain = record["chains"]["strict"]
+    assert [list(row) for row in chain["scores"].values()] == [["image"], ["image", "touch"]]
+    assert set(chain["forgetting"].values()) == {0.0} and chain["backward_transfer"] == 0.0
+    for of in record["text_loss"].values():
+        assert {of["moextend:image"], of["moextend:touch"], of["moextend"]} == {of["base"]}
+    assert record["frozen_unchanged"]
+    check_nothing_is_lost(record)
+    record["text_loss"]["kjv"] = record["text_loss"]["kjv"] | {"moextend:touch": 0.0}
+    with pytest.raises(MoextendError, match="moextend:touch on kjv"):
+        check_nothing_is_lost(record)
+
+
+@pytest.mark.slow
+def test_the_finished_model_has_all_extensions_and_their_leaves_as_they_were_trained(finished):
+    run, _ = finished
+    opened = open_model(run, "moextend")
+    config = opened.model.config
+    assert [len(added.layers) for added in config.extensions.values()] == [1, 2]
+    assert config.extensions["touch"].new_experts == 2 and len(config.extensions["touch"].sources) == 4
+    assert config.outputs == config.decoder.experts + 3
+    before = open_model(run, "moextend:image").arrays
+    own = [path for path in before if path.startswith(("extensions/image/", "media/image/"))]
+    assert own and all(np.array_equal(before[path], opened.arrays[path]) for path in own)
+
+
+@pytest.mark.slow
+def test_results_lie_in_folders_of_their_extensions(finished):
+    run, _ = finished
+    assert (run.workdir / "finetune" / "result").exists() and (run.workdir / "touch" / "finetune" / "result").exists()
+    record = json.loads((run.workdir / "touch" / "select" / "routing.json").read_text())
+    assert record["new_experts"] == 2 and len(record["sources"]) == 4
+    assert results.table(run.settings).result("finetune:touch").parents == (
+        "align", "grow", "finetune", "align:touch", "grow:touch",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_routing_is_counted_on_a_later_medium(finished, tmp_path):
+    run, _ = finished
+    data = run.settings.extensions["touch"].finetune.data
+    asked = ["routing", "collect", "--workdir", str(run.workdir), "--data", data, "--samples", "4", "--length", "64"]
+    cli.call([*asked, "--out", str(tmp_path / "a.npz")])
+    assert read_stats(tmp_path / "a.npz").tokens["image"] == 4 * 3  # of an item each of three positions
+    with pytest.raises(MoextendError, match="--ids_out carries pictures, and the data have items of touch"):
+        cli.call([*asked, "--out", str(tmp_path / "b.npz"), "--ids_out", str(tmp_path / "ids.npz")])
+
+
+def test_data_check_reads_the_items_of_every_medium(settings, capsys):
+    assert check(settings) == 0
+    data = json.loads(capsys.readouterr().out)["data"]
+    assert {tuple(part["items"]) for part in data} == {("<image>",), ("<features:touch>",)}
+    touch = settings.extensions["touch"]
+    other = dataclasses.replace(touch, align=settings.align)
+    assert check(dataclasses.replace(settings, extensions={"touch": other})) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert "align:touch trains the projector, and none of its" in problem and "an item of touch" in problem
+
+
+def check(settings: RunSettings) -> int:
+    return check_command(settings, data_dir=None, processes=0, as_json=True, console=Console(stderr=True))
+
+
+@pytest.mark.slow
+def test_chains_side_by_side_then_trained_together(settings, tmp_path):
+    """Three extensions; the third is for sounds, and is also asked about pictures and sounds together."""
+    sounds = write_sounds(tmp_path / "sound")
+    both = write_pictures_with(sounds)
+    evaluate = dataclasses.replace(groups(str(sounds))["evaluate"], sets={"both": str(both)})
+    sound = ExtensionSettings(medium="sound", **groups(str(sounds), evaluate=evaluate))
+    tower = MediumSettings(kind="audio", tower=settings.vision, seconds=1)
+    three = dataclasses.replace(
+        settings,
+        extensions={**settings.extensions, "sound": sound},
+        media={**settings.media, "sound": tower},
+        mixture=groups(str(both))["finetune"],
+        chains=("strict", "open", "full"),
+    )
+    record = whole_run(three, tmp_path / "w")
+    assert record == json.loads((tmp_path / "w" / "summary.json").read_text())
+    for title, chain in record["chains"].items():
+        assert [len(row) for row in chain["scores"].values()] == [1, 2, 4], title
+    assert set(record["chains"]) == {"strict", "open", "full"}
+    assert set(record["chains"]["strict"]["forgetting"].values()) == {0.0}
+    losses = record["text_loss"]
+    for text in ("wordnet", "kjv"):
+        assert losses["strict"][text]["full:sound"] != losses["strict"][text]["base"] == losses["open"][text]["base"]
+        assert losses["open"][text]["moextend:sound"] != losses["open"][text]["base"]
+    scores = record["composed"]["strict"]["sound/both"]
+    assert {"image alone", "sound alone", "trained together", *RULES} <= set(scores)
+    assert (tmp_path / "w" / "strict" / "mixture" / "result").exists()
+    assert not (tmp_path / "w" / "open" / "mixture").exists() and (tmp_path / "w" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extensions": {"image": None}}, "name of the first"),
+        ({"extensions": {"Data": None}}, "cannot name"),
+        ({"extensions": {"eval": None}}, "cannot name"),
+        ({"media": {}}, "touch is for the medium 'touch'; media are image"),
+    ],
+)
+def test_a_chain_that_cannot_be(settings, changes, message):
+    if "extensions" in changes:
+        changes = {"extensions": dict.fromkeys(changes["extensions"], settings.extensions["touch"])}
+    with pytest.raises(MoextendError, match=message):
+        dataclasses.replace(settings, **changes)
+
+
+def test_a_stage_of_a_later_extension_is_a_command(capsys):
+    with pytest.raises(MoextendError, match="no stage 'align:other'"):
+        cli.call(["align:other", "demo", "--workdir", "nowhere"])
