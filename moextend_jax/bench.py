@@ -192,7 +192,7 @@ def _parts(
         return optax.apply_updates(trainable, updates)
 
     def nats(x_BLD):
-        return cross_entropy(x_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)[0]
+        return cross_entropy(model.decoder.to_head(x_BLD), model.decoder.head_DV, batch.labels_BL, chunk=chunk)[0]
 
     def both_ways(function: Callable, *inputs: jax.Array) -> float:
         """The function and its backward pass as one computation."""

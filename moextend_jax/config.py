@@ -8,6 +8,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     R routed rows = T*k     V vocabulary             A calibrator width       O = E+X router outputs
     Z decoder layers        Y extended layers        U vision layers          M images per row
     f F of new experts      n images = B*M           d model width as an input axis
+    s F of the expert that every token passes
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
     Q vision positions = 1+P (the class token first)
     G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
@@ -96,7 +97,16 @@ class Named(dict[str, Value]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a Mixtral decoder; defaults are Mixtral-8x7B's.
+    """Sizes of a decoder and what its family turns on; defaults are Mixtral-8x7B's.
+
+    family: a key of `families.FAMILIES`, by which tensors and attributes are called; nothing computed depends on it.
+    qk_norm: queries and keys are normed before they are rotated, every head for itself or all of a position together.
+    clip_qkv: bound of what queries, keys and values hold. qkv_bias: they have biases.
+    shared_hidden: width of an expert that every token passes besides those it chooses, 0: there is none; shared_gate: a
+    sigmoid of the token weighs it.
+    embed_factor, residual_factor, logits_divisor: of token embeddings (and of what takes their places), of what a block
+    adds, and of the logits. attention_scale: of queries times keys, None: 1/sqrt(H).
+    normalised: the weights of the chosen experts sum to one; else they are their probabilities among all.
 
     `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
     the same in rows of up to so many tokens; longer ones are refused.
@@ -115,11 +125,22 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     tied_head: bool = False
     window: int | None = None
+    family: str = "mixtral"
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    clip_qkv: float | None = None
+    normalised: bool = True
+    qkv_bias: bool = False
+    shared_hidden: int = 0
+    shared_gate: bool = False
+    embed_factor: float = 1.0
+    residual_factor: float = 1.0
+    logits_divisor: float = 1.0
+    attention_scale: float | None = None
 
     def sizes(self) -> dict[str, int]:
         return {
             "V": self.vocab_size, "D": self.width, "F": self.hidden, "Z": self.layers, "N": self.heads,
-            "K": self.kv_heads, "H": self.head_size, "E": self.experts, "f": self.hidden,
+            "K": self.kv_heads, "H": self.head_size, "E": self.experts, "f": self.hidden, "s": self.shared_hidden,
         }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ N, K, H, D = 4, 2, 6, 24
 def attention() -> Attention:
     prefix = "decoder/layers/attention/"
     arrays = {path.removeprefix(prefix): leaf[1] for path, leaf in tiny.arrays(tiny.PLAIN).items() if prefix in path}
-    made = nnx.eval_shape(lambda: Attention(tiny.DECODER.sizes(), rngs=nnx.Rngs(0), dtype="float32"))
+    made = nnx.eval_shape(lambda: Attention(tiny.DECODER, rngs=nnx.Rngs(0), dtype="float32"))
     whole = with_arrays(made, arrays)
     assert isinstance(whole, Attention)
     return whole

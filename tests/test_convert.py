@@ -356,7 +356,7 @@ def test_a_mistaken_export_says_so(tmp_path: Path, arguments: list[str], said: s
 
 
 def test_an_extended_model_is_no_mixtral(tmp_path: Path):
-    with pytest.raises(MoextendError, match="no Mixtral"):
+    with pytest.raises(MoextendError, match="no place in layout mixtral"):
         cli.call(["export", str(folders.released(tmp_path / "a")), str(tmp_path / "b"), "--layout", "mixtral"])
 
 

@@ -8,13 +8,17 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import pytest
 from flax import nnx
 
 from moextend_jax.checkpoints import names
-from moextend_jax.config import DecoderConfig, ExtensionConfig, VisionConfig, of_pictures
+from moextend_jax.checkpoints.leaves import match, plan_theirs
+from moextend_jax.checkpoints.tensors import Stored
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path
+from moextend_jax.plan.sizes import DECODERS
 
 M8X7B = DecoderConfig()
 M8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
@@ -84,6 +88,96 @@ def projector(first: str, second: str, width: int) -> dict[str, tuple[int, ...]]
         first + ".weight": (width, 1024), first + ".bias": (width,),
         second + ".weight": (width, width), second + ".bias": (width,),
     }  # fmt: skip
+
+
+def of_mlp_experts(layers: int, *, width: int, heads: int, keys: int, hidden: int, experts: int, vocab: int,
+                   norms: tuple[int, int] | None = None, shared: int = 0) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """Names and shapes of Qwen3-MoE and OLMoE, written down from their index files; heads and keys: rows of q_proj and
+    k_proj, norms: sizes of q_norm and k_norm. Those of Qwen2-MoE have a shared expert and biases instead."""
+    made = {
+        "model.embed_tokens.weight": (vocab, width),
+        "lm_head.weight": (vocab, width),
+        "model.norm.weight": (width,),
+    }
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        made |= {layer + f"{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        if norms:
+            made |= {layer + "self_attn.q_norm.weight": (norms[0],), layer + "self_attn.k_norm.weight": (norms[1],)}
+        if shared:
+            made |= {
+                layer + f"self_attn.{part}_proj.bias": (n,) for part, n in zip("qkv", (heads, keys, keys), strict=True)
+            }
+            inside = layer + "mlp.shared_expert"
+            made |= {f"{inside}.{part}_proj.weight": (shared, width) for part in ("gate", "up")}
+            made |= {f"{inside}.down_proj.weight": (width, shared), f"{inside}_gate.weight": (1, width)}
+        made |= {layer + "self_attn.q_proj.weight": (heads, width), layer + "self_attn.o_proj.weight": (width, heads)}
+        made |= {layer + f"self_attn.{part}_proj.weight": (keys, width) for part in "kv"}
+        made[layer + "mlp.gate.weight"] = (experts, width)
+        for e in range(experts):
+            made |= {f"{layer}mlp.experts.{e}.{part}_proj.weight": (hidden, width) for part in ("gate", "up")}
+            made[f"{layer}mlp.experts.{e}.down_proj.weight"] = (width, hidden)
+    return made
+
+
+def granite(layers: int, *, width: int, experts: int, vocab: int = 49155) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of Granite 3.1's MoE models, whose head is tied: experts of 512 lie in one tensor."""
+    made = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
+    for n in range(layers):
+        layer, block = f"model.layers.{n}.", f"model.layers.{n}.block_sparse_moe."
+        made |= {layer + f"{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        made |= {layer + f"self_attn.{part}_proj.weight": (width, width) for part in "qo"}
+        made |= {layer + f"self_attn.{part}_proj.weight": (512, width) for part in "kv"}
+        made |= {block + "router.layer.weight": (experts, width)}
+        made |= {block + "input_linear.weight": (experts, 1024, width)}
+        made |= {block + "output_linear.weight": (experts, width, 512)}
+    return made
+
+
+def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_were():
+    config = ModelConfig(decoder=DECODERS["granite-3.1-3b-a800m-base"])
+    published = granite(32, width=1536, experts=40)
+    assert (len(published), sum(map(math.prod, published.values()))) == (290, 3_298_793_472)
+    stored = {
+        name: Stored(shape, np.dtype(np.float32), lambda: pytest.fail("read"), name)
+        for name, shape in published.items()
+    }
+    leaves = match(stored, table="granitemoe", config=config, where="test")
+    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    ours = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
+    assert {path: leaf.shape for path, leaf in leaves.items()} == ours
+    written = plan_theirs(leaves, table="granitemoe", config=config)
+    assert {name: tensor.shape for name, tensor in written.items()} == published
+
+
+OTHERS = {
+    "Qwen3-30B-A3B": (18867, 30_532_122_624, dict(width=2048, heads=4096, keys=512, norms=(128, 128), hidden=768,
+                                                  experts=128, vocab=151936, layers=48)),
+    "Qwen3-235B-A22B": (36945, 235_093_634_560, dict(width=4096, heads=8192, keys=512, norms=(128, 128), hidden=1536,
+                                                     experts=128, vocab=151936, layers=94)),
+    "OLMoE-1B-7B-0924": (3219, 6_919_161_856, dict(width=2048, heads=2048, keys=2048, norms=(2048, 2048), hidden=1024,
+                                                   experts=64, vocab=50304, layers=16)),
+    "Qwen1.5-MoE-A2.7B": (4659, 14_315_784_192, dict(width=2048, heads=2048, keys=2048, hidden=1408, experts=60,
+                                                     vocab=151936, shared=5632, layers=24)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_parameter_of_another_family_is_matched_once(name: str):
+    tensors, parameters, sizes = OTHERS[name]
+    published, decoder = of_mlp_experts(**sizes), DECODERS[name]
+    assert (len(published), sum(map(math.prod, published.values()))) == (tensors, parameters)
+    config = ModelConfig(decoder=decoder)
+    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    ours = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
+    matched = list(names.tensors(decoder.family, config))
+    assert sorted(tensor.file for tensor in matched) == sorted(published)
+    assert {tensor.path for tensor in matched} == set(ours)
+    for tensor in matched:
+        file_side, our_side = tensor.layout.split(" -> ")
+        letters = names.letters(tensor.path, config)
+        assert names.shape(file_side, letters) == published[tensor.file], tensor.file
+        assert names.shape(our_side, letters) == ours[tensor.path][len(tensor.index) :], tensor.path
 
 
 CASES = {

@@ -190,6 +190,21 @@ def test_of_a_clone_and_its_source_the_source_comes_first(width: int):
     assert ((ids_Tk == 2).any(axis=1) | ~(ids_Tk == 4).any(axis=1)).all()
 
 
+def test_without_renormalising_a_new_column_takes_nothing_from_tokens_that_do_not_choose_it():
+    """Probabilities among more columns are smaller; what the chosen weigh together is what it was."""
+    rng = np.random.default_rng(0)
+    x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((60, 6), (6, 8)))
+    columns = new_columns(gate_DE[:, 2:3], np.zeros((9, 3), np.float32), np.zeros((3, 9), np.float32))
+    base = route(x_TD, gate_DE, top_k=3, normalised=False)
+    ours = route_extended(x_TD, gate_DE, [columns], top_k=3, normalise=over_their_sum, normalised=False)
+    np.testing.assert_allclose(ours.weights_Tk.sum(axis=1), base.weights_Tk.sum(axis=1), rtol=1e-6)
+    assert np.ptp(base.weights_Tk.sum(axis=1)) > 0.1
+    without_T = ~(np.asarray(base.ids_Tk) == 2).any(axis=1)
+    assert 10 < without_T.sum() < 50
+    np.testing.assert_array_equal(ours.ids_Tk[without_T], base.ids_Tk[without_T])
+    np.testing.assert_allclose(ours.weights_Tk[without_T], base.weights_Tk[without_T], rtol=1e-6)
+
+
 def test_router_logits_are_float32_in_a_bfloat16_model():
     one = layer()
     routing = route(jnp.asarray(one["x_TD"], jnp.bfloat16), jnp.asarray(one["gate_DE"]), top_k=2)

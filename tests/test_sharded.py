@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.extension import routing
+from moextend_jax.families import FAMILIES
 from moextend_jax.mesh import make_mesh, one_device, place_rows
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import with_arrays
@@ -35,10 +36,10 @@ MODEL = dataclasses.replace(tiny.EXTENDED, decoder=dataclasses.replace(tiny.DECO
 BATCHES = [tiny.batch(rows=8, seed=seed, pixels=True) for seed in range(3)]
 
 
-def sharded(shape: tuple[int, ...]):
+def sharded(shape: tuple[int, ...], model: ModelConfig = MODEL):
     mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
-    shardings = parameter_shardings(tiny.structure(MODEL), mesh)
-    arrays = {path: jax.device_put(leaf, shardings[path]) for path, leaf in tiny.arrays(MODEL).items()}
+    shardings = parameter_shardings(tiny.structure(model), mesh)
+    arrays = {path: jax.device_put(leaf, shardings[path]) for path, leaf in tiny.arrays(model).items()}
     return mesh, arrays
 
 
@@ -65,7 +66,7 @@ class Trained(NamedTuple):
     counts: routing.Counts
 
 
-def three_steps(stage: str, arrays, batches, mesh=None) -> Trained:
+def three_steps(stage: str, arrays, batches, mesh=None, model: ModelConfig = MODEL) -> Trained:
     def schedule(_):
         return 1e-3
 
@@ -73,10 +74,10 @@ def three_steps(stage: str, arrays, batches, mesh=None) -> Trained:
     # Adam divides by the gradient's size, so a gradient of 1e-8 would be all rounding without an epsilon above it.
     optimizer = make_optimizer(OptimizerConfig(eps=1e-4), paths=trainable)
     step = make_step(
-        tiny.structure(MODEL), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
+        tiny.structure(model), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
         aux_coefficient=0.01, loss_chunk=5, mesh=mesh,
     )  # fmt: skip
-    counts = routing.count_all(tiny.structure(MODEL), arrays, iter(batches), recipe=RECIPES["paper"], mesh=mesh)
+    counts = routing.count_all(tiny.structure(model), arrays, iter(batches), recipe=RECIPES["paper"], mesh=mesh)
     state, seen, first = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), [], None
     for batch in batches:
         state, metrics = step(state, frozen, batch)
@@ -104,7 +105,10 @@ def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: s
     monkeypatch.setattr(blocked_attention, "BLOCK", 4)  # rows of 14 are long then
     expected = on_one_device(stage)
     mesh, arrays = sharded(MESHES[shape])
-    got = three_steps(stage, arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh)
+    assert_same(three_steps(stage, arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh), expected)
+
+
+def assert_same(got: Trained, expected: Trained) -> None:
     for mine, theirs in zip(got.losses, expected.losses, strict=True):
         assert mine.keys() == theirs.keys()
         for name in theirs:
@@ -115,6 +119,18 @@ def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: s
         np.testing.assert_allclose(got.last.trainable[path], leaf, atol=1e-5, rtol=0, err_msg=path)
     for mine, theirs in zip(got.counts, expected.counts, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mixtral"])
+def test_so_it_is_in_other_families(family: str):
+    """Heads of one norm lie on several devices, and bounds are reached."""
+    sizes = {"clip_qkv": 0.05, "shared_hidden": 16, "embed_factor": 3.0, "residual_factor": 0.5, "logits_divisor": 2.0}
+    own = {name: size for name, size in sizes.items() if name in FAMILIES[family].attributes.sizes.values()}
+    decoder = dataclasses.replace(MODEL.decoder, family=family, **{**FAMILIES[family].fields, **own})
+    model = dataclasses.replace(MODEL, decoder=decoder)
+    mesh, arrays = sharded(MESHES["no data"], model)
+    got = three_steps("full", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
+    assert_same(got, three_steps("full", tiny.arrays(model), BATCHES, model=model))
 
 
 @pytest.mark.parametrize(

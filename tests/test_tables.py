@@ -59,11 +59,19 @@ EVERYTHING = dataclasses.replace(
     media=FULL.media.replacing("audio", SOUND),
 )
 """A second medium and extension beside, of which published files know nothing."""
+OTHER_DECODER = ModelConfig(
+    decoder=DecoderConfig(qk_norm="whole", qkv_bias=True, shared_hidden=64, shared_gate=True, layers=2)
+)
+"""What decoders of other families have besides."""
 
 
 @functools.cache
 def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
     return by_path(nnx.state(abstract(config)))
+
+
+def anywhere() -> dict[str, nnx.Param]:
+    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER)
 
 
 def size(prefix: str) -> int:
@@ -134,7 +142,7 @@ def test_a_tied_head_and_a_text_model_ask_for_less():
 
 
 def test_every_parameter_has_a_sharding():
-    for path, param in (parameters() | parameters(EVERYTHING)).items():
+    for path, param in anywhere().items():
         assert len(param.axes) == len(param.shape), path
         entries = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec(param.axes) if entry]
         used = [axis for entry in entries for axis in entry]
@@ -142,7 +150,7 @@ def test_every_parameter_has_a_sharding():
 
 
 def test_every_row_of_the_sharding_table_is_used():
-    letters = {letter for param in (parameters() | parameters(EVERYTHING)).values() for letter in param.axes}
+    letters = {letter for param in anywhere().values() for letter in param.axes}
     letters |= {letter for field in Batch._fields for letter in field.partition("_")[2]}
     letters |= {"M", "h", "w", "c", "b", "l", "P", "C"}  # of its media
     letters |= {"S", "n", "i"}  # inside attention, inside a tower, tokens of all media of a row
@@ -167,13 +175,13 @@ def test_the_experts_of_the_big_model_are_split_by_expert_width_and_hidden():
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    for path in (*parameters(), *parameters(EVERYTHING)):
+    for path in anywhere():
         assert group(path) in set(GROUPS.values())
 
 
 def test_every_row_of_groups_is_used():
     for pattern in GROUPS:
-        assert any(fnmatchcase(path, pattern) for path in parameters()), pattern
+        assert any(fnmatchcase(path, pattern) for path in anywhere()), pattern
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)

@@ -6,6 +6,7 @@ In: attributes by name (of a config.json, or the keys of a GGUF file) and their 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +46,13 @@ OF_ANY_MODEL = {
 
 class Table(NamedTuple):
     """sizes: their name -> our field. must_be: what changes the computation, with the only values that this code
-    computes. harmless: what says nothing about it. optional: sizes that may be left out."""
+    computes. harmless: what says nothing about it. optional: sizes that may be left out. aliases: their other names."""
 
     sizes: Mapping[str, str]
     must_be: Mapping[str, tuple[Any, ...]]
     harmless: Collection[str]
     optional: Collection[str] = ()
+    aliases: Mapping[str, str] = {}
 
 
 def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, prefix: str = "") -> dict[str, Any]:
@@ -62,6 +64,7 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
     Raises:
       MoextendError: names an attribute that is unknown, cannot be honoured, is impossible or is missing.
     """
+    attributes = _by_first_name(attributes, table.aliases, where=where)
     for name, value in attributes.items():
         if name in table.must_be and value not in table.must_be[name]:
             only = " or ".join(map(repr, table.must_be[name]))
@@ -74,32 +77,55 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
             continue
         fields[ours] = value = attributes.get(theirs)
         if not fits(ours, value):  # a list: other sizes in other layers
-            wanted = {"tied_head": "true or false", "window": "null or one positive number"}.get(
-                ours, "one positive number"
-            )
+            wanted = {
+                "tied_head": "true or false", "normalised": "true or false", "window": "null or one positive number",
+                "clip_qkv": "null or one positive number",
+            }.get(ours, "one positive number")  # fmt: skip
             raise MoextendError(f"{where}: {prefix}{theirs} must be {wanted}, not {shown(value)}")
     return fields
 
 
+def _by_first_name(attributes: Mapping[str, Any], aliases: Mapping[str, str], *, where: Path) -> dict[str, Any]:
+    attributes = dict(attributes)
+    for name in aliases.keys() & attributes.keys():
+        value = attributes.pop(name)
+        if attributes.setdefault(aliases[name], value) != value:
+            raise MoextendError(f"{where}: {name} and {aliases[name]} differ")
+    return attributes
+
+
+REAL = {"rope_theta", "norm_eps", "clip_qkv", "embed_factor", "residual_factor", "logits_divisor", "attention_scale"}
+
+
 def fits(field: str, value: Any) -> bool:
     """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
-    if field == "tied_head":
+    if field in ("tied_head", "normalised", "qkv_bias", "shared_gate"):
         return isinstance(value, bool)
-    if field == "window" and value is None:
+    if field in ("window", "clip_qkv") and value is None:
         return True
+    if field == "family":
+        return isinstance(value, str) and re.fullmatch(r"\w{1,64}", value) is not None
+    if field == "qk_norm":
+        return value in ("none", "head", "whole")
     if field == "activation":
         return value in ("quick_gelu", "gelu")
     if field == "feature_layer":
         return type(value) is int and -MOST < value < 0
-    if field in ("rope_theta", "norm_eps"):
+    if field == "attention_scale" and value is None:
+        return True
+    if field in REAL:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-    return type(value) is int and 0 < value < MOST
+    return type(value) is int and (0 if field == "shared_hidden" else 1) <= value < MOST
 
 
 def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     """Where transformers 5 writes rope_theta inside `rope_parameters`, it is taken out; a `rope_scaling` that scales
     nothing may be there too, and a head_dim of null, which is none."""
     attributes = {name: value for name, value in attributes.items() if name != "head_dim" or value is not None}
+    if "layer_types" in attributes:
+        kinds = attributes.pop("layer_types")
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            raise MoextendError(f"{where}: layer_types = {shown(kinds)} cannot be honoured (only full_attention)")
     for name in ("rope_parameters", "rope_scaling"):
         rope = attributes.get(name)
         if not isinstance(rope, dict):

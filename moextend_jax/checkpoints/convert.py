@@ -21,11 +21,12 @@ from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
 from moextend_jax.config import Amount, Count, MoextendError, with_vision
+from moextend_jax.families import FAMILIES
 from moextend_jax.options import OneOf
 from moextend_jax.settings import NotNegative
 
 SHARD = "5GB"
-LAYOUTS = ("mixtral", "clip", "llava", "released", "delta")
+LAYOUTS = (*FAMILIES, "clip", "llava", "released", "delta")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -133,7 +134,9 @@ def import_source(source: Source, dst: Path, *, dtype: str | None = None, consol
 def default_layout(source: Source) -> str:
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
         return "released"
-    return "mixtral" if "decoder" in source.parts else "clip" if "vision" in source.parts else "llava"
+    return (
+        source.config.decoder.family if "decoder" in source.parts else "clip" if "vision" in source.parts else "llava"
+    )
 
 
 def export_source(
@@ -150,13 +153,17 @@ def export_source(
     Raises:
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
     """
-    needed = {"mixtral": {"decoder"}, "clip": {"vision"}, "llava": {"projector"}, "delta": {"extension"}}
+    needed = {"clip": {"vision"}, "llava": {"projector"}, "delta": {"extension"}}
     if missing := needed.get(layout, {"decoder"}) - source.parts:
         raise MoextendError(
             f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"
         )
-    if layout == "mixtral" and "extension" in source.parts:
-        raise MoextendError("an extended model is no Mixtral: export it with --layout released or delta")
+    if layout in FAMILIES and layout != source.config.decoder.family:
+        raise MoextendError(f"layout {layout} has no place for a decoder of family {source.config.decoder.family}")
+    if layout in FAMILIES and "extension" in source.parts:
+        raise MoextendError(
+            f"an extended model has no place in layout {layout}: export it with --layout released or delta"
+        )
     if layout == "delta":
         return export_delta(source, dst, extensions=extensions, console=console)
     files = _layout(source, layout)
@@ -178,7 +185,7 @@ def export_source(
 
 def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], dict[str, Any]]]:
     """Tensors and config.json of every folder of an export, by the folder's name inside it."""
-    if layout != "mixtral":
+    if layout not in FAMILIES:
         names.check_published(source.leaves, source.config, layout=layout)
     config, recorded = source.config, source.record.attributes
     tower = {"vision": recorded.get("vision") or huggingface.vision_attributes(config.vision)} if config.vision else {}
@@ -193,9 +200,9 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     for name in ("torch_dtype", "dtype"):  # an import may have cast
         if isinstance(attributes.get(name), str):
             attributes = attributes | {name: dtype}
-    if layout == "mixtral":
-        mixtral_attributes = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
-        files = {".": (plan(table="mixtral", config=config), mixtral_attributes)}
+    if layout in FAMILIES:
+        own_attributes = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
+        files = {".": (plan(table=layout, config=config), own_attributes)}
         if "vision" in source.parts:
             files["vision"] = (plan(table="clip", config=config), tower["vision"])
         return files
@@ -244,7 +251,7 @@ def export_delta(
 
 
 def parts_of(layout: str, source: Source) -> set[str]:
-    parts = {"mixtral": {"decoder", "vision"}, "clip": {"vision"}, "llava": {"projector"}}
+    parts = dict.fromkeys(FAMILIES, {"decoder", "vision"}) | {"clip": {"vision"}, "llava": {"projector"}}
     return parts.get(layout, source.parts)  # a delta has decoder and towers by their hashes
 
 

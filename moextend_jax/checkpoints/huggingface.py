@@ -28,15 +28,10 @@ from moextend_jax.checkpoints.outside import inside, parse_json, read_small, sho
 from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.families import FAMILIES
 from moextend_jax.media.image import MEAN_c, STD_c
 from moextend_jax.parameters import by_path
 
-_DECODER = {
-    "vocab_size": "vocab_size", "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
-    "num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "num_local_experts": "experts",
-    "num_experts_per_tok": "top_k", "rope_theta": "rope_theta", "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tied_head", "head_dim": "head_size", "sliding_window": "window",
-}  # fmt: skip
 _VISION = {
     "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
     "num_attention_heads": "heads", "image_size": "image_size", "patch_size": "patch_size",
@@ -44,17 +39,7 @@ _VISION = {
 }  # fmt: skip
 
 _TABLES = {
-    "mixtral": Table(
-        sizes=_DECODER,
-        must_be={
-            "hidden_act": ("silu",), "rope_scaling": (None,),
-            "attention_bias": (None, False), "mlp_bias": (None, False), "rope_interleaved": (None, False),
-            "partial_rotary_factor": (None, 1.0), "attention_dropout": (0,), "router_jitter_noise": (0,),
-            "test": (False,),
-        },
-        harmless=OF_ANY_MODEL,
-        optional={"head_dim", "tie_word_embeddings", "sliding_window"},
-    ),
+    **{name: family.attributes for name, family in FAMILIES.items()},
     "clip_vision_model": Table(
         sizes=_VISION,
         must_be={
@@ -67,12 +52,6 @@ _TABLES = {
 }  # fmt: skip
 """By model_type. Optional is what files leave out and everybody fills in alike."""
 
-MIXTRAL_DEFAULTS: dict[str, Any] = {
-    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-    "num_experts_per_tok": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}  # fmt: skip
 CLIP_DEFAULTS: dict[str, Any] = {
     "model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
@@ -136,7 +115,7 @@ def _nearly(value: Any, only: Any) -> bool:
 
 
 def read_decoder_config(folder: Path) -> DecoderConfig:
-    """Sizes from a Mixtral `config.json`; of an extended model in the released layout the pretrained experts count."""
+    """Sizes from a decoder's `config.json`; of an extended model only pretrained experts count."""
     return decoder_config(read_json(folder / "config.json"), where=folder / "config.json")
 
 
@@ -152,7 +131,11 @@ def read_extension_config(folder: Path) -> ExtensionConfig | None:
 
 def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig:
     attributes = decoder_attributes_of(attributes, where=where)
-    fields = with_head_size(_fields(attributes, model_type="mixtral", where=where), where=where)
+    family = attributes.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = ", ".join(map(repr, FAMILIES))
+        raise MoextendError(f"{where}: model_type is {shown(family)}, expected one of {known}{_why_not(family)}")
+    fields = with_head_size(read_fields(attributes, FAMILIES[family].attributes, where=where), where=where)
     if attributes.get("add_layer"):
         fields["experts"] -= 1
     if fields["heads"] % fields["kv_heads"] or not 1 <= fields["top_k"] <= fields["experts"]:
@@ -160,7 +143,7 @@ def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConf
             f"{where}: num_key_value_heads must divide num_attention_heads, and num_experts_per_tok be at most "
             "num_local_experts"
         )
-    return DecoderConfig(**fields)
+    return DecoderConfig(family=family, **{**FAMILIES[family].fields, **fields})
 
 
 def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: int) -> VisionConfig:
@@ -261,9 +244,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
-    return {theirs: getattr(config, ours) for theirs, ours in _DECODER.items()} | {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype,
+    family = FAMILIES[config.family]
+    return {theirs: getattr(config, ours) for theirs, ours in family.attributes.sizes.items()} | {
+        "architectures": [family.architecture], "model_type": config.family, "torch_dtype": dtype, **family.constants,
     }  # fmt: skip
 
 

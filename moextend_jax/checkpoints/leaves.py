@@ -10,6 +10,7 @@ import collections
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
 from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.families import FAMILIES
+from moextend_jax.families.family import parted
 from moextend_jax.folders import is_url
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
@@ -98,6 +101,8 @@ def match(
     }
     if prefix and all(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if table == config.decoder.family:
+        tensors = _parted(tensors, config)
     for row in names.TABLES[table]:
         asked = names.count(row, config)
         if asked > MORE_TENSORS + len(tensors) and row.path not in elsewhere:
@@ -119,6 +124,48 @@ def match(
         path: leaf_of(path, pieces, tensors, letters=names.letters(path, config), dtype=dtype)
         for path, pieces in by_path.items()
     }
+
+
+def _parted(stored: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
+    """Fused tensors of the decoder's family as the parts that `names` knows, each one run of the file's bytes."""
+    tensors = dict(stored)
+    holders = [
+        (fused, int(match[1]), file)
+        for fused in FAMILIES[config.decoder.family].fused
+        for file in stored
+        if (match := re.fullmatch(re.escape(fused.file).replace(r"\{Z\}", r"(0|[1-9]\d{0,8})"), file))
+    ]
+    for fused, layer, file in holders:
+        whole = tensors.pop(file)
+        if len(whole.shape) != 3 or whole.shape[0] != config.decoder.experts or whole.shape[1] % len(fused.parts):
+            raise MoextendError(
+                f"{whole.where}: {file} has shape {list(whole.shape)}, expected {config.decoder.experts} experts of "
+                f"{' and '.join(fused.parts)}"
+            )
+        rows = whole.shape[1] // len(fused.parts)
+        for expert, (place, part) in itertools.product(range(whole.shape[0]), enumerate(fused.parts)):
+            name = parted(fused.file, part).format(Z=layer, E=expert)
+            tensors[name] = whole.part((expert,), slice(place * rows, (place + 1) * rows))
+    return tensors
+
+
+def _fused(planned: dict[str, Planned], config: ModelConfig) -> dict[str, Planned]:
+    """The inverse of `_parted`: parts are written one after another into the tensor that holds them."""
+    tensors = dict(planned)
+    for fused, layer in itertools.product(FAMILIES[config.decoder.family].fused, range(config.decoder.layers)):
+        parts = [
+            tensors.pop(parted(fused.file, part).format(Z=layer, E=expert))
+            for expert, part in itertools.product(range(config.decoder.experts), fused.parts)
+        ]
+        rows, *rest = parts[0].shape
+
+        def pieces(parts: list[Planned] = parts) -> Iterator[np.ndarray]:
+            for part in parts:
+                yield from part.pieces()
+
+        shape = config.decoder.experts, rows * len(fused.parts), *rest
+        tensors[fused.file.format(Z=layer)] = Planned(shape, parts[0].dtype, pieces)
+    return tensors
 
 
 def leaf_of(
@@ -356,9 +403,10 @@ def plan_theirs(leaves: Mapping[str, Leaf], *, table: str, config: ModelConfig, 
 
         return Planned(leaf.file_shape, leaf.dtype, pieces)
 
-    return {
+    planned = {
         prefix + tensor.file: tensor_of(leaves[tensor.path], tensor.index) for tensor in names.tensors(table, config)
     }
+    return _fused(planned, config) if table == config.decoder.family else planned
 
 
 def _strips(piece: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, fits, read_fields
-from moextend_jax.checkpoints.huggingface import CLIP_DEFAULTS, MIXTRAL_DEFAULTS
+from moextend_jax.checkpoints.huggingface import CLIP_DEFAULTS
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.spelling import Spelling
 from moextend_jax.config import MoextendError
+from moextend_jax.families import FAMILIES
 
 MODEL_TYPES = ("llava", "moextend")
 
@@ -66,7 +67,7 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     text, tower = attributes.get("text_config"), attributes.get("vision_config")
     if not isinstance(text, dict) or not isinstance(tower, dict):
         raise MoextendError(f"{where}: a LLaVA without text_config and vision_config has no sizes that are known")
-    text, tower = {**MIXTRAL_DEFAULTS, **text}, {**CLIP_DEFAULTS, **tower}
+    text, tower = {"model_type": "mixtral", **FAMILIES["mixtral"].defaults, **text}, {**CLIP_DEFAULTS, **tower}
     if attributes.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     for name in ("torch_dtype", "dtype"):

@@ -366,14 +366,14 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
     config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=at))
     matched = leaves.match(
         _with_one_head(stored, config.decoder),
-        table="mixtral",
+        table=config.decoder.family,
         config=config,
         where=folder,
         hint=" A partial save needs its base: --base DIR.",
         dtype=wanted.dtype,
     )
-    _check_dtypes(matched, attributes, wanted, table="mixtral", config=config, where=at)
-    record = _record(config, "mixtral", {"decoder": attributes})
+    _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
+    record = _record(config, config.decoder.family, {"decoder": attributes})
     source = Source(matched, record, side_files(folder))
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)

@@ -28,14 +28,10 @@ from moextend_jax.config import (
     VisionConfig,
     WhisperConfig,
 )
+from moextend_jax.families import FAMILIES
+from moextend_jax.families.family import Name
 from moextend_jax.models.projectors import TABLE, sizes
 from moextend_jax.models.whisper import sizes_of
-
-
-class Name(NamedTuple):
-    path: str
-    file: str
-    layout: str
 
 
 class Tensor(NamedTuple):
@@ -47,21 +43,7 @@ class Tensor(NamedTuple):
     layout: str
 
 
-MIXTRAL = (
-    Name("decoder/embed", "model.embed_tokens.weight", "V D -> V D"),
-    Name("decoder/norm", "model.norm.weight", "D -> D"),
-    Name("decoder/head", "lm_head.weight", "V D -> D V"),
-    Name("decoder/layers/attention_norm", "model.layers.{Z}.input_layernorm.weight", "D -> D"),
-    Name("decoder/layers/attention/query", "model.layers.{Z}.self_attn.q_proj.weight", "(N H) D -> D N H"),
-    Name("decoder/layers/attention/key", "model.layers.{Z}.self_attn.k_proj.weight", "(K H) D -> D K H"),
-    Name("decoder/layers/attention/value", "model.layers.{Z}.self_attn.v_proj.weight", "(K H) D -> D K H"),
-    Name("decoder/layers/attention/out", "model.layers.{Z}.self_attn.o_proj.weight", "D (N H) -> N H D"),
-    Name("decoder/layers/moe_norm", "model.layers.{Z}.post_attention_layernorm.weight", "D -> D"),
-    Name("decoder/layers/moe/gate", "model.layers.{Z}.block_sparse_moe.gate.weight", "E D -> D E"),
-    Name("decoder/layers/moe/experts/w_gate", "model.layers.{Z}.block_sparse_moe.experts.{E}.w1.weight", "F D -> D F"),
-    Name("decoder/layers/moe/experts/w_up", "model.layers.{Z}.block_sparse_moe.experts.{E}.w3.weight", "F D -> D F"),
-    Name("decoder/layers/moe/experts/w_down", "model.layers.{Z}.block_sparse_moe.experts.{E}.w2.weight", "D F -> F D"),
-)
+MIXTRAL = FAMILIES["mixtral"].names
 
 EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
@@ -178,7 +160,7 @@ TRANSFORMERS = (
 )
 
 TABLES: dict[str, tuple[Name, ...]] = {
-    "mixtral": MIXTRAL,
+    **{name: family.names for name, family in FAMILIES.items()},
     "clip": CLIP,
     "llava": _projector("mm_projector.0", "mm_projector.2"),
     "llava_hf": _projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
@@ -190,8 +172,8 @@ TABLES: dict[str, tuple[Name, ...]] = {
     ),
     "transformers": TRANSFORMERS,
 }
-"""File layouts: Hugging Face's Mixtral and CLIP, LLaVA's projector in its own spelling and in transformers', the
-method's released checkpoints, which hold everything, and a whole LLaVA of transformers, whose names of an extension
+"""File layouts: Hugging Face's decoders by family and CLIP, LLaVA's projector in its own spelling and in transformers',
+the method's released checkpoints, which hold everything, and a whole LLaVA of transformers, whose names of an extension
 are those of assets/hf/modeling_moextend.py."""
 
 PREFIXES = {"llava": "model.", "llava_hf": "model."}
@@ -212,7 +194,8 @@ def _inside(rows: Iterable[Name], part: str = "") -> dict[str, Name]:
     return {row.path.removeprefix(part): row for row in rows}
 
 
-_DECODER, _EXTENSION = _inside(MIXTRAL), _inside(EXTENSION, f"extensions/{IMAGE}/")
+_DECODERS = {name: _inside(family.names) for name, family in FAMILIES.items()}
+_EXTENSION = _inside(EXTENSION, f"extensions/{IMAGE}/")
 _TOWERS: dict[type[TowerConfig], dict[str, Name]] = {
     VisionConfig: _inside(CLIP, f"media/{IMAGE}/tower/"), WhisperConfig: _inside(WHISPER), FeaturesConfig: {},
 }  # fmt: skip
@@ -225,7 +208,7 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     """The row of one of our leaves; None: a model of this configuration has no such leaf."""
     kind, _, inside = path.partition("/")
     name, _, inside = inside.partition("/")
-    rows, leaf = _DECODER, path
+    rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
     elif kind == "media":
@@ -242,13 +225,13 @@ def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
-    """Published layouts hold a decoder, pictures behind two linear maps, and one extension for them.
+    """Published layouts of whole models hold a Mixtral, pictures behind two linear maps, and one extension for them.
 
     Raises:
       MoextendError: these leaves of a model are more, or others.
     """
     parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if path.startswith(("media/", "extensions/")))
-    others = []
+    others = [] if config.decoder.family == "mixtral" else [f"a decoder of family {config.decoder.family}"]
     for kind, name in parts:
         if name != IMAGE:
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
@@ -258,8 +241,9 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others.append(f"a share of {config.extensions[name].share} of extension {name}")
     if others:
         raise MoextendError(
-            f"layout {layout} holds pictures behind two linear maps and one extension called {IMAGE}, and this model "
-            f"has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back onto its base"
+            f"layout {layout} holds a Mixtral, pictures behind two linear maps and one extension called {IMAGE}, and "
+            f"this model has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back "
+            "onto its base"
         )
 
 
@@ -308,7 +292,7 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     if kind == "extensions":
         return config.sizes(name)
     if kind != "media":
-        return config.sizes()
+        return {**config.sizes(), "1": 1}
     medium, tower = config.media[name], config.media[name].tower
     if part == "projector":
         return sizes(medium.projector, C=tower.sizes()["C"], D=config.decoder.width)

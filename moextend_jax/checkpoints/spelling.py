@@ -33,11 +33,12 @@ class Spelling(NamedTuple):
 
 _LAYER = r"(model\.layers\.\d{1,9})\."
 _BLOCK = r".*\.block_sparse_moe\..*"
+_OTHER_FAMILY = r".*\.mlp\.experts\.\d{1,9}\..*"
 _GATE = r"block_sparse_moe\.gate\."
 _RELEASED = r".*\.(gate_vision|weight_scale)\..*"
 SPELLINGS = (
     # transformers 5 in memory: save_pretrained(save_original_format=False) and torch.save(model.state_dict())
-    Spelling(_LAYER + r"mlp\.gate\.(.*)", r"\1.block_sparse_moe.gate.\2", _BLOCK),
+    Spelling(_LAYER + r"mlp\.gate\.(.*)", r"\1.block_sparse_moe.gate.\2", rf"{_BLOCK}|{_OTHER_FAMILY}"),
     # our own modeling_moextend.py
     Spelling(_LAYER + _GATE + r"new\.weight", r"\1.block_sparse_moe.gate_vision.weight", _RELEASED),
     Spelling(

@@ -41,6 +41,7 @@ from moextend_jax.config import (
     VisionConfig,
     WhisperConfig,
 )
+from moextend_jax.families import FAMILIES
 from moextend_jax.media import mark_of
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
@@ -169,6 +170,8 @@ def _checked(record: Record) -> Record:
         for name, value in dataclasses.asdict(part).items():
             if not fits(name, value):
                 raise ValueError(f"{name} = {shown(value)} is impossible")
+    if config.decoder.family not in FAMILIES:
+        raise ValueError(f"family {shown(config.decoder.family)} is not among {', '.join(FAMILIES)}")
     for name in (*config.media, *config.extensions):
         if not NAME.fullmatch(name):
             raise ValueError(f"{shown(name)} is no name of a medium or an extension")

@@ -23,6 +23,7 @@ from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetens
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
 from moextend_jax.config import ModelConfig, MoextendError, Recipe, with_vision
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.families import FAMILIES
 from moextend_jax.media.image import MEAN_c, STD_c
 
 CODE = "modeling_moextend.py"
@@ -69,10 +70,9 @@ def export_transformers(
 
 
 def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
-    """Of what `source` holds: a LLaVA, extended or not, where there is a projector; else a Mixtral."""
+    """Of what `source` holds: a LLaVA, extended or not, where there is a projector; else a decoder."""
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
-    names.check_published(source.leaves, source.config, layout="hf")
     sees = {"vision", "projector"} <= source.parts
     if "extension" in source.parts and not sees:
         raise MoextendError(
@@ -83,8 +83,10 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
     text = _text_attributes(source)
     if not sees:
         config = with_vision(source.config, None)
-        attributes, table = {"architectures": ["MixtralForCausalLM"], **text}, "mixtral"
+        table = config.decoder.family
+        attributes = {"architectures": [FAMILIES[table].architecture], **text}
     else:
+        names.check_published(source.leaves, source.config, layout="hf")
         config = with_vision(source.config, source.config.vision, tags=tokenizer.tags if tokenizer else None)
         attributes, table = _llava_attributes(source, config, text, recipe, text_isolation), "transformers"
     folder = Folder(

@@ -18,7 +18,7 @@ from moextend_jax.config import IMAGE, RECIPES, Batch
 from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.mixtral import mixture, rms_norm
+from moextend_jax.models.mixtral import added, feed_forward, rms_norm
 from moextend_jax.models.moextend import MoExtend, shares
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
@@ -83,12 +83,12 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
         this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
         attended_BLD, _ = this.attention(normed_BLD, turns, visible)
-        between_BLD = x_BLD + attended_BLD
+        between_BLD = added(x_BLD, attended_BLD, config)
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
         new = _extension_of(model, z) if open_to else None
-        moe_out_BLD, routing = mixture(
+        moe_out_BLD, routing = feed_forward(
             moe_in_BLD,
-            this.moe,
+            this,
             [new] if new else [],
             config=model.config,
             extended=[True] if new else [],
@@ -99,7 +99,7 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
             probs_TO = new.router.calibrator(jax.nn.softmax(routing.logits_TO, axis=-1))
             calibrated_Tk = jnp.take_along_axis(probs_TO, routing.ids_Tk, axis=-1)
         yield Layer(x_BLD, moe_in_BLD, moe_out_BLD, calibrated_Tk)
-        x_BLD = between_BLD + moe_out_BLD
+        x_BLD = added(between_BLD, moe_out_BLD, config)
 
 
 def _extension_of(model: MoExtend, layer: int):

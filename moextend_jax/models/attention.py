@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import DecoderConfig, MoextendError
 from moextend_jax.models import blocked_attention
-from moextend_jax.parameters import weight
+from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
 
@@ -53,11 +53,18 @@ class Visible(NamedTuple):
 
 
 class Attention(nnx.Module):
-    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes, self.config = config.sizes(), config
         self.query = weight("ZDNH", sizes, rngs=rngs, dtype=dtype)
         self.key = weight("ZDKH", sizes, rngs=rngs, dtype=dtype)
         self.value = weight("ZDKH", sizes, rngs=rngs, dtype=dtype)
         self.out = weight("ZNHD", sizes, rngs=rngs, dtype=dtype)
+        biases = {"query_bias": "ZNH", "key_bias": "ZKH", "value_bias": "ZKH"}
+        for name, axes in biases.items():
+            setattr(self, name, constant(axes, sizes, dtype=dtype, value=0.0) if config.qkv_bias else None)
+        of_query, of_key = {"none": ("", ""), "head": ("ZH", "ZH"), "whole": ("ZNH", "ZKH")}[config.qk_norm]
+        self.query_norm = constant(of_query, sizes, dtype=dtype, value=1.0) if of_query else None
+        self.key_norm = constant(of_key, sizes, dtype=dtype, value=1.0) if of_key else None
 
     def __call__(
         self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None
@@ -72,15 +79,29 @@ class Attention(nnx.Module):
         keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
         rows = Shards("B", (x_split.over("B"),))
 
+        def made(name, product, x_BSD, w):
+            """Queries, keys or values: with the bias, the norm and the bound that the family has."""
+            made_BSNH = jnp.einsum(product, x_BSD, w[name])
+            if (bias := w.get(f"{name}_bias")) is not None:
+                made_BSNH += jnp.broadcast_to(bias, made_BSNH.shape)
+            if (scale := w.get(f"{name}_norm")) is not None:
+                whole = self.config.qk_norm == "whole"
+                over = heads if whole else ()
+                made_BSNH = norm_of_heads(made_BSNH, scale, eps=self.config.norm_eps, whole=whole, over=over)
+            most = self.config.clip_qkv
+            return made_BSNH if most is None else jnp.clip(made_BSNH, -most, most)
+
         # For example tensor 2, L = 8, 32 query and 8 key heads. A device has positions 0 to 3 of its rows, or 4 to 7,
         # and 16 and 4 of the heads. It gathers all 8 positions, attends with its heads, and the scattered sum over
         # "tensor" leaves it with all heads' output at its own 4 positions.
         def local(x_BLD, arrays, rotation, visible, past):
             w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=heads) for name, leaf in arrays.items()}
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
-            query_BSNH = checkpoint_name(rotate(jnp.einsum("BSD,DNH->BSNH", x_BSD, w["query"]), rotation), "query")
-            key_BSKH = checkpoint_name(rotate(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["key"]), rotation), "key")
-            value_BSKH = checkpoint_name(jnp.einsum("BSD,DKH->BSKH", x_BSD, w["value"]), "value")
+            query_BSNH = made("query", "BSD,DNH->BSNH", x_BSD, w)
+            key_BSKH = made("key", "BSD,DKH->BSKH", x_BSD, w)
+            query_BSNH = checkpoint_name(rotate(query_BSNH, scaled(rotation, self.config)), "query")
+            key_BSKH = checkpoint_name(rotate(key_BSKH, rotation), "key")
+            value_BSKH = checkpoint_name(made("value", "BSD,DKH->BSKH", x_BSD, w), "value")
             present = in_sight = KeysValues(key_BSKH, value_BSKH)
             if past is not None:
                 in_sight = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
@@ -90,6 +111,14 @@ class Attention(nnx.Module):
         ins = (x_split, splits, rows, rows, keys_split)  # those that are None have no parts to split
         run = map_shards(local, ins, (x_split, keys_split))
         return run(x_BLD, arrays, rotation, visible, past)
+
+
+def norm_of_heads(x_BSNH: jax.Array, scale: jax.Array, *, eps: float, whole: bool, over: tuple[str, ...]) -> jax.Array:
+    """RMSNorm of every head, or of all heads of a position together, which lie on the mesh axes `over`."""
+    x32_BSNH = x_BSNH.astype(jnp.float32)
+    mean = jnp.mean(x32_BSNH**2, axis=(-2, -1) if whole else -1, keepdims=True)
+    mean = jax.lax.pmean(mean, over) if over else mean
+    return (x32_BSNH * jax.lax.rsqrt(mean + eps)).astype(x_BSNH.dtype) * jnp.broadcast_to(scale, x_BSNH.shape)
 
 
 def own_positions(y_BSD: jax.Array, *, apart: tuple[str, ...], heads: tuple[str, ...]) -> jax.Array:
@@ -197,6 +226,13 @@ def rotation(positions_BL: jax.Array, *, head_size: int, theta: float) -> Rotati
     frequency_h = theta ** -(jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     angles_BLh = positions_BL[..., None].astype(jnp.float32) * frequency_h[None, None, :]
     return Rotation(jnp.cos(angles_BLh), jnp.sin(angles_BLh))
+
+
+def scaled(rotation: Rotation, config: DecoderConfig) -> Rotation:
+    """Of queries: kernels multiply their products with keys by 1/sqrt(H), and a family may want another factor."""
+    if config.attention_scale is None:
+        return rotation
+    return jax.tree.map(lambda turn: turn * (config.attention_scale * config.head_size**0.5), rotation)
 
 
 def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:

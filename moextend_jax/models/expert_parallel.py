@@ -61,7 +61,8 @@ def mixture(
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
-    top_k, x_split = config.decoder.top_k, shards("BLd", x_BLD.shape)
+    x_split = shards("BLd", x_BLD.shape)
+    top_k, normalised = config.decoder.top_k, config.decoder.normalised
     arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
     experts = splits[0]["experts/w_gate"]
     split = Split(
@@ -82,11 +83,11 @@ def mixture(
         this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
             if not added:
-                routing = route(x_TD, this.gate[...], top_k=top_k)
+                routing = route(x_TD, this.gate[...], top_k=top_k, normalised=normalised)
             else:
                 routing = route_extended(
                     x_TD, this.gate[...], [slot.router for slot in added], extended=extended, top_k=top_k,
-                    normalise=WEIGHT_GUARDS[config.weight_guard],
+                    normalised=normalised, normalise=WEIGHT_GUARDS[config.weight_guard],
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]

@@ -223,5 +223,10 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
             Part(f"new_experts/up{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_up",), True),
             Part(f"new_experts/down{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_down",), True),
         ]
+    if s := decoder.shared_hidden:
+        shared = layers + "shared/"
+        parts += [
+            Part(f"shared/{part}", 2.0 * Z * T * D * s, (f"{shared}w_{part}",), True) for part in ("gate", "up", "down")
+        ]
     head = "decoder/embed" if decoder.tied_head else "decoder/head"
     return [*parts, Part("head", 2.0 * T * D * decoder.vocab_size, (head,), True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +11,48 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError
-from moextend_jax.models.attention import Attention, KeysValues, Rotation, Visible, rotation, save_these
+from moextend_jax.models.attention import (
+    Attention,
+    KeysValues,
+    Rotation,
+    Visible,
+    own_positions,
+    rotation,
+    save_these,
+)
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts
 from moextend_jax.models.router import NewColumns, Routing
 from moextend_jax.parameters import constant, weight
-from moextend_jax.sharding import constrain
+from moextend_jax.sharding import constrain, gather, map_shards, module_shards, shards
+
+
+class SharedExpert(nnx.Module):
+    """A SwiGLU that every token passes: `x_BLD -> y_BLD`, weighed by a sigmoid of the token if it has a gate."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes = config.sizes()
+        self.w_gate = weight("ZDs", sizes, rngs=rngs, dtype=dtype)
+        self.w_up = weight("ZDs", sizes, rngs=rngs, dtype=dtype)
+        self.w_down = weight("ZsD", sizes, rngs=rngs, dtype=dtype)
+        self.gate = weight("ZD", sizes, rngs=rngs, dtype=dtype) if config.shared_gate else None
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        arrays, splits = module_shards(self)
+        x_split = shards("BLd", x_BLD.shape)
+        apart, kept = x_split.over("L"), splits["w_gate"].over("s")
+
+        # As in attention: a device takes its slice of the width for all positions, and is left with its own positions.
+        def local(x_BLD, arrays):
+            w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=kept) for name, leaf in arrays.items()}
+            x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
+            hidden_BSs = jax.nn.silu(jnp.einsum("BSD,Ds->BSs", x_BSD, w["w_gate"]))
+            hidden_BSs *= jnp.einsum("BSD,Ds->BSs", x_BSD, w["w_up"])
+            if "gate" in w:
+                hidden_BSs *= jax.nn.sigmoid(jnp.einsum("BSD,D->BS", x_BSD, w["gate"]))[..., None]
+            return own_positions(jnp.einsum("BSs,sD->BSD", hidden_BSs, w["w_down"]), apart=apart, heads=kept)
+
+        return map_shards(local, (x_split, splits), x_split)(x_BLD, arrays)
 
 
 class MoE(nnx.Module):
@@ -28,20 +64,22 @@ class MoE(nnx.Module):
 class DecoderLayers(nnx.Module):
     """All layers, stacked over Z; `run_layers` scans over them, so a method sees one layer's slice."""
 
-    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes = config.sizes()
         self.attention_norm = constant("ZD", sizes, dtype=dtype, value=1.0)
-        self.attention = Attention(sizes, rngs=rngs, dtype=dtype)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.moe_norm = constant("ZD", sizes, dtype=dtype, value=1.0)
         self.moe = MoE(sizes, rngs=rngs, dtype=dtype)
+        self.shared = SharedExpert(config, rngs=rngs, dtype=dtype) if config.shared_hidden else None
 
 
 class Mixtral(nnx.Module):
     """Parameters of the pretrained decoder. The head is None where it is tied to the embedding."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
-        sizes = config.sizes()
+        sizes, self.config = config.sizes(), config
         self.embed = weight("VD", sizes, rngs=rngs, dtype=dtype)
-        self.layers = DecoderLayers(sizes, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype)
         self.norm = constant("D", sizes, dtype=dtype, value=1.0)
         self.head = None if config.tied_head else weight("DV", sizes, rngs=rngs, dtype=dtype)
 
@@ -51,7 +89,11 @@ class Mixtral(nnx.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """float32 logits `[B, L, V]`."""
-        return logits(hidden_BLD, self.head_DV)
+        return logits(self.to_head(hidden_BLD), self.head_DV)
+
+    def to_head(self, hidden_BLD: jax.Array) -> jax.Array:
+        """What is multiplied with the head: final hidden states, divided by what logits are to be divided by."""
+        return hidden_BLD if self.config.logits_divisor == 1 else hidden_BLD / self.config.logits_divisor
 
 
 class Extension(nnx.Module):
@@ -115,18 +157,18 @@ def run_layers(
             attend = jax.checkpoint(attend)
         with jax.named_scope("attention"):
             y_BLD, present = attend(x_BLD, past)
-            x_BLD = checkpoint_name(constrain(x_BLD + y_BLD, "BLd"), "middle")
+            x_BLD = checkpoint_name(constrain(added(x_BLD, y_BLD, sizes), "BLd"), "middle")
         normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=sizes.norm_eps)
-        y_BLD, routing = mixture(
+        y_BLD, routing = feed_forward(
             normed_BLD,
-            this.moe,
+            this,
             here,
             config=config,
             extended=[own.extended for own in by_slot],
             shares=[shares[name] for name in names],
             real_BL=real_BL,
         )
-        return constrain(x_BLD + y_BLD, "BLd"), (routing, present)
+        return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
     if config.remat == "layer":
         layer = jax.checkpoint(layer, prevent_cse=False, policy=save_these(config.saved))
@@ -135,6 +177,21 @@ def run_layers(
     x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, scanned)
     routing = _numbered(routing, config=config, names=names)
     return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
+
+
+def added(x_BLD: jax.Array, y_BLD: jax.Array, config: DecoderConfig) -> jax.Array:
+    """The residual stream behind a block."""
+    return x_BLD + (y_BLD if config.residual_factor == 1 else y_BLD * config.residual_factor)
+
+
+def feed_forward(x_BLD: jax.Array, layer: DecoderLayers, slots: Sequence[Any], **options: Any):
+    """`x_BLD -> (y_BLD, Routing)`: the experts that tokens choose (`mixture`, whose options these are), and the one
+    that they all pass."""
+    y_BLD, routing = mixture(x_BLD, layer.moe, slots, **options)
+    if layer.shared is not None:
+        with jax.named_scope("shared"):
+            y_BLD += layer.shared(x_BLD)
+    return y_BLD, routing
 
 
 def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) -> Routing:

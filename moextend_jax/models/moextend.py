@@ -74,13 +74,14 @@ class MoExtend(nnx.Module):
     def embed(self, batch: Batch) -> jax.Array:
         """Token embeddings `[B, L, D]` with projected features in the places that `places_BL` names."""
         x_BLD = jnp.take(self.decoder.embed[...], batch.ids_BL, axis=0).astype(self.config.dtype)
-        if not batch.names:
-            return x_BLD
-        tokens = [self.project(batch, name) for name in self.config.media if name in batch.names]
-        tokens_BiD = tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens, axis=1)
-        index_BL1 = jnp.maximum(batch.places_BL, 0)[..., None]
-        spliced_BLD = jnp.take_along_axis(tokens_BiD, index_BL1, axis=1)
-        return jnp.where((batch.places_BL >= 0)[..., None], spliced_BLD, x_BLD)
+        if batch.names:
+            tokens = [self.project(batch, name) for name in self.config.media if name in batch.names]
+            tokens_BiD = tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens, axis=1)
+            index_BL1 = jnp.maximum(batch.places_BL, 0)[..., None]
+            spliced_BLD = jnp.take_along_axis(tokens_BiD, index_BL1, axis=1)
+            x_BLD = jnp.where((batch.places_BL >= 0)[..., None], spliced_BLD, x_BLD)
+        factor = self.config.decoder.embed_factor
+        return x_BLD if factor == 1 else x_BLD * factor
 
     def project(self, batch: Batch, name: str) -> jax.Array:
         """Tokens `[B, M*P, D]` of the rows' items of a medium."""

@@ -52,12 +52,12 @@ class NewColumns(nnx.Module):
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
 
 
-def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int) -> Routing:
-    """Mixtral's router: softmax over all experts in float32, top-k, renormalised over the chosen."""
+def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int, normalised: bool = True) -> Routing:
+    """Softmax over all experts in float32, top-k, renormalised over the chosen if `normalised`."""
     logits_TE = _logits(x_TD, gate_DE)
     probs_TE = jax.nn.softmax(logits_TE, axis=-1)
     weights_Tk, ids_Tk = jax.lax.top_k(probs_TE, top_k)
-    return Routing(logits_TE, ids_Tk, over_their_sum(weights_Tk))
+    return Routing(logits_TE, ids_Tk, over_their_sum(weights_Tk) if normalised else weights_Tk)
 
 
 def route_extended(
@@ -69,6 +69,7 @@ def route_extended(
     shares: Sequence[jax.Array | None] | None = None,
     top_k: int,
     normalise: Callable[[jax.Array], jax.Array],
+    normalised: bool = True,
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
@@ -82,6 +83,8 @@ def route_extended(
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
+      normalised: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would
+        for the token: else a new column would take from every expert's weight, for tokens that never choose it too.
     """
     base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
     log_shares_T1 = [
@@ -113,8 +116,10 @@ def route_extended(
         correction_TO = jnp.concatenate([correction_TO[:, :E], before_T, correction_TO[:, E:], behind_T], axis=-1)
         calibrated_TO, first = calibrated_TO + correction_TO, after
     weights_Tk = normalise(jnp.take_along_axis(calibrated_TO, ids_Tk, axis=-1))
+    plain = route(x_TD, gate_DE, top_k=top_k, normalised=normalised)
+    if not normalised:
+        weights_Tk *= plain.weights_Tk.sum(axis=-1, keepdims=True)
     if shares and any(share is not None for share in shares):
-        plain = route(x_TD, gate_DE, top_k=top_k)
         open_T1 = ~jnp.isneginf(jnp.concatenate(log_shares_T1, axis=-1)).all(axis=-1, keepdims=True)
         ids_Tk, weights_Tk = (
             jnp.where(open_T1, extended_Tk, plain_Tk)

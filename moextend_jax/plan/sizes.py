@@ -24,16 +24,15 @@ from moextend_jax.config import (
     WhisperConfig,
     of_pictures,
 )
+from moextend_jax.families import FAMILIES
 from moextend_jax.runs.media import medium_of, projector_of
 from moextend_jax.runs.results import select_of, table
 from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
 
-_8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
 DECODERS = {
-    "Mixtral-8x7B-v0.1": DecoderConfig(),
-    "Mixtral-8x7B-Instruct-v0.1": DecoderConfig(),
-    "Mixtral-8x22B-v0.1": _8X22B,
-    "Mixtral-8x22B-Instruct-v0.1": _8X22B,
+    name: DecoderConfig(family=model_type, **{**family.fields, **sizes})
+    for model_type, family in FAMILIES.items()
+    for name, sizes in family.published.items()
 }
 TOWERS = {
     "clip-vit-large-patch14-336": VisionConfig(),
@@ -120,7 +119,7 @@ def _decoder(base: str) -> DecoderConfig:
 def _sizes(folder: Path) -> DecoderConfig | None:
     """From config.json alone, so that a folder without weights will do."""
     path = folder / "config.json"
-    if not path.exists() or huggingface.read_json(path).get("model_type") != "mixtral":
+    if not path.exists() or huggingface.read_json(path).get("model_type") not in FAMILIES:
         return None
     return huggingface.read_decoder_config(folder)
 

@@ -31,6 +31,7 @@ from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_extension
+from moextend_jax.families import FAMILIES
 from moextend_jax.folders import absolute
 from moextend_jax.options import OneOf
 from moextend_jax.parameters import current_path
@@ -106,7 +107,7 @@ def export(values: ExportOptions) -> None:
 def _how_to_load(folder: Path) -> str:
     attributes = huggingface.read_json(folder / "config.json")
     name, more = {
-        "mixtral": ("AutoModelForCausalLM", ""),
+        **dict.fromkeys(FAMILIES, ("AutoModelForCausalLM", "")),
         "llava": ("AutoModelForImageTextToText", ""),
         "moextend": ("AutoModelForImageTextToText", ", trust_remote_code=True"),
     }[attributes["model_type"]]

@@ -184,7 +184,9 @@ def losses_of(
     tokens: jax.Array | None = None,
 ) -> Losses:  # fmt: skip
     """As `losses`, where `decoded` is what the model returned for the batch."""
-    total_ce, labelled = cross_entropy(decoded.hidden_BLD, model.decoder.head_DV, batch.labels_BL, chunk=chunk)
+    total_ce, labelled = cross_entropy(
+        model.decoder.to_head(decoded.hidden_BLD), model.decoder.head_DV, batch.labels_BL, chunk=chunk
+    )
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
     by_layer = load(decoded.routing, valid_T)

@@ -1,0 +1,14 @@
+"""TABLE of families of decoders, a file each: by the `model_type` of their config.json."""
+
+from collections.abc import Mapping
+
+from moextend_jax.families import granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moextend_jax.families.family import Family
+
+FAMILIES: Mapping[str, Family] = {
+    "mixtral": mixtral.FAMILY,
+    "granitemoe": granitemoe.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "olmoe": olmoe.FAMILY,
+}

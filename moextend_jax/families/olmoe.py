@@ -1,0 +1,33 @@
+"""OLMoE: a norm over all heads of queries and of keys together, then a bound, and weights that are not renormalised."""
+
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.family import PLAIN, SIZES, Family, decoder, normed_heads
+
+_1B_7B = {
+    "vocab_size": 50304, "width": 2048, "hidden": 1024, "layers": 16, "heads": 16, "kv_heads": 16, "experts": 64,
+    "top_k": 8, "rope_theta": 1e4,
+}  # fmt: skip
+
+FAMILY = Family(
+    architecture="OlmoeForCausalLM",
+    names=(*decoder("mlp", "gate_proj up_proj down_proj"), *normed_heads("N H")),
+    attributes=Table(
+        sizes=SIZES
+        | {
+            "intermediate_size": "hidden", "num_experts": "experts", "norm_topk_prob": "normalised",
+            "clip_qkv": "clip_qkv",
+        },
+        must_be=PLAIN,
+        harmless=OF_ANY_MODEL,
+        optional={"head_dim", "tie_word_embeddings", "norm_topk_prob", "clip_qkv"},
+        aliases={"num_local_experts": "num_experts"},
+    ),
+    fields={"qk_norm": "whole", "normalised": False},
+    constants={"hidden_act": "silu", "attention_bias": False},
+    defaults={
+        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "rope_theta": 1e4, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    },
+    published={"OLMoE-1B-7B-0924": _1B_7B, "OLMoE-1B-7B-0924-Instruct": _1B_7B},
+)  # fmt: skip

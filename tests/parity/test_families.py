@@ -1,0 +1,152 @@
+"""Tiny models of other families, made by transformers: every array of a forward pass, gradients, generation, files.
+
+    MOEXTEND_FAMILIES=FOLDER pytest tests/parity
+
+In: a folder in the layout of ../shared/families; else that folder. Families that are not in the table are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import einops
+import folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moextend_jax import cli
+from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.compare.reference import Reference, rows_of, to_batch
+from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig
+from moextend_jax.families import FAMILIES
+from moextend_jax.generate import Generator
+from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.train.loss import losses
+
+NAMED = os.environ.get("MOEXTEND_FAMILIES", "")
+FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[3] / "shared" / "families"
+FORWARDS = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("**/forward.npz"))] or [None]
+WHOLE = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/generate.npz"))] or [None]
+ATOL = 1e-4
+CONFIGS = ("config.json", "config.transformers5.json")
+"""One model in the spelling of published files, and in transformers 5's."""
+
+
+class Loaded(NamedTuple):
+    folder: Path
+    structure: MoExtend
+    arrays: dict[str, jax.Array]
+    config: ModelConfig
+
+
+def folder_of(name: Path | None) -> Path:
+    if NAMED and not FOLDER.is_dir():
+        pytest.fail(f"MOEXTEND_FAMILIES: {FOLDER} is no folder of reference numbers")
+    if name is None:
+        pytest.skip(f"no reference values: {FOLDER} holds none")
+    family = json.loads((FOLDER / name / "config.json").read_text())["model_type"]
+    if family not in FAMILIES:
+        pytest.skip(f"family {family} is not supported")
+    return FOLDER / name
+
+
+@pytest.fixture(params=WHOLE, ids=str)
+def loaded(request) -> Loaded:
+    folder = folder_of(request.param)
+    opened = open_checkpoint(folder, dtype="float32")
+    return Loaded(folder, abstract(opened.config), opened.arrays, opened.config)
+
+
+def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("attributes", CONFIGS)
+@pytest.mark.parametrize("name", FORWARDS, ids=str)
+def test_every_array_of_a_forward_pass(name: Path | None, attributes: str, tmp_path: Path, capsys):
+    """By the command that people use. A variant is another config.json over its parent's tensors."""
+    folder = folder_of(name)
+    parent = folder if (folder / "model.safetensors").is_file() else folder.parents[1]
+    if not (folder / attributes).is_file():
+        pytest.skip(f"{folder} holds no {attributes}")
+    for file, beside in (("forward.npz", folder), ("batches.npz", parent), ("manifest.json", parent)):
+        shutil.copy(beside / file, tmp_path / file)
+    (tmp_path / "model").mkdir()
+    shutil.copy(folder / attributes, tmp_path / "model" / "config.json")
+    shutil.copy(parent / "model.safetensors", tmp_path / "model" / "model.safetensors")
+    code = cli.call(
+        ["compare", f"--checkpoint={tmp_path / 'model'}", f"--reference={tmp_path / 'forward.npz'}", "--all", "--json"]
+    )
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert code == 0
+    assert {f"{row['batch']}/{row['quantity']}" for row in rows} == set(arrays_of(folder, "forward"))
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert {row["agreement"] for row in rows if row["quantity"].startswith("topk_idx/")} <= {1.0}
+
+
+def test_gradients_of_routers_and_of_what_a_projector_gives(loaded: Loaded):
+    folder, structure, arrays, config = loaded
+    coefficient = json.loads((folder / "manifest.json").read_text())["spec"]["coef"]
+    batch = _batch(folder, "train0")
+    trained = {path: array for path, array in arrays.items() if path.endswith("moe/gate")}
+
+    def total(trained, more_BLD):
+        model, factor = with_arrays(structure, {**arrays, **trained}), config.decoder.embed_factor
+        with pytest.MonkeyPatch.context() as patch:
+            plain = MoExtend.embed
+            patch.setattr(MoExtend, "embed", lambda self, batch: plain(self, batch) + factor * more_BLD)
+            return losses(model, batch, recipe=RECIPES["released"], aux_coefficient=coefficient, chunk=7)[0].total
+
+    none_BLD = jnp.zeros((*batch.ids_BL.shape, config.decoder.width))
+    gradient, of_embeddings_BLD = jax.jit(jax.grad(total, argnums=(0, 1)))(trained, none_BLD)
+    theirs = arrays_of(folder, "embeds_grad")["text/embeds_grad"]
+    np.testing.assert_allclose(of_embeddings_BLD, theirs, atol=ATOL, rtol=0)
+    stage = {key.removeprefix("grad/"): array for key, array in arrays_of(folder, "stage_extend").items()}
+    tensors = [t for t in names.tensors(config.decoder.family, config) if t.path in trained]
+    assert {tensor.file for tensor in tensors} == set(stage)
+    for tensor in tensors:
+        value = einops.rearrange(stage[tensor.file], tensor.layout)
+        np.testing.assert_allclose(gradient[tensor.path][tensor.index], value, atol=ATOL, rtol=0, err_msg=tensor.file)
+
+
+def test_greedy_tokens_and_the_logits_that_chose_them(loaded: Loaded):
+    theirs = arrays_of(loaded.folder, "generate")
+    prompt, written = theirs["prompt"], theirs["tokens_cache"]
+    np.testing.assert_array_equal(theirs["tokens_nocache"], written)
+    new = written.shape[1] - prompt.shape[1]
+    generator = Generator(loaded.structure, eos=-1)
+    completed = generator.complete(loaded.arrays, _of_ids(prompt), max_new_tokens=new)
+    np.testing.assert_array_equal(np.concatenate([prompt, completed], axis=1), written)
+    if "logits_last" in theirs:
+        model = with_arrays(loaded.structure, loaded.arrays)
+        logits_BLV = model.decoder.logits(model(_of_ids(written)).hidden_BLD)[:, prompt.shape[1] - 1 : -1]
+        np.testing.assert_allclose(logits_BLV, theirs["logits_last"], atol=ATOL, rtol=0)
+
+
+def test_import_and_export_give_the_files_back(loaded: Loaded, tmp_path: Path, capsys):
+    cli.call(["import", str(loaded.folder), str(tmp_path / "imported")])
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
+    folders.assert_same(folders.read(tmp_path / "out"), folders.read(loaded.folder))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", loaded.folder))
+    assert ours == theirs
+
+
+def _batch(folder: Path, name: str) -> Batch:
+    holder = Reference(folder / "batches.npz", {}, {"batches": arrays_of(folder, "batches"), "images": {}}, {})
+    return jax.tree.map(jnp.asarray, to_batch(rows_of(holder, name, start=None), start=None, patches=0, room=0))
+
+
+def _of_ids(ids_BL: np.ndarray) -> Batch:
+    ids_BL = ids_BL.astype(np.int32)
+    positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
+    arrays = ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, np.ones_like(ids_BL), np.full_like(ids_BL, -1)
+    return jax.tree.map(jnp.asarray, Batch(*arrays))
