@@ -38,19 +38,15 @@ _VISION = {
     "layer_norm_eps": "norm_eps", "hidden_act": "activation",
 }  # fmt: skip
 
-_TABLES = {
-    **{name: family.attributes for name, family in FAMILIES.items()},
-    "clip_vision_model": Table(
-        sizes=_VISION,
-        must_be={
-            "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
-            "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
-        },
-        harmless=OF_ANY_MODEL,
-        optional={"layer_norm_eps", "hidden_act"},
-    ),
-}  # fmt: skip
-"""By model_type. Optional is what files leave out and everybody fills in alike."""
+_CLIP = Table(
+    sizes=_VISION,
+    must_be={
+        "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
+        "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
+    },
+    harmless=OF_ANY_MODEL,
+    optional={"layer_norm_eps", "hidden_act"},
+)  # fmt: skip
 
 CLIP_DEFAULTS: dict[str, Any] = {
     "model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -150,8 +146,9 @@ def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: 
     attributes = dict(attributes)
     if attributes.get("model_type") == "clip":
         attributes = vision_half(attributes, where)
-    fields = _fields(attributes, model_type="clip_vision_model", where=where)
-    config = VisionConfig(feature_layer=feature_layer, **fields)
+    if (given := attributes.get("model_type")) != "clip_vision_model":
+        raise MoextendError(f"{where}: model_type is {shown(given)}, expected 'clip_vision_model'{_why_not(given)}")
+    config = VisionConfig(feature_layer=feature_layer, **read_fields(attributes, _CLIP, where=where))
     if config.width % config.heads or config.image_size % config.patch_size:
         raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, and patch_size divide image_size")
     if not -config.layers - 1 <= feature_layer < 0:
@@ -208,12 +205,6 @@ def image_tags(attributes: Mapping[str, Any]) -> ImageTags:
 
 def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < MOST
-
-
-def _fields(attributes: Mapping[str, Any], *, model_type: str, where: Path) -> dict[str, Any]:
-    if (given := attributes.get("model_type")) != model_type:
-        raise MoextendError(f"{where}: model_type is {shown(given)}, expected {model_type!r}{_why_not(given)}")
-    return read_fields(attributes, _TABLES[model_type], where=where)
 
 
 def _why_not(model_type: Any) -> str:

@@ -38,9 +38,9 @@ class Family(NamedTuple):
     architecture: transformers' class. names: of its tensors. attributes: how its config.json is read.
     fields: of `DecoderConfig`, what all of its models have and no attribute says.
     constants: attributes that are written besides those of `attributes`, and never read as sizes.
-    defaults: what transformers takes where a config.json inside another one is silent.
     published: sizes of its models by name, fields of `DecoderConfig` besides `fields`.
     fused: tensors that hold several of `names`.
+    defaults: what transformers takes where a config.json inside a LLaVA's is silent.
     """
 
     architecture: str
@@ -48,9 +48,9 @@ class Family(NamedTuple):
     attributes: Table
     fields: Mapping[str, Any]
     constants: Mapping[str, Any]
-    defaults: Mapping[str, Any]
     published: Mapping[str, Mapping[str, Any]]
     fused: tuple[Fused, ...] = ()
+    defaults: Mapping[str, Any] = {}
 
 
 SIZES = {
@@ -111,11 +111,8 @@ def shared_expert(block: str) -> tuple[Name, ...]:
     )
 
 
-def normed_heads(axes: str) -> tuple[Name, ...]:
-    """Scales of the norms of queries and keys; `axes` of the query's, "H" or "N H"."""
-    of_query = axes if axes == "H" else f"({axes}) -> {axes}"
-    query, key = (of_query, of_query.replace("N", "K"))
-    query, key = (layout if " -> " in layout else f"{layout} -> {layout}" for layout in (query, key))
+def normed_heads(query: str, key: str) -> tuple[Name, ...]:
+    """Scales of the norms of queries and keys, by their layouts."""
     return (
         Name("decoder/layers/attention/query_norm", "model.layers.{Z}.self_attn.q_norm.weight", query),
         Name("decoder/layers/attention/key_norm", "model.layers.{Z}.self_attn.k_norm.weight", key),

@@ -38,11 +38,6 @@ FAMILY = Family(
     # What the class takes where the file is silent: its attention_multiplier is 1, not 1/sqrt(H).
     fields={"attention_scale": 1.0},
     constants={"hidden_act": "silu", "attention_bias": False},
-    defaults={
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "num_local_experts": 8, "num_experts_per_tok": 2,
-        "rope_theta": 1e4, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
-    },
     published={
         "granite-3.1-1b-a400m-base": _1B, "granite-3.1-1b-a400m-instruct": _1B,
         "granite-3.1-3b-a800m-base": _3B, "granite-3.1-3b-a800m-instruct": _3B,

@@ -10,7 +10,7 @@ _1B_7B = {
 
 FAMILY = Family(
     architecture="OlmoeForCausalLM",
-    names=(*decoder("mlp", "gate_proj up_proj down_proj"), *normed_heads("N H")),
+    names=(*decoder("mlp", "gate_proj up_proj down_proj"), *normed_heads("(N H) -> N H", "(K H) -> K H")),
     attributes=Table(
         sizes=SIZES
         | {
@@ -24,10 +24,5 @@ FAMILY = Family(
     ),
     fields={"qk_norm": "whole", "normalised": False},
     constants={"hidden_act": "silu", "attention_bias": False},
-    defaults={
-        "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
-        "rope_theta": 1e4, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
-    },
     published={"OLMoE-1B-7B-0924": _1B_7B, "OLMoE-1B-7B-0924-Instruct": _1B_7B},
 )  # fmt: skip

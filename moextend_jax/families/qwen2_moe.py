@@ -41,11 +41,5 @@ FAMILY = Family(
     constants={
         "hidden_act": "silu", "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
     },
-    defaults={
-        "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 1408, "num_hidden_layers": 24,
-        "shared_expert_intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
-        "num_experts": 60, "num_experts_per_tok": 4, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    },
     published={"Qwen1.5-MoE-A2.7B": _A27B, "Qwen1.5-MoE-A2.7B-Chat": _A27B, "Qwen2-57B-A14B": _57B},
 )  # fmt: skip

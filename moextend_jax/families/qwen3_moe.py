@@ -10,7 +10,7 @@ _30B = _SIZES | {"width": 2048, "hidden": 768, "layers": 48, "heads": 32}
 
 FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
-    names=(*decoder("mlp", "gate_proj up_proj down_proj"), *normed_heads("H")),
+    names=(*decoder("mlp", "gate_proj up_proj down_proj"), *normed_heads("H -> H", "H -> H")),
     attributes=Table(
         sizes=SIZES
         | {"moe_intermediate_size": "hidden", "num_experts": "experts", "norm_topk_prob": "normalised"},
@@ -25,11 +25,6 @@ FAMILY = Family(
     constants={
         "hidden_act": "silu", "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
         "use_sliding_window": False, "sliding_window": None,
-    },
-    defaults={
-        "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 24,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
-        "rope_theta": 1e4, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
     },
     published={
         "Qwen3-30B-A3B": _30B, "Qwen3-30B-A3B-Base": _30B,
