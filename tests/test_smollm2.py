@@ -212,8 +212,9 @@ def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
     losses = [row["loss"] for row in read_metrics(taught / "align" / "metrics.jsonl") if "loss" in row]
     assert len(losses) == 3 and losses[-1] < losses[0]
     kept = json.loads((taught / "config.json").read_text())["model"]
-    assert kept["tags"] == {"start": 14, "end": 15, "pad": 16}
-    assert kept["decoder"]["width"] == 576 and kept["vision"]["width"] != 576
+    image = kept["media"]["image"]
+    assert image["tags"] == {"start": 14, "end": 15, "pad": 16}
+    assert kept["decoder"]["width"] == 576 and image["tower"]["width"] != 576
 
 
 @pytest.mark.slow
