@@ -58,7 +58,9 @@ def routed(*, extended: bool) -> Routing:
     columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
     if not extended:
         columns = with_arrays(columns, {path: 0 * leaf[...] for path, leaf in by_path(nnx.state(columns)).items()})
-    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, [columns], extended=[flag], rule=Rule(2), normalise=bounded))
+    run = jax.jit(
+        lambda x, gate, flag: route_extended(x, gate, [columns], extended=[flag], rule=Rule(2), normalise=bounded)
+    )
     return jax.tree.map(np.asarray, run(one["x_TD"], one["gate_DE"], extended))
 
 

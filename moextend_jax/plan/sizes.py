@@ -59,7 +59,9 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     decoder = _decoder(settings.base)
     if layers is not None:
         if not decoder.dense_layers < layers <= decoder.layers:
-            raise MoextendError(f"--layers {layers}: {settings.base} has {decoder.layers}, which route from {decoder.dense_layers} on")
+            raise MoextendError(
+                f"--layers {layers}: {settings.base} has {decoder.layers}, which route from {decoder.dense_layers} on"
+            )
         decoder = dataclasses.replace(decoder, layers=layers)
     sees = settings.vision not in ("", NO_PICTURES)
     vision = _tower(settings.vision, feature_layer=feature_layer) if sees else None
