@@ -55,7 +55,8 @@ def mixture(
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: modules `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every extension in it.
+      moe: `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every extension
+        in it.
       config: its decoder's `Rule`, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
       extended: for each extension a bool scalar, false on layers that it does not have.
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
