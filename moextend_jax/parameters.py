@@ -38,8 +38,8 @@ def only_chooses(path: str) -> bool:
 
 
 def element_type(path: str, dtype: Any) -> Any:
-    """What a leaf is cast to where a model is cast to `dtype` (None: nothing): what only chooses stays in float32, since
-    rounded it chooses others."""
+    """What a leaf is cast to where a model is cast to `dtype` (None: nothing): what only chooses stays in float32,
+    since rounded it chooses others."""
     return jnp.float32 if dtype is not None and only_chooses(path) else dtype
 
 

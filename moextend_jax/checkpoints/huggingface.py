@@ -140,7 +140,7 @@ def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConf
             "num_local_experts"
         )
     config = DecoderConfig(family=family, **{**FAMILIES[family].fields, **fields})
-    if problem := _impossible(config):
+    if problem := _impossible(config) or FAMILIES[family].refusal(attributes):
         raise MoextendError(f"{where}: {problem}")
     return config
 
@@ -151,7 +151,8 @@ def _impossible(config: DecoderConfig) -> str:
     problems = {
         "all layers are dense, and none routes": config.dense_layers >= config.layers,
         "dense layers are of no width": config.dense_layers > 0 and not config.dense_hidden,
-        f"{config.experts} experts make no {config.groups} groups of two or more": rest or (config.groups > 1 and in_group < 2),
+        f"{config.experts} experts make no {config.groups} groups of two or more": rest
+        or (config.groups > 1 and in_group < 2),
         f"of {config.top_groups} groups a token cannot take {config.top_k} experts": (
             config.top_groups > config.groups or config.top_k > config.top_groups * in_group
         ),

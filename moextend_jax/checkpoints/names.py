@@ -315,7 +315,7 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     if kind == "extensions":
         return config.sizes(name)
     if kind != "media":
-        return {**config.sizes(), "1": 1}
+        return {**config.sizes(), "1": 1, "h": config.decoder.head_size // 2, "t": 2}  # a head's halves, or neighbours
     medium, tower = config.media[name], config.media[name].tower
     if part == "projector":
         return sizes(medium.projector, C=tower.sizes()["C"], D=config.decoder.width)
