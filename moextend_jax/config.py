@@ -96,6 +96,19 @@ class Named(dict[str, Value]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071): angles that turn less than `slow` times within the first `length` positions are divided
+    by `factor`, those that turn more than `fast` times are not, and between goes a ramp, over whole angles if `whole`.
+    Queries and keys grow by the square root of the attention's factor, 0.1 ln(factor) + 1 each."""
+
+    factor: float
+    length: int
+    fast: float = 32.0
+    slow: float = 1.0
+    whole: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Sizes of a decoder and what its family turns on; defaults are Mixtral-8x7B's.
 
@@ -110,7 +123,10 @@ class DecoderConfig:
     scores: what router logits become, a row of `router.SCORES`. selection_bias: experts are chosen by score plus a
     bias, and weighed without it. groups, top_groups: of so many groups of experts a token chooses within the best.
     normalised: the weights of the chosen experts sum to one; else they are their scores. routed_factor: of all weights.
-    rotary_share: of a head that positions turn, its first part.
+    rotary_share: of a head that positions turn, its first part. yarn: positions beyond those that a model began with.
+    local: of every layer, whether a token sees the local_window tokens up to itself alone; (): none does. sinks: heads
+    have a logit that takes from all weights and gives nothing. out_bias, router_bias, expert_bias: of what comes out of
+    attention, of router logits, and of experts' three products. glu, glu_limit: a row of `glu.GLUS`, and its bound.
 
     `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
     the same in rows of up to so many tokens; longer ones are refused.
@@ -149,6 +165,15 @@ class DecoderConfig:
     top_groups: int = 1
     routed_factor: float = 1.0
     rotary_share: float = 1.0
+    yarn: YarnConfig | None = None
+    local: tuple[bool, ...] = ()
+    local_window: int = 0
+    sinks: bool = False
+    out_bias: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    glu: Literal["silu", "clamped"] = "silu"
+    glu_limit: float = 7.0
 
     @property
     def routed(self) -> range:

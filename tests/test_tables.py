@@ -59,9 +59,13 @@ EVERYTHING = dataclasses.replace(
     media=FULL.media.replacing("audio", SOUND),
 )
 """A second medium and extension beside, of which published files know nothing."""
-OTHER_DECODER = ModelConfig(
-    decoder=DecoderConfig(qk_norm="whole", qkv_bias=True, shared_hidden=64, shared_gate=True, layers=2)
-)
+OTHER_DECODER = of_pictures(
+    decoder=DecoderConfig(
+        qk_norm="whole", qkv_bias=True, out_bias=True, sinks=True, shared_hidden=64, shared_gate=True, layers=3,
+        dense_layers=1, dense_hidden=64, router_bias=True, selection_bias=True, expert_bias=True,
+    ),
+    extension=ExtensionConfig(layers=(2,), sources=(0,)),
+)  # fmt: skip
 """What decoders of other families have besides."""
 
 

@@ -156,6 +156,9 @@ def _impossible(config: DecoderConfig) -> str:
         f"of {config.top_groups} groups a token cannot take {config.top_k} experts": (
             config.top_groups > config.groups or config.top_k > config.top_groups * in_group
         ),
+        f"{config.layers} layers cannot be of {len(config.local)} kinds of attention": (
+            len(config.local) not in (0, config.layers) or (any(config.local) and not config.local_window)
+        ),
         f"a part of {config.rotary_size} of a head of {config.head_size} cannot be turned": (
             config.rotary_size % 2 or not 0 < config.rotary_size <= config.head_size
         ),
@@ -304,7 +307,8 @@ def read_parameters(folder: Path, model: nnx.Module, *, table: str, config: Mode
       table: layout of the file, a key of `names.TABLES`.
     """
     shapes = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
-    matched = leaves.match(published(unwrapped(open_tensors(folder))[0])[0], table=table, config=config, where=folder)
+    stored, _ = published(unwrapped(open_tensors(folder))[0], config.decoder.family)
+    matched = leaves.match(stored, table=table, config=config, where=folder)
     for path, leaf in matched.items():
         assert leaf.shape == shapes[path], path
     return {path: leaves.read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in matched.items()}

@@ -39,6 +39,7 @@ from moextend_jax.config import (
     of_pictures,
     with_vision,
 )
+from moextend_jax.families import FAMILIES
 from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.models.moextend import abstract
@@ -341,7 +342,8 @@ def _foreign(folder: Path, wanted: _Wanted) -> Source:
             wanted = wanted._replace(feature_layer=feature_layer)
     else:
         layout = "released"
-    stored, more = spelling.published(stored)
+    family = str(attributes.get("model_type")) if attributes else ""
+    stored, more = spelling.published(stored, family if family in FAMILIES else "mixtral")
     if layout == "hf" or wanted.base is not None or _is_released(stored, attributes):
         source = _released(folder, stored, attributes, wanted)
         projector = ("llava_hf", "") if layout == "hf" else source.record.projector

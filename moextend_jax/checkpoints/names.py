@@ -23,6 +23,7 @@ from flax import nnx
 from moextend_jax.config import (
     IMAGE,
     DecoderConfig,
+    ExtensionConfig,
     FeaturesConfig,
     Medium,
     ModelConfig,
@@ -34,7 +35,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import Name
-from moextend_jax.models.mixtral import Mixtral
+from moextend_jax.models.mixtral import Extension, Mixtral
 from moextend_jax.models.projectors import TABLE, sizes
 from moextend_jax.models.whisper import sizes_of
 from moextend_jax.parameters import by_path
@@ -53,7 +54,8 @@ MIXTRAL = FAMILIES["mixtral"].names
 
 EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
-    Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
+    Name("extensions/image/router/new_gate_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
+    Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.selection", "X -> X"),
     Name(
         "extensions/image/router/calibrator/w_in",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.0.weight",
@@ -71,6 +73,9 @@ EXTENSION = (
     Name(
         "extensions/image/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D f -> f D"
     ),
+    Name("extensions/image/new_experts/b_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.bias", "f -> f"),
+    Name("extensions/image/new_experts/b_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.bias", "f -> f"),
+    Name("extensions/image/new_experts/b_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.bias", "D -> D"),
 )
 
 
@@ -225,7 +230,7 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
-        if leaf == "router/new_bias" and not config.decoder.selection_bias:
+        if leaf not in _leaves_of_extension(config.decoder):
             return None
     elif kind == "media":
         part, _, leaf = inside.partition("/")
@@ -240,6 +245,14 @@ def _leaves(decoder: DecoderConfig) -> frozenset[str]:
     """What a decoder has of its family's rows: sizes say whether there are biases, norms, dense layers, a head."""
     module = nnx.eval_shape(lambda: Mixtral(decoder, rngs=nnx.Rngs(0), dtype="float32"))
     return frozenset(f"decoder/{path}" for path in by_path(nnx.state(module, nnx.Param)))
+
+
+@functools.cache
+def _leaves_of_extension(decoder: DecoderConfig) -> frozenset[str]:
+    """The same of an extension: it has the biases that the decoder's experts and routers have."""
+    any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,))
+    module = nnx.eval_shape(lambda: Extension(decoder, any_layer, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
+    return frozenset(by_path(nnx.state(module, nnx.Param)))
 
 
 def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:

@@ -239,7 +239,7 @@ def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConf
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
-    decoder = DecoderConfig(**model["decoder"]) if model["decoder"] else None
+    decoder = _built(DecoderConfig, model["decoder"], where="decoder") if model["decoder"] else None
     if "media" in model:
         media = {name: medium_of(attributes, where=name) for name, attributes in model["media"].items()}
         extensions, composition = model["extensions"], model["composition"]

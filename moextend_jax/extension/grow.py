@@ -14,10 +14,14 @@ from moextend_jax.parameters import arrays_of
 
 COPIED = {
     "router/new_gate": "decoder/layers/moe/gate",
+    "router/new_gate_bias": "decoder/layers/moe/gate_bias",
     "router/new_bias": "decoder/layers/moe/selection_bias",
     "new_experts/w_gate": "decoder/layers/moe/experts/w_gate",
     "new_experts/w_up": "decoder/layers/moe/experts/w_up",
     "new_experts/w_down": "decoder/layers/moe/experts/w_down",
+    "new_experts/b_gate": "decoder/layers/moe/experts/b_gate",
+    "new_experts/b_up": "decoder/layers/moe/experts/b_up",
+    "new_experts/b_down": "decoder/layers/moe/experts/b_down",
 }
 """New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
 

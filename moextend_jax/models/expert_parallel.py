@@ -24,8 +24,9 @@ from jax import lax
 
 from moextend_jax.config import ModelConfig
 from moextend_jax.models.blocked_swiglu import Weights
-from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
-from moextend_jax.models.router import WEIGHT_GUARDS, Routing, Rule, route, route_extended
+from moextend_jax.models.experts import apply_experts, bias_behind, combine, dispatch, sort_by_expert
+from moextend_jax.models.glu import Glu
+from moextend_jax.models.router import WEIGHT_GUARDS, Gate, Routing, Rule, route, route_extended
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
@@ -55,7 +56,7 @@ def mixture(
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every extension
+      moe: `experts`, `gate` and its biases of one layer. slots: `router`, `new_experts` of every extension
         in it.
       config: its decoder's `Rule`, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
       extended: for each extension a bool scalar, false on layers that it does not have.
@@ -63,7 +64,7 @@ def mixture(
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
-    rule = Rule.of(config.decoder)
+    rule, glu = Rule.of(config.decoder), Glu.of(config.decoder)
     arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
     experts = splits[0]["experts/w_gate"]
     split = Split(
@@ -83,17 +84,21 @@ def mixture(
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
-            bias_E = None if this.selection_bias is None else this.selection_bias[...]
+            gate = Gate.of(this)
             if not added:
-                routing = route(x_TD, this.gate[...], bias_E, rule=rule)
+                routing = route(x_TD, gate, rule=rule)
             else:
                 routing = route_extended(
-                    x_TD, this.gate[...], [slot.router for slot in added], bias_E, extended=extended, rule=rule,
+                    x_TD, gate, [slot.router for slot in added], extended=extended, rule=rule,
                     normalise=WEIGHT_GUARDS[config.weight_guard],
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
-        y_TD = DISPATCHES[config.dispatch](x_TD, _of_real(routing, real_BL), parts, split)
+        computed = _of_real(routing, real_BL)
+        y_TD = DISPATCHES[config.dispatch](x_TD, computed, parts, split, glu)
+        if this.experts.b_down is not None:
+            b_OD = jnp.concatenate([this.experts.b_down[...], *(slot.new_experts.b_down[...] for slot in added)])
+            y_TD += bias_behind(computed.ids_Tk, computed.weights_Tk, b_OD.astype(x_TD.dtype))
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
 
     def in_use(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:
@@ -102,7 +107,8 @@ def mixture(
         def gathered(path: str, leaf: jax.Array) -> jax.Array:
             kind = path.partition("/")[0]
             leaf = leaf.astype(x_BLD.dtype) if kind.endswith("experts") else leaf
-            return gather(leaf, splits[path], keep=kept.get(kind, ()))
+            whole = path.endswith("/b_down")  # added where the tokens are
+            return gather(leaf, splits[path], keep=() if whole else kept.get(kind, ()))
 
         return with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 
@@ -120,7 +126,7 @@ def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:
     return routing._replace(ids_Tk=jnp.where(real_BL.reshape(-1, 1), routing.ids_Tk, nobody))
 
 
-def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split) -> jax.Array:
+def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu) -> jax.Array:
     """Tokens come to the experts: all-gather within the group, reduce-scatter of the results."""
     group = split.expert + split.tensor
     together = tuple(axis for axis in group if axis in split.tokens)
@@ -132,19 +138,19 @@ def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     local_Tk = ids_Tk - _index(split.expert) * here
     is_here_Tk = (local_Tk >= 0) & (local_Tk < here) & (ids_Tk < experts)
     if not new:
-        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts)
+        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts, glu)
     elif new[0][0].shape[-1] == pretrained[0].shape[-1]:  # one buffer of rows serves all
         added = sum(part[0].shape[0] for part in new)
         local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
         local_Tk = jnp.where(ids_Tk >= experts, ids_Tk - experts + here, local_Tk)
-        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split), parts)
+        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split), parts, glu)
     else:
-        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, [pretrained])
-        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split)
+        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, [pretrained], glu)
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split, glu)
     return _summed(y_TD, group, together)
 
 
-def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split) -> jax.Array:
+def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu) -> jax.Array:
     """Rows go to the experts and come back: `ragged_all_to_all` over the expert axis, twice.
 
     Every buffer has room for all rows of the group, because all may choose one device's experts: nothing is dropped.
@@ -171,14 +177,14 @@ def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     counts_pe = counts_pqe[:, me]
     expert_R = jnp.repeat(jnp.tile(jnp.arange(here), devices), counts_pe.reshape(-1), total_repeat_length=room)
     expert_R1 = jnp.where(jnp.arange(room) < counts_pe.sum(), expert_R, here)[:, None]
-    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained])
+    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained], glu)
     y_TD = combine(top_k, back.send(y_RD, len(x_RD), split.expert), sorting)
     if new:
-        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, split.tensor, split)
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, split.tensor, split, glu)
     return _summed(y_TD, split.tensor, together)
 
 
-DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split], jax.Array]] = {
+DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split, Glu], jax.Array]] = {
     "gather": gather_tokens,
     "exchange": exchange_rows,
 }
@@ -211,7 +217,9 @@ class _Trip(NamedTuple):
         return jnp.where(from_Rp.any(axis=1)[:, None], rows_pRD[sender_R, index_R], out_RD)
 
 
-def _new_alone(x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[str, ...], split: Split) -> jax.Array:
+def _new_alone(
+    x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[str, ...], split: Split, glu: Glu
+) -> jax.Array:
     """The new experts' share of the sum; `ids_Tk` is negative for pretrained ones. A token chooses each new expert at
     most once, so it needs no more rows than there are new experts."""
     X, top_k = sum(part[0].shape[0] for part in new), ids_Tk.shape[-1]
@@ -220,7 +228,8 @@ def _new_alone(x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[st
     ids_Tk, weights_Tk, is_new_Tk = (
         jnp.take_along_axis(array, slots_Tk, axis=1) for array in (ids_Tk, weights_Tk, is_new_Tk)
     )
-    return apply_experts(x_TD, jnp.where(is_new_Tk, ids_Tk, X), _shared(weights_Tk, is_new_Tk, group, split), new)
+    weights_Tk = _shared(weights_Tk, is_new_Tk, group, split)
+    return apply_experts(x_TD, jnp.where(is_new_Tk, ids_Tk, X), weights_Tk, new, glu)
 
 
 def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], split: Split) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +54,15 @@ class Calibrator(nnx.Module):
 
 
 class NewColumns(nnx.Module):
-    """New router columns, what they are chosen by besides where the base has that, and the calibrator of the extended
-    layers."""
+    """New router columns, with the biases that the base's have, and the calibrator of the extended layers.
+
+    new_gate_bias: of their logits. new_bias: what they are chosen by besides, which no gradient reaches.
+    """
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
         sizes = {**decoder.sizes(), **extension.sizes(), "O": decoder.experts + extension.new_experts}
         self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
+        self.new_gate_bias = constant("YX", sizes, dtype=dtype, value=0.0) if decoder.router_bias else None
         self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
 
@@ -112,11 +115,37 @@ def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, exp
     return jnp.where(jnp.isneginf(logits_TO), -jnp.inf, chosen_by_TO)
 
 
-def route(x_TD: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None = None, *, rule: Rule) -> Routing:
+class Gate(NamedTuple):
+    """The router of a layer: its columns, the bias of its logits, and what experts are chosen by besides scores."""
+
+    columns_DE: jax.Array
+    bias_E: jax.Array | None = None
+    selection_E: jax.Array | None = None
+
+    @classmethod
+    def of(cls, moe: Any) -> Gate:
+        bias, chooses = (None if leaf is None else leaf[...] for leaf in (moe.gate_bias, moe.selection_bias))
+        return cls(moe.gate[...], bias, chooses)
+
+    def logits(self, x_TD: jax.Array) -> jax.Array:
+        """float32 `[T, E]`."""
+        product_TE = jnp.einsum(
+            "TD,DE->TE", x_TD, self.columns_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32
+        )
+        return product_TE if self.bias_E is None else product_TE + self.bias_E.astype(jnp.float32)[None]
+
+    def and_columns(self, slot: NewColumns) -> Gate:
+        """With the columns of an extension behind its own."""
+        bias = None if self.bias_E is None else jnp.concatenate([self.bias_E, slot.new_gate_bias[...]])
+        return Gate(jnp.concatenate([self.columns_DE, slot.new_gate[...].astype(self.columns_DE.dtype)], axis=-1), bias)
+
+
+def route(x_TD: jax.Array, gate: Gate | jax.Array, *, rule: Rule) -> Routing:
     """Scores of all experts in float32, the k best by `selection`, weighed by their scores: over their sum if
     `normalised`."""
-    logits_TE = _logits(x_TD, gate_DE)
-    scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, bias_E, experts=len(gate_DE.T))
+    gate = gate if isinstance(gate, Gate) else Gate(gate)
+    logits_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
+    scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, gate.selection_E, experts=E)
     _, ids_Tk = jax.lax.top_k(scores_TE if selection_TE is None else selection_TE, rule.top_k)
     weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)
     weights_Tk = over_their_sum(weights_Tk) if rule.normalised else weights_Tk
@@ -126,9 +155,8 @@ def route(x_TD: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None = None, 
 
 def route_extended(
     x_TD: jax.Array,
-    gate_DE: jax.Array,
+    gate: Gate | jax.Array,
     slots: Sequence[NewColumns],
-    bias_E: jax.Array | None = None,
     *,
     extended: Sequence[jax.Array | bool] | None = None,
     shares: Sequence[jax.Array | None] | None = None,
@@ -146,12 +174,12 @@ def route_extended(
       extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
-      bias_E: what the base's experts are chosen by besides their scores.
       rule: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would for the
         token: else a new column would take from every expert's weight, for tokens that never choose it too.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
     """
-    base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
+    gate = gate if isinstance(gate, Gate) else Gate(gate)
+    base_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
     log_shares_T1 = [
         _log_share(x_TD, shares[n] if shares else None, extended[n] if extended else True) for n in range(len(slots))
     ]
@@ -159,7 +187,7 @@ def route_extended(
     columns = [
         jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
         for own_TX, share_T, share_T1 in zip(
-            (_own_logits(x_TD, gate_DE, slot.new_gate[...]) for slot in slots),
+            (_own_logits(x_TD, gate, slot) for slot in slots),
             shares or [None] * len(slots),
             log_shares_T1,
             strict=True,
@@ -167,7 +195,9 @@ def route_extended(
     ]
     logits_TO = jnp.concatenate([base_TE, *columns], axis=-1)
     probs_TO = probabilities(logits_TO, rule.scores)
-    bias_O = None if bias_E is None else jnp.concatenate([bias_E, *(slot.new_bias[...] for slot in slots)])
+    bias_O = None
+    if gate.selection_E is not None:
+        bias_O = jnp.concatenate([gate.selection_E, *(slot.new_bias[...] for slot in slots)])
     selection_TO = selection(logits_TO, rule, bias_O, experts=E)
     _, ids_Tk = jax.lax.top_k(probs_TO if selection_TO is None else selection_TO, rule.top_k)
     calibrated_TO, first = probs_TO, E
@@ -183,7 +213,7 @@ def route_extended(
         correction_TO = jnp.concatenate([correction_TO[:, :E], before_T, correction_TO[:, E:], behind_T], axis=-1)
         calibrated_TO, first = calibrated_TO + correction_TO, after
     weights_Tk = normalise(jnp.take_along_axis(calibrated_TO, ids_Tk, axis=-1))
-    plain = route(x_TD, gate_DE, bias_E, rule=rule)
+    plain = route(x_TD, gate, rule=rule)
     if not rule.normalised or rule.routed_factor != 1:
         weights_Tk *= plain.weights_Tk.sum(axis=-1, keepdims=True)
     if shares and any(share is not None for share in shares):
@@ -200,15 +230,11 @@ def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array |
     return jnp.where(extended, share_T, -jnp.inf)[:, None]
 
 
-def _logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
-    return jnp.einsum("TD,DE->TE", x_TD, gate_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32)
-
-
-def _own_logits(x_TD: jax.Array, gate_DE: jax.Array, new_DX: jax.Array) -> jax.Array:
+def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
     """Of the new columns [T, X], which begin as copies of columns of the base. In one product with these a copy's logit
     is its source's; in a product of their own rounding would choose between the two, on every mesh in its own way."""
-    gates_DO = jnp.concatenate([gate.astype(x_TD.dtype) for gate in (gate_DE, new_DX)], axis=-1)
-    return _logits(x_TD, gates_DO)[:, gate_DE.shape[-1] :]
+    cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))
+    return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
 
 
 def over_their_sum(weights_Tk: jax.Array) -> jax.Array:
