@@ -180,23 +180,63 @@ def swiglu(block: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
     return both | {f"{block}.down_proj.weight": (width, hidden)}
 
 
+def gpt_oss(layers: int, *, width: int, experts: int, packed: bool, vocab: int = 201088):
+    """Names and shapes of gpt-oss: 64 query and 8 key heads of 64, and F = D; experts in four bits, or not."""
+    made = {name: (vocab, width) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    made["model.norm.weight"] = (width,)
+    for n in range(layers):
+        layer, block = f"model.layers.{n}.", f"model.layers.{n}.mlp."
+        made |= {layer + f"{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        for part, heads in zip("qkv", (4096, 512, 512), strict=True):
+            made |= {layer + f"self_attn.{part}_proj.weight": (heads, width)}
+            made |= {layer + f"self_attn.{part}_proj.bias": (heads,)}
+        made |= {layer + "self_attn.o_proj.weight": (width, 4096), layer + "self_attn.o_proj.bias": (width,)}
+        made |= {layer + "self_attn.sinks": (64,)}
+        made |= {block + "router.weight": (experts, width), block + "router.bias": (experts,)}
+        for name, out in (("gate_up", 2 * width), ("down", width)):
+            made[f"{block}experts.{name}_proj_bias"] = (experts, out)
+            if packed:
+                made[f"{block}experts.{name}_proj_blocks"] = (experts, out, width // 32, 16)
+                made[f"{block}experts.{name}_proj_scales"] = (experts, out, width // 32)
+            else:
+                made[f"{block}experts.{name}_proj"] = (experts, width, out)
+    return made
+
+
 AIR = dict(width=4096, heads=12288, keys=1024, hidden=1408, dense=10944, experts=128, vocab=151552)
 ERNIE = dict(width=2560, heads=2560, keys=512, hidden=1536, dense=12288, experts=64, vocab=103424)
 
 
-def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_were():
-    config = ModelConfig(decoder=DECODERS["granite-3.1-3b-a800m-base"])
-    published = granite(32, width=1536, experts=40)
-    assert (len(published), sum(map(math.prod, published.values()))) == (290, 3_298_793_472)
-    stored = {
+FUSED = {
+    "granite-3.1-3b-a800m-base": (290, 3_298_793_472, granite(32, width=1536, experts=40)),
+    "gpt-oss-20b": (411, 20_914_757_184, gpt_oss(24, width=2880, experts=32, packed=False)),
+}
+
+
+def test_experts_in_four_bits_are_matched_once():
+    published = gpt_oss(24, width=2880, experts=32, packed=True)
+    config = ModelConfig(decoder=DECODERS["gpt-oss-20b"])
+    leaves = match(unread(published), table="gpt_oss", config=config, where="test")
+    assert sum(math.prod(leaf.shape) for leaf in leaves.values()) == 20_914_757_184
+
+
+def unread(published: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    return {
         name: Stored(shape, np.dtype(np.float32), lambda: pytest.fail("read"), name)
         for name, shape in published.items()
     }
-    leaves = match(stored, table="granitemoe", config=config, where="test")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_were(name: str):
+    tensors, parameters, published = FUSED[name]
+    config = ModelConfig(decoder=DECODERS[name])
+    assert (len(published), sum(map(math.prod, published.values()))) == (tensors, parameters)
+    leaves = match(unread(published), table=config.decoder.family, config=config, where="test")
     model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
     ours = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
     assert {path: leaf.shape for path, leaf in leaves.items()} == ours
-    written = plan_theirs(leaves, table="granitemoe", config=config)
+    written = plan_theirs(leaves, table=config.decoder.family, config=config)
     assert {name: tensor.shape for name, tensor in written.items()} == published
 
 

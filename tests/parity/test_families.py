@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints import mxfp4, names
 from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.compare.reference import Reference, rows_of, to_batch
 from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig
@@ -35,6 +35,8 @@ NAMED = os.environ.get("MOEXTEND_FAMILIES", "")
 FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[3] / "shared" / "families"
 FORWARDS = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("**/forward.npz"))] or [None]
 WHOLE = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/generate.npz"))] or [None]
+PACKED = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/mxfp4/config.json"))] or [None]
+EXAMPLES = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/mxfp4_example.npz"))] or [None]
 ATOL = 1e-4
 CONFIGS = ("config.json", "config.transformers5.json")
 """One model in the spelling of published files, and in transformers 5's."""
@@ -97,7 +99,7 @@ def test_gradients_of_routers_and_of_what_a_projector_gives(loaded: Loaded):
     folder, structure, arrays, config = loaded
     coefficient = json.loads((folder / "manifest.json").read_text())["spec"]["coef"]
     batch = _batch(folder, "train0")
-    trained = {path: array for path, array in arrays.items() if path.endswith("moe/gate")}
+    trained = {path: array for path, array in arrays.items() if path.endswith(("moe/gate", "moe/gate_bias"))}
 
     def total(trained, more_BLD):
         model, factor = with_arrays(structure, {**arrays, **trained}), config.decoder.embed_factor
@@ -138,6 +140,24 @@ def test_import_and_export_give_the_files_back(loaded: Loaded, tmp_path: Path, c
     folders.assert_same(folders.read(tmp_path / "out"), folders.read(loaded.folder))
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", loaded.folder))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("name", PACKED, ids=str)
+def test_four_bits_are_read_as_the_weights_that_they_stand_for(name: Path | None):
+    folder = folder_of(name)
+    packed, plain = open_checkpoint(folder), open_checkpoint(folder.parent)
+    assert {path.rpartition("/")[2] for path in packed.arrays if "experts/w_" in path} == {"w_gate", "w_up", "w_down"}
+    assert packed.arrays.keys() == plain.arrays.keys()
+    for path, array in plain.arrays.items():
+        np.testing.assert_array_equal(packed.arrays[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("name", EXAMPLES, ids=str)
+def test_several_blocks_to_a_row(name: Path | None):
+    folder = folder_of(name)
+    example = arrays_of(folder, "mxfp4_example")
+    ours = np.swapaxes(mxfp4.unpack(example["blocks"], example["scales"]), -1, -2)
+    np.testing.assert_array_equal(ours.astype(np.float32), example["weights"])
 
 
 def _batch(folder: Path, name: str) -> Batch:
