@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from moextend_jax.checkpoints.outside import short, shown
-from moextend_jax.config import MoextendError
+from moextend_jax.config import MoextendError, VisionConfig
 
 MOST = 1 << 31
 """Sizes stay below; what they multiply to stays a number that can be written down."""
@@ -96,26 +96,30 @@ def _by_first_name(attributes: Mapping[str, Any], aliases: Mapping[str, str], *,
 
 REAL = {"rope_theta", "norm_eps", "clip_qkv", "embed_factor", "residual_factor", "logits_divisor", "attention_scale"}
 
+SWITCHES = {"class_token", "pre_norm", "patch_bias", "layer_scale", "stretched"}
+CHOICES = {name: get_args(get_type_hints(VisionConfig)[name]) for name in ("activation", "levels", "resample")}
+"""Of `VisionConfig`."""
+
 
 def fits(field: str, value: Any) -> bool:
     """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
-    if field in ("tied_head", "normalised", "qkv_bias", "shared_gate"):
+    if field in ("tied_head", "normalised", "qkv_bias", "shared_gate") or field in SWITCHES:
         return isinstance(value, bool)
+    if field in CHOICES:
+        return value in CHOICES[field]
     if field in ("window", "clip_qkv") and value is None:
         return True
     if field == "family":
         return isinstance(value, str) and re.fullmatch(r"\w{1,64}", value) is not None
     if field == "qk_norm":
         return value in ("none", "head", "whole")
-    if field == "activation":
-        return value in ("quick_gelu", "gelu")
     if field == "feature_layer":
         return type(value) is int and -MOST < value < 0
     if field == "attention_scale" and value is None:
         return True
     if field in REAL:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-    return type(value) is int and (0 if field == "shared_hidden" else 1) <= value < MOST
+    return type(value) is int and (0 if field in ("shared_hidden", "registers") else 1) <= value < MOST
 
 
 def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:

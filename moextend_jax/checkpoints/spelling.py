@@ -44,9 +44,11 @@ SPELLINGS = (
     Spelling(
         _LAYER + _GATE + r"calibrator(\.[02]\.weight)", r"\1.block_sparse_moe.weight_scale.weight_scale\2", _RELEASED
     ),
-    # transformers 5's CLIPVisionModel, in whatever way it is saved
+    # transformers 5's CLIPVisionModel and SiglipVisionModel, in whatever way they are saved
     Spelling(
-        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision_model.\1", r"(vision|text)_model\..*"
+        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)",
+        r"vision_model.\1",
+        r"(vision|text)_model\..*|embeddings\.cls_token",  # a DINOv2's names begin so as they are published
     ),
 )
 
@@ -78,7 +80,7 @@ def _wrapper(tensors: Mapping[str, Stored]) -> str | None:
 
 
 def published(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
-    """A Mixtral's and a CLIP vision model's tensors by their published names, however transformers 5 has saved them."""
+    """A Mixtral's and a vision model's tensors by their published names, however transformers 5 has saved them."""
     tensors = respelled(stored, SPELLINGS)
     fused = {name: match for name in tensors if (match := _FUSED.fullmatch(name)) and _divides(name, tensors[name])}
     other = "its names are those of transformers 5 or of modeling_moextend.py; they were read as the published ones"
