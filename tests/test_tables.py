@@ -63,6 +63,9 @@ OTHER_DECODER = ModelConfig(
     decoder=DecoderConfig(qk_norm="whole", qkv_bias=True, shared_hidden=64, shared_gate=True, layers=2)
 )
 """What decoders of other families have besides."""
+OTHER_TOWER = of_pictures(
+    decoder=DecoderConfig(layers=2), vision=VisionConfig(patch_bias=True, layer_scale=True, registers=4, layers=2)
+)
 
 
 @functools.cache
@@ -71,7 +74,7 @@ def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
 
 
 def anywhere() -> dict[str, nnx.Param]:
-    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER)
+    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER) | parameters(OTHER_TOWER)
 
 
 def size(prefix: str) -> int:

@@ -171,9 +171,9 @@ def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: 
         fields["hidden"] = fields["width"] * ratio
     config = VisionConfig(family=name, feature_layer=feature_layer, **tower.fields, **fields)
     if config.width % config.heads or config.patch_size > config.image_size:
-        raise MoextendError(
-            f"{where}: num_attention_heads must divide hidden_size, and patch_size be at most image_size"
-        )
+        raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, patch_size be at most image_size")
+    if fields.get("registers") == 0:
+        raise MoextendError(f"{where}: num_register_tokens must be one positive number, not 0")
     if not -config.layers - 1 <= feature_layer < 0:
         raise MoextendError(f"feature layer {feature_layer} is not among the {config.layers} layers of {where}")
     return config

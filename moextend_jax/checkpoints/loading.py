@@ -1,7 +1,7 @@
 """Any checkpoint folder -> its configuration and leaves, matched and checked, nothing read yet; or arrays on devices.
 
-In: a Hugging Face folder (a decoder, a picture tower, a LLaVA, its projector), the method's released layout (whole, or a
-partial save with its base), a folder that `moextend import` made, a delta with its base; all of them in a bucket too.
+In: a Hugging Face folder (a decoder, a picture tower, a LLaVA, its projector), the method's released layout (whole, or
+a partial save with its base), a folder that `moextend import` made, a delta with its base; all of them in a bucket too.
 Out: `Source`, or `Checkpoint`.
 """
 
@@ -311,7 +311,7 @@ def check_routers(source: Source) -> None:
 def _imported(folder: Path, wanted: _Wanted) -> Source:
     base, feature_layer = wanted.base, wanted.feature_layer
     record, matched = store.read(folder)
-    source = Source(matched, record, side_files(folder, record.config))
+    source = Source(matched, record, side_files(folder, record.config.vision))
     if record.base is None:
         if base is not None:
             raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
@@ -375,7 +375,7 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
     )
     _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
     record = _record(config, config.decoder.family, {"decoder": attributes})
-    source = Source(matched, record, side_files(folder, config))
+    source = Source(matched, record, side_files(folder))
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)
     return source
@@ -402,7 +402,7 @@ def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         config = with_vision(config, used)
         matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
     huggingface.check_picture_size(folder, used)
-    return Source(matched, _record(config, table, {"vision": attributes}), side_files(folder, config))
+    return Source(matched, _record(config, table, {"vision": attributes}), side_files(folder, used))
 
 
 def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
@@ -502,7 +502,7 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
-    files = {**(below.files if below else {}), **side_files(folder, config)}
+    files = {**(below.files if below else {}), **side_files(folder, config.vision)}
     return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
 
@@ -637,8 +637,8 @@ def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, An
     return store.Record(config, layout, attributes, ("llava", ""), None, {})
 
 
-def side_files(folder: Path, config: ModelConfig) -> dict[str, Path]:
-    """Those that are there, by name, beside a model of this configuration.
+def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Path]:
+    """Those that are there, by name, beside this tower, CLIP where none is given.
 
     Raises:
       MoextendError: one leads out of the folder, or says that pictures must be prepared as they are not here.
@@ -647,7 +647,7 @@ def side_files(folder: Path, config: ModelConfig) -> dict[str, Path]:
         return {}
     files = {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
     if "preprocessor_config.json" in files:
-        huggingface.check_preprocessor(files["preprocessor_config.json"], config.vision or VisionConfig())
+        huggingface.check_preprocessor(files["preprocessor_config.json"], tower or VisionConfig())
     return files
 
 

@@ -157,9 +157,6 @@ SIGLIP = Tower(
 
 # --- DINOv2 -----------------------------------------------------------------------------------------------------------
 
-_DINOV2 = {"norm_eps": 1e-6, "activation": "gelu", "image_size": 518}
-
-
 def _dinov2(
     model_type: str,
     architecture: str,
