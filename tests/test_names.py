@@ -245,7 +245,10 @@ CASES = {
 
 PICTURE_TOWERS = {
     # transformers' classes count the heads, of 15,238,352 and 7,087,104, and the mask token, of 1024
-    "siglip-so400m-patch14-384": (siglip(27, width=1152, hidden=4304, patch=14, positions=729), 428_225_600 - 15_238_352),
+    "siglip-so400m-patch14-384": (
+        siglip(27, width=1152, hidden=4304, patch=14, positions=729),
+        428_225_600 - 15_238_352,
+    ),
     "siglip-base-patch16-224": (siglip(12, width=768, hidden=3072, patch=16, positions=196), 92_884_224 - 7_087_104),
     "dinov2-large": (dinov2_large(), 304_368_640 - 1024),
     "dinov2-with-registers-large": (dinov2_large(registers=4), 304_371_712),
