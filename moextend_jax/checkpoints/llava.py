@@ -71,7 +71,7 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     if tower.setdefault("model_type", CLIP.model_type) != CLIP.model_type:
         raise MoextendError(
             f"{where}: vision_config.model_type = {shown(tower['model_type'])} cannot be honoured (only "
-            f"{CLIP.model_type}): give decoder, tower and projector as folders of their own, with --vision and --projector"
+            f"{CLIP.model_type}): give decoder, tower and projector as folders of their own (--vision, --projector)"
         )
     if attributes.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True

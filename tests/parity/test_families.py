@@ -159,7 +159,8 @@ def test_every_state_of_a_picture_tower_that_was_imported(name: Path | None, att
     assert source.parts == {"vision"} and source.config.vision
     whole = {path: read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in source.leaves.items()}
     arrays = {path.removeprefix("media/image/tower/"): jnp.asarray(array) for path, array in whole.items()}
-    tower: Any = with_arrays(abstract(source.config).media["image"].tower, arrays)
+    shapes: Any = abstract(source.config).media["image"].tower
+    tower = with_arrays(shapes, arrays)
     theirs = arrays_of(folder, "siglip")
     images_nhwc = jnp.asarray(theirs.pop("pixel_values").transpose(0, 2, 3, 1))
     assert images_nhwc.shape[1:] == (source.config.vision.image_size, source.config.vision.image_size, 3)
