@@ -331,9 +331,11 @@ def test_another_network_is_refused_in_a_line(tmp_path: Path, family: str, chang
         ("siglip", {"resample": 0}, "resample = 0 cannot be honoured"),
         ("dinov2", {"image_std": [0.5, 0.5, 0.5]}, "image_std .* as for DINOv2"),
         ("dinov2", {"resample": 2}, "resample = 2 cannot be honoured"),
-        ("dinov2", {"crop_size": {"height": 14, "width": 18}}, "crop_size .*only squares of 4 pixels or more"),
+        ("dinov2", {"crop_size": {"height": 14, "width": 18}}, "crop_size .*only squares of 4 to 56 pixels"),
         ("dinov2", {"crop_size": 3}, "crop_size = 3 cannot be honoured"),
+        ("dinov2", {"crop_size": 57}, "crop_size = 57 cannot be honoured"),
         ("dinov2", {"crop_size": "14"}, "crop_size = '14' cannot be honoured"),
+        ("siglip", {"rescale_factor": 10**400}, "rescale_factor = 1000.* cannot be honoured"),
         ("clip", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean .* as for OpenAI's CLIP"),
     ],
 )

@@ -92,7 +92,7 @@ def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
     filter, or, where positions go with any grid, of another size.
 
     Raises:
-      MoextendError: that size is none, or smaller than a patch.
+      MoextendError: that size is none, or smaller than a patch, or so large that its positions would fill a memory.
     """
     path, family = folder / "preprocessor_config.json", TOWERS[tower.family]
     attributes = read_json(path) if path.is_file() else {}
@@ -101,10 +101,14 @@ def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
             tower = dataclasses.replace(tower, resample=name)
     if not family.resized or (size := attributes.get("crop_size")) is None:
         return tower
-    sides = list(size.values()) if isinstance(size, dict) else [size]
-    if not all(fits("image_size", side) and side == sides[0] >= tower.patch_size for side in sides) or not sides:
+    sides, least, most = (
+        list(size.values()) if isinstance(size, dict) else [size],
+        tower.patch_size,
+        4 * tower.image_size,
+    )
+    if not sides or not all(fits("image_size", side) and least <= side == sides[0] <= most for side in sides):
         raise MoextendError(
-            f"{path}: crop_size = {shown(size)} cannot be honoured (only squares of {tower.patch_size} pixels or more)"
+            f"{path}: crop_size = {shown(size)} cannot be honoured (only squares of {least} to {most} pixels)"
         )
     return dataclasses.replace(tower, image_size=sides[0])
 
@@ -112,7 +116,7 @@ def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
 def _nearly(value: Any, only: Any) -> bool:
     try:
         return np.shape(value) == np.shape(only) and np.allclose(np.asarray(value, float), only, rtol=1e-3, atol=0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

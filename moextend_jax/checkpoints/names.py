@@ -201,7 +201,7 @@ def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
-    """Published layouts of whole models hold a Mixtral, a CLIP behind two linear maps, and one extension for it.
+    """Published layouts of whole models hold a Mixtral, pictures behind a CLIP and two linear maps, and one extension.
 
     Raises:
       MoextendError: these leaves of a model are more, or others.
@@ -220,9 +220,9 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others.append(f"a share of {config.extensions[name].share} of extension {name}")
     if others:
         raise MoextendError(
-            f"layout {layout} holds a Mixtral, a CLIP behind two linear maps and one extension called {IMAGE}, and "
-            f"this model has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back "
-            "onto its base"
+            f"layout {layout} holds a Mixtral, pictures behind a CLIP and two linear maps, and one extension called "
+            f"{IMAGE}, and this model has {', '.join(others)}: export it with --layout delta, which `moextend compose` "
+            "puts back onto its base"
         )
 
 
