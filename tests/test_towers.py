@@ -137,6 +137,16 @@ def _family(kind: str) -> str:
     return next(name for name, tower in TOWERS.items() if tower.architecture == f"{kind}Model")
 
 
+@pytest.mark.parametrize("named", ["crop_size", "size"])
+def test_a_dinov2_takes_pictures_as_its_processor_makes_them(tmp_path: Path, named: str):
+    src = write(tmp_path / "src", config_of("dinov2"))
+    (src / "preprocessor_config.json").write_text(json.dumps({named: {"height": 22, "width": 22}}))
+    assert huggingface.read_vision_config(src, feature_layer=-2) == config_of("dinov2", image_size=22)
+    assert open_source(src).config.vision == config_of("dinov2", image_size=22)
+    (src / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 256}}))
+    assert open_source(src).config.vision == config_of("dinov2")
+
+
 @pytest.mark.parametrize("size", [8, 13, 17, 23, 40])
 @pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
 def test_positions_on_another_grid_are_those_that_transformers_takes(tmp_path: Path, kind: str, size: int):
@@ -332,9 +342,9 @@ def test_another_network_is_refused_in_a_line(tmp_path: Path, family: str, chang
         ("dinov2", {"image_std": [0.5, 0.5, 0.5]}, "image_std .* as for DINOv2"),
         ("dinov2", {"resample": 2}, "resample = 2 cannot be honoured"),
         ("dinov2", {"crop_size": {"height": 14, "width": 18}}, "crop_size .*only squares of 4 to 56 pixels"),
-        ("dinov2", {"crop_size": 3}, "crop_size = 3 cannot be honoured"),
-        ("dinov2", {"crop_size": 57}, "crop_size = 57 cannot be honoured"),
-        ("dinov2", {"crop_size": "14"}, "crop_size = '14' cannot be honoured"),
+        ("dinov2", {"crop_size": 3}, "crop_size or size = 3 cannot be honoured"),
+        ("dinov2", {"crop_size": 57}, "crop_size or size = 57 cannot be honoured"),
+        ("dinov2", {"crop_size": "14"}, "crop_size or size = '14' cannot be honoured"),
         ("siglip", {"rescale_factor": 10**400}, "rescale_factor = 1000.* cannot be honoured"),
         ("clip", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean .* as for OpenAI's CLIP"),
     ],
@@ -374,6 +384,15 @@ def test_published_layouts_of_whole_models_hold_a_clip(tmp_path: Path):
     for layout, original in (("siglip", src), ("llava", tmp_path / "projector"), ("mixtral", tmp_path / "base")):
         cli.call(["export", str(tmp_path / "both"), str(tmp_path / layout), "--layout", layout])
         folders.assert_same(folders.read(tmp_path / layout), folders.read(original))
+
+
+def test_a_whole_released_model_with_another_tower_is_refused(tmp_path: Path):
+    released = folders.released(tmp_path / "released")
+    attributes = json.loads((released / "config.json").read_text())
+    other = huggingface.vision_attributes(config_of("siglip"))
+    huggingface.write_json(released / "config.json", attributes | {"vision_config": other})
+    with pytest.raises(MoextendError, match="released holds a tower of family siglip"):
+        open_source(released)
 
 
 def test_a_head_and_a_text_half_are_left_where_they_are(tmp_path: Path):

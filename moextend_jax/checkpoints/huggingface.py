@@ -99,16 +99,15 @@ def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
     for name, number in RESAMPLES.items():
         if attributes.get("resample") == number and name in family.resamples:
             tower = dataclasses.replace(tower, resample=name)
-    if not family.resized or (size := attributes.get("crop_size")) is None:
+    size = attributes.get("size")
+    cut = attributes.get("crop_size", size if isinstance(size, dict) and "height" in size else None)
+    if not family.resized or cut is None:
         return tower
-    sides, least, most = (
-        list(size.values()) if isinstance(size, dict) else [size],
-        tower.patch_size,
-        4 * tower.image_size,
-    )
+    sides = list(cut.values()) if isinstance(cut, dict) else [cut]
+    least, most = tower.patch_size, 4 * tower.image_size
     if not sides or not all(fits("image_size", side) and least <= side == sides[0] <= most for side in sides):
         raise MoextendError(
-            f"{path}: crop_size = {shown(size)} cannot be honoured (only squares of {least} to {most} pixels)"
+            f"{path}: crop_size or size = {shown(cut)} cannot be honoured (only squares of {least} to {most} pixels)"
         )
     return dataclasses.replace(tower, image_size=sides[0])
 
