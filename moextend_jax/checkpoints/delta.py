@@ -53,9 +53,10 @@ def check_layers(
     extensions: Iterable[ExtensionConfig], decoder: DecoderConfig, *, where: Path, base: Path | None
 ) -> None:
     """An extension must not name layers that its base does not have."""
-    beyond = [layer for extension in extensions for layer in extension.layers if layer >= decoder.layers]
+    beyond = [layer for extension in extensions for layer in extension.layers if layer not in decoder.routed]
     if beyond:
-        raise MoextendError(f"{where} extends layers {beyond}, but {base} has only {decoder.layers} layers")
+        routed = f"layers {decoder.dense_layers} to {decoder.layers - 1}"
+        raise MoextendError(f"{where} extends layers {beyond}, but of {base} {routed} route")
 
 
 def check_base(

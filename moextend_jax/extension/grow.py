@@ -14,6 +14,7 @@ from moextend_jax.parameters import arrays_of
 
 COPIED = {
     "router/new_gate": "decoder/layers/moe/gate",
+    "router/new_bias": "decoder/layers/moe/selection_bias",
     "new_experts/w_gate": "decoder/layers/moe/experts/w_gate",
     "new_experts/w_up": "decoder/layers/moe/experts/w_up",
     "new_experts/w_down": "decoder/layers/moe/experts/w_down",
@@ -32,17 +33,20 @@ def grow(
     extension = config.extensions.get(name)
     if extension is None:
         raise MoextendError("grow needs the layers to extend: run `moextend select` first")
-    if max(extension.layers) >= config.decoder.layers:
+    routed = config.decoder.routed
+    if beyond := [layer for layer in extension.layers if layer not in routed]:
         raise MoextendError(
-            f"the selection extends layer {max(extension.layers)}, but the base has {config.decoder.layers}"
+            f"the selection extends layers {beyond}, but of the base layers {routed.start} to {routed.stop - 1} route"
         )
     fresh = Extension(
         config.decoder, extension, rngs=nnx.Rngs(seed), dtype=config.train_dtype, std=recipe.calibrator_std
     )
     leaves = arrays_of(fresh)
-    layers_Y1 = jnp.array(extension.layers)[:, None]
+    layers_Y1 = jnp.array(extension.layers)[:, None] - routed.start
     sources_YX = jnp.array(extension.sources).reshape(len(extension.layers), extension.new_experts)
     for new, old in COPIED.items():
+        if new not in leaves:  # the base's experts have none
+            continue
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
             copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YX], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moextend_jax.checkpoints.attributes import Table
@@ -41,6 +41,8 @@ class Family(NamedTuple):
     published: sizes of its models by name, fields of `DecoderConfig` besides `fields`.
     fused: tensors that hold several of `names`.
     defaults: what transformers takes where a config.json inside a LLaVA's is silent.
+    beside: pattern of tensors that published files hold besides; "LAYERS" in it is the number of layers.
+    refusal: of a config.json, what no table can say is wrong with it, or "".
     """
 
     architecture: str
@@ -51,6 +53,8 @@ class Family(NamedTuple):
     published: Mapping[str, Mapping[str, Any]]
     fused: tuple[Fused, ...] = ()
     defaults: Mapping[str, Any] = {}
+    beside: str = ""
+    refusal: Callable[[Mapping[str, Any]], str] = lambda attributes: ""
 
 
 SIZES = {
@@ -101,14 +105,32 @@ BIASES = (
 )
 
 
-def shared_expert(block: str) -> tuple[Name, ...]:
+def shared_expert(block: str, *, stack: str = "layers", counter: str = "Z", width: str = "s") -> tuple[Name, ...]:
     """Names of an expert that every token passes."""
-    inside, ours = f"model.layers.{{Z}}.{block}.", "decoder/layers/shared/"
+    inside, ours = f"model.layers.{{{counter}}}.{block}.", f"decoder/{stack}/shared/"
     return (
-        Name(ours + "w_gate", inside + "gate_proj.weight", "s D -> D s"),
-        Name(ours + "w_up", inside + "up_proj.weight", "s D -> D s"),
-        Name(ours + "w_down", inside + "down_proj.weight", "D s -> s D"),
+        Name(ours + "w_gate", inside + "gate_proj.weight", f"{width} D -> D {width}"),
+        Name(ours + "w_up", inside + "up_proj.weight", f"{width} D -> D {width}"),
+        Name(ours + "w_down", inside + "down_proj.weight", f"D {width} -> {width} D"),
     )
+
+
+def dense(names: Iterable[Name], block: str) -> tuple[Name, ...]:
+    """Names of the layers before those that route: of their attention and norms as in `names`, of their only expert
+    as in a `block` of a dense model."""
+    layers, ours = "decoder/layers/", "decoder/dense/"
+    alike = (name for name in names if name.path.startswith(layers) and "/moe/" not in name.path)
+    return (
+        *(Name(name.path.replace(layers, ours), name.file.replace("{Z}", "{z}"), name.layout) for name in alike),
+        *shared_expert(block, stack="dense", counter="z", width="j"),
+    )
+
+
+def neighbours_turned(names: Iterable[Name]) -> tuple[Name, ...]:
+    """Where positions turn pairs of neighbours (2i, 2i + 1) of a head, here they turn (i, i + H/2): rows of queries and
+    keys are put in that order."""
+    turned = {"query": "(N h t) D -> D N (t h)", "key": "(K h t) D -> D K (t h)"}
+    return tuple(name._replace(layout=turned.get(name.path.rpartition("/")[2], name.layout)) for name in names)
 
 
 def normed_heads(query: str, key: str) -> tuple[Name, ...]:

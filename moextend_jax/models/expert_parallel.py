@@ -25,7 +25,7 @@ from jax import lax
 from moextend_jax.config import ModelConfig
 from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
-from moextend_jax.models.router import WEIGHT_GUARDS, Routing, route, route_extended
+from moextend_jax.models.router import WEIGHT_GUARDS, Routing, Rule, route, route_extended
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
@@ -55,14 +55,15 @@ def mixture(
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: modules `gate`, `experts` of one layer. slots: `router`, `new_experts` of every extension in it.
-      config: its top-k, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
+      moe: `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every extension
+        in it.
+      config: its decoder's `Rule`, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
       extended: for each extension a bool scalar, false on layers that it does not have.
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
-    top_k, normalised = config.decoder.top_k, config.decoder.normalised
+    rule = Rule.of(config.decoder)
     arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
     experts = splits[0]["experts/w_gate"]
     split = Split(
@@ -82,12 +83,13 @@ def mixture(
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
+            bias_E = None if this.selection_bias is None else this.selection_bias[...]
             if not added:
-                routing = route(x_TD, this.gate[...], top_k=top_k, normalised=normalised)
+                routing = route(x_TD, this.gate[...], bias_E, rule=rule)
             else:
                 routing = route_extended(
-                    x_TD, this.gate[...], [slot.router for slot in added], extended=extended, top_k=top_k,
-                    normalised=normalised, normalise=WEIGHT_GUARDS[config.weight_guard],
+                    x_TD, this.gate[...], [slot.router for slot in added], bias_E, extended=extended, rule=rule,
+                    normalise=WEIGHT_GUARDS[config.weight_guard],
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,22 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig
-from moextend_jax.parameters import weight
+from moextend_jax.parameters import constant, weight
 
 
 class Routing(NamedTuple):
     """What a layer decided; with a leading Z where layers are stacked.
 
-    logits_TO: float32 router logits before the softmax; O = E, or in an extended model E and the X of every extension;
+    logits_TO: float32 router logits before the scores; O = E, or in an extended model E and the X of every extension;
       -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
       from these.
-    ids_Tk: chosen experts, most likely first; ids from E on are new experts.
-    weights_Tk: float32 combine weights, summing to one over k (but where `bounded` had to hold them).
+    ids_Tk: chosen experts, the best first; ids from E on are new experts.
+    weights_Tk: float32 combine weights, summing to one over k where the family has it so (but where `bounded` had to
+      hold them).
+    selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
+      for whom the token could not choose. Else None.
     """
 
     logits_TO: jax.Array
     ids_Tk: jax.Array
     weights_Tk: jax.Array
+    selection_TO: jax.Array | None = None
+
+    @property
+    def chosen_by_TO(self) -> jax.Array:
+        """The experts with the k largest of these were chosen."""
+        return self.logits_TO if self.selection_TO is None else self.selection_TO
 
 
 class Calibrator(nnx.Module):
@@ -44,36 +54,90 @@ class Calibrator(nnx.Module):
 
 
 class NewColumns(nnx.Module):
-    """New router columns and the calibrator of the extended layers."""
+    """New router columns, what they are chosen by besides where the base has that, and the calibrator of the extended
+    layers."""
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
         sizes = {**decoder.sizes(), **extension.sizes(), "O": decoder.experts + extension.new_experts}
         self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
+        self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
 
 
-def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int, normalised: bool = True) -> Routing:
-    """Softmax over all experts in float32, top-k, renormalised over the chosen if `normalised`."""
+class Rule(NamedTuple):
+    """How a decoder's router decides: the fields of `DecoderConfig` with these names."""
+
+    top_k: int
+    scores: str = "softmax"
+    normalised: bool = True
+    routed_factor: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> Rule:
+        return cls(*(getattr(config, name) for name in cls._fields))
+
+
+SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+}
+"""TABLE `DecoderConfig.scores` -> what logits [..., O] become: experts are chosen and weighed by it. -inf gives 0."""
+
+
+def probabilities(logits_TO: jax.Array, scores: str) -> jax.Array:
+    """Scores over their sum: what load balancing and calibrators take, of one size in every family. Of a softmax they
+    are the scores."""
+    scores_TO = SCORES[scores](logits_TO)
+    return scores_TO if scores == "softmax" else scores_TO / scores_TO.sum(axis=-1, keepdims=True)
+
+
+def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, experts: int) -> jax.Array | None:
+    """Scores and bias, -inf for whom a token may not choose; None where that is the order of the logits.
+
+    Groups are of the first `experts` columns, and worth their two best experts; columns behind are in none and always
+    may be chosen, so that a new expert does not decide which others are.
+    """
+    if bias_O is None and rule.groups == 1:
+        return None
+    scores_TO = SCORES[rule.scores](logits_TO)
+    chosen_by_TO = scores_TO if bias_O is None else scores_TO + bias_O[None]
+    if rule.groups > 1:
+        grouped_TgE = chosen_by_TO[:, :experts].reshape(len(logits_TO), rule.groups, -1)
+        worth_Tg = jax.lax.top_k(grouped_TgE, 2)[0].sum(axis=-1)
+        best_Tg = jax.nn.one_hot(jax.lax.top_k(worth_Tg, rule.top_groups)[1], rule.groups, dtype=bool).any(axis=1)
+        grouped_TgE = jnp.where(best_Tg[..., None], grouped_TgE, -jnp.inf)
+        chosen_by_TO = chosen_by_TO.at[:, :experts].set(grouped_TgE.reshape(len(logits_TO), experts))
+    return jnp.where(jnp.isneginf(logits_TO), -jnp.inf, chosen_by_TO)
+
+
+def route(x_TD: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None = None, *, rule: Rule) -> Routing:
+    """Scores of all experts in float32, the k best by `selection`, weighed by their scores: over their sum if
+    `normalised`."""
     logits_TE = _logits(x_TD, gate_DE)
-    probs_TE = jax.nn.softmax(logits_TE, axis=-1)
-    weights_Tk, ids_Tk = jax.lax.top_k(probs_TE, top_k)
-    return Routing(logits_TE, ids_Tk, over_their_sum(weights_Tk) if normalised else weights_Tk)
+    scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, bias_E, experts=len(gate_DE.T))
+    _, ids_Tk = jax.lax.top_k(scores_TE if selection_TE is None else selection_TE, rule.top_k)
+    weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)
+    weights_Tk = over_their_sum(weights_Tk) if rule.normalised else weights_Tk
+    weights_Tk = weights_Tk if rule.routed_factor == 1 else weights_Tk * rule.routed_factor
+    return Routing(logits_TE, ids_Tk, weights_Tk, selection_TE)
 
 
 def route_extended(
     x_TD: jax.Array,
     gate_DE: jax.Array,
     slots: Sequence[NewColumns],
+    bias_E: jax.Array | None = None,
     *,
     extended: Sequence[jax.Array | bool] | None = None,
     shares: Sequence[jax.Array | None] | None = None,
-    top_k: int,
+    rule: Rule,
     normalise: Callable[[jax.Array], jax.Array],
-    normalised: bool = True,
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
-    Experts are chosen by the uncalibrated probabilities over all columns, weighted by the calibrated ones. Beside
+    Experts are chosen by the uncalibrated scores of all columns, weighted by the calibrated probabilities. Beside
     others an extension's calibrator corrects what it was trained on, the probabilities that its own columns alone would
     have, in proportion to what these columns have among all; alone it is the calibrator as trained.
 
@@ -82,9 +146,10 @@ def route_extended(
       extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
+      bias_E: what the base's experts are chosen by besides their scores.
+      rule: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would for the
+        token: else a new column would take from every expert's weight, for tokens that never choose it too.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
-      normalised: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would
-        for the token: else a new column would take from every expert's weight, for tokens that never choose it too.
     """
     base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
     log_shares_T1 = [
@@ -101,14 +166,16 @@ def route_extended(
         )
     ]
     logits_TO = jnp.concatenate([base_TE, *columns], axis=-1)
-    probs_TO = jax.nn.softmax(logits_TO, axis=-1)
-    _, ids_Tk = jax.lax.top_k(probs_TO, top_k)
+    probs_TO = probabilities(logits_TO, rule.scores)
+    bias_O = None if bias_E is None else jnp.concatenate([bias_E, *(slot.new_bias[...] for slot in slots)])
+    selection_TO = selection(logits_TO, rule, bias_O, experts=E)
+    _, ids_Tk = jax.lax.top_k(probs_TO if selection_TO is None else selection_TO, rule.top_k)
     calibrated_TO, first = probs_TO, E
     for slot, own_TX, share_T1 in zip(slots, columns, log_shares_T1, strict=True):
         after = first + own_TX.shape[-1]
         own_TO, mass_T1 = probs_TO, jnp.exp(jnp.minimum(share_T1, 0.0))
         if len(slots) > 1:
-            own_TO = jax.nn.softmax(jnp.concatenate([base_TE, own_TX], axis=-1), axis=-1)
+            own_TO = probabilities(jnp.concatenate([base_TE, own_TX], axis=-1), rule.scores)
             # What the others have not: exactly all where they are closed, as without them.
             mass_T1 *= 1.0 - probs_TO[:, E:first].sum(-1, keepdims=True) - probs_TO[:, after:].sum(-1, keepdims=True)
         correction_TO = slot.calibrator.correction(own_TO) * mass_T1
@@ -116,8 +183,8 @@ def route_extended(
         correction_TO = jnp.concatenate([correction_TO[:, :E], before_T, correction_TO[:, E:], behind_T], axis=-1)
         calibrated_TO, first = calibrated_TO + correction_TO, after
     weights_Tk = normalise(jnp.take_along_axis(calibrated_TO, ids_Tk, axis=-1))
-    plain = route(x_TD, gate_DE, top_k=top_k, normalised=normalised)
-    if not normalised:
+    plain = route(x_TD, gate_DE, bias_E, rule=rule)
+    if not rule.normalised or rule.routed_factor != 1:
         weights_Tk *= plain.weights_Tk.sum(axis=-1, keepdims=True)
     if shares and any(share is not None for share in shares):
         open_T1 = ~jnp.isneginf(jnp.concatenate(log_shares_T1, axis=-1)).all(axis=-1, keepdims=True)
@@ -125,7 +192,7 @@ def route_extended(
             jnp.where(open_T1, extended_Tk, plain_Tk)
             for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
         )
-    return Routing(logits_TO, ids_Tk, weights_Tk)
+    return Routing(logits_TO, ids_Tk, weights_Tk, selection_TO)
 
 
 def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array | bool) -> jax.Array:
