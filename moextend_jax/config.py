@@ -10,7 +10,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     f F of new experts      n images = B*M           d model width as an input axis
     s F of the expert that every token passes   z layers before those   j F of their one expert
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
-    Q vision positions = 1+P (the class token first)
+    Q vision positions = P, or 1+P with a class token, which is first; then r registers, then patches, in hidden states
     G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
     g most conversations in a row
     e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
@@ -195,9 +195,16 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of a CLIP vision transformer; defaults are ViT-L/14 at 336 pixels.
+    """Sizes of a vision transformer and what its family turns on; defaults are CLIP's ViT-L/14 at 336 pixels.
 
+    Where `patch_size` does not divide `image_size`, the last pixels of each side are not seen.
     `feature_layer` picks the hidden state that goes to the projector: -1 the last layer's output, -2 the one before.
+    family: a key of `families.towers.TOWERS`, by which tensors and attributes are called; nothing computed depends on
+    it.
+    class_token, registers: positions before the patches, which the projector does not read. pre_norm: a norm before the
+    layers. layer_scale: what a layer adds is scaled, channel by channel.
+    levels: mean and deviation of a picture's colours, a row of `media.image.LEVELS`. stretched: a picture is resized to
+    a square whatever its shape, which is then no recipe's choice.
     """
 
     width: int = 1024
@@ -207,17 +214,31 @@ class VisionConfig:
     image_size: int = 336
     patch_size: int = 14
     norm_eps: float = 1e-5
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"] = "quick_gelu"
     feature_layer: int = -2
+    family: str = "clip"
+    class_token: bool = True
+    registers: int = 0
+    pre_norm: bool = True
+    patch_bias: bool = False
+    layer_scale: bool = False
+    levels: Literal["clip", "half", "imagenet"] = "clip"
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    stretched: bool = False
+
+    @property
+    def grid(self) -> int:
+        """Patches of a side."""
+        return self.image_size // self.patch_size
 
     @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid**2
 
     def sizes(self) -> dict[str, int]:
         return {
             "C": self.width, "J": self.hidden, "U": self.layers, "N": self.heads, "H": self.width // self.heads,
-            "P": self.patches, "Q": self.patches + 1, "W": self.patch_size**2 * 3,
+            "P": self.patches, "Q": self.patches + self.class_token, "r": self.registers, "W": self.patch_size**2 * 3,
         }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path
-from moextend_jax.plan.sizes import DECODERS
+from moextend_jax.plan.sizes import DECODERS, TOWERS
 
 M8X7B = DecoderConfig()
 M8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
@@ -62,6 +62,47 @@ def clip_l_336() -> dict[str, tuple[int, ...]]:
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             made[f"{layer}self_attn.{part}.weight"] = (1024, 1024)
             made[f"{layer}self_attn.{part}.bias"] = (1024,)
+        made |= {layer + "mlp.fc1.weight": (4096, 1024), layer + "mlp.fc1.bias": (4096,)}
+        made |= {layer + "mlp.fc2.weight": (1024, 4096), layer + "mlp.fc2.bias": (1024,)}
+    return made | {f"{norm}.{part}": (1024,) for norm in norms for part in ("weight", "bias")}
+
+
+def siglip(layers: int, *, width: int, hidden: int, patch: int, positions: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tower in google/siglip-*, without the head that pools its positions."""
+    top = "vision_model."
+    made: dict[str, tuple[int, ...]] = {
+        top + "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        top + "embeddings.patch_embedding.bias": (width,),
+        top + "embeddings.position_embedding.weight": (positions, width),
+    }
+    norms = [top + "post_layernorm"]
+    for n in range(layers):
+        layer = f"{top}encoder.layers.{n}."
+        norms += [layer + "layer_norm1", layer + "layer_norm2"]
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            made |= {f"{layer}self_attn.{part}.weight": (width, width), f"{layer}self_attn.{part}.bias": (width,)}
+        made |= {layer + "mlp.fc1.weight": (hidden, width), layer + "mlp.fc1.bias": (hidden,)}
+        made |= {layer + "mlp.fc2.weight": (width, hidden), layer + "mlp.fc2.bias": (width,)}
+    return made | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+
+
+def dinov2_large(registers: int = 0) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of facebook/dinov2-large, less its mask token, and of the same with registers."""
+    made: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, 1024),
+        "embeddings.patch_embeddings.projection.weight": (1024, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": (1024,),
+        "embeddings.position_embeddings": (1, 1370, 1024),
+    }
+    if registers:
+        made["embeddings.register_tokens"] = (1, registers, 1024)
+    norms = ["layernorm"]
+    for n in range(24):
+        layer = f"encoder.layer.{n}."
+        norms += [layer + "norm1", layer + "norm2"]
+        for part in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            made |= {f"{layer}attention.{part}.weight": (1024, 1024), f"{layer}attention.{part}.bias": (1024,)}
+        made |= {f"{layer}layer_scale{m}.lambda1": (1024,) for m in (1, 2)}
         made |= {layer + "mlp.fc1.weight": (4096, 1024), layer + "mlp.fc1.bias": (4096,)}
         made |= {layer + "mlp.fc2.weight": (1024, 4096), layer + "mlp.fc2.bias": (1024,)}
     return made | {f"{norm}.{part}": (1024,) for norm in norms for part in ("weight", "bias")}
@@ -294,6 +335,35 @@ CASES = {
 }
 
 
+PICTURE_TOWERS = {
+    # transformers' classes count the heads, of 15,238,352 and 7,087,104, and the mask token, of 1024
+    "siglip-so400m-patch14-384": (
+        siglip(27, width=1152, hidden=4304, patch=14, positions=729),
+        428_225_600 - 15_238_352,
+    ),
+    "siglip-base-patch16-224": (siglip(12, width=768, hidden=3072, patch=16, positions=196), 92_884_224 - 7_087_104),
+    "dinov2-large": (dinov2_large(), 304_368_640 - 1024),
+    "dinov2-with-registers-large": (dinov2_large(registers=4), 304_371_712),
+}
+
+
+@pytest.mark.parametrize("tower", PICTURE_TOWERS)
+def test_every_name_of_a_picture_tower_is_matched_once_and_has_its_shape(tower: str):
+    published, parameters = PICTURE_TOWERS[tower]
+    assert sum(math.prod(shape) for shape in published.values()) == parameters
+    config = of_pictures(decoder=DecoderConfig(layers=1), vision=TOWERS[tower])
+    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    ours = {path: param.shape for path, param in by_path(nnx.state(model, nnx.Param)).items() if "/tower/" in path}
+    tensors = list(names.tensors(TOWERS[tower].family, config))
+    assert collections.Counter(tensor.file for tensor in tensors) == collections.Counter(published.keys())
+    assert {tensor.path for tensor in tensors} == ours.keys()
+    for tensor in tensors:
+        letters = names.letters(tensor.path, config)
+        theirs, inner = (names.shape(side, letters) for side in tensor.layout.split(" -> "))
+        assert theirs == published[tensor.file], tensor.file
+        assert inner == ours[tensor.path][len(tensor.index) :], tensor.path
+
+
 @functools.cache
 def shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Our parameters of the full-size model."""
@@ -332,7 +402,8 @@ def test_every_published_name_is_matched_once_and_has_its_shape(case: str):
 
 def test_no_pattern_of_other_tensors_swallows_one_of_ours():
     for table, pattern in names.BESIDE.items():
-        config = of_pictures(decoder=M8X7B, vision=CLIP_L_336)
+        vision = next((tower for tower in TOWERS.values() if tower.family == table), CLIP_L_336)
+        config = of_pictures(decoder=M8X7B, vision=vision)
         for tensor in names.tensors(table, config):
             for prefix in ("", names.PREFIXES.get(table, "")):
                 assert not pattern.fullmatch(prefix + tensor.file)
@@ -347,3 +418,11 @@ def test_the_text_half_of_a_clip_is_known_by_name():
     assert names.IGNORED.fullmatch("vision_model.embeddings.position_ids")
     assert not names.BESIDE["clip"].fullmatch("vision_projection.weight")
     assert not names.BESIDE["clip"].fullmatch("logit_bias")
+
+
+def test_so_are_the_text_half_and_the_head_of_a_siglip():
+    """Of google/siglip-base-patch16-224, all that is not the tower."""
+    others = ["logit_scale", "logit_bias", "text_model.head.weight", "vision_model.head.probe"]
+    others += ["vision_model.head.attention.in_proj_weight", "vision_model.head.mlp.fc1.bias"]
+    assert all(names.BESIDE["siglip"].fullmatch(name) for name in others)
+    assert not names.BESIDE["siglip"].fullmatch("vision_model.embeddings.class_embedding")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError, YarnConfig
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError, YarnConfig, with_vision
 from moextend_jax.extension import routing
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import TOWERS
 from moextend_jax.mesh import make_mesh, one_device, place_rows
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import with_arrays
@@ -135,6 +136,17 @@ def test_so_it_is_in_other_families(family: str):
     mesh, arrays = sharded(MESHES["no data"], model)
     got = three_steps("full", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
     assert_same(got, three_steps("full", tiny.arrays(model), BATCHES, model=model))
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov2_with_registers"])
+def test_so_it_is_behind_other_picture_towers(family: str):
+    registers = {"registers": 3} if family == "dinov2_with_registers" else {}
+    tower = dataclasses.replace(tiny.VISION, family=family, **TOWERS[family].fields, **registers)
+    model = with_vision(MODEL, tower)
+    mesh, arrays = sharded(MESHES["no data"], model)
+    got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
+    assert_same(got, three_steps("align", tiny.arrays(model), BATCHES, model=model))
+    assert got.losses != on_one_device("align").losses
 
 
 @pytest.mark.parametrize(

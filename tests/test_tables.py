@@ -67,6 +67,9 @@ OTHER_DECODER = of_pictures(
     extension=ExtensionConfig(layers=(2,), sources=(0,)),
 )  # fmt: skip
 """What decoders of other families have besides."""
+OTHER_TOWER = of_pictures(
+    decoder=DecoderConfig(layers=2), vision=VisionConfig(patch_bias=True, layer_scale=True, registers=4, layers=2)
+)
 
 
 @functools.cache
@@ -75,7 +78,7 @@ def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
 
 
 def anywhere() -> dict[str, nnx.Param]:
-    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER)
+    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER) | parameters(OTHER_TOWER)
 
 
 def size(prefix: str) -> int:

@@ -125,7 +125,7 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
         value = attributes.get(theirs)
         fields[ours] = value = table.ours.get(theirs, lambda value: value)(value)
         if not fits(ours, value):  # a list: other sizes in other layers
-            hint, default = _FIELDS[ours]
+            hint, default = _FIELDS.get(ours, _COUNT)
             may_be_null = "null or " if type(None) in get_args(hint) else ""
             wanted = (
                 "something else" if ours in ("local", "yarn")
@@ -151,6 +151,8 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     for field in dataclasses.fields(of)
 }
 """Of sizes: their type, and their default, which if it is 0 says that they may be."""
+_COUNT = int, 1
+"""So it is of what is no field there: sizes of other towers, and what sizes are computed from."""
 
 
 def fits(field: str, value: Any) -> bool:
@@ -161,7 +163,7 @@ def fits(field: str, value: Any) -> bool:
         return type(value) is int and -MOST < value < 0
     if field == "local":
         return isinstance(value, tuple) and all(isinstance(is_local, bool) for is_local in value)
-    hint, default = _FIELDS[field]
+    hint, default = _FIELDS.get(field, _COUNT)
     options = get_args(hint)
     if field == "yarn" and value is not None:
         numbers = value if isinstance(value, dict) else dataclasses.asdict(value) if is_dataclass(value) else {}

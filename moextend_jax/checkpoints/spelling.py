@@ -45,9 +45,11 @@ SPELLINGS = (
     Spelling(
         _LAYER + _GATE + r"calibrator(\.[02]\.weight)", r"\1.block_sparse_moe.weight_scale.weight_scale\2", _RELEASED
     ),
-    # transformers 5's CLIPVisionModel, in whatever way it is saved
+    # transformers 5's CLIPVisionModel and SiglipVisionModel, in whatever way they are saved
     Spelling(
-        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision_model.\1", r"(vision|text)_model\..*"
+        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)",
+        r"vision_model.\1",
+        r"(vision|text)_model\..*|embeddings\.cls_token",  # a DINOv2's names begin so as they are published
     ),
 )
 
@@ -79,7 +81,7 @@ def _wrapper(tensors: Mapping[str, Stored]) -> str | None:
 
 
 def published(stored: Mapping[str, Stored], family: str = "mixtral") -> tuple[dict[str, Stored], list[str]]:
-    """A decoder's and a CLIP vision model's tensors by their published names, however transformers 5 has saved them.
+    """A decoder's and a vision model's tensors by their published names, however transformers 5 has saved them.
 
     Args:
       family: of the decoder, which says what its experts are called; one whose published files fuse them is left alone.
