@@ -50,7 +50,7 @@ def main() -> None:
     assert opened.config.vision is not None
     questions = table.read("easy_vqa", None)[: args.questions]
     pictures = QuestionPictures(
-        questions, size=opened.config.vision.image_size, tokens=opened.patches,
+        questions, tower=opened.config.vision, tokens=opened.patches,
         preparation=opened.recipe.image_preparation,
     )  # fmt: skip
     prompts = [

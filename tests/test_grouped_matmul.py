@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,8 @@ def test_what_stands_in_unused_rows_has_no_effect(block: None):
 def test_bfloat16_rows_give_bfloat16(which: str):
     sizes_O = jnp.array([10, 6], jnp.int32)
     x_RD, weights_R1, parts = normal(16, D), normal(16, 1), swiglu_weights((2,))
+    y: Any
+    exact: Any
     if which == "matmul":
         y, exact = (grouped_matmul(x_RD.astype(t), [parts[0][0]], sizes_O) for t in (jnp.bfloat16, jnp.float32))
     else:

@@ -177,7 +177,7 @@ def granite(layers: int, *, width: int, experts: int, vocab: int = 49155) -> dic
 
 def glm(layers: int, *, width: int, heads: int, keys: int, hidden: int, dense: int, experts: int, vocab: int):
     """Names and shapes of GLM-4.5-Air: its first layer is dense, the others have an expert that all tokens pass."""
-    made = {name: (vocab, width) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    made: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocab, width))
     made["model.norm.weight"] = (width,)
 
     for n in range(layers):
@@ -223,7 +223,7 @@ def swiglu(block: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
 
 def gpt_oss(layers: int, *, width: int, experts: int, packed: bool, vocab: int = 201088):
     """Names and shapes of gpt-oss: 64 query and 8 key heads of 64, and F = D; experts in four bits, or not."""
-    made = {name: (vocab, width) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    made: dict[str, tuple[int, ...]] = dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (vocab, width))
     made["model.norm.weight"] = (width,)
     for n in range(layers):
         layer, block = f"model.layers.{n}.", f"model.layers.{n}.mlp."

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -166,7 +165,7 @@ def fits(field: str, value: Any) -> bool:
     hint, default = _FIELDS.get(field, _COUNT)
     options = get_args(hint)
     if field == "yarn" and value is not None:
-        numbers = value if isinstance(value, dict) else dataclasses.asdict(value) if is_dataclass(value) else {}
+        numbers = value if isinstance(value, dict) else vars(value) if isinstance(value, YarnConfig) else {}
         return bool(numbers) and all(isinstance(of, bool) or fits("rope_theta", of) for of in numbers.values())
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in options

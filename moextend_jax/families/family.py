@@ -76,7 +76,7 @@ class Every(tuple[Any, ...]):
         return value is None or (isinstance(value, list) and all(super(Every, self).__contains__(v) for v in value))
 
 
-PLAIN: Mapping[str, tuple[Any, ...]] = {
+PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "rope_scaling": (None,), "attention_bias": (None, False), "attention_dropout": (0,),
     "partial_rotary_factor": (None, 1.0), "router_jitter_noise": (0,), "rope_interleaved": (None, False),
     "mlp_bias": (None, False), "test": (False,), "layer_types": Every(["full_attention"]),

@@ -17,9 +17,10 @@ from jax import lax
 
 from moextend_jax.models.glu import SILU, Glu
 
-BLOCK = 64
-"""Rows per product. Half a block per expert is wasted on average; 64 was fastest at few and at many rows per expert
-(docs/benchmarks.md)."""
+BLOCK, LEAST = 64, 16
+"""Rows per product, at most and at least: about as many as an expert has on average. Half a block per expert is wasted,
+which of many small experts would be most of the work (docs/benchmarks.md). How many follows from shapes alone: products
+of fewer rows round otherwise, so a row's result may depend on shapes, and on nothing else of its batch."""
 
 Weights = tuple[jax.Array, ...]
 """w_GDF of the gate, w_GDF up, w_GFD down of one part, and where experts have them the biases b_GF of gate and up;
@@ -104,7 +105,8 @@ class _Rows:
     """Blocks of the sorted rows. A group's last block reads and writes into the next group, which overwrites that."""
 
     def __init__(self, sizes_O: jax.Array, R: int):
-        self.sizes_O, self.R, self.block = sizes_O, R, min(BLOCK, R)
+        average = 1 << (R // len(sizes_O)).bit_length()
+        self.sizes_O, self.R, self.block = sizes_O, R, min(max(average, LEAST), BLOCK, R)
         self.ends_O = jnp.cumsum(sizes_O)
         self.starts_O = self.ends_O - sizes_O
 

@@ -30,8 +30,11 @@ class Experts(nnx.Module):
         self.w_gate = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
         self.w_up = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
         self.w_down = weight(f"{stack}{hidden}D", sizes, rngs=rngs, dtype=dtype)
-        for name, axis in {"b_gate": hidden, "b_up": hidden, "b_down": "D"}.items():
-            setattr(self, name, constant(stack + axis, sizes, dtype=dtype, value=0.0) if bias else None)
+
+        def made(axis: str) -> nnx.Param | None:
+            return constant(stack + axis, sizes, dtype=dtype, value=0.0) if bias else None
+
+        self.b_gate, self.b_up, self.b_down = made(hidden), made(hidden), made("D")
 
     def weights(self, dtype: Any) -> Weights:
         """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`)."""
@@ -77,7 +80,7 @@ def apply_experts(
 
 
 def swiglu(
-    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu
+    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu = SILU
 ) -> jax.Array:
     """Each sorted row through its own expert, times its combine weight."""
     if platform() == "cpu":

@@ -213,7 +213,9 @@ def added(x_BLD: jax.Array, y_BLD: jax.Array, config: DecoderConfig) -> jax.Arra
     return x_BLD + (y_BLD if config.residual_factor == 1 else y_BLD * config.residual_factor)
 
 
-def feed_forward(x_BLD: jax.Array, layer: DecoderLayers, slots: Sequence[Any], **options: Any):
+def feed_forward(
+    x_BLD: jax.Array, layer: DecoderLayers, slots: Sequence[Any], **options: Any
+) -> tuple[jax.Array, Routing]:
     """`x_BLD -> (y_BLD, Routing)`: the experts that tokens choose (`mixture`, whose options these are), and the one
     that they all pass. A dense layer has that one alone, and no routing."""
     y_BLD, routing = mixture(x_BLD, layer.moe, slots, **options) if layer.moe is not None else (None, None)
@@ -221,7 +223,7 @@ def feed_forward(x_BLD: jax.Array, layer: DecoderLayers, slots: Sequence[Any], *
         with jax.named_scope("shared"):
             of_all_BLD = layer.shared(x_BLD)
         y_BLD = of_all_BLD if y_BLD is None else y_BLD + of_all_BLD
-    return y_BLD, routing
+    return cast(jax.Array, y_BLD), cast(Routing, routing)
 
 
 def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) -> Routing:

@@ -136,8 +136,14 @@ class Gate(NamedTuple):
 
     def and_columns(self, slot: NewColumns) -> Gate:
         """With the columns of an extension behind its own."""
-        bias = None if self.bias_E is None else jnp.concatenate([self.bias_E, slot.new_gate_bias[...]])
+        bias = None if self.bias_E is None else jnp.concatenate([self.bias_E, _there(slot.new_gate_bias)])
         return Gate(jnp.concatenate([self.columns_DE, slot.new_gate[...].astype(self.columns_DE.dtype)], axis=-1), bias)
+
+
+def _there(param: nnx.Param | None) -> jax.Array:
+    """Of an extension: it has the biases that its base has."""
+    assert param is not None
+    return param[...]
 
 
 def route(x_TD: jax.Array, gate: Gate | jax.Array, *, rule: Rule) -> Routing:
@@ -197,7 +203,7 @@ def route_extended(
     probs_TO = probabilities(logits_TO, rule.scores)
     bias_O = None
     if gate.selection_E is not None:
-        bias_O = jnp.concatenate([gate.selection_E, *(slot.new_bias[...] for slot in slots)])
+        bias_O = jnp.concatenate([gate.selection_E, *(_there(slot.new_bias) for slot in slots)])
     selection_TO = selection(logits_TO, rule, bias_O, experts=E)
     _, ids_Tk = jax.lax.top_k(probs_TO if selection_TO is None else selection_TO, rule.top_k)
     calibrated_TO, first = probs_TO, E

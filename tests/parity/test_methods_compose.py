@@ -19,7 +19,7 @@ from flax import nnx
 from moextend_jax.config import DecoderConfig, ExtensionConfig
 from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts
-from moextend_jax.models.router import NewColumns, Routing, over_their_sum, route, route_extended
+from moextend_jax.models.router import NewColumns, Routing, Rule, over_their_sum, route, route_extended
 from moextend_jax.parameters import with_arrays
 from parity.methods import methods_arrays
 
@@ -80,7 +80,7 @@ def routed(*shares: Any, only: Sequence[int] | None = None) -> Routing:
     slots = of.slots if only is None else [of.slots[m] for m in only]
     log_shares = [jnp.broadcast_to(jnp.asarray(share, jnp.float32), of.x_TD.shape[:1]) for share in shares]
     return route_extended(
-        of.x_TD, of.gate_DE, slots, shares=log_shares or None, top_k=of.top_k, normalise=over_their_sum
+        of.x_TD, of.gate_DE, slots, shares=log_shares or None, rule=Rule(of.top_k), normalise=over_their_sum
     )
 
 
@@ -104,7 +104,7 @@ def decoupled(text: Sequence[float]) -> list[np.ndarray]:
 
 def test_the_base_alone():
     of = layer()
-    plain = route(of.x_TD, of.gate_DE, top_k=of.top_k)
+    plain = route(of.x_TD, of.gate_DE, rule=Rule(of.top_k))
     np.testing.assert_allclose(output(plain, only=()), theirs()["moe/base_TD"], **CLOSE)
 
 
@@ -146,7 +146,7 @@ def test_a_share_of_nothing_takes_an_extension_out(m: int):
 
 def test_with_every_extension_out_it_is_the_base():
     of = layer()
-    neither, plain = routed(*[CLOSED] * len(of.slots)), route(of.x_TD, of.gate_DE, top_k=of.top_k)
+    neither, plain = routed(*[CLOSED] * len(of.slots)), route(of.x_TD, of.gate_DE, rule=Rule(of.top_k))
     np.testing.assert_array_equal(neither.ids_Tk, plain.ids_Tk)
     np.testing.assert_array_equal(neither.weights_Tk, plain.weights_Tk)
 
@@ -154,7 +154,7 @@ def test_with_every_extension_out_it_is_the_base():
 def test_uni_moes_mixture_is_mixtrals():
     unimoe = methods_arrays("unimoe")
     x_TD = jnp.asarray(unimoe["x_BLD"].reshape(-1, unimoe["x_BLD"].shape[-1]))
-    ours = route(x_TD, jnp.asarray(unimoe["gate_DE"]), top_k=unimoe["ids_Tk"].shape[-1])
+    ours = route(x_TD, jnp.asarray(unimoe["gate_DE"]), rule=Rule(unimoe["ids_Tk"].shape[-1]))
     np.testing.assert_allclose(ours.logits_TO, unimoe["logits_TE"], **CLOSE)
     np.testing.assert_array_equal(ours.ids_Tk, unimoe["ids_Tk"])
     np.testing.assert_allclose(ours.weights_Tk, unimoe["weights_Tk"], **CLOSE)
