@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe
+from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe, StartName
 from moextend_jax.models.mixtral import Extension
 from moextend_jax.parameters import arrays_of
 
@@ -20,14 +20,30 @@ COPIED = {
 }
 """New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
 
+CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
+    "copy": {},
+    "twin": {},
+    "lowered": {"router/offset": lambda leaf, lowered_by: jnp.full_like(leaf, -lowered_by)},
+    "added": {"new_experts/w_down": lambda leaf, lowered_by: jnp.zeros_like(leaf)},
+}
+"""TABLE of starts -> the new leaves that do not start as copies. `models/starts.py` says what each is."""
+
 
 def grow(
-    arrays: Mapping[str, jax.Array], *, config: ModelConfig, recipe: Recipe, seed: int, name: str = IMAGE
+    arrays: Mapping[str, jax.Array],
+    *,
+    config: ModelConfig,
+    recipe: Recipe,
+    seed: int,
+    name: str = IMAGE,
+    lowered_by: float = 0.0,
 ) -> dict[str, jax.Array]:
     """The leaves of the extension `name` of `config.extensions`, initialised from the pretrained ones.
 
     Each new expert and its router column copy a source expert of the layer (paper Eq. 8); the pretrained arrays are
-    not touched.
+    not touched. A wide one has the hidden units of its sources side by side, which adds their outputs up, and a down
+    projection divided by their number: it is their mean, of the size of one. Its column is that of its first source,
+    the most picked, for a mean of columns is chosen by next to nobody.
     """
     extension = config.extensions.get(name)
     if extension is None:
@@ -40,12 +56,19 @@ def grow(
         config.decoder, extension, rngs=nnx.Rngs(seed), dtype=config.train_dtype, std=recipe.calibrator_std
     )
     leaves = arrays_of(fresh)
+    Y, wide = len(extension.layers), extension.wide
     layers_Y1 = jnp.array(extension.layers)[:, None]
-    sources_YX = jnp.array(extension.sources).reshape(len(extension.layers), extension.new_experts)
+    sources_YXm = jnp.array(extension.sources).reshape(Y, extension.new_experts, wide)
     for new, old in COPIED.items():
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
-            copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YX], 1, 2)
+            copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YXm[..., 0]], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]
-            copied = arrays[old][layers_Y1, sources_YX]
+            copied = jnp.concatenate(
+                [arrays[old][layers_Y1, sources_YXm[..., n]] for n in range(wide)],
+                axis=2 if new.endswith("w_down") else 3,
+            )
+            copied = copied / wide if new.endswith("w_down") and wide > 1 else copied
         leaves[new] = copied.astype(leaves[new].dtype)
+    for new, changed in CHANGED[extension.start].items():
+        leaves[new] = changed(leaves[new], lowered_by)
     return {f"extensions/{name}/{path}": leaf for path, leaf in leaves.items()}

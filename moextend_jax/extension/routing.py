@@ -31,8 +31,8 @@ class Counts(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """shift_Z: d_j of every layer. layers: chosen, ascending. sources: experts to copy, X for each chosen layer, one
-    after another."""
+    """shift_Z: d_j of every layer. layers: chosen, ascending. sources: experts to copy, `wide` for each of X new ones
+    of each chosen layer, one after another."""
 
     shift_Z: np.ndarray
     layers: tuple[int, ...]
@@ -116,11 +116,14 @@ def count_all(
     return Counts(*total)
 
 
-def select(before: Counts, after: Counts, *, share: float, recipe: Recipe, new_experts: int = 1) -> Selection:
+def select(
+    before: Counts, after: Counts, *, share: float, recipe: Recipe, new_experts: int = 1, wide: int = 1
+) -> Selection:
     """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
 
     The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer, and to the lower expert. Each of
-    the `new_experts` X of a layer has another source.
+    the `new_experts` X of a layer has other sources: the X most picked are the first of one each, the X after these the
+    second, and so on.
 
     Raises:
       MoextendError: the share chooses no layer, or a layer's shift is no number (nothing was counted there).
@@ -135,12 +138,19 @@ def select(before: Counts, after: Counts, *, share: float, recipe: Recipe, new_e
         raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
     layers = tuple(sorted(int(z) for z in np.argsort(-shift_Z, kind="stable")[:count]))
     decided_ZO = shares((before if recipe.source_under == "before" else after).total_ZO)
-    if new_experts > decided_ZO.shape[1]:
+    check_sources(new_experts, wide, experts=decided_ZO.shape[1])
+    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in layers)
+    sources = (experts.reshape(wide, new_experts).T.reshape(-1) for experts in by_picks)
+    return Selection(shift_Z, layers, tuple(int(expert) for experts in sources for expert in experts))
+
+
+def check_sources(new_experts: int, wide: int, *, experts: int) -> None:
+    """Raises MoextendError where a layer has fewer experts than there are to be different sources."""
+    if new_experts * wide > experts:
+        times = "" if wide == 1 else f" times select.wide = {wide}"
         raise MoextendError(
-            f"select.new_experts = {new_experts}: each copies another expert, and a layer has {decided_ZO.shape[1]}"
+            f"select.new_experts = {new_experts}{times}: each copies another expert, and a layer has {experts}"
         )
-    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[:new_experts] for z in layers)
-    return Selection(shift_Z, layers, tuple(int(expert) for experts in by_picks for expert in experts))
 
 
 def shares(counts_ZO: np.ndarray) -> np.ndarray:

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig
-from moextend_jax.parameters import weight
+from moextend_jax.config import DecoderConfig, ExtensionConfig, Mass
+from moextend_jax.models.starts import STARTS, Columns
+from moextend_jax.parameters import constant, weight
 
 
 class Routing(NamedTuple):
@@ -19,8 +21,10 @@ class Routing(NamedTuple):
     logits_TO: float32 router logits before the softmax; O = E, or in an extended model E and the X of every extension;
       -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
       from these.
-    ids_Tk: chosen experts, most likely first; ids from E on are new experts.
-    weights_Tk: float32 combine weights, summing to one over k (but where `bounded` had to hold them).
+    ids_Tk: chosen experts, most likely first; ids from E on are new experts. Where extensions start "added", k is
+      wider by their experts, which stand behind the k that compete: O, which is nobody, where a token has one not.
+    weights_Tk: float32 combine weights, those of competing experts summing to one over k (but where `bounded` had to
+      hold them).
     """
 
     logits_TO: jax.Array
@@ -44,11 +48,13 @@ class Calibrator(nnx.Module):
 
 
 class NewColumns(nnx.Module):
-    """New router columns and the calibrator of the extended layers."""
+    """New router columns and the calibrator of the extended layers; with start "lowered" what is added to their
+    logits."""
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
-        sizes = {**decoder.sizes(), **extension.sizes(), "O": decoder.experts + extension.new_experts}
+        sizes, self.start = extension.sizes(decoder), extension.start
         self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
+        self.offset = constant("YX", sizes, dtype=dtype, value=0.0) if extension.start == "lowered" else None
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
 
 
@@ -67,64 +73,71 @@ def route_extended(
     *,
     extended: Sequence[jax.Array | bool] | None = None,
     shares: Sequence[jax.Array | None] | None = None,
+    sources: Sequence[jax.Array | None] | None = None,
     top_k: int,
-    normalise: Callable[[jax.Array], jax.Array],
+    normalise: Callable[..., jax.Array],
     normalised: bool = True,
+    mass: Mass = "base",
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
     Experts are chosen by the uncalibrated probabilities over all columns, weighted by the calibrated ones. Beside
     others an extension's calibrator corrects what it was trained on, the probabilities that its own columns alone would
-    have, in proportion to what these columns have among all; alone it is the calibrator as trained.
+    have, in proportion to what these columns have among all; alone it is the calibrator as trained. Which columns there
+    are depends on how extensions start (`starts.STARTS`).
 
     Args:
       slots: the new columns of every extension in this layer, in the order of their experts' numbers.
       extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
+      sources: for each, the experts [X] that its own are copies of; twins alone need them.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
       normalised: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would
         for the token: else a new column would take from every expert's weight, for tokens that never choose it too.
+      mass: "literal" lets it: weights are the calibrated probabilities themselves.
     """
     base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
-    log_shares_T1 = [
-        _log_share(x_TD, shares[n] if shares else None, extended[n] if extended else True) for n in range(len(slots))
-    ]
-    # Where nothing has a share nothing is added: it would round.
-    columns = [
-        jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
-        for own_TX, share_T, share_T1 in zip(
-            (_own_logits(x_TD, gate_DE, slot.new_gate[...]) for slot in slots),
-            shares or [None] * len(slots),
-            log_shares_T1,
-            strict=True,
-        )
-    ]
-    logits_TO = jnp.concatenate([base_TE, *columns], axis=-1)
-    probs_TO = jax.nn.softmax(logits_TO, axis=-1)
-    _, ids_Tk = jax.lax.top_k(probs_TO, top_k)
-    calibrated_TO, first = probs_TO, E
-    for slot, own_TX, share_T1 in zip(slots, columns, log_shares_T1, strict=True):
-        after = first + own_TX.shape[-1]
-        own_TO, mass_T1 = probs_TO, jnp.exp(jnp.minimum(share_T1, 0.0))
-        if len(slots) > 1:
-            own_TO = jax.nn.softmax(jnp.concatenate([base_TE, own_TX], axis=-1), axis=-1)
+    shares, sources = (some or [None] * len(slots) for some in (shares, sources))
+    log_shares_T1 = [_log_share(x_TD, shares[n], extended[n] if extended else True) for n in range(len(slots))]
+    seats, columns, first = [], Columns(base_TE, np.arange(E)), E
+    for slot, share_T, share_T1, sources_X in zip(slots, shares, log_shares_T1, sources, strict=True):
+        own_TX = _own_logits(x_TD, gate_DE, slot.new_gate[...])
+        own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)
+        # Where nothing has a share nothing is added: it would round.
+        own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
+        seats.append(STARTS[slot.start](own_TX, sources_X, first=first, experts=E, columns=columns))
+        columns, first = seats[-1].columns, first + own_TX.shape[-1]
+    probs_To = jax.nn.softmax(columns.logits_To, axis=-1)
+    _, picked_Tk = jax.lax.top_k(probs_To, top_k)
+    least_T1 = jnp.take_along_axis(columns.logits_To, picked_Tk[:, -1:], axis=-1)
+    calibrated_To, beside = probs_To, []
+    for slot, seat, share_T1 in zip(slots, seats, log_shares_T1, strict=True):
+        own_TO, mass_T1 = probs_To, jnp.exp(jnp.minimum(share_T1, 0.0))
+        if len(slots) > 1 or not seat.competes:
+            own_TO = jax.nn.softmax(seat.alone(columns), axis=-1)
             # What the others have not: exactly all where they are closed, as without them.
-            mass_T1 *= 1.0 - probs_TO[:, E:first].sum(-1, keepdims=True) - probs_TO[:, after:].sum(-1, keepdims=True)
+            mass_T1 *= seat.left(probs_To)
         correction_TO = slot.calibrator.correction(own_TO) * mass_T1
-        before_T, behind_T = (jnp.zeros((len(x_TD), n)) for n in (first - E, logits_TO.shape[-1] - after))
-        correction_TO = jnp.concatenate([correction_TO[:, :E], before_T, correction_TO[:, E:], behind_T], axis=-1)
-        calibrated_TO, first = calibrated_TO + correction_TO, after
-    weights_Tk = normalise(jnp.take_along_axis(calibrated_TO, ids_Tk, axis=-1))
+        calibrated_To = calibrated_To + seat.spread(correction_TO, columns)
+        beside.append((seat, seat.beside(columns, least_T1, correction_TO)))
+    ids_Tk, weights_Tk = columns.experts(picked_Tk), jnp.take_along_axis(calibrated_To, picked_Tk, axis=-1)
     plain = route(x_TD, gate_DE, top_k=top_k, normalised=normalised)
-    if not normalised:
-        weights_Tk *= plain.weights_Tk.sum(axis=-1, keepdims=True)
-    if shares and any(share is not None for share in shares):
+    if normalised:
+        weights_Tk = normalise(weights_Tk)
+    elif mass == "base":
+        weights_Tk = normalise(weights_Tk, plain.weights_Tk.sum(axis=-1, keepdims=True))
+    if any(share is not None for share in shares):
         open_T1 = ~jnp.isneginf(jnp.concatenate(log_shares_T1, axis=-1)).all(axis=-1, keepdims=True)
         ids_Tk, weights_Tk = (
             jnp.where(open_T1, extended_Tk, plain_Tk)
             for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
         )
+    for seat, stands in beside:
+        if stands is not None:
+            ids_Tk = jnp.concatenate([ids_Tk, jnp.where(stands.chosen_TX, seat.numbers_X, first)], axis=-1)
+            weights_Tk = jnp.concatenate([weights_Tk, stands.weights_TX], axis=-1)
+    logits_TO = jnp.concatenate([columns.held(E), *(seat.own(columns) for seat in seats)], axis=-1)
     return Routing(logits_TO, ids_Tk, weights_Tk)
 
 
@@ -144,15 +157,16 @@ def _own_logits(x_TD: jax.Array, gate_DE: jax.Array, new_DX: jax.Array) -> jax.A
     return _logits(x_TD, gates_DO)[:, gate_DE.shape[-1] :]
 
 
-def over_their_sum(weights_Tk: jax.Array) -> jax.Array:
-    return weights_Tk / weights_Tk.sum(axis=-1, keepdims=True)
+def over_their_sum(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:
+    """Weights that sum to `to_T1`."""
+    return weights_Tk / (weights_Tk.sum(axis=-1, keepdims=True) / to_T1)
 
 
 LARGEST_WEIGHT = 4.0
 """Of `bounded`. Calibrators that train well were seen to give -0.56 to 1.56."""
 
 
-def bounded(weights_Tk: jax.Array) -> jax.Array:
+def bounded(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:
     """`over_their_sum`, bit for bit, unless the weights nearly cancel; then by a sum that leaves none above the bound.
 
     Calibrated probabilities have any sign, so their sum can come near zero: 0.40 and -0.39 would weigh 40 and -39. They
@@ -161,8 +175,9 @@ def bounded(weights_Tk: jax.Array) -> jax.Array:
     total_T1 = weights_Tk.sum(axis=-1, keepdims=True)
     least_T1 = jnp.abs(weights_Tk).sum(axis=-1, keepdims=True) / LARGEST_WEIGHT
     least_T1 = jnp.maximum(least_T1, 1e-6)  # all of them zero
-    return weights_Tk / jnp.where(jnp.abs(total_T1) < least_T1, jnp.copysign(least_T1, total_T1), total_T1)
+    total_T1 = jnp.where(jnp.abs(total_T1) < least_T1, jnp.copysign(least_T1, total_T1), total_T1)
+    return weights_Tk / (total_T1 / to_T1)
 
 
-WEIGHT_GUARDS: dict[str, Callable[[jax.Array], jax.Array]] = {"none": over_their_sum, "bounded": bounded}
+WEIGHT_GUARDS: dict[str, Callable[..., jax.Array]] = {"none": over_their_sum, "bounded": bounded}
 """TABLE `weight_guard` -> how the chosen experts' calibrated probabilities become weights."""

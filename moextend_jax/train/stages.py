@@ -22,6 +22,7 @@ GROUPS: dict[str, Group] = {
     "media/*/projector/*": "projector",
     "extensions/*/new_experts/*": "new_experts",
     "extensions/*/router/new_gate": "router_columns",
+    "extensions/*/router/offset": "router_columns",
     "extensions/*/router/calibrator/*": "calibrators",
     "decoder/layers/moe/gate": "routers",
     "decoder/layers/moe/experts/*": "base",
