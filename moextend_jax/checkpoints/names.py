@@ -237,8 +237,11 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
         elif kind == "media" and config.media[name].projector != ProjectorConfig():
             others.append(f"a projector of kind {config.media[name].projector.kind}")
-        elif kind == "extensions" and config.extensions[name].share != 1:
-            others.append(f"a share of {config.extensions[name].share} of extension {name}")
+        elif kind == "extensions":
+            added = config.extensions[name]
+            others += [f"a share of {added.share} of extension {name}"] * (added.share != 1)
+            others += [f"the start {added.start!r} of extension {name}"] * (added.start != "copy")
+            others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1)
     if others:
         raise MoextendError(
             f"layout {layout} holds a Mixtral, pictures behind two linear maps and one extension called {IMAGE}, and "
