@@ -178,7 +178,7 @@ def _parts(
     graph, layers = nnx.split(model.decoder.layers)
     layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))
     B, L = batch.ids_BL.shape
-    turns = rotation(batch.positions_BL, head_size=decoder.head_size, theta=decoder.rope_theta)
+    turns = rotation(batch.positions_BL, decoder)
     x_BLD = jax.random.normal(jax.random.key(0), (B, L, decoder.width), model.config.dtype)
 
     def attended(x_BLD):

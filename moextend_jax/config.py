@@ -7,9 +7,9 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     E pretrained experts    X new experts per layer  F expert hidden width    k experts per token
     R routed rows = T*k     V vocabulary             A calibrator width       O = E+X router outputs
     o of O those that compete for a token's k picks (`models/starts.py`)
-    Z decoder layers        Y extended layers        U vision layers          M images per row
+    Z routed decoder layers Y extended layers        U vision layers          M images per row
     f F of new experts      n images = B*M           d model width as an input axis
-    s F of the expert that every token passes
+    s F of the expert that every token passes   z layers before those   j F of their one expert
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
     Q vision positions = 1+P (the class token first)
     G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
@@ -103,11 +103,15 @@ class DecoderConfig:
     family: a key of `families.FAMILIES`, by which tensors and attributes are called; nothing computed depends on it.
     qk_norm: queries and keys are normed before they are rotated, every head for itself or all of a position together.
     clip_qkv: bound of what queries, keys and values hold. qkv_bias: they have biases.
-    shared_hidden: width of an expert that every token passes besides those it chooses, 0: there is none; shared_gate: a
-    sigmoid of the token weighs it.
+    shared_hidden: width of an expert that every token passes besides those it chooses, or shared_experts times that of
+    the others, 0: there is none; shared_gate: a sigmoid of the token weighs it.
+    dense_layers: the first layers, in which all tokens pass one expert of width dense_hidden and nothing is chosen.
     embed_factor, residual_factor, logits_divisor: of token embeddings (and of what takes their places), of what a block
     adds, and of the logits. attention_scale: of queries times keys, None: 1/sqrt(H).
-    normalised: the weights of the chosen experts sum to one; else they are their probabilities among all.
+    scores: what router logits become, a row of `router.SCORES`. selection_bias: experts are chosen by score plus a bias,
+    and weighed without it. groups, top_groups: of so many groups of experts a token chooses within the best so many.
+    normalised: the weights of the chosen experts sum to one; else they are their scores. routed_factor: of all weights.
+    rotary_share: of a head that positions turn, its first part.
 
     `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
     the same in rows of up to so many tokens; longer ones are refused.
@@ -137,11 +141,31 @@ class DecoderConfig:
     residual_factor: float = 1.0
     logits_divisor: float = 1.0
     attention_scale: float | None = None
+    dense_layers: int = 0
+    dense_hidden: int = 0
+    shared_experts: int = 0
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    selection_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    routed_factor: float = 1.0
+    rotary_share: float = 1.0
+
+    @property
+    def routed(self) -> range:
+        """Numbers of the layers that route: `Z` counts these, file names and extensions number all layers."""
+        return range(self.dense_layers, self.layers)
+
+    @property
+    def rotary_size(self) -> int:
+        return int(self.head_size * self.rotary_share)
 
     def sizes(self) -> dict[str, int]:
         return {
-            "V": self.vocab_size, "D": self.width, "F": self.hidden, "Z": self.layers, "N": self.heads,
-            "K": self.kv_heads, "H": self.head_size, "E": self.experts, "f": self.hidden, "s": self.shared_hidden,
+            "V": self.vocab_size, "D": self.width, "F": self.hidden, "Z": len(self.routed), "N": self.heads,
+            "K": self.kv_heads, "H": self.head_size, "E": self.experts, "f": self.hidden,
+            "s": self.shared_hidden or self.shared_experts * self.hidden, "z": self.dense_layers,
+            "j": self.dense_hidden,
         }  # fmt: skip
 
 

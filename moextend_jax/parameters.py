@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,12 @@ def weight(
 def constant(axes: str, sizes: Mapping[str, int], *, dtype: str, value: float) -> nnx.Param:
     """A parameter that starts as one value everywhere (norm scales 1, biases 0)."""
     return nnx.Param(jnp.full(shape(axes, sizes), value, dtype), axes=axes)
+
+
+def element_type(path: str, dtype: Any) -> Any:
+    """What a leaf is cast to where a model is cast to `dtype` (None: nothing): biases that choose experts stay in
+    float32, since rounded they choose others."""
+    return jnp.float32 if dtype is not None and path.endswith(("/selection_bias", "/new_bias")) else dtype
 
 
 _BEFORE = {"vision/": "media/image/tower/", "projector/": "media/image/projector/", "extension/": "extensions/image/"}

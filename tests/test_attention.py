@@ -13,7 +13,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.interpreters.partial_eval import dce_jaxpr
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import DecoderConfig, MoextendError
 from moextend_jax.models import attention as attention_module
 from moextend_jax.models import blocked_attention
 from moextend_jax.models.attention import (
@@ -49,7 +49,7 @@ SEGMENTS_BL = jnp.array([[1] * 9, [1] * 4 + [2] * 3 + [0] * 2])
 
 
 def turn(positions_BL):
-    return rotation(positions_BL, head_size=H, theta=100.0)
+    return rotation(positions_BL, DecoderConfig(head_size=H, rope_theta=100.0))
 
 
 def test_scores_depend_on_distance_alone():

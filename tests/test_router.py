@@ -18,6 +18,7 @@ from flax import nnx
 from configs.mixtral_8x7b import get_config
 from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
 from moextend_jax.models.router import (
+    Rule,
     LARGEST_WEIGHT,
     NewColumns,
     Routing,
@@ -30,7 +31,7 @@ from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.settings import from_config_dict
 
 pytestmark = pytest.mark.smoke
-OPTIONS: dict[str, Any] = {"top_k": 2, "normalise": over_their_sum}
+OPTIONS: dict[str, Any] = {"rule": Rule(2), "normalise": over_their_sum}
 
 
 def new_columns(new_gate_DX, w_in_OA, w_out_AO) -> NewColumns:
@@ -57,7 +58,9 @@ def routed(*, extended: bool) -> Routing:
     columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
     if not extended:
         columns = with_arrays(columns, {path: 0 * leaf[...] for path, leaf in by_path(nnx.state(columns)).items()})
-    run = jax.jit(lambda x, gate, flag: route_extended(x, gate, [columns], extended=[flag], top_k=2, normalise=bounded))
+    run = jax.jit(
+        lambda x, gate, flag: route_extended(x, gate, [columns], extended=[flag], rule=Rule(2), normalise=bounded)
+    )
     return jax.tree.map(np.asarray, run(one["x_TD"], one["gate_DE"], extended))
 
 
@@ -115,7 +118,7 @@ def test_calibrated_weights_that_nearly_cancel_are_held_and_the_others_are_untou
     x_TD, gate_DE = normal(1.0, 20_000, 64), normal(0.1, 64, 8)
 
     def weights(normalise) -> np.ndarray:
-        routing = route_extended(x_TD, gate_DE, [columns], top_k=2, normalise=normalise)
+        routing = route_extended(x_TD, gate_DE, [columns], rule=Rule(2), normalise=normalise)
         return np.asarray(routing.weights_Tk)
 
     free_Tk, held_Tk = weights(over_their_sum), weights(bounded)
@@ -145,7 +148,7 @@ def test_the_recipe_says_whether_weights_are_guarded():
 
 def test_a_plain_layer_of_an_extended_model_routes_like_the_plain_model():
     one, ours = layer(), routed(extended=False)
-    plain = jax.jit(functools.partial(route, top_k=2))(one["x_TD"], one["gate_DE"])
+    plain = jax.jit(functools.partial(route, rule=Rule(2)))(one["x_TD"], one["gate_DE"])
     np.testing.assert_array_equal(ours.logits_TO[:, :8], plain.logits_TO)
     assert np.isneginf(ours.logits_TO[:, 8:]).all()
     np.testing.assert_array_equal(ours.ids_Tk, plain.ids_Tk)
@@ -169,7 +172,7 @@ def test_a_plain_layer_gives_new_leaves_a_zero_gradient_and_no_nan():
 
 def test_weights_sum_to_one_and_the_likeliest_comes_first():
     one = layer()
-    plain = route(one["x_TD"], one["gate_DE"], top_k=3)
+    plain = route(one["x_TD"], one["gate_DE"], rule=Rule(3))
     np.testing.assert_allclose(plain.weights_Tk.sum(axis=1), 1, atol=1e-6)
     assert (np.diff(np.asarray(plain.weights_Tk), axis=1) <= 0).all()
     np.testing.assert_array_equal(plain.ids_Tk, np.argsort(-plain.logits_TO, axis=1)[:, :3])
@@ -195,8 +198,8 @@ def test_without_renormalising_a_new_column_takes_nothing_from_tokens_that_do_no
     rng = np.random.default_rng(0)
     x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((60, 6), (6, 8)))
     columns = new_columns(gate_DE[:, 2:3], np.zeros((9, 3), np.float32), np.zeros((3, 9), np.float32))
-    base = route(x_TD, gate_DE, top_k=3, normalised=False)
-    ours = route_extended(x_TD, gate_DE, [columns], top_k=3, normalise=over_their_sum, normalised=False)
+    base = route(x_TD, gate_DE, rule=Rule(3, normalised=False))
+    ours = route_extended(x_TD, gate_DE, [columns], rule=Rule(3, normalised=False), normalise=over_their_sum)
     np.testing.assert_allclose(ours.weights_Tk.sum(axis=1), base.weights_Tk.sum(axis=1), rtol=1e-6)
     assert np.ptp(base.weights_Tk.sum(axis=1)) > 0.1
     without_T = ~(np.asarray(base.ids_Tk) == 2).any(axis=1)
@@ -207,7 +210,7 @@ def test_without_renormalising_a_new_column_takes_nothing_from_tokens_that_do_no
 
 def test_router_logits_are_float32_in_a_bfloat16_model():
     one = layer()
-    routing = route(jnp.asarray(one["x_TD"], jnp.bfloat16), jnp.asarray(one["gate_DE"]), top_k=2)
+    routing = route(jnp.asarray(one["x_TD"], jnp.bfloat16), jnp.asarray(one["gate_DE"]), rule=Rule(2))
     assert routing.logits_TO.dtype == routing.weights_Tk.dtype == jnp.float32
 
 

@@ -6,13 +6,14 @@ In: attributes by name (of a config.json, or the keys of a GGUF file) and their 
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from moextend_jax.checkpoints.outside import short, shown
-from moextend_jax.config import MoextendError
+from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
 
 MOST = 1 << 31
 """Sizes stay below; what they multiply to stays a number that can be written down."""
@@ -46,13 +47,22 @@ OF_ANY_MODEL = {
 
 class Table(NamedTuple):
     """sizes: their name -> our field. must_be: what changes the computation, with the only values that this code
-    computes. harmless: what says nothing about it. optional: sizes that may be left out. aliases: their other names."""
+    computes. harmless: what says nothing about it. optional: sizes that may be left out. aliases: their other names.
+    values: what a size's values are called here, where that is something else."""
 
     sizes: Mapping[str, str]
     must_be: Mapping[str, tuple[Any, ...]]
     harmless: Collection[str]
     optional: Collection[str] = ()
     aliases: Mapping[str, str] = {}
+    values: Mapping[str, Mapping[Any, Any]] = {}
+
+    def attributes_of(self, config: Any) -> dict[str, Any]:
+        """The attributes that `read_fields` makes these fields of."""
+        theirs = {name: {ours: value for value, ours in values.items()} for name, values in self.values.items()}
+        return {
+            name: theirs.get(name, {}).get(value := getattr(config, ours), value) for name, ours in self.sizes.items()
+        }
 
 
 def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, prefix: str = "") -> dict[str, Any]:
@@ -75,12 +85,15 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
     for theirs, ours in table.sizes.items():
         if theirs not in attributes and theirs in table.optional:
             continue
-        fields[ours] = value = attributes.get(theirs)
+        value = attributes.get(theirs)
+        if theirs in table.values and isinstance(value, Hashable):
+            value = table.values[theirs].get(value, value)
+        fields[ours] = value
         if not fits(ours, value):  # a list: other sizes in other layers
-            wanted = {
-                "tied_head": "true or false", "normalised": "true or false", "window": "null or one positive number",
-                "clip_qkv": "null or one positive number",
-            }.get(ours, "one positive number")  # fmt: skip
+            hint, default = _FIELDS[ours]
+            may_be_null = "null or " if type(None) in get_args(hint) else ""
+            wanted = "true or false" if hint is bool or theirs in table.values else may_be_null + (
+                "a number from 0 on" if default == 0 and hint is int else "one positive number")  # fmt: skip
             raise MoextendError(f"{where}: {prefix}{theirs} must be {wanted}, not {shown(value)}")
     return fields
 
@@ -94,32 +107,35 @@ def _by_first_name(attributes: Mapping[str, Any], aliases: Mapping[str, str], *,
     return attributes
 
 
-REAL = {"rope_theta", "norm_eps", "clip_qkv", "embed_factor", "residual_factor", "logits_divisor", "attention_scale"}
+_FIELDS: dict[str, tuple[Any, Any]] = {
+    field.name: (get_type_hints(of)[field.name], field.default)
+    for of in (VisionConfig, DecoderConfig)
+    for field in dataclasses.fields(of)
+}
+"""Of sizes: their type, and their default, which if it is 0 says that they may be."""
 
 
 def fits(field: str, value: Any) -> bool:
     """Whether a field of `DecoderConfig` or `VisionConfig` can have this value, whatever a file says."""
-    if field in ("tied_head", "normalised", "qkv_bias", "shared_gate"):
-        return isinstance(value, bool)
-    if field in ("window", "clip_qkv") and value is None:
-        return True
     if field == "family":
         return isinstance(value, str) and re.fullmatch(r"\w{1,64}", value) is not None
-    if field == "qk_norm":
-        return value in ("none", "head", "whole")
-    if field == "activation":
-        return value in ("quick_gelu", "gelu")
     if field == "feature_layer":
         return type(value) is int and -MOST < value < 0
-    if field == "attention_scale" and value is None:
-        return True
-    if field in REAL:
+    hint, default = _FIELDS[field]
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in options
+    if value is None:
+        return type(None) in options
+    if hint is bool:
+        return isinstance(value, bool)
+    if float in (hint, *options):
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-    return type(value) is int and (0 if field == "shared_hidden" else 1) <= value < MOST
+    return type(value) is int and (0 if default == 0 else 1) <= value < MOST
 
 
 def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
-    """Where transformers 5 writes rope_theta inside `rope_parameters`, it is taken out; a `rope_scaling` that scales
+    """Where transformers 5 writes rope_theta and the part that is turned inside `rope_parameters`, they are taken out; a `rope_scaling` that scales
     nothing may be there too, and a head_dim of null, which is none."""
     attributes = {name: value for name, value in attributes.items() if name != "head_dim" or value is not None}
     if "layer_types" in attributes:
@@ -132,11 +148,10 @@ def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
         surplus = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        if kind != "default" or surplus or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        if kind != "default" or surplus:
             raise MoextendError(f"{where}: {name} = {shown(rope)} cannot be honoured (only plain rotary positions)")
         attributes.pop(name)
-        if "rope_theta" in rope:
-            attributes["rope_theta"] = rope["rope_theta"]
+        attributes |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     return attributes
 
 

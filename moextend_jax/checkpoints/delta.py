@@ -53,9 +53,11 @@ def check_layers(
     extensions: Iterable[ExtensionConfig], decoder: DecoderConfig, *, where: Path, base: Path | None
 ) -> None:
     """An extension must not name layers that its base does not have."""
-    beyond = [layer for extension in extensions for layer in extension.layers if layer >= decoder.layers]
+    beyond = [layer for extension in extensions for layer in extension.layers if layer not in decoder.routed]
     if beyond:
-        raise MoextendError(f"{where} extends layers {beyond}, but {base} has only {decoder.layers} layers")
+        raise MoextendError(
+            f"{where} extends layers {beyond}, but of {base} layers {decoder.routed.start} to {decoder.layers - 1} route"
+        )
 
 
 def check_base(

@@ -236,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
     family = FAMILIES[config.family]
-    return {theirs: getattr(config, ours) for theirs, ours in family.attributes.sizes.items()} | {
+    return family.attributes.attributes_of(config) | {
         "architectures": [family.architecture], "model_type": config.family, "torch_dtype": dtype, **family.constants,
     }  # fmt: skip
 

@@ -27,6 +27,7 @@ from moextend_jax.config import ModelConfig, MoextendError
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import parted
 from moextend_jax.folders import is_url
+from moextend_jax.parameters import element_type
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 """Element types that a model may be stored in; anything else is quantised or not a weight."""
@@ -93,7 +94,7 @@ def match(
       MoextendError: tensors are missing or not asked for, or one has another shape or element type; names them.
     """
     prefix = names.PREFIXES.get(table, "")
-    ignored = names.BESIDE.get(table)
+    ignored = names.beside(table, config)
     tensors = {
         name: tensor
         for name, tensor in stored.items()
@@ -152,7 +153,7 @@ def _parted(stored: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stor
 def _fused(planned: dict[str, Planned], config: ModelConfig) -> dict[str, Planned]:
     """The inverse of `_parted`: parts are written one after another into the tensor that holds them."""
     tensors = dict(planned)
-    for fused, layer in itertools.product(FAMILIES[config.decoder.family].fused, range(config.decoder.layers)):
+    for fused, layer in itertools.product(FAMILIES[config.decoder.family].fused, config.decoder.routed):
         parts = [
             tensors.pop(parted(fused.file, part).format(Z=layer, E=expert))
             for expert, part in itertools.product(range(config.decoder.experts), fused.parts)
@@ -330,8 +331,9 @@ def read_sharded(
             devices[str(place)].append(device)
             slices[str(place)] = place
         shards: list[jax.Array] = []
+        kind = element_type(leaf.path, dtype)
         for keys in _together(leaf, slices):
-            for key, shard in zip(keys, _read_slices(leaf, [slices[key] for key in keys], dtype=dtype), strict=True):
+            for key, shard in zip(keys, _read_slices(leaf, [slices[key] for key in keys], dtype=kind), strict=True):
                 shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices[key]])
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
@@ -374,7 +376,7 @@ def _as_integers(array: np.ndarray) -> np.ndarray:
 def plan_ours(leaf: Leaf, *, dtype: Any = None, digest: Any = None) -> Planned:
     """The leaf as one tensor in our layout, written piece by piece; `digest` takes the bytes that `leaf_hash` takes,
     cast. What a folder claims of them is checked on the way."""
-    kind = np.dtype(dtype or leaf.dtype)
+    kind = np.dtype(element_type(leaf.path, dtype) or leaf.dtype)
 
     def pieces() -> Iterator[np.ndarray]:
         check = checking(leaf)

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ from moextend_jax.config import (
 from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import element_type
 from moextend_jax.settings import build, fields
 from moextend_jax.sharding import parameter_shardings
 
@@ -287,7 +288,7 @@ def check_routers(source: Source) -> None:
       MoextendError: a router's column is NaN or infinite; names layer and expert.
     """
     config = source.config
-    columns = [("decoder/layers/moe/gate", range(config.decoder.layers), 0)]
+    columns: list[tuple[str, Sequence[int], int]] = [("decoder/layers/moe/gate", config.decoder.routed, 0)]
     columns += [
         (f"extensions/{name}/router/new_gate", added.layers, config.columns(name).start)
         for name, added in config.extensions.items()
@@ -665,13 +666,17 @@ def _check_dtypes(
 ) -> None:
     """A decoder is stored in the one element type that its config.json says, a tower in one, unless all is to be cast.
 
-    Routers are let off: a recipe trains them, in float32.
+    Routers are let off: a recipe trains them, in float32; so are leaves that are never cast.
     """
     if wanted.dtype is not None:
         return
     configured = attributes.get("torch_dtype") or attributes.get("dtype")
     for part in ("decoder/", "media/image/tower/"):
-        own = {path: leaf for path, leaf in matched.items() if path.startswith(part) and not path.endswith("/gate")}
+        own = {
+            path: leaf
+            for path, leaf in matched.items()
+            if path.startswith(part) and not path.endswith("/gate") and element_type(path, "any") == "any"
+        }
         if not own:
             continue
         known = part == "decoder/" and configured in ("float32", "bfloat16", "float16")

@@ -1,7 +1,7 @@
 """TABLE of names: our path <-> tensor name in a file <-> einops layout of one tensor, file side first.
 
 Import reads a row left to right, export right to left with the layout's sides swapped. Braces stand for stacked
-axes: "{Z}" counts decoder layers, "{Y}" extended layers (their number in the file is the layer's), "{E}" pretrained
+axes: "{Z}" counts the decoder's layers that route, "{z}" the dense ones before them, "{Y}" extended layers (their number in the file is the layer's), "{E}" pretrained
 experts, "{X}" new experts (numbered on from E), "{U}" layers of a tower or blocks of a resampler, "{u}" those of them
 that attend to the tower.
 
@@ -11,14 +11,18 @@ same rows: `row_of`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from flax import nnx
+
 from moextend_jax.config import (
     IMAGE,
+    DecoderConfig,
     FeaturesConfig,
     Medium,
     ModelConfig,
@@ -30,8 +34,10 @@ from moextend_jax.config import (
 )
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import Name
+from moextend_jax.models.mixtral import Mixtral
 from moextend_jax.models.projectors import TABLE, sizes
 from moextend_jax.models.whisper import sizes_of
+from moextend_jax.parameters import by_path
 
 
 class Tensor(NamedTuple):
@@ -47,6 +53,7 @@ MIXTRAL = FAMILIES["mixtral"].names
 
 EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
+    Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
     Name(
         "extensions/image/router/calibrator/w_in",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.0.weight",
@@ -190,6 +197,13 @@ BESIDE: dict[str, re.Pattern[str]] = {
 """Tensors of the whole model that a part was taken from: CLIP's text half, a LLaVA's decoder and tower."""
 
 
+def beside(table: str, config: ModelConfig) -> re.Pattern[str] | None:
+    """Tensors that files of a layout may hold besides."""
+    if table in FAMILIES and (pattern := FAMILIES[table].beside):
+        return re.compile(pattern.replace("LAYERS", str(config.decoder.layers)))
+    return BESIDE.get(table)
+
+
 def _inside(rows: Iterable[Name], part: str = "") -> dict[str, Name]:
     return {row.path.removeprefix(part): row for row in rows}
 
@@ -211,12 +225,21 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
+        if leaf == "router/new_bias" and not config.decoder.selection_bias:
+            return None
     elif kind == "media":
         part, _, leaf = inside.partition("/")
         rows = _rows_of_medium(config.media[name], part) if name in config.media else {}
-    if leaf not in rows or (path == "decoder/head" and config.decoder.tied_head):
+    if leaf not in rows or (kind == "decoder" and path not in _leaves(config.decoder)):
         return None
     return rows[leaf]._replace(path=path)
+
+
+@functools.cache
+def _leaves(decoder: DecoderConfig) -> frozenset[str]:
+    """What a decoder has of its family's rows: sizes say whether there are biases, norms, dense layers, a head."""
+    module = nnx.eval_shape(lambda: Mixtral(decoder, rngs=nnx.Rngs(0), dtype="float32"))
+    return frozenset(f"decoder/{path}" for path in by_path(nnx.state(module, nnx.Param)))
 
 
 def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
@@ -320,4 +343,6 @@ def numbers(letter: str, path: str, config: ModelConfig) -> Iterable[int]:
     _, name, *_ = path.split("/")
     if letter == "Y":
         return config.extensions[name].layers
+    if letter == "Z":
+        return config.decoder.routed
     return config.columns(name) if letter == "X" else range(letters(path, config)[letter])

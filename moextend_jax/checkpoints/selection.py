@@ -23,10 +23,9 @@ def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
     record = read_json(path)
     layers: Any = record.get("chosen_layers")
     sources: Any = record.get("sources")
-    if not _below(layers, decoder.layers) or layers != sorted({*layers}) or not layers:
-        raise MoextendError(
-            f"{path}: chosen_layers = {shown(layers)} is no ascending list of layers below {decoder.layers}"
-        )
+    if not _below(layers, decoder.layers, decoder.dense_layers) or layers != sorted({*layers}) or not layers:
+        of = f"layers below {decoder.layers}" + (f" from {decoder.dense_layers} on" if decoder.dense_layers else "")
+        raise MoextendError(f"{path}: chosen_layers = {shown(layers)} is no ascending list of {of}")
     new: Any = record.get("new_experts", 1)
     if type(new) is not int or not 1 <= new <= decoder.experts:
         raise MoextendError(f"{path}: new_experts = {shown(new)} is no number of experts up to {decoder.experts}")
@@ -45,5 +44,5 @@ def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
     return record
 
 
-def _below(values: Any, most: int) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < most for value in values)
+def _below(values: Any, most: int, least: int = 0) -> bool:
+    return isinstance(values, list) and all(type(value) is int and least <= value < most for value in values)

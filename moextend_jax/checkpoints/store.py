@@ -226,7 +226,7 @@ def _check_medium(name: str, medium: Medium) -> None:
 
 def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConfig) -> None:
     layers, sources = extension.layers, extension.sources
-    if list(layers) != sorted({*layers}) or not layers or layers[0] < 0 or layers[-1] >= decoder.layers:
+    if list(layers) != sorted({*layers}) or not layers or not {*layers} <= {*decoder.routed}:
         raise ValueError(f"extended layers {shown(layers)} are impossible")
     if min(extension.new_experts, extension.calibrator_width) < 1 or extension.calibrator_width >= MOST:
         raise ValueError(f"extension {shown(name)} has {extension.new_experts} experts for each layer")

@@ -99,7 +99,7 @@ def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tup
     gate_ZDE = np.asarray(arrays["decoder/layers/moe/gate"])
     layers = config.extension.layers if config.extension else ()
     twins = []
-    for z, gate_DE in enumerate(gate_ZDE):
+    for z, gate_DE in zip(config.decoder.routed, gate_ZDE, strict=True):
         columns = list(gate_DE.T)
         if z in layers:
             columns += list(
@@ -113,8 +113,14 @@ def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tup
     return twins
 
 
+def chosen_otherwise(config: ModelConfig) -> bool:
+    """Whether experts are chosen by something else than their logits."""
+    return config.decoder.selection_bias or config.decoder.groups > 1
+
+
 def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> np.ndarray:
-    """Tokens, [T] bool, whose k-th and k+1-th largest logits, or two of the k largest, are closer than `noise`."""
+    """Tokens, [T] bool, whose k-th and k+1-th largest logits (or what else experts are chosen by), or two of the k
+    largest, are closer than `noise`."""
     ordered_TO = -np.sort(-logits_TO.astype(np.float64), axis=-1)
     return np.any(-np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise, axis=-1)
 
@@ -157,9 +163,12 @@ def _judge(
             logits_TO = theirs[key] if key in theirs else ours[key]
             if logits_TO.shape != ours[key].shape:
                 close(name, key, ours[key], logits_TO, atol=0)  # raises: says which shapes
-            tied_T = ties(logits_TO, top_k=config.decoder.top_k, noise=tolerances.tie)
+            # The reference holds no scores by which experts were chosen, where those are not its logits.
+            chosen_by_TO = ours[f"chosen_by/{index}"] if chosen_otherwise(config) else logits_TO
+            tied_T = ties(chosen_by_TO, top_k=config.decoder.top_k, noise=tolerances.tie)
             if head == "topk_idx":
-                row = _picks(name, quantity, mine, array, ours[key], where_T=where_T, tied_T=tied_T, atol=atol)
+                scores_TO = chosen_by_TO if chosen_otherwise(config) else _softmax(ours[key])
+                row = _picks(name, quantity, mine, array, scores_TO, where_T=where_T, tied_T=tied_T, atol=atol)
             else:
                 note = _tied_note(tied_T & where_T, where_T)
                 row = close(name, quantity, mine, array, atol=atol, where=where_T & ~tied_T, note=note)
@@ -170,25 +179,28 @@ def _judge(
 
 
 def _picks(
-    name: str, quantity: str, ours_Tk, theirs_Tk, logits_TO, *, where_T: np.ndarray, tied_T: np.ndarray, atol: float
+    name: str, quantity: str, ours_Tk, theirs_Tk, scores_TO, *, where_T: np.ndarray, tied_T: np.ndarray, atol: float
 ) -> Row:
     """Top-k agreement of the untied tokens; the difference is what following the other's picks would cost, in
-    probability, and holds for tied tokens too."""
+    probability or what else experts are chosen by, and holds for tied tokens too."""
     if ours_Tk.shape != theirs_Tk.shape:
         return close(name, quantity, ours_Tk, theirs_Tk, atol=0)  # raises: says which shapes
     theirs_Tk = whole_numbers(theirs_Tk, what=f"{name}/{quantity}")
-    if theirs_Tk.min(initial=0) < 0 or theirs_Tk.max(initial=0) >= logits_TO.shape[1]:
+    if theirs_Tk.min(initial=0) < 0 or theirs_Tk.max(initial=0) >= scores_TO.shape[1]:
         raise MoextendError(
-            f"{name}/{quantity} names expert {theirs_Tk.max()}, but the router has {logits_TO.shape[1]} outputs here: "
+            f"{name}/{quantity} names expert {theirs_Tk.max()}, but the router has {scores_TO.shape[1]} outputs here: "
             "the checkpoint is not the one that the reference was made with"
         )
-    probs_TO = np.asarray(jax.nn.softmax(logits_TO.astype(np.float32), axis=-1))
-    picked = [np.take_along_axis(probs_TO, ids_Tk, axis=-1)[where_T] for ids_Tk in (ours_Tk, theirs_Tk)]
+    picked = [np.take_along_axis(scores_TO, ids_Tk, axis=-1)[where_T] for ids_Tk in (ours_Tk, theirs_Tk)]
     row = close(name, quantity, picked[0], picked[1], atol=atol)
     same_T = (ours_Tk == theirs_Tk).all(axis=-1)[where_T & ~tied_T]
     agreement = float(same_T.mean()) if same_T.size else None
     row = row._replace(agreement=agreement, note=_tied_note(tied_T & where_T, where_T))
     return row if agreement in (None, 1.0) else row._replace(verdict="differs")
+
+
+def _softmax(logits_TO: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.softmax(logits_TO.astype(np.float32), axis=-1))
 
 
 def _tied_note(tied_T: np.ndarray, where_T: np.ndarray) -> str:

@@ -18,9 +18,9 @@ from moextend_jax.config import IMAGE, RECIPES, Batch
 from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.mixtral import added, feed_forward, rms_norm
+from moextend_jax.models.mixtral import added, feed_forward, layer_of, rms_norm
 from moextend_jax.models.moextend import MoExtend, shares
-from moextend_jax.models.router import Routing
+from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import aux_released, load, losses_of
 
@@ -49,7 +49,7 @@ def observer(structure: MoExtend, *, aux_coefficient: float, inside: bool) -> Ob
         model = with_arrays(structure, arrays)
         decoded = model(batch)
         losses = losses_of(decoded, model, batch, recipe=RELEASED, aux_coefficient=aux_coefficient, chunk=64)
-        everyone = load(decoded.routing, jnp.ones(batch.ids_BL.size, bool))
+        everyone = load(decoded.routing, jnp.ones(batch.ids_BL.size, bool), scores=config.decoder.scores)
         seen: dict[str, Any] = {
             "logits": model.decoder.logits(decoded.hidden_BLD),
             "loss_total": losses.total,
@@ -75,12 +75,11 @@ def observer(structure: MoExtend, *, aux_coefficient: float, inside: bool) -> Ob
 def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
     """The layers of `models.mixtral.run_layers`, from the same parts, with what passes between them."""
     config = model.config.decoder
-    turns = rotation(batch.positions_BL, head_size=config.head_size, theta=config.rope_theta)
+    turns = rotation(batch.positions_BL, config)
     visible = Visible.in_rows(batch.segments_BL)
-    layer_def, layers = nnx.split(model.decoder.layers)
     x_BLD, open_to = model.embed(batch), shares(batch, model.config)
     for z in range(config.layers):
-        this = nnx.merge(layer_def, jax.tree.map(lambda leaf, z=z: leaf[z], layers))
+        this = layer_of(model.decoder, z)
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
         attended_BLD, _ = this.attention(normed_BLD, turns, visible)
         between_BLD = added(x_BLD, attended_BLD, config)
@@ -97,7 +96,7 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
         )
         calibrated_Tk = None
         if new is not None:
-            probs_TO = new.router.calibrator(jax.nn.softmax(routing.logits_TO, axis=-1))
+            probs_TO = new.router.calibrator(probabilities(routing.logits_TO, config.scores))
             calibrated_Tk = jnp.take_along_axis(probs_TO, routing.ids_Tk, axis=-1)
         yield Layer(x_BLD, moe_in_BLD, moe_out_BLD, calibrated_Tk)
         x_BLD = added(between_BLD, moe_out_BLD, config)
@@ -121,15 +120,16 @@ def _sources_of(model: MoExtend, layer: int) -> list[jax.Array | None]:
 
 
 def _routing(routing: Routing, model: MoExtend) -> dict[str, Any]:
-    seen = {}
-    for z, outputs in enumerate(outputs_Z(model)):
+    seen, decoder = {}, model.config.decoder
+    for z, (number, outputs) in enumerate(zip(decoder.routed, outputs_Z(model), strict=True)):
         logits_TO, ids_Tk = routing.logits_TO[z], routing.ids_Tk[z]
-        probs_TO = jax.nn.softmax(logits_TO, axis=-1)
+        probs_TO = probabilities(logits_TO, decoder.scores)
         seen |= {
-            f"router_logits/{z}": logits_TO[:, :outputs],
-            f"topk_idx/{z}": ids_Tk,
-            f"topk_prob/{z}": jnp.take_along_axis(probs_TO, ids_Tk, axis=-1),
-            f"topk_weight/{z}": routing.weights_Tk[z],
+            f"router_logits/{number}": logits_TO[:, :outputs],
+            f"chosen_by/{number}": routing.chosen_by_TO[z][:, :outputs],
+            f"topk_idx/{number}": ids_Tk,
+            f"topk_prob/{number}": jnp.take_along_axis(probs_TO, ids_Tk, axis=-1),
+            f"topk_weight/{number}": routing.weights_Tk[z],
         }
     return seen
 

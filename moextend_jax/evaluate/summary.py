@@ -469,9 +469,10 @@ def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, readers: Readers
 def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
     placed = (place_whole(batch, run.mesh) for batch in batches)
     counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
-    extensions = opened.model.config.extensions.values()
+    extensions, routed = opened.model.config.extensions.values(), run.config.decoder.routed
     record = {
-        "layers": run.config.decoder.layers,
+        "layers": len(routed),
+        **({"first_layer": routed.start} if routed.start else {}),
         "experts": run.config.decoder.experts,
         "new_experts": sum(added.new_experts for added in extensions),
         "extended_layers": sorted({layer for added in extensions for layer in added.layers}),

@@ -14,11 +14,15 @@ from moextend_jax.parameters import arrays_of
 
 COPIED = {
     "router/new_gate": "decoder/layers/moe/gate",
+    "router/new_bias": "decoder/layers/moe/selection_bias",
     "new_experts/w_gate": "decoder/layers/moe/experts/w_gate",
     "new_experts/w_up": "decoder/layers/moe/experts/w_up",
     "new_experts/w_down": "decoder/layers/moe/experts/w_down",
 }
 """New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
+
+HIDDEN = {"new_experts/w_gate": 3, "new_experts/w_up": 3, "new_experts/w_down": 2}
+"""New leaf -> its axis f, along which the sources of a wide expert lie side by side."""
 
 CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
     "copy": {},
@@ -48,27 +52,29 @@ def grow(
     extension = config.extensions.get(name)
     if extension is None:
         raise MoextendError("grow needs the layers to extend: run `moextend select` first")
-    if max(extension.layers) >= config.decoder.layers:
+    routed = config.decoder.routed
+    if beyond := [layer for layer in extension.layers if layer not in routed]:
         raise MoextendError(
-            f"the selection extends layer {max(extension.layers)}, but the base has {config.decoder.layers}"
+            f"the selection extends layers {beyond}, but of the base layers {routed.start} to {routed.stop - 1} route"
         )
     fresh = Extension(
         config.decoder, extension, rngs=nnx.Rngs(seed), dtype=config.train_dtype, std=recipe.calibrator_std
     )
     leaves = arrays_of(fresh)
     Y, wide = len(extension.layers), extension.wide
-    layers_Y1 = jnp.array(extension.layers)[:, None]
+    layers_Y1 = jnp.array(extension.layers)[:, None] - routed.start
     sources_YXm = jnp.array(extension.sources).reshape(Y, extension.new_experts, wide)
     for new, old in COPIED.items():
+        if new not in leaves:  # the base's experts have none
+            continue
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
             copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YXm[..., 0]], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]
-            copied = jnp.concatenate(
-                [arrays[old][layers_Y1, sources_YXm[..., n]] for n in range(wide)],
-                axis=2 if new.endswith("w_down") else 3,
-            )
-            copied = copied / wide if new.endswith("w_down") and wide > 1 else copied
+            parts = [arrays[old][layers_Y1, sources_YXm[..., n]] for n in range(wide if new in HIDDEN else 1)]
+            copied = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=HIDDEN[new])
         leaves[new] = copied.astype(leaves[new].dtype)
+    if wide > 1:
+        leaves["new_experts/w_down"] /= wide
     for new, changed in CHANGED[extension.start].items():
         leaves[new] = changed(leaves[new], lowered_by)
     return {f"extensions/{name}/{path}": leaf for path, leaf in leaves.items()}

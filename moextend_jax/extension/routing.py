@@ -31,8 +31,8 @@ class Counts(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """shift_Z: d_j of every layer. layers: chosen, ascending. sources: experts to copy, `wide` for each of X new ones
-    of each chosen layer, one after another."""
+    """shift_Z: d_j of every layer that routes. layers: chosen, ascending. sources: experts to copy, `wide` for each of
+    X new ones of each chosen layer, one after another."""
 
     shift_Z: np.ndarray
     layers: tuple[int, ...]
@@ -43,16 +43,16 @@ def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe) -> Counts:
     """Counts of one batch, traceable. `least_likely` counts the k experts that the router likes least."""
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
-        ids_ZTk = least_likely(routing.logits_TO, top_k=ids_ZTk.shape[-1])
+        ids_ZTk = least_likely(routing.chosen_by_TO, top_k=ids_ZTk.shape[-1])
     image_T = (batch.places_BL >= 0).reshape(-1)
     text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
     text_ZO, image_ZO = (tally(ids_ZTk, of_T, outputs=outputs) for of_T in (text_T, image_T))
     return Counts(text_ZO, image_ZO, text_T.sum(), image_T.sum())
 
 
-def least_likely(logits_ZTO: jax.Array, *, top_k: int) -> jax.Array:
+def least_likely(chosen_by_ZTO: jax.Array, *, top_k: int) -> jax.Array:
     """The k experts that each token's router likes least, `[Z, T, k]`; a column that a layer lacks (-inf) is none."""
-    return jax.lax.top_k(jnp.where(jnp.isneginf(logits_ZTO), -jnp.inf, -logits_ZTO), top_k)[1]
+    return jax.lax.top_k(jnp.where(jnp.isneginf(chosen_by_ZTO), -jnp.inf, -chosen_by_ZTO), top_k)[1]
 
 
 def tally(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:
@@ -117,13 +117,21 @@ def count_all(
 
 
 def select(
-    before: Counts, after: Counts, *, share: float, recipe: Recipe, new_experts: int = 1, wide: int = 1
+    before: Counts,
+    after: Counts,
+    *,
+    share: float,
+    recipe: Recipe,
+    new_experts: int = 1,
+    wide: int = 1,
+    first: int = 0,
 ) -> Selection:
     """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
 
     The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer, and to the lower expert. Each of
     the `new_experts` X of a layer has other sources: the X most picked are the first of one each, the X after these the
-    second, and so on.
+    second, and so on. `first` is the number of the first layer that routes: counts are of routed layers, the chosen
+    ones are numbered among all.
 
     Raises:
       MoextendError: the share chooses no layer, or a layer's shift is no number (nothing was counted there).
@@ -131,7 +139,7 @@ def select(
     with np.errstate(invalid="ignore"):
         shift_Z = shift(before.total_ZO, after.total_ZO)
     if not np.isfinite(shift_Z).all():
-        layers = np.flatnonzero(~np.isfinite(shift_Z)).tolist()
+        layers = (first + np.flatnonzero(~np.isfinite(shift_Z))).tolist()
         raise MoextendError(f"no layer can be chosen: the shift of layers {layers} is no number, without picks")
     count = int(share * len(shift_Z))
     if count < 1:
@@ -141,7 +149,8 @@ def select(
     check_sources(new_experts, wide, experts=decided_ZO.shape[1])
     by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in layers)
     sources = (experts.reshape(wide, new_experts).T.reshape(-1) for experts in by_picks)
-    return Selection(shift_Z, layers, tuple(int(expert) for experts in sources for expert in experts))
+    copied = tuple(int(expert) for experts in sources for expert in experts)
+    return Selection(shift_Z, tuple(first + z for z in layers), copied)
 
 
 def check_sources(new_experts: int, wide: int, *, experts: int) -> None:
@@ -166,7 +175,7 @@ def shift(before_ZO: np.ndarray, after_ZO: np.ndarray) -> np.ndarray:
 def outputs_Z(model: MoExtend) -> np.ndarray:
     """Router outputs of every layer: E, and the X of every extension that it has."""
     decoder = model.config.decoder
-    widths_Z = np.full(decoder.layers, decoder.experts)
+    widths_Z = np.full(len(decoder.routed), decoder.experts)
     for extension in model.config.extensions.values():
-        widths_Z[list(extension.layers)] += extension.new_experts
+        widths_Z[[decoder.routed.index(layer) for layer in extension.layers]] += extension.new_experts
     return widths_Z

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moextend_jax.checkpoints.attributes import Table
@@ -41,6 +41,7 @@ class Family(NamedTuple):
     published: sizes of its models by name, fields of `DecoderConfig` besides `fields`.
     fused: tensors that hold several of `names`.
     defaults: what transformers takes where a config.json inside a LLaVA's is silent.
+    beside: pattern of tensors that published files hold besides; "LAYERS" in it is the number of layers.
     """
 
     architecture: str
@@ -51,6 +52,7 @@ class Family(NamedTuple):
     published: Mapping[str, Mapping[str, Any]]
     fused: tuple[Fused, ...] = ()
     defaults: Mapping[str, Any] = {}
+    beside: str = ""
 
 
 SIZES = {
@@ -101,13 +103,24 @@ BIASES = (
 )
 
 
-def shared_expert(block: str) -> tuple[Name, ...]:
+def shared_expert(block: str, *, stack: str = "layers", counter: str = "Z", width: str = "s") -> tuple[Name, ...]:
     """Names of an expert that every token passes."""
-    inside, ours = f"model.layers.{{Z}}.{block}.", "decoder/layers/shared/"
+    inside, ours = f"model.layers.{{{counter}}}.{block}.", f"decoder/{stack}/shared/"
     return (
-        Name(ours + "w_gate", inside + "gate_proj.weight", "s D -> D s"),
-        Name(ours + "w_up", inside + "up_proj.weight", "s D -> D s"),
-        Name(ours + "w_down", inside + "down_proj.weight", "D s -> s D"),
+        Name(ours + "w_gate", inside + "gate_proj.weight", f"{width} D -> D {width}"),
+        Name(ours + "w_up", inside + "up_proj.weight", f"{width} D -> D {width}"),
+        Name(ours + "w_down", inside + "down_proj.weight", f"D {width} -> {width} D"),
+    )
+
+
+def dense(names: Iterable[Name], block: str) -> tuple[Name, ...]:
+    """Names of the layers before those that route: of their attention and norms as in `names`, of their only expert
+    as in a `block` of a dense model."""
+    layers, ours = "decoder/layers/", "decoder/dense/"
+    alike = (name for name in names if name.path.startswith(layers) and "/moe/" not in name.path)
+    return (
+        *(Name(name.path.replace(layers, ours), name.file.replace("{Z}", "{z}"), name.layout) for name in alike),
+        *shared_expert(block, stack="dense", counter="z", width="j"),
     )
 
 

@@ -29,7 +29,7 @@ class KeysValues(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of each position's angles, over half the head size (h = H/2)."""
+    """Cosines and sines of each position's angles, over half of what is turned of a head (h = H/2, or less)."""
 
     cos_BLh: jax.Array
     sin_BLh: jax.Array
@@ -53,18 +53,20 @@ class Visible(NamedTuple):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+    """Of the layers that the letter `stack` counts."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, stack: str = "Z"):
         sizes, self.config = config.sizes(), config
-        self.query = weight("ZDNH", sizes, rngs=rngs, dtype=dtype)
-        self.key = weight("ZDKH", sizes, rngs=rngs, dtype=dtype)
-        self.value = weight("ZDKH", sizes, rngs=rngs, dtype=dtype)
-        self.out = weight("ZNHD", sizes, rngs=rngs, dtype=dtype)
-        biases = {"query_bias": "ZNH", "key_bias": "ZKH", "value_bias": "ZKH"}
+        self.query = weight(f"{stack}DNH", sizes, rngs=rngs, dtype=dtype)
+        self.key = weight(f"{stack}DKH", sizes, rngs=rngs, dtype=dtype)
+        self.value = weight(f"{stack}DKH", sizes, rngs=rngs, dtype=dtype)
+        self.out = weight(f"{stack}NHD", sizes, rngs=rngs, dtype=dtype)
+        biases = {"query_bias": "NH", "key_bias": "KH", "value_bias": "KH"}
         for name, axes in biases.items():
-            setattr(self, name, constant(axes, sizes, dtype=dtype, value=0.0) if config.qkv_bias else None)
-        of_query, of_key = {"none": ("", ""), "head": ("ZH", "ZH"), "whole": ("ZNH", "ZKH")}[config.qk_norm]
-        self.query_norm = constant(of_query, sizes, dtype=dtype, value=1.0) if of_query else None
-        self.key_norm = constant(of_key, sizes, dtype=dtype, value=1.0) if of_key else None
+            setattr(self, name, constant(stack + axes, sizes, dtype=dtype, value=0.0) if config.qkv_bias else None)
+        of_query, of_key = {"none": ("", ""), "head": ("H", "H"), "whole": ("NH", "KH")}[config.qk_norm]
+        self.query_norm = constant(stack + of_query, sizes, dtype=dtype, value=1.0) if of_query else None
+        self.key_norm = constant(stack + of_key, sizes, dtype=dtype, value=1.0) if of_key else None
 
     def __call__(
         self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None
@@ -99,7 +101,9 @@ class Attention(nnx.Module):
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
             query_BSNH = made("query", "BSD,DNH->BSNH", x_BSD, w)
             key_BSKH = made("key", "BSD,DKH->BSKH", x_BSD, w)
-            query_BSNH = checkpoint_name(rotate(query_BSNH, scaled(rotation, self.config)), "query")
+            if self.config.attention_scale is not None:  # kernels multiply products with keys by 1/sqrt(H)
+                query_BSNH *= self.config.attention_scale * self.config.head_size**0.5
+            query_BSNH = checkpoint_name(rotate(query_BSNH, rotation), "query")
             key_BSKH = checkpoint_name(rotate(key_BSKH, rotation), "key")
             value_BSKH = checkpoint_name(made("value", "BSD,DKH->BSKH", x_BSD, w), "value")
             present = in_sight = KeysValues(key_BSKH, value_BSKH)
@@ -222,25 +226,22 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
     return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
 
 
-def rotation(positions_BL: jax.Array, *, head_size: int, theta: float) -> Rotation:
-    frequency_h = theta ** -(jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+def rotation(positions_BL: jax.Array, config: DecoderConfig) -> Rotation:
+    size = config.rotary_size
+    frequency_h = config.rope_theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles_BLh = positions_BL[..., None].astype(jnp.float32) * frequency_h[None, None, :]
     return Rotation(jnp.cos(angles_BLh), jnp.sin(angles_BLh))
 
 
-def scaled(rotation: Rotation, config: DecoderConfig) -> Rotation:
-    """Of queries: kernels multiply their products with keys by 1/sqrt(H), and a family may want another factor."""
-    if config.attention_scale is None:
-        return rotation
-    return jax.tree.map(lambda turn: turn * (config.attention_scale * config.head_size**0.5), rotation)
-
-
 def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns the pair (i, i + H/2) of every head by the position's i-th angle (Hugging Face's half-split layout)."""
+    """Turns the pair (i, i + h) of every head by the position's i-th of h angles (Hugging Face's half-split layout);
+    what is beyond 2h of the head stays."""
     cos_BL1h, sin_BL1h = rotation.cos_BLh[:, :, None, :], rotation.sin_BLh[:, :, None, :]
-    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos_BL1h - second * sin_BL1h, second * cos_BL1h + first * sin_BL1h], axis=-1)
-    return turned.astype(x_BLNH.dtype)
+    h = cos_BL1h.shape[-1]
+    first, second = jnp.split(x_BLNH[..., : 2 * h].astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos_BL1h - second * sin_BL1h, second * cos_BL1h + first * sin_BL1h]
+    rest = [x_BLNH[..., 2 * h :].astype(jnp.float32)] if 2 * h < x_BLNH.shape[-1] else []
+    return jnp.concatenate(turned + rest, axis=-1).astype(x_BLNH.dtype)
 
 
 def conversations(segments_BL: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ from jax import lax
 from moextend_jax.config import ModelConfig
 from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
-from moextend_jax.models.router import WEIGHT_GUARDS, Routing, route, route_extended
+from moextend_jax.models.router import WEIGHT_GUARDS, Routing, Rule, route, route_extended
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
@@ -57,15 +57,16 @@ def mixture(
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: modules `gate`, `experts` of one layer. slots: `router`, `new_experts` of every extension in it.
-      config: its top-k, its dispatch (a row of DISPATCHES) and how calibrated weights are guarded and summed.
+      moe: modules `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every
+        extension in it.
+      config: its decoder's `Rule`, its dispatch (a row of DISPATCHES), how calibrated weights are guarded and summed.
       extended: for each extension a bool scalar, false on layers that it does not have.
       sources: for each the experts that its own were copied from in this layer [X], which twins need.
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
-    top_k, normalised = config.decoder.top_k, config.decoder.normalised
+    rule = Rule.of(config.decoder)
     arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
     experts = splits[0]["experts/w_gate"]
     split = Split(
@@ -85,17 +86,17 @@ def mixture(
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
+            bias_E = None if this.selection_bias is None else this.selection_bias[...]
             if not added:
-                routing = route(x_TD, this.gate[...], top_k=top_k, normalised=normalised)
+                routing = route(x_TD, this.gate[...], bias_E, rule=rule)
             else:
                 routing = route_extended(
-                    x_TD, this.gate[...], [slot.router for slot in added], extended=extended, top_k=top_k,
-                    normalised=normalised, normalise=WEIGHT_GUARDS[config.weight_guard], mass=config.mass,
-                    sources=sources or None,
+                    x_TD, this.gate[...], [slot.router for slot in added], bias_E, extended=extended, rule=rule,
+                    normalise=WEIGHT_GUARDS[config.weight_guard], mass=config.mass, sources=sources or None,
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
-        y_TD = DISPATCHES[config.dispatch](x_TD, _of_real(routing, real_BL), parts, split, top_k)
+        y_TD = DISPATCHES[config.dispatch](x_TD, _of_real(routing, real_BL), parts, split, rule.top_k)
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
 
     def in_use(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:

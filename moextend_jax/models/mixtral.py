@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +31,17 @@ from moextend_jax.sharding import constrain, gather, map_shards, module_shards, 
 class SharedExpert(nnx.Module):
     """A SwiGLU that every token passes: `x_BLD -> y_BLD`, weighed by a sigmoid of the token if it has a gate."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
-        sizes = config.sizes()
-        self.w_gate = weight("ZDs", sizes, rngs=rngs, dtype=dtype)
-        self.w_up = weight("ZDs", sizes, rngs=rngs, dtype=dtype)
-        self.w_down = weight("ZsD", sizes, rngs=rngs, dtype=dtype)
-        self.gate = weight("ZD", sizes, rngs=rngs, dtype=dtype) if config.shared_gate else None
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, axes: str, gate: bool):
+        sizes, (stack, D, s) = config.sizes(), axes
+        self.w_gate = weight(axes, sizes, rngs=rngs, dtype=dtype)
+        self.w_up = weight(axes, sizes, rngs=rngs, dtype=dtype)
+        self.w_down = weight(stack + s + D, sizes, rngs=rngs, dtype=dtype)
+        self.gate = weight(stack + D, sizes, rngs=rngs, dtype=dtype) if gate else None
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)
-        apart, kept = x_split.over("L"), splits["w_gate"].over("s")
+        apart, kept = x_split.over("L"), splits["w_gate"].over("sj")
 
         # As in attention: a device takes its slice of the width for all positions, and is left with its own positions.
         def local(x_BLD, arrays):
@@ -56,29 +57,37 @@ class SharedExpert(nnx.Module):
 
 
 class MoE(nnx.Module):
-    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes = config.sizes()
         self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
+        # In float32 whatever the rest is in: rounded, it would choose other experts.
+        self.selection_bias = constant("ZE", sizes, dtype="float32", value=0.0) if config.selection_bias else None
         self.experts = Experts("ZEDF", sizes, rngs=rngs, dtype=dtype)
 
 
 class DecoderLayers(nnx.Module):
-    """All layers, stacked over Z; `run_layers` scans over them, so a method sees one layer's slice."""
+    """A stack of layers of one kind, those that route (`Z`) or the dense ones before them (`z`); `run_layers` scans
+    over a stack, so a method sees one layer's slice."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, stack: Literal["Z", "z"] = "Z"):
         sizes = config.sizes()
-        self.attention_norm = constant("ZD", sizes, dtype=dtype, value=1.0)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
-        self.moe_norm = constant("ZD", sizes, dtype=dtype, value=1.0)
-        self.moe = MoE(sizes, rngs=rngs, dtype=dtype)
-        self.shared = SharedExpert(config, rngs=rngs, dtype=dtype) if config.shared_hidden else None
+        self.attention_norm = constant(stack + "D", sizes, dtype=dtype, value=1.0)
+        self.attention = Attention(config, rngs=rngs, dtype=dtype, stack=stack)
+        self.moe_norm = constant(stack + "D", sizes, dtype=dtype, value=1.0)
+        self.moe = MoE(config, rngs=rngs, dtype=dtype) if stack == "Z" else None
+        axes, gate = ("ZDs", config.shared_gate) if stack == "Z" else ("zDj", False)
+        shared = functools.partial(SharedExpert, config, rngs=rngs, dtype=dtype, axes=axes, gate=gate)
+        self.shared = shared() if sizes[axes[-1]] else None
 
 
 class Mixtral(nnx.Module):
-    """Parameters of the pretrained decoder. The head is None where it is tied to the embedding."""
+    """Parameters of the pretrained decoder. The head is None where it is tied to the embedding, and `dense` where all
+    layers route."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
         sizes, self.config = config.sizes(), config
         self.embed = weight("VD", sizes, rngs=rngs, dtype=dtype)
+        self.dense = DecoderLayers(config, rngs=rngs, dtype=dtype, stack="z") if config.dense_layers else None
         self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype)
         self.norm = constant("D", sizes, dtype=dtype, value=1.0)
         self.head = None if config.tied_head else weight("DV", sizes, rngs=rngs, dtype=dtype)
@@ -109,7 +118,8 @@ class Extension(nnx.Module):
 
 
 class Decoded(NamedTuple):
-    """hidden_BLD: after the final norm. routing: stacked over Z, T = B*L. keys_values: of these positions, over Z."""
+    """hidden_BLD: after the final norm. routing: stacked over Z, T = B*L. keys_values: of these positions, stacked over
+    all layers, dense ones first."""
 
     hidden_BLD: jax.Array
     routing: Routing
@@ -128,26 +138,25 @@ def run_layers(
     past: KeysValues | None = None,
     real_BL: jax.Array | None = None,
 ) -> Decoded:
-    """Runs all layers in one scan, whose body is compiled once whatever the depth.
+    """Runs each stack of layers in one scan, whose body is compiled once whatever the depth.
 
     Args:
       visible: the segments of a batch's rows, or with `past` a mask over both.
       extensions: all of the model's. Those that `shares` names run; without any the layers run as before them.
       shares: by name the log of an extension's share [B, L] for every token, None: all of it (`router.route_extended`).
-      past: keys and values of earlier positions, stacked over Z.
+      past: keys and values of earlier positions, stacked over all layers.
       real_BL: tokens that experts compute, None: all. The others (padding) pass the experts by.
     """
     sizes = config.decoder
     check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
-    turns = rotation(positions_BL, head_size=sizes.head_size, theta=sizes.rope_theta)
-    layer_def, layers = nnx.split(decoder.layers)
+    turns = rotation(positions_BL, sizes)
     names = tuple(name for name in config.extensions if name in shares)
-    slots = tuple(_slots(extensions[name], config.extensions[name], sizes.layers, dtype=x_BLD.dtype) for name in names)
+    slots = tuple(_slots(extensions[name], config.extensions[name], sizes.routed, dtype=x_BLD.dtype) for name in names)
 
-    def layer(x_BLD, layer_slice):
+    def layer(definition, x_BLD, layer_slice):
         params, by_slot, past = layer_slice
-        this: DecoderLayers = nnx.merge(layer_def, params)
-        here = [slot.of_layer(own) for slot, own in zip(slots, by_slot, strict=True)]
+        this: DecoderLayers = nnx.merge(definition, params)
+        here = [slot.of_layer(own) for slot, own in zip(slots, by_slot, strict=False)]  # a dense layer has none
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
@@ -171,13 +180,30 @@ def run_layers(
         )
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
-    if config.remat == "layer":
-        layer = jax.checkpoint(layer, prevent_cse=False, policy=save_these(config.saved))
-    x_BLD = constrain(x_BLD, "BLd")
-    scanned = (layers, tuple(slot.scanned for slot in slots), past)
-    x_BLD, (routing, keys_values) = jax.lax.scan(layer, x_BLD, scanned)
+    def scan(stack, x_BLD, by_slot, past):
+        definition, params = nnx.split(stack)
+        body = functools.partial(layer, definition)
+        if config.remat == "layer":
+            body = jax.checkpoint(body, prevent_cse=False, policy=save_these(config.saved))
+        return jax.lax.scan(body, x_BLD, (params, by_slot, past))
+
+    x_BLD, first, before = constrain(x_BLD, "BLd"), sizes.dense_layers, None
+    if decoder.dense is not None:
+        x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), jax.tree.map(lambda array: array[:first], past))
+        past = jax.tree.map(lambda array: array[first:], past)
+    x_BLD, (routing, keys_values) = scan(decoder.layers, x_BLD, tuple(slot.scanned for slot in slots), past)
+    if before is not None:
+        keys_values = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), before, keys_values)
     routing = _numbered(routing, config=config, names=names)
     return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
+
+
+def layer_of(decoder: Mixtral, number: int) -> DecoderLayers:
+    """One layer's slice of its stack."""
+    first = decoder.config.dense_layers
+    stack, at = (decoder.layers, number - first) if number >= first else (decoder.dense, number)
+    definition, params = nnx.split(stack)
+    return cast(DecoderLayers, nnx.merge(definition, jax.tree.map(lambda leaf: leaf[at], params)))
 
 
 def added(x_BLD: jax.Array, y_BLD: jax.Array, config: DecoderConfig) -> jax.Array:
@@ -187,11 +213,12 @@ def added(x_BLD: jax.Array, y_BLD: jax.Array, config: DecoderConfig) -> jax.Arra
 
 def feed_forward(x_BLD: jax.Array, layer: DecoderLayers, slots: Sequence[Any], **options: Any):
     """`x_BLD -> (y_BLD, Routing)`: the experts that tokens choose (`mixture`, whose options these are), and the one
-    that they all pass."""
-    y_BLD, routing = mixture(x_BLD, layer.moe, slots, **options)
+    that they all pass. A dense layer has that one alone, and no routing."""
+    y_BLD, routing = mixture(x_BLD, layer.moe, slots, **options) if layer.moe is not None else (None, None)
     if layer.shared is not None:
         with jax.named_scope("shared"):
-            y_BLD += layer.shared(x_BLD)
+            of_all_BLD = layer.shared(x_BLD)
+        y_BLD = of_all_BLD if y_BLD is None else y_BLD + of_all_BLD
     return y_BLD, routing
 
 
@@ -200,12 +227,16 @@ def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) 
     are -inf, and no token has chosen them."""
     if names == tuple(config.extensions):
         return routing
-    E, logits = config.decoder.experts, routing.logits_TO
-    columns = [n for name in names for n in config.columns(name)]
-    wide = jnp.full((*logits.shape[:-1], config.outputs), -jnp.inf, logits.dtype)
-    wide = wide.at[..., jnp.array([*range(E), *columns])].set(logits)
-    number = jnp.array([*range(E), *columns, config.outputs])  # the last: padding's, which chooses nobody
-    return routing._replace(logits_TO=wide, ids_Tk=number[routing.ids_Tk].astype(routing.ids_Tk.dtype))
+    columns = [*range(config.decoder.experts), *(n for name in names for n in config.columns(name))]
+
+    def widened(narrow: jax.Array) -> jax.Array:
+        wide = jnp.full((*narrow.shape[:-1], config.outputs), -jnp.inf, narrow.dtype)
+        return wide.at[..., jnp.array(columns)].set(narrow)
+
+    number = jnp.array([*columns, config.outputs])  # the last: padding's, which chooses nobody
+    selection_TO = None if routing.selection_TO is None else widened(routing.selection_TO)
+    ids_Tk = number[routing.ids_Tk].astype(routing.ids_Tk.dtype)
+    return Routing(widened(routing.logits_TO), ids_Tk, routing.weights_Tk, selection_TO)
 
 
 def check_length(length: int, sizes: DecoderConfig) -> None:
@@ -254,8 +285,8 @@ class _Slots(NamedTuple):
         return nnx.merge(self.definition, leaves)
 
 
-def _slots(extension: Extension, config: ExtensionConfig, layers: int, *, dtype: Any) -> _Slots:
-    """Where each layer finds its part of an extension.
+def _slots(extension: Extension, config: ExtensionConfig, routed: range, *, dtype: Any) -> _Slots:
+    """Where each of the layers that route finds its part of an extension.
 
     For example layers 1 and 3 of four are extended, so Y = 2:
 
@@ -267,7 +298,7 @@ def _slots(extension: Extension, config: ExtensionConfig, layers: int, *, dtype:
     of an array read inside would be added up over all layers. Experts are spread in the dtype they compute in.
     """
     Y = len(config.layers)
-    rows_Z = jnp.full(layers, Y).at[jnp.array(config.layers)].set(jnp.arange(Y))
+    rows_Z = jnp.full(len(routed), Y).at[jnp.array(config.layers) - routed.start].set(jnp.arange(Y))
     definition, state = nnx.split(extension)
     extended_Z = rows_Z < Y
     here_Z = jnp.where(extended_Z, rows_Z, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,25 +12,33 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig, Mass
-from moextend_jax.models.starts import STARTS, Columns
+from moextend_jax.models.starts import STARTS, Columns, Competing
 from moextend_jax.parameters import constant, weight
 
 
 class Routing(NamedTuple):
     """What a layer decided; with a leading Z where layers are stacked.
 
-    logits_TO: float32 router logits before the softmax; O = E, or in an extended model E and the X of every extension;
+    logits_TO: float32 router logits before the scores; O = E, or in an extended model E and the X of every extension;
       -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
       from these.
-    ids_Tk: chosen experts, most likely first; ids from E on are new experts. Where extensions start "added", k is
-      wider by their experts, which stand behind the k that compete: O, which is nobody, where a token has one not.
-    weights_Tk: float32 combine weights, those of competing experts summing to one over k (but where `bounded` had to
-      hold them).
+    ids_Tk: chosen experts, the best first; ids from E on are new experts. Where extensions start "added", k is wider by
+      their experts, which stand behind those that compete: O, which is nobody, where a token does not have one.
+    weights_Tk: float32 combine weights, those of experts that compete summing to one where the family has it so (but
+      where `bounded` had to hold them).
+    selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
+      for whom the token could not choose. Else None.
     """
 
     logits_TO: jax.Array
     ids_Tk: jax.Array
     weights_Tk: jax.Array
+    selection_TO: jax.Array | None = None
+
+    @property
+    def chosen_by_TO(self) -> jax.Array:
+        """The experts with the k largest of these were chosen."""
+        return self.logits_TO if self.selection_TO is None else self.selection_TO
 
 
 class Calibrator(nnx.Module):
@@ -48,97 +57,191 @@ class Calibrator(nnx.Module):
 
 
 class NewColumns(nnx.Module):
-    """New router columns and the calibrator of the extended layers; with start "lowered" what is added to their
-    logits."""
+    """New router columns, what they are chosen by besides where the base has that, the calibrator of the extended
+    layers, and with start "lowered" what is added to the new logits."""
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
         sizes, self.start = extension.sizes(decoder), extension.start
         self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
+        self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
         self.offset = constant("YX", sizes, dtype=dtype, value=0.0) if extension.start == "lowered" else None
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
 
 
-def route(x_TD: jax.Array, gate_DE: jax.Array, *, top_k: int, normalised: bool = True) -> Routing:
-    """Softmax over all experts in float32, top-k, renormalised over the chosen if `normalised`."""
+class Rule(NamedTuple):
+    """How a decoder's router decides: the fields of `DecoderConfig` with these names."""
+
+    top_k: int
+    scores: str = "softmax"
+    normalised: bool = True
+    routed_factor: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> Rule:
+        return cls(*(getattr(config, name) for name in cls._fields))
+
+
+SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+}
+"""TABLE `DecoderConfig.scores` -> what logits [..., O] become, by which experts are chosen and weighed. -inf gives 0."""
+
+
+def probabilities(logits_TO: jax.Array, scores: str) -> jax.Array:
+    """Scores over their sum: what load balancing and calibrators take, of one size in every family. Of a softmax they
+    are the scores."""
+    scores_TO = SCORES[scores](logits_TO)
+    return scores_TO if scores == "softmax" else scores_TO / scores_TO.sum(axis=-1, keepdims=True)
+
+
+def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, experts: int) -> jax.Array | None:
+    """Scores and bias, -inf for whom a token may not choose; None where that is the order of the logits.
+
+    Groups are of the first `experts` columns, and worth their two best experts; columns behind are in none and always
+    may be chosen, so that a new expert does not decide which others are.
+    """
+    if bias_O is None and rule.groups == 1:
+        return None
+    scores_TO = SCORES[rule.scores](logits_TO)
+    chosen_by_TO = scores_TO if bias_O is None else scores_TO + bias_O[None]
+    if rule.groups > 1:
+        grouped_TgE = chosen_by_TO[:, :experts].reshape(len(logits_TO), rule.groups, -1)
+        worth_Tg = jax.lax.top_k(grouped_TgE, 2)[0].sum(axis=-1)
+        best_Tg = jax.nn.one_hot(jax.lax.top_k(worth_Tg, rule.top_groups)[1], rule.groups, dtype=bool).any(axis=1)
+        grouped_TgE = jnp.where(best_Tg[..., None], grouped_TgE, -jnp.inf)
+        chosen_by_TO = chosen_by_TO.at[:, :experts].set(grouped_TgE.reshape(len(logits_TO), experts))
+    return jnp.where(jnp.isneginf(logits_TO), -jnp.inf, chosen_by_TO)
+
+
+def route(x_TD: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None = None, *, rule: Rule) -> Routing:
+    """Scores of all experts in float32, the k best by `selection`, weighed by their scores: over their sum if
+    `normalised`."""
     logits_TE = _logits(x_TD, gate_DE)
-    probs_TE = jax.nn.softmax(logits_TE, axis=-1)
-    weights_Tk, ids_Tk = jax.lax.top_k(probs_TE, top_k)
-    return Routing(logits_TE, ids_Tk, over_their_sum(weights_Tk) if normalised else weights_Tk)
+    scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, bias_E, experts=len(gate_DE.T))
+    _, ids_Tk = jax.lax.top_k(scores_TE if selection_TE is None else selection_TE, rule.top_k)
+    weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)
+    weights_Tk = over_their_sum(weights_Tk) if rule.normalised else weights_Tk
+    weights_Tk = weights_Tk if rule.routed_factor == 1 else weights_Tk * rule.routed_factor
+    return Routing(logits_TE, ids_Tk, weights_Tk, selection_TE)
 
 
 def route_extended(
     x_TD: jax.Array,
     gate_DE: jax.Array,
     slots: Sequence[NewColumns],
+    bias_E: jax.Array | None = None,
     *,
     extended: Sequence[jax.Array | bool] | None = None,
     shares: Sequence[jax.Array | None] | None = None,
     sources: Sequence[jax.Array | None] | None = None,
-    top_k: int,
+    rule: Rule,
     normalise: Callable[..., jax.Array],
-    normalised: bool = True,
     mass: Mass = "base",
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
-    Experts are chosen by the uncalibrated probabilities over all columns, weighted by the calibrated ones. Beside
+    Experts are chosen by the uncalibrated scores of all columns, weighted by the calibrated probabilities. Beside
     others an extension's calibrator corrects what it was trained on, the probabilities that its own columns alone would
     have, in proportion to what these columns have among all; alone it is the calibrator as trained. Which columns there
-    are depends on how extensions start (`starts.STARTS`).
+    are depends on how the extensions have started (`starts.STARTS`).
 
     Args:
       slots: the new columns of every extension in this layer, in the order of their experts' numbers.
       extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
-      sources: for each, the experts [X] that its own are copies of; twins alone need them.
+      sources: for each, the experts [X] that its own were copied from; twins alone need them.
+      bias_E: what the base's experts are chosen by besides their scores.
+      rule: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would for the
+        token: else a new column would take from every expert's weight, for tokens that never choose it too.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
-      normalised: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would
-        for the token: else a new column would take from every expert's weight, for tokens that never choose it too.
-      mass: "literal" lets it: weights are the calibrated probabilities themselves.
+      mass: "literal" lets it take from them: weights are what the calibrated probabilities say.
     """
     base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
     shares, sources = (some or [None] * len(slots) for some in (shares, sources))
     log_shares_T1 = [_log_share(x_TD, shares[n], extended[n] if extended else True) for n in range(len(slots))]
-    seats, columns, first = [], Columns(base_TE, np.arange(E)), E
+    seats: list[Competing] = []
+    columns, first = Columns(base_TE, np.arange(E)), E
     for slot, share_T, share_T1, sources_X in zip(slots, shares, log_shares_T1, sources, strict=True):
         own_TX = _own_logits(x_TD, gate_DE, slot.new_gate[...])
-        own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)
+        own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)[None]
         # Where nothing has a share nothing is added: it would round.
         own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
         seats.append(STARTS[slot.start](own_TX, sources_X, first=first, experts=E, columns=columns))
         columns, first = seats[-1].columns, first + own_TX.shape[-1]
-    probs_To = jax.nn.softmax(columns.logits_To, axis=-1)
-    _, picked_Tk = jax.lax.top_k(probs_To, top_k)
-    least_T1 = jnp.take_along_axis(columns.logits_To, picked_Tk[:, -1:], axis=-1)
-    calibrated_To, beside = probs_To, []
+    competing = [slot for slot, seat in zip(slots, seats, strict=True) if seat.competes]
+    bias_o = _bias(bias_E, competing)
+    probs_To = probabilities(columns.logits_To, rule.scores)
+    selection_To = selection(columns.logits_To, rule, bias_o, experts=E)
+    _, picked_Tk = jax.lax.top_k(probs_To if selection_To is None else selection_To, rule.top_k)
+    calibrated_To, beside = probs_To, {}
     for slot, seat, share_T1 in zip(slots, seats, log_shares_T1, strict=True):
         own_TO, mass_T1 = probs_To, jnp.exp(jnp.minimum(share_T1, 0.0))
         if len(slots) > 1 or not seat.competes:
-            own_TO = jax.nn.softmax(seat.alone(columns), axis=-1)
+            own_TO = probabilities(seat.alone(columns), rule.scores)
             # What the others have not: exactly all where they are closed, as without them.
             mass_T1 *= seat.left(probs_To)
         correction_TO = slot.calibrator.correction(own_TO) * mass_T1
         calibrated_To = calibrated_To + seat.spread(correction_TO, columns)
-        beside.append((seat, seat.beside(columns, least_T1, correction_TO)))
+        if seat.stands_beside:
+            beside[seat] = _beside(seat, columns, picked_Tk, correction_TO, _bias(bias_o, [slot]), rule)
     ids_Tk, weights_Tk = columns.experts(picked_Tk), jnp.take_along_axis(calibrated_To, picked_Tk, axis=-1)
-    plain = route(x_TD, gate_DE, top_k=top_k, normalised=normalised)
-    if normalised:
-        weights_Tk = normalise(weights_Tk)
-    elif mass == "base":
-        weights_Tk = normalise(weights_Tk, plain.weights_Tk.sum(axis=-1, keepdims=True))
+    plain = route(x_TD, gate_DE, bias_E, rule=rule)
+    if rule.normalised or mass == "base":
+        summed = rule.normalised and rule.routed_factor == 1
+        weights_Tk = normalise(weights_Tk, 1.0 if summed else plain.weights_Tk.sum(axis=-1, keepdims=True))
+    else:
+        scores_To = SCORES[rule.scores](columns.logits_To)
+        total_T1 = 1.0 if rule.scores == "softmax" else scores_To.sum(axis=-1, keepdims=True)
+        weights_Tk *= rule.routed_factor * total_T1
     if any(share is not None for share in shares):
         open_T1 = ~jnp.isneginf(jnp.concatenate(log_shares_T1, axis=-1)).all(axis=-1, keepdims=True)
         ids_Tk, weights_Tk = (
             jnp.where(open_T1, extended_Tk, plain_Tk)
             for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
         )
-    for seat, stands in beside:
-        if stands is not None:
-            ids_Tk = jnp.concatenate([ids_Tk, jnp.where(stands.chosen_TX, seat.numbers_X, first)], axis=-1)
-            weights_Tk = jnp.concatenate([weights_Tk, stands.weights_TX], axis=-1)
-    logits_TO = jnp.concatenate([columns.held(E), *(seat.own(columns) for seat in seats)], axis=-1)
-    return Routing(logits_TO, ids_Tk, weights_Tk)
+    for seat, stands in beside.items():
+        ids_Tk = jnp.concatenate([ids_Tk, jnp.where(stands.chosen_TX, seat.numbers_X, first)], axis=-1)
+        weights_Tk = jnp.concatenate([weights_Tk, stands.weights_TX], axis=-1)
+
+    def of_experts(values_To: jax.Array, beside_TX: Callable[[Competing], jax.Array]) -> jax.Array:
+        own = (beside_TX(seat) if seat.stands_beside else seat.own(values_To, columns) for seat in seats)
+        return jnp.concatenate([columns.held(values_To, E), *own], axis=-1)
+
+    logits_TO = of_experts(columns.logits_To, lambda seat: seat.own_TX)
+    selection_TO = None if selection_To is None else of_experts(selection_To, lambda seat: beside[seat].ranks_TX)
+    return Routing(logits_TO, ids_Tk, weights_Tk, selection_TO)
+
+
+class Beside(NamedTuple):
+    """Whether a token has an extension's expert beside its k picks, its weight there, and what it was chosen by."""
+
+    chosen_TX: jax.Array
+    weights_TX: jax.Array
+    ranks_TX: jax.Array
+
+
+def _beside(
+    seat: Competing, columns: Columns, picked_Tk: jax.Array, correction_TO: jax.Array, bias_O: jax.Array | None,
+    rule: Rule,
+) -> Beside:  # fmt: skip
+    """Those that reach the last of the picks, with their probability beside the columns that compete."""
+    logits_TO, width = jnp.concatenate([columns.logits_To, seat.own_TX], axis=-1), columns.logits_To.shape[-1]
+    ranks_TO = selection(logits_TO, rule, bias_O, experts=seat.experts)
+    ranks_TO = logits_TO if ranks_TO is None else ranks_TO
+    chosen_TX = ranks_TO[:, width:] >= jnp.take_along_axis(ranks_TO, picked_Tk[:, -1:], axis=-1)
+    weights_TX = probabilities(logits_TO, rule.scores)[:, width:] + correction_TO[:, seat.experts :]
+    weights_TX = jnp.where(chosen_TX, weights_TX * rule.routed_factor, 0.0)
+    return Beside(chosen_TX, weights_TX, ranks_TO[:, width:])
+
+
+def _bias(bias_o: jax.Array | None, slots: Sequence[NewColumns]) -> jax.Array | None:
+    """What columns are chosen by besides, with those of these slots behind."""
+    own = [slot.new_bias[...] for slot in slots if slot.new_bias is not None]
+    return None if bias_o is None else jnp.concatenate([bias_o, *own])
 
 
 def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array | bool) -> jax.Array:

@@ -41,19 +41,12 @@ class Columns(NamedTuple):
         as_numbered = (self.experts_To == np.arange(len(self.experts_To))).all()
         return picked_Tk if as_numbered else jnp.asarray(self.experts_To)[picked_Tk]
 
-    def held(self, experts: int) -> jax.Array:
-        """Logits of the pretrained experts, -inf where a twin holds one's column."""
-        logits_TE = self.logits_To[:, :experts]
+    def held(self, values_To: jax.Array, experts: int) -> jax.Array:
+        """Values of the pretrained experts, -inf where a twin holds one's column."""
+        values_TE = values_To[:, :experts]
         if isinstance(self.experts_To, np.ndarray):
-            return logits_TE
-        return jnp.where(self.experts_To[:, :experts] == np.arange(experts), logits_TE, -jnp.inf)
-
-
-class Beside(NamedTuple):
-    """Whether a token has an expert beside its k picks, and with which weight."""
-
-    chosen_TX: jax.Array
-    weights_TX: jax.Array
+            return values_TE
+        return jnp.where(self.experts_To[:, :experts] == np.arange(experts), values_TE, -jnp.inf)
 
 
 class Competing:
@@ -66,7 +59,7 @@ class Competing:
       columns: those before it; afterwards `columns` are those with its own among them.
     """
 
-    competes = True
+    competes, stands_beside = True, False
 
     def __init__(self, own_TX: jax.Array, sources_X: Any, *, first: int, experts: int, columns: Columns):
         self.own_TX, self.sources_X, self.experts = own_TX, sources_X, experts
@@ -83,13 +76,13 @@ class Competing:
             experts_To = jnp.concatenate([experts_To, jnp.broadcast_to(self.numbers_X, self.own_TX.shape)], axis=-1)
         return Columns(jnp.concatenate([logits_To, self.own_TX], axis=-1), experts_To)
 
-    def own(self, columns: Columns) -> jax.Array:
-        """Logits of its experts, -inf where a token cannot choose one. Here and below `columns` are those of all."""
-        return self.own_TX
+    def own(self, values_To: jax.Array, columns: Columns) -> jax.Array:
+        """Values of its experts [T, X], -inf where a token cannot choose one. Here and below `columns` are all."""
+        return values_To[:, self.at : self.after]
 
     def alone(self, columns: Columns) -> jax.Array:
         """Logits [T, O] of the pretrained experts and its own, as if there were no others."""
-        return jnp.concatenate([columns.logits_To[:, : self.experts], self.own(columns)], axis=-1)
+        return jnp.concatenate([columns.logits_To[:, : self.experts], self.own_TX], axis=-1)
 
     def left(self, probs_To: jax.Array) -> jax.Array:
         """The probability that columns of other extensions leave, [T, 1]."""
@@ -103,10 +96,6 @@ class Competing:
         before, behind = self.at - self.experts, columns.logits_To.shape[-1] - self.after
         before_T, behind_T = (jnp.zeros((len(old_TE), n)) for n in (before, behind))
         return jnp.concatenate([old_TE, before_T, own_TX, behind_T], axis=-1)
-
-    def beside(self, columns: Columns, least_T1: jax.Array, correction_TO: jax.Array) -> Beside | None:
-        """What stands beside the k picks, of whose logits `least_T1` is the last."""
-        return None
 
 
 class Twin(Competing):
@@ -125,15 +114,17 @@ class Twin(Competing):
             experts_To = jnp.where(takes_To, number, experts_To)
         return Columns(logits_To, experts_To)
 
-    def own(self, columns: Columns) -> jax.Array:
-        holders_TX = jnp.take(jnp.asarray(columns.experts_To), jnp.asarray(self.sources_X), axis=1)
-        return jnp.where(holders_TX == self.numbers_X, self.own_TX, -jnp.inf)
+    def own(self, values_To: jax.Array, columns: Columns) -> jax.Array:
+        holders_TX, values_TX = (
+            jnp.take(of_To, jnp.asarray(self.sources_X), axis=1) for of_To in (columns.experts_To, values_To)
+        )
+        return jnp.where(holders_TX == self.numbers_X, values_TX, -jnp.inf)
 
     def alone(self, columns: Columns) -> jax.Array:
         holders_TE = jnp.asarray(columns.experts_To)[:, : self.experts]
         mine_TE = (holders_TE >= self.numbers_X[0]) & (holders_TE <= self.numbers_X[-1])
         others_TE = jnp.where(mine_TE, -jnp.inf, columns.logits_To[:, : self.experts])
-        return jnp.concatenate([others_TE, self.own(columns)], axis=-1)
+        return jnp.concatenate([others_TE, self.own(columns.logits_To, columns)], axis=-1)
 
     def spread(self, correction_TO: jax.Array, columns: Columns) -> jax.Array:
         spread_To, experts_To = super().spread(correction_TO, columns), jnp.asarray(columns.experts_To)
@@ -143,18 +134,12 @@ class Twin(Competing):
 
 
 class Added(Competing):
-    """Experts that compete with nobody."""
+    """Experts that compete with nobody, and stand beside the picks that their ranks reach (`router.route_extended`)."""
 
-    competes = False
+    competes, stands_beside = False, True
 
     def joined(self, columns: Columns) -> Columns:
         return columns
-
-    def beside(self, columns: Columns, least_T1: jax.Array, correction_TO: jax.Array) -> Beside:
-        probs_TO = jax.nn.softmax(jnp.concatenate([columns.logits_To, self.own_TX], axis=-1), axis=-1)
-        weights_TX = probs_TO[:, columns.logits_To.shape[-1] :] + correction_TO[:, self.experts :]
-        reaches_TX = self.own_TX >= least_T1
-        return Beside(reaches_TX, jnp.where(reaches_TX, weights_TX, 0.0))
 
 
 STARTS: dict[str, type[Competing]] = {"copy": Competing, "lowered": Competing, "twin": Twin, "added": Added}

@@ -59,8 +59,10 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     feature_layer = settings.recipe.feature_layer
     decoder = _decoder(settings.base)
     if layers is not None:
-        if not 1 <= layers <= decoder.layers:
-            raise MoextendError(f"--layers {layers}: {settings.base} has {decoder.layers}")
+        if not decoder.dense_layers < layers <= decoder.layers:
+            raise MoextendError(
+                f"--layers {layers}: {settings.base} has {decoder.layers}, which route from {decoder.dense_layers} on"
+            )
         decoder = dataclasses.replace(decoder, layers=layers)
     sees = settings.vision not in ("", NO_PICTURES)
     vision = _tower(settings.vision, feature_layer=feature_layer) if sees else None
@@ -83,11 +85,13 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
 
 
 def extension(decoder: DecoderConfig, select: SelectSettings, *, medium: str = IMAGE) -> ExtensionConfig:
-    """floor(p * layers) layers, the last of each run of 1/p: which ones the data will choose makes no difference."""
-    extended = int(select.share * decoder.layers)
+    """floor(p * Z) of the Z layers that route, the last of each run of 1/p: which ones the data will choose makes no
+    difference."""
+    routed = decoder.routed
+    extended = int(select.share * len(routed))
     if not extended:
-        raise MoextendError(f"select.share = {select.share} extends none of {decoder.layers} layers")
-    layers = tuple((n + 1) * decoder.layers // extended - 1 for n in range(extended))
+        raise MoextendError(f"select.share = {select.share} extends none of {len(routed)} layers")
+    layers = tuple(routed[(n + 1) * len(routed) // extended - 1] for n in range(extended))
     new = select.number(decoder.experts)
     check_sources(new, select.wide, experts=decoder.experts)
     sources = tuple(range(new * select.wide)) * extended

@@ -79,7 +79,7 @@ def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selecti
     with _malformed(where):
         layers, new = int(routing["layers"]), int(routing.get("new_experts", 1))
         shape = (layers, int(routing["experts"]))
-        chosen = tuple(int(layer) for layer in routing["chosen_layers"])
+        chosen = _routed(routing, "chosen_layers")
         sources = tuple(int(expert) for expert in routing["sources"])
         shift_Z = np.asarray(routing["shift"], float)
         if shift_Z.shape != shape[:1] or not all(0 <= layer < layers for layer in chosen):
@@ -123,7 +123,7 @@ def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:
 def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
     with _malformed(where):
         layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
-        extended = tuple(int(layer) for layer in routing["extended_layers"])
+        extended = _routed(routing, "extended_layers")
         if not all(0 <= layer < layers for layer in extended):
             raise ValueError(f"extended_layers do not fit {layers} layers")
         share_ZO = {kind: _shares(routing["counts"][kind], (layers, experts + new)) for kind in KINDS}
@@ -138,6 +138,11 @@ def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
             fair_share=top_k / (experts + new),
             of_tokens=tokens is not None,
         )
+
+
+def _routed(routing: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Layers that a file names, counted from the first that routes, as its counts are."""
+    return tuple(int(layer) - int(routing.get("first_layer", 0)) for layer in routing[name])
 
 
 def _shares(counts: Any, shape: tuple[int, int]) -> np.ndarray:

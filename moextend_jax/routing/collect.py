@@ -17,6 +17,7 @@ from moextend_jax.config import Batch, MoextendError
 from moextend_jax.extension.routing import count_faulty, least_likely, outputs_Z, refuse_faulty, tally
 from moextend_jax.mesh import Program, on_host, one_device, place_whole
 from moextend_jax.models.moextend import MoExtend
+from moextend_jax.models.router import probabilities
 from moextend_jax.parameters import with_arrays
 from moextend_jax.routing.stats import KINDS, PerToken, Stats
 
@@ -92,11 +93,9 @@ def _count(model: MoExtend, batch: Batch):
     routing = model(batch).routing
     logits_ZTO = routing.logits_TO
     outputs, top_k = logits_ZTO.shape[-1], routing.ids_Tk.shape[-1]
-    least_ZTk = least_likely(logits_ZTO, top_k=top_k)
-    log_probs_ZTO = jax.nn.log_softmax(logits_ZTO, axis=-1)
-    probs_ZTO = jnp.exp(log_probs_ZTO)
-    absent_ZTO = jnp.isneginf(logits_ZTO)  # new columns of plain layers
-    entropy_ZT = -jnp.where(absent_ZTO, 0.0, probs_ZTO * log_probs_ZTO).sum(axis=-1)
+    least_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k)
+    probs_ZTO = probabilities(logits_ZTO, model.config.decoder.scores)
+    entropy_ZT = jax.scipy.special.entr(probs_ZTO).sum(axis=-1)
     image_T = (batch.places_BL >= 0).reshape(-1)
     real_T = (batch.segments_BL > 0).reshape(-1)
     sums = {"faulty": count_faulty(logits_ZTO, real_T)}
@@ -106,7 +105,7 @@ def _count(model: MoExtend, batch: Batch):
         sums[f"probs/{kind}"] = jnp.where(of_T[None, :, None], probs_ZTO, 0).sum(axis=1)
         sums[f"entropy/{kind}"] = jnp.where(of_T[None], entropy_ZT, 0).sum(axis=1)
         sums[f"tokens/{kind}"] = of_T.sum()
-    most_ZTk = jax.lax.top_k(logits_ZTO, min(top_k + 1, outputs))[0]
+    most_ZTk = jax.lax.top_k(routing.chosen_by_TO, min(top_k + 1, outputs))[0]
     gaps_ZT = most_ZTk[..., top_k - 1] - most_ZTk[..., -1] if outputs > top_k else jnp.full(most_ZTk.shape[:2], jnp.inf)
     return sums, routing.ids_Tk, gaps_ZT
 

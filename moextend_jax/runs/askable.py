@@ -24,6 +24,7 @@ from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.parameters import element_type
 from moextend_jax.runs import models_of, results
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Arrays, Run, known_settings, open_run, working
@@ -132,7 +133,7 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
     model, arrays = models_of.open_model(run, name)
     if dtype is not None:
         model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
-        arrays = {path: leaf.astype(dtype) for path, leaf in arrays.items()}
+        arrays = {path: leaf.astype(element_type(path, dtype)) for path, leaf in arrays.items()}
     identity = models_of.identity(run, name)
     return Askable(
         name=name,

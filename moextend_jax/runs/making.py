@@ -147,11 +147,19 @@ def select(run: Run, name: str) -> None:
 
     with no_bus_error():
         before, after = (count(open_model(run, model)) for model in row.models)
+    routed = run.config.decoder.routed
     chosen = routing.select(
-        before, after, share=settings.share, recipe=recipe, new_experts=new_experts, wide=settings.wide
+        before,
+        after,
+        share=settings.share,
+        recipe=recipe,
+        new_experts=new_experts,
+        wide=settings.wide,
+        first=routed.start,
     )
     record = {
-        "layers": run.config.decoder.layers,
+        "layers": len(routed),
+        **({"first_layer": routed.start} if routed.start else {}),
         "experts": run.config.decoder.experts,
         "samples": len(source),
         "tokens": {"text": int(before.text_tokens), "image": int(before.image_tokens)},

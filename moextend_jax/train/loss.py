@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from moextend_jax.config import IGNORE, ModelConfig, Recipe
 from moextend_jax.models.mixtral import Decoded, logits
 from moextend_jax.models.moextend import targets
-from moextend_jax.models.router import Routing
+from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.sharding import Shards, gather, map_shards, shards
 
 
@@ -130,15 +130,15 @@ def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
     return [jax.lax.dynamic_slice_in_dim(array, i * chunk, chunk) for array in arrays]
 
 
-def load(routing: Routing, valid_T: jax.Array) -> Load:
+def load(routing: Routing, valid_T: jax.Array, *, scores: str = "softmax") -> Load:
     """Load of every expert over the tokens where `valid_T` that may choose it (all, of a pretrained expert); arrays of
-    `routing` are stacked over layers (Z)."""
+    `routing` are stacked over layers (Z), and its logits become `scores`."""
     outputs = routing.logits_TO.shape[-1]
     may_ZTO = ~jnp.isneginf(routing.logits_TO) & valid_T[None, :, None]
     counts_ZO = may_ZTO.sum(axis=1)
     least_ZO = jnp.maximum(counts_ZO, 1).astype(jnp.float32)
     valid_1T1 = valid_T.astype(jnp.float32)[None, :, None]
-    probs_ZTO = jax.nn.softmax(routing.logits_TO, axis=-1)
+    probs_ZTO = probabilities(routing.logits_TO, scores)
     picks_ZTO = jax.nn.one_hot(routing.ids_Tk, outputs).sum(axis=-2)
     picks_ZO, probs_ZO = ((of_ZTO * valid_1T1).sum(axis=1) / least_ZO for of_ZTO in (picks_ZTO, probs_ZTO))
     return Load(picks_ZO, probs_ZO, counts_ZO)
@@ -158,7 +158,7 @@ def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
     tokens_Z1 = jnp.maximum(load.counts_ZO.max(axis=-1, keepdims=True), 1)
     product_ZO = load.picks_ZO * load.probs_ZO * (load.counts_ZO / tokens_Z1) ** 2
     if config.extensions:
-        return product_ZO.sum() * config.outputs / config.decoder.layers
+        return product_ZO.sum() * config.outputs / len(config.decoder.routed)
     return (load.picks_ZO.mean(axis=0) * load.probs_ZO.mean(axis=0)).sum() * config.decoder.experts
 
 
@@ -189,6 +189,6 @@ def losses_of(
     )
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
-    by_layer = load(decoded.routing, valid_T)
+    by_layer = load(decoded.routing, valid_T, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](by_layer, config=model.config)
     return Losses(ce + aux_coefficient * aux, ce, aux, labelled, by_layer.picks_ZO * by_layer.counts_ZO)
