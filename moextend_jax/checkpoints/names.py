@@ -54,6 +54,7 @@ MIXTRAL = FAMILIES["mixtral"].names
 EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
     Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
+    Name("extensions/image/router/offset", "model.layers.{Y}.block_sparse_moe.gate_vision.offset", "X -> X"),
     Name(
         "extensions/image/router/calibrator/w_in",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.0.weight",
@@ -225,7 +226,11 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
-        if leaf == "router/new_bias" and not config.decoder.selection_bias:
+        here = {
+            "router/new_bias": config.decoder.selection_bias,
+            "router/offset": name in config.extensions and config.extensions[name].start == "lowered",
+        }
+        if not here.get(leaf, True):
             return None
     elif kind == "media":
         part, _, leaf = inside.partition("/")

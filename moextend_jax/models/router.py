@@ -170,12 +170,13 @@ def route_extended(
         own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)[None]
         # Where nothing has a share nothing is added: it would round.
         own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
-        seats.append(STARTS[slot.start](own_TX, sources_X, first=first, experts=E, columns=columns))
+        seats.append(STARTS[slot.start](own_TX, sources_X, first=first, columns=columns))
         columns, first = seats[-1].columns, first + own_TX.shape[-1]
     competing = [slot for slot, seat in zip(slots, seats, strict=True) if seat.competes]
     bias_o = _bias(bias_E, competing)
-    probs_To = probabilities(columns.logits_To, rule.scores)
-    selection_To = selection(columns.logits_To, rule, bias_o, experts=E)
+    logits_To = columns.logits()
+    probs_To = probabilities(logits_To, rule.scores)
+    selection_To = selection(logits_To, rule, bias_o, experts=E)
     _, picked_Tk = jax.lax.top_k(probs_To if selection_To is None else selection_To, rule.top_k)
     calibrated_To, beside = probs_To, {}
     for slot, seat, share_T1 in zip(slots, seats, log_shares_T1, strict=True):
@@ -187,14 +188,14 @@ def route_extended(
         correction_TO = slot.calibrator.correction(own_TO) * mass_T1
         calibrated_To = calibrated_To + seat.spread(correction_TO, columns)
         if seat.stands_beside:
-            beside[seat] = _beside(seat, columns, picked_Tk, correction_TO, _bias(bias_o, [slot]), rule)
+            beside[seat] = _beside(seat, logits_To, picked_Tk, correction_TO, _bias(bias_o, [slot]), rule)
     ids_Tk, weights_Tk = columns.experts(picked_Tk), jnp.take_along_axis(calibrated_To, picked_Tk, axis=-1)
     plain = route(x_TD, gate_DE, bias_E, rule=rule)
     if rule.normalised or mass == "base":
         summed = rule.normalised and rule.routed_factor == 1
         weights_Tk = normalise(weights_Tk, 1.0 if summed else plain.weights_Tk.sum(axis=-1, keepdims=True))
     else:
-        scores_To = SCORES[rule.scores](columns.logits_To)
+        scores_To = SCORES[rule.scores](logits_To)
         total_T1 = 1.0 if rule.scores == "softmax" else scores_To.sum(axis=-1, keepdims=True)
         weights_Tk *= rule.routed_factor * total_T1
     if any(share is not None for share in shares):
@@ -204,14 +205,16 @@ def route_extended(
             for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
         )
     for seat, stands in beside.items():
-        ids_Tk = jnp.concatenate([ids_Tk, jnp.where(stands.chosen_TX, seat.numbers_X, first)], axis=-1)
+        ids_Tk = jnp.concatenate([ids_Tk, jnp.where(stands.chosen_TX, seat.numbers_X[None], first)], axis=-1)
         weights_Tk = jnp.concatenate([weights_Tk, stands.weights_TX], axis=-1)
 
     def of_experts(values_To: jax.Array, beside_TX: Callable[[Competing], jax.Array]) -> jax.Array:
+        if all(seat.competes for seat in seats):
+            return values_To
         own = (beside_TX(seat) if seat.stands_beside else seat.own(values_To, columns) for seat in seats)
-        return jnp.concatenate([columns.held(values_To, E), *own], axis=-1)
+        return jnp.concatenate([columns.held(values_To), *own], axis=-1)
 
-    logits_TO = of_experts(columns.logits_To, lambda seat: seat.own_TX)
+    logits_TO = of_experts(logits_To, lambda seat: seat.own_TX)
     selection_TO = None if selection_To is None else of_experts(selection_To, lambda seat: beside[seat].ranks_TX)
     return Routing(logits_TO, ids_Tk, weights_Tk, selection_TO)
 
@@ -225,11 +228,11 @@ class Beside(NamedTuple):
 
 
 def _beside(
-    seat: Competing, columns: Columns, picked_Tk: jax.Array, correction_TO: jax.Array, bias_O: jax.Array | None,
+    seat: Competing, logits_To: jax.Array, picked_Tk: jax.Array, correction_TO: jax.Array, bias_O: jax.Array | None,
     rule: Rule,
 ) -> Beside:  # fmt: skip
     """Those that reach the last of the picks, with their probability beside the columns that compete."""
-    logits_TO, width = jnp.concatenate([columns.logits_To, seat.own_TX], axis=-1), columns.logits_To.shape[-1]
+    logits_TO, width = jnp.concatenate([logits_To, seat.own_TX], axis=-1), logits_To.shape[-1]
     ranks_TO = selection(logits_TO, rule, bias_O, experts=seat.experts)
     ranks_TO = logits_TO if ranks_TO is None else ranks_TO
     chosen_TX = ranks_TO[:, width:] >= jnp.take_along_axis(ranks_TO, picked_Tk[:, -1:], axis=-1)

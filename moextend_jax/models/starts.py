@@ -28,25 +28,42 @@ TIE = 1e-4
 
 
 class Columns(NamedTuple):
-    """What competes for the k picks of tokens: logits_To, the pretrained E first, and the expert in each column, [o] as
-    they are numbered (NumPy), or [T, o] where twins take places."""
+    """What competes for the k picks of tokens: the pretrained experts' columns, then those of extensions.
 
-    logits_To: jax.Array
-    experts_To: np.ndarray | jax.Array
+    base_TE: logits of the first, holders_TE: the expert that stands in each, [E] of NumPy, or [T, E] where twins take
+    places. behind: logits [T, X] of the others, numbers: of their experts.
+    """
+
+    base_TE: jax.Array
+    holders_TE: np.ndarray | jax.Array
+    behind: tuple[jax.Array, ...] = ()
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many there are, o."""
+        return self.base_TE.shape[-1] + len(self.numbers)
+
+    def logits(self) -> jax.Array:
+        """[T, o]."""
+        return jnp.concatenate([self.base_TE, *self.behind], axis=-1)
 
     def experts(self, picked_Tk: jax.Array) -> jax.Array:
         """The experts in the columns that were picked."""
-        if not isinstance(self.experts_To, np.ndarray):
-            return jnp.take_along_axis(self.experts_To, picked_Tk, axis=-1)
-        as_numbered = (self.experts_To == np.arange(len(self.experts_To))).all()
-        return picked_Tk if as_numbered else jnp.asarray(self.experts_To)[picked_Tk]
+        behind_o = np.array(self.numbers, np.int32)
+        if isinstance(self.holders_TE, np.ndarray):
+            experts_o = np.concatenate([self.holders_TE, behind_o])
+            as_numbered = (experts_o == np.arange(self.width)).all()
+            return picked_Tk if as_numbered else jnp.asarray(experts_o)[picked_Tk]
+        behind_To = jnp.broadcast_to(behind_o, (len(self.base_TE), len(behind_o)))
+        return jnp.take_along_axis(jnp.concatenate([self.holders_TE, behind_To], axis=-1), picked_Tk, axis=-1)
 
-    def held(self, values_To: jax.Array, experts: int) -> jax.Array:
+    def held(self, values_To: jax.Array) -> jax.Array:
         """Values of the pretrained experts, -inf where a twin holds one's column."""
-        values_TE = values_To[:, :experts]
-        if isinstance(self.experts_To, np.ndarray):
+        values_TE = values_To[:, : self.base_TE.shape[-1]]
+        if isinstance(self.holders_TE, np.ndarray):
             return values_TE
-        return jnp.where(self.experts_To[:, :experts] == np.arange(experts), values_TE, -jnp.inf)
+        return jnp.where(self.holders_TE == np.arange(values_TE.shape[-1])[None], values_TE, -jnp.inf)
 
 
 class Competing:
@@ -55,26 +72,21 @@ class Competing:
     Args:
       own_TX: their logits, -inf where a token may not choose them.
       sources_X: the pretrained expert that each was copied from; only twins ask.
-      first: number of the first of them among all experts. experts: E.
+      first: number of the first of them among all experts.
       columns: those before it; afterwards `columns` are those with its own among them.
     """
 
     competes, stands_beside = True, False
 
-    def __init__(self, own_TX: jax.Array, sources_X: Any, *, first: int, experts: int, columns: Columns):
-        self.own_TX, self.sources_X, self.experts = own_TX, sources_X, experts
-        self.numbers_X = np.arange(first, first + own_TX.shape[-1])
-        self.at = columns.logits_To.shape[-1]
-        self.after = self.at + self.competes * own_TX.shape[-1]
-        self.columns = self.joined(columns)
+    def __init__(self, own_TX: jax.Array, sources_X: Any, *, first: int, columns: Columns):
+        self.own_TX, self.sources_X, self.experts = own_TX, sources_X, columns.base_TE.shape[-1]
+        self.numbers_X = np.arange(first, first + own_TX.shape[-1], dtype=np.int32)
+        self.at, self.columns = columns.width, self.joined(columns)
+        self.after = self.columns.width
 
     def joined(self, columns: Columns) -> Columns:
-        logits_To, experts_To = columns
-        if isinstance(experts_To, np.ndarray):
-            experts_To = np.concatenate([experts_To, self.numbers_X])
-        else:
-            experts_To = jnp.concatenate([experts_To, jnp.broadcast_to(self.numbers_X, self.own_TX.shape)], axis=-1)
-        return Columns(jnp.concatenate([logits_To, self.own_TX], axis=-1), experts_To)
+        behind = (*columns.behind, self.own_TX)
+        return columns._replace(behind=behind, numbers=(*columns.numbers, *self.numbers_X.tolist()))
 
     def own(self, values_To: jax.Array, columns: Columns) -> jax.Array:
         """Values of its experts [T, X], -inf where a token cannot choose one. Here and below `columns` are all."""
@@ -82,7 +94,7 @@ class Competing:
 
     def alone(self, columns: Columns) -> jax.Array:
         """Logits [T, O] of the pretrained experts and its own, as if there were no others."""
-        return jnp.concatenate([columns.logits_To[:, : self.experts], self.own_TX], axis=-1)
+        return jnp.concatenate([columns.base_TE, self.own_TX], axis=-1)
 
     def left(self, probs_To: jax.Array) -> jax.Array:
         """The probability that columns of other extensions leave, [T, 1]."""
@@ -93,8 +105,7 @@ class Competing:
         """A correction of the experts of `alone` as one of all columns, [T, o]."""
         old_TE, own_TX = correction_TO[:, : self.experts], correction_TO[:, self.experts :]
         own_TX = own_TX[:, : self.after - self.at]
-        before, behind = self.at - self.experts, columns.logits_To.shape[-1] - self.after
-        before_T, behind_T = (jnp.zeros((len(old_TE), n)) for n in (before, behind))
+        before_T, behind_T = (jnp.zeros((len(old_TE), n)) for n in (self.at - self.experts, columns.width - self.after))
         return jnp.concatenate([old_TE, before_T, own_TX, behind_T], axis=-1)
 
 
@@ -104,33 +115,31 @@ class Twin(Competing):
     competes = False
 
     def joined(self, columns: Columns) -> Columns:
-        logits_To, experts_To = columns
-        experts_To = jnp.broadcast_to(jnp.asarray(experts_To), logits_To.shape)
+        base_TE, holders_TE = columns.base_TE, columns.holders_TE
+        holders_TE = jnp.broadcast_to(jnp.asarray(holders_TE), base_TE.shape)
         for x, number in enumerate(self.numbers_X):
             source, own_T1 = self.sources_X[x], self.own_TX[:, x : x + 1]
-            wins_T1 = own_T1 >= jax.lax.dynamic_index_in_dim(logits_To, source, axis=1) - TIE
-            takes_To = (jnp.arange(logits_To.shape[-1]) == source) & wins_T1
-            logits_To = jnp.where(takes_To, own_T1, logits_To)
-            experts_To = jnp.where(takes_To, number, experts_To)
-        return Columns(logits_To, experts_To)
+            wins_T1 = own_T1 >= jax.lax.dynamic_index_in_dim(base_TE, source, axis=1) - TIE
+            takes_TE = (jnp.arange(self.experts)[None] == source) & wins_T1
+            base_TE, holders_TE = jnp.where(takes_TE, own_T1, base_TE), jnp.where(takes_TE, number, holders_TE)
+        return columns._replace(base_TE=base_TE, holders_TE=holders_TE)
 
     def own(self, values_To: jax.Array, columns: Columns) -> jax.Array:
         holders_TX, values_TX = (
-            jnp.take(of_To, jnp.asarray(self.sources_X), axis=1) for of_To in (columns.experts_To, values_To)
+            jnp.take(of_TE, jnp.asarray(self.sources_X), axis=1) for of_TE in (columns.holders_TE, values_To)
         )
-        return jnp.where(holders_TX == self.numbers_X, values_TX, -jnp.inf)
+        return jnp.where(holders_TX == self.numbers_X[None], values_TX, -jnp.inf)
 
     def alone(self, columns: Columns) -> jax.Array:
-        holders_TE = jnp.asarray(columns.experts_To)[:, : self.experts]
-        mine_TE = (holders_TE >= self.numbers_X[0]) & (holders_TE <= self.numbers_X[-1])
-        others_TE = jnp.where(mine_TE, -jnp.inf, columns.logits_To[:, : self.experts])
-        return jnp.concatenate([others_TE, self.own(columns.logits_To, columns)], axis=-1)
+        mine_TE = (columns.holders_TE >= self.numbers_X[0]) & (columns.holders_TE <= self.numbers_X[-1])
+        others_TE = jnp.where(mine_TE, -jnp.inf, columns.base_TE)
+        return jnp.concatenate([others_TE, self.own(columns.base_TE, columns)], axis=-1)
 
     def spread(self, correction_TO: jax.Array, columns: Columns) -> jax.Array:
-        spread_To, experts_To = super().spread(correction_TO, columns), jnp.asarray(columns.experts_To)
+        corrected_TE, own_TX = correction_TO[:, : self.experts], correction_TO[:, self.experts :]
         for x, number in enumerate(self.numbers_X):
-            spread_To = jnp.where(experts_To == number, correction_TO[:, self.experts + x, None], spread_To)
-        return spread_To
+            corrected_TE = jnp.where(columns.holders_TE == number, own_TX[:, x : x + 1], corrected_TE)
+        return jnp.concatenate([corrected_TE, jnp.zeros((len(own_TX), len(columns.numbers)))], axis=-1)
 
 
 class Added(Competing):
