@@ -21,7 +21,7 @@ from flax import nnx
 from tiny import Talk, talks
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import convert
+from moextend_jax.checkpoints import convert, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
@@ -35,6 +35,7 @@ from moextend_jax.config import (
     StartName,
     with_extension,
 )
+from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import place_rows
@@ -42,6 +43,9 @@ from moextend_jax.models.experts import apply_experts
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.router import NewColumns, Rule, bounded, over_their_sum, route, route_extended
 from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.models_of import start_of
+from moextend_jax.runs.ready import WIDE_TWIN, extension_problems
+from moextend_jax.settings import EvaluateSettings, GrowSettings, RunSettings, SelectSettings, StageSettings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 
@@ -145,7 +149,7 @@ def test_what_learns_at_the_first_step(start: StartName, still: set[str]):
 
 
 def test_a_lowered_logit_moves_few_tokens_and_those_by_little():
-    """Of k = 2 a token changes only where its source leads by more; sigmoid(-beta) of what two experts differ at most."""
+    """Of k = 2 a token changes only where its source leads by more, and by sigmoid(-beta) of a difference at most."""
     rng, beta, source = np.random.default_rng(0), 1.5, 2
     x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3000, 6), (6, 8)))
     columns = one_layer(gate_DE[:, source : source + 1], start="lowered", offset=-beta)
@@ -421,3 +425,76 @@ def test_layouts_of_other_programs_refuse_what_these_do_not_compute(more: dict[s
     with pytest.raises(MoextendError, match=f"layout hf .* this model has {re.escape(told)}: export it with"):
         export_transformers(source, tmp_path / "out", recipe=PAPER, max_shard_bytes=1 << 30)
     assert not (tmp_path / "out").exists()
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+STAGE = StageSettings(data="d", steps=1, batch_size=1, length=8)
+
+
+def settings(**more: Any) -> RunSettings:
+    evaluate = EvaluateSettings(data="d", questions=1)
+    return RunSettings(align=STAGE, extend=STAGE, finetune=STAGE, full=STAGE, evaluate=evaluate, **more)
+
+
+@pytest.mark.parametrize(
+    ("new_experts", "number"),
+    [(1 / 8, {8: 1, 4: 1, 60: 7, 64: 8, 128: 16}), (1, {8: 1, 128: 1}), (3, {8: 3}), (0.5, {8: 4})],
+)
+def test_new_experts_are_a_share_of_the_pretrained_or_a_number(new_experts: float, number: dict[int, int]):
+    select = SelectSettings(new_experts=new_experts)
+    assert {experts: select.number(experts) for experts in number} == number
+    assert SelectSettings().new_experts == 1 / 8
+    with pytest.raises(MoextendError, match=r"new_experts = 1\.5 is neither a share, below 1, nor a whole number of"):
+        SelectSettings(new_experts=1.5)
+
+
+def test_sources_are_the_most_picked_and_all_different():
+    before = np.array([[50, 30, 20, 40], [10, 10, 80, 5], [40, 30, 35, 20]])
+    counted = routing.Counts(before, 0 * before, 1, 1)
+    after = counted._replace(text_ZO=before[:, ::-1])
+    of = functools.partial(routing.select, counted, after, share=0.7, recipe=PAPER)
+    assert of().layers == (1, 2) == of(new_experts=2).layers
+    assert of(new_experts=2).sources == (2, 0, 0, 2)
+    assert of(new_experts=2, wide=2).sources == (2, 1, 0, 3, 0, 1, 2, 3)  # the most picked are the first of one each
+    assert of(wide=3).sources == (2, 0, 1, 0, 2, 1)
+    with pytest.raises(MoextendError, match=r"new_experts = 2 times select\.wide = 3: .* a layer has 4"):
+        of(new_experts=2, wide=3)
+
+
+@pytest.mark.parametrize("name", ["extend", "select", "grow", "finetune"])
+def test_what_cannot_be_extended_is_refused_before_the_first_step(name: str):
+    def told(own: RunSettings, **decoder: Any) -> list[str]:
+        return extension_problems(own, [name], decoder=dataclasses.replace(tiny.DECODER, **decoder))
+
+    assert told(settings()) == told(settings(), top_k=1, normalised=False) == []
+    (problem,) = told(settings(), top_k=1)
+    assert "top_k = 1" in problem and "no gradient" in problem and "\n" not in problem
+    assert extension_problems(settings(), ["align", "full"], decoder=dataclasses.replace(tiny.DECODER, top_k=1)) == []
+    twins = settings(grow=GrowSettings(start="twin"), select=SelectSettings(wide=2))
+    assert told(twins) == [WIDE_TWIN.format(2)]
+    assert "a layer has 4" in told(settings(select=SelectSettings(new_experts=5)))[0]
+
+
+def test_with_one_expert_that_always_weighs_one_nothing_would_learn_to_choose():
+    """Why `extension_problems` refuses it: a weight over itself is 1."""
+    decoder = dataclasses.replace(tiny.DECODER, top_k=1)
+    plain = dataclasses.replace(tiny.PLAIN, decoder=decoder)
+    config = with_extension(plain, extension("copy"))
+    norms = slopes(config, tiny.arrays(config))
+    assert {path for path, norm in norms.items() if norm < 1e-6} == {
+        "router/new_gate", "router/calibrator/w_in", "router/calibrator/w_out"
+    }  # fmt: skip
+    assert norms["new_experts/w_up"] > 1e-4
+
+
+def test_a_work_directory_remembers_the_start_that_it_was_grown_with(tmp_path: Path):
+    own = settings(grow=GrowSettings(start="twin"))
+    assert start_of(tmp_path, own, "image") == "twin"
+    for facts, start in (({"extension": {"layers": [1]}}, "copy"), ({"extension": {"start": "added"}}, "added")):
+        train_state.save_leaves(tmp_path / "grow" / "result", {"leaf": jnp.zeros(1)}, facts=facts)
+        assert start_of(tmp_path, own, "image") == start
+    with pytest.raises(MoextendError, match="extension.start: 'copy' there, 'twin' now"):
+        train_state.check_facts({"extension": {"layers": [1]}}, {"extension": {"start": "twin"}}, where=tmp_path)
+    train_state.check_facts({"extension": {}}, {"extension": {"start": "copy", "wide": 1}}, where=tmp_path)

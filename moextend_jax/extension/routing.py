@@ -39,11 +39,12 @@ class Selection(NamedTuple):
     sources: tuple[int, ...]
 
 
-def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe) -> Counts:
-    """Counts of one batch, traceable. `least_likely` counts the k experts that the router likes least."""
+def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe, top_k: int | None = None) -> Counts:
+    """Counts of one batch, traceable. `least_likely` counts the `top_k` experts that the router likes least, None: as
+    many as a token has."""
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
-        ids_ZTk = least_likely(routing.chosen_by_TO, top_k=ids_ZTk.shape[-1])
+        ids_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k or ids_ZTk.shape[-1])
     image_T = (batch.places_BL >= 0).reshape(-1)
     text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
     text_ZO, image_ZO = (tally(ids_ZTk, of_T, outputs=outputs) for of_T in (text_T, image_T))
@@ -103,7 +104,9 @@ def count_all(
     def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
         routing = with_arrays(model, arrays)(batch).routing
         real_T = (batch.segments_BL > 0).reshape(-1)
-        return count_picks(routing, batch, recipe=recipe), count_faulty(routing.logits_TO, real_T)
+        return count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k), count_faulty(
+            routing.logits_TO, real_T
+        )
 
     program, total = Program(count, mesh=mesh or one_device()), None
     for batch in batches:
