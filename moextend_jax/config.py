@@ -108,8 +108,8 @@ class DecoderConfig:
     dense_layers: the first layers, in which all tokens pass one expert of width dense_hidden and nothing is chosen.
     embed_factor, residual_factor, logits_divisor: of token embeddings (and of what takes their places), of what a block
     adds, and of the logits. attention_scale: of queries times keys, None: 1/sqrt(H).
-    scores: what router logits become, a row of `router.SCORES`. selection_bias: experts are chosen by score plus a bias,
-    and weighed without it. groups, top_groups: of so many groups of experts a token chooses within the best so many.
+    scores: what router logits become, a row of `router.SCORES`. selection_bias: experts are chosen by score plus a
+    bias, and weighed without it. groups, top_groups: of so many groups of experts a token chooses within the best.
     normalised: the weights of the chosen experts sum to one; else they are their scores. routed_factor: of all weights.
     rotary_share: of a head that positions turn, its first part.
 

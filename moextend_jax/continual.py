@@ -3,19 +3,24 @@
 "strict" keeps every conversation from the extensions of media that it does not have, "open" does not, and "full" tunes
 everything on, one medium after another; it lies in the same folder as the first of the others, whose projectors it
 starts from, and so does the stage `mixture`.
+
+One chain uses less than two cores of a CPU, so there the second runs beside the first, in a process of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moextend_jax import distributed
+from moextend_jax import distributed, machine
+from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.chains import chain_table
 from moextend_jax.evaluate.summary import CHAINS
@@ -42,11 +47,9 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
         raise MoextendError(
             f"chains = {','.join(settings.chains)} needs several extensions, and strict or open among it"
         )
-    began, records = time.perf_counter(), {}
-    for kind in kinds:
-        if kind != kinds[0]:
-            _share(workdir / kinds[0], workdir / kind)
-        own = dataclasses.replace(
+    began, records, first = time.perf_counter(), {}, workdir / kinds[0]
+    own = {
+        kind: dataclasses.replace(
             settings,
             chains=(),
             text_isolation="strict" if kind == "strict" else "none",
@@ -54,7 +57,17 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
             mixture=settings.mixture if kind == kinds[0] else None,
             data_dir=settings.data_dir or os.fspath(workdir / "data"),
         )
-        records[kind] = run(own, workdir / kind)
+        for kind in kinds
+    }
+    several = machine.only_cpu() and not distributed.several() and len(os.sched_getaffinity(0)) > 1
+    beside = {kind: Beside(own[kind], workdir / kind, first) for kind in kinds[1:] if several and not is_url(workdir)}
+    for kind in kinds:
+        if kind in beside:
+            records[kind] = beside[kind].record()
+            continue
+        if kind != kinds[0]:
+            _share(first, workdir / kind)
+        records[kind] = run(own[kind], workdir / kind)
         if kind == "strict":
             check_nothing_is_lost(records[kind])
     summary: dict[str, Any] = {
@@ -74,6 +87,52 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
     if distributed.first():
         print(f"report: {write_report(workdir)}")
     return summary
+
+
+class Beside:
+    """A chain that runs in a process of its own, from when what it shares with the chain in `made` is there. It ends
+    with the process that made it."""
+
+    def __init__(self, settings: RunSettings, folder: Path, made: Path):
+        self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        arguments = settings, folder, made, self.log
+        # A fork would inherit the threads of JAX.
+        self.process = multiprocessing.get_context("spawn").Process(target=_run_beside, args=arguments, daemon=True)
+        self.process.start()
+        console().print(f"chain {folder.name} runs beside this one; its lines go to {self.log}", highlight=False)
+
+    def record(self) -> dict[str, Any]:
+        """What its summary.json holds, when it has ended.
+
+        Raises:
+          MoextendError: it has failed.
+        """
+        self.process.join()
+        if self.process.exitcode:
+            lines = self.log.read_text(errors="replace").splitlines()
+            raise MoextendError(f"chain {self.folder.name}: {lines[-1] if lines else 'failed'} (all of it: {self.log})")
+        return read_json(self.folder / "summary.json")
+
+
+def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path) -> None:
+    machine.keep_memory()
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    parent = os.getppid()
+    while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
+        time.sleep(1)
+        if os.getppid() != parent:
+            return
+    _share(made, folder)
+    from moextend_jax.commands import whole_run
+
+    try:
+        whole_run(settings, folder)
+    except MoextendError as error:
+        print(error, flush=True)
+        sys.exit(2)
 
 
 def check_nothing_is_lost(record: dict[str, Any]) -> None:

@@ -46,12 +46,16 @@ def whole_gpu() -> None:
         os.environ[names[0]] = str(GPU_SHARE)
 
 
+def only_cpu() -> bool:
+    """Whether JAX will surely compute on the CPU, without asking JAX."""
+    return os.environ.get("JAX_PLATFORMS") == "cpu" or (accelerator() == "" and surely_no_tpu())
+
+
 def keep_memory() -> None:
     """On CPU what a step frees stays with the process for the next step: else glibc gives it back to the kernel, and
     one CPU second in seven goes into getting it again, zeroed. Call before JAX is imported, whose threads come with
     arenas of their own. Nothing happens with an accelerator, or where the C library is another."""
-    only_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or (accelerator() == "" and surely_no_tpu())
-    if only_cpu and hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
+    if only_cpu() and hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
         for setting, value in MALLOC.items():
             library.mallopt(setting, value)
 

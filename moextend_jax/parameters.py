@@ -32,10 +32,15 @@ def constant(axes: str, sizes: Mapping[str, int], *, dtype: str, value: float) -
     return nnx.Param(jnp.full(shape(axes, sizes), value, dtype), axes=axes)
 
 
+def only_chooses(path: str) -> bool:
+    """Whether a leaf chooses experts and weighs nothing, so that no gradient reaches it."""
+    return path.endswith(("/selection_bias", "/new_bias"))
+
+
 def element_type(path: str, dtype: Any) -> Any:
-    """What a leaf is cast to where a model is cast to `dtype` (None: nothing): biases that choose experts stay in
-    float32, since rounded they choose others."""
-    return jnp.float32 if dtype is not None and path.endswith(("/selection_bias", "/new_bias")) else dtype
+    """What a leaf is cast to where a model is cast to `dtype` (None: nothing): what only chooses stays in float32,
+    since rounded it chooses others."""
+    return jnp.float32 if dtype is not None and only_chooses(path) else dtype
 
 
 _BEFORE = {"vision/": "media/image/tower/", "projector/": "media/image/projector/", "extension/": "extensions/image/"}

@@ -22,8 +22,8 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     # parameters; f is sharded further than F: new experts are computed in slices of f by the whole expert group
     "Z": None, "z": None, "Y": None, "U": None,
     "D": ("fsdp",), "d": None, "C": ("fsdp",), "W": None, "Q": None, "P": None, "A": None, "O": None, "H": None,
-    "E": ("expert",), "X": None, "F": ("tensor",), "s": ("tensor",), "j": ("tensor",), "f": ("expert", "tensor"), "J": ("tensor",),
-    "N": ("tensor",), "K": ("tensor",), "V": ("tensor",),
+    "E": ("expert",), "X": None, "F": ("tensor",), "s": ("tensor",), "j": ("tensor",), "f": ("expert", "tensor"),
+    "J": ("tensor",), "N": ("tensor",), "K": ("tensor",), "V": ("tensor",),
     # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
     "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
     "h": None, "w": None, "c": None, "G": None, "g": None,

@@ -134,6 +134,56 @@ def granite(layers: int, *, width: int, experts: int, vocab: int = 49155) -> dic
     return made
 
 
+def glm(layers: int, *, width: int, heads: int, keys: int, hidden: int, dense: int, experts: int, vocab: int):
+    """Names and shapes of GLM-4.5-Air: its first layer is dense, the others have an expert that all tokens pass."""
+    made = {name: (vocab, width) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    made["model.norm.weight"] = (width,)
+
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        made |= {layer + f"{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        for part, size in zip("qkv", (heads, keys, keys), strict=True):
+            attention = layer + f"self_attn.{part}_proj."
+            made |= {attention + "weight": (size, width), attention + "bias": (size,)}
+        made[layer + "self_attn.o_proj.weight"] = (width, heads)
+        if n == 0:
+            made |= swiglu(layer + "mlp", width, dense)
+            continue
+        made |= swiglu(layer + "mlp.shared_experts", width, hidden)
+        made |= {layer + "mlp.gate.weight": (experts, width), layer + "mlp.gate.e_score_correction_bias": (experts,)}
+        for e in range(experts):
+            made |= swiglu(f"{layer}mlp.experts.{e}", width, hidden)
+    return made
+
+
+def ernie(layers: int, *, width: int, heads: int, keys: int, hidden: int, dense: int, experts: int, vocab: int):
+    """Names and shapes of ERNIE-4.5-21B-A3B: its head is tied, its first layer dense, two experts lie in one."""
+    made = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
+    for n in range(layers):
+        layer = f"model.layers.{n}."
+        made |= {layer + f"{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        made |= {layer + f"self_attn.{part}_proj.weight": (keys, width) for part in "kv"}
+        made |= {layer + "self_attn.q_proj.weight": (heads, width), layer + "self_attn.o_proj.weight": (width, heads)}
+        if n == 0:
+            made |= swiglu(layer + "mlp", width, dense)
+            continue
+        made |= swiglu(layer + "mlp.shared_experts", width, 2 * hidden)
+        made |= {layer + "mlp.gate.weight": (experts, width)}
+        made |= {layer + "mlp.moe_statics.e_score_correction_bias": (1, experts)}
+        for e in range(experts):
+            made |= swiglu(f"{layer}mlp.experts.{e}", width, hidden)
+    return made
+
+
+def swiglu(block: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    both = {f"{block}.{part}_proj.weight": (hidden, width) for part in ("gate", "up")}
+    return both | {f"{block}.down_proj.weight": (width, hidden)}
+
+
+AIR = dict(width=4096, heads=12288, keys=1024, hidden=1408, dense=10944, experts=128, vocab=151552)
+ERNIE = dict(width=2560, heads=2560, keys=512, hidden=1536, dense=12288, experts=64, vocab=103424)
+
+
 def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_were():
     config = ModelConfig(decoder=DECODERS["granite-3.1-3b-a800m-base"])
     published = granite(32, width=1536, experts=40)
@@ -151,6 +201,8 @@ def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_
 
 
 OTHERS = {
+    "GLM-4.5-Air": (17925, 106_852_251_264, glm(46, **AIR)),
+    "ERNIE-4.5-21B-A3B-PT": (5492, 21_825_437_888, ernie(28, **ERNIE)),
     "Qwen3-30B-A3B": (18867, 30_532_122_624, dict(width=2048, heads=4096, keys=512, norms=(128, 128), hidden=768,
                                                   experts=128, vocab=151936, layers=48)),
     "Qwen3-235B-A22B": (36945, 235_093_634_560, dict(width=4096, heads=8192, keys=512, norms=(128, 128), hidden=1536,
@@ -165,7 +217,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_parameter_of_another_family_is_matched_once(name: str):
     tensors, parameters, sizes = OTHERS[name]
-    published, decoder = of_mlp_experts(**sizes), DECODERS[name]
+    published, decoder = of_mlp_experts(**sizes) if "layers" in sizes else sizes, DECODERS[name]
     assert (len(published), sum(map(math.prod, published.values()))) == (tensors, parameters)
     config = ModelConfig(decoder=decoder)
     model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))

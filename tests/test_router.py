@@ -18,10 +18,10 @@ from flax import nnx
 from configs.mixtral_8x7b import get_config
 from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
 from moextend_jax.models.router import (
-    Rule,
     LARGEST_WEIGHT,
     NewColumns,
     Routing,
+    Rule,
     bounded,
     over_their_sum,
     route,
@@ -256,3 +256,75 @@ def test_plain_layers_of_an_extended_model_never_choose_new_experts():
     assert np.isfinite(routing.logits_TO[1]).all()
     assert (routing.ids_Tk[[0, 2]] < new).all() and (routing.ids_Tk[1] == new).any()
     np.testing.assert_allclose(routing.weights_Tk[[0, 2]].sum(axis=-1), 1, atol=1e-5)
+
+
+GLM = Rule(3, scores="sigmoid", routed_factor=2.5)
+
+
+def sigmoid_router(*, seed: int = 0, groups: int = 1) -> dict[str, Any]:
+    """By hand in float64: scores, what chooses, choice and weights of 60 tokens among 8 experts."""
+    rng = np.random.default_rng(seed)
+    x_TD, gate_DE, bias_E = rng.normal(size=(60, 6)), rng.normal(size=(6, 8)), 0.2 * rng.normal(size=8)
+    scores_TE = 1 / (1 + np.exp(-x_TD @ gate_DE))
+    chosen_by_TE = scores_TE + bias_E
+    if groups > 1:
+        worth_Tg = np.sort(chosen_by_TE.reshape(60, groups, -1), axis=-1)[..., -2:].sum(axis=-1)
+        out_Tg = worth_Tg < np.sort(worth_Tg, axis=-1)[:, -2:-1]
+        chosen_by_TE = np.where(np.repeat(out_Tg, 8 // groups, axis=1), -np.inf, chosen_by_TE)
+    ids_Tk = np.argsort(-chosen_by_TE, axis=1)[:, :3]
+    chosen_Tk = np.take_along_axis(scores_TE, ids_Tk, axis=1)
+    weights_Tk = 2.5 * chosen_Tk / chosen_Tk.sum(axis=1, keepdims=True)
+    arrays = {"x": x_TD, "gate": gate_DE, "bias": bias_E}
+    given = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    return given | {"ids": ids_Tk, "weights": weights_Tk, "chosen_by": chosen_by_TE}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_bias_chooses_and_does_not_weigh(groups: int):
+    one = sigmoid_router(groups=groups)
+    rule = GLM._replace(groups=groups, top_groups=2 if groups > 1 else 1)
+    ours = route(one["x"], one["gate"], one["bias"], rule=rule)
+    np.testing.assert_array_equal(ours.ids_Tk, one["ids"])
+    np.testing.assert_allclose(ours.weights_Tk, one["weights"], atol=1e-6)
+    np.testing.assert_allclose(ours.chosen_by_TO, one["chosen_by"], atol=1e-6)
+    assert (np.asarray(ours.ids_Tk) != np.argsort(-np.asarray(ours.logits_TO), axis=1)[:, :3]).any()
+
+
+def columns_of(one: dict[str, Any], *, source: int, bias: float) -> Any:
+    config = DecoderConfig(width=6, experts=8, selection_bias=True)
+    extension = ExtensionConfig(layers=(0,), sources=(source,), calibrator_width=3)
+    columns = NewColumns(config, extension, rngs=nnx.Rngs(0), dtype="float32", std=1.0)
+    w_in_OA, w_out_AO = np.ones((9, 3), np.float32), np.zeros((3, 9), np.float32)
+    leaves = {
+        "new_gate": one["gate"][:, source : source + 1], "new_bias": jnp.array([bias], jnp.float32),
+        "calibrator/w_in": jnp.asarray(w_in_OA), "calibrator/w_out": jnp.asarray(w_out_AO),
+    }  # fmt: skip
+    return with_arrays(columns, leaves)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_new_expert_with_its_sources_bias_changes_those_tokens_alone_that_chose_the_source(groups: int):
+    """It stands outside the groups, so that it does not decide which of them are the best."""
+    one = sigmoid_router(groups=groups)
+    rule = GLM._replace(groups=groups, top_groups=2 if groups > 1 else 1)
+    base = route(one["x"], one["gate"], one["bias"], rule=rule)
+    source = int(np.bincount(np.asarray(base.ids_Tk).reshape(-1)).argmax())
+    columns = columns_of(one, source=source, bias=float(one["bias"][source]))
+    ours = route_extended(one["x"], one["gate"], [columns], one["bias"], rule=rule, normalise=over_their_sum)
+    chose_T = (np.asarray(base.ids_Tk) == source).any(axis=1)
+    assert 5 < chose_T.sum() < 60
+    early_T = (np.asarray(base.ids_Tk)[:, :2] == source).any(axis=1)  # on the last place the source is alone
+    assert (np.asarray(ours.ids_Tk) == 8).any(axis=1)[early_T].all() and early_T.any()
+    np.testing.assert_allclose(np.asarray(ours.weights_Tk).sum(axis=1), 2.5, rtol=1e-5)
+    if groups == 1:  # in groups the copy may be let in where the source was not
+        np.testing.assert_array_equal(ours.ids_Tk[~chose_T], base.ids_Tk[~chose_T])
+        np.testing.assert_allclose(ours.weights_Tk[~chose_T], base.weights_Tk[~chose_T], rtol=1e-6)
+
+
+def test_a_new_expert_whose_bias_is_minus_infinity_is_not_there():
+    one = sigmoid_router()
+    base = route(one["x"], one["gate"], one["bias"], rule=GLM)
+    columns = columns_of(one, source=1, bias=-np.inf)
+    ours = route_extended(one["x"], one["gate"], [columns], one["bias"], rule=GLM, normalise=over_their_sum)
+    np.testing.assert_array_equal(ours.ids_Tk, base.ids_Tk)
+    np.testing.assert_allclose(ours.weights_Tk, base.weights_Tk, rtol=1e-6)

@@ -135,8 +135,8 @@ def fits(field: str, value: Any) -> bool:
 
 
 def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
-    """Where transformers 5 writes rope_theta and the part that is turned inside `rope_parameters`, they are taken out; a `rope_scaling` that scales
-    nothing may be there too, and a head_dim of null, which is none."""
+    """Where transformers 5 writes rope_theta and the part that is turned inside `rope_parameters`, they are taken out;
+    a `rope_scaling` that scales nothing may be there too, and a head_dim of null, which is none."""
     attributes = {name: value for name, value in attributes.items() if name != "head_dim" or value is not None}
     if "layer_types" in attributes:
         kinds = attributes.pop("layer_types")

@@ -55,9 +55,8 @@ def check_layers(
     """An extension must not name layers that its base does not have."""
     beyond = [layer for extension in extensions for layer in extension.layers if layer not in decoder.routed]
     if beyond:
-        raise MoextendError(
-            f"{where} extends layers {beyond}, but of {base} layers {decoder.routed.start} to {decoder.layers - 1} route"
-        )
+        routed = f"layers {decoder.dense_layers} to {decoder.layers - 1}"
+        raise MoextendError(f"{where} extends layers {beyond}, but of {base} {routed} route")
 
 
 def check_base(

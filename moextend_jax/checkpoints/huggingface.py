@@ -139,7 +139,28 @@ def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConf
             f"{where}: num_key_value_heads must divide num_attention_heads, and num_experts_per_tok be at most "
             "num_local_experts"
         )
-    return DecoderConfig(family=family, **{**FAMILIES[family].fields, **fields})
+    config = DecoderConfig(family=family, **{**FAMILIES[family].fields, **fields})
+    if problem := _impossible(config) or FAMILIES[family].refusal(attributes):
+        raise MoextendError(f"{where}: {problem}")
+    return config
+
+
+def _impossible(config: DecoderConfig) -> str:
+    """What sizes that are possible one by one cannot be together; "" where they can."""
+    in_group, rest = divmod(config.experts, config.groups)
+    problems = {
+        "all layers are dense, and none routes": config.dense_layers >= config.layers,
+        "dense layers are of no width": config.dense_layers > 0 and not config.dense_hidden,
+        f"{config.experts} experts make no {config.groups} groups of two or more": rest
+        or (config.groups > 1 and in_group < 2),
+        f"of {config.top_groups} groups a token cannot take {config.top_k} experts": (
+            config.top_groups > config.groups or config.top_k > config.top_groups * in_group
+        ),
+        f"a part of {config.rotary_size} of a head of {config.head_size} cannot be turned": (
+            config.rotary_size % 2 or not 0 < config.rotary_size <= config.head_size
+        ),
+    }
+    return next((problem for problem, is_so in problems.items() if is_so), "")
 
 
 def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: int) -> VisionConfig:

@@ -42,7 +42,7 @@ from moextend_jax.config import (
 from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.models.moextend import abstract
-from moextend_jax.parameters import element_type
+from moextend_jax.parameters import only_chooses
 from moextend_jax.settings import build, fields
 from moextend_jax.sharding import parameter_shardings
 
@@ -675,7 +675,7 @@ def _check_dtypes(
         own = {
             path: leaf
             for path, leaf in matched.items()
-            if path.startswith(part) and not path.endswith("/gate") and element_type(path, "any") == "any"
+            if path.startswith(part) and not path.endswith("/gate") and not only_chooses(path)
         }
         if not own:
             continue

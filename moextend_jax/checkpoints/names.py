@@ -1,9 +1,9 @@
 """TABLE of names: our path <-> tensor name in a file <-> einops layout of one tensor, file side first.
 
 Import reads a row left to right, export right to left with the layout's sides swapped. Braces stand for stacked
-axes: "{Z}" counts the decoder's layers that route, "{z}" the dense ones before them, "{Y}" extended layers (their number in the file is the layer's), "{E}" pretrained
-experts, "{X}" new experts (numbered on from E), "{U}" layers of a tower or blocks of a resampler, "{u}" those of them
-that attend to the tower.
+axes: "{Z}" counts the decoder's layers that route, "{z}" the dense ones before them, "{Y}" extended layers (numbers in
+files are those among all layers), "{E}" pretrained experts, "{X}" new experts (numbered on from E), "{U}" layers of a
+tower or blocks of a resampler, "{u}" those of them that attend to the tower.
 
 Published files know one medium and one extension, pictures, both called "image" in the rows. Leaves of others take the
 same rows: `row_of`.
@@ -323,7 +323,7 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     if kind == "extensions":
         return config.sizes(name)
     if kind != "media":
-        return {**config.sizes(), "1": 1}
+        return {**config.sizes(), "1": 1, "h": config.decoder.head_size // 2, "t": 2}  # a head's halves, or neighbours
     medium, tower = config.media[name], config.media[name].tower
     if part == "projector":
         return sizes(medium.projector, C=tower.sizes()["C"], D=config.decoder.width)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moextend_jax.checkpoints.attributes import Table
@@ -42,6 +42,7 @@ class Family(NamedTuple):
     fused: tensors that hold several of `names`.
     defaults: what transformers takes where a config.json inside a LLaVA's is silent.
     beside: pattern of tensors that published files hold besides; "LAYERS" in it is the number of layers.
+    refusal: of a config.json, what no table can say is wrong with it, or "".
     """
 
     architecture: str
@@ -53,6 +54,7 @@ class Family(NamedTuple):
     fused: tuple[Fused, ...] = ()
     defaults: Mapping[str, Any] = {}
     beside: str = ""
+    refusal: Callable[[Mapping[str, Any]], str] = lambda attributes: ""
 
 
 SIZES = {
@@ -122,6 +124,13 @@ def dense(names: Iterable[Name], block: str) -> tuple[Name, ...]:
         *(Name(name.path.replace(layers, ours), name.file.replace("{Z}", "{z}"), name.layout) for name in alike),
         *shared_expert(block, stack="dense", counter="z", width="j"),
     )
+
+
+def neighbours_turned(names: Iterable[Name]) -> tuple[Name, ...]:
+    """Where positions turn pairs of neighbours (2i, 2i + 1) of a head, here they turn (i, i + H/2): rows of queries and
+    keys are put in that order."""
+    turned = {"query": "(N h t) D -> D N (t h)", "key": "(K h t) D -> D K (t h)"}
+    return tuple(name._replace(layout=turned.get(name.path.rpartition("/")[2], name.layout)) for name in names)
 
 
 def normed_heads(query: str, key: str) -> tuple[Name, ...]:

@@ -57,8 +57,8 @@ def mixture(
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: modules `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every
-        extension in it.
+      moe: `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every extension
+        in it.
       config: its decoder's `Rule`, its dispatch (a row of DISPATCHES), how calibrated weights are guarded and summed.
       extended: for each extension a bool scalar, false on layers that it does not have.
       sources: for each the experts that its own were copied from in this layer [X], which twins need.

@@ -190,7 +190,7 @@ def _tower(inside: str, tower: VisionConfig | WhisperConfig, trains: bool, *, n:
 
 def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | None) -> list[Part]:
     decoder: DecoderConfig = config.decoder
-    D, F, Z, H, k = decoder.width, decoder.hidden, decoder.layers, decoder.head_size, decoder.top_k
+    D, F, Z, H, k = decoder.width, decoder.hidden, len(decoder.routed), decoder.head_size, decoder.top_k
     N, K, E = decoder.heads, decoder.kv_heads, decoder.experts
     T = rows * length
     picked: dict[str, float] = {}  # by extension, the share of all picks of all layers that go to its experts
@@ -203,12 +203,28 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     old_rows = T * k * (Z - taken)
     layers = "decoder/layers/"
     experts = layers + "moe/experts/"
+
+    def attention(inside: str, Z: int, stack: str = "") -> list[Part]:
+        of = {"query": N, "key": K, "value": K, "out": N}
+        parts = [
+            Part(f"{stack}attention/{name}", 2.0 * Z * T * D * heads * H, (f"{inside}attention/{name}",), True)
+            for name, heads in of.items()
+        ]
+        return [*parts[:3], Part(f"{stack}attention/scores", 2.0 * Z * T * length * N * H, (), True), parts[3]]
+
+    def passed_by_all(inside: str, Z: int, width: int, stack: str = "") -> list[Part]:
+        each = 2.0 * Z * T * D * width
+        names = ("gate", "up", "down") if width else ()
+        return [Part(f"{stack}shared/{part}", each, (f"{inside}shared/w_{part}",), True) for part in names]
+
+    dense, sizes = "decoder/dense/", decoder.sizes()
     parts = [
-        Part("attention/query", 2.0 * Z * T * D * N * H, (layers + "attention/query",), True),
-        Part("attention/key", 2.0 * Z * T * D * K * H, (layers + "attention/key",), True),
-        Part("attention/value", 2.0 * Z * T * D * K * H, (layers + "attention/value",), True),
-        Part("attention/scores", 2.0 * Z * T * length * N * H, (), True),
-        Part("attention/out", 2.0 * Z * T * D * N * H, (layers + "attention/out",), True),
+        *(
+            attention(dense, sizes["z"], "dense/") + passed_by_all(dense, sizes["z"], sizes["j"], "dense/")
+            if sizes["z"]
+            else []
+        ),
+        *attention(layers, Z),
         Part("router", 2.0 * Z * T * D * E, (layers + "moe/gate",), True),
         Part("experts/gate", 2.0 * old_rows * D * F, (experts + "w_gate",), True),
         Part("experts/up", 2.0 * old_rows * D * F, (experts + "w_up",), True),
@@ -226,10 +242,6 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
             Part(f"new_experts/up{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_up",), True),
             Part(f"new_experts/down{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_down",), True),
         ]
-    if s := decoder.shared_hidden:
-        shared = layers + "shared/"
-        parts += [
-            Part(f"shared/{part}", 2.0 * Z * T * D * s, (f"{shared}w_{part}",), True) for part in ("gate", "up", "down")
-        ]
+    parts += passed_by_all(layers, Z, sizes["s"])
     head = "decoder/embed" if decoder.tied_head else "decoder/head"
     return [*parts, Part("head", 2.0 * T * D * decoder.vocab_size, (head,), True)]

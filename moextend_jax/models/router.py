@@ -87,7 +87,7 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": functools.partial(jax.nn.softmax, axis=-1),
     "sigmoid": jax.nn.sigmoid,
 }
-"""TABLE `DecoderConfig.scores` -> what logits [..., O] become, by which experts are chosen and weighed. -inf gives 0."""
+"""TABLE `DecoderConfig.scores` -> what logits [..., O] become: experts are chosen and weighed by it. -inf gives 0."""
 
 
 def probabilities(logits_TO: jax.Array, scores: str) -> jax.Array:

@@ -165,6 +165,11 @@ def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
 AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "released": aux_released}
 
 
+def _by_logits(routing: Routing) -> Routing:
+    """As if experts were chosen by their logits: what transformers balances where they are not."""
+    return routing._replace(ids_Tk=jax.lax.top_k(routing.logits_TO, routing.ids_Tk.shape[-1])[1])
+
+
 def losses(
     model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int, tokens: jax.Array | None = None
 ) -> tuple[Losses, Routing]:
@@ -190,5 +195,8 @@ def losses_of(
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
     by_layer = load(decoded.routing, valid_T, scores=model.config.decoder.scores)
-    aux = AUX[recipe.aux_loss](by_layer, config=model.config)
+    counted = by_layer
+    if recipe.aux_loss == "released" and decoded.routing.selection_TO is not None:
+        counted = load(_by_logits(decoded.routing), valid_T, scores=model.config.decoder.scores)
+    aux = AUX[recipe.aux_loss](counted, config=model.config)
     return Losses(ce + aux_coefficient * aux, ce, aux, labelled, by_layer.picks_ZO * by_layer.counts_ZO)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from moextend_jax.config import MoextendError, Named
 from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.parameters import only_chooses
 from moextend_jax.settings import Group
 
 Leaf = TypeVar("Leaf")
@@ -30,6 +31,7 @@ GROUPS: dict[str, Group] = {
     "decoder/layers/shared/*": "base",
     "decoder/layers/attention_norm": "base",
     "decoder/layers/moe_norm": "base",
+    "decoder/dense/*": "base",
     "decoder/embed": "base",
     "decoder/norm": "base",
     "decoder/head": "base",
@@ -38,12 +40,14 @@ GROUPS: dict[str, Group] = {
 
 
 def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """(trainable, frozen). Every pattern must match something: a stage without its leaves is a mistake."""
+    """(trainable, frozen). Every pattern must match something: a stage without its leaves is a mistake. What only
+    chooses is frozen whatever is asked: it has no gradient, and weights that decay would change it."""
     trains = tuple(trains)
     for pattern in trains:
         if not any(fnmatchcase(path, pattern) for path in leaves):
             raise MoextendError(f"this model has no parameters {pattern!r}, which the stage trains")
-    trainable = {path: leaf for path, leaf in leaves.items() if any(fnmatchcase(path, p) for p in trains)}
+    asked = {path: leaf for path, leaf in leaves.items() if any(fnmatchcase(path, p) for p in trains)}
+    trainable = {path: leaf for path, leaf in asked.items() if not only_chooses(path)}
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
 
