@@ -31,8 +31,8 @@ class Counts(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """shift_Z: d_j of every layer that routes. layers: numbers of the chosen, ascending. sources: experts to copy, `wide`
-    for each of X new ones of each chosen layer, one after another."""
+    """shift_Z: d_j of every layer that routes. layers: numbers of the chosen, ascending. sources: experts to copy,
+    `wide` for each of X new ones of each chosen layer, one after another."""
 
     shift_Z: np.ndarray
     layers: tuple[int, ...]

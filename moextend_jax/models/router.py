@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig, Mass
-from moextend_jax.models.starts import STARTS, Columns, Competing
+from moextend_jax.models.starts import STARTS, TIE, Columns, Competing
 from moextend_jax.parameters import constant, weight
 
 
@@ -235,7 +235,8 @@ def _beside(
     logits_TO, width = jnp.concatenate([logits_To, seat.own_TX], axis=-1), logits_To.shape[-1]
     ranks_TO = selection(logits_TO, rule, bias_O, experts=seat.experts)
     ranks_TO = logits_TO if ranks_TO is None else ranks_TO
-    chosen_TX = ranks_TO[:, width:] >= jnp.take_along_axis(ranks_TO, picked_Tk[:, -1:], axis=-1)
+    least_T1 = jnp.take_along_axis(ranks_TO, picked_Tk[:, -1:], axis=-1) - TIE
+    chosen_TX = ranks_TO[:, width:] >= least_T1
     weights_TX = probabilities(logits_TO, rule.scores)[:, width:] + correction_TO[:, seat.experts :]
     weights_TX = jnp.where(chosen_TX, weights_TX * rule.routed_factor, 0.0)
     return Beside(chosen_TX, weights_TX, ranks_TO[:, width:])

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 TIE = 1e-4
-"""A twin takes its source's place down to so much less: in float32 two products round the same sum in two ways."""
+"""A copy counts as no less than its source down to so much: in float32 two products round the same sum in two ways."""
 
 
 class Columns(NamedTuple):

@@ -44,6 +44,10 @@ def routed(start: StartName, *, lowered_by: float = 0.0) -> Routing:
     )  # fmt: skip
 
 
+def route_of_base() -> Routing:
+    return route(jnp.asarray(theirs()["x_TD"]), jnp.asarray(theirs()["gate_DE"]), rule=Rule(int(theirs()["top_k"])))
+
+
 def output(routing: Routing, *, zero_down: bool = False) -> np.ndarray:
     names, source = ("w_gate_EDF", "w_up_EDF", "w_down_EFD"), int(theirs()["source"])
     base = [jnp.asarray(theirs()[name]) for name in names]
@@ -73,14 +77,18 @@ def test_weights_and_outputs(name: str, start: StartName, lowered_by: float):
     ours = routed(start, lowered_by=lowered_by)
     np.testing.assert_allclose(output(ours, zero_down=start == "added"), theirs()[f"{name}/y_TD"], **CLOSE)
     expected_TO = theirs()[f"{name}/weights_TO"]
-    if start != "copy":  # where both have one logit rounding says who is the second choice
-        np.testing.assert_allclose(weights(ours), expected_TO, **CLOSE)
-    assert (expected_TO[:, -1] > 0).any()
+    # Where the source is the last pick both have its logit, and theirs leaves it to rounding which of them is.
+    last_T = np.asarray(route_of_base().ids_Tk)[:, -1] == int(theirs()["source"])
+    clear_T = ~last_T | (start in ("twin", "lowered"))
+    np.testing.assert_allclose(weights(ours)[clear_T], expected_TO[clear_T], **CLOSE)
+    assert (expected_TO[:, -1] > 0).any() or lowered_by == 4
 
 
 def test_what_is_exact_is_the_base():
-    base = route(jnp.asarray(theirs()["x_TD"]), jnp.asarray(theirs()["gate_DE"]), rule=Rule(int(theirs()["top_k"])))
+    base = route_of_base()
     base_TD = output(base)
     np.testing.assert_allclose(base_TD, theirs()["base_y_TD"], **CLOSE)
-    np.testing.assert_allclose(output(routed("twin")), base_TD, **CLOSE)
-    np.testing.assert_array_equal(output(routed("added"), zero_down=True), base_TD)
+    for start in ("twin", "added"):
+        ours = routed(start)
+        np.testing.assert_allclose(output(ours, zero_down=start == "added"), base_TD, **CLOSE)
+        np.testing.assert_array_equal(ours.weights_Tk[:, : base.ids_Tk.shape[1]], base.weights_Tk)
