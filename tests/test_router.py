@@ -234,7 +234,9 @@ def test_literally_it_takes_its_probability_from_every_weight():
         route_extended(x_TD, gate_DE, [columns], rule=Rule(3), normalise=bounded, mass=mass).weights_Tk
         for mass in ("base", "literal")
     ]
-    np.testing.assert_array_equal(*normalised)  # where the base's weights sum to one there is nothing to set
+    np.testing.assert_array_equal(
+        normalised[0], normalised[1]
+    )  # where the base's weights sum to one there is nothing to set
 
 
 def test_the_recipe_says_what_weights_sum_to():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -166,15 +167,16 @@ def test_a_lowered_logit_moves_few_tokens_and_those_by_little():
 
 
 def one_layer(
-    new_gate_DX: jax.Array, *, start: StartName, offset: float = 0.0, bias_X: jax.Array | None = None
+    new_gate_DX: jax.Array, *, start: StartName, offset: float = 0.0, bias_X: jax.Array | None = None, width: int = 3
 ) -> NewColumns:
     """New columns of one layer whose calibrator is the identity."""
     D, X = new_gate_DX.shape
     decoder = dataclasses.replace(tiny.DECODER, width=D, experts=8, selection_bias=bias_X is not None)
-    added = ExtensionConfig(layers=(0,), sources=(0,) * X, new_experts=X, calibrator_width=3, start=start)
+    added = ExtensionConfig(layers=(0,), sources=(0,) * X, new_experts=X, calibrator_width=width, start=start)
     made = nnx.eval_shape(lambda: NewColumns(decoder, added, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
     O = 8 + X  # noqa: E741
-    arrays = {"new_gate": new_gate_DX, "calibrator/w_in": jnp.ones((O, 3)), "calibrator/w_out": jnp.zeros((3, O))}
+    arrays = {"new_gate": new_gate_DX, "calibrator/w_in": jnp.ones((O, width))}
+    arrays["calibrator/w_out"] = jnp.zeros((width, O))
     if start == "lowered":
         arrays["offset"] = jnp.full(X, offset)
     if bias_X is not None:
@@ -422,9 +424,66 @@ def test_layouts_of_other_programs_refuse_what_these_do_not_compute(more: dict[s
     source = folders.source_of(of_start(**more))
     with pytest.raises(MoextendError, match=f"layout released .* this model has {told}: export it with --layout delta"):
         convert.export_source(source, tmp_path / "out", layout="released", max_shard_bytes=1 << 30)
-    with pytest.raises(MoextendError, match=f"layout hf .* this model has {re.escape(told)}: export it with"):
-        export_transformers(source, tmp_path / "out", recipe=PAPER, max_shard_bytes=1 << 30)
+    if more.get("start") != "twin":  # which modeling_moextend.py computes
+        with pytest.raises(MoextendError, match=f"layout hf .* this model has {re.escape(told)}: export it with"):
+            export_transformers(source, tmp_path / "out", recipe=PAPER, max_shard_bytes=1 << 30)
     assert not (tmp_path / "out").exists()
+
+
+def test_twins_go_through_the_layout_of_transformers(tmp_path: Path):
+    twins = {"start": "twin", "new_experts": 2, "sources": (1, 3, 0, 0)}
+    config, recipe = of_start(**twins), dataclasses.replace(PAPER, feature_layer=-1)
+    source = folders.source_of(config, recipe=dataclasses.asdict(recipe))
+    export_transformers(source, tmp_path / "hf", recipe=recipe, max_shard_bytes=1 << 30)
+    opened = open_checkpoint(tmp_path / "hf", dtype="float32")
+    assert opened.config.extensions == config.extensions
+    folders.assert_same(opened.arrays, folders.arrays(config, dtype=np.float32))
+    at = tmp_path / "hf" / "config.json"
+    written = json.loads(at.read_text())
+    for wrong in ({"sources": [1, 3, 0, 9]}, {"sources": [1, 3]}, {"sources": [1, 3, 0, -1]}, {"start": "added"}):
+        at.write_text(json.dumps(written | wrong))
+        with pytest.raises(MoextendError, match=r"config\.json: (sources|start) = "):
+            open_checkpoint(tmp_path / "hf", dtype="float32")
+
+
+@pytest.mark.parametrize("sighted", [False, True])
+def test_the_code_that_goes_along_excludes_twins_as_we_do(sighted: bool):
+    """Its router in PyTorch on our leaves, trained calibrator, two of the three of one source."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = tiny.ASSETS / "hf" / "modeling_moextend.py"
+    spec = importlib.util.spec_from_file_location("modeling_moextend", path)
+    assert spec and spec.loader
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    rng, sources = np.random.default_rng(5), (2, 5, 2)
+    x_TD, gate_DE, w_in_OA, w_out_AO = (
+        rng.normal(size=size, scale=scale).astype(np.float32)
+        for size, scale in (((400, 6), 1), ((6, 8), 1), ((11, 4), 1), ((4, 11), 0.1))
+    )
+    new_DX = gate_DE[:, sources] + rng.normal(size=(6, 3), scale=0.3).astype(np.float32)
+    text = transformers.MixtralConfig(hidden_size=6, num_local_experts=8, num_experts_per_tok=2)
+    config = theirs.MoExtendConfig(new_experts=3, calibrator_width=4, start="twin", sources=list(sources))
+    router = theirs.ExtendedTopKRouter(text, config, sources)
+    leaves = {"weight": gate_DE, "new.weight": new_DX, "calibrator.0.weight": w_in_OA, "calibrator.2.weight": w_out_AO}
+    router.load_state_dict({name: torch.tensor(leaf.T.copy()) for name, leaf in leaves.items()})
+    open_T = rng.random(400) < 0.5 if sighted else np.ones(400, bool)
+    router.sighted = torch.tensor(open_T) if sighted else None
+    with torch.no_grad():
+        logits, weights, ids = (array.numpy() for array in router(torch.tensor(x_TD)))
+    columns = one_layer(jnp.asarray(new_DX), start="twin", width=4)
+    columns = with_arrays(
+        columns,
+        {"new_gate": new_DX, "calibrator/w_in": jnp.asarray(w_in_OA), "calibrator/w_out": jnp.asarray(w_out_AO)},
+    )
+    ours = route_extended(
+        jnp.asarray(x_TD), jnp.asarray(gate_DE), [columns], rule=Rule(2), normalise=bounded,
+        sources=[jnp.array(sources)], shares=[jnp.where(open_T, 0.0, -jnp.inf)] if sighted else None,
+    )  # fmt: skip
+    np.testing.assert_allclose(logits, ours.logits_TO, atol=1e-5)
+    np.testing.assert_array_equal(ids, ours.ids_Tk)
+    np.testing.assert_allclose(weights, ours.weights_Tk, atol=1e-5)
+    assert {8, 9, 10} <= {*ids.flat} and np.isin(ids[~open_T], [8, 9, 10]).sum() == 0
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -252,6 +252,10 @@ def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
     return rows.get(part, {})
 
 
+PUBLISHED_STARTS = {"released": ("copy",), "hf": ("copy", "twin")}
+"""What programs that read a layout of whole models compute."""
+
+
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
     """Published layouts of whole models hold a Mixtral, pictures behind two linear maps, and one extension for them.
 
@@ -268,7 +272,9 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
         elif kind == "extensions":
             added = config.extensions[name]
             others += [f"a share of {added.share} of extension {name}"] * (added.share != 1)
-            others += [f"the start {added.start!r} of extension {name}"] * (added.start != "copy")
+            others += [f"the start {added.start!r} of extension {name}"] * (
+                added.start not in PUBLISHED_STARTS.get(layout, (added.start,))
+            )
             others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1)
     if others:
         raise MoextendError(
