@@ -11,7 +11,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     f F of new experts      n images = B*M           d model width as an input axis
     s F of the expert that every token passes   z layers before those   j F of their one expert
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
-    Q vision positions = 1+P (the class token first)
+    Q vision positions = P, or 1+P with a class token, which is first; then r registers, then patches, in hidden states
     G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
     g most conversations in a row
     e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
@@ -97,6 +97,19 @@ class Named(dict[str, Value]):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071): angles that turn less than `slow` times within the first `length` positions are divided
+    by `factor`, those that turn more than `fast` times are not, and between goes a ramp, over whole angles if `whole`.
+    Queries and keys grow by the square root of the attention's factor, 0.1 ln(factor) + 1 each."""
+
+    factor: float
+    length: int
+    fast: float = 32.0
+    slow: float = 1.0
+    whole: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Sizes of a decoder and what its family turns on; defaults are Mixtral-8x7B's.
 
@@ -111,7 +124,10 @@ class DecoderConfig:
     scores: what router logits become, a row of `router.SCORES`. selection_bias: experts are chosen by score plus a
     bias, and weighed without it. groups, top_groups: of so many groups of experts a token chooses within the best.
     normalised: the weights of the chosen experts sum to one; else they are their scores. routed_factor: of all weights.
-    rotary_share: of a head that positions turn, its first part.
+    rotary_share: of a head that positions turn, its first part. yarn: positions beyond those that a model began with.
+    local: of every layer, whether a token sees the local_window tokens up to itself alone; (): none does. sinks: heads
+    have a logit that takes from all weights and gives nothing. out_bias, router_bias, expert_bias: of what comes out of
+    attention, of router logits, and of experts' three products. glu, glu_limit: a row of `glu.GLUS`, and its bound.
 
     `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
     the same in rows of up to so many tokens; longer ones are refused.
@@ -150,6 +166,15 @@ class DecoderConfig:
     top_groups: int = 1
     routed_factor: float = 1.0
     rotary_share: float = 1.0
+    yarn: YarnConfig | None = None
+    local: tuple[bool, ...] = ()
+    local_window: int = 0
+    sinks: bool = False
+    out_bias: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    glu: Literal["silu", "clamped"] = "silu"
+    glu_limit: float = 7.0
 
     @property
     def routed(self) -> range:
@@ -171,9 +196,16 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of a CLIP vision transformer; defaults are ViT-L/14 at 336 pixels.
+    """Sizes of a vision transformer and what its family turns on; defaults are CLIP's ViT-L/14 at 336 pixels.
 
+    Where `patch_size` does not divide `image_size`, the last pixels of each side are not seen.
     `feature_layer` picks the hidden state that goes to the projector: -1 the last layer's output, -2 the one before.
+    family: a key of `families.towers.TOWERS`, by which tensors and attributes are called; nothing computed depends on
+    it.
+    class_token, registers: positions before the patches, which the projector does not read. pre_norm: a norm before the
+    layers. layer_scale: what a layer adds is scaled, channel by channel.
+    levels: mean and deviation of a picture's colours, a row of `media.image.LEVELS`. stretched: a picture is resized to
+    a square whatever its shape, which is then no recipe's choice.
     """
 
     width: int = 1024
@@ -183,17 +215,31 @@ class VisionConfig:
     image_size: int = 336
     patch_size: int = 14
     norm_eps: float = 1e-5
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"] = "quick_gelu"
     feature_layer: int = -2
+    family: str = "clip"
+    class_token: bool = True
+    registers: int = 0
+    pre_norm: bool = True
+    patch_bias: bool = False
+    layer_scale: bool = False
+    levels: Literal["clip", "half", "imagenet"] = "clip"
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+    stretched: bool = False
+
+    @property
+    def grid(self) -> int:
+        """Patches of a side."""
+        return self.image_size // self.patch_size
 
     @property
     def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid**2
 
     def sizes(self) -> dict[str, int]:
         return {
             "C": self.width, "J": self.hidden, "U": self.layers, "N": self.heads, "H": self.width // self.heads,
-            "P": self.patches, "Q": self.patches + 1, "W": self.patch_size**2 * 3,
+            "P": self.patches, "Q": self.patches + self.class_token, "r": self.registers, "W": self.patch_size**2 * 3,
         }  # fmt: skip
 
 

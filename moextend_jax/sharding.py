@@ -27,8 +27,9 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
     "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
     "h": None, "w": None, "c": None, "G": None, "g": None,
-    # of media: mel bands and frames, queries of a resampler (u of its blocks attend to features), places of all media
-    "b": None, "l": None, "q": None, "u": None, "i": None,
+    # of media: registers of a vision tower, mel bands and frames, queries of a resampler (u of its blocks attend to
+    # features), places of all media
+    "r": None, "b": None, "l": None, "q": None, "u": None, "i": None,
 }  # fmt: skip
 
 

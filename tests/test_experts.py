@@ -130,7 +130,7 @@ def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():
     arrays = {path.removeprefix("decoder/layers/moe/"): leaf[0] for path, leaf in tiny.arrays(tiny.PLAIN).items()
               if path.startswith("decoder/layers/moe/")}  # fmt: skip
     sizes = tiny.DECODER.sizes()
-    moe = with_arrays(nnx.eval_shape(lambda: MoE(sizes, rngs=nnx.Rngs(0), dtype="float32")), arrays)
+    moe = with_arrays(nnx.eval_shape(lambda: MoE(tiny.DECODER, rngs=nnx.Rngs(0), dtype="float32")), arrays)
     experts = {name: arrays[f"experts/{name}"][source][None] for name in ("w_gate", "w_up", "w_down")}
     clone = {f"new_experts/{name}": leaf for name, leaf in experts.items()} | {
         "router/new_gate": arrays["gate"][:, source][:, None],

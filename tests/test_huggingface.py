@@ -325,9 +325,9 @@ def test_a_tower_that_cannot_be_honoured_is_refused_by_name(name: str, value: An
         huggingface.vision_config(changed, where=Path("config.json"), feature_layer=-2)
 
 
-@pytest.mark.parametrize("model_type", ["siglip", "siglip_vision_model"])
-def test_siglip_is_refused_by_name(model_type: str):
-    with pytest.raises(MoextendError, match="SigLIP tower is another network"):
+@pytest.mark.parametrize("model_type", ["siglip2", "siglip2_vision_model"])
+def test_siglip_for_any_shape_is_refused_by_name(model_type: str):
+    with pytest.raises(MoextendError, match="NaFlex.* is not supported, that of one size says siglip"):
         huggingface.vision_config({"model_type": model_type}, where=Path("config.json"), feature_layer=-2)
 
 

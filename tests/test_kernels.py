@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moextend_jax.models import grouped_triton
-from moextend_jax.models.attention import segment_mask, splash
+from moextend_jax.models.attention import KeysValues, Visible, Window, attend, segment_mask, splash
 from moextend_jax.models.grouped_matmul import MEGABLOX, TRITON, Kernels, by_kernels, ragged_dot
 
 RNG = np.random.default_rng(0)
@@ -87,7 +87,30 @@ def test_splash_attention_equals_the_masked_one_with_gradients():
     def ours(query, key, value):
         return splash(query, key, value, jnp.asarray(segments_BS))
 
-    (y, pull), (mine, mine_pull) = (jax.vjp(function, query, key, value) for function in (plain, ours))
+    assert_same_with_gradients(plain, ours, query, key, value, dy=dy)
+
+
+def assert_same_with_gradients(plain, ours, *arguments: jax.Array, dy: jax.Array) -> None:
+    (y, pull), (mine, mine_pull) = (jax.vjp(function, *arguments) for function in (plain, ours))
     np.testing.assert_allclose(mine, y, atol=1e-4, rtol=0)
     for got, expected in zip(mine_pull(dy), pull(dy), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_so_does_it_with_sinks_and_a_window(is_local: bool):
+    B, S, N, K, H = 2, 128, 4, 2, 16
+    query, key, value, dy = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H), normal(B, S, N, H)
+    segments_BS = np.ones((B, S), np.int32)
+    segments_BS[0, 50:], segments_BS[1, 100:] = 2, 0
+    rows = Visible(jnp.asarray(segments_BS), segment_mask(jnp.asarray(segments_BS)))
+    window = Window(jnp.array(is_local), 9)
+
+    def by(visible: Visible):
+        return lambda q, k, v, sinks: attend(q, KeysValues(k, v), visible, window=window, sinks_N=sinks)
+
+    assert_same_with_gradients(by(rows), by(rows._replace(mask_B1LS=None)), query, key, value, normal(N), dy=dy)
+    far = jnp.zeros((B, S, N, H)).at[0, 30].set(1.0)  # the gradient of keys is zero beyond a window
+    _, pull = jax.vjp(by(rows), query, key, value, normal(N))
+    seen_S = np.abs(np.asarray(pull(far)[1][0])).max(axis=(1, 2)) > 0
+    assert np.flatnonzero(seen_S).tolist() == list(range(22 if is_local else 0, 31))

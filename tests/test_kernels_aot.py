@@ -54,7 +54,7 @@ def sharded(module, mesh):
 def compiled(name: str, mesh_shape: tuple[int, ...], how: Any, gradient: str):
     """The layer and, if asked for, its gradient towards `gradient`: tokens, or the extension's leaves too."""
     mesh = topology.make_mesh(topology.parse(name), dict(zip(MESH_AXES, mesh_shape, strict=True)))
-    moe = nnx.eval_shape(lambda: MoE(DECODER.sizes(), rngs=nnx.Rngs(0), dtype="bfloat16"))
+    moe = nnx.eval_shape(lambda: MoE(DECODER, rngs=nnx.Rngs(0), dtype="bfloat16"))
     new = nnx.eval_shape(lambda: Extension(DECODER, EXTENSION, rngs=nnx.Rngs(0), dtype="bfloat16", std=1.0))
 
     config = of_pictures(decoder=DECODER, extension=EXTENSION, dispatch=how)

@@ -18,7 +18,7 @@ from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path
-from moextend_jax.plan.sizes import DECODERS
+from moextend_jax.plan.sizes import DECODERS, TOWERS
 
 M8X7B = DecoderConfig()
 M8X22B = DecoderConfig(width=6144, hidden=16384, layers=56, heads=48)
@@ -62,6 +62,47 @@ def clip_l_336() -> dict[str, tuple[int, ...]]:
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             made[f"{layer}self_attn.{part}.weight"] = (1024, 1024)
             made[f"{layer}self_attn.{part}.bias"] = (1024,)
+        made |= {layer + "mlp.fc1.weight": (4096, 1024), layer + "mlp.fc1.bias": (4096,)}
+        made |= {layer + "mlp.fc2.weight": (1024, 4096), layer + "mlp.fc2.bias": (1024,)}
+    return made | {f"{norm}.{part}": (1024,) for norm in norms for part in ("weight", "bias")}
+
+
+def siglip(layers: int, *, width: int, hidden: int, patch: int, positions: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tower in google/siglip-*, without the head that pools its positions."""
+    top = "vision_model."
+    made: dict[str, tuple[int, ...]] = {
+        top + "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        top + "embeddings.patch_embedding.bias": (width,),
+        top + "embeddings.position_embedding.weight": (positions, width),
+    }
+    norms = [top + "post_layernorm"]
+    for n in range(layers):
+        layer = f"{top}encoder.layers.{n}."
+        norms += [layer + "layer_norm1", layer + "layer_norm2"]
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            made |= {f"{layer}self_attn.{part}.weight": (width, width), f"{layer}self_attn.{part}.bias": (width,)}
+        made |= {layer + "mlp.fc1.weight": (hidden, width), layer + "mlp.fc1.bias": (hidden,)}
+        made |= {layer + "mlp.fc2.weight": (width, hidden), layer + "mlp.fc2.bias": (width,)}
+    return made | {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+
+
+def dinov2_large(registers: int = 0) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of facebook/dinov2-large, less its mask token, and of the same with registers."""
+    made: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, 1024),
+        "embeddings.patch_embeddings.projection.weight": (1024, 3, 14, 14),
+        "embeddings.patch_embeddings.projection.bias": (1024,),
+        "embeddings.position_embeddings": (1, 1370, 1024),
+    }
+    if registers:
+        made["embeddings.register_tokens"] = (1, registers, 1024)
+    norms = ["layernorm"]
+    for n in range(24):
+        layer = f"encoder.layer.{n}."
+        norms += [layer + "norm1", layer + "norm2"]
+        for part in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            made |= {f"{layer}attention.{part}.weight": (1024, 1024), f"{layer}attention.{part}.bias": (1024,)}
+        made |= {f"{layer}layer_scale{m}.lambda1": (1024,) for m in (1, 2)}
         made |= {layer + "mlp.fc1.weight": (4096, 1024), layer + "mlp.fc1.bias": (4096,)}
         made |= {layer + "mlp.fc2.weight": (1024, 4096), layer + "mlp.fc2.bias": (1024,)}
     return made | {f"{norm}.{part}": (1024,) for norm in norms for part in ("weight", "bias")}
@@ -180,23 +221,63 @@ def swiglu(block: str, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
     return both | {f"{block}.down_proj.weight": (width, hidden)}
 
 
+def gpt_oss(layers: int, *, width: int, experts: int, packed: bool, vocab: int = 201088):
+    """Names and shapes of gpt-oss: 64 query and 8 key heads of 64, and F = D; experts in four bits, or not."""
+    made = {name: (vocab, width) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    made["model.norm.weight"] = (width,)
+    for n in range(layers):
+        layer, block = f"model.layers.{n}.", f"model.layers.{n}.mlp."
+        made |= {layer + f"{norm}_layernorm.weight": (width,) for norm in ("input", "post_attention")}
+        for part, heads in zip("qkv", (4096, 512, 512), strict=True):
+            made |= {layer + f"self_attn.{part}_proj.weight": (heads, width)}
+            made |= {layer + f"self_attn.{part}_proj.bias": (heads,)}
+        made |= {layer + "self_attn.o_proj.weight": (width, 4096), layer + "self_attn.o_proj.bias": (width,)}
+        made |= {layer + "self_attn.sinks": (64,)}
+        made |= {block + "router.weight": (experts, width), block + "router.bias": (experts,)}
+        for name, out in (("gate_up", 2 * width), ("down", width)):
+            made[f"{block}experts.{name}_proj_bias"] = (experts, out)
+            if packed:
+                made[f"{block}experts.{name}_proj_blocks"] = (experts, out, width // 32, 16)
+                made[f"{block}experts.{name}_proj_scales"] = (experts, out, width // 32)
+            else:
+                made[f"{block}experts.{name}_proj"] = (experts, width, out)
+    return made
+
+
 AIR = dict(width=4096, heads=12288, keys=1024, hidden=1408, dense=10944, experts=128, vocab=151552)
 ERNIE = dict(width=2560, heads=2560, keys=512, hidden=1536, dense=12288, experts=64, vocab=103424)
 
 
-def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_were():
-    config = ModelConfig(decoder=DECODERS["granite-3.1-3b-a800m-base"])
-    published = granite(32, width=1536, experts=40)
-    assert (len(published), sum(map(math.prod, published.values()))) == (290, 3_298_793_472)
-    stored = {
+FUSED = {
+    "granite-3.1-3b-a800m-base": (290, 3_298_793_472, granite(32, width=1536, experts=40)),
+    "gpt-oss-20b": (411, 20_914_757_184, gpt_oss(24, width=2880, experts=32, packed=False)),
+}
+
+
+def test_experts_in_four_bits_are_matched_once():
+    published = gpt_oss(24, width=2880, experts=32, packed=True)
+    config = ModelConfig(decoder=DECODERS["gpt-oss-20b"])
+    leaves = match(unread(published), table="gpt_oss", config=config, where="test")
+    assert sum(math.prod(leaf.shape) for leaf in leaves.values()) == 20_914_757_184
+
+
+def unread(published: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    return {
         name: Stored(shape, np.dtype(np.float32), lambda: pytest.fail("read"), name)
         for name, shape in published.items()
     }
-    leaves = match(stored, table="granitemoe", config=config, where="test")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_tensors_that_hold_several_experts_are_matched_once_and_written_as_they_were(name: str):
+    tensors, parameters, published = FUSED[name]
+    config = ModelConfig(decoder=DECODERS[name])
+    assert (len(published), sum(map(math.prod, published.values()))) == (tensors, parameters)
+    leaves = match(unread(published), table=config.decoder.family, config=config, where="test")
     model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
     ours = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
     assert {path: leaf.shape for path, leaf in leaves.items()} == ours
-    written = plan_theirs(leaves, table="granitemoe", config=config)
+    written = plan_theirs(leaves, table=config.decoder.family, config=config)
     assert {name: tensor.shape for name, tensor in written.items()} == published
 
 
@@ -254,6 +335,35 @@ CASES = {
 }
 
 
+PICTURE_TOWERS = {
+    # transformers' classes count the heads, of 15,238,352 and 7,087,104, and the mask token, of 1024
+    "siglip-so400m-patch14-384": (
+        siglip(27, width=1152, hidden=4304, patch=14, positions=729),
+        428_225_600 - 15_238_352,
+    ),
+    "siglip-base-patch16-224": (siglip(12, width=768, hidden=3072, patch=16, positions=196), 92_884_224 - 7_087_104),
+    "dinov2-large": (dinov2_large(), 304_368_640 - 1024),
+    "dinov2-with-registers-large": (dinov2_large(registers=4), 304_371_712),
+}
+
+
+@pytest.mark.parametrize("tower", PICTURE_TOWERS)
+def test_every_name_of_a_picture_tower_is_matched_once_and_has_its_shape(tower: str):
+    published, parameters = PICTURE_TOWERS[tower]
+    assert sum(math.prod(shape) for shape in published.values()) == parameters
+    config = of_pictures(decoder=DecoderConfig(layers=1), vision=TOWERS[tower])
+    model = nnx.eval_shape(lambda: MoExtend(config, rngs=nnx.Rngs(0)))
+    ours = {path: param.shape for path, param in by_path(nnx.state(model, nnx.Param)).items() if "/tower/" in path}
+    tensors = list(names.tensors(TOWERS[tower].family, config))
+    assert collections.Counter(tensor.file for tensor in tensors) == collections.Counter(published.keys())
+    assert {tensor.path for tensor in tensors} == ours.keys()
+    for tensor in tensors:
+        letters = names.letters(tensor.path, config)
+        theirs, inner = (names.shape(side, letters) for side in tensor.layout.split(" -> "))
+        assert theirs == published[tensor.file], tensor.file
+        assert inner == ours[tensor.path][len(tensor.index) :], tensor.path
+
+
 @functools.cache
 def shapes(decoder: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Our parameters of the full-size model."""
@@ -292,7 +402,8 @@ def test_every_published_name_is_matched_once_and_has_its_shape(case: str):
 
 def test_no_pattern_of_other_tensors_swallows_one_of_ours():
     for table, pattern in names.BESIDE.items():
-        config = of_pictures(decoder=M8X7B, vision=CLIP_L_336)
+        vision = next((tower for tower in TOWERS.values() if tower.family == table), CLIP_L_336)
+        config = of_pictures(decoder=M8X7B, vision=vision)
         for tensor in names.tensors(table, config):
             for prefix in ("", names.PREFIXES.get(table, "")):
                 assert not pattern.fullmatch(prefix + tensor.file)
@@ -307,3 +418,11 @@ def test_the_text_half_of_a_clip_is_known_by_name():
     assert names.IGNORED.fullmatch("vision_model.embeddings.position_ids")
     assert not names.BESIDE["clip"].fullmatch("vision_projection.weight")
     assert not names.BESIDE["clip"].fullmatch("logit_bias")
+
+
+def test_so_are_the_text_half_and_the_head_of_a_siglip():
+    """Of google/siglip-base-patch16-224, all that is not the tower."""
+    others = ["logit_scale", "logit_bias", "text_model.head.weight", "vision_model.head.probe"]
+    others += ["vision_model.head.attention.in_proj_weight", "vision_model.head.mlp.fc1.bias"]
+    assert all(names.BESIDE["siglip"].fullmatch(name) for name in others)
+    assert not names.BESIDE["siglip"].fullmatch("vision_model.embeddings.class_embedding")

@@ -19,6 +19,7 @@ from configs.mixtral_8x7b import get_config
 from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
 from moextend_jax.models.router import (
     LARGEST_WEIGHT,
+    Gate,
     NewColumns,
     Routing,
     Rule,
@@ -319,7 +320,7 @@ def sigmoid_router(*, seed: int = 0, groups: int = 1) -> dict[str, Any]:
 def test_a_bias_chooses_and_does_not_weigh(groups: int):
     one = sigmoid_router(groups=groups)
     rule = GLM._replace(groups=groups, top_groups=2 if groups > 1 else 1)
-    ours = route(one["x"], one["gate"], one["bias"], rule=rule)
+    ours = route(one["x"], Gate(one["gate"], None, one["bias"]), rule=rule)
     np.testing.assert_array_equal(ours.ids_Tk, one["ids"])
     np.testing.assert_allclose(ours.weights_Tk, one["weights"], atol=1e-6)
     np.testing.assert_allclose(ours.chosen_by_TO, one["chosen_by"], atol=1e-6)
@@ -343,10 +344,12 @@ def test_a_new_expert_with_its_sources_bias_changes_those_tokens_alone_that_chos
     """It stands outside the groups, so that it does not decide which of them are the best."""
     one = sigmoid_router(groups=groups)
     rule = GLM._replace(groups=groups, top_groups=2 if groups > 1 else 1)
-    base = route(one["x"], one["gate"], one["bias"], rule=rule)
+    base = route(one["x"], Gate(one["gate"], None, one["bias"]), rule=rule)
     source = int(np.bincount(np.asarray(base.ids_Tk).reshape(-1)).argmax())
     columns = columns_of(one, source=source, bias=float(one["bias"][source]))
-    ours = route_extended(one["x"], one["gate"], [columns], one["bias"], rule=rule, normalise=over_their_sum)
+    ours = route_extended(
+        one["x"], Gate(one["gate"], None, one["bias"]), [columns], rule=rule, normalise=over_their_sum
+    )
     chose_T = (np.asarray(base.ids_Tk) == source).any(axis=1)
     assert 5 < chose_T.sum() < 60
     early_T = (np.asarray(base.ids_Tk)[:, :2] == source).any(axis=1)  # on the last place the source is alone
@@ -359,8 +362,8 @@ def test_a_new_expert_with_its_sources_bias_changes_those_tokens_alone_that_chos
 
 def test_a_new_expert_whose_bias_is_minus_infinity_is_not_there():
     one = sigmoid_router()
-    base = route(one["x"], one["gate"], one["bias"], rule=GLM)
+    base = route(one["x"], Gate(one["gate"], None, one["bias"]), rule=GLM)
     columns = columns_of(one, source=1, bias=-np.inf)
-    ours = route_extended(one["x"], one["gate"], [columns], one["bias"], rule=GLM, normalise=over_their_sum)
+    ours = route_extended(one["x"], Gate(one["gate"], None, one["bias"]), [columns], rule=GLM, normalise=over_their_sum)
     np.testing.assert_array_equal(ours.ids_Tk, base.ids_Tk)
     np.testing.assert_allclose(ours.weights_Tk, base.weights_Tk, rtol=1e-6)

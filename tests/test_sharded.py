@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError, YarnConfig, with_vision
 from moextend_jax.extension import routing
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import TOWERS
 from moextend_jax.mesh import make_mesh, one_device, place_rows
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import with_arrays
@@ -126,6 +127,7 @@ def test_so_it_is_in_other_families(family: str):
     """Heads of one norm lie on several devices, and bounds are reached."""
     sizes = {
         "clip_qkv": 0.05, "shared_hidden": 16, "embed_factor": 3.0, "residual_factor": 0.5, "logits_divisor": 2.0,
+        "local": (True, False, True), "local_window": 5, "yarn": YarnConfig(factor=8.0, length=16), "glu_limit": 0.02,
         "dense_hidden": 16, "shared_experts": 1, "rotary_share": 2 / 3, "groups": 2, "top_groups": 1,
     }  # fmt: skip
     own = {name: size for name, size in sizes.items() if name in FAMILIES[family].attributes.sizes.values()}
@@ -134,6 +136,17 @@ def test_so_it_is_in_other_families(family: str):
     mesh, arrays = sharded(MESHES["no data"], model)
     got = three_steps("full", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
     assert_same(got, three_steps("full", tiny.arrays(model), BATCHES, model=model))
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov2_with_registers"])
+def test_so_it_is_behind_other_picture_towers(family: str):
+    registers = {"registers": 3} if family == "dinov2_with_registers" else {}
+    tower = dataclasses.replace(tiny.VISION, family=family, **TOWERS[family].fields, **registers)
+    model = with_vision(MODEL, tower)
+    mesh, arrays = sharded(MESHES["no data"], model)
+    got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
+    assert_same(got, three_steps("align", tiny.arrays(model), BATCHES, model=model))
+    assert got.losses != on_one_device("align").losses
 
 
 @pytest.mark.parametrize(

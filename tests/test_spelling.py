@@ -209,7 +209,7 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory:
         ({"vision_feature_layer": -9}, "feature layer -9 is not among"),
         ({"text_config": {"model_type": "llama"}}, "model_type is 'llama'"),
         ({"text_config": None}, "without text_config"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "SigLIP"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model' cannot be honoured"),
         ({"quantization_config": {}}, "quantization_config is unknown"),
         ({"add_layer": [0], "new_experts": -3}, "new_experts = -3"),
     ],

@@ -42,7 +42,7 @@ from moextend_jax.generate import Generator
 from moextend_jax.mesh import place_rows
 from moextend_jax.models.experts import apply_experts
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.router import NewColumns, Rule, bounded, over_their_sum, route, route_extended
+from moextend_jax.models.router import Gate, NewColumns, Rule, bounded, over_their_sum, route, route_extended
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.models_of import start_of
 from moextend_jax.runs.ready import WIDE_TWIN, extension_problems
@@ -193,8 +193,9 @@ def test_so_it_is_in_families_of_other_weights(start: StartName, rule: Rule):
     bias_E = jnp.asarray(rng.normal(size=8) * 0.2, jnp.float32) if rule.scores == "sigmoid" else None
     sources_X = jnp.array([5, 2])
     columns = one_layer(gate_DE[:, sources_X], start=start, bias_X=None if bias_E is None else bias_E[sources_X])
-    base = route(x_TD, gate_DE, bias_E, rule=rule)
-    ours = route_extended(x_TD, gate_DE, [columns], bias_E, rule=rule, normalise=bounded, sources=[sources_X])
+    gate = Gate(gate_DE, selection_E=bias_E)
+    base = route(x_TD, gate, rule=rule)
+    ours = route_extended(x_TD, gate, [columns], rule=rule, normalise=bounded, sources=[sources_X])
     k = rule.top_k
     as_source_Tk = np.array([*range(8), 5, 2])[ours.ids_Tk[:, :k]]
     np.testing.assert_array_equal(as_source_Tk, base.ids_Tk)
@@ -422,7 +423,9 @@ def test_folders_and_deltas_say_how_an_extension_started(more: dict[str, Any], b
 )
 def test_layouts_of_other_programs_refuse_what_these_do_not_compute(more: dict[str, Any], told: str, tmp_path: Path):
     source = folders.source_of(of_start(**more))
-    with pytest.raises(MoextendError, match=f"layout released .* this model has {told}: export it with --layout delta"):
+    with pytest.raises(
+        MoextendError, match=f"layout released .* this model has {re.escape(told)}: export it with --layout delta"
+    ):
         convert.export_source(source, tmp_path / "out", layout="released", max_shard_bytes=1 << 30)
     if more.get("start") != "twin":  # which modeling_moextend.py computes
         with pytest.raises(MoextendError, match=f"layout hf .* this model has {re.escape(told)}: export it with"):
@@ -474,7 +477,11 @@ def test_the_code_that_goes_along_excludes_twins_as_we_do(sighted: bool):
     columns = one_layer(jnp.asarray(new_DX), start="twin", width=4)
     columns = with_arrays(
         columns,
-        {"new_gate": new_DX, "calibrator/w_in": jnp.asarray(w_in_OA), "calibrator/w_out": jnp.asarray(w_out_AO)},
+        {
+            "new_gate": jnp.asarray(new_DX),
+            "calibrator/w_in": jnp.asarray(w_in_OA),
+            "calibrator/w_out": jnp.asarray(w_out_AO),
+        },
     )
     ours = route_extended(
         jnp.asarray(x_TD), jnp.asarray(gate_DE), [columns], rule=Rule(2), normalise=bounded,

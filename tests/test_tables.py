@@ -59,10 +59,17 @@ EVERYTHING = dataclasses.replace(
     media=FULL.media.replacing("audio", SOUND),
 )
 """A second medium and extension beside, of which published files know nothing."""
-OTHER_DECODER = ModelConfig(
-    decoder=DecoderConfig(qk_norm="whole", qkv_bias=True, shared_hidden=64, shared_gate=True, layers=2)
-)
+OTHER_DECODER = of_pictures(
+    decoder=DecoderConfig(
+        qk_norm="whole", qkv_bias=True, out_bias=True, sinks=True, shared_hidden=64, shared_gate=True, layers=3,
+        dense_layers=1, dense_hidden=64, router_bias=True, selection_bias=True, expert_bias=True,
+    ),
+    extension=ExtensionConfig(layers=(2,), sources=(0,)),
+)  # fmt: skip
 """What decoders of other families have besides."""
+OTHER_TOWER = of_pictures(
+    decoder=DecoderConfig(layers=2), vision=VisionConfig(patch_bias=True, layer_scale=True, registers=4, layers=2)
+)
 
 
 @functools.cache
@@ -71,7 +78,7 @@ def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
 
 
 def anywhere() -> dict[str, nnx.Param]:
-    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER)
+    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER) | parameters(OTHER_TOWER)
 
 
 def size(prefix: str) -> int:

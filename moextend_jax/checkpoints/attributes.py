@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from moextend_jax.checkpoints.outside import short, shown
-from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
+from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig, YarnConfig
 
 MOST = 1 << 31
 """Sizes stay below; what they multiply to stays a number that can be written down."""
@@ -48,21 +49,57 @@ OF_ANY_MODEL = {
 class Table(NamedTuple):
     """sizes: their name -> our field. must_be: what changes the computation, with the only values that this code
     computes. harmless: what says nothing about it. optional: sizes that may be left out. aliases: their other names.
-    values: what a size's values are called here, where that is something else."""
+    ours, theirs: of a size whose values are something else here, what makes ours of theirs, and back; a value that
+    `ours` cannot read it leaves as it is."""
 
     sizes: Mapping[str, str]
     must_be: Mapping[str, tuple[Any, ...]]
     harmless: Collection[str]
     optional: Collection[str] = ()
     aliases: Mapping[str, str] = {}
-    values: Mapping[str, Mapping[Any, Any]] = {}
+    ours: Mapping[str, Callable[[Any], Any]] = {}
+    theirs: Mapping[str, Callable[[Any], Any]] = {}
 
     def attributes_of(self, config: Any) -> dict[str, Any]:
         """The attributes that `read_fields` makes these fields of."""
-        theirs = {name: {ours: value for value, ours in values.items()} for name, values in self.values.items()}
         return {
-            name: theirs.get(name, {}).get(value := getattr(config, ours), value) for name, ours in self.sizes.items()
+            name: self.theirs.get(name, lambda value: value)(getattr(config, field))
+            for name, field in self.sizes.items()
         }
+
+
+def as_qk_norm(value: Any) -> Any:
+    return {True: "head", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+
+def as_local(value: Any) -> Any:
+    """Of `layer_types`: whether a layer's attention is local."""
+    kinds = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(value, list) or not all(isinstance(kind, str) and kind in kinds for kind in value):
+        return value
+    return tuple(kinds[kind] for kind in value)
+
+
+def as_list(local: tuple[bool, ...]) -> list[str]:
+    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
+
+
+_YARN = {
+    "factor": "factor", "original_max_position_embeddings": "length", "beta_fast": "fast", "beta_slow": "slow",
+    "truncate": "whole",
+}  # fmt: skip
+
+
+def as_yarn(value: Any) -> Any:
+    """Of a `rope_scaling` of type yarn."""
+    needed = {"factor", "original_max_position_embeddings"}
+    if not isinstance(value, dict) or not needed <= value.keys() <= {"rope_type", *_YARN}:
+        return value
+    return YarnConfig(**{field: value[name] for name, field in _YARN.items() if name in value})
+
+
+def of_yarn(yarn: YarnConfig) -> dict[str, Any]:
+    return {"rope_type": "yarn", **{name: getattr(yarn, field) for name, field in _YARN.items()}}
 
 
 def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, prefix: str = "") -> dict[str, Any]:
@@ -86,14 +123,15 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
         if theirs not in attributes and theirs in table.optional:
             continue
         value = attributes.get(theirs)
-        if theirs in table.values and isinstance(value, Hashable):
-            value = table.values[theirs].get(value, value)
-        fields[ours] = value
+        fields[ours] = value = table.ours.get(theirs, lambda value: value)(value)
         if not fits(ours, value):  # a list: other sizes in other layers
-            hint, default = _FIELDS[ours]
+            hint, default = _FIELDS.get(ours, _COUNT)
             may_be_null = "null or " if type(None) in get_args(hint) else ""
-            wanted = "true or false" if hint is bool or theirs in table.values else may_be_null + (
-                "a number from 0 on" if default == 0 and hint is int else "one positive number")  # fmt: skip
+            wanted = (
+                "something else" if ours in ("local", "yarn")
+                else "true or false" if hint is bool or get_origin(hint) is Literal
+                else may_be_null + ("a number from 0 on" if default == 0 and hint is int else "one positive number")
+            )  # fmt: skip
             raise MoextendError(f"{where}: {prefix}{theirs} must be {wanted}, not {shown(value)}")
     return fields
 
@@ -113,6 +151,8 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     for field in dataclasses.fields(of)
 }
 """Of sizes: their type, and their default, which if it is 0 says that they may be."""
+_COUNT = int, 1
+"""So it is of what is no field there: sizes of other towers, and what sizes are computed from."""
 
 
 def fits(field: str, value: Any) -> bool:
@@ -121,8 +161,13 @@ def fits(field: str, value: Any) -> bool:
         return isinstance(value, str) and re.fullmatch(r"\w{1,64}", value) is not None
     if field == "feature_layer":
         return type(value) is int and -MOST < value < 0
-    hint, default = _FIELDS[field]
+    if field == "local":
+        return isinstance(value, tuple) and all(isinstance(is_local, bool) for is_local in value)
+    hint, default = _FIELDS.get(field, _COUNT)
     options = get_args(hint)
+    if field == "yarn" and value is not None:
+        numbers = value if isinstance(value, dict) else dataclasses.asdict(value) if is_dataclass(value) else {}
+        return bool(numbers) and all(isinstance(of, bool) or fits("rope_theta", of) for of in numbers.values())
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in options
     if value is None:
@@ -138,20 +183,19 @@ def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict
     """Where transformers 5 writes rope_theta and the part that is turned inside `rope_parameters`, they are taken out;
     a `rope_scaling` that scales nothing may be there too, and a head_dim of null, which is none."""
     attributes = {name: value for name, value in attributes.items() if name != "head_dim" or value is not None}
-    if "layer_types" in attributes:
-        kinds = attributes.pop("layer_types")
-        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-            raise MoextendError(f"{where}: layer_types = {shown(kinds)} cannot be honoured (only full_attention)")
     for name in ("rope_parameters", "rope_scaling"):
         rope = attributes.get(name)
         if not isinstance(rope, dict):
             continue
         kind = rope.get("rope_type", rope.get("type", "default"))
-        surplus = sorted(rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        if kind != "default" or surplus:
+        own = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        scaled = {name: value for name, value in rope.items() if name not in own}
+        if kind not in ("default", "yarn") or (kind == "default" and scaled):
             raise MoextendError(f"{where}: {name} = {shown(rope)} cannot be honoured (only plain rotary positions)")
         attributes.pop(name)
         attributes |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if kind == "yarn":
+            attributes["rope_scaling"] = {"rope_type": "yarn", **scaled}
     return attributes
 
 

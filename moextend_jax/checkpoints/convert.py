@@ -22,11 +22,12 @@ from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
 from moextend_jax.config import Amount, Count, MoextendError, with_vision
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import TOWERS
 from moextend_jax.options import OneOf
 from moextend_jax.settings import NotNegative
 
 SHARD = "5GB"
-LAYOUTS = (*FAMILIES, "clip", "llava", "released", "delta")
+LAYOUTS = (*FAMILIES, *TOWERS, "llava", "released", "delta")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ class ImportOptions:
     base: Path | None = None
     """folder of the base, for partial saves and deltas"""
     vision: Path | None = None
-    """folder of a CLIP vision tower"""
+    """folder of a vision tower"""
     projector: Path | None = None
     """folder or file of a LLaVA projector"""
     feature_layer: int | None = None
@@ -134,9 +135,10 @@ def import_source(source: Source, dst: Path, *, dtype: str | None = None, consol
 def default_layout(source: Source) -> str:
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
         return "released"
-    return (
-        source.config.decoder.family if "decoder" in source.parts else "clip" if "vision" in source.parts else "llava"
-    )
+    if "decoder" in source.parts:
+        return source.config.decoder.family
+    vision = source.config.vision
+    return vision.family if vision and "vision" in source.parts else "llava"
 
 
 def export_source(
@@ -153,13 +155,15 @@ def export_source(
     Raises:
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
     """
-    needed = {"clip": {"vision"}, "llava": {"projector"}, "delta": {"extension"}}
+    needed = dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}, "delta": {"extension"}}
     if missing := needed.get(layout, {"decoder"}) - source.parts:
         raise MoextendError(
             f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"
         )
     if layout in FAMILIES and layout != source.config.decoder.family:
         raise MoextendError(f"layout {layout} has no place for a decoder of family {source.config.decoder.family}")
+    if layout in TOWERS and source.config.vision and layout != source.config.vision.family:
+        raise MoextendError(f"layout {layout} has no place for a tower of family {source.config.vision.family}")
     if layout in FAMILIES and "extension" in source.parts:
         raise MoextendError(
             f"an extended model has no place in layout {layout}: export it with --layout released or delta"
@@ -178,7 +182,7 @@ def export_source(
         processor = {name: path for name, path in source.files.items() if name.startswith("preprocessor")}
         tower = folder / "vision" if "vision" in files else folder
         if layout != "llava":
-            _copy_files(source.files.items() - processor.items() if layout != "clip" else (), folder)
+            _copy_files(source.files.items() - processor.items() if layout not in TOWERS else (), folder)
             _copy_files(processor, tower)
     return meter.cost()
 
@@ -193,8 +197,8 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     if layout == "llava":
         table, prefix = source.record.projector
         return {".": (plan(table=table, config=config, prefix=prefix), {})}
-    if layout == "clip":
-        return {".": (plan(table="clip", config=config), tower["vision"])}
+    if layout in TOWERS:
+        return {".": (plan(table=layout, config=config), tower["vision"])}
     dtype = str(source.leaves["decoder/embed"].dtype)
     attributes = recorded.get("decoder") or huggingface.decoder_attributes(config.decoder, dtype=dtype)
     for name in ("torch_dtype", "dtype"):  # an import may have cast
@@ -203,8 +207,8 @@ def _layout(source: Source, layout: str) -> dict[str, tuple[dict[str, Planned], 
     if layout in FAMILIES:
         own_attributes = {name: value for name, value in attributes.items() if name not in _RELEASED_ONLY}
         files = {".": (plan(table=layout, config=config), own_attributes)}
-        if "vision" in source.parts:
-            files["vision"] = (plan(table="clip", config=config), tower["vision"])
+        if "vision" in source.parts and config.vision:
+            files["vision"] = (plan(table=config.vision.family, config=config), tower["vision"])
         return files
     if config.vision and (missing := {"projector", "vision"} - source.parts):
         if missing != {"projector", "vision"}:
@@ -251,7 +255,9 @@ def export_delta(
 
 
 def parts_of(layout: str, source: Source) -> set[str]:
-    parts = dict.fromkeys(FAMILIES, {"decoder", "vision"}) | {"clip": {"vision"}, "llava": {"projector"}}
+    parts = (
+        dict.fromkeys(FAMILIES, {"decoder", "vision"}) | dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}}
+    )
     return parts.get(layout, source.parts)  # a delta has decoder and towers by their hashes
 
 

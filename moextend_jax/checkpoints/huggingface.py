@@ -6,6 +6,7 @@ unknown, missing or misshapen (`leaves.match`).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,6 @@ from flax import nnx
 from moextend_jax.checkpoints import leaves
 from moextend_jax.checkpoints.attributes import (
     MOST,
-    OF_ANY_MODEL,
-    Table,
     decoder_attributes_of,
     fits,
     read_fields,
@@ -29,30 +28,9 @@ from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
 from moextend_jax.families import FAMILIES
-from moextend_jax.media.image import MEAN_c, STD_c
+from moextend_jax.families.towers import TOWERS
+from moextend_jax.media.image import LEVELS
 from moextend_jax.parameters import by_path
-
-_VISION = {
-    "hidden_size": "width", "intermediate_size": "hidden", "num_hidden_layers": "layers",
-    "num_attention_heads": "heads", "image_size": "image_size", "patch_size": "patch_size",
-    "layer_norm_eps": "norm_eps", "hidden_act": "activation",
-}  # fmt: skip
-
-_CLIP = Table(
-    sizes=_VISION,
-    must_be={
-        "hidden_act": ("quick_gelu", "gelu"), "num_channels": (3,), "attention_dropout": (0,), "dropout": (0,),
-        "is_decoder": (False,), "add_cross_attention": (False,), "pruned_heads": ({},),
-    },
-    harmless=OF_ANY_MODEL,
-    optional={"layer_norm_eps", "hidden_act"},
-)  # fmt: skip
-
-CLIP_DEFAULTS: dict[str, Any] = {
-    "model_type": "clip_vision_model", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
-}  # fmt: skip
-"""What transformers takes where a configuration inside another is silent: it leaves out there what is so."""
 
 PUBLISHED_TOWERS = tuple(
     VisionConfig(width=width, hidden=4 * width, layers=layers, heads=width // 64, patch_size=patch, image_size=image)
@@ -63,33 +41,42 @@ PUBLISHED_TOWERS = tuple(
 """OpenAI's CLIP towers: the only ones whose number of heads follows from the shapes of their tensors."""
 
 
-PREPROCESSOR: dict[str, Any] = {
-    "image_mean": [round(float(mean), 6) for mean in MEAN_c], "image_std": [round(float(std), 6) for std in STD_c],
-    "do_normalize": True, "do_rescale": True, "rescale_factor": round(1 / 255, 6), "resample": 3,
-    "do_convert_rgb": True,
-}  # fmt: skip
-"""What a tower's pictures must be prepared by: the levels of `media.image`. What of a picture is shown, the rest of
-preprocessor_config.json, is the recipe's choice."""
+RESAMPLES = {"bilinear": 2, "bicubic": 3}
+"""Pillow's numbers, which preprocessor_config.json has."""
 
 
-def check_preprocessor(path: Path) -> None:
+def preprocessor(tower: VisionConfig) -> dict[str, Any]:
+    """What a tower's pictures must be prepared by: its levels in `media.image`. What of a picture is shown, the rest of
+    preprocessor_config.json, is the recipe's choice, unless the tower takes pictures stretched."""
+    mean_c, std_c = LEVELS[tower.levels]
+    return {
+        "image_mean": [round(float(mean), 6) for mean in mean_c], "image_std": [round(float(std), 6) for std in std_c],
+        "do_normalize": True, "do_rescale": True, "rescale_factor": round(1 / 255, 6),
+        "resample": RESAMPLES[tower.resample], "do_convert_rgb": True,
+    }  # fmt: skip
+
+
+def check_preprocessor(path: Path, tower: VisionConfig) -> None:
     """Refuses a preprocessor_config.json (or the part of a processor_config.json that is one) of a tower that was
     trained on other levels: it would see wrong colours."""
-    attributes = read_json(path)
+    attributes, wanted = read_json(path), preprocessor(tower)
     nested = attributes.get("image_processor")
     for name, value in (nested if isinstance(nested, dict) else attributes).items():
-        only = PREPROCESSOR.get(name)
+        only = wanted.get(name)
         if only is not None and value is not None and not _nearly(value, only):
             raise MoextendError(
                 f"{path}: {name} = {shown(value)} cannot be honoured (only {only}): here pictures are prepared as for "
-                "OpenAI's CLIP, and a tower that was trained on others would see other colours"
+                f"{MAKERS[tower.levels]}, and a tower that was trained on others would see other colours"
             )
+
+
+MAKERS = {"clip": "OpenAI's CLIP", "half": "SigLIP", "imagenet": "DINOv2"}
 
 
 def check_picture_size(folder: Path, tower: VisionConfig) -> None:
     """Refuses a tower whose preprocessor_config.json makes pictures of another size than the tower takes."""
     path = folder / "preprocessor_config.json"
-    attributes = read_json(path) if path.is_file() else {}
+    attributes = read_json(path) if path.is_file() and not TOWERS[tower.family].resized else {}
     for name in ("size", "crop_size"):
         size = attributes.get(name)
         sides = size.values() if isinstance(size, dict) else [] if size is None else [size]
@@ -100,10 +87,35 @@ def check_picture_size(folder: Path, tower: VisionConfig) -> None:
             )
 
 
+def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
+    """The tower for pictures as the preprocessor_config.json beside it makes them, if there is one: resized by another
+    filter, or, where positions go with any grid, of another size.
+
+    Raises:
+      MoextendError: that size is none, or smaller than a patch, or so large that its positions would fill a memory.
+    """
+    path, family = folder / "preprocessor_config.json", TOWERS[tower.family]
+    attributes = read_json(path) if path.is_file() else {}
+    for name, number in RESAMPLES.items():
+        if attributes.get("resample") == number and name in family.resamples:
+            tower = dataclasses.replace(tower, resample=name)
+    size = attributes.get("size")
+    cut = attributes.get("crop_size", size if isinstance(size, dict) and "height" in size else None)
+    if not family.resized or cut is None:
+        return tower
+    sides = list(cut.values()) if isinstance(cut, dict) else [cut]
+    least, most = tower.patch_size, 4 * tower.image_size
+    if not sides or not all(fits("image_size", side) and least <= side == sides[0] <= most for side in sides):
+        raise MoextendError(
+            f"{path}: crop_size or size = {shown(cut)} cannot be honoured (only squares of {least} to {most} pixels)"
+        )
+    return dataclasses.replace(tower, image_size=sides[0])
+
+
 def _nearly(value: Any, only: Any) -> bool:
     try:
         return np.shape(value) == np.shape(only) and np.allclose(np.asarray(value, float), only, rtol=1e-3, atol=0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -116,8 +128,10 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
 
 
 def read_vision_config(folder: Path, *, feature_layer: int) -> VisionConfig:
-    """Sizes of the tower from the `config.json` of a CLIP vision model or of a whole CLIP."""
-    return vision_config(read_json(folder / "config.json"), where=folder / "config.json", feature_layer=feature_layer)
+    """Sizes of the tower from the `config.json` of a vision model, or of a whole CLIP or SigLIP, for pictures as the
+    preprocessor_config.json beside it makes them."""
+    at = folder / "config.json"
+    return as_prepared(vision_config(read_json(at), where=at, feature_layer=feature_layer), folder)
 
 
 def read_extension_config(folder: Path) -> ExtensionConfig | None:
@@ -156,6 +170,9 @@ def _impossible(config: DecoderConfig) -> str:
         f"of {config.top_groups} groups a token cannot take {config.top_k} experts": (
             config.top_groups > config.groups or config.top_k > config.top_groups * in_group
         ),
+        f"{config.layers} layers cannot be of {len(config.local)} kinds of attention": (
+            len(config.local) not in (0, config.layers) or (any(config.local) and not config.local_window)
+        ),
         f"a part of {config.rotary_size} of a head of {config.head_size} cannot be turned": (
             config.rotary_size % 2 or not 0 < config.rotary_size <= config.head_size
         ),
@@ -163,31 +180,49 @@ def _impossible(config: DecoderConfig) -> str:
     return next((problem for problem, is_so in problems.items() if is_so), "")
 
 
+def is_tower(model_type: Any) -> bool:
+    return any(model_type in (tower.model_type, tower.whole) for tower in TOWERS.values() if model_type)
+
+
 def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: int) -> VisionConfig:
-    attributes = dict(attributes)
-    if attributes.get("model_type") == "clip":
-        attributes = vision_half(attributes, where)
-    if (given := attributes.get("model_type")) != "clip_vision_model":
-        raise MoextendError(f"{where}: model_type is {shown(given)}, expected 'clip_vision_model'{_why_not(given)}")
-    config = VisionConfig(feature_layer=feature_layer, **read_fields(attributes, _CLIP, where=where))
-    if config.width % config.heads or config.image_size % config.patch_size:
-        raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, and patch_size divide image_size")
+    """Sizes as a config.json has them; see `as_prepared` too."""
+    attributes = vision_half(attributes, where)
+    given = attributes.get("model_type")
+    name = next((name for name, tower in TOWERS.items() if tower.model_type == given), None)
+    if name is None:
+        known = ", ".join(repr(tower.model_type) for tower in TOWERS.values())
+        raise MoextendError(f"{where}: model_type is {shown(given)}, expected one of {known}{_why_not(given)}")
+    tower = TOWERS[name]
+    fields = read_fields({**tower.defaults, **attributes}, tower.attributes, where=where)
+    if ratio := fields.pop("ratio", None):
+        fields["hidden"] = fields["width"] * ratio
+    config = VisionConfig(family=name, feature_layer=feature_layer, **tower.fields, **fields)
+    if config.width % config.heads or config.patch_size > config.image_size:
+        raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, patch_size be at most image_size")
+    if fields.get("registers") == 0:
+        raise MoextendError(f"{where}: num_register_tokens must be one positive number, not 0")
     if not -config.layers - 1 <= feature_layer < 0:
         raise MoextendError(f"feature layer {feature_layer} is not among the {config.layers} layers of {where}")
     return config
 
 
 def vision_half(attributes: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The attributes of the tower inside those of a whole model; those of a tower as they are."""
+    whole = next(
+        (tower for tower in TOWERS.values() if tower.whole and tower.whole == attributes.get("model_type")), None
+    )
+    if whole is None:
+        return dict(attributes)
     half = attributes.get("vision_config")
     if not isinstance(half, dict):
-        raise MoextendError(f"{where}: a CLIP without vision_config has no tower whose sizes are known")
-    wins = attributes.get("vision_config_dict") or {}
+        raise MoextendError(f"{where}: a {whole.whole} without vision_config has no tower whose sizes are known")
+    half, wins = dict(half), attributes.get("vision_config_dict") or {}
     if not isinstance(wins, dict):
         raise MoextendError(f"{where}: vision_config_dict = {shown(wins)} holds no attributes")
     for name, value in wins.items():  # transformers lets these win
         if half.setdefault(name, value) != value:
             raise MoextendError(f"{where}: vision_config.{short(name)} and vision_config_dict.{short(name)} differ")
-    return {**CLIP_DEFAULTS, **half}
+    return {"architectures": [whole.architecture], "model_type": whole.model_type, **whole.defaults, **half}
 
 
 def extension_config(attributes: Mapping[str, Any], *, where: Path) -> ExtensionConfig | None:
@@ -235,10 +270,8 @@ def _is_id(value: Any) -> bool:
 
 
 def _why_not(model_type: Any) -> str:
-    if model_type in ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"):
-        # A SigLIP tower has a bias on its patches, no class token, no norm before the layers and a pooling head
-        # with attention: another forward pass, not other names.
-        return ": a SigLIP tower is another network than CLIP's and is not supported"
+    if model_type in ("siglip2", "siglip2_vision_model"):
+        return ": SigLIP2 for pictures of any shape (NaFlex) is not supported, that of one size says siglip here"
     if model_type in ("llama", "mistral"):
         return ": a dense model has to be upcycled: give --experts N to moextend import"
     return ""
@@ -269,8 +302,10 @@ def decoder_attributes(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
 
 
 def vision_attributes(config: VisionConfig) -> dict[str, Any]:
-    return {theirs: getattr(config, ours) for theirs, ours in _VISION.items()} | {
-        "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "num_channels": 3,
+    tower = TOWERS[config.family]
+    values = {**dataclasses.asdict(config), "ratio": config.hidden // config.width}
+    return {theirs: values[ours] for theirs, ours in tower.attributes.sizes.items()} | {
+        "architectures": [tower.architecture], "model_type": tower.model_type, **tower.constants,
     }  # fmt: skip
 
 
@@ -310,7 +345,8 @@ def read_parameters(folder: Path, model: nnx.Module, *, table: str, config: Mode
       table: layout of the file, a key of `names.TABLES`.
     """
     shapes = {path: tuple(param.shape) for path, param in by_path(nnx.state(model, nnx.Param)).items()}
-    matched = leaves.match(published(unwrapped(open_tensors(folder))[0])[0], table=table, config=config, where=folder)
+    stored, _ = published(unwrapped(open_tensors(folder))[0], config.decoder.family)
+    matched = leaves.match(stored, table=table, config=config, where=folder)
     for path, leaf in matched.items():
         assert leaf.shape == shapes[path], path
     return {path: leaves.read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in matched.items()}

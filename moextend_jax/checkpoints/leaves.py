@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import einops
 import jax
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints.mxfp4 import unpacked
 from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
 from moextend_jax.config import ModelConfig, MoextendError
@@ -128,45 +129,63 @@ def match(
 
 
 def _parted(stored: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
-    """Fused tensors of the decoder's family as the parts that `names` knows, each one run of the file's bytes."""
-    tensors = dict(stored)
-    holders = [
-        (fused, int(match[1]), file)
-        for fused in FAMILIES[config.decoder.family].fused
-        for file in stored
-        if (match := re.fullmatch(re.escape(fused.file).replace(r"\{Z\}", r"(0|[1-9]\d{0,8})"), file))
-    ]
-    for fused, layer, file in holders:
-        whole = tensors.pop(file)
-        if len(whole.shape) != 3 or whole.shape[0] != config.decoder.experts or whole.shape[1] % len(fused.parts):
-            raise MoextendError(
-                f"{whole.where}: {file} has shape {list(whole.shape)}, expected {config.decoder.experts} experts of "
-                f"{' and '.join(fused.parts)}"
-            )
-        rows = whole.shape[1] // len(fused.parts)
-        for expert, (place, part) in itertools.product(range(whole.shape[0]), enumerate(fused.parts)):
-            name = parted(fused.file, part).format(Z=layer, E=expert)
-            tensors[name] = whole.part((expert,), slice(place * rows, (place + 1) * rows))
+    """Fused tensors of the decoder's family as the parts that `names` knows: each one run of the file's bytes, or,
+    where they are interleaved, every second element of an expert's."""
+    tensors, E = dict(stored), config.decoder.experts
+    for fused in FAMILIES[config.decoder.family].fused:
+        pattern = re.escape(fused.file).replace(r"\{Z\}", r"(0|[1-9]\d{0,8})")
+        if fused.packed:
+            tensors = unpacked(tensors, pattern)
+        for file in [file for file in tensors if re.fullmatch(pattern, file)]:
+            whole, number = tensors.pop(file), cast(re.Match[str], re.fullmatch(pattern, file))[1]
+            axis, parts = -1 if fused.interleaved else 1, len(fused.parts)
+            if len(whole.shape) < 2 or whole.shape[0] != E or whole.shape[axis] % parts:
+                raise MoextendError(
+                    f"{whole.where}: {file} has shape {list(whole.shape)}, expected {E} experts of "
+                    f"{' and '.join(fused.parts)}"
+                )
+            for expert, (place, part) in itertools.product(range(E), enumerate(fused.parts)):
+                name = parted(fused.file, part).format(Z=number, E=expert)
+                if parts > 1 and fused.interleaved:
+                    tensors[name] = _every(whole.part((expert,)), place, parts)
+                else:
+                    rows = whole.shape[1] // parts
+                    tensors[name] = whole.part((expert,), slice(place * rows, (place + 1) * rows))
     return tensors
+
+
+def _every(whole: Stored, place: int, parts: int) -> Stored:
+    """Of the last axis the elements of one part, which come in turn with those of the others."""
+    shape = (*whole.shape[:-1], whole.shape[-1] // parts)
+    return Stored(shape, whole.dtype, lambda: whole.read()[..., place::parts], whole.where)
 
 
 def _fused(planned: dict[str, Planned], config: ModelConfig) -> dict[str, Planned]:
-    """The inverse of `_parted`: parts are written one after another into the tensor that holds them."""
+    """The inverse of `_parted`: parts are written one after another into the tensor that holds them, or in turn."""
     tensors = dict(planned)
     for fused, layer in itertools.product(FAMILIES[config.decoder.family].fused, config.decoder.routed):
-        parts = [
-            tensors.pop(parted(fused.file, part).format(Z=layer, E=expert))
-            for expert, part in itertools.product(range(config.decoder.experts), fused.parts)
+        of_experts = [
+            [tensors.pop(parted(fused.file, part).format(Z=layer, E=expert)) for part in fused.parts]
+            for expert in range(config.decoder.experts)
         ]
-        rows, *rest = parts[0].shape
+        first, number = of_experts[0][0], len(fused.parts)
 
-        def pieces(parts: list[Planned] = parts) -> Iterator[np.ndarray]:
-            for part in parts:
-                yield from part.pieces()
+        def pieces(of_experts: list[list[Planned]] = of_experts, in_turn: bool = fused.interleaved) -> Iterator[Any]:
+            for parts in of_experts:
+                if in_turn and len(parts) > 1:
+                    yield np.stack([_in_one(part) for part in parts], axis=-1).reshape(*parts[0].shape[:-1], -1)
+                else:
+                    for part in parts:
+                        yield from part.pieces()
 
-        shape = config.decoder.experts, rows * len(fused.parts), *rest
-        tensors[fused.file.format(Z=layer)] = Planned(shape, parts[0].dtype, pieces)
+        shape = list(first.shape)
+        shape[-1 if fused.interleaved else 0] *= number
+        tensors[fused.file.format(Z=layer)] = Planned((len(of_experts), *shape), first.dtype, pieces)
     return tensors
+
+
+def _in_one(planned: Planned) -> np.ndarray:
+    return np.concatenate([piece.reshape(-1) for piece in planned.pieces()]).reshape(planned.shape)
 
 
 def leaf_of(

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, fits, read_fields
-from moextend_jax.checkpoints.huggingface import CLIP_DEFAULTS
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.spelling import Spelling
 from moextend_jax.config import MoextendError
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import CLIP
 
 MODEL_TYPES = ("llava", "moextend")
 
@@ -67,7 +67,12 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     text, tower = attributes.get("text_config"), attributes.get("vision_config")
     if not isinstance(text, dict) or not isinstance(tower, dict):
         raise MoextendError(f"{where}: a LLaVA without text_config and vision_config has no sizes that are known")
-    text, tower = {"model_type": "mixtral", **FAMILIES["mixtral"].defaults, **text}, {**CLIP_DEFAULTS, **tower}
+    text, tower = {"model_type": "mixtral", **FAMILIES["mixtral"].defaults, **text}, {**CLIP.defaults, **tower}
+    if tower.setdefault("model_type", CLIP.model_type) != CLIP.model_type:
+        raise MoextendError(
+            f"{where}: vision_config.model_type = {shown(tower['model_type'])} cannot be honoured (only "
+            f"{CLIP.model_type}): give decoder, tower and projector as folders of their own (--vision, --projector)"
+        )
     if attributes.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     for name in ("torch_dtype", "dtype"):

@@ -1,8 +1,8 @@
 """Any checkpoint folder -> its configuration and leaves, matched and checked, nothing read yet; or arrays on devices.
 
-In: a Hugging Face folder (Mixtral, CLIP, a LLaVA, its projector), the method's released layout (whole, or a partial
-save with its base), a folder that `moextend import` made, a delta with its base; all of them in a bucket too. Out:
-`Source`, or `Checkpoint`.
+In: a Hugging Face folder (a decoder, a picture tower, a LLaVA, its projector), the method's released layout (whole, or
+a partial save with its base), a folder that `moextend import` made, a delta with its base; all of them in a bucket too.
+Out: `Source`, or `Checkpoint`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, llava, names, spelling, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, llava, names, positions, spelling, store
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
@@ -39,6 +39,8 @@ from moextend_jax.config import (
     of_pictures,
     with_vision,
 )
+from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import TOWERS
 from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.models.moextend import abstract
@@ -127,7 +129,7 @@ def open_checkpoint(
 
     Args:
       base: folder of the base, for partial saves and deltas.
-      vision: folder of the CLIP tower: its sizes, and its weights where `folder` has none.
+      vision: folder of the picture tower: its sizes, and its weights where `folder` has none.
       feature_layer: hidden state that the projector reads; default -1 for the released layout, else -2.
       dtype: element type of parameters and activations; default what is stored.
       mesh: devices to spread the arrays over; default the first device.
@@ -168,7 +170,7 @@ def open_source(
 
     Args:
       base: folder of the base, for partial saves and deltas.
-      vision: folder of the CLIP tower: its sizes, and its weights where `folder` has none.
+      vision: folder of the picture tower: its sizes, and its weights where `folder` has none.
       projector: folder or file of a LLaVA projector.
       feature_layer: hidden state that the projector reads; default what the folder says, else -1 for the released
         layout and -2 for others.
@@ -238,7 +240,7 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
 
 
 def open_tower(name: str, *, medium: str, seconds: int, feature_layer: int) -> tuple[TowerConfig, dict[str, Leaf]]:
-    """The frozen tower of a medium, CLIP's or Whisper's; its leaves by their path in the model.
+    """The frozen tower of a medium, for pictures or Whisper's; its leaves by their path in the model.
 
     Args:
       name: its folder; "embedded" is the package's own for that medium's kind.
@@ -311,7 +313,7 @@ def check_routers(source: Source) -> None:
 def _imported(folder: Path, wanted: _Wanted) -> Source:
     base, feature_layer = wanted.base, wanted.feature_layer
     record, matched = store.read(folder)
-    source = Source(matched, record, side_files(folder))
+    source = Source(matched, record, side_files(folder, record.config.vision))
     if record.base is None:
         if base is not None:
             raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
@@ -341,7 +343,8 @@ def _foreign(folder: Path, wanted: _Wanted) -> Source:
             wanted = wanted._replace(feature_layer=feature_layer)
     else:
         layout = "released"
-    stored, more = spelling.published(stored)
+    family = str(attributes.get("model_type")) if attributes else ""
+    stored, more = spelling.published(stored, family if family in FAMILIES else "mixtral")
     if layout == "hf" or wanted.base is not None or _is_released(stored, attributes):
         source = _released(folder, stored, attributes, wanted)
         projector = ("llava_hf", "") if layout == "hf" else source.record.projector
@@ -352,7 +355,7 @@ def _foreign(folder: Path, wanted: _Wanted) -> Source:
 
 
 def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
-    """A Mixtral, a CLIP or a projector."""
+    """A decoder, a picture tower or a projector."""
     at = folder / "config.json"
     model_type = attributes.get("model_type") if attributes else None
     if _projector_table(stored) and (attributes is None or str(model_type).startswith("llava")):
@@ -362,8 +365,8 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         return source
     if attributes is None:
         raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
-    if model_type in ("clip", "clip_vision_model"):
-        return _clip(folder, stored, attributes, wanted)
+    if huggingface.is_tower(model_type):
+        return _tower(folder, stored, attributes, wanted)
     config = ModelConfig(decoder=huggingface.decoder_config(attributes, where=at))
     matched = leaves.match(
         _with_one_head(stored, config.decoder),
@@ -386,16 +389,23 @@ def _with_one_head(stored: Mapping[str, Stored], decoder: DecoderConfig) -> Mapp
     return {name: t for name, t in stored.items() if name != "lm_head.weight"} if decoder.tied_head else stored
 
 
-def _clip(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
+def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
     at, feature_layer = folder / "config.json", wanted.feature_layer or -2
     sizes = huggingface.vision_config(attributes, where=at, feature_layer=feature_layer)
-    config = of_pictures(decoder=DecoderConfig(), vision=sizes)
-    matched = leaves.match(stored, table="clip", config=config, where=folder, dtype=wanted.dtype)
-    _check_dtypes(matched, {}, wanted, table="clip", config=config, where=folder)
-    huggingface.check_picture_size(folder, sizes)
-    if attributes.get("model_type") == "clip":  # what is imported is the tower, so that is what it says from here on
-        attributes = {"architectures": ["CLIPVisionModel"], **huggingface.vision_half(attributes, folder)}
-    return Source(matched, _record(config, "clip", {"vision": attributes}), side_files(folder))
+    config, table = of_pictures(decoder=DecoderConfig(), vision=sizes), sizes.family
+    matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
+    _check_dtypes(matched, {}, wanted, table=table, config=config, where=folder)
+    # What is imported is the tower alone, for pictures as they are made here, so that is what it says from here on.
+    attributes = huggingface.vision_half(attributes, at)
+    if any(TOWERS[table].beside.fullmatch(name) for name in stored):
+        attributes |= TOWERS[table].constants
+    used = huggingface.as_prepared(sizes, folder)
+    if used != sizes:
+        stored, attributes = positions.resized(stored, sizes, used), {**attributes, "image_size": used.image_size}
+        config = with_vision(config, used)
+        matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
+    huggingface.check_picture_size(folder, used)
+    return Source(matched, _record(config, table, {"vision": attributes}), side_files(folder, used))
 
 
 def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> Source:
@@ -474,6 +484,10 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
         vision=vision,
         feature_layer=feature_layer,
     )
+    if has_tower and tower and tower.family != "clip":
+        raise MoextendError(
+            f"{folder} holds a tower of family {tower.family}, where this layout has a CLIP: give it apart"
+        )
     tags = None if attributes is None else huggingface.image_tags(attributes)
     config = of_pictures(decoder=decoder, vision=tower, extension=extension, tags=tags)
     elsewhere = dict(below.leaves) if below else {}
@@ -495,7 +509,7 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
-    files = {**(below.files if below else {}), **side_files(folder)}
+    files = {**(below.files if below else {}), **side_files(folder, config.vision)}
     return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
 
@@ -553,7 +567,7 @@ def _tower_sizes(
             if tower_folder != vision:
                 inside(tower_folder)
             tower_attributes = huggingface.read_json(at)
-            return huggingface.vision_config(tower_attributes, where=at, feature_layer=feature_layer), tower_attributes
+            return huggingface.read_vision_config(tower_folder, feature_layer=feature_layer), tower_attributes
     if vision is not None:
         source = open_source(vision, feature_layer=feature_layer)
         return source.config.vision, source.record.attributes.get("vision", {})
@@ -589,7 +603,7 @@ def _with_tower(source: Source, vision: Path, wanted: _Wanted) -> Source:
         config=with_vision(source.config, tower.config.vision),
         attributes=source.record.attributes | {"vision": tower.record.attributes.get("vision", {})},
     )
-    # A CLIP folder's tokenizer is not this model's.
+    # A tower folder's tokenizer is not this model's.
     files = {name: path for name, path in tower.files.items() if name == "preprocessor_config.json"}
     notes = (*source.notes, *tower.notes)
     return Source({**source.leaves, **matched}, record, {**files, **source.files}, notes)
@@ -630,8 +644,8 @@ def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, An
     return store.Record(config, layout, attributes, ("llava", ""), None, {})
 
 
-def side_files(folder: Path) -> dict[str, Path]:
-    """Those that are there, by name.
+def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Path]:
+    """Those that are there, by name, beside this tower, CLIP where none is given.
 
     Raises:
       MoextendError: one leads out of the folder, or says that pictures must be prepared as they are not here.
@@ -640,7 +654,7 @@ def side_files(folder: Path) -> dict[str, Path]:
         return {}
     files = {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
     if "preprocessor_config.json" in files:
-        huggingface.check_preprocessor(files["preprocessor_config.json"])
+        huggingface.check_preprocessor(files["preprocessor_config.json"], tower or VisionConfig())
     return files
 
 

@@ -23,18 +23,21 @@ from flax import nnx
 from moextend_jax.config import (
     IMAGE,
     DecoderConfig,
+    ExtensionConfig,
     FeaturesConfig,
     Medium,
     ModelConfig,
     MoextendError,
     ProjectorConfig,
+    StartName,
     TowerConfig,
     VisionConfig,
     WhisperConfig,
 )
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import Name
-from moextend_jax.models.mixtral import Mixtral
+from moextend_jax.families.towers import TOWERS
+from moextend_jax.models.mixtral import Extension, Mixtral
 from moextend_jax.models.projectors import TABLE, sizes
 from moextend_jax.models.whisper import sizes_of
 from moextend_jax.parameters import by_path
@@ -53,7 +56,8 @@ MIXTRAL = FAMILIES["mixtral"].names
 
 EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
-    Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
+    Name("extensions/image/router/new_gate_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
+    Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.selection", "X -> X"),
     Name("extensions/image/router/offset", "model.layers.{Y}.block_sparse_moe.gate_vision.offset", "X -> X"),
     Name(
         "extensions/image/router/calibrator/w_in",
@@ -72,6 +76,9 @@ EXTENSION = (
     Name(
         "extensions/image/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D f -> f D"
     ),
+    Name("extensions/image/new_experts/b_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.bias", "f -> f"),
+    Name("extensions/image/new_experts/b_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.bias", "f -> f"),
+    Name("extensions/image/new_experts/b_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.bias", "D -> D"),
 )
 
 
@@ -84,32 +91,7 @@ def _projector(first: str, second: str) -> tuple[Name, ...]:
     )
 
 
-_LAYER = "vision_model.encoder.layers.{U}."
-CLIP = (
-    Name("media/image/tower/patch", "vision_model.embeddings.patch_embedding.weight", "C c h w -> (h w c) C"),
-    Name("media/image/tower/class_token", "vision_model.embeddings.class_embedding", "C -> C"),
-    Name("media/image/tower/position", "vision_model.embeddings.position_embedding.weight", "Q C -> Q C"),
-    Name("media/image/tower/pre_norm/scale", "vision_model.pre_layrnorm.weight", "C -> C"),
-    Name("media/image/tower/pre_norm/bias", "vision_model.pre_layrnorm.bias", "C -> C"),
-    Name("media/image/tower/layers/attention_norm/scale", _LAYER + "layer_norm1.weight", "C -> C"),
-    Name("media/image/tower/layers/attention_norm/bias", _LAYER + "layer_norm1.bias", "C -> C"),
-    Name("media/image/tower/layers/attention/query", _LAYER + "self_attn.q_proj.weight", "(N H) C -> C N H"),
-    Name("media/image/tower/layers/attention/query_bias", _LAYER + "self_attn.q_proj.bias", "(N H) -> N H"),
-    Name("media/image/tower/layers/attention/key", _LAYER + "self_attn.k_proj.weight", "(N H) C -> C N H"),
-    Name("media/image/tower/layers/attention/key_bias", _LAYER + "self_attn.k_proj.bias", "(N H) -> N H"),
-    Name("media/image/tower/layers/attention/value", _LAYER + "self_attn.v_proj.weight", "(N H) C -> C N H"),
-    Name("media/image/tower/layers/attention/value_bias", _LAYER + "self_attn.v_proj.bias", "(N H) -> N H"),
-    Name("media/image/tower/layers/attention/out", _LAYER + "self_attn.out_proj.weight", "C (N H) -> N H C"),
-    Name("media/image/tower/layers/attention/out_bias", _LAYER + "self_attn.out_proj.bias", "C -> C"),
-    Name("media/image/tower/layers/mlp_norm/scale", _LAYER + "layer_norm2.weight", "C -> C"),
-    Name("media/image/tower/layers/mlp_norm/bias", _LAYER + "layer_norm2.bias", "C -> C"),
-    Name("media/image/tower/layers/mlp/up", _LAYER + "mlp.fc1.weight", "J C -> C J"),
-    Name("media/image/tower/layers/mlp/up_bias", _LAYER + "mlp.fc1.bias", "J -> J"),
-    Name("media/image/tower/layers/mlp/down", _LAYER + "mlp.fc2.weight", "C J -> J C"),
-    Name("media/image/tower/layers/mlp/down_bias", _LAYER + "mlp.fc2.bias", "C -> C"),
-    Name("media/image/tower/post_norm/scale", "vision_model.post_layernorm.weight", "C -> C"),
-    Name("media/image/tower/post_norm/bias", "vision_model.post_layernorm.bias", "C -> C"),
-)
+CLIP = TOWERS["clip"].names
 
 _ENCODER = "layers.{U}."
 WHISPER = (
@@ -169,7 +151,7 @@ TRANSFORMERS = (
 
 TABLES: dict[str, tuple[Name, ...]] = {
     **{name: family.names for name, family in FAMILIES.items()},
-    "clip": CLIP,
+    **{name: tower.names for name, tower in TOWERS.items()},
     "llava": _projector("mm_projector.0", "mm_projector.2"),
     "llava_hf": _projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
     "released": (
@@ -180,9 +162,9 @@ TABLES: dict[str, tuple[Name, ...]] = {
     ),
     "transformers": TRANSFORMERS,
 }
-"""File layouts: Hugging Face's decoders by family and CLIP, LLaVA's projector in its own spelling and in transformers',
-the method's released checkpoints, which hold everything, and a whole LLaVA of transformers, whose names of an extension
-are those of assets/hf/modeling_moextend.py."""
+"""File layouts: Hugging Face's decoders and picture towers by family, LLaVA's projector in its own spelling and in
+transformers', the method's released checkpoints, which hold everything, and a whole LLaVA of transformers, whose names
+of an extension are those of assets/hf/modeling_moextend.py."""
 
 PREFIXES = {"llava": "model.", "llava_hf": "model."}
 """What some files write before every name of a layout."""
@@ -191,7 +173,7 @@ IGNORED = re.compile(r".*(rotary_emb\.inv_freq|embeddings\.position_ids)")
 """Buffers that old files carry and nobody needs: they are computed from the configuration."""
 
 BESIDE: dict[str, re.Pattern[str]] = {
-    "clip": re.compile(r"text_model\..*|logit_scale|(text|visual)_projection\.weight"),
+    **{name: tower.beside for name, tower in TOWERS.items()},
     "llava": re.compile(r"(model\.)?(embed_tokens|layers|norm|vision_tower)\..*|lm_head\.weight"),
     "llava_hf": re.compile(r"(model\.)?(language_model|vision_tower)\..*|lm_head\.weight"),
 }
@@ -211,9 +193,8 @@ def _inside(rows: Iterable[Name], part: str = "") -> dict[str, Name]:
 
 _DECODERS = {name: _inside(family.names) for name, family in FAMILIES.items()}
 _EXTENSION = _inside(EXTENSION, f"extensions/{IMAGE}/")
-_TOWERS: dict[type[TowerConfig], dict[str, Name]] = {
-    VisionConfig: _inside(CLIP, f"media/{IMAGE}/tower/"), WhisperConfig: _inside(WHISPER), FeaturesConfig: {},
-}  # fmt: skip
+_TOWERS = {name: _inside(tower.names, f"media/{IMAGE}/tower/") for name, tower in TOWERS.items()}
+_OTHERS: dict[type[TowerConfig], dict[str, Name]] = {WhisperConfig: _inside(WHISPER), FeaturesConfig: {}}
 _LINEAR = _inside(TABLES["llava"], f"media/{IMAGE}/projector/")
 _PROJECTORS = dict.fromkeys(TABLE, _LINEAR) | {"resampler": _inside(RESAMPLER)}
 """Rows by path inside the part: `row_of` finds them whatever a medium or an extension is called."""
@@ -226,11 +207,8 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
-        here = {
-            "router/new_bias": config.decoder.selection_bias,
-            "router/offset": name in config.extensions and config.extensions[name].start == "lowered",
-        }
-        if not here.get(leaf, True):
+        added = config.extensions.get(name)
+        if added is not None and leaf not in _leaves_of_extension(config.decoder, added.start):
             return None
     elif kind == "media":
         part, _, leaf = inside.partition("/")
@@ -247,9 +225,18 @@ def _leaves(decoder: DecoderConfig) -> frozenset[str]:
     return frozenset(f"decoder/{path}" for path in by_path(nnx.state(module, nnx.Param)))
 
 
+@functools.cache
+def _leaves_of_extension(decoder: DecoderConfig, start: StartName) -> frozenset[str]:
+    """The same of an extension: it has the biases that the decoder's experts and routers have, and its start's leaf."""
+    any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,), start=start)
+    module = nnx.eval_shape(lambda: Extension(decoder, any_layer, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
+    return frozenset(by_path(nnx.state(module, nnx.Param)))
+
+
 def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
-    rows = {"tower": _TOWERS[type(medium.tower)], "projector": _PROJECTORS[medium.projector.kind]}
-    return rows.get(part, {})
+    tower = medium.tower
+    of_tower = _TOWERS[tower.family] if isinstance(tower, VisionConfig) else _OTHERS[type(tower)]
+    return {"tower": of_tower, "projector": _PROJECTORS[medium.projector.kind]}.get(part, {})
 
 
 PUBLISHED_STARTS = {"released": ("copy",), "hf": ("copy", "twin")}
@@ -257,16 +244,19 @@ PUBLISHED_STARTS = {"released": ("copy",), "hf": ("copy", "twin")}
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
-    """Published layouts of whole models hold a Mixtral, pictures behind two linear maps, and one extension for them.
+    """Published layouts of whole models hold a Mixtral, pictures behind a CLIP and two linear maps, and one extension.
 
     Raises:
       MoextendError: these leaves of a model are more, or others.
     """
     parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if path.startswith(("media/", "extensions/")))
+    family = config.vision.family if config.vision else "clip"
     others = [] if config.decoder.family == "mixtral" else [f"a decoder of family {config.decoder.family}"]
     for kind, name in parts:
         if name != IMAGE:
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
+        elif kind == "media" and layout not in (*TOWERS, "llava") and family != "clip":
+            others.append(f"a tower of family {family}")
         elif kind == "media" and config.media[name].projector != ProjectorConfig():
             others.append(f"a projector of kind {config.media[name].projector.kind}")
         elif kind == "extensions":
@@ -278,9 +268,9 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1)
     if others:
         raise MoextendError(
-            f"layout {layout} holds a Mixtral, pictures behind two linear maps and one extension called {IMAGE}, and "
-            f"this model has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back "
-            "onto its base"
+            f"layout {layout} holds a Mixtral, pictures behind a CLIP and two linear maps, and one extension called "
+            f"{IMAGE}, and this model has {', '.join(others)}: export it with --layout delta, which `moextend compose` "
+            "puts back onto its base"
         )
 
 
@@ -336,7 +326,7 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     if isinstance(tower, WhisperConfig):
         return sizes_of(tower)
     patch = tower.patch_size if isinstance(tower, VisionConfig) else 0
-    return {**tower.sizes(), "h": patch, "w": patch, "c": 3}
+    return {**tower.sizes(), "h": patch, "w": patch, "c": 3, "1": 1}
 
 
 def groups(side: str) -> list[list[str]]:

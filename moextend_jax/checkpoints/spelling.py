@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import MoextendError
+from moextend_jax.families import FAMILIES
 
 WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module.", "base_model.model.")
 """What torch.compile, DistributedDataParallel, Lightning and DeepSpeed, FSDP and PEFT put before every name."""
@@ -44,13 +45,15 @@ SPELLINGS = (
     Spelling(
         _LAYER + _GATE + r"calibrator(\.[02]\.weight)", r"\1.block_sparse_moe.weight_scale.weight_scale\2", _RELEASED
     ),
-    # transformers 5's CLIPVisionModel, in whatever way it is saved
+    # transformers 5's CLIPVisionModel and SiglipVisionModel, in whatever way they are saved
     Spelling(
-        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)", r"vision_model.\1", r"(vision|text)_model\..*"
+        r"((?:embeddings|encoder|pre_layrnorm|post_layernorm|head)\..*)",
+        r"vision_model.\1",
+        r"(vision|text)_model\..*|embeddings\.cls_token",  # a DINOv2's names begin so as they are published
     ),
 )
 
-_FUSED = re.compile(r"(model\.layers\.\d{1,9})\.mlp\.experts\.(gate_up_proj|down_proj)")
+_FUSED = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts\.(gate_up_proj|down_proj)")
 MOST_EXPERTS = 4096
 
 
@@ -77,18 +80,26 @@ def _wrapper(tensors: Mapping[str, Stored]) -> str | None:
     return next((w for w in candidates if tensors and all(name.startswith(w) for name in tensors)), None)
 
 
-def published(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
-    """A Mixtral's and a CLIP vision model's tensors by their published names, however transformers 5 has saved them."""
-    tensors = respelled(stored, SPELLINGS)
+def published(stored: Mapping[str, Stored], family: str = "mixtral") -> tuple[dict[str, Stored], list[str]]:
+    """A decoder's and a vision model's tensors by their published names, however transformers 5 has saved them.
+
+    Args:
+      family: of the decoder, which says what its experts are called; one whose published files fuse them is left alone.
+    """
+    rows = {row.path.rpartition("/")[2]: row.file for row in FAMILIES[family].names if "/moe/experts/" in row.path}
+    own_block = ".mlp." in rows["w_gate"]  # transformers 5 names all families' so
+    tensors = respelled(stored, SPELLINGS[1:] if own_block else SPELLINGS)
+    if "[" in rows["w_gate"]:
+        return tensors, []
     fused = {name: match for name in tensors if (match := _FUSED.fullmatch(name)) and _divides(name, tensors[name])}
     other = "its names are those of transformers 5 or of modeling_moextend.py; they were read as the published ones"
     notes = [other] if tensors.keys() != stored.keys() else []
-    if not fused or any(re.fullmatch(_BLOCK, name) and ".experts." in name for name in tensors):
+    if not fused or any(re.fullmatch(f"{_BLOCK}|{_OTHER_FAMILY}", name) and ".experts." in name for name in tensors):
         return tensors, notes
     split = {name: tensor for name, tensor in tensors.items() if name not in fused}
     for name, match in fused.items():
         for expert, matrix, tensor in _experts(tensors[name], down=match[2] == "down_proj"):
-            split[f"{match[1]}.block_sparse_moe.experts.{expert}.{matrix}.weight"] = tensor
+            split[rows[matrix].format(Z=match[1], E=expert)] = tensor
     return split, [*notes, f"its experts lie fused in {len(fused)} tensors; they were read one by one"]
 
 
@@ -110,7 +121,7 @@ def _divides(name: str, tensor: Stored) -> bool:
 
 def _experts(fused: Stored, *, down: bool) -> list[tuple[int, str, Stored]]:
     """(expert, matrix, its tensor) of `[E, 2F, D]`, gate above up, or of `[E, D, F]`."""
-    matrices = ("w2",) if down else ("w1", "w3")
+    matrices = ("w_down",) if down else ("w_gate", "w_up")
     rows = fused.shape[1] // len(matrices)
     return [
         (expert, matrix, fused.part((expert,), slice(nth * rows, (nth + 1) * rows)))

@@ -42,6 +42,7 @@ from moextend_jax.config import (
     WhisperConfig,
 )
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
 from moextend_jax.media import mark_of
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
@@ -209,6 +210,11 @@ def _check_medium(name: str, medium: Medium) -> None:
     tower, projector = medium.tower, medium.projector
     if not isinstance(tower, TOWERS[medium.kind]) or medium.mark != mark_of(name, medium.kind):
         raise ValueError(f"{name} is of kind {medium.kind}, not with {type(tower).__name__} and {shown(medium.mark)}")
+    if isinstance(tower, VisionConfig):
+        if (of := PICTURE_TOWERS.get(tower.family)) is None:
+            raise ValueError(f"family {shown(tower.family)} is not among {', '.join(PICTURE_TOWERS)}")
+        if wrong := [field for field, value in of.fields.items() if getattr(tower, field) != value]:
+            raise ValueError(f"a tower of family {tower.family} has another {', '.join(wrong)}")
     if not isinstance(tower, FeaturesConfig) and tower.feature_layer < -tower.layers - 1:
         raise ValueError(f"the tower of {name} has {tower.layers} layers, no layer {tower.feature_layer}")
     if not all(-1 <= tag < 1 << 31 for tag in medium.tags.ids):
@@ -243,7 +249,7 @@ def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConf
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
-    decoder = DecoderConfig(**model["decoder"]) if model["decoder"] else None
+    decoder = _built(DecoderConfig, model["decoder"], where="decoder") if model["decoder"] else None
     if "media" in model:
         media = {name: medium_of(attributes, where=name) for name, attributes in model["media"].items()}
         extensions, composition = model["extensions"], model["composition"]

@@ -76,7 +76,8 @@ class Stored(NamedTuple):
     """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon.
 
     `where` names it in messages. `file` holds its very bytes; None where they are computed, or not in a file.
-    `run` reads elements first to last (exclusive) of them, and no others; None where there is no way to."""
+    `run` reads elements first to last (exclusive) of them, and no others; None where there is no way to. `part_of`
+    makes what an index of the first axes picks, where it can be computed alone."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -84,9 +85,12 @@ class Stored(NamedTuple):
     where: str
     file: File | None = None
     run: Callable[[int, int], np.ndarray] | None = None
+    part_of: Callable[[tuple[int, ...]], Stored] | None = None
 
     def part(self, index: tuple[int, ...], rows: slice = slice(None)) -> Stored:
         """What `index` picks of the first axes, and of it these rows of the next axis: one run of elements."""
+        if index and self.part_of is not None:
+            return self.part_of(index).part((), rows)
         shape, run = self.shape[len(index) :], self.run
         if shape:
             start, stop, _ = rows.indices(shape[0])

@@ -81,7 +81,7 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
     for z in range(config.layers):
         this = layer_of(model.decoder, z)
         normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=config.norm_eps)
-        attended_BLD, _ = this.attention(normed_BLD, turns, visible)
+        attended_BLD, _ = this.attention(normed_BLD, turns, visible, is_local=config.local[z] if config.local else None)
         between_BLD = added(x_BLD, attended_BLD, config)
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
         new = _extension_of(model, z) if open_to else None

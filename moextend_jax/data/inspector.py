@@ -188,8 +188,8 @@ class Inspector:
         item = KINDS[medium.kind].decode(encoded, name=f"{noun} {name}", id=name, **options)
         pictures = (item,) if medium.kind == "image" else item if medium.kind == "video" else ()
         for picture in pictures:
-            size, preparation = tower_of(medium).image_size, self.work.recipe.image_preparation
-            check_scaled(*picture.size, size=size, preparation=preparation, id=name)
+            tower, preparation = tower_of(medium), self.work.recipe.image_preparation
+            check_scaled(*picture.size, size=tower.image_size, preparation=preparation, tower=tower, id=name)
 
 
 # --- in a process of its own ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import Batch, FeaturesConfig, Medium, WhisperConfig
+from moextend_jax.config import Batch, FeaturesConfig, Medium, VisionConfig, WhisperConfig
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore
@@ -70,6 +70,9 @@ class Inputs:
             return {"width": tower.width, "patches": tower.patches}
         more = {"seconds": self.medium.seconds} if self.medium.kind == "audio" else preparation
         more |= {"frames": self.medium.frames} if self.medium.kind == "video" else {}
+        # What is as of CLIP is left out, so that features cached before there were other towers are found.
+        for name in ("levels", "resample", "stretched"):
+            more |= {name: value} if (value := getattr(tower, name)) != getattr(VisionConfig(), name) else {}
         return {"feature_layer": tower.feature_layer, "size": tower.image_size, **more}
 
     def prepared(self, row: int) -> Prepared:

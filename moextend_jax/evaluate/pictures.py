@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import MoextendError, VisionConfig
 from moextend_jax.evaluate.benchmarks.question import Mistakes, Question, check_images, image_bytes
 from moextend_jax.media.image import decode_image, prepare_image
 
@@ -34,8 +34,10 @@ class QuestionPictures:
 
     field = "media"
 
-    def __init__(self, questions: Sequence[Question], *, size: int, tokens: int, preparation: Literal["pad", "crop"]):
-        self._size, self.tokens = size, tokens
+    def __init__(
+        self, questions: Sequence[Question], *, tower: VisionConfig, tokens: int, preparation: Literal["pad", "crop"]
+    ):
+        self._tower, self.tokens = tower, tokens
         self._preparation: Literal["pad", "crop"] = preparation
         self._questions: list[Question] = []  # by picture number: the first that asks about it
         numbers: dict[Hashable, int] = {}
@@ -71,7 +73,7 @@ class QuestionPictures:
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
         """Pixels `[B, M, h, w, c]` of pictures by number, zeros for -1."""
-        size = self._size
+        size = self._tower.image_size
         images_BMhwc = np.zeros((*rows_BM.shape, size, size, 3), np.float32)
         places = list(zip(*np.nonzero(rows_BM >= 0), strict=True))
         with ThreadPoolExecutor(THREADS) as pool:
@@ -85,7 +87,8 @@ class QuestionPictures:
         assert encoded is not None
         named = "its picture" if isinstance(question.image, bytes) else f"image {question.image}"
         picture = decode_image(encoded, name=named, upright=False)  # as those who publish scores do
-        return prepare_image(picture, size=self._size, preparation=self._preparation, id=question.where)
+        tower, preparation = self._tower, self._preparation
+        return prepare_image(picture, size=tower.image_size, preparation=preparation, tower=tower, id=question.where)
 
     def _wrong(self, question: Question) -> str:
         try:

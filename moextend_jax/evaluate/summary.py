@@ -33,7 +33,7 @@ from moextend_jax.evaluate.pictures import PIXELS, as_png
 from moextend_jax.evaluate.prompts import Prompt, bucket
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
-from moextend_jax.media.image import framed
+from moextend_jax.media.image import framed, tower_of
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.models.moextend import abstract
@@ -490,7 +490,8 @@ def _write_examples(
     experts = run.config.decoder.experts
     layers = sorted({layer for added in opened.model.config.extensions.values() for layer in added.layers})
     picks = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing.ids_Tk, mesh=run.mesh)
-    grid, preparation = round(run.config.media[IMAGE].tokens ** 0.5), run.settings.recipe.image_preparation
+    grid, tower = round(run.config.media[IMAGE].tokens ** 0.5), tower_of(run.config.media[IMAGE])
+    look: dict[str, Any] = {"preparation": run.settings.recipe.image_preparation, "tower": tower}
     records: list[dict[str, Any]] = []
     for batch in batches:
         ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
@@ -501,7 +502,7 @@ def _write_examples(
             share_P = share_BL[row][batch.places_BL[row] >= 0][: grid * grid]
             records.append(
                 {
-                    "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), preparation=preparation)),
+                    "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), **look)),
                     "question": question.text.replace("<image>", "").strip(),
                     "answer": question.answer,
                     "predictions": {name: answers[len(records)] for name, answers in predictions.items()},

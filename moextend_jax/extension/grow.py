@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,21 +15,31 @@ from moextend_jax.parameters import arrays_of
 
 COPIED = {
     "router/new_gate": "decoder/layers/moe/gate",
+    "router/new_gate_bias": "decoder/layers/moe/gate_bias",
     "router/new_bias": "decoder/layers/moe/selection_bias",
     "new_experts/w_gate": "decoder/layers/moe/experts/w_gate",
     "new_experts/w_up": "decoder/layers/moe/experts/w_up",
     "new_experts/w_down": "decoder/layers/moe/experts/w_down",
+    "new_experts/b_gate": "decoder/layers/moe/experts/b_gate",
+    "new_experts/b_up": "decoder/layers/moe/experts/b_up",
+    "new_experts/b_down": "decoder/layers/moe/experts/b_down",
 }
 """New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
 
-HIDDEN = {"new_experts/w_gate": 3, "new_experts/w_up": 3, "new_experts/w_down": 2}
-"""New leaf -> its axis f, along which the sources of a wide expert lie side by side."""
+MEAN_OF: dict[str, Callable[[list[jax.Array]], jax.Array]] = {
+    **dict.fromkeys(("new_experts/w_gate", "new_experts/w_up"), functools.partial(jnp.concatenate, axis=3)),
+    **dict.fromkeys(("new_experts/b_gate", "new_experts/b_up"), functools.partial(jnp.concatenate, axis=2)),
+    "new_experts/w_down": lambda parts: jnp.concatenate(parts, axis=2) / len(parts),
+    "new_experts/b_down": lambda parts: sum(parts[1:], parts[0]) / len(parts),
+}
+"""TABLE of leaves -> what those of several sources become: hidden units side by side, whose outputs add up, divided by
+their number. Of others (router columns) the first source's."""
 
 CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
     "copy": {},
     "twin": {},
     "lowered": {"router/offset": lambda leaf, lowered_by: jnp.full_like(leaf, -lowered_by)},
-    "added": {"new_experts/w_down": lambda leaf, lowered_by: jnp.zeros_like(leaf)},
+    "added": dict.fromkeys(("new_experts/w_down", "new_experts/b_down"), lambda leaf, lowered_by: jnp.zeros_like(leaf)),
 }
 """TABLE of starts -> the new leaves that do not start as copies. `models/starts.py` says what each is."""
 
@@ -70,11 +81,10 @@ def grow(
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
             copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YXm[..., 0]], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]
-            parts = [arrays[old][layers_Y1, sources_YXm[..., n]] for n in range(wide if new in HIDDEN else 1)]
-            copied = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=HIDDEN[new])
+            parts = [arrays[old][layers_Y1, sources_YXm[..., n]] for n in range(wide)]
+            copied = MEAN_OF[new](parts) if wide > 1 and new in MEAN_OF else parts[0]
         leaves[new] = copied.astype(leaves[new].dtype)
-    if wide > 1:
-        leaves["new_experts/w_down"] /= wide
     for new, changed in CHANGED[extension.start].items():
-        leaves[new] = changed(leaves[new], lowered_by)
+        if new in leaves:
+            leaves[new] = changed(leaves[new], lowered_by)
     return {f"extensions/{name}/{path}": leaf for path, leaf in leaves.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moextend_jax.families import ernie4_5_moe, glm4_moe, granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moextend_jax.families import ernie4_5_moe, glm4_moe, gpt_oss, granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe
 from moextend_jax.families.family import Family
 
 FAMILIES: Mapping[str, Family] = {
@@ -12,5 +12,6 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": qwen3_moe.FAMILY,
     "olmoe": olmoe.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
     "ernie4_5_moe": ernie4_5_moe.FAMILY,
 }

@@ -19,12 +19,16 @@ class Name(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """A tensor `[E, rows of all parts, ...]` that holds several of `names` for every expert, one part above the other.
+    """A tensor `[E, ...]` that holds several of `names` for every expert: one part above the other along its second
+    axis, or, `interleaved`, an element of each in turn along its last.
 
-    Its parts are tensors of the name `parted` to all else, as if they stood in the file one by one."""
+    Its parts are tensors of the name `parted` to all else, as if they stood in the file one by one. packed: published
+    files may hold it in four bits (`checkpoints/mxfp4.py`)."""
 
     file: str
     parts: tuple[str, ...]
+    interleaved: bool = False
+    packed: bool = False
 
 
 def parted(file: str, part: str) -> str:
@@ -64,10 +68,18 @@ SIZES = {
 }  # fmt: skip
 """Attributes that every family has under these names."""
 
-PLAIN = {
+
+class Every(tuple[Any, ...]):
+    """Of an attribute that is a list: all that its items may be."""
+
+    def __contains__(self, value: object) -> bool:
+        return value is None or (isinstance(value, list) and all(super(Every, self).__contains__(v) for v in value))
+
+
+PLAIN: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",), "rope_scaling": (None,), "attention_bias": (None, False), "attention_dropout": (0,),
     "partial_rotary_factor": (None, 1.0), "router_jitter_noise": (0,), "rope_interleaved": (None, False),
-    "mlp_bias": (None, False), "test": (False,),
+    "mlp_bias": (None, False), "test": (False,), "layer_types": Every(["full_attention"]),
 }  # fmt: skip
 """What would change the computation, with the values that change nothing."""
 

@@ -83,7 +83,8 @@ def prepare(item: np.ndarray, *, medium: Medium, preparation: str = "pad", id: s
     del preparation, id
     if isinstance(tower, WhisperConfig):
         return log_mel(item, bands=tower.bands, seconds=tower.seconds)
-    return normalised(spectrogram_picture(item, size=tower_of(medium).image_size, seconds=medium.seconds))
+    picture = spectrogram_picture(item, size=tower_of(medium).image_size, seconds=medium.seconds)
+    return normalised(picture, tower_of(medium))
 
 
 def positions(item: np.ndarray, medium: Medium) -> int:

@@ -1,8 +1,8 @@
-"""Encoded images to the pixels a CLIP tower expects.
+"""Encoded images to the pixels a picture tower expects.
 
-Goes in: the bytes of an image file in one of `FORMATS`. Comes out: `image_hwc` float32, normalised by CLIP's mean and
-standard deviation; or a `Fault` of `data/faults.py`. Nothing here trusts the file: how large a picture is is known from
-its header before memory is taken for it.
+Goes in: the bytes of an image file in one of `FORMATS`. Comes out: `image_hwc` float32, normalised by its tower's mean
+and standard deviation; or a `Fault` of `data/faults.py`. Nothing here trusts the file: how large a picture is is known
+from its header before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ from moextend_jax.data.faults import MOST_BYTES, Fault, wrong_size
 
 MEAN_c = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD_c = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+LEVELS: dict[str, tuple[np.ndarray, np.ndarray]] = {
+    "clip": (MEAN_c, STD_c),
+    "half": (np.full(3, 0.5, np.float32), np.full(3, 0.5, np.float32)),
+    "imagenet": (np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)),
+}
+"""Mean and standard deviation of colours by `VisionConfig.levels`."""
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+CLIP = VisionConfig()
 
 MOST_PIXELS = 89_478_485
 """Of a picture as its header says: a quarter of a GB as RGB, and where Pillow begins to warn."""
@@ -141,54 +149,64 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_scaled(width: int, height: int, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> None:
+def check_scaled(
+    width: int, height: int, *, size: int, preparation: Literal["pad", "crop"], tower: VisionConfig = CLIP, id: str = ""
+) -> None:
     """Raises a `Fault` where preparing a picture of this size would take more memory than MOST_SCALED pixels."""
     short, long = sorted((width, height))
     pixels = long * long if preparation == "pad" else size * int(size * long / short)
-    if pixels > MOST_SCALED:
+    if pixels > MOST_SCALED and not tower.stretched:
         raise Fault(f"image {id} of {width} x {height} pixels is too long and thin", "oversized", id)
 
 
-def prepare_image(image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> np.ndarray:
-    """Scales a picture to `size` x `size` pixels with bicubic resampling and normalises it.
+def prepare_image(
+    image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], tower: VisionConfig = CLIP, id: str = ""
+) -> np.ndarray:
+    """Scales a picture to `size` x `size` pixels as `tower` has it and normalises it.
 
-    `pad` (LLaVA's settings, the paper) first widens the short side with CLIP's mean colour so that nothing is
-    lost; `crop` (CLIP's own, the released code) scales the short side to `size` and cuts out the centre.
+    `pad` (LLaVA's settings, the paper) first widens the short side with the tower's mean colour so that nothing is
+    lost; `crop` (CLIP's own, the released code) scales the short side to `size` and cuts out the centre. A tower that
+    takes pictures `stretched` (SigLIP) gets them so whichever it is.
     """
-    return normalised(framed(image, size=size, preparation=preparation, id=id))
+    return normalised(framed(image, size=size, preparation=preparation, tower=tower, id=id), tower)
 
 
-def normalised(image: Image.Image | np.ndarray) -> np.ndarray:
+def normalised(image: Image.Image | np.ndarray, tower: VisionConfig = CLIP) -> np.ndarray:
     """`image_hwc` float32 of a picture's levels 0..255."""
-    return (np.asarray(image, np.float32) / np.float32(255) - MEAN_c) / STD_c
+    mean_c, std_c = LEVELS[tower.levels]
+    return (np.asarray(image, np.float32) / np.float32(255) - mean_c) / std_c
 
 
-def framed(image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], id: str = "") -> Image.Image:
+def framed(
+    image: Image.Image, *, size: int, preparation: Literal["pad", "crop"], tower: VisionConfig = CLIP, id: str = ""
+) -> Image.Image:
     """The square of a picture that `prepare_image` normalises, as RGB."""
-    check_scaled(*image.size, size=size, preparation=preparation, id=id)
+    check_scaled(*image.size, size=size, preparation=preparation, tower=tower, id=id)
     try:
         image = image.convert("RGB")
-        return _pad(image, size) if preparation == "pad" else _crop(image, size)
+        if tower.stretched:
+            return image.resize((size, size), RESAMPLING[tower.resample])
+        return _pad(image, size, tower) if preparation == "pad" else _crop(image, size, tower)
     except MemoryError as error:
         raise Fault(
             f"image {id} of {image.width} x {image.height} pixels: not enough memory", "oversized", id
         ) from error
 
 
-def _pad(image: Image.Image, size: int) -> Image.Image:
+def _pad(image: Image.Image, size: int, tower: VisionConfig) -> Image.Image:
     side = max(image.size)
     if min(image.size) != side:
-        colour = tuple(int(255 * mean) for mean in MEAN_c)
+        colour = tuple(int(255 * mean) for mean in LEVELS[tower.levels][0])
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+    return image.resize((size, size), RESAMPLING[tower.resample])
 
 
-def _crop(image: Image.Image, size: int) -> Image.Image:
+def _crop(image: Image.Image, size: int, tower: VisionConfig) -> Image.Image:
     short, long = sorted(image.size)
     long = int(size * long / short)
-    image = image.resize((size, long) if image.width <= image.height else (long, size), Image.Resampling.BICUBIC)
+    image = image.resize((size, long) if image.width <= image.height else (long, size), RESAMPLING[tower.resample])
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -204,7 +222,8 @@ def decode(
 
 
 def prepare(item: Image.Image, *, medium: Medium, preparation: Literal["pad", "crop"], id: str = "") -> np.ndarray:
-    return prepare_image(item, size=tower_of(medium).image_size, preparation=preparation, id=id)
+    tower = tower_of(medium)
+    return prepare_image(item, size=tower.image_size, preparation=preparation, tower=tower, id=id)
 
 
 def positions(item: Image.Image, medium: Medium) -> int:

@@ -90,8 +90,8 @@ def prepare(
     item: tuple[Image.Image, ...], *, medium: Medium, preparation: Literal["pad", "crop"], id: str = ""
 ) -> np.ndarray:
     """`video_thwc`."""
-    size = tower_of(medium).image_size
-    return np.stack([prepare_image(frame, size=size, preparation=preparation, id=id) for frame in item])
+    tower, size = tower_of(medium), tower_of(medium).image_size
+    return np.stack([prepare_image(frame, size=size, preparation=preparation, tower=tower, id=id) for frame in item])
 
 
 def positions(item: object, medium: Medium) -> int:

@@ -7,6 +7,8 @@ rest. On a mesh, L is split between the layers and S = L whole within, where hea
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.config import DecoderConfig, MoextendError, YarnConfig
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
@@ -65,14 +67,21 @@ class Attention(nnx.Module):
         for name, axes in biases.items():
             setattr(self, name, constant(stack + axes, sizes, dtype=dtype, value=0.0) if config.qkv_bias else None)
         of_query, of_key = {"none": ("", ""), "head": ("H", "H"), "whole": ("NH", "KH")}[config.qk_norm]
+        self.out_bias = constant(stack + "D", sizes, dtype=dtype, value=0.0) if config.out_bias else None
+        self.sinks = constant(stack + "N", sizes, dtype=dtype, value=0.0) if config.sinks else None
         self.query_norm = constant(stack + of_query, sizes, dtype=dtype, value=1.0) if of_query else None
         self.key_norm = constant(stack + of_key, sizes, dtype=dtype, value=1.0) if of_key else None
 
     def __call__(
-        self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None
-    ) -> tuple[jax.Array, KeysValues]:
+        self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None, *,
+        is_local: jax.Array | bool | None = None,
+    ) -> tuple[jax.Array, KeysValues]:  # fmt: skip
         """Attends to what is visible of the past (if any) and of these positions; also gives the keys and values of
-        these positions, for whoever keeps them."""
+        these positions, for whoever keeps them.
+
+        Args:
+          is_local: of these the last `local_window` alone are visible; None: the decoder has no such layers.
+        """
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)
         apart = x_split.over("L")  # mesh axes that split positions between the layers
@@ -96,7 +105,7 @@ class Attention(nnx.Module):
         # For example tensor 2, L = 8, 32 query and 8 key heads. A device has positions 0 to 3 of its rows, or 4 to 7,
         # and 16 and 4 of the heads. It gathers all 8 positions, attends with its heads, and the scattered sum over
         # "tensor" leaves it with all heads' output at its own 4 positions.
-        def local(x_BLD, arrays, rotation, visible, past):
+        def local(x_BLD, arrays, rotation, visible, past, is_local):
             w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=heads) for name, leaf in arrays.items()}
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
             query_BSNH = made("query", "BSD,DNH->BSNH", x_BSD, w)
@@ -109,12 +118,15 @@ class Attention(nnx.Module):
             present = in_sight = KeysValues(key_BSKH, value_BSKH)
             if past is not None:
                 in_sight = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
-            y_BSD = jnp.einsum("BSNH,NHD->BSD", attend(query_BSNH, in_sight, visible), w["out"])
-            return own_positions(y_BSD, apart=apart, heads=heads), present
+            window = None if is_local is None else Window(is_local, self.config.local_window)
+            y_BSNH = attend(query_BSNH, in_sight, visible, window=window, sinks_N=w.get("sinks"))
+            y_BLD = own_positions(jnp.einsum("BSNH,NHD->BSD", y_BSNH, w["out"]), apart=apart, heads=heads)
+            return y_BLD if "out_bias" not in w else y_BLD + w["out_bias"][None, None], present
 
-        ins = (x_split, splits, rows, rows, keys_split)  # those that are None have no parts to split
+        # Those that are None have no parts to split.
+        ins = (x_split, splits, rows, rows, keys_split, Shards("", ()))
         run = map_shards(local, ins, (x_split, keys_split))
-        return run(x_BLD, arrays, rotation, visible, past)
+        return run(x_BLD, arrays, rotation, visible, past, is_local)
 
 
 def norm_of_heads(x_BSNH: jax.Array, scale: jax.Array, *, eps: float, whole: bool, over: tuple[str, ...]) -> jax.Array:
@@ -135,11 +147,26 @@ def own_positions(y_BSD: jax.Array, *, apart: tuple[str, ...], heads: tuple[str,
     return jax.lax.psum(y_BSD, heads) if heads else y_BSD
 
 
-def attend(query_BSNH: jax.Array, present: KeysValues, visible: Visible) -> jax.Array:
+class Window(NamedTuple):
+    """Whether a layer sees so many tokens up to each alone; else it sees all."""
+
+    is_local: jax.Array | bool
+    tokens: int
+
+
+def attend(
+    query_BSNH: jax.Array, present: KeysValues, visible: Visible, *, window: Window | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """`y_BSNH`; the kernel by platform, and by whether whole rows or a cache are attended to."""
     if visible.mask_B1LS is None:
         assert visible.segments_BL is not None
-        return splash(query_BSNH, *present, visible.segments_BL)
+        whole = functools.partial(splash, query_BSNH, *present, visible.segments_BL, sinks_N=sinks_N)
+        if window is None:
+            return whole()
+        return jax.lax.cond(window.is_local, functools.partial(whole, window=window.tokens), whole)
+    if window is not None or sinks_N is not None:
+        return _attend_by_mask(query_BSNH, present, visible, window=window, sinks_N=sinks_N)
     long = query_BSNH.shape[1] > blocked_attention.BLOCK
     if visible.segments_BL is not None and long and platform() == "cpu":
         return blocked_attention.causal_attention(query_BSNH, *present, visible.mask_B1LS)
@@ -147,6 +174,26 @@ def attend(query_BSNH: jax.Array, present: KeysValues, visible: Visible) -> jax.
     if jax.default_backend() == "gpu" and query_BSNH.dtype != jnp.float32:
         return cudnn(query_BSNH, *present, visible.mask_B1LS, causal=visible.segments_BL is not None)
     return checkpoint_name(jax.nn.dot_product_attention(query_BSNH, *present, mask=visible.mask_B1LS), "attended")
+
+
+def _attend_by_mask(query_BSNH, present, visible: Visible, *, window: Window | None, sinks_N: jax.Array | None):
+    """A sink is one more key that all see, whose logit is a bias and whose value is zero."""
+    mask_B1LS = visible.mask_B1LS
+    assert mask_B1LS is not None
+    if window is not None:
+        L, S = mask_B1LS.shape[2:]
+        if visible.segments_BL is not None:
+            away = (jnp.arange(L)[:, None] - jnp.arange(S)[None, :])[None, None]
+        else:  # Slots of a cache are no positions: visible keys behind each are counted.
+            away = jnp.flip(jnp.cumsum(jnp.flip(mask_B1LS, -1), axis=-1), -1) - 1
+        mask_B1LS &= (away < window.tokens) | ~jnp.asarray(window.is_local)
+    bias = None
+    if sinks_N is not None:
+        present = KeysValues(*(jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in present))
+        mask_B1LS = jnp.pad(mask_B1LS, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=True)
+        bias = jnp.pad(sinks_N[None, :, None, None], ((0, 0), (0, 0), (0, 0), (mask_B1LS.shape[-1] - 1, 0)))
+    y_BSNH = jax.nn.dot_product_attention(query_BSNH, *present, bias=bias, mask=mask_B1LS)
+    return checkpoint_name(y_BSNH, "attended")
 
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
@@ -200,8 +247,12 @@ SPLASH_BLOCK = 128
 """Splash attention wants rows of a multiple of this."""
 
 
-def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array) -> jax.Array:
-    """JAX's Pallas flash attention for TPU, which sees what `segment_mask` lets it, at hidden positions too."""
+def splash(
+    query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array, *,
+    window: int | None = None, sinks_N: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """JAX's Pallas flash attention for TPU, which sees what `segment_mask` lets it, at hidden positions too; with a
+    window, of that the so many tokens up to each."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -211,14 +262,21 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
+    mask = masks.CausalMask((S, S)) if window is None else masks.LocalMask((S, S), (window - 1, 0), 0)
     attend_GSH = kernels.make_splash_mqa_single_device(
-        masks.MultiHeadMask([masks.CausalMask((S, S))] * (N // K)), block_sizes=sizes,
+        masks.MultiHeadMask([mask] * (N // K)), block_sizes=sizes,
         residual_checkpoint_name="attended", interpret=platform() != "tpu",
     )  # fmt: skip
 
+    sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
+
     def one_row(query_KGSH, key_KSH, value_KSH, reads_S, read_by_S):
         ids = kernels.SegmentIds(reads_S, read_by_S)
-        return jax.vmap(lambda q, k, v: attend_GSH(q, k, v, segment_ids=ids))(query_KGSH, key_KSH, value_KSH)
+
+        def of_key_head(query_GSH, key_SH, value_SH, sinks_G):
+            return attend_GSH(query_GSH, key_SH, value_SH, segment_ids=ids, sinks=sinks_G)
+
+        return jax.vmap(of_key_head)(query_KGSH, key_KSH, value_KSH, sinks_KG)
 
     query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key_BKSH, value_BKSH = key_BSKH.transpose(0, 2, 1, 3), value_BSKH.transpose(0, 2, 1, 3)
@@ -227,10 +285,27 @@ def splash(query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, se
 
 
 def rotation(positions_BL: jax.Array, config: DecoderConfig) -> Rotation:
-    size = config.rotary_size
+    size, growth = config.rotary_size, 1.0
     frequency_h = config.rope_theta ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if config.yarn is not None:
+        frequency_h *= _yarn(config.yarn, size=size, theta=config.rope_theta)
+        growth = 0.1 * math.log(config.yarn.factor) + 1
     angles_BLh = positions_BL[..., None].astype(jnp.float32) * frequency_h[None, None, :]
-    return Rotation(jnp.cos(angles_BLh), jnp.sin(angles_BLh))
+    return Rotation(jnp.cos(angles_BLh) * growth, jnp.sin(angles_BLh) * growth)
+
+
+def _yarn(yarn: YarnConfig, *, size: int, theta: float) -> jax.Array:
+    """By what each of h = size/2 frequencies is multiplied: 1, or 1/factor, or a mean of both."""
+
+    def angle_that_turns(times: float) -> float:
+        return size * math.log(yarn.length / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = angle_that_turns(yarn.fast), angle_that_turns(yarn.slow)
+    if yarn.whole:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp_h = jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - low) / max(high - low, 1e-3), 0, 1)
+    return 1 - ramp_h + ramp_h / yarn.factor
 
 
 def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:

@@ -1,12 +1,13 @@
-"""The experts' SwiGLU on CPU, in blocks of sorted rows: `x_RD, weights_R1, parts, sizes_O -> y_RD`.
+"""The experts' gated units on CPU, in blocks of sorted rows: `x_RD, weights_R1, parts, sizes_O -> y_RD`.
 
 XLA has no grouped product on CPU (`ragged_dot` is dense over the experts), so each expert's rows go through its three
-matrices block by block, in loops whose lengths are the real numbers of rows. One loop does the whole SwiGLU of a block
+matrices block by block, in loops whose lengths are the real numbers of rows. One loop does the whole unit of a block
 while it is in cache, and its hand-written backward pass keeps only the gate and up products of the forward pass.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,61 +15,65 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moextend_jax.models.glu import SILU, Glu
+
 BLOCK = 64
 """Rows per product. Half a block per expert is wasted on average; 64 was fastest at few and at many rows per expert
 (docs/benchmarks.md)."""
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]
-"""w_GDF of the gate, w_GDF up, w_GFD down of one part; group numbers run on from one part to the next."""
+Weights = tuple[jax.Array, ...]
+"""w_GDF of the gate, w_GDF up, w_GFD down of one part, and where experts have them the biases b_GF of gate and up;
+group numbers run on from one part to the next."""
 
 
-@jax.custom_vjp
-def blocked_swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def blocked_swiglu(
+    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu = SILU
+) -> jax.Array:
     """Each sorted row through the expert of its group, times its combine weight; rows past the last group give zeros.
 
     Args:
       x_RD: rows, those of group 0 first, then group 1, ...; what stands past `sum(sizes_O)` has no effect.
       sizes_O: int32, rows of each group over all parts.
     """
-    return _forward(x_RD, weights_R1, parts, sizes_O)[0]
+    return _forward(x_RD, weights_R1, parts, sizes_O, glu)[0]
 
 
-def _forward(x_RD, weights_R1, parts, sizes_O):
+def _forward(x_RD, weights_R1, parts, sizes_O, glu):
     (R, D), F = x_RD.shape, parts[0][0].shape[-1]
     rows = _Rows(sizes_O, R)
     x_RD, padded_R1 = rows.pad(x_RD), rows.pad(weights_R1)
 
     def one_block(carry, row, weights):
         y_RD, gate_RF, up_RF = carry
-        w_gate_DF, w_up_DF, w_down_FD = weights
+        w_gate_DF, w_up_DF, w_down_FD, *biases = weights
         x_bD = rows.read(x_RD, row)
         gate_bF, up_bF = x_bD @ w_gate_DF, x_bD @ w_up_DF
-        y_bD = (jax.nn.silu(gate_bF) * up_bF * rows.read(padded_R1, row)) @ w_down_FD
+        if biases:
+            gate_bF, up_bF = gate_bF + biases[0][None], up_bF + biases[1][None]
+        y_bD = (glu(gate_bF, up_bF) * rows.read(padded_R1, row)) @ w_down_FD
         return rows.write(y_RD, y_bD, row), rows.write(gate_RF, gate_bF, row), rows.write(up_RF, up_bF, row)
 
     y_RD, gate_RF, up_RF = rows.for_each_block(one_block, (rows.zeros(D, x_RD), *[rows.zeros(F, x_RD)] * 2), parts)
     return rows.cut(y_RD), (x_RD, padded_R1, gate_RF, up_RF, parts, sizes_O)
 
 
-def _backward(saved, dy_RD):
+def _backward(glu, saved, dy_RD):
     x_RD, weights_R1, gate_RF, up_RF, parts, sizes_O = saved
     rows = _Rows(sizes_O, dy_RD.shape[0])
     dy_RD = rows.pad(dy_RD)
 
     def inner(row, w_down_FD):
-        """Of one block: silu(gate) * up, and the gradients of gate, up and the combine weight."""
+        """Of one block: the weighted hidden units, and the gradients of gate, up and the combine weight."""
         gate_bF, up_bF, weight_b1 = (rows.read(array, row) for array in (gate_RF, up_RF, weights_R1))
-        sigmoid_bF = jax.nn.sigmoid(gate_bF)
-        silu_bF = gate_bF * sigmoid_bF
+        hidden_bF, pull = glu.with_pull(gate_bF, up_bF)
         d_hidden_bF = _times_transposed(rows.read(dy_RD, row), w_down_FD)
-        d_weight_b1 = (d_hidden_bF * silu_bF * up_bF).sum(axis=1, keepdims=True)
-        d_hidden_bF = d_hidden_bF * weight_b1
-        d_gate_bF = d_hidden_bF * up_bF * sigmoid_bF * (1 + gate_bF - silu_bF)
-        return silu_bF * up_bF * weight_b1, d_gate_bF, d_hidden_bF * silu_bF, d_weight_b1
+        d_weight_b1 = (d_hidden_bF * hidden_bF).sum(axis=1, keepdims=True)
+        return hidden_bF * weight_b1, *pull(d_hidden_bF * weight_b1), d_weight_b1
 
     def to_the_rows(carry, row, weights):
         dx_RD, d_weights_R1 = carry
-        w_gate_DF, w_up_DF, w_down_FD = weights
+        w_gate_DF, w_up_DF, w_down_FD, *_ = weights
         _, d_gate_bF, d_up_bF, d_weight_b1 = inner(row, w_down_FD)
         dx_bD = _times_transposed(d_gate_bF, w_gate_DF) + _times_transposed(d_up_bF, w_up_DF)
         return rows.write(dx_RD, dx_bD, row), rows.write(d_weights_R1, d_weight_b1, row)
@@ -77,6 +82,8 @@ def _backward(saved, dy_RD):
         x_bD, dy_bD = (jnp.where(mine_b1, rows.read(array, row), 0) for array in (x_RD, dy_RD))
         hidden_bF, d_gate_bF, d_up_bF, _ = (jnp.where(mine_b1, array, 0) for array in inner(row, weights[2]))
         products = (x_bD.T @ d_gate_bF, x_bD.T @ d_up_bF, hidden_bF.T @ dy_bD)
+        if len(weights) > 3:
+            products += (d_gate_bF.sum(axis=0), d_up_bF.sum(axis=0))
         return jax.tree.map(jnp.add, carry, products)
 
     start = (rows.zeros(x_RD.shape[1], x_RD), rows.zeros(1, x_RD))
@@ -157,5 +164,4 @@ class _Rows:
 
 
 def _of_group(part: Weights, group: jax.Array) -> Weights:
-    gate, up, down = (lax.dynamic_index_in_dim(w, group, keepdims=False) for w in part)
-    return gate, up, down
+    return tuple(lax.dynamic_index_in_dim(w, group, keepdims=False) for w in part)

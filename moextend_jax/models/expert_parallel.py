@@ -25,8 +25,9 @@ from jax import lax
 
 from moextend_jax.config import ModelConfig
 from moextend_jax.models.blocked_swiglu import Weights
-from moextend_jax.models.experts import apply_experts, combine, dispatch, sort_by_expert
-from moextend_jax.models.router import WEIGHT_GUARDS, Routing, Rule, route, route_extended
+from moextend_jax.models.experts import apply_experts, bias_behind, combine, dispatch, sort_by_expert
+from moextend_jax.models.glu import Glu
+from moextend_jax.models.router import WEIGHT_GUARDS, Gate, Routing, Rule, route, route_extended
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
@@ -57,7 +58,7 @@ def mixture(
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
     Args:
-      moe: `gate`, `experts` and maybe `selection_bias` of one layer. slots: `router`, `new_experts` of every extension
+      moe: `experts`, `gate` and its biases of one layer. slots: `router`, `new_experts` of every extension
         in it.
       config: its decoder's `Rule`, its dispatch (a row of DISPATCHES), how calibrated weights are guarded and summed.
       extended: for each extension a bool scalar, false on layers that it does not have.
@@ -66,7 +67,7 @@ def mixture(
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
-    rule = Rule.of(config.decoder)
+    rule, glu = Rule.of(config.decoder), Glu.of(config.decoder)
     arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
     experts = splits[0]["experts/w_gate"]
     split = Split(
@@ -86,17 +87,21 @@ def mixture(
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
-            bias_E = None if this.selection_bias is None else this.selection_bias[...]
+            gate = Gate.of(this)
             if not added:
-                routing = route(x_TD, this.gate[...], bias_E, rule=rule)
+                routing = route(x_TD, gate, rule=rule)
             else:
                 routing = route_extended(
-                    x_TD, this.gate[...], [slot.router for slot in added], bias_E, extended=extended, rule=rule,
+                    x_TD, gate, [slot.router for slot in added], extended=extended, rule=rule,
                     normalise=WEIGHT_GUARDS[config.weight_guard], mass=config.mass, sources=sources or None,
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
-        y_TD = DISPATCHES[config.dispatch](x_TD, _of_real(routing, real_BL), parts, split, rule.top_k)
+        computed = _of_real(routing, real_BL)
+        y_TD = DISPATCHES[config.dispatch](x_TD, computed, parts, split, glu, rule.top_k)
+        if this.experts.b_down is not None:
+            b_OD = jnp.concatenate([this.experts.b_down[...], *(slot.new_experts.b_down[...] for slot in added)])
+            y_TD += bias_behind(computed.ids_Tk, computed.weights_Tk, b_OD.astype(x_TD.dtype))
         return jax.tree.map(lambda leaf: leaf.reshape(*x_BLD.shape[:2], -1), (y_TD, routing))
 
     def in_use(module: Any, arrays: dict[str, jax.Array], splits: dict[str, Shards]) -> Any:
@@ -105,7 +110,8 @@ def mixture(
         def gathered(path: str, leaf: jax.Array) -> jax.Array:
             kind = path.partition("/")[0]
             leaf = leaf.astype(x_BLD.dtype) if kind.endswith("experts") else leaf
-            return gather(leaf, splits[path], keep=kept.get(kind, ()))
+            whole = path.endswith("/b_down")  # added where the tokens are
+            return gather(leaf, splits[path], keep=() if whole else kept.get(kind, ()))
 
         return with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 
@@ -125,7 +131,9 @@ def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:
     return routing._replace(ids_Tk=jnp.where(real_BL.reshape(-1, 1), routing.ids_Tk, nobody))
 
 
-def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, top_k: int) -> jax.Array:
+def gather_tokens(
+    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int
+) -> jax.Array:
     """Tokens come to the experts: all-gather within the group, reduce-scatter of the results."""
     group = split.expert + split.tensor
     together = tuple(axis for axis in group if axis in split.tokens)
@@ -137,20 +145,22 @@ def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     local_Tk = ids_Tk - _index(split.expert) * here
     is_here_Tk = (local_Tk >= 0) & (local_Tk < here) & (ids_Tk < experts)
     if not new:
-        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts)
+        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts, glu)
     elif ids_Tk.shape[1] == top_k and _alike(parts) and len({*split.new}) == 1:  # one buffer of rows serves all
         added = sum(part[0].shape[0] for part in new)
         local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
         local_Tk = jnp.where(ids_Tk >= experts, ids_Tk - experts + here, local_Tk)
-        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split.new[0]), parts)
+        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split.new[0]), parts, glu)
     else:
         local_Tk = jnp.where(is_here_Tk, local_Tk, here)[:, :top_k]
-        y_TD = apply_experts(x_TD, local_Tk, weights_Tk[:, :top_k], [pretrained])
-        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split)
+        y_TD = apply_experts(x_TD, local_Tk, weights_Tk[:, :top_k], [pretrained], glu)
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split, glu)
     return _summed(y_TD, group, together)
 
 
-def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, top_k: int) -> jax.Array:
+def exchange_rows(
+    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int
+) -> jax.Array:
     """Rows go to the experts and come back: `ragged_all_to_all` over the expert axis, twice.
 
     Every buffer has room for all rows of the group, because all may choose one device's experts: nothing is dropped.
@@ -177,14 +187,14 @@ def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     counts_pe = counts_pqe[:, me]
     expert_R = jnp.repeat(jnp.tile(jnp.arange(here), devices), counts_pe.reshape(-1), total_repeat_length=room)
     expert_R1 = jnp.where(jnp.arange(room) < counts_pe.sum(), expert_R, here)[:, None]
-    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained])
+    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained], glu)
     y_TD = combine(top_k, back.send(y_RD, len(x_RD), split.expert), sorting)
     if new:
-        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, split.tensor, split)
+        y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, split.tensor, split, glu)
     return _summed(y_TD, split.tensor, together)
 
 
-DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split, int], jax.Array]] = {
+DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split, Glu, int], jax.Array]] = {
     "gather": gather_tokens,
     "exchange": exchange_rows,
 }
@@ -222,7 +232,9 @@ def _alike(parts: Sequence[Weights]) -> bool:
     return len({part[0].shape[-1] for part in parts}) == 1
 
 
-def _new_alone(x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[str, ...], split: Split) -> jax.Array:
+def _new_alone(
+    x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[str, ...], split: Split, glu: Glu
+) -> jax.Array:
     """The new experts' share of the sum; `ids_Tk` is negative for pretrained ones. A token chooses each new expert at
     most once, so it needs no more rows than there are new experts. Those of one width go together."""
     y_TD, first = jnp.zeros_like(x_TD), 0
@@ -234,7 +246,8 @@ def _new_alone(x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[st
         of_Tk, by_Tk, is_here_Tk = (
             jnp.take_along_axis(array, slots_Tk, axis=1) for array in (ids_Tk - first, weights_Tk, is_here_Tk)
         )
-        y_TD += apply_experts(x_TD, jnp.where(is_here_Tk, of_Tk, X), _shared(by_Tk, is_here_Tk, group, how[1]), parts)
+        by_Tk = _shared(by_Tk, is_here_Tk, group, how[1])
+        y_TD += apply_experts(x_TD, jnp.where(is_here_Tk, of_Tk, X), by_Tk, parts, glu)
         first += X
     return y_TD
 

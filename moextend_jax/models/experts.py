@@ -1,4 +1,4 @@
-"""Experts compute: `x_TD` and a routing go in, the weighted sum of SwiGLU experts `y_TD` comes out, dropless.
+"""Experts compute: `x_TD` and a routing go in, the weighted sum of gated experts `y_TD` comes out, dropless.
 
 Rows are sorted by expert, so that each expert sees one run of rows; pretrained and new experts are separate
 parts of the weights. The combine weight enters before the down projection: the same sum, and the backward pass of a
@@ -16,23 +16,27 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
+from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.grouped_matmul import grouped_matmul
-from moextend_jax.parameters import weight
+from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import platform
 
 
 class Experts(nnx.Module):
-    """SwiGLU experts of stacked layers; `axes` are those of the gate: "ZEDF", or "YXDf" for new experts."""
+    """Gated experts of stacked layers; `axes` are those of the gate: "ZEDF", or "YXDf" for new experts."""
 
-    def __init__(self, axes: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, axes: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, bias: bool = False):
         stack, hidden = axes[:2], axes[3]
         self.w_gate = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
         self.w_up = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
         self.w_down = weight(f"{stack}{hidden}D", sizes, rngs=rngs, dtype=dtype)
+        for name, axis in {"b_gate": hidden, "b_up": hidden, "b_down": "D"}.items():
+            setattr(self, name, constant(stack + axis, sizes, dtype=dtype, value=0.0) if bias else None)
 
     def weights(self, dtype: Any) -> Weights:
-        """One layer's arrays, in the dtype of the activations."""
-        return tuple(param[...].astype(dtype) for param in (self.w_gate, self.w_up, self.w_down))
+        """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`)."""
+        params = [param for param in (self.w_gate, self.w_up, self.w_down, self.b_gate, self.b_up) if param is not None]
+        return tuple(param[...].astype(dtype) for param in params)
 
 
 class Sorting(NamedTuple):
@@ -52,7 +56,9 @@ def sort_by_expert(ids_Tk: jax.Array, *, experts: int) -> Sorting:
     return Sorting(order_R, inverse_R, sizes_O.astype(jnp.int32))
 
 
-def apply_experts(x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, parts: Sequence[Weights]) -> jax.Array:
+def apply_experts(
+    x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, parts: Sequence[Weights], glu: Glu = SILU
+) -> jax.Array:
     """Sums each token's chosen experts by weight.
 
     Args:
@@ -65,19 +71,33 @@ def apply_experts(x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, par
         x_RD = dispatch(top_k, x_TD, sorting)
         weights_R1 = weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
     with jax.named_scope("experts"):
-        y_RD = swiglu(x_RD, weights_R1, tuple(parts), sorting.sizes_O)
+        y_RD = swiglu(x_RD, weights_R1, tuple(parts), sorting.sizes_O, glu)
     with jax.named_scope("combine"):
         return combine(top_k, y_RD, sorting)
 
 
-def swiglu(x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array) -> jax.Array:
+def swiglu(
+    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu
+) -> jax.Array:
     """Each sorted row through its own expert, times its combine weight."""
     if platform() == "cpu":
-        return blocked_swiglu(x_RD, weights_R1, parts, sizes_O)
-    w_gate, w_up, w_down = zip(*parts, strict=True)
+        return blocked_swiglu(x_RD, weights_R1, parts, sizes_O, glu)
+    w_gate, w_up, w_down, *biases = zip(*parts, strict=True)
     gate_RF = checkpoint_name(grouped_matmul(x_RD, w_gate, sizes_O), "gate")
     up_RF = checkpoint_name(grouped_matmul(x_RD, w_up, sizes_O), "up")
-    return grouped_matmul(jax.nn.silu(gate_RF) * up_RF * weights_R1, w_down, sizes_O)
+    if biases:
+        expert_R = jnp.repeat(jnp.arange(len(sizes_O)), sizes_O, total_repeat_length=len(x_RD))
+        gate_RF, up_RF = (
+            made_RF + jnp.concatenate(bias)[expert_R] for made_RF, bias in zip((gate_RF, up_RF), biases, strict=True)
+        )
+    return grouped_matmul(glu(gate_RF, up_RF) * weights_R1, w_down, sizes_O)
+
+
+def bias_behind(ids_Tk: jax.Array, weights_Tk: jax.Array, b_OD: jax.Array) -> jax.Array:
+    """What the biases behind the chosen experts' last matrices add to a token, [T, D]: weighed as the experts are.
+    Ids past the last expert add nothing."""
+    weights_TO = (jax.nn.one_hot(ids_Tk, len(b_OD), dtype=weights_Tk.dtype) * weights_Tk[..., None]).sum(axis=1)
+    return weights_TO.astype(b_OD.dtype) @ b_OD
 
 
 # Dispatch and combine are transposes of each other. Said so by hand, the backward pass gathers instead of

@@ -176,7 +176,7 @@ def _tower(inside: str, tower: VisionConfig | WhisperConfig, trains: bool, *, n:
     C, J = tower.width, tower.hidden
     layers = range(tower.layers + 1)[tower.feature_layer]
     if isinstance(tower, VisionConfig):
-        Q, first = tower.patches + 1, 2.0 * n * tower.patches * tower.patch_size**2 * 3 * C
+        Q, first = tower.sizes()["Q"] + tower.registers, 2.0 * n * tower.patches * tower.patch_size**2 * 3 * C
     else:  # two convolutions of three taps, the second at half the frames
         Q, first = tower.patches, 2.0 * n * 3 * (tower.frames * tower.bands * C + tower.patches * C * C)
     tokens = n * Q

@@ -60,9 +60,10 @@ class MoE(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
         sizes = config.sizes()
         self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
+        self.gate_bias = constant("ZE", sizes, dtype=dtype, value=0.0) if config.router_bias else None
         # In float32 whatever the rest is in: rounded, it would choose other experts.
         self.selection_bias = constant("ZE", sizes, dtype="float32", value=0.0) if config.selection_bias else None
-        self.experts = Experts("ZEDF", sizes, rngs=rngs, dtype=dtype)
+        self.experts = Experts("ZEDF", sizes, rngs=rngs, dtype=dtype, bias=config.expert_bias)
 
 
 class DecoderLayers(nnx.Module):
@@ -114,7 +115,8 @@ class Extension(nnx.Module):
     ):  # fmt: skip
         sizes = extension.sizes(decoder)
         self.router = NewColumns(decoder, extension, rngs=rngs, dtype=dtype, std=std)
-        self.new_experts = Experts("YXDf", sizes, rngs=rngs, dtype=experts_dtype or dtype)
+        bias, dtype = decoder.expert_bias, experts_dtype or dtype
+        self.new_experts = Experts("YXDf", sizes, rngs=rngs, dtype=dtype, bias=bias)
 
 
 class Decoded(NamedTuple):
@@ -154,13 +156,13 @@ def run_layers(
     slots = tuple(_slots(extensions[name], config.extensions[name], sizes.routed, dtype=x_BLD.dtype) for name in names)
 
     def layer(definition, x_BLD, layer_slice):
-        params, by_slot, past = layer_slice
+        params, by_slot, past, is_local = layer_slice
         this: DecoderLayers = nnx.merge(definition, params)
         here = [slot.of_layer(own) for slot, own in zip(slots, by_slot, strict=False)]  # a dense layer has none
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
-            return this.attention(normed_BLD, turns, visible, past)
+            return this.attention(normed_BLD, turns, visible, past, is_local=is_local)
 
         if config.remat == "attention":
             attend = jax.checkpoint(attend)
@@ -180,18 +182,19 @@ def run_layers(
         )
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
-    def scan(stack, x_BLD, by_slot, past):
+    def scan(stack, x_BLD, by_slot, past, is_local):
         definition, params = nnx.split(stack)
         body = functools.partial(layer, definition)
         if config.remat == "layer":
             body = jax.checkpoint(body, prevent_cse=False, policy=save_these(config.saved))
-        return jax.lax.scan(body, x_BLD, (params, by_slot, past))
+        return jax.lax.scan(body, x_BLD, (params, by_slot, past, is_local))
 
     x_BLD, first, before = constrain(x_BLD, "BLd"), sizes.dense_layers, None
+    local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
     if decoder.dense is not None:
-        x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), jax.tree.map(lambda array: array[:first], past))
+        x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), jax.tree.map(lambda array: array[:first], past), local[0])
         past = jax.tree.map(lambda array: array[first:], past)
-    x_BLD, (routing, keys_values) = scan(decoder.layers, x_BLD, tuple(slot.scanned for slot in slots), past)
+    x_BLD, (routing, keys_values) = scan(decoder.layers, x_BLD, tuple(slot.scanned for slot in slots), past, local[1])
     if before is not None:
         keys_values = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), before, keys_values)
     routing = _numbered(routing, config=config, names=names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +57,16 @@ class Calibrator(nnx.Module):
 
 
 class NewColumns(nnx.Module):
-    """New router columns, what they are chosen by besides where the base has that, the calibrator of the extended
-    layers, and with start "lowered" what is added to the new logits."""
+    """New router columns, with the biases that the base's have, and the calibrator of the extended layers.
+
+    new_gate_bias: of their logits. new_bias: what they are chosen by besides, which no gradient reaches. offset: with
+    start "lowered", what is added to their logits.
+    """
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
         sizes, self.start = extension.sizes(decoder), extension.start
         self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
+        self.new_gate_bias = constant("YX", sizes, dtype=dtype, value=0.0) if decoder.router_bias else None
         self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
         self.offset = constant("YX", sizes, dtype=dtype, value=0.0) if extension.start == "lowered" else None
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
@@ -116,11 +120,37 @@ def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, exp
     return jnp.where(jnp.isneginf(logits_TO), -jnp.inf, chosen_by_TO)
 
 
-def route(x_TD: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None = None, *, rule: Rule) -> Routing:
+class Gate(NamedTuple):
+    """The router of a layer: its columns, the bias of its logits, and what experts are chosen by besides scores."""
+
+    columns_DE: jax.Array
+    bias_E: jax.Array | None = None
+    selection_E: jax.Array | None = None
+
+    @classmethod
+    def of(cls, moe: Any) -> Gate:
+        bias, chooses = (None if leaf is None else leaf[...] for leaf in (moe.gate_bias, moe.selection_bias))
+        return cls(moe.gate[...], bias, chooses)
+
+    def logits(self, x_TD: jax.Array) -> jax.Array:
+        """float32 `[T, E]`."""
+        product_TE = jnp.einsum(
+            "TD,DE->TE", x_TD, self.columns_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32
+        )
+        return product_TE if self.bias_E is None else product_TE + self.bias_E.astype(jnp.float32)[None]
+
+    def and_columns(self, slot: NewColumns) -> Gate:
+        """With the columns of an extension behind its own."""
+        bias = None if self.bias_E is None else jnp.concatenate([self.bias_E, slot.new_gate_bias[...]])
+        return Gate(jnp.concatenate([self.columns_DE, slot.new_gate[...].astype(self.columns_DE.dtype)], axis=-1), bias)
+
+
+def route(x_TD: jax.Array, gate: Gate | jax.Array, *, rule: Rule) -> Routing:
     """Scores of all experts in float32, the k best by `selection`, weighed by their scores: over their sum if
     `normalised`."""
-    logits_TE = _logits(x_TD, gate_DE)
-    scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, bias_E, experts=len(gate_DE.T))
+    gate = gate if isinstance(gate, Gate) else Gate(gate)
+    logits_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
+    scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, gate.selection_E, experts=E)
     _, ids_Tk = jax.lax.top_k(scores_TE if selection_TE is None else selection_TE, rule.top_k)
     weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)
     weights_Tk = over_their_sum(weights_Tk) if rule.normalised else weights_Tk
@@ -130,9 +160,8 @@ def route(x_TD: jax.Array, gate_DE: jax.Array, bias_E: jax.Array | None = None, 
 
 def route_extended(
     x_TD: jax.Array,
-    gate_DE: jax.Array,
+    gate: Gate | jax.Array,
     slots: Sequence[NewColumns],
-    bias_E: jax.Array | None = None,
     *,
     extended: Sequence[jax.Array | bool] | None = None,
     shares: Sequence[jax.Array | None] | None = None,
@@ -154,26 +183,26 @@ def route_extended(
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
       sources: for each, the experts [X] that its own were copied from; twins alone need them.
-      bias_E: what the base's experts are chosen by besides their scores.
       rule: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would for the
         token: else a new column would take from every expert's weight, for tokens that never choose it too.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
       mass: "literal" lets it take from them: weights are what the calibrated probabilities say.
     """
-    base_TE, E = _logits(x_TD, gate_DE), gate_DE.shape[-1]
+    gate = gate if isinstance(gate, Gate) else Gate(gate)
+    base_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
     shares, sources = (some or [None] * len(slots) for some in (shares, sources))
     log_shares_T1 = [_log_share(x_TD, shares[n], extended[n] if extended else True) for n in range(len(slots))]
     seats: list[Competing] = []
     columns, first = Columns(base_TE, np.arange(E)), E
     for slot, share_T, share_T1, sources_X in zip(slots, shares, log_shares_T1, sources, strict=True):
-        own_TX = _own_logits(x_TD, gate_DE, slot.new_gate[...])
+        own_TX = _own_logits(x_TD, gate, slot)
         own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)[None]
         # Where nothing has a share nothing is added: it would round.
         own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
         seats.append(STARTS[slot.start](own_TX, sources_X, first=first, columns=columns))
         columns, first = seats[-1].columns, first + own_TX.shape[-1]
     competing = [slot for slot, seat in zip(slots, seats, strict=True) if seat.competes]
-    bias_o = _bias(bias_E, competing)
+    bias_o = _bias(gate.selection_E, competing)
     logits_To = columns.logits()
     probs_To = probabilities(logits_To, rule.scores)
     selection_To = selection(logits_To, rule, bias_o, experts=E)
@@ -190,7 +219,7 @@ def route_extended(
         if seat.stands_beside:
             beside[seat] = _beside(seat, logits_To, picked_Tk, correction_TO, _bias(bias_o, [slot]), rule)
     ids_Tk, weights_Tk = columns.experts(picked_Tk), jnp.take_along_axis(calibrated_To, picked_Tk, axis=-1)
-    plain = route(x_TD, gate_DE, bias_E, rule=rule)
+    plain = route(x_TD, gate, rule=rule)
     if rule.normalised or mass == "base":
         summed = rule.normalised and rule.routed_factor == 1
         weights_Tk = normalise(weights_Tk, 1.0 if summed else plain.weights_Tk.sum(axis=-1, keepdims=True))
@@ -253,15 +282,11 @@ def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array |
     return jnp.where(extended, share_T, -jnp.inf)[:, None]
 
 
-def _logits(x_TD: jax.Array, gate_DE: jax.Array) -> jax.Array:
-    return jnp.einsum("TD,DE->TE", x_TD, gate_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32)
-
-
-def _own_logits(x_TD: jax.Array, gate_DE: jax.Array, new_DX: jax.Array) -> jax.Array:
+def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
     """Of the new columns [T, X], which begin as copies of columns of the base. In one product with these a copy's logit
     is its source's; in a product of their own rounding would choose between the two, on every mesh in its own way."""
-    gates_DO = jnp.concatenate([gate.astype(x_TD.dtype) for gate in (gate_DE, new_DX)], axis=-1)
-    return _logits(x_TD, gates_DO)[:, gate_DE.shape[-1] :]
+    cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))
+    return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
 
 
 def over_their_sum(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:

@@ -1,6 +1,7 @@
-"""CLIP vision tower: images_nhwc in, patch features x_nPC out (n images); and the layers that towers have in common.
+"""Vision tower: images_nhwc in, patch features x_nPC out (n images); and the layers that towers have in common.
 
-It is CLIP's ViT (Radford et al. 2021) as `transformers` writes it, its layers stacked on the leading axis U.
+It is the ViT of CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023) and DINOv2 (Oquab et al. 2023) as `transformers`
+writes them, its layers stacked on the leading axis U; `VisionConfig` says in what they differ.
 """
 
 from __future__ import annotations
@@ -83,26 +84,33 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_pytorch_tanh": jax.nn.gelu}
+"""By what transformers calls them; jax.nn.gelu is the approximation by tanh."""
 
 
 class Layers(nnx.Module):
-    """All U layers, stacked; a call on the state sliced to one u runs that layer."""
+    """All U layers, stacked; a call on the state sliced to one u runs that layer. `scaled`: with LayerScale."""
 
     def __init__(
-        self, config: VisionConfig | WhisperConfig, *, activation: str, key_bias: bool = True, rngs: nnx.Rngs,
-        dtype: str,
+        self, config: VisionConfig | WhisperConfig, *, activation: str, key_bias: bool = True, scaled: bool = False,
+        rngs: nnx.Rngs, dtype: str,
     ):  # fmt: skip
         sizes, eps = config.sizes(), config.norm_eps
         self.attention_norm = LayerNorm("U", sizes, eps=eps, dtype=dtype)
         self.attention = Attention("U", sizes, key_bias=key_bias, rngs=rngs, dtype=dtype)
         self.mlp_norm = LayerNorm("U", sizes, eps=eps, dtype=dtype)
         self.mlp = MLP("U", sizes, activation=activation, rngs=rngs, dtype=dtype)
+        self.attention_scale = constant("UC", sizes, dtype=dtype, value=1.0) if scaled else None
+        self.mlp_scale = constant("UC", sizes, dtype=dtype, value=1.0) if scaled else None
 
     def __call__(self, x_nQC: jax.Array) -> jax.Array:
         y_nQC = self.attention_norm(x_nQC)
-        x_nQC = x_nQC + self.attention(y_nQC, y_nQC)
-        return x_nQC + self.mlp(self.mlp_norm(x_nQC))
+        x_nQC = x_nQC + _times(self.attention(y_nQC, y_nQC), self.attention_scale)
+        return x_nQC + _times(self.mlp(self.mlp_norm(x_nQC)), self.mlp_scale)
+
+
+def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
+    return y_nQC if scale_C is None else y_nQC * scale_C[None, None]
 
 
 def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:
@@ -127,7 +135,7 @@ def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.A
 
 
 class VisionTower(nnx.Module):
-    """CLIP's vision transformer: a call gives patch features x_nPC at `config.feature_layer`.
+    """A vision transformer: a call gives patch features x_nPC at `config.feature_layer`.
 
     Layers above the feature layer are kept, so that a file round-trips, but never run.
     """
@@ -136,29 +144,44 @@ class VisionTower(nnx.Module):
         sizes = config.sizes()
         self.config = config
         self.patch = weight("WC", sizes, rngs=rngs, dtype=dtype)
-        self.class_token = weight("C", sizes, rngs=rngs, dtype=dtype)
+        self.patch_bias = constant("C", sizes, dtype=dtype, value=0.0) if config.patch_bias else None
+        self.class_token = weight("C", sizes, rngs=rngs, dtype=dtype) if config.class_token else None
+        self.registers = weight("rC", sizes, rngs=rngs, dtype=dtype) if config.registers else None
         self.position = weight("QC", sizes, rngs=rngs, dtype=dtype)
-        self.pre_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype)
-        self.layers = Layers(config, activation=config.activation, rngs=rngs, dtype=dtype)
+        self.pre_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype) if config.pre_norm else None
+        self.layers = Layers(config, activation=config.activation, scaled=config.layer_scale, rngs=rngs, dtype=dtype)
         self.post_norm = LayerNorm("", sizes, eps=config.norm_eps, dtype=dtype)
 
     def __call__(self, images_nhwc: jax.Array) -> jax.Array:
-        return self.hidden_state(images_nhwc, layer=self.config.feature_layer)[:, 1:]
+        return self.hidden_state(images_nhwc, layer=self.config.feature_layer)[:, -self.config.patches :]
 
     def pooled(self, images_nhwc: jax.Array) -> jax.Array:
-        """The class token of the last layer after the final norm, x_nC: what contrastive training reads."""
+        """The class token of the last layer after the final norm, x_nC: what CLIP's contrastive training reads."""
         return self.post_norm(self.hidden_state(images_nhwc, layer=-1)[:, :1])[:, 0]
 
     def hidden_state(self, images_nhwc: jax.Array, *, layer: int) -> jax.Array:
-        """Hidden state x_nQC: 0 is the input of the first layer, U or -1 the last output; layers above do not run."""
+        """Hidden state x_nQC, registers between class token and patches: 0 is the input of the first layer, U or -1 the
+        last output, which has not passed the final norm; layers above do not run."""
         depth = range(self.config.layers + 1)[layer]
         with jax.named_scope("vision_tower"):
             return run_layers(self, images_nhwc, axes="nhwc", depth=depth)
 
     def embed(self, images_nhwc: jax.Array) -> jax.Array:
-        p = self.config.patch_size
-        pixels_nPW = einops.rearrange(images_nhwc, "n (y h) (x w) c -> n (y x) (h w c)", h=p, w=p)
-        x_nPC = jnp.einsum("nPW,WC->nPC", pixels_nPW.astype(self.patch.dtype), self.patch[...])
-        class_n1C = jnp.broadcast_to(self.class_token[None, None], (x_nPC.shape[0], 1, x_nPC.shape[2]))
-        x_nQC = jnp.concatenate([class_n1C, x_nPC], axis=1) + self.position[None]
-        return self.pre_norm(x_nQC)
+        p, seen = self.config.patch_size, self.config.grid * self.config.patch_size
+        pixels_nPW = einops.rearrange(images_nhwc[:, :seen, :seen], "n (y h) (x w) c -> n (y x) (h w c)", h=p, w=p)
+        x_nQC = jnp.einsum("nPW,WC->nPC", pixels_nPW.astype(self.patch.dtype), self.patch[...])
+        if self.patch_bias is not None:
+            x_nQC = x_nQC + self.patch_bias[None, None]
+        if self.class_token is not None:
+            x_nQC = jnp.concatenate([_of_all(self.class_token[None], x_nQC), x_nQC], axis=1)
+        x_nQC = x_nQC + self.position[None]
+        if self.registers is not None:  # they have no positions
+            before = int(self.config.class_token)
+            parts = x_nQC[:, :before], _of_all(self.registers[...], x_nQC), x_nQC[:, before:]
+            x_nQC = jnp.concatenate(parts, axis=1)
+        return x_nQC if self.pre_norm is None else self.pre_norm(x_nQC)
+
+
+def _of_all(tokens_rC: jax.Array, x_nQC: jax.Array) -> jax.Array:
+    """The same tokens for each of n images."""
+    return jnp.broadcast_to(tokens_rC[None], (x_nQC.shape[0], *tokens_rC.shape))

@@ -25,7 +25,7 @@ from moextend_jax.config import (
     of_pictures,
 )
 from moextend_jax.extension.routing import check_sources
-from moextend_jax.families import FAMILIES
+from moextend_jax.families import FAMILIES, towers
 from moextend_jax.runs.media import medium_of, projector_of
 from moextend_jax.runs.results import grow_of, select_of, table
 from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
@@ -36,8 +36,9 @@ DECODERS = {
     for name, sizes in family.published.items()
 }
 TOWERS = {
-    "clip-vit-large-patch14-336": VisionConfig(),
-    "clip-vit-large-patch14": VisionConfig(image_size=224),
+    name: VisionConfig(family=family, **{**tower.fields, **sizes})
+    for family, tower in towers.TOWERS.items()
+    for name, sizes in tower.published.items()
 }
 
 

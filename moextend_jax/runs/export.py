@@ -64,7 +64,7 @@ class ExportOptions:
     base: Path | None = None
     """folder of the base, where SRC is a delta or a partial save"""
     vision: Path | None = None
-    """folder of a CLIP vision tower"""
+    """folder of a vision tower"""
     max_shard_size: str = SHARD
     """of one file"""
 

@@ -189,7 +189,7 @@ def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, R
             does="train the routers alone, as a probe",
             parents=aligned,
             data=probe_data,
-            trains=lambda _: ("decoder/layers/moe/gate",),
+            trains=lambda _: ("decoder/layers/moe/gate*",),  # and a bias where there is one
         ),
         "select": Result(
             does="count routing before and after the probe; choose layers and source experts",

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import einops
 import folders
@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import names
-from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.checkpoints import mxfp4, names
+from moextend_jax.checkpoints.leaves import read_slice
+from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.compare.reference import Reference, rows_of, to_batch
 from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig
 from moextend_jax.families import FAMILIES
@@ -34,7 +35,10 @@ from moextend_jax.train.loss import losses
 NAMED = os.environ.get("MOEXTEND_FAMILIES", "")
 FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[3] / "shared" / "families"
 FORWARDS = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("**/forward.npz"))] or [None]
+TOWERS = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("**/siglip.npz"))] or [None]
 WHOLE = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/generate.npz"))] or [None]
+PACKED = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/mxfp4/config.json"))] or [None]
+EXAMPLES = [path.parent.relative_to(FOLDER) for path in sorted(FOLDER.glob("*/mxfp4_example.npz"))] or [None]
 ATOL = 1e-4
 CONFIGS = ("config.json", "config.transformers5.json")
 """One model in the spelling of published files, and in transformers 5's."""
@@ -47,13 +51,13 @@ class Loaded(NamedTuple):
     config: ModelConfig
 
 
-def folder_of(name: Path | None) -> Path:
+def folder_of(name: Path | None, *, known: bool = False) -> Path:
     if NAMED and not FOLDER.is_dir():
         pytest.fail(f"MOEXTEND_FAMILIES: {FOLDER} is no folder of reference numbers")
     if name is None:
         pytest.skip(f"no reference values: {FOLDER} holds none")
     family = json.loads((FOLDER / name / "config.json").read_text())["model_type"]
-    if family not in FAMILIES:
+    if family not in FAMILIES and not known:
         pytest.skip(f"family {family} is not supported")
     return FOLDER / name
 
@@ -97,7 +101,7 @@ def test_gradients_of_routers_and_of_what_a_projector_gives(loaded: Loaded):
     folder, structure, arrays, config = loaded
     coefficient = json.loads((folder / "manifest.json").read_text())["spec"]["coef"]
     batch = _batch(folder, "train0")
-    trained = {path: array for path, array in arrays.items() if path.endswith("moe/gate")}
+    trained = {path: array for path, array in arrays.items() if path.endswith(("moe/gate", "moe/gate_bias"))}
 
     def total(trained, more_BLD):
         model, factor = with_arrays(structure, {**arrays, **trained}), config.decoder.embed_factor
@@ -138,6 +142,58 @@ def test_import_and_export_give_the_files_back(loaded: Loaded, tmp_path: Path, c
     folders.assert_same(folders.read(tmp_path / "out"), folders.read(loaded.folder))
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", loaded.folder))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("name", PACKED, ids=str)
+def test_four_bits_are_read_as_the_weights_that_they_stand_for(name: Path | None):
+    folder = folder_of(name)
+    packed, plain = open_checkpoint(folder), open_checkpoint(folder.parent)
+    assert {path.rpartition("/")[2] for path in packed.arrays if "experts/w_" in path} == {"w_gate", "w_up", "w_down"}
+    assert packed.arrays.keys() == plain.arrays.keys()
+    for path, array in plain.arrays.items():
+        np.testing.assert_array_equal(packed.arrays[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("name", EXAMPLES, ids=str)
+def test_several_blocks_to_a_row(name: Path | None):
+    folder = folder_of(name)
+    example = arrays_of(folder, "mxfp4_example")
+    ours = np.swapaxes(mxfp4.unpack(example["blocks"], example["scales"]), -1, -2)
+    np.testing.assert_array_equal(ours.astype(np.float32), example["weights"])
+
+
+@pytest.mark.parametrize("attributes", CONFIGS)
+@pytest.mark.parametrize("name", TOWERS, ids=str)
+def test_every_state_of_a_picture_tower_that_was_imported(name: Path | None, attributes: str, tmp_path: Path):
+    """By the command that people use; what it exports are the bytes that came in."""
+    original, folder = folder_of(name, known=True), tmp_path / "theirs"
+    if not (original / attributes).is_file():
+        pytest.skip(f"{original} holds no {attributes}")
+    folder.mkdir()
+    for file in ("model.safetensors", "preprocessor_config.json", "siglip.npz"):
+        if (original / file).is_file():
+            shutil.copyfile(original / file, folder / file)
+    shutil.copyfile(original / attributes, folder / "config.json")
+    cli.call(["import", str(folder), str(tmp_path / "imported")])
+    source = open_source(tmp_path / "imported")
+    assert source.parts == {"vision"} and source.config.vision
+    whole = {path: read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in source.leaves.items()}
+    arrays = {path.removeprefix("media/image/tower/"): jnp.asarray(array) for path, array in whole.items()}
+    shapes: Any = abstract(source.config).media["image"].tower
+    tower = with_arrays(shapes, arrays)
+    theirs = arrays_of(folder, "siglip")
+    images_nhwc = jnp.asarray(theirs.pop("pixel_values").transpose(0, 2, 3, 1))
+    assert images_nhwc.shape[1:] == (source.config.vision.image_size, source.config.vision.image_size, 3)
+    del theirs["pooler_output"]  # of the head, which no projector reads
+    states = [tower.hidden_state(images_nhwc, layer=layer) for layer in range(source.config.vision.layers + 1)]
+    ours = {f"hidden_states/{layer}": state for layer, state in enumerate(states)}
+    ours |= {"patch_m1": states[-1], "patch_m2": tower(images_nhwc), "last_hidden_state": tower.post_norm(states[-1])}
+    for key, array in theirs.items():
+        np.testing.assert_allclose(ours[key], array, atol=ATOL, rtol=0, err_msg=key)
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
+    out, file = folders.read(tmp_path / "out"), folders.read(folder)
+    assert out.keys() == {key for key in file if key.startswith("vision_model.") and ".head." not in key}
+    folders.assert_same(out, {key: file[key] for key in out})
 
 
 def _batch(folder: Path, name: str) -> Batch:

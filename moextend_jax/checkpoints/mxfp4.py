@@ -1,0 +1,55 @@
+"""MXFP4, as gpt-oss is published: blocks `[..., G, 16]` of two numbers to a byte, low half first, and one power of two
+`[..., G]` for 32 numbers, make an array `[..., 32 G]` (OCP Microscaling Formats, version 1.0)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+
+from moextend_jax.checkpoints.tensors import Stored
+from moextend_jax.config import MoextendError
+
+VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+VALUES = np.concatenate([VALUES, -VALUES])
+"""By four bits: sign, two of exponent, one of mantissa."""
+BIAS = 127
+"""Of the exponents that scales are."""
+
+
+def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """bfloat16 `[..., 32 G]`: every number of these has one of its own there."""
+    halves = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
+    numbers = np.ldexp(VALUES[halves], scales[..., None].astype(np.int32) - BIAS)
+    return numbers.reshape(*blocks.shape[:-2], -1).astype(ml_dtypes.bfloat16)
+
+
+def unpacked(stored: Mapping[str, Stored], name: str) -> dict[str, Stored]:
+    """The tensors with NAME_blocks and NAME_scales as one: `[E, out, in]` in the file, `[E, in, out]` as NAME, which is
+    how the same weights lie unpacked. `name` is a pattern.
+
+    Raises:
+      MoextendError: one of the two is not there, or their shapes do not fit.
+    """
+    tensors = dict(stored)
+    for file, blocks in stored.items():
+        if not (file.endswith("_blocks") and re.fullmatch(name, whole := file.removesuffix("_blocks"))):
+            continue
+        del tensors[file]
+        scales = tensors.pop(f"{whole}_scales", None)
+        E, *rest = blocks.shape
+        if scales is None or len(rest) != 3 or rest[2] != 16 or scales.shape != blocks.shape[:-1]:
+            found = "is not there" if scales is None else f"has shape {list(scales.shape)}"
+            raise MoextendError(f"{blocks.where}: {file} has shape {list(blocks.shape)}, and {whole}_scales {found}")
+        tensors[whole] = _stored(blocks, scales, shape=(E, 32 * rest[1], rest[0]))
+    return tensors
+
+
+def _stored(blocks: Stored, scales: Stored, *, shape: tuple[int, ...]) -> Stored:
+    def read() -> np.ndarray:
+        return np.swapaxes(unpack(blocks.read(), scales.read()), -1, -2)
+
+    return Stored(shape, np.dtype(ml_dtypes.bfloat16), read, blocks.where, part_of=lambda index: (
+        _stored(blocks.part(index), scales.part(index), shape=shape[len(index) :])))  # fmt: skip

@@ -1,0 +1,61 @@
+"""gpt-oss: attention sinks, windows in every other layer, YaRN, biases everywhere, a clamped unit; gate and up of all
+experts lie in one tensor, an element of each in turn, input axis first."""
+
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, as_list, as_local, as_yarn, of_yarn
+from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Fused, Name, decoder, parted
+
+_ATTENTION, _BLOCK = "model.layers.{Z}.self_attn.", "model.layers.{Z}.mlp."
+_GATE_UP, _DOWN = (_BLOCK + f"experts.{name}_proj" for name in ("gate_up", "down"))
+_EXPERTS = "decoder/layers/moe/experts/"
+_SIZES = {
+    "vocab_size": 201088, "width": 2880, "hidden": 2880, "heads": 64, "head_size": 64, "top_k": 4, "rope_theta": 1.5e5,
+    "yarn": as_yarn({"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}),
+    "local_window": 128,
+}  # fmt: skip
+
+FAMILY = Family(
+    architecture="GptOssForCausalLM",
+    names=(
+        *(name for name in decoder("mlp", "w1 w3 w2", gate="router.weight") if not name.path.startswith(_EXPERTS)),
+        *BIASES,
+        Name("decoder/layers/attention/out_bias", _ATTENTION + "o_proj.bias", "D -> D"),
+        Name("decoder/layers/attention/sinks", _ATTENTION + "sinks", "N -> N"),
+        Name("decoder/layers/moe/gate_bias", _BLOCK + "router.bias", "E -> E"),
+        Name(_EXPERTS + "w_gate", parted(_GATE_UP, "gate"), "D F -> D F"),
+        Name(_EXPERTS + "w_up", parted(_GATE_UP, "up"), "D F -> D F"),
+        Name(_EXPERTS + "w_down", parted(_DOWN, "down"), "F D -> F D"),
+        Name(_EXPERTS + "b_gate", parted(_GATE_UP + "_bias", "gate"), "F -> F"),
+        Name(_EXPERTS + "b_up", parted(_GATE_UP + "_bias", "up"), "F -> F"),
+        Name(_EXPERTS + "b_down", parted(_DOWN + "_bias", "down"), "D -> D"),
+    ),
+    attributes=Table(
+        sizes=SIZES
+        | {
+            "intermediate_size": "hidden", "num_local_experts": "experts", "sliding_window": "local_window",
+            "layer_types": "local", "rope_scaling": "yarn", "swiglu_limit": "glu_limit",
+        },
+        must_be={name: values for name, values in PLAIN.items()
+                 if name not in ("rope_scaling", "attention_bias", "layer_types")}
+        | {"attention_bias": (True,), "swiglu_alpha": (1.702,)},
+        # What counts in rope_scaling, and another name of num_experts_per_tok.
+        harmless=OF_ANY_MODEL | {"initial_context_length", "experts_per_token", "quantization_config"},
+        optional={"head_dim", "tie_word_embeddings", "swiglu_limit"},
+        aliases={"num_experts": "num_local_experts"},
+        ours={"layer_types": as_local, "rope_scaling": as_yarn},
+        theirs={"layer_types": as_list, "rope_scaling": of_yarn},
+    ),
+    fields={
+        "qkv_bias": True, "out_bias": True, "router_bias": True, "expert_bias": True, "sinks": True, "glu": "clamped",
+    },
+    constants={"hidden_act": "silu", "attention_bias": True, "swiglu_alpha": 1.702},
+    published={
+        "gpt-oss-20b": _SIZES | {"layers": 24, "experts": 32, "local": (True, False) * 12},
+        "gpt-oss-120b": _SIZES | {"layers": 36, "experts": 128, "local": (True, False) * 18},
+    },
+    fused=(
+        Fused(_GATE_UP, ("gate", "up"), interleaved=True, packed=True),
+        Fused(_DOWN, ("down",), packed=True),
+        Fused(_GATE_UP + "_bias", ("gate", "up"), interleaved=True),
+        Fused(_DOWN + "_bias", ("down",)),
+    ),
+)  # fmt: skip
