@@ -42,7 +42,8 @@ ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 class Routing(NamedTuple):
     """What every layer's router decided for every token of one text.
 
-    picks: the chosen experts `[layers, tokens, k]`, most likely first. weights: how they are mixed, alike.
+    picks: the chosen experts `[layers, tokens, k]`, most likely first. weights: how they are mixed, alike. Where an
+      extension starts "added", its experts stand behind these k; one that a token does not have is len(experts).
     logits: `[layers, tokens, experts]`, float32, before the softmax; -inf where a layer has no such expert, or a token
       may not choose it.
     experts: the experts' names, `[experts]`: "0", "1", ... and "new 0", ....

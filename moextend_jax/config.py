@@ -6,6 +6,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     D model width           N query heads            K key/value heads        H head size
     E pretrained experts    X new experts per layer  F expert hidden width    k experts per token
     R routed rows = T*k     V vocabulary             A calibrator width       O = E+X router outputs
+    o of O those that compete for a token's k picks (`models/starts.py`)
     Z routed decoder layers Y extended layers        U vision layers          M images per row
     f F of new experts      n images = B*M           d model width as an input axis
     s F of the expert that every token passes   z layers before those   j F of their one expert
@@ -371,11 +372,17 @@ class Medium:
         return next((length for length in self.spans if length >= needed), self.tokens)
 
 
+StartName = Literal["copy", "twin", "lowered", "added"]
+"""How new experts start and stand among the others: rows of `models.starts.STARTS`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtensionConfig:
     """Which layers (0-based, ascending) get new experts, and the pretrained experts that each one is copied from.
 
-    sources: of each extended layer X experts, one after another, all layers flat: with X = 1 one per layer.
+    sources: of each extended layer those of X experts, one after another, all layers flat: with X = 1 and wide = 1 one
+    per layer. wide: sources of one new expert, side by side in its hidden width (f = wide * F), the most picked first.
+    start: how new experts start; all but "copy" decide what the model computes ever after, too.
     medium: the medium that it was made for, "" for a task in text. share: how much of it there is beside others
     (`log share` is added to its router logits): 0 takes it out exactly, 1 is all of it.
     trains: its leaves get a gradient in the step that is compiled; leaves of others are read layer by layer and never
@@ -389,12 +396,19 @@ class ExtensionConfig:
     medium: str = "image"
     share: float = 1.0
     trains: bool = False
+    start: StartName = "copy"
+    wide: int = 1
 
-    def sizes(self) -> dict[str, int]:
-        return {"Y": len(self.layers), "X": self.new_experts, "A": self.calibrator_width}
+    def sizes(self, decoder: DecoderConfig) -> dict[str, int]:
+        """Sizes of the decoder's letters and of those of this extension of it."""
+        return {
+            **decoder.sizes(), "Y": len(self.layers), "X": self.new_experts, "A": self.calibrator_width,
+            "O": decoder.experts + self.new_experts, "f": self.wide * decoder.hidden,
+        }  # fmt: skip
 
 
 WeightGuard = Literal["none", "bounded"]
+Mass = Literal["base", "literal"]
 
 Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]
 """What a rematerialised layer can keep: attention's inputs and output, the residual stream between attention and
@@ -432,13 +446,12 @@ class ModelConfig:
     strict, else all."""
     weight_guard: WeightGuard = "bounded"
     """What keeps calibrated weights finite: a row of `router.WEIGHT_GUARDS`. A run takes it from its recipe."""
+    mass: Mass = "base"
+    """Where the base's weights do not sum to one, what those of an extended layer sum to (`Recipe.mass`)."""
 
     def sizes(self, extension: str | None = None) -> dict[str, int]:
         """Sizes of the decoder's letters, and of those of one of the extensions."""
-        if extension is None:
-            return self.decoder.sizes()
-        added = self.extensions[extension]
-        return {**self.decoder.sizes(), **added.sizes(), "O": self.decoder.experts + added.new_experts}
+        return self.decoder.sizes() if extension is None else self.extensions[extension].sizes(self.decoder)
 
     @property
     def outputs(self) -> int:
@@ -527,6 +540,9 @@ class Recipe:
     """Standard deviation of the calibrator's input matrix at the start."""
     weight_guard: WeightGuard = "bounded"
     """What keeps calibrated weights finite where their sum comes near zero: `models/router.py`."""
+    mass: Mass = "base"
+    """Of families whose weights do not sum to one: the chosen, calibrated, weigh together what the base's would for the
+    token; or literally their calibrated probabilities among E+X, so that a new column takes from every weight."""
     aux_loss: Literal["per_layer", "released"] = "per_layer"
     """Load-balancing loss: `train/loss.py` has both forms."""
     schedule: Literal["cosine", "constant"] = "cosine"

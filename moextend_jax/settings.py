@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, ge
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import IMAGE, RECIPES, Amount, Count, MoextendError, Range, Recipe, Saved
+from moextend_jax.config import IMAGE, RECIPES, Amount, Count, MoextendError, Range, Recipe, Saved, StartName
 
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 Part = Annotated[float, Range(above=0)]
-"""Of the rows of a data set: below 1 a share, from 1 on a number of rows."""
+"""Of the rows of a data set, or of a layer's experts: below 1 a share, from 1 on a number."""
 LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
@@ -179,14 +179,36 @@ class SelectSettings:
     number of rows."""
     share: LayerShare = 0.5
     """Share of the layers to extend."""
-    new_experts: Count = 1
-    """New experts of such a layer, copied from so many different experts, the most picked first."""
+    new_experts: Part = 1 / 8
+    """New experts of such a layer, copied from so many different experts, the most picked first: below 1 a share of the
+    pretrained ones, one at least, from 1 on a number."""
+    wide: Count = 1
+    """Experts that each new one is copied from, side by side in its hidden width: together it is their mean."""
     batch_size: Count = 64
     """Rows at once."""
 
     def __post_init__(self):
         _check(self)
-        _check_part(self.held_out)
+        _check_part(self.held_out, name="held_out", of="rows")
+        _check_part(self.new_experts, name="new_experts", of="experts")
+
+    def number(self, experts: int) -> int:
+        """New experts (X) beside so many pretrained ones."""
+        return int(self.new_experts) if self.new_experts >= 1 else max(1, int(self.new_experts * experts))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrowSettings:
+    """How new experts start, and how they stand among the others ever after."""
+
+    start: StartName = "copy"
+    """copy: as the paper, a copy of its source beside it. twin: source and copy exclude each other, so that nothing
+    changes at the start. lowered: a copy whose logits begin lower. added: beside the chosen experts, from zero on."""
+    lowered_by: NotNegative = 2.0
+    """Of start lowered: by how much."""
+
+    def __post_init__(self):
+        _check(self)
 
 
 LeaveOut = Literal["none", "each", "subsets"]
@@ -224,7 +246,7 @@ class EvaluateSettings:
 
     def __post_init__(self):
         _check(self)
-        _check_part(self.held_out)
+        _check_part(self.held_out, name="held_out", of="rows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,6 +320,7 @@ class ExtensionSettings:
     full: StageSettings
     evaluate: EvaluateSettings
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
+    grow: GrowSettings = dataclasses.field(default_factory=GrowSettings)
     medium: str = ""
     """The medium that it is for; "": a task in text."""
     apart: bool = False
@@ -327,6 +350,7 @@ class RunSettings:
     full: StageSettings
     evaluate: EvaluateSettings
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
+    grow: GrowSettings = dataclasses.field(default_factory=GrowSettings)
     extension: str = IMAGE
     """What the extension of the groups above is called."""
     medium: str = IMAGE
@@ -452,7 +476,10 @@ class RunSettings:
     def model_options(self) -> dict[str, Any]:
         """The fields of `config.ModelConfig` that are choices of a run, not sizes of a checkpoint."""
         names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation", "composition")
-        return {name: getattr(self, name) for name in names} | {"weight_guard": self.recipe.weight_guard}
+        return {name: getattr(self, name) for name in names} | {
+            "weight_guard": self.recipe.weight_guard,
+            "mass": self.recipe.mass,
+        }
 
 
 def to_config_dict(settings: RunSettings) -> ConfigDict:
@@ -475,9 +502,9 @@ def _check(settings: Any) -> None:
         object.__setattr__(settings, name, value)
 
 
-def _check_part(part: float) -> None:
+def _check_part(part: float, *, name: str, of: str) -> None:
     if part > 1 and part != round(part):
-        raise MoextendError(f"held_out = {part:g} is neither a share, below 1, nor a whole number of rows")
+        raise MoextendError(f"{name} = {part:g} is neither a share, below 1, nor a whole number of {of}")
 
 
 @functools.cache

@@ -344,8 +344,9 @@ def test_malformed_evaluations_are_one_line(workdir, file: str, content: str):
         write_report(workdir)
 
 
-def test_a_selection_of_two_new_experts_a_layer(tmp_path):
-    record: dict[str, Any] = {**selection(), "new_experts": 2}
+@pytest.mark.parametrize("more", [{"new_experts": 2}, {"new_experts": 1, "wide": 2}])
+def test_a_selection_of_two_sources_a_layer(more: dict[str, int], tmp_path):
+    record: dict[str, Any] = {**selection(), **more}
     record["sources"] = [expert for layer in record["chosen_layers"] for expert in (layer % 8, (layer + 1) % 8)]
     read = parse_selection(record, where="here")
     assert read.copied == tuple((layer, (layer + n) % 8) for layer in record["chosen_layers"] for n in (0, 1))

@@ -209,6 +209,42 @@ def test_without_renormalising_a_new_column_takes_nothing_from_tokens_that_do_no
     np.testing.assert_allclose(ours.weights_Tk[without_T], base.weights_Tk[without_T], rtol=1e-6)
 
 
+def test_literally_it_takes_its_probability_from_every_weight():
+    """`Recipe.mass`: a softmax over E+X whose chosen are not renormalised, by hand in float64."""
+    rng = np.random.default_rng(0)
+    x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((60, 6), (6, 8)))
+    w_out_AO = rng.normal(size=(3, 9), scale=0.1)
+    calibrators = {"at the start": np.zeros((3, 9)), "trained": w_out_AO}
+    base = route(x_TD, gate_DE, rule=Rule(3, normalised=False))
+    p_TO = np.exp(np.asarray(base.logits_TO, float))
+    p_TO = np.concatenate([p_TO, p_TO[:, 2:3]], axis=1) / (p_TO.sum(axis=1) + p_TO[:, 2])[:, None]
+    for w_out_AO in calibrators.values():
+        columns = new_columns(gate_DE[:, 2:3], np.ones((9, 3), np.float32), w_out_AO.astype(np.float32))
+        ours = route_extended(
+            x_TD, gate_DE, [columns], rule=Rule(3, normalised=False), normalise=bounded, mass="literal"
+        )
+        h_TA = p_TO @ np.ones((9, 3))
+        q_TO = p_TO + (0.5 * h_TA * (1 + np.vectorize(math.erf)(h_TA / math.sqrt(2)))) @ w_out_AO
+        np.testing.assert_allclose(ours.weights_Tk, np.take_along_axis(q_TO, np.asarray(ours.ids_Tk), 1), atol=1e-6)
+        if not w_out_AO.any():
+            without_T = ~(np.asarray(base.ids_Tk) == 2).any(axis=1)
+            less_T1 = 1 - p_TO[without_T, 8:]
+            np.testing.assert_allclose(ours.weights_Tk[without_T], base.weights_Tk[without_T] * less_T1, rtol=1e-5)
+            assert less_T1.min() < 0.96  # for tokens that never choose the column or its source
+    normalised = [
+        route_extended(x_TD, gate_DE, [columns], rule=Rule(3), normalise=bounded, mass=mass).weights_Tk
+        for mass in ("base", "literal")
+    ]
+    np.testing.assert_array_equal(
+        normalised[0], normalised[1]
+    )  # where the base's weights sum to one there is nothing to set
+
+
+def test_the_recipe_says_what_weights_sum_to():
+    literal = from_config_dict({**get_config("paper").to_dict(), "recipe": {"mass": "literal"}}).model_options
+    assert (literal["mass"], from_config_dict(get_config("paper")).model_options["mass"]) == ("literal", "base")
+
+
 def test_router_logits_are_float32_in_a_bfloat16_model():
     one = layer()
     routing = route(jnp.asarray(one["x_TD"], jnp.bfloat16), jnp.asarray(one["gate_DE"]), rule=Rule(2))

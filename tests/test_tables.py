@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import operator
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -78,7 +79,8 @@ def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
 
 
 def anywhere() -> dict[str, nnx.Param]:
-    return parameters() | parameters(EVERYTHING) | parameters(OTHER_DECODER) | parameters(OTHER_TOWER)
+    lowered = with_extension(FULL, dataclasses.replace(PUBLISHED, start="lowered"))
+    return functools.reduce(operator.or_, map(parameters, (FULL, EVERYTHING, OTHER_DECODER, OTHER_TOWER, lowered)))
 
 
 def size(prefix: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import delta, hashes, store
+from moextend_jax.checkpoints import delta, hashes, store, train_state
 from moextend_jax.checkpoints.convert import described, export_delta, import_source
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.loading import Source, check_routers, folder_of, open_source, open_tower
@@ -25,7 +25,7 @@ from moextend_jax.config import IMAGE, ImageTags, Medium, ModelConfig, MoextendE
 from moextend_jax.data.tokenizer import tokenizer_of
 from moextend_jax.folders import folder, reading
 
-ASKED = ("weight_guard", "prompt", "image_preparation")
+ASKED = ("weight_guard", "mass", "prompt", "image_preparation")
 """What of a recipe decides how the finished model computes and is asked, so that all must have it alike."""
 
 
@@ -226,7 +226,8 @@ def _how_to_ask(deltas: Sequence[Delta]) -> dict[str, Any]:
     recipes = [part.record.facts.get("recipe") for part in deltas]
     for part, recipe in zip(deltas, recipes, strict=True):
         for name in ASKED:
-            ours, theirs = ((r.get(name) if isinstance(r, dict) else None) for r in (recipes[0], recipe))
+            before = train_state.BEFORE.get(name)
+            ours, theirs = ((r.get(name, before) if isinstance(r, dict) else None) for r in (recipes[0], recipe))
             if ours != theirs:
                 raise MoextendError(
                     f"{deltas[0].folder} and {part.folder} were trained by recipes that one model cannot have both of: "

@@ -242,9 +242,15 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
     sources: Any = attributes.get("sources")
     known = isinstance(sources, list) and sources and all(type(n) is int and n >= -1 for n in sources)
-    if not known or len(sources) % len(layers):
+    known = known and not len(sources) % len(layers)
+    start: Any = attributes.get("start", "copy")
+    if start not in ("copy", "twin") or (start == "twin" and not (known and -1 not in sources)):
+        raise MoextendError(f"{where}: start = {shown(start)} cannot be honoured (only copy, or twin of known sources)")
+    if not known:
         return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
-    return ExtensionConfig(layers=tuple(layers), sources=tuple(sources), new_experts=len(sources) // len(layers))
+    return ExtensionConfig(
+        layers=tuple(layers), sources=tuple(sources), new_experts=len(sources) // len(layers), start=start
+    )
 
 
 def image_tags(attributes: Mapping[str, Any]) -> ImageTags:

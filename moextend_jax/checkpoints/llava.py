@@ -44,7 +44,7 @@ _TABLE = Table(
     harmless=OF_ANY_MODEL
     | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id"}
     | {"image_seq_length", "ignore_index", "image_tags", "add_layer", "new_experts", "calibrator_width"}
-    | {"sources", "weight_guard", "text_isolation", "moextend"},
+    | {"sources", "start", "weight_guard", "text_isolation", "moextend"},
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     for name in ("torch_dtype", "dtype"):
         if name in attributes:
             text.setdefault(name, attributes[name])
-    for name in ("image_tags", "sources"):
+    for name in ("image_tags", "sources", "start"):
         if name in attributes:
             text[name] = attributes[name]
     feature_layer = _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)

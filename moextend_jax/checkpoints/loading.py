@@ -446,7 +446,8 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
             raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
     extension = _extension_in(stored)
     if attributes is not None:
-        plain = {name: value for name, value in attributes.items() if name != "moextend"} | {"add_layer": None}
+        plain = {name: value for name, value in attributes.items() if name not in ("moextend", "start")}
+        plain["add_layer"] = None
         decoder = huggingface.decoder_config(plain, where=at)
         configured = huggingface.extension_config(attributes, where=at)
         if configured:
@@ -460,7 +461,10 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
                 f"{shown(stored_layers)}"
             )
         if extension and configured and len(configured.sources) == len(extension.sources):
-            extension = dataclasses.replace(extension, sources=configured.sources)
+            extension = dataclasses.replace(extension, sources=configured.sources, start=configured.start)
+        twin = configured is not None and configured.start == "twin"
+        if twin and (extension is None or extension.start != "twin" or max(extension.sources) >= decoder.experts):
+            raise MoextendError(f"{at}: sources = {shown(attributes['sources'])} are not those of its new experts")
     elif below is not None:
         decoder = below.config.decoder
     else:

@@ -29,6 +29,7 @@ from moextend_jax.config import (
     ModelConfig,
     MoextendError,
     ProjectorConfig,
+    StartName,
     TowerConfig,
     VisionConfig,
     WhisperConfig,
@@ -57,6 +58,7 @@ EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
     Name("extensions/image/router/new_gate_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
     Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.selection", "X -> X"),
+    Name("extensions/image/router/offset", "model.layers.{Y}.block_sparse_moe.gate_vision.offset", "X -> X"),
     Name(
         "extensions/image/router/calibrator/w_in",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.0.weight",
@@ -205,7 +207,8 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     rows, leaf = _DECODERS[config.decoder.family], path
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
-        if leaf not in _leaves_of_extension(config.decoder):
+        added = config.extensions.get(name)
+        if added is not None and leaf not in _leaves_of_extension(config.decoder, added.start):
             return None
     elif kind == "media":
         part, _, leaf = inside.partition("/")
@@ -223,9 +226,9 @@ def _leaves(decoder: DecoderConfig) -> frozenset[str]:
 
 
 @functools.cache
-def _leaves_of_extension(decoder: DecoderConfig) -> frozenset[str]:
-    """The same of an extension: it has the biases that the decoder's experts and routers have."""
-    any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,))
+def _leaves_of_extension(decoder: DecoderConfig, start: StartName) -> frozenset[str]:
+    """The same of an extension: it has the biases that the decoder's experts and routers have, and its start's leaf."""
+    any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,), start=start)
     module = nnx.eval_shape(lambda: Extension(decoder, any_layer, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
     return frozenset(by_path(nnx.state(module, nnx.Param)))
 
@@ -234,6 +237,10 @@ def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
     tower = medium.tower
     of_tower = _TOWERS[tower.family] if isinstance(tower, VisionConfig) else _OTHERS[type(tower)]
     return {"tower": of_tower, "projector": _PROJECTORS[medium.projector.kind]}.get(part, {})
+
+
+PUBLISHED_STARTS = {"released": ("copy",), "hf": ("copy", "twin")}
+"""What programs that read a layout of whole models compute."""
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
@@ -252,8 +259,13 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others.append(f"a tower of family {family}")
         elif kind == "media" and config.media[name].projector != ProjectorConfig():
             others.append(f"a projector of kind {config.media[name].projector.kind}")
-        elif kind == "extensions" and config.extensions[name].share != 1:
-            others.append(f"a share of {config.extensions[name].share} of extension {name}")
+        elif kind == "extensions":
+            added = config.extensions[name]
+            others += [f"a share of {added.share} of extension {name}"] * (added.share != 1)
+            others += [f"the start {added.start!r} of extension {name}"] * (
+                added.start not in PUBLISHED_STARTS.get(layout, (added.start,))
+            )
+            others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1)
     if others:
         raise MoextendError(
             f"layout {layout} holds a Mixtral, pictures behind a CLIP and two linear maps, and one extension called "

@@ -15,7 +15,7 @@ from moextend_jax.config import DecoderConfig, MoextendError
 
 def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
     """The whole record. Its `chosen_layers` ascend and are layers of the decoder, its `sources` are experts of it,
-    `new_experts` different ones for each layer; its `base` is text.
+    `wide` for each of `new_experts`, all different in a layer; its `base` is text.
 
     Raises:
       MoextendError: they are not, or are not there; names the file.
@@ -29,11 +29,15 @@ def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
     new: Any = record.get("new_experts", 1)
     if type(new) is not int or not 1 <= new <= decoder.experts:
         raise MoextendError(f"{path}: new_experts = {shown(new)} is no number of experts up to {decoder.experts}")
-    of_layers = [sources[n : n + new] for n in range(0, len(sources), new)] if isinstance(sources, list) else []
-    if not _below(sources, decoder.experts) or [len({*some}) for some in of_layers] != [new] * len(layers):
-        each = "one per layer" if new == 1 else f"{new} different ones per layer"
+    wide: Any = record.get("wide", 1)
+    if type(wide) is not int or not 1 <= wide <= decoder.experts:
+        raise MoextendError(f"{path}: wide = {shown(wide)} is no number of experts up to {decoder.experts}")
+    each = new * wide
+    of_layers = [sources[n : n + each] for n in range(0, len(sources), each)] if isinstance(sources, list) else []
+    if not _below(sources, decoder.experts) or [len({*some}) for some in of_layers] != [each] * len(layers):
+        told = "one per layer" if each == 1 else f"{each} different ones per layer"
         raise MoextendError(
-            f"{path}: sources = {shown(sources)} are not {new * len(layers)} experts below {decoder.experts}, {each}"
+            f"{path}: sources = {shown(sources)} are not {each * len(layers)} experts below {decoder.experts}, {told}"
         )
     if not isinstance(record.get("base"), str):
         raise MoextendError(f"{path}: base = {shown(record.get('base'))} is no content hash")

@@ -236,10 +236,14 @@ def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConf
         raise ValueError(f"extended layers {shown(layers)} are impossible")
     if min(extension.new_experts, extension.calibrator_width) < 1 or extension.calibrator_width >= MOST:
         raise ValueError(f"extension {shown(name)} has {extension.new_experts} experts for each layer")
-    if len(sources) != len(layers) * extension.new_experts:
+    if not 1 <= extension.wide <= decoder.experts:
+        raise ValueError(f"extension {shown(name)} has {extension.wide} sources of an expert")
+    if len(sources) != len(layers) * extension.new_experts * extension.wide:
         raise ValueError(f"{len(layers)} layers copy {len(sources)} experts")
     if not all(-1 <= source < decoder.experts for source in sources):
         raise ValueError(f"sources {shown(sources)} are impossible")
+    if extension.start == "twin" and (extension.wide > 1 or -1 in sources):
+        raise ValueError(f"twins of sources {shown(sources)}, {extension.wide} of each, are impossible")
     if not 0 <= extension.share <= 1 or (extension.medium and not NAME.fullmatch(extension.medium)):
         raise ValueError(f"extension {shown(name)} has medium {shown(extension.medium)}, share {extension.share}")
 

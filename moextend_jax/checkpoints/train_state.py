@@ -247,7 +247,9 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
     )
 
 
-BEFORE: dict[str, Any] = {"weight_guard": "none", "tags": [5, 6, 3]}
+BEFORE: dict[str, Any] = {
+    "weight_guard": "none", "tags": [5, 6, 3], "mass": "base", "start": "copy", "wide": 1,
+}  # fmt: skip
 """What was done where an older record does not say it, because there was no choice."""
 MAY_CHANGE = ("pictures",)
 """Facts that may differ, since damaged pictures are mended in the middle of a stage, but not unnoticed."""

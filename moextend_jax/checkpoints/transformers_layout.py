@@ -170,6 +170,7 @@ def _llava_attributes(
         "add_layer": list(extension.layers), "sources": list(extension.sources),
         "new_experts": extension.new_experts, "calibrator_width": extension.calibrator_width,
         "weight_guard": recipe.weight_guard, "text_isolation": text_isolation,
+        **({"start": extension.start} if extension.start != "copy" else {}),
     }  # fmt: skip
 
 

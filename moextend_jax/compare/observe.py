@@ -91,6 +91,7 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
             [new] if new else [],
             config=model.config,
             extended=[True] if new else [],
+            sources=_sources_of(model, z) if new else [],
             shares=list(open_to.values()) if new else [],
         )
         calibrated_Tk = None
@@ -109,6 +110,13 @@ def _extension_of(model: MoExtend, layer: int):
     definition, state = nnx.split(module)
     y = extension.layers.index(layer)
     return nnx.merge(definition, jax.tree.map(lambda leaf: leaf[y], state))
+
+
+def _sources_of(model: MoExtend, layer: int) -> list[jax.Array | None]:
+    extension = model.config.extension
+    if extension is None or extension.start != "twin":
+        return [None]
+    return [jnp.array(extension.sources).reshape(len(extension.layers), -1)[extension.layers.index(layer)]]
 
 
 def _routing(routing: Routing, model: MoExtend) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe
+from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe, StartName
 from moextend_jax.models.mixtral import Extension
 from moextend_jax.parameters import arrays_of
 
@@ -25,14 +26,39 @@ COPIED = {
 }
 """New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
 
+MEAN_OF: dict[str, Callable[[list[jax.Array]], jax.Array]] = {
+    **dict.fromkeys(("new_experts/w_gate", "new_experts/w_up"), functools.partial(jnp.concatenate, axis=3)),
+    **dict.fromkeys(("new_experts/b_gate", "new_experts/b_up"), functools.partial(jnp.concatenate, axis=2)),
+    "new_experts/w_down": lambda parts: jnp.concatenate(parts, axis=2) / len(parts),
+    "new_experts/b_down": lambda parts: sum(parts[1:], parts[0]) / len(parts),
+}
+"""TABLE of leaves -> what those of several sources become: hidden units side by side, whose outputs add up, divided by
+their number. Of others (router columns) the first source's."""
+
+CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
+    "copy": {},
+    "twin": {},
+    "lowered": {"router/offset": lambda leaf, lowered_by: jnp.full_like(leaf, -lowered_by)},
+    "added": dict.fromkeys(("new_experts/w_down", "new_experts/b_down"), lambda leaf, lowered_by: jnp.zeros_like(leaf)),
+}
+"""TABLE of starts -> the new leaves that do not start as copies. `models/starts.py` says what each is."""
+
 
 def grow(
-    arrays: Mapping[str, jax.Array], *, config: ModelConfig, recipe: Recipe, seed: int, name: str = IMAGE
+    arrays: Mapping[str, jax.Array],
+    *,
+    config: ModelConfig,
+    recipe: Recipe,
+    seed: int,
+    name: str = IMAGE,
+    lowered_by: float = 0.0,
 ) -> dict[str, jax.Array]:
     """The leaves of the extension `name` of `config.extensions`, initialised from the pretrained ones.
 
     Each new expert and its router column copy a source expert of the layer (paper Eq. 8); the pretrained arrays are
-    not touched.
+    not touched. A wide one has the hidden units of its sources side by side, which adds their outputs up, and a down
+    projection divided by their number: it is their mean, of the size of one. Its column is that of its first source,
+    the most picked, for a mean of columns is chosen by next to nobody.
     """
     extension = config.extensions.get(name)
     if extension is None:
@@ -46,14 +72,19 @@ def grow(
         config.decoder, extension, rngs=nnx.Rngs(seed), dtype=config.train_dtype, std=recipe.calibrator_std
     )
     leaves = arrays_of(fresh)
+    Y, wide = len(extension.layers), extension.wide
     layers_Y1 = jnp.array(extension.layers)[:, None] - routed.start
-    sources_YX = jnp.array(extension.sources).reshape(len(extension.layers), extension.new_experts)
+    sources_YXm = jnp.array(extension.sources).reshape(Y, extension.new_experts, wide)
     for new, old in COPIED.items():
         if new not in leaves:  # the base's experts have none
             continue
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
-            copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YX], 1, 2)
+            copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YXm[..., 0]], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]
-            copied = arrays[old][layers_Y1, sources_YX]
+            parts = [arrays[old][layers_Y1, sources_YXm[..., n]] for n in range(wide)]
+            copied = MEAN_OF[new](parts) if wide > 1 and new in MEAN_OF else parts[0]
         leaves[new] = copied.astype(leaves[new].dtype)
+    for new, changed in CHANGED[extension.start].items():
+        if new in leaves:
+            leaves[new] = changed(leaves[new], lowered_by)
     return {f"extensions/{name}/{path}": leaf for path, leaf in leaves.items()}

@@ -31,19 +31,20 @@ class Counts(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """shift_Z: d_j of every layer that routes. layers: numbers of the chosen, ascending. sources: experts to copy, X
-    for each chosen layer, one after another."""
+    """shift_Z: d_j of every layer that routes. layers: numbers of the chosen, ascending. sources: experts to copy,
+    `wide` for each of X new ones of each chosen layer, one after another."""
 
     shift_Z: np.ndarray
     layers: tuple[int, ...]
     sources: tuple[int, ...]
 
 
-def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe) -> Counts:
-    """Counts of one batch, traceable. `least_likely` counts the k experts that the router likes least."""
+def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe, top_k: int | None = None) -> Counts:
+    """Counts of one batch, traceable. `least_likely` counts the `top_k` experts that the router likes least, None: as
+    many as a token has."""
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
-        ids_ZTk = least_likely(routing.chosen_by_TO, top_k=ids_ZTk.shape[-1])
+        ids_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k or ids_ZTk.shape[-1])
     image_T = (batch.places_BL >= 0).reshape(-1)
     text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
     text_ZO, image_ZO = (tally(ids_ZTk, of_T, outputs=outputs) for of_T in (text_T, image_T))
@@ -103,7 +104,9 @@ def count_all(
     def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
         routing = with_arrays(model, arrays)(batch).routing
         real_T = (batch.segments_BL > 0).reshape(-1)
-        return count_picks(routing, batch, recipe=recipe), count_faulty(routing.logits_TO, real_T)
+        return count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k), count_faulty(
+            routing.logits_TO, real_T
+        )
 
     program, total = Program(count, mesh=mesh or one_device()), None
     for batch in batches:
@@ -117,13 +120,21 @@ def count_all(
 
 
 def select(
-    before: Counts, after: Counts, *, share: float, recipe: Recipe, new_experts: int = 1, first: int = 0
+    before: Counts,
+    after: Counts,
+    *,
+    share: float,
+    recipe: Recipe,
+    new_experts: int = 1,
+    wide: int = 1,
+    first: int = 0,
 ) -> Selection:
     """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
 
     The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer, and to the lower expert. Each of
-    the `new_experts` X of a layer has another source. `first` is the number of the first layer that routes: counts
-    are of routed layers, the chosen ones are numbered among all.
+    the `new_experts` X of a layer has other sources: the X most picked are the first of one each, the X after these the
+    second, and so on. `first` is the number of the first layer that routes: counts are of routed layers, the chosen
+    ones are numbered among all.
 
     Raises:
       MoextendError: the share chooses no layer, or a layer's shift is no number (nothing was counted there).
@@ -138,13 +149,20 @@ def select(
         raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
     layers = tuple(sorted(int(z) for z in np.argsort(-shift_Z, kind="stable")[:count]))
     decided_ZO = shares((before if recipe.source_under == "before" else after).total_ZO)
-    if new_experts > decided_ZO.shape[1]:
+    check_sources(new_experts, wide, experts=decided_ZO.shape[1])
+    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in layers)
+    sources = (experts.reshape(wide, new_experts).T.reshape(-1) for experts in by_picks)
+    copied = tuple(int(expert) for experts in sources for expert in experts)
+    return Selection(shift_Z, tuple(first + z for z in layers), copied)
+
+
+def check_sources(new_experts: int, wide: int, *, experts: int) -> None:
+    """Raises MoextendError where a layer has fewer experts than there are to be different sources."""
+    if new_experts * wide > experts:
+        times = "" if wide == 1 else f" times select.wide = {wide}"
         raise MoextendError(
-            f"select.new_experts = {new_experts}: each copies another expert, and a layer has {decided_ZO.shape[1]}"
+            f"select.new_experts = {new_experts}{times}: each copies another expert, and a layer has {experts}"
         )
-    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[:new_experts] for z in layers)
-    sources = tuple(int(expert) for experts in by_picks for expert in experts)
-    return Selection(shift_Z, tuple(first + z for z in layers), sources)
 
 
 def shares(counts_ZO: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ reduce-scatter for what trains, nothing for what is frozen.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,12 +35,12 @@ from moextend_jax.sharding import Shards, gather, map_shards, module_shards, pla
 class Split(NamedTuple):
     """How a layer's experts and tokens are split over mesh axes; () where nothing splits them.
 
-    expert: pretrained experts by number; tensor: by hidden width; new: new experts by hidden width; tokens.
+    expert: pretrained experts by number; tensor: by hidden width; new: those of each extension by hidden width; tokens.
     """
 
     expert: tuple[str, ...]
     tensor: tuple[str, ...]
-    new: tuple[str, ...]
+    new: tuple[tuple[str, ...], ...]
     tokens: tuple[str, ...]
 
 
@@ -51,6 +52,7 @@ def mixture(
     config: ModelConfig,
     extended: Sequence[jax.Array | bool] = (),
     shares: Sequence[jax.Array | None] = (),
+    sources: Sequence[jax.Array | None] = (),
     real_BL: jax.Array | None = None,
 ):
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
@@ -58,8 +60,9 @@ def mixture(
     Args:
       moe: `experts`, `gate` and its biases of one layer. slots: `router`, `new_experts` of every extension
         in it.
-      config: its decoder's `Rule`, its dispatch (a row of DISPATCHES) and its guard of calibrated weights.
+      config: its decoder's `Rule`, its dispatch (a row of DISPATCHES), how calibrated weights are guarded and summed.
       extended: for each extension a bool scalar, false on layers that it does not have.
+      sources: for each the experts that its own were copied from in this layer [X], which twins need.
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
@@ -70,7 +73,7 @@ def mixture(
     split = Split(
         experts.over("E"),
         experts.over("F"),
-        splits[1]["new_experts/w_gate"].over("f") if slots else (),
+        tuple(of_slot["new_experts/w_gate"].over("f") for of_slot in splits[1:]),
         x_split.over("BL"),
     )
     # Mesh axes over which an expert stays split in use: where tokens come to the experts, a new one's slices too.
@@ -80,7 +83,7 @@ def mixture(
     # For example a group of expert 2 x tensor 2, E = 8, 128 tokens on each device. Device (1, 0) holds the first half
     # of the hidden width of experts 4 to 7 and the third quarter of a new expert's. With "gather" it sees the group's
     # 512 tokens, adds up what these parts give each, and is left with the group's sum for its own 128.
-    def local(x_BLD, arrays, extended, real_BL, shares):
+    def local(x_BLD, arrays, extended, sources, real_BL, shares):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, *added = map(in_use, (moe, *slots), arrays, splits)
         with jax.named_scope("router"):
@@ -90,12 +93,12 @@ def mixture(
             else:
                 routing = route_extended(
                     x_TD, gate, [slot.router for slot in added], extended=extended, rule=rule,
-                    normalise=WEIGHT_GUARDS[config.weight_guard],
+                    normalise=WEIGHT_GUARDS[config.weight_guard], mass=config.mass, sources=sources or None,
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
         computed = _of_real(routing, real_BL)
-        y_TD = DISPATCHES[config.dispatch](x_TD, computed, parts, split, glu)
+        y_TD = DISPATCHES[config.dispatch](x_TD, computed, parts, split, glu, rule.top_k)
         if this.experts.b_down is not None:
             b_OD = jnp.concatenate([this.experts.b_down[...], *(slot.new_experts.b_down[...] for slot in added)])
             y_TD += bias_behind(computed.ids_Tk, computed.weights_Tk, b_OD.astype(x_TD.dtype))
@@ -113,8 +116,10 @@ def mixture(
         return with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 
     tokens = Shards("BL", x_split.split[:2])
-    ins = (x_split, splits, Shards("", ()), tokens, tokens)
-    y_BLD, routing = map_shards(local, ins, x_split)(x_BLD, arrays, list(extended), real_BL, list(shares))
+    everywhere = Shards("", ())
+    ins = (x_split, splits, everywhere, everywhere, tokens, tokens)
+    given = (x_BLD, arrays, list(extended), list(sources), real_BL, list(shares))
+    y_BLD, routing = map_shards(local, ins, x_split)(*given)
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
 
 
@@ -126,7 +131,9 @@ def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:
     return routing._replace(ids_Tk=jnp.where(real_BL.reshape(-1, 1), routing.ids_Tk, nobody))
 
 
-def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu) -> jax.Array:
+def gather_tokens(
+    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int
+) -> jax.Array:
     """Tokens come to the experts: all-gather within the group, reduce-scatter of the results."""
     group = split.expert + split.tensor
     together = tuple(axis for axis in group if axis in split.tokens)
@@ -139,18 +146,21 @@ def gather_tokens(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     is_here_Tk = (local_Tk >= 0) & (local_Tk < here) & (ids_Tk < experts)
     if not new:
         y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts, glu)
-    elif new[0][0].shape[-1] == pretrained[0].shape[-1]:  # one buffer of rows serves all
+    elif ids_Tk.shape[1] == top_k and _alike(parts) and len({*split.new}) == 1:  # one buffer of rows serves all
         added = sum(part[0].shape[0] for part in new)
         local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
         local_Tk = jnp.where(ids_Tk >= experts, ids_Tk - experts + here, local_Tk)
-        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split), parts, glu)
+        y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split.new[0]), parts, glu)
     else:
-        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, [pretrained], glu)
+        local_Tk = jnp.where(is_here_Tk, local_Tk, here)[:, :top_k]
+        y_TD = apply_experts(x_TD, local_Tk, weights_Tk[:, :top_k], [pretrained], glu)
         y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split, glu)
     return _summed(y_TD, group, together)
 
 
-def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu) -> jax.Array:
+def exchange_rows(
+    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int
+) -> jax.Array:
     """Rows go to the experts and come back: `ragged_all_to_all` over the expert axis, twice.
 
     Every buffer has room for all rows of the group, because all may choose one device's experts: nothing is dropped.
@@ -159,12 +169,12 @@ def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     x_TD, ids_Tk, weights_Tk = (_gathered(array, together) for array in (x_TD, routing.ids_Tk, routing.weights_Tk))
 
     pretrained, *new = parts
-    here, top_k = pretrained[0].shape[0], ids_Tk.shape[-1]
+    here = pretrained[0].shape[0]
     devices, me = _devices(split.expert), _index(split.expert)
     experts = here * devices
-    sorting = sort_by_expert(ids_Tk, experts=experts)
+    sorting = sort_by_expert(ids_Tk[:, :top_k], experts=experts)
     x_RD = dispatch(top_k, x_TD, sorting)
-    weights_R1 = weights_Tk.reshape(-1)[sorting.order_R][:, None]
+    weights_R1 = weights_Tk[:, :top_k].reshape(-1)[sorting.order_R][:, None]
 
     counts_pqe = _gathered(sorting.sizes_O[None], split.expert).reshape(devices, devices, here)
     rows_pq = counts_pqe.sum(axis=-1)
@@ -184,7 +194,7 @@ def exchange_rows(x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], s
     return _summed(y_TD, split.tensor, together)
 
 
-DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split, Glu], jax.Array]] = {
+DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split, Glu, int], jax.Array]] = {
     "gather": gather_tokens,
     "exchange": exchange_rows,
 }
@@ -217,24 +227,35 @@ class _Trip(NamedTuple):
         return jnp.where(from_Rp.any(axis=1)[:, None], rows_pRD[sender_R, index_R], out_RD)
 
 
+def _alike(parts: Sequence[Weights]) -> bool:
+    """Whether experts of all parts have one hidden width here."""
+    return len({part[0].shape[-1] for part in parts}) == 1
+
+
 def _new_alone(
     x_TD, ids_Tk, weights_Tk, new: Sequence[Weights], group: tuple[str, ...], split: Split, glu: Glu
 ) -> jax.Array:
     """The new experts' share of the sum; `ids_Tk` is negative for pretrained ones. A token chooses each new expert at
-    most once, so it needs no more rows than there are new experts."""
-    X, top_k = sum(part[0].shape[0] for part in new), ids_Tk.shape[-1]
-    is_new_Tk = (ids_Tk >= 0) & (ids_Tk < X)
-    slots_Tk = jnp.argsort(~is_new_Tk, axis=1, stable=True)[:, : min(X, top_k)]
-    ids_Tk, weights_Tk, is_new_Tk = (
-        jnp.take_along_axis(array, slots_Tk, axis=1) for array in (ids_Tk, weights_Tk, is_new_Tk)
-    )
-    weights_Tk = _shared(weights_Tk, is_new_Tk, group, split)
-    return apply_experts(x_TD, jnp.where(is_new_Tk, ids_Tk, X), weights_Tk, new, glu)
+    most once, so it needs no more rows than there are new experts. Those of one width go together."""
+    y_TD, first = jnp.zeros_like(x_TD), 0
+    for how, run in itertools.groupby(zip(new, split.new, strict=True), lambda one: (one[0][0].shape[-1], one[1])):
+        parts = [part for part, _ in run]
+        X, top_k = sum(part[0].shape[0] for part in parts), ids_Tk.shape[-1]
+        is_here_Tk = (ids_Tk >= first) & (ids_Tk < first + X)
+        slots_Tk = jnp.argsort(~is_here_Tk, axis=1, stable=True)[:, : min(X, top_k)]
+        of_Tk, by_Tk, is_here_Tk = (
+            jnp.take_along_axis(array, slots_Tk, axis=1) for array in (ids_Tk - first, weights_Tk, is_here_Tk)
+        )
+        by_Tk = _shared(by_Tk, is_here_Tk, group, how[1])
+        y_TD += apply_experts(x_TD, jnp.where(is_here_Tk, of_Tk, X), by_Tk, parts, glu)
+        first += X
+    return y_TD
 
 
-def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], split: Split) -> jax.Array:
-    """Where several devices of the group hold the same slice of a new expert, each contributes its part of the sum."""
-    repeats = _devices(tuple(axis for axis in group if axis not in split.new))
+def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], new: tuple[str, ...]) -> jax.Array:
+    """Where several devices of the group hold the same slice of a new expert, each contributes its part of the sum.
+    `new`: what splits it."""
+    repeats = _devices(tuple(axis for axis in group if axis not in new))
     return weights_Tk if repeats == 1 else jnp.where(is_new_Tk, weights_Tk / repeats, weights_Tk)
 
 

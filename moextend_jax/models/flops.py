@@ -198,7 +198,9 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
         columns = E + sum(other.new_experts for other in config.extensions.values())
         share = added.new_experts / columns if new_share is None else new_share
         picked[name] = len(added.layers) * share
-    old_rows = T * k * (Z - sum(picked.values()))
+    # What is added takes nobody's place.
+    taken = sum(share for name, share in picked.items() if config.extensions[name].start != "added")
+    old_rows = T * k * (Z - taken)
     layers = "decoder/layers/"
     experts = layers + "moe/experts/"
 
@@ -230,14 +232,15 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     ]
     for name, added in config.extensions.items():
         extended, X, A, new = len(added.layers), added.new_experts, added.calibrator_width, f"extensions/{name}/"
+        f = added.wide * F
         of, new_rows = "" if len(config.extensions) == 1 else f" of {name}", T * k * picked[name]
         router, calibrator = 2.0 * extended * T * D * X, 4.0 * extended * T * (E + X) * A
         parts += [
             Part(f"router/new{of}", router, (new + "router/new_gate",), True),
             Part(f"calibrator{of}", calibrator, (new + "router/calibrator/w_in",), True),
-            Part(f"new_experts/gate{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_gate",), True),
-            Part(f"new_experts/up{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_up",), True),
-            Part(f"new_experts/down{of}", 2.0 * new_rows * D * F, (new + "new_experts/w_down",), True),
+            Part(f"new_experts/gate{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_gate",), True),
+            Part(f"new_experts/up{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_up",), True),
+            Part(f"new_experts/down{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_down",), True),
         ]
     parts += passed_by_all(layers, Z, sizes["s"])
     head = "decoder/embed" if decoder.tied_head else "decoder/head"

@@ -113,7 +113,7 @@ class Extension(nnx.Module):
         self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float,
         experts_dtype: str | None = None,
     ):  # fmt: skip
-        sizes = {**decoder.sizes(), **extension.sizes()}
+        sizes = extension.sizes(decoder)
         self.router = NewColumns(decoder, extension, rngs=rngs, dtype=dtype, std=std)
         bias, dtype = decoder.expert_bias, experts_dtype or dtype
         self.new_experts = Experts("YXDf", sizes, rngs=rngs, dtype=dtype, bias=bias)
@@ -176,6 +176,7 @@ def run_layers(
             here,
             config=config,
             extended=[own.extended for own in by_slot],
+            sources=[own.sources_X for own in by_slot],
             shares=[shares[name] for name in names],
             real_BL=real_BL,
         )
@@ -266,11 +267,12 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
 
 class _Scanned(NamedTuple):
     """What the scan takes of an extension for each layer: whether the layer has it, its row y of the stacked leaves,
-    and the leaves of extensions that train. All stacked over Z outside of the layer."""
+    the leaves of extensions that train, and of twins their sources. All stacked over Z outside of the layer."""
 
     extended: Any
     row: Any
     leaves: Any
+    sources_X: Any
 
 
 class _Slots(NamedTuple):
@@ -304,8 +306,10 @@ def _slots(extension: Extension, config: ExtensionConfig, routed: range, *, dtyp
     rows_Z = jnp.full(len(routed), Y).at[jnp.array(config.layers) - routed.start].set(jnp.arange(Y))
     definition, state = nnx.split(extension)
     extended_Z = rows_Z < Y
+    here_Z = jnp.where(extended_Z, rows_Z, 0)
+    sources_ZX = jnp.array(config.sources).reshape(Y, -1)[here_Z] if config.start == "twin" else None
     if not config.trains:
-        return _Slots(definition, state, _Scanned(extended_Z, jnp.where(extended_Z, rows_Z, 0), None))
+        return _Slots(definition, state, _Scanned(extended_Z, here_Z, None, sources_ZX))
 
     def spread(path, param: nnx.Param):
         leaf = param[...].astype(dtype) if "new_experts" in path else param[...]
@@ -313,7 +317,7 @@ def _slots(extension: Extension, config: ExtensionConfig, routed: range, *, dtyp
         return param.replace(leaf)
 
     flat = [(path, spread(path, param)) for path, param in nnx.to_flat_state(state)]
-    return _Slots(definition, None, _Scanned(extended_Z, rows_Z, nnx.from_flat_state(flat)))
+    return _Slots(definition, None, _Scanned(extended_Z, rows_Z, nnx.from_flat_state(flat), sources_ZX))
 
 
 __all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig
+from moextend_jax.config import DecoderConfig, ExtensionConfig, Mass
+from moextend_jax.models.starts import STARTS, TIE, Columns, Competing
 from moextend_jax.parameters import constant, weight
 
 
@@ -20,9 +22,10 @@ class Routing(NamedTuple):
     logits_TO: float32 router logits before the scores; O = E, or in an extended model E and the X of every extension;
       -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
       from these.
-    ids_Tk: chosen experts, the best first; ids from E on are new experts.
-    weights_Tk: float32 combine weights, summing to one over k where the family has it so (but where `bounded` had to
-      hold them).
+    ids_Tk: chosen experts, the best first; ids from E on are new experts. Where extensions start "added", k is wider by
+      their experts, which stand behind those that compete: O, which is nobody, where a token does not have one.
+    weights_Tk: float32 combine weights, those of experts that compete summing to one where the family has it so (but
+      where `bounded` had to hold them).
     selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
       for whom the token could not choose. Else None.
     """
@@ -56,14 +59,16 @@ class Calibrator(nnx.Module):
 class NewColumns(nnx.Module):
     """New router columns, with the biases that the base's have, and the calibrator of the extended layers.
 
-    new_gate_bias: of their logits. new_bias: what they are chosen by besides, which no gradient reaches.
+    new_gate_bias: of their logits. new_bias: what they are chosen by besides, which no gradient reaches. offset: with
+    start "lowered", what is added to their logits.
     """
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
-        sizes = {**decoder.sizes(), **extension.sizes(), "O": decoder.experts + extension.new_experts}
+        sizes, self.start = extension.sizes(decoder), extension.start
         self.new_gate = weight("YDX", sizes, rngs=rngs, dtype=dtype)
         self.new_gate_bias = constant("YX", sizes, dtype=dtype, value=0.0) if decoder.router_bias else None
         self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
+        self.offset = constant("YX", sizes, dtype=dtype, value=0.0) if extension.start == "lowered" else None
         self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
 
 
@@ -166,69 +171,116 @@ def route_extended(
     *,
     extended: Sequence[jax.Array | bool] | None = None,
     shares: Sequence[jax.Array | None] | None = None,
+    sources: Sequence[jax.Array | None] | None = None,
     rule: Rule,
-    normalise: Callable[[jax.Array], jax.Array],
+    normalise: Callable[..., jax.Array],
+    mass: Mass = "base",
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
     Experts are chosen by the uncalibrated scores of all columns, weighted by the calibrated probabilities. Beside
     others an extension's calibrator corrects what it was trained on, the probabilities that its own columns alone would
-    have, in proportion to what these columns have among all; alone it is the calibrator as trained.
+    have, in proportion to what these columns have among all; alone it is the calibrator as trained. Which columns there
+    are depends on how the extensions have started (`starts.STARTS`).
 
     Args:
       slots: the new columns of every extension in this layer, in the order of their experts' numbers.
       extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
         A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
+      sources: for each, the experts [X] that its own were copied from; twins alone need them.
       rule: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would for the
         token: else a new column would take from every expert's weight, for tokens that never choose it too.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
+      mass: "literal" lets it take from them: weights are what the calibrated probabilities say.
     """
     gate = gate if isinstance(gate, Gate) else Gate(gate)
     base_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
-    log_shares_T1 = [
-        _log_share(x_TD, shares[n] if shares else None, extended[n] if extended else True) for n in range(len(slots))
-    ]
-    # Where nothing has a share nothing is added: it would round.
-    columns = [
-        jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
-        for own_TX, share_T, share_T1 in zip(
-            (_own_logits(x_TD, gate, slot) for slot in slots),
-            shares or [None] * len(slots),
-            log_shares_T1,
-            strict=True,
-        )
-    ]
-    logits_TO = jnp.concatenate([base_TE, *columns], axis=-1)
-    probs_TO = probabilities(logits_TO, rule.scores)
-    bias_O = None
-    if gate.selection_E is not None:
-        bias_O = jnp.concatenate([gate.selection_E, *(_there(slot.new_bias) for slot in slots)])
-    selection_TO = selection(logits_TO, rule, bias_O, experts=E)
-    _, ids_Tk = jax.lax.top_k(probs_TO if selection_TO is None else selection_TO, rule.top_k)
-    calibrated_TO, first = probs_TO, E
-    for slot, own_TX, share_T1 in zip(slots, columns, log_shares_T1, strict=True):
-        after = first + own_TX.shape[-1]
-        own_TO, mass_T1 = probs_TO, jnp.exp(jnp.minimum(share_T1, 0.0))
-        if len(slots) > 1:
-            own_TO = probabilities(jnp.concatenate([base_TE, own_TX], axis=-1), rule.scores)
+    shares, sources = (some or [None] * len(slots) for some in (shares, sources))
+    log_shares_T1 = [_log_share(x_TD, shares[n], extended[n] if extended else True) for n in range(len(slots))]
+    seats: list[Competing] = []
+    columns, first = Columns(base_TE, np.arange(E)), E
+    for slot, share_T, share_T1, sources_X in zip(slots, shares, log_shares_T1, sources, strict=True):
+        own_TX = _own_logits(x_TD, gate, slot)
+        own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)[None]
+        # Where nothing has a share nothing is added: it would round.
+        own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
+        seats.append(STARTS[slot.start](own_TX, sources_X, first=first, columns=columns))
+        columns, first = seats[-1].columns, first + own_TX.shape[-1]
+    competing = [slot for slot, seat in zip(slots, seats, strict=True) if seat.competes]
+    bias_o = _bias(gate.selection_E, competing)
+    logits_To = columns.logits()
+    probs_To = probabilities(logits_To, rule.scores)
+    selection_To = selection(logits_To, rule, bias_o, experts=E)
+    _, picked_Tk = jax.lax.top_k(probs_To if selection_To is None else selection_To, rule.top_k)
+    calibrated_To, beside = probs_To, {}
+    for slot, seat, share_T1 in zip(slots, seats, log_shares_T1, strict=True):
+        own_TO, mass_T1 = probs_To, jnp.exp(jnp.minimum(share_T1, 0.0))
+        if len(slots) > 1 or not seat.competes:
+            own_TO = probabilities(seat.alone(columns), rule.scores)
             # What the others have not: exactly all where they are closed, as without them.
-            mass_T1 *= 1.0 - probs_TO[:, E:first].sum(-1, keepdims=True) - probs_TO[:, after:].sum(-1, keepdims=True)
+            mass_T1 *= seat.left(probs_To)
         correction_TO = slot.calibrator.correction(own_TO) * mass_T1
-        before_T, behind_T = (jnp.zeros((len(x_TD), n)) for n in (first - E, logits_TO.shape[-1] - after))
-        correction_TO = jnp.concatenate([correction_TO[:, :E], before_T, correction_TO[:, E:], behind_T], axis=-1)
-        calibrated_TO, first = calibrated_TO + correction_TO, after
-    weights_Tk = normalise(jnp.take_along_axis(calibrated_TO, ids_Tk, axis=-1))
+        calibrated_To = calibrated_To + seat.spread(correction_TO, columns)
+        if seat.stands_beside:
+            beside[seat] = _beside(seat, logits_To, picked_Tk, correction_TO, _bias(bias_o, [slot]), rule)
+    ids_Tk, weights_Tk = columns.experts(picked_Tk), jnp.take_along_axis(calibrated_To, picked_Tk, axis=-1)
     plain = route(x_TD, gate, rule=rule)
-    if not rule.normalised or rule.routed_factor != 1:
-        weights_Tk *= plain.weights_Tk.sum(axis=-1, keepdims=True)
-    if shares and any(share is not None for share in shares):
+    if rule.normalised or mass == "base":
+        summed = rule.normalised and rule.routed_factor == 1
+        weights_Tk = normalise(weights_Tk, 1.0 if summed else plain.weights_Tk.sum(axis=-1, keepdims=True))
+    else:
+        scores_To = SCORES[rule.scores](logits_To)
+        total_T1 = 1.0 if rule.scores == "softmax" else scores_To.sum(axis=-1, keepdims=True)
+        weights_Tk *= rule.routed_factor * total_T1
+    if any(share is not None for share in shares):
         open_T1 = ~jnp.isneginf(jnp.concatenate(log_shares_T1, axis=-1)).all(axis=-1, keepdims=True)
         ids_Tk, weights_Tk = (
             jnp.where(open_T1, extended_Tk, plain_Tk)
             for extended_Tk, plain_Tk in ((ids_Tk, plain.ids_Tk), (weights_Tk, plain.weights_Tk))
         )
+    for seat, stands in beside.items():
+        ids_Tk = jnp.concatenate([ids_Tk, jnp.where(stands.chosen_TX, seat.numbers_X[None], first)], axis=-1)
+        weights_Tk = jnp.concatenate([weights_Tk, stands.weights_TX], axis=-1)
+
+    def of_experts(values_To: jax.Array, beside_TX: Callable[[Competing], jax.Array]) -> jax.Array:
+        if all(seat.competes for seat in seats):
+            return values_To
+        own = (beside_TX(seat) if seat.stands_beside else seat.own(values_To, columns) for seat in seats)
+        return jnp.concatenate([columns.held(values_To), *own], axis=-1)
+
+    logits_TO = of_experts(logits_To, lambda seat: seat.own_TX)
+    selection_TO = None if selection_To is None else of_experts(selection_To, lambda seat: beside[seat].ranks_TX)
     return Routing(logits_TO, ids_Tk, weights_Tk, selection_TO)
+
+
+class Beside(NamedTuple):
+    """Whether a token has an extension's expert beside its k picks, its weight there, and what it was chosen by."""
+
+    chosen_TX: jax.Array
+    weights_TX: jax.Array
+    ranks_TX: jax.Array
+
+
+def _beside(
+    seat: Competing, logits_To: jax.Array, picked_Tk: jax.Array, correction_TO: jax.Array, bias_O: jax.Array | None,
+    rule: Rule,
+) -> Beside:  # fmt: skip
+    """Those that reach the last of the picks, with their probability beside the columns that compete."""
+    logits_TO, width = jnp.concatenate([logits_To, seat.own_TX], axis=-1), logits_To.shape[-1]
+    ranks_TO = selection(logits_TO, rule, bias_O, experts=seat.experts)
+    ranks_TO = logits_TO if ranks_TO is None else ranks_TO
+    least_T1 = jnp.take_along_axis(ranks_TO, picked_Tk[:, -1:], axis=-1) - TIE
+    chosen_TX = ranks_TO[:, width:] >= least_T1
+    weights_TX = probabilities(logits_TO, rule.scores)[:, width:] + correction_TO[:, seat.experts :]
+    weights_TX = jnp.where(chosen_TX, weights_TX * rule.routed_factor, 0.0)
+    return Beside(chosen_TX, weights_TX, ranks_TO[:, width:])
+
+
+def _bias(bias_o: jax.Array | None, slots: Sequence[NewColumns]) -> jax.Array | None:
+    """What columns are chosen by besides, with those of these slots behind."""
+    own = [slot.new_bias[...] for slot in slots if slot.new_bias is not None]
+    return None if bias_o is None else jnp.concatenate([bias_o, *own])
 
 
 def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array | bool) -> jax.Array:
@@ -243,15 +295,16 @@ def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
     return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
 
 
-def over_their_sum(weights_Tk: jax.Array) -> jax.Array:
-    return weights_Tk / weights_Tk.sum(axis=-1, keepdims=True)
+def over_their_sum(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:
+    """Weights that sum to `to_T1`."""
+    return weights_Tk / (weights_Tk.sum(axis=-1, keepdims=True) / to_T1)
 
 
 LARGEST_WEIGHT = 4.0
 """Of `bounded`. Calibrators that train well were seen to give -0.56 to 1.56."""
 
 
-def bounded(weights_Tk: jax.Array) -> jax.Array:
+def bounded(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:
     """`over_their_sum`, bit for bit, unless the weights nearly cancel; then by a sum that leaves none above the bound.
 
     Calibrated probabilities have any sign, so their sum can come near zero: 0.40 and -0.39 would weigh 40 and -39. They
@@ -260,8 +313,9 @@ def bounded(weights_Tk: jax.Array) -> jax.Array:
     total_T1 = weights_Tk.sum(axis=-1, keepdims=True)
     least_T1 = jnp.abs(weights_Tk).sum(axis=-1, keepdims=True) / LARGEST_WEIGHT
     least_T1 = jnp.maximum(least_T1, 1e-6)  # all of them zero
-    return weights_Tk / jnp.where(jnp.abs(total_T1) < least_T1, jnp.copysign(least_T1, total_T1), total_T1)
+    total_T1 = jnp.where(jnp.abs(total_T1) < least_T1, jnp.copysign(least_T1, total_T1), total_T1)
+    return weights_Tk / (total_T1 / to_T1)
 
 
-WEIGHT_GUARDS: dict[str, Callable[[jax.Array], jax.Array]] = {"none": over_their_sum, "bounded": bounded}
+WEIGHT_GUARDS: dict[str, Callable[..., jax.Array]] = {"none": over_their_sum, "bounded": bounded}
 """TABLE `weight_guard` -> how the chosen experts' calibrated probabilities become weights."""

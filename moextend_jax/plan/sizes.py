@@ -24,9 +24,10 @@ from moextend_jax.config import (
     WhisperConfig,
     of_pictures,
 )
+from moextend_jax.extension.routing import check_sources
 from moextend_jax.families import FAMILIES, towers
 from moextend_jax.runs.media import medium_of, projector_of
-from moextend_jax.runs.results import select_of, table
+from moextend_jax.runs.results import grow_of, select_of, table
 from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
 
 DECODERS = {
@@ -79,7 +80,8 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     extensions = {}
     for name in rows.grown((*rows.result(stage).parents, stage)):
         select = select_of(settings, name)
-        extensions[name] = extension(decoder, select, medium=links[name].medium)
+        start = grow_of(settings, name).start
+        extensions[name] = dataclasses.replace(extension(decoder, select, medium=links[name].medium), start=start)
     return dataclasses.replace(config, media=Named(media), extensions=Named(extensions))
 
 
@@ -91,8 +93,10 @@ def extension(decoder: DecoderConfig, select: SelectSettings, *, medium: str = I
     if not extended:
         raise MoextendError(f"select.share = {select.share} extends none of {len(routed)} layers")
     layers = tuple(routed[(n + 1) * len(routed) // extended - 1] for n in range(extended))
-    new = select.new_experts
-    return ExtensionConfig(layers=layers, sources=tuple(range(new)) * extended, new_experts=new, medium=medium)
+    new = select.number(decoder.experts)
+    check_sources(new, select.wide, experts=decoder.experts)
+    sources = tuple(range(new * select.wide)) * extended
+    return ExtensionConfig(layers=layers, sources=sources, new_experts=new, wide=select.wide, medium=medium)
 
 
 def _tower_of(name: str, of: MediumSettings, vision: VisionConfig | None, *, feature_layer: int) -> TowerConfig:

@@ -77,21 +77,21 @@ def read_workdir(workdir: Path) -> Workdir:
 def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selection:
     """The content of select/routing.json; `where` names it in errors."""
     with _malformed(where):
-        layers, new = int(routing["layers"]), int(routing.get("new_experts", 1))
+        layers, each = int(routing["layers"]), int(routing.get("new_experts", 1)) * int(routing.get("wide", 1))
         shape = (layers, int(routing["experts"]))
         chosen = _routed(routing, "chosen_layers")
         sources = tuple(int(expert) for expert in routing["sources"])
         shift_Z = np.asarray(routing["shift"], float)
         if shift_Z.shape != shape[:1] or not all(0 <= layer < layers for layer in chosen):
             raise ValueError(f"shift or chosen_layers do not fit {layers} layers")
-        if len(sources) != new * len(chosen):
+        if len(sources) != each * len(chosen):
             raise ValueError(f"{len(sources)} sources for {len(chosen)} chosen layers")
         return Selection(
             before_ZE={kind: _shares(routing["before"][kind], shape) for kind in KINDS},
             after_ZE={kind: _shares(routing["after"][kind], shape) for kind in KINDS},
             shift_Z=shift_Z,
             chosen=chosen,
-            copied=tuple((chosen[n // new], expert) for n, expert in enumerate(sources)),
+            copied=tuple((chosen[n // each], expert) for n, expert in enumerate(sources)),
             source_under=str(routing.get("recipe", {}).get("source_under", "before")),
         )
 

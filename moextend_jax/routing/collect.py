@@ -41,8 +41,14 @@ def collect(
       mesh: where the arrays are; None: on one device.
 
     Raises:
-      MoextendError: there is no token, or a router gives NaN or infinity.
+      MoextendError: there is no token, a router gives NaN or infinity, or an extension adds to a token's picks.
     """
+    for name, added in model.config.extensions.items():
+        if added.start == "added":
+            raise MoextendError(
+                f"extension {name} adds experts beside the {model.config.decoder.top_k} that a token picks, and "
+                "statistics are of so many picks of every token: collect them of a model without it"
+            )
     mesh = mesh or one_device()
     count = Program(lambda arrays, batch: _count(with_arrays(model, arrays), batch), mesh=mesh)
     sums: dict[str, np.ndarray] | None = None

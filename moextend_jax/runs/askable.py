@@ -185,7 +185,9 @@ def described(config: ModelConfig) -> str:
 def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: EvaluateSettings) -> Askable:
     source = checkpoint.source
     recipe, isolation = how_trained(source, recipe=place.recipe, where=place.folder)
-    config = dataclasses.replace(checkpoint.config, weight_guard=recipe.weight_guard, text_isolation=isolation)
+    config = dataclasses.replace(
+        checkpoint.config, weight_guard=recipe.weight_guard, mass=recipe.mass, text_isolation=isolation
+    )
     name = absolute(place.folder).name
 
     def identify() -> str:

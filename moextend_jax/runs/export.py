@@ -38,6 +38,7 @@ from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
+from moextend_jax.runs.models_of import start_of
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 HF = "hf"
@@ -168,6 +169,8 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
             new_experts=trained[f"extensions/{name}/router/new_gate"].shape[-1],
             calibrator_width=trained[f"extensions/{name}/router/calibrator/w_in"].shape[-1],
             medium=media[name],
+            start=start_of(workdir, settings, name),
+            wide=chosen.get("wide", 1),
         )
         config = with_extension(config, extension, name=name)
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.config import IMAGE, MoextendError, with_extension
 from moextend_jax.data.datasets import Source
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
@@ -124,9 +124,11 @@ def select(run: Run, name: str) -> None:
     """Counts routing before and after the probe on S_e, and writes NAME/routing.json."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
     settings: SelectSettings = results.group_of(run.settings, name)
-    asked = dataclasses.asdict(settings)
-    if settings.new_experts == 1:  # as before there was a choice
-        del asked["new_experts"]
+    new_experts = settings.number(run.config.decoder.experts)
+    asked = dataclasses.asdict(settings) | {"new_experts": new_experts}
+    for choice in ("new_experts", "wide"):
+        if asked[choice] == 1:  # as before there was a choice
+            del asked[choice]
     facts = as_json(run.facts_of(name, settings=asked))
     if (run.folder(name) / "routing.json").exists() and read_selection(run, row.extension).get("facts") == facts:
         return
@@ -147,7 +149,13 @@ def select(run: Run, name: str) -> None:
         before, after = (count(open_model(run, model)) for model in row.models)
     routed = run.config.decoder.routed
     chosen = routing.select(
-        before, after, share=settings.share, recipe=recipe, new_experts=settings.new_experts, first=routed.start
+        before,
+        after,
+        share=settings.share,
+        recipe=recipe,
+        new_experts=new_experts,
+        wide=settings.wide,
+        first=routed.start,
     )
     record = {
         "layers": len(routed),
@@ -160,7 +168,8 @@ def select(run: Run, name: str) -> None:
         "shift": chosen.shift_Z.tolist(),
         "chosen_layers": list(chosen.layers),
         "sources": list(chosen.sources),
-        "new_experts": settings.new_experts,
+        "new_experts": new_experts,
+        "wide": settings.wide,
         "recipe": dataclasses.asdict(recipe),
         "base": run.base_hash,
         "facts": facts,
@@ -177,9 +186,13 @@ def counting_stage(settings: RunSettings, name: str = "select") -> StageSettings
 def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
-    config = grown_config(run, [row.extension])
-    added = config.extensions[row.extension]
-    extension = {field: getattr(added, field) for field in ("layers", "sources", "new_experts", "calibrator_width")}
+    config, settings = grown_config(run, [row.extension]), results.grow_of(run.settings, row.extension)
+    added = dataclasses.replace(config.extensions[row.extension], start=settings.start)
+    config = with_extension(config, added, name=row.extension)
+    decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide")
+    extension = {field: getattr(added, field) for field in decisive}
+    if settings.start == "lowered":
+        extension["lowered_by"] = settings.lowered_by
     facts = run.facts_of(name, extension=as_json(extension))
     if _is_done(run, name, facts):
         return
@@ -187,7 +200,12 @@ def grow(run: Run, name: str) -> None:
     arrays = {**open_model(run, row.models[0]).arrays, **leaves}
     copied = {path: leaf for path, leaf in arrays.items() if path in COPIED.values()}
     new_leaves = functools.partial(
-        grow_leaves, config=config, recipe=recipe, seed=run.settings.seed, name=row.extension
+        grow_leaves,
+        config=config,
+        recipe=recipe,
+        seed=run.settings.seed,
+        name=row.extension,
+        lowered_by=settings.lowered_by,
     )
     leaves |= make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)

@@ -7,17 +7,19 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named
+from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named, StartName
 from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
+from moextend_jax.settings import RunSettings
 from moextend_jax.sharding import parameter_shardings
 
 
@@ -87,9 +89,17 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
             layers=tuple(chosen["chosen_layers"]),
             sources=tuple(chosen["sources"]),
             new_experts=chosen.get("new_experts", 1),
+            wide=chosen.get("wide", 1),
             medium=media[name],
+            start=start_of(run.workdir, run.settings, name),
         )
     return dataclasses.replace(run.config, extensions=Named(extensions))
+
+
+def start_of(workdir: Path, settings: RunSettings, name: str) -> StartName:
+    """How an extension has started, where its `grow` has been run, else how it is to."""
+    facts = train_state.result_facts(results.folder_of(workdir, results.named(settings, name, "grow")) / "result")
+    return results.grow_of(settings, name).start if facts is None else facts.get("extension", {}).get("start", "copy")
 
 
 def read_selection(run: Run, extension: str) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
-from moextend_jax.config import MoextendError
+from moextend_jax.config import DecoderConfig, MoextendError
 from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct
 from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
+from moextend_jax.extension.routing import check_sources
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
@@ -66,6 +67,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
                 sources[name] = read(of.data, of.split)
     rows = {name: len(distinct(source)) for name, source in sources.items()}
     problems.note(row_problems(settings, rows=rows, layers=run.config.decoder.layers))
+    problems.note(extension_problems(settings, names, decoder=run.config.decoder))
     measured = functools.cache(functools.partial(_measure, run, read))
     readers: dict[Reading, list[str]] = {}
     for stage in (stage for stage in stages if stage.name in sources):
@@ -128,6 +130,32 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     for name in rows:
         if name.startswith("select") and int((share := results.group_of(settings, name).share) * layers) < 1:
             problems.note([f"{name}.share = {share:g} of {layers} layers chooses none; raise it"])
+    return problems.messages
+
+
+ONE_CHOSEN = (
+    "the base has top_k = 1 and weights that sum to one: the chosen expert always weighs 1, so that routers, new "
+    "columns and calibrators get no gradient; take a base of top_k = 2 or more (num_experts_per_tok)"
+)
+WIDE_TWIN = (
+    "grow.start = 'twin' and select.wide = {}: the mean of several experts is nobody's twin; set wide = 1, or take "
+    "another start"
+)
+
+
+def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: DecoderConfig) -> list[str]:
+    """What stands against extending such a decoder by the results that are to be made."""
+    problems, table = Problems(), results.table(settings)
+    for name, row in ((name, table.result(name)) for name in names):
+        if name.partition(":")[0] not in ("extend", "select", "grow", "finetune"):
+            continue
+        if decoder.top_k == 1 and decoder.normalised:
+            problems.note([ONE_CHOSEN])
+        select, grow = results.select_of(settings, row.extension), results.grow_of(settings, row.extension)
+        with problems:
+            check_sources(select.number(decoder.experts), select.wide, experts=decoder.experts)
+        if grow.start == "twin" and select.wide > 1:
+            problems.note([WIDE_TWIN.format(select.wide)])
     return problems.messages
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.configurations import meant
-from moextend_jax.settings import EvaluateSettings, Link, RunSettings, SelectSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, GrowSettings, Link, RunSettings, SelectSettings, StageSettings
 
 Row = TypeVar("Row")
 
@@ -292,6 +292,11 @@ def named(settings: RunSettings, extension: str, stage: str) -> str:
 def select_of(settings: RunSettings, name: str) -> SelectSettings:
     """Those of the extender of an extension."""
     return settings.select if name == settings.extension else settings.extensions[name].select
+
+
+def grow_of(settings: RunSettings, name: str) -> GrowSettings:
+    """How an extension starts."""
+    return settings.grow if name == settings.extension else settings.extensions[name].grow
 
 
 def evaluate_of(settings: RunSettings, extension: str) -> EvaluateSettings:

@@ -25,6 +25,7 @@ GROUPS: dict[str, Group] = {
     "extensions/*/router/new_gate": "router_columns",
     "extensions/*/router/new_gate_bias": "router_columns",
     "extensions/*/router/new_bias": "router_columns",
+    "extensions/*/router/offset": "router_columns",
     "extensions/*/router/calibrator/*": "calibrators",
     "decoder/layers/moe/gate": "routers",
     "decoder/layers/moe/gate_bias": "routers",

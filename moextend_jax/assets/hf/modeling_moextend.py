@@ -19,7 +19,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 class MoExtendConfig(LlavaConfig):
     """LLaVA's, and: `add_layer`, the layers with `new_experts` more experts than `text_config.num_local_experts`;
     `calibrator_width`; `weight_guard`, "bounded" or "none"; `text_isolation`, "none" or "strict" (only conversations
-    with an image may choose new experts)."""
+    with an image may choose new experts); `start`, "copy", or "twin": of a new expert and the one that it is a copy of
+    (`sources`, those of each extended layer, one layer after another) a token may choose only the likelier."""
 
     model_type = "moextend"
     add_layer: list[int] | None = None
@@ -27,13 +28,21 @@ class MoExtendConfig(LlavaConfig):
     calibrator_width: int = 16
     weight_guard: str = "bounded"
     text_isolation: str = "none"
+    start: str = "copy"
+    sources: list[int] | None = None
+
+
+TIE = 1e-4
+"""A twin counts as no less than its source down to so much: two products round the same sum in two ways."""
 
 
 class ExtendedTopKRouter(MixtralTopKRouter):
-    """Chooses by the probabilities over old and new experts, weighs by the calibrated ones."""
+    """Chooses by the probabilities over old and new experts, weighs by the calibrated ones. twins: for each new expert
+    the old one that it excludes, () for none."""
 
-    def __init__(self, text_config, config: MoExtendConfig):
+    def __init__(self, text_config, config: MoExtendConfig, twins=()):
         super().__init__(text_config)
+        self.twins = twins
         outputs = text_config.num_local_experts + config.new_experts
         self.new = nn.Linear(text_config.hidden_size, config.new_experts, bias=False)
         self.calibrator = nn.Sequential(
@@ -53,6 +62,13 @@ class ExtendedTopKRouter(MixtralTopKRouter):
         if sighted is not None:
             new = new.masked_fill(~sighted, -torch.inf)
         logits = torch.cat([old, new], dim=-1)
+        for x, source in enumerate(self.twins, old.shape[-1]):
+            before = [y for y in range(old.shape[-1], x) if self.twins[y - old.shape[-1]] == source]
+            rivals = [source, *before]  # all but one of them are out already
+            wins = logits[:, [x]] >= logits[:, rivals].amax(dim=-1, keepdim=True) - TIE
+            column = torch.arange(logits.shape[-1], device=logits.device)[None]
+            loses = torch.where(wins, torch.isin(column, torch.tensor(rivals, device=logits.device)), column == x)
+            logits = logits.masked_fill(loses, -torch.inf)
         probs = logits.softmax(dim=-1)
         plain, ids = probs.topk(self.top_k, dim=-1)
         w_in, gelu, w_out = self.calibrator
@@ -86,10 +102,13 @@ class MoExtendModel(LlavaModel):
         more = copy.deepcopy(text)
         more.num_local_experts += config.new_experts
         more._experts_implementation = text._experts_implementation
-        for layer in config.add_layer or ():
+        for n, layer in enumerate(config.add_layer or ()):
+            twins = (
+                config.sources[n * config.new_experts : (n + 1) * config.new_experts] if config.start == "twin" else ()
+            )
             mlp = self.language_model.layers[layer].mlp
             mlp.experts = MixtralExperts(more)
-            mlp.gate = ExtendedTopKRouter(text, config)
+            mlp.gate = ExtendedTopKRouter(text, config, twins)
         self.post_init()
 
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
