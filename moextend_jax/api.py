@@ -155,7 +155,7 @@ class Model:
         batch, count = batch_of(opened, prompt, read), len(prompt.ids_L)
         batch.segments_BL[0, :count] = prompt.segments_L
         routing = _routing(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
-        logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing)
+        logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing[:3])
         base, extensions = opened.config.decoder.experts, opened.config.extensions
         new = [
             f"new {n}" if len(extensions) == 1 else f"{name} {n}"

@@ -55,8 +55,8 @@ def check_layers(
     """An extension must not name layers that its base does not have."""
     beyond = [layer for extension in extensions for layer in extension.layers if layer not in decoder.routed]
     if beyond:
-        routed = f"layers {decoder.dense_layers} to {decoder.layers - 1}"
-        raise MoextendError(f"{where} extends layers {beyond}, but of {base} {routed} route")
+        but_dense = f", which route from {decoder.dense_layers} on" if decoder.dense_layers else ""
+        raise MoextendError(f"{where} extends layers {beyond}, but {base} has only {decoder.layers} layers{but_dense}")
 
 
 def check_base(

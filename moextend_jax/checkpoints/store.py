@@ -232,7 +232,7 @@ def _check_medium(name: str, medium: Medium) -> None:
 
 def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConfig) -> None:
     layers, sources = extension.layers, extension.sources
-    if list(layers) != sorted({*layers}) or not layers or not {*layers} <= {*decoder.routed}:
+    if list(layers) != sorted({*layers}) or not layers or not all(layer in decoder.routed for layer in layers):
         raise ValueError(f"extended layers {shown(layers)} are impossible")
     if min(extension.new_experts, extension.calibrator_width) < 1 or extension.calibrator_width >= MOST:
         raise ValueError(f"extension {shown(name)} has {extension.new_experts} experts for each layer")
