@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.config import IGNORE, Batch, DecoderConfig, ModelConfig, MoextendError
 from moextend_jax.families import FAMILIES
+from moextend_jax.generate import Generator
+from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.parameters import arrays_of, with_arrays
 from moextend_jax.plan.sizes import DECODERS
 
+SMALL = {
+    "vocab_size": 61, "width": 24, "hidden": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 6, "experts": 4,
+    "top_k": 2,
+}  # fmt: skip
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 
 
@@ -72,3 +86,55 @@ def test_what_is_not_computed_is_refused_by_name(change: dict, message: str, tmp
 def read(folder: Path, attributes: dict) -> DecoderConfig:
     (folder / "config.json").write_text(json.dumps(attributes))
     return huggingface.read_decoder_config(folder)
+
+
+def tiny_arrays(decoder: DecoderConfig) -> tuple[ModelConfig, dict]:
+    config = ModelConfig(decoder=decoder)
+    model = MoExtend(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    return config, {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in arrays_of(model).items()}
+
+
+def test_experts_that_transformers_5_has_fused_are_read_one_by_one(tmp_path: Path):
+    """`save_pretrained(save_original_format=False)` of any family: [E, 2F, D] and [E, D, F]."""
+    decoder = dataclasses.replace(DECODERS["Qwen3-30B-A3B"], **SMALL)
+    config, arrays = tiny_arrays(decoder)
+    huggingface.write_decoder_config(tmp_path, decoder, dtype="float32")
+    huggingface.write_parameters(tmp_path, arrays, table="qwen3_moe", config=config)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    for z in range(decoder.layers):
+        experts = f"model.layers.{z}.mlp.experts."
+        gate, up, down = (
+            [tensors.pop(f"{experts}{e}.{part}_proj.weight") for e in range(decoder.experts)]
+            for part in ("gate", "up", "down")
+        )
+        tensors[experts + "gate_up_proj"] = np.concatenate([np.stack(gate), np.stack(up)], axis=1)
+        tensors[experts + "down_proj"] = np.stack(down)
+    save_file(tensors, file)
+    opened = open_checkpoint(tmp_path)
+    assert opened.arrays.keys() == arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(opened.arrays[path], array, err_msg=path)
+
+
+def test_a_window_counts_tokens_and_not_places_of_a_cache():
+    """Rows of several lengths lie padded in it: what each says is what it says alone."""
+    local = {"local": (True, False), "local_window": 3, "sinks": True}
+    config, arrays = tiny_arrays(DecoderConfig(**SMALL, **local))
+    generator = Generator(abstract(config), eos=-1)
+    ids = np.random.default_rng(0).integers(7, 60, (2, 9)).astype(np.int32)
+
+    def rows(ids_BL: np.ndarray, lengths: list[int]) -> Batch:
+        place_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
+        segments_BL = (place_BL < np.array(lengths)[:, None]).astype(np.int32)
+        labels_BL, places_BL = np.full_like(ids_BL, IGNORE), np.full_like(ids_BL, -1)
+        return jax.tree.map(jnp.asarray, Batch(ids_BL, labels_BL, place_BL * segments_BL, segments_BL, places_BL))
+
+    both = generator.complete(arrays, rows(ids, [9, 5]), max_new_tokens=6)
+    alone = generator.complete(arrays, rows(ids[1:, :5], [5]), max_new_tokens=6)
+    np.testing.assert_array_equal(both[1:], alone)
+    whole = np.concatenate([ids[1:, :5], alone], axis=1)
+    model = with_arrays(abstract(config), jax.tree.map(jnp.asarray, arrays))
+    logits_BLV = model.decoder.logits(model(rows(whole, [11])).hidden_BLD)
+    np.testing.assert_array_equal(np.argmax(logits_BLV[:, 4:-1], axis=-1), alone)
