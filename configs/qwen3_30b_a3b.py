@@ -3,8 +3,8 @@
     moextend run qwen3_30b_a3b --workdir DIR \
         --base QWEN3_FOLDER --vision SIGLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
 
-The folders are Hugging Face's, as published: Qwen3-30B-A3B-Instruct-2507, siglip-so400m-patch14-384. Data and stages are
-`mixtral_8x7b`'s; an extended layer gets 16 new experts beside its 128, an eighth as in the paper.
+The folders are Hugging Face's, as published: Qwen3-30B-A3B-Instruct-2507, siglip-so400m-patch14-384. Data and stages
+are `mixtral_8x7b`'s; an extended layer gets 16 new experts beside its 128, an eighth as in the paper.
 Arguments as there.
 """
 
