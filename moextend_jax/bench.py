@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +29,7 @@ from moextend_jax import chips, distributed, machine
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.expert_parallel import mixture
+from moextend_jax.models.mixtral import feed_forward, layer_of
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.parameters import with_arrays
 from moextend_jax.plan.abstract_step import abstract_step, patterns
@@ -175,17 +174,17 @@ def _parts(
 ) -> dict[str, float]:
     """Seconds of each part of a step on the mesh. Plain layers stand for extended ones: a new expert adds no rows."""
     decoder = model.config.decoder
-    graph, layers = nnx.split(model.decoder.layers)
-    layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], layers))
+    number = decoder.routed.start
+    layer, is_local = layer_of(model.decoder, number), decoder.local[number] if decoder.local else None
     B, L = batch.ids_BL.shape
     turns = rotation(batch.positions_BL, decoder)
     x_BLD = jax.random.normal(jax.random.key(0), (B, L, decoder.width), model.config.dtype)
 
     def attended(x_BLD):
-        return layer.attention(x_BLD, turns, Visible.in_rows(batch.segments_BL))[0]
+        return layer.attention(x_BLD, turns, Visible.in_rows(batch.segments_BL), is_local=is_local)[0]
 
     def mixed(x_BLD):
-        return mixture(x_BLD, layer.moe, config=model.config)[0]
+        return feed_forward(x_BLD, layer, [], config=model.config)[0]
 
     def updated(trainable):
         updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
@@ -205,7 +204,7 @@ def _parts(
 
     return {
         "attention": decoder.layers * both_ways(attended, x_BLD),
-        "mixture of experts": decoder.layers * both_ways(mixed, x_BLD),
+        "mixture of experts": len(decoder.routed) * both_ways(mixed, x_BLD),
         "projector": both_ways(model.media[IMAGE].projector, batch.features[IMAGE][:, 0]),
         "cross_entropy": both_ways(nats, x_BLD),
         "optimizer": _seconds(Program(updated, mesh=mesh, called_often=True), trainable),

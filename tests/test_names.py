@@ -15,7 +15,7 @@ from flax import nnx
 from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.leaves import match, plan_theirs
 from moextend_jax.checkpoints.tensors import Stored
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, VisionConfig, of_pictures
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, VisionConfig, of_pictures
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path
 from moextend_jax.plan.sizes import DECODERS, TOWERS
@@ -259,6 +259,17 @@ def test_experts_in_four_bits_are_matched_once():
     config = ModelConfig(decoder=DECODERS["gpt-oss-20b"])
     leaves = match(unread(published), table="gpt_oss", config=config, where="test")
     assert sum(math.prod(leaf.shape) for leaf in leaves.values()) == 20_914_757_184
+
+
+def test_layers_that_predict_further_tokens_are_left_out():
+    """GLM's files number them on behind the others; nobody else's may hold more layers than there are."""
+    config, further = ModelConfig(decoder=DECODERS["GLM-4.5-Air"]), {"model.layers.46.eh_proj.weight": (4096, 8192)}
+    leaves = match(unread(glm(46, **AIR) | further), table="glm4_moe", config=config, where="test")
+    assert sum(math.prod(leaf.shape) for leaf in leaves.values()) == 106_852_251_264
+    with pytest.raises(MoextendError, match=r"Not asked for: model.layers.47.eh_proj.weight"):
+        match(
+            unread(glm(46, **AIR) | {"model.layers.47.eh_proj.weight": (1,)}), table="glm4_moe", config=config, where=""
+        )
 
 
 def unread(published: dict[str, tuple[int, ...]]) -> dict[str, Stored]:

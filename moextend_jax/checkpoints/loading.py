@@ -377,7 +377,9 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         dtype=wanted.dtype,
     )
     _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
-    record = _record(config, config.decoder.family, {"decoder": attributes})
+    # What was packed in four bits is not any more.
+    kept = {name: value for name, value in attributes.items() if name != "quantization_config"}
+    record = _record(config, config.decoder.family, {"decoder": kept})
     source = Source(matched, record, side_files(folder))
     if wanted.vision is None and (folder / "vision" / "config.json").is_file():
         source = _with_tower(source, inside(folder / "vision"), wanted)

@@ -145,13 +145,17 @@ def test_import_and_export_give_the_files_back(loaded: Loaded, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("name", PACKED, ids=str)
-def test_four_bits_are_read_as_the_weights_that_they_stand_for(name: Path | None):
+def test_four_bits_are_read_as_the_weights_that_they_stand_for(name: Path | None, tmp_path: Path):
     folder = folder_of(name)
     packed, plain = open_checkpoint(folder), open_checkpoint(folder.parent)
     assert {path.rpartition("/")[2] for path in packed.arrays if "experts/w_" in path} == {"w_gate", "w_up", "w_down"}
     assert packed.arrays.keys() == plain.arrays.keys()
     for path, array in plain.arrays.items():
         np.testing.assert_array_equal(packed.arrays[path], array, err_msg=path)
+    cli.call(["import", str(folder), str(tmp_path / "imported")])
+    cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
+    folders.assert_same(folders.read(tmp_path / "out"), folders.read(folder.parent))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("name", EXAMPLES, ids=str)
