@@ -13,7 +13,9 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +98,7 @@ class Beside:
     def __init__(self, settings: RunSettings, folder: Path, made: Path):
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        arguments = settings, folder, made, self.log
+        arguments = settings, folder, made, self.log, os.getpid()
         # A fork would inherit the threads of JAX.
         self.process = multiprocessing.get_context("spawn").Process(target=_run_beside, args=arguments, daemon=True)
         self.process.start()
@@ -115,16 +117,14 @@ class Beside:
         return read_json(self.folder / "summary.json")
 
 
-def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path) -> None:
+def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path, parent: int) -> None:
     machine.keep_memory()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
         time.sleep(1)
-        if os.getppid() != parent:
-            return
     _share(made, folder)
     from moextend_jax.commands import whole_run
 
@@ -133,6 +133,13 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path) -> N
     except MoextendError as error:
         print(error, flush=True)
         sys.exit(2)
+
+
+def _end_with(parent: int) -> None:
+    """A process that is told to stop does not tell those that it started."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_nothing_is_lost(record: dict[str, Any]) -> None:

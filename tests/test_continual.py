@@ -1,0 +1,51 @@
+"""Chains beside each other: one that fails says why, and none outlives the command that started it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moextend_jax.config import MoextendError
+from moextend_jax.configurations import load
+from moextend_jax.continual import Beside
+from moextend_jax.settings import from_config_dict
+
+
+def test_a_chain_that_fails_says_its_last_line(tmp_path: Path):
+    settings = from_config_dict(load("demo") | {"base": str(tmp_path / "nowhere")})
+    (tmp_path / "strict" / "finetune").mkdir(parents=True)
+    beside = Beside(settings, tmp_path / "open", tmp_path / "strict")
+    with pytest.raises(MoextendError, match=r"chain open: .*nowhere.*all of it: .*open.log"):
+        beside.record()
+
+
+STARTS_ONE = """
+import os, sys
+from pathlib import Path
+from moextend_jax.continual import Beside
+from moextend_jax.configurations import load
+from moextend_jax.settings import from_config_dict
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    beside = Beside(from_config_dict(load("demo")), folder / "open", folder / "strict")
+    print(beside.process.pid, flush=True)
+    os._exit(1)
+"""
+
+
+def test_a_chain_ends_with_the_command_that_started_it(tmp_path: Path):
+    (tmp_path / "start.py").write_text(STARTS_ONE)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    said = subprocess.run(
+        [sys.executable, tmp_path / "start.py", tmp_path], env=environment, capture_output=True, text=True, timeout=120
+    )
+    pid, ended = int(said.stdout.split()[-1]), time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < ended:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{pid}").exists()
