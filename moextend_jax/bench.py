@@ -200,14 +200,14 @@ def _parts(
             y, pull = jax.vjp(function, *inputs)
             return y, pull(jnp.ones_like(y))
 
-        return _seconds(Program(program, mesh=mesh, called_often=True), *inputs)
+        return _seconds(Program(program, mesh=mesh), *inputs)
 
     return {
         "attention": decoder.layers * both_ways(attended, x_BLD),
         "mixture of experts": len(decoder.routed) * both_ways(mixed, x_BLD),
         "projector": both_ways(model.media[IMAGE].projector, batch.features[IMAGE][:, 0]),
         "cross_entropy": both_ways(nats, x_BLD),
-        "optimizer": _seconds(Program(updated, mesh=mesh, called_often=True), trainable),
+        "optimizer": _seconds(Program(updated, mesh=mesh), trainable),
     }
 
 

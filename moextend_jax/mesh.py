@@ -74,16 +74,9 @@ def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 
 class Program:
-    """`jax.jit` of a function of a model, for one mesh; `options` are jit's.
+    """`jax.jit` of a function of a model, for one mesh; `options` are jit's."""
 
-    Args:
-      called_often: a step of a training. Else a CPU's code is made by XLA's older emitters, in two thirds of the time;
-        it runs 3 to 10 % slower.
-    """
-
-    def __init__(self, function: Callable[..., Any], *, mesh: Mesh, called_often: bool = False, **options: Any):
-        if not called_often and mesh.devices.flat[0].platform == "cpu":
-            options["compiler_options"] = {"xla_cpu_use_fusion_emitters": False}
+    def __init__(self, function: Callable[..., Any], *, mesh: Mesh, **options: Any):
         self.mesh, self._jitted = mesh, jax.jit(function, **options)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:

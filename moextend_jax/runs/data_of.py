@@ -215,4 +215,4 @@ def _tower(config: ModelConfig, name: str, mesh: jax.sharding.Mesh) -> Program:
         leaves = {path.removeprefix(f"media/{name}/tower/"): leaf for path, leaf in tower.items()}
         return tower_features(with_arrays(module, leaves), medium, items, config.dtype).astype(jnp.float32)
 
-    return Program(compute, mesh=mesh, called_often=True)
+    return Program(compute, mesh=mesh)

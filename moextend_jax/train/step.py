@@ -119,4 +119,4 @@ def make_step(
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return TrainState(trainable, optimizer_state, state.step + 1, skipped), metrics
 
-    return Program(step, mesh=mesh or one_device(), called_often=True, donate_argnums=0)
+    return Program(step, mesh=mesh or one_device(), donate_argnums=0)
