@@ -22,12 +22,17 @@ def get_config(arg: Literal["paper", "packed"] = "packed") -> ConfigDict:
 def with_siglip(base: str, arg: Literal["paper", "packed"]) -> ConfigDict:
     """Of a base of many small experts."""
     config = mixtral_8x7b.get_config(arg)
-    config.base, config.vision = base, "siglip-so400m-patch14-384"
     if arg == "packed":  # a picture is 729 tokens here, where CLIP's is 576
-        config.align.length, config.align.images_per_row = 1536, 2
-        for stage in (config.extend, config.finetune, config.full):
-            stage.images_per_row = 5
-    # Whole experts on a device, and tokens brought to them; on one device: --config.mesh.expert=1
-    config.mesh = {"data": 1, "fsdp": -1, "expert": 4, "tensor": 1}
-    config.saved = ()
+        instructions = {"images_per_row": 5}
+        config.update(
+            align={"length": 1536, "images_per_row": 2},
+            **dict.fromkeys(("extend", "finetune", "full"), instructions),
+        )
+    config.update(
+        base=base,
+        vision="siglip-so400m-patch14-384",
+        # Whole experts on a device, and tokens brought to them; on one device: --config.mesh.expert=1
+        mesh={"fsdp": -1, "expert": 4, "tensor": 1},
+        saved=(),
+    )
     return config
