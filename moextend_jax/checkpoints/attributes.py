@@ -67,40 +67,6 @@ class Table(NamedTuple):
         }
 
 
-def as_qk_norm(value: Any) -> Any:
-    return {True: "head", False: "none"}.get(value, value) if isinstance(value, bool) else value
-
-
-def as_local(value: Any) -> Any:
-    """Of `layer_types`: whether a layer's attention is local."""
-    kinds = {"sliding_attention": True, "full_attention": False}
-    if not isinstance(value, list) or not all(isinstance(kind, str) and kind in kinds for kind in value):
-        return value
-    return tuple(kinds[kind] for kind in value)
-
-
-def as_list(local: tuple[bool, ...]) -> list[str]:
-    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
-
-
-_YARN = {
-    "factor": "factor", "original_max_position_embeddings": "length", "beta_fast": "fast", "beta_slow": "slow",
-    "truncate": "whole",
-}  # fmt: skip
-
-
-def as_yarn(value: Any) -> Any:
-    """Of a `rope_scaling` of type yarn."""
-    needed = {"factor", "original_max_position_embeddings"}
-    if not isinstance(value, dict) or not needed <= value.keys() <= {"rope_type", *_YARN}:
-        return value
-    return YarnConfig(**{field: value[name] for name, field in _YARN.items() if name in value})
-
-
-def of_yarn(yarn: YarnConfig) -> dict[str, Any]:
-    return {"rope_type": "yarn", **{name: getattr(yarn, field) for name, field in _YARN.items()}}
-
-
 def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, prefix: str = "") -> dict[str, Any]:
     """Our fields, each with a possible value; those that are optional and not there are left out.
 
@@ -127,7 +93,8 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
             hint, default = _FIELDS.get(ours, _COUNT)
             may_be_null = "null or " if type(None) in get_args(hint) else ""
             wanted = (
-                "something else" if ours in ("local", "yarn")
+                "a list of full_attention and sliding_attention" if ours == "local"
+                else "null or YaRN's, as transformers writes it without mscale" if ours == "yarn"
                 else "true or false" if hint is bool or get_origin(hint) is Literal
                 else may_be_null + ("a number from 0 on" if default == 0 and hint is int else "one positive number")
             )  # fmt: skip

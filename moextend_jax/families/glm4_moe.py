@@ -1,10 +1,17 @@
 """GLM-4.5: sigmoid scores with a bias that chooses and does not weigh, dense first layers, an expert that all tokens
 pass, and positions that turn half of a head."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, as_qk_norm
+from typing import Any
+
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Name, decoder, dense, normed_heads, shared_expert
 
 _LAYERS = (*decoder("mlp", "gate_proj up_proj down_proj"), *BIASES, *normed_heads("H -> H", "H -> H"))
+
+
+def _qk_norm(value: Any) -> Any:
+    return {True: "head", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
 
 FAMILY = Family(
     architecture="Glm4MoeForCausalLM",
@@ -30,7 +37,7 @@ FAMILY = Family(
         optional={"head_dim", "tie_word_embeddings", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor",
                   "partial_rotary_factor", "attention_bias", "use_qk_norm", "first_k_dense_replace"},
         aliases={"num_local_experts": "n_routed_experts"},
-        ours={"use_qk_norm": as_qk_norm},
+        ours={"use_qk_norm": _qk_norm},
         theirs={"use_qk_norm": lambda qk_norm: qk_norm == "head"},
     ),
     # What the class takes where the file is silent.

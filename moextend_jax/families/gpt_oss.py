@@ -1,15 +1,49 @@
 """gpt-oss: attention sinks, windows in every other layer, YaRN, biases everywhere, a clamped unit; gate and up of all
 experts lie in one tensor, an element of each in turn, input axis first."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, as_list, as_local, as_yarn, of_yarn
+from typing import Any
+
+from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.config import YarnConfig
 from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Fused, Name, decoder, parted
+
+
+def _local(value: Any) -> Any:
+    """Of `layer_types`: whether a layer's attention is local."""
+    kinds = {"sliding_attention": True, "full_attention": False}
+    if not isinstance(value, list) or not all(isinstance(kind, str) and kind in kinds for kind in value):
+        return value
+    return tuple(kinds[kind] for kind in value)
+
+
+def _layer_types(local: tuple[bool, ...]) -> list[str]:
+    return ["sliding_attention" if is_local else "full_attention" for is_local in local]
+
+
+_YARN_FIELDS = {
+    "factor": "factor", "original_max_position_embeddings": "length", "beta_fast": "fast", "beta_slow": "slow",
+    "truncate": "whole",
+}  # fmt: skip
+
+
+def _yarn(value: Any) -> Any:
+    """Of a `rope_scaling` of type yarn."""
+    needed = {"factor", "original_max_position_embeddings"}
+    if not isinstance(value, dict) or not needed <= value.keys() <= {"rope_type", *_YARN_FIELDS}:
+        return value
+    return YarnConfig(**{field: value[name] for name, field in _YARN_FIELDS.items() if name in value})
+
+
+def _rope_scaling(yarn: YarnConfig) -> dict[str, Any]:
+    return {"rope_type": "yarn", **{name: getattr(yarn, field) for name, field in _YARN_FIELDS.items()}}
+
 
 _ATTENTION, _BLOCK = "model.layers.{Z}.self_attn.", "model.layers.{Z}.mlp."
 _GATE_UP, _DOWN = (_BLOCK + f"experts.{name}_proj" for name in ("gate_up", "down"))
 _EXPERTS = "decoder/layers/moe/experts/"
 _SIZES = {
     "vocab_size": 201088, "width": 2880, "hidden": 2880, "heads": 64, "head_size": 64, "top_k": 4, "rope_theta": 1.5e5,
-    "yarn": as_yarn({"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}),
+    "yarn": _yarn({"factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}),
     "local_window": 128,
 }  # fmt: skip
 
@@ -41,8 +75,8 @@ FAMILY = Family(
         harmless=OF_ANY_MODEL | {"initial_context_length", "experts_per_token", "quantization_config"},
         optional={"head_dim", "tie_word_embeddings", "swiglu_limit"},
         aliases={"num_experts": "num_local_experts"},
-        ours={"layer_types": as_local, "rope_scaling": as_yarn},
-        theirs={"layer_types": as_list, "rope_scaling": of_yarn},
+        ours={"layer_types": _local, "rope_scaling": _yarn},
+        theirs={"layer_types": _layer_types, "rope_scaling": _rope_scaling},
     ),
     fields={
         "qkv_bias": True, "out_bias": True, "router_bias": True, "expert_bias": True, "sinks": True, "glu": "clamped",

@@ -158,7 +158,8 @@ def run_layers(
     def layer(definition, x_BLD, layer_slice):
         params, by_slot, past, is_local = layer_slice
         this: DecoderLayers = nnx.merge(definition, params)
-        here = [slot.of_layer(own) for slot, own in zip(slots, by_slot, strict=False)]  # a dense layer has none
+        own_slots = slots if by_slot else ()  # a dense layer has none
+        here = [slot.of_layer(own) for slot, own in zip(own_slots, by_slot, strict=True)]
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
