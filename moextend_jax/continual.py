@@ -1,8 +1,8 @@
 """Several chains of the same extensions: settings in, WORKDIR/strict, WORKDIR/open and summary.json out.
 
 "strict" keeps every conversation from the extensions of media that it does not have, "open" does not, and "full" tunes
-everything on, one medium after another; it lies in the same folder as the first of the others, whose projectors it
-starts from, and so does the stage `mixture`.
+everything on, one medium after another; it lies in the same folder as the last of the others, whose projectors it
+starts from. The stage `mixture` lies in that of the first.
 
 One chain uses less than two cores of a CPU, so there the second runs beside the first, in a process of its own.
 """
@@ -55,7 +55,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
             settings,
             chains=(),
             text_isolation="strict" if kind == "strict" else "none",
-            baseline="full" in settings.chains and kind == kinds[0],
+            baseline="full" in settings.chains and kind == kinds[-1],
             mixture=settings.mixture if kind == kinds[0] else None,
             data_dir=settings.data_dir or os.fspath(workdir / "data"),
         )

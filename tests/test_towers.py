@@ -368,7 +368,7 @@ def test_a_folder_that_contradicts_itself_is_refused(tmp_path: Path, field: str,
         open_source(tmp_path / "imported")
 
 
-def test_published_layouts_of_whole_models_hold_a_clip(tmp_path: Path):
+def test_layouts_of_whole_models_hold_towers_that_their_programs_read(tmp_path: Path):
     config = dataclasses.replace(config_of("siglip"), width=tiny.VISION.width)
     src = write(tmp_path / "src", config)
     whole = ["--projector", str(folders.projector(tmp_path / "projector", table="llava_hf"))]
@@ -376,7 +376,6 @@ def test_published_layouts_of_whole_models_hold_a_clip(tmp_path: Path):
     (tmp_path / "both" / "tokenizer.model").unlink()  # which is none
     for layout, message in (
         ("released", "this model has a tower of family siglip"),
-        ("hf", "this model has a tower of family siglip"),
         ("clip", "layout clip has no place for a tower of family siglip"),
     ):
         with pytest.raises(MoextendError, match=message):

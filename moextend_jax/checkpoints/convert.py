@@ -27,6 +27,8 @@ from moextend_jax.options import OneOf
 from moextend_jax.settings import NotNegative
 
 SHARD = "5GB"
+HF = "hf"
+"""The layout of `transformers_layout`, a whole model beside those of LAYOUTS."""
 LAYOUTS = (*FAMILIES, *TOWERS, "llava", "released", "delta")
 
 
@@ -134,7 +136,7 @@ def import_source(source: Source, dst: Path, *, dtype: str | None = None, consol
 
 def default_layout(source: Source) -> str:
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
-        return "released"
+        return "released" if source.config.decoder.family in names.PUBLISHED["released"].families else HF
     if "decoder" in source.parts:
         return source.config.decoder.family
     vision = source.config.vision

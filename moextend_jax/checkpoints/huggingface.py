@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from flax import nnx
@@ -26,10 +26,19 @@ from moextend_jax.checkpoints.attributes import (
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.checkpoints.spelling import published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ImageTags, ModelConfig, MoextendError, VisionConfig
+from moextend_jax.config import (
+    DecoderConfig,
+    ExtensionConfig,
+    ImageTags,
+    ModelConfig,
+    MoextendError,
+    StartName,
+    VisionConfig,
+)
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.media.image import LEVELS
+from moextend_jax.models.starts import STARTS
 from moextend_jax.parameters import by_path
 
 PUBLISHED_TOWERS = tuple(
@@ -240,16 +249,22 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         raise MoextendError(f"{where}: num_hidden_layers = {shown(count)} is impossible")
     if beyond := [layer for layer in layers if layer >= count]:
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
-    sources: Any = attributes.get("sources")
-    known = isinstance(sources, list) and sources and all(type(n) is int and n >= -1 for n in sources)
-    known = known and not len(sources) % len(layers)
-    start: Any = attributes.get("start", "copy")
-    if start not in ("copy", "twin") or (start == "twin" and not (known and -1 not in sources)):
-        raise MoextendError(f"{where}: start = {shown(start)} cannot be honoured (only copy, or twin of known sources)")
-    if not known:
-        return ExtensionConfig(layers=tuple(layers), sources=(-1,) * len(layers))
+    sources, start, wide = attributes.get("sources"), attributes.get("start", "copy"), attributes.get("wide", 1)
+    for name, value in (("new_experts", new := attributes.get("new_experts", 1)), ("wide", wide)):
+        if not fits("experts", value):
+            raise MoextendError(f"{where}: {name} = {shown(value)} is impossible")
+    if not isinstance(sources, list) or not all(type(n) is int and n >= -1 for n in sources):
+        sources = []
+    if "new_experts" not in attributes:  # the released layout
+        new = max(1, len(sources) // len(layers))
+    known = len(sources) == len(layers) * new * wide
+    if start not in STARTS or (start == "twin" and not (known and -1 not in sources)):
+        raise MoextendError(
+            f"{where}: start = {shown(start)} cannot be honoured (only {', '.join(STARTS)}, and twin of known sources)"
+        )
+    sources = sources if known else [-1] * (len(layers) * new * wide)
     return ExtensionConfig(
-        layers=tuple(layers), sources=tuple(sources), new_experts=len(sources) // len(layers), start=start
+        layers=tuple(layers), sources=tuple(sources), new_experts=new, wide=wide, start=cast(StartName, start)
     )
 
 

@@ -103,9 +103,9 @@ def match(
     }
     if prefix and all(name.startswith(prefix) for name in tensors):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if table == config.decoder.family:
+    if table in (config.decoder.family, *names.TEXT):
         tensors = _parted(tensors, config)
-    for row in names.TABLES[table]:
+    for row in names.rows(table, config):
         asked = names.count(row, config)
         if asked > MORE_TENSORS + len(tensors) and row.path not in elsewhere:
             raise MoextendError(
@@ -160,12 +160,14 @@ def _every(whole: Stored, place: int, parts: int) -> Stored:
     return Stored(shape, whole.dtype, lambda: whole.read()[..., place::parts], whole.where)
 
 
-def _fused(planned: dict[str, Planned], config: ModelConfig) -> dict[str, Planned]:
-    """The inverse of `_parted`: parts are written one after another into the tensor that holds them, or in turn."""
+def _fused(planned: dict[str, Planned], config: ModelConfig, *, prefix: str) -> dict[str, Planned]:
+    """The inverse of `_parted`: parts are written one after another into the tensor that holds them, or in turn.
+
+    prefix: what stands before the decoder's names."""
     tensors = dict(planned)
     for fused, layer in itertools.product(FAMILIES[config.decoder.family].fused, config.decoder.routed):
         of_experts = [
-            [tensors.pop(parted(fused.file, part).format(Z=layer, E=expert)) for part in fused.parts]
+            [tensors.pop(prefix + parted(fused.file, part).format(Z=layer, E=expert)) for part in fused.parts]
             for expert in range(config.decoder.experts)
         ]
         first, number = of_experts[0][0], len(fused.parts)
@@ -180,7 +182,7 @@ def _fused(planned: dict[str, Planned], config: ModelConfig) -> dict[str, Planne
 
         shape = list(first.shape)
         shape[-1 if fused.interleaved else 0] *= number
-        tensors[fused.file.format(Z=layer)] = Planned((len(of_experts), *shape), first.dtype, pieces)
+        tensors[prefix + fused.file.format(Z=layer)] = Planned((len(of_experts), *shape), first.dtype, pieces)
     return tensors
 
 
@@ -427,7 +429,9 @@ def plan_theirs(leaves: Mapping[str, Leaf], *, table: str, config: ModelConfig, 
     planned = {
         prefix + tensor.file: tensor_of(leaves[tensor.path], tensor.index) for tensor in names.tensors(table, config)
     }
-    return _fused(planned, config) if table == config.decoder.family else planned
+    if table in (config.decoder.family, *names.TEXT):
+        planned = _fused(planned, config, prefix=prefix + names.TEXT.get(table, ""))
+    return planned
 
 
 def _strips(piece: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:

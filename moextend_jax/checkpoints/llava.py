@@ -1,4 +1,4 @@
-"""A whole LLaVA of transformers (Mixtral, CLIP tower and projector in one folder) as what the layout `released` holds.
+"""A whole LLaVA of transformers (decoder, tower and projector in one folder) as what the layout `released` holds.
 
 In: config.json and names as `LlavaForConditionalGeneration` writes them, in files and in memory, and as our own
 modeling_moextend.py does, which adds experts. Out: attributes and names of the released layout.
@@ -6,45 +6,57 @@ modeling_moextend.py does, which adds experts. Out: attributes and names of the 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, fits, read_fields
+from moextend_jax.checkpoints.names import PUBLISHED
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.spelling import Spelling
 from moextend_jax.config import MoextendError
 from moextend_jax.families import FAMILIES
-from moextend_jax.families.towers import CLIP
+from moextend_jax.families.towers import CLIP, TOWERS
 
 MODEL_TYPES = ("llava", "moextend")
 
-_TOWER = r"vision_tower\.(?:vision_model\.)?((?:embeddings|encoder|pre_layrnorm|post_layernorm)\..*)"
-SPELLINGS = (
-    # in files
-    Spelling(r"language_model\.model\.(.*)", r"model.\1", r"model\..*"),
-    Spelling(r"language_model\.lm_head\.weight", "lm_head.weight", r"lm_head\..*"),
-    Spelling(_TOWER, r"model.visual.vision_tower.vision_model.\1", r"model\..*"),
-    Spelling(r"multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"model\..*"),
-    Spelling(r"multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"model\..*"),
-    # in memory, since transformers 4.52
-    Spelling(r"model\.language_model\.(.*)", r"model.\1", r"(language_model|model\.layers)\..*"),
-    Spelling(r"model\." + _TOWER, r"model.visual.vision_tower.vision_model.\1", r"(vision_tower|model\.visual)\..*"),
-    Spelling(r"model\.multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"multi_modal.*"),
-    Spelling(r"model\.multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"multi_modal.*"),
-)
+_TOWER = r"vision_tower\.(?:vision_model\.)?(.*)"
+
+
+@functools.cache
+def spellings(tower: str) -> tuple[Spelling, ...]:
+    """Names of a LLaVA with a tower of this family -> those of the released layout."""
+    whole = "vision_model." if TOWERS[tower].names[0].file.startswith("vision_model.") else ""
+    seen = rf"model.visual.vision_tower.{whole}\1"
+    return (
+        # in files
+        Spelling(r"language_model\.model\.(.*)", r"model.\1", r"model\..*"),
+        Spelling(r"language_model\.lm_head\.weight", "lm_head.weight", r"lm_head\..*"),
+        Spelling(_TOWER, seen, r"model\..*"),
+        Spelling(r"multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"model\..*"),
+        Spelling(r"multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"model\..*"),
+        # in memory, since transformers 4.52
+        Spelling(r"model\.language_model\.(.*)", r"model.\1", r"(language_model|model\.layers)\..*"),
+        Spelling(r"model\." + _TOWER, seen, r"(vision_tower|model\.visual)\..*"),
+        Spelling(r"model\.multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"multi_modal.*"),
+        Spelling(r"model\.multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"multi_modal.*"),
+    )
+
+
+ADDED = ("add_layer", "sources", "start", "wide")
+"""What says which layers have new experts, and what those are."""
 
 _TABLE = Table(
     sizes={},
     must_be={
         "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
-        "vision_feature_select_strategy": ("default",),
     },
     harmless=OF_ANY_MODEL
     | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id"}
-    | {"image_seq_length", "ignore_index", "image_tags", "add_layer", "new_experts", "calibrator_width"}
-    | {"sources", "start", "weight_guard", "text_isolation", "moextend"},
+    | {"image_seq_length", "ignore_index", "image_tags", *ADDED, "new_experts", "calibrator_width"}
+    | {"weight_guard", "mass", "router", "expert", "text_isolation", "moextend", "vision_feature_select_strategy"},
 )  # fmt: skip
 
 
@@ -67,30 +79,50 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     text, tower = attributes.get("text_config"), attributes.get("vision_config")
     if not isinstance(text, dict) or not isinstance(tower, dict):
         raise MoextendError(f"{where}: a LLaVA without text_config and vision_config has no sizes that are known")
-    text, tower = {"model_type": "mixtral", **FAMILIES["mixtral"].defaults, **text}, {**CLIP.defaults, **tower}
-    if tower.setdefault("model_type", CLIP.model_type) != CLIP.model_type:
-        raise MoextendError(
-            f"{where}: vision_config.model_type = {shown(tower['model_type'])} cannot be honoured (only "
-            f"{CLIP.model_type}): give decoder, tower and projector as folders of their own (--vision, --projector)"
-        )
+    text = {"model_type": "mixtral"} | text
+    defaults = FAMILIES[text["model_type"]].defaults if text["model_type"] in FAMILIES else {}
+    text, tower = {**defaults, **text}, {"model_type": CLIP.model_type} | tower
+    tower = {**TOWERS[tower_of(attributes, where=where)].defaults, **tower}
     if attributes.get("tie_word_embeddings"):
         text["tie_word_embeddings"] = True
     for name in ("torch_dtype", "dtype"):
         if name in attributes:
             text.setdefault(name, attributes[name])
-    for name in ("image_tags", "sources", "start"):
+    for name in ("image_tags", "new_experts", *ADDED):
         if name in attributes:
             text[name] = attributes[name]
     feature_layer = _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)
     if facts := _facts(attributes, feature_layer):
         text["moextend"] = facts
-    if attributes.get("add_layer"):
-        new: Any = attributes.get("new_experts", 1)
-        experts: Any = text.get("num_local_experts")
-        if not fits("experts", new) or not fits("experts", experts):
-            raise MoextendError(f"{where}: new_experts = {shown(new)} beside {shown(experts)} experts is impossible")
-        text |= {"add_layer": attributes["add_layer"], "num_local_experts": experts + new}
     return text | {"vision_config": tower}, feature_layer
+
+
+def tower_of(attributes: Mapping[str, Any], *, where: Path) -> str:
+    """The family of a LLaVA's tower.
+
+    Raises:
+      MoextendError: none that is known, or its projector reads other positions than the patches.
+    """
+    tower = attributes.get("vision_config")
+    model_type = tower.get("model_type", CLIP.model_type) if isinstance(tower, dict) else CLIP.model_type
+    name = next((name for name, tower in TOWERS.items() if tower.model_type == model_type), None)
+    if name not in PUBLISHED["hf"].towers:
+        raise MoextendError(
+            f"{where}: vision_config.model_type = {shown(model_type)} cannot be honoured (only "
+            f"{', '.join(TOWERS[name].model_type for name in PUBLISHED['hf'].towers)}): give decoder, tower and "
+            "projector as folders of their own (--vision, --projector)"
+        )
+    strategy, only = attributes.get("vision_feature_select_strategy", "default"), patches_are(name)
+    if strategy != only:
+        raise MoextendError(
+            f"{where}: vision_feature_select_strategy = {shown(strategy)} cannot be honoured (only {only!r})"
+        )
+    return name
+
+
+def patches_are(tower: str) -> str:
+    """LLaVA's word for the patches of a tower of this family: all of its positions but the first, or all."""
+    return "default" if TOWERS[tower].fields.get("class_token", True) else "full"
 
 
 def _facts(attributes: Mapping[str, Any], feature_layer: int) -> Any:

@@ -337,7 +337,7 @@ def _foreign(folder: Path, wanted: _Wanted) -> Source:
     at = folder / "config.json"
     attributes = huggingface.read_json(at) if folder.is_dir() and at.exists() else None
     if attributes and llava.is_llava(attributes) and llava.is_whole(stored):
-        stored, layout = spelling.respelled(stored, llava.SPELLINGS), "hf"
+        stored, layout = spelling.respelled(stored, llava.spellings(llava.tower_of(attributes, where=at))), "hf"
         attributes, feature_layer = llava.released_attributes(attributes, where=at)
         if wanted.feature_layer is None:
             wanted = wanted._replace(feature_layer=feature_layer)
@@ -346,9 +346,9 @@ def _foreign(folder: Path, wanted: _Wanted) -> Source:
     family = str(attributes.get("model_type")) if attributes else ""
     stored, more = spelling.published(stored, family if family in FAMILIES else "mixtral")
     if layout == "hf" or wanted.base is not None or _is_released(stored, attributes):
-        source = _released(folder, stored, attributes, wanted)
+        source = _released(folder, stored, attributes, wanted, layout=layout)
         projector = ("llava_hf", "") if layout == "hf" else source.record.projector
-        source = source._replace(record=source.record._replace(layout=layout, projector=projector))
+        source = source._replace(record=source.record._replace(projector=projector))
     else:
         source = _plain(folder, stored, attributes, wanted)
     return source._replace(notes=(*notes, *more, *source.notes))
@@ -429,8 +429,11 @@ def _projector(path: Path, stored: Mapping[str, Stored], attributes: Mapping[str
     return Source(matched, _record(config, table, {})._replace(projector=(table, prefix)), {})
 
 
-def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted) -> Source:
-    """A whole released checkpoint, or the tensors that a stage trained over those of its base."""
+def _released(
+    folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any] | None, wanted: _Wanted, *, layout: str
+) -> Source:
+    """A whole released checkpoint, or the tensors that a stage trained over those of its base; a LLaVA, layout hf, with
+    its names respelled."""
     base, vision, projector, feature_layer, dtype = wanted
     at = folder / "config.json"
     facts = _facts(attributes or {}, where=at)
@@ -448,11 +451,11 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
             raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
     extension = _extension_in(stored)
     if attributes is not None:
-        plain = {name: value for name, value in attributes.items() if name not in ("moextend", "start")}
-        plain["add_layer"] = None
+        ours = ("moextend", "new_experts", *llava.ADDED)
+        plain = {name: value for name, value in attributes.items() if name not in ours}
         decoder = huggingface.decoder_config(plain, where=at)
         configured = huggingface.extension_config(attributes, where=at)
-        if configured:
+        if configured and layout == "released":  # where new experts are counted among the others
             decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or configured).new_experts)
             if decoder.experts < decoder.top_k:
                 raise MoextendError(f"{at}: num_local_experts leaves {decoder.experts} besides the new experts")
@@ -462,8 +465,8 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
                 f"{at}: add_layer is {shown(named_layers)}, but the files hold new experts in layers "
                 f"{shown(stored_layers)}"
             )
-        if extension and configured and len(configured.sources) == len(extension.sources):
-            extension = dataclasses.replace(extension, sources=configured.sources, start=configured.start)
+        if extension and configured and configured.new_experts == extension.new_experts:
+            extension = dataclasses.replace(configured, calibrator_width=extension.calibrator_width)
         twin = configured is not None and configured.start == "twin"
         if twin and (extension is None or extension.start != "twin" or max(extension.sources) >= decoder.experts):
             raise MoextendError(f"{at}: sources = {shown(attributes['sources'])} are not those of its new experts")
@@ -486,7 +489,7 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
         vision=vision,
         feature_layer=feature_layer,
     )
-    if has_tower and tower and tower.family != "clip":
+    if layout == "released" and has_tower and tower and tower.family != "clip":
         raise MoextendError(
             f"{folder} holds a tower of family {tower.family}, where this layout has a CLIP: give it apart"
         )
@@ -509,7 +512,7 @@ def _released(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, 
     )
     _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
-    record = _record(config, "released", {"decoder": decoder_attributes, "vision": tower_attributes})
+    record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
     return Source({**elsewhere, **own}, record, files, below.notes if below else ())

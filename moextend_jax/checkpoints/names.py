@@ -39,6 +39,7 @@ from moextend_jax.families.family import Name
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.models.mixtral import Extension, Mixtral
 from moextend_jax.models.projectors import TABLE, sizes
+from moextend_jax.models.starts import STARTS
 from moextend_jax.models.whisper import sizes_of
 from moextend_jax.parameters import by_path
 
@@ -51,8 +52,6 @@ class Tensor(NamedTuple):
     index: tuple[int, ...]
     layout: str
 
-
-MIXTRAL = FAMILIES["mixtral"].names
 
 EXTENSION = (
     Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
@@ -90,8 +89,6 @@ def _projector(first: str, second: str) -> tuple[Name, ...]:
         Name("media/image/projector/second_bias", second + ".bias", "D -> D"),
     )
 
-
-CLIP = TOWERS["clip"].names
 
 _ENCODER = "layers.{U}."
 WHISPER = (
@@ -138,33 +135,54 @@ def _resampler() -> Iterator[Name]:
 RESAMPLER = tuple(_resampler())
 """A resampler: path inside the projector, and the same as name and layout, since no published file holds one."""
 
-_TEXT, _ROUTER = "language_model.", "language_model.model.layers.{Y}.block_sparse_moe.gate."
-TRANSFORMERS = (
-    *(row._replace(file=_TEXT + row.file) for row in MIXTRAL),
-    Name("extensions/image/router/new_gate", _ROUTER + "new.weight", "X D -> D X"),
-    Name("extensions/image/router/calibrator/w_in", _ROUTER + "calibrator.0.weight", "A O -> O A"),
-    Name("extensions/image/router/calibrator/w_out", _ROUTER + "calibrator.2.weight", "O A -> A O"),
-    *(row._replace(file=_TEXT + row.file) for row in EXTENSION if ".experts.{X}." in row.file),
-    *_projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
-    *(row._replace(file="vision_tower." + row.file) for row in CLIP),
-)
-
 TABLES: dict[str, tuple[Name, ...]] = {
     **{name: family.names for name, family in FAMILIES.items()},
     **{name: tower.names for name, tower in TOWERS.items()},
     "llava": _projector("mm_projector.0", "mm_projector.2"),
     "llava_hf": _projector("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
-    "released": (
-        *MIXTRAL,
-        *EXTENSION,
-        *_projector("model.visual.mm_projector.0", "model.visual.mm_projector.2"),
-        *(row._replace(file="model.visual.vision_tower." + row.file) for row in CLIP),
-    ),
-    "transformers": TRANSFORMERS,
 }
-"""File layouts: Hugging Face's decoders and picture towers by family, LLaVA's projector in its own spelling and in
-transformers', the method's released checkpoints, which hold everything, and a whole LLaVA of transformers, whose names
-of an extension are those of assets/hf/modeling_moextend.py."""
+"""File layouts of parts: Hugging Face's decoders and picture towers by family, LLaVA's projector in its own spelling
+and in transformers'."""
+
+IN_TRANSFORMERS = {
+    "gate_vision.selection": "selection_bias", "gate_vision.offset": "offset", "gate_vision.weight": "gate.weight",
+    "gate_vision.bias": "gate.bias", "weight_scale.weight_scale.": "calibrator.", "experts.": "ffn.",
+}  # fmt: skip
+"""How names of an extension begin in a block of experts, in released checkpoints -> in the `extension` of a block of
+assets/hf/modeling_moextend.py."""
+
+TEXT = {"released": "", "transformers": "language_model."}
+"""File layouts of whole models -> what they write before a decoder's names: the method's released checkpoints, and a
+whole LLaVA of transformers."""
+
+
+def rows(table: str, config: ModelConfig) -> tuple[Name, ...]:
+    """Of a file layout, for a model of this configuration's families."""
+    tower = config.vision.family if config.vision else "clip"
+    return _whole(table, config.decoder.family, tower) if table in TEXT else TABLES[table]
+
+
+@functools.cache
+def _whole(table: str, family: str, tower: str) -> tuple[Name, ...]:
+    decoder, pictures = FAMILIES[family].names, TOWERS[tower].names
+    text = tuple(row._replace(file=TEXT[table] + row.file) for row in decoder)
+    if table == "released":
+        projector = _projector("model.visual.mm_projector.0", "model.visual.mm_projector.2")
+        seen = (row._replace(file="model.visual.vision_tower." + row.file) for row in pictures)
+        return (*text, *EXTENSION, *projector, *seen)
+    seen = (row._replace(file="vision_tower." + row.file) for row in pictures)
+    block = next(row.file for row in text if row.path == "decoder/layers/moe/gate").split("{Z}.")[1].split(".")[0]
+    return (*text, *_extension_of(block), *TABLES["llava_hf"], *seen)
+
+
+def _extension_of(block: str) -> Iterator[Name]:
+    """Rows of EXTENSION as our class for transformers has them."""
+    for row in EXTENSION:
+        name = row.file.removeprefix("model.layers.{Y}.block_sparse_moe.")
+        theirs = next(theirs for theirs in IN_TRANSFORMERS if name.startswith(theirs))
+        ours = IN_TRANSFORMERS[theirs] + name.removeprefix(theirs)
+        yield row._replace(file=f"{TEXT['transformers']}model.layers.{{Y}}.{block}.extension.{ours}")
+
 
 PREFIXES = {"llava": "model.", "llava_hf": "model."}
 """What some files write before every name of a layout."""
@@ -239,44 +257,58 @@ def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
     return {"tower": of_tower, "projector": _PROJECTORS[medium.projector.kind]}.get(part, {})
 
 
-PUBLISHED_STARTS = {"released": ("copy",), "hf": ("copy", "twin")}
-"""What programs that read a layout of whole models compute."""
+class Published(NamedTuple):
+    """What programs that read a layout of whole models compute."""
+
+    families: tuple[str, ...]
+    towers: tuple[str, ...]
+    starts: tuple[str, ...]
+    wide: bool
+
+
+PUBLISHED = {
+    "released": Published(families=("mixtral",), towers=("clip",), starts=("copy",), wide=False),
+    # LLaVA takes one position before the patches away, or none.
+    "hf": Published(families=tuple(FAMILIES), towers=("clip", "siglip", "dinov2"), starts=tuple(STARTS), wide=True),
+}
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
-    """Published layouts of whole models hold a Mixtral, pictures behind a CLIP and two linear maps, and one extension.
+    """Published layouts of whole models hold pictures behind two linear maps, and one extension.
+
+    Args:
+      layout: of parts, or a row of PUBLISHED.
 
     Raises:
       MoextendError: these leaves of a model are more, or others.
     """
     parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if path.startswith(("media/", "extensions/")))
+    known = PUBLISHED.get(layout, PUBLISHED["hf"]._replace(towers=tuple(TOWERS)))
     family = config.vision.family if config.vision else "clip"
-    others = [] if config.decoder.family == "mixtral" else [f"a decoder of family {config.decoder.family}"]
+    others = [] if config.decoder.family in known.families else [f"a decoder of family {config.decoder.family}"]
     for kind, name in parts:
         if name != IMAGE:
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
-        elif kind == "media" and layout not in (*TOWERS, "llava") and family != "clip":
+        elif kind == "media" and family not in known.towers:
             others.append(f"a tower of family {family}")
         elif kind == "media" and config.media[name].projector != ProjectorConfig():
             others.append(f"a projector of kind {config.media[name].projector.kind}")
         elif kind == "extensions":
             added = config.extensions[name]
             others += [f"a share of {added.share} of extension {name}"] * (added.share != 1)
-            others += [f"the start {added.start!r} of extension {name}"] * (
-                added.start not in PUBLISHED_STARTS.get(layout, (added.start,))
-            )
-            others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1)
+            others += [f"the start {added.start!r} of extension {name}"] * (added.start not in known.starts)
+            others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1 and not known.wide)
     if others:
         raise MoextendError(
-            f"layout {layout} holds a Mixtral, pictures behind a CLIP and two linear maps, and one extension called "
-            f"{IMAGE}, and this model has {', '.join(others)}: export it with --layout delta, which `moextend compose` "
-            "puts back onto its base"
+            f"layout {layout} holds a decoder of family {' or '.join(known.families)}, pictures behind a tower of "
+            f"family {' or '.join(known.towers)} and two linear maps, and one extension called {IMAGE}, and this model "
+            f"has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back onto its base"
         )
 
 
 def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:
     """Every tensor that a file of layout `table` must hold for a model of this configuration."""
-    for name in TABLES[table]:
+    for name in rows(table, config):
         if row_of(name.path, config) is None:
             continue
         counters = stacked(name.file)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from moextend_jax.checkpoints.names import IN_TRANSFORMERS
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import MoextendError
 from moextend_jax.families import FAMILIES
@@ -41,6 +42,15 @@ SPELLINGS = (
     # transformers 5 in memory: save_pretrained(save_original_format=False) and torch.save(model.state_dict())
     Spelling(_LAYER + r"mlp\.gate\.(.*)", r"\1.block_sparse_moe.gate.\2", rf"{_BLOCK}|{_OTHER_FAMILY}"),
     # our own modeling_moextend.py
+    *(
+        Spelling(
+            rf"{_LAYER}(?:mlp|block_sparse_moe)\.extension\.{re.escape(ours)}(.*)",
+            rf"\1.block_sparse_moe.{theirs}\2",
+            r"(?!)",  # these names are nobody else's
+        )
+        for theirs, ours in IN_TRANSFORMERS.items()
+    ),
+    # the same until version 0.1, whose experts were the pretrained ones' neighbours
     Spelling(_LAYER + _GATE + r"new\.weight", r"\1.block_sparse_moe.gate_vision.weight", _RELEASED),
     Spelling(
         _LAYER + _GATE + r"calibrator(\.[02]\.weight)", r"\1.block_sparse_moe.weight_scale.weight_scale\2", _RELEASED

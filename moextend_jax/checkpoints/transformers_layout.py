@@ -1,8 +1,8 @@
 """A whole model as the folder that transformers 5 loads: weights, config.json, tokenizer, processor, chat template.
 
 In: an opened checkpoint and the recipe that it was trained by. Out: `Folder`, what to write; nothing is read of the
-weights yet. A model that sees is transformers' own LLaVA over Mixtral, an extended one the class of
-assets/hf/modeling_moextend.py, which goes along; one without eyes is a Mixtral.
+weights yet. A model that sees is transformers' own LLaVA over its decoder; an extended one, and one whose logits LLaVA
+would not divide, is of the class of assets/hf/modeling_moextend.py, which goes along; one without eyes is a decoder.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from rich.console import Console
 from moextend_jax.checkpoints import huggingface, leaves, names
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
+from moextend_jax.checkpoints.llava import patches_are
 from moextend_jax.checkpoints.loading import Source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
-from moextend_jax.config import ModelConfig, MoextendError, Recipe, with_vision
+from moextend_jax.config import ExtensionConfig, ModelConfig, MoextendError, Recipe, with_vision
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.families import FAMILIES
-from moextend_jax.media.image import MEAN_c, STD_c
+from moextend_jax.media.image import LEVELS
+from moextend_jax.models.router import Rule
 
 CODE = "modeling_moextend.py"
 KEPT = ("max_position_embeddings", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -95,7 +97,7 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
         texts={},
         copies={name: path for name, path in source.files.items() if name in MODEL_FILES and not sees},
     )
-    if config.extension:
+    if attributes["model_type"] == "moextend":
         folder.copies[CODE] = ASSETS / CODE
     if sees:
         folder.json_files.update(_processor(config, recipe))
@@ -141,7 +143,7 @@ def _text_attributes(source: Source) -> dict[str, Any]:
 def _llava_attributes(
     source: Source, config: ModelConfig, text: Mapping[str, Any], recipe: Recipe, text_isolation: str
 ) -> dict[str, Any]:
-    vision, extension = config.vision, config.extension
+    vision, extension, decoder = config.vision, config.extension, config.decoder
     assert vision is not None
     attributes = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": text["dtype"],
@@ -150,27 +152,42 @@ def _llava_attributes(
             name: value for name, value in huggingface.vision_attributes(vision).items() if name != "architectures"
         },
         "image_token_index": config.tags.pad, "image_seq_length": vision.patches,
-        "vision_feature_layer": vision.feature_layer, "vision_feature_select_strategy": "default",
+        "vision_feature_layer": vision.feature_layer,
+        "vision_feature_select_strategy": patches_are(vision.family),
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-        "tie_word_embeddings": config.decoder.tied_head,
+        "tie_word_embeddings": decoder.tied_head,
         "image_tags": dataclasses.asdict(config.tags),
         "moextend": {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation},
     }  # fmt: skip
-    if extension is None:
+    if extension is None and decoder.logits_divisor == 1:
         return attributes
     name = "MoExtendForConditionalGeneration"
     model_class = f"{CODE.removesuffix('.py')}.{name}"
-    return attributes | {
+    attributes |= {
         "architectures": [name], "model_type": "moextend",
         "auto_map": {
             "AutoConfig": f"{CODE.removesuffix('.py')}.MoExtendConfig",
             "AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class,
             "AutoModelForCausalLM": model_class,
         },
-        "add_layer": list(extension.layers), "sources": list(extension.sources),
-        "new_experts": extension.new_experts, "calibrator_width": extension.calibrator_width,
-        "weight_guard": recipe.weight_guard, "text_isolation": text_isolation,
-        **({"start": extension.start} if extension.start != "copy" else {}),
+    }  # fmt: skip
+    return attributes | (_extension_attributes(config, extension, recipe, text_isolation) if extension else {})
+
+
+def _extension_attributes(
+    config: ModelConfig, extension: ExtensionConfig, recipe: Recipe, text_isolation: str
+) -> dict[str, Any]:
+    decoder = config.decoder
+    router = {"experts": decoder.experts, **Rule.of(decoder)._asdict()}
+    return {
+        "add_layer": list(extension.layers), "sources": list(extension.sources), "start": extension.start,
+        "new_experts": extension.new_experts, "wide": extension.wide, "calibrator_width": extension.calibrator_width,
+        "weight_guard": recipe.weight_guard, "mass": recipe.mass, "text_isolation": text_isolation,
+        "router": router | {"bias": decoder.router_bias, "selection_bias": decoder.selection_bias},
+        "expert": {
+            "width": extension.wide * decoder.hidden, "bias": decoder.expert_bias, "glu": decoder.glu,
+            "glu_limit": decoder.glu_limit,
+        },
     }  # fmt: skip
 
 
@@ -192,16 +209,20 @@ def _processor(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, Any]]
     pixels are ours; torchvision's resizing rounds some of them otherwise by a level or two."""
     vision = config.vision
     assert vision is not None
-    size = vision.image_size
+    size, (mean_c, std_c) = vision.image_size, LEVELS[vision.levels]
     pictures = {
         "image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3,
-        "image_mean": [round(float(mean), 8) for mean in MEAN_c], "image_std": [round(float(std), 8) for std in STD_c],
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "resample": huggingface.RESAMPLES[vision.resample],
+        "image_mean": [round(float(mean), 8) for mean in mean_c], "image_std": [round(float(std), 8) for std in std_c],
         "do_pad": recipe.image_preparation == "pad", "do_resize": True, "size": {"shortest_edge": size},
         "do_center_crop": True, "crop_size": {"height": size, "width": size},
     }  # fmt: skip
+    if vision.stretched:
+        pictures |= {"do_pad": False, "size": {"height": size, "width": size}, "do_center_crop": False}
     processor = {
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": vision.patch_size,
-        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": int(vision.class_token),
+        "vision_feature_select_strategy": patches_are(vision.family),
     }  # fmt: skip
     return {"preprocessor_config.json": pictures, "processor_config.json": processor}

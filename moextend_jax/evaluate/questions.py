@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,12 +89,12 @@ def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
     return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]
 
 
-def question_only_answers(training: Iterable[Example], texts: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
-    """The best answers without the image: each question's most frequent one in the training data.
+def frequent_answers(training: Iterable[Example], *, tokenizer: Tokenizer) -> Callable[[str], str]:
+    """The best answer without the image: a question's most frequent one in the training data, and of a question that is
+    not in there the most frequent of all.
 
     Args:
       training: conversations; those that training refuses or skips are left out.
-      texts: the questions; one that training does not have gets the most frequent answer of all.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def question_only_answers(training: Iterable[Example], texts: Sequence[str], *, 
             overall[question.answer] += 1
     if not overall:
         raise MoextendError("no conversation of the training data has a question and an answer")
-    return [(by_question.get(text) or overall).most_common(1)[0][0] for text in texts]
+    return lambda text: (by_question.get(text) or overall).most_common(1)[0][0]
 
 
 def _plain(text: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     answer_stage = None if settings.data else _answer_stage(run, first.asked.source)
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
-    answers: dict[str, dict[str, list[str]]] = {on: {"question_only": _guesses(run, of)} for on, of in asked.items()}
+    answers = _guesses(run, asked)
     plan = _plan(run, asked)
     right: dict[str, dict[str, list[dict[frozenset[str], bool]]]] = {on: {} for on in asked}  # by medium, of each model
 
@@ -218,10 +218,18 @@ def _inputs(run: Run, of: Questions) -> Readers:
     return readers_of(run, of.asked.source, data=of.asked.data, split=of.asked.split, inputs=True)
 
 
-def _guesses(run: Run, of: Questions) -> list[str]:
-    known = source_of(run, Data(results.named(run.settings, of.asked.extension, "finetune")))
-    texts = [item.question.text for item in of.prompted]
-    return questions.question_only_answers(known, texts, tokenizer=run.tokenizer)
+def _guesses(run: Run, asked: Mapping[str, Questions]) -> dict[str, dict[str, list[str]]]:
+    """By what is asked: what can be said without the items, from what the extension was trained on."""
+
+    @functools.cache
+    def guess(extension: str) -> Callable[[str], str]:
+        known = source_of(run, Data(results.named(run.settings, extension, "finetune")))
+        return questions.frequent_answers(known, tokenizer=run.tokenizer)
+
+    return {
+        on: {"question_only": [guess(of.asked.extension)(item.question.text) for item in of.prompted]}
+        for on, of in asked.items()
+    }
 
 
 def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from moextend_jax.plan.roofline import Roofline, roofline
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.plan.traffic import traffic
 from moextend_jax.settings import RunSettings, StageSettings
-from moextend_jax.sharding import spec
+from moextend_jax.sharding import TABLE, spec
 
 
 def plan(
@@ -72,6 +72,7 @@ def plan(
             **flops.by_phase(),
             "parts": flops.parts,
         },
+        "undivided": undivided(config, mesh),
         "compile_seconds": compiled.seconds,
         "compile_cpu_seconds": compiled.cpu_seconds,
     }
@@ -99,6 +100,21 @@ def plan(
     return {**figures, **_times(line, run, flops.model, place)}
 
 
+SPLIT = {"E": "experts", "N": "heads", "K": "key heads", "F": "columns of an expert", "V": "rows of the vocabulary"}
+"""Axes of a decoder that a mesh splits, by their letter."""
+
+
+def undivided(config: ModelConfig, mesh: Any) -> list[str]:
+    """What of a decoder its mesh axis does not divide, so that every device along it holds and computes all of it."""
+    sizes = config.decoder.sizes()
+    axis = {letter: (TABLE[letter] or ("",))[0] for letter in SPLIT}
+    return [
+        f"{sizes[letter]} {what} on an axis {axis[letter]} of {mesh.shape[axis[letter]]}"
+        for letter, what in SPLIT.items()
+        if sizes[letter] % mesh.shape[axis[letter]]
+    ]
+
+
 def local_tokens(run: StageSettings, mesh: Any) -> int:
     """Positions (rows times length) of one micro-batch on one chip."""
     shape = (run.batch_size // run.accumulate, run.length)
@@ -121,7 +137,7 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
     )
     gone = sum(len(added.layers) * added.new_experts for added in extensions) * one / decoder.layers
     extended = sum(len(added.layers) * added.new_experts for added in extensions) / max(X, 1)
-    here = max(1, decoder.experts // expert)
+    here = decoder.experts // expert if decoder.experts % expert == 0 else decoder.experts
     picks = local_tokens(run, mesh) * expert * tensor * k
     # With experts split over devices new ones have rows of their own, of which a token has no more than there are.
     alone = expert > 1 or config.dispatch == "exchange"

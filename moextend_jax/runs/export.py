@@ -19,6 +19,7 @@ from rich.console import Console
 
 from moextend_jax.checkpoints import hashes, huggingface, leaves, selection, train_state
 from moextend_jax.checkpoints.convert import (
+    HF,
     LAYOUTS,
     SHARD,
     default_layout,
@@ -40,9 +41,6 @@ from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
 from moextend_jax.runs.models_of import start_of
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
-
-HF = "hf"
-"""The layout of `transformers_layout`, beside those of `convert.LAYOUTS`."""
 
 
 @dataclasses.dataclass(frozen=True)

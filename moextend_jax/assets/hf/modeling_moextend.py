@@ -1,10 +1,9 @@
-"""An extended model (MoExtend) for transformers 5: LLaVA over Mixtral, with new experts in some of its layers.
+"""An extended model (MoExtend) for transformers 5: LLaVA over a mixture of experts, new experts in some of its layers.
 
 `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)` finds this file by FOLDER's config.json.
-Needs torch and transformers alone.
+Needs torch and transformers alone, and works for every family whose router gives (logits, weights, ids) and whose
+experts take (hidden states, ids, weights), as those of transformers do.
 """
-
-import copy
 
 import torch
 import torch.nn.functional as F
@@ -13,70 +12,36 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.modeling_llava import LlavaModel
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 
 class MoExtendConfig(LlavaConfig):
-    """LLaVA's, and: `add_layer`, the layers with `new_experts` more experts than `text_config.num_local_experts`;
-    `calibrator_width`; `weight_guard`, "bounded" or "none"; `text_isolation`, "none" or "strict" (only conversations
-    with an image may choose new experts); `start`, "copy", or "twin": of a new expert and the one that it is a copy of
-    (`sources`, those of each extended layer, one layer after another) a token may choose only the likelier."""
+    """LLaVA's, and: `add_layer`, the layers with `new_experts` more experts; `sources`, the experts that they were
+    copied from, one layer after another; `start`, how they stand among the others (below); `calibrator_width`;
+    `weight_guard`, "bounded" or "none"; `mass`, "base" or "literal": whether weights sum to what the base's would;
+    `text_isolation`, "none" or "strict" (only conversations with an image may choose new experts); `router`, how the
+    base decides: experts, top_k, scores ("softmax" or "sigmoid"), normalised, routed_factor, groups, top_groups, bias,
+    selection_bias; `expert`, what a new one is: width, bias, glu ("silu" or "clamped"), glu_limit.
+
+    Starts: "copy" competes for the k picks; "lowered" with an offset on its logits; "twin" stands in the column of its
+    source wherever its own logit is no smaller; "added" stands beside the picks where it reaches the last of them.
+    """
 
     model_type = "moextend"
     add_layer: list[int] | None = None
+    sources: list[int] | None = None
+    start: str = "copy"
     new_experts: int = 1
+    wide: int = 1
     calibrator_width: int = 16
     weight_guard: str = "bounded"
+    mass: str = "base"
     text_isolation: str = "none"
-    start: str = "copy"
-    sources: list[int] | None = None
+    router: dict | None = None
+    expert: dict | None = None
 
 
 TIE = 1e-4
-"""A twin counts as no less than its source down to so much: two products round the same sum in two ways."""
-
-
-class ExtendedTopKRouter(MixtralTopKRouter):
-    """Chooses by the probabilities over old and new experts, weighs by the calibrated ones. twins: for each new expert
-    the old one that it excludes, () for none."""
-
-    def __init__(self, text_config, config: MoExtendConfig, twins=()):
-        super().__init__(text_config)
-        self.twins = twins
-        outputs = text_config.num_local_experts + config.new_experts
-        self.new = nn.Linear(text_config.hidden_size, config.new_experts, bias=False)
-        self.calibrator = nn.Sequential(
-            nn.Linear(outputs, config.calibrator_width, bias=False),
-            nn.GELU(),
-            nn.Linear(config.calibrator_width, outputs, bias=False),
-        )
-        self.normalise = WEIGHT_GUARDS[config.weight_guard]
-        self.sighted = None
-        """Which tokens may choose new experts, [tokens] bool; None: all. The model sets it before each pass."""
-
-    def forward(self, hidden_states: torch.Tensor):
-        # In float32, also where the model is in bfloat16: a rounded logit is another choice.
-        x = hidden_states.reshape(-1, self.hidden_dim).float()
-        old, new = F.linear(x, self.weight.float()), F.linear(x, self.new.weight.float())
-        sighted = None if self.sighted is None else self.sighted.to(x.device)[:, None]
-        if sighted is not None:
-            new = new.masked_fill(~sighted, -torch.inf)
-        logits = torch.cat([old, new], dim=-1)
-        for x, source in enumerate(self.twins, old.shape[-1]):
-            before = [y for y in range(old.shape[-1], x) if self.twins[y - old.shape[-1]] == source]
-            rivals = [source, *before]  # all but one of them are out already
-            wins = logits[:, [x]] >= logits[:, rivals].amax(dim=-1, keepdim=True) - TIE
-            column = torch.arange(logits.shape[-1], device=logits.device)[None]
-            loses = torch.where(wins, torch.isin(column, torch.tensor(rivals, device=logits.device)), column == x)
-            logits = logits.masked_fill(loses, -torch.inf)
-        probs = logits.softmax(dim=-1)
-        plain, ids = probs.topk(self.top_k, dim=-1)
-        w_in, gelu, w_out = self.calibrator
-        calibrated = probs + F.linear(gelu(F.linear(probs, w_in.weight.float())), w_out.weight.float())
-        weights = self.normalise(calibrated.gather(-1, ids))
-        if sighted is not None:
-            weights = torch.where(sighted, weights, over_their_sum(plain))
-        return logits, weights, ids
+"""A copy counts as no less than its source down to so much: two products round the same sum in two ways."""
 
 
 def over_their_sum(weights: torch.Tensor) -> torch.Tensor:
@@ -90,7 +55,181 @@ def bounded(weights: torch.Tensor) -> torch.Tensor:
     return weights / torch.where(total.abs() < least, torch.copysign(least, total), total)
 
 
+def silu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def clamped(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
 WEIGHT_GUARDS = {"none": over_their_sum, "bounded": bounded}
+SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+GLUS = {"silu": silu, "clamped": clamped}
+
+
+class NewExpert(nn.Module):
+    def __init__(self, size: int, width: int, bias: bool, glu: str, glu_limit: float):
+        super().__init__()
+        self.w1 = nn.Linear(size, width, bias=bias)
+        self.w3 = nn.Linear(size, width, bias=bias)
+        self.w2 = nn.Linear(width, size, bias=bias)
+        self.glu, self.limit = GLUS[glu], glu_limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(self.glu(self.w1(x), self.w3(x), self.limit))
+
+
+class Extension(nn.Module):
+    """What a layer has more: columns of its router, a calibrator, and experts, numbered on from the pretrained ones."""
+
+    def __init__(self, config: MoExtendConfig, sources: list[int]):
+        super().__init__()
+        self.config, self.rule, self.sources = config, config.router, sources
+        size, new, old = config.text_config.hidden_size, config.new_experts, config.router["experts"]
+        self.old = old
+        self.gate = nn.Linear(size, new, bias=self.rule["bias"])
+        self.calibrator = nn.Sequential(
+            nn.Linear(old + new, config.calibrator_width, bias=False),
+            nn.GELU(),
+            nn.Linear(config.calibrator_width, old + new, bias=False),
+        )
+        self.ffn = nn.ModuleDict({str(old + x): NewExpert(size, **config.expert) for x in range(new)})
+        self.selection_bias = nn.Parameter(torch.zeros(new)) if self.rule["selection_bias"] else None
+        self.offset = nn.Parameter(torch.zeros(new)) if config.start == "lowered" else None
+        self.sighted = None
+        """Which tokens may choose new experts, [tokens] bool; None: all. The model sets it before each pass."""
+
+    def forward(self, gate: nn.Module, hidden_states: torch.Tensor):
+        """The router's (logits [T, O], weights [T, k], ids [T, k]); k is wider by the new experts with start "added".
+
+        In float32, also where the model is in bfloat16: a rounded logit is another choice. Experts are chosen by the
+        scores over old and new ones and weighed by the calibrated ones.
+        """
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
+        old, new = product(x, gate.weight, getattr(gate, "bias", None)), product(x, self.gate.weight, self.gate.bias)
+        new = new if self.offset is None else new + self.offset.float()
+        sighted = None if self.sighted is None else self.sighted.to(x.device)[:, None]
+        new = new if sighted is None else new.masked_fill(~sighted, -torch.inf)
+        bias = selection_bias_of(gate)
+        both = bias if bias is None else torch.cat([bias, self.selection_bias.float()])
+        columns, experts = self.columns(old, new)
+        ranks = self.ranks(columns, bias if columns.shape == old.shape else both)
+        picked = ranks.topk(self.rule["top_k"], dim=-1).indices
+        chosen = experts.gather(-1, picked)
+        logits = torch.full((len(x), self.old + new.shape[-1]), -torch.inf, device=x.device)
+        logits = logits.scatter(-1, experts, columns)
+        added = self.config.start == "added"
+        seen = torch.cat([old, new], dim=-1) if added else logits
+        probs, corrected = self.probabilities(logits), self.correction(self.probabilities(seen))
+        weights = (probs + corrected).gather(-1, chosen)
+        plain_ids, plain = self.plain(old, bias)
+        if self.rule["normalised"] or self.config.mass == "base":
+            weights = WEIGHT_GUARDS[self.config.weight_guard](weights) * plain.sum(dim=-1, keepdim=True)
+        else:
+            total = 1.0 if self.rule["scores"] == "softmax" else self.scores(columns).sum(dim=-1, keepdim=True)
+            weights = weights * total * self.rule["routed_factor"]
+        if sighted is not None:
+            chosen, weights = torch.where(sighted, chosen, plain_ids), torch.where(sighted, weights, plain)
+        if added:
+            ranks = self.ranks(seen, both)
+            reaches = ranks[:, self.old :] >= ranks.gather(-1, picked[:, -1:]) - TIE
+            beside = (self.probabilities(seen) + corrected)[:, self.old :] * self.rule["routed_factor"]
+            numbers = torch.arange(self.old, logits.shape[-1], device=x.device).expand_as(beside)
+            chosen = torch.cat([chosen, numbers], dim=-1)
+            weights = torch.cat([weights, beside.where(reaches, 0.0)], dim=-1)
+        return seen, weights, chosen
+
+    def columns(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of what competes for the k picks, and the expert in each column."""
+        start, columns = self.config.start, torch.cat([old, new], dim=-1)
+        experts = torch.arange(columns.shape[-1], device=old.device).expand_as(columns)
+        if start in ("copy", "lowered"):
+            return columns, experts
+        held, experts = old.clone(), experts[:, : self.old].clone()
+        for x, source in enumerate(self.sources if start == "twin" else ()):
+            wins = new[:, x] >= held[:, source] - TIE
+            held[:, source] = torch.where(wins, new[:, x], held[:, source])
+            experts[:, source] = torch.where(wins, self.old + x, experts[:, source])
+        return held, experts
+
+    def ranks(self, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the k best are of; columns behind the pretrained experts' are in no group and always may be chosen."""
+        groups, closed = self.rule["groups"], torch.isneginf(logits)
+        if bias is None and groups == 1:
+            return logits
+        ranks = self.scores(logits) if bias is None else self.scores(logits) + bias
+        if groups > 1:
+            grouped = ranks[:, : self.old].reshape(len(ranks), groups, -1)
+            best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.rule["top_groups"], dim=-1).indices
+            out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            grouped = grouped.masked_fill(out[..., None], -torch.inf)
+            ranks = torch.cat([grouped.flatten(1), ranks[:, self.old :]], dim=-1)
+        return ranks.masked_fill(closed, -torch.inf)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return SCORES[self.rule["scores"]](logits)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        scores = self.scores(logits)
+        return scores if self.rule["scores"] == "softmax" else over_their_sum(scores)
+
+    def correction(self, probs: torch.Tensor) -> torch.Tensor:
+        w_in, gelu, w_out = self.calibrator
+        return product(gelu(product(probs, w_in.weight)), w_out.weight)
+
+    def plain(self, old: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base's choice and weights."""
+        ids = self.ranks(old, bias).topk(self.rule["top_k"], dim=-1).indices
+        weights = self.scores(old).gather(-1, ids)
+        weights = over_their_sum(weights) if self.rule["normalised"] else weights
+        return ids, weights * self.rule["routed_factor"]
+
+    def add_experts(self, y: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`y`, and what new experts make of the tokens that have chosen them."""
+        for number, expert in self.ffn.items():
+            token, pick = torch.where((ids == int(number)) & (weights != 0))
+            y = y.index_add(0, token, (expert(x[token]) * weights[token, pick, None]).to(y.dtype))
+        return y
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(x, weight.float(), None if bias is None else bias.float())
+
+
+def selection_bias_of(gate: nn.Module) -> torch.Tensor | None:
+    """What pretrained experts are chosen by besides their scores."""
+    bias = getattr(getattr(gate, "moe_statics", gate), "e_score_correction_bias", None)
+    return None if bias is None else bias.float().reshape(-1)
+
+
+class ExtendedRouter:
+    def forward(self, hidden_states):
+        (extension,) = self.of_block
+        return extension(self, hidden_states)
+
+
+class ExtendedExperts:
+    def forward(self, hidden_states, ids, weights):
+        (extension,) = self.of_block
+        pretrained = ids < extension.old
+        y = super().forward(hidden_states, ids.where(pretrained, 0), weights.where(pretrained, 0.0))
+        return extension.add_experts(y, hidden_states, ids, weights)
+
+
+def extend(block: nn.Module, extension: Extension) -> None:
+    """Gives a block of experts an extension: its router and experts keep their parameters, names and classes."""
+    block.extension = extension
+    router = "gate" if hasattr(block, "gate") else "router"
+    for name, mixin in ((router, ExtendedRouter), ("experts", ExtendedExperts)):
+        part = getattr(block, name)
+        part.of_block = (extension,)  # in a tuple, so that its parameters are the block's alone
+        part.__class__ = type(f"Extended{type(part).__name__}", (mixin, type(part)), {})
+
+
+def block_of(layer: nn.Module) -> nn.Module:
+    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
 
 
 class MoExtendModel(LlavaModel):
@@ -98,17 +237,11 @@ class MoExtendModel(LlavaModel):
 
     def __init__(self, config: MoExtendConfig):
         super().__init__(config)
-        text = config.text_config
-        more = copy.deepcopy(text)
-        more.num_local_experts += config.new_experts
-        more._experts_implementation = text._experts_implementation
-        for n, layer in enumerate(config.add_layer or ()):
-            twins = (
-                config.sources[n * config.new_experts : (n + 1) * config.new_experts] if config.start == "twin" else ()
-            )
-            mlp = self.language_model.layers[layer].mlp
-            mlp.experts = MixtralExperts(more)
-            mlp.gate = ExtendedTopKRouter(text, config, twins)
+        layers = config.add_layer or []
+        each = len(config.sources or ()) // max(1, len(layers))
+        for n, layer in enumerate(layers):
+            sources = list(config.sources or ())[n * each : (n + 1) * each]
+            extend(block_of(self.language_model.layers[layer]), Extension(config, sources))
         self.post_init()
 
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
@@ -119,8 +252,8 @@ class MoExtendModel(LlavaModel):
             sighted = self._sighted(input_ids, pixel_values, past_key_values, inputs_embeds)
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
         for layer in self.config.add_layer or ():
-            gate = self.language_model.layers[layer].mlp.gate
-            gate.sighted = None if sighted is None else sighted.repeat_interleave(length)
+            extension = block_of(self.language_model.layers[layer]).extension
+            extension.sighted = None if sighted is None else sighted.repeat_interleave(length)
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -149,13 +282,25 @@ class MoExtendModel(LlavaModel):
         return here | before.to(here.device).repeat_interleave(len(here) // len(before))
 
 
+class DividedHead(nn.Linear):
+    """A head whose logits are divided, as Granite's are."""
+
+    divisor = 1.0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) / self.divisor
+
+
 class MoExtendForConditionalGeneration(LlavaForConditionalGeneration):
     config_class = MoExtendConfig
-    _keep_in_fp32_modules_strict = ["calibrator"]
+    _keep_in_fp32_modules_strict = ["calibrator", "extension.selection_bias", "extension.offset"]
 
     def __init__(self, config: MoExtendConfig):
         super().__init__(config)
         self.model = MoExtendModel(config)
+        divisor = getattr(config.text_config, "logits_scaling", 1.0)
+        if divisor != 1.0:  # which LLaVA's own head knows nothing of
+            self.lm_head.__class__ = type("DividedHead", (DividedHead,), {"divisor": divisor})
         self.post_init()
 
 

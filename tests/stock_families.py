@@ -1,0 +1,44 @@
+"""What a stranger makes of exported folders of ids and pixels: transformers alone. Run by test_export_families.py.
+
+In: an npz file with ids_BL, pixel_values and mask_BL (which rows have the picture), and folders. Out: an npz file with
+each folder's logits ("NAME/logits"), greedy tokens behind the rows ("NAME/answer"), the names of tensors that
+transformers would save ("NAME/names"), and the logits as the folder is loaded in bfloat16 ("NAME/half").
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+@torch.no_grad()
+def main(inputs: str, out: str, *folders: str) -> None:
+    given, arrays = np.load(inputs), {}
+    ids, pixels = torch.tensor(given["ids_BL"]), torch.tensor(given["pixel_values"])
+    for folder in map(Path, folders):
+        sees = "vision_config" in (folder / "config.json").read_text()
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        options = {"trust_remote_code": True} if (folder / "modeling_moextend.py").exists() else {}
+        model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+        assert not any(report.values()), report
+        more = {"pixel_values": pixels} if sees else {}
+        made = {"logits": model(input_ids=ids, **more).logits}
+        made["answer"] = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **more)[:, ids.shape[1] :]
+        half = kind.from_pretrained(folder, dtype=torch.bfloat16, **options)
+        more = {name: value.bfloat16() for name, value in more.items()}
+        made["half"] = half(input_ids=ids, **more).logits.float()
+        arrays |= {f"{folder.name}/{key}": value.numpy() for key, value in made.items()}
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved)
+            with safe_open(Path(saved) / "model.safetensors", "np") as file:
+                arrays[f"{folder.name}/names"] = np.array(sorted(file.keys()))
+    assert not any(module.startswith("moextend_jax") for module in sys.modules)
+    np.savez(out, **arrays)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,185 @@
+"""`--layout hf` of every family, tower and start: stock PyTorch makes of the folder what JAX makes of the model.
+
+Tiny models with random weights, no tokenizer: ids and pixels go in on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from moextend_jax.checkpoints import huggingface, names
+from moextend_jax.checkpoints.loading import Source, open_checkpoint
+from moextend_jax.checkpoints.store import Record
+from moextend_jax.checkpoints.transformers_layout import export_transformers
+from moextend_jax.config import (
+    IGNORE,
+    RECIPES,
+    Batch,
+    DecoderConfig,
+    ExtensionConfig,
+    ImageTags,
+    ModelConfig,
+    VisionConfig,
+    YarnConfig,
+    of_pictures,
+)
+from moextend_jax.families import FAMILIES
+from moextend_jax.families.towers import TOWERS
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+
+SCRIPT = Path(__file__).with_name("stock_families.py")
+PAD = 60
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "width": 24, "hidden": 16, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 8, "experts": 8,
+    "top_k": 3,
+}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "granitemoe": {
+        "embed_factor": 3.0, "residual_factor": 0.5, "logits_divisor": 2.0, "attention_scale": 0.3, "tied_head": True,
+    },
+    "olmoe": {"head_size": 6},  # its class knows no other than width over heads
+    "qwen2_moe": {"shared_hidden": 20},
+    "qwen3_moe": {"normalised": True},
+    "glm4_moe": {"dense_hidden": 20, "shared_experts": 2, "groups": 4, "top_groups": 2, "routed_factor": 2.5,
+                 "qkv_bias": True, "qk_norm": "head"},
+    "gpt_oss": {"local": (True, False, True), "local_window": 4, "yarn": YarnConfig(factor=4.0, length=8)},
+    "ernie4_5_moe": {"dense_hidden": 20, "shared_experts": 1},
+}  # fmt: skip
+LAYERS = (1, 2)
+STARTS: dict[str, dict[str, Any]] = {
+    "copy": {},
+    "two": {"new_experts": 2, "sources": (1, 3, 0, 6), "wide": 1},
+    "wide": {"new_experts": 1, "sources": (1, 3, 0, 6), "wide": 2},
+    "lowered": {"start": "lowered"},
+    "twin": {"start": "twin", "new_experts": 2, "sources": (1, 3, 6, 6)},
+    "added": {"start": "added", "new_experts": 2, "sources": (1, 3, 0, 6)},
+}
+CASES: dict[str, tuple[str, str, str, str]] = {
+    # family, tower, start, recipe's mass
+    **{family: (family, "clip", "", "base") for family in FAMILIES},
+    **{f"{family}-{start}": (family, "clip", start, "base") for family in FAMILIES for start in ("copy", "twin")},
+    **{f"{family}-{start}": (family, "clip", start, "base")
+       for family in ("mixtral", "glm4_moe", "gpt_oss") for start in ("two", "wide", "lowered", "added")},
+    **{f"{family}-literal": (family, "clip", "two", "literal") for family in ("olmoe", "glm4_moe", "ernie4_5_moe")},
+    **{f"olmoe-{tower}": ("olmoe", tower, "two", "base") for tower in ("siglip", "dinov2")},
+}  # fmt: skip
+HERE = ("mixtral-twin", "qwen3_moe-copy", "gpt_oss-copy", "glm4_moe-added", "granitemoe", "olmoe-siglip")
+"""Those that every run of the tests sees."""
+
+
+def config_of(case: str) -> ModelConfig:
+    family, tower, start, mass = CASES[case]
+    fields = {**FAMILIES[family].fields, **MORE.get(family, {})}
+    decoder = DecoderConfig(family=family, **{**SIZES, **fields})
+    vision = dataclasses.replace(
+        VisionConfig(family=tower, **TOWERS[tower].fields),
+        **{"width": 16, "hidden": 32, "layers": 2, "heads": 2, "image_size": 8, "patch_size": 4, "norm_eps": 1e-6},
+        activation="gelu_pytorch_tanh" if tower == "siglip" else "gelu",
+    )
+    added = {"layers": LAYERS, "sources": (1, 3), "calibrator_width": 5, **STARTS.get(start, {})}
+    extension = ExtensionConfig(**added) if start else None
+    tags = ImageTags(start=58, end=59, pad=PAD)
+    config = of_pictures(decoder=decoder, vision=vision, extension=extension, tags=tags)
+    return dataclasses.replace(config, dtype="float32", remat="none", mass=mass)
+
+
+def arrays_of(config: ModelConfig) -> dict[str, jax.Array]:
+    return tiny.arrays(config, std=0.2)
+
+
+def export(case: str, folder: Path) -> None:
+    config = config_of(case)
+    leaves = huggingface.from_arrays(arrays_of(config), config=config)
+    source = Source(leaves, Record(config, config.decoder.family, {}, ("llava", ""), None, {}), {})
+    recipe = dataclasses.replace(RECIPES["paper"], mass=CASES[case][3])
+    export_transformers(source, folder, recipe=recipe, max_shard_bytes=1 << 30)
+
+
+def batch() -> Batch:
+    """Both rows have the picture, in other places."""
+    rng = np.random.default_rng(0)
+    ids_BL = rng.integers(7, 50, (2, 12)).astype(np.int32)
+    places_BL = np.full_like(ids_BL, -1)
+    for row, at in enumerate((1, 4)):
+        places_BL[row, at : at + 4] = np.arange(4)
+    ids_BL[places_BL >= 0] = PAD
+    positions_BL = np.broadcast_to(np.arange(12, dtype=np.int32), ids_BL.shape)
+    pixels = rng.normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
+    arrays = ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, np.ones_like(ids_BL), places_BL
+    return Batch(*arrays, media={"image": pixels})
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
+    pytest.importorskip("transformers", minversion="5.0")
+    return {}, tmp_path_factory.mktemp("hf")
+
+
+def made_of(stock: tuple[dict[str, Any], Path], cases: tuple[str, ...]) -> Mapping[str, Any]:
+    """Once for all of these cases, in a process that does not know where this package is."""
+    done, root = stock
+    if cases[0] not in done:
+        for case in cases:
+            export(case, root / case)
+        given, inputs, out = batch(), root / f"{cases[0]}.npz", root / f"{cases[0]}-out.npz"
+        pixels = np.asarray(given.media["image"])[:, 0].transpose(0, 3, 1, 2)
+        np.savez(inputs, ids_BL=given.ids_BL.astype(np.int64), pixel_values=pixels)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+        words = [sys.executable, str(SCRIPT), str(inputs), str(out), *(str(root / case) for case in cases)]
+        ran = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=root)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        done |= dict.fromkeys(cases, np.load(out))
+    return done[cases[0]]
+
+
+def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
+    config, given = config_of(case), jax.tree.map(jnp.asarray, batch())
+    arrays = arrays_of(config)
+    model = with_arrays(abstract(config), arrays)
+    logits_BLV = np.asarray(model.decoder.logits(model(given).hidden_BLD))
+    assert np.abs(logits_BLV).max() > 0.5
+    np.testing.assert_allclose(theirs[f"{case}/logits"], logits_BLV, atol=1e-4, rtol=0)
+    assert (theirs[f"{case}/answer"][:, 0] == logits_BLV[:, -1].argmax(axis=-1)).all()
+    # Rounded as bfloat16 rounds; float32 parts stay so.
+    assert np.median(np.abs(theirs[f"{case}/half"] - logits_BLV)) < 0.03 * np.abs(logits_BLV).max()
+    tensors = folders.read(folder)
+    assert sorted(tensors) == list(theirs[f"{case}/names"])
+    opened = open_checkpoint(folder)
+    assert opened.layout == "hf" and opened.config.extensions == config.extensions
+    assert opened.config.decoder == config.decoder
+    folders.assert_same(opened.arrays, {path: np.asarray(leaf) for path, leaf in arrays.items()})
+
+
+@pytest.mark.parametrize("case", HERE)
+def test_stock_transformers_computes_an_exported_model(case: str, stock):
+    check(case, made_of(stock, HERE), stock[1] / case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_stock_transformers_computes_every_family_and_start(case: str, stock):
+    check(case, made_of(stock, tuple(CASES)), stock[1] / case)
+
+
+def test_names_of_an_extension_are_unique_in_every_family():
+    for family in FAMILIES:
+        config = config_of(f"{family}-copy")
+        files = [tensor.file for tensor in names.tensors("transformers", config)]
+        assert len(files) == len({*files})
+        assert {*arrays_of(config)} == {tensor.path for tensor in names.tensors("transformers", config)}
