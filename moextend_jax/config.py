@@ -385,8 +385,7 @@ class ExtensionConfig:
     start: how new experts start; all but "copy" decide what the model computes ever after, too.
     medium: the medium that it was made for, "" for a task in text. share: how much of it there is beside others
     (`log share` is added to its router logits): 0 takes it out exactly, 1 is all of it.
-    trains: its leaves get a gradient in the step that is compiled; leaves of others are read layer by layer and never
-    spread over layers that they do not have.
+    trains: its experts are stored in the element type of what trains, those of others in that of the base.
     """
 
     layers: tuple[int, ...]

@@ -29,7 +29,7 @@ from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import make_optimizer
-from moextend_jax.train.step import init_state, make_step
+from moextend_jax.train.step import init_state, make_step, summed
 
 STRICT = dataclasses.replace(tiny.BOTH, text_isolation="strict")
 ALONE = {"image": with_extension(STRICT, None, name="sound"), "sound": with_extension(STRICT, None, name="image")}
@@ -124,40 +124,34 @@ def test_conversations_of_all_media_in_a_batch_are_each_as_alone():
             np.testing.assert_allclose(logits_ZBLO[:, b, here], alone_routing.logits_TO[:, there], atol=1e-5, rtol=0)
 
 
-# --- frozen extensions ------------------------------------------------------------------------------------------------
+# --- where extensions lie ---------------------------------------------------------------------------------------------
 
 
-def spread(config: ModelConfig, *, trains: bool) -> ModelConfig:
-    added = {name: dataclasses.replace(own, trains=trains) for name, own in config.extensions.items()}
-    return dataclasses.replace(config, extensions=Named(added))
+@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_gradient_that_is_added_up_in_place_is_the_gradient(parts: int, remat: Any):
+    """Of two extensions of different layers: what jax.grad gives of each part, summed."""
+    config = dataclasses.replace(tiny.BOTH, remat=remat)
+    model, arrays = tiny.structure(config), leaves_of(tiny.BOTH)
+    trained, frozen = stages.split(arrays, ["extensions/*", "media/*/projector/*", "decoder/layers/moe/gate"])
+    batches = [talks([EACH], [IMAGE, TEXT]), talks([SOUND, TEXT], [EACH])][:parts]
 
+    def loss(trained, batch):
+        hidden_BLD, routing, _ = with_arrays(model, {**frozen, **trained})(batch)
+        return jnp.sin(hidden_BLD).sum() + (routing.weights_Tk**2).sum(), hidden_BLD
 
-def test_reading_a_frozen_extension_where_it_lies_is_spreading_it():
-    batch = talks([EACH], [IMAGE, TEXT])
-    arrays = leaves_of(tiny.BOTH)
-    trained = {
-        path: leaf for path, leaf in arrays.items() if path.startswith(("extensions/", "media/", "decoder/embed"))
-    }
-
-    def of(config: ModelConfig):
-        model = tiny.structure(config)
-
-        @jax.jit
-        def run(trained, batch):
-            def total(trained):
-                hidden_BLD, routing, _ = with_arrays(model, {**arrays, **trained})(batch)
-                return jnp.sin(hidden_BLD).sum() + (routing.weights_Tk**2).sum(), hidden_BLD
-
-            (_, hidden_BLD), slope = jax.value_and_grad(total, has_aux=True)(trained)
-            return slope | {"hidden": hidden_BLD}
-
-        return run(trained, batch)
-
-    read, copied = of(spread(tiny.BOTH, trains=False)), of(spread(tiny.BOTH, trains=True))
-    for path, leaf in copied.items():
-        size = float(jnp.abs(leaf).max())
-        assert path.startswith("media/image/tower/") or size > 0, path
-        np.testing.assert_allclose(read[path], leaf, atol=1e-6 * max(size, 1.0), rtol=0, err_msg=path)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    ours, hidden_BLD = jax.jit(lambda trained, parts: summed(loss, trained, parts, lambda leaves: leaves))(
+        trained, stacked
+    )
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    theirs = [gradient(trained, batch) for batch in batches]
+    np.testing.assert_allclose(hidden_BLD, sum(hidden for _, hidden in theirs), atol=1e-5, rtol=0)
+    for path in trained:
+        leaf = sum(np.asarray(slopes[path]) for slopes, _ in theirs)
+        size = float(np.abs(leaf).max())
+        assert size > 0, path
+        np.testing.assert_allclose(ours[path], leaf, atol=2e-6 * size, rtol=0, err_msg=path)
 
 
 def shapes_of(jaxpr) -> Iterator[tuple[int, ...]]:
@@ -168,8 +162,9 @@ def shapes_of(jaxpr) -> Iterator[tuple[int, ...]]:
             yield from shapes_of(inner)
 
 
-def test_a_step_holds_no_frozen_extension_for_every_layer():
-    """Z = 3 times its part of one layer would be that: as an input of the scan, or as what its forward pass keeps."""
+def test_a_step_holds_no_extension_for_every_layer():
+    """Z = 3 times its part of one layer would be that: as an input of the scan, as what its forward pass keeps, or as a
+    gradient."""
     model = tiny.structure(dataclasses.replace(tiny.BOTH, remat="layer"))
     arrays = tiny.arrays(tiny.BOTH)
     trainable, frozen = stages.split(arrays, ["extensions/sound/*"])
@@ -184,8 +179,8 @@ def test_a_step_holds_no_frozen_extension_for_every_layer():
         leaves = [leaf for path, leaf in arrays.items() if path.startswith(f"extensions/{name}/")]
         return {(tiny.DECODER.layers, *leaf.shape[1:]) for leaf in leaves}
 
-    assert of_layers("sound") <= computed
-    assert not of_layers("image") & computed
+    assert {leaf.shape for leaf in trainable.values()} <= computed
+    assert not (of_layers("image") | of_layers("sound")) & computed
 
 
 # --- composition ------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def run_layers(
     check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
     turns = rotation(positions_BL, sizes)
     names = tuple(name for name in config.extensions if name in shares)
-    slots = tuple(_slots(extensions[name], config.extensions[name], sizes.routed, dtype=x_BLD.dtype) for name in names)
+    slots = tuple(_slots(extensions[name], config.extensions[name], sizes.routed) for name in names)
 
     def layer(definition, x_BLD, layer_slice):
         params, by_slot, past, is_local = layer_slice
@@ -268,16 +268,15 @@ def rms_norm(x_BLD: jax.Array, scale_D: jax.Array, *, eps: float) -> jax.Array:
 
 class _Scanned(NamedTuple):
     """What the scan takes of an extension for each layer: whether the layer has it, its row y of the stacked leaves,
-    the leaves of extensions that train, and of twins their sources. All stacked over Z outside of the layer."""
+    and of twins their sources. All stacked over Z outside of the layer."""
 
     extended: Any
     row: Any
-    leaves: Any
     sources_X: Any
 
 
 class _Slots(NamedTuple):
-    """An extension as the layers read it. stored: leaves [Y, ...] of one that does not train, else None."""
+    """An extension as the layers read it. stored: its leaves [Y, ...]."""
 
     definition: Any
     stored: Any
@@ -285,23 +284,20 @@ class _Slots(NamedTuple):
 
     def of_layer(self, own: _Scanned) -> Extension:
         """The extension in the layer whose part of `scanned` is `own`; anything where the layer does not have it."""
-        leaves = own.leaves
-        if self.stored is not None:
-            leaves = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, own.row, keepdims=False), self.stored)
+        leaves = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, own.row, keepdims=False), self.stored)
         return nnx.merge(self.definition, leaves)
 
 
-def _slots(extension: Extension, config: ExtensionConfig, routed: range, *, dtype: Any) -> _Slots:
+def _slots(extension: Extension, config: ExtensionConfig, routed: range) -> _Slots:
     """Where each of the layers that route finds its part of an extension.
 
     For example layers 1 and 3 of four are extended, so Y = 2:
 
         row_Z = 0 0 0 1,  extended_Z = no yes no yes
 
-    Leaves that do not train are read at that row inside the scan: nothing is copied for layers that do not have them,
-    however many extensions there are. Leaves that train are spread, zeros on plain layers (`a b` -> `0 a 0 b`): an
-    unchosen expert gets no rows, hence costs no FLOPs, and the gradient of a scan's inputs is written once, while that
-    of an array read inside would be added up over all layers. Experts are spread in the dtype they compute in.
+    They are read at that row inside the scan: nothing is copied for layers that do not have them, however many
+    extensions there are. A plain layer reads some row, whose experts no token can choose: no rows, hence no FLOPs. The
+    transpose of `dynamic_index_in_dim` adds to that row of a gradient in place (`train/step.summed`).
     """
     Y = len(config.layers)
     rows_Z = jnp.full(len(routed), Y).at[jnp.array(config.layers) - routed.start].set(jnp.arange(Y))
@@ -309,16 +305,7 @@ def _slots(extension: Extension, config: ExtensionConfig, routed: range, *, dtyp
     extended_Z = rows_Z < Y
     here_Z = jnp.where(extended_Z, rows_Z, 0)
     sources_ZX = jnp.array(config.sources).reshape(Y, -1)[here_Z] if config.start == "twin" else None
-    if not config.trains:
-        return _Slots(definition, state, _Scanned(extended_Z, here_Z, None, sources_ZX))
-
-    def spread(path, param: nnx.Param):
-        leaf = param[...].astype(dtype) if "new_experts" in path else param[...]
-        leaf = constrain(jnp.take(leaf, rows_Z, axis=0, mode="fill", fill_value=0), param.axes)
-        return param.replace(leaf)
-
-    flat = [(path, spread(path, param)) for path, param in nnx.to_flat_state(state)]
-    return _Slots(definition, None, _Scanned(extended_Z, rows_Z, nnx.from_flat_state(flat), sources_ZX))
+    return _Slots(definition, state, _Scanned(extended_Z, here_Z, sources_ZX))
 
 
 __all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,6 @@ from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.sharding import constrain, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
 from moextend_jax.train.optimizer import in_float32
-from moextend_jax.train.stages import for_training
 
 
 class TrainState(NamedTuple):
@@ -61,9 +61,12 @@ def make_step(
     """
     axes = {path: param.axes for path, param in by_path(nnx.state(model, nnx.Param)).items()}
 
+    def placed(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: constrain(leaf, axes[path]) for path, leaf in leaves.items()}
+
     def loss_of(trainable, frozen, batch: Batch, tokens):
         losses_, _ = losses(
-            with_arrays(for_training(model, trainable), {**trainable, **frozen}),
+            with_arrays(model, {**trainable, **frozen}),
             batch,
             recipe=recipe,
             aux_coefficient=aux_coefficient,
@@ -73,28 +76,20 @@ def make_step(
         return losses_.total, losses_
 
     def value_and_gradient(trainable, frozen, batch: Batch):
-        def gradient_of(*arguments):
-            gradient, losses_ = jax.grad(loss_of, has_aux=True)(*arguments)
-            return in_float32(gradient), losses_
-
-        if accumulate == 1:
-            return gradient_of(trainable, frozen, batch, None)
-        tokens = jnp.maximum(labelled_tokens(batch.labels_BL), 1) / accumulate
-
-        def part(total, batch):
-            added = gradient_of(trainable, frozen, batch, tokens)
-            return jax.tree.map(jnp.add, total, added), None
-
         parts = jax.tree.map(lambda leaf: split_rows(leaf, accumulate), batch)
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(
-            gradient_of, trainable, frozen, jax.tree.map(lambda leaf: leaf[0], parts), tokens))  # fmt: skip
-        gradient, losses_ = jax.lax.scan(part, start, parts)[0]
+        tokens = None
+        if accumulate > 1:  # sums over parts are in float32; of one part there is nothing to add up
+            trainable, tokens = in_float32(trainable), jnp.maximum(labelled_tokens(batch.labels_BL), 1) / accumulate
+        gradient, losses_ = summed(lambda own, part: loss_of(own, frozen, part, tokens), trainable, parts, placed)
+        gradient = in_float32(gradient)
+        if accumulate == 1:
+            return gradient, losses_
         gradient, mean = jax.tree.map(lambda leaf: leaf / accumulate, (gradient, losses_))
         return gradient, mean._replace(tokens=losses_.tokens, picks_ZO=losses_.picks_ZO)
 
     def step(state: TrainState, frozen: dict[str, jax.Array], batch: Batch):
         gradient, losses_ = value_and_gradient(state.trainable, frozen, batch)
-        gradient = {path: constrain(leaf, axes[path]) for path, leaf in gradient.items()}
+        gradient = placed(gradient)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(losses_.total) & jnp.isfinite(norm)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
@@ -104,8 +99,7 @@ def make_step(
         trainable, optimizer_state = jax.tree.map(
             functools.partial(jnp.where, finite), (trainable, optimizer_state), (state.trainable, state.optimizer)
         )
-        # As they came, so that the donated buffers take them.
-        trainable = {path: constrain(leaf, axes[path]) for path, leaf in trainable.items()}
+        trainable = placed(trainable)  # as they came, so that the donated buffers take them
         metrics = {
             "loss": losses_.total,
             "ce": losses_.ce,
@@ -120,3 +114,40 @@ def make_step(
         return TrainState(trainable, optimizer_state, state.step + 1, skipped), metrics
 
     return Program(step, mesh=mesh or one_device(), donate_argnums=0)
+
+
+Aux = TypeVar("Aux")
+
+
+def summed(
+    loss: Callable[[dict[str, jax.Array], Any], tuple[jax.Array, Aux]],
+    leaves: dict[str, jax.Array],
+    parts: Any,
+    placed: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+) -> tuple[dict[str, jax.Array], Aux]:
+    """The gradient of `loss(leaves, part)[0]` and the rest of what it returns, both summed over the first axis of
+    `parts`.
+
+    A gradient is added up in the place where it stays: of a leaf that a scan reads layer by layer, or that several
+    parts share, no second sum exists. The API for that is young (jax 0.10: `new_ref`, `with_refs`), and all of its use
+    is here.
+
+    Args:
+      placed: leaves with their shardings.
+    """
+    zeros = placed({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()})
+    refs = {path: jax.new_ref(leaf) for path, leaf in zeros.items()}
+
+    def add(part: Any) -> Aux:
+        value, pull, rest = jax.vjp(lambda leaves: loss(leaves, part), leaves, has_aux=True)
+        pull.with_refs(refs)(jnp.ones_like(value))
+        return rest
+
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+    if len(jax.tree.leaves(parts)[0]) == 1:
+        rest = add(first)
+    else:
+        kinds = jax.eval_shape(lambda leaves, part: loss(leaves, part)[1], leaves, first)
+        none = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), kinds)
+        rest, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, add(part)), None), none, parts)
+    return {path: jax.freeze(ref) for path, ref in refs.items()}, rest
