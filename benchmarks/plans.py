@@ -23,25 +23,27 @@ GIB = 2**30
 
 
 class Run(NamedTuple):
-    """`mesh` is data, fsdp, expert, tensor; `saved` what remat "layer" keeps, joined by "+"."""
+    """`mesh` is data, fsdp, expert, tensor; `saved` what remat "layer" keeps, joined by "+". None: the
+    configuration's."""
 
     table: str
     topology: str
     stage: str
-    mesh: tuple[int, int, int, int]
-    saved: str
-    accumulate: int = 1
+    mesh: tuple[int, int, int, int] | None
+    saved: str | None
+    accumulate: int | None = 1
     options: tuple[str, ...] = ()
+    config: str = "mixtral_8x7b"
 
     @property
     def arguments(self) -> list[str]:
-        mesh = dict(zip(("data", "fsdp", "expert", "tensor"), self.mesh, strict=True))
-        saved = "".join(f"{name!r}," for name in self.saved.split("+") if name)
+        axes = zip(("data", "fsdp", "expert", "tensor"), self.mesh or (), strict=self.mesh is not None)
+        saved = "".join(f"{name!r}," for name in (self.saved or "").split("+") if name)
         return [
-            "plan", "--config", "configs/mixtral_8x7b.py", "--stage", self.stage, "--topology", self.topology, "--json",
-            *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items()),
-            f"--config.{self.stage}.accumulate={self.accumulate}",
-            f"--config.saved=({saved})",
+            "plan", self.config, "--stage", self.stage, "--topology", self.topology, "--json",
+            *(f"--config.mesh.{axis}={size}" for axis, size in axes),
+            *([] if self.accumulate is None else [f"--config.{self.stage}.accumulate={self.accumulate}"]),
+            *([] if self.saved is None else [f"--config.saved=({saved})"]),
             *self.options,
         ]  # fmt: skip
 
@@ -66,6 +68,21 @@ RUNS = [
         Run("published", "h100:8", stage, (1, 2, 1, 4), accumulate=32 if stage == "align" else 16, saved="")
         for stage in STAGES
     ),
+]
+INT8 = ("--config.expert_storage=int8",)
+PARTS = ("--config.finetune.batch_size=32", "--config.finetune.accumulate=4")
+ALONE = ("--config.mesh.expert=1", "--config.finetune.batch_size=8", "--config.finetune.accumulate=8")
+RUNS += [
+    Run("small", topology, "finetune", None, None, None, options, config)
+    for config, lines in {
+        "mixtral_8x7b:one_host": (("v5e:2x4", INT8), ("v6e:2x4", ()), ("v5p:2x2x1", ())),
+        "mixtral_8x7b:one_gpu": (("h100:1", ()),),
+        **dict.fromkeys(
+            ("qwen3_30b_a3b", "olmoe_1b_7b"),
+            (("v5e:2x4", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS), ("h100:1", ALONE), ("h100:8", PARTS)),
+        ),
+    }.items()
+    for topology, options in lines
 ]
 COLUMNS = {
     "topology": lambda f: f["topology"],
@@ -98,11 +115,12 @@ def ratio(figures: dict[str, Any], name: str) -> str:
 
 
 def figures_of(run: Run, *, python: str, chosen: bool, again: bool) -> dict[str, Any] | None:
-    name = "_".join((run.table, run.topology.replace(":", "-"), run.stage, "x".join(map(str, run.mesh)),
-                     str(run.accumulate), run.saved))  # fmt: skip
+    of = [] if run.mesh else [run.config.replace(":", "-")]
+    name = "_".join((run.table, *of, run.topology.replace(":", "-"), run.stage,
+                     "x".join(map(str, run.mesh or ())), str(run.accumulate or ""), run.saved or ""))  # fmt: skip
     path = WORK / f"{name.rstrip('_')}.json"
     if path.exists() and not (chosen and again):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text()) | {"configuration": run.config}
     if not chosen:
         return None
     print(" ".join(run.arguments), flush=True)
@@ -112,13 +130,14 @@ def figures_of(run: Run, *, python: str, chosen: bool, again: bool) -> dict[str,
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(done.stdout)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout) | {"configuration": run.config}
 
 
 def write_table(table: str, rows: list[dict[str, Any]]) -> None:
     """Between the document's two comments with the table's name."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(column(figures) for column in COLUMNS.values()) for figures in rows]
+    columns = ({"configuration": lambda f: f"`{f['configuration']}`"} if table == "small" else {}) | COLUMNS
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(column(figures) for column in columns.values()) for figures in rows]
     made = "\n".join(f"| {line} |" for line in lines)
     start, end = f"<!-- {table} -->", f"<!-- end of {table} -->"
     before, rest = DOCUMENT.read_text().split(start)
@@ -138,7 +157,8 @@ def main() -> None:
         if figures is not None:
             done[run.table].append(figures)
     for table, rows in done.items():
-        write_table(table, rows)
+        if rows:  # a clone has none of what was compiled before
+            write_table(table, rows)
 
 
 if __name__ == "__main__":

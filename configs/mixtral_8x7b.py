@@ -10,6 +10,8 @@ conversations in batches of 128. Arguments:
     paper     one conversation a row, as published: more than half of every step is padding
     packed    the paper's recipe with several conversations a row, about as many a step (benchmarks/packing.py)
     released  the released code's recipe and its batch sizes, one conversation a row
+    one_host  the paper's on the eight chips of one TPU host, in parts of 8 rows (v5e: --config.expert_storage=int8)
+    one_gpu   the paper's on one GPU, in parts of 4 rows, the frozen experts in four bits
 """
 
 from typing import Any, Literal
@@ -27,13 +29,29 @@ from moextend_jax.settings import (
     to_config_dict,
 )
 
+POD: dict[str, Any] = {
+    # What `plan --sweep` found best for finetune on 64 chips of v5p within the memory of full training: hidden widths
+    # in eight, so that a layer's gathered weights are 0.4 GB instead of 2.8; two micro-batches, which halve what a
+    # layer keeps; and with that room all but one of the products that are dear to compute again.
+    "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 8},
+    "saved": ("query", "key", "value", "attended", "middle", "gate"),
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "one_host": {"mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": -1}},
+    "one_gpu": {"mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, "expert_storage": "int4"},
+}
+ROWS = {"one_host": 8, "one_gpu": 4}
+"""Of a part of a batch; parts cost no memory, so that batches are the paper's there too."""
 
-def get_config(arg: Literal["paper", "packed", "released"] = "paper") -> ConfigDict:
-    recipe = RECIPES["paper" if arg == "packed" else arg]
+
+def get_config(arg: Literal["paper", "packed", "released", "one_host", "one_gpu"] = "paper") -> ConfigDict:
+    recipe, rows = RECIPES["released" if arg == "released" else "paper"], ROWS.get(arg, 0)
     align_batch, instruct_batch = recipe.global_batch
     captions: dict[str, Any] = {"batch_size": align_batch, "length": 1024, "epochs": 1}
     instructions: dict[str, Any] = {"batch_size": instruct_batch, "length": 2048}
     captions["accumulate"] = instructions["accumulate"] = 2
+    if rows:
+        captions["accumulate"], instructions["accumulate"] = align_batch // rows, instruct_batch // rows
     if arg == "packed":
         captions |= {"batch_size": align_batch // 2, "length": 1280, "conversation_length": 1024}
         captions |= {"conversations_per_row": 0, "images_per_row": 2}
@@ -55,16 +73,12 @@ def get_config(arg: Literal["paper", "packed", "released"] = "paper") -> ConfigD
             extend=instruct(steps=1000, learning_rate=1e-3),
             finetune=finetune,
             full=finetune,
-            select=SelectSettings(held_out=10_000, share=0.5, batch_size=32),
+            select=SelectSettings(held_out=10_000, share=0.5, batch_size=rows or 32),
             evaluate=EvaluateSettings(data="easy_vqa/questions", questions=1000, length=704, text_batch_size=64),
             # Scraped conversations; `moextend data check` says how many. Damaged images are skipped in any case.
             faults=FaultSettings(policies={"order": "skip", "empty_answer": "skip"}),
             cache_features=False,  # 1.2 GB per 1,000 images at this size: only worth it for several epochs
             workers=8,
-            # What `plan --sweep` found best for finetune on 64 chips of v5p within the memory of full training: hidden
-            # widths in eight, so that a layer's gathered weights are 0.4 GB instead of 2.8; two micro-batches, which
-            # halve what a layer keeps; and with that room all but one of the products that are dear to compute again.
-            mesh={"data": 1, "fsdp": -1, "expert": 1, "tensor": 8},
-            saved=("query", "key", "value", "attended", "middle", "gate"),
+            **SMALL.get(arg, POD),
         )
     )

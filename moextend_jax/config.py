@@ -17,6 +17,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
     u blocks of a resampler that attend to the tower
     i positions of all media of a row, one after another (`Batch.places_BL` counts them)
+    a groups of D, v groups of F, whose weights share a scale where experts are stored in few bits
 
 Nothing here imports the rest of the package.
 """
@@ -406,6 +407,15 @@ class ExtensionConfig:
         }  # fmt: skip
 
 
+class Quantised(NamedTuple):
+    """How pretrained experts are stored in few bits: a row of `models/quantised.STORAGES`, and how many weights that
+    one output sums over share a scale."""
+
+    kind: str
+    group: int
+
+
+ExpertStorage = Literal["as_is", "int8", "int4"]
 WeightGuard = Literal["none", "bounded"]
 Mass = Literal["base", "literal"]
 
@@ -447,6 +457,15 @@ class ModelConfig:
     """What keeps calibrated weights finite: a row of `router.WEIGHT_GUARDS`. A run takes it from its recipe."""
     mass: Mass = "base"
     """Where the base's weights do not sum to one, what those of an extended layer sum to (`Recipe.mass`)."""
+    expert_storage: ExpertStorage = "as_is"
+    """Of the pretrained experts' matrices: in `dtype`, or in few bits (`models/quantised.py`)."""
+    expert_group: int = 64
+    """Weights that share a scale there."""
+
+    @property
+    def quantised(self) -> Quantised | None:
+        """None: as they are."""
+        return None if self.expert_storage == "as_is" else Quantised(self.expert_storage, self.expert_group)
 
     def sizes(self, extension: str | None = None) -> dict[str, int]:
         """Sizes of the decoder's letters, and of those of one of the extensions."""

@@ -157,17 +157,20 @@ def check_nothing_is_lost(record: dict[str, Any]) -> None:
 
 
 def _share(made: Path, folder: Path) -> None:
-    """What no extension takes part in is the same in both chains: it is linked, not made again."""
+    """What no extension takes part in is the same in both chains: it is linked, not made again, and features lie in one
+    folder."""
     if not distributed.first() or folder.exists() or is_url(folder):
         return
     rows = results.FIRST.results.items()
     names = [name for name, row in rows if not row.optional and (row.how != "train" or not row.grown)]
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    for name in ("features", *names):
+    for name in names:
         if (made / name).exists():
             shutil.copytree(made / name, unfinished / name, copy_function=_link)
     if unfinished.exists():
+        (made / "features").mkdir(exist_ok=True)
+        (unfinished / "features").symlink_to(Path("..", made.name, "features"), target_is_directory=True)
         unfinished.rename(folder)
 
 

@@ -37,10 +37,17 @@ def only_chooses(path: str) -> bool:
     return path.endswith(("/selection_bias", "/new_bias"))
 
 
-def element_type(path: str, dtype: Any) -> Any:
+SCALES = ("/w_gate_scale", "/w_up_scale", "/w_down_scale")
+"""How paths of the scales of matrices in few bits end (`models/quantised.py`)."""
+
+
+def element_type(path: str, dtype: Any, *, stored: Any = None) -> Any:
     """What a leaf is cast to where a model is cast to `dtype` (None: nothing): what only chooses stays in float32,
-    since rounded it chooses others."""
-    return jnp.float32 if dtype is not None and only_chooses(path) else dtype
+    since rounded it chooses others, and what is stored in few bits stays that, with its scales."""
+    in_few_bits = path.endswith(SCALES) or (stored is not None and jnp.issubdtype(stored, jnp.integer))
+    if dtype is None or in_few_bits:
+        return None
+    return jnp.float32 if only_chooses(path) else dtype
 
 
 _BEFORE = {"vision/": "media/image/tower/", "projector/": "media/image/projector/", "extension/": "extensions/image/"}

@@ -16,7 +16,18 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, cast, ge
 
 from ml_collections import ConfigDict
 
-from moextend_jax.config import IMAGE, RECIPES, Amount, Count, MoextendError, Range, Recipe, Saved, StartName
+from moextend_jax.config import (
+    IMAGE,
+    RECIPES,
+    Amount,
+    Count,
+    ExpertStorage,
+    MoextendError,
+    Range,
+    Recipe,
+    Saved,
+    StartName,
+)
 
 Settings = TypeVar("Settings")
 Positive = Annotated[float, Range(above=0)]
@@ -382,7 +393,7 @@ class RunSettings:
     """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
     aux_coefficient: NotNegative = 0.001
     """Weight of the load-balancing loss."""
-    # The next seven are those of `config.ModelConfig`.
+    # The next nine are those of `config.ModelConfig`.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of frozen parameters and of the computation."""
     train_dtype: Literal["bfloat16", "float32"] = "float32"
@@ -399,6 +410,10 @@ class RunSettings:
     composition: Literal["shared", "decoupled"] = "shared"
     """Where several extensions are open to a token: it chooses among all, or the tokens of a medium's span have their
     own extension alone."""
+    expert_storage: ExpertStorage = "as_is"
+    """Of the frozen pretrained experts: as `dtype` says, or in 8 or 4 bits with a scale for each group of weights."""
+    expert_group: Count = 64
+    """Weights that share a scale there."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(default_factory=MESH.copy)
     """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
@@ -435,6 +450,11 @@ class RunSettings:
                 "text_isolation strict needs routers_kept before: routers that the probe trained change text too"
             )
 
+        if self.expert_storage != "as_is" and (self.baseline or "full" in self.chains):
+            raise MoextendError(
+                f"expert_storage {self.expert_storage}: full fine-tuning trains the pretrained experts, which then are "
+                "integers; set it as_is, or leave the baseline out"
+            )
         _ = self.profiled
         names = [link.name for link in self.links]
         for name in (*names, *self.media):
@@ -475,7 +495,8 @@ class RunSettings:
     @property
     def model_options(self) -> dict[str, Any]:
         """The fields of `config.ModelConfig` that are choices of a run, not sizes of a checkpoint."""
-        names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation", "composition")
+        names = ("dtype", "train_dtype", "remat", "saved", "dispatch", "text_isolation", "composition",
+                 "expert_storage", "expert_group")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "weight_guard": self.recipe.weight_guard,
             "mass": self.recipe.mass,

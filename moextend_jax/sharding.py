@@ -24,6 +24,8 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     "D": ("fsdp",), "d": None, "C": ("fsdp",), "W": None, "Q": None, "P": None, "A": None, "O": None, "H": None,
     "E": ("expert",), "X": None, "F": ("tensor",), "s": ("tensor",), "j": ("tensor",), "f": ("expert", "tensor"),
     "J": ("tensor",), "N": ("tensor",), "K": ("tensor",), "V": ("tensor",),
+    # groups of D and of F that share a scale: cut where these are
+    "a": ("fsdp",), "v": ("tensor",),
     # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
     "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
     "h": None, "w": None, "c": None, "G": None, "g": None,

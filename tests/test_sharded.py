@@ -6,11 +6,14 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import folders
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from moextend_jax.checkpoints import quantising
+from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError, YarnConfig, with_vision
 from moextend_jax.extension import routing
 from moextend_jax.families import FAMILIES
@@ -147,6 +150,22 @@ def test_so_it_is_behind_other_picture_towers(family: str):
     got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
     assert_same(got, three_steps("align", tiny.arrays(model), BATCHES, model=model))
     assert got.losses != on_one_device("align").losses
+
+
+@pytest.mark.parametrize("shape", [MESHES["no tensor"], (4, 1, 1, 2)], ids=str)
+def test_so_it_is_over_experts_in_four_bits(shape: tuple[int, ...]):
+    """Read in shards, integers gathered over fsdp; groups of the hidden width on several devices. (Over fsdp, expert
+    and tensor at once XLA's CPU client waits for ever, now and then: its devices begin with other messages.)"""
+    model = dataclasses.replace(MODEL, expert_storage="int4", expert_group=4)
+    leaves = quantising.stored(folders.source_of(MODEL).leaves, model.quantised)
+    mesh, alone = make_mesh(dict(zip(MESH_AXES, shape, strict=True))), one_device()
+    arrays, whole = (
+        read_sharded(leaves, parameter_shardings(tiny.structure(model), place), dtype="float32")
+        for place in (mesh, alone)
+    )
+    got = three_steps("finetune", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
+    assert_same(got, three_steps("finetune", whole, BATCHES, model=model))
+    assert got.losses != on_one_device("finetune").losses
 
 
 @pytest.mark.parametrize(

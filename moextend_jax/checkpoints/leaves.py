@@ -352,7 +352,7 @@ def read_sharded(
             devices[str(place)].append(device)
             slices[str(place)] = place
         shards: list[jax.Array] = []
-        kind = element_type(leaf.path, dtype)
+        kind = element_type(leaf.path, dtype, stored=leaf.dtype)
         for keys in _together(leaf, slices):
             for key, shard in zip(keys, _read_slices(leaf, [slices[key] for key in keys], dtype=kind), strict=True):
                 shards += jax.block_until_ready([jax.device_put(shard, device) for device in devices[key]])

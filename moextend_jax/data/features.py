@@ -129,8 +129,9 @@ def cache_features(
         if distributed.first():
             facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
             (unfinished / "cache.json").write_text(json.dumps(facts))
-            shutil.rmtree(path, ignore_errors=True)
-            unfinished.rename(path)
+            if not _fits(path, fingerprint, inputs):  # another process may have made it meanwhile, and may read it
+                shutil.rmtree(path, ignore_errors=True)
+                unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     distributed.barrier(f"cached {path}")

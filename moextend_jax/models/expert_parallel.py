@@ -109,7 +109,9 @@ def mixture(
 
         def gathered(path: str, leaf: jax.Array) -> jax.Array:
             kind = path.partition("/")[0]
-            leaf = leaf.astype(x_BLD.dtype) if kind.endswith("experts") else leaf
+            # Integers and their scales travel as they are stored.
+            plain = kind.endswith("experts") and not path.endswith("_scale") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+            leaf = leaf.astype(x_BLD.dtype) if plain else leaf
             whole = path.endswith("/b_down")  # added where the tokens are
             return gather(leaf, splits[path], keep=() if whole else kept.get(kind, ()))
 

@@ -15,21 +15,41 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from moextend_jax.config import Quantised
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.grouped_matmul import grouped_matmul
+from moextend_jax.models.quantised import STORAGES, dequantise
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import platform
 
 
 class Experts(nnx.Module):
-    """Gated experts of stacked layers; `axes` are those of the gate: "ZEDF", or "YXDf" for new experts."""
+    """Gated experts of stacked layers; `axes` are those of the gate: "ZEDF", or "YXDf" for new experts.
 
-    def __init__(self, axes: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, bias: bool = False):
+    quantised: the matrices are integers, zeros until a checkpoint is read, and each has scales beside it.
+    """
+
+    def __init__(
+        self, axes: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, bias: bool = False,
+        quantised: Quantised | None = None,
+    ):  # fmt: skip
         stack, hidden = axes[:2], axes[3]
-        self.w_gate = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
-        self.w_up = weight(f"{stack}D{hidden}", sizes, rngs=rngs, dtype=dtype)
-        self.w_down = weight(f"{stack}{hidden}D", sizes, rngs=rngs, dtype=dtype)
+
+        def matrix(contracted: str, out: str) -> tuple[nnx.Param, nnx.Param | None]:
+            if quantised is None:
+                return weight(stack + contracted + out, sizes, rngs=rngs, dtype=dtype), None
+            groups = {"D": "a", "F": "v"}[contracted]
+            in_groups = {**sizes, groups: sizes[contracted] // quantised.group}
+            integers = STORAGES[quantised.kind].dtype.name
+            return (
+                constant(stack + contracted + out, sizes, dtype=integers, value=0),
+                constant(stack + groups + out, in_groups, dtype="float16", value=0.0),
+            )
+
+        self.w_gate, self.w_gate_scale = matrix("D", hidden)
+        self.w_up, self.w_up_scale = matrix("D", hidden)
+        self.w_down, self.w_down_scale = matrix(hidden, "D")
 
         def made(axis: str) -> nnx.Param | None:
             return constant(stack + axis, sizes, dtype=dtype, value=0.0) if bias else None
@@ -38,8 +58,17 @@ class Experts(nnx.Module):
 
     def weights(self, dtype: Any) -> Weights:
         """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`)."""
-        params = [param for param in (self.w_gate, self.w_up, self.w_down, self.b_gate, self.b_up) if param is not None]
-        return tuple(param[...].astype(dtype) for param in params)
+
+        def matrix(stored: nnx.Param, scale: nnx.Param | None) -> jax.Array:
+            return stored[...].astype(dtype) if scale is None else dequantise(stored[...], scale[...], dtype)
+
+        biases = (param[...].astype(dtype) for param in (self.b_gate, self.b_up) if param is not None)
+        return (
+            matrix(self.w_gate, self.w_gate_scale),
+            matrix(self.w_up, self.w_up_scale),
+            matrix(self.w_down, self.w_down_scale),
+            *biases,
+        )
 
 
 class Sorting(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError
+from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, Quantised
 from moextend_jax.models.attention import (
     Attention,
     KeysValues,
@@ -57,25 +57,28 @@ class SharedExpert(nnx.Module):
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, quantised: Quantised | None):
         sizes = config.sizes()
         self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
         self.gate_bias = constant("ZE", sizes, dtype=dtype, value=0.0) if config.router_bias else None
         # In float32 whatever the rest is in: rounded, it would choose other experts.
         self.selection_bias = constant("ZE", sizes, dtype="float32", value=0.0) if config.selection_bias else None
-        self.experts = Experts("ZEDF", sizes, rngs=rngs, dtype=dtype, bias=config.expert_bias)
+        self.experts = Experts("ZEDF", sizes, rngs=rngs, dtype=dtype, bias=config.expert_bias, quantised=quantised)
 
 
 class DecoderLayers(nnx.Module):
     """A stack of layers of one kind, those that route (`Z`) or the dense ones before them (`z`); `run_layers` scans
     over a stack, so a method sees one layer's slice."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, stack: Literal["Z", "z"] = "Z"):
+    def __init__(
+        self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, stack: Literal["Z", "z"] = "Z",
+        quantised: Quantised | None = None,
+    ):  # fmt: skip
         sizes = config.sizes()
         self.attention_norm = constant(stack + "D", sizes, dtype=dtype, value=1.0)
         self.attention = Attention(config, rngs=rngs, dtype=dtype, stack=stack)
         self.moe_norm = constant(stack + "D", sizes, dtype=dtype, value=1.0)
-        self.moe = MoE(config, rngs=rngs, dtype=dtype) if stack == "Z" else None
+        self.moe = MoE(config, rngs=rngs, dtype=dtype, quantised=quantised) if stack == "Z" else None
         axes, gate = ("ZDs", config.shared_gate) if stack == "Z" else ("zDj", False)
         shared = functools.partial(SharedExpert, config, rngs=rngs, dtype=dtype, axes=axes, gate=gate)
         self.shared = shared() if sizes[axes[-1]] else None
@@ -85,11 +88,11 @@ class Mixtral(nnx.Module):
     """Parameters of the pretrained decoder. The head is None where it is tied to the embedding, and `dense` where all
     layers route."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, quantised: Quantised | None = None):
         sizes, self.config = config.sizes(), config
         self.embed = weight("VD", sizes, rngs=rngs, dtype=dtype)
         self.dense = DecoderLayers(config, rngs=rngs, dtype=dtype, stack="z") if config.dense_layers else None
-        self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayers(config, rngs=rngs, dtype=dtype, quantised=quantised)
         self.norm = constant("D", sizes, dtype=dtype, value=1.0)
         self.head = None if config.tied_head else weight("DV", sizes, rngs=rngs, dtype=dtype)
 

@@ -40,7 +40,7 @@ class MoExtend(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, calibrator_std: float = 1.0):
         self.config = config
-        self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype)
+        self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype, quantised=config.quantised)
         self.media = nnx.Dict({name: MediumModule(medium, config, rngs=rngs) for name, medium in config.media.items()})
         self.extensions = nnx.Dict(
             {

@@ -9,6 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from moextend_jax.plan.abstract_step import AbstractStep
 from moextend_jax.plan.compiling import Compiled
@@ -33,7 +34,15 @@ class Memory(NamedTuple):
 
 def shard_bytes(tree: Any) -> int:
     """Bytes of one chip's parts of these arrays."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(
+        math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) / 8)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _bits(dtype: Any) -> int:
+    """Of an element in a chip's memory: of int4 NumPy has one in a byte, XLA two."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else dtype.itemsize * 8
 
 
 def memory(abstract: AbstractStep, compiled: Compiled) -> Memory:

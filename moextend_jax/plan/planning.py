@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding
 
+from moextend_jax.checkpoints import quantising
 from moextend_jax.config import IMAGE, ModelConfig
 from moextend_jax.models.flops import full_training, running, step_flops
 from moextend_jax.plan import collectives, hlo, topology
@@ -43,6 +44,7 @@ def plan(
     run = stage_settings(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
     mesh = topology.make_mesh(place, settings.mesh)
+    quantising.check(config.decoder, config.quantised, mesh)
     abstract = abstract_step(settings, config, stage=stage, mesh=mesh)
     compiled = compile_step(abstract)
     chip_bytes = memory(abstract, compiled)

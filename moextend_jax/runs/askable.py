@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -189,6 +190,11 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         checkpoint.config, weight_guard=recipe.weight_guard, mass=recipe.mass, text_isolation=isolation
     )
     name = absolute(place.folder).name
+    if (storage := source.record.facts.get("expert_storage")) and distributed.first():
+        print(
+            f"moextend: {place.folder} was trained over experts in {storage}; here they are as their files have them",
+            file=sys.stderr,
+        )
 
     def identify() -> str:
         stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from moextend_jax import distributed, preemption
-from moextend_jax.checkpoints import huggingface, train_state
+from moextend_jax.checkpoints import huggingface, quantising, train_state
 from moextend_jax.checkpoints.hashes import base_hashes
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import Source, open_base, tokenizer_folder
@@ -83,6 +83,8 @@ class Run:
         table = results.table(self.settings)
         if (row.grown and row.how == "train") or table.grown(row.parents):  # else there is no extension yet
             decisive.append("text_isolation")
+        if self.settings.expert_storage != "as_is":
+            decisive += ["expert_storage", "expert_group"]
         return self.facts | {
             "stage": name,
             "run": {setting: getattr(self.settings, setting) for setting in decisive},
@@ -119,9 +121,11 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     with preparing("opening towers"):
         source = with_media(source, settings, tokenizer)
     config = dataclasses.replace(source.config, **settings.model_options)
+    quantising.check(config.decoder, config.quantised, mesh)
     tokenizer = dataclasses.replace(tokenizer, others=config.media)
     with preparing(f"reading {settings.base}"):
-        pretrained = read_sharded(source.leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
+        leaves = quantising.stored(source.leaves, config.quantised)
+        pretrained = read_sharded(leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
     with preparing(f"hashing {settings.base}"):
         digest, towers = json.loads(distributed.text_from_first(lambda: json.dumps(hashes_of(source))))
     return Run(

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from moextend_jax.config import MoextendError, Named
 from moextend_jax.models.moextend import MoExtend, abstract
-from moextend_jax.parameters import only_chooses
+from moextend_jax.parameters import SCALES, only_chooses
 from moextend_jax.settings import Group
 
 Leaf = TypeVar("Leaf")
@@ -52,6 +52,8 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
             raise MoextendError(f"this model has no parameters {pattern!r}, which the stage trains")
     asked = {path: leaf for path, leaf in leaves.items() if any(fnmatchcase(path, p) for p in trains)}
     trainable = {path: leaf for path, leaf in asked.items() if not only_chooses(path)}
+    if path := next((path for path in trainable if path.endswith(SCALES)), None):
+        raise MoextendError(f"the stage trains what {path} is the scale of, integers: set expert_storage as_is")
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
 

@@ -1,0 +1,195 @@
+"""Experts in few bits: the arithmetic, what is read from files, and runs over such a base."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import folders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import SingleDeviceSharding
+
+from moextend_jax import cli
+from moextend_jax.checkpoints import quantising
+from moextend_jax.checkpoints.leaves import read_sharded
+from moextend_jax.commands import whole_run
+from moextend_jax.config import RECIPES, MoextendError, Quantised
+from moextend_jax.extension.grow import grow
+from moextend_jax.mesh import one_device
+from moextend_jax.models.moextend import abstract
+from moextend_jax.models.quantised import STORAGES, dequantise, quantise
+from moextend_jax.parameters import with_arrays
+from moextend_jax.plan.memory import shard_bytes
+from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings
+from moextend_jax.train import stages
+
+GROUP = 8
+KINDS = sorted(STORAGES)
+ERROR = {"int8": 0.008, "int4": 0.12}
+"""Of normal weights in groups of 8, relative; in groups of 64 it is 0.006 and 0.095."""
+
+
+def matrices(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.02, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_comes_back_within_its_groups_step(kind: str):
+    w_IO = matrices(3, 64, 10)
+    values, scale = quantise(w_IO, kind, GROUP)
+    assert values.shape == w_IO.shape and values.dtype == STORAGES[kind].dtype
+    assert scale.shape == (3, 8, 10) and scale.dtype == np.float16
+    again = np.asarray(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32))
+    step = np.repeat(np.abs(scale.astype(np.float32)), GROUP, axis=-2)
+    # The largest of a group is the least integer; its opposite, if as large, is one short of what can be said.
+    assert (np.abs(again - w_IO) <= step * 1.001).all()
+    assert np.linalg.norm(again - w_IO) / np.linalg.norm(w_IO) < ERROR[kind]
+    largest = np.abs(values.astype(np.float32)).reshape(3, 8, GROUP, 10).max(axis=2)
+    assert (largest >= -STORAGES[kind].least - 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_quantised_stays_as_it_is(kind: str):
+    """So files that hold such integers and float16 scales, as GGUF's Q4_0 does, would be held exactly."""
+    values, scale = quantise(matrices(32, 6), kind, GROUP)
+    w = np.asarray(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32))
+    again, scale_again = quantise(w, kind, GROUP)
+    np.testing.assert_array_equal(again.astype(np.int8), values.astype(np.int8))
+    np.testing.assert_array_equal(scale_again, scale)
+
+
+def test_zeros_and_the_smallest_weights_are_numbers():
+    w = np.zeros((16, 2), np.float32)
+    w[8:, 1] = 1e-9
+    values, scale = quantise(w, "int4", GROUP)
+    assert (values[:8].astype(np.int8) == 0).all() and np.isfinite(scale.astype(np.float32)).all()
+    assert np.abs(np.asarray(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32)) - w).max() <= 1e-6
+
+
+# --- read from files --------------------------------------------------------------------------------------------------
+
+
+def config_of(kind: Any, **more: Any):
+    return dataclasses.replace(tiny.EXTENDED, expert_storage=kind, expert_group=GROUP, **more)
+
+
+def arrays_of(kind: Any, *, seed: int = 0) -> dict[str, jax.Array]:
+    """The tiny model as a run reads it."""
+    leaves = quantising.stored(folders.source_of(tiny.EXTENDED, seed=seed).leaves, config_of(kind).quantised)
+    shardings = dict.fromkeys(leaves, SingleDeviceSharding(jax.local_devices()[0]))
+    return read_sharded(leaves, shardings, dtype="float32")
+
+
+def as_plain(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weights that integers and scales stand for."""
+    plain = {path: leaf for path, leaf in arrays.items() if not path.endswith("_scale")}
+    for path in quantising.MATRICES:
+        plain[path] = dequantise(arrays[path], arrays[f"{path}_scale"], jnp.float32)
+    return plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_reads_as_its_structure_says(kind: Any):
+    arrays, model = arrays_of(kind), abstract(config_of(kind))
+    whole = folders.arrays(tiny.EXTENDED, dtype=np.float32)
+    for path in quantising.MATRICES:
+        values, scale = quantise(whole[path], kind, GROUP)
+        np.testing.assert_array_equal(arrays[path].astype(jnp.int8), values.astype(np.int8))
+        np.testing.assert_array_equal(arrays[f"{path}_scale"], scale)
+    batch = jax.tree.map(jnp.asarray, tiny.batch())
+    hidden = with_arrays(model, arrays)(batch).hidden_BLD
+    expected = with_arrays(abstract(tiny.EXTENDED), as_plain(arrays))(batch).hidden_BLD
+    np.testing.assert_allclose(hidden, expected, atol=1e-6, rtol=0)
+    assert np.abs(hidden - with_arrays(abstract(tiny.EXTENDED), whole)(batch).hidden_BLD).max() > 1e-3
+
+
+def test_any_part_of_a_matrix_has_the_bits_of_the_whole():
+    leaves = folders.source_of(tiny.EXTENDED).leaves
+    stored = quantising.stored(leaves, Quantised("int4", GROUP))
+    for path in quantising.MATRICES:
+        whole = stored[path].ours((1, 2))
+        np.testing.assert_array_equal(stored[path].part((1, 2), (slice(3, 13), slice(1, 4))), whole[3:13, 1:4])
+    assert not {path for path in stored if path.endswith("_scale")} - {f"{path}_scale" for path in quantising.MATRICES}
+
+
+def test_groups_must_divide_what_a_device_has():
+    mesh = one_device()
+    quantising.check(tiny.DECODER, Quantised("int8", 8), mesh)
+    with pytest.raises(MoextendError, match="expert_group = 16: it does not divide the experts' width of 24"):
+        quantising.check(tiny.DECODER, Quantised("int8", 16), mesh)
+
+
+def test_a_plan_counts_two_int4_to_a_byte():
+    one = SingleDeviceSharding(jax.devices()[0])
+    leaf = {kind: jax.ShapeDtypeStruct((3, 5), kind, sharding=one) for kind in ("int4", "int8", "bfloat16")}
+    assert {kind: shard_bytes(leaf[kind]) for kind in leaf} == {"int4": 8, "int8": 15, "bfloat16": 30}
+
+
+# --- trained over -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_expert_computes_what_its_source_does(kind: Any):
+    arrays = arrays_of(kind)
+    grown = grow(arrays, config=config_of(kind), recipe=RECIPES["paper"], seed=0)
+    plain = as_plain(arrays)
+    for name in ("w_gate", "w_up", "w_down"):
+        whole = plain[f"{quantising.EXPERTS}{name}"]
+        for y, (layer, source) in enumerate(zip(tiny.EXTENSION.layers, tiny.EXTENSION.sources, strict=True)):
+            np.testing.assert_array_equal(grown[f"extensions/image/new_experts/{name}"][y, 0], whole[layer, source])
+
+
+@pytest.mark.slow
+def test_a_run_over_experts_in_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All stages; text is exactly the quantised base's, the base stays as it was, and what is exported says so."""
+    base, llava = tiny.write_base(tmp_path / "base"), tiny.write_llava(tmp_path / "llava", rows=24)
+    stage = StageSettings(data=str(llava / "llava_v1_5_mix665k.json"), steps=2, batch_size=8, length=0,
+                          images_per_row=0, loss_chunk=64, split="train[:16]")  # fmt: skip
+    evaluate = EvaluateSettings(data=stage.data, questions=8, split="train[16:]", batch_size=8, length=0,
+                                max_new_tokens=3, text_length=64, text_batch_size=8)  # fmt: skip
+    settings = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate,
+        select=SelectSettings(held_out=6, share=0.5, batch_size=6), base=str(base), vision=str(base / "vision"),
+        dtype="float32", text_isolation="strict", expert_storage="int4", expert_group=GROUP, log_every=1,
+    )  # fmt: skip
+    record = whole_run(settings, tmp_path / "w")
+    assert record["frozen_unchanged"]
+    assert {of["moextend"] - of["base"] for of in record["text_loss"].values()} == {0.0}
+    as_is = whole_run(dataclasses.replace(settings, expert_storage="as_is"), tmp_path / "plain")
+    assert as_is["text_loss"]["kjv"]["base"] != record["text_loss"]["kjv"]["base"]
+    with pytest.raises(MoextendError, match="expert_group"):
+        whole_run(dataclasses.replace(settings, expert_group=4, finetune=dataclasses.replace(stage, steps=3)),
+                  tmp_path / "w")  # fmt: skip
+    cli.call(["export", str(tmp_path / "w"), str(tmp_path / "delta"), "--layout", "delta"])
+    cli.call(["export", str(tmp_path / "w"), str(tmp_path / "hf"), "--layout", "hf"])
+    folders.assert_same(
+        {name: leaf for name, leaf in folders.read(base).items() if ".experts." in name},
+        {
+            name.removeprefix("language_model."): leaf
+            for name, leaf in folders.read(tmp_path / "hf").items() if ".experts." in name
+        },
+    )  # fmt: skip
+    capsys.readouterr()
+    words = ["generate", "--checkpoint", str(tmp_path / "delta"), "--base", str(base), "--max_new_tokens", "1", "a"]
+    assert cli.call(words) in (0, None)
+    assert f"experts in int4 in groups of {GROUP}; here they are as their files have them" in capsys.readouterr().err
+
+
+def test_full_fine_tuning_is_refused_before_anything_is_read():
+    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
+    evaluate = EvaluateSettings(data="d", questions=1)
+    with pytest.raises(MoextendError, match="expert_storage int8: full fine-tuning trains the pretrained experts"):
+        RunSettings(
+            align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, expert_storage="int8",
+            baseline=True,
+        )  # fmt: skip
+
+
+def test_integers_do_not_train():
+    with pytest.raises(MoextendError, match="stored in few bits|integers: set expert_storage as_is"):
+        stages.split(arrays_of("int8"), ["decoder/*"])
