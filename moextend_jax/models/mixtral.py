@@ -57,7 +57,7 @@ class SharedExpert(nnx.Module):
 
 
 class MoE(nnx.Module):
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, quantised: Quantised | None):
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, quantised: Quantised | None = None):
         sizes = config.sizes()
         self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
         self.gate_bias = constant("ZE", sizes, dtype=dtype, value=0.0) if config.router_bias else None

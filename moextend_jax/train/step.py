@@ -128,9 +128,10 @@ def summed(
     """The gradient of `loss(leaves, part)[0]` and the rest of what it returns, both summed over the first axis of
     `parts`.
 
-    A gradient is added up in the place where it stays: of a leaf that a scan reads layer by layer, or that several
-    parts share, no second sum exists. The API for that is young (jax 0.10: `new_ref`, `with_refs`), and all of its use
-    is here.
+    A gradient is added up in the place where it stays: of an extension, which a scan reads layer by layer where it
+    lies, no second sum exists, and parts share one. The API for that is young (jax 0.10: `new_ref`, `with_refs`), and
+    all of its use is here. It does not know the transpose of every operation (none of a slice's, in 0.10.2), so what
+    becomes of other leaves is summed as a value first.
 
     Args:
       placed: leaves with their shardings.
@@ -138,8 +139,12 @@ def summed(
     zeros = placed({path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()})
     refs = {path: jax.new_ref(leaf) for path, leaf in zeros.items()}
 
+    def of_part(leaves: dict[str, jax.Array], part: Any) -> tuple[jax.Array, Aux]:
+        in_place = {path: leaf for path, leaf in leaves.items() if path.startswith("extensions/")}
+        return loss(jax.tree.map(_summed_first, leaves) | in_place, part)
+
     def add(part: Any) -> Aux:
-        value, pull, rest = jax.vjp(lambda leaves: loss(leaves, part), leaves, has_aux=True)
+        value, pull, rest = jax.vjp(lambda leaves: of_part(leaves, part), leaves, has_aux=True)
         pull.with_refs(refs)(jnp.ones_like(value))
         return rest
 
@@ -151,3 +156,12 @@ def summed(
         none = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), kinds)
         rest, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, add(part)), None), none, parts)
     return {path: jax.freeze(ref) for path, ref in refs.items()}, rest
+
+
+@jax.custom_vjp
+def _summed_first(leaf: jax.Array) -> jax.Array:
+    """The leaf itself, whose gradient is one value and not added up piece by piece."""
+    return leaf
+
+
+_summed_first.defvjp(lambda leaf: (leaf, None), lambda _, gradient: (gradient,))
