@@ -11,7 +11,7 @@ conversations in batches of 128. Arguments:
     packed    the paper's recipe with several conversations a row, about as many a step (benchmarks/packing.py)
     released  the released code's recipe and its batch sizes, one conversation a row
     one_host  the paper's on the eight chips of one TPU host, in parts of 8 rows (v5e: --config.expert_storage=int8)
-    one_gpu   the paper's on one GPU, in parts of 4 rows, the frozen experts in four bits
+    one_gpu   the paper's on one GPU of 80 GB, row by row, the frozen experts in four bits
 """
 
 from typing import Any, Literal
@@ -40,7 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "one_host": {"mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": -1}},
     "one_gpu": {"mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, "expert_storage": "int4"},
 }
-ROWS = {"one_host": 8, "one_gpu": 4}
+ROWS = {"one_host": 8, "one_gpu": 1}
 """Of a part of a batch; parts cost no memory, so that batches are the paper's there too."""
 
 

@@ -96,9 +96,9 @@ def as_plain(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_reads_as_its_structure_says(kind: Any):
     arrays, model = arrays_of(kind), abstract(config_of(kind))
-    whole = folders.arrays(tiny.EXTENDED, dtype=np.float32)
+    whole = jax.tree.map(jnp.asarray, folders.arrays(tiny.EXTENDED, dtype=np.float32))
     for path in quantising.MATRICES:
-        values, scale = quantise(whole[path], kind, GROUP)
+        values, scale = quantise(np.asarray(whole[path]), kind, GROUP)
         np.testing.assert_array_equal(arrays[path].astype(jnp.int8), values.astype(np.int8))
         np.testing.assert_array_equal(arrays[f"{path}_scale"], scale)
     batch = jax.tree.map(jnp.asarray, tiny.batch())

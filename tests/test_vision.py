@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from moextend_jax.checkpoints import names
 from moextend_jax.config import DecoderConfig, ProjectorConfig, VisionConfig, of_pictures
 from moextend_jax.mesh import make_mesh
+from moextend_jax.models import vision
 from moextend_jax.models.moextend import abstract, fresh_projector
 from moextend_jax.models.projectors import Projector, make_projector
 from moextend_jax.models.vision import VisionTower
@@ -177,3 +178,13 @@ def test_bfloat16_stays_bfloat16_and_close():
     x_nPC = run(half, jnp.asarray(IMAGES_nhwc))
     assert x_nPC.dtype == jnp.bfloat16
     np.testing.assert_allclose(x_nPC.astype(jnp.float32), run(tiny(), jnp.asarray(IMAGES_nhwc)), atol=0.05)
+
+
+def test_positions_that_fill_up_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU there are some, so that products have even numbers of rows; nobody sees them."""
+    tower, pixels = tiny(), jnp.asarray(IMAGES_nhwc)
+    expected = tower.hidden_state(pixels, layer=-1)
+    monkeypatch.setattr(vision, "platform", lambda: "gpu")
+    program = jax.make_jaxpr(lambda pixels: tower.hidden_state(pixels, layer=-1))(pixels)
+    assert f"{len(pixels)},{vision.EVEN},{tower.config.width}" in str(program)
+    np.testing.assert_allclose(tower.hidden_state(pixels, layer=-1), expected, atol=1e-6, rtol=0)

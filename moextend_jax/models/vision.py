@@ -16,7 +16,7 @@ from flax import nnx
 
 from moextend_jax.config import VisionConfig, WhisperConfig
 from moextend_jax.parameters import constant, weight, with_arrays
-from moextend_jax.sharding import Shards, gather, map_shards, module_shards, shards
+from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
 
 Sizes = Mapping[str, int]
 
@@ -50,13 +50,15 @@ class Attention(nnx.Module):
         self.out = weight(stack + "NHC", sizes, rngs=rngs, dtype=dtype)
         self.out_bias = constant(stack + "C", sizes, dtype=dtype, value=0.0)
 
-    def __call__(self, x_nQC: jax.Array, seen_nPC: jax.Array) -> jax.Array:
+    def __call__(self, x_nQC: jax.Array, seen_nPC: jax.Array, *, real: int | None = None) -> jax.Array:
+        """real: so many positions are seen, those behind them are padding; None: all."""
+        lengths_n = None if real is None else jnp.full(len(x_nQC), real)
         q_nQNH = jnp.einsum("nQC,CNH->nQNH", x_nQC, self.query[...]) + self.query_bias[None, None]
         k_nPNH = jnp.einsum("nPC,CNH->nPNH", seen_nPC, self.key[...])
         if self.key_bias is not None:
             k_nPNH = k_nPNH + self.key_bias[None, None]
         v_nPNH = jnp.einsum("nPC,CNH->nPNH", seen_nPC, self.value[...]) + self.value_bias[None, None]
-        y_nQNH = jax.nn.dot_product_attention(q_nQNH, k_nPNH, v_nPNH)
+        y_nQNH = jax.nn.dot_product_attention(q_nQNH, k_nPNH, v_nPNH, key_value_seq_lengths=lengths_n)
         return jnp.einsum("nQNH,NHC->nQC", y_nQNH, self.out[...]) + self.out_bias[None, None]
 
 
@@ -103,14 +105,18 @@ class Layers(nnx.Module):
         self.attention_scale = constant("UC", sizes, dtype=dtype, value=1.0) if scaled else None
         self.mlp_scale = constant("UC", sizes, dtype=dtype, value=1.0) if scaled else None
 
-    def __call__(self, x_nQC: jax.Array) -> jax.Array:
+    def __call__(self, x_nQC: jax.Array, *, real: int | None = None) -> jax.Array:
         y_nQC = self.attention_norm(x_nQC)
-        x_nQC = x_nQC + _times(self.attention(y_nQC, y_nQC), self.attention_scale)
+        x_nQC = x_nQC + _times(self.attention(y_nQC, y_nQC, real=real), self.attention_scale)
         return x_nQC + _times(self.mlp(self.mlp_norm(x_nQC)), self.mlp_scale)
 
 
 def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
     return y_nQC if scale_C is None else y_nQC * scale_C[None, None]
+
+
+EVEN = 64
+"""GPU products want rows in multiples of a power of two: for 577 positions, a prime, XLA's compiler finds no tiles."""
 
 
 def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:
@@ -125,11 +131,14 @@ def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.A
 
         def run(x_nQC: jax.Array, one_layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             layer = {path: gather(leaf, splits[f"layers/{path}"].without_first()) for path, leaf in one_layer.items()}
-            return with_arrays(tower.layers, layer)(x_nQC), None
+            return with_arrays(tower.layers, layer)(x_nQC, real=positions if short else None), None
 
         stacked = (path for path in arrays if path.startswith("layers/"))
         below_U = {path.removeprefix("layers/"): here[path][:depth] for path in stacked}
-        return jax.lax.scan(run, with_arrays(tower, here).embed(inputs), below_U)[0]
+        x_nQC = with_arrays(tower, here).embed(inputs)
+        positions = x_nQC.shape[1]
+        short = -positions % EVEN if platform() == "gpu" else 0
+        return jax.lax.scan(run, jnp.pad(x_nQC, ((0, 0), (0, short), (0, 0))), below_U)[0][:, :positions]
 
     return map_shards(local, (own, splits), Shards("nQc", (own.split[0], (), ())))(inputs, arrays)
 
