@@ -439,7 +439,7 @@ class RunSettings:
     may have several media in a conversation (Uni-MoE's third phase); None: there is none."""
     chains: tuple[Literal["strict", "open", "full"], ...] = ()
     """`moextend run` makes the chain of extensions so often: WORKDIR/strict with text isolation strict, WORKDIR/open
-    without, and full fine-tuning on one after another beside the first; none: once, as `text_isolation` says."""
+    without, and full fine-tuning on one after another in the last of them; none: once, as `text_isolation` says."""
     baseline: bool = False
     """`moextend run` also trains the full fine-tuning baseline."""
 

@@ -6,12 +6,11 @@ transformers would save ("NAME/names"), and the logits as the folder is loaded i
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from stock_script import names_of
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 
@@ -32,10 +31,7 @@ def main(inputs: str, out: str, *folders: str) -> None:
         more = {name: value.bfloat16() for name, value in more.items()}
         made["half"] = half(input_ids=ids, **more).logits.float()
         arrays |= {f"{folder.name}/{key}": value.numpy() for key, value in made.items()}
-        with tempfile.TemporaryDirectory() as saved:
-            model.save_pretrained(saved)
-            with safe_open(Path(saved) / "model.safetensors", "np") as file:
-                arrays[f"{folder.name}/names"] = np.array(sorted(file.keys()))
+        arrays[f"{folder.name}/names"] = names_of(model)
     assert not any(module.startswith("moextend_jax") for module in sys.modules)
     np.savez(out, **arrays)
 

@@ -47,12 +47,17 @@ def main(spec_path: str, out: str) -> None:
         stored = load(folder, **trust)
         arrays[f"{name}/dtypes"] = np.array(sorted({str(leaf.dtype) for leaf in stored.parameters()}))
         arrays[f"{name}/stored"] = answers(stored, processor, spec["chats"][:1], new=1)["logits"].float().numpy()
-        with tempfile.TemporaryDirectory() as saved:
-            model.save_pretrained(saved)
-            with safe_open(Path(saved) / "model.safetensors", "np") as file:
-                arrays[f"{name}/names"] = np.array(sorted(file.keys()))
+        arrays[f"{name}/names"] = names_of(model)
     assert not any(module.startswith("moextend_jax") for module in sys.modules)
     np.savez(out, **arrays)
+
+
+def names_of(model) -> np.ndarray:
+    """Of the tensors, as transformers would save them."""
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        with safe_open(Path(saved) / "model.safetensors", "np") as file:
+            return np.array(sorted(file.keys()))
 
 
 @torch.no_grad()

@@ -214,6 +214,10 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory:
         ({"vision_config": {"model_type": "pixtral"}}, "'pixtral' cannot be honoured"),
         ({"quantization_config": {}}, "quantization_config is unknown"),
         ({"add_layer": [0], "new_experts": -3}, "new_experts = -3"),
+        ({"add_layer": [0], "new_experts": 1 << 30}, "new_experts = 1073741824 is impossible"),
+        ({"add_layer": [0], "wide": 1 << 30}, "wide = 1073741824 is impossible"),
+        ({"add_layer": [0], "start": ["copy"]}, r"start = \['copy'\] cannot be honoured"),
+        ({"text_config": {"model_type": ["mixtral"]}}, r"model_type is \['mixtral'\]"),
     ],
 )
 def test_a_llava_that_is_another_network_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):

@@ -24,7 +24,7 @@ from moextend_jax.checkpoints.attributes import (
     with_head_size,
 )
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
-from moextend_jax.checkpoints.spelling import published, unwrapped
+from moextend_jax.checkpoints.spelling import MOST_EXPERTS, published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import (
     DecoderConfig,
@@ -251,14 +251,14 @@ def extension_config(attributes: Mapping[str, Any], *, where: Path) -> Extension
         raise MoextendError(f"{where}: add_layer names layers {shown(beyond)}, but the model has only {count} layers")
     sources, start, wide = attributes.get("sources"), attributes.get("start", "copy"), attributes.get("wide", 1)
     for name, value in (("new_experts", new := attributes.get("new_experts", 1)), ("wide", wide)):
-        if not fits("experts", value):
+        if not fits("experts", value) or value > MOST_EXPERTS:
             raise MoextendError(f"{where}: {name} = {shown(value)} is impossible")
     if not isinstance(sources, list) or not all(type(n) is int and n >= -1 for n in sources):
         sources = []
     if "new_experts" not in attributes:  # the released layout
         new = max(1, len(sources) // len(layers))
     known = len(sources) == len(layers) * new * wide
-    if start not in STARTS or (start == "twin" and not (known and -1 not in sources)):
+    if start not in tuple(STARTS) or (start == "twin" and not (known and -1 not in sources)):
         raise MoextendError(
             f"{where}: start = {shown(start)} cannot be honoured (only {', '.join(STARTS)}, and twin of known sources)"
         )

@@ -80,7 +80,7 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     if not isinstance(text, dict) or not isinstance(tower, dict):
         raise MoextendError(f"{where}: a LLaVA without text_config and vision_config has no sizes that are known")
     text = {"model_type": "mixtral"} | text
-    defaults = FAMILIES[text["model_type"]].defaults if text["model_type"] in FAMILIES else {}
+    defaults = next((family.defaults for name, family in FAMILIES.items() if name == text["model_type"]), {})
     text, tower = {**defaults, **text}, {"model_type": CLIP.model_type} | tower
     tower = {**TOWERS[tower_of(attributes, where=where)].defaults, **tower}
     if attributes.get("tie_word_embeddings"):

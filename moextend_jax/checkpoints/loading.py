@@ -533,10 +533,6 @@ def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | N
     return "add_layer" in (attributes or {}) or any(mark in name for name in stored for mark in marks)
 
 
-MOST_EXPERTS = 4096
-"""New experts of a layer, in a file that claims more of them than anybody has."""
-
-
 def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
     """The extension whose router columns these tensors hold; a file does not say which experts it copied (-1)."""
     pattern = re.compile(r"model\.layers\.([0-9]{1,9})\.block_sparse_moe\.(gate_vision|weight_scale)\..*")
@@ -546,7 +542,7 @@ def _extension_in(stored: Mapping[str, Stored]) -> ExtensionConfig | None:
     block = f"model.layers.{layers[0]}.block_sparse_moe."
     gate = stored.get(block + "gate_vision.weight")
     calibrator = stored.get(block + "weight_scale.weight_scale.0.weight")
-    new_experts = min(max(1, gate.shape[0]), MOST_EXPERTS) if gate and gate.shape else 1
+    new_experts = min(max(1, gate.shape[0]), spelling.MOST_EXPERTS) if gate and gate.shape else 1
     return ExtensionConfig(
         layers=tuple(layers),
         sources=(-1,) * (len(layers) * new_experts),

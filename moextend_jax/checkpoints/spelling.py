@@ -65,6 +65,7 @@ SPELLINGS = (
 
 _FUSED = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts\.(gate_up_proj|down_proj)")
 MOST_EXPERTS = 4096
+"""Of a layer, in a file that claims more of them than anybody has."""
 
 
 def unwrapped(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
