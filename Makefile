@@ -1,6 +1,7 @@
 # make demo      the whole method on a small real model; ends in a table and a report
 # make test      lint, types and the fast tests
 # make test-all  these and the slow tests
+# make test-gpu  on a GPU: the tests of what runs there; python benchmarks/gpu.py measures the rest
 # make bench     time one step of each stage
 # Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
 # Tests run in JOBS processes (2).
@@ -18,11 +19,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint bench clean env env-dev
+.PHONY: help demo test test-slow test-all test-gpu lint bench clean env env-dev
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 demo: env
 	$(RUN) -m moextend_jax demo --workdir "$(WORKDIR)"
@@ -38,6 +39,11 @@ test-slow: env-dev
 	$(PYTEST) -m "slow and not devices"
 	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "slow and devices"
 	XLA_FLAGS= $(PYTEST) -m smoke
+
+# On a machine with a GPU, in an environment that has JAX with CUDA: pip install -e ".[gpu,dev]" into VENV.
+test-gpu:
+	MOEXTEND_TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS= \
+	  $(PYTEST) -m "gpu and not slow" -W default
 
 lint: env-dev
 	$(RUN) -m ruff check

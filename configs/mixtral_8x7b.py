@@ -11,7 +11,8 @@ conversations in batches of 128. Arguments:
     packed    the paper's recipe with several conversations a row, about as many a step (benchmarks/packing.py)
     released  the released code's recipe and its batch sizes, one conversation a row
     one_host  the paper's on the eight chips of one TPU host, in parts of 8 rows (v5e: --config.expert_storage=int8)
-    one_gpu   the paper's on one GPU of 80 GB, row by row, the frozen experts in four bits
+    one_gpu   the paper's on one GPU of 80 GB, in parts of 4 rows, the frozen experts in four bits, AdamW's first moment
+              in bfloat16
 """
 
 from typing import Any, Literal
@@ -40,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "one_host": {"mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": -1}},
     "one_gpu": {"mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, "expert_storage": "int4"},
 }
-ROWS = {"one_host": 8, "one_gpu": 1}
+ROWS = {"one_host": 8, "one_gpu": 4}
 """Of a part of a batch; parts cost no memory, so that batches are the paper's there too."""
 
 
@@ -59,8 +60,10 @@ def get_config(arg: Literal["paper", "packed", "released", "one_host", "one_gpu"
         instructions |= {"batch_size": instruct_batch // 4, "length": 4096, "conversation_length": 2048}
         instructions |= {"conversations_per_row": 0, "images_per_row": 6}
 
+    first_moment = "bfloat16" if arg == "one_gpu" else "float32"
+
     def instruct(*, learning_rate: float, **many: Any) -> StageSettings:
-        optimizer = OptimizerConfig(learning_rate=learning_rate)
+        optimizer = OptimizerConfig(learning_rate=learning_rate, first_moment=first_moment)
         return StageSettings(data="llava_instruct", too_long="drop_turns", optimizer=optimizer, **instructions | many)
 
     finetune = instruct(epochs=1, learning_rate=2e-5)

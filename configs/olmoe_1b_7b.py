@@ -15,5 +15,5 @@ from ml_collections import ConfigDict
 from moextend_jax.configs.qwen3_30b_a3b import with_siglip
 
 
-def get_config(arg: Literal["paper", "packed"] = "packed") -> ConfigDict:
+def get_config(arg: Literal["paper", "packed", "one_gpu"] = "packed") -> ConfigDict:
     return with_siglip("OLMoE-1B-7B-0924-Instruct", arg)

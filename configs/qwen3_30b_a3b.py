@@ -15,11 +15,11 @@ from ml_collections import ConfigDict
 from moextend_jax.configs import mixtral_8x7b
 
 
-def get_config(arg: Literal["paper", "packed"] = "packed") -> ConfigDict:
+def get_config(arg: Literal["paper", "packed", "one_gpu"] = "packed") -> ConfigDict:
     return with_siglip("Qwen3-30B-A3B-Instruct-2507", arg)
 
 
-def with_siglip(base: str, arg: Literal["paper", "packed"]) -> ConfigDict:
+def with_siglip(base: str, arg: Literal["paper", "packed", "one_gpu"]) -> ConfigDict:
     """Of a base of many small experts."""
     config = mixtral_8x7b.get_config(arg)
     if arg == "packed":  # a picture is 729 tokens here, where CLIP's is 576
@@ -28,11 +28,7 @@ def with_siglip(base: str, arg: Literal["paper", "packed"]) -> ConfigDict:
             align={"length": 1536, "images_per_row": 2},
             **dict.fromkeys(("extend", "finetune", "full"), instructions),
         )
-    config.update(
-        base=base,
-        vision="siglip-so400m-patch14-384",
-        # Whole experts on a device, and tokens brought to them; on one device: --config.mesh.expert=1
-        mesh={"fsdp": -1, "expert": 4, "tensor": 1},
-        saved=(),
-    )
+    if arg != "one_gpu":  # whole experts on a device, and tokens brought to them
+        config.update(mesh={"fsdp": -1, "expert": 4, "tensor": 1}, saved=())
+    config.update(base=base, vision="siglip-so400m-patch14-384")
     return config

@@ -25,13 +25,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from moextend_jax import chips, distributed, machine
+from moextend_jax import chips, compile_cache, distributed, machine
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import feed_forward, layer_of
 from moextend_jax.models.moextend import MoExtend, abstract
-from moextend_jax.parameters import with_arrays
+from moextend_jax.parameters import SCALES, with_arrays
 from moextend_jax.plan.abstract_step import abstract_step, patterns
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.runs import results
@@ -45,6 +45,8 @@ LABELS = {
     "all": "labels on every position, the head's work of a model that computes all logits",
 }
 STEPS, WARMUP = 5, 2
+SCALE = 2**-8
+"""Of random integers of four bits: weights as large as plain ones are."""
 
 
 def bench(
@@ -91,9 +93,9 @@ def _apart(settings: RunSettings, stage: str, labels: str, layers: int | None) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) -> Batch:
+def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str, pixels: bool = False) -> Batch:
     """Rows of two tokens, a start tag, an image, an end tag, then text; up to the text nothing has a label (or all has,
-    with `labels` "all")."""
+    with `labels` "all"). Images are features, as a tower makes them, or `pixels`, which go through it."""
     assert config.vision is not None
     P, rng = config.vision.patches, np.random.default_rng(0)
     text = P + 4
@@ -102,7 +104,9 @@ def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) ->
     ids_BL = rng.integers(7, config.decoder.vocab_size, (rows, length), dtype=np.int32)
     places_BL = np.full_like(ids_BL, -1)
     places_BL[:, 3 : 3 + P] = np.arange(P)
-    position_L = np.arange(length, dtype=np.int32)
+    position_L, side = np.arange(length, dtype=np.int32), config.vision.image_size
+    shape = (rows, 1, side, side, 3) if pixels else (rows, 1, P, config.vision.width)
+    images = {IMAGE: rng.standard_normal(shape, dtype=np.float32)}
     labelled_L = (position_L >= text) & ((position_L - text) // 32 % 2 == 1) if labels == "answers" else position_L >= 0
     return Batch(
         ids_BL=ids_BL,
@@ -110,12 +114,21 @@ def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str) ->
         positions_BL=np.tile(position_L, (rows, 1)),
         segments_BL=np.ones_like(ids_BL),
         places_BL=places_BL,
-        features={IMAGE: rng.standard_normal((rows, 1, P, config.vision.width), dtype=np.float32)},
+        **{"media" if pixels else "features": images},
     )
 
 
-def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | None = None) -> dict[str, Any]:
-    """Figures of one stage's step in this process; seconds are medians over `STEPS` steps after `WARMUP`."""
+def measure(
+    settings: RunSettings, *, stage: str, labels: str, layers: int | None = None, pixels: bool = False,
+    parts: bool = True, trace: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of one stage's step in this process; seconds are medians over `STEPS` steps after `WARMUP`.
+
+    Args:
+      pixels: images go through the tower.
+      parts: whether parts are timed too, one by one.
+      trace: a folder for a trace of one more step; "": none.
+    """
     stage_settings = results.stage_of(settings, stage)
     config = model_config(settings, stage=stage, layers=layers)
     distributed.split_cpu(settings.cpu_devices)
@@ -126,16 +139,20 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         for leaves in (planned.state.trainable, planned.frozen)
     )
     rows, length = stage_settings.batch_size, stage_settings.length
-    batch = place_whole(random_batch(config, rows=rows, length=length, labels=labels), mesh)
+    batch = place_whole(random_batch(config, rows=rows, length=length, labels=labels, pixels=pixels), mesh)
     state = init_state(trainable, planned.optimizer)  # which the first step takes
-    compiled = planned.step.lower(state, frozen, batch).compile()
+    # For its figures alone: jax 0.10 does not call a compiled program with int4 arrays that were put on a device.
+    analysis = planned.step.lower(state, frozen, batch).compile().memory_analysis()
     seconds = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
+        state, metrics = jax.block_until_ready(planned.step(state, frozen, batch))
         seconds.append(time.perf_counter() - started)
+    if trace:
+        with jax.profiler.trace(trace):
+            state, metrics = jax.block_until_ready(planned.step(state, frozen, batch))
     median = statistics.median(seconds[WARMUP:])
-    analysis, peak_memory = compiled.memory_analysis(), machine.peak_memory()
+    peak_memory = machine.peak_memory()
     trainable = state.trainable
     del state
     model = with_arrays(abstract(config), {**trainable, **frozen})
@@ -144,6 +161,7 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
     return {
         "tokens_per_second": rows * length / median,
         "seconds_per_step": median,
+        "seconds": seconds,
         "mfu": flops / median / (peak * mesh.size) if peak else None,
         "tflops_per_step": flops / 1e12,
         "peak_memory_gb": peak_memory / 1e9,
@@ -151,13 +169,24 @@ def measure(settings: RunSettings, *, stage: str, labels: str, layers: int | Non
         "trained_parameters": sum(leaf.size for leaf in trainable.values()),
         "loss": float(metrics["loss"]),
         "device": device,
-        "parts": _parts(model, batch, planned.optimizer, trainable, chunk=stage_settings.loss_chunk, mesh=mesh),
+        "parts": _parts(model, batch, planned.optimizer, trainable, chunk=stage_settings.loss_chunk, mesh=mesh)
+        if parts
+        else {},
     }
 
 
 def _random(path: str, leaf: Any) -> jax.Array:
-    """Random values for a leaf, near one where it is a norm's scale, else near zero; a path always gets the same."""
+    """Random values for a leaf: near one if it is a norm's scale, else near zero, or integers. A path always gets the
+    same."""
     centre, key = float(path.endswith("norm")), zlib.crc32(path.encode())
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+
+        def any_integer(key):  # of four bits
+            return ((jax.random.bits(key, leaf.shape, jnp.uint32) >> 28).astype(jnp.int32) - 8).astype(leaf.dtype)
+
+        return jax.jit(any_integer, out_shardings=leaf.sharding)(jax.random.key(key))
+    if path.endswith(SCALES):
+        return jax.device_put(jnp.full(leaf.shape, SCALE, leaf.dtype), leaf.sharding)
     if jax.default_backend() == "cpu":
         # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
         array = centre + 0.02 * np.random.default_rng(key).standard_normal(leaf.shape, np.float32)
@@ -221,6 +250,7 @@ def _seconds(program: Program, *inputs: Any) -> float:
 
 
 if __name__ == "__main__":
+    compile_cache.enable()
     _stage, _labels, _layers = sys.argv[1:]
     _settings = from_config_dict(json.load(sys.stdin))
     print(json.dumps(measure(_settings, stage=_stage, labels=_labels, layers=int(_layers) or None)))

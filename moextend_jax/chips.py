@@ -14,12 +14,16 @@ GPU_SHARE = 0.95
 """Of a GPU's memory, what a run takes for its arrays (`machine.whole_gpu`): the rest is for CUDA and its libraries."""
 
 
+SHARED, LEAST_SHARED = {"9": 232448, "10": 232448}, 101376
+"""What a block of a GPU can have in common: of Hopper's and Blackwell's data centre GPUs, and of any from Ampere on."""
+
+
 class Chip(NamedTuple):
     """`hbm` is what a program may use: the memory less what the runtime keeps for itself.
 
     `link` is what one chip sends over one link of its torus in one direction per second (a GPU has one link, to all
     others of its node); `network` the same to chips of another node, where there are nodes. `dimensions` of the torus;
-    a ring of at least `wraps` chips is closed.
+    a ring of at least `wraps` chips is closed. `shared`: memory that the threads of a GPU's block can have in common.
     """
 
     platform: str
@@ -30,6 +34,7 @@ class Chip(NamedTuple):
     dimensions: int
     wraps: int = 0
     network: float = 0.0
+    shared: int = 0
 
 
 CHIPS = {
@@ -37,13 +42,16 @@ CHIPS = {
     "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 819e9, 45e9, 2, 16),
     "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1640e9, 90e9, 2, 16),
     # 80 GB as CUDA counts them
-    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9),
+    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, 232448),
+    "h200": Chip("gpu", 989e12, int(GPU_SHARE * 139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, 232448),
+    # 24 GB, on PCIe alone
+    "rtx4090": Chip("gpu", 165.2e12, int(GPU_SHARE * 23.5 * GIB), 1008e9, 32e9, 1, 0, 3e9, LEAST_SHARED),
 }
 
 
 KINDS = {
     "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v6 lite": "v6e", "TPU v6e": "v6e",
-    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA GeForce RTX 4090": "rtx4090",
 }  # fmt: skip
 """How JAX names the devices that are these chips (`jax.Device.device_kind`)."""
 
@@ -51,6 +59,13 @@ KINDS = {
 def peak_flops(kind: str) -> float | None:
     """FLOPs a second at best of a device that JAX names so; None where the table has no such chip (a CPU)."""
     return CHIPS[KINDS[kind]].flops if kind in KINDS else None
+
+
+def shared_memory(kind: str, capability: str | None = None) -> int:
+    """Of a block on a GPU that JAX names so, or else on one of this compute capability, such as "9.0"."""
+    if kind in KINDS:
+        return CHIPS[KINDS[kind]].shared
+    return SHARED.get((capability or "").partition(".")[0], LEAST_SHARED)
 
 
 def chip(name: str) -> Chip:

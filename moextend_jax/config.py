@@ -422,7 +422,7 @@ Mass = Literal["base", "literal"]
 Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]
 """What a rematerialised layer can keep: attention's inputs and output, the residual stream between attention and
 experts, the experts' two products (those exist on TPU and GPU). Each is a product over D, so each costs the same memory
-per FLOP that it saves; "attended" saves the attention itself: its kernel (splash, cuDNN, blocked) does not run forward
+per FLOP that it saves; "attended" saves the attention itself: its kernel (splash, Triton, blocked) does not run forward
 again. Where there is none (`attention.attend`) XLA computes the scores again whatever is kept."""
 
 

@@ -29,7 +29,7 @@ from moextend_jax.terminal import console
 PACKAGE = "moextend-jax"
 KERNELS = {
     "blocked_swiglu": "blocked_swiglu", "blocked_attention": "blocked_attention", "megablox": "name=gmm",
-    "splash_attention": "splash_attention", "triton": "triton_grouped", "cudnn": "dot_product_attention_fwd",
+    "splash_attention": "splash_attention", "triton": "triton_grouped", "triton_attention": "triton_attention",
 }  # fmt: skip
 """TABLE kernel -> what a trace has of it."""
 

@@ -41,9 +41,19 @@ GPUS = ("gpu", "cuda", "rocm")
 
 def platform() -> str:
     """ "cpu", "tpu" or "gpu": what the program is compiled for, which ahead of time is not what runs the compiler."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = _abstract_device()
     name = device.platform if device else jax.default_backend()
     return "gpu" if name in GPUS else name
+
+
+def device_kind() -> str:
+    """What JAX calls the device that the program is compiled for."""
+    device = _abstract_device()
+    return device.device_kind if device else jax.local_devices()[0].device_kind
+
+
+def _abstract_device() -> Any:
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def spec(axes: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> PartitionSpec:

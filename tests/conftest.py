@@ -55,7 +55,25 @@ LONGEST = ("test_survival.py", "test_processes.py", "test_pipeline.py", "test_sh
 """These files come first, so that no process ends with one of them while the others have nothing left."""
 
 
+ON_GPUS = (
+    "test_kernels.py", "test_attention.py", "test_experts.py", "test_quantised.py", "test_isolation.py", "test_step.py",
+    "test_generate.py", "test_vision.py", "test_families.py",
+)  # fmt: skip
+"""Files whose tests run on a GPU too, beside those of tests/parity: `make test-gpu`."""
+
+
+@pytest.fixture
+def cpu_program() -> None:
+    """For tests that look into the program as it is compiled for CPUs."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("looks into the program for CPUs")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in ON_GPUS or item.path.parent.name == "parity":
+            item.add_marker("gpu")
+
     def place(item: pytest.Item) -> int:
         return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
 

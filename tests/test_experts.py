@@ -181,12 +181,12 @@ def weight_gradients(program: str) -> int:
 
 
 @pytest.mark.parametrize(("stage", "products"), [("align", 0), ("extend", 0), ("finetune", 3), ("full", 3)])
-def test_no_weight_gradient_of_a_frozen_expert_is_computed(stage: str, products: int):
+def test_no_weight_gradient_of_a_frozen_expert_is_computed(stage: str, products: int, cpu_program: None):
     assert weight_gradients(program(stage)) == products
 
 
 @pytest.mark.parametrize("stage", ["extend", "finetune"])
-def test_nor_of_frozen_attention_embedding_or_head(stage: str):
+def test_nor_of_frozen_attention_embedding_or_head(stage: str, cpu_program: None):
     results = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|custom-call|scatter)\(", program(stage))
     assert results
     heads, kv, size, width = 4, 2, 6, tiny.DECODER.width

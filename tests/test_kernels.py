@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moextend_jax.models import grouped_triton
-from moextend_jax.models.attention import KeysValues, Visible, Window, attend, segment_mask, splash
+from moextend_jax.models import attention_triton, grouped_triton
+from moextend_jax.models.attention import KeysValues, Visible, Window, attend, conversations, segment_mask, splash
 from moextend_jax.models.grouped_matmul import MEGABLOX, TRITON, Kernels, by_kernels, ragged_dot
 
 RNG = np.random.default_rng(0)
@@ -114,3 +114,41 @@ def test_so_does_it_with_sinks_and_a_window(is_local: bool):
     _, pull = jax.vjp(by(rows), query, key, value, normal(N))
     seen_S = np.abs(np.asarray(pull(far)[1][0])).max(axis=(1, 2)) > 0
     assert np.flatnonzero(seen_S).tolist() == list(range(22 if is_local else 0, 31))
+
+
+# --- attention for GPUs -----------------------------------------------------------------------------------------------
+
+
+def by_mask(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.Array:
+    visible = Visible(jnp.asarray(segments_BS), segment_mask(jnp.asarray(segments_BS)))
+    sight = None if window is None else Window(True, window)
+    return attend(query, KeysValues(key, value), visible, window=sight, sinks_N=sinks_N)
+
+
+def in_kernels(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.Array:
+    reads = conversations(jnp.asarray(segments_BS))
+    return attention_triton.causal_attention(query, key, value, *reads, window=window, sinks_N=sinks_N)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "window", "sinks"), [(256, 16, None, False), (200, 24, 70, True), (130, 16, 1, True)]
+)
+def test_attention_of_the_gpu_equals_the_masked_one_with_gradients(
+    length: int, size: int, window: int | None, sinks: bool
+):
+    """Rows that no tile divides, heads that are no power of two, conversations, padding, hidden tokens."""
+    B, N, K = 2, 4, 2
+    segments_BS = np.ones((B, length), np.int32)
+    segments_BS[0, 90:], segments_BS[1, 120:] = 2, 0
+    segments_BS[1, :3] = 0
+    if window is None:  # hidden tokens would see nothing in a window, and nothing reads what they are then
+        segments_BS[:, [20, 21, 60]] = 0
+    query, dy = normal(B, length, N, size), normal(B, length, N, size)
+    dy *= jnp.asarray((segments_BS > 0) | (window is None))[..., None, None]
+    keys = normal(B, length, K, size), normal(B, length, K, size), normal(N) if sinks else None
+    results = []
+    for function in (by_mask, in_kernels):
+        y, pull = jax.vjp(lambda *some, of=function: of(*some, segments_BS, window), query, *keys)
+        results.append((y[segments_BS > 0], *pull(dy)))
+    for expected, got in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)

@@ -1,15 +1,14 @@
 """Grouped-query attention with rotary positions: `x_BLD -> y_BLD`, and the keys and values a cache wants.
 
-Kernels by platform, for whole rows: splash attention on TPU, cuDNN's on GPU in bfloat16, the blocked one on CPU. They
-never write the weights of all pairs of positions, and skip the future half. `jax.nn.dot_product_attention` does the
-rest. On a mesh, L is split between the layers and S = L whole within, where heads are split instead.
+Kernels by platform, for whole rows: splash attention on TPU, attention_triton.py on GPU, blocked_attention.py on CPU.
+They never write the weights of all pairs of positions, and skip the future half. `jax.nn.dot_product_attention` does
+the rest. On a mesh, L is split between the layers and S = L whole within, where heads are split instead.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
 from typing import NamedTuple, cast
 
 import jax
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moextend_jax.config import DecoderConfig, MoextendError, YarnConfig
-from moextend_jax.models import blocked_attention
+from moextend_jax.config import DecoderConfig, YarnConfig
+from moextend_jax.models import attention_triton, blocked_attention
+from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight
-from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
+from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
 
 
 class KeysValues(NamedTuple):
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         # and 16 and 4 of the heads. It gathers all 8 positions, attends with its heads, and the scattered sum over
         # "tensor" leaves it with all heads' output at its own 4 positions.
         def local(x_BLD, arrays, rotation, visible, past, is_local):
-            w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=heads) for name, leaf in arrays.items()}
+            w = {name: used(name, leaf, splits[name], dtype=x_BLD.dtype, keep=heads) for name, leaf in arrays.items()}
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
             query_BSNH = made("query", "BSD,DNH->BSNH", x_BSD, w)
             key_BSKH = made("key", "BSD,DKH->BSKH", x_BSD, w)
@@ -165,14 +165,15 @@ def attend(
         if window is None:
             return whole()
         return jax.lax.cond(window.is_local, functools.partial(whole, window=window.tokens), whole)
+    if visible.segments_BL is not None and platform() == "gpu":
+        tokens = None if window is None else jnp.where(window.is_local, window.tokens, query_BSNH.shape[1])
+        return attention_triton.causal_attention(
+            query_BSNH, *present, *conversations(visible.segments_BL), window=tokens, sinks_N=sinks_N
+        )
     if window is not None or sinks_N is not None:
         return _attend_by_mask(query_BSNH, present, visible, window=window, sinks_N=sinks_N)
-    long = query_BSNH.shape[1] > blocked_attention.BLOCK
-    if visible.segments_BL is not None and long and platform() == "cpu":
+    if visible.segments_BL is not None and query_BSNH.shape[1] > blocked_attention.BLOCK and platform() == "cpu":
         return blocked_attention.causal_attention(query_BSNH, *present, visible.mask_B1LS)
-    # cuDNN asks the GPU, so a program compiled for GPUs where there is none goes without.
-    if jax.default_backend() == "gpu" and query_BSNH.dtype != jnp.float32:
-        return cudnn(query_BSNH, *present, visible.mask_B1LS, causal=visible.segments_BL is not None)
     return checkpoint_name(jax.nn.dot_product_attention(query_BSNH, *present, mask=visible.mask_B1LS), "attended")
 
 
@@ -194,53 +195,6 @@ def _attend_by_mask(query_BSNH, present, visible: Visible, *, window: Window | N
         bias = jnp.pad(sinks_N[None, :, None, None], ((0, 0), (0, 0), (0, 0), (mask_B1LS.shape[-1] - 1, 0)))
     y_BSNH = jax.nn.dot_product_attention(query_BSNH, *present, bias=bias, mask=mask_B1LS)
     return checkpoint_name(y_BSNH, "attended")
-
-
-CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
-"""JAX's primitive of cuDNN's forward kernel, whose results are y and what its backward kernel reads besides."""
-
-
-def save_these(names: Iterable[str]) -> Callable[..., bool]:
-    """A policy of `jax.checkpoint`: keeps the results of these names, "attended" with all that its gradient needs.
-
-    Splash and blocked attention name that themselves. cuDNN's cannot be named from outside, but known by its primitive.
-    """
-    named = jax.checkpoint_policies.save_only_these_names(*names)
-    if "attended" not in names:
-        return named
-    return jax.checkpoint_policies.save_from_both_policies(
-        named, lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD
-    )
-
-
-def cudnn(
-    query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, mask_B1LS: jax.Array, *, causal: bool
-) -> jax.Array:
-    """cuDNN's flash attention on GPU. `causal` says that the mask hides the future, whose half is then not computed.
-
-    It refuses heads of other than a multiple of 8, and, when it trains, rows of an odd number of positions: what lacks
-    is padded with zeros behind, where no causal query looks, and cut off.
-
-    Raises:
-      MoextendError: what no padding mends, such as heads above 128 (256 from Hopper on).
-    """
-    length, head_size = query_BSNH.shape[1], query_BSNH.shape[3]
-    more = length % 2 if causal else 0
-    padding = ((0, 0), (0, more), (0, 0), (0, -head_size % 8))
-    query_BSNH, key_BSKH, value_BSKH = (jnp.pad(array, padding) for array in (query_BSNH, key_BSKH, value_BSKH))
-    # The padded query must see something, so it sees everything; that others see the padded key is undone by `causal`.
-    mask_B1LS = jnp.pad(mask_B1LS, ((0, 0), (0, 0), (0, more), (0, more)), constant_values=True)
-    try:
-        y_BSNH = jax.nn.dot_product_attention(
-            query_BSNH, key_BSKH, value_BSKH, mask=mask_B1LS, scale=head_size**-0.5, is_causal=causal,
-            implementation="cudnn",
-        )  # fmt: skip
-    except NotImplementedError as error:
-        raise MoextendError(
-            f"cuDNN's attention refuses {length} positions with heads of {head_size}: {error} "
-            "--config.dtype=float32 goes without it"
-        ) from None
-    return y_BSNH[:, :length, :, :head_size]
 
 
 SPLASH_BLOCK = 128

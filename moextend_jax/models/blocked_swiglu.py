@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from moextend_jax.models.glu import SILU, Glu
+from moextend_jax.models.weights import Weight, is_frozen, one_of
 
 BLOCK, LEAST = 64, 16
 """Rows per product, at most and at least: about as many as an expert has on average. Half a block per expert is wasted,
 which of many small experts would be most of the work (docs/benchmarks.md). How many follows from shapes alone: products
 of fewer rows round otherwise, so a row's result may depend on shapes, and on nothing else of its batch."""
 
-Weights = tuple[jax.Array, ...]
+Weights = tuple[Weight, ...]
 """w_GDF of the gate, w_GDF up, w_GFD down of one part, and where experts have them the biases b_GF of gate and up;
 group numbers run on from one part to the next."""
 
@@ -42,7 +43,7 @@ def blocked_swiglu(
 
 def _forward(x_RD, weights_R1, parts, sizes_O, glu):
     (R, D), F = x_RD.shape, parts[0][0].shape[-1]
-    rows = _Rows(sizes_O, R)
+    rows = _Rows(sizes_O, R, x_RD.dtype)
     x_RD, padded_R1 = rows.pad(x_RD), rows.pad(weights_R1)
 
     def one_block(carry, row, weights):
@@ -61,7 +62,7 @@ def _forward(x_RD, weights_R1, parts, sizes_O, glu):
 
 def _backward(glu, saved, dy_RD):
     x_RD, weights_R1, gate_RF, up_RF, parts, sizes_O = saved
-    rows = _Rows(sizes_O, dy_RD.shape[0])
+    rows = _Rows(sizes_O, dy_RD.shape[0], dy_RD.dtype)
     dy_RD = rows.pad(dy_RD)
 
     def inner(row, w_down_FD):
@@ -104,9 +105,9 @@ def _times_transposed(x_bF: jax.Array, w_DF: jax.Array) -> jax.Array:
 class _Rows:
     """Blocks of the sorted rows. A group's last block reads and writes into the next group, which overwrites that."""
 
-    def __init__(self, sizes_O: jax.Array, R: int):
+    def __init__(self, sizes_O: jax.Array, R: int, dtype: Any):
         average = 1 << (R // len(sizes_O)).bit_length()
-        self.sizes_O, self.R, self.block = sizes_O, R, min(max(average, LEAST), BLOCK, R)
+        self.sizes_O, self.R, self.block, self.dtype = sizes_O, R, min(max(average, LEAST), BLOCK, R), dtype
         self.ends_O = jnp.cumsum(sizes_O)
         self.starts_O = self.ends_O - sizes_O
 
@@ -133,7 +134,7 @@ class _Rows:
         for part in parts:
 
             def one_group(group, carry, part=part, first=first):
-                weights = _of_group(part, group)
+                weights = self.of_group(part, group)
                 start, blocks = self.starts_O[first + group], self.blocks(first + group)
                 return lax.fori_loop(0, blocks, lambda i, c: body(c, start + i * self.block, weights), carry)
 
@@ -141,13 +142,18 @@ class _Rows:
             first += part[0].shape[0]
         return carry
 
-    def sum_by_group(self, body: Callable, parts: tuple[Weights, ...]) -> tuple[Weights, ...]:
-        """Sums `body(sum, row, weights, mine_b1)` over each group's blocks; mine_b1 is false past the group's end."""
+    def sum_by_group(self, body: Callable, parts: tuple[Weights, ...]) -> tuple[Any, ...]:
+        """Sums `body(sum, row, weights, mine_b1)` over each group's blocks; mine_b1 is false past the group's end. Of
+        parts that are stored in few bits None."""
         sums, first = [], 0
         for part in parts:
+            if is_frozen(part):
+                sums.append(None)
+                first += part[0].shape[0]
+                continue
 
             def one_group(group, part=part, first=first):
-                weights = _of_group(part, group)
+                weights = self.of_group(part, group)
                 start, size = self.starts_O[first + group], self.sizes_O[first + group]
 
                 def one_block(i, carry):
@@ -161,9 +167,8 @@ class _Rows:
             first += part[0].shape[0]
         return tuple(sums)
 
+    def of_group(self, part: Weights, group: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(one_of(weight, group, self.dtype) for weight in part)
+
     def blocks(self, group: jax.Array) -> jax.Array:
         return -(-self.sizes_O[group] // self.block)
-
-
-def _of_group(part: Weights, group: jax.Array) -> Weights:
-    return tuple(lax.dynamic_index_in_dim(w, group, keepdims=False) for w in part)

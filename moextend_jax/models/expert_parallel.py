@@ -28,8 +28,9 @@ from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, bias_behind, combine, dispatch, sort_by_expert
 from moextend_jax.models.glu import Glu
 from moextend_jax.models.router import WEIGHT_GUARDS, Gate, Routing, Rule, route, route_extended
+from moextend_jax.models.weights import used
 from moextend_jax.parameters import with_arrays
-from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
+from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
 
 
 class Split(NamedTuple):
@@ -109,11 +110,9 @@ def mixture(
 
         def gathered(path: str, leaf: jax.Array) -> jax.Array:
             kind = path.partition("/")[0]
-            # Integers and their scales travel as they are stored.
-            plain = kind.endswith("experts") and not path.endswith("_scale") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            leaf = leaf.astype(x_BLD.dtype) if plain else leaf
             whole = path.endswith("/b_down")  # added where the tokens are
-            return gather(leaf, splits[path], keep=() if whole else kept.get(kind, ()))
+            dtype = x_BLD.dtype if kind.endswith("experts") else None
+            return used(path, leaf, splits[path], dtype=dtype, keep=() if whole else kept.get(kind, ()))
 
         return with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 

@@ -19,7 +19,8 @@ from moextend_jax.config import Quantised
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.grouped_matmul import grouped_matmul
-from moextend_jax.models.quantised import STORAGES, dequantise
+from moextend_jax.models.quantised import STORAGES
+from moextend_jax.models.weights import weight_of
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import platform
 
@@ -59,16 +60,10 @@ class Experts(nnx.Module):
     def weights(self, dtype: Any) -> Weights:
         """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`)."""
 
-        def matrix(stored: nnx.Param, scale: nnx.Param | None) -> jax.Array:
-            return stored[...].astype(dtype) if scale is None else dequantise(stored[...], scale[...], dtype)
-
+        pairs = ((getattr(self, name), getattr(self, f"{name}_scale")) for name in ("w_gate", "w_up", "w_down"))
+        matrices = (weight_of(leaf[...], None if scale is None else scale[...], dtype) for leaf, scale in pairs)
         biases = (param[...].astype(dtype) for param in (self.b_gate, self.b_up) if param is not None)
-        return (
-            matrix(self.w_gate, self.w_gate_scale),
-            matrix(self.w_up, self.w_up_scale),
-            matrix(self.w_down, self.w_down_scale),
-            *biases,
-        )
+        return *matrices, *biases
 
 
 class Sorting(NamedTuple):

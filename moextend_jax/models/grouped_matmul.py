@@ -1,8 +1,9 @@
 """Matrix products of rows sorted by group on TPU and GPU: `x_RD, (w_GDF, ...), sizes -> y_RF`.
 
 The groups of all parts of the weights count on from each other, so pretrained and new experts stay separate arrays;
-rows past the sum of the sizes give zeros. XLA's `ragged_dot` is dense over the groups on TPU v5e and v6e, on GPU and on
-CPU: TPUs run megablox, GPUs the kernels of grouped_triton.py, and on CPU experts go through blocked_swiglu.py instead.
+rows past the sum of the sizes give zeros. A part in few bits is multiplied out for one product at a time. XLA's
+`ragged_dot` is dense over the groups on TPU v5e and v6e, on GPU and on CPU: TPUs run megablox, GPUs the kernels of
+grouped_triton.py, and on CPU experts go through blocked_swiglu.py instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moextend_jax.models import grouped_triton
+from moextend_jax.models.weights import FewBits, Weight, plain
 from moextend_jax.sharding import platform
 
 ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
@@ -31,7 +33,7 @@ class Kernels(NamedTuple):
     gradient: Callable[..., jax.Array]
 
 
-def grouped_matmul(x_RD: jax.Array, w_parts: Sequence[jax.Array], sizes_O: jax.Array) -> jax.Array:
+def grouped_matmul(x_RD: jax.Array, w_parts: Sequence[Weight], sizes_O: jax.Array) -> jax.Array:
     """Multiplies each row by the matrix of its group.
 
     Args:
@@ -47,29 +49,39 @@ def grouped_matmul(x_RD: jax.Array, w_parts: Sequence[jax.Array], sizes_O: jax.A
     return by_kernels({"tpu": MEGABLOX, "gpu": TRITON}[platform()], x_RD, tuple(w_parts), sizes_O)
 
 
-def ragged_dot(x_RD: jax.Array, w_parts: tuple[jax.Array, ...], sizes_O: jax.Array) -> jax.Array:
+def ragged_dot(x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array) -> jax.Array:
     """Part by part through XLA's own, which is right everywhere."""
     y_RF, first, start = jnp.zeros((x_RD.shape[0], w_parts[0].shape[-1]), x_RD.dtype), 0, jnp.int32(0)
     for w_GDF in w_parts:
         sizes_G = sizes_O[first : first + w_GDF.shape[0]]
         # A product starts at row 0: bring the part's rows there and back. It may leave later rows unwritten.
         rolled_RD = jnp.roll(x_RD, -start, axis=0)
-        product_RF = lax.ragged_dot(rolled_RD, w_GDF.astype(x_RD.dtype), sizes_G)
+        product_RF = lax.ragged_dot(rolled_RD, plain(w_GDF, x_RD.dtype), sizes_G)
         y_RF += jnp.roll(_mask(product_RF, sizes_G), start, axis=0)
         first, start = first + w_GDF.shape[0], start + sizes_G.sum()
     return y_RF
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def by_kernels(kernels: Kernels, x_RD: jax.Array, w_parts: tuple[jax.Array, ...], sizes_O: jax.Array) -> jax.Array:
+def by_kernels(kernels: Kernels, x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array) -> jax.Array:
     """The same by Pallas kernels; the gradient of a part is computed only where it is asked for."""
-    return _mask(kernels.product(x_RD, w_parts, sizes_O, transpose=False), sizes_O)
+    return _mask(kernels.product(x_RD, _for_this_product(w_parts, x_RD), sizes_O, transpose=False), sizes_O)
+
+
+def _for_this_product(w_parts: tuple[Weight, ...], x_RD: jax.Array) -> tuple[jax.Array, ...]:
+    """What is in few bits multiplied out, once the rows are there: else the compiler would do it once for the forward
+    and the backward pass, and keep a layer's three matrices side by side."""
+
+    def one(weight: Weight) -> jax.Array:
+        return plain(lax.optimization_barrier((weight, x_RD))[0] if isinstance(weight, FewBits) else weight, x_RD.dtype)
+
+    return tuple(map(one, w_parts))
 
 
 def _forward(kernels, x_RD, w_parts, sizes_O):
-    x_RD, sizes_O, values = x_RD.value, sizes_O.value, tuple(w.value for w in w_parts)
     # The rows are kept only for parts that are trained.
-    kept_parts = tuple(x_RD if w.perturbed else None for w in w_parts)
+    kept_parts = tuple(x_RD.value if any(leaf.perturbed for leaf in jax.tree.leaves(w)) else None for w in w_parts)
+    x_RD, values, sizes_O = jax.tree.map(lambda leaf: leaf.value, (x_RD, w_parts, sizes_O))
     return by_kernels(kernels, x_RD, values, sizes_O), (kept_parts, values, sizes_O)
 
 
@@ -82,7 +94,8 @@ def _backward(kernels, saved, dy_RF):
         gradient = functools.partial(kernels.gradient, first=first, like_GDF=w_GDF)
         d_parts.append(None if x_RD is None else gradient(x_RD, dy_RF, sizes_O))
         first += w_GDF.shape[0]
-    return _mask(kernels.product(dy_RF, w_parts, sizes_O, transpose=True), sizes_O), tuple(d_parts), None
+    dx_RD = kernels.product(dy_RF, _for_this_product(w_parts, dy_RF), sizes_O, transpose=True)
+    return _mask(dx_RD, sizes_O), tuple(d_parts), None
 
 
 by_kernels.defvjp(_forward, _backward, symbolic_zeros=True)

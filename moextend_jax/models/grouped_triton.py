@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moextend_jax.sharding import platform
+from moextend_jax.models.tiles import below, both, call, load, roomy
 
 
 class Tile(NamedTuple):
@@ -40,7 +40,11 @@ class Schedule(NamedTuple):
     end_T: jax.Array
 
 
-PRODUCT, GRADIENT = Tile(), Tile()
+LARGE, SMALL = Tile(), Tile(columns=128, stages=2)
+
+
+def usual() -> Tile:
+    return LARGE if roomy() else SMALL
 
 
 def grouped_product(
@@ -48,17 +52,20 @@ def grouped_product(
 ) -> jax.Array:
     """Each row times the matrix of its group, or (`transpose`) times that matrix turned; rows of no group are not
     written."""
-    tile, y_RN, first = tile or PRODUCT, None, 0
+    tile, y_RN, first = tile or usual(), None, 0
     for w_GDF in w_parts:
         G, D, F = w_GDF.shape
         K, N = (F, D) if transpose else (D, F)
         schedule = schedule_of(sizes_O, first, G, rows=len(x_RK), tile=tile)
-        inputs = (x_RK, w_GDF.astype(x_RK.dtype), *schedule, *(() if y_RN is None else (y_RN,)))
+        inputs = (x_RK, w_GDF, *schedule, *(() if y_RN is None else (y_RN,)))
         kernel = functools.partial(_product, transpose=transpose, K=K, N=N, tile=tile)
         grid = (tile.band, pl.cdiv(N, tile.columns), len(schedule.group_T) // tile.band)
         aliases = {} if y_RN is None else {len(inputs) - 1: 0}
         out = jax.ShapeDtypeStruct((len(x_RK), N), x_RK.dtype)
-        y_RN = _call(kernel, inputs, out, grid, tile, name="triton_grouped_product", input_output_aliases=aliases)
+        y_RN = call(
+            kernel, inputs, out, grid, warps=tile.warps, stages=tile.stages, name="triton_grouped_product",
+            input_output_aliases=aliases,
+        )  # fmt: skip
         first += G
     assert y_RN is not None
     return y_RN
@@ -68,14 +75,15 @@ def weight_gradient(
     x_RD: jax.Array, dy_RF: jax.Array, sizes_O: jax.Array, *, first: int, like_GDF: Any, tile: Tile | None = None
 ) -> jax.Array:
     """`dw_GDF` of the part whose groups count from `first`: each group's rows of x, turned, times those of dy."""
-    tile = tile or GRADIENT
+    tile = tile or usual()
     G, D, F = like_GDF.shape
     end_G = jnp.cumsum(sizes_O)[first : first + G]
     start_G = end_G - sizes_O[first : first + G]
     kernel = functools.partial(_weight_gradient, tile=tile)
     grid = (pl.cdiv(D, tile.rows), pl.cdiv(F, tile.columns), G)
     out = jax.ShapeDtypeStruct((G, D, F), like_GDF.dtype)
-    return _call(kernel, (x_RD, dy_RF, start_G, end_G), out, grid, tile, name="triton_grouped_gradient")
+    inputs = (x_RD, dy_RF, start_G, end_G)
+    return call(kernel, inputs, out, grid, warps=tile.warps, stages=tile.stages, name="triton_grouped_gradient")
 
 
 def schedule_of(sizes_O: jax.Array, first: int, groups: int, *, rows: int, tile: Tile) -> Schedule:
@@ -95,14 +103,6 @@ def schedule_of(sizes_O: jax.Array, first: int, groups: int, *, rows: int, tile:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _call(kernel, inputs, out, grid, tile: Tile, **options) -> jax.Array:
-    parameters = plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
-    interpret = platform() != "gpu"
-    return pl.pallas_call(
-        kernel, out_shape=out, grid=grid, compiler_params=parameters, interpret=interpret, **options
-    )(*inputs)  # fmt: skip
-
-
 def _product(x_ref, w_ref, group_ref, start_ref, end_ref, *refs, transpose: bool, K: int, N: int, tile: Tile):
     y_ref = refs[-1]  # before it, where parts share the buffer, that buffer as an input
     depth = tile.depth // x_ref.dtype.itemsize
@@ -113,19 +113,19 @@ def _product(x_ref, w_ref, group_ref, start_ref, end_ref, *refs, transpose: bool
     @pl.when(start < end)
     def _():
         rows, columns = pl.ds(start, tile.rows), pl.ds(first, tile.columns)
-        row_mask = _below(start, tile.rows, end)
-        column_mask = None if N % tile.columns == 0 else _below(first, tile.columns, N)
+        row_mask = below(start, tile.rows, end)
+        column_mask = None if N % tile.columns == 0 else below(first, tile.columns, N)
 
         def add(i, acc):
             inner = pl.ds(i * depth, depth)
-            inner_mask = None if K % depth == 0 else _below(i * depth, depth, K)
-            x = _load(x_ref.at[rows, inner], row_mask, inner_mask)
+            inner_mask = None if K % depth == 0 else below(i * depth, depth, K)
+            x = load(x_ref.at[rows, inner], row_mask, inner_mask)
             if transpose:
-                return acc + plgpu.dot(x, _load(w_ref.at[group, columns, inner], column_mask, inner_mask).T)
-            return acc + plgpu.dot(x, _load(w_ref.at[group, inner, columns], inner_mask, column_mask))
+                return acc + plgpu.dot(x, load(w_ref.at[group, columns, inner], column_mask, inner_mask).T)
+            return acc + plgpu.dot(x, load(w_ref.at[group, inner, columns], inner_mask, column_mask))
 
         acc = jax.lax.fori_loop(0, pl.cdiv(K, depth), add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-        mask = _both(row_mask, column_mask)
+        mask = both(row_mask, column_mask)
         plgpu.store(y_ref.at[rows, columns], acc.astype(y_ref.dtype), mask=mask)
 
 
@@ -135,33 +135,15 @@ def _weight_gradient(x_ref, dy_ref, start_ref, end_ref, dw_ref, *, tile: Tile):
     _, D, F = dw_ref.shape
     first_d, first_f = pl.program_id(0) * tile.rows, pl.program_id(1) * tile.columns
     d, f = pl.ds(first_d, tile.rows), pl.ds(first_f, tile.columns)
-    d_mask = None if D % tile.rows == 0 else _below(first_d, tile.rows, D)
-    f_mask = None if F % tile.columns == 0 else _below(first_f, tile.columns, F)
+    d_mask = None if D % tile.rows == 0 else below(first_d, tile.rows, D)
+    f_mask = None if F % tile.columns == 0 else below(first_f, tile.columns, F)
 
     def add(i, acc):
         row = start + i * depth
-        row_mask = _below(row, depth, end)
-        x = _load(x_ref.at[pl.ds(row, depth), d], row_mask, d_mask)
-        return acc + plgpu.dot(x.T, _load(dy_ref.at[pl.ds(row, depth), f], row_mask, f_mask))
+        row_mask = below(row, depth, end)
+        x = load(x_ref.at[pl.ds(row, depth), d], row_mask, d_mask)
+        return acc + plgpu.dot(x.T, load(dy_ref.at[pl.ds(row, depth), f], row_mask, f_mask))
 
     acc = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     acc = jax.lax.fori_loop(0, pl.cdiv(end - start, depth), add, acc)
-    plgpu.store(dw_ref.at[group, d, f], acc.astype(dw_ref.dtype), mask=_both(d_mask, f_mask))
-
-
-def _below(first, count: int, end):
-    return first + jnp.arange(count) < end
-
-
-def _both(row_mask, column_mask):
-    """A mask of a tile from those of its rows and its columns, where None hides nothing."""
-    if row_mask is None and column_mask is None:
-        return None
-    if row_mask is None:
-        return column_mask[None, :]
-    return row_mask[:, None] if column_mask is None else row_mask[:, None] & column_mask[None, :]
-
-
-def _load(ref, row_mask, column_mask):
-    mask = _both(row_mask, column_mask)
-    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=0)
+    plgpu.store(dw_ref.at[group, d, f], acc.astype(dw_ref.dtype), mask=both(d_mask, f_mask))

@@ -19,13 +19,13 @@ from moextend_jax.models.attention import (
     Visible,
     own_positions,
     rotation,
-    save_these,
 )
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts
 from moextend_jax.models.router import NewColumns, Routing
+from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight
-from moextend_jax.sharding import constrain, gather, map_shards, module_shards, shards
+from moextend_jax.sharding import constrain, map_shards, module_shards, shards
 
 
 class SharedExpert(nnx.Module):
@@ -45,7 +45,7 @@ class SharedExpert(nnx.Module):
 
         # As in attention: a device takes its slice of the width for all positions, and is left with its own positions.
         def local(x_BLD, arrays):
-            w = {name: gather(leaf.astype(x_BLD.dtype), splits[name], keep=kept) for name, leaf in arrays.items()}
+            w = {name: used(name, leaf, splits[name], dtype=x_BLD.dtype, keep=kept) for name, leaf in arrays.items()}
             x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
             hidden_BSs = jax.nn.silu(jnp.einsum("BSD,Ds->BSs", x_BSD, w["w_gate"]))
             hidden_BSs *= jnp.einsum("BSD,Ds->BSs", x_BSD, w["w_up"])
@@ -190,7 +190,8 @@ def run_layers(
         definition, params = nnx.split(stack)
         body = functools.partial(layer, definition)
         if config.remat == "layer":
-            body = jax.checkpoint(body, prevent_cse=False, policy=save_these(config.saved))
+            policy = jax.checkpoint_policies.save_only_these_names(*config.saved)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         return jax.lax.scan(body, x_BLD, (params, by_slot, past, is_local))
 
     x_BLD, first, before = constrain(x_BLD, "BLd"), sizes.dense_layers, None

@@ -18,8 +18,9 @@ from flax import nnx
 
 from moextend_jax.config import MoextendError, ProjectorConfig
 from moextend_jax.models.vision import MLP, Attention, LayerNorm, gelu
+from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight, with_arrays
-from moextend_jax.sharding import Shards, gather, map_shards, module_shards, shards
+from moextend_jax.sharding import Shards, map_shards, module_shards, shards
 
 
 def make_projector(
@@ -77,7 +78,7 @@ class Projector(nnx.Module):
         items = Shards("nPc", (shards("n", x_nPC.shape).split[0], (), ()))
 
         def local(x_nPC, arrays):
-            w = {name: gather(leaf, splits[name]) for name, leaf in arrays.items()}
+            w = {name: used(name, leaf, splits[name]) for name, leaf in arrays.items()}
             x_npC = GROUPS[self.config.kind](x_nPC, self.config.neighbours)
             h_npd = gelu(jnp.einsum("npC,Cd->npd", x_npC, w["first"]) + w["first_bias"][None, None])
             return jnp.einsum("npd,dD->npD", h_npd, w["second"]) + w["second_bias"][None, None]
@@ -158,10 +159,12 @@ class Resampler(nnx.Module):
                 """The part of this name; of a stacked one the layer of this number."""
                 own = {path: splits[path].without_first() if number else splits[path]
                        for path in arrays if path.startswith(name + "/")}  # fmt: skip
-                leaves = {path.removeprefix(name + "/"): gather(arrays[path][number], how) for path, how in own.items()}
+                leaves = {path.removeprefix(name + "/"): used(path, arrays[path][number], how)
+                          for path, how in own.items()}  # fmt: skip
                 return with_arrays(getattr(self, name), leaves)
 
-            queries_qC, out_Cd, bias_d = (gather(arrays[name], splits[name]) for name in ("queries", "out", "out_bias"))
+            whole = (used(name, arrays[name], splits[name]) for name in ("queries", "out", "out_bias"))
+            queries_qC, out_Cd, bias_d = whole
             x_nqC = part("norm")(jnp.broadcast_to(queries_qC[None], (x_nPC.shape[0], *queries_qC.shape)))
             for number in range(self.config.layers):
                 x_nqC = part("self_attention", number)(x_nqC, x_nqC)

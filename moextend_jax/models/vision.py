@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import VisionConfig, WhisperConfig
+from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight, with_arrays
-from moextend_jax.sharding import Shards, gather, map_shards, module_shards, platform, shards
+from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
 
 Sizes = Mapping[str, int]
 
@@ -126,11 +127,12 @@ def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.A
     own = shards(axes, inputs.shape)
 
     def local(inputs, arrays):
-        here = {path: leaf if path.startswith("layers/") else gather(leaf, splits[path])
+        here = {path: leaf if path.startswith("layers/") else used(path, leaf, splits[path])
                 for path, leaf in arrays.items()}  # fmt: skip
 
         def run(x_nQC: jax.Array, one_layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            layer = {path: gather(leaf, splits[f"layers/{path}"].without_first()) for path, leaf in one_layer.items()}
+            layer = {path: used(path, leaf, splits[f"layers/{path}"].without_first())
+                     for path, leaf in one_layer.items()}  # fmt: skip
             return with_arrays(tower.layers, layer)(x_nQC, real=positions if short else None), None
 
         stacked = (path for path in arrays if path.startswith("layers/"))

@@ -13,7 +13,8 @@ from moextend_jax.config import IGNORE, ModelConfig, Recipe
 from moextend_jax.models.mixtral import Decoded, logits
 from moextend_jax.models.moextend import targets
 from moextend_jax.models.router import Routing, probabilities
-from moextend_jax.sharding import Shards, gather, map_shards, shards
+from moextend_jax.models.weights import used
+from moextend_jax.sharding import Shards, map_shards, shards
 
 
 class Losses(NamedTuple):
@@ -56,7 +57,7 @@ def cross_entropy(
         rest = -len(order_T) % chunk
         targets_T = jnp.pad(targets_T[order_T], (0, rest), constant_values=IGNORE)
         hidden_TD = jnp.pad(hidden_TD[order_T], ((0, rest), (0, 0)))
-        nats = _sum_of_nats(chunk, hidden_TD, gather(head_DV.astype(hidden_TD.dtype), head), targets_T)
+        nats = _sum_of_nats(chunk, hidden_TD, used("head", head_DV, head, dtype=hidden_TD.dtype), targets_T)
         return cast(jax.Array, nats)[None]
 
     ins = (tokens, Shards("BL", tokens.split[:2]), head)

@@ -43,7 +43,7 @@ def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> o
 
     def adamw(name: Group) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment),
             optax.add_decayed_weights(config.weight_decays.get(name, 0.0)),
             optax.scale(-config.multipliers.get(name, 1.0)),
         )
@@ -57,8 +57,8 @@ def in_float32(tree: Any) -> Any:
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same with its moments, sums and updates in float32 whatever the leaves are: in eight bits of mantissa a
-    second moment that keeps 0.999 of itself would never shrink."""
+    """The same with its sums, updates and, if nothing else is said, moments in float32 whatever the leaves are: in
+    eight bits of mantissa a second moment that keeps 0.999 of itself would never shrink."""
 
     def update(updates, state, params=None):
         return inner.update(in_float32(updates), state, in_float32(params))
