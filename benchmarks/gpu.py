@@ -102,7 +102,7 @@ def error(got: Any, expected: Any) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-def with_gradients(function: Callable[..., jax.Array], dy: jax.Array, *inputs: Any) -> tuple[Any, ...]:
+def with_gradients(function: Callable[..., Any], dy: jax.Array, *inputs: Any) -> tuple[Any, ...]:
     y, pull = jax.vjp(function, *inputs)
     return y, *pull(dy)
 
