@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,21 +64,20 @@ RUNS = [
     *(Run("published", "v5p:4x4x4", "finetune", (1, 16, 1, 4), saved=saved) for saved in (SAVED, WITH_GATE)),
     *(Run("published", "v5e:16x16", stage, (1, 32, 1, 8), saved="") for stage in STAGES),
     *(Run("published", "v6e:8x8", stage, (1, 16, 1, 4), saved="") for stage in STAGES),
-    # XLA finds no tiles for the tower's products of align with 16 micro-batches.
-    *(
-        Run("published", "h100:8", stage, (1, 2, 1, 4), accumulate=32 if stage == "align" else 16, saved="")
-        for stage in STAGES
-    ),
+    *(Run("published", "h100:8", stage, (1, 8, 1, 1), accumulate=4, saved="") for stage in STAGES),
 ]
-INT8 = ("--config.expert_storage=int8",)
+INT8, INT4 = ("--config.expert_storage=int8",), ("--config.expert_storage=int4",)
+ROW_BY_ROW = ("--config.finetune.accumulate=128",)
 PARTS = ("--config.finetune.batch_size=32", "--config.finetune.accumulate=4")
 RUNS += [
     Run("small", topology, "finetune", None, None, None, options, config)
     for config, lines in {
-        "mixtral_8x7b:one_host": (("v5e:2x4", INT8), ("v6e:2x4", ()), ("v5p:2x2x1", ())),
-        "mixtral_8x7b:one_gpu": (("h100:1", ()),),
-        "qwen3_30b_a3b": (("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS), ("v5e:2x4", (*PARTS, *INT8))),
-        "olmoe_1b_7b": (("v5e:2x4", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS)),
+        "mixtral_8x7b:one_host": (("v5e:2x4", INT8), ("v5e:2x4", INT4), ("v6e:2x4", ()), ("v5p:2x2x1", ())),
+        "mixtral_8x7b:one_gpu": (("h100:1", ()), ("h100:1", ROW_BY_ROW)),
+        "qwen3_30b_a3b": (("h100:8", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS), ("v5e:2x4", (*PARTS, *INT8))),
+        "qwen3_30b_a3b:one_gpu": (("h100:1", ()),),
+        "olmoe_1b_7b": (("h100:8", PARTS), ("v5e:2x4", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS)),
+        "olmoe_1b_7b:one_gpu": (("h100:1", ()), ("rtx4090:1", ())),
     }.items()
     for topology, options in lines
 ]
@@ -114,8 +114,9 @@ def ratio(figures: dict[str, Any], name: str) -> str:
 def figures_of(run: Run, *, python: str, chosen: bool, again: bool) -> dict[str, Any] | None:
     of = [] if run.mesh else [run.config.replace(":", "-")]
     name = "_".join((run.table, *of, run.topology.replace(":", "-"), run.stage,
-                     "x".join(map(str, run.mesh or ())), str(run.accumulate or ""), run.saved or ""))  # fmt: skip
-    path = WORK / f"{name.rstrip('_')}.json"
+                     "x".join(map(str, run.mesh or ())), str(run.accumulate or ""), run.saved or "",
+                     *(re.sub(r"[^\w=]+", "-", option.rpartition(".")[2]) for option in run.options)))  # fmt: skip
+    path = WORK / (re.sub("_+", "_", name).rstrip("_") + ".json")
     if path.exists() and not (chosen and again):
         return json.loads(path.read_text()) | {"configuration": run.config}
     if not chosen:

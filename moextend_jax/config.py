@@ -415,7 +415,7 @@ class Quantised(NamedTuple):
     group: int
 
 
-ExpertStorage = Literal["as_is", "int8", "int4"]
+ExpertStorage = Literal["as_is", "int8", "int4", "mxfp4"]
 WeightGuard = Literal["none", "bounded"]
 Mass = Literal["base", "literal"]
 

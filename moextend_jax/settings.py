@@ -413,7 +413,8 @@ class RunSettings:
     """Where several extensions are open to a token: it chooses among all, or the tokens of a medium's span have their
     own extension alone."""
     expert_storage: ExpertStorage = "as_is"
-    """Of the frozen pretrained experts: as `dtype` says, or in 8 or 4 bits with a scale for each group of weights."""
+    """Of the frozen pretrained experts: as `dtype` says, or in 8 or 4 bits with a scale for each group of weights;
+    mxfp4 is how gpt-oss is published, in groups of 32."""
     expert_group: Count = 64
     """Weights that share a scale there."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(default_factory=MESH.copy)
@@ -452,6 +453,8 @@ class RunSettings:
                 "text_isolation strict needs routers_kept before: routers that the probe trained change text too"
             )
 
+        if self.expert_storage == "mxfp4" and self.expert_group != 32:
+            raise MoextendError(f"expert_group = {self.expert_group}: groups of mxfp4 are of 32")
         if self.expert_storage != "as_is" and (self.baseline or "full" in self.chains):
             raise MoextendError(
                 f"expert_storage {self.expert_storage}: full fine-tuning trains the pretrained experts, which then are "

@@ -9,17 +9,18 @@ from typing import Any
 import folders
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 from jax.sharding import SingleDeviceSharding
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import quantising
+from moextend_jax.checkpoints import quantising, train_state
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.commands import whole_run
 from moextend_jax.config import RECIPES, MoextendError, Quantised
-from moextend_jax.extension.grow import grow
+from moextend_jax.extension.grow import grow, read_by_grow
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
 from moextend_jax.models.quantised import STORAGES, dequantise, quantise
@@ -30,8 +31,13 @@ from moextend_jax.train import stages
 
 GROUP = 8
 KINDS = sorted(STORAGES)
-ERROR = {"int8": 0.008, "int4": 0.12}
-"""Of normal weights in groups of 8, relative; in groups of 64 it is 0.006 and 0.095."""
+ERROR = {"int8": 0.008, "int4": 0.12, "mxfp4": 0.13}
+"""Of normal weights in groups of 8, relative; in groups of 64 it is 0.006 and 0.095, of 32 in mxfp4 0.11."""
+
+STEP = {"int8": 1, "int4": 1, "mxfp4": 2}
+"""The largest error, in scales."""
+LARGEST = {"int8": 126.9, "int4": 7.9, "mxfp4": 1.9}
+"""Of a group's largest weight, at least, in steps."""
 
 
 def matrices(*shape: int, seed: int = 0) -> np.ndarray:
@@ -43,14 +49,25 @@ def test_a_weight_comes_back_within_its_groups_step(kind: str):
     w_IO = matrices(3, 64, 10)
     values, scale = quantise(w_IO, kind, GROUP)
     assert values.shape == w_IO.shape and values.dtype == STORAGES[kind].dtype
-    assert scale.shape == (3, 8, 10) and scale.dtype == np.float16
+    assert scale.shape == (3, 8, 10) and scale.dtype == STORAGES[kind].scale_dtype
     again = np.asarray(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32))
-    step = np.repeat(np.abs(scale.astype(np.float32)), GROUP, axis=-2)
-    # The largest of a group is the least integer; its opposite, if as large, is one short of what can be said.
+    step = np.repeat(np.abs(scale.astype(np.float32)), GROUP, axis=-2) * STEP[kind]
+    # The largest of a group is the last integer; its opposite, if as large, is one short of what can be said.
     assert (np.abs(again - w_IO) <= step * 1.001).all()
     assert np.linalg.norm(again - w_IO) / np.linalg.norm(w_IO) < ERROR[kind]
-    largest = np.abs(values.astype(np.float32)).reshape(3, 8, GROUP, 10).max(axis=2)
-    assert (largest >= -STORAGES[kind].least - 1).all()
+    largest = np.abs(again / step).reshape(3, 8, GROUP, 10).max(axis=2)
+    assert (largest >= LARGEST[kind]).all()
+
+
+def test_four_bits_of_mxfp4_say_what_its_standard_says():
+    """Nearest, ties to the even code, 6 for all that is more; beside ml_dtypes' own."""
+    w = np.linspace(-7.9, 7.9, 633, dtype=np.float32)
+    w[0] = 7.9
+    w = np.concatenate([w, [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.75], np.zeros(31)]).astype(np.float32)[:, None]
+    values, scale = quantise(w, "mxfp4", len(w))
+    assert scale.item() == 1
+    got = dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32)
+    np.testing.assert_array_equal(got, w.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,12 +153,18 @@ def test_a_plan_counts_two_int4_to_a_byte():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_expert_computes_what_its_source_does(kind: Any):
     arrays = arrays_of(kind)
-    grown = grow(arrays, config=config_of(kind), recipe=RECIPES["paper"], seed=0)
+    grown = grow(read_by_grow(arrays), config=config_of(kind), recipe=RECIPES["paper"], seed=0)
     plain = as_plain(arrays)
     for name in ("w_gate", "w_up", "w_down"):
         whole = plain[f"{quantising.EXPERTS}{name}"]
         for y, (layer, source) in enumerate(zip(tiny.EXTENSION.layers, tiny.EXTENSION.sources, strict=True)):
             np.testing.assert_array_equal(grown[f"extensions/image/new_experts/{name}"][y, 0], whole[layer, source])
+
+
+def test_integers_without_their_scales_are_no_weights():
+    arrays = {path: leaf for path, leaf in arrays_of("int8").items() if not path.endswith("_scale")}
+    with pytest.raises(KeyError, match="w_gate_scale"):
+        grow(arrays, config=config_of("int8"), recipe=RECIPES["paper"], seed=0)
 
 
 @pytest.mark.slow
@@ -160,6 +183,10 @@ def test_a_run_over_experts_in_four_bits(tmp_path: Path, capsys: pytest.CaptureF
     record = whole_run(settings, tmp_path / "w")
     assert record["frozen_unchanged"]
     assert {of["moextend"] - of["base"] for of in record["text_loss"].values()} == {0.0}
+    grown = train_state.load_leaves(tmp_path / "w" / "grow" / "result", facts={})
+    assert grown is not None
+    for name in ("w_gate", "w_up", "w_down"):  # the weights that integers stand for, not these
+        assert 0 < np.abs(np.asarray(grown[f"extensions/image/new_experts/{name}"], np.float32)).max() < 1
     as_is = whole_run(dataclasses.replace(settings, expert_storage="as_is"), tmp_path / "plain")
     assert as_is["text_loss"]["kjv"]["base"] != record["text_loss"]["kjv"]["base"]
     with pytest.raises(MoextendError, match="expert_group"):

@@ -59,7 +59,7 @@ def _scales(leaf: Leaf, how: Quantised) -> Leaf:
         return scales(leaf.part(index, (rows, columns)), how.kind, how.group)
 
     *lead, I, O = leaf.shape  # noqa: E741
-    return _leaf(leaf, f"{leaf.path}_scale", (*lead, I // how.group, O), np.dtype(np.float16), part)
+    return _leaf(leaf, f"{leaf.path}_scale", (*lead, I // how.group, O), STORAGES[how.kind].scale_dtype, part)
 
 
 def _leaf(leaf: Leaf, path: str, shape: tuple[int, ...], dtype: np.dtype, part: Any) -> Leaf:

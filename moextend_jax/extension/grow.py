@@ -94,5 +94,12 @@ def grow(
 def _of_experts(arrays: Mapping[str, jax.Array], path: str, layers_Y1: jax.Array, sources_YX: jax.Array) -> jax.Array:
     """A pretrained leaf of these experts `[Y, X, ...]`; of one in few bits the weights that it stands for, so that a
     copy computes what its source does."""
-    leaf, scale = arrays[path][layers_Y1, sources_YX], arrays.get(f"{path}_scale")
-    return leaf if scale is None else dequantise(leaf, scale[layers_Y1, sources_YX], jnp.float32)
+    leaf = arrays[path][layers_Y1, sources_YX]
+    if not jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf
+    return dequantise(leaf, arrays[f"{path}_scale"][layers_Y1, sources_YX], jnp.float32)
+
+
+def read_by_grow(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Of a base's leaves those that new ones are copied from, with their scales where they are in few bits."""
+    return {path: leaf for path, leaf in arrays.items() if path.removesuffix("_scale") in COPIED.values()}

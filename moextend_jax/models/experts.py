@@ -42,10 +42,10 @@ class Experts(nnx.Module):
                 return weight(stack + contracted + out, sizes, rngs=rngs, dtype=dtype), None
             groups = {"D": "a", "F": "v"}[contracted]
             in_groups = {**sizes, groups: sizes[contracted] // quantised.group}
-            integers = STORAGES[quantised.kind].dtype.name
+            storage = STORAGES[quantised.kind]
             return (
-                constant(stack + contracted + out, sizes, dtype=integers, value=0),
-                constant(stack + groups + out, in_groups, dtype="float16", value=0.0),
+                constant(stack + contracted + out, sizes, dtype=storage.dtype.name, value=0),
+                constant(stack + groups + out, in_groups, dtype=storage.scale_dtype.name, value=0.0),
             )
 
         self.w_gate, self.w_gate_scale = matrix("D", hidden)

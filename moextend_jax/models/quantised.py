@@ -1,12 +1,14 @@
-"""Frozen matrices in few bits: integers of a matrix's own shape, and a float16 scale for each group of weights that one
-output column sums over, one after another along the contracted axis.
+"""Frozen matrices in few bits: integers of a matrix's own shape, and a scale for each group of weights that one output
+column sums over, one after another along the contracted axis.
 
-In: float `w_..IO` (I: contracted, O: output). Out: `values_..IO` and `scale_..gO`, whose product is the weight as it is
-used. TABLE of storages. XLA packs two int4 into a byte on every backend; `nbytes` of an array does not know it.
+In: float `w_..IO` (I: contracted, O: output). Out: `values_..IO` and `scale_..gO`; a weight as it is used is what its
+integer says times its scale. TABLE of storages. XLA packs two int4 into a byte on every backend; `nbytes` of an array
+does not know it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,41 +18,75 @@ import numpy as np
 
 
 class Storage(NamedTuple):
-    """dtype: of the integers. least: what the weight of largest magnitude in a group becomes, whatever its sign, so
-    that the whole range of a signed type is used (as in GGUF's Q4_0): 12 % less error than from the largest positive
-    one."""
+    """Element types of integers and scales; `scale_of` the weight of largest magnitude in a group; the integer of a
+    weight over its scale (`code`), on the host."""
 
     dtype: Any
-    least: float
+    scale_dtype: Any
+    scale_of: Callable[[np.ndarray], np.ndarray]
+    code: Callable[[np.ndarray], np.ndarray]
 
 
-STORAGES = {"int8": Storage(np.dtype(np.int8), -128.0), "int4": Storage(np.dtype(ml_dtypes.int4), -8.0)}
-"""TABLE `ModelConfig.expert_storage` -> how weights are stored; "as_is" is none of these."""
+def _even(least: int, most: int, dtype: Any) -> Storage:
+    """Integers mean themselves. The weight of largest magnitude becomes the least, whatever its sign, so that the whole
+    range of a signed type is used (as in GGUF's Q4_0): 12 % less error in four bits than from the largest positive
+    one. Scales are float16, rounded away from zero, so that no weight lies beyond what they can say."""
+
+    def scale_of(extreme: np.ndarray) -> np.ndarray:
+        wanted = extreme / np.float32(least)
+        scale = wanted.astype(np.float16)
+        further = np.nextafter(scale, np.where(wanted < 0, -np.inf, np.inf).astype(np.float16))
+        return np.where(np.abs(scale.astype(np.float32)) < np.abs(wanted), further, scale)
+
+    return Storage(np.dtype(dtype), np.dtype(np.float16), scale_of, lambda ratio: np.clip(np.rint(ratio), least, most))
+
+
+def _power_of_two(extreme: np.ndarray) -> np.ndarray:
+    """So that the largest weight is between 4 and 8 of it."""
+    exponent = np.frexp(extreme)[1] - 3
+    return np.where(extreme == 0, 0, np.ldexp(np.float32(1), exponent)).astype(ml_dtypes.bfloat16)
+
+
+def _e2m1(ratio: np.ndarray) -> np.ndarray:
+    """0, 1/2, 1, 3/2, 2, 3, 4, 6 are 0 to 7; of their negatives the integers are eight less. Ties go to even ones."""
+    between = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)
+    between[1::2] = np.nextafter(between[1::2], np.float32(0))
+    return np.searchsorted(between, np.abs(ratio)) - 8 * np.signbit(ratio)
+
+
+STORAGES = {
+    "int8": _even(-127, 127, np.int8),
+    "int4": _even(-8, 7, ml_dtypes.int4),
+    "mxfp4": Storage(np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.bfloat16), _power_of_two, _e2m1),
+}
+"""TABLE `ModelConfig.expert_storage` -> how weights are stored; "as_is" is none of these. What such files hold stays
+exactly that, if groups are theirs: 32 in GGUF's Q8_0 (int8) and Q4_0 (int4) and in MXFP4 (Open Compute Project's
+Microscaling Formats 1.0)."""
 
 
 def scales(w_IO: np.ndarray, kind: str, group: int) -> np.ndarray:
-    """float16 `[..., g, O]`, rounded away from zero, so that no weight lies beyond what it can say."""
+    """`[..., g, O]`."""
     low_gO, high_gO = (extreme(_in_groups(w_IO, group), axis=-2) for extreme in (np.min, np.max))
-    wanted_gO = np.where(-low_gO > high_gO, low_gO, high_gO) / np.float32(STORAGES[kind].least)
-    scale_gO = wanted_gO.astype(np.float16)
-    nearer_zero = np.abs(scale_gO.astype(np.float32)) < np.abs(wanted_gO)
-    further_gO = np.nextafter(scale_gO, np.where(wanted_gO < 0, -np.inf, np.inf).astype(np.float16))
-    return np.where(nearer_zero, further_gO, scale_gO)
+    return STORAGES[kind].scale_of(np.where(-low_gO > high_gO, low_gO, high_gO))
 
 
 def quantise(w_IO: np.ndarray, kind: str, group: int) -> tuple[np.ndarray, np.ndarray]:
     """`(values_IO, scale_gO)`, on the host: the same bits on every machine. Any axes may stand before I."""
     storage, scale_gO = STORAGES[kind], scales(w_IO, kind, group)
     divisor_g1O = np.where(scale_gO == 0, 1, scale_gO.astype(np.float32))[..., :, None, :]
-    values = np.clip(np.rint(_in_groups(w_IO, group) / divisor_g1O), storage.least, -storage.least - 1)
+    values = storage.code(_in_groups(w_IO, group) / divisor_g1O)
     return values.reshape(w_IO.shape).astype(np.int8).astype(storage.dtype), scale_gO
 
 
 def dequantise(values_IO: jax.Array, scale_gO: jax.Array, dtype: Any) -> jax.Array:
-    """Weights in `dtype`, multiplied in float32."""
+    """Weights in `dtype`, multiplied in float32. Integers mean what goes with scales of that element type."""
     *lead, I, O = values_IO.shape  # noqa: E741
     g = scale_gO.shape[-2]
     values = values_IO.astype(jnp.float32).reshape(*lead, g, I // g, O)
+    if scale_gO.dtype == jnp.bfloat16:
+        size = values + 8 * (values < 0)
+        size = (size + jnp.maximum(size - 4, 0)) / 2 + jnp.maximum(size - 6, 0)
+        values = jnp.where(values < 0, -size, size)
     return (values * scale_gO.astype(jnp.float32)[..., :, None, :]).astype(dtype).reshape(values_IO.shape)
 
 

@@ -38,6 +38,11 @@ class LayerNorm(nnx.Module):
         return (y_nQC * self.scale[None, None] + self.bias[None, None]).astype(x_nQC.dtype)
 
 
+EVEN = 64
+"""GPU products want rows in multiples of this, and heads of a power of two: for 577 positions, a prime, and for sums
+over heads of 72 XLA's compiler finds no tiles."""
+
+
 class Attention(nnx.Module):
     """Multi-head attention with biases, of the key too or not: every position of x sees every one of `seen`."""
 
@@ -59,8 +64,14 @@ class Attention(nnx.Module):
         if self.key_bias is not None:
             k_nPNH = k_nPNH + self.key_bias[None, None]
         v_nPNH = jnp.einsum("nPC,CNH->nPNH", seen_nPC, self.value[...]) + self.value_bias[None, None]
-        y_nQNH = jax.nn.dot_product_attention(q_nQNH, k_nPNH, v_nPNH, key_value_seq_lengths=lengths_n)
-        return jnp.einsum("nQNH,NHC->nQC", y_nQNH, self.out[...]) + self.out_bias[None, None]
+        H = q_nQNH.shape[-1]
+        short = (1 << (H - 1).bit_length()) - H if platform() == "gpu" else 0
+        q_nQNH, k_nPNH, v_nPNH = (jnp.pad(x, [(0, 0)] * 3 + [(0, short)]) for x in (q_nQNH, k_nPNH, v_nPNH))
+        y_nQNH = jax.nn.dot_product_attention(
+            q_nQNH, k_nPNH, v_nPNH, key_value_seq_lengths=lengths_n, scale=H**-0.5
+        )  # fmt: skip
+        out_NHC = jnp.pad(self.out[...], ((0, 0), (0, short), (0, 0)))
+        return jnp.einsum("nQNH,NHC->nQC", y_nQNH, out_NHC) + self.out_bias[None, None]
 
 
 class MLP(nnx.Module):
@@ -114,10 +125,6 @@ class Layers(nnx.Module):
 
 def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
     return y_nQC if scale_C is None else y_nQC * scale_C[None, None]
-
-
-EVEN = 64
-"""GPU products want rows in multiples of a power of two: for 577 positions, a prime, XLA's compiler finds no tiles."""
 
 
 def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:

@@ -19,8 +19,8 @@ from moextend_jax.config import IMAGE, MoextendError, with_extension
 from moextend_jax.data.datasets import Source
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
-from moextend_jax.extension.grow import COPIED
 from moextend_jax.extension.grow import grow as grow_leaves
+from moextend_jax.extension.grow import read_by_grow
 from moextend_jax.mesh import make_leaves, place_rows
 from moextend_jax.models.moextend import abstract
 from moextend_jax.progress import preparing
@@ -198,7 +198,7 @@ def grow(run: Run, name: str) -> None:
         return
     leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
     arrays = {**open_model(run, row.models[0]).arrays, **leaves}
-    copied = {path: leaf for path, leaf in arrays.items() if path in COPIED.values()}
+    copied = read_by_grow(arrays)
     new_leaves = functools.partial(
         grow_leaves,
         config=config,
