@@ -48,6 +48,11 @@ class Run(NamedTuple):
             *self.options,
         ]  # fmt: skip
 
+    @property
+    def named(self) -> str:
+        """The configuration, with what is not its own."""
+        return " ".join((self.config, *(option.removeprefix("--config.") for option in self.options)))
+
 
 STAGES = ("finetune", "align", "extend", "full")
 SAVED = "query+key+value+attended+middle"
@@ -68,6 +73,8 @@ RUNS = [
 ]
 INT8, INT4 = ("--config.expert_storage=int8",), ("--config.expert_storage=int4",)
 ROW_BY_ROW = ("--config.finetune.accumulate=128",)
+ONE_EXPERT = ("--config.select.new_experts=1", *ROW_BY_ROW)
+GPT_OSS = ("--config.base=gpt-oss-20b", "--config.expert_storage=mxfp4", "--config.expert_group=32")
 PARTS = ("--config.finetune.batch_size=32", "--config.finetune.accumulate=4")
 RUNS += [
     Run("small", topology, "finetune", None, None, None, options, config)
@@ -75,7 +82,12 @@ RUNS += [
         "mixtral_8x7b:one_host": (("v5e:2x4", INT8), ("v5e:2x4", INT4), ("v6e:2x4", ()), ("v5p:2x2x1", ())),
         "mixtral_8x7b:one_gpu": (("h100:1", ()), ("h100:1", ROW_BY_ROW)),
         "qwen3_30b_a3b": (("h100:8", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS), ("v5e:2x4", (*PARTS, *INT8))),
-        "qwen3_30b_a3b:one_gpu": (("h100:1", ()),),
+        "qwen3_30b_a3b:one_gpu": (
+            ("h100:1", ()),
+            ("rtx4090:1", ONE_EXPERT),
+            ("h100:1", GPT_OSS),
+            ("rtx4090:1", (*GPT_OSS, *ONE_EXPERT)),
+        ),
         "olmoe_1b_7b": (("h100:8", PARTS), ("v5e:2x4", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS)),
         "olmoe_1b_7b:one_gpu": (("h100:1", ()), ("rtx4090:1", ())),
     }.items()
@@ -118,7 +130,7 @@ def figures_of(run: Run, *, python: str, chosen: bool, again: bool) -> dict[str,
                      *(re.sub(r"[^\w=]+", "-", option.rpartition(".")[2]) for option in run.options)))  # fmt: skip
     path = WORK / (re.sub("_+", "_", name).rstrip("_") + ".json")
     if path.exists() and not (chosen and again):
-        return json.loads(path.read_text()) | {"configuration": run.config}
+        return json.loads(path.read_text()) | {"configuration": run.named}
     if not chosen:
         return None
     print(" ".join(run.arguments), flush=True)
@@ -128,7 +140,7 @@ def figures_of(run: Run, *, python: str, chosen: bool, again: bool) -> dict[str,
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(done.stdout)
-    return json.loads(done.stdout) | {"configuration": run.config}
+    return json.loads(done.stdout) | {"configuration": run.named}
 
 
 def write_table(table: str, rows: list[dict[str, Any]]) -> None:

@@ -120,6 +120,20 @@ def test_so_does_it_with_sinks_and_a_window(is_local: bool):
 
 
 def by_mask(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.Array:
+    """A softmax over all pairs and the sink."""
+    (B, S, N, H), K = query.shape, key.shape[2]
+    away = jnp.arange(S)[:, None] - jnp.arange(S)[None, :]
+    mask = segment_mask(jnp.asarray(segments_BS)) & (away < (window or S))[None, None]
+    logits = jnp.einsum("BSKGH,BTKH->BKGST", query.reshape(B, S, K, N // K, H), key) * H**-0.5
+    logits = jnp.where(mask[:, :, None], logits, -1e30)
+    if sinks_N is not None:
+        sink = jnp.broadcast_to(sinks_N.reshape(1, K, N // K, 1, 1), (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sink], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :S]
+    return jnp.einsum("BKGST,BTKH->BSKGH", weights, value).reshape(B, S, N, H)
+
+
+def on_this_platform(query, key, value, sinks_N, segments_BS, window: int | None) -> jax.Array:
     visible = Visible(jnp.asarray(segments_BS), segment_mask(jnp.asarray(segments_BS)))
     sight = None if window is None else Window(True, window)
     return attend(query, KeysValues(key, value), visible, window=sight, sinks_N=sinks_N)
@@ -133,8 +147,9 @@ def in_kernels(query, key, value, sinks_N, segments_BS, window: int | None) -> j
 @pytest.mark.parametrize(
     ("length", "size", "window", "sinks"), [(256, 16, None, False), (200, 24, 70, True), (130, 16, 1, True)]
 )
-def test_attention_of_the_gpu_equals_the_masked_one_with_gradients(
-    length: int, size: int, window: int | None, sinks: bool
+@pytest.mark.parametrize("kernel", [in_kernels, on_this_platform], ids=["gpu", "here"])
+def test_attention_equals_a_softmax_over_all_pairs_with_gradients(
+    kernel, length: int, size: int, window: int | None, sinks: bool
 ):
     """Rows that no tile divides, heads that are no power of two, conversations, padding, hidden tokens."""
     B, N, K = 2, 4, 2
@@ -147,7 +162,7 @@ def test_attention_of_the_gpu_equals_the_masked_one_with_gradients(
     dy *= jnp.asarray((segments_BS > 0) | (window is None))[..., None, None]
     keys = normal(B, length, K, size), normal(B, length, K, size), normal(N) if sinks else None
     results = []
-    for function in (by_mask, in_kernels):
+    for function in (by_mask, kernel):
         y, pull = jax.vjp(lambda *some, of=function: of(*some, segments_BS, window), query, *keys)
         results.append((y[segments_BS > 0], *pull(dy)))
     for expected, got in zip(*map(jax.tree.leaves, results), strict=True):

@@ -170,31 +170,27 @@ def attend(
         return attention_triton.causal_attention(
             query_BSNH, *present, *conversations(visible.segments_BL), window=tokens, sinks_N=sinks_N
         )
-    if window is not None or sinks_N is not None:
-        return _attend_by_mask(query_BSNH, present, visible, window=window, sinks_N=sinks_N)
+    mask_B1LS = visible.mask_B1LS if window is None else _within(window, visible)
     if visible.segments_BL is not None and query_BSNH.shape[1] > blocked_attention.BLOCK and platform() == "cpu":
-        return blocked_attention.causal_attention(query_BSNH, *present, visible.mask_B1LS)
-    return checkpoint_name(jax.nn.dot_product_attention(query_BSNH, *present, mask=visible.mask_B1LS), "attended")
-
-
-def _attend_by_mask(query_BSNH, present, visible: Visible, *, window: Window | None, sinks_N: jax.Array | None):
-    """A sink is one more key that all see, whose logit is a bias and whose value is zero."""
-    mask_B1LS = visible.mask_B1LS
-    assert mask_B1LS is not None
-    if window is not None:
-        L, S = mask_B1LS.shape[2:]
-        if visible.segments_BL is not None:
-            away = (jnp.arange(L)[:, None] - jnp.arange(S)[None, :])[None, None]
-        else:  # Slots of a cache are no positions: visible keys behind each are counted.
-            away = jnp.flip(jnp.cumsum(jnp.flip(mask_B1LS, -1), axis=-1), -1) - 1
-        mask_B1LS &= (away < window.tokens) | ~jnp.asarray(window.is_local)
+        return blocked_attention.causal_attention(query_BSNH, *present, mask_B1LS, sinks_N)
     bias = None
-    if sinks_N is not None:
+    if sinks_N is not None:  # one more key that all see, whose logit is a bias and whose value is zero
         present = KeysValues(*(jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0))) for array in present))
         mask_B1LS = jnp.pad(mask_B1LS, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=True)
         bias = jnp.pad(sinks_N[None, :, None, None], ((0, 0), (0, 0), (0, 0), (mask_B1LS.shape[-1] - 1, 0)))
     y_BSNH = jax.nn.dot_product_attention(query_BSNH, *present, bias=bias, mask=mask_B1LS)
     return checkpoint_name(y_BSNH, "attended")
+
+
+def _within(window: Window, visible: Visible) -> jax.Array:
+    """The mask, and in a layer that has the window of it what that lets through."""
+    assert visible.mask_B1LS is not None
+    if visible.segments_BL is not None:
+        L, S = visible.mask_B1LS.shape[2:]
+        away = (jnp.arange(L)[:, None] - jnp.arange(S)[None, :])[None, None]
+    else:  # Slots of a cache are no positions: visible keys behind each are counted.
+        away = jnp.flip(jnp.cumsum(jnp.flip(visible.mask_B1LS, -1), axis=-1), -1) - 1
+    return visible.mask_B1LS & ((away < window.tokens) | ~jnp.asarray(window.is_local))
 
 
 SPLASH_BLOCK = 128

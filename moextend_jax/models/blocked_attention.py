@@ -16,26 +16,29 @@ BLOCK = 64
 
 
 def causal_attention(
-    query_BLNH: jax.Array, key_BLKH: jax.Array, value_BLKH: jax.Array, mask_B1LL: jax.Array
-) -> jax.Array:
-    """Attends where the mask is true, which it must never be for a key after its query."""
+    query_BLNH: jax.Array, key_BLKH: jax.Array, value_BLKH: jax.Array, mask_B1LL: jax.Array,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """Attends where the mask is true, which it must never be for a key after its query. sinks_N: logits of one more key
+    of each head, whose value is zero."""
     B, L, N, H = query_BLNH.shape
     K = key_BLKH.shape[2]
     query_BLKGH = (query_BLNH * H**-0.5).reshape(B, L, K, N // K, H)
     query_nGLH = query_BLKGH.transpose(0, 2, 3, 1, 4).reshape(B * K, N // K, L, H)
     key_nLH, value_nLH = (array.transpose(0, 2, 1, 3).reshape(B * K, L, H) for array in (key_BLKH, value_BLKH))
-    y_nGLH = _blocked_attention(query_nGLH, key_nLH, value_nLH, mask_B1LL[:, 0])
+    sinks_nG = None if sinks_N is None else jnp.tile(sinks_N.astype(jnp.float32).reshape(K, N // K), (B, 1))
+    y_nGLH = _blocked_attention(query_nGLH, key_nLH, value_nLH, mask_B1LL[:, 0], sinks_nG)
     return y_nGLH.reshape(B, K, N // K, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
 @jax.custom_vjp
 def _blocked_attention(
-    query_nGLH: jax.Array, key_nLH: jax.Array, value_nLH: jax.Array, mask_BLL: jax.Array
+    query_nGLH: jax.Array, key_nLH: jax.Array, value_nLH: jax.Array, mask_BLL: jax.Array, sinks_nG: jax.Array | None
 ) -> jax.Array:
-    return _forward(query_nGLH, key_nLH, value_nLH, mask_BLL)[0]
+    return _forward(query_nGLH, key_nLH, value_nLH, mask_BLL, sinks_nG)[0]
 
 
-def _forward(query_nGLH, key_nLH, value_nLH, mask_BLL):
+def _forward(query_nGLH, key_nLH, value_nLH, mask_BLL, sinks_nG):
     n, G, L, H = query_nGLH.shape
 
     def one_head(i):
@@ -44,18 +47,22 @@ def _forward(query_nGLH, key_nLH, value_nLH, mask_BLL):
             mask_bs = mask_BLL[i // (n // len(mask_BLL)), block, seen]
             scores_Gbs = _scores(query_nGLH[i, :, block], key_nLH[i, seen], mask_bs)
             top_Gb1 = scores_Gbs.max(axis=-1, keepdims=True)
+            if sinks_nG is not None:
+                top_Gb1 = jnp.maximum(top_Gb1, sinks_nG[i, :, None, None])
             weights_Gbs = jnp.exp(scores_Gbs - top_Gb1)
             total_Gb1 = weights_Gbs.sum(axis=-1, keepdims=True)
+            if sinks_nG is not None:
+                total_Gb1 += jnp.exp(sinks_nG[i, :, None, None] - top_Gb1)
             ys.append((_by_key(weights_Gbs, value_nLH[i, seen]) / total_Gb1).astype(query_nGLH.dtype))
             norms.append(top_Gb1 + jnp.log(total_Gb1))
         return jnp.concatenate(ys, axis=1), jnp.concatenate(norms, axis=1)
 
     y_nGLH, norm_nGL1 = (checkpoint_name(array, "attended") for array in jax.lax.map(one_head, jnp.arange(n)))
-    return y_nGLH, (query_nGLH, key_nLH, value_nLH, mask_BLL, y_nGLH, norm_nGL1)
+    return y_nGLH, (query_nGLH, key_nLH, value_nLH, mask_BLL, sinks_nG, y_nGLH, norm_nGL1)
 
 
 def _backward(saved, dy_nGLH):
-    query_nGLH, key_nLH, value_nLH, mask_BLL, y_nGLH, norm_nGL1 = saved
+    query_nGLH, key_nLH, value_nLH, mask_BLL, sinks_nG, y_nGLH, norm_nGL1 = saved
     n, G, L, H = query_nGLH.shape
 
     def one_head(i):
@@ -72,7 +79,11 @@ def _backward(saved, dy_nGLH):
             d_value_LH = d_value_LH.at[seen].add(_flat(weights_Gbs).T @ _flat(dy_GbH))
         return jnp.concatenate(d_queries, axis=1), d_key_LH.astype(key_nLH.dtype), d_value_LH.astype(key_nLH.dtype)
 
-    return *jax.lax.map(one_head, jnp.arange(n)), None
+    d_sinks_nG = None
+    if sinks_nG is not None:
+        mean_nGL = (dy_nGLH.astype(jnp.float32) * y_nGLH.astype(jnp.float32)).sum(axis=-1)
+        d_sinks_nG = -(jnp.exp(sinks_nG[:, :, None] - norm_nGL1[..., 0]) * mean_nGL).sum(axis=-1)
+    return *jax.lax.map(one_head, jnp.arange(n)), None, d_sinks_nG
 
 
 _blocked_attention.defvjp(_forward, _backward)
