@@ -414,6 +414,9 @@ class Quantised(NamedTuple):
     kind: str
     group: int
 
+    def __str__(self) -> str:
+        return f"{self.kind} in groups of {self.group}"
+
 
 ExpertStorage = Literal["as_is", "int8", "int4", "mxfp4"]
 WeightGuard = Literal["none", "bounded"]

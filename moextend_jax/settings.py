@@ -23,6 +23,7 @@ from moextend_jax.config import (
     Count,
     ExpertStorage,
     MoextendError,
+    Quantised,
     Range,
     Recipe,
     Saved,
@@ -496,6 +497,10 @@ class RunSettings:
         if not 1 <= first <= last:
             raise MoextendError(f"profile = {self.profile!r} must be FIRST:LAST, steps from 1 on, such as '100:103'")
         return range(first, last + 1)
+
+    @property
+    def quantised(self) -> Quantised | None:
+        return None if self.expert_storage == "as_is" else Quantised(self.expert_storage, self.expert_group)
 
     @property
     def model_options(self) -> dict[str, Any]:

@@ -383,3 +383,31 @@ def test_mistakes_are_named(small: RunSettings, stage, name: str, match: str):
     pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
     with pytest.raises(MoextendError, match=match):
         plan_command(PlanOptions(small, stage=stage, topology=name))
+
+
+def test_attention_in_a_window_costs_what_the_window_holds():
+    """Queries see themselves and at most three before them in every second layer; all before them in the others."""
+    scores = {}
+    for local in ((), (True, False) * 2):
+        decoder = dataclasses.replace(TINY, local=local, local_window=4 if local else 0)
+        config = dataclasses.replace(mixtral(), decoder=decoder, extensions={})
+        counted = flops.step_flops(config, trains=(), rows=2, length=64, items={})
+        scores[local] = counted.parts["attention/scores"]["forward"]
+    inside = sum(min(at + 1, 4) for at in range(64))
+    assert scores[(True, False) * 2] / scores[()] == pytest.approx((inside + 64**2 / 2) / 64**2, rel=0.02)
+
+
+@pytest.mark.parametrize(("kernel", "times"), [("forward", 2), ("query", 3), ("key", 4)])
+def test_attention_of_gpus_counts_the_causal_half(kernel: str, times: int):
+    text = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (q: bf16[2,64,4,16], k: bf16[2,64,2,16]) -> bf16[2,64,4,16] {
+  %q = bf16[2,64,4,16]{3,2,1,0} parameter(0)
+  %k = bf16[2,64,2,16]{3,2,1,0} parameter(1)
+  ROOT %c = bf16[2,64,4,16]{3,2,1,0} custom-call(%q, %k), TARGET
+}
+"""
+    target = f'custom_call_target="__gpu$xla.gpu.triton", metadata={{op_name="jit(step)/triton_attention_{kernel}"}}'
+    text = text.replace("TARGET", target)
+    done = products.products(hlo.parse(text), unknown=lambda _: 1.0)
+    assert not done.uncounted and done.flops == times * 2 * (2 * 4 * 64 * 64 * 16) / 2

@@ -26,6 +26,8 @@ from moextend_jax.models.moextend import abstract
 from moextend_jax.models.quantised import STORAGES, dequantise, quantise
 from moextend_jax.parameters import with_arrays
 from moextend_jax.plan.memory import shard_bytes
+from moextend_jax.runs.askable import open_place
+from moextend_jax.runs.place import Place
 from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings
 from moextend_jax.train import stages
 
@@ -205,6 +207,13 @@ def test_a_run_over_experts_in_four_bits(tmp_path: Path, capsys: pytest.CaptureF
     words = ["generate", "--checkpoint", str(tmp_path / "delta"), "--base", str(base), "--max_new_tokens", "1", "a"]
     assert cli.call(words) in (0, None)
     assert f"experts in int4 in groups of {GROUP}; here they are as their files have them" in capsys.readouterr().err
+    # Served as it was trained it is the same model, and nothing is said.
+    trained = open_place(Place(workdir=tmp_path / "w"))
+    served = open_place(Place(checkpoint=tmp_path / "delta", base=base, vision=base / "vision"), settings=settings)
+    assert "was trained over" not in capsys.readouterr().err
+    assert served.arrays.keys() == trained.arrays.keys() and served.config.quantised == trained.config.quantised
+    for path, leaf in trained.arrays.items():
+        np.testing.assert_array_equal(np.asarray(served.arrays[path]), np.asarray(leaf), err_msg=path)
 
 
 def test_full_fine_tuning_is_refused_before_anything_is_read():

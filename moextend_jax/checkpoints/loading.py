@@ -13,14 +13,25 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, llava, names, positions, spelling, store
+from moextend_jax.checkpoints import (
+    delta,
+    hashes,
+    huggingface,
+    leaves,
+    llava,
+    names,
+    positions,
+    quantising,
+    spelling,
+    store,
+)  # fmt: skip
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
@@ -32,6 +43,7 @@ from moextend_jax.config import (
     ModelConfig,
     MoextendError,
     Named,
+    Quantised,
     Recipe,
     TowerConfig,
     VisionConfig,
@@ -43,6 +55,7 @@ from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
+from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import only_chooses
 from moextend_jax.settings import build, fields
@@ -124,6 +137,7 @@ def open_checkpoint(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     remat: Any = "none",
+    storage: Quantised | None = None,
 ) -> Checkpoint:
     """Opens and reads a whole model. A tower that no projector reads is left out: that model sees no images.
 
@@ -133,6 +147,7 @@ def open_checkpoint(
       feature_layer: hidden state that the projector reads; default -1 for the released layout, else -2.
       dtype: element type of parameters and activations; default what is stored.
       mesh: devices to spread the arrays over; default the first device.
+      storage: of the pretrained experts, where not as they are.
     """
     source = open_source(folder, base=base, vision=vision, feature_layer=feature_layer, dtype=dtype)
     check_routers(source)
@@ -144,6 +159,10 @@ def open_checkpoint(
     matched = {path: leaf for path, leaf in matched.items() if names.row_of(path, config)}
     kind = dtype or str(matched["decoder/embed"].dtype)
     config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat=remat)
+    if storage is not None:
+        config = dataclasses.replace(config, expert_storage=cast(Any, storage.kind), expert_group=storage.group)
+        quantising.check(config.decoder, storage, mesh or one_device())
+        matched = quantising.stored(matched, storage)
     if mesh is None:
         shardings = dict.fromkeys(matched, SingleDeviceSharding(jax.local_devices()[0]))
     else:

@@ -204,13 +204,20 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     layers = "decoder/layers/"
     experts = layers + "moe/experts/"
 
-    def attention(inside: str, Z: int, stack: str = "") -> list[Part]:
+    def pairs(layers: range) -> float:
+        """Of a row's queries and the keys that they see, over these layers: half of all pairs, less beyond a window."""
+        window = min(decoder.local_window, length)
+        local = sum(decoder.local[layer] for layer in layers) if decoder.local else 0
+        return (len(layers) - local) * length**2 / 2 + local * (window * length - window**2 / 2)
+
+    def attention(inside: str, layers: range, stack: str = "") -> list[Part]:
+        Z = len(layers)
         of = {"query": N, "key": K, "value": K, "out": N}
         parts = [
             Part(f"{stack}attention/{name}", 2.0 * Z * T * D * heads * H, (f"{inside}attention/{name}",), True)
             for name, heads in of.items()
         ]
-        return [*parts[:3], Part(f"{stack}attention/scores", 2.0 * Z * T * length * N * H, (), True), parts[3]]
+        return [*parts[:3], Part(f"{stack}attention/scores", 4.0 * rows * pairs(layers) * N * H, (), True), parts[3]]
 
     def passed_by_all(inside: str, Z: int, width: int, stack: str = "") -> list[Part]:
         each = 2.0 * Z * T * D * width
@@ -220,11 +227,11 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     dense, sizes = "decoder/dense/", decoder.sizes()
     parts = [
         *(
-            attention(dense, sizes["z"], "dense/") + passed_by_all(dense, sizes["z"], sizes["j"], "dense/")
+            attention(dense, range(sizes["z"]), "dense/") + passed_by_all(dense, sizes["z"], sizes["j"], "dense/")
             if sizes["z"]
             else []
         ),
-        *attention(layers, Z),
+        *attention(layers, decoder.routed),
         Part("router", 2.0 * Z * T * D * E, (layers + "moe/gate",), True),
         Part("experts/gate", 2.0 * old_rows * D * F, (experts + "w_gate",), True),
         Part("experts/up", 2.0 * old_rows * D * F, (experts + "w_up",), True),

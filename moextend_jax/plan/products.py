@@ -130,17 +130,19 @@ def _is_product(one: Instruction) -> bool:
     ) and "metadata" not in one.name  # fmt: skip
 
 
-SPLASH = {"fwd": 2, "dq": 3, "dkv": 4}
-"""TABLE phase of splash attention -> products over all pairs of positions; the last two compute the scores again."""
+ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "query": 3, "key": 4}
+"""TABLE kernel of splash attention or of ours for GPUs -> products over all pairs of positions; gradients' compute the
+scores again."""
 
 
-def _splash(one: Instruction, computation: Computation) -> float | None:
-    """Of the causal half; query, output and their gradients [..., heads, S, H] are its largest arrays."""
-    match = re.search(r"splash_\w+?_(fwd|dq|dkv)", f"{one.name} {one.op_name}")
+def _attention(one: Instruction, computation: Computation) -> float | None:
+    """Of the causal half; query, output and their gradients, [..., heads, S, H] on TPUs and [B, S, heads, H] on GPUs,
+    are its largest arrays."""
+    match = re.search(r"(splash_\w+?|triton_attention)_(fwd|dq|dkv|forward|query|key)", f"{one.name} {one.op_name}")
     if not match:
         return None
     query = max((array for name in one.operands for array in computation[name].arrays), key=lambda array: array.size)
-    return SPLASH[match[1]] * 2.0 * query.size * query.dims[-2] / 2
+    return ATTENTION[match[2]] * 2.0 * query.size * query.dims[-3 if match[1] == "triton_attention" else -2] / 2
 
 
 def _kernel(one: Instruction, computation: Computation, times: float, share: Share | None) -> float | None:
@@ -151,7 +153,7 @@ def _kernel(one: Instruction, computation: Computation, times: float, share: Sha
         left = _dims(one.operands[0], computation)
         return 2.0 * one.arrays[0].size * math.prod(left[int(n)] for n in re.findall(r"\d+", axes[1])) if axes else None
     if grouped is None:
-        known = _splash(one, computation)
+        known = _attention(one, computation)
         return known if known or not estimate else float(estimate[1])
     D, F = grouped.matrix
     flops = float(estimate[1]) if estimate and int(estimate[1]) else 2.0 * grouped.rows * D * F

@@ -94,7 +94,7 @@ def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh 
 
     Args:
       settings: of a work directory those that it was run with are the default; of a checkpoint they say its mesh, its
-        element type and the size of batches, and nothing else.
+        element type, how its pretrained experts are stored and the size of batches, and nothing else.
       mesh: of a checkpoint, instead of that of the settings.
 
     Raises:
@@ -107,8 +107,9 @@ def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh 
     mesh = mesh or make_mesh(settings.mesh if settings else MESH)
     dtype = place.dtype or (settings.dtype if settings else None)
     checkpoint = open_checkpoint(
-        place.folder, base=place.base, vision=place.vision, feature_layer=place.feature_layer, dtype=dtype, mesh=mesh
-    )
+        place.folder, base=place.base, vision=place.vision, feature_layer=place.feature_layer, dtype=dtype, mesh=mesh,
+        storage=settings.quantised if settings else None,
+    )  # fmt: skip
     return _of_checkpoint(checkpoint, place, mesh=mesh, sizes=settings.evaluate if settings else SIZES)
 
 
@@ -190,15 +191,19 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         checkpoint.config, weight_guard=recipe.weight_guard, mass=recipe.mass, text_isolation=isolation
     )
     name = absolute(place.folder).name
-    if (storage := source.record.facts.get("expert_storage")) and distributed.first():
+    trained_over, here = source.record.facts.get("expert_storage"), config.quantised and str(config.quantised)
+    if config.extensions and trained_over != here and distributed.first():
+        as_files = "as their files have them"
         print(
-            f"moextend: {place.folder} was trained over experts in {storage}; here they are as their files have them",
+            f"moextend: {place.folder} was trained over experts {f'in {trained_over}' if trained_over else as_files}; "
+            f"here they are {f'in {here}' if here else as_files}",
             file=sys.stderr,
         )
 
     def identify() -> str:
         stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
-        return f"{name}-{stored[:12]}-{config.dtype}"
+        bits = f"-{config.expert_storage}-{config.expert_group}" if here else ""
+        return f"{name}-{stored[:12]}-{config.dtype}{bits}"
 
     def read_tokenizer() -> Tokenizer:
         ends = ends_of(source.record.attributes.get("decoder", {}))

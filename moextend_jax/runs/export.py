@@ -175,8 +175,8 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
     changed = sorted(own.keys() & source.leaves.keys())
     facts = {"recipe": dataclasses.asdict(settings.recipe), "changed": changed, "stages": stages}
     facts["text_isolation"] = settings.text_isolation
-    if settings.expert_storage != "as_is":
-        facts["expert_storage"] = f"{settings.expert_storage} in groups of {settings.expert_group}"
+    if settings.quantised:
+        facts["expert_storage"] = str(settings.quantised)
     record = source.record._replace(config=config, base=base, facts=facts, parts=known.parts)
     return Source({**source.leaves, **own}, record, source.files)
 
