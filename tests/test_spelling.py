@@ -212,7 +212,7 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory:
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_feature_select_strategy = 'default'"),
         ({"vision_config": {"model_type": "dinov2_with_registers"}}, "'dinov2_with_registers' cannot be honoured"),
         ({"vision_config": {"model_type": "pixtral"}}, "'pixtral' cannot be honoured"),
-        ({"quantization_config": {}}, "quantization_config is unknown"),
+        ({"quantization_config": {}}, "quantization_config: weights quantised by"),
         ({"add_layer": [0], "new_experts": -3}, "new_experts = -3"),
         ({"add_layer": [0], "new_experts": 1 << 30}, "new_experts = 1073741824 is impossible"),
         ({"add_layer": [0], "wide": 1 << 30}, "wide = 1073741824 is impossible"),

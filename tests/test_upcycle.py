@@ -193,7 +193,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path):
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' .*'silu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is unknown"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: weights quantised by .gptq. are not"),
         ({"hidden_size": ...}, "hidden_size must be one positive number, not None"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be one positive number, not '3'"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be one positive number"),

@@ -84,8 +84,8 @@ def read_fields(attributes: Mapping[str, Any], table: Table, *, where: Path, pre
         if name == "quantization_config" and name not in table.harmless:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
             raise MoextendError(
-                f"{where}: its weights are quantised by {shown(method) if method else 'somebody'}, which is not read; "
-                "take the model as it was before, and --config.expert_storage for few bits"
+                f"{where}: {prefix}quantization_config: weights quantised by {shown(method or 'somebody')} are not "
+                "read; take the model as it was before, and --config.expert_storage for few bits"
             )
         if name not in table.sizes and name not in table.must_be and name not in table.harmless:
             raise MoextendError(f"{where}: {prefix}{short(name)} is unknown to this code, so it cannot be honoured")
