@@ -76,8 +76,11 @@ CASES: dict[str, tuple[str, str, str, str]] = {
        for family in ("mixtral", "glm4_moe", "gpt_oss") for start in ("two", "wide", "lowered", "added")},
     **{f"{family}-literal": (family, "clip", "two", "literal") for family in ("olmoe", "glm4_moe", "ernie4_5_moe")},
     **{f"olmoe-{tower}": ("olmoe", tower, "two", "base") for tower in ("siglip", "dinov2")},
+    **{f"{family}-text": (family, "", "", "base") for family in FAMILIES},
 }  # fmt: skip
-HERE = ("mixtral-twin", "qwen3_moe-copy", "gpt_oss-copy", "glm4_moe-added", "granitemoe", "olmoe-siglip")
+HERE = (
+    "mixtral-twin", "qwen3_moe-copy", "gpt_oss-copy", "glm4_moe-added", "granitemoe", "olmoe-siglip", "gpt_oss-text",
+)  # fmt: skip
 """Those that every run of the tests sees."""
 
 
@@ -85,6 +88,8 @@ def config_of(case: str) -> ModelConfig:
     family, tower, start, mass = CASES[case]
     fields = {**FAMILIES[family].fields, **MORE.get(family, {})}
     decoder = DecoderConfig(family=family, **{**SIZES, **fields})
+    if not tower:
+        return dataclasses.replace(of_pictures(decoder=decoder), dtype="float32", remat="none")
     vision = dataclasses.replace(
         VisionConfig(family=tower, **TOWERS[tower].fields),
         **{"width": 16, "hidden": 32, "layers": 2, "heads": 2, "image_size": 8, "patch_size": 4, "norm_eps": 1e-6},
@@ -150,6 +155,8 @@ def made_of(stock: tuple[dict[str, Any], Path], cases: tuple[str, ...]) -> Mappi
 
 def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     config, given = config_of(case), jax.tree.map(jnp.asarray, batch())
+    if not config.media:
+        given = given._replace(media={}, places_BL=jnp.full_like(given.places_BL, -1))
     arrays = arrays_of(config)
     model = with_arrays(abstract(config), arrays)
     logits_BLV = np.asarray(model.decoder.logits(model(given).hidden_BLD))
@@ -161,7 +168,8 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     tensors = folders.read(folder)
     assert sorted(tensors) == list(theirs[f"{case}/names"])
     opened = open_checkpoint(folder)
-    assert opened.layout == "hf" and opened.config.extensions == config.extensions
+    assert opened.layout == ("hf" if config.media else config.decoder.family)
+    assert opened.config.extensions == config.extensions
     assert opened.config.decoder == config.decoder
     folders.assert_same(opened.arrays, {path: np.asarray(leaf) for path, leaf in arrays.items()})
 
