@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import folders
+import gguf
+import gguf.quants
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -59,6 +61,14 @@ def test_a_weight_comes_back_within_its_groups_step(kind: str):
     assert np.linalg.norm(again - w_IO) / np.linalg.norm(w_IO) < ERROR[kind]
     largest = np.abs(again / step).reshape(3, 8, GROUP, 10).max(axis=2)
     assert (largest >= LARGEST[kind]).all()
+
+
+@pytest.mark.parametrize(("kind", "theirs"), [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_what_gguf_has_quantised_stays_exactly_that(kind: str, theirs: str):
+    how = gguf.GGMLQuantizationType[theirs]
+    w_OI = gguf.quants.dequantize(gguf.quants.quantize(matrices(40, 96), how), how)
+    values, scale = quantise(w_OI.T, kind, 32)
+    np.testing.assert_array_equal(dequantise(jnp.asarray(values), jnp.asarray(scale), jnp.float32), w_OI.T)
 
 
 def test_four_bits_of_mxfp4_say_what_its_standard_says():

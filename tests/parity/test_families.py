@@ -25,10 +25,11 @@ from moextend_jax.checkpoints import mxfp4, names
 from moextend_jax.checkpoints.leaves import read_slice
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.compare.reference import Reference, rows_of, to_batch
-from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig
+from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig, Quantised
 from moextend_jax.families import FAMILIES
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.models.quantised import dequantise
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import losses
 
@@ -156,6 +157,18 @@ def test_four_bits_are_read_as_the_weights_that_they_stand_for(name: Path | None
     cli.call(["export", str(tmp_path / "imported"), str(tmp_path / "out")])
     folders.assert_same(folders.read(tmp_path / "out"), folders.read(folder.parent))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", PACKED, ids=str)
+def test_and_can_stay_in_four_bits(name: Path | None):
+    """Quantised anew they are other integers, perhaps, and exactly the same weights."""
+    folder = folder_of(name)
+    packed, plain = open_checkpoint(folder, storage=Quantised("mxfp4", 32)), open_checkpoint(folder)
+    integers = [path for path in packed.arrays if f"{path}_scale" in packed.arrays]
+    assert len(integers) == 3 and all(packed.arrays[path].dtype == jnp.int4 for path in integers)
+    for path in integers:
+        weights = dequantise(packed.arrays[path], packed.arrays[f"{path}_scale"], jnp.bfloat16)
+        np.testing.assert_array_equal(weights, plain.arrays[path], err_msg=path)
 
 
 @pytest.mark.parametrize("name", EXAMPLES, ids=str)
