@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from moextend_jax.models.tiles import call, load, roomy
+from moextend_jax.models.tiles import call, roomy
 
 
 class Tile(NamedTuple):
@@ -45,23 +45,6 @@ NOBODY = -(2**30)
 """What padding reads and is read by, one less: no conversation."""
 
 
-class _Shapes(NamedTuple):
-    """H: head size as it is, and what tiles have room for; a key head's queries; whether there are sinks."""
-
-    size: int
-    room: int
-    group: int
-    sinks: bool
-
-    @property
-    def scale(self) -> float:
-        return self.size**-0.5 * LOG2_E
-
-    @property
-    def mask(self) -> jax.Array | None:
-        return None if self.size == self.room else jnp.arange(self.room) < self.size
-
-
 def causal_attention(
     query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, reads_BS: jax.Array, read_by_BS: jax.Array, *,
     window: jax.Array | int | None = None, sinks_N: jax.Array | None = None,
@@ -69,17 +52,16 @@ def causal_attention(
     """What each position sees: those up to itself, at most `window` of them, whose `read_by` is what it reads
     (`attention.conversations`); who reads the same stands side by side. sinks_N: logits of one more key of each head,
     whose value is zero."""
-    S = query_BSNH.shape[1]
-    short = -S % EVEN
-    window_1 = jnp.full(1, S + short if window is None else window, jnp.int32)
-
-    def filled(array: jax.Array, value: int = 0) -> jax.Array:
-        widths = ((0, 0), (0, short), *[(0, 0)] * (array.ndim - 2))
-        return jnp.pad(array, widths, constant_values=value) if short else array
-
-    arrays = map(filled, (query_BSNH, key_BSKH, value_BSKH))
-    reads_BS, read_by_BS = filled(reads_BS.astype(jnp.int32), NOBODY), filled(read_by_BS.astype(jnp.int32), NOBODY - 1)
-    return _attention(*arrays, Sight(reads_BS, read_by_BS, *_runs(reads_BS), window_1), sinks_N)[:, :S]
+    S, H = query_BSNH.shape[1], query_BSNH.shape[3]
+    rest, room = -S % EVEN, max(16, pl.next_power_of_2(H)) - H
+    window_1 = jnp.full(1, S + rest if window is None else window, jnp.int32)
+    arrays = (jnp.pad(array, ((0, 0), (0, rest), (0, 0), (0, room))) for array in (query_BSNH, key_BSKH, value_BSKH))
+    ids = ((reads_BS, NOBODY), (read_by_BS, NOBODY - 1))
+    reads_BS, read_by_BS = (
+        jnp.pad(id_BS.astype(jnp.int32), ((0, 0), (0, rest)), constant_values=nobody) for id_BS, nobody in ids
+    )
+    sight = Sight(reads_BS, read_by_BS, *_runs(reads_BS), window_1)
+    return _attention(H, *arrays, sight, sinks_N)[:, :S, :, :H]
 
 
 class Sight(NamedTuple):
@@ -100,16 +82,17 @@ def _runs(reads_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
     return start_BS, lax.cummin(jnp.where(last_BS, position_S[None] + 1, len(position_S)), axis=1, reverse=True)
 
 
-@jax.custom_vjp
-def _attention(query_BSNH, key_BSKH, value_BSKH, sight: Sight, sinks_N):
-    return _forward(query_BSNH, key_BSKH, value_BSKH, sight, sinks_N)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(size: int, query_BSNH, key_BSKH, value_BSKH, sight: Sight, sinks_N):
+    """size: of a head as it is, without what fills it up."""
+    return _forward(size, query_BSNH, key_BSKH, value_BSKH, sight, sinks_N)[0]
 
 
-def _forward(query_BSNH, key_BSKH, value_BSKH, sight: Sight, sinks_N):
+def _forward(size, query_BSNH, key_BSKH, value_BSKH, sight: Sight, sinks_N):
     B, S, N, _ = query_BSNH.shape
     inputs = (query_BSNH, key_BSKH, value_BSKH, *sight, sinks_N)
-    tile = _fitting(FORWARD, inputs)
-    kernel = functools.partial(_forward_kernel, shapes=_shapes(inputs), tile=tile)
+    tile = _fitting(FORWARD, query_BSNH)
+    kernel = functools.partial(_forward_kernel, scale=size**-0.5, tile=tile)
     out = (query_BSNH, jax.ShapeDtypeStruct((B, N, S), jnp.float32))
     grid = (S // tile.queries, N, B)
     y_BSNH, norm_BNS = call(kernel, inputs, out, grid, warps=tile.warps, stages=tile.stages,
@@ -118,20 +101,20 @@ def _forward(query_BSNH, key_BSKH, value_BSKH, sight: Sight, sinks_N):
     return y_BSNH, (*inputs, y_BSNH, norm_BNS)
 
 
-def _backward(saved, dy_BSNH):
+def _backward(size, saved, dy_BSNH):
     *inputs, y_BSNH, norm_BNS = saved
     query_BSNH, key_BSKH, value_BSKH, *_, sinks_N = inputs
-    (B, S, N, _), shapes = query_BSNH.shape, _shapes(inputs)
+    (B, S, N, _), K = query_BSNH.shape, key_BSKH.shape[2]
     mean_BNS = (dy_BSNH.astype(jnp.float32) * y_BSNH.astype(jnp.float32)).sum(axis=-1).swapaxes(1, 2)
-    tile = _fitting(GRADIENT, inputs)
+    tile = _fitting(GRADIENT, query_BSNH)
     inputs = (*inputs, dy_BSNH, norm_BNS, mean_BNS)
 
     def run(kernel, out, grid, name: str):
-        return call(functools.partial(kernel, shapes=shapes, tile=tile), inputs, out, grid, warps=tile.warps,
+        return call(functools.partial(kernel, scale=size**-0.5, tile=tile), inputs, out, grid, warps=tile.warps,
                     stages=tile.stages, name=name)  # fmt: skip
 
     d_query = run(_query_gradient_kernel, query_BSNH, (S // tile.queries, N, B), "triton_attention_query")
-    grid = (S // tile.keys, N // shapes.group, B)
+    grid = (S // tile.keys, K, B)
     d_key, d_value = run(_key_gradient_kernel, (key_BSKH, value_BSKH), grid, "triton_attention_key")
     d_sinks = None
     if sinks_N is not None:
@@ -143,36 +126,30 @@ def _backward(saved, dy_BSNH):
 _attention.defvjp(_forward, _backward)
 
 
-def _fitting(tile: Tile, inputs) -> Tile:
-    return tile if roomy() and _shapes(inputs).room * inputs[0].dtype.itemsize <= LARGEST else SMALL
-
-
-def _shapes(inputs) -> _Shapes:
-    query_BSNH, key_BSKH, *_, sinks_N = inputs
-    (*_, N, H), K = query_BSNH.shape, key_BSKH.shape[2]
-    return _Shapes(H, max(16, pl.next_power_of_2(H)), N // K, sinks_N is not None)
+def _fitting(tile: Tile, query_BSNH: jax.Array) -> Tile:
+    return tile if roomy() and query_BSNH.shape[-1] * query_BSNH.dtype.itemsize <= LARGEST else SMALL
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, reads_ref, by_ref, start_ref, end_ref, window_ref, *refs, shapes: _Shapes, tile: Tile
+    q_ref, k_ref, v_ref, reads_ref, by_ref, start_ref, end_ref, window_ref, *refs, scale: float, tile: Tile
 ):
-    *sinks_ref, y_ref, norm_ref = refs
+    sinks_ref, y_ref, norm_ref = refs
     block, n, b = (pl.program_id(axis) for axis in range(3))
-    first, columns, window = block * tile.queries, pl.ds(0, shapes.room), window_ref[0]
-    rows = pl.ds(first, tile.queries)
-    q = load(q_ref.at[b, rows, n, columns], None, shapes.mask)
+    first, window = block * tile.queries, window_ref[0]
+    rows, group, H = pl.ds(first, tile.queries), q_ref.shape[2] // k_ref.shape[2], q_ref.shape[3]
+    q = plgpu.load(q_ref.at[b, rows, n, :])
     reads, row = plgpu.load(reads_ref.at[b, rows]), first + jnp.arange(tile.queries)
 
     def add(j, carry):
         acc, top, total = carry
         keys = pl.ds(j * tile.keys, tile.keys)
-        k, v = (load(ref.at[b, keys, n // shapes.group, columns], None, shapes.mask) for ref in (k_ref, v_ref))
+        k, v = (plgpu.load(ref.at[b, keys, n // group, :]) for ref in (k_ref, v_ref))
         key = j * tile.keys + jnp.arange(tile.keys)
         seen = _seen(reads[:, None], plgpu.load(by_ref.at[b, keys])[None, :], row[:, None], key[None, :], window)
-        logits = jnp.where(seen, plgpu.dot(q, k.T) * shapes.scale, LOWEST)
+        logits = jnp.where(seen, plgpu.dot(q, k.T) * (scale * LOG2_E), LOWEST)
         higher = jnp.maximum(top, logits.max(axis=1))
         weights = jnp.where(seen, jnp.exp2(logits - higher[:, None]), 0)
         shrunk = jnp.exp2(top - higher)
@@ -180,75 +157,75 @@ def _forward_kernel(
         return acc, higher, total * shrunk + weights.sum(axis=1)
 
     top, total = jnp.full(tile.queries, LOWEST, jnp.float32), jnp.zeros(tile.queries, jnp.float32)
-    if shapes.sinks:
-        top, total = jnp.full(tile.queries, sinks_ref[0][n].astype(jnp.float32) * LOG2_E), total + 1
-    start = jnp.zeros((tile.queries, shapes.room), jnp.float32), top, total
+    if sinks_ref is not None:
+        top, total = jnp.full(tile.queries, sinks_ref[n].astype(jnp.float32) * LOG2_E), total + 1
+    start = jnp.zeros((tile.queries, H), jnp.float32), top, total
     nearest = jnp.maximum(first - window + 1, start_ref[b, first]) // tile.keys
     acc, top, total = lax.fori_loop(nearest, _up(first + tile.queries, tile.keys), add, start)
     total = jnp.where(total == 0, 1, total)  # of padding, which sees nothing
-    plgpu.store(y_ref.at[b, rows, n, columns], (acc / total[:, None]).astype(y_ref.dtype), mask=_over_rows(shapes))
+    plgpu.store(y_ref.at[b, rows, n, :], (acc / total[:, None]).astype(y_ref.dtype))
     plgpu.store(norm_ref.at[b, n, rows], top + jnp.log2(total))
 
 
 def _query_gradient_kernel(
-    q_ref, k_ref, v_ref, reads_ref, by_ref, start_ref, end_ref, window_ref, *refs, shapes: _Shapes, tile: Tile
+    q_ref, k_ref, v_ref, reads_ref, by_ref, start_ref, end_ref, window_ref, *refs, scale: float, tile: Tile
 ):  # fmt: skip
     *_, dy_ref, norm_ref, mean_ref, dq_ref = refs
     block, n, b = (pl.program_id(axis) for axis in range(3))
-    first, columns, window = block * tile.queries, pl.ds(0, shapes.room), window_ref[0]
-    rows = pl.ds(first, tile.queries)
-    q, dy = (load(ref.at[b, rows, n, columns], None, shapes.mask) for ref in (q_ref, dy_ref))
+    first, window = block * tile.queries, window_ref[0]
+    rows, group, H = pl.ds(first, tile.queries), q_ref.shape[2] // k_ref.shape[2], q_ref.shape[3]
+    q, dy = (plgpu.load(ref.at[b, rows, n, :]) for ref in (q_ref, dy_ref))
     norm, mean = (plgpu.load(ref.at[b, n, rows])[:, None] for ref in (norm_ref, mean_ref))
     reads, row = plgpu.load(reads_ref.at[b, rows]), first + jnp.arange(tile.queries)
 
     def add(j, acc):
         keys = pl.ds(j * tile.keys, tile.keys)
-        k, v = (load(ref.at[b, keys, n // shapes.group, columns], None, shapes.mask) for ref in (k_ref, v_ref))
+        k, v = (plgpu.load(ref.at[b, keys, n // group, :]) for ref in (k_ref, v_ref))
         key = j * tile.keys + jnp.arange(tile.keys)
         seen = _seen(reads[:, None], plgpu.load(by_ref.at[b, keys])[None, :], row[:, None], key[None, :], window)
-        weights = jnp.where(seen, jnp.exp2(plgpu.dot(q, k.T) * shapes.scale - norm), 0)
+        weights = jnp.where(seen, jnp.exp2(plgpu.dot(q, k.T) * (scale * LOG2_E) - norm), 0)
         d_logits = weights * (plgpu.dot(dy, v.T) - mean)
         return acc + plgpu.dot(d_logits.astype(k.dtype), k)
 
     nearest = jnp.maximum(first - window + 1, start_ref[b, first]) // tile.keys
-    start = jnp.zeros((tile.queries, shapes.room), jnp.float32)
-    acc = lax.fori_loop(nearest, _up(first + tile.queries, tile.keys), add, start) * shapes.size**-0.5
-    plgpu.store(dq_ref.at[b, rows, n, columns], acc.astype(dq_ref.dtype), mask=_over_rows(shapes))
+    start = jnp.zeros((tile.queries, H), jnp.float32)
+    acc = lax.fori_loop(nearest, _up(first + tile.queries, tile.keys), add, start) * scale
+    plgpu.store(dq_ref.at[b, rows, n, :], acc.astype(dq_ref.dtype))
 
 
 def _key_gradient_kernel(
-    q_ref, k_ref, v_ref, reads_ref, by_ref, start_ref, end_ref, window_ref, *refs, shapes: _Shapes, tile: Tile
+    q_ref, k_ref, v_ref, reads_ref, by_ref, start_ref, end_ref, window_ref, *refs, scale: float, tile: Tile
 ):
     *_, dy_ref, norm_ref, mean_ref, dk_ref, dv_ref = refs
     block, head, b = (pl.program_id(axis) for axis in range(3))
-    first, columns, window = block * tile.keys, pl.ds(0, shapes.room), window_ref[0]
-    keys = pl.ds(first, tile.keys)
-    k, v = (load(ref.at[b, keys, head, columns], None, shapes.mask) for ref in (k_ref, v_ref))
+    first, window = block * tile.keys, window_ref[0]
+    keys, group, H = pl.ds(first, tile.keys), q_ref.shape[2] // k_ref.shape[2], q_ref.shape[3]
+    k, v = (plgpu.load(ref.at[b, keys, head, :]) for ref in (k_ref, v_ref))
     read_by, key = plgpu.load(by_ref.at[b, keys]), first + jnp.arange(tile.keys)
     # Queries from here on see none of these keys.
     last = jnp.minimum(first + tile.keys - 1 + window, end_ref[b, first + tile.keys - 1])
 
     def of_query_head(g, carry):
-        n = head * shapes.group + g
+        n = head * group + g
 
         def add(i, carry):
             dk, dv = carry
             rows = pl.ds(i * tile.queries, tile.queries)
-            q, dy = (load(ref.at[b, rows, n, columns], None, shapes.mask) for ref in (q_ref, dy_ref))
+            q, dy = (plgpu.load(ref.at[b, rows, n, :]) for ref in (q_ref, dy_ref))
             norm, mean = (plgpu.load(ref.at[b, n, rows])[None, :] for ref in (norm_ref, mean_ref))
             row = i * tile.queries + jnp.arange(tile.queries)
             reads = plgpu.load(reads_ref.at[b, rows])
             seen = _seen(reads[None, :], read_by[:, None], row[None, :], key[:, None], window)
-            weights = jnp.where(seen, jnp.exp2(plgpu.dot(k, q.T) * shapes.scale - norm), 0)
+            weights = jnp.where(seen, jnp.exp2(plgpu.dot(k, q.T) * (scale * LOG2_E) - norm), 0)
             d_logits = weights * (plgpu.dot(v, dy.T) - mean)
             return dk + plgpu.dot(d_logits.astype(q.dtype), q), dv + plgpu.dot(weights.astype(dy.dtype), dy)
 
         return lax.fori_loop(first // tile.queries, _up(last, tile.queries), add, carry)
 
-    zeros = jnp.zeros((tile.keys, shapes.room), jnp.float32)
-    dk, dv = lax.fori_loop(0, shapes.group, of_query_head, (zeros, zeros))
-    for ref, value in ((dk_ref, dk * shapes.size**-0.5), (dv_ref, dv)):
-        plgpu.store(ref.at[b, keys, head, columns], value.astype(ref.dtype), mask=_over_rows(shapes))
+    zeros = jnp.zeros((tile.keys, H), jnp.float32)
+    dk, dv = lax.fori_loop(0, group, of_query_head, (zeros, zeros))
+    for ref, value in ((dk_ref, dk * scale), (dv_ref, dv)):
+        plgpu.store(ref.at[b, keys, head, :], value.astype(ref.dtype))
 
 
 def _seen(reads, read_by, row, key, window):
@@ -258,7 +235,3 @@ def _seen(reads, read_by, row, key, window):
 def _up(positions, size: int):
     """How many tiles of this size so many positions need."""
     return (positions + size - 1) // size
-
-
-def _over_rows(shapes: _Shapes) -> jax.Array | None:
-    return None if shapes.mask is None else shapes.mask[None, :]
