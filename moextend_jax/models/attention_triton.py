@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def causal_attention(
         jnp.pad(id_BS.astype(jnp.int32), ((0, 0), (0, rest)), constant_values=nobody) for id_BS, nobody in ids
     )
     sight = Sight(reads_BS, read_by_BS, *_runs(reads_BS), window_1)
-    return _attention(H, *arrays, sight, sinks_N)[:, :S, :, :H]
+    return cast(jax.Array, _attention(H, *arrays, sight, sinks_N))[:, :S, :, :H]
 
 
 class Sight(NamedTuple):
