@@ -15,7 +15,8 @@ GPU_SHARE = 0.95
 
 
 SHARED, LEAST_SHARED = {"9": 232448, "10": 232448}, 101376
-"""What a block of a GPU can have in common: of Hopper's and Blackwell's data centre GPUs, and of any from Ampere on."""
+"""Bytes that a block of a GPU can have in common: of data centres' by their compute capability, and of any from Ampere
+on."""
 
 
 class Chip(NamedTuple):
@@ -42,8 +43,8 @@ CHIPS = {
     "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 819e9, 45e9, 2, 16),
     "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1640e9, 90e9, 2, 16),
     # 80 GB as CUDA counts them
-    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, 232448),
-    "h200": Chip("gpu", 989e12, int(GPU_SHARE * 139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, 232448),
+    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, SHARED["9"]),
+    "h200": Chip("gpu", 989e12, int(GPU_SHARE * 139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, SHARED["9"]),
     # 24 GB, on PCIe alone
     "rtx4090": Chip("gpu", 165.2e12, int(GPU_SHARE * 23.5 * GIB), 1008e9, 32e9, 1, 0, 3e9, LEAST_SHARED),
 }

@@ -414,6 +414,11 @@ class Quantised(NamedTuple):
     kind: str
     group: int
 
+    @classmethod
+    def of(cls, storage: ExpertStorage, group: int) -> Quantised | None:
+        """None: as they are."""
+        return None if storage == "as_is" else cls(storage, group)
+
     def __str__(self) -> str:
         return f"{self.kind} in groups of {self.group}"
 
@@ -467,8 +472,7 @@ class ModelConfig:
 
     @property
     def quantised(self) -> Quantised | None:
-        """None: as they are."""
-        return None if self.expert_storage == "as_is" else Quantised(self.expert_storage, self.expert_group)
+        return Quantised.of(self.expert_storage, self.expert_group)
 
     def sizes(self, extension: str | None = None) -> dict[str, int]:
         """Sizes of the decoder's letters, and of those of one of the extensions."""

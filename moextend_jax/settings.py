@@ -500,7 +500,7 @@ class RunSettings:
 
     @property
     def quantised(self) -> Quantised | None:
-        return None if self.expert_storage == "as_is" else Quantised(self.expert_storage, self.expert_group)
+        return Quantised.of(self.expert_storage, self.expert_group)
 
     @property
     def model_options(self) -> dict[str, Any]:

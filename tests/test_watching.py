@@ -91,6 +91,9 @@ def test_speed_leaves_out_compiling_and_what_is_no_step(monkeypatch):
 
 def test_chips_by_the_names_that_jax_gives_them():
     assert chips.peak_flops("TPU v5 lite") == 197e12 and chips.peak_flops("cpu") is None
+    # A GPU that the table lacks goes by its capability; large tiles on all would not compile, small ones are slow.
+    assert chips.shared_memory("NVIDIA H100 80GB HBM3") == chips.shared_memory("NVIDIA H100 NVL", "9.0") == 232448
+    assert chips.shared_memory("NVIDIA L4", "8.9") == chips.shared_memory("NVIDIA GeForce RTX 4090") == 101376
     assert set(chips.KINDS.values()) == set(chips.CHIPS)
 
 

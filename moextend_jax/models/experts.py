@@ -59,7 +59,6 @@ class Experts(nnx.Module):
 
     def weights(self, dtype: Any) -> Weights:
         """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`)."""
-
         pairs = ((getattr(self, name), getattr(self, f"{name}_scale")) for name in ("w_gate", "w_up", "w_down"))
         matrices = (weight_of(leaf[...], None if scale is None else scale[...], dtype) for leaf, scale in pairs)
         biases = (param[...].astype(dtype) for param in (self.b_gate, self.b_up) if param is not None)

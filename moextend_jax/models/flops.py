@@ -45,8 +45,8 @@ SAVED_AS = {
 """TABLE decoder part -> the name in `saved` under which remat "layer" keeps its result; None: always recomputed.
 
 "attention/scores" is both products of attention. With "attended" kept, kernels run neither again; what they compute
-anew inside their backward pass is not counted. XLA's own attention (float32 on GPU, rows too short or odd for a kernel,
-GPU programs compiled where there is no GPU) does half of it again all the same. The down projection is not here,
+anew inside their backward pass is not counted. XLA's own attention (rows too short or odd for a kernel, on TPU and CPU)
+does half of it again all the same. The down projection is not here,
 because nothing recomputes it: the combine weight goes in before it, so no gradient needs its output.
 """
 
