@@ -140,7 +140,8 @@ def measure(
     )
     rows, length = stage_settings.batch_size, stage_settings.length
     batch = place_whole(random_batch(config, rows=rows, length=length, labels=labels, pixels=pixels), mesh)
-    state = init_state(trainable, planned.optimizer)  # which the first step takes
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, planned.state)
+    state = init_state(trainable, planned.optimizer, shardings=shardings)  # which the first step takes
     # For its figures alone: jax 0.10 does not call a compiled program with int4 arrays that were put on a device.
     analysis = planned.step.lower(state, frozen, batch).compile().memory_analysis()
     seconds = []

@@ -423,7 +423,7 @@ class Quantised(NamedTuple):
         return f"{self.kind} in groups of {self.group}"
 
 
-ExpertStorage = Literal["as_is", "int8", "int4", "mxfp4"]
+ExpertStorage = Literal["as_is", "int8", "int4", "mxfp4", "nf4"]
 WeightGuard = Literal["none", "bounded"]
 Mass = Literal["base", "literal"]
 

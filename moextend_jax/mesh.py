@@ -213,14 +213,20 @@ def make_leaves(
     return Program(make, mesh=mesh, out_shardings=out_shardings)(*arguments)
 
 
-def state_shardings(state: Any, leaves: Mapping[str, Any], mesh: Mesh) -> Any:
-    """Shardings of a training state, real or abstract: a leaf that stands under a parameter's path and has its shape
-    (a moment) is sharded as the parameter, any other (a count of steps) is the same on every device."""
+def optimizer_shardings(state: Any, leaves: Mapping[str, Any], mesh: Mesh, *, moments: str) -> Any:
+    """Shardings of an optimizer's state, real or abstract: a leaf that stands under a parameter's path and has its
+    shape (a moment) is sharded as the parameter, any other (a count of steps) is the same on every device.
+
+    Args:
+      moments: "device", or "host": in its pinned memory.
+    """
 
     def of(path: Any, leaf: Any) -> NamedSharding:
         owners = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in leaves]
         owner = leaves[owners[-1]] if owners and leaves[owners[-1]].shape == leaf.shape else None
-        return owner.sharding if owner is not None else NamedSharding(mesh, spec(""))
+        if owner is None:
+            return NamedSharding(mesh, spec(""))
+        return owner.sharding if moments == "device" else owner.sharding.with_memory_kind("pinned_host")
 
     return jax.tree_util.tree_map_with_path(of, state)
 

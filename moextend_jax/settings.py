@@ -89,6 +89,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
     """What AdamW's first moment is kept in; the second, which bfloat16 would never let decay, is kept in float32."""
+    moments: Literal["device", "host"] = "device"
+    """Where the moments are kept; from the host's memory a step fetches those of one leaf after another."""
     multipliers: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)
     """What the learning rate of a group of parameters is multiplied by; 1 where not named."""
     weight_decays: Mapping[Group, NotNegative] = dataclasses.field(default_factory=dict)

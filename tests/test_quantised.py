@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import tiny
 from jax.sharding import SingleDeviceSharding
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import quantising, train_state
+from moextend_jax.checkpoints import hashes, quantising, train_state
 from moextend_jax.checkpoints.leaves import read_sharded
+from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.commands import whole_run
 from moextend_jax.config import RECIPES, MoextendError, Quantised
 from moextend_jax.extension.grow import grow, read_by_grow
@@ -35,12 +37,12 @@ from moextend_jax.train import stages
 
 GROUP = 8
 KINDS = sorted(STORAGES)
-ERROR = {"int8": 0.008, "int4": 0.12, "mxfp4": 0.13}
+ERROR = {"int8": 0.008, "int4": 0.12, "mxfp4": 0.13, "nf4": 0.09}
 """Of normal weights in groups of 8, relative; in groups of 64 it is 0.006 and 0.095, of 32 in mxfp4 0.11."""
 
-STEP = {"int8": 1, "int4": 1, "mxfp4": 2}
+STEP = {"int8": 1, "int4": 1, "mxfp4": 2, "nf4": 0.16}
 """The largest error, in scales."""
-LARGEST = {"int8": 126.9, "int4": 7.9, "mxfp4": 1.9}
+LARGEST = {"int8": 126.9, "int4": 7.9, "mxfp4": 1.9, "nf4": 6.2}
 """Of a group's largest weight, at least, in steps."""
 
 
@@ -157,6 +159,83 @@ def test_a_plan_counts_two_int4_to_a_byte():
     one = SingleDeviceSharding(jax.devices()[0])
     leaf = {kind: jax.ShapeDtypeStruct((3, 5), kind, sharding=one) for kind in ("int4", "int8", "bfloat16")}
     assert {kind: shard_bytes(leaf[kind]) for kind in leaf} == {"int4": 8, "int8": 15, "bfloat16": 30}
+
+
+# --- written once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(tmp_path: Path):
+    """The tiny base as published, and the function that imports it with more words on the command line."""
+    base = tiny.write_base(tmp_path / "base")
+
+    def bring_in(name: str, *words: str) -> Path:
+        assert cli.call(["import", str(base), str(tmp_path / name), *words]) in (0, None)
+        return tmp_path / name
+
+    return base, bring_in
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_imported_in_few_bits_has_the_bits_of_what_is_read_in_few_bits(kind: Any, imported):
+    base, bring_in = imported
+    group = 8
+    folder = bring_in("few", "--storage", kind, "--group", str(group))
+    how = Quantised(kind, group)
+    ours, theirs = open_source(folder), open_source(base)
+    assert hashes.base_hashes(ours.leaves) == hashes.base_hashes(theirs.leaves)
+    model = open_checkpoint(folder)
+    assert model.config.quantised == how and model.base_hash == hashes.base_hash(theirs.leaves)
+    expected = open_checkpoint(base, storage=how).arrays
+    assert model.arrays.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert np.asarray(model.arrays[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    shards = quantising.stored(ours.leaves, how)[quantising.MATRICES[0]]
+    whole = np.asarray(expected[quantising.MATRICES[0]][1, 2])
+    np.testing.assert_array_equal(shards.part((1, 2), (slice(3, 13), slice(1, 4))), whole[3:13, 1:4])
+    bits = 8 if kind == "int8" else 4
+    size = {path: sum(part.shape[-2] * part.dtype.itemsize for part in leaf.few_bits.parts.values())
+            for path, leaf in ours.leaves.items() if leaf.few_bits}  # fmt: skip
+    assert size[quantising.MATRICES[0]] == 16 * bits // 8 + 16 // group * STORAGES[kind].scale_dtype.itemsize
+
+
+def test_what_is_in_few_bits_is_refused_as_anything_else(imported, capsys: pytest.CaptureFixture[str]):
+    base, bring_in = imported
+    folder = bring_in("few", "--storage", "int4", "--group", "8")
+    how = "the experts are in int4 in groups of 8, as they were imported: set expert_storage=int4 and expert_group=8"
+    with pytest.raises(MoextendError, match=how):
+        open_checkpoint(folder, storage=Quantised("int8", 8))
+    with pytest.raises(MoextendError, match=how):
+        quantising.stored(open_source(folder).leaves, None)
+    for words in (["export", folder, folder.with_name("out")], ["import", folder, folder.with_name("out")]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(word) for word in words])
+        assert exit.value.code == 2 and how in capsys.readouterr().err
+        assert not folder.with_name("out").exists()
+    for words, message in (
+        (["--storage", "int4", "--dtype", "bfloat16"], "leave --dtype out"),
+        (["--group", "8"], "--group goes with --storage"),
+        (["--storage", "int4"], "expert_group = 64: it does not divide the experts' width of 16"),
+        (["--storage", "int3"], "int3"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["import", str(base), str(folder.with_name("out")), *words])
+        assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["", "_scale"])
+def test_a_damaged_tensor_in_few_bits_is_named(suffix: str, imported):
+    _, bring_in = imported
+    folder = bring_in("few", "--storage", "int4", "--group", "8")
+    path = quantising.MATRICES[1] + suffix
+    file, header = folder / "model.safetensors", folder.joinpath("model.safetensors").read_bytes()
+    size = int.from_bytes(header[:8], "little")
+    first = json.loads(header[8 : 8 + size])[path]["data_offsets"][0]
+    data = bytearray(header)
+    data[8 + size + first + 5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(MoextendError, match=f"{path} is not what was imported"):
+        hashes.base_hashes(open_source(folder).leaves)
 
 
 # --- trained over -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import folders
 import jax
@@ -26,7 +26,7 @@ from moextend_jax.sharding import MESH_AXES, parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import make_optimizer
-from moextend_jax.train.step import TrainState, init_state, make_step
+from moextend_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("eight_devices")]
 
@@ -70,19 +70,23 @@ class Trained(NamedTuple):
     counts: routing.Counts
 
 
-def three_steps(stage: str, arrays, batches, mesh=None, model: ModelConfig = MODEL) -> Trained:
+def three_steps(
+    stage: str, arrays, batches, mesh=None, model: ModelConfig = MODEL, *, moments: Literal["device", "host"] = "device"
+) -> Trained:
     def schedule(_):
         return 1e-3
 
     trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
     # Adam divides by the gradient's size, so a gradient of 1e-8 would be all rounding without an epsilon above it.
-    optimizer = make_optimizer(OptimizerConfig(eps=1e-4), paths=trainable)
+    optimizer = make_optimizer(OptimizerConfig(eps=1e-4, moments=moments), paths=trainable)
     step = make_step(
         tiny.structure(model), optimizer=optimizer, schedule=schedule, recipe=RECIPES["paper"],
         aux_coefficient=0.01, loss_chunk=5, mesh=mesh,
     )  # fmt: skip
     counts = routing.count_all(tiny.structure(model), arrays, iter(batches), recipe=RECIPES["paper"], mesh=mesh)
-    state, seen, first = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), [], None
+    shardings = None if mesh is None else state_shardings(trainable, optimizer, mesh=mesh, moments=moments)
+    copy = jax.tree.map(lambda leaf: leaf.copy(), trainable)
+    state, seen, first = init_state(copy, optimizer, shardings=shardings), [], None
     for batch in batches:
         state, metrics = step(state, frozen, batch)
         seen.append({name: np.asarray(value, float) for name, value in metrics.items()})
@@ -110,6 +114,15 @@ def test_losses_gradients_routing_and_updates_do_not_depend_on_the_mesh(stage: s
     expected = on_one_device(stage)
     mesh, arrays = sharded(MESHES[shape])
     assert_same(three_steps(stage, arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh), expected)
+
+
+def test_moments_on_the_host_are_sharded_as_on_the_devices():
+    mesh, arrays = sharded(MESHES["no data"])
+    batches = [place_rows(batch, mesh) for batch in BATCHES]
+    host, device = (three_steps("finetune", arrays, batches, mesh, moments=moments) for moments in ("host", "device"))
+    for mine, theirs in zip(jax.tree.leaves((host.first, host.last)), jax.tree.leaves((device.first, device.last)),
+                            strict=True):  # fmt: skip
+        assert mine.tobytes() == theirs.tobytes()
 
 
 def assert_same(got: Trained, expected: Trained) -> None:

@@ -39,22 +39,25 @@ def compiled(stage: str):
     return built(stage)
 
 
-def built(stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01, schedule=schedule, config=tiny.EXTENDED):
+def built(
+    stage: str, *, accumulate: int = 1, aux_coefficient: float = 0.01, schedule=schedule, config=tiny.EXTENDED,
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (immutable)
+):  # fmt: skip
     """The stage's jitted step, a fresh state, and the frozen leaves."""
     dtypes = {path: param.dtype for path, param in by_path(nnx.state(tiny.structure(config), nnx.Param)).items()}
     arrays = {path: leaf.astype(dtypes[path]) for path, leaf in tiny.arrays(config).items()}
     trainable, frozen = stages.split(arrays, tiny.STAGES[stage])
-    optimizer = make_optimizer(OptimizerConfig(), paths=trainable)
+    made = make_optimizer(optimizer, paths=trainable)
     step = make_step(
         tiny.structure(config),
-        optimizer=optimizer,
+        optimizer=made,
         schedule=schedule,
         recipe=RECIPES["paper"],
         aux_coefficient=aux_coefficient,
         loss_chunk=4,
         accumulate=accumulate,
     )
-    return step, init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer), frozen
+    return step, init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), made), frozen
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES)
@@ -136,6 +139,23 @@ def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is
         assert metrics["learning_rate"] == np.float32(rate)
         np.testing.assert_allclose(moved, rate if metrics["finite"] else 0, rtol=1e-3)
     assert int(state.step) == 3 and int(state.skipped) == 2
+
+
+def test_moments_on_the_host_give_the_same_bits_and_stay_there():
+    """Also through a step whose gradient is not finite, which leaves them as they are."""
+    good = tiny.batch(rows=4)
+    bad = good._replace(features={"image": good.features["image"] * np.nan})
+    ends = []
+    for moments in ("device", "host"):
+        step, state, frozen = built("finetune", optimizer=OptimizerConfig(moments=moments))
+        kind = {"device": "device", "host": "pinned_host"}[moments]
+        for batch in (good, bad, good):
+            state, _ = step(state, frozen, batch)
+            kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+            assert kinds == {kind} and {leaf.sharding.memory_kind for leaf in state.trainable.values()} == {"device"}
+        assert int(state.skipped) == 1
+        ends.append([np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)])
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.slow

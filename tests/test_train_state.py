@@ -99,6 +99,19 @@ def test_two_steps_are_under_way_at_most(run, tmp_path: Path, monkeypatch):
     assert len(steps) == 6
 
 
+def test_a_stage_may_go_on_with_its_moments_elsewhere(run, tmp_path: Path):
+    """From the device's memory to the host's, and back."""
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", dies_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", dies_at=3, moments="host", checkpoint_every=1)
+    resumed, rest = run(tmp_path / "cut")
+    assert len(rest) == 1
+    for path, leaf in whole.items():
+        assert np.asarray(resumed[path]).tobytes() == np.asarray(leaf).tobytes(), path
+
+
 def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch, capsys):
     programs, make_step = [], loop.make_step
     monkeypatch.setattr(

@@ -196,10 +196,11 @@ def run_settings(**more: Any) -> RunSettings:
 
 def job(
     name: str, folder: Path, *, facts: dict[str, Any], steps: int, learning_rate: float = 1e-2, mesh: Any = None,
-    resume_from: Path | None = None, name_of: Any = str, held_out: Any = (), **more: Any,
+    resume_from: Path | None = None, name_of: Any = str, held_out: Any = (),
+    moments: Literal["device", "host"] = "device", **more: Any,
 ) -> Job:  # fmt: skip
     """A stage of a few steps that saves and logs often; `more` are fields of `RunSettings`."""
-    optimizer = OptimizerConfig(learning_rate=learning_rate)
+    optimizer = OptimizerConfig(learning_rate=learning_rate, moments=moments)
     settings = {"checkpoint_every": 2, "log_every": 1, "aux_coefficient": 0.01, "nonfinite_limit": 0, **more}
     return Job(
         name=name, trains=STAGES[name], folder=folder, facts=facts, resume_from=resume_from, name_of=name_of,

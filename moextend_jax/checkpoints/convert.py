@@ -16,13 +16,15 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from moextend_jax import folders
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, quantising, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
-from moextend_jax.config import Amount, Count, MoextendError, with_vision
+from moextend_jax.config import Amount, Count, MoextendError, Quantised, with_vision
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
+from moextend_jax.mesh import one_device
+from moextend_jax.models.quantised import STORAGES
 from moextend_jax.options import OneOf
 from moextend_jax.settings import NotNegative
 
@@ -52,6 +54,10 @@ class ImportOptions:
     """hidden state that the projector reads"""
     dtype: Annotated[str | None, OneOf(tuple(map(str, leaves.FLOATS)))] = None
     """store in this element type"""
+    storage: Annotated[str | None, OneOf(tuple(STORAGES))] = None
+    """pretrained experts in few bits, for runs with this expert_storage"""
+    group: Count | None = None
+    """weights that share a scale; else 64, of mxfp4 32"""
     experts: Count | None = None
     """of a dense model: copies of every feed-forward layer"""
     top_k: Count | None = None
@@ -87,11 +93,23 @@ def import_checkpoint(values: ImportOptions) -> None:
             )
         for note in source.notes:
             print(f"{values.src}: {note}")
-        cost = import_source(source, values.dst, dtype=values.dtype, console=Console(stderr=True))
+        cost = import_source(
+            source, values.dst, dtype=values.dtype, storage=_storage(values), console=Console(stderr=True)
+        )
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
     print(f"imported {described(source)} to {values.dst}: {cost}")
     print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
+
+
+def _storage(values: ImportOptions) -> Quantised | None:
+    if values.storage is None:
+        if values.group is not None:
+            raise MoextendError("--group goes with --storage")
+        return None
+    if values.dtype is not None:
+        raise MoextendError("--storage leaves all but the experts in the element type of the files: leave --dtype out")
+    return Quantised(values.storage, values.group or (32 if values.storage == "mxfp4" else 64))
 
 
 def _upcycled(values: ImportOptions, scratch: Path, *, experts: int) -> Source:
@@ -116,17 +134,23 @@ def described(source: Source) -> str:
 # --- import -----------------------------------------------------------------------------------------------------------
 
 
-def import_source(source: Source, dst: Path, *, dtype: str | None = None, console: Console | None = None) -> Cost:
+def import_source(
+    source: Source, dst: Path, *, dtype: str | None = None, storage: Quantised | None = None,
+    console: Console | None = None,
+) -> Cost:  # fmt: skip
     """Writes an opened checkpoint as a folder of stacked leaves; see store.py for what is in it."""
     check_routers(source)
-    planned = {path: leaves.plan_ours(leaf, dtype=dtype) for path, leaf in source.leaves.items()}
+    quantising.check(source.config.decoder, storage, one_device())
+    planned = store.tensors_of(source.leaves, dtype=dtype, storage=storage)
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
         # The base of an applied delta or of a partial save is in the folder too: what is written is whole.
         record = source.record
         if record.base is not None:
             facts = record.facts | {"base_hash": record.base, "base_parts": dict(record.parts)}
             record = record._replace(base=None, layout="released", facts=facts, parts={})
-        store.write(folder, source.leaves, record, dtype=dtype, max_shard_bytes=size_of(SHARD), written=written)
+        store.write(
+            folder, source.leaves, record, dtype=dtype, storage=storage, max_shard_bytes=size_of(SHARD), written=written
+        )
         _copy_files(source.files, folder)
     return meter.cost()
 

@@ -26,7 +26,7 @@ from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.mxfp4 import unpacked
 from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
-from moextend_jax.config import ModelConfig, MoextendError
+from moextend_jax.config import ModelConfig, MoextendError, Quantised
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import parted
 from moextend_jax.folders import is_url
@@ -68,9 +68,21 @@ class Leaf(NamedTuple):
     """Every file that its bytes lie in as they are; none where they are computed, or not in files."""
     sha256: str | None = None
     """What an imported folder says its bytes are: a claim, held against them wherever they all pass by."""
+    few_bits: FewBits | None = None
+    """What files hold instead, whose own claims are checked; the leaf itself cannot be read."""
 
     def indices(self) -> Iterator[Index]:
         return itertools.product(*map(range, self.stacked))
+
+
+class FewBits(NamedTuple):
+    """A leaf's matrices in few bits, as files hold them: integers and scales as they are used, and `parts`, the tensors
+    of the files by how their names end."""
+
+    how: Quantised
+    values: Leaf
+    scales: Leaf
+    parts: Mapping[str, Leaf]
 
 
 # --- matching ---------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def open_checkpoint(
       feature_layer: hidden state that the projector reads; default -1 for the released layout, else -2.
       dtype: element type of parameters and activations; default what is stored.
       mesh: devices to spread the arrays over; default the first device.
-      storage: of the pretrained experts, where not as they are.
+      storage: of the pretrained experts, where not as the files have them.
     """
     source = open_source(folder, base=base, vision=vision, feature_layer=feature_layer, dtype=dtype)
     check_routers(source)
@@ -159,6 +159,7 @@ def open_checkpoint(
     matched = {path: leaf for path, leaf in matched.items() if names.row_of(path, config)}
     kind = dtype or str(matched["decoder/embed"].dtype)
     config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat=remat)
+    storage = storage or quantising.storage_of(matched)
     if storage is not None:
         config = dataclasses.replace(config, expert_storage=cast(Any, storage.kind), expert_group=storage.group)
         quantising.check(config.decoder, storage, mesh or one_device())

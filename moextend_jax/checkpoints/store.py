@@ -10,6 +10,7 @@ by piece as its bytes pass by, one tensor of a file in memory, and a shard is a 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -20,13 +21,13 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from moextend_jax.checkpoints import hashes, leaves
+from moextend_jax.checkpoints import hashes, leaves, quantising
 from moextend_jax.checkpoints.attributes import MOST, fits
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.names import PREFIXES
 from moextend_jax.checkpoints.outside import shown
-from moextend_jax.checkpoints.tensors import difference, open_safetensors, write_safetensors
+from moextend_jax.checkpoints.tensors import Planned, Stored, difference, open_safetensors, write_safetensors
 from moextend_jax.config import (
     IMAGE,
     DecoderConfig,
@@ -37,6 +38,7 @@ from moextend_jax.config import (
     ModelConfig,
     MoextendError,
     Named,
+    Quantised,
     TowerConfig,
     VisionConfig,
     WhisperConfig,
@@ -44,6 +46,7 @@ from moextend_jax.config import (
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
 from moextend_jax.media import mark_of
+from moextend_jax.models.quantised import STORAGES
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
 
@@ -78,15 +81,22 @@ def write(
     record: Record,
     *,
     dtype: Any = None,
+    storage: Quantised | None = None,
     max_shard_bytes: int,
     written: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Writes leaves into an empty folder, cast to `dtype` where it is given."""
-    digests = {path: hashlib.sha256() for path in matched}
-    planned = {path: leaves.plan_ours(leaf, dtype=dtype, digest=digests[path]) for path, leaf in matched.items()}
+    """Writes leaves into an empty folder, cast to `dtype` where it is given, the pretrained experts in the few bits of
+    `storage`: the hashes of a base are still those of what it was before."""
+    experts = {path: leaf for path, leaf in matched.items() if storage and path in quantising.MATRICES}
+    before = {
+        path: (experts[path].dtype, experts[path].shape, sha) for path, sha in hashes.leaf_hashes(experts).items()
+    }
+    digests: dict[str, Any] = collections.defaultdict(hashlib.sha256)
+    planned = tensors_of(matched, dtype=dtype, storage=storage, digests=digests)
     write_safetensors(folder, planned, max_shard_bytes=max_shard_bytes, written=written)
     written_leaves = {path: (plan.dtype, plan.shape, digests[path].hexdigest()) for path, plan in planned.items()}
-    pretrained = hashes.combined({p: leaf for p, leaf in written_leaves.items() if hashes.is_pretrained(p)})
+    as_before = {path: leaf for path, leaf in written_leaves.items() if path in matched} | before
+    pretrained = hashes.combined({p: leaf for p, leaf in as_before.items() if hashes.is_pretrained(p)})
     parts = {tuple(path.split("/")[:2]) for path in matched}
     has_decoder = record.base is not None or any(path.startswith("decoder/") for path in matched)
     value = {
@@ -112,11 +122,32 @@ def write(
         "base_hash": record.base or (pretrained.base if pretrained.parts else None),
         "base_parts": dict(record.parts) if record.base else pretrained.parts,
         "content_hash": hashes.combine(written_leaves),
-        "leaves": {
-            path: {"dtype": str(d), "shape": list(s), "sha256": sha} for path, (d, s, sha) in written_leaves.items()
-        },
+        "leaves": _claims(written_leaves),
     }
+    if storage:
+        value["few_bits"] = {**storage._asdict(), "before": _claims(before)}
     (folder / FILE).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def tensors_of(
+    matched: Mapping[str, Leaf], *, dtype: Any = None, storage: Quantised | None = None,
+    digests: Mapping[str, Any] | None = None,
+) -> dict[str, Planned]:  # fmt: skip
+    """What `write` writes; `digests` by path, made when asked for, take its bytes."""
+    digests = collections.defaultdict(hashlib.sha256) if digests is None else digests
+    planned = {}
+    for path, leaf in matched.items():
+        if storage and path in quantising.MATRICES:
+            own = {suffix: digests[path + suffix] for suffix in ("", quantising.SCALE)}
+            tensors = quantising.planned(leaf, storage, digests=own)
+            planned |= {path + suffix: tensor for suffix, tensor in tensors.items()}
+        else:
+            planned[path] = leaves.plan_ours(leaf, dtype=dtype, digest=digests[path])
+    return planned
+
+
+def _claims(hashed: hashes.Hashed) -> dict[str, dict[str, Any]]:
+    return {path: {"dtype": str(d), "shape": list(s), "sha256": sha} for path, (d, s, sha) in hashed.items()}
 
 
 def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
@@ -150,18 +181,44 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
             raise MoextendError(f"{folder}: the tensors are not those of {FILE}.{unequal}")
         matched = {}
         for path, tensor in stored.items():
+            if not hashes.is_hash(sha256 := listed[path]["sha256"]):
+                raise ValueError(f"the sha256 of {path} is {shown(sha256)}")
+        if few_bits := value.get("few_bits"):
+            matched = _in_few_bits(few_bits, stored, listed, config=record.config)
+            stored = {path: t for path, t in stored.items() if path.removesuffix(quantising.SCALE) not in matched}
+        for path, tensor in stored.items():
             claim = (tuple(listed[path]["shape"]), listed[path]["dtype"])
             if claim != (tensor.shape, str(tensor.dtype)):
                 raise MoextendError(
                     f"{tensor.where}: {path} is {tensor.dtype}{list(tensor.shape)}; {FILE} says "
                     f"{shown(claim[1])}{shown(list(claim[0]))}"
                 )
-            if not hashes.is_hash(sha256 := listed[path]["sha256"]):
-                raise ValueError(f"the sha256 of {path} is {shown(sha256)}")
-            matched[path] = leaves.from_ours(path, tensor, config=record.config, sha256=sha256)
+            matched[path] = leaves.from_ours(path, tensor, config=record.config, sha256=listed[path]["sha256"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise MoextendError(f"{where} cannot be read: {shown(error)}") from None
     return record, matched
+
+
+def _in_few_bits(
+    few_bits: Mapping[str, Any], stored: Mapping[str, Stored], listed: Mapping[str, Any], *, config: ModelConfig
+) -> dict[str, Leaf]:
+    """The leaves that files hold in few bits; raises as `read`, or ValueError."""
+    how = Quantised(few_bits["kind"], few_bits["group"])
+    if how.kind not in STORAGES or not isinstance(how.group, int) or not 0 < how.group < MOST:
+        raise ValueError(f"few_bits are {shown(few_bits['kind'])} in groups of {shown(how.group)}")
+    matched = {}
+    for path, claim in few_bits["before"].items():
+        if path not in quantising.MATRICES or not hashes.is_hash(claim["sha256"]):
+            raise ValueError(f"few_bits of {shown(path)}, {shown(claim['sha256'])}")
+        tensors = {suffix: stored[path + suffix] for suffix in ("", quantising.SCALE)}
+        claims = {suffix: listed[path + suffix]["sha256"] for suffix in tensors}
+        # What it was before: of it nothing is read.
+        weights = Stored(tuple(claim["shape"]), np.dtype(claim["dtype"]), stored[path].read, stored[path].where)
+        before = leaves.from_ours(path, weights, config=config, sha256=claim["sha256"])
+        if before.shape[-2] % how.group:
+            raise ValueError(f"groups of {how.group} do not divide {path} {list(before.shape)}")
+        matched[path] = quantising.opened(before, how, tensors, claims)
+    return matched
 
 
 def _checked(record: Record) -> Record:

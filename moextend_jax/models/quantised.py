@@ -54,14 +54,28 @@ def _e2m1(ratio: np.ndarray) -> np.ndarray:
     return np.searchsorted(between, np.abs(ratio)) - 8 * np.signbit(ratio)
 
 
+NF4 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
+    np.float32,
+)  # fmt: skip
+"""What -8 to 7 mean in nf4: quantiles of the normal distribution over the largest weight (QLoRA, 2305.14314)."""
+
+
+def _nearest_of_nf4(ratio: np.ndarray) -> np.ndarray:
+    return np.searchsorted((NF4[1:] + NF4[:-1]) / 2, ratio) - 8
+
+
 STORAGES = {
     "int8": _even(-127, 127, np.int8),
     "int4": _even(-8, 7, ml_dtypes.int4),
     "mxfp4": Storage(np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.bfloat16), _power_of_two, _e2m1),
+    "nf4": Storage(np.dtype(ml_dtypes.int4), np.dtype(np.float32), np.abs, _nearest_of_nf4),
 }
 """TABLE `ModelConfig.expert_storage` -> how weights are stored; "as_is" is none of these. What such files hold stays
 exactly that, if groups are theirs: 32 in GGUF's Q8_0 (int8) and Q4_0 (int4) and in MXFP4 (Open Compute Project's
-Microscaling Formats 1.0)."""
+Microscaling Formats 1.0), 64 in bitsandbytes' nf4."""
 
 
 def scales(w_IO: np.ndarray, kind: str, group: int) -> np.ndarray:
@@ -87,6 +101,11 @@ def dequantise(values_IO: jax.Array, scale_gO: jax.Array, dtype: Any) -> jax.Arr
         size = values + 8 * (values < 0)
         size = (size + jnp.maximum(size - 4, 0)) / 2 + jnp.maximum(size - 6, 0)
         values = jnp.where(values < 0, -size, size)
+    elif scale_gO.dtype == jnp.float32:
+        meant = jnp.full_like(values, NF4[0])
+        for code in range(-7, 8):  # which fuses with what reads it, as a gather on a TPU does not
+            meant = jnp.where(values == code, NF4[code + 8], meant)
+        values = meant
     return (values * scale_gO.astype(jnp.float32)[..., :, None, :]).astype(dtype).reshape(values_IO.shape)
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moextend_jax.config import Batch, ModelConfig, MoextendError
-from moextend_jax.mesh import Rows, check_rows, rows_sharding, state_shardings
+from moextend_jax.mesh import Rows, check_rows, rows_sharding
 from moextend_jax.models.moextend import abstract as structure
 from moextend_jax.models.moextend import input_shape
 from moextend_jax.parameters import by_path
@@ -24,18 +24,20 @@ from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import TrainState, init_state, make_step
+from moextend_jax.train.step import TrainState, init_state, make_step, state_shardings
 
 
 class AbstractStep(NamedTuple):
-    """`step(state, frozen, batch)`, to be lowered on `mesh`; leaves are ShapeDtypeStructs with shardings."""
+    """`step(state, frozen, batch)`, to be lowered on `mesh`; leaves are ShapeDtypeStructs with shardings. moments: where
+    they are kept (`OptimizerConfig`)."""
 
     step: Any
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     state: TrainState
     frozen: dict[str, jax.ShapeDtypeStruct]
     batch: Batch
     mesh: Mesh
+    moments: str
 
 
 def stage_settings(settings: RunSettings, stage: str) -> StageSettings:
@@ -80,8 +82,9 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
         mesh=mesh,
     )
     state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), trainable)
-    state = jax.tree.map(_sharded, state, state_shardings(state, leaves, mesh))
-    return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh)
+    shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=run.optimizer.moments)
+    state = jax.tree.map(_sharded, state, shardings)
+    return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh, run.optimizer.moments)
 
 
 def _sharded(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,7 @@ from moextend_jax.plan.compiling import Compiled
 
 
 class Memory(NamedTuple):
-    """All in bytes of one chip. `padding` is what layouts add to the arguments; those that the step does not use, such
+    """All in bytes of one chip, and `host` what its host keeps of the optimizer beside the total. `padding` is what layouts add to the arguments; those that the step does not use, such
     as extensions of media that its batch has not, lie there all the same. `outputs` less `aliased` are results that do
     not take the place of a donated argument. The total counts each byte once."""
 
@@ -30,6 +30,7 @@ class Memory(NamedTuple):
     temporaries: int
     code: int
     total: int
+    host: int
 
 
 def shard_bytes(tree: Any) -> int:
@@ -47,16 +48,19 @@ def _bits(dtype: Any) -> int:
 
 def memory(abstract: AbstractStep, compiled: Compiled) -> Memory:
     state = abstract.state
+    # A device that is not here has no kinds of memory to name.
+    host = shard_bytes([leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim and abstract.moments == "host"])
     kinds = {
         "frozen": shard_bytes(abstract.frozen),
         "trainable": shard_bytes(state.trainable),
-        "optimizer": shard_bytes((state.optimizer, state.step)),
+        "optimizer": shard_bytes((state.optimizer, state.step)) - host,
         "batch": shard_bytes(abstract.batch),
     }
     exact, stats = sum(kinds.values()), compiled.memory
     if stats is None:  # too big to compile: only the sum is known
         total = max(compiled.needed or 0, exact)
-        return Memory(**kinds, padding=0, outputs=0, aliased=0, temporaries=total - exact, code=0, total=total)
+        return Memory(**kinds, padding=0, outputs=0, aliased=0, temporaries=total - exact, code=0, total=total,
+                      host=host)  # fmt: skip
     # The compiler counts the arguments that the step uses.
     arguments, outputs = max(stats.argument_size_in_bytes, exact), stats.output_size_in_bytes
     aliased, temporaries, code = stats.alias_size_in_bytes, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes
@@ -68,4 +72,5 @@ def memory(abstract: AbstractStep, compiled: Compiled) -> Memory:
         temporaries=temporaries,
         code=code,
         total=arguments + outputs - aliased + temporaries + code,
+        host=host,
     )

@@ -22,6 +22,7 @@ KINDS = {
     "code": "program",
     "total": "total",
     "limit": "the chip has",
+    "host": "optimizer in the host's memory",
 }
 PHASES = {
     "forward": "forward (frozen and new)",
@@ -41,7 +42,8 @@ def print_plan(figures: dict[str, Any], console: Console) -> None:
     table = Table("bytes per chip", "GiB")
     for kind, words in KINDS.items():
         sign = -1 if kind == "aliased" else 1
-        table.add_row(words, f"{sign * held[kind] / GIB:.3f}", end_section=kind in ("code", "total"))
+        if kind != "host" or held[kind]:
+            table.add_row(words, f"{sign * held[kind] / GIB:.3f}", end_section=kind in ("code", "limit"))
     console.print(table)
     table = Table("FLOPs per step, all chips", "TFLOP", "share")
     for phase, words in PHASES.items():

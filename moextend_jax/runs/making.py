@@ -68,6 +68,7 @@ def train(run: Run, name: str) -> None:
     row = table.result(name)
     undecisive = ("loss_chunk", "epochs", "least_steps")  # steps says it
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
+    del decisive["optimizer"]["moments"]  # the same bits wherever they lie
     facts = run.facts_of(name, settings=as_json(decisive))
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     if _is_done(run, name, facts):

@@ -16,7 +16,7 @@ from moextend_jax.checkpoints import train_state
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.data import faults
 from moextend_jax.data.shared_memory import no_bus_error
-from moextend_jax.mesh import on_host, place, place_rows, state_shardings
+from moextend_jax.mesh import on_host, place_rows
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.progress import counting, preparing
 from moextend_jax.settings import RunSettings, StageSettings
@@ -26,7 +26,7 @@ from moextend_jax.train.meter import Meter
 from moextend_jax.train.metrics import MetricsWriter
 from moextend_jax.train.nonfinite import Watch
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import init_state, make_step
+from moextend_jax.train.step import init_state, make_step, state_shardings
 from moextend_jax.train.tracing import Tracer
 
 
@@ -83,8 +83,8 @@ def train_loop(
         mesh=mesh,
     )
     # The step donates its state, the caller keeps its arrays: train a copy.
-    state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer)
-    state = jax.tree.map(place, state, state_shardings(state, trainable, mesh))
+    shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments)
+    state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer, shardings=shardings)
     process = jax.process_index()
     validate = loss_step(model, chunk=stage.loss_chunk, mesh=mesh)
     watch = Watch(folder / "nonfinite", most=settings.nonfinite_limit + 1, name_of=job.name_of)

@@ -5,8 +5,9 @@ The step multiplies its updates by the learning rate of the step's number, so a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,16 +35,17 @@ def learning_rate(config: OptimizerConfig, *, steps: int, recipe: Recipe) -> opt
     return logarithmic
 
 
-def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> optax.GradientTransformationExtraArgs:
     """Over a flat dict of the trainable leaves by path: nothing else reaches the clip, the norm or the moments.
 
     Its updates are for a learning rate of one, times the group's multiplier; decay is a part of them, as in AdamW.
+    `update` takes a boolean `finite` besides: where it is false, the state stays as it was.
     """
     labels: dict[str, Group] = {path: group(path) for path in paths}
 
     def adamw(name: Group) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment),
+            _adam(config),
             optax.add_decayed_weights(config.weight_decays.get(name, 0.0)),
             optax.scale(-config.multipliers.get(name, 1.0)),
         )
@@ -52,15 +54,42 @@ def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> o
     return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels)))
 
 
+def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Adam's moments and what they make of a gradient, a leaf after another: so of moments that are kept in the host's
+    memory a device never holds more than one leaf's."""
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment)
+
+    def put(state: optax.ScaleByAdamState, space: jax.memory.Space) -> optax.ScaleByAdamState:
+        if config.moments == "device":
+            return state
+        return state._replace(mu=jax.device_put(state.mu, space), nu=jax.device_put(state.nu, space))
+
+    def init(params):
+        return put(cast(optax.ScaleByAdamState, adam.init(params)), jax.memory.Space.Host)
+
+    def update(updates, state, params=None, *, finite=True, **_):
+        done, mu, nu, count = dict(updates), dict(state.mu), dict(state.nu), state.count
+        for path in (path for path, leaf in updates.items() if not isinstance(leaf, optax.MaskedNode)):
+            of_leaf = optax.ScaleByAdamState(state.count, {path: mu[path]}, {path: nu[path]})
+            before = put(of_leaf, jax.memory.Space.Device)
+            leaf, after = adam.update({path: updates[path]}, before)
+            after = put(jax.tree.map(functools.partial(jnp.where, finite), after, before), jax.memory.Space.Host)
+            done |= leaf
+            count, mu, nu = after.count, mu | after.mu, nu | after.nu
+        return done, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """The same with its sums, updates and, if nothing else is said, moments in float32 whatever the leaves are: in
     eight bits of mantissa a second moment that keeps 0.999 of itself would never shrink."""
 
-    def update(updates, state, params=None):
-        return inner.update(in_float32(updates), state, in_float32(params))
+    def update(updates, state, params=None, **extra):
+        return inner.update(in_float32(updates), state, in_float32(params), **extra)
 
-    return optax.GradientTransformation(lambda params: inner.init(in_float32(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(in_float32(params)), update)

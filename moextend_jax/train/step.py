@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from moextend_jax.config import Batch, Recipe
-from moextend_jax.mesh import Program, one_device
+from moextend_jax.mesh import Program, one_device, optimizer_shardings, place
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path, with_arrays
-from moextend_jax.sharding import constrain, split_rows
+from moextend_jax.sharding import constrain, spec, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
 from moextend_jax.train.optimizer import in_float32
 
@@ -31,14 +32,36 @@ class TrainState(NamedTuple):
     skipped: jax.Array
 
 
-def init_state(trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jnp.int32(0))
+def init_state(
+    trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, *, shardings: TrainState | None = None
+) -> TrainState:
+    """The state before the first step, which the step takes over, `trainable` and all.
+
+    Args:
+      shardings: of `state_shardings`: everything is made where it will lie. None: on the first device.
+    """
+    if shardings is None:
+        return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jnp.int32(0))
+    make = Program(optimizer.init, mesh=shardings.step.mesh, out_shardings=shardings.optimizer)
+    counts = (place(np.int32(0), sharding) for sharding in (shardings.step, shardings.skipped))
+    return TrainState(trainable, make(trainable), *counts)
+
+
+def state_shardings(
+    trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
+) -> TrainState:
+    """Of `trainable`, real or abstract leaves that have theirs, and of all that comes with them; `moments` as in
+    `OptimizerConfig`."""
+    state = jax.eval_shape(optimizer.init, dict(trainable))
+    count = NamedSharding(mesh, spec(""))
+    own = {path: leaf.sharding for path, leaf in trainable.items()}
+    return TrainState(own, optimizer_shardings(state, trainable, mesh, moments=moments), count, count)
 
 
 def make_step(
     model: MoExtend,
     *,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     recipe: Recipe,
     aux_coefficient: float,
@@ -93,12 +116,10 @@ def make_step(
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(losses_.total) & jnp.isfinite(norm)
         rate = jnp.asarray(schedule(state.step), jnp.float32)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable, finite=finite)
         updates = jax.tree.map(lambda leaf: rate * leaf, updates)
         trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
-        trainable, optimizer_state = jax.tree.map(
-            functools.partial(jnp.where, finite), (trainable, optimizer_state), (state.trainable, state.optimizer)
-        )
+        trainable = jax.tree.map(functools.partial(jnp.where, finite), trainable, state.trainable)
         trainable = placed(trainable)  # as they came, so that the donated buffers take them
         metrics = {
             "loss": losses_.total,
