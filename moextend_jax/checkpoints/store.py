@@ -180,7 +180,7 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
         if unequal := difference(listed, stored):
             raise MoextendError(f"{folder}: the tensors are not those of {FILE}.{unequal}")
         matched = {}
-        for path, tensor in stored.items():
+        for path in stored:
             if not hashes.is_hash(sha256 := listed[path]["sha256"]):
                 raise ValueError(f"the sha256 of {path} is {shown(sha256)}")
         if few_bits := value.get("few_bits"):

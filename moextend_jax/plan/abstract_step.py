@@ -28,8 +28,9 @@ from moextend_jax.train.step import TrainState, init_state, make_step, state_sha
 
 
 class AbstractStep(NamedTuple):
-    """`step(state, frozen, batch)`, to be lowered on `mesh`; leaves are ShapeDtypeStructs with shardings. moments: where
-    they are kept (`OptimizerConfig`)."""
+    """`step(state, frozen, batch)`, to be lowered on `mesh`; leaves are ShapeDtypeStructs with shardings.
+
+    moments: where these are kept (`OptimizerConfig`)."""
 
     step: Any
     optimizer: optax.GradientTransformationExtraArgs

@@ -16,9 +16,11 @@ from moextend_jax.plan.compiling import Compiled
 
 
 class Memory(NamedTuple):
-    """All in bytes of one chip, and `host` what its host keeps of the optimizer beside the total. `padding` is what layouts add to the arguments; those that the step does not use, such
-    as extensions of media that its batch has not, lie there all the same. `outputs` less `aliased` are results that do
-    not take the place of a donated argument. The total counts each byte once."""
+    """All in bytes of one chip; `host`, which the total does not have, is what its host keeps of the optimizer.
+
+    `padding` is what layouts add to the arguments; those that the step does not use, such as extensions of media that
+    its batch has not, lie there all the same. `outputs` less `aliased` are results that do not take the place of a
+    donated argument. The total counts each byte once."""
 
     frozen: int
     trainable: int
