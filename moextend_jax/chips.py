@@ -25,6 +25,7 @@ class Chip(NamedTuple):
     `link` is what one chip sends over one link of its torus in one direction per second (a GPU has one link, to all
     others of its node); `network` the same to chips of another node, where there are nodes. `dimensions` of the torus;
     a ring of at least `wraps` chips is closed. `shared`: memory that the threads of a GPU's block can have in common.
+    `host`: what its host sends it per second (PCIe, one direction); 0: not published.
     """
 
     platform: str
@@ -36,6 +37,7 @@ class Chip(NamedTuple):
     wraps: int = 0
     network: float = 0.0
     shared: int = 0
+    host: float = 0.0
 
 
 CHIPS = {
@@ -43,10 +45,10 @@ CHIPS = {
     "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 819e9, 45e9, 2, 16),
     "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1640e9, 90e9, 2, 16),
     # 80 GB as CUDA counts them
-    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, SHARED["9"]),
-    "h200": Chip("gpu", 989e12, int(GPU_SHARE * 139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, SHARED["9"]),
+    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, SHARED["9"], 64e9),
+    "h200": Chip("gpu", 989e12, int(GPU_SHARE * 139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, SHARED["9"], 64e9),
     # 24 GB, on PCIe alone
-    "rtx4090": Chip("gpu", 165.2e12, int(GPU_SHARE * 23.5 * GIB), 1008e9, 32e9, 1, 0, 3e9, LEAST_SHARED),
+    "rtx4090": Chip("gpu", 165.2e12, int(GPU_SHARE * 23.5 * GIB), 1008e9, 32e9, 1, 0, 3e9, LEAST_SHARED, 32e9),
 }
 
 

@@ -55,6 +55,19 @@ def locked(workdir: Path) -> Iterator[None]:
                     workdir.rmdir()
 
 
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """One process after another, in process 0 for all processes of a run, by a file beside `path`: who comes later
+    waits."""
+    if not first():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}{NAME}").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def holder(workdir: Path) -> str | None:
     """Which run holds a work directory (its process, host and start, as text); None where none does."""
     with contextlib.suppress(OSError), (workdir / NAME).open("r") as file:

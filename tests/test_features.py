@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,11 @@ from PIL import Image
 
 from moextend_jax.config import MoextendError, VisionConfig
 from moextend_jax.data.datasets import AnyItems, Items, open_dataset
-from moextend_jax.data.features import FeatureStore, cache_features
+from moextend_jax.data.faults import Fault
+from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
+from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.media.image import decode_image, prepare_image
+from moextend_jax.settings import FaultSettings
 
 
 def encoded(shade):
@@ -95,13 +100,57 @@ def test_pictures_of_another_folder_are_other_pictures(tmp_path):
     assert (stores[0] != stores[1]).any()
 
 
+def test_a_data_set_with_the_same_items_finds_their_cache(tmp_path):
+    made = make(tmp_path / "captions")
+    found = make(tmp_path / "questions", compute=refuse)
+    assert found.path == made.path and not (tmp_path / "questions").exists()
+    with pytest.raises(AssertionError):
+        make(tmp_path / "questions", compute=refuse, tower="t2")
+
+
+def test_who_wants_a_cache_that_is_being_made_waits_for_it(tmp_path):
+    begun, others = threading.Event(), []
+
+    def slow(x):
+        if not begun.is_set():
+            begun.set()
+            time.sleep(0.3)  # in which the other one would begin too
+        return tower(x)
+
+    def other():
+        begun.wait()
+        others.append(make(tmp_path / "c", compute=refuse))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    store = make(tmp_path / "c", compute=slow)
+    thread.join()
+    np.testing.assert_array_equal(others[0].features_nPC, store.features_nPC)
+
+
+def test_features_of_several_data_sets_are_one_after_another(tmp_path):
+    """One has no pictures, and one a picture that cannot be read."""
+    others = images_of({"a": encoded(90), "broken": b"no picture", "b": encoded(95)}, fingerprint="others")
+    items = JoinedItems([IMAGES, images_of({}), others])
+    skipping = FaultSettings(policies={"not_image": "skip"}, most_skipped=1.0)
+    first, last = make(tmp_path / "five"), make(tmp_path / "three", images=others, faults=skipping)
+    store = JoinedFeatures(stores=(first, None, last), joined=items.joined)
+    assert [store.row(key) for key in ("0/k0", "0/k4", "2/a", "2/b")] == [0, 4, 5, 7]
+    rows = np.array([[7, 0], [5, 4]])
+    expected = np.stack([[last["b"], first["k0"]], [last["a"], first["k4"]]])
+    np.testing.assert_array_equal(store.read(rows), expected)
+    with pytest.raises(Fault) as fault:
+        store.row("2/broken")
+    assert fault.value.id == "2/broken"
+
+
 def test_a_run_that_dies_leaves_no_cache(tmp_path):
     def dies(images_nhwc):
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError):
         make(tmp_path / "c", compute=dies)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["c.lock"]
     with pytest.raises(MoextendError, match="no feature cache"):
         FeatureStore.open(tmp_path / "c")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ import tiny
 from moextend_jax.config import IGNORE, RECIPES, Batch, Room
 from moextend_jax.data import batches
 from moextend_jax.data.conversations import Encoded
+from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.packing import Item, Row, Shape, pack
 from moextend_jax.data.readers import Features
 from moextend_jax.extension.routing import count_picks
@@ -159,7 +160,7 @@ def batch_of(rows: list[Row], *, size: int, pixels: bool = False) -> Batch:
     side = tiny.VISION.image_size
     features_nPC = rng.normal(size=(64, P, tiny.VISION.width)).astype(np.float32)
     images_nhwc = rng.normal(size=(64, side, side, 3)).astype(np.float32)
-    store = cast(Any, SimpleNamespace(features_nPC=features_nPC))
+    store = FeatureStore(path=Path(), rows={}, features_nPC=features_nPC, fingerprint={})
     stage = StageSettings(data="", steps=1, length=L, batch_size=size, images_per_row=M)
     readers = {"image": Features(store=store, medium=tiny.PLAIN.media["image"])}
     batch = batches._batch(rows, stage=stage, shape=shape_of(), readers=readers)

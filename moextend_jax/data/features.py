@@ -22,6 +22,8 @@ import numpy as np
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.data.faults import STRICT, Fault, refuse
+from moextend_jax.data.mixing import Joined
+from moextend_jax.lock import in_turn
 from moextend_jax.progress import counting
 from moextend_jax.settings import FaultSettings
 
@@ -70,6 +72,39 @@ class FeatureStore:
     def __getitem__(self, key: str) -> np.ndarray:
         return self.features_nPC[self.row(key)]
 
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Features `[..., P, C]` of these rows."""
+        return self.features_nPC[rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedFeatures:
+    """Caches of several data sets, one after another, rows and keys as `mixing.JoinedItems` number them. stores: None
+    where a data set has no items."""
+
+    stores: tuple[FeatureStore | None, ...]
+    joined: Joined
+
+    def row(self, key: str) -> int:
+        """Raises the `Fault` of an item that could not be read."""
+        number, _, own = key.partition("/")
+        store = self.stores[int(number)]
+        assert store is not None
+        try:
+            return self.joined.starts[int(number)] + store.row(own)
+        except Fault as fault:
+            raise Fault(str(fault), fault.kind, key) from fault
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Features `[..., P, C]` of these rows."""
+        shape, dtype = next((s.features_nPC.shape[1:], s.features_nPC.dtype) for s in self.stores if s is not None)
+        features = np.empty((*rows.shape, *shape), dtype)
+        for store, first, size in zip(self.stores, self.joined.starts, self.joined.sizes, strict=True):
+            if store is not None:
+                mine = (rows >= first) & (rows < first + size)
+                features[mine] = store.features_nPC[rows[mine] - first]
+        return features
+
 
 class Preparing(Protocol):
     """`data.readers.Inputs`."""
@@ -101,7 +136,8 @@ def cache_features(
     threads: int = 1,
     faults: FaultSettings = STRICT,
 ) -> FeatureStore:
-    """Runs every item through the tower once and keeps the features; a cache that fits is only opened.
+    """Runs every item through the tower once and keeps the features; a cache that fits, in `path` or beside it (of
+    another data set with the same items), is only opened.
 
     Args:
       compute: arrays `[n, ...]` (always `batch_size` of them) to `features_nPC`.
@@ -117,9 +153,17 @@ def cache_features(
         raise MoextendError(f"no items to cache features of in {path}")
     path = Path(path)
     fingerprint = {"tower": tower, "dtype": dtype, "images": inputs.items.fingerprint} | inputs.facts()
+    with in_turn(path):  # two chains of `continual` want the same at the same time
+        return _cached_or_made(inputs, path, compute, fingerprint, dtype, batch_size, threads, faults)
+
+
+def _cached_or_made(
+    inputs: Preparing, path: Path, compute, fingerprint: dict[str, Any], dtype, batch_size, threads,
+    faults: FaultSettings,
+) -> FeatureStore:  # fmt: skip
     # Process 0's look decides: on another host the files may have other times.
-    if not distributed.any_process(distributed.first() and not _fits(path, fingerprint, inputs)):
-        store = FeatureStore.open(path)
+    if name := distributed.text_from_first(lambda: _cached(path, fingerprint, inputs)):
+        store = FeatureStore.open(path.with_name(name))
         refuse(store.faults.values(), faults, where=f"feature cache {path}")
         return store
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
@@ -129,13 +173,18 @@ def cache_features(
         if distributed.first():
             facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
             (unfinished / "cache.json").write_text(json.dumps(facts))
-            if not _fits(path, fingerprint, inputs):  # another process may have made it meanwhile, and may read it
-                shutil.rmtree(path, ignore_errors=True)
-                unfinished.rename(path)
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     distributed.barrier(f"cached {path}")
     return FeatureStore.open(path)
+
+
+def _cached(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> str:
+    """The folder beside `path`, or its own name, that has these features; "" where none has."""
+    others = sorted(other.parent for other in path.parent.glob("*/cache.json") if ".unfinished-" not in str(other))
+    return next((folder.name for folder in (path, *others) if _fits(folder, fingerprint, inputs)), "")
 
 
 def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from moextend_jax.config import Batch, FeaturesConfig, Medium, VisionConfig, WhisperConfig
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.features import FeatureStore
+from moextend_jax.data.features import FeatureStore, JoinedFeatures
 from moextend_jax.media import KINDS
 
 OnFault = Callable[[tuple[int, int], Fault], None]
@@ -97,7 +97,7 @@ class Features:
     """Items of a medium as the cached output of its frozen tower. items: where the lengths of their spans depend on
     their files."""
 
-    store: FeatureStore
+    store: FeatureStore | JoinedFeatures
     medium: Medium
     items: AnyItems | None = None
 
@@ -121,7 +121,7 @@ class Features:
 
     def read(self, rows_BM: np.ndarray, on_fault: OnFault = _raise) -> np.ndarray:
         """Features `[B, M, P, C]` of items by row, zeros for -1."""
-        features_BMPC = self.store.features_nPC[np.maximum(rows_BM, 0)]
+        features_BMPC = self.store.read(np.maximum(rows_BM, 0))
         features_BMPC[rows_BM < 0] = 0
         return features_BMPC
 

@@ -59,6 +59,10 @@ CHAINS = {
 }
 
 
+GUESSED_FROM = 20_000
+"""Training rows, at most, that say what a question's most frequent answer is."""
+
+
 class PromptedQuestion(NamedTuple):
     """A question of the evaluation data and its prompt, whose items are rows of what they are read from."""
 
@@ -224,6 +228,8 @@ def _guesses(run: Run, asked: Mapping[str, Questions]) -> dict[str, dict[str, li
     @functools.cache
     def guess(extension: str) -> Callable[[str], str]:
         known = source_of(run, Data(results.named(run.settings, extension, "finetune")))
+        if len(known) > GUESSED_FROM:  # evenly over all of them
+            known = select_rows(known, np.arange(GUESSED_FROM) * len(known) // GUESSED_FROM)
         return questions.frequent_answers(known, tokenizer=run.tokenizer)
 
     return {

@@ -19,7 +19,7 @@ from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_setti
 from moextend_jax.plan.compiling import compile_step
 from moextend_jax.plan.memory import memory
 from moextend_jax.plan.products import Kernel, Products, products
-from moextend_jax.plan.roofline import Roofline, roofline
+from moextend_jax.plan.roofline import BOUNDS, Roofline, roofline
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.plan.traffic import traffic
 from moextend_jax.settings import RunSettings, StageSettings
@@ -91,7 +91,7 @@ def plan(
     done = products(module, unknown=unknown, share=_share(config, run, mesh, new_share))
     sent = collectives.collectives(module, mesh, unknown=unknown)
     moved = traffic(module, unknown=unknown)
-    line = roofline(place.chip, mesh, flops=done.flops, traffic=moved, sent=sent)
+    line = roofline(place.chip, mesh, flops=done.flops, traffic=moved, sent=sent, host=chip_bytes.host)
     figures["flops_per_step"] |= _compiled_flops(done, chips=place.chips, analytic=flops.total)
     figures["collective_bytes_per_chip"] = collectives.by_axis(sent)
     figures["collective_bytes_per_chip_by_phase"] = {
@@ -169,7 +169,7 @@ def _times(line: Roofline, run: StageSettings, model_flops: float, place: topolo
     return {
         "step_seconds": line.seconds,
         "bound": line.bound,
-        "roofline": {name: getattr(line, name) for name in ("compute", "memory", "network")},
+        "roofline": {name: getattr(line, name) for name in BOUNDS},
         "network_seconds": line.by_axis,
         "tokens_per_second": run.batch_size * run.length / line.seconds,
         "mfu": model_flops / (line.seconds * peak),

@@ -1,6 +1,6 @@
 """The least time that a step can take: FLOPs, bytes of memory and bytes sent in; seconds and what bounds them out.
 
-The longest of computing, moving memory and sending is the bound, as if the other two were hidden behind it. Real steps
+The longest of computing, moving memory and sending is the bound, as if the others were hidden behind it. Real steps
 take longer: this is the hardware's limit for the compiled program, not a prediction of its schedule.
 """
 
@@ -16,24 +16,31 @@ from moextend_jax.plan.collectives import Collective
 
 
 class Roofline(NamedTuple):
-    """Seconds per step; `network` is the sum over `by_axis` (mesh axes joined by "+")."""
+    """Seconds per step; `network` is the sum over `by_axis` (mesh axes joined by "+"); `host`: fetching from the host,
+    and putting back at the same time."""
 
     compute: float
     memory: float
     network: float
     by_axis: dict[str, float]
+    host: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory, self.network)
+        return max(self.compute, self.memory, self.network, self.host)
 
     @property
     def bound(self) -> str:
-        return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
+        return max(BOUNDS, key=lambda name: getattr(self, name))
 
 
-def roofline(chip: Chip, mesh: Any, *, flops: float, traffic: float, sent: Iterable[Collective]) -> Roofline:
-    """`flops`, `traffic` are of one chip."""
+BOUNDS = ("compute", "memory", "network", "host")
+
+
+def roofline(
+    chip: Chip, mesh: Any, *, flops: float, traffic: float, sent: Iterable[Collective], host: float = 0.0
+) -> Roofline:
+    """`flops`, `traffic` and `host`, bytes that its host keeps for every step, are of one chip."""
     by_axis: dict[str, float] = {}
     for one in sent:
         name = "+".join(one.axes)
@@ -42,7 +49,8 @@ def roofline(chip: Chip, mesh: Any, *, flops: float, traffic: float, sent: Itera
         share = {"collective-permute": 2.0, "all-to-all": one.group / 4, "ragged-all-to-all": one.group / 4}
         factor = max(1.0, share.get(one.kind, 1.0)) if chip.platform == "tpu" else 1.0
         by_axis[name] = by_axis.get(name, 0.0) + factor * one.nbytes * one.times / bandwidth
-    return Roofline(flops / chip.flops, traffic / chip.hbm_bandwidth, sum(by_axis.values()), by_axis)
+    fetched = host / chip.host if chip.host else 0.0
+    return Roofline(flops / chip.flops, traffic / chip.hbm_bandwidth, sum(by_axis.values()), by_axis, fetched)
 
 
 def axis_bandwidth(chip: Chip, mesh: Any, axes: tuple[str, ...]) -> float:

@@ -70,7 +70,9 @@ def print_plan(figures: dict[str, Any], console: Console) -> None:
     line = figures["roofline"]
     console.print(
         f"step at least {figures['step_seconds']:.3f} s, bound by {figures['bound']} (compute {line['compute']:.3f} s, "
-        f"memory {line['memory']:.3f} s, network {line['network']:.3f} s); at most "
+        f"memory {line['memory']:.3f} s, network {line['network']:.3f} s"
+        + (f", host {line['host']:.3f} s" if line["host"] else "")
+        + f"{', what the host sends not counted' if held['host'] and not line['host'] else ''}); at most "
         f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}"
     )
     console.print(f"{flops['share_of_full_training']:.1%} of the FLOPs of full training; "

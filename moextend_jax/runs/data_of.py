@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grain
 import jax
@@ -20,8 +20,9 @@ from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.features import cache_features
+from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
 from moextend_jax.data.forms import base_split, parts_of
+from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
 from moextend_jax.folders import folder, local
@@ -140,29 +141,43 @@ def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool 
     cache, else what goes into the tower.
 
     Args:
-      data, split: what the source is part of; the cache is of all its items.
+      data, split: what the source is part of; a cache is of all items of a data set.
       inputs: nothing is cached (a tower trains).
     """
     preparation, readers = run.settings.recipe.image_preparation, {}
     for name, medium in run.config.media.items():
-        reader = Inputs(items=source.items[name], medium=medium, preparation=preparation)
-        cached = run.settings.cache_features and reader.field == "media" and len(source.items[name])
+        items = source.items[name]
+        reader = Inputs(items=items, medium=medium, preparation=preparation)
+        cached = run.settings.cache_features and reader.field == "media" and len(items)
         if inputs or not cached:
             readers[name] = reader
             continue
-        prefix = f"media/{name}/tower/"
-        tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith(prefix)}
-        # Side by side: a cache that is made again takes all of its folder away.
-        folder = run.workdir / "features" / (short_name(data, split) + ("" if name == IMAGE else f".{name}"))
-        store = cache_features(
-            reader,
-            path=local(folder, what="cache_features: a cache of features"),
-            compute=functools.partial(_features, run, name, tower),
-            tower=f"{run.towers.get(name, run.base_hash)} {run.settings.dtype}",
-            faults=run.settings.faults,
-        )
-        readers[name] = Features(store=store, medium=medium, items=source.items[name])
+        # A cache for each data set of a mixture, so that other mixtures with it find it.
+        of_parts = items.parts if (several := isinstance(items, JoinedItems)) else (items,)
+        stores = [
+            _cache(run, dataclasses.replace(reader, items=own), name=name, data=part.name, split=split)
+            if len(own)
+            else None
+            for own, part in zip(of_parts, parts_of(data), strict=True)
+        ]
+        store = JoinedFeatures(stores=tuple(stores), joined=items.joined) if several else stores[0]
+        readers[name] = Features(store=cast(Any, store), medium=medium, items=items)
     return readers
+
+
+def _cache(run: Run, reader: Inputs, *, name: str, data: str, split: str) -> FeatureStore:
+    """Features of all items of a medium of one data set."""
+    prefix = f"media/{name}/tower/"
+    tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith(prefix)}
+    # Side by side: a cache that is made again takes all of its folder away.
+    folder = run.workdir / "features" / (short_name(data, split) + ("" if name == IMAGE else f".{name}"))
+    return cache_features(
+        reader,
+        path=local(folder, what="cache_features: a cache of features"),
+        compute=functools.partial(_features, run, name, tower),
+        tower=f"{run.towers.get(name, run.base_hash)} {run.settings.dtype}",
+        faults=run.settings.faults,
+    )
 
 
 def rows_of(
