@@ -386,6 +386,7 @@ class ExtensionConfig:
     start: how new experts start; all but "copy" decide what the model computes ever after, too.
     medium: the medium that it was made for, "" for a task in text. share: how much of it there is beside others
     (`log share` is added to its router logits): 0 takes it out exactly, 1 is all of it.
+    calibrator: what corrects the probabilities that chosen experts are weighed by (`models/router.CALIBRATORS`).
     trains: its experts are stored in the element type of what trains, those of others in that of the base.
     """
 
@@ -398,6 +399,7 @@ class ExtensionConfig:
     trains: bool = False
     start: StartName = "copy"
     wide: int = 1
+    calibrator: CalibratorName = "two_layers"
 
     def sizes(self, decoder: DecoderConfig) -> dict[str, int]:
         """Sizes of the decoder's letters and of those of this extension of it."""
@@ -423,6 +425,14 @@ class Quantised(NamedTuple):
         return f"{self.kind} in groups of {self.group}"
 
 
+CalibratorName = Literal["two_layers", "two_layers_multiplied", "vector", "vector_multiplied", "none"]
+ColumnStart = Literal["copy", "zero", "mean", "random"]
+ExpertStart = Literal["copy", "zero_down", "random"]
+LayerChoice = Literal[
+    "extender", "random", "interval", "all", "first_half", "second_half", "first_quarter", "first_interval",
+    "every_second",
+]  # fmt: skip
+SourceChoice = Literal["recipe", "before", "after", "fixed"]
 ExpertStorage = Literal["as_is", "int8", "int4", "mxfp4", "nf4"]
 WeightGuard = Literal["none", "bounded"]
 Mass = Literal["base", "literal"]

@@ -20,13 +20,18 @@ from moextend_jax.config import (
     IMAGE,
     RECIPES,
     Amount,
+    CalibratorName,
+    ColumnStart,
     Count,
+    ExpertStart,
     ExpertStorage,
+    LayerChoice,
     MoextendError,
     Quantised,
     Range,
     Recipe,
     Saved,
+    SourceChoice,
     StartName,
 )
 
@@ -198,6 +203,14 @@ class SelectSettings:
     new_experts: Part = 1 / 8
     """New experts of such a layer, copied from so many different experts, the most picked first: below 1 a share of the
     pretrained ones, one at least, from 1 on a number."""
+    layers: LayerChoice = "extender"
+    """Which layers: those whose routing moved most in the probe (the paper), or one of its ablations: `random` ones or
+    `interval`, evenly spread, as many as `share` says; all, first_half, second_half, first_quarter, first_interval
+    (every second of the first half), every_second."""
+    source: SourceChoice = "recipe"
+    """What decides which experts are copied: picks before or after the probe, as the recipe has it, or fixed."""
+    expert: Amount = 0
+    """Of source fixed: its number; of several new experts in a layer the first one's."""
     wide: Count = 1
     """Experts that each new one is copied from, side by side in its hidden width: together it is their mean."""
     batch_size: Count = 64
@@ -222,9 +235,18 @@ class GrowSettings:
     changes at the start. lowered: a copy whose logits begin lower. added: beside the chosen experts, from zero on."""
     lowered_by: NotNegative = 2.0
     """Of start lowered: by how much."""
+    calibrator: CalibratorName = "two_layers"
+    """What corrects the weights of chosen experts: two layers, added, from zero (the paper), or of its ablations these
+    multiplied, a learnt vector, added from zero or multiplied from one, or nothing."""
+    column: ColumnStart = "copy"
+    """A new expert's router column: its source's, zeros, the mean of the layer's columns, or random."""
+    expert: ExpertStart = "copy"
+    """A new expert: its source's weights, these with a down projection of zeros, or random ones."""
 
     def __post_init__(self):
         _check(self)
+        if self.start == "twin" and (self.column, self.expert) != ("copy", "copy"):
+            raise MoextendError("grow.start twin starts from copies: leave grow.column and grow.expert out")
 
 
 LeaveOut = Literal["none", "each", "subsets"]

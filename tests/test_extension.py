@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_ex
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.parameters import by_path, with_arrays
+from moextend_jax.settings import GrowSettings
 
 PAPER, RELEASED = RECIPES["paper"], RECIPES["released"]
 
@@ -44,6 +46,71 @@ def test_the_source_is_the_favourite_before_the_probe_or_after_it():
 @pytest.mark.parametrize(("share", "layers"), [(0.25, (1,)), (0.74, (1, 2)), (1.0, (0, 1, 2, 3))])
 def test_the_share_is_rounded_down_and_layers_ascend(share: float, layers: tuple[int, ...]):
     assert routing.select(BEFORE, AFTER, share=share, recipe=PAPER).layers == layers
+
+
+EIGHT = counts([[n, 10 - n, 5] for n in range(8)])
+MOVED = counts([[n, 10 - n, 5 + 3 * (n in (2, 5, 7))] for n in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [
+        ("extender", (2, 5, 7)), ("interval", (1, 4, 7)), ("all", tuple(range(8))), ("first_half", (0, 1, 2, 3)),
+        ("second_half", (4, 5, 6, 7)), ("first_quarter", (0, 1)), ("first_interval", (1, 3)),
+        ("every_second", (0, 2, 4, 6)),
+    ],
+)  # fmt: skip
+def test_the_layers_of_the_papers_ablations(layers: Any, chosen: tuple[int, ...]):
+    got = routing.select(EIGHT, MOVED, share=0.4, recipe=PAPER, layers=layers, first=1)
+    assert got.layers == tuple(1 + layer for layer in chosen) and len(got.sources) == len(chosen)
+
+
+def test_random_layers_are_those_of_the_seed_and_as_many_as_the_share_says():
+    drawn = {
+        routing.select(EIGHT, MOVED, share=0.4, recipe=PAPER, layers="random", seed=seed).layers for seed in range(9)
+    }
+    again = routing.select(EIGHT, MOVED, share=0.4, recipe=PAPER, layers="random", seed=0).layers
+    assert len(drawn) > 4 and {len(layers) for layers in drawn} == {3} and again in drawn
+    assert all(list(layers) == sorted({*layers}) for layers in drawn)
+
+
+def test_what_decides_the_source():
+    def sources(**how: Any) -> tuple[int, ...]:
+        return routing.select(BEFORE, AFTER, share=0.5, recipe=PAPER, **how).sources
+
+    assert sources(source="before") == sources(source="recipe") == (2, 0) and sources(source="after") == (0, 2)
+    assert sources(source="fixed", expert=1) == (1, 1)
+    assert sources(source="fixed", expert=1, new_experts=2) == (1, 2, 1, 0)  # then the most picked
+    with pytest.raises(MoextendError, match="select.expert = 3: a layer has experts 0 to 2"):
+        sources(source="fixed", expert=3)
+    with pytest.raises(MoextendError, match="select.layers = first_quarter of 3 layers chooses none"):
+        routing.select(counts([[3, 3, 4]] * 3), counts([[3, 3, 4]] * 3), share=1, recipe=PAPER, layers="first_quarter")
+
+
+@pytest.mark.parametrize("column", ["zero", "mean", "random"])
+@pytest.mark.parametrize("expert", ["zero_down", "random"])
+def test_columns_and_experts_that_do_not_start_as_copies(column: Any, expert: Any):
+    arrays = tiny.arrays(tiny.PLAIN)
+    copies = grow(arrays, config=tiny.EXTENDED, recipe=PAPER, seed=0)
+    leaves = grow(arrays, config=tiny.EXTENDED, recipe=PAPER, seed=0, column=column, expert=expert)
+    new_YDX = np.asarray(leaves["extensions/image/router/new_gate"])
+    gate_YDE = np.asarray(arrays["decoder/layers/moe/gate"])[list(tiny.EXTENSION.layers)]
+    if column == "random":
+        assert 0.01 < new_YDX.std() < 1 and np.abs(new_YDX[..., None] - gate_YDE[:, :, None]).min() > 0
+    else:
+        expected_YD1 = gate_YDE.mean(axis=-1, keepdims=True) * (column == "mean")
+        np.testing.assert_allclose(new_YDX, np.broadcast_to(expected_YD1, new_YDX.shape), atol=1e-7)
+    for name in ("w_gate", "w_up", "w_down"):
+        leaf, copy = (np.asarray(of[f"extensions/image/new_experts/{name}"]) for of in (leaves, copies))
+        if expert == "random":
+            assert leaf.std() > 0.001 and np.abs(leaf - copy).max() > 0.001
+        else:
+            np.testing.assert_array_equal(leaf, copy * (name != "w_down"))
+
+
+def test_twins_start_from_copies():
+    with pytest.raises(MoextendError, match="grow.start twin starts from copies"):
+        GrowSettings(start="twin", column="zero")
 
 
 def test_ties_go_to_the_lower_layer():

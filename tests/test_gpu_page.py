@@ -43,7 +43,7 @@ def test_a_part_that_fails_is_said_and_ends_in_code_1(tmp_path: Path):
     command = [sys.executable, gpu.__file__, "--tiny", "--layers", "1", "--out", str(tmp_path), "--only", "profile"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 1
-    assert "extends none of 1 layers" in json.loads((tmp_path / "gpu.json").read_text())["failed"]["profile"]
+    assert "of 1 layers chooses none" in json.loads((tmp_path / "gpu.json").read_text())["failed"]["profile"]
 
 
 def test_a_trace_is_added_up_by_kernel(tmp_path: Path):

@@ -18,6 +18,7 @@ from flax import nnx
 from configs.mixtral_8x7b import get_config
 from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
 from moextend_jax.models.router import (
+    CALIBRATORS,
     LARGEST_WEIGHT,
     Gate,
     NewColumns,
@@ -80,10 +81,32 @@ def test_an_extended_layer_equals_the_released_code():
 def test_the_calibrator_equals_the_released_code():
     one = layer()
     columns = new_columns(one["new_gate_DX"], one["w_in_OA"], one["w_out_AO"])
-    q_TO = columns.calibrator(jax.nn.softmax(jnp.asarray(one["router_logits"]), axis=-1))
+    probs_TO = jax.nn.softmax(jnp.asarray(one["router_logits"]), axis=-1)
+    q_TO = probs_TO + columns.calibrator.correction(probs_TO)
     np.testing.assert_allclose(
         np.take_along_axis(np.asarray(q_TO), one["topk_idx"], axis=1), one["topk_calibrated"], atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("name", list(CALIBRATORS))
+def test_every_calibrator_by_hand(name: Any):
+    """In float64, of probabilities [T, 5]."""
+    rng = np.random.default_rng(0)
+    q_TO = rng.dirichlet(np.ones(5), size=30)
+    added = ExtensionConfig(layers=(0,), sources=(0,), calibrator=name, calibrator_width=3)
+    decoder = DecoderConfig(width=6, experts=4)
+    made = nnx.eval_shape(lambda: NewColumns(decoder, added, rngs=nnx.Rngs(0), dtype="float32", std=1.0)).calibrator
+    leaves = {path: rng.normal(size=leaf.shape[1:]) for path, leaf in by_path(nnx.state(made, nnx.Param)).items()}
+    ours = with_arrays(made, {path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
+    by_hand = 0.0
+    if name.startswith("two_layers"):
+        h_TA = q_TO @ leaves["w_in"]
+        by_hand = 0.5 * h_TA * (1 + np.vectorize(math.erf)(h_TA / math.sqrt(2))) @ leaves["w_out"]
+    elif name != "none":
+        by_hand = leaves["vector"][None]
+    calibrated_TO = q_TO * by_hand if name.endswith("multiplied") else q_TO + by_hand
+    single_TO = jnp.asarray(q_TO, jnp.float32)
+    np.testing.assert_allclose(single_TO + ours.correction(single_TO), calibrated_TO, atol=1e-5, rtol=0)
 
 
 def test_weights_are_calibrated_but_the_choice_is_not():

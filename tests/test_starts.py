@@ -44,7 +44,7 @@ from moextend_jax.models.experts import apply_experts
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.router import Gate, NewColumns, Rule, bounded, over_their_sum, route, route_extended
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.models_of import start_of
+from moextend_jax.runs.models_of import grown_as
 from moextend_jax.runs.ready import WIDE_TWIN, extension_problems
 from moextend_jax.settings import EvaluateSettings, GrowSettings, RunSettings, SelectSettings, StageSettings
 from moextend_jax.train import stages
@@ -132,6 +132,24 @@ def slopes(config: ModelConfig, arrays: dict[str, jax.Array]) -> dict[str, float
     return {
         path.removeprefix("extensions/image/"): float(jnp.linalg.norm(leaf)) for path, leaf in run(trainable).items()
     }
+
+
+@pytest.mark.parametrize("calibrator", ["vector", "vector_multiplied", "none", "two_layers_multiplied"])
+def test_other_calibrators_begin_as_the_papers_does_but_for_one_and_learn(calibrator: Any):
+    """The one that is two layers, multiplied, starts at random: in the paper it diverged."""
+
+    def trained(name: Any) -> tuple[ModelConfig, dict[str, jax.Array]]:
+        config = with_extension(tiny.PLAIN, extension("copy", calibrator=name))
+        return config, grown(config, tiny.arrays(tiny.PLAIN))
+
+    papers_BLD, _ = decoded(*trained("two_layers"), BATCH)
+    own_BLD, _ = decoded(*trained(calibrator), BATCH)
+    same = np.abs(own_BLD - papers_BLD).max() == 0
+    assert same != (calibrator == "two_layers_multiplied")
+    norms = {path: norm for path, norm in slopes(*trained(calibrator)).items() if "calibrator" in path}
+    leaves = {"none": set(), "two_layers_multiplied": {"w_in", "w_out"}}.get(calibrator, {"vector"})
+    assert {path.rpartition("/")[2] for path in norms} == leaves
+    assert all(norm > 1e-4 for norm in norms.values())
 
 
 @pytest.mark.parametrize(
@@ -390,8 +408,12 @@ def of_start(**more: Any) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    "more", [{"start": "twin"}, {"start": "lowered"}, {"start": "added"}, {"wide": 2, "sources": (1, 0, 3, 2)}]
-)
+    "more",
+    [
+        {"start": "twin"}, {"start": "lowered"}, {"start": "added"}, {"wide": 2, "sources": (1, 0, 3, 2)},
+        {"calibrator": "vector_multiplied"}, {"calibrator": "none"},
+    ],
+)  # fmt: skip
 def test_folders_and_deltas_say_how_an_extension_started(more: dict[str, Any], base: Path, tmp_path: Path):
     config = of_start(**more)
     convert.import_source(folders.source_of(config, recipe=dataclasses.asdict(PAPER)), tmp_path / "whole")
@@ -399,7 +421,8 @@ def test_folders_and_deltas_say_how_an_extension_started(more: dict[str, Any], b
     assert opened.config.extensions == config.extensions
     cli.call(["export", str(tmp_path / "whole"), str(tmp_path / "delta"), "--layout", "delta"])
     record = json.loads((tmp_path / "delta" / "moextend.json").read_text())["model"]["extensions"]["image"]
-    assert {name: record[name] for name in ("start", "wide")} == {"start": "copy", "wide": 1} | {
+    plain = {"start": "copy", "wide": 1, "calibrator": "two_layers"}
+    assert {name: record[name] for name in plain} == plain | {
         name: value for name, value in more.items() if name != "sources"
     }
     vision = tmp_path / "tower"
@@ -419,6 +442,7 @@ def test_folders_and_deltas_say_how_an_extension_started(more: dict[str, Any], b
         ({"start": "lowered"}, "the start 'lowered' of extension image"),
         ({"start": "added"}, "the start 'added' of extension image"),
         ({"wide": 2, "sources": (1, 0, 3, 2)}, "experts 2 times as wide in extension image"),
+        ({"calibrator": "vector"}, "the calibrator 'vector' of extension image"),
     ],
 )
 def test_the_released_layout_refuses_what_the_released_code_does_not_compute(
@@ -563,12 +587,16 @@ def test_with_one_expert_that_always_weighs_one_nothing_would_learn_to_choose():
     assert norms["new_experts/w_up"] > 1e-4
 
 
-def test_a_work_directory_remembers_the_start_that_it_was_grown_with(tmp_path: Path):
-    own = settings(grow=GrowSettings(start="twin"))
-    assert start_of(tmp_path, own, "image") == "twin"
-    for facts, start in (({"extension": {"layers": [1]}}, "copy"), ({"extension": {"start": "added"}}, "added")):
+def test_a_work_directory_remembers_how_it_was_grown(tmp_path: Path):
+    own = settings(grow=GrowSettings(start="twin", calibrator="none"))
+    assert grown_as(tmp_path, own, "image") == {"start": "twin", "calibrator": "none"}
+    before = {"start": "copy", "calibrator": "two_layers"}
+    for recorded, changed in ({"layers": [1]}, {}), ({"start": "added"}, {"start": "added"}), (
+        {"calibrator": "vector"}, {"calibrator": "vector"}
+    ):  # fmt: skip
+        facts = {"extension": recorded}
         train_state.save_leaves(tmp_path / "grow" / "result", {"leaf": jnp.zeros(1)}, facts=facts)
-        assert start_of(tmp_path, own, "image") == start
+        assert grown_as(tmp_path, own, "image") == before | changed
     with pytest.raises(MoextendError, match="extension.start: 'copy' there, 'twin' now"):
         train_state.check_facts({"extension": {"layers": [1]}}, {"extension": {"start": "twin"}}, where=tmp_path)
     train_state.check_facts({"extension": {}}, {"extension": {"start": "copy", "wide": 1}}, where=tmp_path)

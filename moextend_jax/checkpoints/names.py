@@ -22,6 +22,7 @@ from flax import nnx
 
 from moextend_jax.config import (
     IMAGE,
+    CalibratorName,
     DecoderConfig,
     ExtensionConfig,
     FeaturesConfig,
@@ -67,6 +68,9 @@ EXTENSION = (
         "extensions/image/router/calibrator/w_out",
         "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.2.weight",
         "O A -> A O",
+    ),
+    Name(
+        "extensions/image/router/calibrator/vector", "model.layers.{Y}.block_sparse_moe.weight_scale.vector", "O -> O"
     ),
     Name(
         "extensions/image/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "f D -> D f"
@@ -226,7 +230,7 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
         added = config.extensions.get(name)
-        if added is not None and leaf not in _leaves_of_extension(config.decoder, added.start):
+        if added is not None and leaf not in _leaves_of_extension(config.decoder, added.start, added.calibrator):
             return None
     elif kind == "media":
         part, _, leaf = inside.partition("/")
@@ -244,9 +248,10 @@ def _leaves(decoder: DecoderConfig) -> frozenset[str]:
 
 
 @functools.cache
-def _leaves_of_extension(decoder: DecoderConfig, start: StartName) -> frozenset[str]:
-    """The same of an extension: it has the biases that the decoder's experts and routers have, and its start's leaf."""
-    any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,), start=start)
+def _leaves_of_extension(decoder: DecoderConfig, start: StartName, calibrator: CalibratorName) -> frozenset[str]:
+    """The same of an extension: it has the biases that the decoder's experts and routers have, its start's leaf and
+    those of its calibrator."""
+    any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,), start=start, calibrator=calibrator)
     module = nnx.eval_shape(lambda: Extension(decoder, any_layer, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
     return frozenset(by_path(nnx.state(module, nnx.Param)))
 
@@ -297,6 +302,7 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             added = config.extensions[name]
             others += [f"a share of {added.share} of extension {name}"] * (added.share != 1)
             others += [f"the start {added.start!r} of extension {name}"] * (added.start not in known.starts)
+            others += [f"the calibrator {added.calibrator!r} of extension {name}"] * (added.calibrator != "two_layers")
             others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1 and not known.wide)
     if others:
         raise MoextendError(

@@ -96,7 +96,8 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
         )
         calibrated_Tk = None
         if new is not None:
-            probs_TO = new.router.calibrator(probabilities(routing.logits_TO, config.scores))
+            probs_TO = probabilities(routing.logits_TO, config.scores)
+            probs_TO = probs_TO + new.router.calibrator.correction(probs_TO)
             calibrated_Tk = jnp.take_along_axis(probs_TO, routing.ids_Tk, axis=-1)
         yield Layer(x_BLD, moe_in_BLD, moe_out_BLD, calibrated_Tk)
         x_BLD = added(between_BLD, moe_out_BLD, config)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe, StartName
+from moextend_jax.config import IMAGE, ColumnStart, ExpertStart, ModelConfig, MoextendError, Recipe, StartName
 from moextend_jax.models.mixtral import Extension
 from moextend_jax.models.quantised import dequantise
 from moextend_jax.parameters import arrays_of
@@ -45,6 +45,17 @@ CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
 """TABLE of starts -> the new leaves that do not start as copies. `models/starts.py` says what each is."""
 
 
+COLUMNS: dict[ColumnStart, Callable[[jax.Array, jax.Array], jax.Array] | None] = {
+    "copy": None,
+    "zero": lambda base_YDE, random_YDX: jnp.zeros_like(random_YDX),
+    "mean": lambda base_YDE, random_YDX: jnp.broadcast_to(base_YDE.mean(axis=-1, keepdims=True), random_YDX.shape),
+    "random": lambda base_YDE, random_YDX: random_YDX,
+}
+"""TABLE `grow.column` -> what router columns become instead of copies; the paper's ablations."""
+EXPERTS: dict[ExpertStart, tuple[str, ...]] = {"copy": (), "zero_down": ("w_down", "b_down"), "random": ()}
+"""TABLE `grow.expert` -> the matrices of a copied expert that become zero; of "random" nothing is copied."""
+
+
 def grow(
     arrays: Mapping[str, jax.Array],
     *,
@@ -53,6 +64,8 @@ def grow(
     seed: int,
     name: str = IMAGE,
     lowered_by: float = 0.0,
+    column: ColumnStart = "copy",
+    expert: ExpertStart = "copy",
 ) -> dict[str, jax.Array]:
     """The leaves of the extension `name` of `config.extensions`, initialised from the pretrained ones.
 
@@ -60,6 +73,9 @@ def grow(
     not touched. A wide one has the hidden units of its sources side by side, which adds their outputs up, and a down
     projection divided by their number: it is their mean, of the size of one. Its column is that of its first source,
     the most picked, for a mean of columns is chosen by next to nobody.
+
+    Args:
+      column, expert: rows of COLUMNS and EXPERTS, where they do not start as copies.
     """
     extension = config.extensions.get(name)
     if extension is None:
@@ -77,7 +93,10 @@ def grow(
     layers_Y1 = jnp.array(extension.layers)[:, None] - routed.start
     sources_YXm = jnp.array(extension.sources).reshape(Y, extension.new_experts, wide)
     for new, old in COPIED.items():
-        if new not in leaves:  # the base's experts have none
+        if new not in leaves or (expert == "random" and new.startswith("new_experts/")):  # or the base's have none
+            continue
+        if new == "router/new_gate" and (made := COLUMNS[column]):
+            leaves[new] = made(arrays[old][layers_Y1[:, 0]].astype(leaves[new].dtype), leaves[new])
             continue
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
             copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YXm[..., 0]], 1, 2)
@@ -85,6 +104,9 @@ def grow(
             parts = [_of_experts(arrays, old, layers_Y1, sources_YXm[..., n]) for n in range(wide)]
             copied = MEAN_OF[new](parts) if wide > 1 and new in MEAN_OF else parts[0]
         leaves[new] = copied.astype(leaves[new].dtype)
+    for new in (f"new_experts/{matrix}" for matrix in EXPERTS[expert]):
+        if new in leaves:
+            leaves[new] = jnp.zeros_like(leaves[new])
     for new, changed in CHANGED[extension.start].items():
         if new in leaves:
             leaves[new] = changed(leaves[new], lowered_by)

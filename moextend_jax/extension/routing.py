@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from moextend_jax.config import Batch, MoextendError, Recipe
+from moextend_jax.config import Batch, LayerChoice, MoextendError, Recipe, SourceChoice
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.router import Routing
@@ -28,6 +28,26 @@ class Counts(NamedTuple):
     @property
     def total_ZO(self) -> np.ndarray:
         return np.asarray(self.text_ZO) + np.asarray(self.image_ZO)
+
+
+def spread(layers: int, count: int) -> list[int]:
+    """`count` of so many layers, the last of each run of `layers` / `count`."""
+    return [(n + 1) * layers // count - 1 for n in range(count)]
+
+
+LAYERS: dict[str, Callable[[np.ndarray, int, np.random.Generator], Sequence[int]]] = {
+    "extender": lambda shift_Z, count, draw: np.argsort(-shift_Z, kind="stable")[:count].tolist(),
+    "random": lambda shift_Z, count, draw: draw.choice(len(shift_Z), count, replace=False).tolist(),
+    "interval": lambda shift_Z, count, draw: spread(len(shift_Z), count),
+    "all": lambda shift_Z, count, draw: range(len(shift_Z)),
+    "first_half": lambda shift_Z, count, draw: range(len(shift_Z) // 2),
+    "second_half": lambda shift_Z, count, draw: range(len(shift_Z) // 2, len(shift_Z)),
+    "first_quarter": lambda shift_Z, count, draw: range(len(shift_Z) // 4),
+    "first_interval": lambda shift_Z, count, draw: range(1, len(shift_Z) // 2, 2),
+    "every_second": lambda shift_Z, count, draw: range(0, len(shift_Z), 2),
+}
+"""TABLE `select.layers` -> which of the layers that route are extended, by their shifts and how many `select.share` is
+of them (the first three ask). The paper's ablations, and `every_second` from the first on as in MoE-LLaVA."""
 
 
 class Selection(NamedTuple):
@@ -128,6 +148,10 @@ def select(
     new_experts: int = 1,
     wide: int = 1,
     first: int = 0,
+    layers: LayerChoice = "extender",
+    source: SourceChoice = "recipe",
+    expert: int = 0,
+    seed: int = 0,
 ) -> Selection:
     """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
 
@@ -136,24 +160,45 @@ def select(
     second, and so on. `first` is the number of the first layer that routes: counts are of routed layers, the chosen
     ones are numbered among all.
 
+    Args:
+      layers: a row of LAYERS, of which "random" draws by `seed`.
+      source: picks "before" or "after" the probe, as the recipe says, or "fixed": `expert` before all others.
+
     Raises:
-      MoextendError: the share chooses no layer, or a layer's shift is no number (nothing was counted there).
+      MoextendError: no layer is chosen, there is no such expert, or a layer's shift is no number (nothing was counted
+        there).
     """
     with np.errstate(invalid="ignore"):
         shift_Z = shift(before.total_ZO, after.total_ZO)
     if not np.isfinite(shift_Z).all():
-        layers = (first + np.flatnonzero(~np.isfinite(shift_Z))).tolist()
-        raise MoextendError(f"no layer can be chosen: the shift of layers {layers} is no number, without picks")
-    count = int(share * len(shift_Z))
-    if count < 1:
-        raise MoextendError(f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it")
-    layers = tuple(sorted(int(z) for z in np.argsort(-shift_Z, kind="stable")[:count]))
-    decided_ZO = shares((before if recipe.source_under == "before" else after).total_ZO)
+        without = (first + np.flatnonzero(~np.isfinite(shift_Z))).tolist()
+        raise MoextendError(f"no layer can be chosen: the shift of layers {without} is no number, without picks")
+    chosen = chosen_layers(layers, shift_Z, share=share, seed=seed)
+    decided_under = recipe.source_under if source in ("recipe", "fixed") else source
+    decided_ZO = shares((before if decided_under == "before" else after).total_ZO)
     check_sources(new_experts, wide, experts=decided_ZO.shape[1])
-    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in layers)
+    if source == "fixed":
+        if expert >= decided_ZO.shape[1]:
+            raise MoextendError(f"select.expert = {expert}: a layer has experts 0 to {decided_ZO.shape[1] - 1}")
+        decided_ZO[:, expert] = np.inf
+    by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in chosen)
     sources = (experts.reshape(wide, new_experts).T.reshape(-1) for experts in by_picks)
     copied = tuple(int(expert) for experts in sources for expert in experts)
-    return Selection(shift_Z, tuple(first + z for z in layers), copied)
+    return Selection(shift_Z, tuple(first + z for z in chosen), copied)
+
+
+def chosen_layers(layers: LayerChoice, shift_Z: np.ndarray, *, share: float, seed: int = 0) -> list[int]:
+    """A row of LAYERS asked, ascending; a MoextendError where it chooses none."""
+    count = int(share * len(shift_Z))
+    some = count or layers not in ("extender", "random", "interval")
+    chosen = sorted(LAYERS[layers](shift_Z, count, np.random.default_rng(seed))) if some else []
+    if not chosen:
+        raise MoextendError(
+            f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it"
+            if not some
+            else f"select.layers = {layers} of {len(shift_Z)} layers chooses none"
+        )
+    return chosen
 
 
 def check_sources(new_experts: int, wide: int, *, experts: int) -> None:

@@ -242,9 +242,10 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
         f = added.wide * F
         of, new_rows = "" if len(config.extensions) == 1 else f" of {name}", T * k * picked[name]
         router, calibrator = 2.0 * extended * T * D * X, 4.0 * extended * T * (E + X) * A
+        if added.calibrator.startswith("two_layers"):
+            parts += [Part(f"calibrator{of}", calibrator, (new + "router/calibrator/w_in",), True)]
         parts += [
             Part(f"router/new{of}", router, (new + "router/new_gate",), True),
-            Part(f"calibrator{of}", calibrator, (new + "router/calibrator/w_in",), True),
             Part(f"new_experts/gate{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_gate",), True),
             Part(f"new_experts/up{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_up",), True),
             Part(f"new_experts/down{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_down",), True),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig, Mass
+from moextend_jax.config import CalibratorName, DecoderConfig, ExtensionConfig, Mass
 from moextend_jax.models.starts import STARTS, TIE, Columns, Competing
 from moextend_jax.parameters import constant, weight
 
@@ -41,19 +41,50 @@ class Routing(NamedTuple):
         return self.logits_TO if self.selection_TO is None else self.selection_TO
 
 
-class Calibrator(nnx.Module):
-    """`q -> q + gelu(q w_in) w_out`; w_out starts at zero, so it starts as the identity (paper section 3.3)."""
+class TwoLayers(nnx.Module):
+    """`q -> q + gelu(q w_in) w_out`; w_out starts at zero, so it starts as the identity (paper section 3.3).
 
-    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, std: float):
+    multiplied: `q -> q gelu(q w_in) w_out`, both at random; in the paper it diverged.
+    """
+
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, std: float, multiplied: bool = False):
         self.w_in = weight("YOA", sizes, rngs=rngs, dtype=dtype, std=std)
-        self.w_out = weight("YAO", sizes, rngs=rngs, dtype=dtype, std=0.0)
-
-    def __call__(self, q_TO: jax.Array) -> jax.Array:
-        return q_TO + self.correction(q_TO)
+        self.w_out = weight("YAO", sizes, rngs=rngs, dtype=dtype, std=std if multiplied else 0.0)
+        self.multiplied = multiplied
 
     def correction(self, q_TO: jax.Array) -> jax.Array:
         w_OA, w_AO = self.w_in[...].astype(q_TO.dtype), self.w_out[...].astype(q_TO.dtype)
-        return jax.nn.gelu(q_TO @ w_OA, approximate=False) @ w_AO
+        made_TO = jax.nn.gelu(q_TO @ w_OA, approximate=False) @ w_AO
+        return q_TO * made_TO - q_TO if self.multiplied else made_TO
+
+
+class Vector(nnx.Module):
+    """`q -> q + vector`, from zero on, or `multiplied` `q -> q vector`, from one on."""
+
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, std: float, multiplied: bool = False):
+        self.vector = constant("YO", sizes, dtype=dtype, value=1.0 if multiplied else 0.0)
+        self.multiplied = multiplied
+
+    def correction(self, q_TO: jax.Array) -> jax.Array:
+        vector_O = self.vector[...].astype(q_TO.dtype)
+        return q_TO * (vector_O - 1)[None] if self.multiplied else jnp.broadcast_to(vector_O, q_TO.shape)
+
+
+class Uncalibrated(nnx.Module):
+    """`q -> q`."""
+
+    def __init__(self, sizes: dict[str, int], **_: Any):
+        pass
+
+    def correction(self, q_TO: jax.Array) -> jax.Array:
+        return jnp.zeros_like(q_TO)
+
+
+CALIBRATORS: dict[CalibratorName, Callable[..., Any]] = {
+    "two_layers": TwoLayers, "two_layers_multiplied": functools.partial(TwoLayers, multiplied=True),
+    "vector": Vector, "vector_multiplied": functools.partial(Vector, multiplied=True), "none": Uncalibrated,
+}  # fmt: skip
+"""TABLE `ExtensionConfig.calibrator` -> what probabilities q [T, O] are corrected by; the paper's and its ablations."""
 
 
 class NewColumns(nnx.Module):
@@ -69,7 +100,7 @@ class NewColumns(nnx.Module):
         self.new_gate_bias = constant("YX", sizes, dtype=dtype, value=0.0) if decoder.router_bias else None
         self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
         self.offset = constant("YX", sizes, dtype=dtype, value=0.0) if extension.start == "lowered" else None
-        self.calibrator = Calibrator(sizes, rngs=rngs, dtype=dtype, std=std)
+        self.calibrator = CALIBRATORS[extension.calibrator](sizes, rngs=rngs, dtype=dtype, std=std)
 
 
 class Rule(NamedTuple):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_source, open_tower
 from moextend_jax.config import (
@@ -24,7 +26,7 @@ from moextend_jax.config import (
     WhisperConfig,
     of_pictures,
 )
-from moextend_jax.extension.routing import check_sources
+from moextend_jax.extension.routing import check_sources, chosen_layers
 from moextend_jax.families import FAMILIES, towers
 from moextend_jax.runs.media import medium_of, projector_of
 from moextend_jax.runs.results import grow_of, select_of, table
@@ -80,22 +82,20 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     extensions = {}
     for name in rows.grown((*rows.result(stage).parents, stage)):
         select = select_of(settings, name)
-        start = grow_of(settings, name).start
-        extensions[name] = dataclasses.replace(extension(decoder, select, medium=links[name].medium), start=start)
+        how = grow_of(settings, name)
+        added = extension(decoder, select, medium=links[name].medium)
+        extensions[name] = dataclasses.replace(added, start=how.start, calibrator=how.calibrator)
     return dataclasses.replace(config, media=Named(media), extensions=Named(extensions))
 
 
 def extension(decoder: DecoderConfig, select: SelectSettings, *, medium: str = IMAGE) -> ExtensionConfig:
-    """floor(p * Z) of the Z layers that route, the last of each run of 1/p: which ones the data will choose makes no
-    difference."""
+    """floor(p * Z) of the Z layers that route, evenly spread where data will choose: which ones makes no difference."""
     routed = decoder.routed
-    extended = int(select.share * len(routed))
-    if not extended:
-        raise MoextendError(f"select.share = {select.share} extends none of {len(routed)} layers")
-    layers = tuple(routed[(n + 1) * len(routed) // extended - 1] for n in range(extended))
+    rule = "interval" if select.layers == "extender" else select.layers
+    layers = tuple(routed[z] for z in chosen_layers(rule, np.zeros(len(routed)), share=select.share))
     new = select.number(decoder.experts)
     check_sources(new, select.wide, experts=decoder.experts)
-    sources = tuple(range(new * select.wide)) * extended
+    sources = tuple(range(new * select.wide)) * len(layers)
     return ExtensionConfig(layers=layers, sources=sources, new_experts=new, wide=select.wide, medium=medium)
 
 

@@ -39,7 +39,7 @@ from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
-from moextend_jax.runs.models_of import start_of
+from moextend_jax.runs.models_of import grown_as
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 
@@ -165,11 +165,12 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
             layers=tuple(chosen["chosen_layers"]),
             sources=tuple(chosen["sources"]),
             new_experts=trained[f"extensions/{name}/router/new_gate"].shape[-1],
-            calibrator_width=trained[f"extensions/{name}/router/calibrator/w_in"].shape[-1],
             medium=media[name],
-            start=start_of(workdir, settings, name),
             wide=chosen.get("wide", 1),
+            **grown_as(workdir, settings, name),
         )
+        if w_in := trained.get(f"extensions/{name}/router/calibrator/w_in"):
+            extension = dataclasses.replace(extension, calibrator_width=w_in.shape[-1])
         config = with_extension(config, extension, name=name)
     own = {path: leaves.from_ours(path, stored, config=config) for path, stored in trained.items()}
     changed = sorted(own.keys() & source.leaves.keys())

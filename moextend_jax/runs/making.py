@@ -127,8 +127,8 @@ def select(run: Run, name: str) -> None:
     settings: SelectSettings = results.group_of(run.settings, name)
     new_experts = settings.number(run.config.decoder.experts)
     asked = dataclasses.asdict(settings) | {"new_experts": new_experts}
-    for choice in ("new_experts", "wide"):
-        if asked[choice] == 1:  # as before there was a choice
+    for choice, before in {"new_experts": 1, "wide": 1, "layers": "extender", "source": "recipe", "expert": 0}.items():
+        if asked[choice] == before:  # as before there was a choice
             del asked[choice]
     facts = as_json(run.facts_of(name, settings=asked))
     if (run.folder(name) / "routing.json").exists() and read_selection(run, row.extension).get("facts") == facts:
@@ -157,6 +157,10 @@ def select(run: Run, name: str) -> None:
         new_experts=new_experts,
         wide=settings.wide,
         first=routed.start,
+        layers=settings.layers,
+        source=settings.source,
+        expert=settings.expert,
+        seed=run.settings.seed,
     )
     record = {
         "layers": len(routed),
@@ -188,12 +192,13 @@ def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
     config, settings = grown_config(run, [row.extension]), results.grow_of(run.settings, row.extension)
-    added = dataclasses.replace(config.extensions[row.extension], start=settings.start)
+    added = dataclasses.replace(config.extensions[row.extension], start=settings.start, calibrator=settings.calibrator)
     config = with_extension(config, added, name=row.extension)
-    decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide")
+    decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
     extension = {field: getattr(added, field) for field in decisive}
     if settings.start == "lowered":
         extension["lowered_by"] = settings.lowered_by
+    extension |= {name: how for name in ("column", "expert") if (how := getattr(settings, name)) != "copy"}
     facts = run.facts_of(name, extension=as_json(extension))
     if _is_done(run, name, facts):
         return
@@ -207,6 +212,8 @@ def grow(run: Run, name: str) -> None:
         seed=run.settings.seed,
         name=row.extension,
         lowered_by=settings.lowered_by,
+        column=settings.column,
+        expert=settings.expert,
     )
     leaves |= make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)

@@ -14,7 +14,7 @@ import jax
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named, StartName
+from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
@@ -91,15 +91,19 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
             new_experts=chosen.get("new_experts", 1),
             wide=chosen.get("wide", 1),
             medium=media[name],
-            start=start_of(run.workdir, run.settings, name),
+            **grown_as(run.workdir, run.settings, name),
         )
     return dataclasses.replace(run.config, extensions=Named(extensions))
 
 
-def start_of(workdir: Path, settings: RunSettings, name: str) -> StartName:
-    """How an extension has started, where its `grow` has been run, else how it is to."""
+def grown_as(workdir: Path, settings: RunSettings, name: str) -> dict[str, Any]:
+    """`start` and `calibrator` of an extension, where its `grow` has been run, else as the settings have them."""
     facts = train_state.result_facts(results.folder_of(workdir, results.named(settings, name, "grow")) / "result")
-    return results.grow_of(settings, name).start if facts is None else facts.get("extension", {}).get("start", "copy")
+    asked, recorded = results.grow_of(settings, name), (facts or {}).get("extension", {})
+    return {
+        field: getattr(asked, field) if facts is None else recorded.get(field, train_state.BEFORE[field])
+        for field in ("start", "calibrator")
+    }
 
 
 def read_selection(run: Run, extension: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moextend_jax.config import DecoderConfig, ExtensionConfig, StartName
+from moextend_jax.config import ColumnStart, DecoderConfig, ExtensionConfig, StartName
+from moextend_jax.extension.grow import COLUMNS
 from moextend_jax.models.experts import apply_experts
 from moextend_jax.models.router import NewColumns, Routing, Rule, over_their_sum, route, route_extended
 from moextend_jax.parameters import with_arrays
@@ -26,7 +27,7 @@ def theirs() -> dict[str, np.ndarray]:
     return methods_arrays("init_new_expert")
 
 
-def routed(start: StartName, *, lowered_by: float = 0.0) -> Routing:
+def routed(start: StartName, *, lowered_by: float = 0.0, column: ColumnStart = "copy") -> Routing:
     """Of twins the tokens that may choose them are those of `open_T`, of others all."""
     arrays = theirs()
     (D, E), source = arrays["gate_DE"].shape, int(arrays["source"])
@@ -34,6 +35,9 @@ def routed(start: StartName, *, lowered_by: float = 0.0) -> Routing:
     decoder = DecoderConfig(width=D, experts=E)
     made = nnx.eval_shape(lambda: NewColumns(decoder, added, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
     leaves = {"new_gate": arrays["gate_DE"][:, [source]]}
+    if (made := COLUMNS[column]) is not None:
+        random_YDX = jnp.asarray(arrays["random_column_D"])[None, :, None]
+        leaves["new_gate"] = made(jnp.asarray(arrays["gate_DE"])[None], random_YDX)[0]
     leaves |= {"calibrator/w_in": np.ones((E + 1, 2)), "calibrator/w_out": np.zeros((2, E + 1))}
     leaves |= {"offset": np.full(1, -lowered_by)} if start == "lowered" else {}
     columns = with_arrays(made, {path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
@@ -82,6 +86,17 @@ def test_weights_and_outputs(name: str, start: StartName, lowered_by: float):
     clear_T = ~last_T | (start in ("twin", "lowered"))
     np.testing.assert_allclose(weights(ours)[clear_T], expected_TO[clear_T], **CLOSE)
     assert (expected_TO[:, -1] > 0).any() or lowered_by == 4
+
+
+@pytest.mark.parametrize("column", ["zero", "mean", "random"])
+def test_weights_and_outputs_of_columns_that_are_no_copies(column: ColumnStart):
+    ours = routed("copy", column=column)
+    np.testing.assert_allclose(weights(ours), theirs()[f"{column}_column/weights_TO"], **CLOSE)
+    np.testing.assert_allclose(output(ours), theirs()[f"{column}_column/y_TD"], **CLOSE)
+
+
+def test_a_copy_with_a_down_projection_of_zeros_among_the_picks():
+    np.testing.assert_allclose(output(routed("copy"), zero_down=True), theirs()["zero_down_within_top-k/y_TD"], **CLOSE)
 
 
 def test_what_is_exact_is_the_base():
