@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
         words=("--config=demo", "--workdir=work/demo"),
     ),
     "run": Command(RUNS, f"{RUN}:run_all", "all stages, then evaluate and report; goes on where it stood"),
+    "study": Command(RUNS, f"{RUN}:study", "the same run with other settings and seeds, in one table; goes on, too"),
     **{name: Command(STAGES, f"{RUN}:stage", result.does, arguments=(name,)) for name, result in FIRST.results.items()},
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
     "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html"),

@@ -97,6 +97,20 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
     return record
 
 
+@dataclass(frozen=True)
+class StudyOptions:
+    config: RunSettings
+    _: KW_ONLY
+    workdir: Path
+    """folder of the study; the same command goes on in it"""
+
+
+def study(options: StudyOptions) -> None:
+    from moextend_jax.study import run_study
+
+    run_study(options.config, options.workdir, run=whole_run)
+
+
 def evaluate(options: RunOptions) -> None:
     from moextend_jax.evaluate import summary
     from moextend_jax.runs.run import evaluation_rows, remember, working

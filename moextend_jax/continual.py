@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -30,8 +29,14 @@ from moextend_jax.folders import is_url
 from moextend_jax.report.page import write_report
 from moextend_jax.runs import results
 from moextend_jax.runs.run import write_json
+from moextend_jax.runs.sharing import share
 from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console
+
+COMMON = [
+    name for name, row in results.FIRST.results.items() if not row.optional and (row.how != "train" or not row.grown)
+]
+"""Results in which no extension takes part: the same in all chains."""
 
 Run = Callable[[RunSettings, Path], dict[str, Any]]
 """`commands.whole_run`: what its summary.json holds."""
@@ -68,7 +73,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
             records[kind] = beside[kind].record()
             continue
         if kind != kinds[0]:
-            _share(first, workdir / kind)
+            share(first, workdir / kind, COMMON)
         records[kind] = run(own[kind], workdir / kind)
         if kind == "strict":
             check_nothing_is_lost(records[kind])
@@ -125,7 +130,7 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path, pare
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
         time.sleep(1)
-    _share(made, folder)
+    share(made, folder, COMMON)
     from moextend_jax.commands import whole_run
 
     try:
@@ -154,29 +159,3 @@ def check_nothing_is_lost(record: dict[str, Any]) -> None:
         raise MoextendError(
             f"text_isolation strict lost what it must keep exactly: {told}; this is a fault of the program"
         )
-
-
-def _share(made: Path, folder: Path) -> None:
-    """What no extension takes part in is the same in both chains: it is linked, not made again, and features lie in one
-    folder."""
-    if not distributed.first() or folder.exists() or is_url(folder):
-        return
-    rows = results.FIRST.results.items()
-    names = [name for name, row in rows if not row.optional and (row.how != "train" or not row.grown)]
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for name in names:
-        if (made / name).exists():
-            shutil.copytree(made / name, unfinished / name, copy_function=_link)
-    if unfinished.exists():
-        (made / "features").mkdir(exist_ok=True)
-        (unfinished / "features").symlink_to(Path("..", made.name, "features"), target_is_directory=True)
-        unfinished.rename(folder)
-
-
-def _link(source: str, to: str) -> str:
-    try:
-        os.link(source, to)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, to)
-    return to

@@ -49,6 +49,19 @@ def parse(kind: Any, words: Sequence[str], *, command: str, does: str) -> Any:
     return kind(**values)
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfRun:
+    config: RunSettings
+
+
+def with_words(settings: RunSettings, words: Sequence[str], *, what: str) -> RunSettings:
+    """The settings with others, each `SETTING=VALUE` as on a command line without `--config.`; `what` names them in
+    messages."""
+    given = _options(_OfRun, [f"--config.{word}" for word in words], command=what)
+    changes = {name.removeprefix("config."): value for name, value in given}
+    return from_config_dict(changed(dataclasses.asdict(settings), changes))
+
+
 def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings with others at some paths, such as `align.steps`."""
     copy = dict(settings)

@@ -106,6 +106,25 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """Runs that differ in a few settings, each with several seeds."""
+
+    points: Mapping[str, tuple[str, ...]]
+    """What each run sets otherwise, by its name: SETTING=VALUE as on the command line. The others are compared with the
+    one that sets nothing."""
+    seeds: tuple[Amount, ...] = (0, 1, 2, 3, 4)
+    """Of every point."""
+
+    def __post_init__(self):
+        _check(self)
+        for name in self.points:
+            if not re.fullmatch("[a-zA-Z0-9][a-zA-Z0-9_.-]*", name):
+                raise MoextendError(f"study.points: {name!r} cannot name a folder: letters, digits, _, - and .")
+        if not self.points or not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise MoextendError("study needs points, and seeds that are all different")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultSettings:
     """What to do about each kind of fault in data; kinds not named have `POLICIES`' default. Above `most_skipped`, the
     share of the conversations read that were skipped, a run stops."""
@@ -468,6 +487,8 @@ class RunSettings:
     chains: tuple[Literal["strict", "open", "full"], ...] = ()
     """`moextend run` makes the chain of extensions so often: WORKDIR/strict with text isolation strict, WORKDIR/open
     without, and full fine-tuning on one after another in the last of them; none: once, as `text_isolation` says."""
+    study: StudySettings | None = None
+    """What `moextend study` varies."""
     baseline: bool = False
     """`moextend run` also trains the full fine-tuning baseline."""
 

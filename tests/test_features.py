@@ -2,7 +2,7 @@ import dataclasses
 import json
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from moextend_jax.config import MoextendError, VisionConfig
 from moextend_jax.data.datasets import AnyItems, Items, open_dataset
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
+from moextend_jax.data.items import Chosen
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.media.image import decode_image, prepare_image
 from moextend_jax.settings import FaultSettings
@@ -142,6 +143,16 @@ def test_features_of_several_data_sets_are_one_after_another(tmp_path):
     with pytest.raises(Fault) as fault:
         store.row("2/broken")
     assert fault.value.id == "2/broken"
+
+
+def test_some_items_are_cached_as_if_there_were_no_others(tmp_path):
+    chosen = Chosen(IMAGES, (1, 3))
+    store, whole = make(tmp_path / "two", images=cast(Any, chosen)), make(tmp_path / "five")
+    assert store.rows == {"k1": 0, "k3": 1} and len(store.features_nPC) == 2
+    np.testing.assert_array_equal(store["k3"], whole["k3"])
+    assert Chosen(IMAGES, (1, 2)).fingerprint != chosen.fingerprint != IMAGES.fingerprint
+    with pytest.raises(MoextendError, match="image k0 is not in"):
+        store["k0"]
 
 
 def test_a_run_that_dies_leaves_no_cache(tmp_path):

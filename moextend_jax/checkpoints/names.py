@@ -70,7 +70,9 @@ EXTENSION = (
         "O A -> A O",
     ),
     Name(
-        "extensions/image/router/calibrator/vector", "model.layers.{Y}.block_sparse_moe.weight_scale.vector", "O -> O"
+        "extensions/image/router/calibrator/vector",
+        "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.vector",
+        "O -> O",
     ),
     Name(
         "extensions/image/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "f D -> D f"

@@ -151,10 +151,20 @@ def cache_features(
     """
     if not len(inputs.items):
         raise MoextendError(f"no items to cache features of in {path}")
-    path = Path(path)
-    fingerprint = {"tower": tower, "dtype": dtype, "images": inputs.items.fingerprint} | inputs.facts()
+    path, fingerprint = Path(path), fingerprint_of(inputs, tower=tower, dtype=dtype)
     with in_turn(path):  # two chains of `continual` want the same at the same time
         return _cached_or_made(inputs, path, compute, fingerprint, dtype, batch_size, threads, faults)
+
+
+def fingerprint_of(inputs: Preparing, *, tower: str, dtype: str = "float32") -> dict[str, Any]:
+    """What a cache of these items must have been made of; the arguments are those of `cache_features`."""
+    return {"tower": tower, "dtype": dtype, "images": inputs.items.fingerprint} | inputs.facts()
+
+
+def is_cached(inputs: Preparing, *, path: Path, tower: str) -> bool:
+    """Whether `cache_features` would find these items' features, in `path` or beside it."""
+    fingerprint = fingerprint_of(inputs, tower=tower)
+    return bool(distributed.text_from_first(lambda: _cached(path, fingerprint, inputs)))
 
 
 def _cached_or_made(

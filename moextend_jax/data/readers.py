@@ -15,6 +15,7 @@ from moextend_jax.config import Batch, FeaturesConfig, Medium, VisionConfig, Whi
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore, JoinedFeatures
+from moextend_jax.data.items import Chosen
 from moextend_jax.media import KINDS
 
 OnFault = Callable[[tuple[int, int], Fault], None]
@@ -34,7 +35,7 @@ class Prepared(NamedTuple):
 class Inputs:
     """Items of a medium decoded and prepared for its tower, in the worker processes."""
 
-    items: AnyItems
+    items: AnyItems | Chosen
     medium: Medium
     preparation: Literal["pad", "crop"]
 

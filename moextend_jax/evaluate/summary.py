@@ -59,10 +59,6 @@ CHAINS = {
 }
 
 
-GUESSED_FROM = 20_000
-"""Training rows, at most, that say what a question's most frequent answer is."""
-
-
 class PromptedQuestion(NamedTuple):
     """A question of the evaluation data and its prompt, whose items are rows of what they are read from."""
 
@@ -208,7 +204,7 @@ def _questions(run: Run, asked: Asked) -> Questions:
     settings = results.evaluate_of(run.settings, asked.extension)
     if not settings.data:
         _check_unseen(run)
-    readers = readers_of(run, asked.source, data=asked.data, split=asked.split)
+    readers = readers_of(run, asked.source, data=asked.data, split=asked.split, few=True)
     with preparing("preparing the questions"):
         prompted, skipped = _prompted_questions(run, asked, readers)
     if skipped and distributed.first():
@@ -228,8 +224,6 @@ def _guesses(run: Run, asked: Mapping[str, Questions]) -> dict[str, dict[str, li
     @functools.cache
     def guess(extension: str) -> Callable[[str], str]:
         known = source_of(run, Data(results.named(run.settings, extension, "finetune")))
-        if len(known) > GUESSED_FROM:  # evenly over all of them
-            known = select_rows(known, np.arange(GUESSED_FROM) * len(known) // GUESSED_FROM)
         return questions.frequent_answers(known, tokenizer=run.tokenizer)
 
     return {

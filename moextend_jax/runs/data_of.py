@@ -20,8 +20,9 @@ from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
+from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features, is_cached
 from moextend_jax.data.forms import base_split, parts_of
+from moextend_jax.data.items import Chosen, Items
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
@@ -136,14 +137,17 @@ def validation_batches(run: Run, stage: StageSettings, *, extension: str, pixels
     return [batch._replace(faults_BG=None, examples_Bg=None) for batch in first]
 
 
-def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool = False) -> Readers:
+def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool = False, few: bool = False) -> Readers:
     """What reads a source's items of each medium: the cached features of its frozen tower where the settings want a
     cache, else what goes into the tower.
 
     Args:
       data, split: what the source is part of; a cache is of all items of a data set.
       inputs: nothing is cached (a tower trains).
+      few: no other rows of the data set will be read: where the cache of all its items is not there, one of theirs is
+        made.
     """
+    rows = _rows_by_medium(source) if few else {}
     preparation, readers = run.settings.recipe.image_preparation, {}
     for name, medium in run.config.media.items():
         items = source.items[name]
@@ -154,28 +158,55 @@ def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool 
             continue
         # A cache for each data set of a mixture, so that other mixtures with it find it.
         of_parts = items.parts if (several := isinstance(items, JoinedItems)) else (items,)
+        starts = items.joined.starts if several else [0]
         stores = [
-            _cache(run, dataclasses.replace(reader, items=own), name=name, data=part.name, split=split)
+            _cache(
+                run, dataclasses.replace(reader, items=own), name=name, data=part.name, split=split,
+                rows=[row - first for row in rows[name] if first <= row < first + len(own)] if name in rows else None,
+            )
             if len(own)
             else None
-            for own, part in zip(of_parts, parts_of(data), strict=True)
-        ]
+            for own, part, first in zip(of_parts, parts_of(data), starts, strict=True)
+        ]  # fmt: skip
+        if not any(stores):  # of these rows none shows one
+            readers[name] = reader
+            continue
         store = JoinedFeatures(stores=tuple(stores), joined=items.joined) if several else stores[0]
         readers[name] = Features(store=cast(Any, store), medium=medium, items=items)
     return readers
 
 
-def _cache(run: Run, reader: Inputs, *, name: str, data: str, split: str) -> FeatureStore:
-    """Features of all items of a medium of one data set."""
+def _rows_by_medium(source: Source) -> dict[str, list[int]]:
+    """The items that its rows show; media whose spans are of several lengths, which are found by row, left out."""
+    rows: dict[str, set[int]] = {name: set() for name, medium in source.media.items() if not medium.spans}
+    for example in source:
+        for ref in example.items:
+            if ref.medium in rows:
+                rows[ref.medium].add(ref.row)
+    return {name: sorted(of) for name, of in rows.items()}
+
+
+def _cache(
+    run: Run, reader: Inputs, *, name: str, data: str, split: str, rows: list[int] | None = None
+) -> FeatureStore | None:
+    """Features of all items of a medium of one data set, or at least of `rows`."""
     prefix = f"media/{name}/tower/"
     tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith(prefix)}
     # Side by side: a cache that is made again takes all of its folder away.
     folder = run.workdir / "features" / (short_name(data, split) + ("" if name == IMAGE else f".{name}"))
+    path = local(folder, what="cache_features: a cache of features")
+    tower_is = f"{run.towers.get(name, run.base_hash)} {run.settings.dtype}"
+    if rows is not None and len(rows) < len(reader.items) and not is_cached(reader, path=path, tower=tower_is):
+        if not rows:
+            return None
+        chosen = Chosen(cast(Items, reader.items), tuple(rows))
+        reader = dataclasses.replace(reader, items=chosen)
+        path = path.with_name(f"{path.name}-{chosen.fingerprint[:8]}")
     return cache_features(
         reader,
-        path=local(folder, what="cache_features: a cache of features"),
+        path=path,
         compute=functools.partial(_features, run, name, tower),
-        tower=f"{run.towers.get(name, run.base_hash)} {run.settings.dtype}",
+        tower=tower_is,
         faults=run.settings.faults,
     )
 

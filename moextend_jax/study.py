@@ -1,0 +1,149 @@
+"""Runs that differ in a few settings, for several seeds: settings in, WORKDIR/POINT/seed_N, study.json, a table and a
+picture out.
+
+Points share what comes before the extension: of every seed `align` and `extend` are made once, `select` too where it is
+the same. Means have 95 % intervals over seeds (Student's t). A point is compared seed by seed, since a seed moves all of
+them together, with the one that sets nothing, or without such a one with the first by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from moextend_jax import distributed
+from moextend_jax.checkpoints.huggingface import read_json
+from moextend_jax.config import MoextendError
+from moextend_jax.parsing import with_words
+from moextend_jax.runs.run import as_json, write_json
+from moextend_jax.runs.sharing import share
+from moextend_jax.settings import RunSettings
+from moextend_jax.terminal import console
+
+Run = Callable[[RunSettings, Path], dict[str, Any]]
+"""`commands.whole_run`: what its summary.json holds."""
+
+LATER = ("select", "grow", "finetune", "full", "evaluate", "text_isolation", "baseline", "mixture")
+"""Settings that the first stages do not read."""
+
+
+class Figure(NamedTuple):
+    """title: for tables. of: a run's summary to the number; digits: how it is written."""
+
+    title: str
+    of: Callable[[Mapping[str, Any]], float]
+    digits: int
+
+
+def _forgotten(text: str) -> Callable[[Mapping[str, Any]], float]:
+    return lambda summary: summary["text_loss"][text]["moextend"] - summary["text_loss"][text]["base"]
+
+
+FIGURES = {
+    "accuracy": Figure("accuracy", lambda summary: summary["accuracy"]["moextend"], 3),
+    "wordnet": Figure("WordNet forgotten (nats)", _forgotten("wordnet"), 3),
+    "kjv": Figure("King James forgotten (nats)", _forgotten("kjv"), 3),
+    "trained": Figure("trained parameters", lambda summary: summary["parameters"]["trained"]["finetune"], 0),
+    "seconds": Figure("seconds of finetune", lambda summary: summary["seconds"]["finetune"], 0),
+}
+"""TABLE of what is compared."""
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and half of its 95 % interval; None of a single seed."""
+
+    mean: float
+    half: float | None
+
+    def text(self, digits: int, *, sign: bool = False) -> str:
+        mean = f"{self.mean:{'+' if sign else ''},.{digits}f}"
+        return mean if self.half is None else f"{mean} ± {self.half:,.{digits}f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    if len(values) < 2:
+        return Estimate(values[0], None)
+    from scipy.stats import t  # half a second to import
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Estimate(fmean(values), half)
+
+
+def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, Any]:
+    """Makes every run that is not there yet, and returns what study.json holds: `points`, by name the settings and by
+    seed each figure.
+
+    Raises:
+      MoextendError: the settings have no study, or a point sets something that there is not; before anything runs.
+    """
+    if settings.study is None:
+        raise MoextendError("this configuration has no study: name points in it, as configs/study_extension.py does")
+    plain = dataclasses.replace(settings, study=None, data_dir=settings.data_dir or str(workdir / "data"))
+    # What sets nothing is what the others are compared with; a configuration keeps no order of names.
+    words = dict(sorted(settings.study.points.items(), key=lambda point: (bool(point[1]), point[0])))
+    seeds = settings.study.seeds
+    points = {name: with_words(plain, own, what=f"study: {name}") for name, own in words.items()}
+    figures: dict[str, dict[int, dict[str, float]]] = {name: {} for name in points}
+    started = time.perf_counter()
+    for seed in seeds:
+        for name, own in points.items():
+            summary = _summary(dataclasses.replace(own, seed=seed), name, workdir, points=points, run=run)
+            figures[name][seed] = {figure: float(row.of(summary)) for figure, row in FIGURES.items()}
+        record = {
+            "data": summary["data"],
+            "points": {name: {"settings": list(words[name]), "seeds": of} for name, of in figures.items()},
+            "seconds": time.perf_counter() - started,
+        }
+        write_json(workdir / "study.json", record)  # what is known so far
+    console().print(study_table(record))
+    if distributed.first():
+        from moextend_jax.report.study import study_picture  # matplotlib takes a second to import
+
+        study_picture(record, workdir / "study.png")
+        print(f"study: {workdir / 'study.json'}, {workdir / 'study.png'}")
+    return record
+
+
+def _summary(
+    own: RunSettings, name: str, workdir: Path, *, points: Mapping[str, RunSettings], run: Run
+) -> Mapping[str, Any]:
+    """What summary.json holds of a point and seed, from before where it is there."""
+    folder = workdir / name / f"seed_{own.seed}"
+    done, made_with = folder / "summary.json", folder / "config.json"
+    asked = as_json(dataclasses.asdict(own))
+    if done.exists() and made_with.exists() and read_json(made_with).get("settings") == asked:
+        return read_json(done)
+    for other, settings in points.items():
+        there = workdir / other / folder.name
+        if other != name and there.exists() and _early(settings) == _early(own):
+            share(there, folder, ("align", "extend", *(["select"] * (settings.select == own.select))))
+            break
+    console().print(f"study: {name}, seed {own.seed}", highlight=False)
+    return run(own, folder)
+
+
+def _early(settings: RunSettings) -> dict[str, Any]:
+    """All that the first stages read, but the seed."""
+    return {name: of for name, of in dataclasses.asdict(settings).items() if name not in (*LATER, "seed")}
+
+
+def study_table(record: Mapping[str, Any]) -> Table:
+    """A line per point: means over seeds, and the difference from the first in accuracy."""
+    points = {name: of["seeds"] for name, of in record["points"].items()}
+    seeds = next(iter(points.values()))
+    table = Table(title=f"{record['data']}, {len(seeds)} seeds: mean ± half of the 95 % interval", title_justify="left")
+    for heading in ("", *(row.title for row in FIGURES.values()), "accuracy over the first"):
+        table.add_column(heading, justify="right" if heading else "left")
+    first = next(iter(points))
+    for name, of in points.items():
+        cells = [estimate([seed[figure] for seed in of.values()]).text(row.digits) for figure, row in FIGURES.items()]
+        over = [of[seed]["accuracy"] - points[first][seed]["accuracy"] for seed in of if seed in points[first]]
+        table.add_row(name, *cells, "" if name == first else estimate(over).text(3, sign=True))
+    return table

@@ -1,0 +1,149 @@
+"""A study makes every point for every seed, what they share once, and says what they came to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from rich.console import Console
+
+from moextend_jax.commands import whole_run
+from moextend_jax.config import MoextendError
+from moextend_jax.configurations import load
+from moextend_jax.parsing import with_words
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, StudySettings, from_config_dict
+from moextend_jax.study import FIGURES, Estimate, estimate, run_study, study_table
+
+STAGE = StageSettings(data="d", steps=1, batch_size=1, length=8)
+PLAIN = RunSettings(
+    align=STAGE, extend=STAGE, finetune=STAGE, full=STAGE, evaluate=EvaluateSettings(data="d", questions=1)
+)
+
+
+def of(points: dict[str, tuple[str, ...]], seeds: tuple[int, ...] = (0, 1), **more: Any) -> RunSettings:
+    return dataclasses.replace(PLAIN, study=StudySettings(points=points, seeds=seeds), **more)
+
+
+def test_intervals_are_students():
+    """By a table of t: 12.706 with one degree of freedom, 4.303 with two."""
+    assert estimate([0.5]) == Estimate(0.5, None)
+    two, three = estimate([0.0, 2.0]), estimate([1.0, 2.0, 3.0])
+    assert two.mean == 1 and two.half == pytest.approx(12.706, rel=1e-4)
+    assert three.mean == 2 and three.half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert estimate([0.91, 0.93]).text(2, sign=True) == "+0.92 ± 0.13" and Estimate(3.0, None).text(1) == "3.0"
+
+
+def made_up(calls: list[tuple[RunSettings, Path]], *, dies_at: int | None = None):
+    """A run whose accuracy is 0.8, more with a later seed, 0.1 more where all layers are extended."""
+
+    def run(settings: RunSettings, workdir: Path) -> dict[str, Any]:
+        calls.append((settings, workdir))
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        accuracy = 0.8 + 0.01 * settings.seed + 0.1 * (settings.select.layers == "all")
+        texts = {text: {"base": 5.0, "moextend": 5.25} for text in ("wordnet", "kjv")}
+        summary = {
+            "data": "easy-VQA", "accuracy": {"moextend": accuracy}, "text_loss": texts,
+            "parameters": {"trained": {"finetune": 1000}}, "seconds": {"finetune": 10.0},
+        }  # fmt: skip
+        for stage in ("align", "extend", "select"):
+            (workdir / stage).mkdir(parents=True, exist_ok=True)
+            (workdir / stage / "made").touch()
+        (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings)}))
+        (workdir / "summary.json").write_text(json.dumps(summary))
+        return summary
+
+    return run
+
+
+def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    settings, calls = of({"paper": (), "all": ("select.layers=all",), "zero": ("grow.column=zero",)}), []
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings, tmp_path, run=made_up(calls, dies_at=5))
+    assert [str(folder.relative_to(tmp_path)) for _, folder in calls] == [
+        "paper/seed_0", "all/seed_0", "zero/seed_0", "paper/seed_1", "all/seed_1"
+    ]  # fmt: skip
+    known = json.loads((tmp_path / "study.json").read_text())["points"]
+    assert list(known["all"]["seeds"]) == ["0"] and known["all"]["settings"] == ["select.layers=all"]
+    calls.clear()
+    record = run_study(settings, tmp_path, run=made_up(calls))
+    assert [folder.parent.name for _, folder in calls] == ["all", "zero"]
+    assert calls[0][0].select.layers == "all" and calls[1][0].grow.column == "zero" and calls[0][0].study is None
+    assert {folder.parent.name for _, folder in calls if (folder / "select" / "made").stat().st_nlink > 1} == {"zero"}
+    assert (tmp_path / "all" / "seed_1" / "extend" / "made").stat().st_nlink == 3  # of paper, linked twice
+    assert record["points"]["all"]["seeds"][1]["accuracy"] == pytest.approx(0.91)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert "study.json" in capsys.readouterr().out
+    calls.clear()
+    run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
+              run=made_up(calls))  # fmt: skip
+    assert not calls
+
+
+def test_the_table_compares_with_the_first_seed_by_seed(tmp_path: Path):
+    record = run_study(of({"paper": (), "all": ("select.layers=all",)}, (3, 5)), tmp_path, run=made_up([]))
+    screen = Console(width=200, record=True)
+    screen.print(study_table(record))
+    lines = screen.export_text().splitlines()
+    (paper,), (other,) = ([line for line in lines if f" {name} " in line] for name in ("paper", "all"))
+    assert "0.840 ± 0.127" in paper and "+0.250" not in paper and "0.250 ± 0.000" in paper and "1,000" in paper
+    assert "0.940 ± 0.127" in other and "+0.100 ± 0.000" in other
+
+
+def test_mistakes_are_seen_before_anything_runs(tmp_path: Path):
+    calls: list[Any] = []
+    for settings, message in (
+        (PLAIN, "this configuration has no study"),
+        (of({"a": ("select.layer=all",)}), "study: a: there is no option --config.select.layer; did you mean"),
+        (of({"a": (), "b": ("select.layers=some",)}), "study: b: --config.select.layers = 'some' is not one of"),
+        (of({"a": ("grow.start=twin", "grow.column=zero")}), "grow.start twin starts from copies"),
+    ):
+        with pytest.raises(MoextendError, match=message):
+            run_study(settings, tmp_path, run=made_up(calls))
+    for points, seeds, message in (
+        ({"a/b": ()}, (0,), "cannot name a folder"), ({}, (0,), "needs points"), ({"a": ()}, (1, 1), "all different"),
+    ):  # fmt: skip
+        with pytest.raises(MoextendError, match=message):
+            of(points, seeds)
+    assert not calls and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("which", ["layers", "start", "calibrator"])
+def test_the_package_s_studies_are_ones(which: str):
+    settings = from_config_dict(load(f"study_extension:{which}"))
+    assert settings.study is not None and "paper" in settings.study.points
+    for name, words in settings.study.points.items():
+        assert (with_words(settings, words, what=name) == settings) == (name == "paper")
+    assert set(FIGURES) == {"accuracy", "wordnet", "kjv", "trained", "seconds"}
+
+
+@pytest.mark.slow
+def test_a_study_of_real_runs(tmp_path: Path):
+    """Points differ in what they set and in nothing else: the first stages are the same files."""
+    base, llava = tiny.write_base(tmp_path / "base"), tiny.write_llava(tmp_path / "llava", rows=24)
+    stage = StageSettings(data=str(llava / "llava_v1_5_mix665k.json"), steps=2, batch_size=8, length=0,
+                          images_per_row=0, loss_chunk=64, split="train[:16]")  # fmt: skip
+    evaluate = EvaluateSettings(data=stage.data, questions=8, split="train[16:]", batch_size=8, length=0,
+                                max_new_tokens=3, text_length=64, text_batch_size=8)  # fmt: skip
+    settings = dataclasses.replace(
+        PLAIN, align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, base=str(base),
+        vision=str(base / "vision"), dtype="float32", log_every=1,
+        select=dataclasses.replace(PLAIN.select, held_out=6, batch_size=6),
+        study=StudySettings(
+            points={"paper": (), "all": ("select.layers=all",), "bare": ("grow.calibrator=none",)}, seeds=(0,)
+        ),
+    )  # fmt: skip
+    record = run_study(settings, tmp_path / "w", run=whole_run)
+    chosen = {name: json.loads((tmp_path / "w" / name / "seed_0/select/routing.json").read_text())["chosen_layers"]
+              for name in record["points"]}  # fmt: skip
+    assert chosen["all"] == [0, 1, 2] and chosen["paper"] == chosen["bare"] and len(chosen["paper"]) == 1
+    trained = {name: point["seeds"][0]["trained"] for name, point in record["points"].items()}
+    assert trained["all"] == 3 * trained["paper"] > 3 * trained["bare"]
+    results = [sorted((tmp_path / "w" / name / "seed_0/align/result").rglob("*")) for name in record["points"]]
+    assert {path.stat().st_ino for path in results[0] if path.is_file()} == {
+        path.stat().st_ino for path in results[1] if path.is_file()
+    }
