@@ -37,7 +37,7 @@ def get_config(arg: Literal["all", "strict"] = "all") -> ConfigDict:
         )
 
     def asked(data: str, **sets: str) -> EvaluateSettings:
-        return EvaluateSettings(data=data, sets=sets, questions=128, length=64, max_new_tokens=8)
+        return EvaluateSettings(data=data, sets=sets, questions=200, length=64, max_new_tokens=8)
 
     select = SelectSettings(held_out=500, batch_size=128)
 
@@ -47,7 +47,7 @@ def get_config(arg: Literal["all", "strict"] = "all") -> ConfigDict:
             align=stage(captions, steps=90, learning_rate=1e-2, length=46),
             extend=stage(questions, steps=20, learning_rate=3e-3),
             finetune=stage(questions, steps=180, learning_rate=4e-3),
-            full=stage(questions, steps=40, learning_rate=2e-3),
+            full=stage(questions, steps=50, learning_rate=2e-3),
             select=select,
             evaluate=evaluate,
         )
@@ -58,7 +58,7 @@ def get_config(arg: Literal["all", "strict"] = "all") -> ConfigDict:
             align=stage("easy_vqa/captions", steps=80, learning_rate=1e-2),
             extend=stage(questions, steps=20, learning_rate=3e-3),
             finetune=stage(questions, steps=160, learning_rate=4e-3),
-            full=stage(questions, steps=40, learning_rate=2e-3),
+            full=stage(questions, steps=50, learning_rate=2e-3),
             select=select,
             evaluate=asked(questions),
             media={

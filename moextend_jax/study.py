@@ -1,9 +1,9 @@
 """Runs that differ in a few settings, for several seeds: settings in, WORKDIR/POINT/seed_N, study.json, a table and a
 picture out.
 
-Points share what comes before the extension: of every seed `align` and `extend` are made once, `select` too where it is
-the same. Means have 95 % intervals over seeds (Student's t). A point is compared seed by seed, since a seed moves all of
-them together, with the one that sets nothing, or without such a one with the first by name.
+Points share what comes before the extension: of every seed `align` and `extend` are made once, `select` too where it
+is the same. Means have 95 % intervals over seeds (Student's t). A point is compared seed by seed, since a seed moves
+all of them together, with the one that sets nothing, or without such a one with the first by name.
 """
 
 from __future__ import annotations

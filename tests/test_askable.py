@@ -139,6 +139,7 @@ def test_a_place_that_is_none_is_refused_before_anything_is_read(run: Run, tmp_p
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_s_answers_go_where_they_are_wanted_and_its_folder_is_left_alone(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -33,6 +33,7 @@ def settings(tmp_path: Path) -> RunSettings:
     )
 
 
+@pytest.mark.slow
 def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "STEPS", 1)
     row = bench.measure(settings, stage="finetune", labels="answers")

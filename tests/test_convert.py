@@ -459,6 +459,7 @@ def assert_bounded(folder: Path, tmp_path: Path, *, at_least: int, margin: int) 
         assert peak - nbytes <= largest + margin  # the arrays are in this memory too: the device is the host
 
 
+@pytest.mark.slow
 def test_memory_stays_within_twice_the_largest_stacked_tensor(tmp_path: Path):
     folder = big(tmp_path / "src", layers=2, width=1024, hidden=2048)
     assert_bounded(folder, tmp_path, at_least=200_000_000, margin=40_000_000)

@@ -269,6 +269,7 @@ def inputs_of(name: str, row: int, base: Path, picture: Path) -> tuple[np.ndarra
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_stock_script_sees_what_jax_sees(stock, name: str, row: int, base: Path, picture: Path):
@@ -285,6 +286,7 @@ def test_a_stock_script_sees_what_jax_sees(stock, name: str, row: int, base: Pat
     np.testing.assert_allclose(stock[f"{name}/all/logits"][row][here], wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_stock_script_answers_as_jax_does(stock, name: str, row: int, base: Path, picture: Path):
@@ -300,6 +302,7 @@ def test_a_stock_script_answers_as_jax_does(stock, name: str, row: int, base: Pa
         np.testing.assert_array_equal(where[: len(answer)], answer)
 
 
+@pytest.mark.slow
 def test_strict_isolation_is_there_to_be_seen(stock, base: Path, picture: Path):
     """Of the row without a picture the strict model says what the aligned one says, and the other does not."""
     text, other = stock["strict/all/logits"][1], stock["moextend/all/logits"][1]
@@ -309,6 +312,7 @@ def test_strict_isolation_is_there_to_be_seen(stock, base: Path, picture: Path):
     np.testing.assert_allclose(stock["strict/0/logits"], stock["moextend/0/logits"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_are_named_as_transformers_names_them(stock, name: str, folders: dict[str, Path]):
     from safetensors import safe_open
@@ -317,6 +321,7 @@ def test_tensors_are_named_as_transformers_names_them(stock, name: str, folders:
         assert sorted(file.keys()) == list(stock[f"{name}/names"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["aligned", "moextend", "released"])
 def test_text_has_the_same_ids(stock, name: str, base: Path):
     tokenizer, recipe = load_tokenizer(base), CASES[name].recipe
@@ -330,6 +335,7 @@ def test_text_has_the_same_ids(stock, name: str, base: Path):
     assert list(stock[f"{name}/marked"]) == list(prompt(MARKED, items={"image": [4]}).ids_L)
 
 
+@pytest.mark.slow
 def test_what_is_stored_in_bfloat16_runs_in_it(stock):
     assert list(stock["aligned/dtypes"]) == ["torch.float32"]
     assert list(stock["imported/dtypes"]) == ["torch.bfloat16", "torch.float32"]  # the calibrators
@@ -366,6 +372,7 @@ def dumped(folders: dict[str, Path], base: Path, picture: Path, tmp_path_factory
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["aligned", "strict"])
 def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dict[str, Path], name: str, capsys):
     """The folder is opened here too: what was exported comes back, isolation and all."""

@@ -24,6 +24,7 @@ def run(out: Path, *words: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_dense_sums(tmp_path: Path):
     found = run(tmp_path, "--only", "checks")["checks"]
     exact = {name: far for name, far in found.items() if "order" in name or "multiplied" in name}

@@ -79,6 +79,7 @@ def products(name: str, gradient: str) -> float:
     return 4 * costs["flops"] / ONE_PRODUCT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(pytest.param(name, marks=slow) for name in TOPOLOGIES[:2]), TOPOLOGIES[2]])
 def test_the_grouped_products_do_no_flops_for_experts_not_chosen(name: str):
     """`ragged_dot` does 8 times the work on v5e and v6e. The rest, router and sums, is a few percent at these sizes."""
@@ -95,6 +96,7 @@ def test_frozen_experts_have_no_weight_gradient(name: str):
     assert products(name, "extension") - products(name, "tokens") == pytest.approx(3, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["gather", pytest.param("exchange", marks=slow)])
 @pytest.mark.parametrize(
     "mesh_shape", [(1, 2, 2, 1), *(pytest.param(shape, marks=slow) for shape in ((1, 1, 4, 1), (1, 1, 2, 2)))]

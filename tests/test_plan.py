@@ -330,6 +330,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> RunSettings:
     return dataclasses.replace(settings, mesh=mesh, saved=(), **stages)
 
 
+@pytest.mark.slow
 def test_a_plan_compiled_for_a_tpu(small: RunSettings, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
     plan_command(PlanOptions(small, stage="finetune", topology="v5p:2x2x1", json=True))

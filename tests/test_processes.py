@@ -133,6 +133,7 @@ def stopped(llava, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_told_to_stop_go_on_and_are_one_run(llava, alone, stopped, tmp_path: Path):
     """Told to stop, they agree on a step through JAX's service and save; the launcher's exit code is theirs. Also:
     their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""

@@ -265,6 +265,7 @@ def test_nothing_to_report_is_an_error(tmp_path):
         write_report(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_a_long_run_of_the_full_model_stays_small_and_quick(tmp_path):
     workdir = fake_workdir(tmp_path, layers=32)
     put(workdir / "align/metrics.jsonl", "".join(loss_lines(20_000)))

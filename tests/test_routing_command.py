@@ -286,6 +286,7 @@ def test_before_and_after_extension_the_shared_experts_are_compared(pair, grown,
         run("compare", tmp_path / "moextend.npz", tmp_path / "aligned.npz")
 
 
+@pytest.mark.slow
 def test_before_and_after_extension_are_drawn(pair, grown, tmp_path: Path):
     statistics.write_stats(tmp_path / "aligned.npz", pair[0])
     statistics.write_stats(tmp_path / "moextend.npz", grown)

@@ -127,8 +127,10 @@ def test_conversations_of_all_media_in_a_batch_are_each_as_alone():
 # --- where extensions lie ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    ("parts", "remat"),
+    [(2, "layer"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "none"), (1, "layer"), (2, "none")))],
+)
 def test_a_gradient_that_is_added_up_in_place_is_the_gradient(parts: int, remat: Any):
     """Of two extensions of different layers: what jax.grad gives of each part, summed."""
     config = dataclasses.replace(tiny.BOTH, remat=remat)
@@ -325,6 +327,7 @@ def asked(config: ModelConfig, some: list[Prompt]) -> list[list[int]]:
     return test_asking.said(who, some)
 
 
+@pytest.mark.slow
 def test_answers_behind_heads_choose_by_the_media_of_their_row():
     some = prompts()
     answers = asked(STRICT, some)

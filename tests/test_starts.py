@@ -167,6 +167,7 @@ def test_what_learns_at_the_first_step(start: StartName, still: set[str]):
     assert min(norm for norm in norms.values() if norm) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_lowered_logit_moves_few_tokens_and_those_by_little():
     """Of k = 2 a token changes only where its source leads by more, and by sigmoid(-beta) of a difference at most."""
     rng, beta, source = np.random.default_rng(0), 1.5, 2
@@ -202,6 +203,7 @@ def one_layer(
     return with_arrays(made, arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Rule(3, normalised=False), Rule(2, scores="sigmoid", routed_factor=2.5, groups=2)])
 @pytest.mark.parametrize("start", EXACT)
 def test_so_it_is_in_families_of_other_weights(start: StartName, rule: Rule):
@@ -357,6 +359,7 @@ def test_a_cached_answer_equals_running_the_whole_model_for_each_token(start: St
 # --- wide experts -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wide_expert_is_the_mean_of_its_sources_and_starts_with_the_first_s_column():
     added = extension("copy", wide=2, sources=(1, 2, 3, 0))
     config, arrays = with_extension(tiny.PLAIN, added), tiny.arrays(tiny.PLAIN)

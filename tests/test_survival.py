@@ -467,6 +467,7 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("points", [2, pytest.param(16, marks=pytest.mark.slow)])
 def test_killed_at_some_points_it_ends_where_it_would_have(tmp_path: Path, points: int):
     """A few points of survival.py, in a process that has not started JAX. Of two, the first is in the middle of all its

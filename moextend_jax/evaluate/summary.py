@@ -45,7 +45,7 @@ from moextend_jax.runs.data_of import open_source, readers_of, source_of, unseen
 from moextend_jax.runs.models_of import frozen_unchanged
 from moextend_jax.runs.ready import too_many_questions
 from moextend_jax.runs.results import Data
-from moextend_jax.runs.run import Run, write_json
+from moextend_jax.runs.run import Run, not_run, write_json
 from moextend_jax.settings import EvaluateSettings, StageSettings
 from moextend_jax.train.held_out import loss_step, mean_loss
 
@@ -99,6 +99,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     is an error, as training does with it.
     """
     table = results.table(run.settings)
+    for name in table.model("aligned").results:  # which every run has; said before anything is computed
+        if not run.has(name):
+            raise not_run(run.workdir, name)
     asked = {on: _questions(run, of) for on, of in _asked_of_all(run).items()}
     first = asked[run.settings.extension]
     settings = run.settings.evaluate
