@@ -28,8 +28,7 @@ from moextend_jax.evaluate.summary import CHAINS
 from moextend_jax.folders import is_url
 from moextend_jax.report.page import write_report
 from moextend_jax.runs import results
-from moextend_jax.runs.data_of import readers_of, source_of
-from moextend_jax.runs.run import open_run, write_json
+from moextend_jax.runs.run import write_json
 from moextend_jax.runs.sharing import share
 from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console
@@ -129,35 +128,16 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path, pare
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
+        time.sleep(1)
+    share(made, folder, COMMON)
     from moextend_jax.commands import whole_run
 
     try:
-        if settings.cache_features:
-            _wait_for(made / "features")  # made first when all data are there
-            cache_ahead(settings, made)
-        _wait_for(made / "finetune")  # the first that belongs to one chain alone
-        share(made, folder, COMMON)
         whole_run(settings, folder)
     except MoextendError as error:
         print(error, flush=True)
         sys.exit(2)
-
-
-def _wait_for(path: Path) -> None:
-    while not path.exists():
-        time.sleep(1)
-
-
-def cache_ahead(settings: RunSettings, workdir: Path) -> None:
-    """Makes the features that later extensions train on, while the first one is being made."""
-    run, table = open_run(settings, workdir), results.table(settings)
-    for link in settings.links[1:]:
-        for stage in ("align", "finetune"):
-            name = results.named(settings, link.name, stage)
-            data = table.result(name).data if name in table.results else None
-            if data is not None:
-                of = results.stage_of(settings, data(settings.recipe).of)
-                readers_of(run, source_of(run, data(settings.recipe)), data=of.data, split=of.split)
 
 
 def _end_with(parent: int) -> None:

@@ -18,7 +18,7 @@ from moextend_jax.settings import from_config_dict
 
 def test_a_chain_that_fails_says_its_last_line(tmp_path: Path):
     settings = from_config_dict(load("demo") | {"base": str(tmp_path / "nowhere")})
-    (tmp_path / "strict" / "features").mkdir(parents=True)
+    (tmp_path / "strict" / "finetune").mkdir(parents=True)
     beside = Beside(settings, tmp_path / "open", tmp_path / "strict")
     with pytest.raises(MoextendError, match=r"chain open: .*nowhere.*all of it: .*open.log"):
         beside.record()

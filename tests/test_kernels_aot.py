@@ -106,6 +106,7 @@ def test_both_dispatches_compile(mesh_shape: tuple[int, ...], how: str):
     assert analysis is not None and analysis.temp_size_in_bytes > 0
 
 
+@pytest.mark.slow
 def test_gradients_of_new_experts_are_split_as_the_experts_are():
     """Each chip's part of the gradient is what its part of the weights is: nothing whole anywhere in the outputs."""
     analysis = compiled("v5e:2x2", (1, 2, 2, 1), "gather", "extension").memory_analysis()

@@ -296,6 +296,7 @@ def test_before_and_after_extension_are_drawn(pair, grown, tmp_path: Path):
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture_and_a_page_that_needs_nothing_else(pair, tmp_path: Path):
     for folder, stats in zip(("one", "two"), pair, strict=True):
         (tmp_path / folder).mkdir()

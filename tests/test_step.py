@@ -60,7 +60,9 @@ def built(
     return step, init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), made), frozen
 
 
-@pytest.mark.parametrize("stage", tiny.STAGES)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.slow if "full" in stage else ()) for stage in tiny.STAGES]
+)
 def test_three_steps_change_what_the_stage_trains_and_not_one_bit_else(stage: str):
     step, state, frozen = compiled(stage)
     before, frozen_before = hashes(state.trainable), hashes(frozen)

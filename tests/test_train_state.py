@@ -99,6 +99,7 @@ def test_two_steps_are_under_way_at_most(run, tmp_path: Path, monkeypatch):
     assert len(steps) == 6
 
 
+@pytest.mark.slow
 def test_a_stage_may_go_on_with_its_moments_elsewhere(run, tmp_path: Path):
     """From the device's memory to the host's, and back."""
     whole, _ = run(tmp_path / "whole")

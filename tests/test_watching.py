@@ -100,6 +100,7 @@ def test_chips_by_the_names_that_jax_gives_them():
 # --- held-out rows ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_validation_changes_nothing_and_resumes(tmp_path: Path):
     plain = test_survival.train(tmp_path / "plain")
     watched: Any = {"validate_every": 3, "held_out": HELD_OUT}
