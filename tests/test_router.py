@@ -206,8 +206,8 @@ def test_weights_sum_to_one_and_the_likeliest_comes_first():
 
 @pytest.mark.parametrize("width", [6, 1000])
 def test_of_a_clone_and_its_source_the_source_comes_first(width: int):
-    """Where their logits are equal to the last bit, as they mostly are. Two products may round one sum in two ways, by
-    their widths, the processor and the version of XLA; that much is `TIE`, and twins count with it."""
+    """Where their logits are equal to the last bit, as those of short sums are. Two products may round a longer one in
+    two ways, by their widths, the processor and the version of XLA; that much is `TIE`, and twins count with it."""
     rng = np.random.default_rng(0)
     x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, width), (width, 4)))
     columns = new_columns(gate_DE[:, 2:3], np.zeros((5, 3), np.float32), np.zeros((3, 5), np.float32))
@@ -215,9 +215,9 @@ def test_of_a_clone_and_its_source_the_source_comes_first(width: int):
     np.testing.assert_allclose(logits_TO[:, 4], logits_TO[:, 2], atol=TIE, rtol=0)
     equal_T = logits_TO[:, 4] == logits_TO[:, 2]
     both_T = (ids_Tk == 2).any(axis=1) & (ids_Tk == 4).any(axis=1) & equal_T
-    assert both_T.any()
+    assert both_T.any() or width > 6
     assert (ids_Tk[both_T] == [2, 4]).all()
-    assert ((ids_Tk == 2).any(axis=1) | ~(ids_Tk == 4).any(axis=1)).all()
+    assert ((ids_Tk == 2).any(axis=1) | ~(ids_Tk == 4).any(axis=1) | ~equal_T).all()
 
 
 def test_without_renormalising_a_new_column_takes_nothing_from_tokens_that_do_not_choose_it():

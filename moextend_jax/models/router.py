@@ -320,9 +320,9 @@ def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array |
 
 
 def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
-    """Of the new columns [T, X], which begin as copies of columns of the base. In a product together with these a copy's
-    logit is mostly its source's to the last bit, and else within `TIE` of it; in a product of their own rounding would
-    choose between the two, on every mesh in its own way."""
+    """Of the new columns [T, X], which begin as copies of columns of the base. In one product with these a copy's logit
+    is its source's, but for what the base's own product rounds otherwise (`TIE`); in a product of their own rounding
+    would choose between the two, on every mesh in its own way."""
     cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))
     return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
 

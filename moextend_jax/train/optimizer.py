@@ -59,20 +59,20 @@ def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     memory a device never holds more than one leaf's."""
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment)
 
-    def put(state: optax.ScaleByAdamState, space: jax.memory.Space) -> optax.ScaleByAdamState:
+    def put(state: Any, space: Any) -> Any:
         if config.moments == "device":
             return state
         return state._replace(mu=jax.device_put(state.mu, space), nu=jax.device_put(state.nu, space))
 
     def init(params):
-        return put(cast(optax.ScaleByAdamState, adam.init(params)), jax.memory.Space.Host)
+        return put(adam.init(params), jax.memory.Space.Host)
 
     def update(updates, state, params=None, *, finite=True, **_):
         done, mu, nu, count = dict(updates), dict(state.mu), dict(state.nu), state.count
         for path in (path for path, leaf in updates.items() if not isinstance(leaf, optax.MaskedNode)):
             of_leaf = optax.ScaleByAdamState(state.count, {path: mu[path]}, {path: nu[path]})
             before = put(of_leaf, jax.memory.Space.Device)
-            leaf, after = adam.update({path: updates[path]}, before)
+            leaf, after = cast(Any, adam.update({path: updates[path]}, before))
             after = put(jax.tree.map(functools.partial(jnp.where, finite), after, before), jax.memory.Space.Host)
             done |= leaf
             count, mu, nu = after.count, mu | after.mu, nu | after.nu

@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, *, shardings: TrainState | None = None
+    trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, *, shardings: Any = None
 ) -> TrainState:
     """The state before the first step, which the step takes over, `trainable` and all.
 
@@ -49,13 +49,15 @@ def init_state(
 
 def state_shardings(
     trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
-) -> TrainState:
-    """Of `trainable`, real or abstract leaves that have theirs, and of all that comes with them; `moments` as in
+) -> Any:
+    """A `TrainState` of shardings, of `trainable`, real or abstract leaves that have theirs, and of all that comes with them; `moments` as in
     `OptimizerConfig`."""
     state = jax.eval_shape(optimizer.init, dict(trainable))
     count = NamedSharding(mesh, spec(""))
     own = {path: leaf.sharding for path, leaf in trainable.items()}
-    return TrainState(own, optimizer_shardings(state, trainable, mesh, moments=moments), count, count)
+    return TrainState(
+        cast(Any, own), optimizer_shardings(state, trainable, mesh, moments=moments), *cast(Any, [count] * 2)
+    )
 
 
 def make_step(

@@ -37,7 +37,7 @@ def routed(start: StartName, *, lowered_by: float = 0.0, column: ColumnStart = "
     leaves = {"new_gate": arrays["gate_DE"][:, [source]]}
     if (changed := COLUMNS[column]) is not None:
         random_YDX = jnp.asarray(arrays["random_column_D"])[None, :, None]
-        leaves["new_gate"] = changed(jnp.asarray(arrays["gate_DE"])[None], random_YDX)[0]
+        leaves["new_gate"] = np.asarray(changed(jnp.asarray(arrays["gate_DE"])[None], random_YDX)[0])
     leaves |= {"calibrator/w_in": np.ones((E + 1, 2)), "calibrator/w_out": np.zeros((2, E + 1))}
     leaves |= {"offset": np.full(1, -lowered_by)} if start == "lowered" else {}
     columns = with_arrays(made, {path: jnp.asarray(leaf, jnp.float32) for path, leaf in leaves.items()})
