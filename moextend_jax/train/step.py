@@ -50,14 +50,12 @@ def init_state(
 def state_shardings(
     trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
 ) -> Any:
-    """A `TrainState` of shardings, of `trainable`, real or abstract leaves that have theirs, and of all that comes with them; `moments` as in
-    `OptimizerConfig`."""
+    """A `TrainState` of shardings: of `trainable`, real or abstract leaves that have theirs, and of all that comes with
+    them; `moments` as in `OptimizerConfig`."""
     state = jax.eval_shape(optimizer.init, dict(trainable))
-    count = NamedSharding(mesh, spec(""))
-    own = {path: leaf.sharding for path, leaf in trainable.items()}
-    return TrainState(
-        cast(Any, own), optimizer_shardings(state, trainable, mesh, moments=moments), *cast(Any, [count] * 2)
-    )
+    count: Any = NamedSharding(mesh, spec(""))
+    own: Any = {path: leaf.sharding for path, leaf in trainable.items()}
+    return TrainState(own, optimizer_shardings(state, trainable, mesh, moments=moments), count, count)
 
 
 def make_step(
