@@ -9,11 +9,9 @@ all of them together, with the one that sets nothing, or without such a one with
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -21,6 +19,7 @@ from rich.table import Table
 from moextend_jax import distributed
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.estimates import estimate
 from moextend_jax.parsing import with_words
 from moextend_jax.runs.run import as_json, write_json
 from moextend_jax.runs.sharing import share
@@ -30,8 +29,8 @@ from moextend_jax.terminal import console
 Run = Callable[[RunSettings, Path], dict[str, Any]]
 """`commands.whole_run`: what its summary.json holds."""
 
-LATER = ("select", "grow", "finetune", "full", "evaluate", "text_isolation", "baseline", "mixture")
-"""Settings that the first stages do not read."""
+LATER = ("select", "grow", "finetune", "full", "text_isolation", "baseline", "mixture")
+"""Settings of which the first stages read nothing but what they must not be trained on."""
 
 
 class Figure(NamedTuple):
@@ -54,26 +53,6 @@ FIGURES = {
     "seconds": Figure("seconds of finetune", lambda summary: summary["seconds"]["finetune"], 0),
 }
 """TABLE of what is compared."""
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds and half of its 95 % interval; None of a single seed."""
-
-    mean: float
-    half: float | None
-
-    def text(self, digits: int, *, sign: bool = False) -> str:
-        mean = f"{self.mean:{'+' if sign else ''},.{digits}f}"
-        return mean if self.half is None else f"{mean} ± {self.half:,.{digits}f}"
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    if len(values) < 2:
-        return Estimate(values[0], None)
-    from scipy.stats import t  # half a second to import
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return Estimate(fmean(values), half)
 
 
 def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, Any]:
@@ -130,8 +109,9 @@ def _summary(
 
 
 def _early(settings: RunSettings) -> dict[str, Any]:
-    """All that the first stages read, but the seed."""
-    return {name: of for name, of in dataclasses.asdict(settings).items() if name not in (*LATER, "seed")}
+    """All that the first stages read, but the seed; which rows they leave out is in settings of later ones."""
+    read = {name: of for name, of in dataclasses.asdict(settings).items() if name not in (*LATER, "seed")}
+    return read | {"left out": (settings.select.held_out, settings.finetune.data, settings.finetune.split)}
 
 
 def study_table(record: Mapping[str, Any]) -> Table:

@@ -14,9 +14,10 @@ from rich.console import Console
 from moextend_jax.commands import whole_run
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
+from moextend_jax.evaluate.estimates import Estimate, estimate
 from moextend_jax.parsing import with_words
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, StudySettings, from_config_dict
-from moextend_jax.study import FIGURES, Estimate, estimate, run_study, study_table
+from moextend_jax.study import FIGURES, run_study, study_table
 
 STAGE = StageSettings(data="d", steps=1, batch_size=1, length=8)
 PLAIN = RunSettings(
@@ -82,6 +83,15 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
               run=made_up(calls))  # fmt: skip
     assert not calls
+
+
+@pytest.mark.parametrize(
+    "words", ["select.held_out=5", "evaluate.held_out=0.3", "finetune.split=train[:9]", "dtype=float32"]
+)
+def test_first_stages_that_were_trained_on_other_rows_are_not_shared(words: str, tmp_path: Path):
+    calls: list[tuple[RunSettings, Path]] = []
+    run_study(of({"paper": (), "other": (words,)}, (0,)), tmp_path, run=made_up(calls))
+    assert [(folder / "extend" / "made").stat().st_nlink for _, folder in calls] == [1, 1]
 
 
 def test_the_table_compares_with_the_first_seed_by_seed(tmp_path: Path):

@@ -140,6 +140,8 @@ def import_source(
 ) -> Cost:  # fmt: skip
     """Writes an opened checkpoint as a folder of stacked leaves; see store.py for what is in it."""
     check_routers(source)
+    if storage and not any(path in quantising.MATRICES for path in source.leaves):
+        raise MoextendError("--storage is for pretrained experts, and there are none")
     quantising.check(source.config.decoder, storage, one_device())
     planned = store.tensors_of(source.leaves, dtype=dtype, storage=storage)
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:

@@ -193,8 +193,10 @@ def _cached_or_made(
 
 def _cached(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> str:
     """The folder beside `path`, or its own name, that has these features; "" where none has."""
-    others = sorted(other.parent for other in path.parent.glob("*/cache.json") if ".unfinished-" not in str(other))
-    return next((folder.name for folder in (path, *others) if _fits(folder, fingerprint, inputs)), "")
+    if _fits(path, fingerprint, inputs):
+        return path.name
+    others = (other.parent for other in path.parent.glob("*/cache.json") if ".unfinished-" not in str(other))
+    return next((other.name for other in sorted(others) if _fits(other, fingerprint, inputs)), "")
 
 
 def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:

@@ -189,15 +189,11 @@ def select(
 
 def chosen_layers(layers: LayerChoice, shift_Z: np.ndarray, *, share: float, seed: int = 0) -> list[int]:
     """A row of LAYERS asked, ascending; a MoextendError where it chooses none."""
-    count = int(share * len(shift_Z))
-    some = count or layers not in ("extender", "random", "interval")
-    chosen = sorted(LAYERS[layers](shift_Z, count, np.random.default_rng(seed))) if some else []
+    chosen = sorted(LAYERS[layers](shift_Z, int(share * len(shift_Z)), np.random.default_rng(seed)))
     if not chosen:
-        raise MoextendError(
-            f"select.share = {share} of {len(shift_Z)} layers chooses none; raise it"
-            if not some
-            else f"select.layers = {layers} of {len(shift_Z)} layers chooses none"
-        )
+        by_share = layers in ("extender", "random", "interval")
+        asked, mend = (f"share = {share}", "; raise it") if by_share else (f"layers = {layers}", "")
+        raise MoextendError(f"select.{asked} of {len(shift_Z)} layers chooses none{mend}")
     return chosen
 
 

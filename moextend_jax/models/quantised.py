@@ -75,7 +75,7 @@ STORAGES = {
 }
 """TABLE `ModelConfig.expert_storage` -> how weights are stored; "as_is" is none of these. What such files hold stays
 exactly that, if groups are theirs: 32 in GGUF's Q8_0 (int8) and Q4_0 (int4) and in MXFP4 (Open Compute Project's
-Microscaling Formats 1.0), 64 in bitsandbytes' nf4."""
+Microscaling Formats 1.0)."""
 
 
 def scales(w_IO: np.ndarray, kind: str, group: int) -> np.ndarray:

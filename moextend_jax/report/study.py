@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moextend_jax.evaluate.estimates import estimate
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
-from moextend_jax.study import estimate
 
 
 def study_picture(record: Mapping[str, Any], path: Path) -> None:
