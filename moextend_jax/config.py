@@ -17,6 +17,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
     u blocks of a resampler that attend to the tower
     i positions of all media of a row, one after another (`Batch.places_BL` counts them)
+    r rank of low-rank updates, of I LoRA experts together
     a groups of D, v groups of F, whose weights share a scale where experts are stored in few bits
 
 Nothing here imports the rest of the package.
@@ -409,6 +410,52 @@ class ExtensionConfig:
         }  # fmt: skip
 
 
+MethodName = Literal["lora", "mole"]
+Gating = Literal["top1", "top1_prob", "dense"]
+AdaptedExperts = Literal["none", "shared", "per_expert"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A low-rank update beside the frozen maps of all layers that route (`models/adapters.py`).
+
+    method: LoRA, or LLaVA-MoLE. rank: of one LoRA; alpha: over rank it is the scale of what is added. attention: its
+    four maps have one. experts: the three maps of the pretrained experts have none, one that all experts of a layer
+    share, or each expert its own. router: the pretrained router has one, which changes what text chooses.
+    lora_experts, gating: of MoLE, how many a layer has and how they are weighed (a row of `adapters.GATINGS`); balance:
+    the coefficient of their load-balancing loss. medium, share: as in `ExtensionConfig`.
+    """
+
+    method: MethodName = "lora"
+    rank: int = 128
+    alpha: float = 256.0
+    attention: bool = True
+    experts: AdaptedExperts = "shared"
+    router: bool = False
+    lora_experts: int = 1
+    gating: Gating = "top1"
+    balance: float = 0.0
+    medium: str = "image"
+    share: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def columns(self) -> int:
+        """r of the experts' maps: that of all LoRA experts together."""
+        return self.lora_experts * self.rank
+
+    @property
+    def of_experts(self) -> bool:
+        return self.experts != "none"
+
+    def sizes(self, decoder: DecoderConfig) -> dict[str, int]:
+        """Sizes of the decoder's letters and of those of this adapter of it."""
+        return {**decoder.sizes(), "r": self.columns, "I": self.lora_experts}
+
+
 class Quantised(NamedTuple):
     """How pretrained experts are stored in few bits: a row of `models/quantised.STORAGES`, and how many weights that
     one output sums over share a scale."""
@@ -453,6 +500,8 @@ class ModelConfig:
     """By name, in the order in which their tokens lie in a row's `i`."""
     extensions: Named[ExtensionConfig] = Named()
     """By name, in the order in which they were added: their new experts are numbered on in this order from E."""
+    adapters: Named[AdapterConfig] = Named()
+    """By name, in the order in which they were added. A name is not that of an extension too."""
     dtype: str = "bfloat16"
     """Storage dtype of frozen parameters and dtype of activations."""
     train_dtype: str = "float32"
@@ -487,6 +536,11 @@ class ModelConfig:
     def sizes(self, extension: str | None = None) -> dict[str, int]:
         """Sizes of the decoder's letters, and of those of one of the extensions."""
         return self.decoder.sizes() if extension is None else self.extensions[extension].sizes(self.decoder)
+
+    @property
+    def added(self) -> dict[str, ExtensionConfig | AdapterConfig]:
+        """Extensions, then adapters."""
+        return {**self.extensions, **self.adapters}
 
     @property
     def outputs(self) -> int:

@@ -27,6 +27,12 @@ def weight(
     return nnx.Param(array.astype(dtype), axes=axes)
 
 
+def uniform(axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, dtype: str, bound: float) -> nnx.Param:
+    """A parameter with entries between -bound and bound, each as likely as any other."""
+    array = jax.random.uniform(rngs.params(), shape(axes, sizes), jnp.float32, -bound, bound)
+    return nnx.Param(array.astype(dtype), axes=axes)
+
+
 def constant(axes: str, sizes: Mapping[str, int], *, dtype: str, value: float) -> nnx.Param:
     """A parameter that starts as one value everywhere (norm scales 1, biases 0)."""
     return nnx.Param(jnp.full(shape(axes, sizes), value, dtype), axes=axes)

@@ -19,12 +19,15 @@ from ml_collections import ConfigDict
 from moextend_jax.config import (
     IMAGE,
     RECIPES,
+    AdaptedExperts,
+    AdapterConfig,
     Amount,
     CalibratorName,
     ColumnStart,
     Count,
     ExpertStart,
     ExpertStorage,
+    Gating,
     LayerChoice,
     MoextendError,
     Quantised,
@@ -44,7 +47,7 @@ Part = Annotated[float, Range(above=0)]
 LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
-Group = Literal["projector", "new_experts", "router_columns", "calibrators", "routers", "base", "vision"]
+Group = Literal["projector", "new_experts", "router_columns", "calibrators", "adapters", "routers", "base", "vision"]
 """Groups of parameters with optimizer settings of their own; `train/stages.py` says which is in which."""
 
 FaultKind = Literal[
@@ -268,6 +271,48 @@ class GrowSettings:
             raise MoextendError("grow.start twin starts from copies: leave grow.column and grow.expert out")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """What is added to the model: MoExtend's experts, or a rival's low-rank updates (docs/methods.md)."""
+
+    name: Literal["moextend", "lora", "mole"] = "moextend"
+    """moextend: new experts, chosen by `select`. lora, mole: low-rank updates beside the frozen maps of all layers that
+    route; there is nothing to probe or choose then. The settings below are of these."""
+    rank: Count = 128
+    """Of one low-rank update."""
+    alpha: Positive = 256.0
+    """What an update is multiplied by is alpha/rank."""
+    attention: bool = True
+    """Attention's four maps have one."""
+    experts: AdaptedExperts = "shared"
+    """The three maps of pretrained experts have none, one that all experts of a layer share, or each its own."""
+    router: bool = False
+    """The pretrained router has one; it then chooses other experts, for text too unless text_isolation is strict."""
+    lora_experts: Count = 3
+    """Of mole: low-rank experts of a layer."""
+    gating: Gating = "top1"
+    """Of mole: the likeliest one; that one weighed by its probability, without which the task's loss never reaches the
+    router over them; or all of them by theirs."""
+    balance: NotNegative = 0.01
+    """Of mole: coefficient of the loss that balances them."""
+
+    def __post_init__(self):
+        _check(self)
+        if self.name == "lora" and not (self.attention or self.router or self.experts != "none"):
+            raise MoextendError("method lora: neither attention nor experts nor router have an update")
+        if self.name == "mole" and self.experts == "none":
+            raise MoextendError("method mole: experts none leaves nothing to choose a LoRA expert for")
+
+    def adapter(self, medium: str) -> AdapterConfig | None:
+        """None: the method is moextend."""
+        if self.name == "moextend":
+            return None
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        if self.name == "lora":
+            fields |= {"lora_experts": 1, "gating": "top1", "balance": 0.0}
+        return AdapterConfig(method=self.name, medium=medium, **fields)
+
+
 LeaveOut = Literal["none", "each", "subsets"]
 
 
@@ -359,12 +404,18 @@ class MediumSettings:
 
 
 class Link(NamedTuple):
-    """An extension in a run: its name, the medium that it is for ("": a task in text), and whether it is trained apart
-    from those before it, on the base."""
+    """An extension in a run: its name, the medium that it is for ("": a task in text), whether it is trained apart from
+    those before it, on the base, and its method: low-rank updates, None: new experts."""
 
     name: str = IMAGE
     medium: str = IMAGE
     apart: bool = False
+    adapter: AdapterConfig | None = None
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        return {"lora": "LoRA", "mole": "LLaVA-MoLE"}[self.adapter.method] if self.adapter else "MoExtend"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,6 +429,7 @@ class ExtensionSettings:
     evaluate: EvaluateSettings
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     grow: GrowSettings = dataclasses.field(default_factory=GrowSettings)
+    method: MethodSettings = dataclasses.field(default_factory=MethodSettings)
     medium: str = ""
     """The medium that it is for; "": a task in text."""
     apart: bool = False
@@ -408,6 +460,7 @@ class RunSettings:
     evaluate: EvaluateSettings
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     grow: GrowSettings = dataclasses.field(default_factory=GrowSettings)
+    method: MethodSettings = dataclasses.field(default_factory=MethodSettings)
     extension: str = IMAGE
     """What the extension of the groups above is called."""
     medium: str = IMAGE
@@ -529,8 +582,9 @@ class RunSettings:
     @property
     def links(self) -> tuple[Link, ...]:
         """The extensions in order."""
-        later = (Link(name, of.medium, of.apart) for name, of in self.extensions.items())
-        return (Link(self.extension, self.medium), *later)
+        first = Link(self.extension, self.medium, adapter=self.method.adapter(self.medium))
+        later = (Link(name, of.medium, of.apart, of.method.adapter(of.medium)) for name, of in self.extensions.items())
+        return (first, *later)
 
     @property
     def profiled(self) -> range:

@@ -29,9 +29,11 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
     "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
     "h": None, "w": None, "c": None, "G": None, "g": None,
-    # of media: registers of a vision tower, mel bands and frames, queries of a resampler (u of its blocks attend to
+    # of low-rank updates; r is also what registers of a vision tower are
+    "I": None, "r": None,
+    # of media: mel bands and frames, queries of a resampler (u of its blocks attend to
     # features), places of all media
-    "r": None, "b": None, "l": None, "q": None, "u": None, "i": None,
+    "b": None, "l": None, "q": None, "u": None, "i": None,
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from moextend_jax import sharding
 from moextend_jax.checkpoints import names
 from moextend_jax.config import (
     RECIPES,
+    AdapterConfig,
     Batch,
     DecoderConfig,
     ExtensionConfig,
@@ -27,6 +28,7 @@ from moextend_jax.config import (
     Medium,
     ModelConfig,
     MoextendError,
+    Named,
     ProjectorConfig,
     VisionConfig,
     WhisperConfig,
@@ -73,6 +75,15 @@ OTHER_TOWER = of_pictures(
 )
 
 
+ADAPTED = dataclasses.replace(
+    FULL,
+    adapters=Named(
+        lora=AdapterConfig(experts="per_expert", router=True), mole=AdapterConfig(method="mole", lora_experts=3)
+    ),
+)
+"""Low-rank updates besides."""
+
+
 @functools.cache
 def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
     return by_path(nnx.state(abstract(config)))
@@ -80,7 +91,8 @@ def parameters(config: ModelConfig = FULL) -> dict[str, nnx.Param]:
 
 def anywhere() -> dict[str, nnx.Param]:
     lowered = with_extension(FULL, dataclasses.replace(PUBLISHED, start="lowered"))
-    return functools.reduce(operator.or_, map(parameters, (FULL, EVERYTHING, OTHER_DECODER, OTHER_TOWER, lowered)))
+    everything = (FULL, EVERYTHING, OTHER_DECODER, OTHER_TOWER, lowered, ADAPTED)
+    return functools.reduce(operator.or_, map(parameters, everything))
 
 
 def size(prefix: str) -> int:

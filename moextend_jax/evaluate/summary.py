@@ -145,6 +145,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         "accuracy": own | {"questions": len(first.prompted)},
         "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in ("wordnet", "kjv")},
     }
+    if (title := results.table(run.settings).model("moextend").title) != "MoExtend":
+        summary["method"] = title
     if answer_losses:
         summary["answer_loss"] = answer_losses
     left_out = {on: of.left_out(right[on]) for on, of in asked.items()}
@@ -507,7 +509,8 @@ def _write_examples(
     for batch in batches:
         ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
         chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
-        share_BL = chose_ZT[layers].mean(axis=0).reshape(batch.ids_BL.shape)
+        # Of an extension without experts no layer.
+        share_BL = chose_ZT[layers or slice(0)].sum(axis=0).reshape(batch.ids_BL.shape) / max(len(layers), 1)
         for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):
             picture = images.decoded(question.example.images[0].row).item  # of which the grid is
             share_P = share_BL[row][batch.places_BL[row] >= 0][: grid * grid]
@@ -561,7 +564,8 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         forgotten = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
         cells = [f"{accuracy[name]:.3f}" if name in accuracy else ""]
         cells += [f"{answer_loss[name]:.3f}"] if answer_loss else []
-        table.add_row(models[name].title, *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
+        title = summary.get("method", models[name].title) if name == "moextend" else models[name].title
+        table.add_row(title, *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
         for medium, of in summary.get("without", {}).items():
             if name in of:
                 table.add_row(f"  without {medium}", f"{of[name]:.3f}")

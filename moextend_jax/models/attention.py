@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import jax
@@ -18,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import DecoderConfig, YarnConfig
 from moextend_jax.models import attention_triton, blocked_attention
+from moextend_jax.models.adapters import Adapted
 from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
@@ -74,13 +76,14 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x_BLD: jax.Array, rotation: Rotation, visible: Visible, past: KeysValues | None = None, *,
-        is_local: jax.Array | bool | None = None,
+        is_local: jax.Array | bool | None = None, adapted: Sequence[Adapted] = (),
     ) -> tuple[jax.Array, KeysValues]:  # fmt: skip
         """Attends to what is visible of the past (if any) and of these positions; also gives the keys and values of
-        these positions, for whoever keeps them.
+          these positions, for whoever keeps them.
 
-        Args:
-          is_local: of these the last `local_window` alone are visible; None: the decoder has no such layers.
+          Args:
+            adapted: low-rank updates of the four maps.
+        is_local: of these the last `local_window` alone are visible; None: the decoder has no such layers.
         """
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)
@@ -89,10 +92,12 @@ class Attention(nnx.Module):
         heads = heads if heads == splits["query"].over("N") else ()
         keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
         rows = Shards("B", (x_split.over("B"),))
+        lows = [module_shards(of.module.attention) for of in adapted]
+        scales, tokens = [of.scale_BL1(x_BLD) for of in adapted], Shards("BL", x_split.split[:2])
 
-        def made(name, product, x_BSD, w):
-            """Queries, keys or values: with the bias, the norm and the bound that the family has."""
-            made_BSNH = jnp.einsum(product, x_BSD, w[name])
+        def made(name, product, x_BSD, w, more_BSNH):
+            """Queries, keys or values: with the update, the bias, the norm and the bound that the family has."""
+            made_BSNH = sum(more_BSNH, start=jnp.einsum(product, x_BSD, w[name]))
             if (bias := w.get(f"{name}_bias")) is not None:
                 made_BSNH += jnp.broadcast_to(bias, made_BSNH.shape)
             if (scale := w.get(f"{name}_norm")) is not None:
@@ -105,28 +110,47 @@ class Attention(nnx.Module):
         # For example tensor 2, L = 8, 32 query and 8 key heads. A device has positions 0 to 3 of its rows, or 4 to 7,
         # and 16 and 4 of the heads. It gathers all 8 positions, attends with its heads, and the scattered sum over
         # "tensor" leaves it with all heads' output at its own 4 positions.
-        def local(x_BLD, arrays, rotation, visible, past, is_local):
-            w = {name: used(name, leaf, splits[name], dtype=x_BLD.dtype, keep=heads) for name, leaf in arrays.items()}
-            x_BSD = jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
-            query_BSNH = made("query", "BSD,DNH->BSNH", x_BSD, w)
-            key_BSKH = made("key", "BSD,DKH->BSKH", x_BSD, w)
+        def local(x_BLD, arrays, rotation, visible, past, is_local, low, scales):
+            def in_use(arrays, splits):
+                how = {"dtype": x_BLD.dtype, "keep": heads}
+                return {name: used(name, leaf, splits[name], **how) for name, leaf in arrays.items()}
+
+            def everywhere(x_BLD):
+                return jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
+
+            w, low = in_use(arrays, splits), [in_use(own, of[1]) for own, of in zip(low, lows, strict=True)]
+            low = [(leaves, scale) for leaves, scale in zip(low, scales, strict=True) if leaves]
+
+            def more(name):
+                """What updates add to queries, keys or values: rank r where the tokens are, then at all positions."""
+                for leaves, scale_BL1 in low:
+                    z_BLr = jnp.einsum("BLD,Dr->BLr", x_BLD, leaves[f"{name}/a"]) * scale_BL1
+                    yield jnp.einsum("BSr,rNH->BSNH", everywhere(z_BLr), leaves[f"{name}/b"])
+
+            x_BSD = everywhere(x_BLD)
+            query_BSNH = made("query", "BSD,DNH->BSNH", x_BSD, w, more("query"))
+            key_BSKH = made("key", "BSD,DKH->BSKH", x_BSD, w, more("key"))
             if self.config.attention_scale is not None:  # kernels multiply products with keys by 1/sqrt(H)
                 query_BSNH *= self.config.attention_scale * self.config.head_size**0.5
             query_BSNH = checkpoint_name(rotate(query_BSNH, rotation), "query")
             key_BSKH = checkpoint_name(rotate(key_BSKH, rotation), "key")
-            value_BSKH = checkpoint_name(made("value", "BSD,DKH->BSKH", x_BSD, w), "value")
+            value_BSKH = checkpoint_name(made("value", "BSD,DKH->BSKH", x_BSD, w, more("value")), "value")
             present = in_sight = KeysValues(key_BSKH, value_BSKH)
             if past is not None:
                 in_sight = KeysValues(*(jnp.concatenate(pair, axis=1) for pair in zip(past, present, strict=True)))
             window = None if is_local is None else Window(is_local, self.config.local_window)
             y_BSNH = attend(query_BSNH, in_sight, visible, window=window, sinks_N=w.get("sinks"))
             y_BLD = own_positions(jnp.einsum("BSNH,NHD->BSD", y_BSNH, w["out"]), apart=apart, heads=heads)
+            for leaves, scale_BL1 in low:
+                z_BSr = jnp.einsum("BSNH,NHr->BSr", y_BSNH, leaves["out/a"])
+                z_BLr = own_positions(z_BSr, apart=apart, heads=heads) * scale_BL1
+                y_BLD += jnp.einsum("BLr,rD->BLD", z_BLr, leaves["out/b"])
             return y_BLD if "out_bias" not in w else y_BLD + w["out_bias"][None, None], present
 
         # Those that are None have no parts to split.
-        ins = (x_split, splits, rows, rows, keys_split, Shards("", ()))
+        ins = (x_split, splits, rows, rows, keys_split, Shards("", ()), [of[1] for of in lows], tokens)
         run = map_shards(local, ins, (x_split, keys_split))
-        return run(x_BLD, arrays, rotation, visible, past, is_local)
+        return run(x_BLD, arrays, rotation, visible, past, is_local, [of[0] for of in lows], scales)
 
 
 def norm_of_heads(x_BSNH: jax.Array, scale: jax.Array, *, eps: float, whole: bool, over: tuple[str, ...]) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moextend_jax.models.adapters import Factors, Update, low_rank
 from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.weights import Weight, is_frozen, one_of
 
@@ -30,69 +31,114 @@ group numbers run on from one part to the next."""
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blocked_swiglu(
-    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu = SILU
-) -> jax.Array:
+    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu = SILU,
+    update: Update | None = None,
+) -> jax.Array:  # fmt: skip
     """Each sorted row through the expert of its group, times its combine weight; rows past the last group give zeros.
 
     Args:
       x_RD: rows, those of group 0 first, then group 1, ...; what stands past `sum(sizes_O)` has no effect.
       sizes_O: int32, rows of each group over all parts.
+      update: of rows; what adapters add to the three maps of the first part, which is the only one then.
     """
-    return _forward(x_RD, weights_R1, parts, sizes_O, glu)[0]
+    return _forward(x_RD, weights_R1, parts, sizes_O, glu, update)[0]
 
 
-def _forward(x_RD, weights_R1, parts, sizes_O, glu):
+def _forward(x_RD, weights_R1, parts, sizes_O, glu, update):
     (R, D), F = x_RD.shape, parts[0][0].shape[-1]
     rows = _Rows(sizes_O, R, x_RD.dtype)
-    x_RD, padded_R1 = rows.pad(x_RD), rows.pad(weights_R1)
+    x_RD, padded_R1, update = rows.pad(x_RD), rows.pad(weights_R1), rows.pad_weights(update)
 
-    def one_block(carry, row, weights):
+    def one_block(carry, row, weights, low):
         y_RD, gate_RF, up_RF = carry
         w_gate_DF, w_up_DF, w_down_FD, *biases = weights
         x_bD = rows.read(x_RD, row)
         gate_bF, up_bF = x_bD @ w_gate_DF, x_bD @ w_up_DF
+        if update is not None and low is not None:
+            m_br = rows.read(update.rank_weights_Tr, row)
+            gate_bF += low_rank(x_bD, low.a_gate, low.b_gate, m_br)
+            up_bF += low_rank(x_bD, low.a_up, low.b_up, m_br)
         if biases:
             gate_bF, up_bF = gate_bF + biases[0][None], up_bF + biases[1][None]
-        y_bD = (glu(gate_bF, up_bF) * rows.read(padded_R1, row)) @ w_down_FD
+        hidden_bF = glu(gate_bF, up_bF) * rows.read(padded_R1, row)
+        y_bD = hidden_bF @ w_down_FD
+        if update is not None and low is not None:
+            m_br = rows.read(update.rank_weights_Tr, row)
+            y_bD += low_rank(hidden_bF, low.a_down, low.b_down, m_br)
         return rows.write(y_RD, y_bD, row), rows.write(gate_RF, gate_bF, row), rows.write(up_RF, up_bF, row)
 
-    y_RD, gate_RF, up_RF = rows.for_each_block(one_block, (rows.zeros(D, x_RD), *[rows.zeros(F, x_RD)] * 2), parts)
-    return rows.cut(y_RD), (x_RD, padded_R1, gate_RF, up_RF, parts, sizes_O)
+    start = (rows.zeros(D, x_RD), *[rows.zeros(F, x_RD)] * 2)
+    y_RD, gate_RF, up_RF = rows.for_each_block(one_block, start, parts, update)
+    return rows.cut(y_RD), (x_RD, padded_R1, gate_RF, up_RF, parts, sizes_O, update)
 
 
 def _backward(glu, saved, dy_RD):
-    x_RD, weights_R1, gate_RF, up_RF, parts, sizes_O = saved
+    x_RD, weights_R1, gate_RF, up_RF, parts, sizes_O, update = saved
     rows = _Rows(sizes_O, dy_RD.shape[0], dy_RD.dtype)
     dy_RD = rows.pad(dy_RD)
 
-    def inner(row, w_down_FD):
+    def inner(row, w_down_FD, low):
         """Of one block: the weighted hidden units, and the gradients of gate, up and the combine weight."""
         gate_bF, up_bF, weight_b1 = (rows.read(array, row) for array in (gate_RF, up_RF, weights_R1))
         hidden_bF, pull = glu.with_pull(gate_bF, up_bF)
-        d_hidden_bF = _times_transposed(rows.read(dy_RD, row), w_down_FD)
+        dy_bD = rows.read(dy_RD, row)
+        d_hidden_bF = _times_transposed(dy_bD, w_down_FD)
+        if low is not None:
+            d_hidden_bF += low_rank(dy_bD, low.b_down.T, low.a_down.T, rows.read(update.rank_weights_Tr, row))
         d_weight_b1 = (d_hidden_bF * hidden_bF).sum(axis=1, keepdims=True)
         return hidden_bF * weight_b1, *pull(d_hidden_bF * weight_b1), d_weight_b1
 
-    def to_the_rows(carry, row, weights):
-        dx_RD, d_weights_R1 = carry
+    def to_the_rows(carry, row, weights, low):
+        dx_RD, d_weights_R1, dm_Rr = carry
         w_gate_DF, w_up_DF, w_down_FD, *_ = weights
-        _, d_gate_bF, d_up_bF, d_weight_b1 = inner(row, w_down_FD)
+        hidden_bF, d_gate_bF, d_up_bF, d_weight_b1 = inner(row, w_down_FD, low)
         dx_bD = _times_transposed(d_gate_bF, w_gate_DF) + _times_transposed(d_up_bF, w_up_DF)
-        return rows.write(dx_RD, dx_bD, row), rows.write(d_weights_R1, d_weight_b1, row)
+        if low is not None:
+            m_br = rows.read(update.rank_weights_Tr, row)
+            dx_bD += low_rank(d_gate_bF, low.b_gate.T, low.a_gate.T, m_br)
+            dx_bD += low_rank(d_up_bF, low.b_up.T, low.a_up.T, m_br)
+            dm_br = jnp.zeros_like(m_br)
+            for inputs, outputs, a, b in of_maps(low, row, hidden_bF, d_gate_bF, d_up_bF, rows.read(dy_RD, row)):
+                of_map_br = (inputs @ a) * _times_transposed(outputs, b)
+                dm_br += of_map_br if m_br.shape[1] > 1 else of_map_br.sum(axis=1, keepdims=True)
+            dm_Rr = rows.write(dm_Rr, dm_br, row)
+        return rows.write(dx_RD, dx_bD, row), rows.write(d_weights_R1, d_weight_b1, row), dm_Rr
 
-    def to_the_weights(carry, row, weights, mine_b1):
+    def of_maps(low, row, hidden_bF, d_gate_bF, d_up_bF, dy_bD):
+        """Of the three maps what goes in, the gradient of what comes out, and the factors."""
+        x_bD = rows.read(x_RD, row)
+        maps = ((x_bD, d_gate_bF), (x_bD, d_up_bF), (hidden_bF, dy_bD))
+        return [(*both, low[2 * n], low[2 * n + 1]) for n, both in enumerate(maps)]
+
+    def to_the_factors(carry, row, weights, low, mine_b1):
+        dy_bD, m_br = (jnp.where(mine_b1, rows.read(array, row), 0) for array in (dy_RD, update.rank_weights_Tr))
+        hidden_bF, d_gate_bF, d_up_bF, _ = inner(row, weights[2], low)
+        gradients = []
+        for inputs, outputs, a, b in of_maps(low, row, hidden_bF, d_gate_bF, d_up_bF, dy_bD):
+            gradients += [inputs.T @ (_times_transposed(outputs, b) * m_br), ((inputs @ a) * m_br).T @ outputs]
+        return jax.tree.map(jnp.add, carry, Factors(*gradients))
+
+    def to_the_weights(carry, row, weights, low, mine_b1):
         x_bD, dy_bD = (jnp.where(mine_b1, rows.read(array, row), 0) for array in (x_RD, dy_RD))
-        hidden_bF, d_gate_bF, d_up_bF, _ = (jnp.where(mine_b1, array, 0) for array in inner(row, weights[2]))
+        hidden_bF, d_gate_bF, d_up_bF, _ = (jnp.where(mine_b1, array, 0) for array in inner(row, weights[2], low))
         products = (x_bD.T @ d_gate_bF, x_bD.T @ d_up_bF, hidden_bF.T @ dy_bD)
         if len(weights) > 3:
             products += (d_gate_bF.sum(axis=0), d_up_bF.sum(axis=0))
         return jax.tree.map(jnp.add, carry, products)
 
-    start = (rows.zeros(x_RD.shape[1], x_RD), rows.zeros(1, x_RD))
-    dx_RD, d_weights_R1 = rows.for_each_block(to_the_rows, start, parts)
+    no_update = update is None
+    start = (rows.zeros(x_RD.shape[1], x_RD), rows.zeros(1, x_RD), None if no_update else 0 * update.rank_weights_Tr)
+    dx_RD, d_weights_R1, dm_Rr = rows.for_each_block(to_the_rows, start, parts, update)
     # A loop of its own: the compiler drops it for frozen parts, whose gradient nobody reads.
-    d_parts = rows.sum_by_group(to_the_weights, parts)
-    return rows.cut(dx_RD), rows.cut(d_weights_R1), d_parts, None
+    d_parts = rows.sum_by_group(to_the_weights, parts, update)
+    d_update = None
+    if update is not None:
+        (d_factors,) = rows.sum_by_group(to_the_factors, parts, update, like=lambda weights, low: low)
+        shared = update.factors.a_gate.ndim == 2
+        d_update = Update(
+            jax.tree.map(lambda leaf: leaf.sum(axis=0), d_factors) if shared else d_factors, rows.cut(dm_Rr)
+        )
+    return rows.cut(dx_RD), rows.cut(d_weights_R1), d_parts, None, d_update
 
 
 blocked_swiglu.defvjp(_forward, _backward)
@@ -116,6 +162,9 @@ class _Rows:
         real_R1 = jnp.arange(self.R)[:, None] < self.ends_O[-1]
         return jnp.pad(jnp.where(real_R1, x_RD, 0), ((0, self.block), (0, 0)))
 
+    def pad_weights(self, update: Update | None) -> Update | None:
+        return update if update is None else update._replace(rank_weights_Tr=self.pad(update.rank_weights_Tr))
+
     def zeros(self, width: int, like: jax.Array) -> jax.Array:
         return jnp.zeros((self.R + self.block, width), like.dtype)
 
@@ -128,47 +177,60 @@ class _Rows:
     def write(self, x_RD: jax.Array, x_bD: jax.Array, row: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x_RD, x_bD, row, axis=0)
 
-    def for_each_block(self, body: Callable, carry: Any, parts: tuple[Weights, ...]) -> Any:
-        """`body(carry, row, weights of the block's group)` over all blocks of all groups, in order."""
+    def for_each_block(self, body: Callable, carry: Any, parts: tuple[Weights, ...], update: Update | None) -> Any:
+        """`body(carry, row, weights of the block's group, factors of it)` over all blocks of all groups, in order."""
         first = 0
         for part in parts:
 
             def one_group(group, carry, part=part, first=first):
-                weights = self.of_group(part, group)
+                own = self.of_group(part, group, update)
                 start, blocks = self.starts_O[first + group], self.blocks(first + group)
-                return lax.fori_loop(0, blocks, lambda i, c: body(c, start + i * self.block, weights), carry)
+                return lax.fori_loop(0, blocks, lambda i, c: body(c, start + i * self.block, *own), carry)
 
             carry = lax.fori_loop(0, part[0].shape[0], one_group, carry)
             first += part[0].shape[0]
         return carry
 
-    def sum_by_group(self, body: Callable, parts: tuple[Weights, ...]) -> tuple[Any, ...]:
-        """Sums `body(sum, row, weights, mine_b1)` over each group's blocks; mine_b1 is false past the group's end. Of
-        parts that are stored in few bits None."""
+    def sum_by_group(
+        self, body: Callable, parts: tuple[Weights, ...], update: Update | None, *,
+        like: Callable[..., Any] | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Sums `body(sum, row, weights, factors, mine_b1)` over each group's blocks; mine_b1 is false past the group's
+        end.
+
+        Args:
+          like: from weights and factors of a group to what the sum is like; None: the weights, and None for parts that
+            are stored in few bits.
+        """
         sums, first = [], 0
         for part in parts:
-            if is_frozen(part):
+            if like is None and is_frozen(part):
                 sums.append(None)
                 first += part[0].shape[0]
                 continue
 
             def one_group(group, part=part, first=first):
-                weights = self.of_group(part, group)
+                own = self.of_group(part, group, update)
                 start, size = self.starts_O[first + group], self.sizes_O[first + group]
 
                 def one_block(i, carry):
                     mine_b1 = jnp.arange(self.block)[:, None] < size - i * self.block
-                    return body(carry, start + i * self.block, weights, mine_b1)
+                    return body(carry, start + i * self.block, *own, mine_b1)
 
-                start_at = jax.tree.map(jnp.zeros_like, weights)
+                start_at = jax.tree.map(jnp.zeros_like, own[0] if like is None else like(*own))
                 return lax.fori_loop(0, self.blocks(first + group), one_block, start_at)
 
             sums.append(lax.map(one_group, jnp.arange(part[0].shape[0])))
             first += part[0].shape[0]
         return tuple(sums)
 
-    def of_group(self, part: Weights, group: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(one_of(weight, group, self.dtype) for weight in part)
+    def of_group(
+        self, part: Weights, group: jax.Array, update: Update | None
+    ) -> tuple[tuple[jax.Array, ...], Factors | None]:
+        weights = tuple(one_of(weight, group, self.dtype) for weight in part)
+        if update is None or update.factors.a_gate.ndim == 2:
+            return weights, update and update.factors
+        return weights, Factors(*(one_of(factor, group, self.dtype) for factor in update.factors))
 
     def blocks(self, group: jax.Array) -> jax.Array:
         return -(-self.sizes_O[group] // self.block)

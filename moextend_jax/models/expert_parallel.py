@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moextend_jax.config import ModelConfig
+from moextend_jax.models.adapters import EXPERTS, Adapted, Update, router_update, update_of
 from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, bias_behind, combine, dispatch, sort_by_expert
 from moextend_jax.models.glu import Glu
@@ -55,6 +56,7 @@ def mixture(
     shares: Sequence[jax.Array | None] = (),
     sources: Sequence[jax.Array | None] = (),
     real_BL: jax.Array | None = None,
+    adapted: Sequence[Adapted] = (),
 ):
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
@@ -65,30 +67,37 @@ def mixture(
       extended: for each extension a bool scalar, false on layers that it does not have.
       sources: for each the experts that its own were copied from in this layer [X], which twins need.
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
+      adapted: low-rank updates of the pretrained experts and of their router.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
     rule, glu = Rule.of(config.decoder), Glu.of(config.decoder)
-    arrays, splits = zip(*map(module_shards, (moe, *slots)), strict=True)
+    blocks = [of.module.block for of in adapted]
+    modules = (moe, *slots, *blocks)
+    arrays, splits = zip(*map(module_shards, modules), strict=True)
     experts = splits[0]["experts/w_gate"]
     split = Split(
         experts.over("E"),
         experts.over("F"),
-        tuple(of_slot["new_experts/w_gate"].over("f") for of_slot in splits[1:]),
+        tuple(of_slot["new_experts/w_gate"].over("f") for of_slot in splits[1 : 1 + len(slots)]),
         x_split.over("BL"),
     )
     # Mesh axes over which an expert stays split in use: where tokens come to the experts, a new one's slices too.
     kept = {"experts": split.expert + split.tensor}
     kept["new_experts"] = kept["experts"] if config.dispatch == "gather" else split.tensor
+    kept |= dict.fromkeys(EXPERTS, kept["experts"])  # maps that are adapted
+    scales = [of.scale_BL1(x_BLD) for of in adapted]
 
     # For example a group of expert 2 x tensor 2, E = 8, 128 tokens on each device. Device (1, 0) holds the first half
     # of the hidden width of experts 4 to 7 and the third quarter of a new expert's. With "gather" it sees the group's
     # 512 tokens, adds up what these parts give each, and is left with the group's sum for its own 128.
-    def local(x_BLD, arrays, extended, sources, real_BL, shares):
+    def local(x_BLD, arrays, extended, sources, real_BL, shares, scales):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        this, *added = map(in_use, (moe, *slots), arrays, splits)
+        this, *rest = map(in_use, modules, arrays, splits)
+        added, low = rest[: len(slots)], rest[len(slots) :]
+        low = [(of.config, own, s.reshape(-1, 1)) for of, own, s in zip(adapted, low, scales, strict=True)]
         with jax.named_scope("router"):
-            gate = Gate.of(this)
+            gate = Gate.of(this)._replace(update_TE=router_update(low, x_TD))
             if not added:
                 routing = route(x_TD, gate, rule=rule)
             else:
@@ -99,7 +108,9 @@ def mixture(
                 )  # fmt: skip
         parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
         computed = _of_real(routing, real_BL)
-        y_TD = DISPATCHES[config.dispatch](x_TD, computed, parts, split, glu, rule.top_k)
+        update, lora = update_of(low, x_TD)
+        routing = routing._replace(lora_TI=dict(zip(choosing, lora, strict=True)))
+        y_TD = DISPATCHES[config.dispatch](x_TD, computed, parts, split, glu, rule.top_k, update)
         if this.experts.b_down is not None:
             b_OD = jnp.concatenate([this.experts.b_down[...], *(slot.new_experts.b_down[...] for slot in added)])
             y_TD += bias_behind(computed.ids_Tk, computed.weights_Tk, b_OD.astype(x_TD.dtype))
@@ -109,17 +120,19 @@ def mixture(
         """The module with its parameters as this device uses them."""
 
         def gathered(path: str, leaf: jax.Array) -> jax.Array:
-            kind = path.partition("/")[0]
+            kind, inside, _ = path.partition("/")
+            kind = kind if inside else ""  # the router's own columns are called gate
             whole = path.endswith("/b_down")  # added where the tokens are
             dtype = x_BLD.dtype if kind.endswith("experts") else None
             return used(path, leaf, splits[path], dtype=dtype, keep=() if whole else kept.get(kind, ()))
 
         return with_arrays(module, {path: gathered(path, leaf) for path, leaf in arrays.items()})
 
+    choosing = [of.name for of in adapted if of.config.method == "mole"]
     tokens = Shards("BL", x_split.split[:2])
     everywhere = Shards("", ())
-    ins = (x_split, splits, everywhere, everywhere, tokens, tokens)
-    given = (x_BLD, arrays, list(extended), list(sources), real_BL, list(shares))
+    ins = (x_split, splits, everywhere, everywhere, tokens, tokens, tokens)
+    given = (x_BLD, arrays, list(extended), list(sources), real_BL, list(shares), scales)
     y_BLD, routing = map_shards(local, ins, x_split)(*given)
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
 
@@ -133,35 +146,41 @@ def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:
 
 
 def gather_tokens(
-    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int
-) -> jax.Array:
+    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int,
+    update: Update | None = None,
+) -> jax.Array:  # fmt: skip
     """Tokens come to the experts: all-gather within the group, reduce-scatter of the results."""
     group = split.expert + split.tensor
     together = tuple(axis for axis in group if axis in split.tokens)
     x_TD, ids_Tk, weights_Tk = (_gathered(array, together) for array in (x_TD, routing.ids_Tk, routing.weights_Tk))
 
+    if update is not None:
+        update = update._replace(rank_weights_Tr=_gathered(update.rank_weights_Tr, together))
     pretrained, *new = parts
     here = pretrained[0].shape[0]
     experts = here * _devices(split.expert)
     local_Tk = ids_Tk - _index(split.expert) * here
     is_here_Tk = (local_Tk >= 0) & (local_Tk < here) & (ids_Tk < experts)
     if not new:
-        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts, glu)
-    elif ids_Tk.shape[1] == top_k and _alike(parts) and len({*split.new}) == 1:  # one buffer of rows serves all
+        y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts, glu, update)
+    elif (
+        update is None and ids_Tk.shape[1] == top_k and _alike(parts) and len({*split.new}) == 1
+    ):  # one buffer of rows serves all
         added = sum(part[0].shape[0] for part in new)
         local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
         local_Tk = jnp.where(ids_Tk >= experts, ids_Tk - experts + here, local_Tk)
         y_TD = apply_experts(x_TD, local_Tk, _shared(weights_Tk, ids_Tk >= experts, group, split.new[0]), parts, glu)
     else:
         local_Tk = jnp.where(is_here_Tk, local_Tk, here)[:, :top_k]
-        y_TD = apply_experts(x_TD, local_Tk, weights_Tk[:, :top_k], [pretrained], glu)
+        y_TD = apply_experts(x_TD, local_Tk, weights_Tk[:, :top_k], [pretrained], glu, update)
         y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, group, split, glu)
     return _summed(y_TD, group, together)
 
 
 def exchange_rows(
-    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int
-) -> jax.Array:
+    x_TD: jax.Array, routing: Routing, parts: Sequence[Weights], split: Split, glu: Glu, top_k: int,
+    update: Update | None = None,
+) -> jax.Array:  # fmt: skip
     """Rows go to the experts and come back: `ragged_all_to_all` over the expert axis, twice.
 
     Every buffer has room for all rows of the group, because all may choose one device's experts: nothing is dropped.
@@ -188,14 +207,17 @@ def exchange_rows(
     counts_pe = counts_pqe[:, me]
     expert_R = jnp.repeat(jnp.tile(jnp.arange(here), devices), counts_pe.reshape(-1), total_repeat_length=room)
     expert_R1 = jnp.where(jnp.arange(room) < counts_pe.sum(), expert_R, here)[:, None]
-    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained], glu)
+    if update is not None:  # its weights travel with the rows
+        m_Rr = dispatch(top_k, _gathered(update.rank_weights_Tr, together), sorting)
+        update = update._replace(rank_weights_Tr=there.send(m_Rr, room, split.expert))
+    y_RD = apply_experts(arrived_RD, expert_R1, arrived_weights_R1, [pretrained], glu, update)
     y_TD = combine(top_k, back.send(y_RD, len(x_RD), split.expert), sorting)
     if new:
         y_TD += _new_alone(x_TD, ids_Tk - experts, weights_Tk, new, split.tensor, split, glu)
     return _summed(y_TD, split.tensor, together)
 
 
-DISPATCHES: dict[str, Callable[[jax.Array, Routing, Sequence[Weights], Split, Glu, int], jax.Array]] = {
+DISPATCHES: dict[str, Callable[..., jax.Array]] = {
     "gather": gather_tokens,
     "exchange": exchange_rows,
 }

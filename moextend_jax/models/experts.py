@@ -16,11 +16,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import Quantised
+from moextend_jax.models.adapters import Update, low_rank
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.grouped_matmul import grouped_matmul
 from moextend_jax.models.quantised import STORAGES
-from moextend_jax.models.weights import weight_of
+from moextend_jax.models.weights import Weight, weight_of
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import platform
 
@@ -83,13 +84,15 @@ def sort_by_expert(ids_Tk: jax.Array, *, experts: int) -> Sorting:
 
 
 def apply_experts(
-    x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, parts: Sequence[Weights], glu: Glu = SILU
-) -> jax.Array:
+    x_TD: jax.Array, ids_Tk: jax.Array, weights_Tk: jax.Array, parts: Sequence[Weights], glu: Glu = SILU,
+    update: Update | None = None,
+) -> jax.Array:  # fmt: skip
     """Sums each token's chosen experts by weight.
 
     Args:
       ids_Tk: `parts` hold experts 0, 1, ... on from one part to the next; a larger id adds nothing (another device's
         expert).
+      update: of tokens; what is added to the maps of the only part.
     """
     top_k, experts = ids_Tk.shape[-1], sum(part[0].shape[0] for part in parts)
     with jax.named_scope("dispatch"):
@@ -97,26 +100,42 @@ def apply_experts(
         x_RD = dispatch(top_k, x_TD, sorting)
         weights_R1 = weights_Tk.reshape(-1)[sorting.order_R][:, None].astype(x_TD.dtype)
     with jax.named_scope("experts"):
-        y_RD = swiglu(x_RD, weights_R1, tuple(parts), sorting.sizes_O, glu)
+        if update is not None:
+            update = update._replace(rank_weights_Tr=dispatch(top_k, update.rank_weights_Tr, sorting))
+        y_RD = swiglu(x_RD, weights_R1, tuple(parts), sorting.sizes_O, glu, update)
     with jax.named_scope("combine"):
         return combine(top_k, y_RD, sorting)
 
 
 def swiglu(
-    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu = SILU
-) -> jax.Array:
-    """Each sorted row through its own expert, times its combine weight."""
+    x_RD: jax.Array, weights_R1: jax.Array, parts: tuple[Weights, ...], sizes_O: jax.Array, glu: Glu = SILU,
+    update: Update | None = None,
+) -> jax.Array:  # fmt: skip
+    """Each sorted row through its own expert, times its combine weight; `update` is of rows."""
+    assert update is None or len(parts) == 1
     if platform() == "cpu":
-        return blocked_swiglu(x_RD, weights_R1, parts, sizes_O, glu)
+        return blocked_swiglu(x_RD, weights_R1, parts, sizes_O, glu, update)
+
+    def product(rows_RD: jax.Array, weights: tuple[Weight, ...], name: str) -> jax.Array:
+        """With what adapters add: plain products of factors that all experts share."""
+        y_RF = grouped_matmul(rows_RD, weights, sizes_O)
+        if update is None:
+            return y_RF
+        a, b = (getattr(update.factors, f"{factor}_{name}") for factor in "ab")
+        if a.ndim == 2:
+            return y_RF + low_rank(rows_RD, a, b, update.rank_weights_Tr)
+        z_Rr = grouped_matmul(rows_RD, (a,), sizes_O) * update.rank_weights_Tr
+        return y_RF + grouped_matmul(z_Rr, (b,), sizes_O)
+
     w_gate, w_up, w_down, *biases = zip(*parts, strict=True)
-    gate_RF = checkpoint_name(grouped_matmul(x_RD, w_gate, sizes_O), "gate")
-    up_RF = checkpoint_name(grouped_matmul(x_RD, w_up, sizes_O), "up")
+    gate_RF = checkpoint_name(product(x_RD, w_gate, "gate"), "gate")
+    up_RF = checkpoint_name(product(x_RD, w_up, "up"), "up")
     if biases:
         expert_R = jnp.repeat(jnp.arange(len(sizes_O)), sizes_O, total_repeat_length=len(x_RD))
         gate_RF, up_RF = (
             made_RF + jnp.concatenate(bias)[expert_R] for made_RF, bias in zip((gate_RF, up_RF), biases, strict=True)
         )
-    return grouped_matmul(glu(gate_RF, up_RF) * weights_R1, w_down, sizes_O)
+    return product(glu(gate_RF, up_RF) * weights_R1, w_down, "down")
 
 
 def bias_behind(ids_Tk: jax.Array, weights_Tk: jax.Array, b_OD: jax.Array) -> jax.Array:

@@ -9,11 +9,13 @@ counts nothing. Experts compute the rows routed to them and no more.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from moextend_jax.config import (
+    AdapterConfig,
     DecoderConfig,
     ExtensionConfig,
     FeaturesConfig,
@@ -24,6 +26,7 @@ from moextend_jax.config import (
     VisionConfig,
     WhisperConfig,
 )
+from moextend_jax.models.adapters import ATTENTION, EXPERTS
 from moextend_jax.models.moextend import share_of_text
 
 PHASES = ("forward", "recomputed", "activation_backward", "weight_gradients")
@@ -41,6 +44,12 @@ SAVED_AS = {
     "experts/up": "up",
     "new_experts/gate": "gate",
     "new_experts/up": "up",
+    # A's product is needed for the gradient of B; of the last map's B nothing is.
+    **{f"adapters/{name}/a": None for name in ("query", "key", "value", "out", "gate", "up", "down", "router")},
+    **{f"adapters/{name}/b": name for name in ("query", "key", "value", "gate", "up")},
+    "adapters/out/b": "middle",
+    "adapters/router/b": None,
+    "adapters/choice": None,
 }
 """TABLE decoder part -> the name in `saved` under which remat "layer" keeps its result; None: always recomputed.
 
@@ -111,7 +120,9 @@ def step_flops(
         all new ones, a balanced router.
     """
     trains, present = tuple(trains), frozenset(name for name, count in items.items() if count)
-    config = dataclasses.replace(config, extensions=running(config, present))
+    names = share_of_text(config, present)
+    adapters = Named({name: added for name, added in config.adapters.items() if name in names})
+    config = dataclasses.replace(config, extensions=running(config, present), adapters=adapters)
     if config.remat not in RECOMPUTED:
         raise MoextendError(
             f"remat policy {config.remat!r} has no row in models/flops.py; there are {', '.join(RECOMPUTED)}"
@@ -133,7 +144,7 @@ def step_flops(
 
 def full_training(config: ModelConfig, *, rows: int, length: int, items: Mapping[str, int]) -> Flops:
     """Full fine-tuning of the model that is being extended, same batch, every layer recomputed."""
-    plain = dataclasses.replace(config, extensions=Named(), remat="layer", saved=())
+    plain = dataclasses.replace(config, extensions=Named(), adapters=Named(), remat="layer", saved=())
     flops = step_flops(plain, trains=("decoder/*", "media/*"), rows=rows, length=length, items=items)
     for (
         name,
@@ -250,6 +261,29 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
             Part(f"new_experts/up{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_up",), True),
             Part(f"new_experts/down{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_down",), True),
         ]
+    for name, adapter in config.adapters.items():
+        of = "" if len(config.adapters) == 1 else f" of {name}"
+        parts += _adapter(f"adapters/{name}/", adapter, decoder, T=T, of=of)
     parts += passed_by_all(layers, Z, sizes["s"])
     head = "decoder/embed" if decoder.tied_head else "decoder/head"
     return [*parts, Part("head", 2.0 * T * D * decoder.vocab_size, (head,), True)]
+
+
+def _adapter(inside: str, adapter: AdapterConfig, decoder: DecoderConfig, *, T: int, of: str) -> list[Part]:
+    """Low-rank updates: two thin products beside each map, of all LoRA experts' ranks, for every row of the map."""
+    sizes, k = adapter.sizes(decoder), decoder.top_k
+    maps = [(f"attention/{name}", axes, T, adapter.rank) for name, axes in ATTENTION.items() if adapter.attention]
+    if adapter.of_experts:
+        maps += [(f"block/{name}", axes, T * k, adapter.columns) for name, axes in EXPERTS.items()]
+    if adapter.router:
+        maps += [("block/router", ("D", "E"), T, adapter.rank)]
+    parts = []
+    for path, axes, rows, rank in maps:
+        for factor, letters in zip("ab", axes, strict=True):
+            flops = 2.0 * sizes["Z"] * rows * rank * math.prod(sizes[letter] for letter in letters)
+            name = f"adapters/{path.rpartition('/')[2]}/{factor}{of}"
+            parts.append(Part(name, flops, (f"{inside}{path}/{factor}",), True))
+    if adapter.method == "mole":
+        flops = 2.0 * sizes["Z"] * T * sizes["D"] * sizes["I"]
+        parts.append(Part(f"adapters/choice{of}", flops, (f"{inside}block/choice/weight",), True))
+    return parts

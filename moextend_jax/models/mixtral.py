@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig, ModelConfig, MoextendError, Quantised
+from moextend_jax.models.adapters import Adapted, Adapter
 from moextend_jax.models.attention import (
     Attention,
     KeysValues,
@@ -139,6 +140,7 @@ def run_layers(
     positions_BL: jax.Array,
     visible: Visible,
     extensions: Mapping[str, Extension],
+    adapters: Mapping[str, Adapter],
     shares: Mapping[str, jax.Array | None],
     past: KeysValues | None = None,
     real_BL: jax.Array | None = None,
@@ -146,6 +148,7 @@ def run_layers(
     """Runs each stack of layers in one scan, whose body is compiled once whatever the depth.
 
     Args:
+      adapters: all of the model's, of which those run that `shares` names, in layers that route.
       visible: the segments of a batch's rows, or with `past` a mask over both.
       extensions: all of the model's. Those that `shares` names run; without any the layers run as before them.
       shares: by name the log of an extension's share [B, L] for every token, None: all of it (`router.route_extended`).
@@ -158,15 +161,26 @@ def run_layers(
     names = tuple(name for name in config.extensions if name in shares)
     slots = tuple(_slots(extensions[name], config.extensions[name], sizes.routed) for name in names)
 
+    adapting = tuple(name for name in config.adapters if name in shares)
+    of_adapters, stacked = zip(*(nnx.split(adapters[name]) for name in adapting), strict=True) if adapting else ((), ())
+
     def layer(definition, x_BLD, layer_slice):
-        params, by_slot, past, is_local = layer_slice
+        params, by_slot, by_adapter, past, is_local = layer_slice
+        adapted = (
+            [
+                Adapted(name, config.adapters[name], nnx.merge(graph, own), shares[name])
+                for name, graph, own in zip(adapting, of_adapters, by_adapter, strict=True)
+            ]
+            if by_adapter
+            else []
+        )  # a dense layer has none
         this: DecoderLayers = nnx.merge(definition, params)
         own_slots = slots if by_slot else ()  # a dense layer has none
         here = [slot.of_layer(own) for slot, own in zip(own_slots, by_slot, strict=True)]
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
-            return this.attention(normed_BLD, turns, visible, past, is_local=is_local)
+            return this.attention(normed_BLD, turns, visible, past, is_local=is_local, adapted=adapted)
 
         if config.remat == "attention":
             attend = jax.checkpoint(attend)
@@ -183,23 +197,26 @@ def run_layers(
             sources=[own.sources_X for own in by_slot],
             shares=[shares[name] for name in names],
             real_BL=real_BL,
+            adapted=adapted,
         )
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
-    def scan(stack, x_BLD, by_slot, past, is_local):
+    def scan(stack, x_BLD, by_slot, by_adapter, past, is_local):
         definition, params = nnx.split(stack)
         body = functools.partial(layer, definition)
         if config.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(*config.saved)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x_BLD, (params, by_slot, past, is_local))
+        return jax.lax.scan(body, x_BLD, (params, by_slot, by_adapter, past, is_local))
 
     x_BLD, first, before = constrain(x_BLD, "BLd"), sizes.dense_layers, None
     local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
     if decoder.dense is not None:
-        x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), jax.tree.map(lambda array: array[:first], past), local[0])
+        early = jax.tree.map(lambda array: array[:first], past)
+        x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), (), early, local[0])
         past = jax.tree.map(lambda array: array[first:], past)
-    x_BLD, (routing, keys_values) = scan(decoder.layers, x_BLD, tuple(slot.scanned for slot in slots), past, local[1])
+    scanned = tuple(slot.scanned for slot in slots)
+    x_BLD, (routing, keys_values) = scan(decoder.layers, x_BLD, scanned, stacked, past, local[1])
     if before is not None:
         keys_values = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), before, keys_values)
     routing = _numbered(routing, config=config, names=names)
@@ -246,7 +263,7 @@ def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) 
     number = jnp.array([*columns, config.outputs])  # the last: padding's, which chooses nobody
     selection_TO = None if routing.selection_TO is None else widened(routing.selection_TO)
     ids_Tk = number[routing.ids_Tk].astype(routing.ids_Tk.dtype)
-    return Routing(widened(routing.logits_TO), ids_Tk, routing.weights_Tk, selection_TO)
+    return routing._replace(logits_TO=widened(routing.logits_TO), ids_Tk=ids_Tk, selection_TO=selection_TO)
 
 
 def check_length(length: int, sizes: DecoderConfig) -> None:

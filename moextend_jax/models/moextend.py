@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, ModelConfig, TowerConfig, VisionConfig, WhisperConfig
+from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
 from moextend_jax.models.projectors import join_frames, make_projector
@@ -23,7 +24,7 @@ TOWERS: dict[type[TowerConfig], Any] = {VisionConfig: VisionTower, WhisperConfig
 """TABLE of towers by their sizes' class: a call gives features x_nPC. `FeaturesConfig` has none."""
 
 Shares = dict[str, jax.Array | None]
-"""By extension the log of its share for tokens, or rows; None: all of it for all. Those not named do not run."""
+"""By extension or adapter the log of its share for tokens, or rows; None: all of it for all. Others do not run."""
 
 
 class MediumModule(nnx.Module):
@@ -36,7 +37,7 @@ class MediumModule(nnx.Module):
 
 
 class MoExtend(nnx.Module):
-    """Pretrained decoder, and where configured what reads its media, and its extensions."""
+    """Pretrained decoder, and where configured what reads its media, its extensions and its adapters."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, calibrator_std: float = 1.0):
         self.config = config
@@ -54,6 +55,13 @@ class MoExtend(nnx.Module):
                     experts_dtype=config.train_dtype if added.trains else config.dtype,
                 )
                 for name, added in config.extensions.items()
+            }
+        )
+
+        self.adapters = nnx.Dict(
+            {
+                name: Adapter(config.decoder, added, rngs=rngs, dtype=config.train_dtype)
+                for name, added in config.adapters.items()
             }
         )
 
@@ -127,6 +135,7 @@ class MoExtend(nnx.Module):
             positions_BL=positions_BL,
             visible=visible,
             extensions=self.extensions,
+            adapters=self.adapters,
             shares=shares,
             past=past,
             real_BL=real_BL,
@@ -168,14 +177,14 @@ def targets(labels_BL: jax.Array) -> jax.Array:
 
 
 def shares(batch: Batch, config: ModelConfig) -> Shares:
-    """The extensions that tokens of a batch may choose, and for each the log of its share for every token `[B, L]`.
+    """The extensions and adapters that tokens of a batch may choose, and the log of each token's share `[B, L]`.
 
     With strict text isolation those of the media that a token's conversation, its segment of the row, has; "decoupled"
     is in `config.ModelConfig.composition`. Which are named follows from the media that the batch has and from nothing
     else, so that batches of one kind run one program.
     """
     strict, open_to = config.text_isolation == "strict", {}
-    for name, added in config.extensions.items():
+    for name, added in config.added.items():
         if not added.share or (strict and added.medium not in batch.names):
             continue
         log_share = math.log(added.share)
@@ -202,7 +211,7 @@ def shares_of_text(batch: Batch, config: ModelConfig) -> Shares:
 def share_of_text(config: ModelConfig, media: frozenset[str]) -> dict[str, float | None]:
     """The same for text behind items of just these media: a number, -inf where it may not choose the extension."""
     strict, open_to = config.text_isolation == "strict", {}
-    for name, added in config.extensions.items():
+    for name, added in config.added.items():
         if added.share and not (strict and added.medium not in media):
             decoupled = config.composition == "decoupled"
             share = -math.inf if decoupled and strict else math.log(added.share)
@@ -249,6 +258,13 @@ def fresh_projector(config: ModelConfig, key: jax.Array, *, medium: str = IMAGE)
     """
     leaves = arrays_of(_projector(config.media[medium], config, nnx.Rngs(key)))
     return {f"media/{medium}/projector/{path}": leaf for path, leaf in leaves.items()}
+
+
+def fresh_adapter(config: ModelConfig, key: jax.Array, *, name: str) -> dict[str, jax.Array]:
+    """An adapter's leaves as training starts from them, by their paths in the model; the model computes with them what
+    it does without."""
+    made = Adapter(config.decoder, config.adapters[name], rngs=nnx.Rngs(key), dtype=config.train_dtype)
+    return {f"adapters/{name}/{path}": leaf for path, leaf in arrays_of(made).items()}
 
 
 @functools.cache

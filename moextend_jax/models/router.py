@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +28,14 @@ class Routing(NamedTuple):
       where `bounded` had to hold them).
     selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
       for whom the token could not choose. Else None.
+    lora_TI: by adapter that chooses among I LoRA experts (MoLE), their float32 probabilities.
     """
 
     logits_TO: jax.Array
     ids_Tk: jax.Array
     weights_Tk: jax.Array
     selection_TO: jax.Array | None = None
+    lora_TI: Mapping[str, jax.Array] = {}
 
     @property
     def chosen_by_TO(self) -> jax.Array:
@@ -152,11 +154,13 @@ def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, exp
 
 
 class Gate(NamedTuple):
-    """The router of a layer: its columns, the bias of its logits, and what experts are chosen by besides scores."""
+    """The router of a layer: its columns, the bias of its logits, what experts are chosen by besides scores, and what
+    an adapter adds to the logits of its tokens (`adapters.router_update`)."""
 
     columns_DE: jax.Array
     bias_E: jax.Array | None = None
     selection_E: jax.Array | None = None
+    update_TE: jax.Array | None = None
 
     @classmethod
     def of(cls, moe: Any) -> Gate:
@@ -168,7 +172,8 @@ class Gate(NamedTuple):
         product_TE = jnp.einsum(
             "TD,DE->TE", x_TD, self.columns_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32
         )
-        return product_TE if self.bias_E is None else product_TE + self.bias_E.astype(jnp.float32)[None]
+        product_TE = product_TE if self.bias_E is None else product_TE + self.bias_E.astype(jnp.float32)[None]
+        return product_TE if self.update_TE is None else product_TE + self.update_TE
 
     def and_columns(self, slot: NewColumns) -> Gate:
         """With the columns of an extension behind its own."""
@@ -323,7 +328,7 @@ def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
     """Of the new columns [T, X], which begin as copies of columns of the base. In one product with these a copy's logit
     is its source's, but for what the base's own product rounds otherwise (`TIE`); in a product of their own rounding
     would choose between the two, on every mesh in its own way."""
-    cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))
+    cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))  # and_columns leaves the update out
     return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
 
 

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import CORPORA, TITLES, duration, forgetting
+from moextend_jax.report.results_pictures import CORPORA, duration, forgetting, title_of
 from moextend_jax.report.workdir import data_title, number
 from moextend_jax.runs.results import ANSWERING, FIRST
 
@@ -48,7 +48,7 @@ def table(summary: Mapping[str, Any] | None) -> str:
     heads += [f"{name}<br>loss / gained" for name in CORPORA.values()]
     rows = []
     for model in ("base", "question_only", *ANSWERING):
-        title = "Base model, text only" if model == "base" else TITLES[model]
+        title = "Base model, text only" if model == "base" else title_of(model, summary)
         rows.append([title, "" if model == "base" else _accuracy(number(summary, "accuracy", model), questions)])
         if answers:
             nats = number(summary, "answer_loss", model)
@@ -56,7 +56,7 @@ def table(summary: Mapping[str, Any] | None) -> str:
         rows[-1] += [_loss(summary, corpus, model) for corpus in CORPORA]
     lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
     for row in rows:
-        ours = ' class="ours"' if row[0] == TITLES["moextend"] else ""
+        ours = ' class="ours"' if row[0] == title_of("moextend", summary) else ""
         lines.append(f"<tr{ours}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
     asked = (
         ""

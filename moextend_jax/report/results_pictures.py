@@ -22,6 +22,14 @@ TITLES = {"question_only": "Question only"} | {
     name: row.title[0].upper() + row.title[1:] for name, row in results.FIRST.models.items()
 }
 """Of models in pictures and tables."""
+
+
+def title_of(model: str, summary: Mapping[str, Any] | None) -> str:
+    """As `TITLES`, the extended model by its method."""
+    method = (summary or {}).get("method")
+    return method if model == "moextend" and isinstance(method, str) else TITLES[model]
+
+
 MODEL_COLOUR = dict.fromkeys(TITLES, PLAIN) | {"moextend": OURS, "full": RIVAL}
 CORPORA = {"wordnet": "WordNet", "kjv": "King James Bible"}
 CURVE_POINTS = 400
@@ -75,7 +83,7 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
         colour, gained = MODEL_COLOUR[model], lost.by_corpus.values()
         ax.plot([min(gained), max(gained)], [accuracy] * 2, color=colour, linewidth=2, alpha=0.5)
         ax.plot(lost.mean, accuracy, "o", markersize=9, color=colour)
-        ax.annotate(TITLES[model], (lost.mean, accuracy), (7, 6), textcoords="offset points", color=colour)
+        ax.annotate(title_of(model, summary), (lost.mean, accuracy), (7, 6), textcoords="offset points", color=colour)
     ax.axvline(0, color=MUTED, linewidth=0.8)
     ax.set(xlabel="forgetting: text loss gained (nats)", ylabel="accuracy")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -88,7 +96,9 @@ def accuracy_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
     data = data_title(summary).replace("$", r"\$")  # which begins a formula
     measured = {model: score for model, score in scores.items() if score is not None}
     bars = ax.bar(
-        [TITLES[model] for model in measured], list(measured.values()), color=[MODEL_COLOUR[m] for m in measured]
+        [title_of(model, summary) for model in measured],
+        list(measured.values()),
+        color=[MODEL_COLOUR[m] for m in measured],
     )
     ax.bar_label(bars, [f"{score:.1%}" for score in measured.values()], padding=2)
     ax.set(title=f"{data} accuracy (higher is better)", ylim=(0, 1.08))
@@ -101,7 +111,7 @@ def forgetting_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
         corpora = [list(CORPORA).index(corpus) for corpus in lost.by_corpus]
         bars = ax.bar(
             np.asarray(corpora) + 0.38 * place - 0.19, list(lost.by_corpus.values()), width=0.36,
-            color=MODEL_COLOUR[model], label=TITLES[model],
+            color=MODEL_COLOUR[model], label=title_of(model, summary),
         )  # fmt: skip
         ax.bar_label(bars, [f"{nats:+.3f}" for nats in lost.by_corpus.values()], padding=2)
     ax.set_xticks(range(len(CORPORA)), list(CORPORA.values()))

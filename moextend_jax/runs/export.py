@@ -39,7 +39,7 @@ from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
-from moextend_jax.runs.models_of import grown_as
+from moextend_jax.runs.models_of import adapters_of, grown_as
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 
@@ -78,6 +78,11 @@ def export(values: ExportOptions) -> None:
         raise MoextendError(f"{values.src} is one model, not a run: leave --model out")
     else:
         source = open_source(values.src, base=values.base, vision=values.vision)
+    if source.config.adapters:
+        raise MoextendError(
+            f"{values.src}: {', '.join(source.config.adapters)} is made of low-rank updates, which no layout holds "
+            "yet; generate, eval and evaluate read the work directory itself"
+        )
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
     if values.extension and layout != "delta":
@@ -158,7 +163,9 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = dataclasses.replace(source.config, composition=settings.composition)
     media = {link.name: link.medium for link in settings.links}
-    for name in table.grown(stages):
+    adapters = adapters_of(settings, table.grown(stages))
+    config = dataclasses.replace(config, adapters=adapters)
+    for name in (name for name in table.grown(stages) if name not in adapters):
         where = results.folder_of(workdir, results.named(settings, name, "select"))
         chosen = selection.read_selection(where / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(

@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, MoextendError, with_extension
+from moextend_jax.config import IMAGE, ModelConfig, MoextendError, with_extension
 from moextend_jax.data.datasets import Source
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.extension.grow import read_by_grow
 from moextend_jax.mesh import make_leaves, place_rows
-from moextend_jax.models.moextend import abstract
+from moextend_jax.models.moextend import abstract, fresh_adapter
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
@@ -192,6 +194,8 @@ def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
     config, settings = grown_config(run, [row.extension]), results.grow_of(run.settings, row.extension)
+    if row.extension in config.adapters:
+        return _adapt(run, name, config)
     added = dataclasses.replace(config.extensions[row.extension], start=settings.start, calibrator=settings.calibrator)
     config = with_extension(config, added, name=row.extension)
     decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
@@ -216,6 +220,19 @@ def grow(run: Run, name: str) -> None:
         expert=settings.expert,
     )
     leaves |= make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
+    train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
+
+
+def _adapt(run: Run, name: str, config: ModelConfig) -> None:
+    """Fresh leaves of low-rank updates, each made where it will lie."""
+    extension = results.table(run.settings).result(name).extension
+    facts = run.facts_of(name, adapter=as_json(dataclasses.asdict(config.adapters[extension])))
+    if _is_done(run, name, facts):
+        return
+    for parent in results.table(run.settings).result(name).parents:
+        leaves_of(run, parent)  # not made without them
+    fresh = functools.partial(fresh_adapter, config, name=extension)
+    leaves = make_leaves(abstract(config), fresh, jax.random.key(run.settings.seed), mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 

@@ -14,7 +14,7 @@ import jax
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named
+from moextend_jax.config import IMAGE, AdapterConfig, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
@@ -80,10 +80,10 @@ def leaves_of(run: Run, name: str) -> Arrays:
 
 
 def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
-    """Of the model with these extensions, each as its `select` has chosen."""
+    """Of the model with these extensions, each as its `select` has chosen, or as its method has it."""
     media = {link.name: link.medium for link in run.settings.links}
-    extensions = {}
-    for name in names:
+    extensions, adapters = {}, adapters_of(run.settings, names := tuple(names))
+    for name in (name for name in names if name not in adapters):
         chosen = read_selection(run, name)
         extensions[name] = ExtensionConfig(
             layers=tuple(chosen["chosen_layers"]),
@@ -93,7 +93,13 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
             medium=media[name],
             **grown_as(run.workdir, run.settings, name),
         )
-    return dataclasses.replace(run.config, extensions=Named(extensions))
+    return dataclasses.replace(run.config, extensions=Named(extensions), adapters=adapters)
+
+
+def adapters_of(settings: RunSettings, names: Iterable[str]) -> Named[AdapterConfig]:
+    """Those of these extensions that are low-rank updates."""
+    own = {link.name: link.adapter for link in settings.links if link.adapter}
+    return Named({name: own[name] for name in names if name in own})
 
 
 def grown_as(workdir: Path, settings: RunSettings, name: str) -> dict[str, Any]:

@@ -135,22 +135,24 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
             media[link.medium] = f"align{last}"
             results[f"align{last}"] = _align(link, last, parents=aligned)
             aligned += (f"align{last}",)
-        results |= _extended(link, last, aligned=aligned)
+        results |= _adapted(link, last, aligned=aligned) if link.adapter else _extended(link, last, aligned=aligned)
         moextend = (*aligned, f"grow{last}", f"finetune{last}")
         tuned += tuple(name for name in media.values() if name not in tuned)
         results[f"full{last}"] = _full(link, last, parents=tuned, media=tuple(media))
         tuned += (f"full{last}",)
         exact = not before
         models[f"aligned{last}"] = ModelRow(f"aligned only{of}", aligned, text_is_bases=exact)
-        models[f"probed{last}"] = ModelRow(f"probed{of}", (*aligned, f"extend{last}"))
-        models[f"moextend:{link.name}"] = ModelRow(f"MoExtend{of}", moextend)
+        if not link.adapter:
+            models[f"probed{last}"] = ModelRow(f"probed{of}", (*aligned, f"extend{last}"))
+        models[f"moextend:{link.name}"] = ModelRow(f"{link.title}{of}", moextend)
         models[f"full:{link.name}"] = ModelRow(f"full fine-tuning{of}", tuned)
         if not link.apart:
             before = moextend
     if mixture:
         results["mixture"] = _mixture(links, parents=before)
         before = (*before, "mixture")
-    models["moextend"] = ModelRow("MoExtend", before)
+    titles = dict.fromkeys(link.title for link in links if not link.apart)
+    models["moextend"] = ModelRow(" and ".join(titles) or "MoExtend", before)
     models["full"] = ModelRow("full fine-tuning", tuned)
     return Table(results, models)
 
@@ -224,6 +226,32 @@ def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, R
     }
 
 
+def _adapted(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
+    """grow and finetune of an extension by low-rank updates: there is nothing to probe and to select."""
+
+    def trains(recipe: Recipe) -> tuple[str, ...]:
+        projector = recipe.finetune_trains == "extension_and_projector" and link.medium
+        return (f"adapters/{link.name}/*", *((f"media/{link.medium}/projector/*",) if projector else ()))
+
+    grow = Result(
+        does=f"add low-rank updates to all layers that route{_of(last)}",
+        how="grow",
+        parents=aligned,
+        grown=True,
+        extension=link.name,
+    )
+    finetune = Result(
+        does=f"train what was added{_of(last)}",
+        parents=(*aligned, f"grow{last}"),
+        data=lambda _: Data(f"finetune{last}"),
+        trains=trains,
+        grown=True,
+        settings=_group(last, "finetune"),
+        extension=link.name,
+    )
+    return {f"grow{last}": grow, f"finetune{last}": finetune}
+
+
 def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, ...]) -> Result:
     return Result(
         does=f"full fine-tuning, the baseline{_of(last)}",
@@ -237,7 +265,7 @@ def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, 
 
 
 def _mixture(links: tuple[Link, ...], *, parents: tuple[str, ...]) -> Result:
-    names = [link.name for link in links if not link.apart]
+    names = [link.name for link in links if not link.apart and not link.adapter]
     media = dict.fromkeys(link.medium for link in links if link.medium and not link.apart)
     return Result(
         does="train the columns, calibrators and projectors of all extensions together",
@@ -248,7 +276,7 @@ def _mixture(links: tuple[Link, ...], *, parents: tuple[str, ...]) -> Result:
             *(f"media/{medium}/projector/*" for medium in media),
         ),
         settings=("mixture",),
-        extension=names[-1],
+        extension=links[-1].name,
     )
 
 

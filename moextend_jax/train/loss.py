@@ -18,8 +18,8 @@ from moextend_jax.sharding import Shards, map_shards, shards
 
 
 class Losses(NamedTuple):
-    """total = ce + aux_coefficient * aux, ce in nats per labelled token, the number of labelled tokens, and how many
-    tokens chose each expert, by layer."""
+    """total = ce + aux_coefficient * aux (and what balances LoRA experts), ce in nats per labelled token, the number of
+    labelled tokens, and how many tokens chose each expert, by layer."""
 
     total: jax.Array
     ce: jax.Array
@@ -163,6 +163,33 @@ def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
     return (load.picks_ZO.mean(axis=0) * load.probs_ZO.mean(axis=0)).sum() * config.decoder.experts
 
 
+def balance_per_layer(probs_ZTI: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    """Of LoRA experts: sum_i (share of tokens whose likeliest is i) * (mean probability of i), the mean over layers; no
+    factor I, so balanced it is 1/I."""
+    return _of_lora_experts(probs_ZTI, valid_BL.reshape(1, -1)).mean()
+
+
+def balance_released(probs_ZTI: jax.Array, valid_BL: jax.Array) -> jax.Array:
+    """The same of each row of the batch with tokens of all layers pooled, the mean over rows: LLaVA-MoLE's code."""
+    probs_BTI = jnp.moveaxis(probs_ZTI.reshape(len(probs_ZTI), *valid_BL.shape, -1), 0, 1)
+    probs_BTI = probs_BTI.reshape(len(valid_BL), -1, probs_ZTI.shape[-1])
+    return _of_lora_experts(probs_BTI, jnp.tile(valid_BL, (1, len(probs_ZTI)))).mean()
+
+
+def _of_lora_experts(probs_nTI: jax.Array, valid_nT: jax.Array) -> jax.Array:
+    """`[n]`, over the tokens that are valid."""
+    valid_nT1 = jnp.broadcast_to(valid_nT, probs_nTI.shape[:2]).astype(jnp.float32)[..., None]
+    counts_n1 = jnp.maximum(valid_nT1.sum(axis=1), 1)
+    picks_nTI = jax.nn.one_hot(jnp.argmax(probs_nTI, axis=-1), probs_nTI.shape[-1])
+    picks_nI, means_nI = ((of * valid_nT1).sum(axis=1) / counts_n1 for of in (picks_nTI, probs_nTI))
+    return (picks_nI * means_nI).sum(axis=-1)
+
+
+BALANCE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "per_layer": balance_per_layer, "released": balance_released,
+}  # fmt: skip
+"""TABLE `Recipe.aux_loss` -> load balancing of LoRA experts, whose layers have no experts of their own number."""
+
 AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "released": aux_released}
 
 
@@ -200,4 +227,8 @@ def losses_of(
     if recipe.aux_loss == "released" and decoded.routing.selection_TO is not None:
         counted = load(_by_logits(decoded.routing), valid_T, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](counted, config=model.config)
-    return Losses(ce + aux_coefficient * aux, ce, aux, labelled, by_layer.picks_ZO * by_layer.counts_ZO)
+    total = ce + aux_coefficient * aux
+    for name, probs_ZTI in decoded.routing.lora_TI.items():
+        balance = BALANCE[recipe.aux_loss](probs_ZTI, batch.segments_BL > 0)
+        total += model.config.adapters[name].balance * balance
+    return Losses(total, ce, aux, labelled, by_layer.picks_ZO * by_layer.counts_ZO)

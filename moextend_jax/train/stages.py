@@ -27,6 +27,7 @@ GROUPS: dict[str, Group] = {
     "extensions/*/router/new_bias": "router_columns",
     "extensions/*/router/offset": "router_columns",
     "extensions/*/router/calibrator/*": "calibrators",
+    "adapters/*": "adapters",
     "decoder/layers/moe/gate": "routers",
     "decoder/layers/moe/gate_bias": "routers",
     "decoder/layers/moe/selection_bias": "routers",

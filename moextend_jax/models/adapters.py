@@ -1,0 +1,175 @@
+"""Low-rank updates beside frozen maps: leaves of `AdapterConfig` in, what they add to a layer out.
+
+    y = x W + ((x A) * m) B        A [in, r]   B [r, out]   m [T, r] or [T, 1], alpha/rank and the token's share in it
+
+LoRA (arXiv 2106.09685) has m alike everywhere; LLaVA-MoLE (arXiv 2401.16160) has I of them side by side, I * rank = r,
+and a router whose weights for the I are m (TABLE GATINGS). Attention's part is applied where attention computes
+(attention.py), that of the experts where these do (experts.py, on CPU blocked_swiglu.py), so this file says what and
+not where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moextend_jax.config import AdapterConfig, DecoderConfig, Gating
+from moextend_jax.parameters import constant, uniform
+
+ATTENTION = {"query": ("D", "NH"), "key": ("D", "KH"), "value": ("D", "KH"), "out": ("NH", "D")}
+EXPERTS = {"gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D")}
+"""TABLE of a block's seven linear maps -> the axes that go in and come out."""
+
+
+class Pair(nnx.Module):
+    """A and B of one map, stacked over the layers that route. B starts at zero, so nothing changes at the start; A as
+    torch's linear layers do, uniform within 1/sqrt(inputs)."""
+
+    def __init__(
+        self, inputs: str, outputs: str, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, stack: str = "Z"
+    ):
+        bound = 1 / math.sqrt(math.prod(sizes[letter] for letter in inputs))
+        self.a = uniform(stack + inputs + "r", sizes, rngs=rngs, dtype=dtype, bound=bound)
+        self.b = constant(stack + "r" + outputs, sizes, dtype=dtype, value=0.0)
+
+
+class Choice(nnx.Module):
+    """The router over LoRA experts, `x_TD -> u_TI`; starts as torch's linear layers do."""
+
+    def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
+        bound = 1 / math.sqrt(sizes["D"])
+        self.weight = uniform("ZDI", sizes, rngs=rngs, dtype=dtype, bound=bound)
+        self.bias = uniform("ZI", sizes, rngs=rngs, dtype=dtype, bound=bound)
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        """float32 probabilities."""
+        weight_DI = self.weight[...].astype(x_TD.dtype)
+        logits_TI = jnp.einsum("TD,DI->TI", x_TD, weight_DI, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(logits_TI + self.bias[...].astype(jnp.float32)[None], axis=-1)
+
+
+class OfBlock(nnx.Module):
+    """What an adapter has for the feed-forward block: pairs of the experts, of the router, and the choice."""
+
+    def __init__(self, decoder: DecoderConfig, config: AdapterConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes, options = config.sizes(decoder), {"rngs": rngs, "dtype": dtype}
+        stack = "ZE" if config.experts == "per_expert" else "Z"
+        for name, (inputs, outputs) in EXPERTS.items():
+            setattr(self, name, Pair(inputs, outputs, sizes, stack=stack, **options) if config.of_experts else None)
+        self.router = Pair("D", "E", {**sizes, "r": config.rank}, **options) if config.router else None
+        self.choice = Choice(sizes, **options) if config.method == "mole" else None
+
+
+class Adapter(nnx.Module):
+    """Everything that one adapter adds."""
+
+    def __init__(self, decoder: DecoderConfig, config: AdapterConfig, *, rngs: nnx.Rngs, dtype: str):
+        sizes = {**config.sizes(decoder), "r": config.rank}  # attention has one LoRA in every method
+        pairs = {name: Pair(*axes, sizes, rngs=rngs, dtype=dtype) for name, axes in ATTENTION.items()}
+        self.attention = nnx.Dict(pairs if config.attention else {})
+        self.block = OfBlock(decoder, config, rngs=rngs, dtype=dtype)
+
+
+class Adapted(NamedTuple):
+    """An adapter in one layer: its name, what it is, its leaves there, and the log of each token's share of it `[B, L]`
+    (None: all of it)."""
+
+    name: str
+    config: AdapterConfig
+    module: Adapter
+    share_BL: jax.Array | None
+
+    def scale_BL1(self, x_BLD: jax.Array) -> jax.Array:
+        """alpha/rank times the share: exactly 0 where there is none."""
+        ones_BL = jnp.ones(x_BLD.shape[:2]) if self.share_BL is None else jnp.exp(self.share_BL)
+        return (self.config.scale * ones_BL).astype(x_BLD.dtype)[..., None]
+
+
+class Factors(NamedTuple):
+    """Of the experts' three maps in use: `[in, r]` and `[r, out]`, or with the groups that they belong to before."""
+
+    a_gate: jax.Array
+    b_gate: jax.Array
+    a_up: jax.Array
+    b_up: jax.Array
+    a_down: jax.Array
+    b_down: jax.Array
+
+
+class Update(NamedTuple):
+    """What adapters add to the experts of some rows or tokens."""
+
+    factors: Factors
+    rank_weights_Tr: jax.Array
+
+
+def low_rank(x_TD: jax.Array, a_Dr: jax.Array, b_rF: jax.Array, rank_weights_Tr: jax.Array) -> jax.Array:
+    """`((x A) * m) B`; m has r columns or one."""
+    return ((x_TD @ a_Dr) * rank_weights_Tr) @ b_rF
+
+
+def _top1(probs_TI: jax.Array) -> jax.Array:
+    return jax.nn.one_hot(jnp.argmax(probs_TI, axis=-1), probs_TI.shape[-1], dtype=probs_TI.dtype)
+
+
+GATINGS: dict[Gating, Callable[[jax.Array], jax.Array]] = {
+    "top1": _top1,
+    "top1_prob": lambda probs_TI: _top1(probs_TI) * probs_TI,
+    "dense": lambda probs_TI: probs_TI,
+}
+"""TABLE from the probabilities of LoRA experts to their weights. top1: the paper's, whose task loss never reaches the
+router (the balance loss alone does); top1_prob: weighed by the probability, as in Switch, which mends that; dense: all
+of them, which the released checkpoint runs."""
+
+
+def update_of(
+    blocks: Sequence[tuple[AdapterConfig, OfBlock, jax.Array]], x_TD: jax.Array
+) -> tuple[Update | None, list[jax.Array]]:
+    """What several adapters add to the experts of tokens, as one of their ranks together; and of each that chooses
+    among LoRA experts the probabilities `[T, I]`.
+
+    Args:
+      blocks: an adapter's sizes, its leaves of one layer in use, and its scale of every token `[T, 1]`.
+    """
+    parts, weights, chosen = [], [], []
+    for config, block, scale_T1 in blocks:
+        weights_TI = jnp.ones((len(x_TD), 1), x_TD.dtype)
+        if block.choice is not None:
+            chosen.append(block.choice(x_TD))
+            weights_TI = GATINGS[config.gating](chosen[-1]).astype(x_TD.dtype)
+        if config.of_experts:
+            leaves = (leaf[...].astype(x_TD.dtype) for name in EXPERTS for leaf in _pair(getattr(block, name)))
+            parts.append(Factors(*leaves))
+            weights.append(jnp.repeat(weights_TI * scale_T1, config.columns // weights_TI.shape[-1], axis=-1))
+    if not parts:
+        return None, chosen
+    return Update(_side_by_side(parts), jnp.concatenate(weights, axis=-1)), chosen
+
+
+def router_update(blocks: Sequence[tuple[AdapterConfig, OfBlock, jax.Array]], x_TD: jax.Array) -> jax.Array | None:
+    """float32 `[T, E]`: what adapters add to the logits of the pretrained router."""
+    update_TE = None
+    for _, block, scale_T1 in blocks:
+        if block.router is not None:
+            a_Dr, b_rE = (leaf[...].astype(x_TD.dtype) for leaf in _pair(block.router))
+            own_TE = low_rank(x_TD, a_Dr, b_rE, scale_T1).astype(jnp.float32)
+            update_TE = own_TE if update_TE is None else update_TE + own_TE
+    return update_TE
+
+
+def _pair(pair: Any) -> tuple[nnx.Param, nnx.Param]:
+    return pair.a, pair.b
+
+
+def _side_by_side(parts: list[Factors]) -> Factors:
+    """Factors of the ranks of all: those of several experts where any are."""
+    if len(parts) == 1:
+        return parts[0]
+    groups = next((part.a_gate.shape[:1] for part in parts if part.a_gate.ndim == 3), ())
+    wide = [Factors(*(jnp.broadcast_to(leaf, (*groups, *leaf.shape[-2:])) for leaf in part)) for part in parts]
+    return Factors(*(jnp.concatenate(leaves, axis=-1 - n % 2) for n, leaves in enumerate(zip(*wide, strict=True))))

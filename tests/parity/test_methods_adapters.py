@@ -1,0 +1,128 @@
+"""Low-rank updates: our router, experts and losses on the arrays of lora_experts.npz and mole.npz (`methods.py`)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moextend_jax.config import AdaptedExperts, AdapterConfig, DecoderConfig, Gating
+from moextend_jax.models import experts
+from moextend_jax.models.adapters import OfBlock, router_update, update_of
+from moextend_jax.models.experts import apply_experts
+from moextend_jax.models.router import Gate, Rule, route
+from moextend_jax.parameters import with_arrays
+from moextend_jax.train.loss import BALANCE
+from parity.methods import methods_arrays
+
+pytestmark = pytest.mark.smoke
+
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+MAPS = ("gate", "up", "down")
+Leaves = dict[str, jax.Array]
+
+
+@pytest.fixture(params=["cpu", "tpu"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loops of the CPU with their own backward pass, or products as TPU and GPU have them, through `ragged_dot`."""
+    monkeypatch.setattr(experts, "platform", lambda: request.param)
+    return request.param
+
+
+def output(theirs: dict[str, np.ndarray], config: AdapterConfig, x_TD: jax.Array, leaves: Leaves, *, ffn: bool = False):
+    """y_TD and the routing of one block whose adapter has these leaves."""
+    base = [jnp.asarray(theirs[f"w_{name}"])[: 1 if ffn else None] for name in ("gate_EDF", "up_EDF", "down_EFD")]
+    E, D, F = base[0].shape
+    decoder = DecoderConfig(width=D, hidden=F, experts=E, layers=1)
+    made = nnx.eval_shape(lambda: OfBlock(decoder, config, rngs=nnx.Rngs(0), dtype="float32"))
+    block = cast(OfBlock, with_arrays(made, leaves))
+    blocks = [(config, block, jnp.full((len(x_TD), 1), config.scale))]
+    gate = Gate(jnp.asarray(theirs["gate_DE"])[:, :E], update_TE=router_update(blocks, x_TD))
+    routing = route(x_TD, gate, rule=Rule(1 if ffn else 2))
+    update, _ = update_of(blocks, x_TD)
+    parts = [(base[0], base[1], base[2])]
+    return apply_experts(x_TD, routing.ids_Tk, routing.weights_Tk, parts, update=update), routing
+
+
+def check(theirs: dict[str, np.ndarray], variant: str, of, x_TD: jax.Array, leaves: Leaves, named: dict[str, Any]):
+    """`of(x_TD, leaves)` and its gradients against the arrays of a variant. named: by leaf what theirs is called, and
+    what makes ours theirs."""
+    cotangent_TD = jnp.asarray(theirs["cotangent_TD"])
+    y_TD, pull = jax.vjp(lambda x_TD, leaves: of(x_TD, leaves)[0], x_TD, leaves)
+    dx_TD, d_leaves = pull(cotangent_TD)
+    np.testing.assert_allclose(y_TD, theirs[f"{variant}/y_TD"], **CLOSE)
+    np.testing.assert_allclose(dx_TD, theirs[f"{variant}/d_x_TD"], **CLOSE)
+    for path, (name, to_theirs) in named.items():
+        np.testing.assert_allclose(to_theirs(d_leaves[path]), theirs[f"{variant}/d_{name}"], err_msg=path, **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["per_expert", "per_expert_and_router", "shared"])
+def test_lora_on_experts_and_router(variant: str, platform: str):
+    theirs, shared = methods_arrays("lora_experts"), variant == "shared"
+    stack, prefix = ("", "shared_") if shared else ("E", "")
+    axes = {"gate": ("Dr", "rF"), "up": ("Dr", "rF"), "down": ("Fr", "rD")}
+    named = {
+        f"{name}/{factor}": f"{factor}_{name}_{stack}{axes[name][n]}" for name in MAPS for n, factor in enumerate("ab")
+    }
+    if variant.endswith("router"):
+        named |= {"router/a": "a_router_Dr", "router/b": "b_router_rE"}
+    leaves = {
+        path: jnp.asarray(theirs[prefix * (not path.startswith("router")) + name]) for path, name in named.items()
+    }
+    of_experts: AdaptedExperts = "shared" if shared else "per_expert"
+    rank = leaves["gate/a"].shape[-1]
+    config = AdapterConfig(
+        rank=rank, alpha=float(theirs["alpha"]), experts=of_experts, router=variant.endswith("router")
+    )
+    x_TD, of = jnp.asarray(theirs["x_TD"]), functools.partial(output, theirs, config)
+    check(theirs, variant, of, x_TD, leaves, {path: (name, lambda leaf: leaf) for path, name in named.items()})
+    routing = of(x_TD, leaves)[1]
+    np.testing.assert_allclose(routing.logits_TO, theirs[f"{variant}/logits_TE"], **CLOSE)
+    np.testing.assert_array_equal(routing.ids_Tk, theirs[f"{variant}/ids_Tk"])
+    start = {path: leaf * (not path.endswith("/b")) for path, leaf in leaves.items()}
+    np.testing.assert_allclose(of(x_TD, start)[0], theirs["base_y_TD"], **CLOSE)
+
+
+@pytest.mark.parametrize("ffn", [False, True])
+@pytest.mark.parametrize("gating", ["top1", "top1_prob", "dense"])
+def test_mole_on_experts(gating: Gating, ffn: bool, platform: str):
+    theirs = methods_arrays("mole")
+    experts_of_mole, _, r = theirs["a_gate_IDr"].shape
+    named: dict[str, Any] = {
+        "choice/weight": ("router_DI", lambda leaf: leaf), "choice/bias": ("router_bias_I", lambda leaf: leaf),
+    }  # fmt: skip
+    leaves = {"choice/weight": theirs["router_DI"], "choice/bias": theirs["router_bias_I"]}
+    for name, (a, b) in {"gate": ("IDr", "IrF"), "up": ("IDr", "IrF"), "down": ("IFr", "IrD")}.items():
+        theirs_a, theirs_b = theirs[f"a_{name}_{a}"], theirs[f"b_{name}_{b}"]
+        leaves[f"{name}/a"] = theirs_a.transpose(1, 0, 2).reshape(theirs_a.shape[1], -1)
+        leaves[f"{name}/b"] = theirs_b.reshape(-1, theirs_b.shape[2])
+        named[f"{name}/a"] = f"a_{name}_{a}", lambda leaf: leaf.reshape(-1, experts_of_mole, r).transpose(1, 0, 2)
+        named[f"{name}/b"] = f"b_{name}_{b}", lambda leaf: leaf.reshape(experts_of_mole, r, -1)
+    config = AdapterConfig(
+        method="mole", rank=r, alpha=float(theirs["alpha"]), lora_experts=experts_of_mole, gating=gating
+    )
+    of = functools.partial(output, theirs, config, ffn=ffn)
+    leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+    check(theirs, f"{'ffn/' * ffn}{gating}", of, jnp.asarray(theirs["x_TD"]), leaves, named)
+    if gating == "top1":  # the task's loss never reaches the router
+        gradient = jax.grad(lambda leaves: of(jnp.asarray(theirs["x_TD"]), leaves)[0].sum())(leaves)
+        assert not jnp.any(gradient["choice/weight"])
+
+
+@pytest.mark.parametrize("form", ["released", "per_layer"])
+def test_balance_of_lora_experts(form: str):
+    theirs = methods_arrays("mole")
+    logits_ZBLI, real_BL = jnp.asarray(theirs["balance/logits_ZBLI"]), jnp.asarray(theirs["balance/real_BL"])
+
+    def balance(logits_ZBLI):
+        probs_ZBLI = jax.nn.softmax(logits_ZBLI, axis=-1)
+        return BALANCE[form](probs_ZBLI.reshape(len(probs_ZBLI), -1, probs_ZBLI.shape[-1]), real_BL)
+
+    value, gradient = jax.value_and_grad(balance)(logits_ZBLI)
+    np.testing.assert_allclose(value, theirs[f"balance/{form}"], **CLOSE)
+    np.testing.assert_allclose(gradient, theirs[f"balance/{form}_d_logits_ZBLI"], **CLOSE)

@@ -1,0 +1,155 @@
+"""Low-rank updates in the whole model: nothing changes at the start, closed tokens stay exact, meshes agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_run
+import tiny
+from flax import nnx
+
+from moextend_jax.config import RECIPES, AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
+from moextend_jax.mesh import make_mesh, place_leaves, place_rows
+from moextend_jax.models.flops import step_flops
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import by_path, with_arrays
+from moextend_jax.runs import results
+from moextend_jax.runs.export import ExportOptions, export
+from moextend_jax.runs.making import make
+from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, open_model
+from moextend_jax.runs.run import open_run, remember
+from moextend_jax.settings import MethodSettings
+from moextend_jax.sharding import MESH_AXES
+from moextend_jax.train.loss import losses
+from moextend_jax.train.stages import group
+
+LORA = AdapterConfig(rank=3, alpha=6.0, experts="per_expert", router=True)
+MOLE = AdapterConfig(method="mole", rank=2, alpha=4.0, lora_experts=3, gating="top1_prob", balance=0.1)
+ADAPTERS = {"lora": LORA, "shared": dataclasses.replace(LORA, experts="shared", router=False), "mole": MOLE}
+
+
+def with_adapters(config: ModelConfig, *names: str) -> ModelConfig:
+    return dataclasses.replace(config, adapters=Named({name: ADAPTERS[name] for name in names}))
+
+
+def loss_and_gradient(config: ModelConfig, arrays, batch):
+    model = abstract(config)
+    own = {path: leaf for path, leaf in arrays.items() if path.startswith("adapters/")}
+    rest = {path: leaf for path, leaf in arrays.items() if path not in own}
+
+    def loss(own):
+        made = with_arrays(model, {**rest, **own})
+        return losses(made, batch, recipe=RECIPES["paper"], aux_coefficient=0.01, chunk=8)[0].total
+
+    return jax.jit(jax.value_and_grad(loss))(own)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
+    config, batch = with_adapters(tiny.PLAIN, name), tiny.batch()
+    arrays = tiny.arrays(config)
+    arrays = {
+        path: leaf * (not (path.startswith("adapters/") and path.endswith("/b"))) for path, leaf in arrays.items()
+    }
+    plain = {path: leaf for path, leaf in arrays.items() if not path.startswith("adapters/")}
+    before = with_arrays(abstract(tiny.PLAIN), plain)(batch)
+    after = with_arrays(abstract(config), arrays)(batch)
+    np.testing.assert_array_equal(after.hidden_BLD, before.hidden_BLD)
+    _, gradient = loss_and_gradient(config, arrays, batch)
+    for path, leaf in gradient.items():
+        assert bool(jnp.any(leaf)) == (path.endswith("/b") or "/choice/" in path), path
+
+
+def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
+    """Even rows have a picture: with strict isolation hidden states of the others are as if no adapter had a share."""
+    config = dataclasses.replace(with_adapters(tiny.EXTENDED, "lora", "mole"), text_isolation="strict")
+    arrays, batch = tiny.arrays(config), tiny.batch()
+    closed = dataclasses.replace(
+        config, adapters=Named({name: dataclasses.replace(of, share=0.0) for name, of in config.adapters.items()})
+    )
+    with_them, without = (np.asarray(with_arrays(abstract(c), arrays)(batch).hidden_BLD) for c in (config, closed))
+    pictured_BL = np.broadcast_to((batch.places_BL >= 0).any(axis=1, keepdims=True), batch.ids_BL.shape)
+    assert pictured_BL.any() and not pictured_BL.all()
+    np.testing.assert_array_equal(with_them[~pictured_BL], without[~pictured_BL])
+    assert np.abs(with_them - without)[pictured_BL].max() > 1e-2
+
+
+@pytest.mark.devices
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("dispatch", ["gather", "exchange"])
+@pytest.mark.parametrize("names", [("lora",), ("shared", "mole"), ("lora", "mole")])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 2), (1, 1, 4, 2)])
+def test_sharded_is_unsharded(names: tuple[str, ...], shape: tuple[int, ...], dispatch):
+    config = dataclasses.replace(with_adapters(tiny.EXTENDED, *names), dispatch=dispatch)
+    arrays, batch = tiny.arrays(config, std=0.2), tiny.batch(rows=8)
+    expected, d_expected = loss_and_gradient(config, arrays, batch)
+    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
+    with jax.set_mesh(mesh):
+        placed = place_leaves(abstract(config), arrays, mesh)
+        value, gradient = loss_and_gradient(config, placed, place_rows(batch, mesh))
+    np.testing.assert_allclose(value, expected, atol=1e-5)
+    for path, leaf in d_expected.items():
+        np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
+
+
+def test_a_run_of_low_rank_updates(tmp_path, monkeypatch):
+    """align, grow and finetune; nothing is probed or selected; B is all that has moved beside A and the router over
+    LoRA experts, and the base is what it was."""
+    tiny.shorten_easy_vqa(monkeypatch)
+    method = MethodSettings(name="mole", rank=2, alpha=4.0, gating="top1_prob")
+    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=method)
+    stage = dataclasses.replace(settings.finetune, steps=3)  # in the first the rate is still zero
+    run = open_run(dataclasses.replace(settings, finetune=stage), tmp_path / "work")
+    assert [*results.table(run.settings).results] == ["align", "grow", "finetune", "full"]
+    for name in ("align", "grow", "finetune"):
+        make(run, name)
+    remember(run)
+    grown, tuned = (leaves_of(run, name) for name in ("grow", "finetune"))
+    assert grown.keys() == tuned.keys() and all(path.startswith("adapters/image/") for path in grown)
+    assert all(not jnp.any(leaf) for path, leaf in grown.items() if path.endswith("/b"))
+    assert all(jnp.any(leaf) for path, leaf in tuned.items() if path.endswith("/b"))
+    assert frozen_unchanged(run)
+    model = open_model(run, "moextend").model.config
+    assert model.adapters["image"] == method.adapter("image") and not model.extensions
+    with pytest.raises(MoextendError, match="no layout holds"):
+        export(ExportOptions(src=run.workdir, dst=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(MoextendError, match="no stage 'select'"):
+        make(run, "select")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"name": "mole", "experts": "none"}, {"name": "lora", "experts": "none", "attention": False}]
+)
+def test_methods_without_anything_to_adapt_are_refused(wrong):
+    with pytest.raises(MoextendError, match="method"):
+        MethodSettings(**wrong)
+
+
+COUNTS = {
+    "lora, every expert": (AdapterConfig(experts="per_expert"), 1_920_991_232, 4.4),
+    "and the router": (AdapterConfig(experts="per_expert", router=True), 1_937_801_216, 4.5),
+    "attention": (AdapterConfig(experts="none"), 109_051_904, 0.9),
+    "shared": (AdapterConfig(), 335_544_320, 4.4),
+    "qlora": (AdapterConfig(rank=64, alpha=16.0, experts="per_expert"), 960_495_616, 2.2),
+    "mole": (AdapterConfig(method="mole", rank=32, alpha=64.0, lora_experts=3), 197_525_600, 2.9),
+}
+"""At Mixtral-8x7B's sizes: parameters, and what a token's forward pass costs more, in per cent."""
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_and_flops_of_the_full_size(name: str):
+    adapter, parameters, more = COUNTS[name]
+    config = ModelConfig(decoder=DecoderConfig(), adapters=Named(a=dataclasses.replace(adapter, medium="")))
+    shapes = {p: leaf.shape for p, leaf in by_path(nnx.state(abstract(config))).items() if p.startswith("adapters/")}
+    assert sum(map(math.prod, shapes.values())) == parameters
+    assert {group(path) for path in shapes} == {"adapters"}
+    flops = step_flops(config, trains=("adapters/*",), rows=1, length=2, items={})
+    forward = {part: phases["forward"] for part, phases in flops.parts.items() if "scores" not in part}
+    added = sum(flops for part, flops in forward.items() if part.startswith("adapters/"))
+    assert 100 * added / (sum(forward.values()) - added) == pytest.approx(more, abs=0.05)
