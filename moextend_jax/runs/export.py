@@ -78,11 +78,6 @@ def export(values: ExportOptions) -> None:
         raise MoextendError(f"{values.src} is one model, not a run: leave --model out")
     else:
         source = open_source(values.src, base=values.base, vision=values.vision)
-    if source.config.adapters:
-        raise MoextendError(
-            f"{values.src}: {', '.join(source.config.adapters)} is made of low-rank updates, which no layout holds "
-            "yet; generate, eval and evaluate read the work directory itself"
-        )
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
     if values.extension and layout != "delta":
@@ -163,9 +158,12 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = dataclasses.replace(source.config, composition=settings.composition)
     media = {link.name: link.medium for link in settings.links}
-    adapters = adapters_of(settings, table.grown(stages))
-    config = dataclasses.replace(config, adapters=adapters)
-    for name in (name for name in table.grown(stages) if name not in adapters):
+    if adapters := adapters_of(settings, table.grown(stages)):
+        raise MoextendError(
+            f"{workdir}: {', '.join(adapters)} is made of low-rank updates, which no layout holds yet; generate, eval "
+            "and evaluate read the work directory itself"
+        )
+    for name in table.grown(stages):
         where = results.folder_of(workdir, results.named(settings, name, "select"))
         chosen = selection.read_selection(where / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(

@@ -20,8 +20,6 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import BALANCE
 from parity.methods import methods_arrays
 
-pytestmark = pytest.mark.smoke
-
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 MAPS = ("gate", "up", "down")
 Leaves = dict[str, jax.Array]
@@ -61,6 +59,7 @@ def check(theirs: dict[str, np.ndarray], variant: str, of, x_TD: jax.Array, leav
         np.testing.assert_allclose(to_theirs(d_leaves[path]), theirs[f"{variant}/d_{name}"], err_msg=path, **CLOSE)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("variant", ["per_expert", "per_expert_and_router", "shared"])
 def test_lora_on_experts_and_router(variant: str, platform: str):
     theirs, shared = methods_arrays("lora_experts"), variant == "shared"
