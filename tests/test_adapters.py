@@ -13,10 +13,12 @@ import random_run
 import tiny
 from flax import nnx
 
+from moextend_jax.checkpoints import quantising
 from moextend_jax.config import RECIPES, AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import make_mesh, place_leaves, place_rows
 from moextend_jax.models.flops import step_flops
 from moextend_jax.models.moextend import abstract
+from moextend_jax.models.quantised import dequantise, quantise
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.runs import results
 from moextend_jax.runs.export import ExportOptions, export
@@ -77,6 +79,26 @@ def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     assert pictured_BL.any() and not pictured_BL.all()
     np.testing.assert_array_equal(with_them[~pictured_BL], without[~pictured_BL])
     assert np.abs(with_them - without)[pictured_BL].max() > 1e-2
+
+
+def test_over_a_base_in_few_bits():
+    """QLoRA: loss and gradients are those over the weights that the integers stand for."""
+    config = with_adapters(tiny.PLAIN, "lora")
+    arrays, batch = tiny.arrays(config), tiny.batch()
+    few_bits, stands_for = dict(arrays), dict(arrays)
+    for path in quantising.MATRICES:
+        matrices = np.asarray(arrays[path])
+        made = [[quantise(w_IO, "int4", 4) for w_IO in of_layer] for of_layer in matrices]
+        values, scale = (jnp.asarray(np.array([[pair[n] for pair in row] for row in made])) for n in range(2))
+        few_bits |= {path: values, f"{path}_scale": scale}
+        stands_for[path] = dequantise(values, scale, jnp.float32)
+    stored = dataclasses.replace(config, expert_storage="int4", expert_group=4)
+    expected, d_expected = loss_and_gradient(config, stands_for, batch)
+    value, gradient = loss_and_gradient(stored, few_bits, batch)
+    np.testing.assert_allclose(value, expected, atol=1e-5)
+    for path, leaf in d_expected.items():
+        np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, err_msg=path)
+    assert abs(value - loss_and_gradient(config, arrays, batch)[0]) > 1e-4
 
 
 @pytest.mark.devices
