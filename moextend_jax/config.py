@@ -410,7 +410,7 @@ class ExtensionConfig:
         }  # fmt: skip
 
 
-MethodName = Literal["lora", "mole"]
+MethodName = Literal["lora", "mole", "moram"]
 Gating = Literal["top1", "top1_prob", "dense"]
 AdaptedExperts = Literal["none", "shared", "per_expert"]
 
@@ -419,11 +419,12 @@ AdaptedExperts = Literal["none", "shared", "per_expert"]
 class AdapterConfig:
     """A low-rank update beside the frozen maps of all layers that route (`models/adapters.py`).
 
-    method: LoRA, or LLaVA-MoLE. rank: of one LoRA; alpha: over rank it is the scale of what is added. attention: its
-    four maps have one. experts: the three maps of the pretrained experts have none, one that all experts of a layer
+    method: LoRA, LLaVA-MoLE or MoRAM. rank: of one LoRA; alpha: over rank it is the scale of what is added. attention:
+    its four maps have one. experts: the three maps of the pretrained experts have none, one that all experts of a layer
     share, or each expert its own. router: the pretrained router has one, which changes what text chooses.
     lora_experts, gating: of MoLE, how many a layer has and how they are weighed (a row of `adapters.GATINGS`); balance:
-    the coefficient of their load-balancing loss. medium, share: as in `ExtensionConfig`.
+    the coefficient of their load-balancing loss. top_k, tau, threshold: of MoRAM (`adapters.self_activated`). trains: a
+    step trains it, during which MoRAM has no threshold. medium, share: as in `ExtensionConfig`.
     """
 
     method: MethodName = "lora"
@@ -435,6 +436,10 @@ class AdapterConfig:
     lora_experts: int = 1
     gating: Gating = "top1"
     balance: float = 0.0
+    top_k: int = 8
+    tau: float = 0.03
+    threshold: float = 0.2
+    trains: bool = False
     medium: str = "image"
     share: float = 1.0
 

@@ -275,9 +275,9 @@ class GrowSettings:
 class MethodSettings:
     """What is added to the model: MoExtend's experts, or a rival's low-rank updates (docs/methods.md)."""
 
-    name: Literal["moextend", "lora", "mole"] = "moextend"
-    """moextend: new experts, chosen by `select`. lora, mole: low-rank updates beside the frozen maps of all layers that
-    route; there is nothing to probe or choose then. The settings below are of these."""
+    name: Literal["moextend", "lora", "mole", "moram"] = "moextend"
+    """moextend: new experts, chosen by `select`. lora, mole, moram: low-rank updates beside the frozen
+    maps of all layers that route; there is nothing to probe or choose then. The settings below are of these."""
     rank: Count = 128
     """Of one low-rank update."""
     alpha: Positive = 256.0
@@ -295,11 +295,19 @@ class MethodSettings:
     router over them; or all of them by theirs."""
     balance: NotNegative = 0.01
     """Of mole: coefficient of the loss that balances them."""
+    top_k: Count = 8
+    """Of moram: atoms of rank one that a token uses of each map."""
+    tau: Positive = 0.03
+    """Of moram: temperature of their weights."""
+    threshold: NotNegative = 0.2
+    """Of moram: the least score of an atom that is used, in answering alone."""
 
     def __post_init__(self):
         _check(self)
         if self.name == "lora" and not (self.attention or self.router or self.experts != "none"):
             raise MoextendError("method lora: neither attention nor experts nor router have an update")
+        if self.name == "moram" and (self.experts != "none" or not self.attention or self.router):
+            raise MoextendError("method moram adapts attention alone: set experts none, attention True, router False")
         if self.name == "mole" and self.experts == "none":
             raise MoextendError("method mole: experts none leaves nothing to choose a LoRA expert for")
 
@@ -308,7 +316,7 @@ class MethodSettings:
         if self.name == "moextend":
             return None
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
-        if self.name == "lora":
+        if self.name != "mole":
             fields |= {"lora_experts": 1, "gating": "top1", "balance": 0.0}
         return AdapterConfig(method=self.name, medium=medium, **fields)
 
@@ -415,7 +423,11 @@ class Link(NamedTuple):
     @property
     def title(self) -> str:
         """For tables."""
-        return {"lora": "LoRA", "mole": "LLaVA-MoLE"}[self.adapter.method] if self.adapter else "MoExtend"
+        return (
+            {"lora": "LoRA", "mole": "LLaVA-MoLE", "moram": "MoRAM"}[self.adapter.method]
+            if self.adapter
+            else "MoExtend"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

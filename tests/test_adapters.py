@@ -32,7 +32,13 @@ from moextend_jax.train.stages import group
 
 LORA = AdapterConfig(rank=3, alpha=6.0, experts="per_expert", router=True)
 MOLE = AdapterConfig(method="mole", rank=2, alpha=4.0, lora_experts=3, gating="top1_prob", balance=0.1)
-ADAPTERS = {"lora": LORA, "shared": dataclasses.replace(LORA, experts="shared", router=False), "mole": MOLE}
+MORAM = AdapterConfig(method="moram", rank=4, alpha=8.0, experts="none", top_k=3, tau=0.1)
+ADAPTERS = {
+    "moram": MORAM,
+    "lora": LORA,
+    "shared": dataclasses.replace(LORA, experts="shared", router=False),
+    "mole": MOLE,
+}
 
 
 def with_adapters(config: ModelConfig, *names: str) -> ModelConfig:
@@ -69,7 +75,7 @@ def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
 
 def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     """Even rows have a picture: with strict isolation hidden states of the others are as if no adapter had a share."""
-    config = dataclasses.replace(with_adapters(tiny.EXTENDED, "lora", "mole"), text_isolation="strict")
+    config = dataclasses.replace(with_adapters(tiny.EXTENDED, "lora", "mole", "moram"), text_isolation="strict")
     arrays, batch = tiny.arrays(config), tiny.batch()
     closed = dataclasses.replace(
         config, adapters=Named({name: dataclasses.replace(of, share=0.0) for name, of in config.adapters.items()})
@@ -79,6 +85,37 @@ def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     assert pictured_BL.any() and not pictured_BL.all()
     np.testing.assert_array_equal(with_them[~pictured_BL], without[~pictured_BL])
     assert np.abs(with_them - without)[pictured_BL].max() > 1e-2
+
+
+def test_sets_of_atoms_compete_and_the_threshold_is_for_answering():
+    """Two sets are one of both their atoms; a set that is closed is as if it were not there."""
+    two = Named(first=MORAM, second=dataclasses.replace(MORAM, trains=True))
+    config = dataclasses.replace(tiny.PLAIN, adapters=two)
+    arrays, batch = tiny.arrays(config), tiny.batch()
+
+    def hidden(config, arrays):
+        own = {
+            p: leaf for p, leaf in arrays.items() if p.split("/")[0] != "adapters" or p.split("/")[1] in config.adapters
+        }
+        return np.asarray(with_arrays(abstract(config), own)(batch).hidden_BLD)
+
+    joined = {
+        path.replace("adapters/first", "adapters/both"): leaf for path, leaf in arrays.items() if "/second/" not in path
+    }
+    for path in [path for path in joined if "/both/" in path]:
+        parts = [arrays[path.replace("both", name)] for name in two]
+        joined[path] = jnp.concatenate(parts, axis=-1 if path.endswith("/a") else 1)
+    wide = dataclasses.replace(MORAM, rank=8, alpha=16.0, trains=True)
+    both = dataclasses.replace(config, adapters=Named(both=wide))
+    np.testing.assert_allclose(hidden(config, arrays), hidden(both, joined), atol=1e-5)
+    closed = dataclasses.replace(
+        config,
+        adapters=Named(first=dataclasses.replace(MORAM, trains=True), second=dataclasses.replace(MORAM, share=0.0)),
+    )
+    alone = dataclasses.replace(config, adapters=Named(first=dataclasses.replace(MORAM, trains=True)))
+    np.testing.assert_array_equal(hidden(closed, arrays), hidden(alone, arrays))
+    answering = dataclasses.replace(config, adapters=Named(first=MORAM, second=MORAM))
+    assert np.abs(hidden(answering, arrays) - hidden(config, arrays)).max() > 1e-3
 
 
 def test_over_a_base_in_few_bits():
@@ -109,7 +146,7 @@ def test_over_a_base_in_few_bits():
         ((1, 2, 2, 2), "gather", ("lora", "mole")),
         ((1, 2, 2, 2), "exchange", ("lora", "mole")),
         ((1, 1, 4, 2), "gather", ("shared", "mole")),
-        ((1, 1, 4, 2), "exchange", ("lora",)),
+        ((1, 1, 4, 2), "exchange", ("lora", "moram")),
     ],
 )
 def test_sharded_is_unsharded(shape: tuple[int, ...], dispatch, names: tuple[str, ...]):
@@ -165,6 +202,7 @@ COUNTS = {
     "attention": (AdapterConfig(experts="none"), 109_051_904, 0.9),
     "shared": (AdapterConfig(), 335_544_320, 4.4),
     "qlora": (AdapterConfig(rank=64, alpha=16.0, experts="per_expert"), 960_495_616, 2.2),
+    "moram": (AdapterConfig(method="moram", rank=8, experts="none"), 6_815_744, 0.05),
     "mole": (AdapterConfig(method="mole", rank=32, alpha=64.0, lora_experts=3), 197_525_600, 2.9),
 }
 """At Mixtral-8x7B's sizes: parameters, and what a token's forward pass costs more, in per cent."""

@@ -3,7 +3,8 @@
     y = x W + ((x A) * m) B        A [in, r]   B [r, out]   m [T, r] or [T, 1], alpha/rank and the token's share in it
 
 LoRA (arXiv 2106.09685) has m alike everywhere; LLaVA-MoLE (arXiv 2401.16160) has I of them side by side, I * rank = r,
-and a router whose weights for the I are m (TABLE GATINGS). Attention's part is applied where attention computes
+and a router whose weights for the I are m (TABLE GATINGS); in MoRAM (arXiv 2506.21035) m follows from x A itself.
+Attention's part is applied where attention computes
 (attention.py), that of the experts where these do (experts.py, on CPU blocked_swiglu.py), so this file says what and
 not where.
 """
@@ -88,6 +89,66 @@ class Adapted(NamedTuple):
         """alpha/rank times the share: exactly 0 where there is none."""
         ones_BL = jnp.ones(x_BLD.shape[:2]) if self.share_BL is None else jnp.exp(self.share_BL)
         return (self.config.scale * ones_BL).astype(x_BLD.dtype)[..., None]
+
+
+def self_activated(
+    z_BLr: jax.Array, open_BLr: jax.Array, *, top_k: int, tau: float, threshold: float | None
+) -> jax.Array:
+    """MoRAM's rank weights: the atoms (a column of A and its row of B) of a token's k largest scores, by a softmax.
+
+        s = z / |z|        m = softmax of s / tau over the k largest, times (s >= threshold) if there is one
+
+    Args:
+      open_BLr: atoms that the token may use; the others are as if they were not there.
+      threshold: for use, not for training; what is left is not normalised again.
+    """
+    z32_BLr = jnp.where(open_BLr, z_BLr, 0).astype(jnp.float32)
+    squares_BL1 = (z32_BLr**2).sum(axis=-1, keepdims=True)
+    scores_BLr = z32_BLr * jax.lax.rsqrt(jnp.maximum(squares_BL1, 1e-24))
+    ranked_BLr = jnp.where(open_BLr, scores_BLr, -jnp.inf)
+    least_BL1 = jax.lax.top_k(ranked_BLr, min(top_k, z_BLr.shape[-1]))[0][..., -1:]
+    # Where nothing is open all would be -inf, whose softmax is no number.
+    kept_BLr = jnp.where(open_BLr & (ranked_BLr >= jax.lax.stop_gradient(least_BL1)), scores_BLr / tau, -1e30)
+    weights_BLr = jnp.where(open_BLr, jax.nn.softmax(kept_BLr, axis=-1), 0)
+    if threshold is not None:
+        weights_BLr = jnp.where(scores_BLr >= threshold, weights_BLr, 0)
+    return weights_BLr.astype(z_BLr.dtype)
+
+
+class OnAttention(NamedTuple):
+    """What is added to attention's maps: factors by "query/a", the scale of each token `[B, L, r]` or `[B, L, 1]`, and
+    from x A and that scale what is multiplied with B."""
+
+    leaves: dict[str, jax.Array]
+    scale_BLr: jax.Array
+    weigh: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def on_attention(
+    configs: Sequence[AdapterConfig], leaves: Sequence[dict[str, jax.Array]], scales: Sequence[jax.Array]
+) -> list[OnAttention]:
+    """Adapters as attention computes them: the atoms of all MoRAM sets together, since they compete."""
+    those, atoms = [], []
+    for config, own, scale_BL1 in zip(configs, leaves, scales, strict=True):
+        if config.method == "moram":
+            atoms.append((config, own, jnp.repeat(scale_BL1, config.rank, axis=-1)))
+        elif own:
+            those.append(OnAttention(own, scale_BL1, jnp.multiply))
+    if atoms:
+        (*_, newest), parts, wide = zip(*atoms, strict=True)
+        joined = {
+            path: jnp.concatenate([own[path] for own in parts], -1 if path[-1] == "a" else 0) for path in parts[0]
+        }
+        training = any(config.trains for config, *_ in atoms)
+
+        def weigh(z_BLr: jax.Array, scale_BLr: jax.Array) -> jax.Array:
+            return z_BLr * scale_BLr * self_activated(
+                z_BLr, scale_BLr != 0, top_k=newest.top_k, tau=newest.tau,
+                threshold=None if training else newest.threshold,
+            )  # fmt: skip
+
+        those.append(OnAttention(joined, jnp.concatenate(wide, axis=-1), weigh))
+    return those
 
 
 class Factors(NamedTuple):

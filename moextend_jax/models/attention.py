@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moextend_jax.config import DecoderConfig, YarnConfig
 from moextend_jax.models import attention_triton, blocked_attention
-from moextend_jax.models.adapters import Adapted
+from moextend_jax.models.adapters import Adapted, on_attention
 from moextend_jax.models.weights import used
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
@@ -119,12 +119,12 @@ class Attention(nnx.Module):
                 return jax.lax.all_gather(x_BLD, apart, axis=1, tiled=True) if apart else x_BLD
 
             w, low = in_use(arrays, splits), [in_use(own, of[1]) for own, of in zip(low, lows, strict=True)]
-            low = [(leaves, scale) for leaves, scale in zip(low, scales, strict=True) if leaves]
+            low = on_attention([of.config for of in adapted], low, scales)
 
             def more(name):
                 """What updates add to queries, keys or values: rank r where the tokens are, then at all positions."""
-                for leaves, scale_BL1 in low:
-                    z_BLr = jnp.einsum("BLD,Dr->BLr", x_BLD, leaves[f"{name}/a"]) * scale_BL1
+                for leaves, scale_BLr, weigh in low:
+                    z_BLr = weigh(jnp.einsum("BLD,Dr->BLr", x_BLD, leaves[f"{name}/a"]), scale_BLr)
                     yield jnp.einsum("BSr,rNH->BSNH", everywhere(z_BLr), leaves[f"{name}/b"])
 
             x_BSD = everywhere(x_BLD)
@@ -141,9 +141,9 @@ class Attention(nnx.Module):
             window = None if is_local is None else Window(is_local, self.config.local_window)
             y_BSNH = attend(query_BSNH, in_sight, visible, window=window, sinks_N=w.get("sinks"))
             y_BLD = own_positions(jnp.einsum("BSNH,NHD->BSD", y_BSNH, w["out"]), apart=apart, heads=heads)
-            for leaves, scale_BL1 in low:
+            for leaves, scale_BLr, weigh in low:
                 z_BSr = jnp.einsum("BSNH,NHr->BSr", y_BSNH, leaves["out/a"])
-                z_BLr = own_positions(z_BSr, apart=apart, heads=heads) * scale_BL1
+                z_BLr = weigh(own_positions(z_BSr, apart=apart, heads=heads), scale_BLr)
                 y_BLD += jnp.einsum("BLr,rD->BLD", z_BLr, leaves["out/b"])
             return y_BLD if "out_bias" not in w else y_BLD + w["out_bias"][None, None], present
 

@@ -60,15 +60,17 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
     """The structure of a model whose step trains these leaves: it says which extensions have a gradient."""
+    trainable = tuple(trainable)
     training = {path.split("/")[1] for path in trainable if path.startswith("extensions/")}
     extensions = Named(
         {name: dataclasses.replace(added, trains=name in training) for name, added in model.config.extensions.items()}
     )
-    return (
-        model
-        if extensions == model.config.extensions
-        else abstract(dataclasses.replace(model.config, extensions=extensions))
+    training = {path.split("/")[1] for path in trainable if path.startswith("adapters/")}
+    adapters = Named(
+        {name: dataclasses.replace(added, trains=name in training) for name, added in model.config.adapters.items()}
     )
+    config = dataclasses.replace(model.config, extensions=extensions, adapters=adapters)
+    return model if config == model.config else abstract(config)
 
 
 def group(path: str) -> Group:

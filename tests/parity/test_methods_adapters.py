@@ -1,4 +1,4 @@
-"""Low-rank updates: our router, experts and losses on the arrays of lora_experts.npz and mole.npz (`methods.py`)."""
+"""Low-rank updates: our router, experts and losses on the arrays of lora_experts, mole and moram.npz (`methods.py`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax import nnx
 
 from moextend_jax.config import AdaptedExperts, AdapterConfig, DecoderConfig, Gating
 from moextend_jax.models import experts
-from moextend_jax.models.adapters import OfBlock, router_update, update_of
+from moextend_jax.models.adapters import OfBlock, router_update, self_activated, update_of
 from moextend_jax.models.experts import apply_experts
 from moextend_jax.models.router import Gate, Rule, route
 from moextend_jax.parameters import with_arrays
@@ -125,3 +125,46 @@ def test_balance_of_lora_experts(form: str):
     value, gradient = jax.value_and_grad(balance)(logits_ZBLI)
     np.testing.assert_allclose(value, theirs[f"balance/{form}"], **CLOSE)
     np.testing.assert_allclose(gradient, theirs[f"balance/{form}_d_logits_ZBLI"], **CLOSE)
+
+
+@pytest.mark.parametrize("variant", ["train", "evaluate"])
+def test_moram_on_one_map(variant: str):
+    theirs = methods_arrays("moram")
+    joined = {name: np.concatenate([theirs[f"{name[0]}_{age}_{name[2:]}"] for age in ("old", "new")], axis=axis)
+              for name, axis in (("a_Dr", 1), ("b_rF", 0))}  # fmt: skip
+    old = theirs["a_old_Dr"].shape[1]
+    options: dict[str, Any] = {"top_k": int(theirs["top_k"]), "tau": float(theirs["tau"])}
+    options["threshold"] = float(theirs["delta"]) if variant == "evaluate" else None
+
+    def of(x_TD, a_Dr, b_rF):
+        z_TLr = (x_TD @ a_Dr)[:, None]
+        weights_TLr = self_activated(z_TLr, jnp.ones(z_TLr.shape, bool), **options)
+        return x_TD @ jnp.asarray(theirs["w_DF"]) + ((z_TLr * weights_TLr)[:, 0]) @ b_rF, weights_TLr[:, 0]
+
+    inputs = [jnp.asarray(array) for array in (theirs["x_TD"], joined["a_Dr"], joined["b_rF"])]
+    y_TF, pull, weights_Tr = jax.vjp(of, *inputs, has_aux=True)
+    dx_TD, da_Dr, db_rF = pull(jnp.asarray(theirs["cotangent_TF"]))
+    np.testing.assert_allclose(weights_Tr, theirs[f"{variant}/rank_weights_Tr"], **CLOSE)
+    np.testing.assert_allclose(y_TF, theirs[f"{variant}/y_TF"], **CLOSE)
+    np.testing.assert_allclose(dx_TD, theirs[f"{variant}/d_x_TD"], **CLOSE)
+    np.testing.assert_allclose(da_Dr[:, old:], theirs[f"{variant}/d_a_new_Dr"], **CLOSE)
+    np.testing.assert_allclose(db_rF[old:], theirs[f"{variant}/d_b_new_rF"], **CLOSE)
+
+
+def test_moram_s_fresh_atoms_change_what_old_ones_did():
+    """By the stored amount: a later set is no exact start, although its B is zero."""
+    theirs = methods_arrays("moram")
+    x_TD, options = jnp.asarray(theirs["x_TD"]), {"top_k": int(theirs["top_k"]), "tau": float(theirs["tau"])}
+    fresh = np.zeros_like(theirs["b_new_rF"])
+    for name, a_Dr, b_rF in (
+        ("before", theirs["a_old_Dr"], theirs["b_old_rF"]),
+        (
+            "after",
+            np.concatenate([theirs["a_old_Dr"], theirs["a_new_Dr"]], 1),
+            np.concatenate([theirs["b_old_rF"], fresh]),
+        ),
+    ):
+        z_TLr = (x_TD @ a_Dr)[:, None]
+        weights_TLr = self_activated(z_TLr, jnp.ones(z_TLr.shape, bool), threshold=None, **options)
+        y_TF = x_TD @ theirs["w_DF"] + (z_TLr * weights_TLr)[:, 0] @ b_rF
+        np.testing.assert_allclose(y_TF, theirs[f"grown_{name}_y_TF"], **CLOSE)
