@@ -93,7 +93,11 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
         summary.print_table(record, screen)
         if distributed.first():
-            print(f"report: {write_report(run.workdir)}", NEXT.format(workdir=shlex.quote(str(run.workdir))), sep="\n")
+            words = NEXT.format(workdir=shlex.quote(str(run.workdir))).splitlines()
+            # Low-rank updates cannot be exported yet.
+            no_export = any(link.adapter for link in settings.links)
+            words = [line for line in words if not (no_export and " export " in line)]
+            print(f"report: {write_report(run.workdir)}", *words, sep="\n")
     return record
 
 
