@@ -31,8 +31,7 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     "h": None, "w": None, "c": None, "G": None, "g": None,
     # of low-rank updates; r is also what registers of a vision tower are
     "I": None, "r": None,
-    # of media: mel bands and frames, queries of a resampler (u of its blocks attend to
-    # features), places of all media
+    # of media: mel bands and frames, queries of a resampler (u of its blocks attend to features), places of all media
     "b": None, "l": None, "q": None, "u": None, "i": None,
 }  # fmt: skip
 

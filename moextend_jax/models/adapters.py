@@ -4,9 +4,8 @@
 
 LoRA (arXiv 2106.09685) has m alike everywhere; LLaVA-MoLE (arXiv 2401.16160) has I of them side by side, I * rank = r,
 and a router whose weights for the I are m (TABLE GATINGS); in MoRAM (arXiv 2506.21035) m follows from x A itself.
-Attention's part is applied where attention computes
-(attention.py), that of the experts where these do (experts.py, on CPU blocked_swiglu.py), so this file says what and
-not where.
+Attention's part is applied where attention computes (attention.py), that of the experts where these do (experts.py, on
+CPU blocked_swiglu.py), so this file says what and not where.
 """
 
 from __future__ import annotations

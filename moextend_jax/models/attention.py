@@ -79,11 +79,11 @@ class Attention(nnx.Module):
         is_local: jax.Array | bool | None = None, adapted: Sequence[Adapted] = (),
     ) -> tuple[jax.Array, KeysValues]:  # fmt: skip
         """Attends to what is visible of the past (if any) and of these positions; also gives the keys and values of
-          these positions, for whoever keeps them.
+        these positions, for whoever keeps them.
 
-          Args:
-            adapted: low-rank updates of the four maps.
-        is_local: of these the last `local_window` alone are visible; None: the decoder has no such layers.
+        Args:
+          adapted: low-rank updates of the four maps.
+          is_local: of these the last `local_window` alone are visible; None: the decoder has no such layers.
         """
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)

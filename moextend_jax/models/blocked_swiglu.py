@@ -127,7 +127,11 @@ def _backward(glu, saved, dy_RD):
         return jax.tree.map(jnp.add, carry, products)
 
     no_update = update is None
-    start = (rows.zeros(x_RD.shape[1], x_RD), rows.zeros(1, x_RD), None if no_update else 0 * update.rank_weights_Tr)
+    start = (
+        rows.zeros(x_RD.shape[1], x_RD),
+        rows.zeros(1, x_RD),
+        None if no_update else jnp.zeros_like(update.rank_weights_Tr),
+    )
     dx_RD, d_weights_R1, dm_Rr = rows.for_each_block(to_the_rows, start, parts, update)
     # A loop of its own: the compiler drops it for frozen parts, whose gradient nobody reads.
     d_parts = rows.sum_by_group(to_the_weights, parts, update)

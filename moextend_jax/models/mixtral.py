@@ -166,14 +166,11 @@ def run_layers(
 
     def layer(definition, x_BLD, layer_slice):
         params, by_slot, by_adapter, past, is_local = layer_slice
-        adapted = (
-            [
-                Adapted(name, config.adapters[name], nnx.merge(graph, own), shares[name])
-                for name, graph, own in zip(adapting, of_adapters, by_adapter, strict=True)
-            ]
-            if by_adapter
-            else []
-        )  # a dense layer has none
+        own_adapters = zip(adapting, of_adapters, by_adapter, strict=True) if by_adapter else ()  # a dense layer: none
+        adapted = [
+            Adapted(name, config.adapters[name], nnx.merge(graph, own), shares[name])
+            for name, graph, own in own_adapters
+        ]
         this: DecoderLayers = nnx.merge(definition, params)
         own_slots = slots if by_slot else ()  # a dense layer has none
         here = [slot.of_layer(own) for slot, own in zip(own_slots, by_slot, strict=True)]

@@ -195,7 +195,7 @@ def grow(run: Run, name: str) -> None:
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
     config, settings = grown_config(run, [row.extension]), results.grow_of(run.settings, row.extension)
     if row.extension in config.adapters:
-        return _adapt(run, name, config)
+        return _adapt(run, name, row, config)
     added = dataclasses.replace(config.extensions[row.extension], start=settings.start, calibrator=settings.calibrator)
     config = with_extension(config, added, name=row.extension)
     decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
@@ -223,15 +223,14 @@ def grow(run: Run, name: str) -> None:
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 
-def _adapt(run: Run, name: str, config: ModelConfig) -> None:
+def _adapt(run: Run, name: str, row: results.Result, config: ModelConfig) -> None:
     """Fresh leaves of low-rank updates, each made where it will lie."""
-    extension = results.table(run.settings).result(name).extension
-    facts = run.facts_of(name, adapter=as_json(dataclasses.asdict(config.adapters[extension])))
+    facts = run.facts_of(name, adapter=as_json(dataclasses.asdict(config.adapters[row.extension])))
     if _is_done(run, name, facts):
         return
-    for parent in results.table(run.settings).result(name).parents:
+    for parent in row.parents:
         leaves_of(run, parent)  # not made without them
-    fresh = functools.partial(fresh_adapter, config, name=extension)
+    fresh = functools.partial(fresh_adapter, config, name=row.extension)
     leaves = make_leaves(abstract(config), fresh, jax.random.key(run.settings.seed), mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 

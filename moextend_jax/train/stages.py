@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moextend_jax.config import MoextendError, Named
 from moextend_jax.models.moextend import MoExtend, abstract
@@ -59,17 +59,14 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 
 def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
-    """The structure of a model whose step trains these leaves: it says which extensions have a gradient."""
-    trainable = tuple(trainable)
-    training = {path.split("/")[1] for path in trainable if path.startswith("extensions/")}
-    extensions = Named(
-        {name: dataclasses.replace(added, trains=name in training) for name, added in model.config.extensions.items()}
-    )
-    training = {path.split("/")[1] for path in trainable if path.startswith("adapters/")}
-    adapters = Named(
-        {name: dataclasses.replace(added, trains=name in training) for name, added in model.config.adapters.items()}
-    )
-    config = dataclasses.replace(model.config, extensions=extensions, adapters=adapters)
+    """The structure of a model whose step trains these leaves: it says what of it has a gradient."""
+    training = {tuple(path.split("/")[:2]) for path in trainable}
+
+    def marked(kind: str) -> Named[Any]:
+        added = getattr(model.config, kind)
+        return Named({name: dataclasses.replace(of, trains=(kind, name) in training) for name, of in added.items()})
+
+    config = dataclasses.replace(model.config, **{kind: marked(kind) for kind in ("extensions", "adapters")})
     return model if config == model.config else abstract(config)
 
 
