@@ -3,8 +3,8 @@
     moextend study study_methods --workdir work/methods      minutes for each point and seed on 2 CPU cores
 
 `moextend` is the method; everything else is compared with it, seed by seed. Low-rank updates have LLaVA's alpha/rank of
-2; rank 8 is what they take of a model of width 128 where LLaVA's 128 is taken of 4096, and rank 64 has about as many
-trained parameters as the new experts.
+2; rank 8 is to a model of width 128 about what LLaVA's rank is to one of 4096, and `lora_equal` has about as many
+trained parameters as the new experts. `_strict` is under strict text isolation, the others without.
 """
 
 import dataclasses
@@ -19,14 +19,18 @@ def _points(name: str, *, rank: int) -> tuple[str, ...]:
     return f"method.name={name}", f"method.rank={rank}", f"method.alpha={2 * rank}"
 
 
-POINTS: dict[str, tuple[str, ...]] = {
+METHODS: dict[str, tuple[str, ...]] = {
     "moextend": (),
-    "moextend_strict": ("text_isolation=strict",),
     "lora": _points("lora", rank=8),
-    "lora_strict": (*_points("lora", rank=8), "text_isolation=strict"),
-    "lora_per_expert": (*_points("lora", rank=8), "method.experts=per_expert"),
+    "lora_equal": _points("lora", rank=64),
     "mole": _points("mole", rank=8),
-    "mole_top1_prob": (*_points("mole", rank=8), "method.gating=top1_prob"),
+    "moram": (*_points("moram", rank=8), "method.experts=none", "method.top_k=8"),
+}
+STRICT = ("text_isolation=strict",)
+POINTS = {
+    name + end: (*words, *isolation)
+    for name, words in METHODS.items()
+    for end, isolation in (("", ()), ("_strict", STRICT))
 }
 
 

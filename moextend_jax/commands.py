@@ -112,7 +112,19 @@ class StudyOptions:
 def study(options: StudyOptions) -> None:
     from moextend_jax.study import run_study
 
-    run_study(options.config, options.workdir, run=whole_run)
+    run_study(options.config, options.workdir, run=run_and_start)
+
+
+def run_and_start(settings: RunSettings, workdir: Path) -> dict[str, Any]:
+    """A whole run, and what its extension had changed before it was trained; summary.json of both."""
+    from moextend_jax.evaluate.start import start_of
+    from moextend_jax.runs.run import working, write_json
+
+    summary = whole_run(settings, workdir)
+    with working(settings, workdir) as run:
+        summary["start"] = start_of(run)._asdict()
+    write_json(workdir / "summary.json", summary)
+    return summary
 
 
 def evaluate(options: RunOptions) -> None:

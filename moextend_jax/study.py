@@ -1,5 +1,5 @@
-"""Runs that differ in a few settings, for several seeds: settings in, WORKDIR/POINT/seed_N, study.json, a table and a
-picture out.
+"""Runs that differ in a few settings, for several seeds: settings in, WORKDIR/POINT/seed_N, study.json, a table and
+study.html out.
 
 Points share what comes before the extension: of every seed `align` and `extend` are made once, `select` too where it
 is the same. Means have 95 % intervals over seeds (Student's t). A point is compared seed by seed, since a seed moves
@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -27,30 +28,50 @@ from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console
 
 Run = Callable[[RunSettings, Path], dict[str, Any]]
-"""`commands.whole_run`: what its summary.json holds."""
+"""`commands.run_and_start`: what its summary.json holds."""
 
-LATER = ("select", "grow", "finetune", "full", "text_isolation", "baseline", "mixture")
+LATER = ("method", "select", "grow", "finetune", "full", "text_isolation", "baseline", "mixture", "extensions")
 """Settings of which the first stages read nothing but what they must not be trained on."""
 
 
 class Figure(NamedTuple):
-    """title: for tables. of: a run's summary to the number; digits: how it is written."""
+    """title: for tables. of: a run's summary to the number; digits: how it is written. chain: only of several
+    extensions one after another."""
 
     title: str
     of: Callable[[Mapping[str, Any]], float]
     digits: int
+    chain: bool = False
+
+
+def _accuracy(summary: Mapping[str, Any]) -> float:
+    """The finished model's; of a chain the mean over all that it has learnt."""
+    if "chains" not in summary:
+        return summary["accuracy"]["moextend"]
+    return fmean(list(_chain(summary)["scores"].values())[-1].values())
+
+
+def _chain(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(of for name, of in summary["chains"].items() if name != "full")
 
 
 def _forgotten(text: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda summary: summary["text_loss"][text]["moextend"] - summary["text_loss"][text]["base"]
 
 
+def _of_finetune(what: Mapping[str, float]) -> float:
+    return sum(number for stage, number in what.items() if stage.startswith("finetune"))
+
+
 FIGURES = {
-    "accuracy": Figure("accuracy", lambda summary: summary["accuracy"]["moextend"], 3),
+    "accuracy": Figure("accuracy", _accuracy, 3),
     "wordnet": Figure("WordNet forgotten (nats)", _forgotten("wordnet"), 3),
     "kjv": Figure("King James forgotten (nats)", _forgotten("kjv"), 3),
-    "trained": Figure("trained parameters", lambda summary: summary["parameters"]["trained"]["finetune"], 0),
-    "seconds": Figure("seconds of finetune", lambda summary: summary["seconds"]["finetune"], 0),
+    "backward": Figure("backward transfer", lambda summary: _chain(summary)["backward_transfer"], 3, chain=True),
+    "start": Figure("tokens changed at the start (%)", lambda summary: 100 * summary["start"]["changed"], 1),
+    "trained": Figure("trained parameters", lambda summary: _of_finetune(summary["parameters"]["trained"]), 0),
+    "flops": Figure("FLOPs a token (base 1)", lambda summary: summary["flops_per_token"]["of_base"], 3),
+    "seconds": Figure("seconds of finetune", lambda summary: _of_finetune(summary["seconds"]), 0),
 }
 """TABLE of what is compared."""
 
@@ -74,7 +95,8 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
     for seed in seeds:
         for name, own in points.items():
             summary = _summary(dataclasses.replace(own, seed=seed), name, workdir, points=points, run=run)
-            figures[name][seed] = {figure: float(row.of(summary)) for figure, row in FIGURES.items()}
+            rows = {figure: row for figure, row in FIGURES.items() if not row.chain or "chains" in summary}
+            figures[name][seed] = {figure: float(row.of(summary)) for figure, row in rows.items()}
         record = {
             "data": summary["data"],
             "points": {name: {"settings": list(words[name]), "seeds": of} for name, of in figures.items()},
@@ -83,10 +105,9 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
         write_json(workdir / "study.json", record)  # what is known so far
     console().print(study_table(record))
     if distributed.first():
-        from moextend_jax.report.study import study_picture  # matplotlib takes a second to import
+        from moextend_jax.report.study import write_study  # matplotlib takes a second to import
 
-        study_picture(record, workdir / "study.png")
-        print(f"study: {workdir / 'study.json'}, {workdir / 'study.png'}")
+        print(f"study: {workdir / 'study.json'}, {write_study(record, workdir)}")
     return record
 
 
@@ -97,8 +118,9 @@ def _summary(
     folder = workdir / name / f"seed_{own.seed}"
     done, made_with = folder / "summary.json", folder / "config.json"
     asked = as_json(dataclasses.asdict(own))
-    if done.exists() and made_with.exists() and read_json(made_with).get("settings") == asked:
-        return read_json(done)
+    summary = read_json(done) if done.exists() and made_with.exists() else {}
+    if "start" in summary and read_json(made_with).get("settings") == asked:  # that comes last
+        return summary
     for other, settings in points.items():
         there = workdir / other / folder.name
         if other != name and there.exists() and _early(settings) == _early(own):
@@ -119,11 +141,23 @@ def study_table(record: Mapping[str, Any]) -> Table:
     points = {name: of["seeds"] for name, of in record["points"].items()}
     seeds = next(iter(points.values()))
     table = Table(title=f"{record['data']}, {len(seeds)} seeds: mean ± half of the 95 % interval", title_justify="left")
-    for heading in ("", *(row.title for row in FIGURES.values()), "accuracy over the first"):
+    headings, *rows = lines_of(record)
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
-    first = next(iter(points))
-    for name, of in points.items():
-        cells = [estimate([seed[figure] for seed in of.values()]).text(row.digits) for figure, row in FIGURES.items()]
-        over = [of[seed]["accuracy"] - points[first][seed]["accuracy"] for seed in of if seed in points[first]]
-        table.add_row(name, *cells, "" if name == first else estimate(over).text(3, sign=True))
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def lines_of(record: Mapping[str, Any]) -> list[list[str]]:
+    """The table in words: its headings, then a line per point."""
+    points = {name: of["seeds"] for name, of in record["points"].items()}
+    first = next(iter(points))
+    some = next(iter(points[first].values()))
+    shown = {figure: row for figure, row in FIGURES.items() if figure in some}
+    lines = [["", *(row.title for row in shown.values()), "accuracy over the first"]]
+    for name, of in points.items():
+        cells = [estimate([seed[figure] for seed in of.values()]).text(row.digits) for figure, row in shown.items()]
+        over = [of[seed]["accuracy"] - points[first][seed]["accuracy"] for seed in of if seed in points[first]]
+        lines.append([name, *cells, "" if name == first else estimate(over).text(3, sign=True)])
+    return lines

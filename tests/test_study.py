@@ -11,9 +11,10 @@ import pytest
 import tiny
 from rich.console import Console
 
-from moextend_jax.commands import whole_run
+from moextend_jax.commands import run_and_start
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
+from moextend_jax.evaluate.chains import score_matrix
 from moextend_jax.evaluate.estimates import Estimate, estimate
 from moextend_jax.parsing import with_words
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, StudySettings, from_config_dict
@@ -49,7 +50,8 @@ def made_up(calls: list[tuple[RunSettings, Path]], *, dies_at: int | None = None
         texts = {text: {"base": 5.0, "moextend": 5.25} for text in ("wordnet", "kjv")}
         summary = {
             "data": "easy-VQA", "accuracy": {"moextend": accuracy}, "text_loss": texts,
-            "parameters": {"trained": {"finetune": 1000}}, "seconds": {"finetune": 10.0},
+            "parameters": {"trained": {"align": 9, "finetune": 1000}}, "seconds": {"align": 1.0, "finetune": 10.0},
+            "start": {"changed": 0.25, "nats": 0.0}, "flops_per_token": {"base": 4e6, "of_base": 1.044},
         }  # fmt: skip
         for stage in ("align", "extend", "select"):
             (workdir / stage).mkdir(parents=True, exist_ok=True)
@@ -78,6 +80,8 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "all" / "seed_1" / "extend" / "made").stat().st_nlink == 3  # of paper, linked twice
     assert record["points"]["all"]["seeds"][1]["accuracy"] == pytest.approx(0.91)
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "study.html").read_text()
+    assert page.count("<svg") == 2 and "<td>+0.100 ± 0.000</td>" in page and "select.layers=all" in page
     assert "study.json" in capsys.readouterr().out
     calls.clear()
     run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
@@ -101,7 +105,18 @@ def test_the_table_compares_with_the_first_seed_by_seed(tmp_path: Path):
     lines = screen.export_text().splitlines()
     (paper,), (other,) = ([line for line in lines if f" {name} " in line] for name in ("paper", "all"))
     assert "0.840 ± 0.127" in paper and "+0.250" not in paper and "0.250 ± 0.000" in paper and "1,000" in paper
+    assert "25.0 ± 0.0" in paper and "1.044 ± 0.000" in paper and not any("backward" in line for line in lines)
     assert "0.940 ± 0.127" in other and "+0.100 ± 0.000" in other
+
+
+def test_of_a_chain_all_that_it_has_learnt_counts(tmp_path: Path):
+    def run(settings: RunSettings, workdir: Path) -> dict[str, Any]:
+        scores = {"image": {"image": 0.9}, "word": {"image": 0.7, "word": 0.5}}
+        return made_up([])(settings, workdir) | {"chains": {"open": score_matrix(scores)}}
+
+    record = run_study(of({"lora": ("method.name=lora",)}, (0,)), tmp_path, run=run)
+    found = record["points"]["lora"]["seeds"][0]
+    assert found["accuracy"] == pytest.approx(0.6) and found["backward"] == pytest.approx(-0.2)
 
 
 def test_mistakes_are_seen_before_anything_runs(tmp_path: Path):
@@ -128,7 +143,7 @@ def test_the_package_s_studies_are_ones(which: str):
     assert settings.study is not None and "paper" in settings.study.points
     for name, words in settings.study.points.items():
         assert (with_words(settings, words, what=name) == settings) == (name == "paper")
-    assert set(FIGURES) == {"accuracy", "wordnet", "kjv", "trained", "seconds"}
+    assert {"accuracy", "wordnet", "kjv", "start", "trained", "flops", "seconds"} < set(FIGURES)
 
 
 @pytest.mark.slow
@@ -144,16 +159,22 @@ def test_a_study_of_real_runs(tmp_path: Path):
         vision=str(base / "vision"), dtype="float32", log_every=1,
         select=dataclasses.replace(PLAIN.select, held_out=6, batch_size=6),
         study=StudySettings(
-            points={"paper": (), "all": ("select.layers=all",), "bare": ("grow.calibrator=none",)}, seeds=(0,)
+            points={
+                "paper": (), "all": ("select.layers=all",), "lora": ("method.name=lora", "method.rank=2"),
+            },
+            seeds=(0,),
         ),
     )  # fmt: skip
-    record = run_study(settings, tmp_path / "w", run=whole_run)
+    record = run_study(settings, tmp_path / "w", run=run_and_start)
     chosen = {name: json.loads((tmp_path / "w" / name / "seed_0/select/routing.json").read_text())["chosen_layers"]
-              for name in record["points"]}  # fmt: skip
-    assert chosen["all"] == [0, 1, 2] and chosen["paper"] == chosen["bare"] and len(chosen["paper"]) == 1
+              for name in ("paper", "all")}  # fmt: skip
+    assert chosen["all"] == [0, 1, 2] and len(chosen["paper"]) == 1
     trained = {name: point["seeds"][0]["trained"] for name, point in record["points"].items()}
-    assert trained["all"] == 3 * trained["paper"] > 3 * trained["bare"]
+    assert trained["all"] == 3 * trained["paper"]
+    start = {name: point["seeds"][0]["start"] for name, point in record["points"].items()}
+    assert start["lora"] == 0 < start["paper"]
+    flops = {name: point["seeds"][0]["flops"] for name, point in record["points"].items()}
+    assert flops["lora"] > 1 and flops["paper"] == pytest.approx(1, abs=0.05)
     results = [sorted((tmp_path / "w" / name / "seed_0/align/result").rglob("*")) for name in record["points"]]
-    assert {path.stat().st_ino for path in results[0] if path.is_file()} == {
-        path.stat().st_ino for path in results[1] if path.is_file()
-    }
+    inodes = [{path.stat().st_ino for path in of if path.is_file()} for of in results]
+    assert all(of == inodes[0] for of in inodes[1:])

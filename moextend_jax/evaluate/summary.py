@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.config import IMAGE, Batch, MoextendError
+from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches, text_batches
 from moextend_jax.data.datasets import AnyItems, Example, Source, is_packaged, open_text
 from moextend_jax.data.datasets import select as select_rows
@@ -35,6 +35,7 @@ from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
 from moextend_jax.media.image import framed, tower_of
 from moextend_jax.mesh import Program, on_host, place_rows, place_whole
+from moextend_jax.models.flops import step_flops
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
@@ -42,7 +43,7 @@ from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.data_of import open_source, readers_of, source_of, unseen_source
-from moextend_jax.runs.models_of import frozen_unchanged
+from moextend_jax.runs.models_of import frozen_unchanged, grown_config
 from moextend_jax.runs.ready import too_many_questions
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Run, not_run, write_json
@@ -543,8 +544,25 @@ def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | Non
         "frozen_unchanged": all(stage["frozen_unchanged"] for stage in stages.values())
         and ("moextend" not in evaluated["accuracy"] or frozen_unchanged(run)),
     }
+    if "moextend" in evaluated["accuracy"]:
+        summary["flops_per_token"] = _flops_per_token(run)
     write_json(run.workdir / "summary.json", summary)
     return summary
+
+
+def _flops_per_token(run: Run) -> dict[str, float]:
+    """Of the decoder's forward pass over a row with an item of each medium: in the base, and how many times that with
+    what was added, if the routers use all experts alike."""
+    grown = results.table(run.settings).model("moextend").results
+    config = grown_config(run, results.table(run.settings).grown(grown))
+    length = run.settings.finetune.length or run.settings.evaluate.text_length
+
+    def forward(config: ModelConfig) -> float:
+        parts = step_flops(config, trains=(), rows=1, length=length, items=dict.fromkeys(config.media, 1)).parts
+        return sum(of["forward"] for part, of in parts.items() if not part.startswith("media/")) / length
+
+    base = forward(run.config)
+    return {"base": base, "of_base": forward(config) / base}
 
 
 def print_table(summary: dict[str, Any], console: Console) -> None:

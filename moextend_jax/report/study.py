@@ -1,29 +1,89 @@
-"""Draws a study: accuracy of every point against what it forgot of text; study.json in, a PNG out."""
+"""A study as a page: study.json in, WORKDIR/study.html out, with its table and two pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from moextend_jax.evaluate.estimates import estimate
+from matplotlib.axes import Axes
+
+from moextend_jax.evaluate.estimates import Estimate, estimate
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
+from moextend_jax.report.markup import how, picture, section, write_page
+from moextend_jax.study import lines_of
+
+Seeds = Mapping[Any, Mapping[str, float]]
 
 
-def study_picture(record: Mapping[str, Any], path: Path) -> None:
-    """A dot for every point at its means over seeds, with 95 % intervals; the first point has its own colour."""
+class Axis(NamedTuple):
+    """What stands beneath accuracy: its label, the number of one seed, and its scale."""
+
+    label: str
+    of: Callable[[Mapping[str, float]], float]
+    scale: str = "linear"
+
+
+AGAINST = {
+    "forgetting": Axis(
+        "forgotten of held-out text (nats, mean of WordNet and King James)",
+        lambda seed: (seed["wordnet"] + seed["kjv"]) / 2,
+    ),
+    "parameters": Axis("trained parameters", lambda seed: seed["trained"], "log"),
+}
+"""TABLE of the pictures."""
+
+
+def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
+    """Writes WORKDIR/study.html, and the picture against forgetting as study.png; returns the page's path."""
+    points = {name: point["seeds"] for name, point in record["points"].items()}
+    seeds = len(next(iter(points.values())))
     with canvas(width=6.4, height=4.2) as figure:
-        ax = figure.add_subplot()
-        for place, (name, point) in enumerate(record["points"].items()):
-            seeds = point["seeds"].values()
-            forgotten = estimate([(seed["wordnet"] + seed["kjv"]) / 2 for seed in seeds])
-            accuracy = estimate([seed["accuracy"] for seed in seeds])
-            ax.errorbar(
-                forgotten.mean, accuracy.mean, xerr=forgotten.half, yerr=accuracy.half, fmt="o",
-                color=PLAIN if place else OURS, linewidth=1,
-            )  # fmt: skip
-            at = (forgotten.mean, accuracy.mean)
-            ax.annotate(name, at, (5, 4), textcoords="offset points", color=MUTED, fontsize="small")
-        ax.set_xlabel("forgotten of held-out text (nats, mean of WordNet and King James)")
-        ax.set_ylabel(f"accuracy on {record['data']}")
-        figure.savefig(path, dpi=150)
+        _panel(figure.add_subplot(), points, AGAINST["forgetting"], data=record["data"])
+        figure.savefig(workdir / "study.png", dpi=150)
+    drawn = {
+        name: picture(
+            lambda ax, axis=axis: _panel(ax, points, axis, data=record["data"]),
+            name=name, label=f"Accuracy against {name} of each point", width=6.4, height=4.2,
+        )
+        for name, axis in AGAINST.items()
+    }  # fmt: skip
+    headings, *rows = lines_of(record)
+    markup = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    for row in rows:
+        markup += "</tr><tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+    set_by = "".join(
+        f"<li>{escape(name)}: <code>{escape(' '.join(point['settings']) or 'nothing')}</code></li>"
+        for name, point in record["points"].items()
+    )
+    title = f"Study: {record['data']}, {seeds} seeds"
+    reading = "Means over seeds ± half of the 95 % interval (Student’s t); differences are taken seed by seed."
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        section("Points", f'<div class="wide"><table><tr>{markup}</tr></table></div>' + how(reading)),
+        *(section(f"Accuracy against {name}", of) for name, of in drawn.items()),
+        section("What each point sets", f"<ul>{set_by}</ul>"),
+    ]
+    path = workdir / "study.html"
+    write_page(path, parts, title=title)
+    return path
+
+
+def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> None:
+    """A dot for every point at its means over seeds, with 95 % intervals; the first point has its own colour."""
+    for place, (name, seeds) in enumerate(points.items()):
+        across, accuracy = _estimate(seeds, axis.of), _estimate(seeds, lambda seed: seed["accuracy"])
+        ax.errorbar(
+            across.mean, accuracy.mean, xerr=across.half, yerr=accuracy.half, fmt="o",
+            color=PLAIN if place else OURS, linewidth=1,
+        )  # fmt: skip
+        at = (across.mean, accuracy.mean)
+        ax.annotate(name, at, (5, 4), textcoords="offset points", color=MUTED, fontsize="small")
+    ax.set_xscale(axis.scale)
+    ax.set_xlabel(axis.label)
+    ax.set_ylabel(f"accuracy on {data}")
+
+
+def _estimate(seeds: Seeds, of: Callable[[Mapping[str, float]], float]) -> Estimate:
+    return estimate([of(seed) for seed in seeds.values()])
