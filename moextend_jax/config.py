@@ -389,6 +389,8 @@ class ExtensionConfig:
     (`log share` is added to its router logits): 0 takes it out exactly, 1 is all of it.
     calibrator: what corrects the probabilities that chosen experts are weighed by (`models/router.CALIBRATORS`).
     trains: its experts are stored in the element type of what trains, those of others in that of the base.
+    guidance, drift: of a step that trains it alone, tau of token guidance and the coefficient of the losses beside it
+    (`models/guidance.py`); 0: without.
     """
 
     layers: tuple[int, ...]
@@ -401,6 +403,8 @@ class ExtensionConfig:
     start: StartName = "copy"
     wide: int = 1
     calibrator: CalibratorName = "two_layers"
+    guidance: float = 0.0
+    drift: float = 0.0
 
     def sizes(self, decoder: DecoderConfig) -> dict[str, int]:
         """Sizes of the decoder's letters and of those of this extension of it."""

@@ -277,7 +277,12 @@ class MethodSettings:
 
     name: Literal["moextend", "lora", "mole", "moram"] = "moextend"
     """moextend: new experts, chosen by `select`. lora, mole, moram: low-rank updates beside the frozen
-    maps of all layers that route; there is nothing to probe or choose then. The settings below are of these."""
+    maps of all layers that route; there is nothing to probe or choose then."""
+    guidance: NotNegative = 0.0
+    """Of moextend, in training alone: tau of LLaVA-DyMoE's token guidance (theirs is 0.2), which keeps tokens from new
+    experts that do not clearly lead; 0: without. A copied column never leads: set grow.column."""
+    drift: NotNegative = 0.0
+    """Of moextend: coefficient of LLaVA-DyMoE's losses, which make old and new experts each other's opposites."""
     rank: Count = 128
     """Of one low-rank update."""
     alpha: Positive = 256.0
@@ -315,7 +320,8 @@ class MethodSettings:
         """None: the method is moextend."""
         if self.name == "moextend":
             return None
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        names = [field.name for field in dataclasses.fields(AdapterConfig)]
+        fields = {name: getattr(self, name) for name in names if hasattr(self, name)}
         if self.name != "mole":
             fields |= {"lora_experts": 1, "gating": "top1", "balance": 0.0}
         return AdapterConfig(method=self.name, medium=medium, **fields)
@@ -571,6 +577,13 @@ class RunSettings:
                 f"expert_storage {self.expert_storage}: full fine-tuning trains the pretrained experts, which then are "
                 "integers; set it as_is, or leave the baseline out"
             )
+        groups: dict[str, Any] = {self.extension: self, **self.extensions}
+        for name, group in groups.items():
+            if group.method.guidance and not group.method.drift and group.grow.column == "copy":
+                raise MoextendError(
+                    f"extension {name}: method.guidance keeps every token from a copied column, which never leads; set "
+                    "grow.column to mean, zero or random, or method.drift above 0"
+                )
         _ = self.profiled
         names = [link.name for link in self.links]
         for name in (*names, *self.media):

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.config import CalibratorName, DecoderConfig, ExtensionConfig, Mass
+from moextend_jax.models.guidance import exclusivity, may_choose, specialisation
 from moextend_jax.models.starts import STARTS, TIE, Columns, Competing
 from moextend_jax.parameters import constant, weight
 
@@ -29,6 +30,7 @@ class Routing(NamedTuple):
     selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
       for whom the token could not choose. Else None.
     lora_TI: by adapter that chooses among I LoRA experts (MoLE), their float32 probabilities.
+    drift_T2: of a step with losses against drift, each token's, and 1 where it may choose what trains, else 0 and 0.
     """
 
     logits_TO: jax.Array
@@ -36,6 +38,7 @@ class Routing(NamedTuple):
     weights_Tk: jax.Array
     selection_TO: jax.Array | None = None
     lora_TI: Mapping[str, jax.Array] = {}
+    drift_T2: jax.Array | None = None
 
     @property
     def chosen_by_TO(self) -> jax.Array:
@@ -103,6 +106,7 @@ class NewColumns(nnx.Module):
         self.new_bias = constant("YX", sizes, dtype="float32", value=0.0) if decoder.selection_bias else None
         self.offset = constant("YX", sizes, dtype=dtype, value=0.0) if extension.start == "lowered" else None
         self.calibrator = CALIBRATORS[extension.calibrator](sizes, rngs=rngs, dtype=dtype, std=std)
+        self.guidance, self.drift = (extension.guidance, extension.drift) if extension.trains else (0.0, 0.0)
 
 
 class Rule(NamedTuple):
@@ -235,10 +239,15 @@ def route_extended(
     shares, sources = (some or [None] * len(slots) for some in (shares, sources))
     log_shares_T1 = [_log_share(x_TD, shares[n], extended[n] if extended else True) for n in range(len(slots))]
     seats: list[Competing] = []
+    drift_T2: jax.Array | None = None
     columns, first = Columns(base_TE, np.arange(E)), E
     for slot, share_T, share_T1, sources_X in zip(slots, shares, log_shares_T1, sources, strict=True):
         own_TX = _own_logits(x_TD, gate, slot)
         own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)[None]
+        if slot.drift:
+            drift_T2 = _drift(slot.drift, columns.logits(), own_TX, share_T1)
+        if slot.guidance:
+            own_TX = jnp.where(may_choose(columns.logits(), own_TX, tau=slot.guidance), own_TX, -jnp.inf)
         # Where nothing has a share nothing is added: it would round.
         own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
         seats.append(STARTS[slot.start](own_TX, sources_X, first=first, columns=columns))
@@ -287,7 +296,14 @@ def route_extended(
 
     logits_TO = of_experts(logits_To, lambda seat: seat.own_TX)
     selection_TO = None if selection_To is None else of_experts(selection_To, lambda seat: beside[seat].ranks_TX)
-    return Routing(logits_TO, ids_Tk, weights_Tk, selection_TO)
+    return Routing(logits_TO, ids_Tk, weights_Tk, selection_TO, drift_T2=drift_T2)
+
+
+def _drift(coefficient: float, old_To: jax.Array, own_TX: jax.Array, share_T1: jax.Array) -> jax.Array:
+    """`Routing.drift_T2` of the extension that trains, which stands behind all others."""
+    may_T = ~jnp.isneginf(share_T1)[:, 0]
+    loss_T = coefficient * (exclusivity(old_To, own_TX) + specialisation(old_To, own_TX))
+    return jnp.stack([jnp.where(may_T, loss_T, 0), may_T.astype(loss_T.dtype)], axis=-1)
 
 
 class Beside(NamedTuple):

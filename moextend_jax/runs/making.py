@@ -72,6 +72,9 @@ def train(run: Run, name: str) -> None:
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
     facts = run.facts_of(name, settings=as_json(decisive))
+    method = results.method_of(run.settings, row.extension)
+    if row.grown and (guided := {rule: of for rule in ("guidance", "drift") if (of := getattr(method, rule))}):
+        facts["method"] = guided
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     if _is_done(run, name, facts):
         return

@@ -84,13 +84,15 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
     media = {link.name: link.medium for link in run.settings.links}
     extensions, adapters = {}, adapters_of(run.settings, names := tuple(names))
     for name in (name for name in names if name not in adapters):
-        chosen = read_selection(run, name)
+        chosen, method = read_selection(run, name), results.method_of(run.settings, name)
         extensions[name] = ExtensionConfig(
             layers=tuple(chosen["chosen_layers"]),
             sources=tuple(chosen["sources"]),
             new_experts=chosen.get("new_experts", 1),
             wide=chosen.get("wide", 1),
             medium=media[name],
+            guidance=method.guidance,
+            drift=method.drift,
             **grown_as(run.workdir, run.settings, name),
         )
     return dataclasses.replace(run.config, extensions=Named(extensions), adapters=adapters)

@@ -20,7 +20,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.configurations import meant
-from moextend_jax.settings import EvaluateSettings, GrowSettings, Link, RunSettings, SelectSettings, StageSettings
+from moextend_jax.settings import (
+    EvaluateSettings,
+    GrowSettings,
+    Link,
+    MethodSettings,
+    RunSettings,
+    SelectSettings,
+    StageSettings,
+)
 
 Row = TypeVar("Row")
 
@@ -325,6 +333,11 @@ def select_of(settings: RunSettings, name: str) -> SelectSettings:
 def grow_of(settings: RunSettings, name: str) -> GrowSettings:
     """How an extension starts."""
     return settings.grow if name == settings.extension else settings.extensions[name].grow
+
+
+def method_of(settings: RunSettings, name: str) -> MethodSettings:
+    """What an extension adds."""
+    return settings.method if name == settings.extension else settings.extensions[name].method
 
 
 def evaluate_of(settings: RunSettings, extension: str) -> EvaluateSettings:

@@ -185,6 +185,13 @@ def _of_lora_experts(probs_nTI: jax.Array, valid_nT: jax.Array) -> jax.Array:
     return (picks_nI * means_nI).sum(axis=-1)
 
 
+def drift_per_layer(drift_ZT2: jax.Array, valid_T: jax.Array) -> jax.Array:
+    """The mean over tokens that may choose what trains, then over the layers that have it (`Routing.drift_T2`)."""
+    sums_Z2 = (drift_ZT2 * valid_T.astype(jnp.float32)[None, :, None]).sum(axis=1)
+    means_Z = sums_Z2[:, 0] / jnp.maximum(sums_Z2[:, 1], 1)
+    return means_Z.sum() / jnp.maximum((sums_Z2[:, 1] > 0).sum(), 1)
+
+
 BALANCE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "per_layer": balance_per_layer, "released": balance_released,
 }  # fmt: skip
@@ -231,4 +238,6 @@ def losses_of(
     for name, probs_ZTI in decoded.routing.lora_TI.items():
         balance = BALANCE[recipe.aux_loss](probs_ZTI, batch.segments_BL > 0)
         total += model.config.adapters[name].balance * balance
+    if decoded.routing.drift_T2 is not None:
+        total += drift_per_layer(decoded.routing.drift_T2, valid_T)
     return Losses(total, ce, aux, labelled, by_layer.picks_ZO * by_layer.counts_ZO)

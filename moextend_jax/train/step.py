@@ -20,6 +20,7 @@ from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.sharding import constrain, spec, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
 from moextend_jax.train.optimizer import in_float32
+from moextend_jax.train.stages import for_training
 
 
 class TrainState(NamedTuple):
@@ -89,7 +90,7 @@ def make_step(
 
     def loss_of(trainable, frozen, batch: Batch, tokens):
         losses_, _ = losses(
-            with_arrays(model, {**trainable, **frozen}),
+            with_arrays(for_training(model, trainable), {**trainable, **frozen}),
             batch,
             recipe=recipe,
             aux_coefficient=aux_coefficient,
