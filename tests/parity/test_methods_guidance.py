@@ -21,16 +21,16 @@ CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
 
 def routed(logits_TO: jax.Array, theirs: dict[str, np.ndarray], *, trains: bool, drift: float = 0.0) -> Routing:
     """Our router on inputs that are the logits, so that its columns are unit vectors."""
-    E, (_, O) = int(theirs["experts"]), logits_TO.shape
+    E, outputs = int(theirs["experts"]), logits_TO.shape[-1]
     added = ExtensionConfig(
-        layers=(0,), sources=(0,) * (O - E), new_experts=O - E, calibrator="none", trains=trains,
+        layers=(0,), sources=(0,) * (outputs - E), new_experts=outputs - E, calibrator="none", trains=trains,
         guidance=float(theirs["tau"]), drift=drift,
     )  # fmt: skip
-    decoder = DecoderConfig(width=O, experts=E)
+    decoder = DecoderConfig(width=outputs, experts=E)
     made = nnx.eval_shape(lambda: NewColumns(decoder, added, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
-    columns = with_arrays(made, {"new_gate": jnp.eye(O)[:, E:]})
+    columns = with_arrays(made, {"new_gate": jnp.eye(outputs)[:, E:]})
     rule = Rule(int(theirs["top_k"]))
-    return route_extended(logits_TO, jnp.eye(O)[:, :E], [columns], rule=rule, normalise=over_their_sum)
+    return route_extended(logits_TO, jnp.eye(outputs)[:, :E], [columns], rule=rule, normalise=over_their_sum)
 
 
 def test_token_guidance_in_training_alone():
