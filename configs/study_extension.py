@@ -23,8 +23,8 @@ POINTS = {
     "start": {
         "zero column": ("grow.column=zero",), "mean column": ("grow.column=mean",),
         "random column": ("grow.column=random",), "source after": ("select.source=after",),
-        "source 2": ("select.source=fixed", "select.expert=2"), "twin": ("grow.start=twin",),
-        "lowered": ("grow.start=lowered",), "added": ("grow.start=added",),
+        "source 2": ("select.source=fixed", "select.expert=2"), "saliency": ("select.source=saliency",),
+        "twin": ("grow.start=twin",), "lowered": ("grow.start=lowered",), "added": ("grow.start=added",),
     },
     "calibrator": {
         name: (f"grow.calibrator={name}",) for name in ("none", "vector", "vector_multiplied", "two_layers_multiplied")

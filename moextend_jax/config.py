@@ -488,7 +488,7 @@ LayerChoice = Literal[
     "extender", "random", "interval", "all", "first_half", "second_half", "first_quarter", "first_interval",
     "every_second",
 ]  # fmt: skip
-SourceChoice = Literal["recipe", "before", "after", "fixed"]
+SourceChoice = Literal["recipe", "before", "after", "fixed", "weights", "saliency", "gradient", "fisher"]
 ExpertStorage = Literal["as_is", "int8", "int4", "mxfp4", "nf4"]
 WeightGuard = Literal["none", "bounded"]
 Mass = Literal["base", "literal"]

@@ -230,7 +230,8 @@ class SelectSettings:
     `interval`, evenly spread, as many as `share` says; all, first_half, second_half, first_quarter, first_interval
     (every second of the first half), every_second."""
     source: SourceChoice = "recipe"
-    """What decides which experts are copied: picks before or after the probe, as the recipe has it, or fixed."""
+    """What decides which experts are copied: picks before or after the probe, as the recipe has it; fixed; or before
+    the probe a score of `extension/saliency.SCORES`, of their weights and gradients."""
     expert: Amount = 0
     """Of source fixed: its number; of several new experts in a layer the first one's."""
     wide: Count = 1

@@ -151,6 +151,7 @@ def select(
     layers: LayerChoice = "extender",
     source: SourceChoice = "recipe",
     expert: int = 0,
+    scores_ZE: np.ndarray | None = None,
     seed: int = 0,
 ) -> Selection:
     """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
@@ -163,6 +164,7 @@ def select(
     Args:
       layers: a row of LAYERS, of which "random" draws by `seed`.
       source: picks "before" or "after" the probe, as the recipe says, or "fixed": `expert` before all others.
+      scores_ZE: what decides instead of picks (`saliency.SCORES`); None: picks do.
 
     Raises:
       MoextendError: no layer is chosen, there is no such expert, or a layer's shift is no number (nothing was counted
@@ -174,8 +176,8 @@ def select(
         without = (first + np.flatnonzero(~np.isfinite(shift_Z))).tolist()
         raise MoextendError(f"no layer can be chosen: the shift of layers {without} is no number, without picks")
     chosen = chosen_layers(layers, shift_Z, share=share, seed=seed)
-    decided_under = recipe.source_under if source in ("recipe", "fixed") else source
-    decided_ZO = shares((before if decided_under == "before" else after).total_ZO)
+    decided_under = source if source in ("before", "after") else recipe.source_under
+    decided_ZO = shares((before if decided_under == "before" else after).total_ZO) if scores_ZE is None else scores_ZE
     check_sources(new_experts, wide, experts=decided_ZO.shape[1])
     if source == "fixed":
         if expert >= decided_ZO.shape[1]:

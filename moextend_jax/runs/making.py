@@ -23,6 +23,7 @@ from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.extension.grow import read_by_grow
+from moextend_jax.extension.saliency import SCORES, expert_norms
 from moextend_jax.mesh import make_leaves, place_rows
 from moextend_jax.models.moextend import abstract, fresh_adapter
 from moextend_jax.progress import preparing
@@ -153,6 +154,14 @@ def select(run: Run, name: str) -> None:
 
     with no_bus_error():
         before, after = (count(open_model(run, model)) for model in row.models)
+        scores_ZE = None
+        if settings.source in SCORES:
+            opened, rows = open_model(run, row.models[0]), rows_of(run, source, stage, data=data, epochs=1, seed=None)
+            norms = expert_norms(
+                opened.model, opened.arrays, (place_rows(batch, run.mesh) for batch in rows), recipe=recipe,
+                aux_coefficient=run.settings.aux_coefficient, chunk=stage.loss_chunk, mesh=run.mesh,
+            )  # fmt: skip
+            scores_ZE = SCORES[settings.source](norms)
     routed = run.config.decoder.routed
     chosen = routing.select(
         before,
@@ -165,6 +174,7 @@ def select(run: Run, name: str) -> None:
         layers=settings.layers,
         source=settings.source,
         expert=settings.expert,
+        scores_ZE=scores_ZE,
         seed=run.settings.seed,
     )
     record = {
@@ -178,6 +188,7 @@ def select(run: Run, name: str) -> None:
         "shift": chosen.shift_Z.tolist(),
         "chosen_layers": list(chosen.layers),
         "sources": list(chosen.sources),
+        **({} if scores_ZE is None else {"scores": scores_ZE.tolist()}),
         "new_experts": new_experts,
         "wide": settings.wide,
         "recipe": dataclasses.asdict(recipe),
