@@ -94,8 +94,8 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         summary.print_table(record, screen)
         if distributed.first():
             words = NEXT.format(workdir=shlex.quote(str(run.workdir))).splitlines()
-            # Low-rank updates cannot be exported yet.
-            no_export = any(link.adapter for link in settings.links)
+            # A rival's extension cannot be exported yet.
+            no_export = any(link.rival for link in settings.links)
             words = [line for line in words if not (no_export and " export " in line)]
             print(f"report: {write_report(run.workdir)}", *words, sep="\n")
     return record

@@ -465,6 +465,27 @@ class AdapterConfig:
         return {**decoder.sizes(), "r": self.columns, "I": self.lora_experts}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlocksConfig:
+    """Layers put between the pretrained ones that route (`models/blocks.py`): `count` of them, one behind every group
+    of Z/count. trains, medium, share: as in `ExtensionConfig`."""
+
+    count: int
+    trains: bool = False
+    medium: str = "image"
+    share: float = 1.0
+
+    def sources(self, decoder: DecoderConfig) -> tuple[int, ...]:
+        """Numbers of the layers that they stand behind, and are copied from."""
+        each = len(decoder.routed) // self.count
+        return tuple(decoder.routed[(n + 1) * each - 1] for n in range(self.count))
+
+    def decoder(self, decoder: DecoderConfig) -> DecoderConfig:
+        """Sizes of a decoder of these layers alone."""
+        local = tuple(decoder.local[layer] for layer in self.sources(decoder)) if decoder.local else ()
+        return dataclasses.replace(decoder, layers=self.count, dense_layers=0, local=local)
+
+
 class Quantised(NamedTuple):
     """How pretrained experts are stored in few bits: a row of `models/quantised.STORAGES`, and how many weights that
     one output sums over share a scale."""
@@ -511,6 +532,8 @@ class ModelConfig:
     """By name, in the order in which they were added: their new experts are numbered on in this order from E."""
     adapters: Named[AdapterConfig] = Named()
     """By name, in the order in which they were added. A name is not that of an extension too."""
+    blocks: Named[BlocksConfig] = Named()
+    """The same; all have as many blocks."""
     dtype: str = "bfloat16"
     """Storage dtype of frozen parameters and dtype of activations."""
     train_dtype: str = "float32"
@@ -547,9 +570,14 @@ class ModelConfig:
         return self.decoder.sizes() if extension is None else self.extensions[extension].sizes(self.decoder)
 
     @property
-    def added(self) -> dict[str, ExtensionConfig | AdapterConfig]:
-        """Extensions, then adapters."""
-        return {**self.extensions, **self.adapters}
+    def added(self) -> dict[str, ExtensionConfig | AdapterConfig | BlocksConfig]:
+        """Extensions, then adapters, then blocks."""
+        return {**self.extensions, **self.adapters, **self.blocks}
+
+    @property
+    def cached_layers(self) -> int:
+        """Layers that keep keys and values: all pretrained ones, then those of the blocks."""
+        return self.decoder.layers + sum(blocks.count for blocks in self.blocks.values())
 
     @property
     def outputs(self) -> int:

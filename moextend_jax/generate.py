@@ -120,7 +120,7 @@ class Generator:
         """Zero keys and values `[Z, B, S, K, H]` for the heads of B = `rows` rows of S = `length` tokens, for `read` to
         fill."""
         sizes = self.model.config.decoder
-        shape = (sizes.layers, rows, length, sizes.kv_heads, sizes.head_size)
+        shape = (self.model.config.cached_layers, rows, length, sizes.kv_heads, sizes.head_size)
         sharding = NamedSharding(self.mesh, spec("ZBSKH", shape, self.mesh))
         return _zeros(shape, self.model.config.dtype, sharding)
 

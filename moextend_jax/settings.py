@@ -22,6 +22,7 @@ from moextend_jax.config import (
     AdaptedExperts,
     AdapterConfig,
     Amount,
+    BlocksConfig,
     CalibratorName,
     ColumnStart,
     Count,
@@ -47,7 +48,9 @@ Part = Annotated[float, Range(above=0)]
 LayerShare = Annotated[float, Range(above=0, most=1)]
 Decay = Annotated[float, Range(least=0, below=1)]
 
-Group = Literal["projector", "new_experts", "router_columns", "calibrators", "adapters", "routers", "base", "vision"]
+Group = Literal[
+    "projector", "new_experts", "router_columns", "calibrators", "adapters", "blocks", "routers", "base", "vision"
+]
 """Groups of parameters with optimizer settings of their own; `train/stages.py` says which is in which."""
 
 FaultKind = Literal[
@@ -274,11 +277,13 @@ class GrowSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """What is added to the model: MoExtend's experts, or a rival's low-rank updates (docs/methods.md)."""
+    """What is added to the model: MoExtend's experts, or a rival's low-rank updates or layers (docs/methods.md)."""
 
-    name: Literal["moextend", "lora", "mole", "moram"] = "moextend"
+    name: Literal["moextend", "lora", "mole", "moram", "blocks"] = "moextend"
     """moextend: new experts, chosen by `select`. lora, mole, moram: low-rank updates beside the frozen
-    maps of all layers that route; there is nothing to probe or choose then."""
+    maps of all layers that route. blocks: layers between the pretrained ones. Only moextend probes and chooses."""
+    blocks: Count = 2
+    """Of blocks: how many, evenly spread; they must divide the layers that route."""
     guidance: NotNegative = 0.0
     """Of moextend, in training alone: tau of LLaVA-DyMoE's token guidance (theirs is 0.2), which keeps tokens from new
     experts that do not clearly lead; 0: without. A copied column never leads: set grow.column."""
@@ -317,10 +322,12 @@ class MethodSettings:
         if self.name == "mole" and self.experts == "none":
             raise MoextendError("method mole: experts none leaves nothing to choose a LoRA expert for")
 
-    def adapter(self, medium: str) -> AdapterConfig | None:
+    def rival(self, medium: str) -> AdapterConfig | BlocksConfig | None:
         """None: the method is moextend."""
         if self.name == "moextend":
             return None
+        if self.name == "blocks":
+            return BlocksConfig(count=self.blocks, medium=medium)
         names = [field.name for field in dataclasses.fields(AdapterConfig)]
         fields = {name: getattr(self, name) for name in names if hasattr(self, name)}
         if self.name != "mole":
@@ -420,21 +427,28 @@ class MediumSettings:
 
 class Link(NamedTuple):
     """An extension in a run: its name, the medium that it is for ("": a task in text), whether it is trained apart from
-    those before it, on the base, and its method: low-rank updates, None: new experts."""
+    those before it, on the base, and its method: a rival's, None: new experts."""
 
     name: str = IMAGE
     medium: str = IMAGE
     apart: bool = False
-    adapter: AdapterConfig | None = None
+    rival: AdapterConfig | BlocksConfig | None = None
+
+    @property
+    def kind(self) -> Literal["extensions", "adapters", "blocks"]:
+        """What its leaves lie under, and the field of `ModelConfig` that it is in."""
+        if self.rival is None:
+            return "extensions"
+        return "blocks" if isinstance(self.rival, BlocksConfig) else "adapters"
 
     @property
     def title(self) -> str:
         """For tables."""
-        return (
-            {"lora": "LoRA", "mole": "LLaVA-MoLE", "moram": "MoRAM"}[self.adapter.method]
-            if self.adapter
-            else "MoExtend"
-        )
+        if self.rival is None:
+            return "MoExtend"
+        if isinstance(self.rival, BlocksConfig):
+            return "LLaMA-Pro"
+        return {"lora": "LoRA", "mole": "LLaVA-MoLE", "moram": "MoRAM"}[self.rival.method]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -585,6 +599,9 @@ class RunSettings:
                     f"extension {name}: method.guidance keeps every token from a copied column, which never leads; set "
                     "grow.column to mean, zero or random, or method.drift above 0"
                 )
+        counts = {link.rival.count for link in self.links if isinstance(link.rival, BlocksConfig)}
+        if len(counts) > 1:
+            raise MoextendError(f"method.blocks = {' and '.join(map(str, counts))}: all extensions must have as many")
         _ = self.profiled
         names = [link.name for link in self.links]
         for name in (*names, *self.media):
@@ -608,8 +625,8 @@ class RunSettings:
     @property
     def links(self) -> tuple[Link, ...]:
         """The extensions in order."""
-        first = Link(self.extension, self.medium, adapter=self.method.adapter(self.medium))
-        later = (Link(name, of.medium, of.apart, of.method.adapter(of.medium)) for name, of in self.extensions.items())
+        first = Link(self.extension, self.medium, rival=self.method.rival(self.medium))
+        later = (Link(name, of.medium, of.apart, of.method.rival(of.medium)) for name, of in self.extensions.items())
         return (first, *later)
 
     @property

@@ -180,7 +180,7 @@ def test_a_run_of_low_rank_updates(tmp_path, monkeypatch):
     assert all(jnp.any(leaf) for path, leaf in tuned.items() if path.endswith("/b"))
     assert frozen_unchanged(run)
     model = open_model(run, "moextend").model.config
-    assert model.adapters["image"] == method.adapter("image") and not model.extensions
+    assert model.adapters["image"] == method.rival("image") and not model.extensions
     with pytest.raises(MoextendError, match="no layout holds"):
         export(ExportOptions(src=run.workdir, dst=tmp_path / "out"))
     assert not (tmp_path / "out").exists()

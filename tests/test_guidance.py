@@ -85,4 +85,4 @@ def test_a_copied_column_under_guidance_is_refused():
         dataclasses.replace(settings, method=MethodSettings(guidance=0.2))
     grow = GrowSettings(column="mean")
     assert dataclasses.replace(settings, method=MethodSettings(guidance=0.2), grow=grow).method.guidance == 0.2
-    assert dataclasses.replace(settings, method=MethodSettings(guidance=0.2, drift=0.1)).links[0].adapter is None
+    assert dataclasses.replace(settings, method=MethodSettings(guidance=0.2, drift=0.1)).links[0].rival is None

@@ -139,7 +139,7 @@ def test_a_gradient_that_is_added_up_in_place_is_the_gradient(parts: int, remat:
     batches = [talks([EACH], [IMAGE, TEXT]), talks([SOUND, TEXT], [EACH])][:parts]
 
     def loss(trained, batch):
-        hidden_BLD, routing, _ = with_arrays(model, {**frozen, **trained})(batch)
+        hidden_BLD, routing, *_ = with_arrays(model, {**frozen, **trained})(batch)
         return jnp.sin(hidden_BLD).sum() + (routing.weights_Tk**2).sum(), hidden_BLD
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)

@@ -22,6 +22,7 @@ from moextend_jax.config import (
     RECIPES,
     AdapterConfig,
     Batch,
+    BlocksConfig,
     DecoderConfig,
     ExtensionConfig,
     ImageTags,
@@ -80,8 +81,9 @@ ADAPTED = dataclasses.replace(
     adapters=Named(
         lora=AdapterConfig(experts="per_expert", router=True), mole=AdapterConfig(method="mole", lora_experts=3)
     ),
+    blocks=Named(blocks=BlocksConfig(count=2)),
 )
-"""Low-rank updates besides."""
+"""Low-rank updates and blocks besides."""
 
 
 @functools.cache

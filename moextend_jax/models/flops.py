@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -121,8 +121,11 @@ def step_flops(
     """
     trains, present = tuple(trains), frozenset(name for name, count in items.items() if count)
     names = share_of_text(config, present)
-    adapters = Named({name: added for name, added in config.adapters.items() if name in names})
-    config = dataclasses.replace(config, extensions=running(config, present), adapters=adapters)
+    rivals = {
+        kind: Named({name: added for name, added in getattr(config, kind).items() if name in names})
+        for kind in ("adapters", "blocks")
+    }
+    config = dataclasses.replace(config, extensions=running(config, present), **rivals)
     if config.remat not in RECOMPUTED:
         raise MoextendError(
             f"remat policy {config.remat!r} has no row in models/flops.py; there are {', '.join(RECOMPUTED)}"
@@ -144,7 +147,7 @@ def step_flops(
 
 def full_training(config: ModelConfig, *, rows: int, length: int, items: Mapping[str, int]) -> Flops:
     """Full fine-tuning of the model that is being extended, same batch, every layer recomputed."""
-    plain = dataclasses.replace(config, extensions=Named(), adapters=Named(), remat="layer", saved=())
+    plain = dataclasses.replace(config, extensions=Named(), adapters=Named(), blocks=Named(), remat="layer", saved=())
     flops = step_flops(plain, trains=("decoder/*", "media/*"), rows=rows, length=length, items=items)
     for (
         name,
@@ -215,13 +218,13 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     layers = "decoder/layers/"
     experts = layers + "moe/experts/"
 
-    def pairs(layers: range) -> float:
+    def pairs(layers: Sequence[int]) -> float:
         """Of a row's queries and the keys that they see, over these layers: half of all pairs, less beyond a window."""
         window = min(decoder.local_window, length)
         local = sum(decoder.local[layer] for layer in layers) if decoder.local else 0
         return (len(layers) - local) * length**2 / 2 + local * (window * length - window**2 / 2)
 
-    def attention(inside: str, layers: range, stack: str = "") -> list[Part]:
+    def attention(inside: str, layers: Sequence[int], stack: str = "") -> list[Part]:
         Z = len(layers)
         of = {"query": N, "key": K, "value": K, "out": N}
         parts = [
@@ -264,6 +267,15 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     for name, adapter in config.adapters.items():
         of = "" if len(config.adapters) == 1 else f" of {name}"
         parts += _adapter(f"adapters/{name}/", adapter, decoder, T=T, of=of)
+    for name, blocks in config.blocks.items():
+        inside = f"blocks/{name}/"
+        own = attention(inside, blocks.sources(decoder))
+        own += [Part("router", 2.0 * blocks.count * T * D * E, (inside + "moe/gate",), True)]
+        for part, leaf in {"gate": "w_gate", "up": "w_up", "down": "w_down"}.items():
+            flops = 2.0 * blocks.count * T * k * D * F
+            own += [Part(f"experts/{part}", flops, (f"{inside}moe/experts/{leaf}",), True)]
+        own += passed_by_all(inside, blocks.count, sizes["s"])
+        parts += [part._replace(name=f"{part.name} of blocks {name}") for part in own]
     parts += passed_by_all(layers, Z, sizes["s"])
     head = "decoder/embed" if decoder.tied_head else "decoder/head"
     return [*parts, Part("head", 2.0 * T * D * decoder.vocab_size, (head,), True)]

@@ -125,11 +125,12 @@ class Extension(nnx.Module):
 
 class Decoded(NamedTuple):
     """hidden_BLD: after the final norm. routing: stacked over Z, T = B*L. keys_values: of these positions, stacked over
-    all layers, dense ones first."""
+    all layers, dense ones first, blocks last. of_blocks: routing of the blocks that run, stacked over them all."""
 
     hidden_BLD: jax.Array
     routing: Routing
     keys_values: KeysValues
+    of_blocks: Routing | None = None
 
 
 def run_layers(
@@ -141,13 +142,16 @@ def run_layers(
     visible: Visible,
     extensions: Mapping[str, Extension],
     adapters: Mapping[str, Adapter],
+    blocks: Mapping[str, DecoderLayers],
     shares: Mapping[str, jax.Array | None],
     past: KeysValues | None = None,
     real_BL: jax.Array | None = None,
 ) -> Decoded:
-    """Runs each stack of layers in one scan, whose body is compiled once whatever the depth.
+    """Runs each stack of layers in one scan, whose body is compiled once whatever the depth; with blocks one over
+    groups of layers, behind each of which a block of every set runs.
 
     Args:
+      blocks: all of the model's, of which those run that `shares` names.
       adapters: all of the model's, of which those run that `shares` names, in layers that route.
       visible: the segments of a batch's rows, or with `past` a mask over both.
       extensions: all of the model's. Those that `shares` names run; without any the layers run as before them.
@@ -198,26 +202,83 @@ def run_layers(
         )
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
-    def scan(stack, x_BLD, by_slot, by_adapter, past, is_local):
+    def scanned(stack):
+        """What runs a layer of a stack, and the stack's parameters."""
         definition, params = nnx.split(stack)
         body = functools.partial(layer, definition)
         if config.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(*config.saved)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return jax.lax.scan(body, x_BLD, (params, by_slot, by_adapter, past, is_local))
+        return body, params
 
+    def scan(stack, x_BLD, *slices):
+        body, params = scanned(stack)
+        return jax.lax.scan(body, x_BLD, (params, *slices))
+
+    def scan_groups(x_BLD, *slices):
+        """The layers that route in groups, a block of each set behind every group; and by set what its blocks gave."""
+        body, params = scanned(decoder.layers)
+        bodies, own_params = zip(*(scanned(blocks[name]) for name in behind), strict=True)
+        count = config.blocks[behind[0]].count
+        groups = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (params, *slices))
+        pasts = tuple(_of_blocks(past_of_all, config, name) for name in behind)
+
+        def group(x_BLD, of_group):
+            layers, of_sets, own_pasts = of_group
+            x_BLD, of_layers = jax.lax.scan(body, x_BLD, layers)
+            is_local, made = jax.tree.map(lambda leaf: leaf[-1], layers[-1]), []
+            for name, run, own, past in zip(behind, bodies, of_sets, own_pasts, strict=True):
+                y_BLD, given = run(x_BLD, (own, (), (), past, is_local))
+                x_BLD = passed(x_BLD, y_BLD, shares[name])
+                made.append(given)
+            return x_BLD, (of_layers, tuple(made))
+
+        x_BLD, (of_layers, of_sets) = jax.lax.scan(group, x_BLD, (groups, own_params, pasts))
+        return x_BLD, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_layers), of_sets
+
+    behind = tuple(name for name in config.blocks if name in shares)
+    past_of_all = past
     x_BLD, first, before = constrain(x_BLD, "BLd"), sizes.dense_layers, None
     local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
     if decoder.dense is not None:
         early = jax.tree.map(lambda array: array[:first], past)
         x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), (), early, local[0])
-        past = jax.tree.map(lambda array: array[first:], past)
-    scanned = tuple(slot.scanned for slot in slots)
-    x_BLD, (routing, keys_values) = scan(decoder.layers, x_BLD, scanned, stacked, past, local[1])
-    if before is not None:
-        keys_values = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), before, keys_values)
+    past = jax.tree.map(lambda array: array[first : sizes.layers], past)
+    slices, of_blocks = (tuple(slot.scanned for slot in slots), stacked, past, local[1]), None
+    if behind:
+        x_BLD, (routing, keys_values), of_sets = scan_groups(x_BLD, *slices)
+        of_blocks = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *(routing for routing, _ in of_sets))
+        of_blocks = _numbered(of_blocks, config=config, names=())
+        made = {name: present for name, (_, present) in zip(behind, of_sets, strict=True)}
+    else:
+        (x_BLD, (routing, keys_values)), made = scan(decoder.layers, x_BLD, *slices), {}
+    stacks = [keys_values] if before is None else [before, keys_values]
+    for name, added_blocks in config.blocks.items():  # sets that do not run keep their place in the cache
+        empty = jax.tree.map(
+            lambda leaf, n=added_blocks.count: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), keys_values
+        )
+        stacks.append(made.get(name, empty))
+    if len(stacks) > 1:
+        keys_values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
     routing = _numbered(routing, config=config, names=names)
-    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values)
+    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values, of_blocks)
+
+
+def _of_blocks(past: KeysValues | None, config: ModelConfig, name: str) -> KeysValues | None:
+    """A set's part of what is kept of earlier positions."""
+    counts = {other: of.count for other, of in config.blocks.items()}
+    start = config.decoder.layers + sum(list(counts.values())[: list(counts).index(name)])
+    return jax.tree.map(lambda array: array[start : start + counts[name]], past)
+
+
+def passed(x_BLD: jax.Array, y_BLD: jax.Array, share_BL: jax.Array | None) -> jax.Array:
+    """What goes on behind a block that makes y of x: y, or of tokens with a share below 1 (its log) so much of it; x,
+    exactly, where there is none. None: all of it."""
+    if share_BL is None:
+        return y_BLD
+    share_BL1 = share_BL[..., None]
+    part_BLD = x_BLD + jnp.exp(share_BL1).astype(x_BLD.dtype) * (y_BLD - x_BLD)
+    return jnp.where(share_BL1 == 0, y_BLD, jnp.where(jnp.isneginf(share_BL1), x_BLD, part_BLD))
 
 
 def layer_of(decoder: Mixtral, number: int) -> DecoderLayers:

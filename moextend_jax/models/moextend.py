@@ -13,6 +13,7 @@ from flax import nnx
 from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, ModelConfig, TowerConfig, VisionConfig, WhisperConfig
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.attention import KeysValues, Visible
+from moextend_jax.models.blocks import make_blocks
 from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
 from moextend_jax.models.projectors import join_frames, make_projector
 from moextend_jax.models.vision import VisionTower
@@ -24,7 +25,7 @@ TOWERS: dict[type[TowerConfig], Any] = {VisionConfig: VisionTower, WhisperConfig
 """TABLE of towers by their sizes' class: a call gives features x_nPC. `FeaturesConfig` has none."""
 
 Shares = dict[str, jax.Array | None]
-"""By extension or adapter the log of its share for tokens, or rows; None: all of it for all. Others do not run."""
+"""By extension or rival the log of its share for tokens, or rows; None: all of it for all. Others do not run."""
 
 
 class MediumModule(nnx.Module):
@@ -58,11 +59,12 @@ class MoExtend(nnx.Module):
             }
         )
 
+        dtype = config.train_dtype
         self.adapters = nnx.Dict(
-            {
-                name: Adapter(config.decoder, added, rngs=rngs, dtype=config.train_dtype)
-                for name, added in config.adapters.items()
-            }
+            {name: Adapter(config.decoder, added, rngs=rngs, dtype=dtype) for name, added in config.adapters.items()}
+        )
+        self.blocks = nnx.Dict(
+            {name: make_blocks(config.decoder, added, rngs=rngs, dtype=dtype) for name, added in config.blocks.items()}
         )
 
     def __call__(self, batch: Batch, *, skip_padding: bool = False) -> Decoded:
@@ -136,6 +138,7 @@ class MoExtend(nnx.Module):
             visible=visible,
             extensions=self.extensions,
             adapters=self.adapters,
+            blocks=self.blocks,
             shares=shares,
             past=past,
             real_BL=real_BL,
@@ -260,7 +263,7 @@ def fresh_projector(config: ModelConfig, key: jax.Array, *, medium: str = IMAGE)
     return {f"media/{medium}/projector/{path}": leaf for path, leaf in leaves.items()}
 
 
-def fresh_adapter(config: ModelConfig, key: jax.Array, *, name: str) -> dict[str, jax.Array]:
+def fresh_adapter(key: jax.Array, *, config: ModelConfig, name: str) -> dict[str, jax.Array]:
     """An adapter's leaves as training starts from them, by their paths in the model; the model computes with them what
     it does without."""
     made = Adapter(config.decoder, config.adapters[name], rngs=nnx.Rngs(key), dtype=config.train_dtype)

@@ -29,7 +29,7 @@ from moextend_jax.config import (
 from moextend_jax.extension.routing import check_sources, chosen_layers
 from moextend_jax.families import FAMILIES, towers
 from moextend_jax.runs.media import medium_of, projector_of
-from moextend_jax.runs.models_of import adapters_of
+from moextend_jax.runs.models_of import rivals_of
 from moextend_jax.runs.results import grow_of, select_of, table
 from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
 
@@ -82,13 +82,12 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     rows, links = table(settings), {link.name: link for link in settings.links}
     extensions = {}
     grown = rows.grown((*rows.result(stage).parents, stage))
-    adapters = adapters_of(settings, grown)
-    for name in (name for name in grown if name not in adapters):
+    for name in (name for name in grown if not links[name].rival):
         select = select_of(settings, name)
         how = grow_of(settings, name)
         added = extension(decoder, select, medium=links[name].medium)
         extensions[name] = dataclasses.replace(added, start=how.start, calibrator=how.calibrator)
-    return dataclasses.replace(config, media=Named(media), extensions=Named(extensions), adapters=adapters)
+    return dataclasses.replace(config, media=Named(media), extensions=Named(extensions), **rivals_of(settings, grown))
 
 
 def extension(decoder: DecoderConfig, select: SelectSettings, *, medium: str = IMAGE) -> ExtensionConfig:

@@ -25,6 +25,7 @@ from moextend_jax.extension.grow import grow as grow_leaves
 from moextend_jax.extension.grow import read_by_grow
 from moextend_jax.extension.saliency import SCORES, expert_norms
 from moextend_jax.mesh import make_leaves, place_rows
+from moextend_jax.models.blocks import fresh_blocks, read_by_blocks
 from moextend_jax.models.moextend import abstract, fresh_adapter
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
@@ -208,8 +209,8 @@ def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
     config, settings = grown_config(run, [row.extension]), results.grow_of(run.settings, row.extension)
-    if row.extension in config.adapters:
-        return _adapt(run, name, row, config)
+    if row.extension not in config.extensions:
+        return _grow_rival(run, name, row, config)
     added = dataclasses.replace(config.extensions[row.extension], start=settings.start, calibrator=settings.calibrator)
     config = with_extension(config, added, name=row.extension)
     decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
@@ -237,15 +238,21 @@ def grow(run: Run, name: str) -> None:
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 
-def _adapt(run: Run, name: str, row: results.Result, config: ModelConfig) -> None:
-    """Fresh leaves of low-rank updates, each made where it will lie."""
-    facts = run.facts_of(name, adapter=as_json(dataclasses.asdict(config.adapters[row.extension])))
+def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig) -> None:
+    """Fresh leaves of low-rank updates or of blocks, each made where it will lie."""
+    own = config.added[row.extension]
+    kind, make, read = (
+        ("blocks", fresh_blocks, read_by_blocks(run.pretrained))
+        if row.extension in config.blocks
+        else ("adapter", fresh_adapter, jax.random.key(run.settings.seed))
+    )
+    facts = run.facts_of(name, **{kind: as_json(dataclasses.asdict(own))})
     if _is_done(run, name, facts):
         return
     for parent in row.parents:
         leaves_of(run, parent)  # not made without them
-    fresh = functools.partial(fresh_adapter, config, name=row.extension)
-    leaves = make_leaves(abstract(config), fresh, jax.random.key(run.settings.seed), mesh=run.mesh)
+    fresh = functools.partial(make, config=config, name=row.extension)
+    leaves = make_leaves(abstract(config), fresh, read, mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 

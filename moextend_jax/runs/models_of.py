@@ -14,7 +14,7 @@ import jax
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, AdapterConfig, ExtensionConfig, ModelConfig, MoextendError, Named
+from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
@@ -82,8 +82,8 @@ def leaves_of(run: Run, name: str) -> Arrays:
 def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
     """Of the model with these extensions, each as its `select` has chosen, or as its method has it."""
     media = {link.name: link.medium for link in run.settings.links}
-    extensions, adapters = {}, adapters_of(run.settings, names := tuple(names))
-    for name in (name for name in names if name not in adapters):
+    extensions, rivals = {}, rivals_of(run.settings, names := tuple(names))
+    for name in (name for name in names if not any(name in of for of in rivals.values())):
         chosen, method = read_selection(run, name), results.method_of(run.settings, name)
         extensions[name] = ExtensionConfig(
             layers=tuple(chosen["chosen_layers"]),
@@ -95,13 +95,16 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
             drift=method.drift,
             **grown_as(run.workdir, run.settings, name),
         )
-    return dataclasses.replace(run.config, extensions=Named(extensions), adapters=adapters)
+    return dataclasses.replace(run.config, extensions=Named(extensions), **rivals)
 
 
-def adapters_of(settings: RunSettings, names: Iterable[str]) -> Named[AdapterConfig]:
-    """Those of these extensions that are low-rank updates."""
-    own = {link.name: link.adapter for link in settings.links if link.adapter}
-    return Named({name: own[name] for name in names if name in own})
+def rivals_of(settings: RunSettings, names: Iterable[str]) -> dict[str, Named[Any]]:
+    """The fields of `ModelConfig` with those of these extensions that are a rival's: low-rank updates, and blocks."""
+    links = {link.name: link for link in settings.links}
+    own = [links[name] for name in names]
+    return {
+        kind: Named({link.name: link.rival for link in own if link.kind == kind}) for kind in ("adapters", "blocks")
+    }
 
 
 def grown_as(workdir: Path, settings: RunSettings, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.extension.routing import check_sources
+from moextend_jax.models.blocks import check_blocks
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
@@ -148,6 +149,12 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
     problems, table = Problems(), results.table(settings)
     for name, row in ((name, table.result(name)) for name in names):
         if name.partition(":")[0] not in ("extend", "select", "grow", "finetune"):
+            continue
+        method = results.method_of(settings, row.extension)
+        if method.name == "blocks":
+            with problems:
+                check_blocks(decoder, method.blocks)
+        if method.name != "moextend":
             continue
         if decoder.top_k == 1 and decoder.normalised:
             problems.note([ONE_CHOSEN])

@@ -143,14 +143,14 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
             media[link.medium] = f"align{last}"
             results[f"align{last}"] = _align(link, last, parents=aligned)
             aligned += (f"align{last}",)
-        results |= _adapted(link, last, aligned=aligned) if link.adapter else _extended(link, last, aligned=aligned)
+        results |= _rival(link, last, aligned=aligned) if link.rival else _extended(link, last, aligned=aligned)
         moextend = (*aligned, f"grow{last}", f"finetune{last}")
         tuned += tuple(name for name in media.values() if name not in tuned)
         results[f"full{last}"] = _full(link, last, parents=tuned, media=tuple(media))
         tuned += (f"full{last}",)
         exact = not before
         models[f"aligned{last}"] = ModelRow(f"aligned only{of}", aligned, text_is_bases=exact)
-        if not link.adapter:
+        if not link.rival:
             models[f"probed{last}"] = ModelRow(f"probed{of}", (*aligned, f"extend{last}"))
         models[f"moextend:{link.name}"] = ModelRow(f"{link.title}{of}", moextend)
         models[f"full:{link.name}"] = ModelRow(f"full fine-tuning{of}", tuned)
@@ -234,15 +234,15 @@ def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, R
     }
 
 
-def _adapted(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
-    """grow and finetune of an extension by low-rank updates: there is nothing to probe and to select."""
+def _rival(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
+    """grow and finetune of an extension by low-rank updates or blocks: there is nothing to probe and to select."""
 
     def trains(recipe: Recipe) -> tuple[str, ...]:
         projector = recipe.finetune_trains == "extension_and_projector" and link.medium
-        return (f"adapters/{link.name}/*", *((f"media/{link.medium}/projector/*",) if projector else ()))
+        return (f"{link.kind}/{link.name}/*", *((f"media/{link.medium}/projector/*",) if projector else ()))
 
     grow = Result(
-        does=f"add low-rank updates to all layers that route{_of(last)}",
+        does=f"add {'low-rank updates to' if link.kind == 'adapters' else 'blocks between'} layers{_of(last)}",
         how="grow",
         parents=aligned,
         grown=True,
@@ -273,7 +273,7 @@ def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, 
 
 
 def _mixture(links: tuple[Link, ...], *, parents: tuple[str, ...]) -> Result:
-    names = [link.name for link in links if not link.apart and not link.adapter]
+    names = [link.name for link in links if not link.apart and not link.rival]
     media = dict.fromkeys(link.medium for link in links if link.medium and not link.apart)
     return Result(
         does="train the columns, calibrators and projectors of all extensions together",

@@ -230,9 +230,14 @@ def losses_of(
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
     by_layer = load(decoded.routing, valid_T, scores=model.config.decoder.scores)
-    counted = by_layer
-    if recipe.aux_loss == "released" and decoded.routing.selection_TO is not None:
-        counted = load(_by_logits(decoded.routing), valid_T, scores=model.config.decoder.scores)
+    counted, balanced = by_layer, decoded.routing
+    if decoded.of_blocks is not None:
+        parts = (routing._replace(lora_TI={}, drift_T2=None) for routing in (decoded.routing, decoded.of_blocks))
+        balanced = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *parts)
+    if recipe.aux_loss == "released" and balanced.selection_TO is not None:
+        balanced = _by_logits(balanced)
+    if balanced is not decoded.routing:
+        counted = load(balanced, valid_T, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](counted, config=model.config)
     total = ce + aux_coefficient * aux
     for name, probs_ZTI in decoded.routing.lora_TI.items():

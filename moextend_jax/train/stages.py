@@ -28,6 +28,7 @@ GROUPS: dict[str, Group] = {
     "extensions/*/router/offset": "router_columns",
     "extensions/*/router/calibrator/*": "calibrators",
     "adapters/*": "adapters",
+    "blocks/*": "blocks",
     "decoder/layers/moe/gate": "routers",
     "decoder/layers/moe/gate_bias": "routers",
     "decoder/layers/moe/selection_bias": "routers",
@@ -66,7 +67,7 @@ def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
         added = getattr(model.config, kind)
         return Named({name: dataclasses.replace(of, trains=(kind, name) in training) for name, of in added.items()})
 
-    config = dataclasses.replace(model.config, **{kind: marked(kind) for kind in ("extensions", "adapters")})
+    config = dataclasses.replace(model.config, **{kind: marked(kind) for kind in ("extensions", "adapters", "blocks")})
     return model if config == model.config else abstract(config)
 
 
