@@ -22,6 +22,8 @@ def _points(name: str, *, rank: int) -> tuple[str, ...]:
 
 METHODS: dict[str, tuple[str, ...]] = {
     "moextend": (),
+    "dymoe": ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01"),
+    "blocks": ("method.name=blocks", "method.blocks=1"),
     "lora": _points("lora", rank=8),
     "lora_equal": _points("lora", rank=64),
     "mole": _points("mole", rank=8),

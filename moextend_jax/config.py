@@ -414,7 +414,7 @@ class ExtensionConfig:
         }  # fmt: skip
 
 
-MethodName = Literal["lora", "mole", "moram"]
+MethodName = Literal["lora", "damc", "mole", "moram"]
 Gating = Literal["top1", "top1_prob", "dense"]
 AdaptedExperts = Literal["none", "shared", "per_expert"]
 
@@ -423,15 +423,18 @@ AdaptedExperts = Literal["none", "shared", "per_expert"]
 class AdapterConfig:
     """A low-rank update beside the frozen maps of all layers that route (`models/adapters.py`).
 
-    method: LoRA, LLaVA-MoLE or MoRAM. rank: of one LoRA; alpha: over rank it is the scale of what is added. attention:
-    its four maps have one. experts: the three maps of the pretrained experts have none, one that all experts of a layer
-    share, or each expert its own. router: the pretrained router has one, which changes what text chooses.
-    lora_experts, gating: of MoLE, how many a layer has and how they are weighed (a row of `adapters.GATINGS`); balance:
-    the coefficient of their load-balancing loss. top_k, tau, threshold: of MoRAM (`adapters.self_activated`). trains: a
-    step trains it, during which MoRAM has no threshold. medium, share: as in `ExtensionConfig`.
+    method: LoRA, DAMC, LLaVA-MoLE or MoRAM. tokens: which have it; of DAMC an extension NAME has two, NAME for the
+    tokens of its medium's items and NAME.text for those of no item. rank: of one LoRA; alpha: over rank it is the scale
+    of what is added. attention: its four maps have one. experts: the three maps of the pretrained experts have none,
+    one that all experts of a layer share, or each expert its own. router: the pretrained router has one, which changes
+    what text chooses. lora_experts, gating: of MoLE, how many a layer has and how they are weighed (a row of
+    `adapters.GATINGS`); balance: the coefficient of their load-balancing loss. top_k, tau, threshold: of MoRAM
+    (`adapters.self_activated`). trains: a step trains it, during which MoRAM has no threshold. medium, share: as in
+    `ExtensionConfig`.
     """
 
     method: MethodName = "lora"
+    tokens: Literal["all", "items", "text"] = "all"
     rank: int = 128
     alpha: float = 256.0
     attention: bool = True

@@ -279,9 +279,10 @@ class GrowSettings:
 class MethodSettings:
     """What is added to the model: MoExtend's experts, or a rival's low-rank updates or layers (docs/methods.md)."""
 
-    name: Literal["moextend", "lora", "mole", "moram", "blocks"] = "moextend"
-    """moextend: new experts, chosen by `select`. lora, mole, moram: low-rank updates beside the frozen
-    maps of all layers that route. blocks: layers between the pretrained ones. Only moextend probes and chooses."""
+    name: Literal["moextend", "lora", "damc", "mole", "moram", "blocks"] = "moextend"
+    """moextend: new experts, chosen by `select`. lora, damc, mole, moram: low-rank updates beside the frozen maps of
+    all layers that route; damc has one for the medium's tokens and another for text. blocks: layers between the
+    pretrained ones. Only moextend probes and chooses."""
     blocks: Count = 2
     """Of blocks: how many, evenly spread; they must divide the layers that route."""
     guidance: NotNegative = 0.0
@@ -315,8 +316,8 @@ class MethodSettings:
 
     def __post_init__(self):
         _check(self)
-        if self.name == "lora" and not (self.attention or self.router or self.experts != "none"):
-            raise MoextendError("method lora: neither attention nor experts nor router have an update")
+        if self.name in ("lora", "damc") and not (self.attention or self.router or self.experts != "none"):
+            raise MoextendError(f"method {self.name}: neither attention nor experts nor router have an update")
         if self.name == "moram" and (self.experts != "none" or not self.attention or self.router):
             raise MoextendError("method moram adapts attention alone: set experts none, attention True, router False")
         if self.name == "mole" and self.experts == "none":
@@ -332,7 +333,8 @@ class MethodSettings:
         fields = {name: getattr(self, name) for name in names if hasattr(self, name)}
         if self.name != "mole":
             fields |= {"lora_experts": 1, "gating": "top1", "balance": 0.0}
-        return AdapterConfig(method=self.name, medium=medium, **fields)
+        tokens = "items" if self.name == "damc" else "all"
+        return AdapterConfig(method=self.name, medium=medium, tokens=tokens, **fields)
 
 
 LeaveOut = Literal["none", "each", "subsets"]
@@ -442,13 +444,20 @@ class Link(NamedTuple):
         return "blocks" if isinstance(self.rival, BlocksConfig) else "adapters"
 
     @property
+    def parts(self) -> dict[str, Any]:
+        """What a rival adds to the field `kind` of a model, by name: of DAMC two."""
+        if isinstance(self.rival, AdapterConfig) and self.rival.method == "damc":
+            return {self.name: self.rival, f"{self.name}.text": dataclasses.replace(self.rival, tokens="text")}
+        return {self.name: self.rival} if self.rival else {}
+
+    @property
     def title(self) -> str:
         """For tables."""
         if self.rival is None:
             return "MoExtend"
         if isinstance(self.rival, BlocksConfig):
             return "LLaMA-Pro"
-        return {"lora": "LoRA", "mole": "LLaVA-MoLE", "moram": "MoRAM"}[self.rival.method]
+        return {"lora": "LoRA", "damc": "DAMC", "mole": "LLaVA-MoLE", "moram": "MoRAM"}[self.rival.method]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

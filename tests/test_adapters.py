@@ -15,9 +15,10 @@ from flax import nnx
 
 from moextend_jax.checkpoints import quantising
 from moextend_jax.config import RECIPES, AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
+from moextend_jax.evaluate.composing import RULES, composed
 from moextend_jax.mesh import make_mesh, place_leaves, place_rows
 from moextend_jax.models.flops import step_flops
-from moextend_jax.models.moextend import abstract
+from moextend_jax.models.moextend import abstract, shares, shares_of_text
 from moextend_jax.models.quantised import dequantise, quantise
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.runs import results
@@ -25,7 +26,7 @@ from moextend_jax.runs.export import ExportOptions, export
 from moextend_jax.runs.making import make
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, open_model
 from moextend_jax.runs.run import open_run, remember
-from moextend_jax.settings import MethodSettings
+from moextend_jax.settings import Link, MethodSettings
 from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.loss import losses
 from moextend_jax.train.stages import group
@@ -85,6 +86,24 @@ def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     assert pictured_BL.any() and not pictured_BL.all()
     np.testing.assert_array_equal(with_them[~pictured_BL], without[~pictured_BL])
     assert np.abs(with_them - without)[pictured_BL].max() > 1e-2
+
+
+def test_damc_has_one_for_items_and_another_for_text():
+    """And what is generated, text, is under the second alone."""
+    link = Link("own", "image", rival=MethodSettings(name="damc", rank=2, alpha=4.0).rival("image"))
+    assert {name: part.tokens for name, part in link.parts.items()} == {"own": "items", "own.text": "text"}
+    config, batch = dataclasses.replace(tiny.PLAIN, adapters=Named(link.parts)), tiny.batch()
+    item_BL = batch.places_BL >= 0
+    for isolation in ("none", "strict"):
+        strict = dataclasses.replace(config, text_isolation=isolation)
+        open_to = {name: np.asarray(of_BL) == 0 for name, of_BL in shares(batch, strict).items()}
+        near_BL = item_BL.any(axis=1, keepdims=True) | (isolation == "none")
+        np.testing.assert_array_equal(open_to["own"], item_BL)
+        np.testing.assert_array_equal(open_to["own.text"] & (batch.segments_BL > 0),
+                                      ~item_BL & near_BL & (batch.segments_BL > 0))  # fmt: skip
+        assert [*shares_of_text(batch, strict)] == ["own.text"]
+    halves = composed(config, RULES["shared 1/N"]).adapters
+    assert {of.share for of in halves.values()} == {1.0}  # two parts of one extension
 
 
 def test_sets_of_atoms_compete_and_the_threshold_is_for_answering():
@@ -162,20 +181,23 @@ def test_sharded_is_unsharded(shape: tuple[int, ...], dispatch, names: tuple[str
         np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
-def test_a_run_of_low_rank_updates(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mole", "damc"])
+def test_a_run_of_low_rank_updates(name, tmp_path, monkeypatch):
     """align, grow and finetune; nothing is probed or selected; B is all that has moved beside A and the router over
     LoRA experts, and the base is what it was."""
     tiny.shorten_easy_vqa(monkeypatch)
-    method = MethodSettings(name="mole", rank=2, alpha=4.0, gating="top1_prob")
+    method = MethodSettings(name=name, rank=2, alpha=4.0, gating="top1_prob")
     settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=method)
     stage = dataclasses.replace(settings.finetune, steps=3)  # in the first the rate is still zero
     run = open_run(dataclasses.replace(settings, finetune=stage), tmp_path / "work")
     assert [*results.table(run.settings).results] == ["align", "grow", "finetune", "full"]
-    for name in ("align", "grow", "finetune"):
-        make(run, name)
+    for stage in ("align", "grow", "finetune"):
+        make(run, stage)
     remember(run)
-    grown, tuned = (leaves_of(run, name) for name in ("grow", "finetune"))
-    assert grown.keys() == tuned.keys() and all(path.startswith("adapters/image/") for path in grown)
+    grown, tuned = (leaves_of(run, stage) for stage in ("grow", "finetune"))
+    assert grown.keys() == tuned.keys()
+    parts = {"image", "image.text"} if name == "damc" else {"image"}
+    assert {tuple(path.split("/")[:2]) for path in grown} == {("adapters", part) for part in parts}
     assert all(not jnp.any(leaf) for path, leaf in grown.items() if path.endswith("/b"))
     assert all(jnp.any(leaf) for path, leaf in tuned.items() if path.endswith("/b"))
     assert frozen_unchanged(run)

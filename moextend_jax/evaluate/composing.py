@@ -1,14 +1,14 @@
 """TABLE of the ways to put extensions together that were trained apart: a name and a model's sizes in, the same model
 with that rule out. Nothing is trained and no array changes: a rule says which experts a token may choose.
 
-DAMC (2402.12750) keeps modalities apart by token and mixes what text sees by shares; here the parts are experts beside
-each other instead of low-rank updates.
+DAMC (2402.12750) keeps modalities apart by token and mixes what text sees by shares. Experts stand beside each other;
+of low-rank updates the products add up, which is NaiveMC's sum of models, or with shares of 1/N its mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moextend_jax.config import ModelConfig, Named
 
@@ -34,8 +34,9 @@ medium's span choose its own extension alone; the text around them none (strict)
 
 def composed(config: ModelConfig, rule: Rule) -> ModelConfig:
     """The model under a rule."""
-    share = 1 / len(config.extensions) if rule.evenly else 1.0
-    extensions = {name: dataclasses.replace(added, share=share) for name, added in config.extensions.items()}
-    return dataclasses.replace(
-        config, composition=rule.composition, text_isolation=rule.text_isolation, extensions=Named(extensions)
-    )
+    share = 1 / max(len({name.partition(".")[0] for name in config.added}), 1) if rule.evenly else 1.0
+    shared: dict[str, Any] = {
+        kind: Named({name: dataclasses.replace(of, share=share) for name, of in getattr(config, kind).items()})
+        for kind in ("extensions", "adapters", "blocks")
+    }
+    return dataclasses.replace(config, composition=rule.composition, text_isolation=rule.text_isolation, **shared)

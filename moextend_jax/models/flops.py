@@ -12,12 +12,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moextend_jax.config import (
     AdapterConfig,
     DecoderConfig,
-    ExtensionConfig,
     FeaturesConfig,
     Medium,
     ModelConfig,
@@ -27,7 +26,7 @@ from moextend_jax.config import (
     WhisperConfig,
 )
 from moextend_jax.models.adapters import ATTENTION, EXPERTS
-from moextend_jax.models.moextend import share_of_text
+from moextend_jax.models.moextend import running
 
 PHASES = ("forward", "recomputed", "activation_backward", "weight_gradients")
 
@@ -96,10 +95,14 @@ class Flops(NamedTuple):
         return self.total - self.by_phase()["recomputed"]
 
 
-def running(config: ModelConfig, media: frozenset[str]) -> Named[ExtensionConfig]:
-    """The extensions that tokens of a batch with these media may choose; the others do not run."""
-    names = share_of_text(config, media)
-    return Named({name: added for name, added in config.extensions.items() if name in names})
+def of_those(config: ModelConfig, media: frozenset[str]) -> ModelConfig:
+    """With the extensions and rivals that run for a batch with these media."""
+    names = running(config, media)
+    parts: dict[str, Any] = {
+        kind: Named({name: added for name, added in getattr(config, kind).items() if name in names})
+        for kind in ("extensions", "adapters", "blocks")
+    }
+    return dataclasses.replace(config, **parts)
 
 
 def step_flops(
@@ -120,12 +123,7 @@ def step_flops(
         all new ones, a balanced router.
     """
     trains, present = tuple(trains), frozenset(name for name, count in items.items() if count)
-    names = share_of_text(config, present)
-    rivals = {
-        kind: Named({name: added for name, added in getattr(config, kind).items() if name in names})
-        for kind in ("adapters", "blocks")
-    }
-    config = dataclasses.replace(config, extensions=running(config, present), **rivals)
+    config = of_those(config, present)
     if config.remat not in RECOMPUTED:
         raise MoextendError(
             f"remat policy {config.remat!r} has no row in models/flops.py; there are {', '.join(RECOMPUTED)}"

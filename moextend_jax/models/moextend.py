@@ -10,7 +10,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, ModelConfig, TowerConfig, VisionConfig, WhisperConfig
+from moextend_jax.config import (
+    IGNORE,
+    IMAGE,
+    AdapterConfig,
+    Batch,
+    BlocksConfig,
+    ExtensionConfig,
+    Medium,
+    ModelConfig,
+    TowerConfig,
+    VisionConfig,
+    WhisperConfig,
+)
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.blocks import make_blocks
@@ -180,16 +192,15 @@ def targets(labels_BL: jax.Array) -> jax.Array:
 
 
 def shares(batch: Batch, config: ModelConfig) -> Shares:
-    """The extensions and adapters that tokens of a batch may choose, and the log of each token's share `[B, L]`.
+    """The extensions and rivals that tokens of a batch may choose, and the log of each token's share `[B, L]`.
 
     With strict text isolation those of the media that a token's conversation, its segment of the row, has; "decoupled"
     is in `config.ModelConfig.composition`. Which are named follows from the media that the batch has and from nothing
     else, so that batches of one kind run one program.
     """
     strict, open_to = config.text_isolation == "strict", {}
-    for name, added in config.added.items():
-        if not added.share or (strict and added.medium not in batch.names):
-            continue
+    for name in running(config, batch.names):
+        added = config.added[name]
         log_share = math.log(added.share)
         if config.composition == "decoupled":
             inside_BL = _inside(batch, config, added.medium)
@@ -200,7 +211,21 @@ def shares(batch: Batch, config: ModelConfig) -> Shares:
             open_to[name] = jnp.where(_near(batch, _inside(batch, config, added.medium)), log_share, -jnp.inf)
         else:
             open_to[name] = jnp.full(batch.ids_BL.shape, log_share) if log_share else None
+        if (tokens := _tokens(added)) != "all":
+            of_BL = _inside(batch, config, added.medium) if tokens == "items" else jnp.asarray(batch.places_BL) < 0
+            share_BL = 0.0 if open_to[name] is None else open_to[name]
+            open_to[name] = jnp.where(of_BL, share_BL, -jnp.inf)
     return open_to
+
+
+def running(config: ModelConfig, media: frozenset[str]) -> list[str]:
+    """The extensions and rivals that tokens of a batch with items of these media may have; the others do not run."""
+    strict = config.text_isolation == "strict"
+    return [name for name, of in config.added.items() if of.share and not (strict and of.medium not in media)]
+
+
+def _tokens(added: ExtensionConfig | AdapterConfig | BlocksConfig) -> str:
+    return added.tokens if isinstance(added, AdapterConfig) else "all"
 
 
 def shares_of_text(batch: Batch, config: ModelConfig) -> Shares:
@@ -208,14 +233,19 @@ def shares_of_text(batch: Batch, config: ModelConfig) -> Shares:
     if config.composition == "decoupled":
         texts = share_of_text(config, batch.names)
         return {name: jnp.full(len(batch.ids_BL), share) for name, share in texts.items() if share is not None}
-    return {name: None if of_BL is None else of_BL.max(axis=1) for name, of_BL in shares(batch, config).items()}
+    return {
+        name: None if of_BL is None else of_BL.max(axis=1)
+        for name, of_BL in shares(batch, config).items()
+        if _tokens(config.added[name]) != "items"
+    }
 
 
 def share_of_text(config: ModelConfig, media: frozenset[str]) -> dict[str, float | None]:
     """The same for text behind items of just these media: a number, -inf where it may not choose the extension."""
     strict, open_to = config.text_isolation == "strict", {}
-    for name, added in config.added.items():
-        if added.share and not (strict and added.medium not in media):
+    for name in running(config, media):
+        added = config.added[name]
+        if _tokens(added) != "items":
             decoupled = config.composition == "decoupled"
             share = -math.inf if decoupled and strict else math.log(added.share)
             open_to[name] = share if share or decoupled or strict else None

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from moextend_jax.checkpoints import quantising
 from moextend_jax.config import IMAGE, ModelConfig
-from moextend_jax.models.flops import full_training, running, step_flops
+from moextend_jax.models.flops import full_training, of_those, step_flops
 from moextend_jax.plan import collectives, hlo, topology
 from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_settings
 from moextend_jax.plan.compiling import compile_step
@@ -128,7 +128,7 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
     of its experts, not padding. models/expert_parallel.py says which experts a device computes."""
     decoder = config.decoder
     present = frozenset(name for name in config.media if run.room(name))
-    extensions = running(config, present).values()
+    extensions = of_those(config, present).extensions.values()
     expert, tensor, k = mesh.shape["expert"], mesh.shape["tensor"], decoder.top_k
     X = sum(added.new_experts for added in extensions)
     # Of the picks in an extended layer, those that go to one of its new experts.

@@ -240,19 +240,21 @@ def grow(run: Run, name: str) -> None:
 
 def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig) -> None:
     """Fresh leaves of low-rank updates or of blocks, each made where it will lie."""
-    own = config.added[row.extension]
+    link = next(link for link in run.settings.links if link.name == row.extension)
     kind, make, read = (
         ("blocks", fresh_blocks, read_by_blocks(run.pretrained))
         if row.extension in config.blocks
         else ("adapter", fresh_adapter, jax.random.key(run.settings.seed))
     )
-    facts = run.facts_of(name, **{kind: as_json(dataclasses.asdict(own))})
+    facts = run.facts_of(name, **{kind: as_json(dataclasses.asdict(config.added[row.extension]))})
     if _is_done(run, name, facts):
         return
     for parent in row.parents:
         leaves_of(run, parent)  # not made without them
-    fresh = functools.partial(make, config=config, name=row.extension)
-    leaves = make_leaves(abstract(config), fresh, read, mesh=run.mesh)
+    leaves: Arrays = {}
+    for part in link.parts:
+        fresh = functools.partial(make, config=config, name=part)
+        leaves |= make_leaves(abstract(config), fresh, read, mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 

@@ -103,7 +103,8 @@ def rivals_of(settings: RunSettings, names: Iterable[str]) -> dict[str, Named[An
     links = {link.name: link for link in settings.links}
     own = [links[name] for name in names]
     return {
-        kind: Named({link.name: link.rival for link in own if link.kind == kind}) for kind in ("adapters", "blocks")
+        kind: Named({name: part for link in own if link.kind == kind for name, part in link.parts.items()})
+        for kind in ("adapters", "blocks")
     }
 
 

@@ -239,7 +239,10 @@ def _rival(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Resu
 
     def trains(recipe: Recipe) -> tuple[str, ...]:
         projector = recipe.finetune_trains == "extension_and_projector" and link.medium
-        return (f"{link.kind}/{link.name}/*", *((f"media/{link.medium}/projector/*",) if projector else ()))
+        return (
+            *(f"{link.kind}/{part}/*" for part in link.parts),
+            *((f"media/{link.medium}/projector/*",) if projector else ()),
+        )
 
     grow = Result(
         does=f"add {'low-rank updates to' if link.kind == 'adapters' else 'blocks between'} layers{_of(last)}",

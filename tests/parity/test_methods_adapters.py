@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moextend_jax.config import AdaptedExperts, AdapterConfig, DecoderConfig, Gating
+from moextend_jax.config import (
+    AdaptedExperts,
+    AdapterConfig,
+    Batch,
+    DecoderConfig,
+    FeaturesConfig,
+    Gating,
+    ImageTags,
+    Medium,
+    ModelConfig,
+    Named,
+)
 from moextend_jax.models import experts
-from moextend_jax.models.adapters import OfBlock, router_update, self_activated, update_of
+from moextend_jax.models.adapters import Adapted, OfBlock, low_rank, router_update, self_activated, update_of
 from moextend_jax.models.experts import apply_experts
+from moextend_jax.models.moextend import shares
 from moextend_jax.models.router import Gate, Rule, route
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import BALANCE
@@ -168,3 +180,40 @@ def test_moram_s_fresh_atoms_change_what_old_ones_did():
         weights_TLr = self_activated(z_TLr, jnp.ones(z_TLr.shape, bool), threshold=None, **options)
         y_TF = x_TD @ theirs["w_DF"] + (z_TLr * weights_TLr)[:, 0] @ b_rF
         np.testing.assert_allclose(y_TF, theirs[f"grown_{name}_y_TF"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["naive/sum", "naive/mean", "damc/y"])
+def test_compositions_of_low_rank_updates(name: str):
+    """NaiveMC adds products up; of DAMC a span's tokens have their medium's alone, text those of text by shares."""
+    theirs = methods_arrays("compose")
+    x_TD, modality_T = jnp.asarray(theirs["x_TD"]), theirs["modality_T"]
+    M, _, rank = theirs["a_mDr"].shape
+    sets = {"": (theirs["a_mDr"], theirs["b_mrF"])}
+    if name == "damc/y":
+        sets[".text"] = (theirs["a_text_mDr"], theirs["b_text_mrF"])
+    adapters, factors = {}, {}
+    for m in range(M):
+        for kind, (a_mDr, b_mrF) in sets.items():
+            share = float(theirs["share_m"][m]) if kind else 1 / M if name == "naive/mean" else 1.0
+            tokens = "all" if name.startswith("naive") else "text" if kind else "items"
+            adapters[f"{m}{kind}"] = AdapterConfig(
+                rank=rank, alpha=float(theirs["alpha"]), medium=str(m), share=share, tokens=tokens
+            )
+            factors[f"{m}{kind}"] = jnp.asarray(a_mDr[m]), jnp.asarray(b_mrF[m])
+    spans = [int((modality_T == m).sum()) for m in range(M)]
+    media = {
+        str(m): Medium(kind="features", mark=f"<{m}>", tags=ImageTags(pad=m), tower=FeaturesConfig(width=1, patches=n))
+        for m, n in enumerate(spans)
+    }
+    config = ModelConfig(decoder=DecoderConfig(), media=Named(media), adapters=Named(adapters))
+    places_BL = np.full((1, len(x_TD)), -1)
+    for m in range(M):
+        places_BL[0, modality_T == m] = sum(spans[:m]) + np.arange(spans[m])
+    row_BL = np.ones_like(places_BL)
+    features = {str(m): np.zeros((1, 1, n, 1), np.float32) for m, n in enumerate(spans)}
+    batch = Batch(row_BL, row_BL, row_BL, row_BL, places_BL, features=features)
+    y_TF = x_TD @ jnp.asarray(theirs["w_DF"])
+    for own, share_BL in shares(batch, config).items():
+        scale_BL1 = Adapted(own, adapters[own], cast(Any, None), share_BL).scale_BL1(x_TD[None])
+        y_TF += low_rank(x_TD, *factors[own], scale_BL1[0])
+    np.testing.assert_allclose(y_TF, theirs[f"{name}_TF"], **CLOSE)
