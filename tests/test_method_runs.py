@@ -1,0 +1,53 @@
+"""A rival's run that was cut off and goes on ends bit for bit where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import random_run
+import tiny
+
+from moextend_jax.runs.making import make
+from moextend_jax.runs.models_of import leaves_of
+from moextend_jax.runs.run import open_run
+from moextend_jax.settings import MethodSettings
+from moextend_jax.train import loop
+
+METHODS = {
+    "mole": MethodSettings(name="mole", rank=2, gating="top1_prob"),
+    "moram": MethodSettings(name="moram", rank=4, experts="none", top_k=2),
+    "blocks": MethodSettings(name="blocks", blocks=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny.shorten_easy_vqa(monkeypatch)
+    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name], checkpoint_every=2)
+    settings = dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, steps=4))
+    place, left = loop.place_rows, [0]
+
+    def dying(batch, mesh):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return place(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_rows", dying)
+    ends = {}
+    for folder, dies_at in (("whole", 0), ("cut", 4)):
+        run = open_run(settings, tmp_path / folder)
+        for stage in ("align", "grow"):
+            make(run, stage)
+        left[0] = dies_at
+        if dies_at:
+            with pytest.raises(KeyboardInterrupt):
+                make(run, "finetune")
+        make(run, "finetune")
+        ends[folder] = leaves_of(run, "finetune")
+    for path, leaf in ends["whole"].items():
+        assert np.asarray(ends["cut"][path]).tobytes() == np.asarray(leaf).tobytes(), path
