@@ -226,6 +226,14 @@ def test_one_question_says_little(tmp_path):
     assert re.search(r"0\.0% <small>±\s39\.7%", write_report(tmp_path).read_text())
 
 
+def test_a_rival_s_run_is_called_by_its_method(tmp_path):
+    """In tables, cards and pictures; the page itself is this tool's."""
+    workdir = fake_workdir(tmp_path)
+    put(workdir / "summary.json", {**SUMMARY, "method": "LoRA"})
+    page = write_report(workdir).read_text()
+    assert "<span>LoRA</span>" in page and not re.search(r">\s*MoExtend\s*<", page)
+
+
 def test_changed_weights_are_shouted_about(tmp_path):
     put(tmp_path / "summary.json", {**SUMMARY, "frozen_unchanged": False})
     page = write_report(tmp_path).read_text()

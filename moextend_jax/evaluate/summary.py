@@ -54,8 +54,8 @@ TEXTS = Path(__file__).parents[1] / "assets" / "text"
 
 
 CHAINS = {
-    "strict": "MoExtend, an extension for each medium, strict text isolation",
-    "open": "MoExtend, the same without isolation",
+    "strict": "an extension for each medium, strict text isolation",
+    "open": "the same without isolation",
     "full": "full fine-tuning on one after another",
 }
 
@@ -574,7 +574,8 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("question only", f"{accuracy['question_only']:.3f}")
     wordnet, kjv = losses["wordnet"], losses["kjv"]
-    models = results.FIRST.models
+    titles = {name: row.title for name, row in results.FIRST.models.items()}
+    titles["moextend"] = summary.get("method", titles["moextend"])
     for name in ("base", *results.ANSWERING):
         if name not in accuracy and name not in kjv:
             continue
@@ -582,14 +583,13 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         forgotten = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
         cells = [f"{accuracy[name]:.3f}" if name in accuracy else ""]
         cells += [f"{answer_loss[name]:.3f}"] if answer_loss else []
-        title = summary.get("method", models[name].title) if name == "moextend" else models[name].title
-        table.add_row(title, *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
+        table.add_row(titles[name], *cells, f"{wordnet[read]:.3f}", f"{kjv[read]:.3f}", f"{forgotten:+.3f}")
         for medium, of in summary.get("without", {}).items():
             if name in of:
                 table.add_row(f"  without {medium}", f"{of[name]:.3f}")
     console.print(table)
     for name, measured in summary.get("importance", {}).items():
-        console.print(importance_table(f"{models[name].title}: what each medium is worth", measured))
+        console.print(importance_table(f"{titles[name]}: what each medium is worth", measured))
     for on, scores in summary.get("composed", {}).items():
         rows = Table("", "accuracy", title=f"{on}: extensions put together")
         for name, score in scores.items():

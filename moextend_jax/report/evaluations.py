@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from moextend_jax.config import MoextendError
 from moextend_jax.report.examples import small_image
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import TITLES
+from moextend_jax.report.results_pictures import TITLES, title_of
 
 MOST_QUESTIONS = 6
 """Questions that are shown of each benchmark and model."""
@@ -54,7 +54,7 @@ def read_evaluations(workdir: Path) -> Evaluations:
     return Evaluations(benchmarks, _read(path, dict) if path.exists() else None)
 
 
-def benchmark_table(benchmarks: Sequence[Benchmark]) -> str:
+def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None = None) -> str:
     """HTML: a line per benchmark, with the figure of each of our models, then the published ones."""
     if not benchmarks:
         return ""
@@ -62,7 +62,7 @@ def benchmark_table(benchmarks: Sequence[Benchmark]) -> str:
         evaluated = {benchmark.model for benchmark in benchmarks}
         models = [model for model in TITLES if model in evaluated]
         others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
-        heads = ["benchmark", "figure", *(str(TITLES.get(model, model)) for model in models), *others, "questions"]
+        heads = ["benchmark", "figure", *(title_of(model, summary) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
         for name in dict.fromkeys(benchmark.name for benchmark in benchmarks):
             of = {benchmark.model: benchmark.record for benchmark in benchmarks if benchmark.name == name}
@@ -81,14 +81,14 @@ def benchmark_table(benchmarks: Sequence[Benchmark]) -> str:
     return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(note)
 
 
-def forgetting_table(record: Mapping[str, Any] | None) -> str:
+def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any] | None = None) -> str:
     """HTML: a line per task, with the figure of the base, then of every other model with its drop, in points."""
     if record is None:
         return ""
     with _malformed("eval/forgetting.json"):
         tasks: Mapping[str, Any] = record["tasks"]
         models = [name for name in next(iter(tasks.values()), {}) if name != "base"]
-        named = [str(TITLES.get(model, model)) for model in models]
+        named = [title_of(model, summary) for model in models]
         heads = ["task", "figure", "base", *(head for name in named for head in (name, "drop"))]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
         for task, of in tasks.items():
@@ -113,14 +113,14 @@ def forgetting_table(record: Mapping[str, Any] | None) -> str:
     )
 
 
-def question_cards(benchmarks: Sequence[Benchmark]) -> str:
+def question_cards(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None = None) -> str:
     """HTML: some questions of each benchmark, with picture, right answer and the model's."""
     parts = []
     with _malformed("eval/*/examples.json"):
         for benchmark in benchmarks:
             if benchmark.examples:
                 drawn = "".join(_card(example) for example in benchmark.examples[:MOST_QUESTIONS])
-                title = f"{benchmark.name}, {TITLES.get(benchmark.model, benchmark.model)}"
+                title = f"{benchmark.name}, {title_of(benchmark.model, summary)}"
                 parts.append(f'<h3>{escape(title)}</h3><div class="cards">{drawn}</div>')
     return "".join(parts)
 

@@ -17,14 +17,14 @@ from PIL import Image
 
 from moextend_jax.config import MoextendError
 from moextend_jax.report.markup import how
-from moextend_jax.report.results_pictures import TITLES
+from moextend_jax.report.results_pictures import title_of
 
 MOST_EXAMPLES = 24
 IMAGE_PIXELS = 256
 """Examples shown, and the longest side of their images: what keeps the file small."""
 
 
-def cards(examples: Sequence[Mapping[str, Any]] | None) -> str:
+def cards(examples: Sequence[Mapping[str, Any]] | None, summary: Mapping[str, Any] | None = None) -> str:
     """One card per example, the first MOST_EXAMPLES of them; MoextendError if one is malformed or its image is none."""
     if not examples:
         return ""
@@ -32,7 +32,7 @@ def cards(examples: Sequence[Mapping[str, Any]] | None) -> str:
     try:
         shares = [np.asarray(example["new_expert_share"], float) for example in shown if "new_expert_share" in example]
         top = max((share.max() for share in shares if share.size), default=0.0) or 1.0
-        drawn = "".join(_card(example, top=top) for example in shown)
+        drawn = "".join(_card(example, top=top, summary=summary) for example in shown)
     except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
         raise MoextendError(f"examples.json: {error}; evaluate again or delete the file") from error
     return f'<div class="cards">{drawn}</div>' + how(
@@ -41,7 +41,7 @@ def cards(examples: Sequence[Mapping[str, Any]] | None) -> str:
     )
 
 
-def _card(example: Mapping[str, Any], *, top: float) -> str:
+def _card(example: Mapping[str, Any], *, top: float, summary: Mapping[str, Any] | None) -> str:
     image = small_image(str(example["image_png"]))
     frames = f'<div class="frame">{image}</div>'
     if "new_expert_share" in example:
@@ -50,7 +50,7 @@ def _card(example: Mapping[str, Any], *, top: float) -> str:
     for model, said in example["predictions"].items():
         right = _plain(str(said)) == _plain(answer)
         mark = '<i class="good">✓</i>' if right else '<i class="bad">✗</i>'
-        name = str(TITLES.get(model, model))
+        name = title_of(model, summary)
         lines.append(f"<li><span>{escape(name)}</span><span>{escape(str(said))} {mark}</span></li>")
     return (
         f'<div class="card"><div class="pair">{frames}</div><p><b>{escape(str(example["question"]))}</b></p>'

@@ -101,8 +101,8 @@ def _frozen(summary: Mapping[str, Any]) -> str:
     if unchanged is None:
         return ""
     if unchanged is True:
-        return '<p><b class="good">✓</b> Every pretrained weight of MoExtend is bit-identical to the base model’s.</p>'
-    return '<p><b class="bad">✗ Pretrained weights changed: MoExtend’s freezing is broken in this run.</b></p>'
+        return '<p><b class="good">✓</b> Every pretrained weight is bit-identical to the base model’s.</p>'
+    return '<p><b class="bad">✗ Pretrained weights changed: freezing is broken in this run.</b></p>'
 
 
 def _trained(summary: Mapping[str, Any]) -> str:

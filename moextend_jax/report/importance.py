@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, PLAIN, RIVAL, TEXT
 from moextend_jax.report.markup import beside, how, picture
-from moextend_jax.report.results_pictures import TITLES
+from moextend_jax.report.results_pictures import title_of
 from moextend_jax.report.workdir import number
 
 MEDIUM_COLOURS = (IMAGE, OURS, TEXT, RIVAL, PLAIN)
@@ -37,7 +37,7 @@ def _without(summary: Mapping[str, Any] | None) -> str:
     for name in media:
         cells = (_percent(number(summary, "without", name, model)) for model in models)
         rows.append([f"without {name}", *cells])
-    return _table(["", *map(_title, models)], rows) + how(
+    return _table(["", *(title_of(model, summary) for model in models)], rows) + how(
         "Share of right answers when the same questions are asked without one of their media."
     )
 
@@ -71,7 +71,7 @@ def importance_panel(ax: Axes, summary: Mapping[str, Any] | None, *, models: lis
         ax.bar_label(bars, [f"{value:+.2f}" for _, value in drawn], padding=2, fontsize=8.5)
     ax.axhline(0, color=MUTED, linewidth=0.8)
     ax.grid(axis="y", color=LINE)
-    ax.set_xticks(places, [_title(model).replace("$", r"\$") for model in models])
+    ax.set_xticks(places, [title_of(model, summary).replace("$", r"\$") for model in models])
     ax.set(ylabel="importance")
     ax.margins(y=0.18)
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=4, fontsize=8.5, handlelength=1.2)
@@ -88,7 +88,7 @@ def _subsets(summary: Mapping[str, Any] | None, models: list[str]) -> str:
         ]
         counts = "/".join(dict.fromkeys(f"{count:,.0f}" for count in of[1] if count is not None))
         rows.append([some.replace("+", " + "), *map(_percent, of[0]), counts])
-    return _table(["asked with", *map(_title, models), "questions"], rows) + how(
+    return _table(["asked with", *(title_of(model, summary) for model in models), "questions"], rows) + how(
         "Share of right answers of questions that have these media, asked with these alone; none: the question alone."
     )
 
@@ -97,10 +97,6 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
     lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _title(model: str) -> str:
-    return str(TITLES.get(model, model))
 
 
 def _percent(accuracy: float | None) -> str:

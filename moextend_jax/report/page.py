@@ -47,8 +47,8 @@ def write_report(workdir: Path) -> Path:
                 "What each medium is worth": importance_section(found.summary),
             }
         ),
-        _section("What it sees", cards(found.examples), missing="examples.json"),
-        *_evaluations(read_evaluations(workdir)),
+        _section("What it sees", cards(found.examples, found.summary), missing="examples.json"),
+        *_evaluations(read_evaluations(workdir), found.summary),
         _section("Routing before and after the probe", _routing(found.selection), missing="select/routing.json"),
         _section("Which layers were extended", _choice(found.selection), missing="select/routing.json"),
         _section("What the new experts get", _new_experts(found.new_experts), missing="finetune/routing.json"),
@@ -61,13 +61,13 @@ def write_report(workdir: Path) -> Path:
     return path
 
 
-def _evaluations(found: Evaluations) -> list[str]:
+def _evaluations(found: Evaluations, summary: Mapping[str, Any] | None) -> list[str]:
     """Nothing where no benchmark was run: a run does not do that by itself."""
     return _optional(
         {
-            "Benchmarks": benchmark_table(found.benchmarks),
-            "What was forgotten of text": forgetting_table(found.forgetting),
-            "Questions of the benchmarks": question_cards(found.benchmarks),
+            "Benchmarks": benchmark_table(found.benchmarks, summary),
+            "What was forgotten of text": forgetting_table(found.forgetting, summary),
+            "Questions of the benchmarks": question_cards(found.benchmarks, summary),
         }
     )
 

@@ -24,10 +24,10 @@ TITLES = {"question_only": "Question only"} | {
 """Of models in pictures and tables."""
 
 
-def title_of(model: str, summary: Mapping[str, Any] | None) -> str:
-    """As `TITLES`, the extended model by its method."""
+def title_of(model: str, summary: Mapping[str, Any] | None = None) -> str:
+    """As `TITLES`, the extended model by its method; others by their own names."""
     method = (summary or {}).get("method")
-    return method if model == "moextend" and isinstance(method, str) else TITLES[model]
+    return method if model == "moextend" and isinstance(method, str) else str(TITLES.get(model, model))
 
 
 MODEL_COLOUR = dict.fromkeys(TITLES, PLAIN) | {"moextend": OURS, "full": RIVAL}
