@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-gpu lint bench clean env env-dev
+.PHONY: help demo test test-slow smoke test-all test-gpu lint bench clean env env-dev
 .DELETE_ON_ERROR:
 
 help:
@@ -32,12 +32,15 @@ test: lint
 	$(PYTEST)
 	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "devices and not slow"
 
-test-all: test test-slow
+test-all: test test-slow smoke
 
-# What `test` leaves out, and the smoke tests once more, compiled as a run is.
+# What `test` leaves out.
 test-slow: env-dev
 	$(PYTEST) -m "slow and not devices"
 	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "slow and devices"
+
+# The most important tests once more, compiled as a run is.
+smoke: env-dev
 	XLA_FLAGS= $(PYTEST) -m smoke
 
 # On a machine with a GPU, in an environment that has JAX with CUDA: pip install -e ".[gpu,dev]" into VENV.

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moextend_jax import bench, cli, mesh
 from moextend_jax.config import DecoderConfig, VisionConfig, with_vision
-from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.plan import topology
@@ -91,9 +90,7 @@ def run(folder: Path) -> None:
     config = tiny.write_config(
         folder, base=base, data="easy_vqa/questions", split="train[:60]", evaluated="test", length=128
     )
-    for path in summary.TEXTS.glob("*.txt"):
-        (folder / path.name).write_text("\n".join(path.read_text().split("\n")[:4]))
-    summary.TEXTS = folder
+    tiny.shorten_texts(folder)
     workdir = f"--workdir={folder / 'work'}"
     for words in (
         ["run", f"--config={config}", workdir, "--config.baseline=true", "--config.finetune.accumulate=1"],

@@ -6,15 +6,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import tiny
 import torus
 
 from moextend_jax import cli
-from moextend_jax.evaluate import summary
 
 if __name__ == "__main__":
     torus.asked()
     with tempfile.TemporaryDirectory() as short:
-        for path in summary.TEXTS.glob("*.txt"):
-            (Path(short) / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
-        summary.TEXTS = Path(short)
+        tiny.shorten_texts(Path(short))
         cli.main(sys.argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
-from moextend_jax import cli
+from moextend_jax import cli, continual
 from moextend_jax.check_data import check_command
 from moextend_jax.commands import whole_run
 from moextend_jax.config import MoextendError
@@ -191,9 +192,21 @@ def check(settings: RunSettings) -> int:
     return check_command(settings, data_dir=None, processes=0, as_json=True, console=Console(stderr=True))
 
 
+RUN_BESIDE = continual._run_beside
+
+
+def _run_beside(settings: RunSettings, folder: Path, *arguments: Any) -> None:
+    """In a process of its own, to which `conftest.short_texts` is unknown."""
+    texts = folder.with_name(f"{folder.name} texts")
+    texts.mkdir()
+    tiny.shorten_texts(texts)
+    RUN_BESIDE(settings, folder, *arguments)
+
+
 @pytest.mark.slow
-def test_chains_side_by_side_then_trained_together(settings, tmp_path):
+def test_chains_side_by_side_then_trained_together(settings, tmp_path, monkeypatch):
     """Three extensions; the third is for sounds, and is also asked about pictures and sounds together."""
+    monkeypatch.setattr(continual, "_run_beside", _run_beside)
     sounds = write_sounds(tmp_path / "sound")
     both = write_pictures_with(sounds)
     evaluate = dataclasses.replace(groups(str(sounds))["evaluate"], sets={"both": str(both)})

@@ -17,7 +17,6 @@ from PIL import Image
 
 from moextend_jax import cli
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.evaluate import summary
 from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run
@@ -44,12 +43,7 @@ def finished(tmp_path_factory) -> tuple[Path, Path]:
     config = tiny.write_config(
         folder, base=base, data="easy_vqa/questions", split="train[:400]", evaluated="test", questions=8
     )
-    short = folder / "text"
-    short.mkdir()
-    for path in summary.TEXTS.glob("*.txt"):
-        (short / path.name).write_text("\n".join(path.read_text().split("\n")[:12]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "TEXTS", short)
         tiny.shorten_easy_vqa(patch)
         flags = ["--config.baseline=true", "--config.validate_every=2", "--config.evaluate.leave_out=subsets"]
         with (folder / "printed.txt").open("w") as printed, contextlib.redirect_stdout(printed):

@@ -26,7 +26,6 @@ from moextend_jax.checkpoints.gguf import Opened, open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.upcycle import upcycle, upcycled_config
 from moextend_jax.config import DecoderConfig, ModelConfig
-from moextend_jax.evaluate import summary
 from moextend_jax.generate import Generator
 from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.train.metrics import read_metrics
@@ -193,13 +192,7 @@ def taught(path: Path, tmp_path_factory) -> Path:
     cli.main(["import", str(path), str(folder / "smollm2"), "--experts", "4", "--top_k", "2"])
     config = folder / "config.py"
     config.write_text(f"BASE = {str(folder / 'smollm2')!r}\n{CONFIG}")
-    short = folder / "text"
-    short.mkdir()
-    for text in summary.TEXTS.glob("*.txt"):
-        (short / text.name).write_text("\n".join(text.read_text().split("\n")[:8]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(summary, "TEXTS", short)
-        cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}"])
+    cli.main(["run", f"--config={config}", f"--workdir={folder / 'work'}"])
     return folder / "work"
 
 

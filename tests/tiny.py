@@ -42,6 +42,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Inputs
+from moextend_jax.evaluate import summary
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
@@ -264,6 +265,13 @@ def shorten_easy_vqa(patch: pytest.MonkeyPatch) -> None:
     for name, count in (("get_train_questions", 400), ("get_test_questions", 200)):
         columns = getattr(easy_vqa, name)()
         patch.setattr(easy_vqa, name, lambda columns=columns, count=count: tuple(part[:count] for part in columns))
+
+
+def shorten_texts(folder: Path) -> None:
+    """From here on this process's `evaluate` reads copies in `folder`, of the first lines of its texts."""
+    for path in summary.TEXTS.glob("*.txt"):
+        (folder / path.name).write_text("\n".join(path.read_text().split("\n")[:8]))
+    summary.TEXTS = folder
 
 
 CONFIG_FILE = """
