@@ -94,9 +94,8 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         summary.print_table(record, screen)
         if distributed.first():
             words = NEXT.format(workdir=shlex.quote(str(run.workdir))).splitlines()
-            # A rival's extension cannot be exported yet.
-            no_export = any(link.rival for link in settings.links)
-            words = [line for line in words if not (no_export and " export " in line)]
+            if any(link.rival for link in settings.links):  # PyTorch's programs know none of them
+                words = [line.replace("--layout hf", "--layout delta") for line in words]
             print(f"report: {write_report(run.workdir)}", *words, sep="\n")
     return record
 

@@ -12,11 +12,13 @@ from typing import Any
 import tiny
 
 from moextend_jax.checkpoints import train_state
-from moextend_jax.config import ExtensionConfig, with_extension
+from moextend_jax.config import ExtensionConfig
+from moextend_jax.runs.models_of import grown_config
 from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 EXTENSION = ExtensionConfig(layers=(0, 2), sources=(1, 3))
+ADDED = ("extensions/", "adapters/", "blocks/")
 
 
 def settings(base: Path, **more: Any) -> RunSettings:
@@ -30,17 +32,13 @@ def random_run(folder: Path, **more: Any) -> Run:
     """FOLDER/base and the work directory FOLDER/work. more: settings."""
     base = tiny.write_base(folder / "base")
     run = open_run(settings(base, **more), folder / "work")
-    config = with_extension(run.config, EXTENSION)
-    leaves = tiny.arrays(config, seed=1)
-    record = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": run.base_hash}
-    (run.workdir / "select").mkdir(parents=True)
-    (run.workdir / "select" / "routing.json").write_text(json.dumps(record))
-    for name, part in {
-        "align": "media/image/projector/",
-        "grow": "extensions/image/",
-        "finetune": "extensions/image/",
-    }.items():
-        own = {path: leaf for path, leaf in leaves.items() if path.startswith(part)}
+    if not run.settings.links[0].rival:
+        record = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": run.base_hash}
+        (run.workdir / "select").mkdir(parents=True)
+        (run.workdir / "select" / "routing.json").write_text(json.dumps(record))
+    leaves = tiny.arrays(grown_config(run, ["image"]), seed=1)
+    for name, kinds in {"align": ("media/image/projector/",), "grow": ADDED, "finetune": ADDED}.items():
+        own = {path: leaf for path, leaf in leaves.items() if path.startswith(kinds)}
         train_state.save_leaves(run.workdir / name / "result", own, facts=run.facts)
     remember(run)
     return run

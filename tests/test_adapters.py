@@ -203,8 +203,8 @@ def test_a_run_of_low_rank_updates(name, tmp_path, monkeypatch):
     assert frozen_unchanged(run)
     model = open_model(run, "moextend").model.config
     assert model.adapters["image"] == method.rival("image") and not model.extensions
-    with pytest.raises(MoextendError, match="no layout holds"):
-        export(ExportOptions(src=run.workdir, dst=tmp_path / "out"))
+    with pytest.raises(MoextendError, match=r"this model has adapters image.*: export it with --layout delta"):
+        export(ExportOptions(src=run.workdir, dst=tmp_path / "out", layout="released"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(MoextendError, match="no stage 'select'"):
         make(run, "select")

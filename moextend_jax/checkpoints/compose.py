@@ -60,9 +60,14 @@ class Delta(NamedTuple):
     leaves: dict[str, Leaf]
 
     @property
+    def names(self) -> list[str]:
+        """Of its extensions."""
+        return list(dict.fromkeys(map(delta.extension_of, self.record.config.added)))
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What it is known by afterwards."""
-        return {"extensions": list(self.record.config.extensions), "content_hash": hashes.stored_hash(self.leaves)}
+        return {"extensions": self.names, "content_hash": hashes.stored_hash(self.leaves)}
 
 
 def compose(values: ComposeOptions) -> None:
@@ -79,7 +84,7 @@ def compose(values: ComposeOptions) -> None:
     console = Console(stderr=True)
     write = export_delta if values.delta else import_source
     cost = write(source, values.out, console=console)
-    names = ", ".join(source.config.extensions)
+    names = ", ".join(name for part in deltas for name in part.names)
     print(f"composed {names} ({values.rule}, text {values.text}) to {values.out}, {described(source)}: {cost}")
 
 
@@ -134,17 +139,23 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
     Raises:
       MoextendError: what the deltas hold cannot stand side by side, or a share is of no extension.
     """
-    extensions = {}
+    kinds: dict[str, dict[str, Any]] = {kind: {} for kind in delta.KINDS}
+    extensions: dict[str, Any] = {}  # by name one of its parts
     for part in deltas:
-        for name, added in part.record.config.extensions.items():
+        for name in part.names:
             if name in extensions:
                 raise MoextendError(
                     f"two deltas have an extension called {name}, one of them {part.folder}: an extension's name "
                     "belongs to it, so train one of them under another (--config.extension NAME)"
                 )
-            extensions[name] = dataclasses.replace(added, share=shares.get(name, added.share))
+        for kind, own in kinds.items():
+            for name, added in getattr(part.record.config, kind).items():
+                of = delta.extension_of(name)
+                own[name] = extensions[of] = dataclasses.replace(added, share=shares.get(of, added.share))
     if unknown := sorted(shares.keys() - extensions.keys()):
         raise MoextendError(f"--share {unknown[0]}: there is no such extension; there are {', '.join(extensions)}")
+    if len(counts := {blocks.count for blocks in kinds["blocks"].values()}) > 1:
+        raise MoextendError(f"deltas of {' and '.join(map(str, counts))} blocks cannot stand in one model")
     media = _with_own_pads(_union_of_media(deltas), base)
     for name, added in extensions.items():
         if added.medium and added.medium not in media:
@@ -155,11 +166,12 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
     if changed and len(deltas) > 1:
         part, path = changed[0]
         raise MoextendError(f"{part.folder} changes {path} of its base, which others were trained with as it was")
+    added_parts: dict[str, Any] = {kind: Named(own) for kind, own in kinds.items()}
     config = ModelConfig(
         decoder=base.config.decoder,
         media=Named(media),
-        extensions=Named(extensions),
         composition=rule,
+        **added_parts,
         text_isolation="strict" if text == "strict" else "none",
     )
     record = {"rule": rule, "text": text, "shares": {n: added.share for n, added in extensions.items()}}

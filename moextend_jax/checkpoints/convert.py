@@ -161,6 +161,8 @@ def import_source(
 
 
 def default_layout(source: Source) -> str:
+    if source.config.adapters or source.config.blocks:
+        return "delta"
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
         return "released" if source.config.decoder.family in names.PUBLISHED["released"].families else HF
     if "decoder" in source.parts:

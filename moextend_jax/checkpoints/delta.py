@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moextend_jax.checkpoints import store
 from moextend_jax.checkpoints.hashes import BaseHashes
@@ -23,6 +23,9 @@ from moextend_jax.config import (
     MoextendError,
     Named,
 )
+
+KINDS = ("extensions", "adapters", "blocks")
+"""Fields of `ModelConfig` that hold what was added; their leaves have paths that begin so."""
 
 
 class Part(NamedTuple):
@@ -38,15 +41,26 @@ def of_extensions(leaves: Mapping[str, Leaf], config: ModelConfig, names: Collec
     Raises:
       MoextendError: there is no such extension.
     """
-    if unknown := sorted({*(names or ())} - config.extensions.keys()):
-        known = ", ".join(config.extensions) or "none"
-        raise MoextendError(f"there is no extension {', '.join(unknown)}; there are: {known}")
-    added = Named({name: part for name, part in config.extensions.items() if names is None or name in names})
-    read = {part.medium for part in added.values()}
+    known = dict.fromkeys(map(extension_of, config.added))
+    if unknown := sorted({*(names or ())} - known.keys()):
+        raise MoextendError(f"there is no extension {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
+    kinds: dict[str, Any] = {
+        kind: Named(
+            {name: of for name, of in getattr(config, kind).items() if names is None or extension_of(name) in names}
+        )
+        for kind in KINDS
+    }
+    read = {part.medium for added in kinds.values() for part in added.values()}
     media = Named({name: medium for name, medium in config.media.items() if names is None or name in read})
-    starts = tuple(f"extensions/{name}/" for name in added) + tuple(f"media/{name}/projector/" for name in media)
+    starts = tuple(f"{kind}/{name}/" for kind, added in kinds.items() for name in added)
+    starts += tuple(f"media/{name}/projector/" for name in media)
     own = {path: leaf for path, leaf in leaves.items() if path.startswith(starts)}
-    return Part(own, dataclasses.replace(config, extensions=added, media=media))
+    return Part(own, dataclasses.replace(config, **kinds, media=media))
+
+
+def extension_of(name: str) -> str:
+    """The extension that a part called NAME, or NAME.text, belongs to."""
+    return name.partition(".")[0]
 
 
 def check_layers(

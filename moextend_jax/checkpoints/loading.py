@@ -104,7 +104,7 @@ def part_of(path: str) -> str:
     kind, name, *rest = path.split("/")
     if kind == "media":
         return name if name != IMAGE else {"tower": "vision"}.get(rest[0], rest[0])
-    return "extension" if kind == "extensions" else kind
+    return "extension" if kind in delta.KINDS else kind
 
 
 class _Wanted(NamedTuple):

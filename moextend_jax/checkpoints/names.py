@@ -16,12 +16,14 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from moextend_jax.config import (
     IMAGE,
+    AdapterConfig,
+    BlocksConfig,
     CalibratorName,
     DecoderConfig,
     ExtensionConfig,
@@ -38,6 +40,8 @@ from moextend_jax.config import (
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import Name
 from moextend_jax.families.towers import TOWERS
+from moextend_jax.models.adapters import Adapter
+from moextend_jax.models.blocks import make_blocks
 from moextend_jax.models.mixtral import Extension, Mixtral
 from moextend_jax.models.projectors import TABLE, sizes
 from moextend_jax.models.starts import STARTS
@@ -229,6 +233,11 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     kind, _, inside = path.partition("/")
     name, _, inside = inside.partition("/")
     rows, leaf = _DECODERS[config.decoder.family], path
+    if kind in RIVALS:
+        if (axes := _axes_of_rival(config, kind, name).get(inside)) is None:
+            return None
+        _, *rest = axes
+        return Name(path, f"{kind}.{name}.{{Z}}.{inside}", f"{' '.join(rest)} -> {' '.join(rest)}")
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
         added = config.extensions.get(name)
@@ -256,6 +265,24 @@ def _leaves_of_extension(decoder: DecoderConfig, start: StartName, calibrator: C
     any_layer = ExtensionConfig(layers=(decoder.routed.start,), sources=(0,), start=start, calibrator=calibrator)
     module = nnx.eval_shape(lambda: Extension(decoder, any_layer, rngs=nnx.Rngs(0), dtype="float32", std=1.0))
     return frozenset(by_path(nnx.state(module, nnx.Param)))
+
+
+RIVALS = ("adapters", "blocks")
+"""Parts of a model that our own files alone hold, so that their rows follow from their leaves."""
+
+
+def _axes_of_rival(config: ModelConfig, kind: str, name: str) -> dict[str, dict[str, int]]:
+    """By path inside a rival's part the letters of a leaf's axes and their sizes; nothing of one that is not there."""
+    rival = getattr(config, kind).get(name)
+    return _leaves_of_rival(config.decoder, rival) if rival else {}
+
+
+@functools.cache
+def _leaves_of_rival(decoder: DecoderConfig, rival: AdapterConfig | BlocksConfig) -> dict[str, dict[str, int]]:
+    make: Any = make_blocks if isinstance(rival, BlocksConfig) else Adapter
+    module = nnx.eval_shape(lambda: make(decoder, rival, rngs=nnx.Rngs(0), dtype="float32"))
+    leaves = by_path(nnx.state(module, nnx.Param))
+    return {path: dict(zip(param.axes, param.shape, strict=True)) for path, param in leaves.items()}
 
 
 def _rows_of_medium(medium: Medium, part: str) -> dict[str, Name]:
@@ -289,12 +316,14 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
     Raises:
       MoextendError: these leaves of a model are more, or others.
     """
-    parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if path.startswith(("media/", "extensions/")))
+    parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if not path.startswith("decoder/"))
     known = PUBLISHED.get(layout, PUBLISHED["hf"]._replace(towers=tuple(TOWERS)))
     family = config.vision.family if config.vision else "clip"
     others = [] if config.decoder.family in known.families else [f"a decoder of family {config.decoder.family}"]
     for kind, name in parts:
-        if name != IMAGE:
+        if kind in RIVALS:
+            others.append(f"{kind} {name}")
+        elif name != IMAGE:
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
         elif kind == "media" and family not in known.towers:
             others.append(f"a tower of family {family}")
@@ -358,6 +387,8 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     kind, name, part = (*path.split("/", 3), "")[:3]
     if kind == "extensions":
         return config.sizes(name)
+    if kind in RIVALS:
+        return _axes_of_rival(config, kind, name)[path.split("/", 2)[2]]
     if kind != "media":
         return {**config.sizes(), "1": 1, "h": config.decoder.head_size // 2, "t": 2}  # a head's halves, or neighbours
     medium, tower = config.media[name], config.media[name].tower

@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,11 +26,13 @@ from moextend_jax.checkpoints import hashes, leaves, quantising
 from moextend_jax.checkpoints.attributes import MOST, fits
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.names import PREFIXES
+from moextend_jax.checkpoints.names import PREFIXES, RIVALS
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.tensors import Planned, Stored, difference, open_safetensors, write_safetensors
 from moextend_jax.config import (
     IMAGE,
+    AdapterConfig,
+    BlocksConfig,
     DecoderConfig,
     ExtensionConfig,
     FeaturesConfig,
@@ -113,6 +116,11 @@ def write(
                 name: extension_attributes(added)
                 for name, added in record.config.extensions.items()
                 if ("extensions", name) in parts
+            },
+            **{
+                kind: {name: extension_attributes(of) for name, of in getattr(record.config, kind).items()}
+                for kind in RIVALS
+                if any((kind, name) in parts for name in getattr(record.config, kind))
             },
             "composition": record.config.composition,
         },
@@ -230,8 +238,8 @@ def _checked(record: Record) -> Record:
                 raise ValueError(f"{name} = {shown(value)} is impossible")
     if config.decoder.family not in FAMILIES:
         raise ValueError(f"family {shown(config.decoder.family)} is not among {', '.join(FAMILIES)}")
-    for name in (*config.media, *config.extensions):
-        if not NAME.fullmatch(name):
+    for name in (*config.media, *config.added):
+        if not NAME.fullmatch(name.removesuffix(".text") if name in config.adapters else name):
             raise ValueError(f"{shown(name)} is no name of a medium or an extension")
     for name, medium in config.media.items():
         _check_medium(name, medium)
@@ -240,6 +248,7 @@ def _checked(record: Record) -> Record:
         raise ValueError(f"media {shown(list(config.media))} have the same tags")
     for name, extension in config.extensions.items():
         _check_extension(name, extension, config.decoder)
+    _check_rivals(config)
     if not isinstance(record.layout, str) or not isinstance(record.facts, dict):
         raise ValueError("layout or facts are of another type than they should be")
     if not all(isinstance(part, dict) for part in (record.attributes, *record.attributes.values())):
@@ -301,8 +310,30 @@ def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConf
         raise ValueError(f"sources {shown(sources)} are impossible")
     if extension.start == "twin" and (extension.wide > 1 or -1 in sources):
         raise ValueError(f"twins of sources {shown(sources)}, {extension.wide} of each, are impossible")
-    if not 0 <= extension.share <= 1 or (extension.medium and not NAME.fullmatch(extension.medium)):
-        raise ValueError(f"extension {shown(name)} has medium {shown(extension.medium)}, share {extension.share}")
+    _check_place(name, extension)
+
+
+def _check_place(name: str, added: ExtensionConfig | AdapterConfig | BlocksConfig) -> None:
+    if not 0 <= added.share <= 1 or (added.medium and not NAME.fullmatch(added.medium)):
+        raise ValueError(f"extension {shown(name)} has medium {shown(added.medium)}, share {added.share}")
+
+
+def _check_rivals(config: ModelConfig) -> None:
+    for name, of in config.adapters.items():
+        _check_place(name, of)
+        sizes = (of.rank, of.lora_experts, of.top_k)
+        if not all(0 < n <= 1 << 16 for n in sizes) or not (math.isfinite(of.alpha) and of.alpha > 0 < of.tau):
+            raise ValueError(f"adapter {shown(name)} has rank, alpha, lora_experts, top_k or tau that are impossible")
+        if not (of.attention or of.router or of.of_experts):
+            raise ValueError(f"adapter {shown(name)} adapts nothing")
+    for name, of in config.blocks.items():
+        _check_place(name, of)
+        if of.count < 1 or len(config.decoder.routed) % of.count:
+            raise ValueError(f"{of.count} blocks of {shown(name)} between {len(config.decoder.routed)} layers")
+    if len({of.count for of in config.blocks.values()}) > 1 or len(config.added) < sum(
+        map(len, (config.extensions, config.adapters, config.blocks))
+    ):
+        raise ValueError("sets of blocks differ in number, or two parts have one name")
 
 
 def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
@@ -321,6 +352,10 @@ def _config(model: Mapping[str, Any], *, projector_shape: Any) -> ModelConfig:
         decoder=decoder or DecoderConfig(),
         media=Named(media),
         extensions=Named({name: _built(ExtensionConfig, part, where=name) for name, part in extensions.items()}),
+        adapters=Named(
+            {name: _built(AdapterConfig, part, where=name) for name, part in model.get("adapters", {}).items()}
+        ),
+        blocks=Named({name: _built(BlocksConfig, part, where=name) for name, part in model.get("blocks", {}).items()}),
         composition=_built(fields(ModelConfig)["composition"], composition, where="composition"),
     )
 
@@ -345,9 +380,10 @@ def _built(kind: Any, value: Any, *, where: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def extension_attributes(extension: ExtensionConfig) -> dict[str, Any]:
-    """An extension in JSON; whether it trains is no fact about it."""
-    return {name: value for name, value in dataclasses.asdict(extension).items() if name != "trains"}
+def extension_attributes(added: ExtensionConfig | AdapterConfig | BlocksConfig) -> dict[str, Any]:
+    """An extension or a rival in JSON; whether and how it trains is no fact about it."""
+    training = ("trains", "guidance", "drift")
+    return {name: value for name, value in dataclasses.asdict(added).items() if name not in training}
 
 
 def dtype_of(matched: Mapping[str, Leaf]) -> np.dtype:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
+from moextend_jax.checkpoints.delta import KINDS
 from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
 from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError, Named, Recipe
@@ -161,8 +162,8 @@ def text_only(opened: Askable) -> Askable:
 def not_extended(opened: Askable) -> Askable:
     """An extended model without what its extension added: the base, where its pretrained leaves are still the base's,
     and its recipe kept the routers."""
-    model = abstract(dataclasses.replace(opened.config, extensions=Named()))
-    arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith("extensions/")}
+    model = abstract(dataclasses.replace(opened.config, **dict.fromkeys(KINDS, Named())))
+    arrays = {path: leaf for path, leaf in opened.arrays.items() if path.partition("/")[0] not in KINDS}
     return dataclasses.replace(
         opened, name="base", model=model, arrays=arrays, open_base=None, identify=lambda: f"base-of-{opened.identity}"
     )
@@ -178,6 +179,8 @@ def described(config: ModelConfig) -> str:
         + (f" for {name}" if len(config.extensions) > 1 else "")
         for name, added in config.extensions.items()
     )
+    grown += "".join(f", low-rank updates ({of.method}) for {name}" for name, of in config.adapters.items())
+    grown += "".join(f", {of.count} blocks for {name}" for name, of in config.blocks.items())
     return f"{sizes.layers} layers of {sizes.experts} experts{grown}{sees}, {config.dtype}"
 
 
@@ -192,7 +195,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     )
     name = absolute(place.folder).name
     trained_over, here = source.record.facts.get("expert_storage"), config.quantised and str(config.quantised)
-    if config.extensions and trained_over != here and distributed.first():
+    if config.added and trained_over != here and distributed.first():
         as_files = "as their files have them"
         print(
             f"moextend: {place.folder} was trained over experts {f'in {trained_over}' if trained_over else as_files}; "
@@ -226,7 +229,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         sizes=sizes,
         identify=identify,
         read_tokenizer=read_tokenizer,
-        open_base=(lambda: not_extended(opened)) if config.extensions else None,
+        open_base=(lambda: not_extended(opened)) if config.added else None,
     )
     return opened
 

@@ -39,7 +39,7 @@ from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
-from moextend_jax.runs.models_of import grown_as
+from moextend_jax.runs.models_of import grown_as, rivals_of
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 
@@ -158,12 +158,9 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = dataclasses.replace(source.config, composition=settings.composition)
     media = {link.name: link.medium for link in settings.links}
-    if rivals := [link.name for link in settings.links if link.rival and link.name in table.grown(stages)]:
-        raise MoextendError(
-            f"{workdir}: {', '.join(rivals)} is made of low-rank updates or blocks, which no layout holds yet; "
-            "generate, eval and evaluate read the work directory itself"
-        )
-    for name in table.grown(stages):
+    rivals = rivals_of(settings, table.grown(stages))
+    config = dataclasses.replace(config, **rivals)
+    for name in (name for name in table.grown(stages) if name not in config.added):
         where = results.folder_of(workdir, results.named(settings, name, "select"))
         chosen = selection.read_selection(where / "routing.json", decoder=config.decoder)
         extension = ExtensionConfig(
