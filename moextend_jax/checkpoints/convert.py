@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from moextend_jax import folders
-from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, quantising, store
+from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, peft, quantising, store
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
@@ -31,7 +31,7 @@ from moextend_jax.settings import NotNegative
 SHARD = "5GB"
 HF = "hf"
 """The layout of `transformers_layout`, a whole model beside those of LAYOUTS."""
-LAYOUTS = (*FAMILIES, *TOWERS, "llava", "released", "delta")
+LAYOUTS = (*FAMILIES, *TOWERS, "llava", "released", "delta", "peft")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -185,7 +185,9 @@ def export_source(
     Raises:
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
     """
-    needed = dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}, "delta": {"extension"}}
+    needed = dict.fromkeys(TOWERS, {"vision"}) | {
+        "llava": {"projector"}, "delta": {"extension"}, "peft": {"extension"},
+    }  # fmt: skip
     if missing := needed.get(layout, {"decoder"}) - source.parts:
         raise MoextendError(
             f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"
@@ -200,6 +202,8 @@ def export_source(
         )
     if layout == "delta":
         return export_delta(source, dst, extensions=extensions, console=console)
+    if layout == "peft":
+        return _export_peft(source, dst, extensions=extensions, console=console)
     files = _layout(source, layout)
     everything = {f"{name}/{file}": tensor for name, (planned, _) in files.items() for file, tensor in planned.items()}
     with watched(everything, dst, console) as (meter, written), new_folder(dst) as folder:
@@ -284,9 +288,36 @@ def export_delta(
     return meter.cost()
 
 
+def _export_peft(
+    source: Source, dst: Path, *, extensions: Collection[str] | None = None, console: Console | None = None
+) -> Cost:
+    """Writes one LoRA in PEFT's files.
+
+    Raises:
+      MoextendError: there is not one alone, or it has no place in them.
+    """
+    own = delta.of_extensions(source.leaves, source.config, extensions)
+    if [*own.config.added] != [*own.config.adapters] or len(own.config.adapters) != 1:
+        raise MoextendError(
+            f"layout peft holds one LoRA, and this model has {', '.join(own.config.added)}: name one with --extension, "
+            "or take --layout delta"
+        )
+    ((name, adapter),) = own.config.adapters.items()
+    start = f"adapters/{name}/"
+    factors = {path.removeprefix(start): leaf for path, leaf in own.leaves.items() if path.startswith(start)}
+    planned, attributes = peft.planned(factors, adapter, source.config.decoder)
+    with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
+        write_safetensors(folder, planned, max_shard_bytes=sum(t.nbytes for t in planned.values()), written=written)
+        (folder / "model.safetensors").rename(folder / peft.TENSORS)
+        huggingface.write_json(folder / peft.CONFIG, attributes)
+    return meter.cost()
+
+
 def parts_of(layout: str, source: Source) -> set[str]:
     parts = (
-        dict.fromkeys(FAMILIES, {"decoder", "vision"}) | dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}}
+        dict.fromkeys(FAMILIES, {"decoder", "vision"})
+        | dict.fromkeys(TOWERS, {"vision"})
+        | {"llava": {"projector"}, "peft": {"extension"}}
     )
     return parts.get(layout, source.parts)  # a delta has decoder and towers by their hashes
 

@@ -27,6 +27,7 @@ from moextend_jax.checkpoints import (
     leaves,
     llava,
     names,
+    peft,
     positions,
     quantising,
     spelling,
@@ -208,7 +209,8 @@ def _open_source(folder: Path, wanted: _Wanted) -> Source:
     base, vision, projector = wanted.base, wanted.vision, wanted.projector
     if not folder.exists():
         raise MoextendError(f"{folder} does not exist: give the folder of a model, as published or imported")
-    source = _imported(folder, wanted) if store.is_imported(folder) else _foreign(folder, wanted)
+    kinds = ((store.is_imported, _imported), (peft.is_adapter, _adapter), (lambda _: True, _foreign))
+    source = next(read for is_one, read in kinds if is_one(folder))(folder, wanted)
     if vision and "vision" not in source.parts:
         source = _with_tower(source, vision, wanted)
     elif vision and base is None and (store.is_imported(folder) or source.record.layout != "released"):
@@ -350,6 +352,24 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
         config=config, layout="delta", base=record.base, facts=record.facts, parts=known.parts
     )
     return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files}, below.notes)
+
+
+def _adapter(folder: Path, wanted: _Wanted) -> Source:
+    """PEFT's files over the base that they belong to, which they do not say: sizes alone can tell."""
+    if wanted.base is None:
+        raise MoextendError(
+            f"{folder} holds a LoRA in PEFT's files; name the base that it was trained on with --base DIR"
+        )
+    below = _open_source(wanted.base, wanted._replace(base=None))
+    if "decoder" not in below.parts:
+        raise MoextendError(f"{wanted.base} cannot be a base: it holds no decoder")
+    if peft.NAME in below.config.added:
+        raise MoextendError(f"{wanted.base} has an extension called {peft.NAME} already: give the base without it")
+    opened = peft.open_peft(folder, below.config.decoder)
+    config = dataclasses.replace(below.config, adapters=below.config.adapters.replacing(peft.NAME, opened.config))
+    record = below.record._replace(config=config)
+    notes = (*below.notes, *opened.notes)
+    return Source({**below.leaves, **opened.leaves}, record, below.files, notes)
 
 
 def _foreign(folder: Path, wanted: _Wanted) -> Source:

@@ -51,14 +51,14 @@ class ExportOptions:
     """new folder"""
     _: dataclasses.KW_ONLY
     layout: Annotated[str | None, OneOf((HF, *LAYOUTS))] = None
-    """hf is what PyTorch programs of today load, released what the paper's code does; else the layout that holds all
-    there is"""
+    """hf is what PyTorch programs of today load, released what the paper's code does, peft is of a LoRA alone; else the
+    layout that holds all there is"""
     model: str | None = None
     """which one of a run; else the furthest"""
     recipe: Annotated[str | None, OneOf(tuple(RECIPES))] = None
     """of layout hf, where SRC does not say: how prompts and pictures are made; else that of its layout"""
     extension: tuple[str, ...] = ()
-    """of layout delta: only these; else all"""
+    """of layout delta and peft: only these; else all"""
     base: Path | None = None
     """folder of the base, where SRC is a delta or a partial save"""
     vision: Path | None = None
@@ -80,8 +80,8 @@ def export(values: ExportOptions) -> None:
         source = open_source(values.src, base=values.base, vision=values.vision)
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
-    if values.extension and layout != "delta":
-        raise MoextendError(f"--extension {','.join(values.extension)} goes with --layout delta")
+    if values.extension and layout not in ("delta", "peft"):
+        raise MoextendError(f"--extension {','.join(values.extension)} goes with --layout delta or peft")
     if layout == HF:
         how = how_trained(source, recipe=values.recipe, where=values.src)
         cost = export_transformers(source, values.dst, **how._asdict(), max_shard_bytes=shard, console=screen)
