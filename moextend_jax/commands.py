@@ -272,6 +272,8 @@ class EvalOptions(ModelOptions):
     """only the first so many questions"""
     max_new_tokens: Count | None = None
     """most tokens of an answer, where not the benchmark's"""
+    templates: Path | None = None
+    """JSON {NAME: TEMPLATE with {question}}: the benchmark in each of these wordings, and what depends on them"""
     forgetting: bool = False
     """text tasks of lm-eval, base against model, instead of a benchmark"""
     tasks: tuple[str, ...] = ()
@@ -294,10 +296,18 @@ def eval_command(options: EvalOptions) -> None:
     from moextend_jax.runs.askable import evaluating
 
     if options.benchmark:
+        from moextend_jax.evaluate.wordings import ask_wordings, read_templates
+
+        templates = read_templates(options.templates) if options.templates else {}
         exam = read_exam(options.benchmark, data=options.data, split=options.split, limit=options.limit)
         with evaluating(options, settings=options.config, out=options.out) as (opened, out):
-            benchmark(opened, exam, out=out, max_new_tokens=options.max_new_tokens)
+            if templates:
+                ask_wordings(opened, exam, templates, out=out, max_new_tokens=options.max_new_tokens)
+            else:
+                benchmark(opened, exam, out=out, max_new_tokens=options.max_new_tokens)
         return
+    if options.templates:
+        raise MoextendError("--templates goes with --benchmark")
     tasks = read_tasks(options.tasks or TASKS, include_path=options.include_path)
     with evaluating(options, settings=options.config, out=options.out) as (opened, out):
         forgetting(

@@ -21,6 +21,7 @@ from moextend_jax.checkpoints import train_state
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmark import benchmark, read_exam
 from moextend_jax.evaluate.benchmarks.answers import Answers
+from moextend_jax.evaluate.wordings import ask_wordings, read_templates
 from moextend_jax.runs.askable import askable
 from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
@@ -214,3 +215,41 @@ def test_processes_share_the_questions(base, whole, tmp_path, processes, devices
     said = launch(*words, processes=processes, devices=devices).stdout
     assert said.count("questions answered") == 1
     assert by_id(path_of(tmp_path)) == by_id(whole)
+
+
+def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each wording has its answers; nothing is asked twice; models that were asked alike stand in one table."""
+    run = aligned(tmp_path, base)
+    exam, out = read_exam("easy_vqa", limit=8), tmp_path / "eval"
+    templates = {"as_is": "{question}", "brief": "{question} In one word.", "look": "Look closely: {question}"}
+    first = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
+    assert [*first["models"]["aligned"]] == [*templates] and "spread" in capsys.readouterr().out
+    lines = (out / "wordings" / "look" / "easy_vqa" / "aligned" / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and json.loads(lines[0])["prompt"].startswith("Look closely: ")
+    again = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
+    assert again == first and json.loads((out / "wordings" / "easy_vqa.json").read_text()) == first
+    scores = json.loads((out / "wordings" / "look" / "easy_vqa" / "aligned" / "scores.json").read_text())
+    assert scores["answered_now"] == 0 and scores["headline"]["value"] == first["models"]["aligned"]["look"]
+    other = dict(first, models={"moextend": {"as_is": 50.0, "brief": 40.0, "look": 60.0}})
+    (out / "wordings" / "easy_vqa.json").write_text(json.dumps(other))
+    both = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
+    assert [*both["models"]] == ["moextend", "aligned"] and "gain %" in capsys.readouterr().out
+    fewer = ask_wordings(askable(run, "aligned"), exam, {"as_is": "{question}"}, out=out)
+    assert [*fewer["models"]] == ["aligned"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "templates.json"),
+        ("{}", "has no templates"),
+        ('{"a": "no place"}', "must be a text with {question} in it once"),
+        ('{"a": 3}', "must be a text"),
+        ('{"a/b": "{question}"}', "cannot name a folder"),
+        ("{", "templates.json"),
+    ],
+)
+def test_templates_that_are_none_are_refused(text: str, message: str, tmp_path: Path):
+    (tmp_path / "templates.json").write_text(text)
+    with pytest.raises(MoextendError, match=message):
+        read_templates(tmp_path / "templates.json")

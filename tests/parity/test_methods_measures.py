@@ -11,6 +11,7 @@ import pytest
 from moextend_jax.evaluate.benchmarks import mcub
 from moextend_jax.evaluate.chains import score_matrix
 from moextend_jax.evaluate.importance import question_importance, subsets
+from moextend_jax.evaluate.wordings import measures
 from parity.methods import methods_arrays, methods_file
 
 pytestmark = pytest.mark.smoke
@@ -45,6 +46,14 @@ def test_modality_importance():
         for alone in (0, 1):  # is not asked there, and counts nowhere
             ours = question_importance({frozenset(): alone, **dict(zip(asked, right_s.tolist(), strict=True))})
             assert [ours[name] for name in media] == importance_m.tolist()
+
+
+def test_mm_bigbenchs_measures():
+    theirs = methods_arrays("measures")
+    ours = measures(theirs["results_mdj"], top=int(theirs["top"]))
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], atol=1e-9, rtol=0, err_msg=name)
+    assert len(ours) == 6
 
 
 def test_mcubs_rules():
