@@ -295,18 +295,31 @@ class ProjectorConfig:
     linear: two linear maps with a GELU, p = P. pool: the mean of `neighbours` positions first. stack: `neighbours`
     positions side by side as one of `neighbours` * C first. resampler: `queries` learnt vectors attend to all P, in
     `layers` blocks of width C with `heads` heads and cross-attention in every `cross_every`-th, then one linear map.
+    weave, crema: what a medium adds, with `rank`, to the frozen projector of the medium `trunk`, two linear maps or a
+    resampler, whose tower has `width` channels (`models/woven.py`); of weave `past` are the media that were woven into
+    the same trunk before, and `inner` is how its maps inside their adapters start.
     """
 
-    kind: Literal["linear", "pool", "stack", "resampler"] = "linear"
+    kind: Literal["linear", "pool", "stack", "resampler", "weave", "crema"] = "linear"
     neighbours: int = 1
     queries: int = 32
     layers: int = 2
     heads: int = 8
     cross_every: int = 1
+    rank: int = 8
+    trunk: str = ""
+    width: int = 0
+    past: tuple[str, ...] = ()
+    inner: Literal["identity", "random"] = "identity"
 
     def tokens(self, positions: int) -> int:
         """How many tokens `positions` of a tower become; a last group of neighbours may be incomplete."""
-        return self.queries if self.kind == "resampler" else -(-positions // self.neighbours)
+        return self.queries if self.kind in ("resampler", "crema") else -(-positions // self.neighbours)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Media whose projectors it runs through, frozen: the trunk, then those woven into it before."""
+        return (self.trunk, *self.past) if self.trunk else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -279,10 +279,10 @@ class GrowSettings:
 class MethodSettings:
     """What is added to the model: MoExtend's experts, or a rival's low-rank updates or layers (docs/methods.md)."""
 
-    name: Literal["moextend", "lora", "damc", "mole", "moram", "blocks"] = "moextend"
+    name: Literal["moextend", "lora", "damc", "mole", "moram", "blocks", "connector"] = "moextend"
     """moextend: new experts, chosen by `select`. lora, damc, mole, moram: low-rank updates beside the frozen maps of
     all layers that route; damc has one for the medium's tokens and another for text. blocks: layers between the
-    pretrained ones. Only moextend probes and chooses."""
+    pretrained ones. connector: nothing, finetune trains the medium's projector. Only moextend probes and chooses."""
     blocks: Count = 2
     """Of blocks: how many, evenly spread; they must divide the layers that route."""
     guidance: NotNegative = 0.0
@@ -324,8 +324,8 @@ class MethodSettings:
             raise MoextendError("method mole: experts none leaves nothing to choose a LoRA expert for")
 
     def rival(self, medium: str) -> AdapterConfig | BlocksConfig | None:
-        """None: the method is moextend."""
-        if self.name == "moextend":
+        """None: the method is moextend, or adds nothing."""
+        if self.name in ("moextend", "connector"):
             return None
         if self.name == "blocks":
             return BlocksConfig(count=self.blocks, medium=medium)
@@ -379,9 +379,9 @@ class EvaluateSettings:
 class ProjectorSettings:
     """What stands between a tower and the decoder; `config.ProjectorConfig` says what each kind does."""
 
-    kind: Literal["linear", "pool", "stack", "resampler"] = "linear"
-    """Two linear maps; the same behind the mean, or beside each other, of neighbours; learnt queries that look at
-    all."""
+    kind: Literal["linear", "pool", "stack", "resampler", "weave", "crema"] = "linear"
+    """Two linear maps; the same behind the mean, or beside each other, of neighbours; learnt queries that look at all;
+    or what is added to the frozen projector of an earlier medium: weave to linear maps, crema to a resampler."""
     neighbours: Count = 1
     """Positions of the tower that pool and stack make one token of."""
     queries: Count = 32
@@ -392,6 +392,12 @@ class ProjectorSettings:
     """Attention heads of a resampler."""
     cross_every: Count = 1
     """Of a resampler's blocks, which look at the tower: each so many."""
+    rank: Count = 8
+    """Of weave's adapters and crema's updates."""
+    trunk: str = IMAGE
+    """Of weave and crema: the medium whose projector it is."""
+    inner: Literal["identity", "random"] = "identity"
+    """Of weave: its maps inside the adapters of earlier media start as the identity, or at random as released."""
 
     def __post_init__(self):
         _check(self)
@@ -435,6 +441,7 @@ class Link(NamedTuple):
     medium: str = IMAGE
     apart: bool = False
     rival: AdapterConfig | BlocksConfig | None = None
+    connector: bool = False
 
     @property
     def kind(self) -> Literal["extensions", "adapters", "blocks"]:
@@ -454,7 +461,7 @@ class Link(NamedTuple):
     def title(self) -> str:
         """For tables."""
         if self.rival is None:
-            return "MoExtend"
+            return "connector" if self.connector else "MoExtend"
         if isinstance(self.rival, BlocksConfig):
             return "LLaMA-Pro"
         return {"lora": "LoRA", "damc": "DAMC", "mole": "LLaVA-MoLE", "moram": "MoRAM"}[self.rival.method]
@@ -621,7 +628,20 @@ class RunSettings:
                 )
         if len(set(names)) < len(names):
             raise MoextendError(f"extensions.{self.extension} has the name of the first extension")
+        seen: set[str] = set()
         for link in self.links:
+            medium = self.media.get(link.medium)
+            trunk = medium.projector.trunk if medium and medium.projector.kind in ("weave", "crema") else ""
+            if trunk and trunk not in seen:
+                raise MoextendError(
+                    f"extension {link.name}: the projector of {link.medium} adds to that of {trunk}, which no "
+                    "extension before it has trained"
+                )
+            if link.connector and not link.medium:
+                raise MoextendError(
+                    f"extension {link.name}: method connector trains a medium's projector; name a medium"
+                )
+            seen.add(link.medium)
             if link.medium and link.medium not in (IMAGE, *self.media):
                 known = ", ".join((IMAGE, *self.media))
                 raise MoextendError(f"extension {link.name} is for the medium {link.medium!r}; media are {known}")
@@ -634,9 +654,17 @@ class RunSettings:
     @property
     def links(self) -> tuple[Link, ...]:
         """The extensions in order."""
-        first = Link(self.extension, self.medium, rival=self.method.rival(self.medium))
-        later = (Link(name, of.medium, of.apart, of.method.rival(of.medium)) for name, of in self.extensions.items())
-        return (first, *later)
+        groups: list[tuple[str, Any]] = [(self.extension, self), *self.extensions.items()]
+        return tuple(
+            Link(
+                name,
+                of.medium,
+                apart=getattr(of, "apart", False),
+                rival=of.method.rival(of.medium),
+                connector=of.method.name == "connector",
+            )
+            for name, of in groups
+        )
 
     @property
     def profiled(self) -> range:

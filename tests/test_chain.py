@@ -36,16 +36,16 @@ from moextend_jax.settings import (
 ROWS = 24
 
 
-def write_features(folder: Path) -> Path:
+def write_features(folder: Path, *, medium: str = "touch") -> Path:
     folder.mkdir(parents=True)
     rng, entries = np.random.default_rng(0), []
     for n in range(ROWS):
         np.savez(folder / f"{n}.npz", x=rng.normal(size=(3, 5)).astype(np.float32))
         talk = [
-            {"from": "human", "value": f"<features:touch>\nHow is it? {n}"},
+            {"from": "human", "value": f"<features:{medium}>\nHow is it? {n}"},
             {"from": "gpt", "value": f"soft {n % 3}"},
         ]
-        entries.append({"id": f"touch{n}", "features": {"touch": f"{n}.npz"}, "conversations": talk})
+        entries.append({"id": f"{medium}{n}", "features": {medium: f"{n}.npz"}, "conversations": talk})
     (folder / "touch.json").write_text(json.dumps(entries))
     return folder / "touch.json"
 

@@ -421,7 +421,9 @@ def test_a_chain_is_exported_as_one_delta_or_extension_by_extension(root: Path, 
     groups["evaluate"] = EvaluateSettings(data="d", questions=1)
     touch = MediumSettings(
         kind="features", width=8, patches=3,
-        projector=ProjectorSettings(**dataclasses.asdict(medium.projector)),
+        projector=ProjectorSettings(
+            **{field.name: getattr(medium.projector, field.name) for field in dataclasses.fields(ProjectorSettings)}
+        ),
     )  # fmt: skip
     settings = RunSettings(
         **groups, base=str(root / "base"), vision=str(root / "tower of image"), media={"touch": touch},

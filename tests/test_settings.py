@@ -200,6 +200,8 @@ def test_the_edges_of_a_range(number: Number):
             group["batch_size"] = value
         if allowed and number.path.endswith(".steps") or number.path.endswith("least_steps"):  # or epochs, one of them
             group |= {"epochs": 0.0 if value else 1.0} | BY_EPOCHS.get(number.path[-11:], {})
+        if allowed and number.path.endswith("guidance"):  # without it no token would ever choose a copied column
+            group["drift"] = 1.0
         if allowed and number.path.endswith("epochs"):
             group["steps"] = int(not value)
         if allowed and value == 0 and number.path.endswith((".width", ".patches")):  # of features, which have both

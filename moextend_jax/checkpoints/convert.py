@@ -185,9 +185,8 @@ def export_source(
     Raises:
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
     """
-    needed = dict.fromkeys(TOWERS, {"vision"}) | {
-        "llava": {"projector"}, "delta": {"extension"}, "peft": {"extension"},
-    }  # fmt: skip
+    needed = dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}, "peft": {"extension"}}
+    needed["delta"] = {"extension"} if not any("/projector/" in path for path in source.leaves) else set()
     if missing := needed.get(layout, {"decoder"}) - source.parts:
         raise MoextendError(
             f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"

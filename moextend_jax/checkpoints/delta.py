@@ -51,6 +51,7 @@ def of_extensions(leaves: Mapping[str, Leaf], config: ModelConfig, names: Collec
         for kind in KINDS
     }
     read = {part.medium for added in kinds.values() for part in added.values()}
+    read |= {other for name in read & config.media.keys() for other in config.media[name].projector.others}
     media = Named({name: medium for name, medium in config.media.items() if names is None or name in read})
     starts = tuple(f"{kind}/{name}/" for kind, added in kinds.items() for name in added)
     starts += tuple(f"media/{name}/projector/" for name in media)

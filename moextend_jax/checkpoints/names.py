@@ -43,7 +43,7 @@ from moextend_jax.families.towers import TOWERS
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.blocks import make_blocks
 from moextend_jax.models.mixtral import Extension, Mixtral
-from moextend_jax.models.projectors import TABLE, sizes
+from moextend_jax.models.projectors import TABLE, make_projector, sizes
 from moextend_jax.models.starts import STARTS
 from moextend_jax.models.whisper import sizes_of
 from moextend_jax.parameters import by_path
@@ -233,11 +233,8 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
     kind, _, inside = path.partition("/")
     name, _, inside = inside.partition("/")
     rows, leaf = _DECODERS[config.decoder.family], path
-    if kind in RIVALS:
-        if (axes := _axes_of_rival(config, kind, name).get(inside)) is None:
-            return None
-        _, *rest = axes
-        return Name(path, f"{kind}.{name}.{{Z}}.{inside}", f"{' '.join(rest)} -> {' '.join(rest)}")
+    if _is_ours(path, config):
+        return _own_row(path, _own_axes(path, config), stacked=kind in RIVALS)
     if kind == "extensions":
         rows, leaf = _EXTENSION if name in config.extensions else {}, inside
         added = config.extensions.get(name)
@@ -268,13 +265,40 @@ def _leaves_of_extension(decoder: DecoderConfig, start: StartName, calibrator: C
 
 
 RIVALS = ("adapters", "blocks")
-"""Parts of a model that our own files alone hold, so that their rows follow from their leaves."""
+"""Parts of a model that our own files alone hold, as they do projectors on a trunk: rows follow from their leaves."""
 
 
-def _axes_of_rival(config: ModelConfig, kind: str, name: str) -> dict[str, dict[str, int]]:
-    """By path inside a rival's part the letters of a leaf's axes and their sizes; nothing of one that is not there."""
-    rival = getattr(config, kind).get(name)
-    return _leaves_of_rival(config.decoder, rival) if rival else {}
+def _is_ours(path: str, config: ModelConfig) -> bool:
+    kind, name, *rest = path.split("/")
+    on_trunk = kind == "media" and rest[:1] == ["projector"] and name in config.media
+    return kind in RIVALS or (on_trunk and bool(config.media[name].projector.trunk))
+
+
+def _own_axes(path: str, config: ModelConfig) -> dict[str, int] | None:
+    """The letters of such a leaf's axes and their sizes; None: there is no such leaf."""
+    kind, name, inside = path.split("/", 2)
+    if kind in RIVALS:
+        rival = getattr(config, kind).get(name)
+        return _leaves_of_rival(config.decoder, rival).get(inside) if rival else None
+    medium = config.media[name]
+    leaves = _leaves_of_projector(medium.projector, medium.tower.sizes()["C"], config.decoder.width)
+    return leaves.get(inside.removeprefix("projector/"))
+
+
+def _own_row(path: str, axes: dict[str, int] | None, *, stacked: bool) -> Name | None:
+    if axes is None:
+        return None
+    kept = [*axes][stacked:]
+    return Name(path, path + ".{Z}" * stacked, f"{' '.join(kept)} -> {' '.join(kept)}")
+
+
+@functools.cache
+def _leaves_of_projector(projector: ProjectorConfig, width: int, decoder_width: int) -> dict[str, dict[str, int]]:
+    def make() -> nnx.Module:
+        return make_projector(projector, C=width, P=1, D=decoder_width, rngs=nnx.Rngs(0), dtype="float32")
+
+    leaves = by_path(nnx.state(nnx.eval_shape(make), nnx.Param))
+    return {path: dict(zip(param.axes, param.shape, strict=True)) for path, param in leaves.items()}
 
 
 @functools.cache
@@ -387,8 +411,8 @@ def letters(path: str, config: ModelConfig) -> dict[str, int]:
     kind, name, part = (*path.split("/", 3), "")[:3]
     if kind == "extensions":
         return config.sizes(name)
-    if kind in RIVALS:
-        return _axes_of_rival(config, kind, name)[path.split("/", 2)[2]]
+    if _is_ours(path, config):
+        return _own_axes(path, config) or {}
     if kind != "media":
         return {**config.sizes(), "1": 1, "h": config.decoder.head_size // 2, "t": 2}  # a head's halves, or neighbours
     medium, tower = config.media[name], config.media[name].tower

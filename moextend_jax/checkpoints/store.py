@@ -243,6 +243,8 @@ def _checked(record: Record) -> Record:
             raise ValueError(f"{shown(name)} is no name of a medium or an extension")
     for name, medium in config.media.items():
         _check_medium(name, medium)
+        if missing := [other for other in medium.projector.others if other not in config.media]:
+            raise ValueError(f"the projector of {name} is on that of {shown(missing[0])}, which is not there")
     pads = [medium.tags.pad for medium in config.media.values()]
     if len({*pads}) < len(pads):
         raise ValueError(f"media {shown(list(config.media))} have the same tags")
@@ -285,13 +287,17 @@ def _check_medium(name: str, medium: Medium) -> None:
         raise ValueError(f"the tower of {name} has {tower.layers} layers, no layer {tower.feature_layer}")
     if not all(-1 <= tag < 1 << 31 for tag in medium.tags.ids):
         raise ValueError(f"{name} tags {shown(medium.tags.ids)} are impossible")
-    numbers = (medium.frames, *medium.spans, *(n for n in dataclasses.astuple(projector) if n != projector.kind))
+    counted = ("neighbours", "queries", "layers", "heads", "cross_every", "rank")
+    numbers = (medium.frames, *medium.spans, *(getattr(projector, name) for name in counted))
     if not all(0 < n < MOST for n in numbers) or list(medium.spans) != sorted({*medium.spans}):
         raise ValueError(f"{name} has frames, spans or a projector that are impossible")
     if (medium.frames > 1 and medium.kind != "video") or not 0 < medium.seconds < MOST:
         raise ValueError(f"{name} has frames or seconds that are impossible")
-    if projector.kind == "resampler" and tower.width % projector.heads:
-        raise ValueError(f"the resampler of {name} has {projector.heads} heads in width {tower.width}")
+    if not 0 <= projector.width < MOST or bool(projector.trunk) != (projector.kind in ("weave", "crema")):
+        raise ValueError(f"the projector of {name} is a {projector.kind} on {shown(projector.trunk)}")
+    width = projector.width or tower.width
+    if projector.kind in ("resampler", "crema") and width % projector.heads:
+        raise ValueError(f"the resampler of {name} has {projector.heads} heads in width {width}")
     if projector.neighbours > (1 if projector.kind == "linear" else tower.patches):
         raise ValueError(f"the projector of {name} has {projector.neighbours} neighbours")
 

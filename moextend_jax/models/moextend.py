@@ -119,7 +119,9 @@ class MoExtend(nnx.Module):
         B, M, P, C = features_BMPC.shape
         frames = medium.frames
         with jax.named_scope("projector"):
-            tokens_npD = module.projector(features_BMPC.reshape(-1, P // frames, C).astype(self.config.dtype))
+            features_nPC = features_BMPC.reshape(-1, P // frames, C).astype(self.config.dtype)
+            others = (self.media[other].projector for other in medium.projector.others)
+            tokens_npD = module.projector(features_nPC, *others)
             tokens_npD = join_frames(tokens_npD, frames=frames, join=medium.join)
         # The projector computes in its own dtype.
         return constrain(tokens_npD.astype(self.config.dtype).reshape(B, -1, tokens_npD.shape[-1]), "BSd")

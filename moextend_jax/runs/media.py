@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.loading import Source, open_tower
@@ -43,25 +44,27 @@ def with_media(source: Source, settings: RunSettings, tokenizer: Tokenizer) -> S
         if name == IMAGE:
             if IMAGE not in media:
                 raise MoextendError(f"media.{IMAGE} is set, and the run has no pictures: vision = {settings.vision!r}")
-            media[IMAGE] = dataclasses.replace(media[IMAGE], projector=projector_of(of))
+            media[IMAGE] = dataclasses.replace(media[IMAGE], projector=projector_of(IMAGE, of, media))
             continue
         tower, own = _tower(name, of, source, settings)
         leaves |= own
         # What stands before and behind an item is the same for all media; only what stands in it differs.
         tags = dataclasses.replace(tokenizer.tags, pad=tokenizer.spare[others.index(name)])
-        media[name] = medium_of(name, of, tower, tags=tags)
+        media[name] = medium_of(name, of, tower, media, tags=tags)
     config = dataclasses.replace(source.config, media=Named(media))
     return source._replace(leaves=leaves, record=source.record._replace(config=config))
 
 
-def medium_of(name: str, of: MediumSettings, tower: TowerConfig, *, tags: ImageTags) -> Medium:
-    """A medium as its settings have it, behind this tower."""
+def medium_of(
+    name: str, of: MediumSettings, tower: TowerConfig, before: Mapping[str, Medium], *, tags: ImageTags
+) -> Medium:
+    """A medium as its settings have it, behind this tower and after the media `before` it."""
     return Medium(
         kind=of.kind,
         mark=mark_of(name, of.kind),
         tags=tags,
         tower=tower,
-        projector=projector_of(of),
+        projector=projector_of(name, of, before),
         frames=of.frames if of.kind == "video" else 1,
         join=of.join,
         spans=of.spans,
@@ -69,9 +72,31 @@ def medium_of(name: str, of: MediumSettings, tower: TowerConfig, *, tags: ImageT
     )
 
 
-def projector_of(of: MediumSettings) -> ProjectorConfig:
-    """Sizes of a medium's projector."""
-    return ProjectorConfig(**dataclasses.asdict(of.projector))
+TRUNKS = {"weave": "linear", "crema": "resampler"}
+"""Kinds of projectors that add to that of an earlier medium, and its kind."""
+
+
+def projector_of(name: str, of: MediumSettings, before: Mapping[str, Medium]) -> ProjectorConfig:
+    """Sizes of a medium's projector, after the media `before` it.
+
+    Raises:
+      MoextendError: it adds to a projector that is not there, or of another kind.
+    """
+    asked = dataclasses.asdict(of.projector)
+    if (kind := TRUNKS.get(of.projector.kind)) is None:
+        return ProjectorConfig(**{field: asked[field] for field in asked if field not in ("rank", "trunk", "inner")})
+    trunk = before.get(of.projector.trunk)
+    if trunk is None or trunk.projector.kind != kind:
+        there = ", ".join(f"{name} {medium.projector.kind}" for name, medium in before.items()) or "none"
+        raise MoextendError(
+            f"media.{name}.projector {of.projector.kind} adds to a projector of kind {kind} of a medium before it, and "
+            f"its trunk is {of.projector.trunk!r}; there are: {there}"
+        )
+    past = [n for n, medium in before.items() if (medium.projector.kind, medium.projector.trunk) ==
+            (of.projector.kind, of.projector.trunk)]  # fmt: skip
+    sizes = {field: getattr(trunk.projector, field) for field in ("queries", "layers", "heads", "cross_every")}
+    own = {"width": trunk.tower.sizes()["C"], "past": tuple(past) if of.projector.kind == "weave" else ()}
+    return ProjectorConfig(**{**asked, **sizes, **own})
 
 
 def _tower(name: str, of: MediumSettings, source: Source, settings: RunSettings) -> tuple[TowerConfig, dict[str, Leaf]]:

@@ -154,7 +154,7 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
         if method.name == "blocks":
             with problems:
                 check_blocks(decoder, method.blocks)
-        if method.name != "moextend":
+        if method.name != "moextend":  # which alone chooses experts
             continue
         if decoder.top_k == 1 and decoder.normalised:
             problems.note([ONE_CHOSEN])

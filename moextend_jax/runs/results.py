@@ -143,14 +143,15 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
             media[link.medium] = f"align{last}"
             results[f"align{last}"] = _align(link, last, parents=aligned)
             aligned += (f"align{last}",)
-        results |= _rival(link, last, aligned=aligned) if link.rival else _extended(link, last, aligned=aligned)
-        moextend = (*aligned, f"grow{last}", f"finetune{last}")
+        own = _connector if link.connector else _rival if link.rival else _extended
+        results |= own(link, last, aligned=aligned)
+        moextend = (*aligned, *(f"{stage}{last}" for stage in ("grow", "finetune") if f"{stage}{last}" in results))
         tuned += tuple(name for name in media.values() if name not in tuned)
         results[f"full{last}"] = _full(link, last, parents=tuned, media=tuple(media))
         tuned += (f"full{last}",)
         exact = not before
         models[f"aligned{last}"] = ModelRow(f"aligned only{of}", aligned, text_is_bases=exact)
-        if not link.rival:
+        if f"extend{last}" in results:
             models[f"probed{last}"] = ModelRow(f"probed{of}", (*aligned, f"extend{last}"))
         models[f"moextend:{link.name}"] = ModelRow(f"{link.title}{of}", moextend)
         models[f"full:{link.name}"] = ModelRow(f"full fine-tuning{of}", tuned)
@@ -263,6 +264,20 @@ def _rival(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Resu
     return {f"grow{last}": grow, f"finetune{last}": finetune}
 
 
+def _connector(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
+    """finetune of an extension that adds nothing to the decoder: its medium's projector goes on."""
+    return {
+        f"finetune{last}": Result(
+            does=f"train the projector alone{_of(last)}",
+            parents=aligned,
+            data=lambda _: Data(f"finetune{last}"),
+            trains=lambda _: (f"media/{link.medium}/projector/*",),
+            settings=_group(last, "finetune"),
+            extension=link.name,
+        )
+    }
+
+
 def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, ...]) -> Result:
     return Result(
         does=f"full fine-tuning, the baseline{_of(last)}",
@@ -276,7 +291,7 @@ def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, 
 
 
 def _mixture(links: tuple[Link, ...], *, parents: tuple[str, ...]) -> Result:
-    names = [link.name for link in links if not link.apart and not link.rival]
+    names = [link.name for link in links if not link.apart and link.kind == "extensions" and not link.connector]
     media = dict.fromkeys(link.medium for link in links if link.medium and not link.apart)
     return Result(
         does="train the columns, calibrators and projectors of all extensions together",
