@@ -4,8 +4,8 @@
 
 `moextend` is the method; everything else is compared with it, seed by seed, after 100 steps of finetune instead of the
 demo's 260. Low-rank updates have LLaVA's alpha/rank of 2; rank 8 is to a model of width 128 about what LLaVA's rank is
-to one of 4096, and `lora_equal` has about as many trained parameters as the new experts. `_strict` is under strict text
-isolation, the others without.
+to one of 4096, and `lora_equal` has as many trained parameters as the new experts; a block is the least of its kind.
+`_strict` is under strict text isolation, where every method leaves text exactly as it was and sees as well as without.
 """
 
 import dataclasses
@@ -20,20 +20,18 @@ def _points(name: str, *, rank: int) -> tuple[str, ...]:
     return f"method.name={name}", f"method.rank={rank}", f"method.alpha={2 * rank}"
 
 
-METHODS: dict[str, tuple[str, ...]] = {
+STRICT = ("text_isolation=strict",)
+LORA_EQUAL = _points("lora", rank=24)
+POINTS: dict[str, tuple[str, ...]] = {
     "moextend": (),
+    "moextend_strict": STRICT,
     "dymoe": ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01"),
-    "blocks": ("method.name=blocks", "method.blocks=1"),
     "lora": _points("lora", rank=8),
-    "lora_equal": _points("lora", rank=64),
+    "lora_equal": LORA_EQUAL,
+    "lora_equal_strict": (*LORA_EQUAL, *STRICT),
     "mole": _points("mole", rank=8),
     "moram": (*_points("moram", rank=8), "method.experts=none", "method.top_k=8"),
-}
-STRICT = ("text_isolation=strict",)
-POINTS = {
-    name + end: (*words, *isolation)
-    for name, words in METHODS.items()
-    for end, isolation in (("", ()), ("_strict", STRICT))
+    "blocks": ("method.name=blocks", "method.blocks=1"),
 }
 
 
