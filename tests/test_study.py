@@ -146,6 +146,19 @@ def test_the_package_s_studies_are_ones(which: str):
     assert {"accuracy", "wordnet", "kjv", "start", "trained", "flops", "seconds"} < set(FIGURES)
 
 
+@pytest.mark.parametrize("name", ["study_methods", "study_sequence"])
+def test_so_are_those_of_methods(name: str):
+    settings = from_config_dict(load(name))
+    assert settings.study is not None
+    made = {point: with_words(settings, words, what=point) for point, words in settings.study.points.items()}
+    assert made["moextend"] == settings
+    later = [len(point.extensions) for point in made.values()]
+    assert later == [2 * (name == "study_sequence")] * len(made)
+    for point, own in made.items():
+        methods = {own.method.name, *(of.method.name for of in own.extensions.values())}
+        assert methods == {point.partition("_")[0] if point != "dymoe" else "moextend"}
+
+
 @pytest.mark.slow
 def test_a_study_of_real_runs(tmp_path: Path):
     """Points differ in what they set and in nothing else: the first stages are the same files."""

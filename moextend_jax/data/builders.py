@@ -18,10 +18,11 @@ how many rows hold a file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +163,7 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
         questions="one row per question",
         conversations="one row per image, with all its questions as turns",
         captions="one row per image, with a description of it",
+        **{name: f"of the questions those with answers {', '.join(sorted(of))}" for name, of in easy_vqa.KINDS.items()},
     )
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -179,8 +181,11 @@ class EasyVqa(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split, turns) -> Iterator[tuple[int, dict[str, Any]]]:
         refs = _easy_refs(split, turns)
         generate = {
-            "questions": _easy_questions, "conversations": _easy_conversations, "captions": _easy_captions
-        }  # fmt: skip
+            "questions": _easy_questions,
+            "conversations": _easy_conversations,
+            "captions": _easy_captions,
+            **{name: functools.partial(_easy_questions, answers=of) for name, of in easy_vqa.KINDS.items()},
+        }
         rows = _easy_pictures(split, refs) if holds_items(_config(self)) else generate[_config(self)](turns, refs)
         yield from _noted(self, split, ((row, None) for row in rows))
 
@@ -198,9 +203,12 @@ def _talk(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
 
 
-def _easy_questions(turns, refs) -> Iterator[dict[str, Any]]:
+def _easy_questions(turns, refs, *, answers: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """answers: only questions with these; none: all."""
     for number in sorted(turns):
         for n, (question, answer) in enumerate(turns[number]):
+            if answers and answer not in answers:
+                continue
             ref = refs[number]
             yield _row(f"{ref.key}/{n}", _talk(f"<image>\n{question}", answer), [ref])
 

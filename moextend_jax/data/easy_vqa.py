@@ -11,6 +11,8 @@ from moextend_jax.config import MoextendError
 
 SHAPES = {"circle", "rectangle", "triangle"}
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
+KINDS = {"shape_questions": SHAPES, "colour_questions": COLOURS, "yes_no_questions": {"yes", "no"}}
+"""TABLE config -> the answers of its questions."""
 
 
 def caption(turns: Sequence[tuple[str, str]]) -> str | None:
