@@ -630,18 +630,16 @@ class RunSettings:
             raise MoextendError(f"extensions.{self.extension} has the name of the first extension")
         seen: set[str] = set()
         for link in self.links:
-            medium = self.media.get(link.medium)
-            trunk = medium.projector.trunk if medium and medium.projector.kind in ("weave", "crema") else ""
-            if trunk and trunk not in seen:
+            if missing := [name for name in self._woven_into(link.medium) if name not in seen]:
                 raise MoextendError(
-                    f"extension {link.name}: the projector of {link.medium} adds to that of {trunk}, which no "
-                    "extension before it has trained"
+                    f"extension {link.name}: the projector of {link.medium} stands on that of {missing[0]}, which no "
+                    "extension before it has trained; media on one trunk stand in the order of training"
                 )
             if link.connector and not link.medium:
                 raise MoextendError(
                     f"extension {link.name}: method connector trains a medium's projector; name a medium"
                 )
-            seen.add(link.medium)
+            seen |= set() if link.apart else {link.medium}
             if link.medium and link.medium not in (IMAGE, *self.media):
                 known = ", ".join((IMAGE, *self.media))
                 raise MoextendError(f"extension {link.name} is for the medium {link.medium!r}; media are {known}")
@@ -650,6 +648,18 @@ class RunSettings:
                     f"text_isolation strict: extension {link.name} is for no medium, so that no conversation could "
                     "choose it; name one, or set text_isolation none"
                 )
+
+    def _woven_into(self, medium: str) -> list[str]:
+        """Media whose projectors that of a medium runs through: its trunk, and those before it on the same."""
+        own = self.media.get(medium)
+        if own is None or own.projector.kind not in ("weave", "crema"):
+            return []
+        kind, trunk = own.projector.kind, own.projector.trunk
+        before = list(self.media)[: list(self.media).index(medium)]
+        past = [
+            name for name in before if (of := self.media[name].projector).kind == kind == "weave" and of.trunk == trunk
+        ]
+        return [trunk, *past]
 
     @property
     def links(self) -> tuple[Link, ...]:

@@ -225,7 +225,11 @@ def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     first = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
     assert [*first["models"]["aligned"]] == [*templates] and "spread" in capsys.readouterr().out
     lines = (out / "wordings" / "look" / "easy_vqa" / "aligned" / "answers.jsonl").read_text().splitlines()
-    assert len(lines) == 8 and json.loads(lines[0])["prompt"].startswith("Look closely: ")
+    assert len(lines) == 8 and not json.loads(lines[0])["prompt"].startswith("Look")  # some are told apart by these
+    said = {
+        name: (out / "wordings" / name / "easy_vqa" / "aligned" / "answers.jsonl").read_text() for name in templates
+    }
+    assert len({tuple(json.loads(line)["text"] for line in text.splitlines()) for text in said.values()}) > 1
     again = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
     assert again == first and json.loads((out / "wordings" / "easy_vqa.json").read_text()) == first
     scores = json.loads((out / "wordings" / "look" / "easy_vqa" / "aligned" / "scores.json").read_text())
@@ -236,6 +240,8 @@ def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [*both["models"]] == ["moextend", "aligned"] and "gain %" in capsys.readouterr().out
     fewer = ask_wordings(askable(run, "aligned"), exam, {"as_is": "{question}"}, out=out)
     assert [*fewer["models"]] == ["aligned"]
+    with pytest.raises(MoextendError, match="another model"):  # the same name for another wording
+        ask_wordings(askable(run, "aligned"), exam, {"as_is": "Say: {question}"}, out=out)
 
 
 @pytest.mark.parametrize(

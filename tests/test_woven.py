@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -17,13 +18,16 @@ from test_chain import groups, write_features
 from moextend_jax import cli
 from moextend_jax.checkpoints import store
 from moextend_jax.config import MoextendError, ProjectorConfig
+from moextend_jax.mesh import make_mesh, place_leaves, place_rows
+from moextend_jax.models.flops import step_flops
 from moextend_jax.models.projectors import make_projector
-from moextend_jax.parameters import arrays_of
+from moextend_jax.parameters import arrays_of, by_path, with_arrays
 from moextend_jax.runs import results
 from moextend_jax.runs.making import make
 from moextend_jax.runs.models_of import leaves_of, open_model
 from moextend_jax.runs.run import open_run, remember
 from moextend_jax.settings import ExtensionSettings, MediumSettings, MethodSettings, ProjectorSettings, RunSettings
+from moextend_jax.sharding import MESH_AXES
 
 CONNECTOR = MethodSettings(name="connector")
 
@@ -56,8 +60,8 @@ def test_crema_starts_from_the_trunk_with_queries_of_its_own():
     assert np.abs(own(x_nPC, trunk) - trunk(x_nPC)).max() > 1e-3
 
 
-def medium(kind: Any = "weave", trunk: str = "image") -> MediumSettings:
-    projector = ProjectorSettings(kind=kind, trunk=trunk, rank=2)
+def medium(kind: Any = "weave", trunk: str = "image", rank: int = 2) -> MediumSettings:
+    projector = ProjectorSettings(kind=kind, trunk=trunk, rank=rank)
     return MediumSettings(kind="features", width=5, patches=3, projector=projector)
 
 
@@ -110,6 +114,7 @@ def test_a_chain_of_connectors(settings, tmp_path: Path):
     [
         ({"touch": medium(trunk="smell"), "smell": medium()}, "its trunk is 'smell'; there are: image linear"),
         ({"touch": medium("crema"), "smell": medium()}, "adds to a projector of kind resampler"),
+        ({"touch": medium(), "smell": medium(rank=3)}, "rank = 3: touch on the same trunk have rank 2"),
     ],
 )
 def test_a_trunk_that_is_not_there_is_refused(media, message: str, settings, tmp_path: Path):
@@ -119,5 +124,62 @@ def test_a_trunk_that_is_not_there_is_refused(media, message: str, settings, tmp
 
 
 def test_a_trunk_must_be_trained_before(settings):
-    with pytest.raises(MoextendError, match="adds to that of image, which no extension before it has trained"):
+    with pytest.raises(MoextendError, match="stands on that of image, which no extension before it has trained"):
         dataclasses.replace(settings, extension="touch", medium="touch", extensions={})
+    later = dict(reversed(settings.extensions.items()))  # smell before touch, but behind it in media
+    with pytest.raises(MoextendError, match="projector of smell stands on that of touch, which no extension before"):
+        dataclasses.replace(settings, extensions=later)
+
+
+@pytest.mark.devices
+@pytest.mark.usefixtures("eight_devices")
+@pytest.mark.parametrize("kind", ["weave", "crema"])
+def test_tokens_and_gradients_do_not_depend_on_the_mesh(kind: str):
+    """A tower of another width than the trunk's; of weave one medium before."""
+
+    def build(kind: str, C: int, **more: Any) -> nnx.Module:
+        config = ProjectorConfig(kind=kind, heads=2, queries=3, rank=2, **more)  # pyright: ignore[reportArgumentType]
+        made = nnx.eval_shape(lambda: make_projector(config, C=C, P=5, D=16, rngs=nnx.Rngs(0), dtype="float32"))
+        assert isinstance(made, nnx.Module)
+        return made
+
+    trunk = build("linear" if kind == "weave" else "resampler", 16)
+    past = [build("weave", 16, trunk="image", width=16)] if kind == "weave" else []
+    own = build(kind, 8, trunk="image", width=16, past=("before",) * len(past))
+    modules, rng = [own, trunk, *past], np.random.default_rng(0)
+    arrays = [
+        {path: jnp.asarray(rng.normal(0, 0.1, param.shape), jnp.float32) for path, param in
+         by_path(nnx.state(module, nnx.Param)).items()} for module in modules
+    ]  # fmt: skip
+    x_nPC = jnp.asarray(rng.normal(size=(8, 5, 8)), jnp.float32)
+
+    @jax.jit
+    def loss(arrays, x_nPC):
+        made = [with_arrays(module, leaves) for module, leaves in zip(modules, arrays, strict=True)]
+        return (made[0](x_nPC, *made[1:]) ** 2).sum()
+
+    expected, d_expected = jax.value_and_grad(loss)(arrays, x_nPC)
+    mesh = make_mesh(dict(zip(MESH_AXES, (1, 2, 2, 2), strict=True)))
+    with jax.set_mesh(mesh):
+        placed = [place_leaves(module, leaves, mesh) for module, leaves in zip(modules, arrays, strict=True)]
+        value, gradient = jax.value_and_grad(loss)(placed, place_rows(x_nPC, mesh))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, theirs in zip(gradient, d_expected, strict=True):
+        for path, leaf in theirs.items():
+            np.testing.assert_allclose(ours[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
+
+
+def test_flops_of_what_a_medium_adds():
+    """One item of 3 positions, by hand: its map to the trunk's width, its adapters, the trunk's two maps."""
+    woven = ProjectorConfig(kind="weave", trunk="image", width=12, rank=2, past=("touch",))
+    smell = dataclasses.replace(tiny.SOUND, projector=woven)
+    config = dataclasses.replace(tiny.PLAIN, media=tiny.PLAIN.media.replacing("smell", smell))
+    parts = step_flops(config, trains=("media/smell/projector/*",), rows=1, length=8, items={"smell": 1}).parts
+    P, C, c, D = smell.tower.patches, smell.tower.sizes()["C"], 12, config.decoder.width
+    own = {name.rpartition("/")[2]: of["forward"] for name, of in parts.items() if name.startswith("media/smell/")}
+    assert own == {
+        "first": 2 * P * c * D, "second": 2 * P * D * D, "input": 2 * P * C * c,
+        "adapters": 2 * P * 2 * 2 * (c + 3 * D),
+    }  # fmt: skip
+    trained = {name for name, of in parts.items() if of["weight_gradients"]}
+    assert trained == {"media/smell/projector/input", "media/smell/projector/adapters"}  # the trunk is frozen

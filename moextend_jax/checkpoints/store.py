@@ -41,6 +41,7 @@ from moextend_jax.config import (
     ModelConfig,
     MoextendError,
     Named,
+    ProjectorConfig,
     Quantised,
     TowerConfig,
     VisionConfig,
@@ -49,6 +50,7 @@ from moextend_jax.config import (
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
 from moextend_jax.media import mark_of
+from moextend_jax.models.projectors import TRUNKS
 from moextend_jax.models.quantised import STORAGES
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
@@ -243,8 +245,7 @@ def _checked(record: Record) -> Record:
             raise ValueError(f"{shown(name)} is no name of a medium or an extension")
     for name, medium in config.media.items():
         _check_medium(name, medium)
-        if missing := [other for other in medium.projector.others if other not in config.media]:
-            raise ValueError(f"the projector of {name} is on that of {shown(missing[0])}, which is not there")
+        _check_trunk(name, medium.projector, config)
     pads = [medium.tags.pad for medium in config.media.values()]
     if len({*pads}) < len(pads):
         raise ValueError(f"media {shown(list(config.media))} have the same tags")
@@ -300,6 +301,18 @@ def _check_medium(name: str, medium: Medium) -> None:
         raise ValueError(f"the resampler of {name} has {projector.heads} heads in width {width}")
     if projector.neighbours > (1 if projector.kind == "linear" else tower.patches):
         raise ValueError(f"the projector of {name} has {projector.neighbours} neighbours")
+
+
+def _check_trunk(name: str, projector: ProjectorConfig, config: ModelConfig) -> None:
+    if not projector.trunk:
+        return
+    trunk = config.media.get(projector.trunk)
+    if trunk is None or trunk.projector.kind != TRUNKS[projector.kind] or trunk.tower.sizes()["C"] != projector.width:
+        raise ValueError(f"the projector of {name} is on that of {shown(projector.trunk)}, which does not fit it")
+    for other in projector.past:
+        of = config.media[other].projector if other in config.media else ProjectorConfig()
+        if (of.kind, of.trunk, of.rank) != (projector.kind, projector.trunk, projector.rank) or other == name:
+            raise ValueError(f"the projector of {name} stands beside that of {shown(other)}, which does not fit it")
 
 
 def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConfig) -> None:

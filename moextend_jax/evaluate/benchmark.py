@@ -7,6 +7,7 @@ scores.json beside it, and a table. Killed and started again it goes on with the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,12 +63,15 @@ def read_exam(name: str, *, data: Path | None = None, split: str | None = None, 
     return exam
 
 
-def benchmark(opened: Askable, exam: Exam, *, out: Path, max_new_tokens: int | None = None) -> dict[str, Any]:
+def benchmark(
+    opened: Askable, exam: Exam, *, out: Path, max_new_tokens: int | None = None, template: str | None = None
+) -> dict[str, Any]:
     """Answers what is not answered yet, scores, prints, and returns what scores.json holds.
 
     Args:
       out: the folder of all answers.
       max_new_tokens: None is the benchmark's own number.
+      template: the wording that the exam's questions are in (`wordings.py`); answers to another are refused.
 
     Raises:
       MoextendError: images that are broken (by line, before anything runs), a model that cannot see, or a file of
@@ -81,6 +85,8 @@ def benchmark(opened: Askable, exam: Exam, *, out: Path, max_new_tokens: int | N
                             f"--model {' or '.join(ANSWERING)} of a work directory")  # fmt: skip
     path = folder_of(out, name, split=split, model=opened.name) / "answers.jsonl"
     model_id = f"{opened.identity}-{most}"
+    if template is not None:
+        model_id += f"-{hashlib.sha256(template.encode()).hexdigest()[:8]}"
     speed = _answer(opened, exam, path, model_id=model_id, max_new_tokens=most)
     record: dict[str, Any] = {}
     if distributed.first():
@@ -92,6 +98,7 @@ def benchmark(opened: Askable, exam: Exam, *, out: Path, max_new_tokens: int | N
         print_scores(name, scores, record)
         record |= {"split": split or table.benchmark(name).splits[0], "limit": limit, "model": opened.name} | speed
         record |= {"model_id": model_id, "max_new_tokens": most}
+        record |= {} if template is None else {"template": template}
         chosen_examples = examples(answered, scores.points)
     else:
         chosen_examples = []

@@ -32,6 +32,8 @@ TOP = 3
 
 def read_templates(path: Path) -> dict[str, str]:
     """Raises MoextendError where the file is none: not JSON, no names that can be folders, no {question}."""
+    if not path.is_file():
+        raise MoextendError(f"{path} does not exist: --templates names a JSON file {{NAME: TEMPLATE, ...}}")
     templates = read_json(path)
     if not templates:
         raise MoextendError(f"{path} has no templates: write {{NAME: TEMPLATE, ...}}")
@@ -44,14 +46,10 @@ def read_templates(path: Path) -> dict[str, str]:
 
 
 def worded(exam: Exam, template: str) -> Exam:
-    """The exam in another wording, which its answers file records too."""
+    """The exam in another wording. Its files record the benchmark's own prompts, which some tell questions apart by."""
     before, after = template.split(QUESTION)
     every = [
-        dataclasses.replace(
-            question,
-            text=before + question.text + after,
-            prompt=before + question.prompt + after if question.prompt else "",
-        )
+        dataclasses.replace(question, text=before + question.text + after, prompt=question.recorded)
         for question in exam.every
     ]
     return exam._replace(every=every)
@@ -66,13 +64,13 @@ def ask_wordings(
     Raises:
       MoextendError: the benchmark cannot be scored here, or as `benchmark`.
     """
-    at = out / "wordings" / f"{exam.name}.json"
+    at = folder_of(out / "wordings", exam.name, split=exam.split, model="").with_suffix(".json")
     scores = {}
     for name, template in templates.items():
         if distributed.first():
             console().print(f"wording {name}: {template!r}", highlight=False, markup=False)
         folder = out / "wordings" / name
-        record = benchmark(opened, worded(exam, template), out=folder, max_new_tokens=max_new_tokens)
+        record = benchmark(opened, worded(exam, template), out=folder, max_new_tokens=max_new_tokens, template=template)
         headline = json.loads(distributed.text_from_first(lambda record=record: json.dumps(record["headline"])))
         if headline is None:
             where = folder_of(folder, exam.name, split=exam.split, model=opened.name)
@@ -80,6 +78,7 @@ def ask_wordings(
         scores[name] = headline["value"]
     before = read_json(at) if distributed.first() and at.exists() else {}
     asked = {"benchmark": exam.name, "split": exam.split, "limit": exam.limit, "templates": dict(templates)}
+    asked |= {"max_new_tokens": max_new_tokens}
     others = before.get("models", {}) if {name: before.get(name) for name in asked} == asked else {}
     models = others | {opened.name: scores}
     record = asked | {"models": models}

@@ -163,6 +163,7 @@ def _parts(
     for name, medium in config.media.items():
         if n := rows * items.get(name, 0):
             parts += _medium(f"media/{name}/", medium, trained, n=n, width=config.decoder.width)
+            parts += _woven(f"media/{name}/projector/", medium, n=n, width=config.decoder.width)
     return parts + _decoder(config, rows=rows, length=length, new_share=new_share)
 
 
@@ -172,16 +173,30 @@ def _medium(inside: str, medium: Medium, trained, *, n: int, width: int) -> list
     parts: list[Part] = []
     if not isinstance(tower, FeaturesConfig):
         parts = _tower(inside + "tower/", tower, trained((inside + "tower/layers/mlp/up",)), n=n)
-    below, tokens = bool(parts) and parts[0].below, n * medium.projector.tokens(tower.patches)
-    inputs = C * (medium.projector.neighbours if medium.projector.kind == "stack" else 1)
-    leaf = inside + "projector/first"
-    first = Part(leaf, 2.0 * tokens * inputs * D, (leaf,), trained((inside + "tower/layers/mlp/up",)))
+    tokens, below = n * medium.projector.tokens(tower.patches), trained((inside + "tower/layers/mlp/up",))
+    projector, maps = medium.projector, inside
+    inputs = (projector.width or C) * (projector.neighbours if projector.kind == "stack" else 1)
+    if projector.trunk:  # its maps are the trunk's, and below them is what the medium adds
+        maps, below = f"media/{projector.trunk}/", below or trained((inside + "projector/first/up",))
+    leaf = maps + "projector/first"
+    first = Part(inside + "projector/first", 2.0 * tokens * inputs * D, (leaf,), below)
     below = first.below or trained(first.leaves)
-    return [
-        *parts,
-        first,
-        Part(inside + "projector/second", 2.0 * tokens * D * D, (inside + "projector/second",), below),
-    ]
+    second = Part(inside + "projector/second", 2.0 * tokens * D * D, (maps + "projector/second",), below)
+    return [*parts, first, second]
+
+
+def _woven(inside: str, medium: Medium, *, n: int, width: int) -> list[Part]:
+    """What a medium adds to its trunk: a map to the trunk's width, and two thin products beside each of the trunk's
+    maps, of its own adapter and of those before it. Crema's updates count as its map alone."""
+    projector, C, n = medium.projector, medium.tower.sizes()["C"], n * medium.frames
+    c, parts = projector.width, []
+    if projector.trunk and c != C:
+        parts += [Part(inside + "input", 2.0 * n * medium.tower.patches * C * c, (inside + "input/weight",), False)]
+    if projector.kind == "weave":
+        tokens, adapters = n * projector.tokens(medium.tower.patches), len(projector.past) + 1
+        flops = 2.0 * tokens * projector.rank * adapters * ((c + width) + (width + width))
+        parts += [Part(inside + "adapters", flops, (inside + "first/up",), True)]
+    return parts
 
 
 def _tower(inside: str, tower: VisionConfig | WhisperConfig, trains: bool, *, n: int) -> list[Part]:

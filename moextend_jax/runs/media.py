@@ -21,6 +21,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.media import mark_of
+from moextend_jax.models.projectors import TRUNKS
 from moextend_jax.settings import MediumSettings, RunSettings
 
 
@@ -72,10 +73,6 @@ def medium_of(
     )
 
 
-TRUNKS = {"weave": "linear", "crema": "resampler"}
-"""Kinds of projectors that add to that of an earlier medium, and its kind."""
-
-
 def projector_of(name: str, of: MediumSettings, before: Mapping[str, Medium]) -> ProjectorConfig:
     """Sizes of a medium's projector, after the media `before` it.
 
@@ -94,6 +91,11 @@ def projector_of(name: str, of: MediumSettings, before: Mapping[str, Medium]) ->
         )
     past = [n for n, medium in before.items() if (medium.projector.kind, medium.projector.trunk) ==
             (of.projector.kind, of.projector.trunk)]  # fmt: skip
+    if ranks := {before[n].projector.rank for n in past} - {of.projector.rank}:
+        raise MoextendError(
+            f"media.{name}.projector.rank = {of.projector.rank}: {', '.join(past)} on the same trunk have rank "
+            f"{min(ranks)}, and its maps stand inside their adapters"
+        )
     sizes = {field: getattr(trunk.projector, field) for field in ("queries", "layers", "heads", "cross_every")}
     own = {"width": trunk.tower.sizes()["C"], "past": tuple(past) if of.projector.kind == "weave" else ()}
     return ProjectorConfig(**{**asked, **sizes, **own})

@@ -79,6 +79,8 @@ class Run:
         medium = next(link.medium for link in self.settings.links if link.name == row.extension)
         if medium in self.towers:
             more = {"tower": self.towers[medium], **more}
+        if medium and (projector := self.config.media[medium].projector).trunk:
+            more = {"projector": as_json(dataclasses.asdict(projector)), **more}
         decisive = ["seed", "aux_coefficient", "dtype", "train_dtype"]
         table = results.table(self.settings)
         if (row.grown and row.how == "train") or table.grown(row.parents):  # else there is no extension yet
