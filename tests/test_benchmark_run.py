@@ -240,7 +240,7 @@ def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [*both["models"]] == ["moextend", "aligned"] and "gain %" in capsys.readouterr().out
     fewer = ask_wordings(askable(run, "aligned"), exam, {"as_is": "{question}"}, out=out)
     assert [*fewer["models"]] == ["aligned"]
-    with pytest.raises(MoextendError, match="another model"):  # the same name for another wording
+    with pytest.raises(MoextendError, match="an answer of model"):  # the same name for another wording
         ask_wordings(askable(run, "aligned"), exam, {"as_is": "Say: {question}"}, out=out)
 
 
