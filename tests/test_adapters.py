@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import random_run
 import tiny
 from flax import nnx
 
-from moextend_jax.checkpoints import quantising
+from moextend_jax.checkpoints import quantising, train_state
 from moextend_jax.config import RECIPES, AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
 from moextend_jax.evaluate.composing import RULES, composed
 from moextend_jax.mesh import make_mesh, place_leaves, place_rows
@@ -208,6 +209,14 @@ def test_a_run_of_low_rank_updates(name, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     with pytest.raises(MoextendError, match="no stage 'select'"):
         make(run, "select")
+
+
+def test_records_from_before_there_were_two_updates_still_count():
+    now = {"adapter": dataclasses.asdict(LORA)}
+    before = {"adapter": {name: value for name, value in now["adapter"].items() if name != "tokens"}}
+    train_state.check_facts(before, now, where=Path("grow"))
+    with pytest.raises(MoextendError, match="adapter.tokens"):
+        train_state.check_facts(before, {"adapter": now["adapter"] | {"tokens": "items"}}, where=Path("grow"))
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
 
 BEFORE: dict[str, Any] = {
     "weight_guard": "none", "tags": [5, 6, 3], "mass": "base", "start": "copy", "wide": 1, "first_moment": "float32",
-    "calibrator": "two_layers",
+    "calibrator": "two_layers", "tokens": "all",
 }  # fmt: skip
 """What was done where an older record does not say it, because there was no choice."""
 MAY_CHANGE = ("pictures",)
