@@ -120,6 +120,9 @@ def test_maps_and_layers_that_are_left_alone_have_zeros(exported: Path, run, tmp
         ("rank_pattern", {"q_proj": 8}, "rank_pattern"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("r", "3", "no rank and alpha"),
+        ("r", True, "no rank and alpha"),
+        ("lora_alpha", float("inf"), "no rank and alpha"),
+        ("lora_alpha", float("nan"), "no rank and alpha"),
         ("r", 5, "expected"),
     ],
 )

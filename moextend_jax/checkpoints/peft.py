@@ -171,8 +171,9 @@ def open_peft(folder: Path, decoder: DecoderConfig) -> Opened:
     for setting, values in MUST_BE.items():
         if attributes.get(setting, values[0]) not in values:
             raise MoextendError(f"{at}: {setting} = {shown(attributes[setting])} is not read (only {values[0]!r})")
-    rank, alpha = attributes.get("r"), attributes.get("lora_alpha")
-    if not isinstance(rank, int) or not 0 < rank <= 1 << 16 or not isinstance(alpha, int | float) or not alpha > 0:
+    rank: Any = attributes.get("r")
+    alpha: Any = attributes.get("lora_alpha")
+    if type(rank) is not int or not 0 < rank <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise MoextendError(f"{at}: r = {shown(rank)} and lora_alpha = {shown(alpha)} are no rank and alpha")
     scale = math.sqrt(rank) if attributes.get("use_rslora") else 1.0  # alpha over the root of the rank
     stored = _split(open_tensors(folder / TENSORS), decoder, rank=rank, where=folder)
