@@ -120,6 +120,8 @@ def test_maps_and_layers_that_are_left_alone_have_zeros(exported: Path, run, tmp
         ("rank_pattern", {"q_proj": 8}, "rank_pattern"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("r", "3", "no rank and alpha"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa' is not read"),
+        ("use_rslora", "false", "use_rslora = 'false' is not read"),
         ("r", True, "no rank and alpha"),
         ("lora_alpha", float("inf"), "no rank and alpha"),
         ("lora_alpha", float("nan"), "no rank and alpha"),
@@ -156,8 +158,9 @@ def test_tensors_that_do_not_belong_and_a_missing_base(exported: Path, run, tmp_
             opened(tmp_path / str(n), run)
 
 
-def test_what_is_no_lora_has_no_place(tmp_path: Path):
+def test_what_is_no_lora_has_no_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = random_run.random_run(tmp_path, method=MethodSettings(name="mole", rank=2))
     with pytest.raises(SystemExit):
         cli.main(["export", str(run.workdir), str(tmp_path / "out"), "--layout", "peft"])
+    assert "layout peft holds LoRA; mole has no place in it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -39,8 +39,12 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "layer_replication": (None,), "trainable_token_indices": (None,),
     "use_qalora": (False, None), "use_bdlora": (None, False), "alora_invocation_tokens": (None,),
+    "use_rslora": (False, True, None), "kasa_config": (None,), "arrow_config": (None,), "monteclora_config": (None,),
+    "velora_config": (None,), "corda_config": (None,), "loftq_config": ({}, None), "lora_ga_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian"),
 }  # fmt: skip
-"""Settings of PEFT that change what is computed, with the values that are read here."""
+"""Settings of PEFT that change what is computed, or the base (PiSSA and OLoRA take their start out of its weights),
+with the values that are read here."""
 
 
 class Factor(NamedTuple):
@@ -118,7 +122,7 @@ def planned(
     Raises:
       MoextendError: PEFT has no such method, or no names for its experts.
     """
-    if adapter.method != "lora":
+    if adapter.method != "lora" or adapter.tokens != "all":
         raise MoextendError(f"layout peft holds LoRA; {adapter.method} has no place in it: --layout delta holds it")
     tensors, modules = {}, {}
     for factor in factors(adapter, decoder):
