@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 Value = TypeVar("Value")
@@ -288,6 +288,10 @@ class FeaturesConfig:
 TowerConfig = VisionConfig | WhisperConfig | FeaturesConfig
 
 
+TRUNKS = {"weave": "linear", "crema": "resampler"}
+"""TABLE of the kinds of projectors that add to that of an earlier medium -> its kind."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """How tower features [P, C] become tokens [p, D] of the decoder.
@@ -537,6 +541,17 @@ per FLOP that it saves; "attended" saves the attention itself: its kernel (splas
 again. Where there is none (`attention.attend`) XLA computes the scores again whatever is kept."""
 
 
+Added = ExtensionConfig | AdapterConfig | BlocksConfig
+RIVALS = ("adapters", "blocks")
+ADDITIONS = ("extensions", *RIVALS)
+"""Fields of `ModelConfig` that hold what was added to the decoder; paths of its leaves begin so."""
+
+
+def extension_of(name: str) -> str:
+    """The extension that a part called NAME, or NAME.text, belongs to."""
+    return name.partition(".")[0]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole model. Without `media` it is a text model; without `extensions` one that is not grown yet."""
@@ -586,9 +601,17 @@ class ModelConfig:
         return self.decoder.sizes() if extension is None else self.extensions[extension].sizes(self.decoder)
 
     @property
-    def added(self) -> dict[str, ExtensionConfig | AdapterConfig | BlocksConfig]:
+    def added(self) -> dict[str, Added]:
         """Extensions, then adapters, then blocks."""
         return {**self.extensions, **self.adapters, **self.blocks}
+
+    def with_added(self, change: Callable[[str, Added], Added | None]) -> ModelConfig:
+        """With `change` of the name and sizes of everything that is added; None takes it out."""
+        changed: dict[str, Any] = {}
+        for kind in ADDITIONS:
+            of_kind = {name: change(name, of) for name, of in getattr(self, kind).items()}
+            changed[kind] = Named({name: of for name, of in of_kind.items() if of is not None})
+        return dataclasses.replace(self, **changed)
 
     @property
     def cached_layers(self) -> int:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from moextend_jax.config import (
     IMAGE,
     RECIPES,
+    TRUNKS,
     AdaptedExperts,
     AdapterConfig,
     Amount,
@@ -608,8 +609,7 @@ class RunSettings:
                 f"expert_storage {self.expert_storage}: full fine-tuning trains the pretrained experts, which then are "
                 "integers; set it as_is, or leave the baseline out"
             )
-        groups: dict[str, Any] = {self.extension: self, **self.extensions}
-        for name, group in groups.items():
+        for name, group in self._groups:
             if group.method.guidance and not group.method.drift and group.grow.column == "copy":
                 raise MoextendError(
                     f"extension {name}: method.guidance keeps every token from a copied column, which never leads; set "
@@ -630,7 +630,7 @@ class RunSettings:
             raise MoextendError(f"extensions.{self.extension} has the name of the first extension")
         seen: set[str] = set()
         for link in self.links:
-            if missing := [name for name in self._woven_into(link.medium) if name not in seen]:
+            if missing := [name for name in self.woven_into(link.medium) if name not in seen]:
                 raise MoextendError(
                     f"extension {link.name}: the projector of {link.medium} stands on that of {missing[0]}, which no "
                     "extension before it has trained; media on one trunk stand in the order of training"
@@ -649,10 +649,10 @@ class RunSettings:
                     "choose it; name one, or set text_isolation none"
                 )
 
-    def _woven_into(self, medium: str) -> list[str]:
-        """Media whose projectors that of a medium runs through: its trunk, and those before it on the same."""
+    def woven_into(self, medium: str) -> list[str]:
+        """Media whose projectors that of a medium runs through: its trunk, and of weave those before it on the same."""
         own = self.media.get(medium)
-        if own is None or own.projector.kind not in ("weave", "crema"):
+        if own is None or own.projector.kind not in TRUNKS:
             return []
         kind, trunk = own.projector.kind, own.projector.trunk
         before = list(self.media)[: list(self.media).index(medium)]
@@ -662,9 +662,13 @@ class RunSettings:
         return [trunk, *past]
 
     @property
+    def _groups(self) -> list[tuple[str, Any]]:
+        """The extensions in order, each with its groups of settings."""
+        return [(self.extension, self), *self.extensions.items()]
+
+    @property
     def links(self) -> tuple[Link, ...]:
         """The extensions in order."""
-        groups: list[tuple[str, Any]] = [(self.extension, self), *self.extensions.items()]
         return tuple(
             Link(
                 name,
@@ -673,8 +677,12 @@ class RunSettings:
                 rival=of.method.rival(of.medium),
                 connector=of.method.name == "connector",
             )
-            for name, of in groups
+            for name, of in self._groups
         )
+
+    def link(self, name: str) -> Link:
+        """That of an extension."""
+        return next(link for link in self.links if link.name == name)
 
     @property
     def profiled(self) -> range:

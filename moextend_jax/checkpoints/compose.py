@@ -21,7 +21,18 @@ from moextend_jax.checkpoints.convert import described, export_delta, import_sou
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.loading import Source, check_routers, folder_of, open_source, open_tower
 from moextend_jax.checkpoints.outside import shown
-from moextend_jax.config import IMAGE, ImageTags, Medium, ModelConfig, MoextendError, Named, Range, WhisperConfig
+from moextend_jax.config import (
+    ADDITIONS,
+    IMAGE,
+    ImageTags,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    Named,
+    Range,
+    WhisperConfig,
+    extension_of,
+)
 from moextend_jax.data.tokenizer import tokenizer_of
 from moextend_jax.folders import folder, reading
 
@@ -62,7 +73,7 @@ class Delta(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Of its extensions."""
-        return list(dict.fromkeys(map(delta.extension_of, self.record.config.added)))
+        return list(dict.fromkeys(map(extension_of, self.record.config.added)))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -139,7 +150,7 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
     Raises:
       MoextendError: what the deltas hold cannot stand side by side, or a share is of no extension.
     """
-    kinds: dict[str, dict[str, Any]] = {kind: {} for kind in delta.KINDS}
+    kinds: dict[str, dict[str, Any]] = {kind: {} for kind in ADDITIONS}
     extensions: dict[str, Any] = {}  # by name one of its parts
     for part in deltas:
         for name in part.names:
@@ -150,7 +161,7 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
                 )
         for kind, own in kinds.items():
             for name, added in getattr(part.record.config, kind).items():
-                of = delta.extension_of(name)
+                of = extension_of(name)
                 own[name] = extensions[of] = dataclasses.replace(added, share=shares.get(of, added.share))
     if unknown := sorted(shares.keys() - extensions.keys()):
         raise MoextendError(f"--share {unknown[0]}: there is no such extension; there are {', '.join(extensions)}")

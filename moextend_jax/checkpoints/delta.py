@@ -9,12 +9,13 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moextend_jax.checkpoints import store
 from moextend_jax.checkpoints.hashes import BaseHashes
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.config import (
+    ADDITIONS,
     IMAGE,
     DecoderConfig,
     ExtensionConfig,
@@ -22,10 +23,8 @@ from moextend_jax.config import (
     ModelConfig,
     MoextendError,
     Named,
+    extension_of,
 )
-
-KINDS = ("extensions", "adapters", "blocks")
-"""Fields of `ModelConfig` that hold what was added; their leaves have paths that begin so."""
 
 
 class Part(NamedTuple):
@@ -44,24 +43,14 @@ def of_extensions(leaves: Mapping[str, Leaf], config: ModelConfig, names: Collec
     known = dict.fromkeys(map(extension_of, config.added))
     if unknown := sorted({*(names or ())} - known.keys()):
         raise MoextendError(f"there is no extension {', '.join(unknown)}; there are: {', '.join(known) or 'none'}")
-    kinds: dict[str, Any] = {
-        kind: Named(
-            {name: of for name, of in getattr(config, kind).items() if names is None or extension_of(name) in names}
-        )
-        for kind in KINDS
-    }
-    read = {part.medium for added in kinds.values() for part in added.values()}
+    kept = config.with_added(lambda name, of: of if names is None or extension_of(name) in names else None)
+    read = {part.medium for part in kept.added.values()}
     read |= {other for name in read & config.media.keys() for other in config.media[name].projector.others}
     media = Named({name: medium for name, medium in config.media.items() if names is None or name in read})
-    starts = tuple(f"{kind}/{name}/" for kind, added in kinds.items() for name in added)
+    starts = tuple(f"{kind}/{name}/" for kind in ADDITIONS for name in getattr(kept, kind))
     starts += tuple(f"media/{name}/projector/" for name in media)
     own = {path: leaf for path, leaf in leaves.items() if path.startswith(starts)}
-    return Part(own, dataclasses.replace(config, **kinds, media=media))
-
-
-def extension_of(name: str) -> str:
-    """The extension that a part called NAME, or NAME.text, belongs to."""
-    return name.partition(".")[0]
+    return Part(own, dataclasses.replace(kept, media=media))
 
 
 def check_layers(

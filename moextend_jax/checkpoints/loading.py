@@ -38,6 +38,7 @@ from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.checkpoints.whisper import read_whisper
 from moextend_jax.config import (
+    ADDITIONS,
     IMAGE,
     DecoderConfig,
     ExtensionConfig,
@@ -105,7 +106,7 @@ def part_of(path: str) -> str:
     kind, name, *rest = path.split("/")
     if kind == "media":
         return name if name != IMAGE else {"tower": "vision"}.get(rest[0], rest[0])
-    return "extension" if kind in delta.KINDS else kind
+    return "extension" if kind in ADDITIONS else kind
 
 
 class _Wanted(NamedTuple):

@@ -15,13 +15,14 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax import nnx
 
 from moextend_jax.config import (
     IMAGE,
+    RIVALS,
     AdapterConfig,
     BlocksConfig,
     CalibratorName,
@@ -264,11 +265,9 @@ def _leaves_of_extension(decoder: DecoderConfig, start: StartName, calibrator: C
     return frozenset(by_path(nnx.state(module, nnx.Param)))
 
 
-RIVALS = ("adapters", "blocks")
-"""Parts of a model that our own files alone hold, as they do projectors on a trunk: rows follow from their leaves."""
-
-
 def _is_ours(path: str, config: ModelConfig) -> bool:
+    """Whether our own files alone hold a leaf, of a rival or of a projector on a trunk, so that its row follows from
+    the leaf itself."""
     kind, name, *rest = path.split("/")
     on_trunk = kind == "media" and rest[:1] == ["projector"] and name in config.media
     return kind in RIVALS or (on_trunk and bool(config.media[name].projector.trunk))
@@ -294,18 +293,19 @@ def _own_row(path: str, axes: dict[str, int] | None, *, stacked: bool) -> Name |
 
 @functools.cache
 def _leaves_of_projector(projector: ProjectorConfig, width: int, decoder_width: int) -> dict[str, dict[str, int]]:
-    def make() -> nnx.Module:
-        return make_projector(projector, C=width, P=1, D=decoder_width, rngs=nnx.Rngs(0), dtype="float32")
-
-    leaves = by_path(nnx.state(nnx.eval_shape(make), nnx.Param))
-    return {path: dict(zip(param.axes, param.shape, strict=True)) for path, param in leaves.items()}
+    options: Any = {"C": width, "P": 1, "D": decoder_width}
+    return _axes_of(lambda rngs: make_projector(projector, **options, rngs=rngs, dtype="float32"))
 
 
 @functools.cache
 def _leaves_of_rival(decoder: DecoderConfig, rival: AdapterConfig | BlocksConfig) -> dict[str, dict[str, int]]:
     make: Any = make_blocks if isinstance(rival, BlocksConfig) else Adapter
-    module = nnx.eval_shape(lambda: make(decoder, rival, rngs=nnx.Rngs(0), dtype="float32"))
-    leaves = by_path(nnx.state(module, nnx.Param))
+    return _axes_of(lambda rngs: make(decoder, rival, rngs=rngs, dtype="float32"))
+
+
+def _axes_of(make: Callable[[nnx.Rngs], Any]) -> dict[str, dict[str, int]]:
+    """By path inside a module the letters of a leaf's axes and their sizes."""
+    leaves = by_path(nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param))
     return {path: dict(zip(param.axes, param.shape, strict=True)) for path, param in leaves.items()}
 
 

@@ -26,12 +26,15 @@ from moextend_jax.checkpoints import hashes, leaves, quantising
 from moextend_jax.checkpoints.attributes import MOST, fits
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.names import PREFIXES, RIVALS
+from moextend_jax.checkpoints.names import PREFIXES
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.tensors import Planned, Stored, difference, open_safetensors, write_safetensors
 from moextend_jax.config import (
     IMAGE,
+    RIVALS,
+    TRUNKS,
     AdapterConfig,
+    Added,
     BlocksConfig,
     DecoderConfig,
     ExtensionConfig,
@@ -50,7 +53,6 @@ from moextend_jax.config import (
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
 from moextend_jax.media import mark_of
-from moextend_jax.models.projectors import TRUNKS
 from moextend_jax.models.quantised import STORAGES
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
@@ -294,7 +296,7 @@ def _check_medium(name: str, medium: Medium) -> None:
         raise ValueError(f"{name} has frames, spans or a projector that are impossible")
     if (medium.frames > 1 and medium.kind != "video") or not 0 < medium.seconds < MOST:
         raise ValueError(f"{name} has frames or seconds that are impossible")
-    if not 0 <= projector.width < MOST or bool(projector.trunk) != (projector.kind in ("weave", "crema")):
+    if not 0 <= projector.width < MOST or bool(projector.trunk) != (projector.kind in TRUNKS):
         raise ValueError(f"the projector of {name} is a {projector.kind} on {shown(projector.trunk)}")
     width = projector.width or tower.width
     if projector.kind in ("resampler", "crema") and width % projector.heads:
@@ -332,7 +334,7 @@ def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConf
     _check_place(name, extension)
 
 
-def _check_place(name: str, added: ExtensionConfig | AdapterConfig | BlocksConfig) -> None:
+def _check_place(name: str, added: Added) -> None:
     if not 0 <= added.share <= 1 or (added.medium and not NAME.fullmatch(added.medium)):
         raise ValueError(f"extension {shown(name)} has medium {shown(added.medium)}, share {added.share}")
 
@@ -399,7 +401,7 @@ def _built(kind: Any, value: Any, *, where: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def extension_attributes(added: ExtensionConfig | AdapterConfig | BlocksConfig) -> dict[str, Any]:
+def extension_attributes(added: Added) -> dict[str, Any]:
     """An extension or a rival in JSON; whether and how it trains is no fact about it."""
     training = ("trains", "guidance", "drift")
     return {name: value for name, value in dataclasses.asdict(added).items() if name not in training}

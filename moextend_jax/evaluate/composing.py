@@ -8,9 +8,9 @@ of low-rank updates the products add up, which is NaiveMC's sum of models, or wi
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from moextend_jax.config import ModelConfig, Named
+from moextend_jax.config import ModelConfig, extension_of
 
 
 class Rule(NamedTuple):
@@ -34,9 +34,6 @@ medium's span choose its own extension alone; the text around them none (strict)
 
 def composed(config: ModelConfig, rule: Rule) -> ModelConfig:
     """The model under a rule."""
-    share = 1 / max(len({name.partition(".")[0] for name in config.added}), 1) if rule.evenly else 1.0
-    shared: dict[str, Any] = {
-        kind: Named({name: dataclasses.replace(of, share=share) for name, of in getattr(config, kind).items()})
-        for kind in ("extensions", "adapters", "blocks")
-    }
-    return dataclasses.replace(config, composition=rule.composition, text_isolation=rule.text_isolation, **shared)
+    share = 1 / max(len({*map(extension_of, config.added)}), 1) if rule.evenly else 1.0
+    shared = config.with_added(lambda _, of: dataclasses.replace(of, share=share))
+    return dataclasses.replace(shared, composition=rule.composition, text_isolation=rule.text_isolation)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moextend_jax.config import IMAGE, ColumnStart, ExpertStart, ModelConfig, MoextendError, Recipe, StartName
 from moextend_jax.models.mixtral import Extension
-from moextend_jax.models.quantised import dequantise
+from moextend_jax.models.quantised import taken
 from moextend_jax.parameters import arrays_of
 
 COPIED = {
@@ -101,7 +101,7 @@ def grow(
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]
             copied = jnp.swapaxes(arrays[old][layers_Y1, :, sources_YXm[..., 0]], 1, 2)
         else:  # [Z, E, ...] -> [Y, X, ...]
-            parts = [_of_experts(arrays, old, layers_Y1, sources_YXm[..., n]) for n in range(wide)]
+            parts = [taken(arrays, old, (layers_Y1, sources_YXm[..., n])) for n in range(wide)]
             copied = MEAN_OF[new](parts) if wide > 1 and new in MEAN_OF else parts[0]
         leaves[new] = copied.astype(leaves[new].dtype)
     for new in (f"new_experts/{matrix}" for matrix in EXPERTS[expert]):
@@ -111,15 +111,6 @@ def grow(
         if new in leaves:
             leaves[new] = changed(leaves[new], lowered_by)
     return {f"extensions/{name}/{path}": leaf for path, leaf in leaves.items()}
-
-
-def _of_experts(arrays: Mapping[str, jax.Array], path: str, layers_Y1: jax.Array, sources_YX: jax.Array) -> jax.Array:
-    """A pretrained leaf of these experts `[Y, X, ...]`; of one in few bits the weights that it stands for, so that a
-    copy computes what its source does."""
-    leaf = arrays[path][layers_Y1, sources_YX]
-    if not jnp.issubdtype(leaf.dtype, jnp.integer):
-        return leaf
-    return dequantise(leaf, arrays[f"{path}_scale"][layers_Y1, sources_YX], jnp.float32)
 
 
 def read_by_grow(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from moextend_jax.config import BlocksConfig, DecoderConfig, ModelConfig, MoextendError
 from moextend_jax.models.mixtral import DecoderLayers
-from moextend_jax.models.quantised import dequantise
+from moextend_jax.models.quantised import taken
 from moextend_jax.parameters import by_path
 
 SILENT = (
@@ -54,9 +54,7 @@ def fresh_blocks(arrays: Mapping[str, jax.Array], *, config: ModelConfig, name: 
     layers = jnp.array(blocks.sources(config.decoder)) - config.decoder.routed.start
     leaves = {}
     for path, param in by_path(nnx.state(made, nnx.Param)).items():
-        copied = arrays[BASE + path][layers]
-        if jnp.issubdtype(copied.dtype, jnp.integer):
-            copied = dequantise(copied, arrays[f"{BASE}{path}_scale"][layers], jnp.float32)
+        copied = taken(arrays, BASE + path, layers)
         leaf = jnp.zeros_like(copied) if path in SILENT else copied
         leaves[f"blocks/{name}/{path}"] = leaf.astype(param.dtype)
     return leaves

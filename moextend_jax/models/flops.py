@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moextend_jax.config import (
     AdapterConfig,
@@ -21,7 +21,6 @@ from moextend_jax.config import (
     Medium,
     ModelConfig,
     MoextendError,
-    Named,
     VisionConfig,
     WhisperConfig,
 )
@@ -98,11 +97,7 @@ class Flops(NamedTuple):
 def of_those(config: ModelConfig, media: frozenset[str]) -> ModelConfig:
     """With the extensions and rivals that run for a batch with these media."""
     names = running(config, media)
-    parts: dict[str, Any] = {
-        kind: Named({name: added for name, added in getattr(config, kind).items() if name in names})
-        for kind in ("extensions", "adapters", "blocks")
-    }
-    return dataclasses.replace(config, **parts)
+    return config.with_added(lambda name, of: of if name in names else None)
 
 
 def step_flops(
@@ -145,7 +140,7 @@ def step_flops(
 
 def full_training(config: ModelConfig, *, rows: int, length: int, items: Mapping[str, int]) -> Flops:
     """Full fine-tuning of the model that is being extended, same batch, every layer recomputed."""
-    plain = dataclasses.replace(config, extensions=Named(), adapters=Named(), blocks=Named(), remat="layer", saved=())
+    plain = dataclasses.replace(config.with_added(lambda *_: None), remat="layer", saved=())
     flops = step_flops(plain, trains=("decoder/*", "media/*"), rows=rows, length=length, items=items)
     for (
         name,

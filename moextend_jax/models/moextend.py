@@ -14,9 +14,8 @@ from moextend_jax.config import (
     IGNORE,
     IMAGE,
     AdapterConfig,
+    Added,
     Batch,
-    BlocksConfig,
-    ExtensionConfig,
     Medium,
     ModelConfig,
     TowerConfig,
@@ -226,7 +225,7 @@ def running(config: ModelConfig, media: frozenset[str]) -> list[str]:
     return [name for name, of in config.added.items() if of.share and not (strict and of.medium not in media)]
 
 
-def _tokens(added: ExtensionConfig | AdapterConfig | BlocksConfig) -> str:
+def _tokens(added: Added) -> str:
     return added.tokens if isinstance(added, AdapterConfig) else "all"
 
 

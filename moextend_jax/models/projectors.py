@@ -121,9 +121,6 @@ TABLE: dict[str, Any] = {
 }  # fmt: skip
 """By `ProjectorConfig.kind`."""
 
-TRUNKS = {"weave": "linear", "crema": "resampler"}
-"""TABLE of the kinds that add to the projector of an earlier medium -> its kind."""
-
 
 # --- frames of a video ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ does not know it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +90,15 @@ def quantise(w_IO: np.ndarray, kind: str, group: int) -> tuple[np.ndarray, np.nd
     divisor_g1O = np.where(scale_gO == 0, 1, scale_gO.astype(np.float32))[..., :, None, :]
     values = storage.code(_in_groups(w_IO, group) / divisor_g1O)
     return values.reshape(w_IO.shape).astype(np.int8).astype(storage.dtype), scale_gO
+
+
+def taken(arrays: Mapping[str, jax.Array], path: str, at: Any) -> jax.Array:
+    """Part of a pretrained leaf for a copy of it: `leaf[at]`, of one in few bits the weights that it stands for, so
+    that the copy computes what its source does."""
+    leaf = arrays[path][at]
+    if not jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf
+    return dequantise(leaf, arrays[f"{path}_scale"][at], jnp.float32)
 
 
 def dequantise(values_IO: jax.Array, scale_gO: jax.Array, dtype: Any) -> jax.Array:

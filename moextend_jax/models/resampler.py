@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,31 +55,25 @@ class Resampler(nnx.Module):
         return resample(self, x_nPC)
 
 
-def resample(
-    module: Resampler,
-    x_nPC: jax.Array,
-    *,
-    own: Callable[..., Any] = lambda arrays: {},
-    enter: Callable[..., jax.Array] = lambda x_nPC, arrays: x_nPC,
-    changed: Callable[..., jax.Array] = lambda path, leaf, number, own: leaf,
-    more: tuple[Any, Any] = ({}, {}),
-) -> jax.Array:
-    """A resampler's tokens, perhaps as another medium has it.
+def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
+    """A resampler's tokens, or as another medium has it.
 
     Args:
-      more: leaves of that medium, and how they are split. own: these in use. enter: what its states pass first.
-      changed: a leaf of the resampler (its path, of a stacked one its layer's number) as that medium has it.
+      of: what that medium has of its own, with its leaves in use as `own`: `enter(x, own)`, what states pass first, and
+        `changed(path, leaf, number, own)`, a leaf of the resampler (of a stacked one its layer's) as it has it.
     """
     arrays, splits = module_shards(module)
+    more, splits_of_more = ({}, {}) if of is None else module_shards(of)
     items = Shards("nPc", (shards("n", x_nPC.shape).split[0], (), ()))
 
     def local(x_nPC, arrays, more):
         """Every device its own items, with the weights of a part gathered while it runs."""
-        x_nPC, others = enter(x_nPC, more), own(more)
+        own = {path: used(path, leaf, splits_of_more[path]) for path, leaf in more.items()}
+        x_nPC = x_nPC if of is None else of.enter(x_nPC, own)
 
         def leaf(path: str, *number: int) -> jax.Array:
-            how = splits[path].without_first() if number else splits[path]
-            return changed(path, used(path, arrays[path][number], how), number, others)
+            made = used(path, arrays[path][number], splits[path].without_first() if number else splits[path])
+            return made if of is None else of.changed(path, made, number, own)
 
         def part(name: str, *number: int) -> Any:
             """The part of this name; of a stacked one the layer of this number."""
@@ -97,4 +91,4 @@ def resample(
         return jnp.einsum("nqC,Cd->nqd", x_nqC, out_Cd) + bias_d[None, None]
 
     with jax.named_scope("resampler"):
-        return map_shards(local, (items, splits, more[1]), items)(x_nPC, arrays, more[0])
+        return map_shards(local, (items, splits, splits_of_more), items)(x_nPC, arrays, more)

@@ -121,22 +121,19 @@ class Crema(nnx.Module):
         self.out_bias = constant("d", sizes, dtype=dtype, value=0.0)
 
     def __call__(self, x_nPC: jax.Array, trunk: Resampler) -> jax.Array:
-        arrays, splits = module_shards(self)
+        return resample(trunk, x_nPC, self)
 
-        def own(arrays: Leaves) -> dict[str, jax.Array]:
-            return {path: used(path, leaf, splits[path]) for path, leaf in arrays.items()}
+    def enter(self, x_nPC: jax.Array, own: Leaves) -> jax.Array:
+        return entered(x_nPC, own)
 
-        def changed(path: str, leaf: jax.Array, number: tuple[int, ...], own: Leaves) -> jax.Array:
-            """A leaf of the trunk as this medium has it."""
-            if path in own:
-                return own[path]
-            name = path.removeprefix("self_attention/inner/")
-            if name not in UPDATED or name == path:
-                return leaf
-            return leaf + jnp.einsum("Cr,rNH->CNH", own[f"{name}_a"][number], own[f"{name}_b"][number])
-
-        return resample(trunk, x_nPC, enter=lambda x, arrays: entered(x, own(arrays)), changed=changed, own=own,
-                        more=(arrays, splits))  # fmt: skip
+    def changed(self, path: str, leaf: jax.Array, number: tuple[int, ...], own: Leaves) -> jax.Array:
+        """A leaf of the trunk as this medium has it."""
+        if path in own:
+            return own[path]
+        name = path.removeprefix("self_attention/inner/")
+        if name not in UPDATED or name == path:
+            return leaf
+        return leaf + jnp.einsum("Cr,rNH->CNH", own[f"{name}_a"][number], own[f"{name}_b"][number])
 
 
 UPDATED = ("query", "value")

@@ -17,10 +17,9 @@ from jax.sharding import Mesh
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
-from moextend_jax.checkpoints.delta import KINDS
 from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
-from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError, Named, Recipe
+from moextend_jax.config import ADDITIONS, IMAGE, RECIPES, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
@@ -162,8 +161,8 @@ def text_only(opened: Askable) -> Askable:
 def not_extended(opened: Askable) -> Askable:
     """An extended model without what its extension added: the base, where its pretrained leaves are still the base's,
     and its recipe kept the routers."""
-    model = abstract(dataclasses.replace(opened.config, **dict.fromkeys(KINDS, Named())))
-    arrays = {path: leaf for path, leaf in opened.arrays.items() if path.partition("/")[0] not in KINDS}
+    model = abstract(opened.config.with_added(lambda *_: None))
+    arrays = {path: leaf for path, leaf in opened.arrays.items() if path.partition("/")[0] not in ADDITIONS}
     return dataclasses.replace(
         opened, name="base", model=model, arrays=arrays, open_base=None, identify=lambda: f"base-of-{opened.identity}"
     )

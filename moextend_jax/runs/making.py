@@ -240,7 +240,7 @@ def grow(run: Run, name: str) -> None:
 
 def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig) -> None:
     """Fresh leaves of low-rank updates or of blocks, each made where it will lie."""
-    link = next(link for link in run.settings.links if link.name == row.extension)
+    link = run.settings.link(row.extension)
     kind, make, read = (
         ("blocks", fresh_blocks, read_by_blocks(run.pretrained))
         if row.extension in config.blocks

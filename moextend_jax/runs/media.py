@@ -9,6 +9,7 @@ from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.loading import Source, open_tower
 from moextend_jax.config import (
     IMAGE,
+    TRUNKS,
     FeaturesConfig,
     ImageTags,
     Medium,
@@ -21,7 +22,6 @@ from moextend_jax.config import (
 )
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.media import mark_of
-from moextend_jax.models.projectors import TRUNKS
 from moextend_jax.settings import MediumSettings, RunSettings
 
 
@@ -45,27 +45,28 @@ def with_media(source: Source, settings: RunSettings, tokenizer: Tokenizer) -> S
         if name == IMAGE:
             if IMAGE not in media:
                 raise MoextendError(f"media.{IMAGE} is set, and the run has no pictures: vision = {settings.vision!r}")
-            media[IMAGE] = dataclasses.replace(media[IMAGE], projector=projector_of(IMAGE, of, media))
+            media[IMAGE] = dataclasses.replace(media[IMAGE], projector=projector_of(IMAGE, settings, media))
             continue
         tower, own = _tower(name, of, source, settings)
         leaves |= own
         # What stands before and behind an item is the same for all media; only what stands in it differs.
         tags = dataclasses.replace(tokenizer.tags, pad=tokenizer.spare[others.index(name)])
-        media[name] = medium_of(name, of, tower, media, tags=tags)
+        media[name] = medium_of(name, settings, tower, media, tags=tags)
     config = dataclasses.replace(source.config, media=Named(media))
     return source._replace(leaves=leaves, record=source.record._replace(config=config))
 
 
 def medium_of(
-    name: str, of: MediumSettings, tower: TowerConfig, before: Mapping[str, Medium], *, tags: ImageTags
+    name: str, settings: RunSettings, tower: TowerConfig, before: Mapping[str, Medium], *, tags: ImageTags
 ) -> Medium:
     """A medium as its settings have it, behind this tower and after the media `before` it."""
+    of = settings.media[name]
     return Medium(
         kind=of.kind,
         mark=mark_of(name, of.kind),
         tags=tags,
         tower=tower,
-        projector=projector_of(name, of, before),
+        projector=projector_of(name, settings, before),
         frames=of.frames if of.kind == "video" else 1,
         join=of.join,
         spans=of.spans,
@@ -73,12 +74,13 @@ def medium_of(
     )
 
 
-def projector_of(name: str, of: MediumSettings, before: Mapping[str, Medium]) -> ProjectorConfig:
+def projector_of(name: str, settings: RunSettings, before: Mapping[str, Medium]) -> ProjectorConfig:
     """Sizes of a medium's projector, after the media `before` it.
 
     Raises:
       MoextendError: it adds to a projector that is not there, or of another kind.
     """
+    of = settings.media[name]
     asked = dataclasses.asdict(of.projector)
     if (kind := TRUNKS.get(of.projector.kind)) is None:
         return ProjectorConfig(**{field: asked[field] for field in asked if field not in ("rank", "trunk", "inner")})
@@ -89,15 +91,14 @@ def projector_of(name: str, of: MediumSettings, before: Mapping[str, Medium]) ->
             f"media.{name}.projector {of.projector.kind} adds to a projector of kind {kind} of a medium before it, and "
             f"its trunk is {of.projector.trunk!r}; there are: {there}"
         )
-    past = [n for n, medium in before.items() if (medium.projector.kind, medium.projector.trunk) ==
-            (of.projector.kind, of.projector.trunk)]  # fmt: skip
+    _, *past = settings.woven_into(name)
     if ranks := {before[n].projector.rank for n in past} - {of.projector.rank}:
         raise MoextendError(
             f"media.{name}.projector.rank = {of.projector.rank}: {', '.join(past)} on the same trunk have rank "
             f"{min(ranks)}, and its maps stand inside their adapters"
         )
     sizes = {field: getattr(trunk.projector, field) for field in ("queries", "layers", "heads", "cross_every")}
-    own = {"width": trunk.tower.sizes()["C"], "past": tuple(past) if of.projector.kind == "weave" else ()}
+    own = {"width": trunk.tower.sizes()["C"], "past": tuple(past)}
     return ProjectorConfig(**{**asked, **sizes, **own})
 
 

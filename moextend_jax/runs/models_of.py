@@ -14,7 +14,7 @@ import jax
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, ExtensionConfig, ModelConfig, MoextendError, Named
+from moextend_jax.config import IMAGE, RIVALS, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import make_leaves, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
@@ -104,7 +104,7 @@ def rivals_of(settings: RunSettings, names: Iterable[str]) -> dict[str, Named[An
     own = [links[name] for name in names]
     return {
         kind: Named({name: part for link in own if link.kind == kind for name, part in link.parts.items()})
-        for kind in ("adapters", "blocks")
+        for kind in RIVALS
     }
 
 

@@ -141,7 +141,7 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
         aligned = tuple(name for name in before if name.startswith("align")) if link.apart else before
         if link.medium and link.medium not in media:
             media[link.medium] = f"align{last}"
-            results[f"align{last}"] = _align(link, last, parents=aligned)
+            results[f"align{last}"] = _of_projector(link, "align", last, does="train the projector", parents=aligned)
             aligned += (f"align{last}",)
         own = _connector if link.connector else _rival if link.rival else _extended
         results |= own(link, last, aligned=aligned)
@@ -166,13 +166,14 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
     return Table(results, models)
 
 
-def _align(link: Link, last: str, *, parents: tuple[str, ...]) -> Result:
+def _of_projector(link: Link, stage: str, last: str, *, does: str, parents: tuple[str, ...]) -> Result:
+    """A stage that trains the projector of the extension's medium alone."""
     return Result(
-        does=f"train the projector{_of(last)}",
+        does=does + _of(last),
         parents=parents,
-        data=lambda _: Data(f"align{last}"),
+        data=lambda _: Data(f"{stage}{last}"),
         trains=lambda _: (f"media/{link.medium}/projector/*",),
-        settings=_group(last, "align"),
+        settings=_group(last, stage),
         extension=link.name,
     )
 
@@ -266,16 +267,8 @@ def _rival(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Resu
 
 def _connector(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
     """finetune of an extension that adds nothing to the decoder: its medium's projector goes on."""
-    return {
-        f"finetune{last}": Result(
-            does=f"train the projector alone{_of(last)}",
-            parents=aligned,
-            data=lambda _: Data(f"finetune{last}"),
-            trains=lambda _: (f"media/{link.medium}/projector/*",),
-            settings=_group(last, "finetune"),
-            extension=link.name,
-        )
-    }
+    finetune = _of_projector(link, "finetune", last, does="train the projector alone", parents=aligned)
+    return {f"finetune{last}": finetune}
 
 
 def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, ...]) -> Result:

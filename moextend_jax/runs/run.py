@@ -76,7 +76,7 @@ class Run:
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
         """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
         row = results.table(self.settings).result(name)
-        medium = next(link.medium for link in self.settings.links if link.name == row.extension)
+        medium = self.settings.link(row.extension).medium
         if medium in self.towers:
             more = {"tower": self.towers[medium], **more}
         if medium and (projector := self.config.media[medium].projector).trunk:

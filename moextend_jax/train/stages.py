@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from moextend_jax.config import MoextendError, Named
+from moextend_jax.config import ADDITIONS, MoextendError
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.parameters import SCALES, only_chooses
 from moextend_jax.settings import Group
@@ -61,13 +61,8 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
     """The structure of a model whose step trains these leaves: it says what of it has a gradient."""
-    training = {tuple(path.split("/")[:2]) for path in trainable}
-
-    def marked(kind: str) -> Named[Any]:
-        added = getattr(model.config, kind)
-        return Named({name: dataclasses.replace(of, trains=(kind, name) in training) for name, of in added.items()})
-
-    config = dataclasses.replace(model.config, **{kind: marked(kind) for kind in ("extensions", "adapters", "blocks")})
+    training = {path.split("/")[1] for path in trainable if path.startswith(ADDITIONS)}
+    config = model.config.with_added(lambda name, of: dataclasses.replace(of, trains=name in training))
     return model if config == model.config else abstract(config)
 
 

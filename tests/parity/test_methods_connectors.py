@@ -15,7 +15,7 @@ from moextend_jax.models.resampler import Resampler
 from moextend_jax.models.woven import Crema, woven
 from moextend_jax.parameters import with_arrays
 from parity.methods import methods_arrays
-from parity.test_methods_towers import resampler
+from parity.test_methods_towers import loss_of_fusion, resampler
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -87,12 +87,7 @@ def test_crema_on_a_frozen_resampler():
     np.testing.assert_allclose(jax.jit(tokens)(trained), theirs["tokens_mBtqD"], **CLOSE)
 
     def loss(trained: dict[str, jax.Array]) -> jax.Array:
-        """Of CREMA's fusion: assisting tokens, gated by themselves, added to the main medium's."""
-        main, *assisting, last = tokens(trained)
-        assisting = [*assisting, jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)]
-        fused = sum(x @ w for x, w in zip(assisting, trained["fuse_mDd"], strict=True))
-        fused = fused + trained["fuse_bias_d"][None, None, None]
-        return ((main + jax.nn.sigmoid(fused) * fused) * given["cotangent_BtqD"]).sum()
+        return loss_of_fusion(tokens(trained), trained, given["cotangent_BtqD"])
 
     for name, gradient in jax.jit(jax.grad(loss))(trained).items():
         np.testing.assert_allclose(gradient, theirs[f"d_{name}"], err_msg=name, **CLOSE)

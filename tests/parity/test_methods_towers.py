@@ -127,6 +127,15 @@ def resampler(given: dict[str, np.ndarray]) -> tuple[Resampler, Any]:
     return module, leaves
 
 
+def loss_of_fusion(tokens_mBtqD: jax.Array, trained: dict[str, Any], cotangent_BtqD: np.ndarray) -> jax.Array:
+    """Of CREMA's fusion: the other modalities' tokens, gated by themselves, added to the first one's."""
+    main, *assisting, last = tokens_mBtqD
+    assisting = [*assisting, jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)]
+    fused = sum(x @ w for x, w in zip(assisting, trained["fuse_mDd"], strict=True))
+    fused = fused + trained["fuse_bias_d"][None, None, None]
+    return ((main + jax.nn.sigmoid(fused) * fused) * cotangent_BtqD).sum()
+
+
 def test_crema_resampler_and_its_gradients(folder: Path):
     given = arrays(folder, "crema")
     module, leaves_of = resampler(given)
@@ -141,12 +150,7 @@ def test_crema_resampler_and_its_gradients(folder: Path):
     @jax.jit
     @jax.value_and_grad
     def loss(trained: dict[str, Any]) -> jax.Array:
-        """Of CREMA's fusion: the other modalities' tokens, gated by themselves, added to the first one's."""
-        main, *assisting, last = tokens({**given, **trained})
-        assisting = [*assisting, jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)]
-        fused = sum(x @ w for x, w in zip(assisting, trained["fuse_mDd"], strict=True))
-        fused = fused + trained["fuse_bias_d"][None, None, None]
-        return ((main + jax.nn.sigmoid(fused) * fused) * given["cotangent_BtqD"]).sum()
+        return loss_of_fusion(tokens({**given, **trained}), trained, given["cotangent_BtqD"])
 
     np.testing.assert_allclose(jax.jit(tokens)(given), given["tokens_mBtqD"], atol=SIMPLE, rtol=0)
     value, gradients = loss(trained)
