@@ -1,53 +1,87 @@
-"""One step of each stage here and in PyTorch, on the same number of cores, and the ratio.
+"""One step of each stage here and in PyTorch, turn by turn on the same cores, and the ratios.
 
-python benchmarks/compare.py [--torch-python PYTHON] [--threads 2]
+python benchmarks/compare.py [--torch-python PYTHON] [--threads 2] [--rounds 10] [--stages align,extend,finetune]
 
-In: an interpreter that has torch (default: this one). Out: a table; in our favour are ratios above 1 in speed and
-below 1 in memory.
+In: an interpreter that has torch (default: this one). Out: of every stage a table with PyTorch's two implementations of
+experts, and the faster one again with its allocator told what ours is; above 1 is in our favour. Exit code 1 where a
+step takes longer or more memory than the faster PyTorch's. Labels are on all positions, as PyTorch computes all logits.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from turns import Worker, race, ratios
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+STAGES = ("align", "extend", "finetune")
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
+"""What `machine.keep_memory` sets here, as glibc reads it from outside."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter of the torch environment")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--stages", default=",".join(STAGES))
     args = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # XLA takes as many threads as it may use cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    sys.path.insert(0, str(ROOT))
-    from configs.bench import get_config
-    from moextend_jax.bench import bench
-    from moextend_jax.settings import from_config_dict
+    console, behind = Console(width=130), False
+    console.print(f"{_processor()}, {args.threads} cores")
+    for stage in args.stages.split(","):
+        behind |= _stage(stage, args, console)
+    sys.exit(behind)
 
-    console = Console()
-    ours = bench(from_config_dict(get_config()), console)
-    done = subprocess.run(
-        [args.torch_python, str(ROOT / "benchmarks" / "torch_step.py"), "--threads", str(args.threads)],
-        stdout=subprocess.PIPE, text=True, check=True,
+
+def _stage(stage: str, args: argparse.Namespace, console: Console) -> bool:
+    ours, product = (Worker([sys.executable, str(HERE / "jax_step.py"), name]) for name in (stage, "product"))
+
+    def torch(experts: str, **variables: str) -> Worker:
+        options = ["--experts", experts, "--threads", str(args.threads)]
+        return Worker([args.torch_python, str(HERE / "torch_step.py"), stage, *options], **variables)
+
+    theirs = {
+        "eager experts": torch("eager"),
+        "grouped products": torch("grouped_mm"),
+        "eager experts, memory kept": torch("eager", **MALLOC),
+    }
+    workers = [ours, product, *theirs.values()]
+    loads = race(workers, rounds=args.rounds)
+    rates = [worker.facts["flops"] / worker.median("wall") / 1e9 for worker in (ours, product)]
+    tokens, of_torch = ours.facts["tokens"], theirs["eager experts"].facts
+    title = f"{stage}: here {tokens / ours.median('wall'):,.0f} tokens/s, {rates[0]:.0f} GFLOP/s, {rates[0] / rates[1]:.0%} of "
+    table = Table(
+        f"PyTorch {of_torch['torch']}, transformers {of_torch['transformers']}",
+        "tokens/s", "speed, here over there (least, most of a round)", "CPU time", "peak memory", "GB here, there",
+        title=title + f"a large product's {rates[1]:.0f}; load {min(loads):.1f} to {max(loads):.1f}",
     )  # fmt: skip
-    theirs = json.loads(done.stdout)
-    table = Table("stage", "labels", "JAX tokens/s", "PyTorch tokens/s", "ratio", "JAX GB", "PyTorch GB", "ratio")
-    for name, row in ours.items():
-        stage, labels = name.split("/")
-        pairs = [(row[key], theirs[stage][key]) for key in ("tokens_per_second", "peak_memory_gb")]
-        cells = [f"{x:,.2f}" for ours, torch in pairs for x in (ours, torch, ours / torch)]
-        table.add_row(stage, labels, *cells)
+    for name, worker in theirs.items():
+        speed, cpu = (ratios(ours, worker, what) for what in ("wall", "cpu"))
+        memory = ours.median("peak_gb"), worker.median("peak_gb")
+        table.add_row(
+            name, f"{tokens / worker.median('wall'):,.0f}", f"{speed[0]:.2f} ({speed[1]:.2f}, {speed[2]:.2f})",
+            f"{cpu[0]:.2f} ({cpu[1]:.2f}, {cpu[2]:.2f})", f"{memory[1] / memory[0]:.2f}",
+            f"{memory[0]:.2f}, {memory[1]:.2f}",
+        )  # fmt: skip
     console.print(table)
-    console.print("PyTorch computes the logits of all positions: compare with labels = all for the same work")
+    for worker in workers:
+        worker.close()
+    fastest = min(list(theirs.values())[:2], key=lambda worker: worker.median("wall"))
+    return any(ratios(ours, fastest, what)[0] < 1 for what in ("wall", "peak_gb"))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    said = dict(line.partition("\t: ")[::2] for line in lines if "\t: " in line)
+    named = {what.strip(): value for what, value in said.items()}
+    return ", ".join(f"{what} {named[what]}" for what in ("model name", "cpu family", "model") if what in named)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,17 @@
-"""Times one training step of each stage in PyTorch: the counterpart of `moextend bench`.
+"""One training step of a stage in PyTorch per line of stdin: the counterpart of jax_step.py (see turns.py).
 
 The decoder is transformers' own MixtralForCausalLM with random weights; what it lacks (projector, splice of image
 features, new expert, new router column, calibrator) is built in plain torch around transformers' classes. Each stage
-trains what its row of the stage table trains, and runs in a process of its own so that peak memory is its own.
-
-In: sizes and settings from the command line. Out: one JSON object, stage -> tokens/s, peak memory, seconds per part.
+trains what its row of the stage table trains.
 
     pip install torch==2.13.0        # or the package's `torch` extra
-    python benchmarks/torch_step.py
+    python benchmarks/torch_step.py align
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
-import statistics
-import subprocess
-import sys
-import time
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -27,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from turns import serve
 from transformers import MixtralConfig, MixtralForCausalLM
 
 STAGES = ("align", "extend", "finetune")
@@ -137,57 +130,28 @@ def batch() -> tuple[torch.Tensor, ...]:
     return ids, labels, is_patch, torch.randn(BATCH, PATCHES, VISION_WIDTH)
 
 
-def measure(*, stage: str, experts: str, steps: int, warmup: int) -> dict:
-    """Median tokens/s over `steps` after `warmup`, peak resident memory in GB, median seconds of each part."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--experts", choices=("eager", "grouped_mm", "batched_mm"), default="grouped_mm")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = Model(stage=stage, experts=experts).train()
+    model = Model(stage=args.stage, experts=args.experts).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE[stage], weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE[args.stage], weight_decay=0.0, fused=True)
     data = batch()
-    rows = []
-    for _ in range(warmup + steps):
-        times = [time.perf_counter()]
+
+    def step() -> float:
         loss = model(*data)
-        times.append(time.perf_counter())
         loss.backward()
-        times.append(time.perf_counter())
         nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.perf_counter())
-        rows.append([end - start for start, end in zip(times, times[1:], strict=False)])
-    parts = [statistics.median(part) for part in zip(*rows[warmup:], strict=True)]
-    step = statistics.median(sum(row) for row in rows[warmup:])
-    return {
-        "tokens_per_second": round(BATCH * LENGTH / step, 1),
-        "seconds_per_step": round(step, 4),
-        "seconds": dict(zip(("forward", "backward", "optimizer"), (round(part, 4) for part in parts), strict=True)),
-        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
-        "trained_parameters": sum(parameter.numel() for parameter in trained),
-        "loss": round(loss.item(), 4),
-        "experts": experts,
-    }
+        return loss.item()
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=STAGES, help="one stage in this process; default: each in its own")
-    parser.add_argument("--experts", choices=("eager", "grouped_mm", "batched_mm"), default="grouped_mm")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    if args.stage:
-        torch.set_num_threads(args.threads)
-        print(json.dumps(measure(stage=args.stage, experts=args.experts, steps=args.steps, warmup=args.warmup)))
-        return
-    report: dict = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": args.threads}
-    for stage in STAGES:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--stage", stage], stdout=subprocess.PIPE, text=True, check=True
-        )
-        report[stage] = json.loads(done.stdout)
-    print(json.dumps(report, indent=2))
+    serve(step, {"tokens": BATCH * LENGTH, "torch": torch.__version__, "transformers": transformers.__version__})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.mixtral import feed_forward, layer_of
-from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import SCALES, with_arrays
 from moextend_jax.plan.abstract_step import abstract_step, patterns
 from moextend_jax.plan.sizes import model_config
@@ -129,51 +128,64 @@ def measure(
       parts: whether parts are timed too, one by one.
       trace: a folder for a trace of one more step; "": none.
     """
-    stage_settings = results.stage_of(settings, stage)
-    config = model_config(settings, stage=stage, layers=layers)
-    distributed.split_cpu(settings.cpu_devices)
-    mesh = make_mesh(settings.mesh)
-    planned = abstract_step(settings, config, stage=stage, mesh=mesh)
-    trainable, frozen = (
-        {path: _random(path, leaf) for path, leaf in leaves.items()}
-        for leaves in (planned.state.trainable, planned.frozen)
-    )
-    rows, length = stage_settings.batch_size, stage_settings.length
-    batch = place_whole(random_batch(config, rows=rows, length=length, labels=labels, pixels=pixels), mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, planned.state)
-    state = init_state(trainable, planned.optimizer, shardings=shardings)  # which the first step takes
-    # For its figures alone: jax 0.10 does not call a compiled program with int4 arrays that were put on a device.
-    analysis = planned.step.lower(state, frozen, batch).compile().memory_analysis()
+    steps = Steps(settings, stage=stage, labels=labels, layers=layers, pixels=pixels)
     seconds = []
     for _ in range(WARMUP + STEPS):
         started = time.perf_counter()
-        state, metrics = jax.block_until_ready(planned.step(state, frozen, batch))
+        loss = steps.take()
         seconds.append(time.perf_counter() - started)
     if trace:
         with jax.profiler.trace(trace):
-            state, metrics = jax.block_until_ready(planned.step(state, frozen, batch))
+            steps.take()
     median = statistics.median(seconds[WARMUP:])
-    peak_memory = machine.peak_memory()
-    trainable = state.trainable
-    del state
-    model = with_arrays(abstract(config), {**trainable, **frozen})
-    device = jax.devices()[0].device_kind
-    flops, peak = model_flops(config, batch, trains=patterns(settings, stage=stage)), chips.peak_flops(device)
+    peak_memory, device = machine.peak_memory(), jax.devices()[0].device_kind
+    peak = chips.peak_flops(device)
     return {
-        "tokens_per_second": rows * length / median,
+        "tokens_per_second": steps.tokens / median,
         "seconds_per_step": median,
         "seconds": seconds,
-        "mfu": flops / median / (peak * mesh.size) if peak else None,
-        "tflops_per_step": flops / 1e12,
+        "mfu": steps.flops / median / (peak * steps.mesh.size) if peak else None,
+        "tflops_per_step": steps.flops / 1e12,
         "peak_memory_gb": peak_memory / 1e9,
-        "temporaries_gb": analysis.temp_size_in_bytes / 1e9 if analysis else float("nan"),
-        "trained_parameters": sum(leaf.size for leaf in trainable.values()),
-        "loss": float(metrics["loss"]),
+        "temporaries_gb": steps.temporaries / 1e9,
+        "trained_parameters": sum(leaf.size for leaf in steps.state.trainable.values()),
+        "loss": loss,
         "device": device,
-        "parts": _parts(model, batch, planned.optimizer, trainable, chunk=stage_settings.loss_chunk, mesh=mesh)
-        if parts
-        else {},
+        "parts": _parts(steps) if parts else {},
     }
+
+
+class Steps:
+    """A stage's step on random weights, compiled, with all that it needs. flops: of a step, nothing counted twice.
+    temporaries: XLA's, in bytes."""
+
+    def __init__(
+        self, settings: RunSettings, *, stage: str, labels: str, layers: int | None = None, pixels: bool = False
+    ):
+        stage_settings = results.stage_of(settings, stage)
+        self.config, self.chunk = model_config(settings, stage=stage, layers=layers), stage_settings.loss_chunk
+        distributed.split_cpu(settings.cpu_devices)
+        self.mesh = make_mesh(settings.mesh)
+        self.planned = abstract_step(settings, self.config, stage=stage, mesh=self.mesh)
+        trainable, self.frozen = (
+            {path: _random(path, leaf) for path, leaf in leaves.items()}
+            for leaves in (self.planned.state.trainable, self.planned.frozen)
+        )
+        rows, length = stage_settings.batch_size, stage_settings.length
+        self.tokens = rows * length
+        batch = random_batch(self.config, rows=rows, length=length, labels=labels, pixels=pixels)
+        self.batch = place_whole(batch, self.mesh)
+        self.flops = model_flops(self.config, self.batch, trains=patterns(settings, stage=stage))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.planned.state)
+        self.state = init_state(trainable, self.planned.optimizer, shardings=shardings)  # which the first step takes
+        # For its figures alone: jax 0.10 does not call a compiled program with int4 arrays that were put on a device.
+        analysis = self.planned.step.lower(self.state, self.frozen, self.batch).compile().memory_analysis()
+        self.temporaries = analysis.temp_size_in_bytes if analysis else float("nan")
+
+    def take(self) -> float:
+        """One step; its loss."""
+        self.state, metrics = jax.block_until_ready(self.planned.step(self.state, self.frozen, self.batch))
+        return float(metrics["loss"])
 
 
 def _random(path: str, leaf: Any) -> jax.Array:
@@ -199,10 +211,10 @@ def _random(path: str, leaf: Any) -> jax.Array:
     return jax.jit(make, out_shardings=leaf.sharding)(jax.random.key(key))
 
 
-def _parts(
-    model: MoExtend, batch: Batch, optimizer: optax.GradientTransformation, trainable: Any, *, chunk: int, mesh: Mesh
-) -> dict[str, float]:
+def _parts(steps: Steps) -> dict[str, float]:
     """Seconds of each part of a step on the mesh. Plain layers stand for extended ones: a new expert adds no rows."""
+    batch, optimizer, trainable, mesh = steps.batch, steps.planned.optimizer, steps.state.trainable, steps.mesh
+    model = with_arrays(abstract(steps.config), {**trainable, **steps.frozen})
     decoder = model.config.decoder
     number = decoder.routed.start
     layer, is_local = layer_of(model.decoder, number), decoder.local[number] if decoder.local else None
@@ -221,7 +233,7 @@ def _parts(
         return optax.apply_updates(trainable, updates)
 
     def nats(x_BLD):
-        return cross_entropy(model.decoder.to_head(x_BLD), model.decoder.head_DV, batch.labels_BL, chunk=chunk)[0]
+        return cross_entropy(model.decoder.to_head(x_BLD), model.decoder.head_DV, batch.labels_BL, chunk=steps.chunk)[0]
 
     def both_ways(function: Callable, *inputs: jax.Array) -> float:
         """The function and its backward pass as one computation."""
@@ -251,6 +263,7 @@ def _seconds(program: Program, *inputs: Any) -> float:
 
 
 if __name__ == "__main__":
+    machine.keep_memory()  # as the commands that train
     compile_cache.enable()
     _stage, _labels, _layers = sys.argv[1:]
     _settings = from_config_dict(json.load(sys.stdin))

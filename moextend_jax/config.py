@@ -28,7 +28,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 Value = TypeVar("Value")
@@ -591,6 +592,17 @@ class ModelConfig:
     """Of the pretrained experts' matrices: in `dtype`, or in few bits (`models/quantised.py`)."""
     expert_group: int = 64
     """Weights that share a scale there."""
+    gradient_from: int = 0
+    """Of a step: the first layer that has a backward pass (`train/stages.for_training`)."""
+
+    def lowest_trained(self, patterns: Iterable[str]) -> int:
+        """The first layer that has, or is behind, leaves with paths of these patterns; 0 where it would not be used:
+        layers with blocks between them run in one scan."""
+        parts = [pattern.split("/") for pattern in patterns]
+        if self.blocks or any(kind != "extensions" for kind, *_ in parts):
+            return 0
+        names = {name for name in self.extensions for _, pattern, *_ in parts if fnmatchcase(name, pattern)}
+        return min((self.extensions[name].layers[0] for name in names), default=0)
 
     @property
     def quantised(self) -> Quantised | None:

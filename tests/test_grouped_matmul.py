@@ -26,10 +26,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[8, 256])
+@pytest.fixture(params=[(8, 256), (256, 256), (8, 16)])
 def block(request, monkeypatch):
-    """Groups of several blocks, and all rows in one block."""
-    monkeypatch.setattr(blocked, "BLOCK", request.param)
+    """Groups of several blocks, all rows in one block, and blocks of two sizes."""
+    for name, rows in zip(("BLOCK", "LARGE"), request.param, strict=True):
+        monkeypatch.setattr(blocked, name, rows)
 
 
 def normal(*shape: int) -> jax.Array:

@@ -24,6 +24,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
+from moextend_jax.train import loss
 from moextend_jax.train.loss import Load, aux_per_layer, aux_released, cross_entropy, load, losses, losses_of
 
 B, L, D, V = 3, 11, 5, 17
@@ -65,6 +66,21 @@ def test_chunked_cross_entropy_equals_the_direct_form_with_gradients(kind: str, 
     np.testing.assert_allclose(value, expected, atol=1e-4)
     for mine, theirs in zip(gradient, expected_gradient, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["all", "some", "none"])
+@pytest.mark.parametrize("columns", [4, 17, 512])
+def test_a_frozen_head_has_the_same_loss_and_gradient_block_by_block(kind: str, columns: int, monkeypatch):
+    monkeypatch.setattr(loss, "COLUMNS", columns)
+    labels_BL, large_BLD = labels(kind), 30 * HIDDEN_BLD  # logits of which exp alone would be infinite
+
+    def chunked(hidden_BLD):
+        return cross_entropy(hidden_BLD, HEAD_DV, labels_BL, chunk=4)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(chunked))(large_BLD)
+    expected, expected_gradient = jax.value_and_grad(direct, argnums=1)(HEAD_DV, large_BLD, labels_BL)
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5, rtol=0)
 
 
 def test_a_batch_without_labels_has_a_finite_loss():

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
-from moextend_jax.config import IGNORE, RECIPES, Batch
+from moextend_jax.config import IGNORE, RECIPES, Batch, Named
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.settings import OptimizerConfig
 from moextend_jax.train import stages
+from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import make_optimizer
 from moextend_jax.train.step import TrainState, init_state, make_step
 
@@ -129,6 +131,53 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str)
         np.testing.assert_allclose(metrics_of_parts[name], metrics[name], rtol=1e-5, err_msg=name)
     for path, leaf in expected.trainable.items():
         np.testing.assert_allclose(state.trainable[path], leaf, atol=1e-5, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("layer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dense_layers", [0, 1])
+def test_below_the_lowest_layer_that_trains_there_is_no_backward_pass_and_the_gradient_is_the_same(
+    remat: str, dense_layers: int, monkeypatch: pytest.MonkeyPatch
+):
+    plain = dataclasses.replace(tiny.PLAIN, remat=remat)
+    if dense_layers:
+        decoder = dataclasses.replace(plain.decoder, layers=4, dense_layers=1, dense_hidden=16)
+        plain = dataclasses.replace(plain, decoder=decoder)
+    frozen = dataclasses.replace(tiny.EXTENSION, layers=(plain.decoder.routed[0],), sources=(2,))
+    late = dataclasses.replace(tiny.EXTENSION, layers=(plain.decoder.routed[2],), sources=(1,))
+    config = dataclasses.replace(plain, extensions=Named({"first": frozen, "image": late}))
+    arrays = tiny.arrays(config)
+    trainable, rest = stages.split(arrays, ["extensions/image/*"])
+    model = stages.for_training(tiny.structure(config), trainable)
+    assert model.config.gradient_from == plain.decoder.routed[2]
+
+    def loss(model):
+        def of(trainable):
+            whole = with_arrays(model, trainable | rest)
+            options = {"recipe": RECIPES["paper"], "aux_coefficient": 0.1, "chunk": 4}
+            return losses(whole, tiny.batch(), **options)[0].total
+
+        return jax.value_and_grad(of)
+
+    whole = tiny.structure(dataclasses.replace(model.config, gradient_from=0))
+    (value, gradient), (expected, expected_gradient) = (jax.jit(loss(of))(trainable) for of in (model, whole))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for path, leaf in gradient.items():
+        np.testing.assert_allclose(leaf, expected_gradient[path], atol=1e-6, err_msg=path)
+    backward = [_reverse_scans(jax.make_jaxpr(loss(of))(trainable).jaxpr) for of in (model, whole)]
+    assert 1 in backward[0] and len(plain.decoder.routed) not in backward[0]
+    assert len(plain.decoder.routed) in backward[1]
+
+
+def _reverse_scans(jaxpr) -> list[int]:
+    """Lengths of the scans that run backwards, but those inside of them."""
+    lengths = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan" and equation.params["reverse"]:
+            lengths.append(equation.params["length"])
+        elif equation.primitive.name != "scan":
+            for inside in jaxprs_in_params(equation.params):
+                lengths += _reverse_scans(inside)
+    return lengths
 
 
 def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is_the_one_used():

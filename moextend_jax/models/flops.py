@@ -67,13 +67,13 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
 
 
 class Part(NamedTuple):
-    """`flops` of the forward pass of all tokens; `leaves` are its weights (none: attention's scores); `below` says
-    whether a gradient must reach its input."""
+    """`flops` of the forward pass of all tokens; `leaves` are its weights (none: attention's scores); `below` is the
+    share of it that has a backward pass, in layers where a gradient must reach its input."""
 
     name: str
     flops: float
     leaves: tuple[str, ...]
-    below: bool
+    below: float
 
 
 class Flops(NamedTuple):
@@ -130,9 +130,10 @@ def step_flops(
         return any(fnmatchcase(leaf, pattern) for leaf in leaves for pattern in trains)
 
     found: dict[str, dict[str, float]] = {}
+    config = dataclasses.replace(config, gradient_from=config.lowest_trained(trains))
     for part in _parts(config, trained, rows=rows, length=length, items=items, new_share=new_share):
-        recomputed = part.flops if part.name.partition(" of ")[0] in again else 0.0
-        backward = (1 if part.leaves else 2) * part.flops if part.below else 0.0
+        recomputed = part.below * part.flops if part.name.partition(" of ")[0] in again else 0.0
+        backward = (1 if part.leaves else 2) * part.below * part.flops
         gradients = part.flops if trained(part.leaves) else 0.0
         found[part.name] = dict(zip(PHASES, (part.flops, recomputed, backward, gradients), strict=True))
     return Flops(found)
@@ -226,6 +227,11 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     layers = "decoder/layers/"
     experts = layers + "moe/experts/"
 
+    def above(layers: Sequence[int]) -> float:
+        return sum(layer >= config.gradient_from for layer in layers) / len(layers)
+
+    below = above(decoder.routed)
+
     def pairs(layers: Sequence[int]) -> float:
         """Of a row's queries and the keys that they see, over these layers: half of all pairs, less beyond a window."""
         window = min(decoder.local_window, length)
@@ -236,41 +242,40 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
         Z = len(layers)
         of = {"query": N, "key": K, "value": K, "out": N}
         parts = [
-            Part(f"{stack}attention/{name}", 2.0 * Z * T * D * heads * H, (f"{inside}attention/{name}",), True)
+            Part(f"{stack}attention/{name}", 2.0 * Z * T * D * heads * H, (f"{inside}attention/{name}",), above(layers))
             for name, heads in of.items()
         ]
-        return [*parts[:3], Part(f"{stack}attention/scores", 4.0 * rows * pairs(layers) * N * H, (), True), parts[3]]
+        scores = Part(f"{stack}attention/scores", 4.0 * rows * pairs(layers) * N * H, (), above(layers))
+        return [*parts[:3], scores, parts[3]]
 
-    def passed_by_all(inside: str, Z: int, width: int, stack: str = "") -> list[Part]:
-        each = 2.0 * Z * T * D * width
+    def passed_by_all(inside: str, layers: Sequence[int], width: int, stack: str = "") -> list[Part]:
+        each = 2.0 * len(layers) * T * D * width
         names = ("gate", "up", "down") if width else ()
-        return [Part(f"{stack}shared/{part}", each, (f"{inside}shared/w_{part}",), True) for part in names]
+        return [Part(f"{stack}shared/{part}", each, (f"{inside}shared/w_{part}",), above(layers)) for part in names]
 
     dense, sizes = "decoder/dense/", decoder.sizes()
+    first = range(sizes["z"])
     parts = [
-        *(
-            attention(dense, range(sizes["z"]), "dense/") + passed_by_all(dense, sizes["z"], sizes["j"], "dense/")
-            if sizes["z"]
-            else []
-        ),
+        *(attention(dense, first, "dense/") + passed_by_all(dense, first, sizes["j"], "dense/") if first else []),
         *attention(layers, decoder.routed),
-        Part("router", 2.0 * Z * T * D * E, (layers + "moe/gate",), True),
-        Part("experts/gate", 2.0 * old_rows * D * F, (experts + "w_gate",), True),
-        Part("experts/up", 2.0 * old_rows * D * F, (experts + "w_up",), True),
-        Part("experts/down", 2.0 * old_rows * D * F, (experts + "w_down",), True),
+        Part("router", 2.0 * Z * T * D * E, (layers + "moe/gate",), below),
+        Part("experts/gate", 2.0 * old_rows * D * F, (experts + "w_gate",), below),
+        Part("experts/up", 2.0 * old_rows * D * F, (experts + "w_up",), below),
+        Part("experts/down", 2.0 * old_rows * D * F, (experts + "w_down",), below),
     ]
     for name, added in config.extensions.items():
         extended, X, A, new = len(added.layers), added.new_experts, added.calibrator_width, f"extensions/{name}/"
         f = added.wide * F
         of, new_rows = "" if len(config.extensions) == 1 else f" of {name}", T * k * picked[name]
         router, calibrator = 2.0 * extended * T * D * X, 4.0 * extended * T * (E + X) * A
+        share = above(added.layers)
         if added.calibrator.startswith("two_layers"):
-            parts += [Part(f"calibrator{of}", calibrator, (new + "router/calibrator/w_in",), True)]
+            parts += [Part(f"calibrator{of}", calibrator, (new + "router/calibrator/w_in",), share)]
         parts += [
-            Part(f"router/new{of}", router, (new + "router/new_gate",), True),
-            Part(f"new_experts/gate{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_gate",), True),
-            Part(f"new_experts/up{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_up",), True),
-            Part(f"new_experts/down{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_down",), True),
+            Part(f"router/new{of}", router, (new + "router/new_gate",), share),
+            Part(f"new_experts/gate{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_gate",), share),
+            Part(f"new_experts/up{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_up",), share),
+            Part(f"new_experts/down{of}", 2.0 * new_rows * D * f, (new + "new_experts/w_down",), share),
         ]
     for name, adapter in config.adapters.items():
         of = "" if len(config.adapters) == 1 else f" of {name}"
@@ -282,9 +287,9 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
         for part, leaf in {"gate": "w_gate", "up": "w_up", "down": "w_down"}.items():
             flops = 2.0 * blocks.count * T * k * D * F
             own += [Part(f"experts/{part}", flops, (f"{inside}moe/experts/{leaf}",), True)]
-        own += passed_by_all(inside, blocks.count, sizes["s"])
+        own += passed_by_all(inside, blocks.sources(decoder), sizes["s"])
         parts += [part._replace(name=f"{part.name} of blocks {name}") for part in own]
-    parts += passed_by_all(layers, Z, sizes["s"])
+    parts += passed_by_all(layers, decoder.routed, sizes["s"])
     head = "decoder/embed" if decoder.tied_head else "decoder/head"
     return [*parts, Part("head", 2.0 * T * D * decoder.vocab_size, (head,), True)]
 

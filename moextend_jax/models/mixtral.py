@@ -168,7 +168,7 @@ def run_layers(
     adapting = tuple(name for name in config.adapters if name in shares)
     of_adapters, stacked = zip(*(nnx.split(adapters[name]) for name in adapting), strict=True) if adapting else ((), ())
 
-    def layer(definition, x_BLD, layer_slice):
+    def layer(definition, slots, x_BLD, layer_slice):
         params, by_slot, by_adapter, past, is_local = layer_slice
         own_adapters = zip(adapting, of_adapters, by_adapter, strict=True) if by_adapter else ()  # a dense layer: none
         adapted = [
@@ -205,15 +205,35 @@ def run_layers(
     def scanned(stack):
         """What runs a layer of a stack, and the stack's parameters."""
         definition, params = nnx.split(stack)
-        body = functools.partial(layer, definition)
+        return remat(functools.partial(layer, definition, slots)), params
+
+    def remat(body):
         if config.remat == "layer":
             policy = jax.checkpoint_policies.save_only_these_names(*config.saved)
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return body, params
+        return body
 
     def scan(stack, x_BLD, *slices):
         body, params = scanned(stack)
         return jax.lax.scan(body, x_BLD, (params, *slices))
+
+    def scan_above(first, x_BLD, *slices):
+        """The layers that route in two scans, the lower of which, of the layers before `first`, has no backward pass.
+        Weights are read where they lie, since cutting the stacks in two would copy them."""
+        definition, params = nnx.split(decoder.layers)
+
+        def numbered(slots, x_BLD, layer_slice):
+            number, *layer_slice = layer_slice
+            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), params)
+            return layer(definition, slots, x_BLD, (own, *layer_slice))
+
+        slices = (jnp.arange(len(sizes.routed)), *slices)
+        parts = []
+        for part, own_slots in (slice(first), jax.lax.stop_gradient(slots)), (slice(first, None), slots):
+            body = remat(functools.partial(numbered, own_slots))
+            x_BLD, given = jax.lax.scan(body, x_BLD, jax.tree.map(lambda leaf, part=part: leaf[part], slices))
+            parts.append(given)
+        return x_BLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
     def scan_groups(x_BLD, *slices):
         """The layers that route in groups, a block of each set behind every group; and by set what its blocks gave."""
@@ -251,7 +271,9 @@ def run_layers(
         of_blocks = _numbered(of_blocks, config=config, names=())
         made = {name: present for name, (_, present) in zip(behind, of_sets, strict=True)}
     else:
-        (x_BLD, (routing, keys_values)), made = scan(decoder.layers, x_BLD, *slices), {}
+        above = config.gradient_from - sizes.routed.start
+        run = functools.partial(scan_above, above) if above > 0 else functools.partial(scan, decoder.layers)
+        (x_BLD, (routing, keys_values)), made = run(x_BLD, *slices), {}
     stacks = [keys_values] if before is None else [before, keys_values]
     for name, added_blocks in config.blocks.items():  # sets that do not run keep their place in the cache
         empty = jax.tree.map(

@@ -14,7 +14,10 @@ from moextend_jax.models.mixtral import Decoded, logits
 from moextend_jax.models.moextend import targets
 from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.models.weights import used
-from moextend_jax.sharding import Shards, map_shards, shards
+from moextend_jax.sharding import Shards, map_shards, platform, shards
+
+COLUMNS = 512
+"""Of a frozen head, whose logits are in cache at once on CPU."""
 
 
 class Losses(NamedTuple):
@@ -91,6 +94,41 @@ def _nats(logits_cV, targets_c):
     return jnp.where(labelled_c, norm_c - picked_c, 0).sum(), d_logits_cV
 
 
+def _nats_without_logits(hidden_cD, head_DV, targets_c):
+    """The sum of the losses of a chunk, and its gradient to hidden_cD, where the head is frozen.
+
+    A position's gradient is the mean of the head's columns under its softmax, less its target's column. So one pass
+    over blocks of columns gives both, with FlashAttention's arithmetic for the softmax (Dao et al. 2022): one exp per
+    logit and none of them written.
+    """
+    (D, V), c = head_DV.shape, len(targets_c)
+    columns = min(COLUMNS, V)
+
+    def add(head_Dv, sums):
+        top_c1, norm_c1, mean_cD = sums
+        logits_cv = logits(hidden_cD, head_Dv)
+        new_top_c1 = jnp.maximum(top_c1, logits_cv.max(axis=-1, keepdims=True))
+        weights_cv, shrink_c1 = jnp.exp(logits_cv - new_top_c1), jnp.exp(top_c1 - new_top_c1)
+        added_cD = jnp.einsum(
+            "cv,Dv->cD", weights_cv.astype(head_DV.dtype), head_Dv, preferred_element_type=jnp.float32
+        )
+        norm_c1 = norm_c1 * shrink_c1 + weights_cv.sum(axis=-1, keepdims=True)
+        return new_top_c1, norm_c1, mean_cD * shrink_c1 + added_cD
+
+    def one_block(j, sums):
+        return add(jax.lax.dynamic_slice_in_dim(head_DV, j * columns, columns, axis=1), sums)
+
+    rest = V % columns
+    sums = (jnp.full((c, 1), -jnp.inf), jnp.zeros((c, 1)), jnp.zeros((c, D)))
+    sums = jax.lax.fori_loop(0, V // columns, one_block, sums)
+    top_c1, norm_c1, mean_cD = add(head_DV[:, -rest:], sums) if rest else sums
+    target_cD = jnp.take(head_DV, jnp.maximum(targets_c, 0), axis=1).T.astype(jnp.float32)
+    target_c1 = (hidden_cD * target_cD).sum(axis=-1, keepdims=True)
+    labelled_c1 = (targets_c != IGNORE)[:, None]
+    nats = jnp.where(labelled_c1, top_c1 + jnp.log(norm_c1) - target_c1, 0).sum()
+    return nats, jnp.where(labelled_c1, mean_cD / norm_c1 - target_cD, 0).astype(hidden_cD.dtype)
+
+
 def _sum_of_nats_fwd(chunk, hidden, head, targets):
     """Computes gradients together with the loss, so that the backward pass need not compute logits again."""
     hidden_TD, head_DV, targets_T = hidden.value, head.value, targets.value
@@ -98,12 +136,15 @@ def _sum_of_nats_fwd(chunk, hidden, head, targets):
     def one_chunk(i, carry):
         total, d_hidden_TD, d_head_DV = carry
         hidden_cD, targets_c = _piece(i, chunk, hidden_TD, targets_T)
-        nats, d_logits_cV = _nats(logits(hidden_cD, head_DV), targets_c)
-        d_logits_cV = d_logits_cV.astype(hidden_cD.dtype)
-        d_hidden_cD = jnp.einsum("cV,DV->cD", d_logits_cV, head_DV)
+        if d_head_DV is None and platform() == "cpu":
+            nats, d_hidden_cD = _nats_without_logits(hidden_cD, head_DV, targets_c)
+        else:
+            nats, d_logits_cV = _nats(logits(hidden_cD, head_DV), targets_c)
+            d_logits_cV = d_logits_cV.astype(hidden_cD.dtype)
+            d_hidden_cD = jnp.einsum("cV,DV->cD", d_logits_cV, head_DV)
+            if d_head_DV is not None:
+                d_head_DV += jnp.einsum("cD,cV->DV", hidden_cD, d_logits_cV, preferred_element_type=jnp.float32)
         d_hidden_TD = jax.lax.dynamic_update_slice_in_dim(d_hidden_TD, d_hidden_cD, i * chunk, axis=0)
-        if d_head_DV is not None:
-            d_head_DV = d_head_DV + jnp.einsum("cD,cV->DV", hidden_cD, d_logits_cV, preferred_element_type=jnp.float32)
         return total + nats, d_hidden_TD, d_head_DV
 
     # A frozen head has no gradient.

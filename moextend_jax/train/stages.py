@@ -61,8 +61,10 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
     """The structure of a model whose step trains these leaves: it says what of it has a gradient."""
+    trainable = tuple(trainable)
     training = {path.split("/")[1] for path in trainable if path.startswith(ADDITIONS)}
     config = model.config.with_added(lambda name, of: dataclasses.replace(of, trains=name in training))
+    config = dataclasses.replace(config, gradient_from=config.lowest_trained(trainable))
     return model if config == model.config else abstract(config)
 
 
