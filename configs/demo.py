@@ -38,7 +38,6 @@ def get_config(arg: Literal["paper", "released"] = "paper") -> ConfigDict:
             evaluate=EvaluateSettings(data=questions, questions=1000, length=40, max_new_tokens=6),
             dtype="float32",
             remat="none",
-            cpu_devices=2,
             mesh={"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
             checkpoint_every=200,
             log_every=5,

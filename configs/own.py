@@ -47,7 +47,6 @@ def get_config(arg: str = "paper") -> ConfigDict:
             ),
             dtype="float32",
             remat="none",
-            cpu_devices=2,
             mesh={"data": -1, "fsdp": 1, "expert": 1, "tensor": 1},
             checkpoint_every=200,
             log_every=10,

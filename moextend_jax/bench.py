@@ -34,6 +34,7 @@ from moextend_jax.parameters import SCALES, with_arrays
 from moextend_jax.plan.abstract_step import abstract_step, patterns
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.runs import results
+from moextend_jax.runs.run import cpu_devices
 from moextend_jax.settings import RunSettings, from_config_dict
 from moextend_jax.train.loss import cross_entropy
 from moextend_jax.train.meter import model_flops
@@ -164,7 +165,7 @@ class Steps:
     ):
         stage_settings = results.stage_of(settings, stage)
         self.config, self.chunk = model_config(settings, stage=stage, layers=layers), stage_settings.loss_chunk
-        distributed.split_cpu(settings.cpu_devices)
+        distributed.split_cpu(cpu_devices(settings))
         self.mesh = make_mesh(settings.mesh)
         self.planned = abstract_step(settings, self.config, stage=stage, mesh=self.mesh)
         trainable, self.frozen = (

@@ -53,12 +53,26 @@ def only_cpu() -> bool:
 
 def keep_memory() -> None:
     """On CPU what a step frees stays with the process for the next step: else glibc gives it back to the kernel, and
-    one CPU second in seven goes into getting it again, zeroed. Call before JAX is imported, whose threads come with
-    arenas of their own. Nothing happens with an accelerator, or where the C library is another."""
+    one CPU second in fifteen goes into getting it again, zeroed. Call before JAX starts threads, which come with arenas
+    of their own. Nothing happens with an accelerator, or where the C library is another."""
+    global kept
     if only_cpu() and hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
-        for setting, value in MALLOC.items():
-            library.mallopt(setting, value)
+        kept = all([library.mallopt(setting, value) for setting, value in MALLOC.items()])
 
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def on_cpu(devices: int) -> str:
+    """How a run uses a CPU, in words."""
+    memory = "kept" if kept else "given back"
+    return f"{devices} XLA device{'s' * (devices > 1)} on {cores()} core{'s' * (cores() > 1)}, freed memory {memory}"
+
+
+kept = False
+"""Whether `keep_memory` has set the C library so."""
 
 MALLOC = {-4: 0, -1: 2**31 - 1, -8: 1}
 """Of mallopt(3): `M_MMAP_MAX`, no block has a mapping of its own; `M_TRIM_THRESHOLD`, what is freed stays;

@@ -538,8 +538,9 @@ class RunSettings:
     """Keep the frozen tower's output on disk, so that it runs once per image."""
     workers: Amount = 0
     """Processes that read and decode data; 0: the one that trains."""
-    cpu_devices: Count = 1
-    """XLA devices to make of a CPU, one per core: products too small to be shared by cores leave all but one idle."""
+    cpu_devices: Amount = 0
+    """XLA devices to make of a CPU, at most one per core; 0: as many as pay. Products too small to be shared by cores
+    leave all but one idle."""
     aux_coefficient: NotNegative = 0.001
     """Weight of the load-balancing loss."""
     # The next nine are those of `config.ModelConfig`.

@@ -80,6 +80,7 @@ def test_a_frozen_head_has_the_same_loss_and_gradient_block_by_block(kind: str, 
     value, gradient = jax.jit(jax.value_and_grad(chunked))(large_BLD)
     expected, expected_gradient = jax.value_and_grad(direct, argnums=1)(HEAD_DV, large_BLD, labels_BL)
     np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(chunked)(large_BLD), expected, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5, rtol=0)
 
 

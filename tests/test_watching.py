@@ -71,11 +71,11 @@ def test_speed_leaves_out_compiling_and_what_is_no_step(monkeypatch):
     monkeypatch.setattr(meter, "perf_counter", lambda: now)
     monkeypatch.setattr(chips, "peak_flops", lambda _: 1e9)
     counted = Meter(tiny.EXTENDED, trains=tiny.STAGES["finetune"], devices=jax.devices()[:1] * 4)
-    metrics = {"loss": np.float32(2), "finite": np.True_, "picks_ZO": np.ones((3, 5))}
+    metrics = {"loss": np.float32(2), "finite": np.True_, "picks_ZO": np.ones((3, 5)), "tokens": np.int32(39)}
     lines = []
     for seconds in (100, 1):  # the first line's steps compiled
         for _ in range(4):
-            counted.note(tiny.batch())
+            counted.note(tiny.batch(), metrics)
             now += seconds
         with counted.paused():
             now += 7

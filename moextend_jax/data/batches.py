@@ -214,8 +214,8 @@ def _pipeline(
         examples=(stage.conversations_per_row or stage.length // SHORTEST) if isinstance(source, Source) else 0,
     )
     ready = rows.batch(stage.batch_size, batch_fn=finish)
-    if not workers:
-        return ready
+    if not workers:  # the next batch is made while the step computes
+        return grain.experimental.ThreadPrefetchIterDataset(ready, prefetch_buffer_size=1)
     check_shared_memory("set workers = 0")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own

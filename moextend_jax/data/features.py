@@ -218,9 +218,11 @@ def _write(
     count = len(inputs.items)
     keys, bad, out_nPC = [], {}, None
     with ThreadPoolExecutor(threads) as pool, counting("features", count, unit="images", quick=False) as bar:
+        coming = pool.map(prepare, range(min(batch_size, count)))
         for first in range(0, count, batch_size):
             arrays = np.zeros((batch_size, *inputs.shape), np.float32)  # one shape, one compilation
-            prepared = list(pool.map(prepare, range(first, min(first + batch_size, count))))
+            prepared, after = list(coming), first + batch_size
+            coming = pool.map(prepare, range(after, min(after + batch_size, count)))  # while these are computed
             for n, item in enumerate(prepared):
                 if isinstance(item, Fault):
                     if not faults.skips(item):

@@ -28,7 +28,7 @@ from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.parameters import element_type
 from moextend_jax.runs import models_of, results
 from moextend_jax.runs.place import Place
-from moextend_jax.runs.run import Arrays, Run, known_settings, open_run, working
+from moextend_jax.runs.run import Arrays, Run, cpu_devices, known_settings, open_run, working
 from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fields
 
 SIZES = EvaluateSettings(data="", questions=1)
@@ -103,7 +103,7 @@ def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh 
     if place.in_workdir:
         run = open_run(settings or known_settings(place.folder), place.folder)
         return askable(run, place.model or "moextend", dtype=place.dtype)
-    distributed.start(cpu_devices=settings.cpu_devices if settings else 1)
+    distributed.start(cpu_devices=cpu_devices(settings) if settings else 1)
     mesh = mesh or make_mesh(settings.mesh if settings else MESH)
     dtype = place.dtype or (settings.dtype if settings else None)
     checkpoint = open_checkpoint(
@@ -124,7 +124,7 @@ def evaluating(
             yield askable(run, place.model or "moextend", dtype=place.dtype), out or place.folder / "eval"
         return
     out = out or Path("eval")
-    distributed.start(cpu_devices=settings.cpu_devices if settings else 1)
+    distributed.start(cpu_devices=cpu_devices(settings) if settings else 1)
     distributed.check_shared(out)
     with locked(out):
         yield open_place(place, settings=settings), out

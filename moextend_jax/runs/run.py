@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 
-from moextend_jax import distributed, preemption
+from moextend_jax import distributed, machine, preemption
 from moextend_jax.checkpoints import huggingface, quantising, train_state
 from moextend_jax.checkpoints.hashes import base_hashes
 from moextend_jax.checkpoints.leaves import read_sharded
-from moextend_jax.checkpoints.loading import Source, open_base, tokenizer_folder
+from moextend_jax.checkpoints.loading import Source, folder_of, open_base, tokenizer_folder
 from moextend_jax.config import IMAGE, RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.batches import Share
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
@@ -112,7 +112,7 @@ class Run:
 def open_run(settings: RunSettings, workdir: Path | str) -> Run:
     """Joins the other processes, if any, and reads the pretrained decoder and tower onto the mesh."""
     workdir = folder(os.fspath(workdir))
-    distributed.start(cpu_devices=settings.cpu_devices)
+    distributed.start(cpu_devices=cpu_devices(settings))
     distributed.check_shared(workdir)
     mesh = make_mesh(settings.mesh)
     with preparing(f"opening {settings.base}"):
@@ -140,6 +140,28 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         towers=towers,
         mesh=mesh,
     )
+
+
+SMALL, LEAST_ROWS = 2**16, 8
+"""Entries of a matrix that cores do not share well, and rows that a device of a CPU has at least: docs/benchmarks.md"""
+
+
+def cpu_devices(settings: RunSettings) -> int:
+    """XLA devices to make of a CPU: what is set, else one per core where the base's experts are small, the mesh splits
+    rows over all devices, and all batches can be split so; else one."""
+    if settings.cpu_devices or settings.mesh.get("data") != -1 or not machine.only_cpu():
+        return settings.cpu_devices or 1
+    path = folder_of(settings.base) / "config.json"
+    if not path.exists():
+        return 1
+    decoder = huggingface.read_decoder_config(path.parent)
+    if decoder.width * decoder.hidden > SMALL:
+        return 1
+    parts = [(of.rows, of.rows // of.parts) for of in rows_of_settings(settings)]
+    fits = [
+        n for n in range(1, machine.cores() + 1) if all(not rows % n and part >= LEAST_ROWS * n for rows, part in parts)
+    ]
+    return max(fits, default=1)
 
 
 def hashes_of(source: Source) -> tuple[str, dict[str, str]]:
@@ -174,8 +196,11 @@ def working(
     """
     if rows is None:
         sinks.check(settings.sinks)
-    distributed.start(cpu_devices=settings.cpu_devices)
-    check_rows(rows_of_settings(settings) if rows is None else list(rows), make_mesh(settings.mesh))
+    distributed.start(cpu_devices=cpu_devices(settings))
+    mesh = make_mesh(settings.mesh)
+    check_rows(rows_of_settings(settings) if rows is None else list(rows), mesh)
+    if rows is None and distributed.first() and jax.default_backend() == "cpu":
+        print(f"CPU: {machine.on_cpu(mesh.size)}", file=sys.stderr)
     with locked(workdir):
         if jax.process_count() == 1:
             preemption.listen()

@@ -109,15 +109,12 @@ def train_loop(
             tracer.announce(job.name, after=count, last=steps)
             meter = Meter(model.config, trains=job.trains, devices=list(mesh.devices.flat))
             compiling = preparing(f"compiling {job.name}")
-            last, before_last = None, None
+            last, before_last, uncounted = None, None, []
             while count < steps:
                 count += 1
                 with no_bus_error():
                     host = next(iterator)
                 batch = place_rows(host, mesh)
-                meter.note(batch)
-                if batch.faults_BG is not None:
-                    counts_G = counts_G + batch.faults_BG.sum(0)
                 # Two steps under way and no more: where a CPU is several devices, the 33rd program started on one waits
                 # for the first, and may have taken the thread in which another device would have to end it.
                 jax.block_until_ready(before_last)
@@ -127,6 +124,8 @@ def train_loop(
                 compiling = contextlib.nullcontext()
                 last, before_last = metrics, last
                 watch.note(count, host, metrics)
+                meter.note(batch, metrics)
+                uncounted += [] if batch.faults_BG is None else [batch.faults_BG]
                 validates = bool(job.held_out) and (count % settings.validate_every == 0 or count == steps)
                 logs = validates or count % settings.log_every == 0 or count in (1, steps)
                 saves = count % settings.checkpoint_every == 0 or count == steps
@@ -145,7 +144,8 @@ def train_loop(
                         count = int(state.step)
                         writer.go_back(count)
                         continue
-                    counts_G = on_host(counts_G)
+                    counts_G = on_host(counts_G + sum(faults_BG.sum(0) for faults_BG in uncounted))
+                    uncounted.clear()
                     faults.check_share(counts_G, settings.faults)
                 if logs:
                     numbers = meter.numbers(metrics)

@@ -79,6 +79,8 @@ def labelled_tokens(labels_BL: jax.Array) -> jax.Array:
 def _sum_of_nats(chunk, hidden_TD, head_DV, targets_T):
     def one_chunk(i, total):
         hidden_cD, targets_c = _piece(i, chunk, hidden_TD, targets_T)
+        if platform() == "cpu":
+            return total + _nats_without_logits(hidden_cD, head_DV, targets_c, gradient=False)[0]
         return total + _nats(logits(hidden_cD, head_DV), targets_c)[0]
 
     return jax.lax.fori_loop(0, _chunks(targets_T, chunk), one_chunk, jnp.float32(0))
@@ -94,8 +96,8 @@ def _nats(logits_cV, targets_c):
     return jnp.where(labelled_c, norm_c - picked_c, 0).sum(), d_logits_cV
 
 
-def _nats_without_logits(hidden_cD, head_DV, targets_c):
-    """The sum of the losses of a chunk, and its gradient to hidden_cD, where the head is frozen.
+def _nats_without_logits(hidden_cD, head_DV, targets_c, *, gradient: bool):
+    """The sum of the losses of a chunk, and its gradient to hidden_cD where the head is frozen (else None).
 
     A position's gradient is the mean of the head's columns under its softmax, less its target's column. So one pass
     over blocks of columns gives both, with FlashAttention's arithmetic for the softmax (Dao et al. 2022): one exp per
@@ -109,23 +111,26 @@ def _nats_without_logits(hidden_cD, head_DV, targets_c):
         logits_cv = logits(hidden_cD, head_Dv)
         new_top_c1 = jnp.maximum(top_c1, logits_cv.max(axis=-1, keepdims=True))
         weights_cv, shrink_c1 = jnp.exp(logits_cv - new_top_c1), jnp.exp(top_c1 - new_top_c1)
-        added_cD = jnp.einsum(
-            "cv,Dv->cD", weights_cv.astype(head_DV.dtype), head_Dv, preferred_element_type=jnp.float32
-        )
         norm_c1 = norm_c1 * shrink_c1 + weights_cv.sum(axis=-1, keepdims=True)
-        return new_top_c1, norm_c1, mean_cD * shrink_c1 + added_cD
+        if mean_cD is not None:
+            weights_cv = weights_cv.astype(head_DV.dtype)
+            added_cD = jnp.einsum("cv,Dv->cD", weights_cv, head_Dv, preferred_element_type=jnp.float32)
+            mean_cD = mean_cD * shrink_c1 + added_cD
+        return new_top_c1, norm_c1, mean_cD
 
     def one_block(j, sums):
         return add(jax.lax.dynamic_slice_in_dim(head_DV, j * columns, columns, axis=1), sums)
 
     rest = V % columns
-    sums = (jnp.full((c, 1), -jnp.inf), jnp.zeros((c, 1)), jnp.zeros((c, D)))
+    sums = (jnp.full((c, 1), -jnp.inf), jnp.zeros((c, 1)), jnp.zeros((c, D)) if gradient else None)
     sums = jax.lax.fori_loop(0, V // columns, one_block, sums)
     top_c1, norm_c1, mean_cD = add(head_DV[:, -rest:], sums) if rest else sums
     target_cD = jnp.take(head_DV, jnp.maximum(targets_c, 0), axis=1).T.astype(jnp.float32)
     target_c1 = (hidden_cD * target_cD).sum(axis=-1, keepdims=True)
     labelled_c1 = (targets_c != IGNORE)[:, None]
     nats = jnp.where(labelled_c1, top_c1 + jnp.log(norm_c1) - target_c1, 0).sum()
+    if mean_cD is None:
+        return nats, None
     return nats, jnp.where(labelled_c1, mean_cD / norm_c1 - target_cD, 0).astype(hidden_cD.dtype)
 
 
@@ -137,7 +142,7 @@ def _sum_of_nats_fwd(chunk, hidden, head, targets):
         total, d_hidden_TD, d_head_DV = carry
         hidden_cD, targets_c = _piece(i, chunk, hidden_TD, targets_T)
         if d_head_DV is None and platform() == "cpu":
-            nats, d_hidden_cD = _nats_without_logits(hidden_cD, head_DV, targets_c)
+            nats, d_hidden_cD = _nats_without_logits(hidden_cD, head_DV, targets_c, gradient=True)
         else:
             nats, d_logits_cV = _nats(logits(hidden_cD, head_DV), targets_c)
             d_logits_cV = d_logits_cV.astype(hidden_cD.dtype)

@@ -32,10 +32,10 @@ class Meter:
         self.compiles = True  # in the time of the first line is the compiler's
         self._restart()
 
-    def note(self, batch: Batch) -> None:
-        """`batch` is that of all processes, on the mesh; nobody waits for it here."""
-        self.steps += 1
-        self.tokens = self.tokens + (batch.segments_BL > 0).sum()
+    def note(self, batch: Batch, metrics: Mapping[str, Any]) -> None:
+        """A step that has been started: its batch of all processes, and what it returns, which nobody waits for here. Not
+        even a sum: on CPU JAX computes small things at once, behind the step."""
+        self.tokens.append(metrics["tokens"])
         self.flops = self.flops or model_flops(self.config, batch, trains=self.trains)
 
     @contextlib.contextmanager
@@ -47,11 +47,12 @@ class Meter:
 
     def numbers(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """What the line says; waits for the last step."""
-        numbers = {name: float(value) for name, value in metrics.items() if name not in ("finite", "picks_ZO")}
-        seconds = perf_counter() - self.began
-        numbers |= {"tokens": int(self.tokens), "tokens_per_second": int(self.tokens) / seconds, "seconds": seconds}
+        others = ("finite", "picks_ZO", "tokens")
+        numbers = {name: float(value) for name, value in metrics.items() if name not in others}
+        seconds, tokens = perf_counter() - self.began, sum(map(int, self.tokens))
+        numbers |= {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
         if not self.compiles:
-            step_seconds = (seconds - self.other) / self.steps
+            step_seconds = (seconds - self.other) / len(self.tokens)
             numbers |= {"step_seconds": step_seconds, "tflops_per_second": self.flops / step_seconds / TERA}
             if self.peak:
                 numbers["mfu"] = self.flops / step_seconds / self.peak
@@ -61,8 +62,8 @@ class Meter:
         return numbers | by_layer(on_host(metrics["picks_ZO"]), config=self.config)
 
     def _restart(self) -> None:
-        self.began, self.steps, self.other = perf_counter(), 0, 0.0
-        self.tokens: Any = 0
+        self.began, self.other = perf_counter(), 0.0
+        self.tokens: list[Any] = []
 
 
 def model_flops(config: ModelConfig, batch: Batch, *, trains: tuple[str, ...]) -> float:

@@ -127,6 +127,7 @@ def make_step(
             "ce": losses_.ce,
             "aux": losses_.aux,
             "labelled_tokens": losses_.tokens,
+            "tokens": (batch.segments_BL > 0).sum(),
             "grad_norm": norm,
             "learning_rate": rate,
             "finite": finite,
