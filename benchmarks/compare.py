@@ -56,11 +56,12 @@ def _stage(stage: str, args: argparse.Namespace, console: Console) -> bool:
     loads = race(workers, rounds=args.rounds)
     rates = [worker.facts["flops"] / worker.median("wall") / 1e9 for worker in (ours, product)]
     tokens, of_torch = ours.facts["tokens"], theirs["eager experts"].facts
-    title = f"{stage}: here {tokens / ours.median('wall'):,.0f} tokens/s, {rates[0]:.0f} GFLOP/s, {rates[0] / rates[1]:.0%} of "
+    title = f"{stage}: here {tokens / ours.median('wall'):,.0f} tokens/s, {rates[0]:.0f} GFLOP/s, "
+    title += f"{rates[0] / rates[1]:.0%} of a large product's {rates[1]:.0f}; load {min(loads):.1f} to {max(loads):.1f}"
     table = Table(
         f"PyTorch {of_torch['torch']}, transformers {of_torch['transformers']}",
         "tokens/s", "speed, here over there (least, most of a round)", "CPU time", "peak memory", "GB here, there",
-        title=title + f"a large product's {rates[1]:.0f}; load {min(loads):.1f} to {max(loads):.1f}",
+        title=title,
     )  # fmt: skip
     for name, worker in theirs.items():
         speed, cpu = (ratios(ours, worker, what) for what in ("wall", "cpu"))

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from turns import serve
 from transformers import MixtralConfig, MixtralForCausalLM
+from turns import serve
 
 STAGES = ("align", "extend", "finetune")
 BATCH, LENGTH, PATCHES, VISION_WIDTH = 4, 512, 64, 256

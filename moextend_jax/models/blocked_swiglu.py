@@ -206,8 +206,7 @@ class _Rows:
         self, body: Callable, parts: tuple[Weights, ...], update: Update | None, *,
         like: Callable[..., Any] | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
-        """Sums `body(sum, block, weights, factors, mine_b1)` over each group's blocks; mine_b1 is false past the group's
-        end.
+        """Sums `body(sum, block, weights, factors, mine_b1)` over each group's blocks; mine_b1 is false past its end.
 
         Args:
           like: from weights and factors of a group to what the sum is like; None: the weights, and None for parts that

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def _nats(logits_cV, targets_c):
     return jnp.where(labelled_c, norm_c - picked_c, 0).sum(), d_logits_cV
 
 
-def _nats_without_logits(hidden_cD, head_DV, targets_c, *, gradient: bool):
+def _nats_without_logits(hidden_cD, head_DV, targets_c, *, gradient: bool) -> tuple[jax.Array, Any]:
     """The sum of the losses of a chunk, and its gradient to hidden_cD where the head is frozen (else None).
 
     A position's gradient is the mean of the head's columns under its softmax, less its target's column. So one pass

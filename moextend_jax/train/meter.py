@@ -33,8 +33,8 @@ class Meter:
         self._restart()
 
     def note(self, batch: Batch, metrics: Mapping[str, Any]) -> None:
-        """A step that has been started: its batch of all processes, and what it returns, which nobody waits for here. Not
-        even a sum: on CPU JAX computes small things at once, behind the step."""
+        """A step that has been started: its batch of all processes, and what it returns, which nobody waits for here.
+        Nor is anything summed: on CPU JAX computes small things at once, behind the step."""
         self.tokens.append(metrics["tokens"])
         self.flops = self.flops or model_flops(self.config, batch, trains=self.trains)
 
