@@ -80,8 +80,8 @@ def _stage(stage: str, args: argparse.Namespace, console: Console) -> bool:
 
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    said = dict(line.partition("\t: ")[::2] for line in lines if "\t: " in line)
-    named = {what.strip(): value for what, value in said.items()}
+    pairs = [line.partition(":") for line in lines]
+    named = {what.strip(): value.strip() for what, _, value in pairs}
     return ", ".join(f"{what} {named[what]}" for what in ("model name", "cpu family", "model") if what in named)
 
 
