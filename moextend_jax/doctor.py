@@ -128,13 +128,13 @@ def look() -> Iterator[Finding]:
     yield Finding("JAX", (jax.print_environment_info(return_string=True) or "").partition("\n\n$ nvidia-smi")[0])
     if jax.default_backend() == "cpu" and (extra := needed_extra()):
         yield Finding("devices", "JAX does not use the accelerator", "missing", extra_hint(extra))
+    program = jax.jit(layer).trace()
+    yield Finding("kernels", kernels(program))
+    jax.block_until_ready(program.lower().compile()())
     if jax.default_backend() == "cpu":
         yield Finding(
             "CPU", f"{machine.cores()} cores; what trains keeps freed memory, and of a small base has a device on each"
         )
-    program = jax.jit(layer).trace()
-    yield Finding("kernels", kernels(program))
-    jax.block_until_ready(program.lower().compile()())
 
 
 def kernels(program: Any) -> str:

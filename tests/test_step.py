@@ -74,6 +74,7 @@ def test_three_steps_change_what_the_stage_trains_and_not_one_bit_else(stage: st
         assert all(np.isfinite(value).all() for value in metrics.values()), metrics
         assert float(metrics["grad_norm"]) > 0 and float(metrics["learning_rate"]) == np.float32(1e-2)
         assert int(metrics["labelled_tokens"]) == (tiny.batch(seed=count).labels_BL[:, 1:] != -100).sum()
+        assert int(metrics["tokens"]) == (tiny.batch(seed=count).segments_BL > 0).sum()
     assert int(state.step) == 3
     assert hashes(frozen) == frozen_before
     unmoved = {path for path, digest in hashes(state.trainable).items() if digest == before[path]}
