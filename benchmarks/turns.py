@@ -78,7 +78,8 @@ def race(workers: Sequence[Worker], *, rounds: int) -> list[float]:
     return loads[WARMUP:]
 
 
-def ratios(ours: Worker, theirs: Worker, what: str) -> tuple[float, float, float]:
-    """theirs / ours: of the medians, and the least and the most of single rounds."""
-    of_rounds = [b[what] / a[what] for a, b in zip(ours.rows, theirs.rows, strict=True)]
-    return theirs.median(what) / ours.median(what), min(of_rounds), max(of_rounds)
+def ratios(ours: Worker, theirs: Worker, what: str) -> tuple[float, float, float, float]:
+    """theirs / ours: of the medians, of the least of all rounds, and the least and the most of single rounds."""
+    mine, others = (worker.of_each(what) for worker in (ours, theirs))
+    of_rounds = [b / a for a, b in zip(mine, others, strict=True)]
+    return theirs.median(what) / ours.median(what), min(others) / min(mine), min(of_rounds), max(of_rounds)

@@ -203,8 +203,10 @@ def _random(path: str, leaf: Any) -> jax.Array:
         return jax.device_put(jnp.full(leaf.shape, SCALE, leaf.dtype), leaf.sharding)
     if jax.default_backend() == "cpu":
         # NumPy, because jax.random would compile a program per shape and its memory would count as the step's.
-        array = centre + 0.02 * np.random.default_rng(key).standard_normal(leaf.shape, np.float32)
-        return jax.device_put(array.astype(leaf.dtype), leaf.sharding)
+        array = np.random.default_rng(key).standard_normal(leaf.shape, np.float32)
+        array *= 0.02
+        array += centre
+        return jax.device_put(array.astype(leaf.dtype, copy=False), leaf.sharding)
 
     def make(key):  # where it will be: billions of entries take a host minutes
         return (centre + 0.02 * jax.random.normal(key, leaf.shape, jnp.float32)).astype(leaf.dtype)
