@@ -5,8 +5,8 @@ python benchmarks/compare.py [--torch-python PYTHON] [--threads 2] [--rounds 10]
 In: an interpreter that has torch (default: this one). Out: of every stage a table with PyTorch's two implementations of
 experts, and eager ones again with PyTorch's allocator told what ours is. Speed and CPU time there over here, above 1 in
 our favour: of the medians, of the fastest steps (both sides without neighbours), and of single rounds; memory here over
-there. Exit code 1 where the median is slower than the faster PyTorch's. Labels are on all positions, as PyTorch computes
-all logits.
+there. Exit code 1 where the median is slower than the faster PyTorch's. Labels are on all positions, as PyTorch
+computes all logits.
 """
 
 from __future__ import annotations
