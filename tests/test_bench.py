@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,31 @@ def test_rows_too_short_for_the_image_are_refused(settings: RunSettings):
     config = model_config(settings, stage="align")
     with pytest.raises(MoextendError, match="64 patches"):
         bench.random_batch(config, rows=1, length=40, labels="all")
+
+
+WORKER = """
+import sys, time
+from turns import serve
+def step():
+    time.sleep(float(sys.argv[1]))
+    return 1.0
+serve(step, {"tokens": 3})
+"""
+
+
+def test_processes_take_turns_and_are_compared(monkeypatch: pytest.MonkeyPatch):
+    """benchmarks/turns.py, with which compare.py races PyTorch."""
+    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(benchmarks)
+    from turns import Worker, race, ratios  # pyright: ignore[reportMissingImports]
+
+    fast, slow = (
+        Worker([sys.executable, "-c", WORKER, seconds], PYTHONPATH=benchmarks) for seconds in ("0.02", "0.06")
+    )
+    assert len(race([fast, slow], rounds=3)) == len(fast.rows) == len(slow.rows) == 3  # the first ones do not count
+    median, fastest, least, most = ratios(fast, slow, "wall")
+    assert fast.facts == {"tokens": 3} and slow.median("loss") == 1
+    assert min(median, fastest, least) > 1 and most >= least
+    for worker in (fast, slow):
+        worker.close()
+        assert worker.process.returncode == 0
