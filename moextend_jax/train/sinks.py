@@ -6,12 +6,14 @@ which takes plain numbers by step. A stage that goes on continues the run that i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +45,10 @@ class Kind(NamedTuple):
 
 def _tensorboard(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
     """Event files in FOLDER/tensorboard, written in the caller's thread, so that errors are the caller's too."""
-    from tensorboardX import summary
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2
+    with _absent("torch"):  # tensorboardX would import it where it is there: two seconds, for nothing that is used here
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
 
     (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
     file, proto = EventsWriter(str(folder / "tensorboard" / "events")), event_pb2
@@ -63,6 +66,19 @@ def _tensorboard(folder: Path, name: str, settings: dict[str, Any], resume_step:
 
     back(resume_step)
     return Sink(log, file.close, back)
+
+
+@contextlib.contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Inside, a package that nobody has imported yet is as if it were not installed."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None  # pyright: ignore[reportArgumentType]  what Python's import statement asks for
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
 
 
 def _wandb(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
