@@ -202,9 +202,8 @@ def test_the_whole_run_in_two_processes(tmp_path: Path):
     # One process tells of preparations, and nobody of anything else.
     told = said.stderr.splitlines()
     assert said.stdout.count("layers to extend") == 1 and len(set(told)) == len(told)
-    assert all(
-        re.fullmatch(r"(preparing|compiling|opening|hashing|evaluate).*( \.\.\.|: \d+\.\d s)", line) for line in told
-    )
+    kinds = "preparing|compiling|opening|reading|hashing|looking for|features|evaluate"  # on a slow machine all of them
+    assert not [line for line in told if not re.fullmatch(rf"({kinds}).*( \.\.\.|: \d+\.\d s)", line)]
     launch(script, *run, f"--workdir={alone}", processes=1)
     for stage in ("align", "extend", "finetune"):
         record = json.loads((workdir / stage / "stage.json").read_text())
