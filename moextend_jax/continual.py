@@ -66,7 +66,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
         )
         for kind in kinds
     }
-    several = machine.only_cpu() and not distributed.several() and len(os.sched_getaffinity(0)) > 1
+    several = machine.only_cpu() and not distributed.several() and machine.cores() > 1
     beside = {kind: Beside(own[kind], workdir / kind, first) for kind in kinds[1:] if several and not is_url(workdir)}
     for kind in kinds:
         if kind in beside:

@@ -200,7 +200,7 @@ def working(
     mesh = make_mesh(settings.mesh)
     check_rows(rows_of_settings(settings) if rows is None else list(rows), mesh)
     if rows is None and distributed.first() and jax.default_backend() == "cpu":
-        print(f"CPU: {machine.on_cpu(mesh.size)}")
+        print(f"CPU: {machine.on_cpu(len(mesh.local_devices))}")
     with locked(workdir):
         if jax.process_count() == 1:
             preemption.listen()

@@ -36,5 +36,8 @@ def loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Progr
 
 def mean_loss(step: Callable, arrays: dict[str, jax.Array], batches: Iterable[Batch]) -> float:
     """Mean nats per labelled token over all batches, by a `loss_step`."""
-    sums = [step(arrays, batch) for batch in batches]  # read at the end: a batch is prepared while others are computed
-    return sum(float(nats) for nats, _ in sums) / sum(int(tokens) for _, tokens in sums)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        nats, count = step(arrays, batch)
+        total, tokens = total + float(nats), tokens + int(count)
+    return total / tokens

@@ -17,7 +17,7 @@ from moextend_jax.models.weights import used
 from moextend_jax.sharding import Shards, map_shards, platform, shards
 
 COLUMNS = 512
-"""Of a frozen head, whose logits are in cache at once on CPU."""
+"""Of the head, whose logits are in cache at once on CPU."""
 
 
 class Losses(NamedTuple):
@@ -97,7 +97,7 @@ def _nats(logits_cV, targets_c):
 
 
 def _nats_without_logits(hidden_cD, head_DV, targets_c, *, gradient: bool) -> tuple[jax.Array, Any]:
-    """The sum of the losses of a chunk, and its gradient to hidden_cD where the head is frozen (else None).
+    """The sum of the losses of a chunk, and if asked its gradient to hidden_cD where the head is frozen (else None).
 
     A position's gradient is the mean of the head's columns under its softmax, less its target's column. So one pass
     over blocks of columns gives both, with FlashAttention's arithmetic for the softmax (Dao et al. 2022): one exp per
