@@ -55,6 +55,8 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
             f"chains = {','.join(settings.chains)} needs several extensions, and strict or open among it"
         )
     began, records, first = time.perf_counter(), {}, workdir / kinds[0]
+    several = machine.only_cpu() and not distributed.several() and machine.cores() > 1
+    several = several and len(kinds) > 1 and not is_url(workdir)
     own = {
         kind: dataclasses.replace(
             settings,
@@ -63,11 +65,11 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
             baseline="full" in settings.chains and kind == kinds[-1],
             mixture=settings.mixture if kind == kinds[0] else None,
             data_dir=settings.data_dir or os.fspath(workdir / "data"),
+            cpu_devices=settings.cpu_devices or int(several),  # chains beside each other: a device for each
         )
         for kind in kinds
     }
-    several = machine.only_cpu() and not distributed.several() and machine.cores() > 1
-    beside = {kind: Beside(own[kind], workdir / kind, first) for kind in kinds[1:] if several and not is_url(workdir)}
+    beside = {kind: Beside(own[kind], workdir / kind, first) for kind in kinds[1:] if several}
     for kind in kinds:
         if kind in beside:
             records[kind] = beside[kind].record()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 
-from moextend_jax import machine
+from moextend_jax import continual, machine
 from moextend_jax.configurations import load
 from moextend_jax.runs.run import cpu_devices
 from moextend_jax.settings import RunSettings, from_config_dict
@@ -46,3 +46,16 @@ def test_what_is_said_counts_and_an_accelerator_is_left_alone(monkeypatch: pytes
     assert cpu_devices(of_demo(base="a/name")) == 1
     monkeypatch.setattr(machine, "only_cpu", lambda: False)
     assert cpu_devices(of_demo()) == 1
+
+
+def test_chains_beside_each_other_have_one_each(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    settings, seen = from_config_dict(load("continual")), []
+    monkeypatch.setattr(continual, "Beside", lambda settings, *_: seen.append(cpu_devices(settings)))
+
+    def run(settings: RunSettings, _):
+        seen.append(cpu_devices(settings))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        continual.run_chains(settings, tmp_path, run=run)
+    assert seen == [1, 1] and cpu_devices(settings) == 2
