@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from moextend_jax import configurations, preemption
 from moextend_jax.config import IMAGE, FeaturesConfig, Medium, ModelConfig, MoextendError
-from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate.questions import as_prompt
+from moextend_jax.evaluate.routed import Routing, routing_of
 from moextend_jax.evaluate.running import asker_of
-from moextend_jax.evaluate.speak import Items, Picture, Turn, batch_of, encoded, question, show, speak, told
+from moextend_jax.evaluate.speak import Items, Picture, Turn, encoded, show, speak, told
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
-from moextend_jax.mesh import Program, on_host, place_whole
-from moextend_jax.models.moextend import abstract
-from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.askable import Askable, described, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import RunSettings, from_config_dict
@@ -37,31 +32,6 @@ Named = str | os.PathLike[str]
 """The name of a folder."""
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 """Of `Model.chat`'s messages, and what they are called inside."""
-
-
-class Routing(NamedTuple):
-    """What every layer's router decided for every token of one text.
-
-    picks: the chosen experts `[layers, tokens, k]`, most likely first. weights: how they are mixed, alike. Where an
-      extension starts "added", its experts stand behind these k; one that a token does not have is len(experts).
-    logits: `[layers, tokens, experts]`, float32, before the softmax; -inf where a layer has no such expert, or a token
-      may not choose it.
-    experts: the experts' names, `[experts]`: "0", "1", ... and "new 0", ....
-    tokens: the tokens' text, `[tokens]`; a picture's are "<patch 0>", .... ids: their ids `[tokens]`.
-    patches: `[tokens]`: which patch of the picture a token is, row by row from the top left; -1 for text.
-    """
-
-    picks: np.ndarray
-    weights: np.ndarray
-    logits: np.ndarray
-    experts: list[str]
-    tokens: list[str]
-    ids: np.ndarray
-    patches: np.ndarray
-
-    def __repr__(self) -> str:
-        layers, tokens, k = self.picks.shape
-        return f"Routing({layers} layers, {tokens} tokens, {k} of {len(self.experts)} experts each)"
 
 
 class Model:
@@ -141,36 +111,9 @@ class Model:
         system: str | None = None, plain: bool | None = None,
     ) -> Routing:  # fmt: skip
         """Which experts each token of a prompt goes to, and of the answer to it where one is given."""
-        opened = self._opened
-        read = show(opened, shown(image, items))
-        turns = told(opened, system, text, read.spans)
-        if answer is None:
-            prompt = encoded(opened, turns, spans=read.spans, plain=plain)
-        else:
-            asked = [question(opened, text, read.spans)] if isinstance(turns, str) else turns
-            prompt = encode_conversation(
-                [*asked, {"from": "gpt", "value": answer}], example_id="prompt",
-                items=read.spans, tokenizer=opened.tokenizer, recipe=opened.recipe,
-            )  # fmt: skip
-        batch, count = batch_of(opened, prompt, read), len(prompt.ids_L)
-        batch.segments_BL[0, :count] = prompt.segments_L
-        routing = _routing(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
-        logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing[:3])
-        base, extensions = opened.config.decoder.experts, opened.config.extensions
-        new = [
-            f"new {n}" if len(extensions) == 1 else f"{name} {n}"
-            for name, added in extensions.items()
-            for n in range(added.new_experts)
-        ]
-        return Routing(
-            picks=picks_ZTk,
-            weights=weights_ZTk,
-            logits=logits_ZTO,
-            experts=[*map(str, range(base)), *new],
-            tokens=_texts(opened, prompt.ids_L, prompt.places_L),
-            ids=prompt.ids_L,
-            patches=prompt.places_L,
-        )
+        opened, every = self._opened, shown(image, items)
+        turns = told(opened, system, text, show(opened, every).spans)
+        return routing_of(opened, turns, items=every, answer=answer, plain=plain)
 
     def _together(self, texts: Sequence[str], each: Sequence[Items], **options: Any) -> list[str]:
         opened, most = self._opened, options.pop("max_new_tokens")
@@ -270,28 +213,6 @@ class _Shown:
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
         arrays = self._arrays[np.maximum(rows_BM, 0)]
         return np.where((rows_BM >= 0).reshape(*rows_BM.shape, *[1] * (arrays.ndim - 2)), arrays, 0)
-
-
-@functools.lru_cache(maxsize=4)
-def _routing(config: ModelConfig, mesh: Mesh) -> Program:
-    return Program(lambda arrays, batch: with_arrays(abstract(config), arrays)(batch).routing, mesh=mesh)
-
-
-def _texts(opened: Askable, ids_L: np.ndarray, places_L: np.ndarray) -> list[str]:
-    """What each token adds to the text before it; a name for what is no text."""
-    tokenizer = opened.tokenizer
-    named = {control.id: text for text, control in tokenizer.pieces.control.items()}
-    named |= {tokenizer.tags.start: "<image>", tokenizer.tags.end: "</image>"}
-    texts, before = [], []
-    for id, patch in zip(ids_L.tolist(), places_L.tolist(), strict=True):
-        if patch >= 0:
-            texts.append(f"<patch {patch}>")
-        elif id in named:
-            texts.append(named[id])
-        else:
-            texts.append(tokenizer.decode([*before, id])[len(tokenizer.decode(before)) :])
-            before = [id]
-    return texts
 
 
 def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Picture]]:

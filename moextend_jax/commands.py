@@ -244,20 +244,35 @@ class ChatOptions(SpeakOptions):
     """what the model is told before everything"""
     max_new_tokens: Count = 512
     """most tokens of an answer"""
+    web: bool = False
+    """a page in the browser instead of the terminal, which shows what the experts did (needs the extra `web`)"""
+    host: str = "127.0.0.1"
+    """address of the page; 0.0.0.0 lets other machines ask, and there is no password"""
+    port: Amount = 7860
+    """of the page; 0 takes a free one"""
 
 
 def chat(options: ChatOptions) -> None:
-    from moextend_jax.evaluate.chat import chat_command
     from moextend_jax.generate import Sampling
+
+    said = {
+        "system": options.system,
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": Sampling(options.temperature, options.top_k),
+        "seed": options.seed,
+    }
+    if options.web:
+        from moextend_jax.runs.askable import choices
+        from moextend_jax.web.page import Page, serve
+
+        models = choices(options, settings=options.config)
+        start = options.model or ("moextend" if "moextend" in models else next(iter(models)))
+        serve(Page(models=models, start=start, **said), host=options.host, port=options.port)
+        return
+    from moextend_jax.evaluate.chat import chat_command
     from moextend_jax.runs.askable import open_place
 
-    chat_command(
-        open_place(options, settings=options.config),
-        system=options.system,
-        max_new_tokens=options.max_new_tokens,
-        sampling=Sampling(options.temperature, options.top_k),
-        seed=options.seed,
-    )
+    chat_command(open_place(options, settings=options.config), **said)
 
 
 @dataclass(frozen=True, kw_only=True)

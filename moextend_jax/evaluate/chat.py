@@ -37,22 +37,26 @@ class Conversation:
     turns: list[Turn] = dataclasses.field(default_factory=list)
     items: dict[str, list[Item]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def told(self) -> list[Turn]:
+        """What the model was told at first, and all turns."""
+        return [*([Turn({"from": "system", "value": self.system})] if self.system else []), *self.turns]
+
     def ask(self, text: str, *, items: Items | None = None) -> Iterator[str]:
         """Yields the answer as it is made. Only an answer that came to its end, and that is not empty, is remembered,
         with its question."""
         new = {name: list(of) for name, of in (items or {}).items() if of}
-        first: list[Turn] = [{"from": "system", "value": self.system}] if self.system else []
         counts = {name: [1] * len(of) for name, of in new.items()}
-        asked, pieces = [*self.turns, question(self.opened, text, counts)], []
+        asked, pieces = question(self.opened, text, counts), []
         every = {name: [*self.items.get(name, ()), *new.get(name, ())] for name in {**self.items, **new}}
         for piece in speak(
-            self.opened, [*first, *asked], items=every, plain=False, max_new_tokens=self.max_new_tokens,
+            self.opened, [*self.told, asked], items=every, plain=False, max_new_tokens=self.max_new_tokens,
             sampling=self.sampling, seed=self.seed + len(self.turns),
         ):  # fmt: skip
             pieces.append(piece)
             yield piece
         if answer := "".join(pieces).strip():
-            self.turns, self.items = [*asked, {"from": "gpt", "value": answer}], every
+            self.turns, self.items = [*self.turns, asked, {"from": "gpt", "value": answer}], every
 
     def reset(self) -> None:
         """Forgets what was said and shown."""

@@ -113,6 +113,35 @@ def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh 
     return _of_checkpoint(checkpoint, place, mesh=mesh, sizes=settings.evaluate if settings else SIZES)
 
 
+class Choice(NamedTuple):
+    """A model of a folder: what tables call it, and what opens it, once."""
+
+    title: str
+    open: Callable[[], Askable]
+
+
+def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, Choice]:
+    """The models of a folder that can be asked, by name: of a work directory those that are finished, the pretrained
+    parts in memory once for all; of a checkpoint it, and the base inside it where it is extended.
+
+    Raises:
+      MoextendError: as `open_place`.
+    """
+    if not place.in_workdir:
+        opened = open_place(place, settings=settings)
+        found = {opened.name: Choice(opened.name, lambda: opened)}
+        if opened.open_base is not None:
+            found["base"] = Choice("base", functools.cache(opened.open_base))
+        return found
+    run = open_run(settings or known_settings(place.folder), place.folder)
+    rows = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
+    finished = {row.results: name for name, row in rows.items() if all(map(run.has, row.results))}
+    return {
+        name: Choice(rows[name].title, functools.cache(functools.partial(askable, run, name, dtype=place.dtype)))
+        for name in finished.values()
+    }
+
+
 @contextlib.contextmanager
 def evaluating(
     place: Place, *, settings: RunSettings | None = None, out: Path | None = None

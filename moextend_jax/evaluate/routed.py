@@ -1,0 +1,108 @@
+"""Which experts every token of one text goes to, in every layer: a conversation in, a `Routing` out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from moextend_jax.config import ModelConfig
+from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.evaluate.speak import Items, Turn, batch_of, encoded, question, show
+from moextend_jax.mesh import Program, on_host, place_whole
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.askable import Askable
+
+
+class Routing(NamedTuple):
+    """What every layer's router decided for every token of one text.
+
+    picks: the chosen experts `[layers, tokens, k]`, most likely first. weights: how they are mixed, alike. Where an
+      extension starts "added", its experts stand behind these k; one that a token does not have is len(experts).
+    logits: `[layers, tokens, experts]`, float32, before the softmax; -inf where a layer has no such expert, or a token
+      may not choose it.
+    experts: the experts' names, `[experts]`: "0", "1", ... and "new 0", ....
+    tokens: the tokens' text, `[tokens]`; a picture's are "<patch 0>", .... ids: their ids `[tokens]`.
+    patches: `[tokens]`: which patch of the picture a token is, row by row from the top left; -1 for text.
+    """
+
+    picks: np.ndarray
+    weights: np.ndarray
+    logits: np.ndarray
+    experts: list[str]
+    tokens: list[str]
+    ids: np.ndarray
+    patches: np.ndarray
+
+    def __repr__(self) -> str:
+        layers, tokens, k = self.picks.shape
+        return f"Routing({layers} layers, {tokens} tokens, {k} of {len(self.experts)} experts each)"
+
+
+def routing_of(
+    opened: Askable, prompt: str | Sequence[Turn], *, items: Items, answer: str | None = None, plain: bool | None = None
+) -> Routing:
+    """The routing of a prompt, and of the answer to it where one is given.
+
+    Args:
+      prompt, items, plain: as of `speak`.
+    """
+    read = show(opened, items)
+    if answer is None:
+        text = encoded(opened, prompt, spans=read.spans, plain=plain)
+    else:
+        asked = [question(opened, prompt, read.spans)] if isinstance(prompt, str) else prompt
+        text = encode_conversation(
+            [*asked, {"from": "gpt", "value": answer}], example_id="prompt",
+            items=read.spans, tokenizer=opened.tokenizer, recipe=opened.recipe,
+        )  # fmt: skip
+    batch, count = batch_of(opened, text, read), len(text.ids_L)
+    batch.segments_BL[0, :count] = text.segments_L
+    routing = _program(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
+    logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing[:3])
+    return Routing(
+        picks=picks_ZTk,
+        weights=weights_ZTk,
+        logits=logits_ZTO,
+        experts=expert_names(opened.config),
+        tokens=token_texts(opened.tokenizer, text.ids_L, text.places_L),
+        ids=text.ids_L,
+        patches=text.places_L,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _program(config: ModelConfig, mesh: Mesh) -> Program:
+    return Program(lambda arrays, batch: with_arrays(abstract(config), arrays)(batch).routing, mesh=mesh)
+
+
+def expert_names(config: ModelConfig) -> list[str]:
+    """Those of `Routing.experts`."""
+    extensions = config.extensions
+    new = [
+        f"new {n}" if len(extensions) == 1 else f"{name} {n}"
+        for name, added in extensions.items()
+        for n in range(added.new_experts)
+    ]
+    return [*map(str, range(config.decoder.experts)), *new]
+
+
+def token_texts(tokenizer: Tokenizer, ids_L: np.ndarray, places_L: np.ndarray) -> list[str]:
+    """What each token adds to the text before it; a name for what is no text."""
+    named = {control.id: text for text, control in tokenizer.pieces.control.items()}
+    named |= {tokenizer.tags.start: "<image>", tokenizer.tags.end: "</image>"}
+    texts, before = [], []
+    for id, patch in zip(ids_L.tolist(), places_L.tolist(), strict=True):
+        if patch >= 0:
+            texts.append(f"<patch {patch}>")
+        elif id in named:
+            texts.append(named[id])
+        else:
+            texts.append(tokenizer.decode([*before, id])[len(tokenizer.decode(before)) :])
+            before = [id]
+    return texts

@@ -1,0 +1,275 @@
+"""`moextend chat --web`: a page to ask the models of a folder, and to see what their experts did with every token.
+
+In: the models by name, each opened when it is first asked for. Out: a page on this machine, by gradio: no server of our
+own, nothing fetched from other hosts. Every visitor has a conversation of their own; one answer is made at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import mimetypes
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.data.conversations import MEDIUM
+from moextend_jax.evaluate.chat import Conversation
+from moextend_jax.evaluate.routed import routing_of
+from moextend_jax.evaluate.speak import Items, picture, speak
+from moextend_jax.generate import Sampling
+from moextend_jax.media import KINDS
+from moextend_jax.media.image import framed, tower_of
+from moextend_jax.runs.askable import Askable, Choice
+from moextend_jax.web.experts import CSS, MEAN, Seen, render
+
+NOTHING = "nothing"
+PICTURE_PIXELS = 336
+"""Side of the tinted picture."""
+LARGEST = "64mb"
+"""Files that the page takes; what is inside is checked again when it is read."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    """What the page's events do. models: by name; start: the one that is chosen at first.
+    system, max_new_tokens, sampling, seed: as of `Conversation`."""
+
+    models: Mapping[str, Choice]
+    start: str
+    system: str | None = None
+    max_new_tokens: int = 512
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+    def conversation(self, name: str) -> Conversation:
+        return Conversation(
+            opened=self.models[name].open(), system=self.system, max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling, seed=self.seed,
+        )  # fmt: skip
+
+    def answer(self, text: str, items: Items, talk: Conversation, beside: str) -> Iterator[str | list[Seen]]:
+        """Yields the answer piece by piece, then what the experts of the model did, and of the one `beside` it.
+
+        Raises:
+          MoextendError: an item that cannot be read, or a text that the model cannot be asked.
+        """
+        if not text:
+            raise MoextendError("type a question, too")
+        before, turns = talk.told, len(talk.turns)
+        if talk.opened.plain:
+            said = yield from _joined(self._speak(talk.opened, text, items))
+            yield [self._seen(talk.opened, text, items, said)]
+            return
+        said = yield from _joined(talk.ask(text, items=items))
+        if len(talk.turns) == turns:  # an empty answer is not remembered
+            return
+        prompt = [*before, talk.turns[-2]]
+        seen = [self._seen(talk.opened, prompt, talk.items, said)]
+        if beside != NOTHING and beside != talk.opened.name:
+            seen.append(self._beside(self.models[beside].open(), text, prompt, talk.items))
+        yield seen
+
+    def _beside(self, opened: Askable, text: str, prompt: Any, items: Items) -> Seen:
+        """The same question to another model, which may not be able to see what is shown."""
+        asked = text if opened.plain else prompt
+        try:
+            said = "".join(self._speak(opened, asked, items))
+            return self._seen(opened, asked, items, said)
+        except MoextendError as error:
+            if opened.plain and items:
+                return self._beside(opened, text, prompt, {})
+            raise MoextendError(f"beside it: {error}") from None
+
+    def _speak(self, opened: Askable, prompt: Any, items: Items) -> Iterator[str]:
+        return speak(
+            opened, prompt, items=items, plain=opened.plain, max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling, seed=self.seed,
+        )  # fmt: skip
+
+    def _seen(self, opened: Askable, prompt: Any, items: Items, said: str) -> Seen:
+        if opened.plain:
+            routing = routing_of(opened, prompt + said, items=items, plain=True)
+        elif said:
+            routing = routing_of(opened, prompt, items=items, answer=said)
+        else:
+            routing = routing_of(opened, prompt, items=items, plain=False)
+        config = opened.config
+        return Seen(
+            title=self.models[opened.name].title,
+            answer=said,
+            routing=routing,
+            base=config.decoder.experts,
+            first_layer=config.decoder.routed.start,
+            extended=extended_layers(opened),
+            **_picture_of(opened, items),
+        )
+
+
+def items_of(opened: Askable, files: Any) -> dict[str, list[Path]]:
+    """Uploaded files by the medium of the model that takes them: the first of their kind."""
+    items: dict[str, list[Path]] = {}
+    for file in map(Path, files):
+        guessed = (mimetypes.guess_type(file.name)[0] or "").partition("/")[0]
+        kind = guessed if guessed in KINDS else "features" if file.suffix in (".npz", ".npy") else None
+        medium = next((name for name, of in opened.config.media.items() if of.kind == kind), None)
+        if medium is None:
+            takes = " or ".join(sorted({f"a file of {KINDS[of.kind].noun}" for of in opened.config.media.values()}))
+            raise MoextendError(f"{file.name}: the {opened.name} model takes {takes or 'no files'}")
+        items.setdefault(medium, []).append(file)
+    return items
+
+
+def extended_layers(opened: Askable) -> tuple[int, ...]:
+    return tuple(sorted({layer for added in opened.config.extensions.values() for layer in added.layers}))
+
+
+def _picture_of(opened: Askable, items: Items) -> dict[str, Any]:
+    """The last picture, and where its patches stand among the places of `Routing.patches`."""
+    if not items.get(IMAGE) or IMAGE not in opened.config.media:
+        return {}
+    medium = opened.config.media[IMAGE]
+    tower, shown = tower_of(medium), items[IMAGE]
+    side = tower.grid if medium.tokens == tower.patches else 0  # a connector that joins patches has no grid
+    image = framed(
+        picture(shown[-1]), size=PICTURE_PIXELS, preparation=opened.recipe.image_preparation, tower=tower, id=IMAGE
+    )
+    number = list(opened.tokenizer.media).index(IMAGE)
+    return {"picture": image, "grid": side, "first": number * MEDIUM + (len(shown) - 1) * medium.tokens}
+
+
+def _joined(pieces: Iterator[str]) -> Any:
+    """Passes pieces on; returns them as one text."""
+    said = ""
+    for piece in pieces:
+        said += piece
+        yield piece
+    return said.strip()
+
+
+def warm_up(page: Page) -> None:
+    """Compiles what a first short question needs, so that no visitor waits for it."""
+    opened = page.models[page.start].open()
+    items = {IMAGE: [np.zeros((32, 32, 3), np.uint8)]} if opened.sees else {}
+    said = "".join(itertools.islice(page._speak(opened, "?", items), 2))
+    page._seen(opened, "?", items, said)
+
+
+def blocks(page: Page) -> Any:
+    """The page, as gradio's Blocks."""
+    import gradio as gr
+
+    names = [(choice.title, name) for name, choice in page.models.items()]
+    besides = [("nothing", NOTHING), *names]
+    aligned = next((name for name in page.models if name.startswith("aligned")), NOTHING)
+
+    def layers(name: str) -> Any:
+        opened = page.models[name].open()
+        extended, routed = extended_layers(opened), opened.config.decoder.routed
+        choices = [(f"layer {z}{' (extended)' if z in extended else ''}", z) for z in routed]
+        if extended:
+            choices.insert(0, ("mean of the extended layers", MEAN))
+        return gr.Dropdown(choices=choices, value=choices[0][1])
+
+    def draw(seen: list[Seen], layer: int) -> tuple[str, str]:
+        html = [render(one, layer if layer != MEAN or one.extended else one.first_layer) for one in seen]
+        return (html + ["", ""])[0], (html + ["", ""])[1]
+
+    def submit(
+        asked: dict[str, Any], history: list[Any], talk: Conversation | None, seen: list[Seen], name: str, beside: str,
+        layer: int,
+    ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        talk = talk if talk is not None and history else page.conversation(name)
+        shown = [{"role": "user", "content": {"path": file}} for file in asked["files"]]
+        history = [*history, *shown, {"role": "user", "content": asked["text"]}]
+        said, left = "", gr.MultimodalTextbox(value=None, interactive=False)
+        yield history, left, talk, seen, gr.skip(), gr.skip()
+        try:
+            items = items_of(talk.opened, asked["files"])
+            for piece in page.answer(asked["text"].strip(), items, talk, beside):
+                if isinstance(piece, str):
+                    said += piece
+                    yield [*history, _assistant(said)], left, talk, seen, gr.skip(), gr.skip()
+                else:
+                    seen = piece
+            history.append(_assistant(said or "(the model said nothing)"))
+        except MoextendError as error:
+            history.append(_assistant(f"{said}\n\n{error}" if said else str(error)))
+        yield history, gr.MultimodalTextbox(interactive=True), talk, seen, *draw(seen, layer)
+
+    def reset() -> tuple[Any, ...]:
+        return [], None, [], "", ""
+
+    with gr.Blocks(title="moextend", analytics_enabled=False, fill_width=True) as built:
+        talk, seen = gr.State(None), gr.State([])
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    model = gr.Dropdown(names, value=page.start, label="Model")
+                    other = gr.Dropdown(besides, value=aligned if aligned != page.start else NOTHING, label="Beside it")
+                chat = gr.Chatbot(
+                    label="Conversation", height=420, allow_tags=False, feedback_options=None, buttons=["copy"],
+                    elem_id="chat", placeholder="Ask something. The clip takes a file to ask about.",
+                )  # fmt: skip
+                box = gr.MultimodalTextbox(
+                    sources=["upload", "microphone"], file_count="multiple", show_label=False, elem_id="box",
+                    placeholder="a question, with or without a file",
+                )  # fmt: skip
+                clear = gr.Button("Forget what was said")
+            with gr.Column(scale=6, min_width=320):
+                gr.Markdown("### What the experts did\nOrange: how much of a patch or a word went to new experts. "
+                            "Numbers below words: the chosen experts (n0 is the first new one). Point at either "
+                            "for the weights.")  # fmt: skip
+                layer = gr.Dropdown([("", MEAN)], value=MEAN, label="Layer")
+                with gr.Row():
+                    first = gr.HTML(elem_id="first", min_width=280)
+                    second = gr.HTML(elem_id="second", min_width=280)
+        built.load(layers, model, layer)
+        box.submit(
+            submit, [box, chat, talk, seen, model, other, layer], [chat, box, talk, seen, first, second],
+            concurrency_id="model", concurrency_limit=1, api_visibility="private",
+        )  # fmt: skip
+        layer.change(draw, [seen, layer], [first, second], api_visibility="private", show_progress="hidden")
+        emptied = [chat, talk, seen, first, second]
+        clear.click(reset, None, emptied, api_visibility="private")
+        model.change(reset, None, emptied, api_visibility="private").then(layers, model, layer)
+    return built
+
+
+def _assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
+    """Serves the page, and returns its address; `wait`: when it is closed with Ctrl-C.
+
+    Raises:
+      MoextendError: gradio is not installed, or the port is taken.
+    """
+    try:
+        importing = threading.Thread(target=__import__, args=("gradio",))
+        importing.start()
+        warm_up(page)
+        importing.join()
+        import gradio as gr
+    except ImportError:
+        raise MoextendError(
+            'the page needs gradio: pip install "moextend-jax[web]" (or ask at the terminal: leave --web out)'
+        ) from None
+    fonts = ["system-ui", "sans-serif"]
+    try:
+        _, address, _ = blocks(page).launch(
+            server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
+            theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]), css=CSS, footer_links=[],
+            ssr_mode=False, max_file_size=LARGEST, enable_monitoring=False, pwa=False, mcp_server=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise MoextendError(f"{host}:{port} cannot be served: {error}; name another with --port") from None
+    print(f"{address}  (Ctrl-C ends it)", flush=True)
+    if wait:
+        threading.Event().wait()
+    return address

@@ -1,0 +1,211 @@
+"""`moextend chat --web`: it shows the experts that the router chose, and two visitors can ask it in a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import browser
+import numpy as np
+import pytest
+import random_run
+from PIL import Image
+
+from moextend_jax import cli
+from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.routed import Routing, routing_of
+from moextend_jax.evaluate.speak import speak
+from moextend_jax.runs.askable import choices
+from moextend_jax.runs.place import Place
+from moextend_jax.runs.run import Run
+from moextend_jax.web.experts import MEAN, Seen, chosen, render, share_of_new
+from moextend_jax.web.page import NOTHING, Page, items_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's and gradio's own
+
+QUESTION, NEW = "Which is it?", 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return random_run.random_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def page(run: Run) -> Page:
+    return Page(models=choices(Place(workdir=run.workdir)), start="moextend", max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 50, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def seen() -> Seen:
+    """Two layers, layer 1 extended; three patches of four, then two words."""
+    routing = Routing(
+        picks=np.array([[[0, 1]] * 6, [[2, 0], [1, 2], [0, 1], [1, 0], [2, 1], [0, 1]]]),
+        weights=np.array(
+            [[[0.75, 0.25]] * 6, [[0.9, 0.1], [0.6, 0.4], [0.5, 0.5], [1.0, 0.0], [0.7, 0.3], [0.8, 0.2]]]
+        ),
+        logits=np.zeros((2, 6, 3), np.float32),
+        experts=["0", "1", "new 0"],
+        tokens=["<patch 0>", "<patch 1>", "<patch 2>", "<patch 3>", " a", "<b>&"],
+        ids=np.arange(6),
+        patches=np.array([0, 1, 2, 3, -1, -1]),
+    )
+    image = Image.new("RGB", (4, 4))
+    return Seen("a <i>", 'an "answer"', routing, base=2, first_layer=0, extended=(1,), picture=image, grid=2)
+
+
+# --- what is shown of the experts -------------------------------------------------------------------------------------
+
+
+def test_shares_are_the_weights_of_new_experts(seen: Seen):
+    np.testing.assert_allclose(share_of_new(seen, 1), [0.9, 0.4, 0, 0, 0.7, 0])
+    np.testing.assert_allclose(share_of_new(seen, 0), np.zeros(6))
+    np.testing.assert_allclose(share_of_new(seen, MEAN), share_of_new(seen, 1))
+    assert chosen(seen, 1, 1) == [("1", 0.6), ("new 0", 0.4)]
+
+
+def test_patches_are_tinted_words_have_their_experts_and_texts_are_escaped(seen: Seen):
+    tree = ET.fromstring(render(seen, 1))  # well formed: whatever was typed
+    patches = [(float(rect.get("fill-opacity") or 0), rect.findtext("title")) for rect in tree.iter("rect")]
+    assert [opacity for opacity, _ in patches] == [0.72, 0.32, 0, 0]
+    assert patches[1][1] == "patch 1\nlayer 1: 1 0.60, new 0 0.40"
+    words = [(span.findtext("b"), span.findtext("small")) for span in tree.iter("span") if span.get("class") == "token"]
+    assert words == [(" a", "n0 1"), ("<b>&", "0 1")]
+    assert "a <i>" in "".join(tree.itertext()) and 'an "answer"' in "".join(tree.itertext())
+
+
+def test_a_model_without_new_experts_says_so(seen: Seen):
+    html = render(seen._replace(extended=(), base=3), 0)
+    assert "no new experts" in html
+    assert all(float(rect.get("fill-opacity") or 0) == 0 for rect in ET.fromstring(html).iter("rect"))
+
+
+# --- what is answered -------------------------------------------------------------------------------------------------
+
+
+def test_the_page_offers_finished_models_and_answers_as_generate_does(page: Page, picture: Path):
+    assert list(page.models) == ["base", "aligned", "moextend"]
+    talk = page.conversation("moextend")
+    items = items_of(talk.opened, [picture])
+    *pieces, seen = page.answer(QUESTION, items, talk, "aligned")
+    wanted = "".join(speak(talk.opened, QUESTION, items=items, max_new_tokens=NEW))
+    assert wanted and "".join(map(str, pieces)) == wanted
+    assert isinstance(seen, list) and [one.title for one in seen] == ["MoExtend", "aligned only"]
+    routing = routing_of(talk.opened, QUESTION, items=items, answer=wanted.strip())
+    np.testing.assert_array_equal(seen[0].routing.picks, routing.picks)
+    assert seen[0].extended and not seen[1].extended
+    rects = [*ET.fromstring(render(seen[0], MEAN)).iter("rect")]
+    assert len(rects) == seen[0].grid ** 2 == talk.opened.patches
+    other = page.models["aligned"].open()
+    assert seen[1].answer == "".join(speak(other, QUESTION, items=items, max_new_tokens=NEW))
+
+
+def test_the_second_question_is_about_the_same_picture(page: Page, picture: Path):
+    talk = page.conversation("moextend")
+    list(page.answer(QUESTION, items_of(talk.opened, [picture]), talk, NOTHING))
+    *_, seen = page.answer("And now?", {}, talk, NOTHING)
+    assert isinstance(seen, list)
+    said = "".join(text for text in seen[0].routing.tokens if not text.startswith("<"))
+    assert QUESTION in said and "And now?" in said
+    assert (seen[0].routing.patches >= 0).sum() == talk.opened.patches
+
+
+def test_a_base_continues_text_and_is_shown_beside_without_the_picture(page: Page, picture: Path):
+    talk = page.conversation("base")
+    *pieces, seen = page.answer("In the beginning", {}, talk, NOTHING)
+    assert "".join(map(str, pieces)) == "".join(speak(talk.opened, "In the beginning", plain=True, max_new_tokens=NEW))
+    assert isinstance(seen, list) and seen[0].picture is None
+    talk = page.conversation("moextend")
+    *_, seen = page.answer(QUESTION, items_of(talk.opened, [picture]), talk, "base")
+    assert isinstance(seen, list) and seen[1].title == "base" and seen[1].picture is None
+
+
+def test_a_file_that_the_model_does_not_take_is_refused_in_words(page: Page, tmp_path: Path):
+    talk = page.conversation("moextend")
+    with pytest.raises(MoextendError, match=r"a\.wav: the moextend model takes a file of image"):
+        items_of(talk.opened, [tmp_path / "a.wav"])
+    (tmp_path / "b.png").write_text("no picture")
+    with pytest.raises(MoextendError, match="image"):
+        list(page.answer(QUESTION, items_of(talk.opened, [tmp_path / "b.png"]), talk, NOTHING))
+    assert not talk.turns
+    with pytest.raises(MoextendError, match="question"):
+        list(page.answer("", {}, talk, NOTHING))
+
+
+def test_without_gradio_the_command_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["chat", "--web", "--workdir", str(run.workdir), "--port", "0"])
+    assert left.value.code == 2 and 'pip install "moextend-jax[web]"' in capsys.readouterr().err
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def served(workdir: Path) -> Iterator[str]:
+    """The address of the page, served by the command in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moextend_jax", "chat", "--web", "--workdir", str(workdir), "--port=0",
+         f"--max-new-tokens={NEW}"],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = next((line for line in process.stdout if line.startswith("http")), "")
+        assert line, "the page was not served"
+        yield line.split()[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(visitor: Any, text: str, file: Path | None = None) -> None:
+    if file is not None:
+        visitor.set_input_files("#box input[type=file]", str(file))
+        visitor.wait_for_selector(
+            "#box .thumbnail-item, #box [data-testid='upload-thumbnail'], #box img", timeout=30000
+        )
+    visitor.fill("#box textarea", text)
+    visitor.keyboard.press("Enter")
+
+
+@pytest.mark.slow
+def test_two_visitors_ask_see_the_tint_and_are_told_of_a_wrong_file(run: Run, picture: Path, tmp_path: Path):
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `web`)")
+    (tmp_path / "note.txt").write_text("no picture")
+    with browser.browser() as chromium, served(run.workdir) as address:
+        visitors, hosts = [chromium.new_page() for _ in range(2)], set()
+        for visitor in visitors:
+            visitor.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+            visitor.goto(address)
+            visitor.wait_for_selector("#box textarea", timeout=60000)
+        ask(visitors[0], QUESTION, picture)
+        ask(visitors[1], "Is it a sound?")
+        for visitor in visitors:
+            visitor.wait_for_selector("#first .experts .token", timeout=120000)
+        assert QUESTION in visitors[0].inner_text("#chat") and QUESTION not in visitors[1].inner_text("#chat")
+        assert "Is it a sound?" in visitors[1].inner_text("#chat")
+        rects = visitors[0].locator("#first rect")
+        assert rects.count() == 4 and visitors[1].locator("#first rect").count() == 0
+        assert visitors[0].locator("#second .experts").count() == 1  # aligned only, beside it
+        tints = rects.evaluate_all("all => all.map(one => one.getAttribute('fill-opacity'))")
+        told = rects.first.locator("title").text_content()
+        assert max(map(float, tints)) > 0 and "layer" in told
+        visitors[0].set_input_files("#box input[type=file]", str(tmp_path / "note.txt"))
+        ask(visitors[0], "And this?")
+        visitors[0].wait_for_function("document.querySelector('#chat').innerText.includes('note.txt: the moextend')")
+        assert {host.partition(":")[0] for host in hosts} == {"127.0.0.1"}
