@@ -91,7 +91,7 @@ def _frame(seen: Seen, layer: int, share_T: np.ndarray) -> str:
     seen.picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")
     cells = []
-    for token in np.flatnonzero(seen.routing.patches >= 0):
+    for token in np.flatnonzero(seen.routing.patches >= 0).tolist():
         patch = int(seen.routing.patches[token]) - seen.first
         if 0 <= patch < seen.grid**2:
             y, x = divmod(patch, seen.grid)

@@ -161,7 +161,7 @@ def warm_up(page: Page) -> None:
 
 def blocks(page: Page) -> Any:
     """The page, as gradio's Blocks."""
-    import gradio as gr
+    import gradio as gr  # pyright: ignore[reportMissingImports]
 
     names = [(choice.title, name) for name, choice in page.models.items()]
     besides = [("nothing", NOTHING), *names]
@@ -255,7 +255,7 @@ def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
         importing.start()
         warm_up(page)
         importing.join()
-        import gradio as gr
+        from gradio.themes import Soft  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise MoextendError(
             'the page needs gradio: pip install "moextend-jax[web]" (or ask at the terminal: leave --web out)'
@@ -264,7 +264,7 @@ def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
     try:
         _, address, _ = blocks(page).launch(
             server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
-            theme=gr.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]), css=CSS, footer_links=[],
+            theme=Soft(font=fonts, font_mono=["ui-monospace", "monospace"]), css=CSS, footer_links=[],
             ssr_mode=False, max_file_size=LARGEST, enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip
     except OSError as error:
