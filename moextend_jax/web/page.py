@@ -7,6 +7,8 @@ own, nothing fetched from other hosts. Every visitor has a conversation of their
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import itertools
 import mimetypes
 import threading
@@ -250,16 +252,16 @@ def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
     Raises:
       MoextendError: gradio is not installed, or the port is taken.
     """
-    try:
-        importing = threading.Thread(target=__import__, args=("gradio",))
-        importing.start()
-        warm_up(page)
-        importing.join()
-        from gradio.themes import Soft  # pyright: ignore[reportMissingImports]
-    except ImportError:
+    if importlib.util.find_spec("gradio") is None:
         raise MoextendError(
             'the page needs gradio: pip install "moextend-jax[web]" (or ask at the terminal: leave --web out)'
-        ) from None
+        )
+    importing = threading.Thread(target=importlib.import_module, args=("gradio",))  # takes as long as compiling
+    importing.start()
+    warm_up(page)
+    importing.join()
+    from gradio.themes import Soft  # pyright: ignore[reportMissingImports]
+
     fonts = ["system-ui", "sans-serif"]
     try:
         _, address, _ = blocks(page).launch(
