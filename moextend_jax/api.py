@@ -148,9 +148,10 @@ def open(  # noqa: A001
 
     Args:
       model: of a work directory which: base, aligned, probed, moextend (the default) or full.
-      base: folder of the base, for a checkpoint that holds an extension alone. vision: folder of a vision tower.
-      feature_layer, recipe: the tower's layer that the projector reads, and how prompts and images are prepared (paper
-        or released), for a checkpoint that does not say so.
+      base: folder of the base, for a checkpoint that holds an extension alone.
+      vision: folder of a vision tower.
+      feature_layer: the tower's layer that the projector reads, for a checkpoint that does not say so.
+      recipe: how prompts and images are prepared, paper or released, for a checkpoint that does not say so.
       dtype: float32 or bfloat16, of the computation; None: as stored, or as trained.
 
     Raises:

@@ -81,6 +81,7 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         return run_chains(settings, workdir, run=whole_run)
     from moextend_jax import distributed
     from moextend_jax.evaluate import summary
+    from moextend_jax.report.explorer import write_explorer
     from moextend_jax.report.page import write_report
     from moextend_jax.runs.making import make_all
     from moextend_jax.runs.run import remember, working
@@ -96,6 +97,7 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
             words = NEXT.format(workdir=shlex.quote(str(run.workdir))).splitlines()
             if any(link.rival for link in settings.links):  # PyTorch's programs know none of them
                 words = [line.replace("--layout hf", "--layout delta") for line in words]
+            write_explorer(run.workdir)
             print(f"report: {write_report(run.workdir)}", *words, sep="\n")
     return record
 
@@ -162,9 +164,11 @@ class ReportOptions:
 
 
 def report(options: ReportOptions) -> None:
+    from moextend_jax.report.explorer import WITHOUT, write_explorer
     from moextend_jax.report.page import write_report
 
-    print(write_report(options.workdir))
+    explorer = write_explorer(options.workdir)  # first: the report links to it
+    print(write_report(options.workdir), explorer or WITHOUT, sep="\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,6 +215,20 @@ def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_
     routing = json.loads((tmp_path / "work" / "finetune" / "routing.json").read_text())
     assert routing["tokens"]["image"] == 5 * 4  # every question once, and no row that only fills a batch
     assert sum(routing["counts"]["text"][0]) == 2 * routing["tokens"]["text"]
+    assert routing["loads"]["llava_instruct"] == routing["counts"]
+    assert {data: [*kinds] for data, kinds in routing["pairs"].items()} == {
+        "llava_instruct": ["text", "image"], "wordnet": ["text"], "kjv": ["text"],
+    }  # fmt: skip
+    pairs_ZOO = np.array(routing["pairs"]["llava_instruct"]["text"])
+    assert (pairs_ZOO.sum(axis=(1, 2)) == 2 * 2 * routing["tokens"]["text"]).all()
+    for example in examples:
+        traced = example["routing"]
+        assert traced["experts"][-1] == "new 0" and sum(patch >= 0 for patch in traced["patches"]) == 4
+        for model in traced["models"].values():
+            ids_ZLk, weights_ZLk = np.array(model["picks"]), np.array(model["weights"])
+            assert ids_ZLk.shape == weights_ZLk.shape == (len(pairs_ZOO), len(traced["tokens"]), 2)
+            assert (weights_ZLk.sum(axis=-1) == 100).all()
+        assert np.max(traced["models"]["aligned"]["picks"]) < len(traced["experts"]) - 1
 
 
 @pytest.mark.slow

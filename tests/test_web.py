@@ -62,6 +62,7 @@ def seen() -> Seen:
         tokens=["<patch 0>", "<patch 1>", "<patch 2>", "<patch 3>", " a", "<b>&"],
         ids=np.arange(6),
         patches=np.array([0, 1, 2, 3, -1, -1]),
+        media=["image"] * 4 + [""] * 2,
     )
     image = Image.new("RGB", (4, 4))
     return Seen("a <i>", 'an "answer"', routing, base=2, first_layer=0, extended=(1,), picture=image, grid=2)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from moextend_jax.config import ModelConfig
-from moextend_jax.data.conversations import encode_conversation
+from moextend_jax.config import IMAGE, ModelConfig
+from moextend_jax.data.conversations import MEDIUM, encode_conversation
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.evaluate.speak import Items, Turn, batch_of, encoded, question, show
 from moextend_jax.mesh import Program, on_host, place_whole
@@ -22,13 +22,19 @@ from moextend_jax.runs.askable import Askable
 class Routing(NamedTuple):
     """What every layer's router decided for every token of one text.
 
-    picks: the chosen experts `[layers, tokens, k]`, most likely first. weights: how they are mixed, alike. Where an
-      extension starts "added", its experts stand behind these k; one that a token does not have is len(experts).
-    logits: `[layers, tokens, experts]`, float32, before the softmax; -inf where a layer has no such expert, or a token
-      may not choose it.
-    experts: the experts' names, `[experts]`: "0", "1", ... and "new 0", ....
-    tokens: the tokens' text, `[tokens]`; a picture's are "<patch 0>", .... ids: their ids `[tokens]`.
-    patches: `[tokens]`: which patch of the picture a token is, row by row from the top left; -1 for text.
+    Attributes:
+      picks: the chosen experts, `[layers, tokens, k]`, most likely first. Where an extension starts "added", its
+        experts stand behind these k; one that a token does not have is len(experts).
+      weights: how they are mixed, `[layers, tokens, k]`.
+      logits: `[layers, tokens, experts]`, float32, before the softmax; -inf where a layer has no such expert, or a
+        token may not choose it.
+      experts: the experts' names, `[experts]`: "0", "1", ... and "new 0", ....
+      tokens: the tokens' text, `[tokens]`; those of a picture are `<patch 0>`, `<patch 1>`, ..., of a medium `sound`
+        `<sound 0>`, ....
+      ids: the tokens' ids, `[tokens]`.
+      patches: which patch of the picture a token is, `[tokens]`, row by row from the top left; of other media which of
+        their tokens; a second item counts on; -1 for text.
+      media: the name of each token's medium, `[tokens]`; "" for text.
     """
 
     picks: np.ndarray
@@ -38,6 +44,7 @@ class Routing(NamedTuple):
     tokens: list[str]
     ids: np.ndarray
     patches: np.ndarray
+    media: list[str]
 
     def __repr__(self) -> str:
         layers, tokens, k = self.picks.shape
@@ -65,14 +72,16 @@ def routing_of(
     batch.segments_BL[0, :count] = text.segments_L
     routing = _program(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
     logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing[:3])
+    media, patches = by_medium(opened.tokenizer, text.places_L)
     return Routing(
         picks=picks_ZTk,
         weights=weights_ZTk,
         logits=logits_ZTO,
         experts=expert_names(opened.config),
-        tokens=token_texts(opened.tokenizer, text.ids_L, text.places_L),
+        tokens=token_texts(opened.tokenizer, text.ids_L, media, patches),
         ids=text.ids_L,
-        patches=text.places_L,
+        patches=patches,
+        media=media,
     )
 
 
@@ -92,14 +101,26 @@ def expert_names(config: ModelConfig) -> list[str]:
     return [*map(str, range(config.decoder.experts)), *new]
 
 
-def token_texts(tokenizer: Tokenizer, ids_L: np.ndarray, places_L: np.ndarray) -> list[str]:
-    """What each token adds to the text before it; a name for what is no text."""
+def by_medium(tokenizer: Tokenizer, places_L: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The medium of each token, "" of text, and its place among that medium's tokens, -1 of text; from the places of
+    `data.conversations.Encoded`."""
+    numbers_L, own_L = np.divmod(places_L, MEDIUM)
+    names = list(tokenizer.media)
+    media = [names[number] if place >= 0 else "" for number, place in zip(numbers_L, places_L, strict=True)]
+    return media, np.where(places_L >= 0, own_L, -1)
+
+
+def token_texts(tokenizer: Tokenizer, ids_L: np.ndarray, media: Sequence[str], own_L: np.ndarray) -> list[str]:
+    """What each token adds to the text before it; a name for what is no text. media, own_L: as of `by_medium`."""
+    tags = tokenizer.tags
     named = {control.id: text for text, control in tokenizer.pieces.control.items()}
-    named |= {tokenizer.tags.start: "<image>", tokenizer.tags.end: "</image>"}
     texts, before = [], []
-    for id, patch in zip(ids_L.tolist(), places_L.tolist(), strict=True):
-        if patch >= 0:
-            texts.append(f"<patch {patch}>")
+    for n, (id, medium, place) in enumerate(zip(ids_L.tolist(), media, own_L.tolist(), strict=True)):
+        if medium:
+            texts.append(f"<{'patch' if medium == IMAGE else medium} {place}>")
+        elif id in (tags.start, tags.end):  # all media have these
+            around = media[n + 1 : n + 2] if id == tags.start else media[max(n - 1, 0) : n]
+            texts.append(f"<{'/' if id == tags.end else ''}{''.join(around) or IMAGE}>")
         elif id in named:
             texts.append(named[id])
         else:

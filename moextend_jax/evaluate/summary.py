@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,10 +32,11 @@ from moextend_jax.evaluate.importance import importance_table
 from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
 from moextend_jax.evaluate.pictures import PIXELS, as_png
 from moextend_jax.evaluate.prompts import Prompt, bucket
+from moextend_jax.evaluate.routed import by_medium, expert_names, token_texts
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
 from moextend_jax.media.image import framed, tower_of
-from moextend_jax.mesh import Program, on_host, place_rows, place_whole
+from moextend_jax.mesh import Program, on_host, place_rows, place_whole, row_shards
 from moextend_jax.models.flops import step_flops
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.models.moextend import abstract
@@ -51,7 +53,11 @@ from moextend_jax.settings import EvaluateSettings, StageSettings
 from moextend_jax.train.held_out import loss_step, mean_loss
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
-
+CORPORA = ("wordnet", "kjv")
+ROUTED_BATCHES = 2
+"""Batches of each text whose routing is counted: enough for shares, and a small part of the evaluation's time."""
+MOST_PAIRED = 64
+"""Experts of a layer up to which pairs of them are written: their number grows with the square."""
 
 CHAINS = {
     "strict": "an extension for each medium, strict text isolation",
@@ -111,6 +117,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     answer_losses: dict[str, float] = {}
     answers = _guesses(run, asked)
     plan = _plan(run, asked)
+    pictured = [row for row, item in enumerate(first.prompted) if IMAGE in item.prompt.items][: settings.examples]
+    examples = [first.prompted[row] for row in pictured] if "moextend" in plan else []
+    picks: dict[str, list[Picks]] = {}  # of the examples, by model
     right: dict[str, dict[str, list[dict[frozenset[str], bool]]]] = {on: {} for on in asked}  # by medium, of each model
 
     def ask(name: str, bar: Bar) -> None:
@@ -130,6 +139,13 @@ def evaluate(run: Run) -> dict[str, Any]:
             own = {} if not row.sees else _inputs(run, first) if pixels else first.readers
             loss = _answer_loss(run, opened, first.asked.source, stage=answer_stage, readers=own)
             answer_losses[name] = loss
+        if name in ("aligned", "moextend") and examples:
+            own = _inputs(run, first) if pixels else first.readers
+            picks[name] = _picks(run, opened, examples, own)
+        if name == "moextend":
+            learnt = {*plan[name], *plan.get(f"moextend:{run.settings.links[-1].name}", ())}
+            counted = {on: (of, _inputs(run, of) if pixels else of.readers) for on, of in asked.items() if on in learnt}
+            _write_routing(run, opened, counted)
         if not row.text_is_bases:
             losses[name] = _text_losses(run, opened)
 
@@ -155,18 +171,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     if len(asked) > 1:
         summary |= _chains(run, asked, accuracy, left_out)
         summary |= _composed(run, asked, accuracy)
-    if "moextend" in plan:
-        opened, in_batches = askable(run, "moextend"), functools.partial(_batches, run, readers=first.readers)
-        _write_routing(run, opened, in_batches(first.prompted))
-        pictured = [row for row, item in enumerate(first.prompted) if IMAGE in item.prompt.items][: settings.examples]
-        examples = [first.prompted[row] for row in pictured]
+    if examples:
         predictions = {
             name: [texts[row] for row in pictured]
             for name, texts in answers[run.settings.extension].items()
             if name in plain and name != "question_only"
         }
-        if examples:
-            _write_examples(run, opened, examples, in_batches(examples), predictions, first.asked.source.images)
+        _write_examples(run, examples, picks, predictions, first.asked.source.images)
     return summary
 
 
@@ -456,76 +467,141 @@ def _answer_loss(run: Run, opened: Askable, source: Source, *, stage: StageSetti
 
 
 def _text_losses(run: Run, opened: Askable) -> dict[str, float]:
-    settings = run.settings.evaluate
     step = loss_step(opened.model, chunk=512, mesh=run.mesh)
-
-    def loss(text: str) -> float:
-        passages = text_batches(
-            open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
-            batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
-        )  # fmt: skip
-        return mean_loss(step, opened.arrays, (place_rows(batch, run.mesh) for batch in passages))
-
-    return {text: loss(text) for text in ("wordnet", "kjv")}
+    return {text: mean_loss(step, opened.arrays, _passages(run, text)) for text in CORPORA}
 
 
-def _batches(run: Run, prompted: Sequence[PromptedQuestion], *, readers: Readers) -> Iterator[Batch]:
-    """The prompts in the order given, on the host, every process the same; the last batch ends in empty rows."""
-    rows = run.settings.evaluate.batch_size
-    length = run.settings.evaluate.length or bucket(max(len(item.prompt.ids_L) for item in prompted))
+def _passages(run: Run, text: str) -> Iterator[Batch]:
+    """One of CORPORA in batches on the mesh."""
+    settings = run.settings.evaluate
+    rows = text_batches(
+        open_text(TEXTS / f"{text}.txt"), tokenizer=run.tokenizer, length=settings.text_length,
+        batch_size=settings.text_batch_size, share=run.share, seed=None, epochs=1,
+    )  # fmt: skip
+    return (place_rows(batch, run.mesh) for batch in rows)
+
+
+def _batches(
+    run: Run, prompted: Sequence[PromptedQuestion], *, readers: Readers, settings: EvaluateSettings
+) -> Iterator[Batch]:
+    """The prompts in the order given, on the mesh; the last batch ends in empty rows."""
+    rows = settings.batch_size
+    length = settings.length or bucket(max(len(item.prompt.ids_L) for item in prompted))
     for first in range(0, len(prompted), rows):
-        prompts = [item.prompt for item in prompted[first : first + rows]]
-        yield questions.prompt_batch(
+        prompts = [_seen(item, readers) for item in prompted[first : first + rows]]
+        batch = questions.prompt_batch(
             prompts, readers=readers, media=tuple(run.tokenizer.media), rows=rows, length=length
         )
+        yield place_whole(batch, run.mesh)
 
 
-def _write_routing(run: Run, opened: Askable, batches: Iterator[Batch]) -> None:
-    placed = (place_whole(batch, run.mesh) for batch in batches)
-    counts = routing.count_all(opened.model, opened.arrays, placed, recipe=run.settings.recipe, mesh=run.mesh)
+def _write_routing(run: Run, opened: Askable, asked: Mapping[str, tuple[Questions, Readers]]) -> None:
+    """finetune/routing.json: picks of every expert over the questions of the run's extension, which come first; then of
+    all questions and texts by their names, and how often two experts were picked by one token."""
+    count = functools.partial(
+        routing.count_all, opened.model, opened.arrays, recipe=run.settings.recipe, mesh=run.mesh, pairs=True
+    )
+    counted: dict[str, routing.Counts] = {}
+    for on, (of, readers) in asked.items():
+        title = of.asked.title if len(asked) == 1 else f"{on}: {of.asked.title}"
+        counted[title] = count(_batches(run, of.prompted, readers=readers, settings=of.settings))
+    first = next(iter(counted.values()))
+    counted |= {text: count(itertools.islice(_passages(run, text), ROUTED_BATCHES)) for text in CORPORA}
+    pairs = {
+        data: {"text": counts.text_pairs_ZOO} | ({"image": counts.image_pairs_ZOO} if counts.image_tokens else {})
+        for data, counts in counted.items()
+    }
     extensions, routed = opened.model.config.extensions.values(), run.config.decoder.routed
+    names = expert_names(opened.model.config)
     record = {
         "layers": len(routed),
         **({"first_layer": routed.start} if routed.start else {}),
         "experts": run.config.decoder.experts,
         "new_experts": sum(added.new_experts for added in extensions),
+        "names": names,
         "extended_layers": sorted({layer for added in extensions for layer in added.layers}),
-        "tokens": {"text": int(counts.text_tokens), "image": int(counts.image_tokens)},
-        "counts": {"text": counts.text_ZO.tolist(), "image": counts.image_ZO.tolist()},
+        "tokens": {"text": int(first.text_tokens), "image": int(first.image_tokens)},
+        "counts": {"text": first.text_ZO.tolist(), "image": first.image_ZO.tolist()},
+        "loads": {
+            data: {kind: np.diagonal(of_ZOO, axis1=1, axis2=2).tolist() for kind, of_ZOO in of.items()}
+            for data, of in pairs.items()
+        },
     }
-    write_json(run.workdir / "finetune" / "routing.json", record)
+    if len(names) <= MOST_PAIRED:
+        record["pairs"] = {data: {kind: of_ZOO.tolist() for kind, of_ZOO in of.items()} for data, of in pairs.items()}
+    write_json(run.workdir / "finetune" / "routing.json", record, indent=None)
+
+
+class Picks(NamedTuple):
+    """Experts that every token of a prompt picked, `[Z, L, k]`, and their weights."""
+
+    ids_ZLk: np.ndarray
+    weights_ZLk: np.ndarray
+
+
+def _picks(run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], readers: Readers) -> list[Picks]:
+    program = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing[1:3], mesh=run.mesh)
+    shards = row_shards(run.mesh)
+    rows = min(-(-len(prompted) // shards) * shards, run.settings.evaluate.batch_size)
+    settings = dataclasses.replace(run.settings.evaluate, batch_size=rows)
+    found: list[Picks] = []
+    for batch in _batches(run, prompted, readers=readers, settings=settings):
+        ids_ZTk, weights_ZTk = (on_host(array) for array in program(opened.arrays, batch))
+        shape = (len(ids_ZTk), *batch.ids_BL.shape, -1)
+        ids_ZBLk, weights_ZBLk = ids_ZTk.reshape(shape), weights_ZTk.reshape(shape)
+        for row, item in enumerate(prompted[len(found) :][:rows]):
+            own = slice(len(item.prompt.ids_L))
+            found.append(Picks(ids_ZBLk[:, row, own], weights_ZBLk[:, row, own]))
+    return found
 
 
 def _write_examples(
-    run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], batches: Iterator[Batch],
+    run: Run, prompted: Sequence[PromptedQuestion], picks: Mapping[str, Sequence[Picks]],
     predictions: dict[str, list[str]], images: AnyItems,
 ) -> None:  # fmt: skip
-    """Questions with all answers, and for each patch the share of extended layers where it chose a new expert."""
-    experts = run.config.decoder.experts
-    layers = sorted({layer for added in opened.model.config.extensions.values() for layer in added.layers})
-    picks = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing.ids_Tk, mesh=run.mesh)
-    grid, tower = round(run.config.media[IMAGE].tokens ** 0.5), tower_of(run.config.media[IMAGE])
+    """Questions with all answers; for each patch the share of extended layers where it chose a new expert; and for each
+    token what each model's routers picked in every layer, with weights in per cent."""
+    grown = grown_config(run, results.table(run.settings).grown(results.table(run.settings).model("moextend").results))
+    experts, names, routed = run.config.decoder.experts, expert_names(grown), run.config.decoder.routed
+    layers = sorted({routed.index(layer) for added in grown.extensions.values() for layer in added.layers})
+    tower = tower_of(run.config.media[IMAGE])
+    gridded = run.config.media[IMAGE].tokens == tower.patches  # a connector may join them, or ask them
+    grid = tower.grid if gridded else 1
     look: dict[str, Any] = {"preparation": run.settings.recipe.image_preparation, "tower": tower}
     records: list[dict[str, Any]] = []
-    for batch in batches:
-        ids_ZTk = on_host(picks(opened.arrays, place_whole(batch, run.mesh)))
-        chose_ZT = np.any(ids_ZTk >= experts, axis=-1)
+    for row, (question, prompt) in enumerate(prompted):
+        picture = images.decoded(question.example.images[0].row).item  # of which the grid is
+        ids_ZLk = picks["moextend"][row].ids_ZLk
+        chose_ZL = np.any((ids_ZLk >= experts) & (ids_ZLk < len(names)), axis=-1)
         # Of an extension without experts no layer.
-        share_BL = chose_ZT[layers or slice(0)].sum(axis=0).reshape(batch.ids_BL.shape) / max(len(layers), 1)
-        for row, (question, _) in enumerate(prompted[len(records) :][: len(share_BL)]):
-            picture = images.decoded(question.example.images[0].row).item  # of which the grid is
-            share_P = share_BL[row][batch.places_BL[row] >= 0][: grid * grid]
-            records.append(
-                {
-                    "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), **look)),
-                    "question": question.text.replace("<image>", "").strip(),
-                    "answer": question.answer,
-                    "predictions": {name: answers[len(records)] for name, answers in predictions.items()},
-                    "grid": grid,
-                    "new_expert_share": share_P.reshape(grid, grid).tolist(),
-                }
-            )
-    write_json(run.workdir / "examples.json", records)
+        share_L = chose_ZL[layers or slice(0)].sum(axis=0) / max(len(layers), 1)
+        media, own_L = by_medium(run.tokenizer, prompt.places_L)
+        patches_L = np.where([medium == IMAGE and gridded for medium in media], own_L, -1)
+        share_P = share_L[patches_L >= 0][: grid * grid]
+        share = {"new_expert_share": share_P.reshape(grid, grid).tolist()} if gridded else {}
+        records.append(
+            {
+                "image_png": as_png(framed(picture, size=min(PIXELS, max(picture.size)), **look)),
+                "question": question.text.replace("<image>", "").strip(),
+                "answer": question.answer,
+                "predictions": {name: answers[row] for name, answers in predictions.items()},
+                "grid": grid,
+                **share,
+                "routing": {
+                    "experts": names,
+                    "tokens": token_texts(run.tokenizer, prompt.ids_L, media, own_L),
+                    "patches": patches_L.tolist(),
+                    "models": {
+                        model: {
+                            "picks": of[row].ids_ZLk.tolist(),
+                            "weights": np.rint(100 * of[row].weights_ZLk).astype(int).tolist(),
+                        }
+                        for model, of in picks.items()
+                    },
+                },
+            }
+        )
+    write_json(run.workdir / "examples.json", records, indent=None)
 
 
 def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | None) -> dict[str, Any]:

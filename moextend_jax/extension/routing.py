@@ -18,12 +18,15 @@ from moextend_jax.parameters import with_arrays
 
 
 class Counts(NamedTuple):
-    """Picks of every expert in every layer, text and image tokens apart, and the numbers of those tokens."""
+    """Picks of every expert in every layer, text and image tokens apart, and the numbers of those tokens; where asked
+    for, how often two experts were picked by one token (`tally_pairs`)."""
 
     text_ZO: Any
     image_ZO: Any
     text_tokens: Any
     image_tokens: Any
+    text_pairs_ZOO: Any = None
+    image_pairs_ZOO: Any = None
 
     @property
     def total_ZO(self) -> np.ndarray:
@@ -59,16 +62,19 @@ class Selection(NamedTuple):
     sources: tuple[int, ...]
 
 
-def count_picks(routing: Routing, batch: Batch, *, recipe: Recipe, top_k: int | None = None) -> Counts:
+def count_picks(
+    routing: Routing, batch: Batch, *, recipe: Recipe, top_k: int | None = None, pairs: bool = False
+) -> Counts:
     """Counts of one batch, traceable. `least_likely` counts the `top_k` experts that the router likes least, None: as
-    many as a token has."""
+    many as a token has; `pairs` are of the experts that were picked under every recipe."""
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
         ids_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k or ids_ZTk.shape[-1])
     image_T = (batch.places_BL >= 0).reshape(-1)
     text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
     text_ZO, image_ZO = (tally(ids_ZTk, of_T, outputs=outputs) for of_T in (text_T, image_T))
-    return Counts(text_ZO, image_ZO, text_T.sum(), image_T.sum())
+    of_pairs = (tally_pairs(routing.ids_Tk, of_T, outputs=outputs) for of_T in (text_T, image_T)) if pairs else ()
+    return Counts(text_ZO, image_ZO, text_T.sum(), image_T.sum(), *of_pairs)
 
 
 def least_likely(chosen_by_ZTO: jax.Array, *, top_k: int) -> jax.Array:
@@ -80,6 +86,13 @@ def tally(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:
     """How often each expert was picked by the tokens where `of_T` (bool) is true, `[Z, O]`."""
     picks_ZTO = jax.nn.one_hot(ids_ZTk, outputs, dtype=jnp.int32).sum(axis=-2)
     return (picks_ZTO * of_T[None, :, None]).sum(axis=1)
+
+
+def tally_pairs(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:
+    """How many of the tokens where `of_T` (bool) is true picked both of two experts, `[Z, O, O]`; on the diagonal, how
+    many picked the one."""
+    picked_ZTO = jax.nn.one_hot(ids_ZTk, outputs).sum(axis=-2) * of_T[None, :, None]
+    return jnp.einsum("zto,ztp->zop", picked_ZTO, picked_ZTO).astype(jnp.int32)  # 0 and 1: exact on every device
 
 
 def count_faulty(logits_ZTO: jax.Array, of_T: jax.Array) -> jax.Array:
@@ -110,12 +123,14 @@ def count_all(
     *,
     recipe: Recipe,
     mesh: Mesh | None = None,
+    pairs: bool = False,
 ) -> Counts:
     """Counts over batches, summed in 64 bits on the host.
 
     Args:
       model: the structure; arrays: its parameters.
       mesh: where these and the batches are; None: on one device.
+      pairs: count these too.
 
     Raises:
       MoextendError: there is no batch, or a router gives NaN or infinity.
@@ -124,15 +139,14 @@ def count_all(
     def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
         routing = with_arrays(model, arrays)(batch).routing
         real_T = (batch.segments_BL > 0).reshape(-1)
-        return count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k), count_faulty(
-            routing.logits_TO, real_T
-        )
+        counts = count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k, pairs=pairs)
+        return counts, count_faulty(routing.logits_TO, real_T)
 
     program, total = Program(count, mesh=mesh or one_device()), None
     for batch in batches:
         counts, faulty_ZO = program(arrays, batch)
         refuse_faulty(on_host(faulty_ZO))
-        parts = [on_host(part).astype(np.int64) for part in counts]
+        parts = [on_host(part).astype(np.int64) for part in counts if part is not None]
         total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     if total is None:
         raise MoextendError("no rows to count routing on; select.held_out or evaluate.questions chooses none")

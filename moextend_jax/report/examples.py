@@ -64,7 +64,15 @@ def _plain(text: str) -> str:
 
 
 def small_image(encoded: str) -> str:
-    """Decoded and written anew: what is no image cannot reach the page, and a photograph cannot swell it."""
+    """The markup of a base64 image, its content `image_data`."""
+    data, small = image_data(encoded)
+    look = ' class="drawing"' if small else ""
+    return f'<img{look} alt="" src="{data}">'
+
+
+def image_data(encoded: str) -> tuple[str, bool]:
+    """A data URL, and whether it is a drawing of a few pixels. Decoded and written anew: what is no image cannot reach
+    the page, and a photograph cannot swell it."""
     with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as image:
         image = image.convert("RGB")
     image.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
@@ -72,8 +80,7 @@ def small_image(encoded: str) -> str:
     small, file = max(image.size) <= 128, io.BytesIO()
     image.save(file, "PNG" if small else "JPEG", optimize=True)
     data = base64.b64encode(file.getvalue()).decode("ascii")
-    kind, look = ("png", ' class="drawing"') if small else ("jpeg", "")
-    return f'<img{look} alt="" src="data:image/{kind};base64,{data}">'
+    return f"data:image/{'png' if small else 'jpeg'};base64,{data}", small
 
 
 def _overlay(share: Any, *, top: float) -> str:

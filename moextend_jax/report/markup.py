@@ -17,12 +17,12 @@ from moextend_jax.report.style import CSS
 from moextend_jax.report.svg import inline_svg
 
 
-def write_page(path: Path, parts: Sequence[str], *, title: str) -> None:
-    """One file that needs nothing else; `title` is plain text."""
+def write_page(path: Path, parts: Sequence[str], *, title: str, head: str = "") -> None:
+    """One file that needs nothing else; `title` is plain text, `head` further markup of the page's head."""
     path.write_text(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n{head}</head>\n"
         "<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n",
         encoding="utf-8",
     )

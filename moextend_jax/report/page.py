@@ -23,6 +23,7 @@ from moextend_jax.report.evaluations import (
     read_evaluations,
 )
 from moextend_jax.report.examples import cards
+from moextend_jax.report.explorer import EXPLORER
 from moextend_jax.report.headline import table, tiles
 from moextend_jax.report.importance import importance_section
 from moextend_jax.report.markup import beside, picture, pictures, section, write_page
@@ -38,6 +39,7 @@ def write_report(workdir: Path) -> Path:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
+        _explorer(workdir),
         tiles(found.summary),
         _section("Accuracy and forgetting", table(found.summary), missing="summary.json"),
         _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
@@ -59,6 +61,12 @@ def write_report(workdir: Path) -> Path:
     path = workdir / "report.html"
     write_page(path, parts, title=title)
     return path
+
+
+def _explorer(workdir: Path) -> str:
+    if not (workdir / EXPLORER).exists():
+        return ""
+    return f'<p><a href="{EXPLORER}">Routing explorer</a>: every token of the examples, layer by layer.</p>'
 
 
 def _evaluations(found: Evaluations, summary: Mapping[str, Any] | None) -> list[str]:

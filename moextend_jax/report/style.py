@@ -43,8 +43,8 @@ figure{margin:0}
 .pictures.two{grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr))}
 .beside{display:grid;grid-template-columns:minmax(0,1fr);gap:12px 28px;align-items:center}
 @media (min-width:860px){.beside{grid-template-columns:minmax(0,7fr) minmax(0,3fr)}}
-svg{display:block;width:100%;height:auto}
-svg *{stroke-linejoin:round}
+figure svg,.frame svg{display:block;width:100%;height:auto}
+figure svg *{stroke-linejoin:round}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:18px 22px;margin:0 0 12px}
 .card{border-top:1px solid var(--line);padding-top:12px;overflow-wrap:anywhere}
 .pair{display:flex;gap:8px;margin:0 0 8px}

@@ -46,12 +46,25 @@ class NewExperts(NamedTuple):
     """Shares are of tokens; False: of picks, because the file does not say how many tokens there were."""
 
 
+class Loads(NamedTuple):
+    """Picks of the grown model's experts, by data set and kind of token."""
+
+    names: tuple[str, ...]
+    """Of the experts: those of the base, then new ones."""
+    base: int
+    """How many of these are the base's."""
+    picks_ZO: dict[tuple[str, str], np.ndarray]
+    pairs_ZOO: dict[tuple[str, str], np.ndarray]
+    """How many tokens picked both of two experts; empty where that was not written."""
+
+
 class Workdir(NamedTuple):
     config: Mapping[str, Any] | None
     summary: Mapping[str, Any] | None
     examples: Sequence[Mapping[str, Any]] | None
     selection: Selection | None
     new_experts: NewExperts | None
+    loads: Loads | None
     metrics: dict[str, list[dict[str, Any]]]
 
 
@@ -61,12 +74,15 @@ def read_workdir(workdir: Path) -> Workdir:
         raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
     selection, routing = _json(workdir / "select/routing.json", dict), _json(workdir / "finetune/routing.json", dict)
     metrics = {stage: workdir / stage / "metrics.jsonl" for stage in FIRST.training()}
+    summary = _summary(workdir / "summary.json")
+    title = str(summary["data"]) if summary and "data" in summary else "questions"
     contents = Workdir(
         config=_json(workdir / "config.json", dict),
-        summary=_summary(workdir / "summary.json"),
+        summary=summary,
         examples=_json(workdir / "examples.json", list),
         selection=None if selection is None else parse_selection(selection, where=workdir / "select/routing.json"),
         new_experts=None if routing is None else _new_experts(routing, where=workdir / "finetune/routing.json"),
+        loads=None if routing is None else _loads(routing, title, where=workdir / "finetune/routing.json"),
         metrics={stage: read_metrics(path) for stage, path in metrics.items() if path.exists()},
     )
     if all(part is None or part == {} for part in contents):
@@ -140,15 +156,40 @@ def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
         )
 
 
+def _loads(routing: Mapping[str, Any], title: str, *, where: Path) -> Loads:
+    """title: of the questions, where no loads by data set were written, but their counts alone."""
+    with _malformed(where):
+        layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
+        names = routing.get("names", [*range(experts), *(f"new {n}" for n in range(new))])
+        if len(names) != experts + new:
+            raise ValueError(f"{len(names)} names of {experts + new} experts")
+        loads, shape = routing.get("loads", {title: routing["counts"]}), (layers, experts + new)
+        return Loads(
+            names=tuple(map(str, names)),
+            base=experts,
+            picks_ZO={key: _counts(of, shape) for key, of in _by_kind(loads)},
+            pairs_ZOO={key: _counts(of, (*shape, experts + new)) for key, of in _by_kind(routing.get("pairs", {}))},
+        )
+
+
+def _by_kind(loads: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], Any]]:
+    return (((str(data), str(kind)), counts) for data, of in loads.items() for kind, counts in of.items())
+
+
 def _routed(routing: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """Layers that a file names, counted from the first that routes, as its counts are."""
     return tuple(int(layer) - int(routing.get("first_layer", 0)) for layer in routing[name])
 
 
-def _shares(counts: Any, shape: tuple[int, int]) -> np.ndarray:
+def _counts(counts: Any, shape: tuple[int, ...]) -> np.ndarray:
     counts = np.asarray(counts, float)
     if counts.shape != shape or not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError(f"counts of shape {counts.shape}, not {shape} numbers >= 0")
+    return counts
+
+
+def _shares(counts: Any, shape: tuple[int, int]) -> np.ndarray:
+    counts = _counts(counts, shape)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 

@@ -312,12 +312,12 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     """Process 0 writes; when it returns, all processes can read."""
     if distributed.first():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path if is_url(path) else path.with_suffix(".unfinished")  # a bucket's objects come whole
-        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        unfinished.write_text(json.dumps(value, indent=indent) + "\n")
         if unfinished != path:
             unfinished.rename(path)
     distributed.barrier(f"wrote {path}")

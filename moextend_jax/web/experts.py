@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from moextend_jax.config import IMAGE
 from moextend_jax.evaluate.routed import Routing
 
 MEAN = -1
@@ -42,7 +43,7 @@ background:linear-gradient(90deg,#ff5a0000,#ff5a00)}
 class Seen(NamedTuple):
     """What is shown of one model's answer. layers: the number of the first routed layer, and the extended ones.
     base: its pretrained experts. picture: the last one of the text, framed as the tower takes it; grid: its patches
-    along a side; first: the place of its first patch."""
+    along a side, 0: they have no place in it; first: which of `Routing.patches` is its first."""
 
     title: str
     answer: str
@@ -91,9 +92,9 @@ def _frame(seen: Seen, layer: int, share_T: np.ndarray) -> str:
     seen.picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")
     cells = []
-    for token in np.flatnonzero(seen.routing.patches >= 0).tolist():
+    for token, medium in enumerate(seen.routing.media):
         patch = int(seen.routing.patches[token]) - seen.first
-        if 0 <= patch < seen.grid**2:
+        if medium == IMAGE and 0 <= patch < seen.grid**2:
             y, x = divmod(patch, seen.grid)
             cells.append(
                 f'<rect x="{x}" y="{y}" width="1" height="1" fill-opacity="{0.8 * share_T[token]:.2f}">'
@@ -107,7 +108,7 @@ def _frame(seen: Seen, layer: int, share_T: np.ndarray) -> str:
 
 def _tokens(seen: Seen, layer: int, share_T: np.ndarray) -> str:
     """Words and marks; patches are in the picture, where there is one."""
-    shown = [t for t in range(len(seen.routing.tokens)) if seen.routing.patches[t] < 0 or seen.picture is None]
+    shown = [t for t, medium in enumerate(seen.routing.media) if medium != IMAGE or not seen.grid]
     chips = []
     for token in shown[-MOST_TOKENS:]:
         text = seen.routing.tokens[token].replace("\n", "⏎") or " "

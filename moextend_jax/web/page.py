@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from moextend_jax.config import IMAGE, MoextendError
-from moextend_jax.data.conversations import MEDIUM
 from moextend_jax.evaluate.chat import Conversation
 from moextend_jax.evaluate.routed import routing_of
 from moextend_jax.evaluate.speak import Items, picture, speak
+from moextend_jax.folders import extra_hint
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import framed, tower_of
@@ -131,7 +131,7 @@ def extended_layers(opened: Askable) -> tuple[int, ...]:
 
 
 def _picture_of(opened: Askable, items: Items) -> dict[str, Any]:
-    """The last picture, and where its patches stand among the places of `Routing.patches`."""
+    """The last picture, and which of `Routing.patches` is its first."""
     if not items.get(IMAGE) or IMAGE not in opened.config.media:
         return {}
     medium = opened.config.media[IMAGE]
@@ -140,8 +140,7 @@ def _picture_of(opened: Askable, items: Items) -> dict[str, Any]:
     image = framed(
         picture(shown[-1]), size=PICTURE_PIXELS, preparation=opened.recipe.image_preparation, tower=tower, id=IMAGE
     )
-    number = list(opened.tokenizer.media).index(IMAGE)
-    return {"picture": image, "grid": side, "first": number * MEDIUM + (len(shown) - 1) * medium.tokens}
+    return {"picture": image, "grid": side, "first": (len(shown) - 1) * medium.tokens}
 
 
 def _joined(pieces: Iterator[str]) -> Any:
@@ -253,9 +252,7 @@ def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
       MoextendError: gradio is not installed, or the port is taken.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise MoextendError(
-            'the page needs gradio: pip install "moextend-jax[web]" (or ask at the terminal: leave --web out)'
-        )
+        raise MoextendError(f"the page needs gradio: {extra_hint('web')} (or ask at the terminal: leave --web out)")
     importing = threading.Thread(target=importlib.import_module, args=("gradio",))  # takes as long as compiling
     importing.start()
     warm_up(page)
