@@ -581,6 +581,9 @@ class RunSettings:
     """FIRST:LAST, steps of every training stage that are traced into WORKDIR/STAGE/profile for xprof; "": none."""
     faults: FaultSettings = dataclasses.field(default_factory=FaultSettings)
     """What training does about damaged examples."""
+    hang_after: NotNegative = 0.0
+    """Seconds after which a training process that has not ended its step says where it stands and ends with exit code
+    1, so that what started it can start it again; compiling, saving and validating do not count. 0: it waits."""
     nonfinite_limit: Amount = 10
     """Steps of a stage that may be skipped because their loss or gradient is not finite."""
     rollbacks: Amount = 0

@@ -189,6 +189,29 @@ def test_any_leaves_come_back_bit_for_bit(tmp_path_factory, arrays: dict[str, np
 # --- losses that are not finite ---------------------------------------------------------------------------------------
 
 
+class Hanging(Rows):
+    """Waits for ever before batch `at`."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self._hangs = at
+
+    def __next__(self) -> Batch:
+        while self.at + 1 == self._hangs:
+            time.sleep(1)
+        return super().__next__()
+
+
+def test_a_step_that_takes_too_long_ends_the_process_and_says_where(tmp_path: Path):
+    code = (
+        "import sys, pathlib, test_survival as t; t.train(pathlib.Path(sys.argv[1]), rows=t.Hanging(6), hang_after=4)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "__next__" in done.stderr and "train_loop" in done.stderr
+    assert same(train(tmp_path), train(tmp_path / "uninterrupted"))
+
+
 class Poisoned(Rows):
     """Some steps' batches have an image that is not a number."""
 

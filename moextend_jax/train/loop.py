@@ -28,6 +28,7 @@ from moextend_jax.train.nonfinite import Watch
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
 from moextend_jax.train.step import init_state, make_step, state_shardings
 from moextend_jax.train.tracing import Tracer
+from moextend_jax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ def train_loop(
             counting(job.name, steps, done=count) as bar,
             Tracer(folder / "profile", settings.profiled) as tracer,
             preemption.deferred(),
+            Watchdog(settings.hang_after) as watchdog,
         ):  # fmt: skip
             tracer.announce(job.name, after=count, last=steps)
             meter = Meter(model.config, trains=job.trains, devices=list(mesh.devices.flat))
@@ -120,6 +122,7 @@ def train_loop(
                 jax.block_until_ready(before_last)
                 with tracer.step(count, state), compiling:
                     state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
+                watchdog.alive()  # not before the first: it is compiled
                 tracer.after(count, metrics)
                 compiling = contextlib.nullcontext()
                 last, before_last = metrics, last
@@ -152,14 +155,14 @@ def train_loop(
                     numbers |= {"nonfinite_steps": int(state.skipped), **faults.named(counts_G)}
                     if validates:
                         leaves_now = {**state.trainable, **frozen}
-                        with meter.paused():
+                        with meter.paused(), watchdog.paused():
                             placed = (place_rows(rows, mesh) for rows in job.held_out)
                             numbers["validation_loss"] = mean_loss(validate, leaves_now, placed)
                     writer.write(count, numbers)
                     words = f"loss {numbers['loss']:.4f}  {numbers['tokens_per_second']:,.0f} tokens/s"
                     bar.update(count, note=words)
                 if saves or leaves:
-                    with meter.paused():
+                    with meter.paused(), watchdog.paused():
                         train_state.save(manager, state, iterator, step=count, facts=job.facts, counts_G=counts_G)
                 if leaves:
                     train_state.finish(manager)
