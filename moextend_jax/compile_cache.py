@@ -14,6 +14,8 @@ from pathlib import Path
 
 import jax
 
+from moextend_jax.folders import cache
+
 MOST = 4 * 2**30
 
 
@@ -33,8 +35,7 @@ def enable() -> None:
 
 def folder() -> Path:
     """Where programs are kept if nothing is said."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "moextend_jax" / "compile" / processor()
+    return cache() / "compile" / processor()
 
 
 def processor() -> str:

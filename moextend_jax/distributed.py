@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from moextend_jax import compile_cache, preemption
+from moextend_jax import compile_cache, machine, preemption
 from moextend_jax.config import MoextendError
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
@@ -36,12 +36,15 @@ def start(*, cpu_devices: int = 1) -> None:
     Raises:
       MoextendError: the environment is incomplete, or the processes do not find each other.
     """
-    compile_cache.enable()
+    joining = arguments()
+    # JAX lets process 0 alone write the cache. What it reads the others may compile, and it would wait for them at the
+    # first exchange, on CPUs for 30 seconds and no longer.
+    if joining is None or not machine.only_cpu():
+        compile_cache.enable()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         split_cpu(cpu_devices)
     if jax.distributed.is_initialized():
         return
-    joining = arguments()
     if joining is None:
         return
     seconds = _number("MOEXTEND_WAIT", default=WAIT)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -46,6 +45,11 @@ def is_url(path: Any) -> bool:
 
 def absolute(path: Path) -> Path:
     return path if is_url(path) else path.resolve()
+
+
+def cache() -> Path:
+    """This package's folder among those that a user's programs keep for later, on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moextend_jax"
 
 
 def local(path: Path, *, what: str) -> Path:
@@ -122,11 +126,6 @@ def _file_system(path: Path) -> tuple[Any, str]:
 
 
 def extra_hint(name: str) -> str:
-    """What to type to get an extra of this package ("": what it always needs), which is on no registry: in a checkout
-    its name, elsewhere the packages that it stands for."""
-    if (Path(__file__).parents[1] / "pyproject.toml").is_file():
-        return f"pip install -e '.[{name}]'" if name else "pip install -e ."
-    lines = [line.replace("'", '"').partition(";") for line in importlib.metadata.requires("moextend-jax") or []]
-    mark = f'extra == "{name}"'
-    wanted = [package.strip() for package, _, marker in lines if (mark in marker if name else "extra" not in marker)]
-    return "pip install " + " ".join(f"'{package}'" for package in wanted)
+    """What to type to get an extra of this package ("": what it always needs). The package need be on no registry: pip
+    takes the installed one, and adds what it lacks."""
+    return f'pip install "moextend-jax[{name}]"' if name else "pip install moextend-jax"

@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moextend_jax import compile_cache, doctor
+from moextend_jax import compile_cache, distributed, doctor
+from moextend_jax.config import MoextendError
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -77,3 +78,20 @@ def test_doctor_says_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert doctor.compiled().value == f"{tmp_path}: 1 programs, 3 MB"
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     assert doctor.compiled().value.startswith("none")
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_several_processes_on_cpus_go_without(on_cpu: bool, monkeypatch: pytest.MonkeyPatch):
+    """Only process 0 writes the cache: it would have its program at once, and wait for those that compile."""
+    enabled: list[bool] = []
+
+    def alone(**_: object) -> None:
+        raise ValueError("nobody answers")
+
+    monkeypatch.setattr(distributed, "arguments", dict)
+    monkeypatch.setattr(distributed.machine, "only_cpu", lambda: on_cpu)
+    monkeypatch.setattr(distributed.compile_cache, "enable", lambda: enabled.append(True))
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", alone)
+    with pytest.raises(MoextendError, match="do not find each other"):
+        distributed.start()
+    assert enabled == ([] if on_cpu else [True])

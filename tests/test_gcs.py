@@ -8,6 +8,8 @@ import pickle
 import threading
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import folders as checkpoint_folders
 import jax
@@ -24,6 +26,7 @@ from moextend_jax.checkpoints.transformers_layout import folder_of_model
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data import forms
 from moextend_jax.data.datasets import open_dataset
+from moextend_jax.runs import data_of
 from moextend_jax.runs.run import open_run, settings_of, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
@@ -47,20 +50,9 @@ def test_only_buckets_are_urls():
         folders.folder("s3://bucket/a")
 
 
-def test_an_extra_is_named_by_what_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The package's name is on no registry."""
-    assert folders.extra_hint("gcs") == "pip install -e '.[gcs]'"
-    monkeypatch.setattr(folders, "__file__", str(tmp_path / "site-packages" / "moextend_jax" / "folders.py"))
-    requires = ["numpy==2", "gcsfs==2026.1; extra == 'gcs'", 'torch>2; python_version < "4" and extra == "torch"']
-    monkeypatch.setattr(folders.importlib.metadata, "requires", lambda name: requires)
-    assert folders.extra_hint("gcs") == "pip install 'gcsfs==2026.1'"
-    assert folders.extra_hint("torch") == "pip install 'torch>2'"
-    assert folders.extra_hint("") == "pip install 'numpy==2'"
-
-
 def test_without_gcsfs_a_bucket_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MoextendError, match=r"gs://bucket/a: .* needs gcsfs: pip install -e '\.\[gcs\]'"):
+    with pytest.raises(MoextendError, match=r'gs://bucket/a: .* needs gcsfs: pip install "moextend-jax\[gcs\]"'):
         folders.folder("gs://bucket/a")
 
 
@@ -347,3 +339,15 @@ def test_what_is_not_in_a_bucket_or_cannot_be_read_from_one_is_one_line(bucket: 
     (bucket.parent / "shrinks" / name).write_bytes(b"short")
     with pytest.raises(MoextendError, match=f"{name} (has changed|cannot be read)"):
         hashes.stored_hash(source.leaves)
+
+
+def test_prepared_data_of_a_run_in_a_bucket_are_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runs = [
+        SimpleNamespace(settings=SimpleNamespace(data_dir=""), workdir=folders.folder(f"gs://bucket/{n}")) for n in "ab"
+    ]
+    first, second = (data_of.data_dir_of(cast(Any, run)) for run in runs)
+    assert first != second and first.is_relative_to(tmp_path) and not folders.is_url(first)
+    runs[0].settings.data_dir = "gs://bucket/data"
+    with pytest.raises(MoextendError, match="data_dir cannot be in gs://bucket/data"):
+        data_of.data_dir_of(cast(Any, runs[0]))

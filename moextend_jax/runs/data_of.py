@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from moextend_jax.data.items import Chosen, Items
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
-from moextend_jax.folders import folder, local
+from moextend_jax.folders import cache, folder, is_url, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract, tower_features
 from moextend_jax.parameters import with_arrays
@@ -38,8 +39,12 @@ from moextend_jax.settings import EvaluateSettings, StageSettings
 
 
 def data_dir_of(run: Run) -> Path:
-    """Where prepared data sets go."""
-    return local(folder(run.settings.data_dir) if run.settings.data_dir else run.workdir / "data", what="data_dir")
+    """Where prepared data sets go. A bucket cannot hold them: those of a run in one are made on each machine."""
+    if run.settings.data_dir:
+        return local(folder(run.settings.data_dir), what="data_dir")
+    if is_url(run.workdir):
+        return cache() / "data" / hashlib.sha256(os.fspath(run.workdir).encode()).hexdigest()[:12]
+    return run.workdir / "data"
 
 
 def open_source(run: Run, name: str, split: str) -> Source:
