@@ -14,7 +14,7 @@ from moextend_jax.machine import quiet_libtpu
 if TYPE_CHECKING:
     from moextend_jax.api import Model, Routing, open, run  # noqa: A004
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Model", "MoextendError", "Routing", "open", "run"]
 
 

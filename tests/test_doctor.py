@@ -49,16 +49,16 @@ def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monke
     version, core = doctor.version, doctor.PACKAGE
     monkeypatch.setattr(doctor, "version", lambda name: versions.get(name, version(name)))
     findings = by_part(doctor.packages())
-    assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install -e .")
+    assert findings[core] == Finding(core, "numpy 1.0", "note", "pip install moextend-jax")
     assert {findings[f"{core}[{extra}]"].verdict for extra in ("plan", "gcs")} == {"note"}
-    assert findings[f"{core}[gcs]"].mend == "pip install -e '.[gcs]'"
+    assert findings[f"{core}[gcs]"].mend == 'pip install "moextend-jax[gcs]"'
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(doctor.machine, "accelerator", lambda: "tpu")
     assert by_part(doctor.packages())[f"{core}[plan]"].verdict == "missing"
     versions["flax"] = ""
     assert by_part(doctor.packages())[core].verdict == "missing"
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["absent", "numpy"])  # in any version
-    assert by_part(doctor.packages())[core] == Finding(core, "absent -", "missing", "pip install -e .")
+    assert by_part(doctor.packages())[core] == Finding(core, "absent -", "missing", "pip install moextend-jax")
     versions[core] = ""
     assert list(doctor.packages()) == [Finding(core, "not installed", "missing", "pip install -e .")]
 
@@ -102,7 +102,7 @@ def test_an_accelerator_that_jax_does_not_use_is_missing(monkeypatch: pytest.Mon
     monkeypatch.delenv("JAX_PLATFORMS")
     looked = doctor.look()
     assert next(looked).part == "JAX"
-    assert next(looked)[2:] == ("missing", "pip install -e '.[gpu]'")
+    assert next(looked)[2:] == ("missing", 'pip install "moextend-jax[gpu]"')
 
 
 def test_shared_memory_that_cannot_be_used_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

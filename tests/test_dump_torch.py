@@ -42,7 +42,7 @@ class Dump(NamedTuple):
 def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
     """What the tool makes of three layouts, and of a router that has become NaN, from random ids with padding and
     holes. In one process: importing torch takes longer than all the rest."""
-    pytest.importorskip("torch", reason="torch is not installed: pip install -e '.[torch]'")
+    pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
     folder = tmp_path_factory.mktemp("dumps")
     (folder / "derived").mkdir()
     derived = reference_set.Set(folder / "derived")

@@ -23,6 +23,12 @@ import json, os, sys
 with open({file!r}, "a") as file:
     file.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
 """
+NOTE_ENVIRONMENT = """#!{python}
+import json, os, sys
+told = {{name: value for name, value in os.environ.items() if name.startswith(("JAX_", "MOEXTEND_"))}}
+with open("noted.json", "w") as file:
+    json.dump([sys.argv[1:], told], file)
+"""
 PASS_ON = """#!/bin/sh
 while [ "${1#--}" != "$1" ]; do shift; done
 exec "$@"
@@ -248,6 +254,40 @@ def test_gpu_pods_know_each_other():
     values = {one["name"]: one.get("value") for one in job["template"]["spec"]["containers"][0]["env"]}
     assert values["JAX_COORDINATOR_ADDRESS"].startswith("job-1-hosts-0-0.job-1:")
     assert values["JAX_NUM_PROCESSES"] == "3" and "JAX_PROCESS_ID" in values
+
+
+# --- SkyPilot ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sky_gpu.yaml", "sky_tpu.yaml"])
+def test_a_task_of_skypilot_runs_a_command_of_ours(noted, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import yaml
+
+    from moextend_jax import distributed, preemption
+    from moextend_jax.commands import RunOptions
+    from moextend_jax.parsing import parse
+
+    task = yaml.safe_load((LAUNCH / name).read_text())
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [preemption.EXIT_CODE]}
+    subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=True)
+    noted.add("moextend", at=tmp_path / ".venv" / "bin", text=NOTE_ENVIRONMENT.format(python=sys.executable))
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.9", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    environment = {"PATH": os.environ["PATH"], **task["envs"], **nodes}
+    subprocess.run(["bash", "-e"], input=task["run"], text=True, check=True, cwd=tmp_path, env=environment)
+    words, told = json.loads((tmp_path / "noted.json").read_text())
+    assert words[0] == "run"
+    options = parse(RunOptions, words[1:], command="run", does="")
+    assert isinstance(options, RunOptions) and os.fspath(options.workdir) == task["envs"]["WORKDIR"]
+    read = (options.config.base, options.config.vision, options.config.manual_dir)
+    assert all(str(path).startswith(tuple(f"{mount}/" for mount in task["file_mounts"])) for path in read)
+    for variable, value in told.items():
+        monkeypatch.setenv(variable, value)
+    found = distributed.arguments()  # how the process finds the others
+    if name == "sky_tpu.yaml":
+        assert found == {}
+    else:
+        assert found and (found["coordinator_address"], found["num_processes"]) == ("10.0.0.7:1234", 2)
+        assert found["process_id"] == 1
 
 
 # --- mistakes, shell --------------------------------------------------------------------------------------------------

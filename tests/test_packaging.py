@@ -4,9 +4,13 @@ has everything that a run needs."""
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +19,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import moextend_jax
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -109,22 +115,81 @@ def test_dockerfiles_are_clean_and_copy_what_the_installation_reads():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_wheel_has_the_configurations_and_the_small_base(tmp_path: Path):
-    build = (
-        "import os, sys; os.chdir(sys.argv[1]); from setuptools import build_meta; "
-        "print(build_meta.build_wheel(sys.argv[2]))"
-    )
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("moextend_jax", "configs"):  # as they are, and nothing is written into the checkout
+# --- wheel and sdist --------------------------------------------------------------------------------------------------
+
+BUILD = """
+import os, sys
+from setuptools import build_meta
+os.chdir(sys.argv[1])
+print(getattr(build_meta, f"build_{sys.argv[2]}")(sys.argv[3]))
+"""
+
+
+def built(source: Path, kind: str, folder: Path) -> Path:
+    """A wheel or an sdist of a source tree, in `folder`."""
+    done = subprocess.run([sys.executable, "-c", BUILD, source, kind, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built: nothing is written into the checkout."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("moextend_jax", "configs"):  # as they are: one has a link to the other
         subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([sys.executable, "-c", build, str(source), str(tmp_path)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_wheel_has_the_configurations_and_the_small_base(wheel: Path):
+    assert wheel.name.startswith(f"moextend_jax-{moextend_jax.__version__}-")
     inside = {*zipfile.ZipFile(wheel).namelist()}
     for folder, pattern in (("configs", "**/*.py"), ("configs", "**/*.json"), ("moextend_jax", "assets/**/*")):
         paths = [path for path in (ROOT / folder).glob(pattern) if path.is_file() and "__pycache__" not in path.parts]
         prefix = "moextend_jax/configs" if folder == "configs" else folder
         missing = {f"{prefix}/{path.relative_to(ROOT / folder)}" for path in paths} - inside
         assert paths and not missing
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path):
+    sdist = built(source, "sdist", tmp_path)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert not (unpacked / "tests").exists()
+    first, second = (zipfile.ZipFile(path) for path in (wheel, built(unpacked, "wheel", tmp_path)))
+    assert {*first.namelist()} == {*second.namelist()}
+    record = f"moextend_jax-{moextend_jax.__version__}.dist-info/RECORD"  # the others in the order of the folder
+    assert not [name for name in first.namelist() if name != record and first.read(name) != second.read(name)]
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_demo_where_there_is_no_repository(wheel: Path, tmp_path: Path):
+    """In an environment that borrows the packages of this one, but not this one's own moextend_jax."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    (packages / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # .pth files in there are not read
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert run(str(python), "-c", "import moextend_jax; print(moextend_jax.__file__)").startswith(str(packages))
+    moextend = str(tmp_path / "venv" / "bin" / "moextend")
+    steps = [f"--config.{stage}.steps=2" for stage in ("align", "extend", "finetune")]
+    run(moextend, "demo", "--workdir", "work", *steps, "--config.evaluate.questions=8")
+    assert (tmp_path / "work" / "report.html").is_file() and (tmp_path / "work" / "summary.json").is_file()
+    assert run(moextend, "--version") == f"moextend_jax {moextend_jax.__version__}\n"

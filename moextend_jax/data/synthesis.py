@@ -20,11 +20,12 @@ import numpy as np
 import soxr
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import extra_hint
 from moextend_jax.media.mel import RATE
 
 TINYSOUNDFONT = "pip install --no-deps tinysoundfont"
 """Without its dependency: pyaudio plays sounds aloud, which nobody needs here, and has to be compiled."""
-EXTRA = 'pip install "moextend-jax[sounds]"'
+EXTRA = extra_hint("sounds")
 
 
 def package(name: str, *, of: str, install: str = EXTRA) -> ModuleType:

@@ -89,5 +89,5 @@ def _gpus(topology: Topology) -> list[Any]:
         )
     except Exception as error:  # whatever is missing: the plugin, CUDA's libraries, a field of the target
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MoextendError(f'plans for GPUs need JAX\'s CUDA plugin (pip install "jax[cuda12]"): {message}') from None
+        raise MoextendError(f"plans for GPUs need JAX's CUDA plugin ({extra_hint('gpu')}): {message}") from None
     return list(described.devices)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import extra_hint
 
 IDS = "sinks.json"
 PROJECT = "moextend"
@@ -145,8 +146,8 @@ def check(names: Iterable[str]) -> None:
     """Raises MoextendError where a sink's package is not installed; call it before anything is prepared."""
     for name in names:
         if importlib.util.find_spec(SINKS[name].package) is None:
-            package = SINKS[name].package
-            raise MoextendError(f"sinks: {name} needs the package {package}: pip install {package}, or leave it out")
+            hint = extra_hint(name if SINKS[name].elsewhere else "")
+            raise MoextendError(f"sinks: {name} needs the package {SINKS[name].package}: {hint}, or leave it out")
 
 
 def open_sinks(
