@@ -3,6 +3,7 @@
 # make test-all  these and the slow tests
 # make test-gpu  on a GPU: the tests of what runs there; python benchmarks/gpu.py measures the rest
 # make bench     time one step of each stage
+# make docs      the documentation as a site, in build/site
 # Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
 # Tests run in JOBS processes (2).
 # Paths are relative and tools run as modules, so a directory name with spaces is fine.
@@ -19,11 +20,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow smoke test-all test-gpu lint bench clean env env-dev
+.PHONY: help demo test test-slow smoke test-all test-gpu lint bench docs clean env env-dev
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 demo: env
 	$(RUN) -m moextend_jax demo --workdir "$(WORKDIR)"
@@ -51,10 +52,14 @@ test-gpu:
 lint: env-dev
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) -m codespell_lib *.md configs docs examples launch moextend_jax
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 bench: env
 	$(RUN) -m moextend_jax bench bench
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf "$(VENV)" build *.egg-info .pytest_cache .ruff_cache
@@ -74,4 +79,8 @@ $(VENV)/.run: requirements.txt constraints.txt pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	@$(RUN) -m pip install -qq -c constraints.txt -e ".[dev]"
+	@touch "$@"
+
+$(VENV)/.docs: $(VENV)/.run
+	@$(RUN) -m pip install -qq -c constraints.txt -e ".[docs]"
 	@touch "$@"

@@ -702,7 +702,7 @@ def with_extension(config: ModelConfig, extension: ExtensionConfig | None, *, na
 class Recipe:
     """Every choice in which the paper and its released code differ; the defaults are the paper's.
 
-    `RECIPES["released"]` reproduces the code. The table is in docs/recipe.md.
+    `RECIPES["released"]` reproduces the code. The table is in docs/reproducing.md.
     """
 
     counted_picks: Literal["top_k", "least_likely"] = "top_k"
