@@ -31,6 +31,7 @@ from moextend_jax.config import (
     ExpertStorage,
     Gating,
     LayerChoice,
+    MediumKind,
     MoextendError,
     Quantised,
     Range,
@@ -408,7 +409,7 @@ class ProjectorSettings:
 class MediumSettings:
     """A medium beside pictures, or how pictures reach the decoder (medium "image")."""
 
-    kind: Literal["image", "video", "audio", "features"] = "audio"
+    kind: MediumKind = "audio"
     """What its files are."""
     tower: str = ""
     """Folder of its frozen tower, for pictures or Whisper's; embedded: the small one of the package; "": of kind

@@ -48,11 +48,10 @@ from moextend_jax.config import (
     Quantised,
     TowerConfig,
     VisionConfig,
-    WhisperConfig,
 )
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
-from moextend_jax.media import mark_of
+from moextend_jax.media import KINDS, mark_of
 from moextend_jax.models.quantised import STORAGES
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
@@ -270,16 +269,11 @@ def _checked(record: Record) -> Record:
 
 
 NAME = re.compile("[a-z][a-z0-9_]{0,63}")
-TOWERS: dict[str, tuple[type, ...]] = {
-    "image": (VisionConfig,), "video": (VisionConfig,), "audio": (VisionConfig, WhisperConfig),
-    "features": (FeaturesConfig,),
-}  # fmt: skip
-"""What may read a medium of each kind."""
 
 
 def _check_medium(name: str, medium: Medium) -> None:
     tower, projector = medium.tower, medium.projector
-    if not isinstance(tower, TOWERS[medium.kind]) or medium.mark != mark_of(name, medium.kind):
+    if not isinstance(tower, KINDS[medium.kind].towers) or medium.mark != mark_of(name, medium.kind):
         raise ValueError(f"{name} is of kind {medium.kind}, not with {type(tower).__name__} and {shown(medium.mark)}")
     if isinstance(tower, VisionConfig):
         if (of := PICTURE_TOWERS.get(tower.family)) is None:

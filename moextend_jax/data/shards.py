@@ -17,16 +17,14 @@ from typing import Any, NamedTuple, cast
 from moextend_jax.config import MoextendError
 from moextend_jax.data.json_values import MOST_ENTRY, Row, one_line, open_file, unreadable
 from moextend_jax.folders import absolute
+from moextend_jax.media import KINDS, plurals
 
-PICTURES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "jp2", "ico", "avif", "heic")
-MEMBERS = {
-    **dict.fromkeys(PICTURES, "image"), **dict.fromkeys(("wav", "flac", "ogg", "opus"), "audio"),
-    **dict.fromkeys(("npz", "npy"), "features"),
-}  # fmt: skip
-"""The key under which a member's file is, by its suffix; an animation is a video where the row's JSON says so."""
-NAMING = {"video": ("videos", "video"), "audio": ("audios", "audio"), "features": ("features",),
-          "image": ("images", "image")}  # fmt: skip
-"""Keys of the JSON that may name members, by the key under which these then are."""
+MEMBERS = {suffix: kind for kind in reversed(KINDS) for suffix in KINDS[kind].suffixes}
+"""The key under which a member's file is, by its suffix: of several kinds the first. An animation is a video where the
+row's JSON says so."""
+NAMING = {kind: plurals(kind)[::-1] for kind in reversed(KINDS)}
+"""Keys of the JSON that may name members, by the key under which these then are; what one has is not taken by later
+ones."""
 UNREAD = {
     **dict.fromkeys(("mp4", "avi", "mov", "webm", "mkv"), "an animation (.webp)"),
     **dict.fromkeys(("mp3", "m4a", "aac", "wma"), ".flac"),
@@ -129,12 +127,11 @@ def _items(value: dict[str, Any], members_of: dict[str, list[Span]]) -> dict[str
     names none of them, or something else."""
     spans = {Path(span.member).name: span for members in members_of.values() for span in members}
     items: dict[str, Any] = {}
-    films: list[Span] = []
+    taken: list[Span] = []
     for key, names in NAMING.items():
         named = _resolved(next((value[name] for name in names if value.get(name)), None), spans)
-        if key == "video":
-            films = [span for files in named.values() for span in files]
-        unnamed = [span for span in members_of.get(key, []) if span not in films]
+        unnamed = [span for span in members_of.get(key, []) if span not in taken]
+        taken += [span for files in named.values() for span in files]
         if named or unnamed:
             items |= {**dict.fromkeys(names), key: named.get("", named) or unnamed}
     return items

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from moextend_jax.config import MediumKind
 from moextend_jax.data.faults import Fault
-from moextend_jax.media import KINDS, mark_of
+from moextend_jax.media import KINDS, mark_of, plurals
 
 ROLES = {
     "human": "human", "user": "human", "prompter": "human",
@@ -26,17 +26,15 @@ ROLES = {
 }  # fmt: skip
 """Other people's names of roles. All others (tool, function, observation, ...) stay, to be refused."""
 
-ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {
-    "image": (
-        ("image", "images"),
-        ("image_path", "image_paths", "image_file", "image_files", "img", "img_path", "picture"),
-        ("file_name", "filename"),
-        ("image_url", "image_urls"),
-    ),
-    "video": (("video", "videos"), ("video_path", "video_paths", "video_file", "video_files")),
-    "audio": (("audio", "audios"), ("audio_path", "audio_paths", "audio_file", "audio_files")),
-    "features": (("features",), ("features_path", "features_paths", "features_file", "features_files")),
-}
+
+def _keys(kind: MediumKind) -> tuple[tuple[str, ...], ...]:
+    paths = (f"{kind}_path", f"{kind}_paths", f"{kind}_file", f"{kind}_files")
+    if kind != "image":
+        return plurals(kind), paths
+    return plurals(kind), (*paths, "img", "img_path", "picture"), ("file_name", "filename"), ("image_url", "image_urls")
+
+
+ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {kind: _keys(kind) for kind in KINDS}
 """Keys that name the items of a row, by their kind. The first line that names any is read: an image_url beside an image
 is where it came from. Keys of one line must not name different ones. Items of a medium that is not called as its kind
 stand under its name: `{"audio": {"speech": "a.wav"}}`."""
@@ -260,8 +258,7 @@ def _content(parts: list[Any], in_turns: list[Item], items: list[Item], placed: 
 
 
 PARTS: dict[str, MediumKind] = {
-    "image": "image", "image_url": "image", "input_image": "image", "video": "video", "video_url": "video",
-    "input_video": "video", "audio": "audio", "audio_url": "audio", "input_audio": "audio", "features": "features",
+    name: kind for kind in KINDS for name in (kind, f"{kind}_url", f"input_{kind}")
 }  # fmt: skip
 """Types of parts that are items."""
 PART_KEYS = (*PARTS, "text")

@@ -15,6 +15,8 @@ A row is a file of this package. `KINDS[medium.kind]` says, of a `config.Medium`
                    tower; features [P, C]
     span_of_file   (encoded, *, name, id, medium, cut) -> `positions` of what `decode` would give, from headers: data
                    are laid out before they are decoded
+    suffixes       of files that are taken for one where nothing but their name says what they are
+    towers         classes of sizes of the towers that may read it
 
 Nothing here trusts a file: how much memory it takes is known before memory is taken for it.
 """
@@ -40,10 +42,15 @@ class Kind(NamedTuple):
     positions: Callable[[Any, Medium], int]
     input_shape: Callable[[Medium], tuple[int, ...]]
     span_of_file: Callable[..., int]
+    suffixes: tuple[str, ...]
+    towers: tuple[type, ...]
 
 
 def _row(field: MediumKind, noun: str, module: Any) -> Kind:
-    return Kind(field, noun, module.decode, module.prepare, module.positions, module.input_shape, module.span_of_file)
+    return Kind(
+        field, noun, module.decode, module.prepare, module.positions, module.input_shape, module.span_of_file,
+        module.SUFFIXES, module.TOWERS,
+    )  # fmt: skip
 
 
 KINDS: dict[MediumKind, Kind] = {
@@ -52,6 +59,11 @@ KINDS: dict[MediumKind, Kind] = {
     "audio": _row("audio", "sound", audio),
     "features": _row("features", "features", features),
 }
+
+
+def plurals(kind: MediumKind) -> tuple[str, ...]:
+    """What one item and several are called in data: `image`, `images`."""
+    return (kind,) if kind.endswith("s") else (kind, f"{kind}s")
 
 
 def mark_of(name: str, kind: MediumKind) -> str:

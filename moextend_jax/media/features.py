@@ -19,6 +19,8 @@ import numpy as np
 from moextend_jax.config import FeaturesConfig, Medium, MoextendError
 from moextend_jax.data.faults import Fault, wrong_size
 
+SUFFIXES = ("npz", "npy")
+TOWERS = (FeaturesConfig,)
 HEADER = 4096
 """Bytes that the header of an array takes at most."""
 TYPES = ("float16", "float32")

@@ -28,6 +28,8 @@ LEVELS: dict[str, tuple[np.ndarray, np.ndarray]] = {
 """Mean and standard deviation of colours by `VisionConfig.levels`."""
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CLIP = VisionConfig()
+SUFFIXES = ("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff", "ppm", "jp2", "ico", "avif", "heic")
+TOWERS = (VisionConfig,)
 
 MOST_PIXELS = 89_478_485
 """Of a picture as its header says: a quarter of a GB as RGB, and where Pillow begins to warn."""

@@ -12,10 +12,12 @@ from typing import Any, Literal, cast
 import numpy as np
 from PIL import Image
 
-from moextend_jax.config import Medium
+from moextend_jax.config import Medium, VisionConfig
 from moextend_jax.data.faults import Fault
 from moextend_jax.media.image import MOST_PIXELS, as_rgb, pictures, prepare_image, tower_of
 
+TOWERS = (VisionConfig,)
+SUFFIXES = ("gif", "webp", "png", "apng", "avif", "tif", "tiff")
 MOST_FRAMES = 10_000
 """Of a file."""
 MOST_DECODED = 2**30

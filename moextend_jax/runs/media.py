@@ -17,11 +17,9 @@ from moextend_jax.config import (
     Named,
     ProjectorConfig,
     TowerConfig,
-    VisionConfig,
-    WhisperConfig,
 )
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.media import mark_of
+from moextend_jax.media import KINDS, mark_of
 from moextend_jax.settings import MediumSettings, RunSettings
 
 
@@ -111,7 +109,6 @@ def _tower(name: str, of: MediumSettings, source: Source, settings: RunSettings)
         own = {path: leaf for path, leaf in source.leaves.items() if path.startswith(f"media/{IMAGE}/tower/")}
         return source.config.vision, {path.replace(IMAGE, name, 1): leaf for path, leaf in own.items()}
     tower, leaves = open_tower(of.tower, medium=name, seconds=of.seconds, feature_layer=settings.recipe.feature_layer)
-    wanted = VisionConfig if of.kind in ("image", "video") else (VisionConfig, WhisperConfig)
-    if not isinstance(tower, wanted):
+    if not isinstance(tower, KINDS[of.kind].towers):
         raise MoextendError(f"media.{name} is of kind {of.kind}, and {of.tower} is a tower for sound")
     return tower, leaves

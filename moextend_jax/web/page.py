@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import importlib.util
 import itertools
-import mimetypes
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,12 +112,12 @@ class Page:
 
 
 def items_of(opened: Askable, files: Any) -> dict[str, list[Path]]:
-    """Uploaded files by the medium of the model that takes them: the first of their kind."""
+    """Uploaded files by the medium of the model that takes them: the first that takes such files, by their suffix."""
     items: dict[str, list[Path]] = {}
     for file in map(Path, files):
-        guessed = (mimetypes.guess_type(file.name)[0] or "").partition("/")[0]
-        kind = guessed if guessed in KINDS else "features" if file.suffix in (".npz", ".npy") else None
-        medium = next((name for name, of in opened.config.media.items() if of.kind == kind), None)
+        suffix = file.suffix.lower().removeprefix(".")
+        takes_it = (name for name, of in opened.config.media.items() if suffix in KINDS[of.kind].suffixes)
+        medium = next(takes_it, None)
         if medium is None:
             takes = " or ".join(sorted({f"a file of {KINDS[of.kind].noun}" for of in opened.config.media.values()}))
             raise MoextendError(f"{file.name}: the {opened.name} model takes {takes or 'no files'}")
