@@ -202,9 +202,10 @@ class Hanging(Rows):
         return super().__next__()
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_ends_the_process_and_says_where(tmp_path: Path):
     code = (
-        "import sys, pathlib, test_survival as t; t.train(pathlib.Path(sys.argv[1]), rows=t.Hanging(6), hang_after=4)"
+        "import sys, pathlib, test_survival as t; t.train(pathlib.Path(sys.argv[1]), rows=t.Hanging(6), hang_after=12)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1
