@@ -46,7 +46,7 @@ def write_explorer(workdir: Path) -> Path | None:
       MoextendError: nothing of a run is there, or a file does not hold what its name says.
     """
     try:
-        from plotly.offline import get_plotlyjs
+        from plotly.offline import get_plotlyjs  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
     found = read_workdir(workdir)
