@@ -46,7 +46,7 @@ COMMANDS: dict[str, Command] = {
     "study": Command(RUNS, f"{RUN}:study", "the same run with other settings and seeds, in one table; goes on, too"),
     **{name: Command(STAGES, f"{RUN}:stage", result.does, arguments=(name,)) for name, result in FIRST.results.items()},
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
-    "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html"),
+    "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html, and the routing explorer beside it"),
     "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or those on standard input, about a picture or not"),
     "chat": Command(ASK, f"{RUN}:chat", "a conversation at the terminal; /image PATH shows a picture, /reset, /quit"),
     "eval": Command(ASK, f"{RUN}:eval_command", "a benchmark's questions answered and scored; or text forgetting"),
