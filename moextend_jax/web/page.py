@@ -7,7 +7,6 @@ own, nothing fetched from other hosts. Every visitor has a conversation of their
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import itertools
 import threading
@@ -159,8 +158,8 @@ def warm_up(page: Page) -> None:
     page._seen(opened, "?", items, said)
 
 
-def blocks(page: Page) -> Any:
-    """The page, as gradio's Blocks."""
+def blocks(page: Page, *, after: threading.Thread) -> Any:
+    """The page, as gradio's Blocks; nothing is computed before a thread has ended."""
     import gradio as gr  # pyright: ignore[reportMissingImports]
 
     names = [(choice.title, name) for name, choice in page.models.items()]
@@ -188,6 +187,7 @@ def blocks(page: Page) -> Any:
         history = [*history, *shown, {"role": "user", "content": asked["text"]}]
         said, left = "", gr.MultimodalTextbox(value=None, interactive=False)
         yield history, left, talk, seen, gr.skip(), gr.skip()
+        after.join()
         try:
             items = items_of(talk.opened, asked["files"])
             for piece in page.answer(asked["text"].strip(), items, talk, beside):
@@ -252,15 +252,14 @@ def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
     """
     if importlib.util.find_spec("gradio") is None:
         raise MoextendError(f"the page needs gradio: {extra_hint('web')} (or ask at the terminal: leave --web out)")
-    importing = threading.Thread(target=importlib.import_module, args=("gradio",))  # takes as long as compiling
-    importing.start()
-    warm_up(page)
-    importing.join()
+    page.models[page.start].open()
+    warming = threading.Thread(target=warm_up, args=(page,), daemon=True)  # while gradio is imported, and after
+    warming.start()
     from gradio.themes import Soft  # pyright: ignore[reportMissingImports]
 
     fonts = ["system-ui", "sans-serif"]
     try:
-        _, address, _ = blocks(page).launch(
+        _, address, _ = blocks(page, after=warming).launch(
             server_name=host, server_port=port or None, share=False, quiet=True, prevent_thread_lock=True,
             theme=Soft(font=fonts, font_mono=["ui-monospace", "monospace"]), css=CSS, footer_links=[],
             ssr_mode=False, max_file_size=LARGEST, enable_monitoring=False, pwa=False, mcp_server=False,
