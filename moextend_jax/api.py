@@ -21,7 +21,7 @@ from moextend_jax.config import IMAGE, FeaturesConfig, Medium, ModelConfig, Moex
 from moextend_jax.evaluate.questions import as_prompt
 from moextend_jax.evaluate.routed import Routing, routing_of
 from moextend_jax.evaluate.running import asker_of
-from moextend_jax.evaluate.speak import Items, Picture, Turn, encoded, show, speak, told
+from moextend_jax.evaluate.speak import Items, Picture, Turn, encoded, one_each, show, speak, told
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable, described, open_place
@@ -85,9 +85,8 @@ class Model:
     ) -> Iterator[str]:  # fmt: skip
         """The answer piece by piece, as it is made."""
         every = shown(image, items)
-        counts = {name: [1] * len(of) for name, of in every.items()}
         return speak(
-            self._opened, told(self._opened, system, text, counts), items=every, plain=plain, seed=seed,
+            self._opened, told(self._opened, system, text, one_each(every)), items=every, plain=plain, seed=seed,
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_k),
         )  # fmt: skip
 
@@ -112,7 +111,7 @@ class Model:
     ) -> Routing:  # fmt: skip
         """Which experts each token of a prompt goes to, and of the answer to it where one is given."""
         opened, every = self._opened, shown(image, items)
-        turns = told(opened, system, text, show(opened, every).spans)
+        turns = told(opened, system, text, one_each(every))
         return routing_of(opened, turns, items=every, answer=answer, plain=plain)
 
     def _together(self, texts: Sequence[str], each: Sequence[Items], **options: Any) -> list[str]:

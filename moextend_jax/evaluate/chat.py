@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from moextend_jax.config import IMAGE, MoextendError
-from moextend_jax.evaluate.speak import Item, Items, Turn, question, speak
+from moextend_jax.evaluate.speak import Item, Items, Turn, one_each, question, speak
 from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable
@@ -46,8 +46,7 @@ class Conversation:
         """Yields the answer as it is made. Only an answer that came to its end, and that is not empty, is remembered,
         with its question."""
         new = {name: list(of) for name, of in (items or {}).items() if of}
-        counts = {name: [1] * len(of) for name, of in new.items()}
-        asked, pieces = question(self.opened, text, counts), []
+        asked, pieces = question(self.opened, text, one_each(new)), []
         every = {name: [*self.items.get(name, ()), *new.get(name, ())] for name in {**self.items, **new}}
         for piece in speak(
             self.opened, [*self.told, asked], items=every, plain=False, max_new_tokens=self.max_new_tokens,

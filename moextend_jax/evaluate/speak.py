@@ -116,6 +116,11 @@ def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | 
     return [{"from": "system", "value": system}, question(opened, text, spans)] if system else text
 
 
+def one_each(items: Items) -> dict[str, list[int]]:
+    """Spans by which a question is laid out before its items are read: only their number counts there."""
+    return {name: [1] * len(of) for name, of in items.items()}
+
+
 def question(opened: Askable, text: str, spans: Spans) -> Turn:
     """A turn that asks; without any mark of a medium its items go first."""
     for name, of in reversed([*spans.items()]):

@@ -41,9 +41,13 @@ background:linear-gradient(90deg,#ff5a0000,#ff5a00)}
 
 
 class Seen(NamedTuple):
-    """What is shown of one model's answer. layers: the number of the first routed layer, and the extended ones.
-    base: its pretrained experts. picture: the last one of the text, framed as the tower takes it; grid: its patches
-    along a side, 0: they have no place in it; first: which of `Routing.patches` is its first."""
+    """What is shown of one model's answer.
+
+    base: its number of pretrained experts. first_layer: the number of the first layer that routes; extended: numbers of
+      the extended ones.
+    picture: the last one of the text, framed as the tower takes it. grid: its patches along a side, 0 where they have
+      no place in it. first: which of `Routing.patches` is its first.
+    """
 
     title: str
     answer: str
