@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one run: kernels against dense sums, their speed, and steps of true width.
 
-    python benchmarks/gpu.py [--out work/gpu] [--only checks,kernels,steps,whole,profile] [--minutes 18] [--tiny]
+    python benchmarks/gpu.py [--out work/gpu] [--only checks,kernels,...] [--minutes 18] [--tiny]
 
 In: one GPU; weights are random. Out: OUT/gpu.json, and OUT/gpu.md, the same as tables. Parts in order of use:
 
@@ -9,6 +9,9 @@ In: one GPU; weights are random. Out: OUT/gpu.json, and OUT/gpu.md, the same as 
     steps     finetune of Mixtral-8x7B at true width, 12 of 32 layers: experts as they are, in int8, in int4, beside
               what `moextend plan` says of the same step for an H100
     whole     all 32 layers on one GPU, as configs/mixtral_8x7b.py:one_gpu
+    families  all layers of other published sizes on one GPU, in few bits
+    methods   the int4 step with the upper half of the layers extended, and with low-rank updates instead
+    answers   a token of an answer, by rows at once, beside the time to read every weight once
     profile   where the time of one int4 step goes, by kernel
 
 A part that fails is noted with its last line and the rest goes on; so is one that the minutes leave no time for.
@@ -22,6 +25,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -35,17 +39,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 from moextend_jax import bench, compile_cache, machine
 from moextend_jax.commands import BenchOptions
 from moextend_jax.config import MoextendError
+from moextend_jax.generate import Generator
+from moextend_jax.mesh import make_mesh
 from moextend_jax.models import attention_triton
 from moextend_jax.models.attention import conversations, segment_mask
 from moextend_jax.models.grouped_matmul import TRITON, by_kernels
+from moextend_jax.models.moextend import abstract
 from moextend_jax.models.quantised import dequantise, quantise
 from moextend_jax.models.weights import FewBits, plain
+from moextend_jax.parameters import by_path
 from moextend_jax.parsing import parse
+from moextend_jax.plan.sizes import model_config
+from moextend_jax.sharding import parameter_shardings
 
 GIB = 2**30
 GROUP = 64
@@ -283,7 +294,7 @@ def in_a_process(words: str) -> None:
     machine.whole_gpu()
     compile_cache.enable()
     part, *arguments = json.loads(words)
-    made = {"checks": checks, "kernels": kernels, "step": measured}[part](*arguments)
+    made = {"checks": checks, "kernels": kernels, "step": measured, "answers": answers}[part](*arguments)
     print(json.dumps(made | {"device": jax.devices()[0].device_kind}))
 
 
@@ -322,10 +333,11 @@ def beside(what: str, config: str, *options: str, layers: int | None) -> dict[st
 
 
 def rows(batch: int, parts: int, **more: Any) -> list[str]:
-    named = {"finetune.batch_size": batch, "finetune.accumulate": parts, **more}
+    named = {"finetune.batch_size": batch, "finetune.accumulate": parts, **FEW, **more}
     return [f"--config.{name}={value}" for name, value in named.items()]
 
 
+FEW = {"expert_storage": "int4"}
 ALONE = [f"--config.mesh.{axis}=1" for axis in ("fsdp", "tensor")]
 
 
@@ -342,13 +354,75 @@ def whole(config: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         (4, "", {}), (4, ", both moments in float32", exact), (1, "", {}),
     ):  # fmt: skip
         name = f"all layers, experts int4, parts of {at_once} rows{what}"
-        options = rows(8, 8 // at_once, expert_storage="int4", **more)
+        options = rows(8, 8 // at_once, **more)
         yield name, functools.partial(beside, name, config, *options, layers=None)
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "OLMoE-1B-7B, int4": ("olmoe_1b_7b:one_gpu", {}),
+    "Qwen3-30B-A3B, int4": ("qwen3_30b_a3b:one_gpu", {}),
+    "gpt-oss-20b, mxfp4": (
+        "qwen3_30b_a3b:one_gpu", {"base": "gpt-oss-20b", "expert_storage": "mxfp4", "expert_group": 32},
+    ),
+}  # fmt: skip
+
+
+def families() -> Iterator[tuple[str, Callable[[], Any]]]:
+    for name, (config, more) in FAMILIES.items():
+        yield name, functools.partial(beside, name, config, *rows(8, 2, **more), layers=None)
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "the upper half extended": {"select.layers": "second_half"},
+    "LoRA of rank 64 on attention and every expert": {
+        "method.name": "lora", "method.rank": 64, "method.alpha": 128, "method.experts": "per_expert",
+    },
+    "LLaVA-MoLE, three of rank 32": {"method.name": "mole", "method.rank": 32, "method.alpha": 64},
+}  # fmt: skip
+
+
+def methods(config: str, layers: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for what, more in METHODS.items():
+        name = f"{layers} layers, experts int4, 4 rows, {what}"
+        yield name, functools.partial(beside, name, config, *ALONE, *rows(4, 1, **more), layers=layers)
+
+
+NEW_TOKENS = 65
+
+
+def answers(config: str, options: list[str], most: int) -> dict[str, Any]:
+    """Seconds to the first token of prompts that end in text, with a picture each, and for every further one, of an
+    extended model, by rows at once; greedy."""
+    settings = parse(BenchOptions, [config, *options], command="gpu", does="").config
+    sizes = model_config(settings, stage="finetune")
+    model, mesh = abstract(sizes), make_mesh(settings.mesh)
+    shardings = parameter_shardings(model, mesh)
+    arrays = {}
+    for path, param in by_path(nnx.state(model, nnx.Param)).items():
+        dtype = sizes.dtype if param.dtype == jnp.float32 else param.dtype  # new leaves, as a finished model has them
+        arrays[path] = bench._random(path, jax.ShapeDtypeStruct(param.shape, dtype, sharding=shardings[path]))
+    generator = Generator(model, eos=-1, mesh=mesh)  # which no token is, so that no row ends
+    taken = {}
+    for B in (1, 8, 64):
+        if most >= B:
+            batch = bench.random_batch(sizes, rows=B, length=settings.finetune.length // 2, labels="answers")
+            seconds = []
+            for tokens in (1, NEW_TOKENS):
+                ask = functools.partial(generator.complete, arrays, batch, max_new_tokens=tokens)
+                ask()
+                began = time.perf_counter()
+                ask()
+                seconds.append(time.perf_counter() - began)
+            taken[B] = {"first": seconds[0], "each": (seconds[1] - seconds[0]) / (NEW_TOKENS - 1)}
+            print(f"{B} rows: first token {seconds[0]:.3f} s, then {1e3 * taken[B]['each']:.2f} ms each", flush=True)
+    read = sum(leaf.size * (0.5 if leaf.dtype in (jnp.int4, jnp.uint4) else leaf.dtype.itemsize)
+               for path, leaf in arrays.items() if path.startswith(("decoder/layers", "decoder/head")))  # fmt: skip
+    return {"rows": taken, "bytes": read}
 
 
 def profile(config: str, layers: int, folder: Path) -> dict[str, Any]:
     """Milliseconds of one step by kernel, the longest first."""
-    options = [*ALONE, *rows(4, 1, expert_storage="int4")]
+    options = [*ALONE, *rows(4, 1)]
     return apart("step", config, options, layers, str(folder)) | {"kernels": longest(folder)}
 
 
@@ -384,7 +458,7 @@ def page(found: dict[str, Any]) -> str:
     table("Kernels", ("what", "ms", "TFLOP/s"), timed)
     head = ("step", "s", "tokens/s", "MFU", "GiB at most", "GiB planned", "s planned at least")
     made = []
-    for name, row in {**found.get("steps", {}), **found.get("whole", {})}.items():
+    for name, row in [row for part in STEPS for row in found.get(part, {}).items()]:
         got, plan = row["measured"], row["planned"]
         figures, said = [got.get("failed"), *"---"], [plan.get("failed"), "-"]
         if "failed" not in got:
@@ -395,19 +469,28 @@ def page(found: dict[str, Any]) -> str:
             said = [f"{plan['gib']:.2f}", plan["seconds"]]
         made.append([name, *figures, *said])
     table("Finetune steps", head, made)
+    said = []
+    for config, row in found.get("answers", {}).items():
+        for rows, of in row["rows"].items():
+            first, each = of["first"], of["each"]
+            said.append([config, rows, 1e3 * first, 1e3 * each, int(rows) / each, row["bytes"] / each / 1e12])
+    head = ("answers", "rows", "ms to the first token", "ms each", "tokens/s", "TB/s if all weights are read once")
+    table("Answers", head, said)
     taken = found.get("profile", {}).get("kernels", {})
     table("Where an int4 step goes", ("kernel", "ms"), [[*pair] for pair in taken.items()])
     table("Not done", ("part", "why"), [[*pair] for pair in found["failed"].items()])
     return "\n".join(lines) + "\n"
 
 
-PARTS = ("checks", "kernels", "steps", "whole", "profile")
+STEPS = ("steps", "whole", "families", "methods")
+PARTS = ("checks", "kernels", *STEPS, "answers", "profile")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("work/gpu"))
     parser.add_argument("--only", type=lambda text: text.split(","), default=PARTS)
+    parser.add_argument("--match", default="", help="a regular expression: only measurements with such names")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=18.0)
     parser.add_argument("--tiny", action="store_true")
@@ -428,6 +511,8 @@ def main() -> None:
 
     def attempt(part: str, name: str, function: Callable[[], Any]) -> None:
         """The part's results under `part`, or under its name; kept after each, for whoever is cut off."""
+        if not re.search(options.match, name):
+            return
         if time.perf_counter() - began > 60 * options.minutes:
             found["failed"][name] = "no time was left"
         else:
@@ -448,9 +533,17 @@ def main() -> None:
         if part in options.only:
             attempt(part, part, functools.partial(apart, part, "tiny" if options.tiny else size))
     sliced, all_of_it = ("bench", "bench") if options.tiny else ("mixtral_8x7b", "mixtral_8x7b:one_gpu")
-    for part, runs in (("steps", steps(sliced, options.layers)), ("whole", whole(all_of_it))):
-        for name, run in runs if part in options.only else ():
+    by_part = {
+        "steps": steps(sliced, options.layers), "whole": whole(all_of_it), "families": families(),
+        "methods": methods(sliced, options.layers),
+    }  # fmt: skip
+    for part, runs in by_part.items():
+        for name, run in runs if part in options.only and not (options.tiny and part == "families") else ():
             attempt(part, name, run)
+    most = 8 if options.tiny else 64
+    for config in ("bench",) if options.tiny else ("mixtral_8x7b:one_gpu", "qwen3_30b_a3b:one_gpu"):
+        if "answers" in options.only:
+            attempt("answers", config, functools.partial(apart, "answers", config, rows(8, 2), most))
     if "profile" in options.only:
         attempt("profile", "profile", lambda: profile(sliced, options.layers, options.out / "trace"))
     print((options.out / "gpu.md").read_text())

@@ -594,6 +594,8 @@ class ModelConfig:
     """Weights that share a scale there."""
     gradient_from: int = 0
     """Of a step: the first layer that has a backward pass (`train/stages.for_training`)."""
+    frozen_experts: Literal["none", "pretrained", "all"] = "none"
+    """Of a step, and of answers: whose experts have no gradient for sure, and are read where they lie."""
 
     def lowest_trained(self, patterns: Iterable[str]) -> int:
         """The first layer that has, or is behind, leaves with paths of these patterns; 0 where it would not be used:

@@ -10,6 +10,7 @@ that, CPU products add up their last rows in another order).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from moextend_jax.config import IGNORE, Batch
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.attention import KeysValues, Visible, segment_mask
-from moextend_jax.models.moextend import MoExtend, Shares, shares_of_text
+from moextend_jax.models.moextend import MoExtend, Shares, abstract, shares_of_text
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import Shards, map_shards, platform, shards, spec
 
@@ -91,7 +92,8 @@ class Generator:
         self, model: MoExtend, *, eos: int, ends: tuple[int, ...] = (), suppress: tuple[int, ...] = (),
         mesh: Mesh | None = None,
     ):  # fmt: skip
-        self.model, self.mesh, self._eos = model, mesh or one_device(), eos
+        self.model = model = abstract(dataclasses.replace(model.config, frozen_experts="all"))
+        self.mesh, self._eos = mesh or one_device(), eos
         self._ends = ends = tuple(dict.fromkeys((eos, *ends)))
         self.programs: Counter[str] = Counter()
         self._read = self._compiled(functools.partial(_read, model), donate_argnames="past")

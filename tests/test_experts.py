@@ -16,7 +16,7 @@ from flax import nnx
 
 from moextend_jax.config import RECIPES
 from moextend_jax.models import experts
-from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, sort_by_expert
+from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, rows_of, sort_by_expert
 from moextend_jax.models.mixtral import Extension, MoE, mixture
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.router import Routing
@@ -219,3 +219,13 @@ def test_tokens_that_are_not_real_cost_no_expert_and_change_nobody(how: Any, mon
     np.testing.assert_array_equal(some_BLD, jnp.where(real_BL[..., None], all_BLD, 0))
     for one, other in zip(all_routed, routed, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_bias_by_row_has_the_gradient_of_a_gather():
+    expert_R = jnp.asarray([0, 0, 2, 2, 2, 3])
+    b_OF, dy_RF = (jax.random.normal(jax.random.key(n), (rows, 5)) for n, rows in enumerate((4, 6)))
+    y_RF, pull = jax.vjp(lambda b_OF: rows_of(b_OF, expert_R), b_OF)
+    expected, pull_there = jax.vjp(lambda b_OF: b_OF[expert_R], b_OF)
+    np.testing.assert_array_equal(y_RF, expected)
+    np.testing.assert_allclose(pull(dy_RF)[0], pull_there(dy_RF)[0], rtol=0, atol=1e-6)
+    assert "scatter" not in str(jax.make_jaxpr(jax.grad(lambda b: rows_of(b, expert_R).sum()))(b_OF))

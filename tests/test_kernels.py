@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import pytest
 from moextend_jax.models import attention_triton, grouped_triton
 from moextend_jax.models.attention import KeysValues, Visible, Window, attend, conversations, segment_mask, splash
 from moextend_jax.models.grouped_matmul import MEGABLOX, TRITON, Kernels, by_kernels, ragged_dot
+from moextend_jax.models.quantised import quantise
+from moextend_jax.models.weights import FewBits, OfStack, plain
 
 RNG = np.random.default_rng(0)
 
@@ -44,6 +47,51 @@ def test_kernels_equal_ragged_dot_where_rows_belong_to_somebody(
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
     assert len(jax.tree.leaves(got)) == 2 + len(trained)
+
+
+@KERNELS
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_frozen_experts_are_read_where_their_stack_lies(kernels: Kernels, layer: int, kind: str):
+    """A part that is one layer of a stack gives what that layer's own matrices give, forward and to the rows, between
+    parts that train; and the program takes no layer out of the stack."""
+    x_RD, dy_RF, sizes_O = normal(16, 32), normal(16, 24), jnp.asarray([3, 5, 0, 4, 2], jnp.int32)
+    stack: Any = normal(3, 3, 32, 24)
+    before, after = normal(1, 32, 24), normal(1, 32, 24)
+    if kind == "int4":
+        stack = FewBits(*map(jnp.asarray, quantise(np.asarray(stack), "int4", 16)))
+    own = jax.tree.map(lambda leaf: leaf[layer], stack)
+
+    def run(part):
+        def of(x_RD, before, after):
+            return by_kernels(kernels, x_RD, (before, part, after), sizes_O)
+
+        y_RF, pull = jax.vjp(of, x_RD, before, after)
+        return y_RF, *pull(dy_RF)
+
+    got = jax.jit(lambda number: run(OfStack(stack, number)))(jnp.int32(layer))
+    for mine, theirs in zip(got, jax.jit(lambda: run(own))(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    if kind == "float32":
+        program = str(jax.make_jaxpr(lambda number: run(OfStack(stack, number)))(jnp.int32(layer)))
+        assert "f32[1,3,32,24]" not in program and "f32[9,32,24]" in program
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_few_rows_times_few_bits_is_what_multiplying_out_gives(kind: str, dtype: str):
+    """On a GPU a step of an answer multiplies integers out tile by tile: the same weights, to the last bit."""
+    few = FewBits(*map(jnp.asarray, quantise(np.asarray(normal(3, 128, 40)), kind, 32)))
+    assert grouped_triton.multiplies_out(few, rows=23, transpose=False)
+    assert not grouped_triton.multiplies_out(few, rows=23, transpose=True)
+    assert not grouped_triton.multiplies_out(few, rows=200, transpose=False)
+    x_RD, sizes_O = normal(23, 128).astype(dtype), jnp.asarray([5, 0, 9, 4], jnp.int32)
+    parts = few, normal(1, 128, 40).astype(dtype)
+    got = jax.jit(functools.partial(by_kernels, TRITON))(x_RD, parts, sizes_O).astype(jnp.float32)
+    out = plain(few, x_RD.dtype), parts[1]
+    expected = jax.jit(functools.partial(by_kernels, TRITON))(x_RD, out, sizes_O).astype(jnp.float32)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 if dtype == "float32" else 0.25)
+    assert np.mean(np.asarray(got) != np.asarray(expected)) < (1 if dtype == "float32" else 0.02)
 
 
 @pytest.mark.parametrize(("kernels", "name"), [(MEGABLOX, "name=tgmm"), (TRITON, "name=triton_grouped_gradient")])

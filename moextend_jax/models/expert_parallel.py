@@ -29,8 +29,8 @@ from moextend_jax.models.blocked_swiglu import Weights
 from moextend_jax.models.experts import apply_experts, bias_behind, combine, dispatch, sort_by_expert
 from moextend_jax.models.glu import Glu
 from moextend_jax.models.router import WEIGHT_GUARDS, Gate, Routing, Rule, route, route_extended
-from moextend_jax.models.weights import used
-from moextend_jax.parameters import with_arrays
+from moextend_jax.models.weights import Stacked, used
+from moextend_jax.parameters import element_type, with_arrays
 from moextend_jax.sharding import Shards, map_shards, module_shards, platform, shards
 
 
@@ -57,6 +57,7 @@ def mixture(
     sources: Sequence[jax.Array | None] = (),
     real_BL: jax.Array | None = None,
     adapted: Sequence[Adapted] = (),
+    stacked: Sequence[Stacked | None] = (),
 ):
     """One mixture-of-experts block: `x_BLD -> (y_BLD, Routing)`, T = B*L.
 
@@ -68,6 +69,8 @@ def mixture(
       sources: for each the experts that its own were copied from in this layer [X], which twins need.
       shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
       adapted: low-rank updates of the pretrained experts and of their router.
+      stacked: the experts of all layers, for the pretrained ones and for each extension's, where they are frozen: read
+        there if this device uses its part of them as it is stored.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
@@ -87,11 +90,17 @@ def mixture(
     kept["new_experts"] = kept["experts"] if config.dispatch == "gather" else split.tensor
     kept |= dict.fromkeys(EXPERTS, kept["experts"])  # maps that are adapted
     scales = [of.scale_BL1(x_BLD) for of in adapted]
+    names = ("experts", *("new_experts" for _ in slots))
+    lying = [
+        of if of is not None and _as_stored(of.module, x_BLD.dtype, kept[name]) else None
+        for name, of in zip(names, stacked or [None] * len(names), strict=True)
+    ]
+    stacks, of_stacks = zip(*(({}, {}) if of is None else module_shards(of.module) for of in lying), strict=True)
 
     # For example a group of expert 2 x tensor 2, E = 8, 128 tokens on each device. Device (1, 0) holds the first half
     # of the hidden width of experts 4 to 7 and the third quarter of a new expert's. With "gather" it sees the group's
     # 512 tokens, adds up what these parts give each, and is left with the group's sum for its own 128.
-    def local(x_BLD, arrays, extended, sources, real_BL, shares, scales):
+    def local(x_BLD, arrays, stacks, layers, extended, sources, real_BL, shares, scales):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         this, *rest = map(in_use, modules, arrays, splits)
         added, low = rest[: len(slots)], rest[len(slots) :]
@@ -106,7 +115,12 @@ def mixture(
                     normalise=WEIGHT_GUARDS[config.weight_guard], mass=config.mass, sources=sources or None,
                     shares=[None if share_BL is None else share_BL.reshape(-1) for share_BL in shares],
                 )  # fmt: skip
-        parts = [this.experts.weights(x_TD.dtype), *(slot.new_experts.weights(x_TD.dtype) for slot in added)]
+        experts = [this.experts, *(slot.new_experts for slot in added)]
+        all_layers = [
+            None if of is None else Stacked(with_arrays(of.module, stack), layer)
+            for of, stack, layer in zip(lying, stacks, layers, strict=True)
+        ]
+        parts = [own.weights(x_TD.dtype, whole) for own, whole in zip(experts, all_layers, strict=True)]
         computed = _of_real(routing, real_BL)
         update, lora = update_of(low, x_TD)
         routing = routing._replace(lora_TI=dict(zip(choosing, lora, strict=True)))
@@ -131,10 +145,19 @@ def mixture(
     choosing = [of.name for of in adapted if of.config.method == "mole"]
     tokens = Shards("BL", x_split.split[:2])
     everywhere = Shards("", ())
-    ins = (x_split, splits, everywhere, everywhere, tokens, tokens, tokens)
-    given = (x_BLD, arrays, list(extended), list(sources), real_BL, list(shares), scales)
+    ins = (x_split, splits, of_stacks, everywhere, everywhere, everywhere, tokens, tokens, tokens)
+    layers = [None if of is None else of.layer for of in lying]
+    given = (x_BLD, arrays, stacks, layers, list(extended), list(sources), real_BL, list(shares), scales)
     y_BLD, routing = map_shards(local, ins, x_split)(*given)
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
+
+
+def _as_stored(experts: Any, dtype: Any, kept: tuple[str, ...]) -> bool:
+    """Whether a device multiplies with what it holds of these: nothing is gathered, nothing is cast."""
+    arrays, splits = module_shards(experts)
+    kinds = {path: element_type(f"experts/{path}", dtype, stored=leaf.dtype) for path, leaf in arrays.items()}
+    return all(kinds[path] in (None, leaf.dtype) and {*splits[path].over(splits[path].axes)} <= {*kept}
+               for path, leaf in arrays.items() if path.startswith("w_"))  # fmt: skip
 
 
 def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:

@@ -21,7 +21,7 @@ from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.grouped_matmul import grouped_matmul
 from moextend_jax.models.quantised import STORAGES
-from moextend_jax.models.weights import Weight, weight_of
+from moextend_jax.models.weights import FewBits, OfStack, Stacked, Weight, weight_of
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import platform
 
@@ -58,10 +58,18 @@ class Experts(nnx.Module):
 
         self.b_gate, self.b_up, self.b_down = made(hidden), made(hidden), made("D")
 
-    def weights(self, dtype: Any) -> Weights:
-        """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`)."""
-        pairs = ((getattr(self, name), getattr(self, f"{name}_scale")) for name in ("w_gate", "w_up", "w_down"))
-        matrices = (weight_of(leaf[...], None if scale is None else scale[...], dtype) for leaf, scale in pairs)
+    def weights(self, dtype: Any, stacked: Stacked | None = None) -> Weights:
+        """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`); of what
+        `stacked` holds, the experts of all layers, where they lie."""
+
+        def matrix(name: str) -> Weight:
+            def of(module: Experts) -> jax.Array | FewBits:
+                leaf, scale = getattr(module, name), getattr(module, f"{name}_scale")
+                return weight_of(leaf[...], None if scale is None else scale[...], dtype)
+
+            return of(self) if stacked is None else OfStack(of(stacked.module), stacked.layer)
+
+        matrices = map(matrix, ("w_gate", "w_up", "w_down"))
         biases = (param[...].astype(dtype) for param in (self.b_gate, self.b_up) if param is not None)
         return *matrices, *biases
 
@@ -133,7 +141,8 @@ def swiglu(
     if biases:
         expert_R = jnp.repeat(jnp.arange(len(sizes_O)), sizes_O, total_repeat_length=len(x_RD))
         gate_RF, up_RF = (
-            made_RF + jnp.concatenate(bias)[expert_R] for made_RF, bias in zip((gate_RF, up_RF), biases, strict=True)
+            made_RF + rows_of(jnp.concatenate(bias), expert_R)
+            for made_RF, bias in zip((gate_RF, up_RF), biases, strict=True)
         )
     return product(glu(gate_RF, up_RF) * weights_R1, w_down, "down")
 
@@ -143,6 +152,23 @@ def bias_behind(ids_Tk: jax.Array, weights_Tk: jax.Array, b_OD: jax.Array) -> ja
     Ids past the last expert add nothing."""
     weights_TO = (jax.nn.one_hot(ids_Tk, len(b_OD), dtype=weights_Tk.dtype) * weights_Tk[..., None]).sum(axis=1)
     return weights_TO.astype(b_OD.dtype) @ b_OD
+
+
+@jax.custom_vjp
+def rows_of(b_OF: jax.Array, expert_R: jax.Array) -> jax.Array:
+    """`b_OF[expert_R]`, whose backward pass is a product: on GPUs thousands of rows added one by one to the same few
+    take far longer than all the rest of a step (docs/benchmarks.md)."""
+    return b_OF[expert_R]
+
+
+def _rows_of_backward(saved: tuple[jax.Array, jax.Array], dy_RF: jax.Array) -> tuple[jax.Array, None]:
+    expert_R, b_OF = saved
+    one_hot_RO = jax.nn.one_hot(expert_R, len(b_OF), dtype=dy_RF.dtype)
+    db_OF = jnp.einsum("RO,RF->OF", one_hot_RO, dy_RF, preferred_element_type=jnp.float32)
+    return db_OF.astype(b_OF.dtype), None
+
+
+rows_of.defvjp(lambda b_OF, expert_R: (b_OF[expert_R], (expert_R, b_OF)), _rows_of_backward)
 
 
 # Dispatch and combine are transposes of each other. Said so by hand, the backward pass gathers instead of

@@ -1,7 +1,8 @@
 """Matrix products of rows sorted by group on TPU and GPU: `x_RD, (w_GDF, ...), sizes -> y_RF`.
 
 The groups of all parts of the weights count on from each other, so pretrained and new experts stay separate arrays;
-rows past the sum of the sizes give zeros. A part in few bits is multiplied out for one product at a time. XLA's
+rows past the sum of the sizes give zeros. A part in few bits is multiplied out for one product at a time, or, where
+rows are few, by the product itself. XLA's
 `ragged_dot` is dense over the groups on TPU v5e and v6e, on GPU and on CPU: TPUs run megablox, GPUs the kernels of
 grouped_triton.py, and on CPU experts go through blocked_swiglu.py instead.
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moextend_jax.models import grouped_triton
-from moextend_jax.models.weights import FewBits, Weight, plain
+from moextend_jax.models.weights import OfStack, Weight, in_groups, plain, reading
 from moextend_jax.sharding import platform
 
 ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
@@ -27,10 +28,12 @@ of a TPU core's vector memory in bfloat16."""
 
 class Kernels(NamedTuple):
     """`product(x, parts, sizes, transpose=)` computes the groups' rows alone and leaves others as they are;
-    `gradient(x, dy, sizes, first=, like_GDF=)` is that of the part whose groups count from `first`."""
+    `gradient(x, dy, sizes, first=, like_GDF=)` is that of the part whose groups count from `first`. `multiplies_out(
+    part, rows=, transpose=)` says whether the product takes a part in few bits as it is."""
 
     product: Callable[..., jax.Array]
     gradient: Callable[..., jax.Array]
+    multiplies_out: Callable[..., bool]
 
 
 def grouped_matmul(x_RD: jax.Array, w_parts: Sequence[Weight], sizes_O: jax.Array) -> jax.Array:
@@ -65,17 +68,24 @@ def ragged_dot(x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def by_kernels(kernels: Kernels, x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array) -> jax.Array:
     """The same by Pallas kernels; the gradient of a part is computed only where it is asked for."""
-    return _mask(kernels.product(x_RD, _for_this_product(w_parts, x_RD), sizes_O, transpose=False), sizes_O)
+    return _product(kernels, x_RD, w_parts, sizes_O, transpose=False)
 
 
-def _for_this_product(w_parts: tuple[Weight, ...], x_RD: jax.Array) -> tuple[jax.Array, ...]:
-    """What is in few bits multiplied out, once the rows are there: else the compiler would do it once for the forward
-    and the backward pass, and keep a layer's three matrices side by side."""
+def _product(
+    kernels: Kernels, x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array, *, transpose: bool
+) -> jax.Array:
+    """What the kernel does not take in few bits is multiplied out once the rows are there: else the compiler would do
+    it once for the forward and the backward pass, and keep a layer's three matrices side by side."""
 
-    def one(weight: Weight) -> jax.Array:
-        return plain(lax.optimization_barrier((weight, x_RD))[0] if isinstance(weight, FewBits) else weight, x_RD.dtype)
+    def one(weight: Weight) -> Weight:
+        stored = weight.stack if isinstance(weight, OfStack) else weight
+        if isinstance(stored, jax.Array):
+            return weight if isinstance(weight, OfStack) else plain(weight, x_RD.dtype)
+        if kernels.multiplies_out(weight, rows=len(x_RD), transpose=transpose):
+            return weight
+        return plain(lax.optimization_barrier((weight, x_RD))[0], x_RD.dtype)
 
-    return tuple(map(one, w_parts))
+    return _mask(kernels.product(x_RD, tuple(map(one, w_parts)), sizes_O, transpose=transpose), sizes_O)
 
 
 def _forward(kernels, x_RD, w_parts, sizes_O):
@@ -94,8 +104,7 @@ def _backward(kernels, saved, dy_RF):
         gradient = functools.partial(kernels.gradient, first=first, like_GDF=w_GDF)
         d_parts.append(None if x_RD is None else gradient(x_RD, dy_RF, sizes_O))
         first += w_GDF.shape[0]
-    dx_RD = kernels.product(dy_RF, _for_this_product(w_parts, dy_RF), sizes_O, transpose=True)
-    return _mask(dx_RD, sizes_O), tuple(d_parts), None
+    return _product(kernels, dy_RF, w_parts, sizes_O, transpose=True), tuple(d_parts), None
 
 
 by_kernels.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -105,13 +114,22 @@ def _megablox(x_RD, w_parts, sizes_O, *, transpose: bool):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     y_RF, first = None, 0
-    for w_GDF in w_parts:
+    for weight in w_parts:
+        (w_GDF, start), groups = in_groups(weight), weight.shape[0]
+        if len(w_GDF) > groups:  # in a stack, where other layers' experts have no rows
+            own_G = lax.dynamic_update_slice(
+                jnp.zeros(len(w_GDF), jnp.int32), sizes_O[first : first + groups], (start,)
+            )
+            sizes_S = jnp.concatenate([sizes_O[:first], own_G, sizes_O[first + groups :]])
+        else:
+            sizes_S = sizes_O
         D, F = w_GDF.shape[1:][:: -1 if transpose else 1]
-        y_RF = gmm(
-            x_RD, w_GDF, sizes_O, x_RD.dtype, _tiles(x_RD.shape[0], D, F), jnp.int32(first),
-            y_RF, transpose, platform() != "tpu",
-        )  # fmt: skip
-        first += w_GDF.shape[0]
+        with reading(weight):
+            y_RF = gmm(
+                x_RD, w_GDF, sizes_S, x_RD.dtype, _tiles(x_RD.shape[0], D, F), jnp.int32(first),
+                y_RF, transpose, platform() != "tpu",
+            )  # fmt: skip
+        first += groups
     assert y_RF is not None
     return y_RF
 
@@ -126,8 +144,8 @@ def _megablox_gradient(x_RD, dy_RF, sizes_O, *, first: int, like_GDF):
     )  # fmt: skip
 
 
-MEGABLOX = Kernels(_megablox, _megablox_gradient)
-TRITON = Kernels(grouped_triton.grouped_product, grouped_triton.weight_gradient)
+MEGABLOX = Kernels(_megablox, _megablox_gradient, lambda *_, **__: False)
+TRITON = Kernels(grouped_triton.grouped_product, grouped_triton.weight_gradient, grouped_triton.multiplies_out)
 """TABLE of Pallas kernels: JAX's own for TPU, ours for GPU."""
 
 

@@ -1,9 +1,10 @@
-"""Matrix products of rows sorted by group on NVIDIA GPUs: two Pallas kernels for Triton, as grouped_matmul.py asks.
+"""Matrix products of rows sorted by group on NVIDIA GPUs: Pallas kernels for Triton, as grouped_matmul.py asks.
 
 In: `x_RD`, parts of the weights `[G, D, F]`, sizes of all groups. Out: `y_RF`. A tile is rows of one group times
 columns of its matrix. Weights are read as they lie in both directions, so XLA keeps no transposed copy of a frozen
-stack; a part starts at any row, and all parts write into one buffer. JAX says since 0.11 that Pallas will drop Triton
-some day for its own Mosaic; 0.10 to 0.12 have it.
+stack; a part starts at any row, and all parts write into one buffer. Where rows are few, as an answer's are, reading
+the weights is all that counts, and a part in few bits is read as it is. JAX says since 0.11 that Pallas will drop
+Triton some day for its own Mosaic; 0.10 to 0.12 have it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from moextend_jax.models.quantised import multiplied_out
 from moextend_jax.models.tiles import below, both, call, load, roomy
+from moextend_jax.models.weights import FewBits, Weight, in_groups, reading
 
 
 class Tile(NamedTuple):
@@ -41,34 +44,65 @@ class Schedule(NamedTuple):
 
 
 LARGE, SMALL = Tile(), Tile(columns=128, stages=2)
+FEW_ROWS = 64
+"""Of each group, on average: from here on multiplying weights out once costs less than in every tile."""
 
 
 def usual() -> Tile:
     return LARGE if roomy() else SMALL
 
 
+def few_rows(rows: int, groups: int) -> Tile:
+    return Tile(16 if rows < 16 * groups else 64, columns=64, warps=4, band=1)
+
+
+def multiplies_out(weight: Weight, *, rows: int, transpose: bool) -> bool:
+    """Whether `grouped_product` takes such a part in few bits as it is."""
+    G, D, F = weight.shape
+    matrices = in_groups(weight)[0]
+    assert isinstance(matrices, FewBits)
+    group = D // matrices.scale.shape[1]
+    return not transpose and rows < FEW_ROWS * G and group >= 16 and group & (group - 1) == 0 and F % 2 == 0
+
+
 def grouped_product(
-    x_RK: jax.Array, w_parts: tuple[jax.Array, ...], sizes_O: jax.Array, *, transpose: bool, tile: Tile | None = None
+    x_RK: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array, *, transpose: bool, tile: Tile | None = None
 ) -> jax.Array:
     """Each row times the matrix of its group, or (`transpose`) times that matrix turned; rows of no group are not
     written."""
-    tile, y_RN, first = tile or usual(), None, 0
-    for w_GDF in w_parts:
-        G, D, F = w_GDF.shape
+    y_RN, first = None, 0
+    for weight in w_parts:
+        (matrices, start), (G, D, F) = in_groups(weight), weight.shape
         K, N = (F, D) if transpose else (D, F)
-        schedule = schedule_of(sizes_O, first, G, rows=len(x_RK), tile=tile)
-        inputs = (x_RK, w_GDF, *schedule, *(() if y_RN is None else (y_RN,)))
-        kernel = functools.partial(_product, transpose=transpose, K=K, N=N, tile=tile)
-        grid = (tile.band, pl.cdiv(N, tile.columns), len(schedule.group_T) // tile.band)
+        if isinstance(matrices, FewBits):
+            size, weights, name = tile or few_rows(len(x_RK), G), _bytes(matrices), "triton_few_bits_product"
+            kernel = functools.partial(_product_of_few_bits, K=K, N=N, tile=size)
+            places = weights[0].shape[-1]
+        else:
+            size, weights, places, name = tile or usual(), (matrices,), N, "triton_grouped_product"
+            kernel = functools.partial(_product, transpose=transpose, K=K, N=N, tile=size)
+        schedule = schedule_of(sizes_O, first, G, rows=len(x_RK), tile=size)
+        schedule = schedule._replace(group_T=schedule.group_T + start)
+        inputs = (x_RK, *weights, *schedule, *(() if y_RN is None else (y_RN,)))
+        grid = (size.band, pl.cdiv(places, size.columns), len(schedule.group_T) // size.band)
         aliases = {} if y_RN is None else {len(inputs) - 1: 0}
         out = jax.ShapeDtypeStruct((len(x_RK), N), x_RK.dtype)
-        y_RN = call(
-            kernel, inputs, out, grid, warps=tile.warps, stages=tile.stages, name="triton_grouped_product",
-            input_output_aliases=aliases,
-        )  # fmt: skip
+        with reading(weight):
+            y_RN = call(
+                kernel, inputs, out, grid, warps=size.warps, stages=size.stages, name=name,
+                input_output_aliases=aliases,
+            )  # fmt: skip
         first += G
     assert y_RN is not None
     return y_RN
+
+
+def _bytes(weight: FewBits) -> tuple[jax.Array, jax.Array]:
+    """Integers of four bits two by two, the first in the lower half, as XLA keeps them, and the scales."""
+    values = weight.values
+    if values.dtype != jnp.int8:
+        values = jax.lax.bitcast_convert_type(values.reshape(*values.shape[:-1], -1, 2), jnp.int8)
+    return values, weight.scale
 
 
 def weight_gradient(
@@ -127,6 +161,42 @@ def _product(x_ref, w_ref, group_ref, start_ref, end_ref, *refs, transpose: bool
         acc = jax.lax.fori_loop(0, pl.cdiv(K, depth), add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
         mask = both(row_mask, column_mask)
         plgpu.store(y_ref.at[rows, columns], acc.astype(y_ref.dtype), mask=mask)
+
+
+def _product_of_few_bits(x_ref, w_ref, scale_ref, group_ref, start_ref, end_ref, *refs, K: int, N: int, tile: Tile):
+    """As `_product`; a piece is what one scale is of. Bytes that hold two columns give two sums."""
+    y_ref, per_byte = refs[-1], N // w_ref.shape[-1]
+    depth = K // scale_ref.shape[1]
+    t = pl.program_id(2) * tile.band + pl.program_id(0)
+    start, end, group = start_ref[t], end_ref[t], group_ref[t]
+    first = pl.program_id(1) * tile.columns
+
+    @pl.when(start < end)
+    def _():
+        rows, places = pl.ds(start, tile.rows), pl.ds(first, tile.columns)
+        row_mask = below(start, tile.rows, end)
+        place_mask = None if w_ref.shape[-1] % tile.columns == 0 else below(first, tile.columns, w_ref.shape[-1])
+        columns = [per_byte * (first + jnp.arange(tile.columns)) + n for n in range(per_byte)]
+
+        def add(i, sums):
+            inner = pl.ds(i * depth, depth)
+            x = load(x_ref.at[rows, inner], row_mask, None)
+            byte = load(w_ref.at[group, inner, places], None, place_mask).astype(jnp.int32)
+            halves = (byte,) if per_byte == 1 else ((byte << 28) >> 28, byte >> 4)
+            made = []
+            for acc, values, own in zip(sums, halves, columns, strict=True):
+                scale = plgpu.load(
+                    scale_ref.at[group, i, own], mask=place_mask, other=None if place_mask is None else 0
+                )
+                made.append(acc + plgpu.dot(x, multiplied_out(values, scale[None, :]).astype(x.dtype)))
+            return tuple(made)
+
+        none = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+        sums = jax.lax.fori_loop(0, K // depth, add, (none,) * per_byte)
+        mask = both(row_mask, place_mask)
+        for acc, own in zip(sums, columns, strict=True):
+            at = y_ref.at[(start + jnp.arange(tile.rows))[:, None], own[None, :]]
+            plgpu.store(at, acc.astype(y_ref.dtype), mask=mask)
 
 
 def _weight_gradient(x_ref, dy_ref, start_ref, end_ref, dw_ref, *, tile: Tile):

@@ -24,7 +24,7 @@ from moextend_jax.models.attention import (
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts
 from moextend_jax.models.router import NewColumns, Routing
-from moextend_jax.models.weights import used
+from moextend_jax.models.weights import Stacked, used
 from moextend_jax.parameters import constant, weight
 from moextend_jax.sharding import constrain, map_shards, module_shards, shards
 
@@ -169,7 +169,7 @@ def run_layers(
     of_adapters, stacked = zip(*(nnx.split(adapters[name]) for name in adapting), strict=True) if adapting else ((), ())
 
     def layer(definition, slots, x_BLD, layer_slice):
-        params, by_slot, by_adapter, past, is_local = layer_slice
+        params, number, by_slot, by_adapter, past, is_local = layer_slice
         own_adapters = zip(adapting, of_adapters, by_adapter, strict=True) if by_adapter else ()  # a dense layer: none
         adapted = [
             Adapted(name, config.adapters[name], nnx.merge(graph, own), shares[name])
@@ -199,8 +199,16 @@ def run_layers(
             shares=[shares[name] for name in names],
             real_BL=real_BL,
             adapted=adapted,
+            stacked=() if number is None else lying(number, [own.row for own in by_slot]),
         )
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
+
+    def lying(number, rows):
+        """Where the experts of a layer lie that are frozen, pretrained ones, then each extension's."""
+        assert decoder.layers.moe is not None
+        pretrained = None if config.frozen_experts == "none" else Stacked(decoder.layers.moe.experts, number)
+        new = [Stacked(extensions[name].new_experts, row) for name, row in zip(names, rows, strict=True)]
+        return pretrained, *(new if config.frozen_experts == "all" else [None] * len(new))
 
     def scanned(stack):
         """What runs a layer of a stack, and the stack's parameters."""
@@ -223,11 +231,10 @@ def run_layers(
         definition, params = nnx.split(decoder.layers)
 
         def numbered(slots, x_BLD, layer_slice):
-            number, *layer_slice = layer_slice
-            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), params)
+            at = layer_slice[0]
+            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), params)
             return layer(definition, slots, x_BLD, (own, *layer_slice))
 
-        slices = (jnp.arange(len(sizes.routed)), *slices)
         parts = []
         for part, own_slots in (slice(first), jax.lax.stop_gradient(slots)), (slice(first, None), slots):
             body = remat(functools.partial(numbered, own_slots))
@@ -248,7 +255,7 @@ def run_layers(
             x_BLD, of_layers = jax.lax.scan(body, x_BLD, layers)
             is_local, made = jax.tree.map(lambda leaf: leaf[-1], layers[-1]), []
             for name, run, own, past in zip(behind, bodies, of_sets, own_pasts, strict=True):
-                y_BLD, given = run(x_BLD, (own, (), (), past, is_local))
+                y_BLD, given = run(x_BLD, (own, None, (), (), past, is_local))
                 x_BLD = passed(x_BLD, y_BLD, shares[name])
                 made.append(given)
             return x_BLD, (of_layers, tuple(made))
@@ -262,9 +269,10 @@ def run_layers(
     local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
     if decoder.dense is not None:
         early = jax.tree.map(lambda array: array[:first], past)
-        x_BLD, (_, before) = scan(decoder.dense, x_BLD, (), (), early, local[0])
+        x_BLD, (_, before) = scan(decoder.dense, x_BLD, None, (), (), early, local[0])
     past = jax.tree.map(lambda array: array[first : sizes.layers], past)
-    slices, of_blocks = (tuple(slot.scanned for slot in slots), stacked, past, local[1]), None
+    numbers, of_blocks = jnp.arange(len(sizes.routed)), None
+    slices = (numbers, tuple(slot.scanned for slot in slots), stacked, past, local[1])
     if behind:
         x_BLD, (routing, keys_values), of_sets = scan_groups(x_BLD, *slices)
         of_blocks = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *(routing for routing, _ in of_sets))

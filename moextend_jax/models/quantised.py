@@ -105,17 +105,23 @@ def dequantise(values_IO: jax.Array, scale_gO: jax.Array, dtype: Any) -> jax.Arr
     """Weights in `dtype`, multiplied in float32. Integers mean what goes with scales of that element type."""
     *lead, I, O = values_IO.shape  # noqa: E741
     g = scale_gO.shape[-2]
-    values = values_IO.astype(jnp.float32).reshape(*lead, g, I // g, O)
-    if scale_gO.dtype == jnp.bfloat16:
+    values = values_IO.reshape(*lead, g, I // g, O)
+    return multiplied_out(values, scale_gO[..., :, None, :]).astype(dtype).reshape(values_IO.shape)
+
+
+def multiplied_out(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """What integers stand for, float32; in a kernel too. Shapes broadcast."""
+    values = values.astype(jnp.float32)
+    if scale.dtype == jnp.bfloat16:
         size = values + 8 * (values < 0)
         size = (size + jnp.maximum(size - 4, 0)) / 2 + jnp.maximum(size - 6, 0)
         values = jnp.where(values < 0, -size, size)
-    elif scale_gO.dtype == jnp.float32:
+    elif scale.dtype == jnp.float32:
         meant = jnp.full_like(values, NF4[0])
         for code in range(-7, 8):  # which fuses with what reads it, as a gather on a TPU does not
             meant = jnp.where(values == code, NF4[code + 8], meant)
         values = meant
-    return (values * scale_gO.astype(jnp.float32)[..., :, None, :]).astype(dtype).reshape(values_IO.shape)
+    return values * scale.astype(jnp.float32)
 
 
 def _in_groups(w_IO: np.ndarray, group: int) -> np.ndarray:

@@ -2,10 +2,12 @@
 
 A leaf is plain, and is cast to what the activations are in before it travels between devices; or it is a matrix in few
 bits with its scales (`quantised.py`), which travel as they are and are multiplied out by whoever multiplies with them.
+Either may be frozen and part of a stack that is read where it lies.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +29,30 @@ class FewBits(NamedTuple):
         return self.values.shape
 
 
-Weight = jax.Array | FewBits
+class OfStack(NamedTuple):
+    """One layer's frozen matrices [G, I, O] in the stack of all layers, [Z, G, I, O]: a kernel or a loop that reads
+    them there needs no copy of them."""
+
+    stack: jax.Array | FewBits
+    layer: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    @property
+    def layers(self) -> int:
+        return self.stack.shape[0]
+
+
+Weight = jax.Array | FewBits | OfStack
+
+
+class Stacked(NamedTuple):
+    """The module of a stack of layers, frozen, and which layer is meant."""
+
+    module: Any
+    layer: jax.Array
 
 
 def used(path: str, leaf: jax.Array, how: Shards, *, dtype: Any = None, keep: tuple[str, ...] = ()) -> jax.Array:
@@ -40,22 +65,40 @@ def used(path: str, leaf: jax.Array, how: Shards, *, dtype: Any = None, keep: tu
     return gather(leaf if kind is None else leaf.astype(kind), how, keep=keep)
 
 
-def weight_of(leaf: jax.Array, scale: jax.Array | None, dtype: Any) -> Weight:
+def weight_of(leaf: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array | FewBits:
     """A leaf and, if it has one, the leaf of its scales, as one weight."""
     return leaf.astype(dtype) if scale is None else FewBits(leaf, scale)
 
 
+def in_groups(weight: Weight) -> tuple[jax.Array | FewBits, jax.Array | int]:
+    """Matrices [groups, I, O], in a stack those of all layers, and from which on the weight's own stand there."""
+    if not isinstance(weight, OfStack):
+        return weight, 0
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weight.stack), weight.layer * weight.shape[0]
+
+
+def reading(weight: Weight) -> Any:
+    """Around a kernel: for plans a compiled program names how much of its operand, a stack, the kernel reads."""
+    return jax.named_scope(f"one_of_{weight.layers}_layers") if isinstance(weight, OfStack) else nullcontext()
+
+
 def plain(weight: Weight, dtype: Any) -> jax.Array:
     """Multiplied out."""
+    if isinstance(weight, OfStack):
+        weight = _at(weight.stack, weight.layer)
     return dequantise(*weight, dtype) if isinstance(weight, FewBits) else weight.astype(dtype)
 
 
 def one_of(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
     """The matrix of this number along the first axis, multiplied out."""
-    one = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), weight)
-    return plain(one, dtype)
+    matrices, first = in_groups(weight)
+    return plain(_at(matrices, first + index), dtype)
+
+
+def _at(weight: jax.Array | FewBits, index: jax.Array) -> jax.Array | FewBits:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), weight)
 
 
 def is_frozen(weights: Any) -> bool:
-    """Whether these hold integers, of which there is no gradient."""
-    return any(isinstance(weight, FewBits) for weight in weights)
+    """Whether there is no gradient of these."""
+    return any(isinstance(weight, FewBits | OfStack) for weight in weights)

@@ -55,6 +55,12 @@ class Instruction(NamedTuple):
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
         return match[1] if match else ""
 
+    @property
+    def layers(self) -> int:
+        """Of a kernel: so many layers' weights its largest operand holds, and it reads one's (`weights.reading`)."""
+        match = re.search(r"one_of_(\d+)_layers", self.op_name)
+        return int(match[1]) if match else 1
+
     def called(self, attribute: str) -> list[str]:
         """Names of computations in `attribute=%name` or `attribute={%name, ...}`."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)

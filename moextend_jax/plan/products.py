@@ -171,6 +171,7 @@ def _grouped(one: Instruction, computation: Computation) -> Kernel | None:
     if not matrices or not rows:
         return None
     groups, D, F = matrices[0].dims
+    groups //= one.layers
     # Of the two-dimensional arrays' axes, the one that is not the matrix's is the rows.
     counts = [array.dims[0] if array.dims[1] in (D, F) else array.dims[1] for array in rows]
     return Kernel(groups, (D, F), max(counts), one.op_name)

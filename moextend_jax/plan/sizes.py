@@ -67,7 +67,7 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
             raise MoextendError(
                 f"--layers {layers}: {settings.base} has {decoder.layers}, which route from {decoder.dense_layers} on"
             )
-        decoder = dataclasses.replace(decoder, layers=layers)
+        decoder = dataclasses.replace(decoder, layers=layers, local=decoder.local[:layers])
     sees = settings.vision not in ("", NO_PICTURES)
     vision = _tower(settings.vision, feature_layer=feature_layer) if sees else None
     config = of_pictures(decoder=decoder, vision=vision, **settings.model_options)

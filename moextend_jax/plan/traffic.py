@@ -45,11 +45,11 @@ def _moved(one: Instruction, computation: Computation, module: Module) -> float:
     # The shape of a kernel that is only started names its operands too.
     result = next((line for line in (inside or {}).values() if line.root), one) if one.opcode == FUSIONS[1] else one
     total = _nbytes(result) if written is None else written
-    for index, operand in enumerate(one.operands):
-        if operand in computation:
-            whole = _nbytes(computation[operand])
-            total += whole if inside is None else min(whole, _read(index, inside, whole))
-    return total
+    read = [_nbytes(computation[operand]) if operand in computation else 0.0 for operand in one.operands]
+    if inside is not None:
+        return total + sum(min(whole, _read(index, inside, whole)) for index, whole in enumerate(read))
+    largest = max(read, default=0.0)
+    return total + sum(read) - largest + largest / one.layers
 
 
 def _nbytes(one: Instruction) -> float:

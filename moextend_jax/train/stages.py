@@ -64,7 +64,9 @@ def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
     trainable = tuple(trainable)
     training = {path.split("/")[1] for path in trainable if path.startswith(ADDITIONS)}
     config = model.config.with_added(lambda name, of: dataclasses.replace(of, trains=name in training))
-    config = dataclasses.replace(config, gradient_from=config.lowest_trained(trainable))
+    base = any(path.startswith("decoder/layers/moe/experts/") for path in trainable)
+    frozen = "none" if base else "pretrained"
+    config = dataclasses.replace(config, gradient_from=config.lowest_trained(trainable), frozen_experts=frozen)
     return model if config == model.config else abstract(config)
 
 
