@@ -214,6 +214,17 @@ def test_a_grouped_kernel_counts_the_rows_of_its_groups(target: str, op_name: st
     assert (seen[0].groups, seen[0].matrix, seen[0].rows) == (8, (256, 1024), 512)
 
 
+def test_a_kernel_that_reads_a_stack_reads_one_layer_of_it():
+    """Its scope says of how many layers the weights are (`weights.reading`): of these one layer's share moves."""
+    text = GROUPED.replace("a/gmm", "a/one_of_4_layers/gmm")
+    moved = traffic.traffic(hlo.parse(text), unknown=once)
+    assert moved == 2 * (512 * 256 + 8 * 256 * 1024 / 4 + 512 * 1024)
+    assert traffic.traffic(hlo.parse(GROUPED), unknown=once) == 2 * (512 * 256 + 8 * 256 * 1024 + 512 * 1024)
+    seen = []
+    products.products(hlo.parse(text), unknown=once, share=lambda kernel, times: seen.append(kernel) or 1.0)
+    assert seen[0].groups == 2
+
+
 def test_products_through_cublas_count_what_they_contract():
     """XLA for GPU writes a product as a call whose second result is cuBLAS's workspace."""
     text = """
@@ -301,6 +312,8 @@ def test_published_sizes_without_files():
     config = sizes.model_config(from_config_dict(get_config()), stage="finetune")
     assert config.decoder == DecoderConfig() and config.vision == VisionConfig()
     assert config.extension is not None and len(config.extension.layers) == 16
+    windows = dataclasses.replace(from_config_dict(get_config()), base="gpt-oss-20b")
+    assert sizes.model_config(windows, stage="align", layers=3).decoder.local == (True, False, True)
     wrong = dataclasses.replace(from_config_dict(get_config()), base="Mixtral-9x9B")
     with pytest.raises(MoextendError, match="Mixtral-9x9B"):
         sizes.model_config(wrong, stage="align")

@@ -169,6 +169,38 @@ def test_below_the_lowest_layer_that_trains_there_is_no_backward_pass_and_the_gr
     assert len(plain.decoder.routed) in backward[1]
 
 
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_frozen_experts_are_not_taken_out_of_their_stack(remat: str):
+    """A step of finetune reads them where they lie: the same loss and gradients, and no layer's matrices apart."""
+    config = dataclasses.replace(tiny.EXTENDED, remat=remat)
+    trainable, rest = stages.split(tiny.arrays(config), ["extensions/*"])
+    model = stages.for_training(tiny.structure(config), trainable)
+    assert model.config.frozen_experts == "pretrained"
+    copying = tiny.structure(dataclasses.replace(model.config, frozen_experts="none"))
+
+    def loss(model):
+        def of(trainable):
+            options = {"recipe": RECIPES["paper"], "aux_coefficient": 0.1, "chunk": 4}
+            return losses(with_arrays(model, trainable | rest), tiny.batch(), **options)[0].total
+
+        return jax.value_and_grad(of)
+
+    got, expected = (jax.jit(loss(of))(trainable) for of in (model, copying))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    E, D, F = model.config.decoder.experts, model.config.decoder.width, model.config.decoder.hidden
+    layer, lying, taken = (
+        f"f32[{E},{D},{F}]",
+        *(jax.jit(loss(of)).lower(trainable).compile().as_text() or "" for of in (model, copying)),
+    )
+    if jax.default_backend() == "cpu":
+        assert layer in taken and layer not in lying
+
+
+def test_a_step_that_trains_the_base_takes_its_experts_as_arrays():
+    trainable, _ = stages.split(tiny.arrays(tiny.PLAIN), ["decoder/*"])
+    assert stages.for_training(tiny.structure(tiny.PLAIN), trainable).config.frozen_experts == "none"
+
+
 def _reverse_scans(jaxpr) -> list[int]:
     """Lengths of the scans that run backwards, but those inside of them."""
     lengths = []
