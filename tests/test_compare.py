@@ -89,6 +89,15 @@ def test_ties_of_new_columns_with_their_sources_are_found_and_named(derived, tex
     assert rows["text/logits"]["verdict"] == "ok"  # whoever computes them
 
 
+def test_embeddings_of_a_model_that_sees_went_through_a_tower(derived, text: Path, tmp_path: Path, capsys):
+    """So they are held to the tolerance of what went through layers; the demo's own model failed otherwise."""
+    name = "text/hidden_states/0"
+    theirs = reference_set.forward(derived.models["moextend_pert"], derived.batches["text"], derived.pixels["text"])
+    changes = {name: theirs["hidden_states/0"] + 5e-5}
+    _, record = compare(capsys, derived.folder / "moextend_pert", changed(text, tmp_path, changes))
+    assert by_name(record)[name]["verdict"] == "ok" and by_name(record)[name]["tolerance"] == 1e-4
+
+
 # --- what must not pass -----------------------------------------------------------------------------------------------
 
 
