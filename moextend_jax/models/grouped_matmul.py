@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moextend_jax.models import grouped_triton
-from moextend_jax.models.weights import OfStack, Weight, in_groups, plain, reading
+from moextend_jax.models.weights import OfStack, Weight, alone, in_groups, plain, reading
 from moextend_jax.sharding import platform
 
 ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
@@ -83,7 +83,7 @@ def _product(
             return weight if isinstance(weight, OfStack) else plain(weight, x_RD.dtype)
         if kernels.multiplies_out(weight, rows=len(x_RD), transpose=transpose):
             return weight
-        return plain(lax.optimization_barrier((weight, x_RD))[0], x_RD.dtype)
+        return plain(lax.optimization_barrier((alone(weight), x_RD))[0], x_RD.dtype)
 
     return _mask(kernels.product(x_RD, tuple(map(one, w_parts)), sizes_O, transpose=transpose), sizes_O)
 

@@ -77,6 +77,11 @@ def in_groups(weight: Weight) -> tuple[jax.Array | FewBits, jax.Array | int]:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weight.stack), weight.layer * weight.shape[0]
 
 
+def alone(weight: Weight) -> jax.Array | FewBits:
+    """Taken out of its stack."""
+    return _at(weight.stack, weight.layer) if isinstance(weight, OfStack) else weight
+
+
 def reading(weight: Weight) -> Any:
     """Around a kernel: for plans a compiled program names how much of its operand, a stack, the kernel reads."""
     return jax.named_scope(f"one_of_{weight.layers}_layers") if isinstance(weight, OfStack) else nullcontext()
@@ -84,8 +89,7 @@ def reading(weight: Weight) -> Any:
 
 def plain(weight: Weight, dtype: Any) -> jax.Array:
     """Multiplied out."""
-    if isinstance(weight, OfStack):
-        weight = _at(weight.stack, weight.layer)
+    weight = alone(weight)
     return dequantise(*weight, dtype) if isinstance(weight, FewBits) else weight.astype(dtype)
 
 
