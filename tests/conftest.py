@@ -6,6 +6,7 @@ the order of files.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -42,6 +43,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Tracing makes millions of objects that stay; most collections search them for nothing.
+gc.set_threshold(200_000, 20, 1000)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # places in our code, ten to an operation, that nobody reads
 if DEVICES > 1:
     jax.config.update("jax_num_cpu_devices", DEVICES)
 

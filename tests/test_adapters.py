@@ -13,6 +13,7 @@ import pytest
 import random_run
 import tiny
 from flax import nnx
+from tiny import few
 
 from moextend_jax.checkpoints import quantising, train_state
 from moextend_jax.config import RECIPES, AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
@@ -59,7 +60,7 @@ def loss_and_gradient(config: ModelConfig, arrays, batch):
     return jax.jit(jax.value_and_grad(loss))(own)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", few(ADAPTERS, "lora", "moram"))
 def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
     config, batch = with_adapters(tiny.PLAIN, name), tiny.batch()
     arrays = tiny.arrays(config)
@@ -164,8 +165,8 @@ def test_over_a_base_in_few_bits():
     ("shape", "dispatch", "names"),
     [
         ((1, 2, 2, 2), "gather", ("lora", "mole")),
-        ((1, 2, 2, 2), "exchange", ("lora", "mole")),
-        ((1, 1, 4, 2), "gather", ("shared", "mole")),
+        pytest.param((1, 2, 2, 2), "exchange", ("lora", "mole"), marks=pytest.mark.slow),
+        pytest.param((1, 1, 4, 2), "gather", ("shared", "mole"), marks=pytest.mark.slow),
         ((1, 1, 4, 2), "exchange", ("lora", "moram")),
     ],
 )
@@ -182,7 +183,7 @@ def test_sharded_is_unsharded(shape: tuple[int, ...], dispatch, names: tuple[str
         np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["mole", "damc"])
+@pytest.mark.parametrize("name", ["mole", pytest.param("damc", marks=pytest.mark.slow)])
 def test_a_run_of_low_rank_updates(name, tmp_path, monkeypatch):
     """align, grow and finetune; nothing is probed or selected; B is all that has moved beside A and the router over
     LoRA experts, and the base is what it was."""

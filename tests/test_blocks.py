@@ -12,6 +12,7 @@ import pytest
 import random_run
 import tiny
 from flax import nnx
+from tiny import few
 
 from moextend_jax.config import RECIPES, BlocksConfig, DecoderConfig, ModelConfig, MoextendError, Named
 from moextend_jax.generate import Generator
@@ -54,7 +55,7 @@ def loss_and_gradient(config: ModelConfig, arrays, batch, part: str = "blocks/",
     return value, aux, gradient
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", few(["none", "layer"]))
 def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(remat):
     config, batch = dataclasses.replace(BLOCKS, remat=remat), tiny.batch()
     arrays = tiny.arrays(config)
@@ -123,7 +124,7 @@ def test_a_cached_answer_is_the_whole_model_s(isolation):
 
 @pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("dispatch", ["gather", "exchange"])
+@pytest.mark.parametrize("dispatch", few(["exchange", "gather"]))
 def test_sharded_is_unsharded(dispatch):
     config = dataclasses.replace(BLOCKS, dispatch=dispatch)
     arrays, batch = tiny.arrays(config, std=0.2), tiny.batch(rows=8)
@@ -137,6 +138,7 @@ def test_sharded_is_unsharded(dispatch):
         np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_run_with_blocks(tmp_path, monkeypatch):
     tiny.shorten_easy_vqa(monkeypatch)
     method = MethodSettings(name="blocks", blocks=3)

@@ -18,6 +18,7 @@ from typing import NamedTuple, get_type_hints
 
 import pytest
 import tiny
+from tiny import few
 
 import moextend_jax
 from moextend_jax import cli, machine, preemption
@@ -256,7 +257,9 @@ def test_an_interrupt_in_the_garbage_collector_is_not_lost(monkeypatch, capsys):
     assert exit.value.code == 130 and capsys.readouterr().err.startswith("moextend: interrupted;")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", few([signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP], signal.SIGTERM, signal.SIGHUP)
+)
 def test_every_signal_that_announces_the_end_is_taken(monkeypatch, capsys, number: int):
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     monkeypatch.setattr(preemption._Notice, "given", False)
@@ -419,6 +422,7 @@ def test_a_stage_that_goes_on_with_other_settings(refused, ground):
     assert "another run" in said and "batch_size" in said
 
 
+@pytest.mark.slow
 def test_a_work_directory_of_before_weights_were_guarded(refused, ground, tmp_path):
     """It goes on as it began: without the guard, which is the old setting that a refusal asks for."""
     workdir = tmp_path / "old"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import reference_set
 import tiny
+from tiny import few
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface
@@ -129,6 +130,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_mixture_whose_routers_transformers_calls_so_is_dumped(families: Path, name: str):
     stats, sizes = statistics.read_stats(families / f"{name}.npz"), FAMILIES[name]
@@ -204,7 +206,7 @@ def test_what_the_tool_needs_besides_is_one_line(dumps: dict[str, Dump]):
     assert "ids.npz does not exist; moextend" in (dumps["no_ids"].folder / "message").read_text()
 
 
-@pytest.mark.parametrize("layout", ["huggingface", "released", "released_extended"])
+@pytest.mark.parametrize("layout", few(["released_extended", "huggingface", "released"]))
 def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_path: Path, capsys):
     checkpoint, options, folder = dumps[layout]
     opened = ["--checkpoint", str(checkpoint), *options]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from tiny import few
 
 from moextend_jax.config import RECIPES
 from moextend_jax.models import experts
@@ -180,7 +181,14 @@ def weight_gradients(program: str) -> int:
     return len(re.findall(r"= f32\[(?:24,40|40,24)\]\S* (?:dot|custom-call)\(", program))
 
 
-@pytest.mark.parametrize(("stage", "products"), [("align", 0), ("extend", 0), ("finetune", 3), ("full", 3)])
+@pytest.mark.parametrize(
+    ("stage", "products"),
+    [
+        ("extend", 0),
+        ("finetune", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("align", 0), ("full", 3))),
+    ],
+)
 def test_no_weight_gradient_of_a_frozen_expert_is_computed(stage: str, products: int, cpu_program: None):
     assert weight_gradients(program(stage)) == products
 
@@ -197,7 +205,7 @@ def test_nor_of_frozen_attention_embedding_or_head(stage: str, cpu_program: None
     assert not weights & {tuple(map(int, shape.split(","))) for shape in results}
 
 
-@pytest.mark.parametrize("how", ["gather", "exchange"])
+@pytest.mark.parametrize("how", few(["gather", "exchange"]))
 def test_tokens_that_are_not_real_cost_no_expert_and_change_nobody(how: Any, monkeypatch: pytest.MonkeyPatch):
     model = tiny.structure(tiny.EXTENDED)
     whole = with_arrays(model, tiny.arrays(tiny.EXTENDED))

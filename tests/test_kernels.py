@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import few
 
 from moextend_jax.models import attention_triton, grouped_triton
 from moextend_jax.models.attention import KeysValues, Visible, Window, attend, conversations, segment_mask, splash
@@ -28,7 +29,7 @@ KERNELS = pytest.mark.parametrize("kernels", [MEGABLOX, TRITON], ids=["megablox"
 
 @KERNELS
 @pytest.mark.parametrize("sizes", [(5, 0, 9, 2), (0, 16, 0, 0), (3, 3, 0, 1), (0, 0, 0, 0)])
-@pytest.mark.parametrize("trained", [(), (1,), (0, 1)])
+@pytest.mark.parametrize("trained", few([(0, 1), (), (1,)]))
 def test_kernels_equal_ragged_dot_where_rows_belong_to_somebody(
     kernels: Kernels, sizes: tuple[int, ...], trained: tuple[int, ...]
 ):
@@ -145,7 +146,7 @@ def assert_same_with_gradients(plain, ours, *arguments: jax.Array, dy: jax.Array
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("is_local", [False, True])
+@pytest.mark.parametrize("is_local", few([True, False]))
 def test_so_does_it_with_sinks_and_a_window(is_local: bool):
     B, S, N, K, H = 2, 128, 4, 2, 16
     query, key, value, dy = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H), normal(B, S, N, H)
@@ -193,7 +194,11 @@ def in_kernels(query, key, value, sinks_N, segments_BS, window: int | None) -> j
 
 
 @pytest.mark.parametrize(
-    ("length", "size", "window", "sinks"), [(256, 16, None, False), (200, 24, 70, True), (130, 16, 1, True)]
+    ("length", "size", "window", "sinks"),
+    [
+        (200, 24, 70, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((256, 16, None, False), (130, 16, 1, True))),
+    ],
 )
 @pytest.mark.parametrize("kernel", [in_kernels, on_this_platform], ids=["gpu", "here"])
 def test_attention_equals_a_softmax_over_all_pairs_with_gradients(

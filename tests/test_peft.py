@@ -61,6 +61,7 @@ def test_out_and_in_again(exported: Path, run):
             np.testing.assert_array_equal(leaf, model.arrays[path.replace("lora", "image")], err_msg=path)
 
 
+@pytest.mark.slow
 def test_factors_that_all_experts_share_are_written_for_each(tmp_path: Path):
     """What comes back has as many sets as experts, and computes the same."""
     run = random_run.random_run(tmp_path, method=dataclasses.replace(LORA, experts="shared"))

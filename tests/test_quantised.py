@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import SingleDeviceSharding
+from tiny import few
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, quantising, train_state
@@ -124,7 +125,7 @@ def as_plain(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return plain
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, "int4", "mxfp4"))
 def test_a_model_reads_as_its_structure_says(kind: Any):
     arrays, model = arrays_of(kind), abstract(config_of(kind))
     whole = jax.tree.map(jnp.asarray, folders.arrays(tiny.EXTENDED, dtype=np.float32))

@@ -55,6 +55,7 @@ def test_a_base_in_few_bits_has_no_gradient():
         expert_norms(tiny.structure(config), {}, [], **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_run_copies_the_experts_with_the_largest_scores(tmp_path: Path):
     settings = random_run.settings(tiny.write_base(tmp_path / "base"))
     select = SelectSettings(held_out=6, batch_size=6, source="saliency", new_experts=2)

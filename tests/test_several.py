@@ -79,7 +79,7 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
 # --- isolation --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "talk"), [("image", IMAGE), ("sound", SOUND)])
+@pytest.mark.parametrize(("name", "talk"), [("sound", SOUND), pytest.param("image", IMAGE, marks=pytest.mark.slow)])
 def test_a_batch_of_one_medium_is_that_of_its_extension_alone(name: str, talk: Talk):
     batch = talks([talk, TEXT], [talk._replace(number=8)], [TEXT._replace(number=9)])
     (hidden_BLD, routing), (alone_BLD, alone) = decoded(STRICT)(batch), decoded(ALONE[name])(batch)
@@ -338,6 +338,7 @@ def test_answers_behind_heads_choose_by_the_media_of_their_row():
     assert all(tuple(some[n].items) for n in seeing) and [answers[n] for n in seeing] != [base[n] for n in seeing]
 
 
+@pytest.mark.slow
 def test_answers_of_decoupled_extensions_are_those_of_each_row_alone():
     """Text isolation strict: what follows a picture is written by the base's experts alone."""
     config = dataclasses.replace(STRICT, composition="decoupled")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tiny import few
 
 from moextend_jax.checkpoints import quantising
 from moextend_jax.checkpoints.leaves import read_sharded
@@ -99,8 +100,7 @@ def on_one_device(stage: str) -> Trained:
     return three_steps(stage, tiny.arrays(MODEL), BATCHES)
 
 
-QUICK = {("finetune", "no data")}
-QUICK |= {("finetune", "no tensor"), ("finetune", "expert")}
+QUICK = {("finetune", "no data"), ("finetune", "no tensor")}
 CASES = [
     pytest.param(stage, shape, marks=() if (stage, shape) in QUICK else pytest.mark.slow)
     for stage in ("align", "extend", "finetune", "full")
@@ -163,7 +163,7 @@ def test_so_it_is_in_other_families(family: str):
     assert_same(got, three_steps("full", tiny.arrays(model), BATCHES, model=model))
 
 
-@pytest.mark.parametrize("family", ["siglip", "dinov2_with_registers"])
+@pytest.mark.parametrize("family", few(["dinov2_with_registers", "siglip"]))
 def test_so_it_is_behind_other_picture_towers(family: str):
     registers = {"registers": 3} if family == "dinov2_with_registers" else {}
     tower = dataclasses.replace(tiny.VISION, family=family, **TOWERS[family].fields, **registers)
@@ -174,7 +174,7 @@ def test_so_it_is_behind_other_picture_towers(family: str):
     assert got.losses != on_one_device("align").losses
 
 
-@pytest.mark.parametrize("shape", [MESHES["no tensor"], (4, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", few([MESHES["no tensor"], (4, 1, 1, 2)]), ids=str)
 def test_so_it_is_over_experts_in_four_bits(shape: tuple[int, ...]):
     """Read in shards, integers gathered over fsdp; groups of the hidden width on several devices. (Over fsdp, expert
     and tensor at once XLA's CPU client waits for ever, now and then: its devices begin with other messages.)"""
@@ -217,7 +217,7 @@ def finetune_on_one_device() -> Any:
     return jax.tree.map(np.asarray, run(*split(tiny.arrays(MODEL)), tiny.batch(rows=8)))
 
 
-@pytest.mark.parametrize("shape", [pytest.param("expert", marks=pytest.mark.slow), "no tensor", "no data"])
+@pytest.mark.parametrize("shape", few(["no data", "no tensor", "expert"]))
 def test_exchanged_rows_give_what_gathered_tokens_give(shape: str):
     """The emulation on CPU of `ragged_all_to_all`, in value and gradient."""
     expected = finetune_on_one_device()

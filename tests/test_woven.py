@@ -79,6 +79,7 @@ def settings(tmp_path_factory) -> RunSettings:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_chain_of_connectors(settings, tmp_path: Path):
     """Each trains its own; the decoder and all before it stay bit for bit; a delta of the last brings what it needs."""
     run = open_run(settings, tmp_path / "w")

@@ -212,6 +212,12 @@ def job(
     )  # fmt: skip
 
 
+def few(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """All of them as parameters of a test, of which `fast`, or else the first, run with the fast tests."""
+    every = list(cases)
+    return [case if case in (fast or every[:1]) else pytest.param(case, marks=pytest.mark.slow) for case in every]
+
+
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 BASE_CONFIG = of_pictures(
