@@ -1,6 +1,7 @@
 # make demo      the whole method on a small real model; ends in a table and a report
-# make test      lint, types and the fast tests
-# make test-all  these and the slow tests
+# make test      the fast tests
+# make lint      format, lint, spelling and types
+# make test-all  all of these and the slow tests
 # make test-gpu  on a GPU: the tests of what runs there; python benchmarks/gpu.py measures the rest
 # make bench     time one step of each stage
 # make docs      the documentation as a site, in build/site
@@ -24,16 +25,16 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 demo: env
 	$(RUN) -m moextend_jax demo --workdir "$(WORKDIR)"
 
-test: lint
+test: env-dev
 	$(PYTEST)
 	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "devices and not slow"
 
-test-all: test test-slow smoke
+test-all: lint test test-slow smoke
 
 # What `test` leaves out.
 test-slow: env-dev

@@ -164,7 +164,7 @@ def test_over_a_base_in_few_bits():
 @pytest.mark.parametrize(
     ("shape", "dispatch", "names"),
     [
-        ((1, 2, 2, 2), "gather", ("lora", "mole")),
+        pytest.param((1, 2, 2, 2), "gather", ("lora", "mole"), marks=pytest.mark.slow),
         pytest.param((1, 2, 2, 2), "exchange", ("lora", "mole"), marks=pytest.mark.slow),
         pytest.param((1, 1, 4, 2), "gather", ("shared", "mole"), marks=pytest.mark.slow),
         ((1, 1, 4, 2), "exchange", ("lora", "moram")),
@@ -183,6 +183,7 @@ def test_sharded_is_unsharded(shape: tuple[int, ...], dispatch, names: tuple[str
         np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mole", pytest.param("damc", marks=pytest.mark.slow)])
 def test_a_run_of_low_rank_updates(name, tmp_path, monkeypatch):
     """align, grow and finetune; nothing is probed or selected; B is all that has moved beside A and the router over

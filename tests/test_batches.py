@@ -205,7 +205,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused(source):
         make(source, None, share=Share((0,), 3))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", tiny.few([0, 1]))
 def test_resumed_equals_uninterrupted(source, features, workers):
     dataset = make(source, features, epochs=None, workers=workers)
     iterator = iter(dataset)

@@ -102,7 +102,8 @@ def test_conversations_that_they_are_closed_to_pass_by():
     assert np.abs(hidden(half, arrays, batch) - with_them)[pictured_BL].max() > 1e-2
 
 
-@pytest.mark.parametrize("isolation", ["none", "strict"])
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", few(["strict", "none"]))
 def test_a_cached_answer_is_the_whole_model_s(isolation):
     """The first token comes of the prompt, the others of what is kept; the last row is text."""
     config = dataclasses.replace(BLOCKS, text_isolation=isolation)

@@ -16,6 +16,7 @@ from moextend_jax.continual import Beside
 from moextend_jax.settings import from_config_dict
 
 
+@pytest.mark.slow
 def test_a_chain_that_fails_says_its_last_line(tmp_path: Path):
     settings = from_config_dict(load("demo") | {"base": str(tmp_path / "nowhere")})
     (tmp_path / "strict" / "finetune").mkdir(parents=True)

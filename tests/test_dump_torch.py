@@ -196,16 +196,19 @@ def with_nan() -> dict[str, Any]:
     return {**tiny.arrays(tiny.PLAIN), "decoder/layers/moe/gate": gate_ZDE}
 
 
+@pytest.mark.slow
 def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(dumps: dict[str, Dump]):
     assert "NaN or infinite in layers [1, 2]" in (dumps["nan"].folder / "message").read_text()
     assert not (dumps["nan"].folder / "torch.npz").exists()
 
 
+@pytest.mark.slow
 def test_what_the_tool_needs_besides_is_one_line(dumps: dict[str, Dump]):
     assert "--trust_remote_code runs" in (dumps["own_code"].folder / "message").read_text()
     assert "ids.npz does not exist; moextend" in (dumps["no_ids"].folder / "message").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", few(["released_extended", "huggingface", "released"]))
 def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_path: Path, capsys):
     checkpoint, options, folder = dumps[layout]

@@ -174,6 +174,7 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     folders.assert_same(opened.arrays, {path: np.asarray(leaf) for path, leaf in arrays.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HERE)
 def test_stock_transformers_computes_an_exported_model(case: str, stock):
     check(case, made_of(stock, HERE), stock[1] / case)

@@ -22,6 +22,7 @@ import pytest
 import tiny
 from media_files import KINDS_OF_OTHERS
 from PIL import Image
+from tiny import few
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
 from moextend_jax.data import item_files, json_values
@@ -301,6 +302,7 @@ class Deadly(NamedTuple):
         return picture(1)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes_is_a_fault_of_the_image():
     from moextend_jax.data.check import Task
 
@@ -414,7 +416,7 @@ def test_an_image_that_turns_out_bad_leaves_its_place_and_moves_nothing(tmp_path
     np.testing.assert_array_equal(rows, ours.faults_BG[:, 1:].any(axis=1))
 
 
-@pytest.mark.parametrize("conversations_per_row", [1, 0])
+@pytest.mark.parametrize("conversations_per_row", few([1, 0]))
 def test_workers_and_resumed_runs_skip_the_same(faulty, conversations_per_row):
     more: dict[str, Any] = {"stage": stage_of(conversations_per_row), "epochs": 2, "seed": 5}
     wanted = list(make(faulty, SKIP, **more))

@@ -40,6 +40,7 @@ def test_so_does_all_the_rest(tmp_path: Path):
     assert found["kernels"]["grouped, int4, y"]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_said_and_ends_in_code_1(tmp_path: Path):
     command = [sys.executable, gpu.__file__, "--tiny", "--layers", "1", "--out", str(tmp_path), "--only", "profile"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})

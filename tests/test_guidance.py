@@ -46,6 +46,7 @@ def test_atoms_are_trained_without_the_threshold():
     assert any(not np.array_equal(before[path], leaf) for path, leaf in after.items() if path.endswith("/b"))
 
 
+@pytest.mark.slow
 def test_guidance_keeps_tokens_from_new_experts_in_the_step_alone():
     plain, _, _ = step_of(guided(), "extensions/image/*")
     before, after, metrics = step_of(guided(guidance=100.0), "extensions/image/*")
@@ -59,6 +60,7 @@ def test_guidance_keeps_tokens_from_new_experts_in_the_step_alone():
     np.testing.assert_array_equal(hidden[0], hidden[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolation", few(["strict", "none"]))
 def test_the_loss_against_drift_counts_tokens_that_may_choose(isolation: Any):
     """It is there in training alone; with strict isolation a text row moves nothing of it."""

@@ -135,6 +135,7 @@ def test_rolling_scores_each_token_once(run, model, direct):
     np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_greedy_text_until_a_stop(run, model, direct):
     options = {"until": ["\n", " the"], "max_gen_toks": 12}
     said = model.generate_until([request(context, dict(options)) for context in CONTEXTS])
@@ -157,6 +158,7 @@ def test_sampling_is_refused(model):
         model.generate_until([request("a", {"until": [], "do_sample": True, "temperature": 0.7})])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_its_own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_task_runs_unchanged_and_makes_the_table(
     run, model, direct, tmp_path, monkeypatch, capsys, with_its_own: bool

@@ -51,7 +51,7 @@ def test_kernels_equal_ragged_dot_where_rows_belong_to_somebody(
 
 
 @KERNELS
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", few([2, 0]))
 @pytest.mark.parametrize("kind", ["float32", "int4"])
 def test_frozen_experts_are_read_where_their_stack_lies(kernels: Kernels, layer: int, kind: str):
     """A part that is one layer of a stack gives what that layer's own matrices give, forward and to the rows, between
@@ -78,7 +78,7 @@ def test_frozen_experts_are_read_where_their_stack_lies(kernels: Kernels, layer:
         assert "f32[1,3,32,24]" not in program and "f32[9,32,24]" in program
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "mxfp4", "nf4"])
+@pytest.mark.parametrize("kind", few(["int4", "int8", "mxfp4", "nf4"]))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_few_rows_times_few_bits_is_what_multiplying_out_gives(kind: str, dtype: str):
     """On a GPU a step of an answer multiplies integers out tile by tile: the same weights, to the last bit."""

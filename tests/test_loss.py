@@ -248,6 +248,7 @@ def test_packed_conversations_neither_see_nor_change_each_other():
         np.testing.assert_array_equal(packed_ids[:, row, here], apart_ids[:, one, there])
 
 
+@pytest.mark.slow
 def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not():
     """Holes in a row, as attention masks of other code may have: the token after one is predicted there."""
     model, arrays = tiny.structure(tiny.EXTENDED), tiny.arrays(tiny.EXTENDED)

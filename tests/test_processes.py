@@ -276,6 +276,7 @@ def finished(workdir: Path) -> tuple[RunSettings, dict[str, Any]]:
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_failing_process_ends_all(tmp_path: Path):
     script = tmp_path / "fails.py"
     script.write_text(

@@ -354,6 +354,7 @@ def test_collect_reads_passages_and_writes_their_ids_for_others(base: Path, tmp_
     assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in compare.distances(a, b, tie=1e-5))
 
 
+@pytest.mark.slow
 def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Path, tmp_path: Path):
     config = tiny.BASE_CONFIG
     seeing = tmp_path / "seeing"  # the released layout: decoder, projector and tower in one

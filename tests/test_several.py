@@ -127,6 +127,7 @@ def test_conversations_of_all_media_in_a_batch_are_each_as_alone():
 # --- where extensions lie ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "remat"),
     [(2, "layer"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "none"), (1, "layer"), (2, "none")))],

@@ -143,7 +143,7 @@ def assert_same(got: Trained, expected: Trained) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=() if family in ("glm4_moe", "gpt_oss") else pytest.mark.slow)
+        pytest.param(family, marks=() if family == "gpt_oss" else pytest.mark.slow)
         for family in FAMILIES
         if family != "mixtral"
     ],

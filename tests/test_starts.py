@@ -299,7 +299,7 @@ def all_starts(dispatch: Any) -> ModelConfig:
 
 @pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("dispatch", ["gather", "exchange"])
+@pytest.mark.parametrize("dispatch", few(["gather", "exchange"]))
 @pytest.mark.parametrize("shape", few(["no data", "expert"]))
 def test_losses_gradients_and_routing_do_not_depend_on_the_mesh(dispatch: Any, shape: str):
     model = all_starts(dispatch)

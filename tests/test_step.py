@@ -15,6 +15,7 @@ import pytest
 import tiny
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
+from tiny import few
 
 from moextend_jax.config import IGNORE, RECIPES, Batch, Named
 from moextend_jax.models import blocked_attention
@@ -119,7 +120,7 @@ def run_in_parts(accumulate: int, *batches: Batch) -> Iterator[tuple[TrainState,
 
 
 @pytest.mark.parametrize("labels", ["many", "two"])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", few([4, 2]))
 def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str):
     """Also where there are fewer labels than parts."""
     batch = tiny.batch(rows=4)
@@ -135,7 +136,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str)
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("layer", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dense_layers", [0, 1])
+@pytest.mark.parametrize("dense_layers", few([1, 0]))
 def test_below_the_lowest_layer_that_trains_there_is_no_backward_pass_and_the_gradient_is_the_same(
     remat: str, dense_layers: int, monkeypatch: pytest.MonkeyPatch
 ):
@@ -169,7 +170,7 @@ def test_below_the_lowest_layer_that_trains_there_is_no_backward_pass_and_the_gr
     assert len(plain.decoder.routed) in backward[1]
 
 
-@pytest.mark.parametrize("remat", ["none", "layer"])
+@pytest.mark.parametrize("remat", few(["layer", "none"]))
 def test_frozen_experts_are_not_taken_out_of_their_stack(remat: str):
     """A step of finetune reads them where they lie: the same loss and gradients, and no layer's matrices apart."""
     config = dataclasses.replace(tiny.EXTENDED, remat=remat)
@@ -225,6 +226,7 @@ def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is
     assert int(state.step) == 3 and int(state.skipped) == 2
 
 
+@pytest.mark.slow
 def test_moments_on_the_host_give_the_same_bits_and_stay_there():
     """Also through a step whose gradient is not finite, which leaves them as they are."""
     good = tiny.batch(rows=4)

@@ -339,6 +339,7 @@ def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monke
     assert message().startswith(f"no stage had saved anything in {work}")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads the configuration by it
 @pytest.mark.parametrize(
     ("number", "code", "why"),

@@ -51,6 +51,7 @@ def test_at_the_start_the_first_medium_goes_the_trunk_s_way():
     assert np.abs(second(x_nPC, trunk, first) - first(x_nPC, trunk)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_crema_starts_from_the_trunk_with_queries_of_its_own():
     x_nPC = jax.random.normal(jax.random.key(0), (2, 5, 6))
     trunk, own = made("resampler"), made("crema", trunk="image", width=6, rank=2)
