@@ -156,8 +156,8 @@ def bias_behind(ids_Tk: jax.Array, weights_Tk: jax.Array, b_OD: jax.Array) -> ja
 
 @jax.custom_vjp
 def rows_of(b_OF: jax.Array, expert_R: jax.Array) -> jax.Array:
-    """`b_OF[expert_R]`, whose backward pass is a product: on GPUs thousands of rows added one by one to the same few
-    take far longer than all the rest of a step (docs/benchmarks.md)."""
+    """`b_OF[expert_R]`, whose backward pass is a product: on GPUs thousands of rows would be added one by one to the
+    same few (docs/benchmarks.md)."""
     return b_OF[expert_R]
 
 
