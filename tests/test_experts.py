@@ -16,7 +16,7 @@ from flax import nnx
 from tiny import few
 
 from moextend_jax.config import RECIPES
-from moextend_jax.models import experts
+from moextend_jax.models import blocked_swiglu, experts
 from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, rows_of, sort_by_expert
 from moextend_jax.models.mixtral import Extension, MoE, mixture
 from moextend_jax.models.moextend import MoExtend
@@ -109,6 +109,15 @@ def test_the_backward_passes_written_by_hand_are_the_true_ones():
         plain_out, plain_pull = jax.vjp(plain, given)
         np.testing.assert_allclose(out, plain_out, atol=1e-5, rtol=0)
         np.testing.assert_allclose(pull(jnp.sin(out))[0], plain_pull(jnp.sin(out))[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", (1, 8, 24, 84))
+def test_many_small_experts_compute_few_rows(tokens: int):
+    ids_Tk = jax.vmap(lambda key: jax.random.permutation(key, 128)[:8])(jax.random.split(jax.random.key(0), tokens))
+    sizes_O = sort_by_expert(ids_Tk, experts=128).sizes_O
+    rows = blocked_swiglu._Rows(sizes_O, tokens * 8, jnp.float32)
+    computed = rows.for_each_block(lambda done, block, *_: done + block.rows, 0, ((sizes_O[:, None],),), None)
+    assert computed <= 4 * tokens * 8
 
 
 def test_a_token_does_not_depend_on_the_other_tokens():

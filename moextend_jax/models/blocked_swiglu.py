@@ -19,7 +19,7 @@ from moextend_jax.models.adapters import Factors, Update, low_rank
 from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.weights import Weight, is_frozen, one_of
 
-LARGE, BLOCK, LEAST = 256, 64, 16
+LARGE, BLOCK, LEAST = 256, 64, 4
 """Rows per product. An expert's rows go in large blocks while those last, which cores share best, and then in blocks of
 at most `BLOCK` and at least `LEAST`, about as many as an expert has on average: half of one per expert is wasted, which
 of many small experts would be most of the work (docs/benchmarks.md). How many follows from shapes alone: products of
