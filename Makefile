@@ -48,7 +48,7 @@ smoke: env-dev
 # On a machine with a GPU, in an environment that has JAX with CUDA: pip install -e ".[gpu,dev]" into VENV.
 test-gpu:
 	MOEXTEND_TEST_PLATFORM=cuda JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS= \
-	  $(PYTEST) -m "gpu and not slow" -W default
+	  $(PYTEST) -m gpu -W default
 
 lint: env-dev
 	$(RUN) -m ruff check
