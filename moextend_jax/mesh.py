@@ -201,16 +201,23 @@ def place_leaves(model: nnx.Module, arrays: Mapping[str, Any], mesh: Mesh) -> di
     return {path: place(leaf, shardings[path]) for path, leaf in arrays.items()}
 
 
-def make_leaves(
-    model: nnx.Module, make: Callable[..., Mapping[str, Any]], *arguments: Any, mesh: Mesh
-) -> dict[str, jax.Array]:
-    """Leaves of a model by path as `make` computes them, each made where it will lie: no process makes another's part.
+def leaf_maker(model: nnx.Module, make: Callable[..., Mapping[str, Any]], *arguments: Any, mesh: Mesh) -> Program:
+    """`make` as a program that gives leaves of a model by path, each made where it will lie: no process makes another's
+    part.
 
-    `model` gives the structure alone; `make` is traced, and may give any of its leaves.
+    `model` gives the structure alone; `make` is traced, and may give any of its leaves; it will be called with arrays
+    like `arguments`.
     """
     shardings = parameter_shardings(model, mesh)
     out_shardings = {path: shardings[path] for path in jax.eval_shape(make, *arguments)}
-    return Program(make, mesh=mesh, out_shardings=out_shardings)(*arguments)
+    return Program(make, mesh=mesh, out_shardings=out_shardings)
+
+
+def make_leaves(
+    model: nnx.Module, make: Callable[..., Mapping[str, Any]], *arguments: Any, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """What a `leaf_maker` that is called once makes."""
+    return leaf_maker(model, make, *arguments, mesh=mesh)(*arguments)
 
 
 def optimizer_shardings(state: Any, leaves: Mapping[str, Any], mesh: Mesh, *, moments: str) -> Any:

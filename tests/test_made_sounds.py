@@ -1,14 +1,17 @@
 import dataclasses
+import functools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from moextend_jax import machine
 from moextend_jax.checkpoints.loading import EMBEDDED, open_tower
 from moextend_jax.config import ImageTags, Medium, MoextendError, Named, VisionConfig
 from moextend_jax.configs import continual
-from moextend_jax.data import easy_vqa, made_sounds
-from moextend_jax.data.datasets import check_packages, family_of, open_dataset
+from moextend_jax.data import builders, easy_vqa, made_sounds
+from moextend_jax.data.datasets import check_packages, family_of, make_ahead, open_dataset
 from moextend_jax.data.forms import parts_of
 from moextend_jax.data.made_sounds import FAMILIES, KEYS, TEST_VOICES, VOICES, WORDS, Sound, flac, without_silence
 from moextend_jax.data.synthesis import shared_file
@@ -121,6 +124,31 @@ def test_a_data_set_of_sounds_is_built_and_opened(monkeypatch, tmp_path):
         open_dataset("instruments/items-audio-sound", data_dir=tmp_path, media=MEDIA)
     with pytest.raises(MoextendError, match="<audio:sound>.*has no such medium"):
         open_dataset("instruments", split="test", data_dir=tmp_path)
+
+
+def test_data_sets_with_sounds_are_built_side_by_side(monkeypatch, tmp_path):
+    few(monkeypatch)
+    wave_a = np.sin(np.arange(4000, dtype=np.float32))
+    for name in ("instruments", "instruments_fluid"):
+        family = FAMILIES[name]
+        sounds = functools.partial(
+            lambda split, of: (Sound(label, flac(wave_a)) for label in of.labels(split)), of=family
+        )
+        monkeypatch.setitem(FAMILIES, name, family._replace(sounds=sounds))
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    # A process would not know what is few here.
+    monkeypatch.setattr(builders, "ProcessPoolExecutor", lambda _, mp_context: ThreadPoolExecutor(1))
+    names = ["instruments/captions:2,instruments_fluid/questions:1", str(tmp_path / "a_file.json")]
+    make_ahead(["instruments/captions"], data_dir=tmp_path, media=MEDIA)
+    assert not list(tmp_path.iterdir())  # one set of sounds is left to whoever opens it
+    make_ahead(names, data_dir=tmp_path, media=MEDIA)
+    built = {path.parent.parent.name for path in tmp_path.rglob("dataset_info.json")}
+    assert built == {"captions", "questions", "items-audio-sound"}
+    monkeypatch.setattr(builders, "build", None)  # nothing is left to do
+    make_ahead(names, data_dir=tmp_path, media=MEDIA)
+    monkeypatch.undo()
+    source = open_dataset("instruments/captions", data_dir=tmp_path, media=MEDIA)
+    assert len(source) == len(source.items["sound"]) == 6
 
 
 @pytest.mark.parametrize(

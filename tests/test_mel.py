@@ -17,7 +17,7 @@ def tone(hertz: float, *, seconds: float, loud: float = 0.5) -> np.ndarray:
 
 def test_the_reference_clip(shared: Path):
     with np.load(shared / "methods_oracle" / "whisper.npz") as file:
-        np.testing.assert_allclose(slaney_filters(80), file["filters_fb"], atol=1e-7)
+        np.testing.assert_allclose(slaney_filters(80).toarray(), file["filters_fb"], atol=1e-7)
         mel_bl = log_mel(file["wave_a"], seconds=1)
         np.testing.assert_allclose(mel_bl, file["wave_mel_bl"], atol=1e-5, rtol=0)
 
@@ -37,7 +37,7 @@ def test_parity_with_the_feature_extractor_of_transformers(bands: int, seconds: 
 
 
 def test_a_tone_is_loudest_in_its_band_and_silence_is_one_value():
-    centres = np.argmax(slaney_filters(80), axis=0) * RATE / 400
+    centres = np.argmax(slaney_filters(80).toarray(), axis=0) * RATE / 400
     mel_bl = log_mel(tone(2000, seconds=1), seconds=1)
     assert abs(centres[mel_bl[:, 50].argmax()] - 2000) < 60
     assert np.ptp(log_mel(np.zeros(10, np.float32), seconds=1)) == 0

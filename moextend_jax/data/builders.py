@@ -22,13 +22,16 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from moextend_jax import machine
 from moextend_jax.config import Medium, MoextendError
 from moextend_jax.data import easy_vqa
 from moextend_jax.data.entries import Content, read_entries
@@ -363,12 +366,17 @@ def is_built(builder: tfds.core.DatasetBuilder) -> bool:
     return (builder.data_path / "dataset_info.json").exists()
 
 
-def open_built(builder: Any, split: str, *, name: str) -> Built:
-    """Builds the files where they are not there yet; `name` is the data set's, for messages."""
+def build(builder: tfds.core.DatasetBuilder) -> None:
+    """Where it is not there yet."""
     if not is_built(builder):
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+
+
+def open_built(builder: Any, split: str, *, name: str) -> Built:
+    """Builds the files where they are not there yet; `name` is the data set's, for messages."""
+    build(builder)
     try:
         rows = builder.as_data_source(split=split)
     except ValueError as error:
@@ -379,6 +387,30 @@ def open_built(builder: Any, split: str, *, name: str) -> Built:
     notes = builder.info.metadata[split.partition("[")[0]]
     faults = [Fault(*fault) for fault in notes["faults"].values()]
     return Built(rows, faults, notes["fingerprint"], notes["stored"], notes.get("marks", {}))
+
+
+def build_all(wanted: Iterable[tuple[str, str]], *, data_dir: Path) -> None:
+    """Builds those of these data sets (family and config) that are not there yet, as many at once as there are cores,
+    if sounds have to be made: one core takes over a minute for those of `configs/continual.py`. What takes a few
+    seconds is left to whoever opens it."""
+    missing = [of for of in dict.fromkeys(wanted) if not is_built(packaged(*of, data_dir))]
+    sounds = [of for of in missing if of[0] in FAMILIES and holds_items(of[1])]
+    if len(sounds) < 2 or machine.cores() < 2:
+        return
+    # In processes, since eSpeak and a C library's random numbers have one state in each; spawned, for JAX has threads.
+    with ProcessPoolExecutor(machine.cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        first = [*sounds, *(of for of in missing if of not in sounds)]
+        for future in [pool.submit(_build_packaged, *of, data_dir) for of in first]:
+            future.result()
+
+
+def packaged(family: str, config: str, data_dir: Path | str) -> EasyVqa | Sounds:
+    """The builder of a data set that comes with a package."""
+    return BUILDERS[family](config=config, data_dir=data_dir, file_format="array_record")
+
+
+def _build_packaged(family: str, config: str, data_dir: Path) -> None:
+    build(packaged(family, config, data_dir))
 
 
 BUILDERS: Mapping[str, type[EasyVqa | Sounds]] = {

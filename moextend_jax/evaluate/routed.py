@@ -70,7 +70,7 @@ def routing_of(
         )  # fmt: skip
     batch, count = batch_of(opened, text, read), len(text.ids_L)
     batch.segments_BL[0, :count] = text.segments_L
-    routing = _program(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
+    routing = routing_program(opened.config, opened.mesh)(opened.arrays, place_whole(batch, opened.mesh))
     logits_ZTO, picks_ZTk, weights_ZTk = (on_host(array)[:, :count] for array in routing[:3])
     media, patches = by_medium(opened.tokenizer, text.places_L)
     return Routing(
@@ -86,7 +86,8 @@ def routing_of(
 
 
 @functools.lru_cache(maxsize=4)
-def _program(config: ModelConfig, mesh: Mesh) -> Program:
+def routing_program(config: ModelConfig, mesh: Mesh) -> Program:
+    """`(arrays, batch) -> Routing`, of the router; compiled once for models of these sizes."""
     return Program(lambda arrays, batch: with_arrays(abstract(config), arrays)(batch).routing, mesh=mesh)
 
 

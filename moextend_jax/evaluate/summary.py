@@ -32,15 +32,14 @@ from moextend_jax.evaluate.importance import importance_table
 from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
 from moextend_jax.evaluate.pictures import PIXELS, as_png
 from moextend_jax.evaluate.prompts import Prompt, bucket
-from moextend_jax.evaluate.routed import by_medium, expert_names, token_texts
+from moextend_jax.evaluate.routed import by_medium, expert_names, routing_program, token_texts
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
 from moextend_jax.media.image import framed, tower_of
-from moextend_jax.mesh import Program, on_host, place_rows, place_whole, row_shards
+from moextend_jax.mesh import on_host, place_rows, place_whole, row_shards
 from moextend_jax.models.flops import step_flops
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.models.moextend import abstract
-from moextend_jax.parameters import with_arrays
 from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import Askable, askable
@@ -540,13 +539,14 @@ class Picks(NamedTuple):
 
 
 def _picks(run: Run, opened: Askable, prompted: Sequence[PromptedQuestion], readers: Readers) -> list[Picks]:
-    program = Program(lambda arrays, batch: with_arrays(opened.model, arrays)(batch).routing[1:3], mesh=run.mesh)
+    program = routing_program(opened.model.config, run.mesh)
     shards = row_shards(run.mesh)
     rows = min(-(-len(prompted) // shards) * shards, run.settings.evaluate.batch_size)
     settings = dataclasses.replace(run.settings.evaluate, batch_size=rows)
     found: list[Picks] = []
     for batch in _batches(run, prompted, readers=readers, settings=settings):
-        ids_ZTk, weights_ZTk = (on_host(array) for array in program(opened.arrays, batch))
+        routing = program(opened.arrays, batch)
+        ids_ZTk, weights_ZTk = on_host(routing.ids_Tk), on_host(routing.weights_Tk)
         shape = (len(ids_ZTk), *batch.ids_BL.shape, -1)
         ids_ZBLk, weights_ZBLk = ids_ZTk.reshape(shape), weights_ZTk.reshape(shape)
         for row, item in enumerate(prompted[len(found) :][:rows]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -135,14 +136,7 @@ def count_all(
     Raises:
       MoextendError: there is no batch, or a router gives NaN or infinity.
     """
-
-    def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
-        routing = with_arrays(model, arrays)(batch).routing
-        real_T = (batch.segments_BL > 0).reshape(-1)
-        counts = count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k, pairs=pairs)
-        return counts, count_faulty(routing.logits_TO, real_T)
-
-    program, total = Program(count, mesh=mesh or one_device()), None
+    program, total = _counter(model, recipe, pairs, mesh or one_device()), None
     for batch in batches:
         counts, faulty_ZO = program(arrays, batch)
         refuse_faulty(on_host(faulty_ZO))
@@ -151,6 +145,19 @@ def count_all(
     if total is None:
         raise MoextendError("no rows to count routing on; select.held_out or evaluate.questions chooses none")
     return Counts(*total)
+
+
+@functools.lru_cache(maxsize=8)
+def _counter(model: MoExtend, recipe: Recipe, pairs: bool, mesh: Mesh) -> Program:
+    """`(arrays, batch) -> (counts, faulty logits)`; before and after a probe it is the same program."""
+
+    def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
+        routing = with_arrays(model, arrays)(batch).routing
+        real_T = (batch.segments_BL > 0).reshape(-1)
+        counts = count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k, pairs=pairs)
+        return counts, count_faulty(routing.logits_TO, real_T)
+
+    return Program(count, mesh=mesh)
 
 
 def select(

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import IMAGE, RIVALS, ExtensionConfig, ModelConfig, MoextendError, Named
-from moextend_jax.mesh import make_leaves, place_leaves
+from moextend_jax.mesh import Program, leaf_maker, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
@@ -132,8 +133,14 @@ def read_selection(run: Run, extension: str) -> dict[str, Any]:
 
 def projector_of_seed(run: Run, medium: str = IMAGE) -> Arrays:
     """Leaves of a projector that starts from the seed, each made where it will lie."""
-    leaves = functools.partial(fresh_projector, run.config, medium=medium)
-    return make_leaves(abstract(run.config), leaves, jax.random.key(run.settings.seed), mesh=run.mesh)
+    return _projector_maker(run.config, medium, run.mesh)(jax.random.key(run.settings.seed))
+
+
+@functools.lru_cache(maxsize=16)
+def _projector_maker(config: ModelConfig, medium: str, mesh: Mesh) -> Program:
+    """Kept, since every model that is opened before a medium's projector is trained needs one."""
+    leaves = functools.partial(fresh_projector, config, medium=medium)
+    return leaf_maker(abstract(config), leaves, jax.random.key(0), mesh=mesh)
 
 
 def identity(run: Run, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
 from moextend_jax.config import DecoderConfig, MoextendError
-from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct
+from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct, make_ahead
 from moextend_jax.data.faults import LEAST_READ
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
@@ -60,6 +60,9 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
             with problems:
                 check_packages(data, data_dir=data_dir_of(run))
     problems.raise_any()
+    with distributed.first_alone("make data"), preparing("preparing data of packages"):
+        names_of_data = _data_names(settings, stages, evaluated=bool(checks))
+        make_ahead(names_of_data, data_dir=data_dir_of(run), media=run.config.media)
     sources: dict[str, Source] = {}
     for name in dict.fromkeys([*names, *(stage.name for stage in stages)]):
         if (data := _data(settings, name)) is not None:

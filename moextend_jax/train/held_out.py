@@ -5,6 +5,7 @@ Of text it says what a model forgot, its loss less the base's; while a stage tra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -17,8 +18,9 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import cross_entropy
 
 
+@functools.lru_cache(maxsize=4)
 def loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Program:
-    """Jitted `(arrays, batch) -> (nats summed over labelled tokens, number of these)`.
+    """Jitted `(arrays, batch) -> (nats summed over labelled tokens, number of these)`; one structure, one program.
 
     Args:
       chunk: labelled positions whose logits exist at a time.
