@@ -66,6 +66,15 @@ def explored_workdir(workdir: Path, **of_example: Any) -> Path:
     return workdir
 
 
+def dense_first(workdir: Path) -> Path:
+    """Makes it that of a model with two dense layers before those that route."""
+    for name, of in {"select": "chosen_layers", "finetune": "extended_layers"}.items():
+        path = workdir / name / "routing.json"
+        record = json.loads(path.read_text())
+        put(path, record | {"first_layer": 2, of: [layer + 2 for layer in record[of]]})
+    return workdir
+
+
 def page_of(workdir: Path) -> str:
     pytest.importorskip("plotly", reason="Plotly is not installed (the extra `web`)")
     path = write_explorer(workdir)
@@ -229,4 +238,9 @@ def test_in_a_browser_the_layer_changes_tint_and_hover_and_nothing_is_loaded(tmp
         assert page.locator("#question").text_content() == ATTACK
         assert page.locator("#tokens-1 .xtick text").last.text_content() == f"?{ATTACK}"
         assert page.title().startswith("Routing explorer") and not errors
-    assert requests == [(tmp_path / "explorer.html").as_uri()]
+        assert requests == [(tmp_path / "explorer.html").as_uri()]
+        page_of(dense_first(explored_workdir(tmp_path / "dense first")))
+        page.goto((tmp_path / "dense first" / "explorer.html").as_uri())
+        assert page.locator("#layer-name").text_content() == "3 (has new experts)"
+        assert "patch 27, layer 3" in hover() and "expert new 0: 62 %" in hover()
+        assert page.locator("#layers .xtick text").all_text_contents() == [str(layer) for layer in range(2, 10)]

@@ -11,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from moextend_jax.config import MoextendError
+from moextend_jax.report.canvas import OURS, canvas
 from moextend_jax.report.page import write_report
 from moextend_jax.report.results_pictures import forgetting, results_picture
-from moextend_jax.report.routing_pictures import routing_picture
+from moextend_jax.report.routing_pictures import choice_panel, routing_picture, selection_panels, share_panel
 from moextend_jax.report.workdir import parse_selection, read_workdir
 
 SUMMARY = {
@@ -351,6 +354,25 @@ def test_malformed_evaluations_are_one_line(workdir, file: str, content: str):
     (evaluated(workdir) / "eval" / file).write_text(content)
     with pytest.raises(MoextendError, match="evaluate again or delete the file"):
         write_report(workdir)
+
+
+def test_layers_are_numbered_among_all_where_the_first_are_dense(tmp_path):
+    record = selection()
+    chosen = [layer + 2 for layer in record["chosen_layers"]]
+    read = parse_selection(record | {"first_layer": 2, "chosen_layers": chosen}, where="here")
+    with canvas(width=4, height=4) as figure:
+        bars, shares, new = figure.subplots(3)
+        choice_panel(bars, read)
+        blue = [bar for bar in bars.patches if bar.get_facecolor() == to_rgba(OURS)]
+        assert [round(bar.get_x() + 0.4) for bar in blue] == chosen
+        selection_panels(read, kind="text", top=1.0, most=1.0)["before"](shares)
+        frames = {round(patch.get_y() + 0.5) for patch in shares.patches if isinstance(patch, Rectangle)}
+        assert frames == set(chosen) and sorted(shares.get_ylim()) == [1.5, 9.5]
+        put(tmp_path / "finetune/routing.json", {**grown(chosen=(1, 3)), "first_layer": 2, "extended_layers": [3, 5]})
+        found = read_workdir(tmp_path).new_experts
+        assert found is not None
+        share_panel(new, found)
+        assert [label.get_text() for label in new.get_xticklabels()] == ["3", "5"]
 
 
 @pytest.mark.parametrize("more", [{"new_experts": 2}, {"new_experts": 1, "wide": 2}])

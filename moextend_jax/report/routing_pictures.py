@@ -52,11 +52,12 @@ def selection_panels(selection: Selection, *, kind: str, top: float, most: float
     before_ZE, after_ZE = selection.before_ZE[kind], selection.after_ZE[kind]
     frames = {"before": (), "after": (), selection.source_under: copied}
     name = f"{kind.capitalize()} tokens"
-    shown = partial(routing_panel, top=top)
+    shown = partial(routing_panel, top=top, first=selection.first)
+    shift_ZE, change = after_ZE - before_ZE, partial(shift_panel, top=most, first=selection.first)
     return {
         "before": partial(shown, share_ZE=before_ZE, title=f"{name}: before", marked=frames["before"]),
         "after": partial(shown, share_ZE=after_ZE, title=f"{name}: after", marked=frames["after"]),
-        "shift": partial(shift_panel, shift_ZE=after_ZE - before_ZE, title=f"{name}: shift", top=most),
+        "shift": partial(change, shift_ZE=shift_ZE, title=f"{name}: shift"),
     }
 
 
@@ -73,29 +74,30 @@ def heatmap_height(layers: int) -> float:
 
 
 def routing_panel(
-    ax: Axes, share_ZE: np.ndarray, *, title: str, top: float, marked: Sequence[tuple[int, int]] = ()
+    ax: Axes, share_ZE: np.ndarray, *, title: str, top: float, marked: Sequence[tuple[int, int]] = (), first: int = 0
 ) -> None:
-    """Shares per layer and expert on a scale from 0 to `top`; `marked` (layer, expert) cells get a frame."""
-    _heatmap(ax, share_ZE, title=title, colours="cividis", low=0, high=top)
-    for layer, expert in marked:
-        frame = Rectangle((expert - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=RIVAL, linewidth=2.2)
+    """Shares per layer and expert on a scale from 0 to `top`; `marked` (row, expert) cells get a frame. `first` is the
+    layer of row 0."""
+    _heatmap(ax, share_ZE, title=title, colours="cividis", low=0, high=top, first=first)
+    for row, expert in marked:
+        frame = Rectangle((expert - 0.5, first + row - 0.5), 1, 1, fill=False, edgecolor=RIVAL, linewidth=2.2)
         ax.add_patch(frame)
 
 
-def shift_panel(ax: Axes, shift_ZE: np.ndarray, *, title: str, top: float) -> None:
+def shift_panel(ax: Axes, shift_ZE: np.ndarray, *, title: str, top: float, first: int = 0) -> None:
     """Change of share per layer and expert; white is no change, `top` the end of the scale on both sides."""
-    _heatmap(ax, shift_ZE, title=title, colours="PuOr_r", low=-top, high=top)
+    _heatmap(ax, shift_ZE, title=title, colours="PuOr_r", low=-top, high=top, first=first)
 
 
 def choice_panel(ax: Axes, selection: Selection) -> None:
     """d_j per layer; chosen layers are filled and named after the experts that are copied."""
-    layers = range(len(selection.shift_Z))
-    chosen = {layer: ", ".join(f"{e}" for z, e in selection.copied if z == layer) for layer in selection.chosen}
-    ax.bar(layers, selection.shift_Z, color=[OURS if layer in chosen else LINE for layer in layers], width=0.8)
-    for layer, experts in chosen.items():
-        ax.annotate(
-            experts, (layer, selection.shift_Z[layer]), (0, 2), textcoords="offset points", ha="center", color=OURS
-        )
+    first, rows = selection.first, range(len(selection.shift_Z))
+    chosen = {row: ", ".join(f"{e}" for z, e in selection.copied if z == row) for row in selection.chosen}
+    colours = [OURS if row in chosen else LINE for row in rows]
+    ax.bar([first + row for row in rows], selection.shift_Z, color=colours, width=0.8)
+    for row, experts in chosen.items():
+        top = (first + row, selection.shift_Z[row])
+        ax.annotate(experts, top, (0, 2), textcoords="offset points", ha="center", color=OURS)
     ax.set(xlabel="layer", ylabel="shift of routing $d_j$")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
     ax.margins(x=0.01, y=0.12)
@@ -104,7 +106,8 @@ def choice_panel(ax: Axes, selection: Selection) -> None:
 def share_panel(ax: Axes, new: NewExperts) -> None:
     """Two bars per new expert: share of the image tokens and of the text tokens that pick it."""
     new_experts = new.share_YX["text"].shape[1]
-    names = [f"{layer}" if new_experts == 1 else f"{layer}.{x}" for layer in new.layers for x in range(new_experts)]
+    layers = [new.first + row for row in new.layers]
+    names = [f"{layer}" if new_experts == 1 else f"{layer}.{x}" for layer in layers for x in range(new_experts)]
     places = np.arange(len(names))
     for kind, offset in zip(KINDS, (-0.2, 0.2), strict=True):
         ax.bar(places + offset, new.share_YX[kind].ravel(), width=0.4, color=KIND_COLOUR[kind], label=f"{kind} tokens")
@@ -118,9 +121,9 @@ def share_panel(ax: Axes, new: NewExperts) -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3, fontsize=8.5, handlelength=1.2, columnspacing=1)
 
 
-def _heatmap(ax: Axes, values_ZE: np.ndarray, *, title: str, colours: str, low: float, high: float) -> None:
+def _heatmap(ax: Axes, values_ZE: np.ndarray, *, title: str, colours: str, low: float, high: float, first: int) -> None:
     layers, experts = values_ZE.shape
-    edges = np.arange(experts + 1) - 0.5, np.arange(layers + 1) - 0.5
+    edges = np.arange(experts + 1) - 0.5, np.arange(layers + 1) - 0.5 + first
     # Edges in the colour of the face close the hairlines that SVG viewers leave between cells.
     mesh = ax.pcolormesh(*edges, values_ZE, cmap=colours, vmin=low, vmax=high, edgecolor="face", linewidth=0.3)
     ax.invert_yaxis()
@@ -130,13 +133,13 @@ def _heatmap(ax: Axes, values_ZE: np.ndarray, *, title: str, colours: str, low: 
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
     if layers * experts <= NUMBERED_CELLS:
-        for (layer, expert), value in np.ndenumerate(values_ZE):
+        for (row, expert), value in np.ndenumerate(values_ZE):
             red, green, blue, _ = mesh.cmap(mesh.norm(value))
             bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
             sign = "+" if low < 0 and round(100 * value) > 0 else ""
             text = f"{sign}{round(100 * value)}"
             inside = {"ha": "center", "va": "center", "in_layout": False}  # laying out text is most of the time
-            ax.text(expert, layer, text, fontsize=7.5, color="#000" if bright else "#fff", **inside)
+            ax.text(expert, first + row, text, fontsize=7.5, color="#000" if bright else "#fff", **inside)
     percent = PercentFormatter(1, decimals=0)
     bar = ax.figure.colorbar(mesh, ax=ax, location="bottom", aspect=40, pad=0.02, format=percent)
     bar.outline.set_visible(False)

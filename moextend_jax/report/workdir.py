@@ -33,6 +33,8 @@ class Selection(NamedTuple):
     """Chosen layers, each with an expert that it copies."""
     source_under: str
     """The routing that named the sources: "before" or "after"."""
+    first: int = 0
+    """The number that row 0 has among all layers, as in every class here: layers before it are dense."""
 
 
 class NewExperts(NamedTuple):
@@ -44,6 +46,7 @@ class NewExperts(NamedTuple):
     """Share of an expert if all were used alike."""
     of_tokens: bool
     """Shares are of tokens; False: of picks, because the file does not say how many tokens there were."""
+    first: int = 0
 
 
 class Loads(NamedTuple):
@@ -56,6 +59,7 @@ class Loads(NamedTuple):
     picks_ZO: dict[tuple[str, str], np.ndarray]
     pairs_ZOO: dict[tuple[str, str], np.ndarray]
     """How many tokens picked both of two experts; empty where that was not written."""
+    first: int = 0
 
 
 class Workdir(NamedTuple):
@@ -109,6 +113,7 @@ def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selecti
             chosen=chosen,
             copied=tuple((chosen[n // each], expert) for n, expert in enumerate(sources)),
             source_under=str(routing.get("recipe", {}).get("source_under", "before")),
+            first=_first(routing),
         )
 
 
@@ -153,6 +158,7 @@ def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
             share_YX={kind: top_k * share_ZO[kind][list(extended), experts:] for kind in KINDS},
             fair_share=top_k / (experts + new),
             of_tokens=tokens is not None,
+            first=_first(routing),
         )
 
 
@@ -169,6 +175,7 @@ def _loads(routing: Mapping[str, Any], title: str, *, where: Path) -> Loads:
             base=experts,
             picks_ZO={key: _counts(of, shape) for key, of in _by_kind(loads)},
             pairs_ZOO={key: _counts(of, (*shape, experts + new)) for key, of in _by_kind(routing.get("pairs", {}))},
+            first=_first(routing),
         )
 
 
@@ -178,7 +185,11 @@ def _by_kind(loads: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[tuple[str
 
 def _routed(routing: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """Layers that a file names, counted from the first that routes, as its counts are."""
-    return tuple(int(layer) - int(routing.get("first_layer", 0)) for layer in routing[name])
+    return tuple(int(layer) - _first(routing) for layer in routing[name])
+
+
+def _first(routing: Mapping[str, Any]) -> int:
+    return int(routing.get("first_layer", 0))
 
 
 def _counts(counts: Any, shape: tuple[int, ...]) -> np.ndarray:

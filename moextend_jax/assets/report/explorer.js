@@ -41,7 +41,11 @@ function shares(id, z, hover, { x, y, xtitle, ytitle }) {
   });
 }
 
-const layerAxis = (layers) => ({ dtick: layers > 16 ? 4 : 1 });
+// Rows are of the layers that route; numbers for people are of all, of which the first few may be dense.
+const layerAxis = (layers) => {
+  const shown = [...Array(layers).keys()].filter((row) => row % (layers > 16 ? 4 : 1) === 0);
+  return { tickvals: shown, ticktext: shown.map((row) => row + DATA.first) };
+};
 const nameAxis = (names) => (names.length > 16 ? {} : { tickvals: names.map((_, n) => n), ticktext: names.map(plain) });
 
 // --- one example ---
@@ -53,12 +57,12 @@ function weights(example, model, layer, token) {
 
 function lines(example, model, layer, token) {
   const of = weights(example, model, layer, token).map(([expert, weight]) => `expert ${plain(example.names[expert])}: ${weight} %`);
-  return [`layer ${layer}`, ...of].join("<br>");
+  return [`layer ${layer + DATA.first}`, ...of].join("<br>");
 }
 
 function drawExample() {
   const example = DATA.examples[chosen("example")], layer = chosen("layer");
-  get("layer-name").textContent = layer + (DATA.extended.includes(layer) ? " (has new experts)" : "");
+  get("layer-name").textContent = layer + DATA.first + (DATA.extended.includes(layer) ? " (has new experts)" : "");
   get("question").textContent = example.question;
   const said = example.said.map(([model, answer]) => `${model}: ${answer}`);
   get("answers").textContent = [`right answer: ${example.answer}`, ...said].join(" · ");
@@ -115,13 +119,13 @@ function drawLoads() {
   const totals = counts.map((row) => row.reduce((a, b) => a + b, 0));
   const z = counts.map((row, layer) => row.map((count, expert) => (has(layer, expert) ? percent(count, totals[layer]) : null)));
   const hover = z.map((row, layer) => row.map((share, expert) =>
-    `layer ${layer}, expert ${plain(DATA.names[expert])}<br>${(share ?? 0).toFixed(1)} % of ${totals[layer].toLocaleString("en")} picks`));
+    `layer ${layer + DATA.first}, expert ${plain(DATA.names[expert])}<br>${(share ?? 0).toFixed(1)} % of ${totals[layer].toLocaleString("en")} picks`));
   shares("loads", z, hover, { x: nameAxis(DATA.names), y: layerAxis(z.length), xtitle: "expert", ytitle: "layer" });
 }
 
 function drawPairs() {
   const layer = chosen("pair-layer"), counts = DATA.pairs[chosen("pair-data")].counts[layer];
-  get("pair-layer-name").textContent = layer;
+  get("pair-layer-name").textContent = layer + DATA.first;
   const z = counts.map((row, a) => row.map((count, b) => (a === b || !counts[a][a] ? null : percent(count, counts[a][a]))));
   const hover = z.map((row, a) => row.map((share, b) =>
     `expert ${plain(DATA.names[a])}: ${counts[a][a].toLocaleString("en")} tokens<br>of these with expert ${plain(DATA.names[b])}: ` +
@@ -137,7 +141,7 @@ function drawLayers() {
     type: "bar", x: shift.map((_, layer) => layer), y: shift,
     marker: { color: sources.map((of) => variable(of.length ? "ours" : "plain")) },
     text: sources.map((of) => (of.length ? `← ${of.join(", ")}` : "")), textposition: "outside", cliponaxis: false,
-    customdata: shift.map((d, layer) => `layer ${layer}<br>shift ${d.toFixed(4)}<br>${why(sources[layer], layer)}`),
+    customdata: shift.map((d, layer) => `layer ${layer + DATA.first}<br>shift ${d.toFixed(4)}<br>${why(sources[layer], layer)}`),
     hovertemplate: "%{customdata}<extra></extra>",
   }, { xaxis: { title: { text: "layer" }, showgrid: false, ...layerAxis(shift.length) }, yaxis: { title: { text: "shift of routing", standoff: 8 } }, height: 300 });
 }
