@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from moextend_jax.config import MoextendError
 
@@ -66,26 +66,31 @@ def _frames(wave_a: np.ndarray, hop: int) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(wave_a, WINDOW)[::hop]
 
 
-# Filters are sparse (a Fourier bin is in two bands at most), and so kept: a dense product of such sizes goes to as many
-# threads of BLAS as there are cores, which wait for each other and for those of XLA: 12 ms of CPU a sound, not 1.
-
-
 @functools.cache
-def slaney_filters(bands: int) -> csr_array:
+def slaney_filters(bands: int) -> Any:
     """Triangles over frequency `[f, b]`, 0 to 8,000 Hz, of unit area, evenly spaced on Slaney's mel scale: linear to
     1,000 Hz (200/3 Hz a mel), logarithmic above (27 mels for a factor of 6.4)."""
     step = math.log(6.4) / 27
     top = 15 + math.log(RATE / 2 / 1000) / step
     mels = np.linspace(0, top, bands + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp(step * (np.maximum(mels, 15) - 15)))
-    return csr_array(_triangles(edges, WINDOW) * (2 / (edges[2:] - edges[:-2])))
+    return _sparse(_triangles(edges, WINDOW) * (2 / (edges[2:] - edges[:-2])))
 
 
 @functools.cache
-def _htk_filters(bands: int, bins: int) -> csr_array:
+def _htk_filters(bands: int, bins: int) -> Any:
     """Triangles of height one over frequency `[f, b]`, 40 to 7,600 Hz, evenly spaced in 2595 log10(1 + Hz / 700)."""
     low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (40, 7600))
-    return csr_array(_triangles(700 * (10 ** (np.linspace(low, high, bands + 2) / 2595) - 1), bins))
+    return _sparse(_triangles(700 * (10 ** (np.linspace(low, high, bands + 2) / 2595) - 1), bins))
+
+
+def _sparse(filters_fb: np.ndarray) -> Any:
+    """As a sparse array of SciPy's: a Fourier bin is in two bands at most. A dense product of such sizes goes to as
+    many threads of BLAS as there are cores, which wait for each other and for those of XLA: 12 ms of CPU a sound.
+    """
+    from scipy.sparse import csr_array  # takes a quarter of a second, for those who hear alone
+
+    return csr_array(filters_fb)
 
 
 def _triangles(edges: np.ndarray, bins: int) -> np.ndarray:
