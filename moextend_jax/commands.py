@@ -235,7 +235,7 @@ def shown_of(options: GenerateOptions) -> dict[str, list[Path]]:
 
 def prompts_of(prompt: str | None) -> Iterable[str]:
     """A prompt, or those on standard input, one a line."""
-    if prompt and prompt != "-":
+    if prompt is not None and prompt != "-":
         return [prompt]
     if prompt is None and sys.stdin.isatty():
         raise MoextendError("generate needs a prompt: --prompt TEXT, or one a line on standard input")

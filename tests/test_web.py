@@ -9,6 +9,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import browser
@@ -18,14 +19,14 @@ import random_run
 from PIL import Image
 
 from moextend_jax import cli
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Medium, MoextendError
 from moextend_jax.evaluate.routed import Routing, routing_of
-from moextend_jax.evaluate.speak import speak
+from moextend_jax.evaluate.speak import is_question, one_each, question, speak
 from moextend_jax.runs.askable import choices
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run
 from moextend_jax.web.experts import MEAN, Seen, chosen, render, share_of_new
-from moextend_jax.web.page import NOTHING, Page, items_of
+from moextend_jax.web.page import NOTHING, Page, alike, items_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's and gradio's own
 
@@ -144,6 +145,23 @@ def test_a_file_that_the_model_does_not_take_is_refused_in_words(page: Page, tmp
     assert not talk.turns
     with pytest.raises(MoextendError, match="question"):
         list(page.answer("", {}, talk, NOTHING))
+
+
+def test_a_spoken_question_of_one_of_two_media_of_sounds():
+    marks = {"image": Medium(), "sound": Medium(kind="audio", mark="<audio:sound>"),
+             "speech": Medium(kind="audio", mark="<audio:speech>")}  # fmt: skip
+    opened: Any = SimpleNamespace(config=SimpleNamespace(media=marks), tokenizer=SimpleNamespace(media=marks), name="a")
+    assert alike(opened) == ["sound", "speech"]
+    files = [Path("a.flac"), Path("b.png")]
+    assert items_of(opened, files) == {"sound": files[:1], "image": files[1:]}
+    items = items_of(opened, files, medium="speech")
+    assert items == {"speech": files[:1], "image": files[1:]} == items_of(opened, files[::-1], medium="speech")
+    assert items_of(opened, files[1:], medium="speech") == {"image": files[1:]}
+    # As in training, whatever was shown first.
+    assert question(opened, "", one_each(items))["value"] == "<image>\n<audio:speech>"
+    assert question(opened, "what?", {"speech": [1]})["value"] == "<audio:speech>\nwhat?"
+    asks = [is_question(opened, *of) for of in (("", items), ("", {"image": files}), (" ", {}), ("a", {}))]
+    assert asks == [True, False, False, True]
 
 
 def test_without_gradio_the_command_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from moextend_jax.config import IMAGE, MoextendError
-from moextend_jax.evaluate.speak import Item, Items, Turn, one_each, question, speak
+from moextend_jax.evaluate.speak import Item, Items, Turn, is_question, one_each, question, speak
 from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable
 
 HELP = (
-    "/image PATH shows a picture with the next question, /show MEDIUM PATH a sound or the like, /reset forgets what "
-    "was said, /quit leaves"
+    "/image PATH shows a picture with the next question, /show MEDIUM PATH a sound or the like (after a sound an empty "
+    "line is a question, too), /reset forgets what was said, /quit leaves"
 )
 
 
@@ -86,7 +86,7 @@ def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[st
                 waiting.setdefault(name, []).append(file.strip())
         elif command.startswith("/"):
             show(f"{HELP}\n")
-        elif command:
+        elif command or is_question(conversation.opened, "", waiting):
             with _mistakes_shown(show):
                 for piece in conversation.ask(line.strip(), items=waiting):
                     show(piece)

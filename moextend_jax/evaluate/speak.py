@@ -122,11 +122,18 @@ def one_each(items: Items) -> dict[str, list[int]]:
 
 
 def question(opened: Askable, text: str, spans: Spans) -> Turn:
-    """A turn that asks; without any mark of a medium its items go first."""
-    for name, of in reversed([*spans.items()]):
-        mark = opened.tokenizer.media[name].mark if name in opened.tokenizer.media else ""
-        text = text if mark and mark in text else f"{mark}\n" * len(of) + text
-    return {"from": "human", "value": text}
+    """A turn that asks; without any mark of a medium its items go first, media in the model's order. Nothing need be
+    typed beside a sound, which may be the question."""
+    known = opened.tokenizer.media
+    for name in reversed([*(name for name in known if name in spans), *(name for name in spans if name not in known)]):
+        mark = known[name].mark if name in known else ""
+        text = text if mark and mark in text else f"{mark}\n" * len(spans[name]) + text
+    return {"from": "human", "value": text.removesuffix("\n")}
+
+
+def is_question(opened: Askable, text: str, items: Items) -> bool:
+    """Whether there is anything to answer: a text, or a sound."""
+    return bool(text.strip()) or any(items[name] and opened.config.media[name].kind == "audio" for name in items)
 
 
 def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:

@@ -19,7 +19,7 @@ import numpy as np
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.evaluate.chat import Conversation
 from moextend_jax.evaluate.routed import routing_of
-from moextend_jax.evaluate.speak import Items, picture, speak
+from moextend_jax.evaluate.speak import Items, is_question, picture, speak
 from moextend_jax.folders import extra_hint
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
@@ -58,7 +58,7 @@ class Page:
         Raises:
           MoextendError: an item that cannot be read, or a text that the model cannot be asked.
         """
-        if not text:
+        if not is_question(talk.opened, text, items):
             raise MoextendError("type a question, too")
         before, turns = talk.told, len(talk.turns)
         if talk.opened.plain:
@@ -70,8 +70,9 @@ class Page:
             return
         prompt = [*before, talk.turns[-2]]
         seen = [self._seen(talk.opened, prompt, talk.items, said)]
-        if beside != NOTHING and beside != talk.opened.name:
-            seen.append(self._beside(self.models[beside].open(), text, prompt, talk.items))
+        other = None if beside in (NOTHING, talk.opened.name) else self.models[beside].open()
+        if other is not None and (text or not other.plain):  # which has nothing to go on with
+            seen.append(self._beside(other, text, prompt, talk.items))
         yield seen
 
     def _beside(self, opened: Askable, text: str, prompt: Any, items: Items) -> Seen:
@@ -110,18 +111,24 @@ class Page:
         )
 
 
-def items_of(opened: Askable, files: Any) -> dict[str, list[Path]]:
-    """Uploaded files by the medium of the model that takes them: the first that takes such files, by their suffix."""
+def items_of(opened: Askable, files: Any, *, medium: str = "") -> dict[str, list[Path]]:
+    """Uploaded files by the medium of the model that takes them: of those that take such files, by their suffix, the
+    one that is named, else the first."""
     items: dict[str, list[Path]] = {}
     for file in map(Path, files):
         suffix = file.suffix.lower().removeprefix(".")
-        takes_it = (name for name, of in opened.config.media.items() if suffix in KINDS[of.kind].suffixes)
-        medium = next(takes_it, None)
-        if medium is None:
+        takes_it = [name for name, of in opened.config.media.items() if suffix in KINDS[of.kind].suffixes]
+        if not takes_it:
             takes = " or ".join(sorted({f"a file of {KINDS[of.kind].noun}" for of in opened.config.media.values()}))
             raise MoextendError(f"{file.name}: the {opened.name} model takes {takes or 'no files'}")
-        items.setdefault(medium, []).append(file)
+        items.setdefault(medium if medium in takes_it else takes_it[0], []).append(file)
     return items
+
+
+def alike(opened: Askable) -> list[str]:
+    """The media of the model that take the same files as another one."""
+    kinds = [of.kind for of in opened.config.media.values()]
+    return [name for name, of in opened.config.media.items() if kinds.count(of.kind) > 1]
 
 
 def extended_layers(opened: Askable) -> tuple[int, ...]:
@@ -174,13 +181,17 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
             choices.insert(0, ("mean of the extended layers", MEAN))
         return gr.Dropdown(choices=choices, value=choices[0][1])
 
+    def media(name: str) -> Any:
+        choices = alike(page.models[name].open())
+        return gr.Dropdown(choices=choices, value=choices[0] if choices else None, visible=bool(choices))
+
     def draw(seen: list[Seen], layer: int) -> tuple[str, str]:
         html = [render(one, layer if layer != MEAN or one.extended else one.first_layer) for one in seen]
         return (html + ["", ""])[0], (html + ["", ""])[1]
 
     def submit(
         asked: dict[str, Any], history: list[Any], talk: Conversation | None, seen: list[Seen], name: str, beside: str,
-        layer: int,
+        layer: int, medium: str | None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         talk = talk if talk is not None and history else page.conversation(name)
         shown = [{"role": "user", "content": {"path": file}} for file in asked["files"]]
@@ -189,7 +200,7 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
         yield history, left, talk, seen, gr.skip(), gr.skip()
         after.join()
         try:
-            items = items_of(talk.opened, asked["files"])
+            items = items_of(talk.opened, asked["files"], medium=medium or "")
             for piece in page.answer(asked["text"].strip(), items, talk, beside):
                 if isinstance(piece, str):
                     said += piece
@@ -219,6 +230,7 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
                     sources=["upload", "microphone"], file_count="multiple", show_label=False, elem_id="box",
                     placeholder="a question, with or without a file",
                 )  # fmt: skip
+                medium = gr.Dropdown(label="Take the next file as", visible=False, elem_id="medium")
                 clear = gr.Button("Forget what was said")
             with gr.Column(scale=6, min_width=320):
                 gr.Markdown("### What the experts did\nOrange: how much of a patch or a word went to new experts. "
@@ -229,14 +241,17 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
                     first = gr.HTML(elem_id="first", min_width=280)
                     second = gr.HTML(elem_id="second", min_width=280)
         built.load(layers, model, layer)
+        built.load(media, model, medium)
         box.submit(
-            submit, [box, chat, talk, seen, model, other, layer], [chat, box, talk, seen, first, second],
+            submit, [box, chat, talk, seen, model, other, layer, medium], [chat, box, talk, seen, first, second],
             concurrency_id="model", concurrency_limit=1, api_visibility="private",
         )  # fmt: skip
         layer.change(draw, [seen, layer], [first, second], api_visibility="private", show_progress="hidden")
         emptied = [chat, talk, seen, first, second]
         clear.click(reset, None, emptied, api_visibility="private")
-        model.change(reset, None, emptied, api_visibility="private").then(layers, model, layer)
+        model.change(reset, None, emptied, api_visibility="private").then(layers, model, layer).then(
+            media, model, medium
+        )
     return built
 
 
