@@ -19,6 +19,7 @@ import random_run
 from PIL import Image
 
 from moextend_jax import cli
+from moextend_jax.commands import prompts_of
 from moextend_jax.config import Medium, MoextendError
 from moextend_jax.evaluate.routed import Routing, routing_of
 from moextend_jax.evaluate.speak import is_question, one_each, question, speak
@@ -162,6 +163,7 @@ def test_a_spoken_question_of_one_of_two_media_of_sounds():
     assert question(opened, "what?", {"speech": [1]})["value"] == "<audio:speech>\nwhat?"
     asks = [is_question(opened, *of) for of in (("", items), ("", {"image": files}), (" ", {}), ("a", {}))]
     assert asks == [True, False, False, True]
+    assert [*prompts_of("")] == [""]  # and not standard input
 
 
 def test_without_gradio_the_command_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch, capsys):
