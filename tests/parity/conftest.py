@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import reference_set
 
-from parity.sets import NAMES
+from parity.sets import FOLDERS
 
 
-@pytest.fixture(scope="session", params=NAMES)
+@pytest.fixture(scope="session", params=FOLDERS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder of reference numbers."""
     if request.param == "shared":
