@@ -206,4 +206,6 @@ def test_tokens_and_gradients_do_not_depend_on_the_mesh(kind: str):
         (_, tokens), gradients = loss(placed, x_nPC)
     np.testing.assert_allclose(tokens, expected, atol=1e-5)
     for path, gradient in expected_gradients.items():
-        np.testing.assert_allclose(gradients[path], gradient, atol=1e-5, rtol=1e-5, err_msg=path)
+        # Entries are sums of parts as large as the largest: a small one among them cancels, and is as rough as these.
+        atol = max(1e-5, 1e-6 * float(np.abs(gradient).max()))
+        np.testing.assert_allclose(gradients[path], gradient, atol=atol, rtol=1e-5, err_msg=path)
