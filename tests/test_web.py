@@ -160,7 +160,7 @@ def test_a_spoken_question_of_one_of_two_media_of_sounds():
     assert items_of(opened, files[1:], medium="speech") == {"image": files[1:]}
     # As in training, whatever was shown first.
     assert question(opened, "", one_each(items))["value"] == "<image>\n<audio:speech>"
-    assert question(opened, "what?", {"speech": [1]})["value"] == "<audio:speech>\nwhat?"
+    assert question(opened, "what?\n", {"speech": [1]})["value"] == "<audio:speech>\nwhat?\n"
     asks = [is_question(opened, *of) for of in (("", items), ("", {"image": files}), (" ", {}), ("a", {}))]
     assert asks == [True, False, False, True]
     assert [*prompts_of("")] == [""]  # and not standard input

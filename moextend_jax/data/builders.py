@@ -391,16 +391,20 @@ def open_built(builder: Any, split: str, *, name: str) -> Built:
 
 def build_all(wanted: Iterable[tuple[str, str]], *, data_dir: Path) -> None:
     """Builds those of these data sets (family and config) that are not there yet, as many at once as there are cores,
-    if sounds have to be made: one core takes over a minute for those of `configs/continual.py`. What takes a few
-    seconds is left to whoever opens it."""
-    missing = [of for of in dict.fromkeys(wanted) if not is_built(packaged(*of, data_dir))]
-    sounds = [of for of in missing if of[0] in FAMILIES and holds_items(of[1])]
+    if sounds of several have to be made: one core takes over a minute for those of `configs/continual.py`. What takes
+    less is left to whoever opens it."""
+
+    def missing(of: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(family, config) for family, config in of if not is_built(packaged(family, config, data_dir))]
+
+    wanted = list(dict.fromkeys(wanted))
+    sounds = missing(of for of in wanted if of[0] in FAMILIES and holds_items(of[1]))
     if len(sounds) < 2 or machine.cores() < 2:
         return
     # In processes, since eSpeak and a C library's random numbers have one state in each; spawned, for JAX has threads.
     with ProcessPoolExecutor(machine.cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        first = [*sounds, *(of for of in missing if of not in sounds)]
-        for future in [pool.submit(_build_packaged, *of, data_dir) for of in first]:
+        ordered = dict.fromkeys([*sounds, *missing(wanted)])  # what takes longest first
+        for future in [pool.submit(_build_packaged, *of, data_dir) for of in ordered]:
             future.result()
 
 

@@ -124,11 +124,11 @@ def one_each(items: Items) -> dict[str, list[int]]:
 def question(opened: Askable, text: str, spans: Spans) -> Turn:
     """A turn that asks; without any mark of a medium its items go first, media in the model's order. Nothing need be
     typed beside a sound, which may be the question."""
-    known = opened.tokenizer.media
+    known, typed = opened.tokenizer.media, text
     for name in reversed([*(name for name in known if name in spans), *(name for name in spans if name not in known)]):
         mark = known[name].mark if name in known else ""
         text = text if mark and mark in text else f"{mark}\n" * len(spans[name]) + text
-    return {"from": "human", "value": text.removesuffix("\n")}
+    return {"from": "human", "value": text if typed else text.removesuffix("\n")}
 
 
 def is_question(opened: Askable, text: str, items: Items) -> bool:

@@ -55,14 +55,14 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     problems = Problems()
     read = functools.cache(functools.partial(open_source, run))
     stages, checks = _stages(settings, names), list(checks)
+    opened = list(_data_names(settings, stages, evaluated=bool(checks)))
     with preparing("looking for packages"):
-        for data in _data_names(settings, stages, evaluated=bool(checks)):
+        for data in opened:
             with problems:
                 check_packages(data, data_dir=data_dir_of(run))
     problems.raise_any()
     with distributed.first_alone("make data"), preparing("preparing data of packages"):
-        names_of_data = _data_names(settings, stages, evaluated=bool(checks))
-        make_ahead(names_of_data, data_dir=data_dir_of(run), media=run.config.media)
+        make_ahead(opened, data_dir=data_dir_of(run), media=run.config.media)
     sources: dict[str, Source] = {}
     for name in dict.fromkeys([*names, *(stage.name for stage in stages)]):
         if (data := _data(settings, name)) is not None:

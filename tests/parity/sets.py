@@ -32,10 +32,8 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig
 
 NAMES = [name for name in os.environ.get("MOEXTEND_ORACLE", "").split(os.pathsep) if name] or ["shared", "derived"]
 """Folders to check (conftest.py)."""
-SHARED = Path(__file__).parents[3] / "shared" / "oracle"
-FOLDERS = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "derived" and SHARED.is_dir() else name for name in NAMES
-]
+LEFT = ["derived"] if oracle.FOLDER.is_dir() else []
+FOLDERS = [pytest.param(name, marks=pytest.mark.slow) if name in LEFT else name for name in NAMES]
 """The same, of which the derived one, of other sizes, is left to the slow tests where the other is there."""
 LONG = [pytest.param("derived stages", marks=pytest.mark.slow) if name == "derived" else name for name in NAMES]
 """The same with the stages of the derived set, whose derivation takes long."""
