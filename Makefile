@@ -1,12 +1,13 @@
 # make demo      the whole method on a small real model; ends in a table and a report
 # make test      the fast tests
 # make lint      format, lint, spelling and types
-# make test-all  all of these and the slow tests
+# make test-all  all of these, the slow tests, and the most important ones compiled as a run is
 # make test-gpu  on a GPU: the tests of what runs there; python benchmarks/gpu.py measures the rest
 # make bench     time one step of each stage
 # make docs      the documentation as a site, in build/site
 # Each creates the environment it needs in .venv first. Another interpreter: make test PYTHON=python3.12 VENV=.venv-3.12
-# Tests run in JOBS processes (2).
+# Tests run in JOBS processes (2). make test SLOW=yes runs those marked slow too, which share with the fast ones of their
+# file what these have compiled.
 # Paths are relative and tools run as modules, so a directory name with spaces is fine.
 
 PYTHON ?= python3
@@ -15,13 +16,14 @@ WORKDIR ?= work/demo
 JOBS ?= 2
 # Files of tests whole, since theirs share what is compiled, in the order of conftest.py.
 PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+CHOSEN = not long$(if $(SLOW),, and not slow)
 RUN := "$(VENV)/bin/python"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow smoke test-all test-gpu lint bench docs clean env env-dev
+.PHONY: help demo test smoke test-all test-gpu lint bench docs clean env env-dev
 .DELETE_ON_ERROR:
 
 help:
@@ -31,15 +33,11 @@ demo: env
 	$(RUN) -m moextend_jax demo --workdir "$(WORKDIR)"
 
 test: env-dev
-	$(PYTEST)
-	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "devices and not slow"
+	$(PYTEST) -m "$(CHOSEN) and not devices"
+	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "$(CHOSEN) and devices"
 
-test-all: lint test test-slow smoke
-
-# What `test` leaves out.
-test-slow: env-dev
-	$(PYTEST) -m "slow and not devices"
-	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "slow and devices"
+test-all: SLOW = yes
+test-all: lint test smoke
 
 # The most important tests once more, compiled as a run is.
 smoke: env-dev

@@ -16,6 +16,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -91,9 +92,10 @@ def run(folder: Path) -> None:
         folder, base=base, data="easy_vqa/questions", split="train[:60]", evaluated="test", length=128
     )
     tiny.shorten_texts(folder)
+    tiny.shorten_easy_vqa(pytest.MonkeyPatch())
     workdir = f"--workdir={folder / 'work'}"
     for words in (
-        ["run", f"--config={config}", workdir, "--config.baseline=true", "--config.finetune.accumulate=1"],
+        ["run", f"--config={config}", workdir, "--config.finetune.accumulate=1"],
         ["generate", workdir, "--prompt=What is it?", "--max_new_tokens=3"],
         ["eval", "--benchmark=easy_vqa", "--limit=8", workdir],
         ["routing", "collect", f"--checkpoint={folder / 'work'}", f"--text={folder / 'kjv.txt'}", "--length=128",

@@ -1,4 +1,5 @@
-"""A process of a test: the command line, with only the first lines of the texts that `evaluate` reads."""
+"""A process of a test: the command line, with only the first lines of the texts that `evaluate` reads, and the first
+questions of easy-VQA."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import tiny
 import torus
 
@@ -15,4 +17,5 @@ if __name__ == "__main__":
     torus.asked()
     with tempfile.TemporaryDirectory() as short:
         tiny.shorten_texts(Path(short))
+        tiny.shorten_easy_vqa(pytest.MonkeyPatch())
         cli.main(sys.argv[1:])

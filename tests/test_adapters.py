@@ -60,7 +60,7 @@ def loss_and_gradient(config: ModelConfig, arrays, batch):
     return jax.jit(jax.value_and_grad(loss))(own)
 
 
-@pytest.mark.parametrize("name", few(ADAPTERS, "lora", "moram"))
+@pytest.mark.parametrize("name", few(ADAPTERS, "lora"))
 def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
     config, batch = with_adapters(tiny.PLAIN, name), tiny.batch()
     arrays = tiny.arrays(config)
@@ -108,6 +108,7 @@ def test_damc_has_one_for_items_and_another_for_text():
     assert {of.share for of in halves.values()} == {1.0}  # two parts of one extension
 
 
+@pytest.mark.slow
 def test_sets_of_atoms_compete_and_the_threshold_is_for_answering():
     """Two sets are one of both their atoms; a set that is closed is as if it were not there."""
     two = Named(first=MORAM, second=dataclasses.replace(MORAM, trains=True))
@@ -139,6 +140,7 @@ def test_sets_of_atoms_compete_and_the_threshold_is_for_answering():
     assert np.abs(hidden(answering, arrays) - hidden(config, arrays)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_over_a_base_in_few_bits():
     """QLoRA: loss and gradients are those over the weights that the integers stand for."""
     config = with_adapters(tiny.PLAIN, "lora")
@@ -164,8 +166,8 @@ def test_over_a_base_in_few_bits():
 @pytest.mark.parametrize(
     ("shape", "dispatch", "names"),
     [
-        pytest.param((1, 2, 2, 2), "gather", ("lora", "mole"), marks=pytest.mark.slow),
-        pytest.param((1, 2, 2, 2), "exchange", ("lora", "mole"), marks=pytest.mark.slow),
+        pytest.param((1, 2, 2, 2), "gather", ("lora", "mole"), marks=pytest.mark.long),
+        pytest.param((1, 2, 2, 2), "exchange", ("lora", "mole"), marks=pytest.mark.long),
         pytest.param((1, 1, 4, 2), "gather", ("shared", "mole"), marks=pytest.mark.slow),
         ((1, 1, 4, 2), "exchange", ("lora", "moram")),
     ],

@@ -66,6 +66,7 @@ def test_the_package_is_imported_without_jax_and_has_what_it_documents():
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_and_the_asker_and_python_say_the_same(run: Run, model: mx.Model, picture: Path, capsys):
     answer = model.generate(QUESTION, picture, max_new_tokens=NEW)
     assert answer != model.generate(QUESTION, max_new_tokens=NEW) and answer.strip()

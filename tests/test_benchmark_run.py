@@ -217,6 +217,7 @@ def test_processes_share_the_questions(base, whole, tmp_path, processes, devices
     assert by_id(path_of(tmp_path)) == by_id(whole)
 
 
+@pytest.mark.slow
 def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Each wording has its answers; nothing is asked twice; models that were asked alike stand in one table."""
     run = aligned(tmp_path, base)

@@ -55,7 +55,8 @@ def loss_and_gradient(config: ModelConfig, arrays, batch, part: str = "blocks/",
     return value, aux, gradient
 
 
-@pytest.mark.parametrize("remat", few(["none", "layer"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "layer"])
 def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(remat):
     config, batch = dataclasses.replace(BLOCKS, remat=remat), tiny.batch()
     arrays = tiny.arrays(config)
@@ -70,6 +71,7 @@ def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(re
     assert moving == {f"blocks/own/{path}" for path in SILENT} & gradient.keys()
 
 
+@pytest.mark.slow
 def test_each_stands_behind_its_group():
     """As a plain model of six layers whose third and sixth are the blocks; the balance loss counts them too."""
     config = dataclasses.replace(BLOCKS, extensions=Named())
@@ -85,6 +87,7 @@ def test_each_stands_behind_its_group():
     np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_conversations_that_they_are_closed_to_pass_by():
     """Even rows have a picture; a batch of text alone runs the program of before."""
     config = dataclasses.replace(BLOCKS, text_isolation="strict")

@@ -89,6 +89,7 @@ def test_ties_of_new_columns_with_their_sources_are_found_and_named(derived, tex
     assert rows["text/logits"]["verdict"] == "ok"  # whoever computes them
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_model_that_sees_went_through_a_tower(derived, text: Path, tmp_path: Path, capsys):
     """So they are held to the tolerance of what went through layers; the demo's own model failed otherwise."""
     name = "text/hidden_states/0"

@@ -465,7 +465,7 @@ def test_memory_stays_within_twice_the_largest_stacked_tensor(tmp_path: Path):
     assert_bounded(folder, tmp_path, at_least=200_000_000, margin=40_000_000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_stays_within_twice_the_largest_stacked_tensor_of_gigabytes(tmp_path: Path):
     folder = big(tmp_path / "src", layers=8, width=2048, hidden=4096)
     assert_bounded(folder, tmp_path, at_least=3_000_000_000, margin=60_000_000)

@@ -30,6 +30,7 @@ def open_llava(folder, entries, *, images=("a.png", "b.png")):
     return open_dataset("llava_instruct", data_dir=folder / "built", manual_dir=folder)
 
 
+@pytest.mark.slow
 def test_easy_vqa_rows_and_images_belong_together(data_dir):
     easy_vqa = pytest.importorskip("easy_vqa")
     questions, answers, numbers = easy_vqa.get_test_questions()

@@ -31,6 +31,16 @@ def test_the_tool_can_be_copied_because_it_imports_nothing_of_ours():
     assert roots == {"numpy", "torch", "safetensors", "transformers"}
 
 
+def messages_of_tool(words: list[list[str]]) -> list[str]:
+    """What each of these calls of the tool ends with, "" where it ends well: in one process, since importing torch
+    takes longer than all the rest."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    command_line = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(words)]
+    done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 class Dump(NamedTuple):
     """A checkpoint, the options that open it here, and the folder of what the tool wrote of it."""
 
@@ -42,7 +52,7 @@ class Dump(NamedTuple):
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
     """What the tool makes of three layouts, and of a router that has become NaN, from random ids with padding and
-    holes. In one process: importing torch takes longer than all the rest."""
+    holes."""
     pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
     folder = tmp_path_factory.mktemp("dumps")
     (folder / "derived").mkdir()
@@ -69,11 +79,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
             np.savez(dumped[name].folder / "ids.npz", input_ids=ids_BL, attention_mask=mask)
         at = {option: str(dumped[name].folder / file) for option, file in FILES.items()}
         words.append([str(checkpoint), *(word for pair in at.items() for word in pair), "--batch_size", "2"])
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    command_line = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(words)]
-    done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name, message in zip(dumped, json.loads(done.stdout.splitlines()[-1]), strict=True):
+    for name, message in zip(dumped, messages_of_tool(words), strict=True):
         assert bool(message) == (name in ("nan", "own_code", "no_ids")), message
         (dumped[name].folder / "message").write_text(message)
     return dumped
@@ -149,21 +155,33 @@ def test_any_mixture_whose_routers_transformers_calls_so_is_dumped(families: Pat
     np.testing.assert_allclose(stats.entropy_Z["text"], -(probs_ZTO * np.log(probs_ZTO)).sum(-1).mean(1), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "olmoe",
-                                  "qwen2_moe", "qwen3_moe", "qwen3_next"])  # fmt: skip
-def test_published_forms_of_other_families_are_dumped(shared: Path, name: str, tmp_path: Path):
+PUBLISHED = ("deepseek_v3", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "olmoe", "qwen2_moe", "qwen3_moe",
+             "qwen3_next")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME.npz of every family's published form."""
     pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
-    folder = shared / "families" / name
-    batch = np.load(folder / "batches.npz")
-    mask_BL = batch["text/attention_mask"]
-    np.savez(tmp_path / "ids.npz", input_ids=batch["text/input_ids"], attention_mask=mask_BL)
-    words = [sys.executable, str(TOOL), str(folder), "--ids", str(tmp_path / "ids.npz"), "--out"]
-    done = subprocess.run([*words, str(tmp_path / "out.npz")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    wanted, stats = np.load(folder / "forward.npz"), statistics.read_stats(tmp_path / "out.npz")
+    root, words = tmp_path_factory.mktemp("published"), []
+    for name in PUBLISHED:
+        batch = np.load(shared / "families" / name / "batches.npz")
+        ids = {"input_ids": batch["text/input_ids"], "attention_mask": batch["text/attention_mask"]}
+        np.savez(root / f"{name} ids.npz", **ids)
+        files = ["--ids", str(root / f"{name} ids.npz"), "--out", str(root / f"{name}.npz")]
+        words.append([str(shared / "families" / name), *files])
+    assert not any(messages := messages_of_tool(words)), messages
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_forms_of_other_families_are_dumped(shared: Path, published: Path, name: str):
+    mask_BL = np.load(published / f"{name} ids.npz")["attention_mask"]
+    wanted = np.load(shared / "families" / name / "forward.npz")
+    stats = statistics.read_stats(published / f"{name}.npz")
     assert stats.per_token is not None
-    for z, layer in enumerate(np.load(tmp_path / "out.npz")["layers"]):
+    for z, layer in enumerate(np.load(published / f"{name}.npz")["layers"]):
         picks_Tk = wanted[f"text/topk_idx/{layer}"][mask_BL.reshape(-1) > 0]
         np.testing.assert_array_equal(np.sort(stats.per_token.ids_ZTk[z]), np.sort(picks_Tk))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import jax.numpy as jnp
+import pytest
 import tiny
 
 from moextend_jax.checkpoints import huggingface
@@ -26,6 +27,7 @@ def test_the_files_are_those_of_the_hash_list():
     assert sum(path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()) <= 32 * 2**20
 
 
+@pytest.mark.slow
 def test_it_loads_and_reads_text_better_than_it_could_guess():
     config = of_pictures(
         decoder=huggingface.read_decoder_config(EMBEDDED),

@@ -170,6 +170,7 @@ def test_stock_transformers_computes_every_family_and_start(case: str, stock):
     check(case, stock[0], stock[1] / case)
 
 
+@pytest.mark.slow
 def test_names_of_an_extension_are_unique_in_every_family():
     for family in FAMILIES:
         config = config_of(f"{family}-copy")

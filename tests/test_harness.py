@@ -119,6 +119,7 @@ def test_what_the_model_says_is_greedy_to_the_harness(run, model, direct):
     assert greedy and not not_greedy
 
 
+@pytest.mark.slow
 def test_rolling_scores_each_token_once(run, model, direct):
     """A text of more than two windows of 40 tokens: the first sees BOS, later ones the 40 tokens before each end."""
     text = " ".join("And God said, Let there be light: and there was light." for _ in range(7))

@@ -36,8 +36,9 @@ DECODER = DecoderConfig(width=D, hidden=F, layers=1, experts=E, top_k=TOP_K)
 EXTENSION = ExtensionConfig(layers=(0,), sources=(0,))
 ONE_PRODUCT = 2 * ROWS * LENGTH * TOP_K * D * F
 """FLOPs of all rows through one of an expert's three matrices."""
-slow = pytest.mark.slow  # the compiler takes 4 to 12 seconds a program
-TOPOLOGIES = ["v5p:2x2x1", "v5e:2x2", "v6e:2x2"]
+long = pytest.mark.long  # the compiler takes 4 to 12 seconds a program
+TOPOLOGIES = [pytest.param("v6e:2x2", marks=pytest.mark.slow), *(pytest.param(name, marks=long) for name in
+              ("v5p:2x2x1", "v5e:2x2"))]  # fmt: skip
 
 
 def sharded(module, mesh):
@@ -79,15 +80,13 @@ def products(name: str, gradient: str) -> float:
     return 4 * costs["flops"] / ONE_PRODUCT
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=slow) for name in TOPOLOGIES[:2]), TOPOLOGIES[2]])
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_the_grouped_products_do_no_flops_for_experts_not_chosen(name: str):
     """`ragged_dot` does 8 times the work on v5e and v6e. The rest, router and sums, is a few percent at these sizes."""
     # Two kernels, pretrained and new experts', each of which the compiler takes to pass over all rows.
     assert products(name, "none") == pytest.approx(2 * 3, rel=0.05)
 
 
-@slow
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_frozen_experts_have_no_weight_gradient(name: str):
     """Backward to the tokens: gate and up again for nobody (no remat here), three products; a weight gradient would be
@@ -96,11 +95,16 @@ def test_frozen_experts_have_no_weight_gradient(name: str):
     assert products(name, "extension") - products(name, "tokens") == pytest.approx(3, rel=0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["gather", pytest.param("exchange", marks=slow)])
 @pytest.mark.parametrize(
-    "mesh_shape", [(1, 2, 2, 1), *(pytest.param(shape, marks=slow) for shape in ((1, 1, 4, 1), (1, 1, 2, 2)))]
-)
+    ("mesh_shape", "how"),
+    [
+        pytest.param((1, 2, 2, 1), "gather", marks=pytest.mark.slow),
+        pytest.param((1, 1, 2, 2), "exchange", marks=pytest.mark.slow),
+        *(pytest.param(shape, how, marks=long) for shape, how in (
+            ((1, 2, 2, 1), "exchange"), ((1, 1, 4, 1), "gather"), ((1, 1, 4, 1), "exchange"), ((1, 1, 2, 2), "gather"))
+        ),
+    ],
+)  # fmt: skip
 def test_both_dispatches_compile(mesh_shape: tuple[int, ...], how: str):
     analysis = compiled("v5e:2x2", mesh_shape, how, "extension").memory_analysis()
     assert analysis is not None and analysis.temp_size_in_bytes > 0
@@ -136,7 +140,7 @@ def test_generation_is_lowered_for_several_chips():
     assert "tpu_custom_call" in lowered.as_text()
 
 
-@slow
+@pytest.mark.slow
 def test_every_command_compiles_for_several_chips(tmp_path: Path):
     """What `run`, `generate`, `eval`, `routing collect` and `bench` call, noted on CPU devices, for v5e:2x2."""
     script = Path(__file__).with_name("commands_on_tpu.py")

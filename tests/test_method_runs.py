@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,12 @@ def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, mon
         return place(batch, mesh)
 
     monkeypatch.setattr(loop, "place_rows", dying)
-    ends = {}
+    ends, run = {}, open_run(settings, tmp_path / "whole")
+    for stage in ("align", "grow"):
+        make(run, stage)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for folder, dies_at in (("whole", 0), ("cut", 4)):
-        run = open_run(settings, tmp_path / folder)
-        for stage in ("align", "grow"):
-            make(run, stage)
-        left[0] = dies_at
+        run, left[0] = open_run(settings, tmp_path / folder), dies_at
         if dies_at:
             with pytest.raises(KeyboardInterrupt):
                 make(run, "finetune")

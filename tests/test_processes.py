@@ -170,26 +170,29 @@ def test_a_signal_to_one_process_loses_no_bit(llava, two, stopped, tmp_path: Pat
         assert all(whole[name].tobytes() == rest[name].tobytes() for name in whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "devices", "shape", "parts"),
     [
-        (4, 1, (2, 2, 1, 1), [[0], [1], [2], [3]]),
-        (2, 4, (1, 2, 2, 2), [[0], [1]]),
-        (4, 1, (1, 2, 1, 2), [[0, 1], [2, 3]]),  # the tensor axis crosses processes: they read the same rows
+        pytest.param(4, 1, (2, 2, 1, 1), [[0], [1], [2], [3]], marks=pytest.mark.long),
+        pytest.param(2, 4, (1, 2, 2, 2), [[0], [1]], marks=pytest.mark.slow),
+        # The tensor axis crosses processes: they read the same rows.
+        pytest.param(4, 1, (1, 2, 1, 2), [[0, 1], [2, 3]], marks=pytest.mark.slow),
     ],
 )
 def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devices, shape, parts):
-    """Starting from a checkpoint that one process saved, too."""
     sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
-    launch_work(tmp_path / "all", llava, sizes, processes=processes, devices=devices)
-    check(tmp_path / "all", alone, parts=parts)
-    folder = cut_off(alone[0], tmp_path / "go on")
-    launch_work(folder, llava, sizes, processes=processes, devices=devices)
-    _same_training(folder, alone)
+    launch_work(tmp_path, llava, sizes, processes=processes, devices=devices)
+    check(tmp_path, alone, parts=parts)
 
 
 @pytest.mark.slow
+def test_several_processes_go_on_from_the_checkpoint_that_one_has_saved(llava, alone, tmp_path: Path):
+    folder = cut_off(alone[0], tmp_path / "go on")
+    launch_work(folder, llava, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, processes=2, devices=4)
+    _same_training(folder, alone)
+
+
+@pytest.mark.long
 def test_the_whole_run_in_two_processes(tmp_path: Path):
     """`moextend run` on a folder with a space in its name; then other commands on what it wrote. Finetune learns slowly
     here: new router leaves begin where their gradients are next to nothing, and Adam makes whole steps of rounding."""

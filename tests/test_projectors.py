@@ -142,6 +142,7 @@ def test_resampler_equals_the_query_transformer_of_transformers():
     np.testing.assert_allclose(run("resampler")(arrays, X_nPC), expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fifty_queries_are_fifty_tokens_and_every_leaf_learns():
     config = ProjectorConfig(kind="resampler", queries=50, layers=2, heads=2)
     module = make_projector(config, C=C, P=P, D=D, rngs=nnx.Rngs(0), dtype="float32")

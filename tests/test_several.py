@@ -79,7 +79,8 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
 # --- isolation --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "talk"), [("sound", SOUND), pytest.param("image", IMAGE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "talk"), [("sound", SOUND), ("image", IMAGE)])
 def test_a_batch_of_one_medium_is_that_of_its_extension_alone(name: str, talk: Talk):
     batch = talks([talk, TEXT], [talk._replace(number=8)], [TEXT._replace(number=9)])
     (hidden_BLD, routing), (alone_BLD, alone) = decoded(STRICT)(batch), decoded(ALONE[name])(batch)

@@ -100,9 +100,11 @@ def on_one_device(stage: str) -> Trained:
     return three_steps(stage, tiny.arrays(MODEL), BATCHES)
 
 
-QUICK = {("finetune", "no data"), ("finetune", "no tensor")}
+MARKS = {("finetune", "no data"): (), ("finetune", "no tensor"): ()} | dict.fromkeys(
+    [("align", "no data"), ("extend", "no tensor"), ("full", "no data")], pytest.mark.slow
+)
 CASES = [
-    pytest.param(stage, shape, marks=() if (stage, shape) in QUICK else pytest.mark.slow)
+    pytest.param(stage, shape, marks=MARKS.get((stage, shape), pytest.mark.long))
     for stage in ("align", "extend", "finetune", "full")
     for shape in MESHES
 ]
@@ -143,7 +145,7 @@ def assert_same(got: Trained, expected: Trained) -> None:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=() if family == "gpt_oss" else pytest.mark.slow)
+        pytest.param(family, marks={"gpt_oss": (), "glm4_moe": pytest.mark.slow}.get(family, pytest.mark.long))
         for family in FAMILIES
         if family != "mixtral"
     ],

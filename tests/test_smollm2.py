@@ -30,8 +30,6 @@ from moextend_jax.generate import Generator
 from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.train.metrics import read_metrics
 
-pytestmark = pytest.mark.long
-
 CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     "<|im_start|>user\nWhat is a badger?<|im_end|>\n<|im_start|>assistant\n"
@@ -101,6 +99,7 @@ def losses(arrays: dict[str, jax.Array], config: DecoderConfig, passages: dict[s
     return {name: [mean_loss(step, arrays, [padded(ids, length)]) for ids in rows] for name, rows in passages.items()}
 
 
+@pytest.mark.long
 def test_the_sizes_are_smollm2s(opened: Opened):
     assert opened.config == DecoderConfig(
         vocab_size=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, head_size=64, experts=1, top_k=1,
@@ -108,6 +107,7 @@ def test_the_sizes_are_smollm2s(opened: Opened):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_losses_are_those_of_transformers_llama(mixture, passages):
     arrays, config = mixture
     ours = losses(arrays, config, passages)
@@ -115,6 +115,7 @@ def test_the_losses_are_those_of_transformers_llama(mixture, passages):
         np.testing.assert_allclose(ours[name], theirs, rtol=0, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.long
 def test_the_greedy_answer_is_that_of_transformers_llama(mixture, tokenizer):
     arrays, config = mixture
     structure = tiny.structure(ModelConfig(decoder=config, dtype="float32", remat="none"))
@@ -125,6 +126,7 @@ def test_the_greedy_answer_is_that_of_transformers_llama(mixture, tokenizer):
     assert tokenizer.decode(ids).startswith(ANSWER)
 
 
+@pytest.mark.long
 def test_dense_and_upcycled_outputs_are_equal_under_any_router(opened: Opened, mixture, passages):
     arrays, config = mixture
     ids_BL = passages["wordnet"][0]
@@ -138,6 +140,7 @@ def test_dense_and_upcycled_outputs_are_equal_under_any_router(opened: Opened, m
     np.testing.assert_allclose(llama.logits(other, config, ids_BL), dense, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_torch_agrees_on_the_same_dequantised_weights(opened: Opened, mixture, passages, tokenizer, tmp_path: Path):
     torch = pytest.importorskip("torch", reason="the reference needs the torch extra")
     from transformers import LlamaForCausalLM

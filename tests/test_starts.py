@@ -210,9 +210,10 @@ def one_layer(
 @pytest.mark.parametrize("rule", [Rule(3, normalised=False), Rule(2, scores="sigmoid", routed_factor=2.5, groups=2)])
 @pytest.mark.parametrize("start", EXACT)
 def test_so_it_is_in_families_of_other_weights(start: StartName, rule: Rule):
-    """Weights that do not sum to one, sigmoid scores with a bias, groups of experts."""
+    """Weights that do not sum to one, sigmoid scores with a bias, groups of experts. Of these numbers every processor's
+    products are exact, whatever their width: else a twin's logit may differ from its source's in the last bit."""
     rng = np.random.default_rng(1)
-    x_TD, gate_DE = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((300, 6), (6, 8)))
+    x_TD, gate_DE = (jnp.round(rng.normal(size=shape).astype(np.float32) * 128) / 128 for shape in ((300, 6), (6, 8)))
     bias_E = jnp.asarray(rng.normal(size=8) * 0.2, jnp.float32) if rule.scores == "sigmoid" else None
     sources_X = jnp.array([5, 2])
     columns = one_layer(gate_DE[:, sources_X], start=start, bias_X=None if bias_E is None else bias_E[sources_X])
@@ -299,8 +300,9 @@ def all_starts(dispatch: Any) -> ModelConfig:
 
 @pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("dispatch", few(["gather", "exchange"]))
-@pytest.mark.parametrize("shape", few(["no data", "expert"]))
+@pytest.mark.parametrize(
+    ("shape", "dispatch"), [("no data", "gather"), pytest.param("expert", "exchange", marks=pytest.mark.slow)]
+)
 def test_losses_gradients_and_routing_do_not_depend_on_the_mesh(dispatch: Any, shape: str):
     model = all_starts(dispatch)
     trained = ("extensions/*", "decoder/layers/moe/gate")
@@ -581,6 +583,7 @@ def test_what_cannot_be_extended_is_refused_before_the_first_step(name: str):
     assert "a layer has 4" in told(settings(select=SelectSettings(new_experts=5)))[0]
 
 
+@pytest.mark.slow
 def test_with_one_expert_that_always_weighs_one_nothing_would_learn_to_choose():
     """Why `extension_problems` refuses it: a weight over itself is 1."""
     decoder = dataclasses.replace(tiny.DECODER, top_k=1)
