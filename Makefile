@@ -41,7 +41,7 @@ test-all: lint test smoke
 
 # The most important tests once more, compiled as a run is.
 smoke: env-dev
-	XLA_FLAGS= $(PYTEST) -m smoke
+	XLA_FLAGS= $(PYTEST) -m "smoke and not slow"
 
 # On a machine with a GPU, in an environment that has JAX with CUDA: pip install -e ".[gpu,dev]" into VENV.
 test-gpu:

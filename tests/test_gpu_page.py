@@ -33,7 +33,7 @@ def test_kernels_agree_with_dense_sums(tmp_path: Path):
     assert 1e-4 < max(found.values()) < 1e-2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_so_does_all_the_rest(tmp_path: Path):
     found = run(tmp_path, "--only", "kernels,steps,profile")
     assert len(found["steps"]) == 3 and all("failed" not in row["measured"] for row in found["steps"].values())

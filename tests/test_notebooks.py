@@ -77,7 +77,7 @@ def executed(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, results: str, steps: dict[int, int] | None = None
 ) -> Any:
     """The value of the expression `results` after a copy of the notebook has been executed by this interpreter, whose
-    evaluations read the first lines of the held-out texts alone.
+    evaluations read the first lines of the held-out texts alone. One core: tests run in several processes.
 
     Args:
       steps: how many a stage has here that has so many in the notebook.
@@ -96,8 +96,11 @@ def executed(
         (cell,) = (cell for cell in notebook.cells if re.search(rf"\bsteps\W+{many}\b", cell.source))
         cell.source = re.sub(rf"(\bsteps\W+){many}\b", rf"\g<1>{few}", cell.source)
     (folder / "texts").mkdir()
-    shorter = f"import pathlib, tiny\ntiny.shorten_texts(pathlib.Path({str(folder / 'texts')!r}))"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(shorter))
+    first = (
+        "import pathlib, tiny\nfrom moextend_jax import machine\nmachine.cores = lambda: 1\n"
+        f"tiny.shorten_texts(pathlib.Path({str(folder / 'texts')!r}))"
+    )
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({results}))"))
     resources = {"metadata": {"path": str(folder / "notebooks")}}
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=3600, resources=resources).execute()
