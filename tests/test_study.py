@@ -172,18 +172,22 @@ def test_a_study_of_real_runs(tmp_path: Path):
         vision=str(base / "vision"), dtype="float32", log_every=1,
         select=dataclasses.replace(PLAIN.select, held_out=6, batch_size=6),
         study=StudySettings(
-            points={"all": ("select.layers=all",), "lora": ("method.name=lora", "method.rank=2")}, seeds=(0,)
+            points={
+                "paper": (), "all": ("select.layers=all",), "lora": ("method.name=lora", "method.rank=2"),
+            },
+            seeds=(0,),
         ),
     )  # fmt: skip
     record = run_study(settings, tmp_path / "w", run=run_and_start)
-    chosen = json.loads((tmp_path / "w" / "all" / "seed_0/select/routing.json").read_text())["chosen_layers"]
-    assert chosen == [0, 1, 2]
+    chosen = {name: json.loads((tmp_path / "w" / name / "seed_0/select/routing.json").read_text())["chosen_layers"]
+              for name in ("paper", "all")}  # fmt: skip
+    assert chosen["all"] == [0, 1, 2] and len(chosen["paper"]) == 1
     trained = {name: point["seeds"][0]["trained"] for name, point in record["points"].items()}
-    assert trained["lora"] != trained["all"]
+    assert trained["all"] == 3 * trained["paper"]
     start = {name: point["seeds"][0]["start"] for name, point in record["points"].items()}
-    assert start["lora"] == 0 < start["all"]
+    assert start["lora"] == 0 < start["paper"]
     flops = {name: point["seeds"][0]["flops"] for name, point in record["points"].items()}
-    assert flops["lora"] > 1 and flops["all"] == pytest.approx(1, abs=0.05)
+    assert flops["lora"] > 1 and flops["paper"] == pytest.approx(1, abs=0.05)
     results = [sorted((tmp_path / "w" / name / "seed_0/align/result").rglob("*")) for name in record["points"]]
     inodes = [{path.stat().st_ino for path in of if path.is_file()} for of in results]
     assert all(of == inodes[0] for of in inodes[1:])
