@@ -42,7 +42,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # killed, and half an entry would stay.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Tracing makes millions of objects that stay; most collections search them for nothing.
 gc.set_threshold(200_000, 20, 1000)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # places in our code, ten to an operation, that nobody reads

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import browser
+import media_files as files
 import numpy as np
 import pytest
 import random_run
@@ -20,14 +21,14 @@ from PIL import Image
 
 from moextend_jax import cli
 from moextend_jax.commands import prompts_of
-from moextend_jax.config import Medium, MoextendError
+from moextend_jax.config import RECIPES, Medium, MoextendError, VisionConfig
 from moextend_jax.evaluate.routed import Routing, routing_of
 from moextend_jax.evaluate.speak import is_question, one_each, question, speak
 from moextend_jax.runs.askable import choices
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run
-from moextend_jax.web.experts import MEAN, Seen, chosen, render, share_of_new
-from moextend_jax.web.page import NOTHING, Page, alike, items_of
+from moextend_jax.web.experts import MEAN, Frame, Seen, chosen, render, share_of_new
+from moextend_jax.web.page import NOTHING, Page, alike, frames_of, items_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's and gradio's own
 
@@ -66,8 +67,8 @@ def seen() -> Seen:
         patches=np.array([0, 1, 2, 3, -1, -1]),
         media=["image"] * 4 + [""] * 2,
     )
-    image = Image.new("RGB", (4, 4))
-    return Seen("a <i>", 'an "answer"', routing, base=2, first_layer=0, extended=(1,), picture=image, grid=2)
+    frames = (Frame(Image.new("RGB", (4, 4)), 2, first=0, medium="image"),)
+    return Seen("a <i>", 'an "answer"', routing, base=2, first_layer=0, extended=(1,), frames=frames)
 
 
 # --- what is shown of the experts -------------------------------------------------------------------------------------
@@ -88,6 +89,30 @@ def test_patches_are_tinted_words_have_their_experts_and_texts_are_escaped(seen:
     words = [(span.findtext("b"), span.findtext("small")) for span in tree.iter("span") if span.get("class") == "token"]
     assert words == [(" a", "n0 1"), ("<b>&", "0 1")]
     assert "a <i>" in "".join(tree.itertext()) and 'an "answer"' in "".join(tree.itertext())
+
+
+def test_every_picture_has_its_own_patches(seen: Seen):
+    seen = seen._replace(
+        frames=(seen.frames[0]._replace(medium="video"), *(seen.frames[0]._replace(first=n, grid=1) for n in (1, 3)))
+    )
+    drawn = [of for of in ET.fromstring(render(seen, 1)).iter("div") if of.get("class") == "frame"]
+    titles = [[rect.findtext("title") for rect in of.iter("rect")] for of in drawn]
+    assert titles == [[], ["patch 0\nlayer 1: 1 0.60, new 0 0.40"], ["patch 0\nlayer 1: 1 1.00, 0 0.00"]]
+
+
+@pytest.mark.parametrize("join, firsts", [("each", [0, 4, 8, 12]), ("mean", [0, 0, 4, 4])])
+def test_every_frame_of_a_video_is_a_picture(join: Any, firsts: list[int]):
+    tower = VisionConfig(image_size=8, patch_size=4, width=8, hidden=8, layers=1, heads=1)
+    watched = Medium(kind="video", mark="<video>", tower=tower, frames=2, join=join)
+    opened: Any = SimpleNamespace(
+        config=SimpleNamespace(media={"image": Medium(tower=tower), "video": watched}), recipe=RECIPES["paper"]
+    )
+    videos = [files.video("GIF", count=5), files.video("GIF", count=3)]
+    frames = [*frames_of(opened, {"video": videos, "image": [np.zeros((4, 4, 3), np.uint8)], "sound": [b""]})]
+    assert [(frame.medium, frame.first, frame.grid) for frame in frames] == [
+        *(("video", first, 2) for first in firsts), ("image", 0, 2)
+    ]  # fmt: skip
+    assert frames[0].picture.size == (336, 336) and frames[0].picture != frames[1].picture
 
 
 def test_a_model_without_new_experts_says_so(seen: Seen):
@@ -111,7 +136,7 @@ def test_the_page_offers_finished_models_and_answers_as_generate_does(page: Page
     np.testing.assert_array_equal(seen[0].routing.picks, routing.picks)
     assert seen[0].extended and not seen[1].extended
     rects = [*ET.fromstring(render(seen[0], MEAN)).iter("rect")]
-    assert len(rects) == seen[0].grid ** 2 == talk.opened.patches
+    assert len(rects) == seen[0].frames[0].grid ** 2 == talk.opened.patches
     other = page.models["aligned"].open()
     assert seen[1].answer == "".join(speak(other, QUESTION, items=items, max_new_tokens=NEW))
 
@@ -130,10 +155,10 @@ def test_a_base_continues_text_and_is_shown_beside_without_the_picture(page: Pag
     talk = page.conversation("base")
     *pieces, seen = page.answer("In the beginning", {}, talk, NOTHING)
     assert "".join(map(str, pieces)) == "".join(speak(talk.opened, "In the beginning", plain=True, max_new_tokens=NEW))
-    assert isinstance(seen, list) and seen[0].picture is None
+    assert isinstance(seen, list) and not seen[0].frames
     talk = page.conversation("moextend")
     *_, seen = page.answer(QUESTION, items_of(talk.opened, [picture]), talk, "base")
-    assert isinstance(seen, list) and seen[1].title == "base" and seen[1].picture is None
+    assert isinstance(seen, list) and seen[1].title == "base" and not seen[1].frames
 
 
 def test_a_file_that_the_model_does_not_take_is_refused_in_words(page: Page, tmp_path: Path):

@@ -179,14 +179,15 @@ def show(opened: Askable, items: Items) -> Shown:
         if medium is None or not files:
             spans[name] = [1] * len(files)
             continue
-        read = [_item(file, name, medium) for file in files]
+        read = [read_item(file, name, medium) for file in files]
         kind, preparation = KINDS[medium.kind], opened.recipe.image_preparation
         arrays[name] = np.stack([kind.prepare(item, medium=medium, preparation=preparation, id=name) for item in read])
         spans[name] = [medium.span(kind.positions(item, medium)) for item in read]
     return Shown(arrays, {name: of for name, of in spans.items() if of})
 
 
-def _item(file: Item, name: str, medium: Medium) -> Any:
+def read_item(file: Item, name: str, medium: Medium) -> Any:
+    """What `decode` of the medium's kind makes of a file; `name` is the medium's. Raises MoextendError as `show`."""
     if medium.kind == "image":
         return picture(file)
     encoded_file = file if isinstance(file, bytes) else _bytes_of(file, what=name)

@@ -1,7 +1,7 @@
-"""What a model's experts did with one text, as HTML: the picture tinted patch by patch, and every token's experts.
+"""What a model's experts did with one text, as HTML: pictures tinted patch by patch, and every token's experts.
 
-In: a `Routing`, and the picture as the tower frames it. Out: markup without scripts; the browser shows the numbers of a
-patch or a token while the mouse is over it. All text is escaped: it is what somebody typed, or what a model said.
+In: a `Routing`, and the pictures as their tower frames them. Out: markup without scripts; the browser shows the numbers
+of a patch or a token while the mouse is over it. All text is escaped: it is what somebody typed, or what a model said.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moextend_jax.config import IMAGE
 from moextend_jax.evaluate.routed import Routing
 
 MEAN = -1
 """In place of a layer: the mean over the extended layers."""
-MOST_TOKENS = 600
-"""Tokens of a text that are shown, the last of them: a browser has to lay them out."""
+MOST_TOKENS, MOST_FRAMES = 600, 16
+"""Tokens of a text and pictures that are shown, the last of them: a browser has to lay them out."""
 
 CSS = """
 .experts{font-size:14px;line-height:1.5}
-.experts .frame{position:relative;max-width:340px;border-radius:8px;overflow:hidden;line-height:0}
+.experts .frames{display:flex;flex-wrap:wrap;gap:6px;max-width:340px}
+.experts .frame{position:relative;flex:1 0 100px;border-radius:8px;overflow:hidden;line-height:0}
 .experts .frame img{display:block;width:100%;filter:grayscale(.75)}
 .experts .frame svg{position:absolute;inset:0;width:100%;height:100%}
 .experts .frame rect{fill:#ff5a00;stroke:#8886;stroke-width:.01}
@@ -40,13 +40,25 @@ background:linear-gradient(90deg,#ff5a0000,#ff5a00)}
 """
 
 
+class Frame(NamedTuple):
+    """A picture, or a frame of a video, as the tower of `medium` takes it.
+
+    grid: its patches along a side, 0 where they have no place in it. first: which of the medium's `Routing.patches` is
+      its first.
+    """
+
+    picture: Image.Image
+    grid: int
+    first: int
+    medium: str
+
+
 class Seen(NamedTuple):
     """What is shown of one model's answer.
 
     base: its number of pretrained experts. first_layer: the number of the first layer that routes; extended: numbers of
       the extended ones.
-    picture: the last one of the text, framed as the tower takes it. grid: its patches along a side, 0 where they have
-      no place in it. first: which of `Routing.patches` is its first.
+    frames: the pictures of the text, in their order.
     """
 
     title: str
@@ -55,9 +67,7 @@ class Seen(NamedTuple):
     base: int
     first_layer: int
     extended: tuple[int, ...]
-    picture: Image.Image | None = None
-    grid: int = 0
-    first: int = 0
+    frames: tuple[Frame, ...] = ()
 
 
 def share_of_new(seen: Seen, layer: int) -> np.ndarray:
@@ -77,12 +87,13 @@ def chosen(seen: Seen, layer: int, token: int) -> list[tuple[str, float]]:
 
 
 def render(seen: Seen, layer: int) -> str:
-    """The picture and the tokens of an answer in a layer (`MEAN`: over the extended layers)."""
+    """The pictures and the tokens of an answer in a layer (`MEAN`: over the extended layers)."""
     share_T = share_of_new(seen, layer)
     of = "mean of the extended layers" if layer == MEAN else f"layer {layer}"
     parts = [f"<p><b>{escape(seen.title)}</b>: {escape(seen.answer) or '(nothing)'}</p>"]
-    if seen.picture is not None:
-        parts.append(_frame(seen, layer, share_T))
+    if seen.frames:
+        frames = "".join(_frame(seen, frame, layer, share_T) for frame in seen.frames[-MOST_FRAMES:])
+        parts.append(f'<div class="frames">{frames}</div>')
     if seen.extended:
         parts.append(f'<p>Weight of new experts, {of}: 0<span class="scale"></span>1</p>')
     else:
@@ -90,29 +101,29 @@ def render(seen: Seen, layer: int) -> str:
     return f'<div class="experts">{"".join(parts)}{_tokens(seen, layer, share_T)}</div>'
 
 
-def _frame(seen: Seen, layer: int, share_T: np.ndarray) -> str:
-    assert seen.picture is not None
+def _frame(seen: Seen, frame: Frame, layer: int, share_T: np.ndarray) -> str:
     file = io.BytesIO()
-    seen.picture.save(file, "PNG")
+    frame.picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")
     cells = []
     for token, medium in enumerate(seen.routing.media):
-        patch = int(seen.routing.patches[token]) - seen.first
-        if medium == IMAGE and 0 <= patch < seen.grid**2:
-            y, x = divmod(patch, seen.grid)
+        patch = int(seen.routing.patches[token]) - frame.first
+        if medium == frame.medium and 0 <= patch < frame.grid**2:
+            y, x = divmod(patch, frame.grid)
             cells.append(
                 f'<rect x="{x}" y="{y}" width="1" height="1" fill-opacity="{0.8 * share_T[token]:.2f}">'
                 f"<title>{escape(_numbers(seen, layer, token, f'patch {patch}'))}</title></rect>"
             )
     return (
         f'<div class="frame"><img alt="the picture as the model sees it" src="data:image/png;base64,{data}"/>'
-        f'<svg viewBox="0 0 {seen.grid} {seen.grid}" preserveAspectRatio="none">{"".join(cells)}</svg></div>'
+        f'<svg viewBox="0 0 {frame.grid} {frame.grid}" preserveAspectRatio="none">{"".join(cells)}</svg></div>'
     )
 
 
 def _tokens(seen: Seen, layer: int, share_T: np.ndarray) -> str:
-    """Words and marks; patches are in the picture, where there is one."""
-    shown = [t for t, medium in enumerate(seen.routing.media) if medium != IMAGE or not seen.grid]
+    """Words and marks; patches are in the pictures, where there are some."""
+    drawn = {frame.medium for frame in seen.frames if frame.grid}
+    shown = [t for t, medium in enumerate(seen.routing.media) if medium not in drawn]
     chips = []
     for token in shown[-MOST_TOKENS:]:
         text = seen.routing.tokens[token].replace("\n", "⏎") or " "

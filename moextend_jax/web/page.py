@@ -19,17 +19,17 @@ import numpy as np
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.evaluate.chat import Conversation
 from moextend_jax.evaluate.routed import routing_of
-from moextend_jax.evaluate.speak import Items, is_question, picture, speak
+from moextend_jax.evaluate.speak import Items, is_question, read_item, speak
 from moextend_jax.folders import extra_hint
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import framed, tower_of
 from moextend_jax.runs.askable import Askable, Choice
-from moextend_jax.web.experts import CSS, MEAN, Seen, render
+from moextend_jax.web.experts import CSS, MEAN, Frame, Seen, render
 
 NOTHING = "nothing"
 PICTURE_PIXELS = 336
-"""Side of the tinted picture."""
+"""Side of a tinted picture."""
 LARGEST = "64mb"
 """Files that the page takes; what is inside is checked again when it is read."""
 
@@ -107,7 +107,7 @@ class Page:
             base=config.decoder.experts,
             first_layer=config.decoder.routed.start,
             extended=extended_layers(opened),
-            **_picture_of(opened, items),
+            frames=tuple(frames_of(opened, items)),
         )
 
 
@@ -135,17 +135,22 @@ def extended_layers(opened: Askable) -> tuple[int, ...]:
     return tuple(sorted({layer for added in opened.config.extensions.values() for layer in added.layers}))
 
 
-def _picture_of(opened: Askable, items: Items) -> dict[str, Any]:
-    """The last picture, and which of `Routing.patches` is its first."""
-    if not items.get(IMAGE) or IMAGE not in opened.config.media:
-        return {}
-    medium = opened.config.media[IMAGE]
-    tower, shown = tower_of(medium), items[IMAGE]
-    side = tower.grid if medium.tokens == tower.patches else 0  # a connector that joins patches has no grid
-    image = framed(
-        picture(shown[-1]), size=PICTURE_PIXELS, preparation=opened.recipe.image_preparation, tower=tower, id=IMAGE
-    )
-    return {"picture": image, "grid": side, "first": (len(shown) - 1) * medium.tokens}
+def frames_of(opened: Askable, items: Items) -> Iterator[Frame]:
+    """Every picture that is shown, and every frame of a video."""
+    for name, files in items.items():
+        medium = opened.config.media.get(name)
+        if medium is None or medium.kind not in ("image", "video"):
+            continue
+        tower = tower_of(medium)
+        each = medium.projector.tokens(tower.patches)
+        grid = tower.grid if each == tower.patches else 0  # a connector that joins patches has no grid
+        step = each if medium.join == "each" else 0  # frames that are averaged share their tokens
+        look: dict[str, Any] = {"preparation": opened.recipe.image_preparation, "tower": tower, "id": name}
+        for n, file in enumerate(files):
+            item = read_item(file, name, medium)
+            for t, picture in enumerate(item if isinstance(item, tuple) else (item,)):
+                image = framed(picture, size=PICTURE_PIXELS, **look)
+                yield Frame(image, grid, first=n * medium.tokens + t * step, medium=name)
 
 
 def _joined(pieces: Iterator[str]) -> Any:
