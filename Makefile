@@ -20,6 +20,8 @@ CHOSEN = not long$(if $(SLOW),, and not slow)
 RUN := "$(VENV)/bin/python"
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Containers often set it; then each of the many processes that tests start would compile all modules, for 2 seconds.
+export PYTHONDONTWRITEBYTECODE :=
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help

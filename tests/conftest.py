@@ -78,10 +78,19 @@ def cpu_program() -> None:
         pytest.skip("looks into the program for CPUs")
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Of eight devices only files that have tests for them: importing the others takes longer than these tests need."""
+    if DEVICES > 1 and collection_path.name.startswith("test_"):
+        return "eight_devices" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in ON_GPUS or item.path.parent.name == "parity":
             item.add_marker("gpu")
+        if "eight_devices" in getattr(item, "fixturenames", ()):
+            item.add_marker("devices")
 
     def place(item: pytest.Item) -> int:
         return LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
@@ -115,6 +124,6 @@ def workdir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def eight_devices() -> None:
-    """Skips unless this pytest was started with eight CPU devices."""
+    """Marks a test as one of `devices`; skips it unless this pytest was started with eight CPU devices."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices: run with MOEXTEND_TEST_DEVICES=8")

@@ -161,7 +161,6 @@ def test_over_a_base_in_few_bits():
     assert abs(value - loss_and_gradient(config, arrays, batch)[0]) > 1e-4
 
 
-@pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize(
     ("shape", "dispatch", "names"),

@@ -51,6 +51,7 @@ def picture(pixels_hwc: np.ndarray, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
+@pytest.mark.slow
 def test_the_package_is_imported_without_jax_and_has_what_it_documents():
     code = (
         "import sys, moextend_jax as mx; assert 'jax' not in sys.modules and 'numpy' not in sys.modules; "

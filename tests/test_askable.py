@@ -206,7 +206,6 @@ def test_routing_of_a_work_directory_reads_its_own_data(run: Run, monkeypatch: p
         cli.call([*words, "--checkpoint", run.settings.base])
 
 
-@pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
 def test_all_devices_share_a_checkpoint(run: Run, trained: Askable, picture: Path, tmp_path: Path):
     opened = open_place(exported(run, "released", tmp_path))

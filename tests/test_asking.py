@@ -111,6 +111,7 @@ def together() -> list[list[int]]:
     return said(asker(), prompts())
 
 
+@pytest.mark.slow
 def test_a_batch_says_what_each_prompt_says_alone_and_whole():
     lengths = {len(ids) for ids in together()}
     assert len(lengths) > 1 and len({tuple(ids) for ids in together()}) > 10  # worth comparing
@@ -119,6 +120,7 @@ def test_a_batch_says_what_each_prompt_says_alone_and_whole():
         assert (ids_L[: ids_L.index(EOS)] if EOS in ids_L else ids_L) == together()[n]
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_what_else_is_asked():
     some = prompts()
     order = np.random.default_rng(1).permutation(len(some)).tolist()
@@ -161,6 +163,7 @@ def scores(who: Asker, tails: Batch, heads) -> np.ndarray:
     return np.asarray(who.generator.score(who.arrays, tails._replace(labels_BL=labels_BL), heads=heads)[0])
 
 
+@pytest.mark.slow
 def test_programs_are_few_and_compiled_once():
     who = Asker(
         generator=Generator(tiny.structure(tiny.EXTENDED), eos=EOS), arrays=arrays(), ends=(EOS,), rows=16,
@@ -272,7 +275,6 @@ def expected_of_meshes() -> tuple[list[list[int]], list[float]]:
     return asked({"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}, rows=16)
 
 
-@pytest.mark.devices
 @pytest.mark.parametrize("shape", [(1, 2, 2, 2), pytest.param((2, 1, 1, 4), marks=pytest.mark.slow)])
 def test_a_mesh_says_and_scores_the_same(eight_devices, shape):
     texts, nats = asked(dict(zip(MESH_AXES, shape, strict=True)), rows=64)

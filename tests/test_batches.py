@@ -239,6 +239,7 @@ def test_a_conversation_has_a_limit_of_its_own_in_longer_rows(source, features):
         list(make(source, features, length=128, conversation_length=12))
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_process_stays_one_clear_line(source, features):
     with pytest.raises(MoextendError, match=r"row\d+: .* do not fit a row of 12"):
         next(iter(make(source, features, length=12, workers=1)))

@@ -12,7 +12,6 @@ import pytest
 import random_run
 import tiny
 from flax import nnx
-from tiny import few
 
 from moextend_jax.config import RECIPES, BlocksConfig, DecoderConfig, ModelConfig, MoextendError, Named
 from moextend_jax.generate import Generator
@@ -126,9 +125,9 @@ def test_a_cached_answer_is_the_whole_model_s(isolation):
         np.testing.assert_array_equal(ids, best_L[length - 1 : -1])
 
 
-@pytest.mark.devices
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("dispatch", few(["exchange", "gather"]))
+@pytest.mark.parametrize("dispatch", ["exchange", "gather"])
 def test_sharded_is_unsharded(dispatch):
     config = dataclasses.replace(BLOCKS, dispatch=dispatch)
     arrays, batch = tiny.arrays(config, std=0.2), tiny.batch(rows=8)

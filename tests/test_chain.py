@@ -19,6 +19,7 @@ from moextend_jax.check_data import check_command
 from moextend_jax.commands import whole_run
 from moextend_jax.config import MoextendError
 from moextend_jax.continual import check_nothing_is_lost
+from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.composing import RULES
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs import results
@@ -140,6 +141,19 @@ def test_nothing_learnt_before_is_lost(finished):
     record["text_loss"]["kjv"] = record["text_loss"]["kjv"] | {"moextend:touch": 0.0}
     with pytest.raises(MoextendError, match="moextend:touch on kjv"):
         check_nothing_is_lost(record)
+
+
+def test_a_model_of_two_names_is_asked_once(settings):
+    def same(settings: RunSettings) -> list[tuple[str, str | None]]:
+        models = results.table(settings).models
+        names = ["base", "aligned", "moextend", "full", "moextend:image", "moextend:touch", "full:image", "full:touch"]
+        return [(name, first) for name in names if (first := summary._same(names, name, models=models))]
+
+    assert same(settings) == [("moextend:touch", "moextend"), ("full:touch", "full")]
+    assert same(dataclasses.replace(settings, mixture=settings.finetune)) == [("full:touch", "full")]
+    task = results.of_links((settings.links[0]._replace(medium=""),)).models
+    assert task["aligned"].results == task["base"].results  # and yet the base is asked as plain text
+    assert summary._same(["base", "aligned"], "aligned", models=task) is None
 
 
 @pytest.mark.slow

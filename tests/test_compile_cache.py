@@ -36,6 +36,7 @@ def start(**environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path):
     first = start(XDG_CACHE_HOME=str(tmp_path))
     (place,) = (tmp_path / "moextend_jax" / "compile").iterdir()
@@ -45,6 +46,7 @@ def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path):
     assert {path.name: path.stat().st_mtime_ns for path in place.glob("*-cache")} == entries
 
 
+@pytest.mark.slow
 def test_the_environment_has_the_last_word(tmp_path: Path):
     start(XDG_CACHE_HOME=str(tmp_path / "unused"), JAX_COMPILATION_CACHE_DIR="")
     start(XDG_CACHE_HOME=str(tmp_path / "unused"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "named"))

@@ -413,6 +413,7 @@ def test_several_extensions_of_one_medium_stand_side_by_side(root: Path, tmp_pat
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Orbax's own
 def test_a_chain_is_exported_as_one_delta_or_extension_by_extension(root: Path, tmp_path: Path):
     medium, added = MEDIA["touch"], EXTENSIONS["touch"]

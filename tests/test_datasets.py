@@ -63,6 +63,7 @@ def test_easy_vqa_conversations_and_captions(data_dir):
         assert words[0] == "a" and set(words[1:]) <= SHAPES | COLOURS | {"shape"}
 
 
+@pytest.mark.slow
 def test_own_files_mix_with_a_packaged_data_set(data_dir, tmp_path):
     pytest.importorskip("easy_vqa")
     Image.new("RGB", (3, 4)).save(tmp_path / "a.png")

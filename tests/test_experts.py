@@ -214,6 +214,7 @@ def test_nor_of_frozen_attention_embedding_or_head(stage: str, cpu_program: None
     assert not weights & {tuple(map(int, shape.split(","))) for shape in results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", few(["gather", "exchange"]))
 def test_tokens_that_are_not_real_cost_no_expert_and_change_nobody(how: Any, monkeypatch: pytest.MonkeyPatch):
     model = tiny.structure(tiny.EXTENDED)

@@ -395,6 +395,7 @@ def test_an_exported_folder_routes_in_pytorch_as_here(dumped: Path, folders: dic
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[str, Path], base: Path, tmp_path: Path):
     run = folders["aligned"].parent / "run of aligned"
     blind = with_vision(CASES["imported"].config, None)

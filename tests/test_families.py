@@ -118,6 +118,7 @@ def test_experts_that_transformers_5_has_fused_are_read_one_by_one(tmp_path: Pat
         np.testing.assert_array_equal(opened.arrays[path], array, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_window_counts_tokens_and_not_places_of_a_cache():
     """Rows of several lengths lie padded in it: what each says is what it says alone."""
     local = {"local": (True, False), "local_window": 3, "sinks": True}

@@ -346,6 +346,7 @@ def test_the_library_is_strict_unless_told(faulty, sound):
         open_dataset("llava_instruct", data_dir=faulty / "built", manual_dir=faulty)
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_worker_process_stays_what_it_is(faulty):
     faults = skip_but("truncated", "error")
     with pytest.raises(Exception, match=r"cannot read image 16.png as an image"):

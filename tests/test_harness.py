@@ -95,6 +95,7 @@ def request(*arguments):
     return Instance(request_type="loglikelihood", doc={}, arguments=arguments, idx=0, metadata=("", 0, 1))
 
 
+@pytest.mark.slow
 def test_loglikelihoods_are_those_of_the_whole_model(run, model, direct):
     requests = [request(context, f" {choice}") for context, choices, _ in QUESTIONS for choice in choices]
     requests.append(request("", "And it came to pass"))

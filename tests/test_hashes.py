@@ -247,6 +247,7 @@ print(resident() - before, big._npy_value, [shard.data._npy_value for shard in b
 """
 
 
+@pytest.mark.slow
 def test_no_copy_of_an_array_on_several_devices_stays():
     done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -160,7 +160,6 @@ def test_the_demo_runs_on_meshes_of_a_host(parts: int):
     meshes.check_rows(rows_of_settings(from_config_dict(get_demo())), mesh)
 
 
-@pytest.mark.devices
 def test_a_run_whose_rows_do_not_divide_ends_before_its_first_step(eight_devices, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         words = ["--config.select.batch_size=100", f"--workdir={tmp_path / 'work'}"]

@@ -148,6 +148,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(source, "wheel", tmp_path_factory.mktemp("wheel"))
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_configurations_and_the_small_base(wheel: Path):
     assert wheel.name.startswith(f"moextend_jax-{moextend_jax.__version__}-")
     inside = {*zipfile.ZipFile(wheel).namelist()}

@@ -175,6 +175,7 @@ def test_the_report_is_one_self_contained_file(finished):
     assert not any(mark in text for mark in ('src="http', 'href="http', "@import", "url(http"))
 
 
+@pytest.mark.slow
 def test_generate_streams_from_the_finished_model(finished, capsys, tmp_path):
     from PIL import Image
 

@@ -176,7 +176,6 @@ def test_every_way_to_write_replica_groups(text: str, groups: list[list[int]]):
     assert collectives.parse_groups(text, 4).tolist() == groups
 
 
-@pytest.mark.devices
 def test_collectives_of_a_real_program(eight_devices: None):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))

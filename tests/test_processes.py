@@ -316,6 +316,7 @@ def test_ctrl_c_reaches_each_process_once(tmp_path: Path):
     assert [(tmp_path / name).read_text() for name in "01"] == ["1", "1"]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path: Path):
     words = [
         "--",

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from PIL import Image
+from tiny import few
 
 from moextend_jax.config import MoextendError
 from moextend_jax.report.canvas import OURS, canvas
@@ -291,6 +292,7 @@ def test_a_long_run_of_the_full_model_stays_small_and_quick(tmp_path):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_picture_files_are_pictures(tmp_path):
     routing_picture(selection(), tmp_path / "routing.png")
     results_picture(SUMMARY, tmp_path / "results.png")
@@ -375,7 +377,7 @@ def test_layers_are_numbered_among_all_where_the_first_are_dense(tmp_path):
         assert [label.get_text() for label in new.get_xticklabels()] == ["3", "5"]
 
 
-@pytest.mark.parametrize("more", [{"new_experts": 2}, {"new_experts": 1, "wide": 2}])
+@pytest.mark.parametrize("more", few([{"new_experts": 2}, {"new_experts": 1, "wide": 2}]))
 def test_a_selection_of_two_sources_a_layer(more: dict[str, int], tmp_path):
     record: dict[str, Any] = {**selection(), **more}
     record["sources"] = [expert for layer in record["chosen_layers"] for expert in (layer % 8, (layer + 1) % 8)]

@@ -180,6 +180,7 @@ def test_a_plain_layer_of_an_extended_model_routes_like_the_plain_model():
     np.testing.assert_allclose(ours.weights_Tk, plain.weights_Tk, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_plain_layer_gives_new_leaves_a_zero_gradient_and_no_nan():
     one = layer()
 

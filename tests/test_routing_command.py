@@ -416,7 +416,6 @@ def pipeline_settings(workdir: Path) -> RunSettings:
     return settings
 
 
-@pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
 def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, tmp_path: Path):
     stage = StageSettings(data="d", steps=1, batch_size=1, length=8)

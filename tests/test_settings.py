@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -151,8 +152,13 @@ def numbers(kind: Any, path: str) -> Iterator[Number]:
 NUMBERS = list(numbers(RunSettings, ""))
 
 
+@functools.cache
+def as_json() -> str:
+    return json.dumps(dataclasses.asdict(settings()))
+
+
 def with_value(path: str, value: Any) -> dict[str, Any]:
-    config = json.loads(json.dumps(dataclasses.asdict(settings())))
+    config = json.loads(as_json())
     *parents, last = path.split(".")
     inner = config
     for name in parents:

@@ -296,6 +296,7 @@ def talks(draw) -> tuple[list[dict[str, str]], dict[str, list[int]], list[tuple[
     return turns, {name: [span for of, span in order if of == name] for name in MEDIA}, order
 
 
+@pytest.mark.slow
 @settings(properties.SAME, max_examples=40)
 @given(st.lists(talks(), min_size=1, max_size=5), st.sampled_from([PAPER, properties.RELEASED]))
 def test_any_conversations_of_two_media_are_whole_in_any_row(some, recipe):

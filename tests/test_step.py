@@ -63,7 +63,7 @@ def built(
     return step, init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), made), frozen
 
 
-@pytest.mark.parametrize("stage", few(tiny.STAGES, "align", "extend", "finetune"))
+@pytest.mark.parametrize("stage", few(tiny.STAGES, "finetune"))
 def test_three_steps_change_what_the_stage_trains_and_not_one_bit_else(stage: str):
     step, state, frozen = compiled(stage)
     before, frozen_before = hashes(state.trainable), hashes(frozen)
@@ -117,7 +117,7 @@ def run_in_parts(accumulate: int, *batches: Batch) -> Iterator[tuple[TrainState,
         yield state, metrics
 
 
-@pytest.mark.parametrize("labels", ["many", "two"])
+@pytest.mark.parametrize("labels", few(["many", "two"]))
 @pytest.mark.parametrize("parts", few([2, 4]))
 def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str):
     """Also where there are fewer labels than parts."""
@@ -169,6 +169,7 @@ def test_below_the_lowest_layer_that_trains_there_is_no_backward_pass_and_the_gr
     assert len(plain.decoder.routed) in backward[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", few(["layer", "none"]))
 def test_frozen_experts_are_not_taken_out_of_their_stack(remat: str):
     """A step of finetune reads them where they lie: the same loss and gradients, and no layer's matrices apart."""

@@ -113,6 +113,7 @@ def test_a_stage_may_go_on_with_its_moments_elsewhere(run, tmp_path: Path):
         assert np.asarray(resumed[path]).tobytes() == np.asarray(leaf).tobytes(), path
 
 
+@pytest.mark.slow
 def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch, capsys):
     programs, make_step = [], loop.make_step
     monkeypatch.setattr(

@@ -40,6 +40,7 @@ def test_load_by_layer():
     assert "new_share" not in by_layer(picks_ZO[:, :4], config=tiny.PLAIN)
 
 
+@pytest.mark.slow
 def test_a_step_returns_how_many_tokens_chose_each_expert():
     from test_step import compiled
 

@@ -141,7 +141,6 @@ def test_bfloat16_stays_bfloat16_and_close(folder: Path):
     assert difference.mean() < 0.02
 
 
-@pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
 def test_states_do_not_depend_on_the_mesh(folder: Path):
     leaves, tower = values(read_whisper(folder).leaves), structure(TINY)

@@ -37,6 +37,7 @@ def made(kind: Any, **more: Any) -> Any:
     return make_projector(config, C=6, P=5, D=8, rngs=nnx.Rngs(1), dtype="float32")
 
 
+@pytest.mark.slow
 def test_at_the_start_the_first_medium_goes_the_trunk_s_way():
     """Later ones go between the ways of all before, and with random maps inside, as released, elsewhere."""
     x_nPC = jax.random.normal(jax.random.key(0), (2, 5, 6))
@@ -133,7 +134,6 @@ def test_a_trunk_must_be_trained_before(settings):
         dataclasses.replace(settings, extensions=later)
 
 
-@pytest.mark.devices
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("kind", ["weave", "crema"])
 def test_tokens_and_gradients_do_not_depend_on_the_mesh(kind: str):

@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.data_of import open_source, readers_of, source_of, unseen_source
 from moextend_jax.runs.models_of import frozen_unchanged, grown_config
 from moextend_jax.runs.ready import too_many_questions
-from moextend_jax.runs.results import Data
+from moextend_jax.runs.results import Data, ModelRow
 from moextend_jax.runs.run import Run, not_run, write_json
 from moextend_jax.settings import EvaluateSettings, StageSettings
 from moextend_jax.train.held_out import loss_step, mean_loss
@@ -116,16 +116,27 @@ def evaluate(run: Run) -> dict[str, Any]:
     answer_losses: dict[str, float] = {}
     answers = _guesses(run, asked)
     plan = _plan(run, asked)
+    todo = {  # what the same model has answered under another name is not asked again
+        name: [on for on in of if on not in plan.get(_same(plan, name, models=table.models) or "", ())]
+        for name, of in plan.items()
+    }
     pictured = [row for row, item in enumerate(first.prompted) if IMAGE in item.prompt.items][: settings.examples]
     examples = [first.prompted[row] for row in pictured] if "moextend" in plan else []
     picks: dict[str, list[Picks]] = {}  # of the examples, by model
     right: dict[str, dict[str, list[dict[frozenset[str], bool]]]] = {on: {} for on in asked}  # by medium, of each model
 
     def ask(name: str, bar: Bar) -> None:
-        opened, row = askable(run, name), table.model(name)  # gone when the next is opened: memory need not hold all
+        row, same = table.model(name), _same(plan, name, models=table.models)
+        if same is not None:
+            for by_model in (losses, answer_losses, *answers.values(), *right.values()):
+                if same in by_model:
+                    by_model[name] = by_model[same]
+        if same is not None and not todo[name]:
+            return
+        opened = askable(run, name)  # gone when the next is opened: memory need not hold all
         # A tower that was trained has no cached features.
         pixels = table.has_trained_tower(row.results, recipe=run.settings.recipe)
-        for on in plan[name]:
+        for on in todo[name]:
             of = asked[on]
             own = _inputs(run, of) if pixels else of.readers
             asker = asker_of(opened, readers=own)
@@ -134,7 +145,8 @@ def evaluate(run: Run) -> dict[str, Any]:
             if of.again:
                 fewer = [_asked_with(run, of.prompted[some.question], own, media=some.media) for some in of.again]
                 right[on][name] = of.right_by_media(answers[on][name], say(fewer))
-        if answer_stage is not None and (name == "base" or run.settings.extension in plan[name]):
+        answering = name not in answer_losses and (name == "base" or run.settings.extension in plan[name])
+        if answer_stage is not None and answering:
             own = {} if not row.sees else _inputs(run, first) if pixels else first.readers
             loss = _answer_loss(run, opened, first.asked.source, stage=answer_stage, readers=own)
             answer_losses[name] = loss
@@ -145,10 +157,10 @@ def evaluate(run: Run) -> dict[str, Any]:
             learnt = {*plan[name], *plan.get(f"moextend:{run.settings.links[-1].name}", ())}
             counted = {on: (of, _inputs(run, of) if pixels else of.readers) for on, of in asked.items() if on in learnt}
             _write_routing(run, opened, counted)
-        if not row.text_is_bases:
+        if name not in losses and not row.text_is_bases:
             losses[name] = _text_losses(run, opened)
 
-    total = sum(len(asked[on].prompted) + len(asked[on].again) for on_of_model in plan.values() for on in on_of_model)
+    total = sum(len(asked[on].prompted) + len(asked[on].again) for on_of_model in todo.values() for on in on_of_model)
     with counting("evaluate", total, unit="questions") as bar:
         for name in plan:
             ask(name, bar)
@@ -264,6 +276,13 @@ def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
                 if all(map(run.has, table.model(name).results)):
                     plan[name] = [on for on in asked if on.partition("/")[0] in learnt]
     return plan
+
+
+def _same(plan: Iterable[str], name: str, *, models: Mapping[str, ModelRow]) -> str | None:
+    """The first model of the plan that is the same one: `moextend` is `moextend:LAST`, where nothing comes after."""
+    row = models[name]
+    first = next(other for other in plan if (models[other].results, models[other].sees) == (row.results, row.sees))
+    return None if first == name else first
 
 
 def _chains(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from moextend_jax.config import ProjectorConfig
@@ -20,6 +21,7 @@ from parity.test_methods_towers import loss_of_fusion, resampler
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
+@pytest.mark.slow
 def test_adapter_in_adapter():
     theirs = methods_arrays("pathweave")
     for m in range(len(theirs["down_mDr"])):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from moextend_jax.config import DecoderConfig, ExtensionConfig
@@ -46,6 +47,7 @@ def test_token_guidance_in_training_alone():
     np.testing.assert_array_equal(used.ids_Tk, jax.lax.top_k(logits_TO, int(theirs["top_k"]))[1])
 
 
+@pytest.mark.slow
 def test_losses_against_drift():
     theirs = methods_arrays("dymoe")
     logits_TO, E = jnp.asarray(theirs["logits_TO"]), int(theirs["experts"])

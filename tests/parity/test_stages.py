@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
+from tiny import few
 
 from moextend_jax.checkpoints import names
 from moextend_jax.compare.forward import equal_columns
@@ -38,7 +39,12 @@ LEARNING_RATE, CHUNK = 1e-3, 5
 
 
 @pytest.mark.parametrize(
-    ("name", "remat"), [("align_vision", "attention"), ("extend_vision", "layer"), ("finetune_pert", "layer")]
+    ("name", "remat"),
+    [
+        ("finetune_pert", "layer"),
+        pytest.param("extend_vision", "layer", marks=pytest.mark.slow),
+        pytest.param("align_vision", "attention", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients(folder: Path, name: str, remat: str):
     """With parts computed again in the backward pass; the steps below store everything."""
@@ -58,7 +64,7 @@ def test_gradients(folder: Path, name: str, remat: str):
     _assert_close(gradient, theirs, config, atol=sets.SIMPLE)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", few(STAGES, "finetune_pert", "finetune_init"))
 def test_losses_norms_and_parameters_of_every_step(folder: Path, name: str):
     parts = _parts(folder, name)
     if "steps" not in parts:
