@@ -24,8 +24,8 @@ MOST_TOKENS, MOST_FRAMES = 600, 16
 
 CSS = """
 .experts{font-size:14px;line-height:1.5}
-.experts .frames{display:flex;flex-wrap:wrap;gap:6px;max-width:340px}
-.experts .frame{position:relative;flex:1 0 100px;border-radius:8px;overflow:hidden;line-height:0}
+.experts .frames{display:grid;grid-template-columns:repeat(auto-fit,minmax(100px,1fr));gap:6px;max-width:340px}
+.experts .frame{position:relative;border-radius:8px;overflow:hidden;line-height:0}
 .experts .frame img{display:block;width:100%;filter:grayscale(.75)}
 .experts .frame svg{position:absolute;inset:0;width:100%;height:100%}
 .experts .frame rect{fill:#ff5a00;stroke:#8886;stroke-width:.01}
