@@ -18,6 +18,7 @@ from tiny import few
 
 from moextend_jax.config import MoextendError
 from moextend_jax.report.canvas import OURS, canvas
+from moextend_jax.report.examples import cards
 from moextend_jax.report.page import write_report
 from moextend_jax.report.results_pictures import forgetting, results_picture
 from moextend_jax.report.routing_pictures import choice_panel, routing_picture, selection_panels, share_panel
@@ -275,6 +276,13 @@ def test_nothing_to_report_is_an_error(tmp_path):
         write_report(tmp_path)
     with pytest.raises(MoextendError, match="no such directory"):
         write_report(tmp_path / "absent")
+
+
+def test_a_picture_whose_patches_were_joined_is_shown_without_a_tint():
+    with_grid = example()
+    without = {name: of for name, of in with_grid.items() if name != "new_expert_share"}
+    assert cards([with_grid]).count("<img") == 2 and "<svg" in cards([with_grid])
+    assert cards([without]).count("<img") == 1 and "<svg" not in cards([without])
 
 
 @pytest.mark.slow
