@@ -128,7 +128,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     def ask(name: str, bar: Bar) -> None:
         row, same = table.model(name), _same(plan, name, models=table.models)
         if same is not None:
-            for by_model in (losses, answer_losses, *answers.values(), *right.values()):
+            found: list[dict[str, Any]] = [losses, answer_losses, *answers.values(), *right.values()]
+            for by_model in found:
                 if same in by_model:
                     by_model[name] = by_model[same]
         if same is not None and not todo[name]:
