@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= work/demo
 JOBS ?= 2
-# Files of tests whole, since theirs share what is compiled, in the order of conftest.py.
+# Files of tests whole, since theirs share what is compiled, in the order of conftest.py. Of eight devices most are in one.
 PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CHOSEN = not long$(if $(SLOW),, and not slow)
 RUN := "$(VENV)/bin/python"
@@ -36,7 +36,7 @@ demo: env
 
 test: env-dev
 	$(PYTEST) -m "$(CHOSEN) and not devices"
-	MOEXTEND_TEST_DEVICES=8 $(PYTEST) -m "$(CHOSEN) and devices"
+	MOEXTEND_TEST_DEVICES=8 $(PYTEST) --dist worksteal -m "$(CHOSEN) and devices"
 
 test-all: SLOW = yes
 test-all: lint test smoke
