@@ -14,7 +14,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= work/demo
 JOBS ?= 2
-# Files of tests whole, since theirs share what is compiled, in the order of conftest.py. Of eight devices most are in one.
+# Files of tests whole, since theirs share what is compiled, in the order of conftest.py. Most of
+# those for eight devices are in one file: they are shared out one by one.
 PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CHOSEN = not long$(if $(SLOW),, and not slow)
 RUN := "$(VENV)/bin/python"

@@ -144,16 +144,17 @@ def test_nothing_learnt_before_is_lost(finished):
 
 
 def test_a_model_of_two_names_is_asked_once(settings):
-    def same(settings: RunSettings) -> list[tuple[str, str | None]]:
+    def same(settings: RunSettings) -> list[tuple[str, str]]:
         models = results.table(settings).models
         names = ["base", "aligned", "moextend", "full", "moextend:image", "moextend:touch", "full:image", "full:touch"]
-        return [(name, first) for name in names if (first := summary._same(names, name, models=models))]
+        firsts = [summary._first_name(names, name, models=models) for name in names]
+        return [(name, first) for name, first in zip(names, firsts, strict=True) if first != name]
 
     assert same(settings) == [("moextend:touch", "moextend"), ("full:touch", "full")]
     assert same(dataclasses.replace(settings, mixture=settings.finetune)) == [("full:touch", "full")]
     task = results.of_links((settings.links[0]._replace(medium=""),)).models
     assert task["aligned"].results == task["base"].results  # and yet the base is asked as plain text
-    assert summary._same(["base", "aligned"], "aligned", models=task) is None
+    assert summary._first_name(["base", "aligned"], "aligned", models=task) == "aligned"
 
 
 @pytest.mark.slow

@@ -114,27 +114,20 @@ def evaluate(run: Run) -> dict[str, Any]:
     answer_stage = None if settings.data else _answer_stage(run, first.asked.source)
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
-    answers = _guesses(run, asked)
+    guesses = _guesses(run, asked)
+    answers: dict[str, dict[str, list[str]]] = {on: {} for on in asked}
     plan = _plan(run, asked)
-    todo = {  # what the same model has answered under another name is not asked again
-        name: [on for on in of if on not in plan.get(_same(plan, name, models=table.models) or "", ())]
-        for name, of in plan.items()
-    }
+    first_name = {name: _first_name(plan, name, models=table.models) for name in plan}
+    todo: dict[str, list[str]] = {name: [] for name in first_name.values()}  # a model of two names is asked once
+    for name, of_name in plan.items():
+        todo[first_name[name]] += (on for on in of_name if on not in todo[first_name[name]])
     pictured = [row for row, item in enumerate(first.prompted) if IMAGE in item.prompt.items][: settings.examples]
     examples = [first.prompted[row] for row in pictured] if "moextend" in plan else []
     picks: dict[str, list[Picks]] = {}  # of the examples, by model
     right: dict[str, dict[str, list[dict[frozenset[str], bool]]]] = {on: {} for on in asked}  # by medium, of each model
 
     def ask(name: str, bar: Bar) -> None:
-        row, same = table.model(name), _same(plan, name, models=table.models)
-        if same is not None:
-            found: list[dict[str, Any]] = [losses, answer_losses, *answers.values(), *right.values()]
-            for by_model in found:
-                if same in by_model:
-                    by_model[name] = by_model[same]
-        if same is not None and not todo[name]:
-            return
-        opened = askable(run, name)  # gone when the next is opened: memory need not hold all
+        opened, row = askable(run, name), table.model(name)  # gone when the next is opened: memory need not hold all
         # A tower that was trained has no cached features.
         pixels = table.has_trained_tower(row.results, recipe=run.settings.recipe)
         for on in todo[name]:
@@ -146,8 +139,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             if of.again:
                 fewer = [_asked_with(run, of.prompted[some.question], own, media=some.media) for some in of.again]
                 right[on][name] = of.right_by_media(answers[on][name], say(fewer))
-        answering = name not in answer_losses and (name == "base" or run.settings.extension in plan[name])
-        if answer_stage is not None and answering:
+        if answer_stage is not None and (name == "base" or run.settings.extension in todo[name]):
             own = {} if not row.sees else _inputs(run, first) if pixels else first.readers
             loss = _answer_loss(run, opened, first.asked.source, stage=answer_stage, readers=own)
             answer_losses[name] = loss
@@ -158,13 +150,22 @@ def evaluate(run: Run) -> dict[str, Any]:
             learnt = {*plan[name], *plan.get(f"moextend:{run.settings.links[-1].name}", ())}
             counted = {on: (of, _inputs(run, of) if pixels else of.readers) for on, of in asked.items() if on in learnt}
             _write_routing(run, opened, counted)
-        if name not in losses and not row.text_is_bases:
+        if not row.text_is_bases:
             losses[name] = _text_losses(run, opened)
 
     total = sum(len(asked[on].prompted) + len(asked[on].again) for on_of_model in todo.values() for on in on_of_model)
     with counting("evaluate", total, unit="questions") as bar:
-        for name in plan:
+        for name in todo:
             ask(name, bar)
+
+    def under_all_names(of_model: Mapping[str, Any], names: Iterable[str] = plan) -> dict[str, Any]:
+        return {name: of_model[first_name[name]] for name in names if first_name[name] in of_model}
+
+    losses, answer_losses = under_all_names(losses), under_all_names(answer_losses)
+    for on in asked:
+        names = [name for name in plan if on in plan[name]]
+        answers[on] = guesses[on] | under_all_names(answers[on], names)
+        right[on] = under_all_names(right[on], names)
     accuracy = {on: {name: of.accuracy(texts) for name, texts in answers[on].items()} for on, of in asked.items()}
     last = {name: run.settings.links[-1].name for name in ("moextend", "full")}
     plain = {"aligned", "question_only", *last}  # of the table of a run; a chain has its own
@@ -279,11 +280,10 @@ def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
     return plan
 
 
-def _same(plan: Iterable[str], name: str, *, models: Mapping[str, ModelRow]) -> str | None:
-    """The first model of the plan that is the same one: `moextend` is `moextend:LAST`, where nothing comes after."""
+def _first_name(plan: Iterable[str], name: str, *, models: Mapping[str, ModelRow]) -> str:
+    """What the same model is called first in the plan: `moextend:LAST` is `moextend`, where nothing comes after."""
     row = models[name]
-    first = next(other for other in plan if (models[other].results, models[other].sees) == (row.results, row.sees))
-    return None if first == name else first
+    return next(other for other in plan if (models[other].results, models[other].sees) == (row.results, row.sees))
 
 
 def _chains(
