@@ -130,11 +130,13 @@ def run_and_start(settings: RunSettings, workdir: Path) -> dict[str, Any]:
 
 def evaluate(options: RunOptions) -> None:
     from moextend_jax.evaluate import summary
+    from moextend_jax.runs.making import check_made
     from moextend_jax.runs.run import evaluation_rows, remember, working
 
     if options.resume_from:
         raise MoextendError("evaluate does not train; leave --resume_from out")
     with working(options.config, options.workdir, rows=evaluation_rows(options.config)) as run:
+        check_made(run)
         summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), console())
         remember(run)
 

@@ -624,6 +624,11 @@ class RunSettings:
         if len(counts) > 1:
             raise MoextendError(f"method.blocks = {' and '.join(map(str, counts))}: all extensions must have as many")
         _ = self.profiled
+        if self.vision == "none" and (unseen := [link.name for link in self.links if link.medium == IMAGE]):
+            raise MoextendError(
+                f'vision none: the run has no pictures, but extension {unseen[0]} is of them; set its medium, "" for a '
+                "task in text"
+            )
         names = [link.name for link in self.links]
         for name in (*names, *self.media):
             if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in RESERVED:

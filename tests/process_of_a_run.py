@@ -84,13 +84,14 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
     ids = np.stack([on_host(batch.ids_BL) for batch in put])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"read-{jax.process_index()}.json").write_text(json.dumps(read))
-    before = content_hash(arrays)
+    frozen = {path: leaf for path, leaf in arrays.items() if not path.startswith("extensions/")}
+    before = content_hash(frozen)
     job = tiny.job(
         "finetune", folder, facts=FACTS, steps=STEPS, learning_rate=1e-3, mesh=mesh, checkpoint_every=SAVED,
         checkpoints_kept=5,
     )  # fmt: skip
     trained = loop.train_loop(model, arrays, rows(seed=3), job)
-    assert content_hash(arrays) == before
+    assert content_hash(frozen) == before
     train_state.save_leaves(folder / "result", trained, facts=FACTS)
     again = train_state.load_leaves(folder / "result", facts=FACTS, shardings=shardings)
     assert again is not None and content_hash(again) == content_hash(trained)

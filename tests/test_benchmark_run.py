@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -22,6 +24,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmark import benchmark, read_exam
 from moextend_jax.evaluate.benchmarks.answers import Answers
 from moextend_jax.evaluate.wordings import ask_wordings, read_templates
+from moextend_jax.models.moextend import abstract
 from moextend_jax.runs.askable import askable
 from moextend_jax.runs.run import Run, open_run, remember
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
@@ -132,6 +135,31 @@ def test_answers_of_another_model_are_not_mixed_in(base, tmp_path):
     run = aligned(tmp_path, base, seed=1)
     with pytest.raises(MoextendError, match=r"answers\.jsonl:1: an answer of model 'aligned-"):
         answer(run, limit=5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"text_isolation": "strict"}, {"composition": "decoupled"}, {"weight_guard": "none"}, {"recipe": "llama3"}],
+)
+def test_a_model_that_computes_something_else_has_another_name(base, tmp_path, other: dict[str, str]):
+    opened = askable(aligned(tmp_path, base), "aligned")
+    if recipe := other.pop("recipe", None):
+        changed = dataclasses.replace(opened, recipe=dataclasses.replace(opened.recipe, prompt=recipe))
+    else:
+        changed = dataclasses.replace(opened, model=abstract(dataclasses.replace(opened.config, **other)))
+    assert changed.identity != opened.identity
+
+
+def test_labels_are_looked_for_before_anything_is_asked(base, tmp_path):
+    write_mmvet(tmp_path)
+    with pytest.raises(MoextendError, match="mmvet has no score here to compare wordings by"):
+        ask_wordings(cast(Any, None), read_exam("mmvet", data=tmp_path), {"a": "{question}"}, out=tmp_path)
+    folder = tmp_path / "pope"
+    (folder / "val2014").mkdir(parents=True)
+    line = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "category": "random"}
+    (folder / "llava_pope_test.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(MoextendError, match="coco_pope_random.json"):
+        read_exam("pope", data=tmp_path)
 
 
 def write_mmvet(folder: Path, *, broken: tuple[int, ...] = (), missing: tuple[int, ...] = ()) -> Path:

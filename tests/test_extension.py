@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_extension
+from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, Named, with_extension
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.parameters import by_path, with_arrays
@@ -90,9 +90,14 @@ def test_what_decides_the_source():
 @pytest.mark.parametrize("column", ["zero", "mean", "random"])
 @pytest.mark.parametrize("expert", ["zero_down", "random"])
 def test_columns_and_experts_that_do_not_start_as_copies(column: Any, expert: Any):
-    arrays = tiny.arrays(tiny.PLAIN)
-    copies = grow(arrays, config=tiny.EXTENDED, recipe=PAPER, seed=0)
-    leaves = grow(arrays, config=tiny.EXTENDED, recipe=PAPER, seed=0, column=column, expert=expert)
+    """A router's bias goes with its column."""
+    biased = dataclasses.replace(tiny.EXTENDED, decoder=dataclasses.replace(tiny.DECODER, router_bias=True))
+    arrays = tiny.arrays(dataclasses.replace(biased, extensions=Named()))
+    copies = grow(arrays, config=biased, recipe=PAPER, seed=0)
+    leaves = grow(arrays, config=biased, recipe=PAPER, seed=0, column=column, expert=expert)
+    bias_ZE = np.asarray(arrays["decoder/layers/moe/gate_bias"])[list(tiny.EXTENSION.layers)]
+    expected_Z1 = bias_ZE.mean(axis=1, keepdims=True) * (column == "mean")
+    np.testing.assert_allclose(leaves["extensions/image/router/new_gate_bias"], expected_Z1, atol=1e-7)
     new_YDX = np.asarray(leaves["extensions/image/router/new_gate"])
     gate_YDE = np.asarray(arrays["decoder/layers/moe/gate"])[list(tiny.EXTENSION.layers)]
     if column == "random":

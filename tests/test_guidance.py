@@ -45,6 +45,17 @@ def test_atoms_are_trained_without_the_threshold():
     assert any(not np.array_equal(before[path], leaf) for path, leaf in after.items() if path.endswith("/b"))
 
 
+def test_a_step_that_trains_several_extensions_is_not_guided():
+    both = dataclasses.replace(tiny.BOTH, extensions=tiny.BOTH.extensions.replacing(
+        "image", dataclasses.replace(tiny.EXTENSION, guidance=0.2, drift=0.1)))  # fmt: skip
+    alone, together = (
+        for_training(tiny.structure(both), [f"extensions/{name}/router/new_gate" for name in names]).config.extensions
+        for names in (["image"], ["image", "sound"])
+    )
+    assert (alone["image"].guidance, alone["image"].drift) == (0.2, 0.1) and not alone["sound"].trains
+    assert (together["image"].guidance, together["image"].drift) == (0.0, 0.0) and together["sound"].trains
+
+
 @pytest.mark.slow
 def test_guidance_keeps_tokens_from_new_experts_in_the_step_alone():
     plain, _, _ = step_of(guided(), "extensions/image/*")

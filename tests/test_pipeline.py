@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -16,12 +17,16 @@ import tiny
 from PIL import Image
 
 from moextend_jax import cli
+from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
+from moextend_jax.config import MoextendError
+from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import from_config_dict
 from moextend_jax.train.metrics import read_metrics
+from moextend_jax.train.stages import split
 
 RECIPE_CHANGES = {
     "paper": [],
@@ -150,6 +155,49 @@ def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
         run.pretrained["decoder/layers/moe/experts/w_up"][layer, source],
     )
     assert frozen_unchanged(run)
+
+
+def test_what_a_stage_trains_is_its_own_and_in_train_dtype(finished):
+    """Small updates of bfloat16 weights would be lost; what is frozen takes no more than the files' weights."""
+    run = open_again(finished)
+    half = {path: leaf.astype("bfloat16") for path, leaf in run.pretrained.items()}
+    run = dataclasses.replace(
+        run, pretrained=half, settings=dataclasses.replace(run.settings, dtype="bfloat16"),
+        config=dataclasses.replace(run.config, dtype="bfloat16"),
+    )  # fmt: skip
+    for stage in ("extend", "finetune", "full"):
+        row = FIRST.results[stage]
+        trains = FIRST.patterns(stage, recipe=run.settings.recipe)
+        model, arrays = model_with(run, row.parents, trains=trains)
+        trainable, frozen = split(arrays, trains)
+        assert {str(leaf.dtype) for leaf in trainable.values()} == {"float32"}
+        assert {str(frozen[path].dtype) for path in frozen.keys() & half.keys()} <= {"bfloat16"}
+        train_state.free(trainable)
+        assert not any(leaf.is_deleted() for leaf in half.values())
+        planned = abstract_step(run.settings, model.config, stage=stage, mesh=run.mesh).state.trainable
+        assert {path: leaf.dtype for path, leaf in planned.items()} == {
+            path: leaf.dtype for path, leaf in trainable.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("command", "change"),
+    [
+        *((command, "--config.text_isolation=strict") for command in ("run", "align", "evaluate")),
+        *((command, "--config.select.share=0.7") for command in ("run", "select", "align")),
+        ("run", "--config.grow.start=twin"),
+        ("run", "--config.finetune.steps=4"),
+    ],
+)
+def test_a_refused_command_changes_nothing(finished, command: str, change: str):
+    """Neither what the folder remembers, by which chat and export open it, nor what it holds."""
+    config, workdir = finished
+    kept = [workdir / "config.json", workdir / "select" / "routing.json", workdir / "summary.json"]
+    before = [path.read_bytes() for path in kept]
+    words = [command, f"--config={config}", f"--workdir={workdir}", "--config.baseline=true", change]
+    with pytest.raises(MoextendError, match="belongs to another run"):
+        cli.call(words)
+    assert [path.read_bytes() for path in kept] == before
 
 
 def run_selection(finished) -> tuple[int, int]:

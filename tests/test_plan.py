@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from configs.mixtral_8x7b import get_config
 from moextend_jax import chips
 from moextend_jax import settings as settings_module
-from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig
+from moextend_jax.config import DecoderConfig, MoextendError, Named, VisionConfig
 from moextend_jax.mesh import mesh_shape
 from moextend_jax.models import flops
 from moextend_jax.plan import collectives, hlo, products, roofline, sizes, sweep, topology, traffic
@@ -301,6 +302,17 @@ def test_router_training_needs_no_weight_gradient_and_less_than_6_times():
     weights = {name: phases for name, phases in extend.parts.items() if name not in ("head", "attention/scores")}
     per_layer = sum(sum(phases.values()) for phases in weights.values()) / 32 / 64
     assert per_layer < 9.70e12
+
+
+def test_what_all_tokens_pass_is_computed_again_as_the_rest_of_its_layer():
+    decoder = dataclasses.replace(tiny.DECODER, shared_hidden=16, dense_layers=1, dense_hidden=32)
+    config = dataclasses.replace(tiny.EXTENDED, decoder=decoder, remat="layer", extensions=Named())
+    parts = flops.step_flops(config, trains=("decoder/*",), rows=2, length=16, items={"image": 0}).parts
+    for name in ("shared/gate", "shared/up", "dense/shared/up", "dense/attention/query", "attention/query"):
+        assert parts[name]["recomputed"] == parts[name]["forward"] > 0, name
+    assert parts["dense/shared/down"]["recomputed"] == 0  # nothing needs it again
+    full = flops.full_training(config, rows=2, length=16, items={"image": 0}).parts
+    assert full["dense/shared/down"]["recomputed"] == full["dense/shared/down"]["forward"] > 0
 
 
 def test_every_remat_policy_of_the_settings_is_counted():

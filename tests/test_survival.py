@@ -30,7 +30,8 @@ from moextend_jax.lock import locked
 from moextend_jax.runs import run as run_module
 from moextend_jax.train import loop
 from moextend_jax.train.metrics import read_metrics
-from moextend_jax.train.nonfinite import read_batch
+from moextend_jax.train.nonfinite import Watch, read_batch
+from moextend_jax.train.stages import split
 from moextend_jax.train.step import make_step
 
 HERE = Path(__file__).parent
@@ -254,11 +255,54 @@ def test_roll_back_goes_on_with_later_data(tmp_path: Path, capsys):
     with pytest.raises(MoextendError, match="1 steps until step 5"):  # the sixth batch is the fifth step's
         train(tmp_path / "once", rows=rows, rollbacks=1, checkpoint_every=3)
     assert "step 4 goes back to step 3, with later data" in capsys.readouterr().out
+    written = {path.stem for path in (tmp_path / "once" / "nonfinite").glob("*.npz")}
+    assert written == {"step_0000004-process_0", "step_0000005-process_0-back_1"}
     train(tmp_path / "twice", rows=rows, rollbacks=2, checkpoint_every=3)
     assert [row["step"] for row in read_metrics(tmp_path / "twice" / "metrics.jsonl")] == list(range(1, 9))
     assert rows.at == 11  # 4 is skipped; 5 was trained and undone; 6 is skipped
     with pytest.raises(MoextendError, match="1 steps until step 1"):  # no checkpoint to go back to
         train(tmp_path / "none", rows=Poisoned(1), rollbacks=1)
+
+
+def test_what_trains_is_in_memory_once(tmp_path: Path, monkeypatch):
+    """Weights and AdamW's moments, from the second step on: after a first start, a resume, and going back. (On a CPU a
+    save keeps what it writes, so these do not save between.)"""
+    trains = tiny.job("align", tmp_path, facts={}, steps=1).trains
+    trainable, frozen = split(tiny.arrays(tiny.PLAIN), trains)
+    shape = next(leaf.shape for leaf in trainable.values() if leaf.shape not in {of.shape for of in frozen.values()})
+    alike = sum(leaf.shape == shape for leaf in trainable.values())
+    del trainable, frozen
+    put, seen = loop.place_rows, []
+
+    def counted(batch, mesh):
+        seen.append(sum(leaf.shape == shape for leaf in jax.live_arrays()) - others)
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop, "place_rows", counted)
+    runs: list[dict[str, Any]] = [{"steps": 4}, {"steps": 8}, {"steps": 12, "rows": Poisoned(10), "rollbacks": 1}]
+    for more in runs:
+        gc.collect()
+        others = sum(leaf.shape == shape for leaf in jax.live_arrays())
+        seen.clear()
+        train(tmp_path, checkpoint_every=100, **more)
+        assert len(seen) >= 4 and seen[1:] == [3 * alike] * (len(seen) - 1)
+
+
+def test_batches_of_good_steps_are_let_go(tmp_path: Path):
+    watch = Watch(tmp_path, most=1, name_of=str)
+    for step in range(1, 9):
+        watch.note(step, Rows().made[0], {"finite": step != 3, "loss": 0.0, "grad_norm": 0.0})
+        assert len(watch._seen) <= 3
+    assert watch.check() == [3] and {path.name for path in tmp_path.glob("*.npz")} == {"step_0000003-process_0.npz"}
+
+
+def test_a_full_disk_does_not_end_a_run_for_a_bad_batch(tmp_path: Path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    train(tmp_path, rows=Poisoned(3), steps=4, nonfinite_limit=1)
+    assert "the batch of step 3 is not written: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 # --- being told to stop -----------------------------------------------------------------------------------------------

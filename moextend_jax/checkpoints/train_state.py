@@ -141,15 +141,18 @@ class Started(NamedTuple):
 
 def start(
     manager: ocp.CheckpointManager,
-    state: Any,
+    like: Any,
     rows: grain.DatasetIterator,
     *,
     facts: dict[str, Any],
     resume_from: Path | None,
     where: Path,
-) -> Started:
-    """The newest whole checkpoint, else the one at `resume_from`, else the `state` given. `rows` goes to its place in
-    the data, which is the same for any mesh and number of processes.
+) -> Started | None:
+    """The newest whole checkpoint, else the one at `resume_from`, else None. `rows` goes to its place in the data,
+    which is the same for any mesh and number of processes.
+
+    Args:
+      like: the state as shapes with shardings.
 
     Raises:
       MoextendError: the checkpoint belongs to another model or run; names the facts that differ.
@@ -158,9 +161,9 @@ def start(
     for step in broken:  # the run makes them again
         manager.delete(step)
     if good is not None:
-        return _restore(manager, good, state, rows, facts=facts, where=where)
+        return _restore(manager, good, like, rows, facts=facts, where=where)
     if resume_from is None:
-        return Started(state, faults.counts())
+        return None
     root, step = _checkpoint_at(absolute(resume_from))
     with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as other:
         if step is None:
@@ -171,7 +174,7 @@ def start(
             raise MoextendError(f"resume_from {resume_from} holds no checkpoint")
         if distributed.first():
             print(f"{where}: starting from step {step} in {root}")
-        return _restore(other, step, state, rows, facts=facts, where=root)
+        return _restore(other, step, like, rows, facts=facts, where=root)
 
 
 def facts_at(path: Path) -> dict[str, Any]:
@@ -179,7 +182,10 @@ def facts_at(path: Path) -> dict[str, Any]:
     root, step = _checkpoint_at(absolute(path))
     with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         args = ocp.args.Composite(facts=ocp.args.JsonRestore())
-        return manager.restore(manager.latest_step() if step is None else step, args=args)["facts"]
+        for number in sorted(manager.all_steps(), reverse=True) if step is None else [step]:
+            with contextlib.suppress(Exception):  # damaged; `start` says so, and takes an older one
+                return manager.restore(number, args=args)["facts"]
+    raise MoextendError(f"resume_from {path}: no checkpoint there can be read")
 
 
 def _checkpoint_at(path: Path) -> tuple[Path, int | None]:
@@ -224,32 +230,43 @@ def _check_whole(folder: Path, *, advice: str) -> None:
 
 
 def roll_back(manager: ocp.CheckpointManager, state: Any) -> Any:
-    """The state of the newest checkpoint, None where there is none; the data go on from where they are."""
+    """The state of the newest checkpoint, in place of `state`, whose arrays are then gone; None where there is none.
+    The data go on from where they are."""
     finish(manager)
-    step, _ = _newest_good(manager)
-    return None if step is None else _state(manager, step, state)
+    step, broken = _newest_good(manager)
+    for newer in broken:  # the run makes them again
+        manager.delete(newer)
+    if step is None:
+        return None
+    like = type(state)(*jax.tree.map(ocp.utils.to_shape_dtype_struct, tuple(state)))
+    free(state)
+    return _state(manager, step, like)
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, state: Any, rows, *, facts, where: Path) -> Started:
+def free(arrays: Any) -> None:
+    """Gives the memory of these arrays back, whoever still holds them."""
+    for array in jax.tree.leaves(arrays):
+        array.delete()
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, like: Any, rows, *, facts, where: Path) -> Started:
     args = ocp.args.Composite(facts=ocp.args.JsonRestore(), rows=ocp.args.JsonRestore())
     restored_items = manager.restore(step, args=args)
     check_facts(restored_items["facts"], facts, where=where)
-    restored = _state(manager, step, state)
+    restored = _state(manager, step, like)
     rows.set_state(restored_items["rows"]["place"])
     return Started(restored, faults.restored(restored_items["rows"]["faults"]))
 
 
 def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
     """The state saved at `step`, on whatever mesh, in the structure and the shardings of `like`."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-    return type(like)(
-        **manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
+    return type(like)(**manager.restore(step, args=args)["state"])
 
 
 BEFORE: dict[str, Any] = {
     "weight_guard": "none", "tags": [5, 6, 3], "mass": "base", "start": "copy", "wide": 1, "first_moment": "float32",
-    "calibrator": "two_layers", "tokens": "all",
+    "calibrator": "two_layers", "tokens": "all", "composition": "shared",
 }  # fmt: skip
 """What was done where an older record does not say it, because there was no choice."""
 MAY_CHANGE = ("pictures",)

@@ -39,6 +39,8 @@ class Exam(NamedTuple):
     split: str | None
     limit: int | None
     every: list[Question]
+    has_score: bool = True
+    """Whether answers are scored here, not by a server or a judge."""
 
     @property
     def questions(self) -> list[Question]:
@@ -51,14 +53,16 @@ def read_exam(name: str, *, data: Path | None = None, split: str | None = None, 
 
     Raises:
       MoextendError: no such benchmark or split, one that is not asked here, question files that are missing or broken
-        (by line), or images that are not there.
+        (by line), labels without which the answers could not be scored, or images that are not there.
     """
     row = table.benchmark(name)
     if not row.asked:
         raise MoextendError(
             f"{row.title} is not asked here; `moextend eval score --benchmark {name}` scores a file of answers"
         )
-    exam = Exam(name, data, split, limit, table.read(name, data, split))
+    questions = table.read(name, data, split)
+    scores = table.score(name, [Answered(question, "") for question in questions], data, split)  # it reads the labels
+    exam = Exam(name, data, split, limit, questions, scores.headline is not None)
     check_images(exam.questions)
     return exam
 
@@ -77,7 +81,7 @@ def benchmark(
       MoextendError: images that are broken (by line, before anything runs), a model that cannot see, or a file of
         another model's answers.
     """
-    name, data, split, limit, every = exam
+    name, data, split, limit, every, _ = exam
     most = max_new_tokens or table.benchmark(name).max_new_tokens
     questions = exam.questions
     if not opened.sees and any(question.image is not None for question in questions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,19 +89,23 @@ def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
     return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]
 
 
-def frequent_answers(training: Iterable[Example], *, tokenizer: Tokenizer) -> Callable[[str], str]:
+def frequent_answers(
+    training: Iterable[Example], *, asked: Collection[str], tokenizer: Tokenizer
+) -> Callable[[str], str]:
     """The best answer without the image: a question's most frequent one in the training data, and of a question that is
     not in there the most frequent of all.
 
     Args:
       training: conversations; those that training refuses or skips are left out.
+      asked: the questions that there will be; of others no answers are kept.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for example in training:
         with contextlib.suppress(Fault):
             question = question_of(example, tokenizer=tokenizer)
-            by_question[question.text][question.answer] += 1
+            if question.text in asked:
+                by_question[question.text][question.answer] += 1
             overall[question.answer] += 1
     if not overall:
         raise MoextendError("no conversation of the training data has a question and an answer")

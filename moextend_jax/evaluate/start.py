@@ -61,7 +61,8 @@ def start_of(run: Run) -> Start:
         return Program(step, mesh=run.mesh)(opened.arrays, placed)
 
     before_BLD, nats_before = read(model_with(run, aligned))
-    after_BLD, nats_after = read(model_with(run, row.parents, trained=row.extension))
+    trains = row.trains(run.settings.recipe)
+    after_BLD, nats_after = read(model_with(run, row.parents, trains=trains))
     moved_BL = jnp.abs(after_BLD - before_BLD).max(axis=-1) > CHANGED
     real_BL = placed.segments_BL > 0
     return Start(float((moved_BL & real_BL).sum() / real_BL.sum()), float(nats_after - nats_before))

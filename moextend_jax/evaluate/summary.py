@@ -108,6 +108,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name in table.model("aligned").results:  # which every run has; said before anything is computed
         if not run.has(name):
             raise not_run(run.workdir, name)
+    if any(not results.evaluate_of(run.settings, link.name).data for link in run.settings.links):
+        _check_unseen(run)
     asked = {on: _questions(run, of) for on, of in _asked_of_all(run).items()}
     first = asked[run.settings.extension]
     settings = run.settings.evaluate
@@ -232,8 +234,6 @@ class Questions(NamedTuple):
 
 def _questions(run: Run, asked: Asked) -> Questions:
     settings = results.evaluate_of(run.settings, asked.extension)
-    if not settings.data:
-        _check_unseen(run)
     readers = readers_of(run, asked.source, data=asked.data, split=asked.split, few=True)
     with preparing("preparing the questions"):
         prompted, skipped = _prompted_questions(run, asked, readers)
@@ -254,7 +254,8 @@ def _guesses(run: Run, asked: Mapping[str, Questions]) -> dict[str, dict[str, li
     @functools.cache
     def guess(extension: str) -> Callable[[str], str]:
         known = source_of(run, Data(results.named(run.settings, extension, "finetune")))
-        return questions.frequent_answers(known, tokenizer=run.tokenizer)
+        texts = {item.question.text for of in asked.values() for item in of.prompted}
+        return questions.frequent_answers(known, asked=texts, tokenizer=run.tokenizer)
 
     return {
         on: {"question_only": [guess(of.asked.extension)(item.question.text) for item in of.prompted]}
@@ -371,12 +372,12 @@ def _asked(run: Run, extension: str, data: str, *, fewer: bool = False) -> Asked
 
 def _check_unseen(run: Run) -> None:
     """Raises a MoextendError where a stage was trained on other rows than are left beside those held out now."""
-    table = results.table(run.settings)
+    table, read = results.table(run.settings), functools.cache(functools.partial(open_source, run))
     for name in table.training():
         path, data = run.folder(name) / "stage.json", table.result(name).data
         if data is None or not path.exists():
             continue
-        if json.loads(path.read_text()).get("data") != source_of(run, data(run.settings.recipe)).fingerprint:
+        if json.loads(path.read_text()).get("data") != source_of(run, data(run.settings.recipe), read=read).fingerprint:
             raise MoextendError(
                 f"{path.parent} was trained on other rows: with another evaluate.held_out or seed, or before the data "
                 "changed, so that rows held out now may have been seen; name evaluate.data, or train in another folder"

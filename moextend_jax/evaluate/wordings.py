@@ -64,6 +64,8 @@ def ask_wordings(
     Raises:
       MoextendError: the benchmark cannot be scored here, or as `benchmark`.
     """
+    if not exam.has_score:
+        raise MoextendError(f"{exam.name} has no score here to compare wordings by: leave --templates out")
     at = folder_of(out / "wordings", exam.name, split=exam.split, model="").with_suffix(".json")
     scores = {}
     for name, template in templates.items():
@@ -72,9 +74,6 @@ def ask_wordings(
         folder = out / "wordings" / name
         record = benchmark(opened, worded(exam, template), out=folder, max_new_tokens=max_new_tokens, template=template)
         headline = json.loads(distributed.text_from_first(lambda record=record: json.dumps(record["headline"])))
-        if headline is None:
-            where = folder_of(folder, exam.name, split=exam.split, model=opened.name)
-            raise MoextendError(f"{exam.name} has no score here to compare wordings by; its answers are in {where}")
         scores[name] = headline["value"]
     before = read_json(at) if distributed.first() and at.exists() else {}
     asked = {"benchmark": exam.name, "split": exam.split, "limit": exam.limit, "templates": dict(templates)}

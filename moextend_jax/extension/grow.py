@@ -47,11 +47,12 @@ CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
 
 COLUMNS: dict[ColumnStart, Callable[[jax.Array, jax.Array], jax.Array] | None] = {
     "copy": None,
-    "zero": lambda base_YDE, random_YDX: jnp.zeros_like(random_YDX),
-    "mean": lambda base_YDE, random_YDX: jnp.broadcast_to(base_YDE.mean(axis=-1, keepdims=True), random_YDX.shape),
-    "random": lambda base_YDE, random_YDX: random_YDX,
+    "zero": lambda base_YDE, fresh_YDX: jnp.zeros_like(fresh_YDX),
+    "mean": lambda base_YDE, fresh_YDX: jnp.broadcast_to(base_YDE.mean(axis=-1, keepdims=True), fresh_YDX.shape),
+    "random": lambda base_YDE, fresh_YDX: fresh_YDX,
 }
-"""TABLE `grow.column` -> what router columns become instead of copies; the paper's ablations."""
+"""TABLE `grow.column` -> what router columns, and their biases [Y, E], become instead of copies; the paper's ablations.
+A fresh column is random, a fresh bias 0."""
 EXPERTS: dict[ExpertStart, tuple[str, ...]] = {"copy": (), "zero_down": ("w_down", "b_down"), "random": ()}
 """TABLE `grow.expert` -> the matrices of a copied expert that become zero; of "random" nothing is copied."""
 
@@ -95,7 +96,7 @@ def grow(
     for new, old in COPIED.items():
         if new not in leaves or (expert == "random" and new.startswith("new_experts/")):  # or the base's have none
             continue
-        if new == "router/new_gate" and (made := COLUMNS[column]):
+        if new.startswith("router/") and (made := COLUMNS[column]):  # a column's bias goes with it
             leaves[new] = made(arrays[old][layers_Y1[:, 0]].astype(leaves[new].dtype), leaves[new])
             continue
         if new == "router/new_gate":  # [Z, D, E] -> [Y, D, X]

@@ -40,6 +40,8 @@ SAVED_AS = {
     "calibrator": None,
     "experts/gate": "gate",
     "experts/up": "up",
+    "shared/gate": None,
+    "shared/up": None,
     "new_experts/gate": "gate",
     "new_experts/up": "up",
     # A's product is needed for the gradient of B; of the last map's B nothing is.
@@ -49,7 +51,8 @@ SAVED_AS = {
     "adapters/router/b": None,
     "adapters/choice": None,
 }
-"""TABLE decoder part -> the name in `saved` under which remat "layer" keeps its result; None: always recomputed.
+"""TABLE decoder part, of dense layers too -> the name in `saved` under which remat "layer" keeps its result; None:
+always recomputed.
 
 "attention/scores" is both products of attention. With "attended" kept, kernels run neither again; what they compute
 anew inside their backward pass is not counted. XLA's own attention (rows too short or odd for a kernel, on TPU and CPU)
@@ -132,7 +135,8 @@ def step_flops(
     found: dict[str, dict[str, float]] = {}
     config = dataclasses.replace(config, gradient_from=config.lowest_trained(trains))
     for part in _parts(config, trained, rows=rows, length=length, items=items, new_share=new_share):
-        recomputed = part.below * part.flops if part.name.partition(" of ")[0] in again else 0.0
+        kind = part.name.partition(" of ")[0].removeprefix("dense/")
+        recomputed = part.below * part.flops if kind in again else 0.0
         backward = (1 if part.leaves else 2) * part.below * part.flops
         gradients = part.flops if trained(part.leaves) else 0.0
         found[part.name] = dict(zip(PHASES, (part.flops, recomputed, backward, gradients), strict=True))
@@ -143,11 +147,9 @@ def full_training(config: ModelConfig, *, rows: int, length: int, items: Mapping
     """Full fine-tuning of the model that is being extended, same batch, every layer recomputed."""
     plain = dataclasses.replace(config.with_added(lambda *_: None), remat="layer", saved=())
     flops = step_flops(plain, trains=("decoder/*", "media/*"), rows=rows, length=length, items=items)
-    for (
-        name,
-        phases,
-    ) in flops.parts.items():  # 8 x weights x tokens: by definition all of a layer, also its last product
-        if name.startswith(("attention/", "router", "experts/")):
+    for name, phases in flops.parts.items():
+        # 8 x weights x tokens: by definition all of a layer, also its last product.
+        if name.removeprefix("dense/").startswith(("attention/", "router", "experts/", "shared/")):
             phases["recomputed"] = phases["forward"]
     return flops
 

@@ -24,7 +24,7 @@ from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import TrainState, init_state, make_step, state_shardings
+from moextend_jax.train.step import TrainState, abstract_state, make_step
 
 
 class AbstractStep(NamedTuple):
@@ -70,6 +70,7 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
         for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
     trainable, frozen = stages.split(leaves, trains)
+    trainable = {path: leaf.update(dtype=settings.train_dtype) for path, leaf in trainable.items()}
     schedule = learning_rate(run.optimizer, steps=max(run.steps, 1), recipe=settings.recipe)
     optimizer = make_optimizer(run.optimizer, paths=trainable)
     step = make_step(
@@ -82,9 +83,7 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
         accumulate=run.accumulate,
         mesh=mesh,
     )
-    state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), trainable)
-    shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=run.optimizer.moments)
-    state = jax.tree.map(_sharded, state, shardings)
+    state = abstract_state(trainable, optimizer, mesh=mesh, moments=run.optimizer.moments)
     return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh, run.optimizer.moments)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,11 @@ from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fi
 
 SIZES = EvaluateSettings(data="", questions=1)
 """Batches of a checkpoint's evaluation, where no configuration says otherwise."""
+
+COMPUTED = (
+    "text_isolation", "composition", "expert_storage", "expert_group", "weight_guard", "mass",
+)  # fmt: skip
+"""What of a `ModelConfig` decides answers beside the leaves, their element type and shares."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -85,8 +91,12 @@ class Askable:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Names the model by what it is made of: answers of two identities must not be mixed."""
-        return self.identify()
+        """Names the model by what it is made of and by how it computes: answers of two identities must not be mixed."""
+        config, recipe = self.config, self.recipe
+        computed = [getattr(config, name) for name in COMPUTED] + [recipe.prompt, recipe.image_preparation]
+        computed += [(name, of.share) for name, of in config.added.items()]
+        computed += [(name, getattr(medium.tower, "feature_layer", None)) for name, medium in config.media.items()]
+        return f"{self.identify()}-{hashlib.sha256(repr(computed).encode()).hexdigest()[:8]}"
 
 
 def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh | None = None) -> Askable:
@@ -135,7 +145,7 @@ def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, C
         return found
     run = open_run(settings or known_settings(place.folder), place.folder)
     rows = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
-    finished = {row.results: name for name, row in rows.items() if all(map(run.has, row.results))}
+    finished = {(row.results, row.sees): name for name, row in rows.items() if all(map(run.has, row.results))}
     return {
         name: Choice(rows[name].title, functools.cache(functools.partial(askable, run, name, dtype=place.dtype)))
         for name in finished.values()
@@ -233,8 +243,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
 
     def identify() -> str:
         stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
-        bits = f"-{config.expert_storage}-{config.expert_group}" if here else ""
-        return f"{name}-{stored[:12]}-{config.dtype}{bits}"
+        return f"{name}-{stored[:12]}-{config.dtype}"
 
     def read_tokenizer() -> Tokenizer:
         ends = ends_of(source.record.attributes.get("decoder", {}))

@@ -1,7 +1,7 @@
 """How results are made: a `Run` and a name of `results.RESULTS` in, WORKDIR/NAME written, once.
 
 TABLE `MAKERS`: train (any stage), select (the extender), grow. A result that is there already is kept if it was made
-with these settings; one of other settings is an error.
+with these settings; one of other settings is an error, before anything is made or remembered.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def make(run: Run, name: str) -> None:
         raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
     if row.data is not None:  # data are read only where the rest is there
         run.facts_of(name)
+    check_made(run)
     MAKERS[how](ready(run, [name]), name)
 
 
@@ -60,16 +61,39 @@ def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     first."""
     rows = results.table(run.settings).results
     names = [name for name, row in rows.items() if run.settings.baseline or not row.optional]
+    check_made(run)
     run = ready(run, names, checks=checks)
+    check_made(run, names)
     for name in names:
         MAKERS[rows[name].how](run, name)
         yield name
 
 
-def train(run: Run, name: str) -> None:
-    """Trains the leaves of a row from the model of its parents, and writes them as its result."""
-    table, settings = results.table(run.settings), results.stage_of(run.settings, name)
-    row = table.result(name)
+def check_made(run: Run, names: Iterable[str] = ()) -> None:
+    """Raises a MoextendError where a result that is there was made with another base, or with settings of the run that
+    decide what it computes: with these no model of the work directory is what was trained.
+
+    Args:
+      names: those that must also be of the same settings of their own, whose steps have been counted.
+    """
+    table, names = results.table(run.settings), tuple(names)
+    for name, row in table.results.items():
+        if not all(map(run.has, row.parents)):
+            continue
+        if row.how == "select":
+            grown = results.named(run.settings, row.extension, "grow")
+            if (run.folder(name) / "routing.json").exists() and run.has(grown):  # what has grown has these layers
+                recorded = read_selection(run, row.extension).get("facts")
+                train_state.check_facts(recorded or {}, FACTS[row.how](run, name), where=run.folder(name))
+        elif run.has(name):
+            facts = FACTS[row.how](run, name) if name in names else run.facts_of(name)
+            recorded = train_state.result_facts(run.folder(name) / "result")
+            train_state.check_facts(recorded or {}, facts, where=run.folder(name))
+
+
+def facts_of_training(run: Run, name: str) -> dict[str, Any]:
+    """All that decides what a stage makes."""
+    settings, row = results.stage_of(run.settings, name), results.table(run.settings).result(name)
     undecisive = ("loss_chunk", "epochs", "least_steps")  # steps says it
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
@@ -78,12 +102,19 @@ def train(run: Run, name: str) -> None:
     if row.grown and (guided := {rule: of for rule in ("guidance", "drift") if (of := getattr(method, rule))}):
         facts["method"] = guided
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
+    return facts
+
+
+def train(run: Run, name: str) -> None:
+    """Trains the leaves of a row from the model of its parents, and writes them as its result."""
+    table, settings = results.table(run.settings), results.stage_of(run.settings, name)
+    row, facts = table.result(name), facts_of_training(run, name)
     if _is_done(run, name, facts):
         return
     started = time.perf_counter()
     assert row.data is not None
     trains, data = table.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
-    opened, source = model_with(run, row.parents, trained=row.extension), source_of(run, data)
+    opened, source = model_with(run, row.parents, trains=trains), source_of(run, data)
     _, frozen = split(opened.arrays, trains)
     with preparing("hashing the frozen weights"):
         hash_before = content_hash(frozen)
@@ -128,16 +159,22 @@ def _of_source(source: Source) -> dict[str, Any]:
     return facts | ({"items": others} if others else {})
 
 
-def select(run: Run, name: str) -> None:
-    """Counts routing before and after the probe on S_e, and writes NAME/routing.json."""
-    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+def facts_of_selecting(run: Run, name: str) -> dict[str, Any]:
+    """All that decides which layers and experts are chosen."""
     settings: SelectSettings = results.group_of(run.settings, name)
-    new_experts = settings.number(run.config.decoder.experts)
-    asked = dataclasses.asdict(settings) | {"new_experts": new_experts}
+    asked = dataclasses.asdict(settings) | {"new_experts": settings.number(run.config.decoder.experts)}
     for choice, before in {"new_experts": 1, "wide": 1, "layers": "extender", "source": "recipe", "expert": 0}.items():
         if asked[choice] == before:  # as before there was a choice
             del asked[choice]
-    facts = as_json(run.facts_of(name, settings=asked))
+    return as_json(run.facts_of(name, settings=asked))
+
+
+def select(run: Run, name: str) -> None:
+    """Counts routing before and after the probe on S_e, and writes NAME/routing.json; anew where the settings have
+    changed and nothing has grown."""
+    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+    settings: SelectSettings = results.group_of(run.settings, name)
+    new_experts, facts = settings.number(run.config.decoder.experts), facts_of_selecting(run, name)
     if (run.folder(name) / "routing.json").exists() and read_selection(run, row.extension).get("facts") == facts:
         return
     assert row.data is not None
@@ -201,24 +238,42 @@ def select(run: Run, name: str) -> None:
 
 def counting_stage(settings: RunSettings, name: str = "select") -> StageSettings:
     """How `select` lays out its rows: as the probe does, in batches of its own size, each computed at once."""
-    probe = results.stage_of(settings, name.replace("select", "extend"))
+    probe = results.stage_of(settings, results.laid_out_as(settings, name))
     return dataclasses.replace(probe, batch_size=results.group_of(settings, name).batch_size, accumulate=1)
+
+
+def config_to_grow(run: Run, extension: str) -> ModelConfig:
+    """Of the base with this extension, as the settings have it."""
+    config, settings = grown_config(run, [extension]), results.grow_of(run.settings, extension)
+    if extension not in config.extensions:  # a rival's
+        return config
+    added = dataclasses.replace(config.extensions[extension], start=settings.start, calibrator=settings.calibrator)
+    return with_extension(config, added, name=extension)
+
+
+def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
+    """All that decides the new leaves."""
+    extension = results.table(run.settings).result(name).extension
+    config, settings = config_to_grow(run, extension), results.grow_of(run.settings, extension)
+    added = config.added[extension]
+    if extension in config.blocks or extension in config.adapters:
+        kind = "blocks" if extension in config.blocks else "adapter"
+        return run.facts_of(name, **{kind: as_json(dataclasses.asdict(added))})
+    decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
+    made = {field: getattr(added, field) for field in decisive}
+    if settings.start == "lowered":
+        made["lowered_by"] = settings.lowered_by
+    made |= {name: how for name in ("column", "expert") if (how := getattr(settings, name)) != "copy"}
+    return run.facts_of(name, extension=as_json(made))
 
 
 def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
-    config, settings = grown_config(run, [row.extension]), results.grow_of(run.settings, row.extension)
+    config, settings = config_to_grow(run, row.extension), results.grow_of(run.settings, row.extension)
+    facts = facts_of_growing(run, name)
     if row.extension not in config.extensions:
-        return _grow_rival(run, name, row, config)
-    added = dataclasses.replace(config.extensions[row.extension], start=settings.start, calibrator=settings.calibrator)
-    config = with_extension(config, added, name=row.extension)
-    decisive = ("layers", "sources", "new_experts", "calibrator_width", "start", "wide", "calibrator")
-    extension = {field: getattr(added, field) for field in decisive}
-    if settings.start == "lowered":
-        extension["lowered_by"] = settings.lowered_by
-    extension |= {name: how for name in ("column", "expert") if (how := getattr(settings, name)) != "copy"}
-    facts = run.facts_of(name, extension=as_json(extension))
+        return _grow_rival(run, name, row, config, facts)
     if _is_done(run, name, facts):
         return
     leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
@@ -238,15 +293,14 @@ def grow(run: Run, name: str) -> None:
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
 
 
-def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig) -> None:
+def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig, facts: dict[str, Any]) -> None:
     """Fresh leaves of low-rank updates or of blocks, each made where it will lie."""
     link = run.settings.link(row.extension)
-    kind, make, read = (
-        ("blocks", fresh_blocks, read_by_blocks(run.pretrained))
+    make, read = (
+        (fresh_blocks, read_by_blocks(run.pretrained))
         if row.extension in config.blocks
-        else ("adapter", fresh_adapter, jax.random.key(run.settings.seed))
+        else (fresh_adapter, jax.random.key(run.settings.seed))
     )
-    facts = run.facts_of(name, **{kind: as_json(dataclasses.asdict(config.added[row.extension]))})
     if _is_done(run, name, facts):
         return
     for parent in row.parents:
@@ -259,6 +313,8 @@ def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig) -
 
 
 MAKERS: dict[str, Callable[[Run, str], None]] = {"train": train, "select": select, "grow": grow}
+FACTS = {"train": facts_of_training, "select": facts_of_selecting, "grow": facts_of_growing}
+"""TABLE as MAKERS -> all that decides what a result is; one that is there and differs belongs to another run."""
 
 
 def _stage_at(resume_from: Path) -> str | None:

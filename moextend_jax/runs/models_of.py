@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import IMAGE, RIVALS, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import Program, leaf_maker, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
+from moextend_jax.parameters import element_type
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
 from moextend_jax.settings import RunSettings
@@ -42,23 +44,31 @@ def open_model(run: Run, name: str) -> Opened:
     return opened if row.sees else text_only(opened)
 
 
-def model_with(run: Run, names: Iterable[str], *, trained: str | None = None) -> Opened:
+def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) -> Opened:
     """The pretrained parts with the leaves of these results over them; projectors that none of them has are fresh.
 
-    Experts of extensions but the one that is to be `trained` are cast to what they compute in: frozen ones cost no more
-    memory than the base's.
+    Args:
+      trains: patterns of the leaves that are to be trained. They are in `train_dtype`, and nobody else's arrays. Of the
+        others those of the base, and experts, are cast to what they compute in, so that frozen ones cost no more memory
+        than the base's.
     """
     names = tuple(names)
     config = grown_config(run, results.table(run.settings).grown(names))
     arrays = dict(run.pretrained)
     for name in names:
         arrays |= leaves_of(run, name)
-    for path, leaf in arrays.items():
-        if "/new_experts/" in path and not path.startswith(f"extensions/{trained}/"):
-            arrays[path] = leaf.astype(run.settings.dtype)
     for medium in config.media:
         if not any(path.startswith(f"media/{medium}/projector/") for path in arrays):
             arrays |= projector_of_seed(run, medium)
+    trains = tuple(trains)
+    for path, leaf in arrays.items():
+        if any(fnmatchcase(path, pattern) for pattern in trains):
+            kind = element_type(path, run.settings.train_dtype, stored=leaf.dtype) or leaf.dtype
+            arrays[path] = leaf.copy() if leaf.dtype == kind else leaf.astype(kind)
+        elif path in run.pretrained:
+            arrays[path] = leaf.astype(run.pretrained[path].dtype)
+        elif "/new_experts/" in path:
+            arrays[path] = leaf.astype(run.settings.dtype)
     return Opened(abstract(config), place_leaves(abstract(config), arrays, run.mesh))
 
 

@@ -70,7 +70,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
             with problems:
                 sources[name] = read(of.data, of.split)
     rows = {name: len(distinct(source)) for name, source in sources.items()}
-    problems.note(row_problems(settings, rows=rows, layers=run.config.decoder.layers))
+    problems.note(row_problems(settings, rows=rows, layers=len(run.config.decoder.routed)))
     problems.note(extension_problems(settings, names, decoder=run.config.decoder))
     measured = functools.cache(functools.partial(_measure, run, read))
     readers: dict[Reading, list[str]] = {}
@@ -113,7 +113,7 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
 
     Args:
       rows: of the data set of each result that is to be made, by its name, each once, nothing held out yet.
-      layers: of the decoder.
+      layers: of the decoder, those that route.
     """
     problems = Problems()
     left = dict(rows)
@@ -132,8 +132,11 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
                 select = results.select_of(settings, table.result(name).extension)
                 rows_of_part(select.held_out, left[name], setting="select.held_out")
     for name in rows:
-        if name.startswith("select") and int((share := results.group_of(settings, name).share) * layers) < 1:
-            problems.note([f"{name}.share = {share:g} of {layers} layers chooses none; raise it"])
+        if name.partition(":")[0] != "select":
+            continue
+        select = results.group_of(settings, name)
+        if select.layers in ("extender", "random", "interval") and int(select.share * layers) < 1:
+            problems.note([f"{name}.share = {select.share:g} of {layers} layers chooses none; raise it"])
     return problems.messages
 
 
@@ -206,7 +209,7 @@ def _data(settings: RunSettings, name: str) -> Data | None:
 def _stages(settings: RunSettings, names: Iterable[str]) -> list[Stage]:
     """Those of the results whose rows have sizes of their own: `select` lays its rows out as the probe does."""
     stages = []
-    for name in dict.fromkeys(name.replace("select", "extend") for name in names):
+    for name in dict.fromkeys(results.laid_out_as(settings, name) for name in names):
         data = _data(settings, name)
         if data is not None:
             stages.append(Stage(name, data))

@@ -336,6 +336,12 @@ def named(settings: RunSettings, extension: str, stage: str) -> str:
     return stage if extension == settings.extension else f"{stage}:{extension}"
 
 
+def laid_out_as(settings: RunSettings, name: str) -> str:
+    """The result whose stage says how this one lays out its rows: of `select` the probe, else itself."""
+    stage, extension = name.partition(":")[0], table(settings).result(name).extension
+    return named(settings, extension, "extend") if stage == "select" else name
+
+
 def select_of(settings: RunSettings, name: str) -> SelectSettings:
     """Those of the extender of an extension."""
     return settings.select if name == settings.extension else settings.extensions[name].select

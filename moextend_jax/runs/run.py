@@ -84,7 +84,7 @@ class Run:
         decisive = ["seed", "aux_coefficient", "dtype", "train_dtype"]
         table = results.table(self.settings)
         if (row.grown and row.how == "train") or table.grown(row.parents):  # else there is no extension yet
-            decisive.append("text_isolation")
+            decisive += ["text_isolation", "composition"]
         if self.settings.expert_storage != "as_is":
             decisive += ["expert_storage", "expert_group"]
         return self.facts | {
@@ -152,9 +152,13 @@ def cpu_devices(settings: RunSettings) -> int:
     if settings.cpu_devices or settings.mesh.get("data") != -1 or not machine.only_cpu():
         return settings.cpu_devices or 1
     path = folder_of(settings.base) / "config.json"
-    if not path.exists():
+    try:
+        with reading(path):
+            if not path.exists():
+                return 1
+        decoder = huggingface.read_decoder_config(path.parent)
+    except MoextendError:  # it holds more than a decoder, or `open_base` says what is wrong with it
         return 1
-    decoder = huggingface.read_decoder_config(path.parent)
     if decoder.width * decoder.hidden > SMALL:
         return 1
     parts = [(of.rows, of.rows // of.parts) for of in rows_of_settings(settings)]

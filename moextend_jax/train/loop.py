@@ -26,7 +26,7 @@ from moextend_jax.train.meter import Meter
 from moextend_jax.train.metrics import MetricsWriter
 from moextend_jax.train.nonfinite import Watch
 from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import init_state, make_step, state_shardings
+from moextend_jax.train.step import abstract_state, init_state, make_step
 from moextend_jax.train.tracing import Tracer
 from moextend_jax.train.watchdog import Watchdog
 
@@ -62,7 +62,9 @@ def train_loop(
     Checkpoints and metrics go to `job.folder`; a run that was cut off goes on from its newest whole checkpoint.
 
     Args:
-      model: the structure; arrays: its leaves by path, on the mesh; rows: this process's batches, on the host.
+      model: the structure; rows: this process's batches, on the host.
+      arrays: its leaves by path, on the mesh. Those that are trained are taken over, and are gone afterwards: memory
+        has room for them once.
 
     Raises:
       Preempted: the machine is to be taken away; a checkpoint of the last step is on disk.
@@ -83,9 +85,7 @@ def train_loop(
         accumulate=stage.accumulate,
         mesh=mesh,
     )
-    # The step donates its state, the caller keeps its arrays: train a copy.
-    shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments)
-    state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer, shardings=shardings)
+    like = abstract_state(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments)
     process = jax.process_index()
     validate = loss_step(model, chunk=stage.loss_chunk, mesh=mesh)
     watch = Watch(folder / "nonfinite", most=settings.nonfinite_limit + 1, name_of=job.name_of)
@@ -95,9 +95,13 @@ def train_loop(
         contextlib.closing(iter(rows)) as iterator,
     ):
         state, counts_G = train_state.start(
-            manager, state, iterator, facts=job.facts, resume_from=job.resume_from, where=folder
+            manager, like, iterator, facts=job.facts, resume_from=job.resume_from, where=folder
+        ) or (
+            init_state(trainable, optimizer, shardings=jax.tree.map(lambda leaf: leaf.sharding, like)),
+            faults.counts(),
         )
-        count = int(state.step)
+        if (count := int(state.step)) > 0:
+            train_state.free(trainable)  # the checkpoint's are trained
         with (
             MetricsWriter(
                 folder, resume_step=count, process_index=process, sinks=settings.sinks,
@@ -136,7 +140,8 @@ def train_loop(
                 if logs or saves or leaves:
                     watch.check()  # waits for the step
                     if (skipped := int(state.skipped)) > settings.nonfinite_limit:
-                        back = train_state.roll_back(manager, state) if rollbacks else None
+                        with watchdog.paused():
+                            back = train_state.roll_back(manager, state) if rollbacks else None
                         if back is None:
                             raise MoextendError(
                                 f"{job.name}: {skipped} steps until step {count} had a loss or gradient that is not "
@@ -146,6 +151,7 @@ def train_loop(
                         print(f"{job.name}: step {count} goes back to step {int(state.step)}, with later data")
                         count = int(state.step)
                         writer.go_back(count)
+                        watch.go_back()
                         continue
                     counts_G = on_host(counts_G + sum(faults_BG.sum(0) for faults_BG in uncounted))
                     uncounted.clear()
@@ -164,8 +170,9 @@ def train_loop(
                 if saves or leaves:
                     with meter.paused(), watchdog.paused():
                         train_state.save(manager, state, iterator, step=count, facts=job.facts, counts_G=counts_G)
+                        if leaves:
+                            train_state.finish(manager)
                 if leaves:
-                    train_state.finish(manager)
                     raise preemption.Preempted(f"{job.name} is saved at step {count} of {steps}")
         train_state.finish(manager)
     return state.trainable

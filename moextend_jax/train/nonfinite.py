@@ -1,13 +1,14 @@
 """Steps whose loss or gradient was not finite: counted, and their batches kept for replay.
 
-In: each step's batch and its `finite` metric, a device scalar that nobody waits for until `check`. Out: the batches of
-bad steps as FOLDER/step_0000123-process_0.npz (arrays by the names of `config.Batch`: ids_BL, media/image, ...) beside
-a JSON file that names the examples in it.
+In: each step's batch and its `finite` metric, a device scalar. Out: the batches of bad steps as
+FOLDER/step_0000123-process_0.npz (arrays by the names of `config.Batch`: ids_BL, media/image, ...) beside a JSON file
+that names the examples in it; after the run has gone back n times, as FOLDER/step_0000123-process_0-back_n.npz.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,16 +28,17 @@ class Seen(NamedTuple):
 
 
 class Watch:
-    """Holds the batches since the last check, and writes at most `most` bad ones."""
+    """Holds the batches of the last two steps and the bad ones since the last check; writes at most `most` of these."""
 
     def __init__(self, folder: Path, *, most: int, name_of: Callable[[int], str]):
         """`name_of` gives the id of a row of the data set."""
         self.folder, self.most, self.name_of = folder, most, name_of
         self._seen: list[Seen] = []
-        self._written = 0
+        self._written = self._back = 0
 
     def note(self, step: int, batch: Batch, metrics: dict[str, Any]) -> None:
-        """`batch` is this process's part, still in NumPy."""
+        """`batch` is this process's part, still in NumPy. Waits for the step before the last."""
+        self._seen = [seen for seen in self._seen if seen.step > step - 2 or not bool(seen.metrics["finite"])]
         self._seen.append(Seen(step, batch, metrics))
 
     def check(self) -> list[int]:
@@ -48,9 +50,19 @@ class Watch:
             self._written += 1
         return [seen.step for seen in bad]
 
+    def go_back(self) -> None:
+        """The run goes back to an earlier step, whose number comes again with another batch; as many may be bad."""
+        self._written, self._back = 0, self._back + 1
+
     def _write(self, seen: Seen) -> None:
+        try:
+            self._write_files(seen)
+        except OSError as error:  # the run does not need them, and other processes would wait for this one
+            print(f"moextend: the batch of step {seen.step} is not written: {error}", file=sys.stderr)
+
+    def _write_files(self, seen: Seen) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{seen.step:07d}-process_{jax.process_index()}"
+        name = f"step_{seen.step:07d}-process_{jax.process_index()}" + (f"-back_{self._back}" if self._back else "")
         leaves = jax.tree_util.tree_leaves_with_path(seen.batch)
         arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
         with (self.folder / f"{name}.npz").open("wb") as file:

@@ -92,7 +92,9 @@ def _wandb(folder: Path, name: str, settings: dict[str, Any], resume_step: int) 
     )  # fmt: skip
 
     def log(step: int, numbers: Mapping[str, float]) -> None:
-        if step >= run.step:  # W&B takes no step twice; one that is done again has the same numbers
+        # W&B takes no step twice. One that a resumed run does again has the same numbers; of steps that a run has gone
+        # back on it keeps the first, as metrics.jsonl does not.
+        if step >= run.step:
             run.log(dict(numbers), step=step)
 
     return Sink(log, run.finish)

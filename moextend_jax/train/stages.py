@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from moextend_jax.config import ADDITIONS, MoextendError
+from moextend_jax.config import ADDITIONS, ExtensionConfig, MoextendError
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.parameters import SCALES, only_chooses
 from moextend_jax.settings import Group
@@ -60,10 +60,17 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 
 def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
-    """The structure of a model whose step trains these leaves: it says what of it has a gradient."""
+    """The structure of a model whose step trains these leaves: it says what of it has a gradient. A step that trains
+    several extensions has neither guidance nor drift, which are of one alone."""
     trainable = tuple(trainable)
     training = {path.split("/")[1] for path in trainable if path.startswith(ADDITIONS)}
-    config = model.config.with_added(lambda name, of: dataclasses.replace(of, trains=name in training))
+    guided = {} if len(training) < 2 else {"guidance": 0.0, "drift": 0.0}
+
+    def of_step(name: str, of: Any) -> Any:
+        rules = guided if isinstance(of, ExtensionConfig) else {}
+        return dataclasses.replace(of, trains=name in training, **rules)
+
+    config = model.config.with_added(of_step)
     base = any(path.startswith("decoder/layers/moe/experts/") for path in trainable)
     frozen = "none" if base else "pretrained"
     config = dataclasses.replace(config, gradient_from=config.lowest_trained(trainable), frozen_experts=frozen)

@@ -59,6 +59,15 @@ def state_shardings(
     return TrainState(own, optimizer_shardings(state, trainable, mesh, moments=moments), count, count)
 
 
+def abstract_state(
+    trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
+) -> TrainState:
+    """What `init_state` would make, as shapes with shardings."""
+    state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), dict(trainable))
+    shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=moments)
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
+
+
 def make_step(
     model: MoExtend,
     *,
