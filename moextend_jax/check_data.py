@@ -21,7 +21,7 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_none
-from moextend_jax.data.faults import KINDS, FaultSettings
+from moextend_jax.data.faults import KINDS, LEAST_READ, FaultSettings
 from moextend_jax.data.inspector import UNLIMITED, Reading, Work
 from moextend_jax.media import IMAGE_MARK
 from moextend_jax.runs import results
@@ -100,9 +100,8 @@ def problems_of(
     read = {name: parts for name, parts in read.items() if not any(report.error for report in parts)}
     counts = {name: sum(report.rows for report in parts) for name, parts in read.items()}
     table = results.table(settings)
-    rows = {name: count for name, count in counts.items() if name in table.results}
-    for name in [name for name in rows if name.startswith("extend")]:  # of whose data the samples are
-        rows[name.replace("extend", "select")] = rows[name]
+    laid_out = {name: results.laid_out_as(settings, name) for name in table.results}  # the samples are the probe's data
+    rows = {name: counts[of] for name, of in laid_out.items() if of in counts}
     problems = row_problems(settings, rows=rows, layers=layers)
     for name in read.keys() & table.results.keys():
         trains = table.patterns(name, recipe=settings.recipe)
@@ -214,8 +213,8 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
     elif not report.error:
         console.print(escape(f"{title}: {size}, no faults"))
     if report.skipped:
-        share = report.skipped / report.rows
-        limit = f"{'more than' if share > faults.most_skipped else 'within'} the {faults.most_skipped:.2%} allowed"
-        console.print(f"  {report.skipped:,} conversations ({share:.2%}) would be skipped, {limit}")
+        share = f"{report.skipped:,} conversations ({report.skipped / report.rows:.2%}) would be skipped"
+        limit = f"{faults.most_skipped:.2%} of at least {LEAST_READ:,} may be, but not all"
+        console.print(f"  {share}, {'too many' if report.too_many(faults) else 'few enough'}: {limit}")
     if report.error:
         console.print(escape(f"{title}: cannot be read: {report.error}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from moextend_jax.check_data import check_command, readings_of
+from moextend_jax.check_data import check_command, problems_of, readings_of
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, SelectSettings, StageSettings
+from moextend_jax.data.check import Report
+from moextend_jax.settings import (
+    EvaluateSettings,
+    ExtensionSettings,
+    FaultSettings,
+    RunSettings,
+    SelectSettings,
+    StageSettings,
+)
 
 ROWS = 20
 
@@ -86,18 +95,21 @@ def test_json_says_what_where_and_whether_it_may_be(folder, capsys):
 
 
 def test_exit_code_follows_policies_and_the_share(folder, capsys):
-    assert checked(settings(folder, faults=skipping(most_skipped=0.2)), capsys)[0] == 0
-    assert checked(settings(folder, faults=skipping(most_skipped=0.15)), capsys)[0] == 1  # 2 of the 10 that align reads
-    only = settings(folder, faults=skipping(most_skipped=0.1))
-    assert checked(dataclasses.replace(only, align=only.finetune), capsys)[0] == 0
+    assert checked(settings(folder, faults=skipping()), capsys)[0] == 0  # 2 of the 10 that align reads, as training
+    assert checked(settings(folder, faults=skipping(most_skipped=0.001)), capsys)[0] == 1
+    only = settings(folder, faults=skipping())
+    lost = dataclasses.replace(only.align, split="train[3:4]")
+    code, said = checked(dataclasses.replace(only, align=lost), capsys)
+    assert code == 1 and [one["ok"] for one in said["data"]] == [False, True, True]  # all that align reads
 
 
 def test_the_table_names_the_first(folder, capsys):
-    code, text = checked(settings(folder, faults=skipping()), capsys, as_json=False)
+    code, text = checked(settings(folder, faults=skipping(most_skipped=0.001)), capsys, as_json=False)
     assert code == 1
     for part in ("llava_instruct train (extend, finetune, full)", "entry 5: 5.jpg", "truncated", "no faults"):
         assert part in text
-    assert "2 conversations (10.00%) would be skipped, more than the 1.00% allowed" in text
+    limit = "0.10% of at least 1,000 may be, but not all"
+    assert f"2 conversations (10.00%) would be skipped, too many: {limit}" in text
 
 
 def test_a_file_that_cannot_be_read_does_not_end_the_check_of_the_others(folder, capsys):
@@ -133,6 +145,19 @@ def test_what_a_run_would_refuse_of_sound_data_is_said_too(folder, capsys):
     assert code == 1 and text.count("a run would be refused: ") == 4
     run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, data="", held_out=17))
     assert "cannot hold out 18 of 1 rows" in checked(run, capsys)[1]["problems"][0]
+
+
+def test_samples_are_the_probes_rows_whatever_an_extension_is_called(folder):
+    run = settings(folder)
+    again = ExtensionSettings(
+        align=run.align, extend=run.extend, finetune=run.finetune, full=run.full, select=SelectSettings(held_out=18),
+        evaluate=run.evaluate,
+    )  # fmt: skip
+    run = dataclasses.replace(run, extensions={"extended": again})
+    reports = [Report(reading=reading, rows=18, items=Counter({"<image>": 1})) for reading in readings_of(run)]
+    assert problems_of(run, reports, layers=8) == [
+        "select.held_out = 18: cannot hold out 18 of 18 rows; at most 17 can be, or a share such as 0.1"
+    ]
 
 
 def test_rows_of_a_mixture_are_those_of_all_its_data(folder, capsys):

@@ -260,7 +260,8 @@ def test_the_check_finds_each_with_its_place_and_name(faulty, processes: int, mo
     for plant in PLANTS:
         assert (plant.at, plant.id or f"row{plant.at}") in [one[:2] for one in report.first[plant.kind]], plant
     assert report.ok(SKIP)
-    assert not report.ok(FaultSettings(policies=cast(Any, dict.fromkeys(KINDS, "skip")), most_skipped=0.5))
+    assert report.ok(dataclasses.replace(SKIP, most_skipped=0.03))  # of a thousand, as a run counts
+    assert not report.ok(dataclasses.replace(SKIP, most_skipped=0.02))
     for kind in KINDS:
         assert report.ok(skip_but(kind, "error")) == (kind in KINDS_OF_OTHERS), kind
 

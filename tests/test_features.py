@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import os
 import threading
 import time
 from typing import Any, cast
@@ -164,6 +166,31 @@ def test_a_run_that_dies_leaves_no_cache(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["c.lock"]
     with pytest.raises(MoextendError, match="no feature cache"):
         FeatureStore.open(tmp_path / "c")
+
+
+def test_what_killed_runs_left_goes_whoever_comes_next(tmp_path):
+    for name in ("c.unfinished-1", "c.unfinished-2", "other.unfinished-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "features.npy").touch()
+    make(tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.lock", "other.unfinished-1"]
+    (tmp_path / "c.unfinished-1").mkdir()
+    make(tmp_path / "c", compute=refuse)
+    assert not (tmp_path / "c.unfinished-1").exists()
+
+
+def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path, monkeypatch):
+    room = []
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        room.append(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    message = "features of 240 bytes cannot be kept in .*: No space left on device; .* cache_features = false"
+    with pytest.raises(MoextendError, match=message):
+        make(tmp_path / "c")
+    assert room == [240 + 128] and [path.name for path in tmp_path.iterdir()] == ["c.lock"]
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):

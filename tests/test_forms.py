@@ -23,7 +23,7 @@ from PIL import Image
 
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.batches import batches
-from moextend_jax.data.check import Report, check, open_origin
+from moextend_jax.data.check import Report, _weigh, check, open_origin
 from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.faults import STRICT, Fault
@@ -510,6 +510,25 @@ def test_one_picture_of_two_members_of_a_name(tmp_path: Path):
     assert [images for _, _, images in read(source)] == [[picture(1)], [], [picture(2)], []]
 
 
+def test_shards_of_one_name_in_two_folders_hold_two_pictures(tmp_path: Path):
+    home, images = tmp_path / "all", [b"no picture", picture(1)[:10]]
+    for folder, image in zip(("cc", "laion"), images, strict=True):
+        (home / folder).mkdir(parents=True)
+        tar(home / folder / "0.tar", {"0.png": image, "0.json": json.dumps({"id": folder, "text": "a"}).encode()})
+    source = open_dataset(str(home), data_dir=tmp_path / "built")
+    assert [shown for *_, shown in read(source)] == [[image] for image in images]
+    keys = [ref.key for row in source for ref in row.images]
+    assert keys == ["cc/0.tar/0.png@512", "laion/0.tar/0.png@512"]
+    (report,) = checked(str(home))
+    assert report.images == 2 and sorted(one.id for of in report.first.values() for one in of) == keys
+    alone = open_dataset(str(home / "laion"), data_dir=tmp_path / "built")
+    assert alone[0].images[0].key == "0.tar/0.png@512"  # as caches have it
+    write(home / "cc" / "0.tar", (home / "cc" / "0.tar").read_bytes()[:515])
+    with pytest.raises(Fault, match="ends with its archive") as fault:
+        source.images[0]
+    assert fault.value.id == keys[0]  # by which caches of features note it
+
+
 # --- folders and splits -----------------------------------------------------------------------------------------------
 
 
@@ -550,6 +569,30 @@ def test_images_are_looked_for_beside_the_file_or_where_the_setting_says(tmp_pat
     assert [read(source)[1][2] for source in both] == [[picture(6)], [picture(1)]]
     assert both[0].fingerprint == both[1].fingerprint
     assert both[0].images.fingerprint != both[1].images.fingerprint
+
+
+def test_images_are_looked_for_beside_each_of_several_files(tmp_path: Path):
+    """As Hugging Face's ImageFolder has them; where the setting says, names are below its folder alone."""
+    home, data = tmp_path / "train", str(tmp_path / "train")
+    for n, (folder, name, at) in enumerate(
+        (("cats", "1.png", "1.png"), ("dogs", "1.png", "1.png"), ("fish", "at/1.png", "images/at/1.png"))
+    ):
+        (home / folder / at).parent.mkdir(parents=True)
+        write(home / folder / at, picture(n))
+        write(home / folder / "metadata.jsonl", json.dumps({"id": folder, "file_name": name, "text": "a"}))
+    source = open_dataset(data, data_dir=tmp_path / "built")
+    assert [images for *_, images in read(source)] == [[picture(0)], [picture(1)], [picture(2)]]
+    assert [ref.key for row in source for ref in row.images] == ["cats/1.png", "dogs/1.png", "fish/at/1.png"]
+    (report,) = checked(data)
+    assert (report.images, report.counts) == (3, {})
+    write_pictures(tmp_path / "other")
+    source = open_dataset(data, data_dir=tmp_path / "built", images=tmp_path / "other")
+    assert [images for *_, images in read(source)] == [[picture(1)]] * 3
+    (report,) = checked(data, images=tmp_path / "other")
+    assert (report.images, report.counts) == (1, {})
+    with pytest.raises(Fault, match="image https://a/b.png is a URL"):
+        write(home / "dogs" / "metadata.jsonl", json.dumps({"file_name": "https://a/b.png", "text": "a"}))
+        open_dataset(data, data_dir=tmp_path / "built")
 
 
 def test_links_that_the_user_laid_are_followed_when_told(tmp_path: Path):
@@ -744,6 +787,17 @@ def test_the_check_reads_every_form(tmp_path: Path, pictures: Path):
         tarred = "web" in form or form == "pattern"
         assert (report.error, report.counts, report.rows) == (None, {}, 6), form
         assert report.images == 5 + tarred and report.ok(STRICT), form
+
+
+def test_what_a_mixture_would_skip_is_judged_in_all(tmp_path: Path):
+    """As a run counts it: by its weights, and of at least a thousand."""
+    reading = Reading(stages=("align",), data="x", split="train", length=64)
+    skip = FaultSettings(policies={"entry": "skip"}, most_skipped=0.01)
+    good, bad = (Report(reading=reading, rows=rows, skipped=skipped) for rows, skipped in ((1990, 0), (10, 10)))
+    assert good.ok(skip) and not bad.ok(skip)  # every one of it
+    for data, fine in (("a.json,b.json", True), ("a.json:0.99,b.json:0.01", True), ("a.json:0.98,b.json:0.02", False)):
+        _weigh(data, [good, bad])
+        assert (good.ok(skip), bad.ok(skip)) == (fine, fine), data
 
 
 @pytest.mark.parametrize("processes", [0, 1])

@@ -22,6 +22,7 @@ from media_files import HEARD, KINDS_OF_OTHERS, PICTURED, TOUCHED, WATCHED
 
 from moextend_jax.config import RECIPES, ImageTags, Medium, MoextendError, Named
 from moextend_jax.data.batches import batches
+from moextend_jax.data.builders import Built
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.entries import ItemName, read_entries
@@ -457,9 +458,24 @@ def test_what_is_skipped_costs_its_own_row_alone(faulty: Path, tmp_path: Path, p
 
 def test_what_a_medium_takes_is_in_the_fingerprint_of_its_items(faulty: Path, tmp_path: Path):
     keep = dataclasses.replace(SKIP, policies={**SKIP.policies, "long_sound": "keep"})
-    prints = [opened(faulty / "a.jsonl", tmp_path, media=WITH_FEATURES, faults=faults).items["audio"].fingerprint
-              for faults in (SKIP, keep, SKIP)]  # fmt: skip
+    sources = [
+        opened(faulty / "a.jsonl", tmp_path, media=WITH_FEATURES, faults=faults) for faults in (SKIP, keep, SKIP)
+    ]
+    prints = [source.items["audio"].fingerprint for source in sources]
     assert prints[0] == prints[2] != prints[1]
+    for medium in WITH_FEATURES.keys() - {"audio"}:  # of which nothing is cut
+        assert len({source.items[medium].fingerprint for source in sources}) == 1, medium
+
+
+def test_sounds_of_packages_are_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stored = {"id": b"train/0", "image": files.sound("OGG", seconds=2.2), "span": b""}
+    monkeypatch.setattr("moextend_jax.data.datasets.open_built", lambda *_, **__: Built([stored], [], "made", 1))
+    keep = dataclasses.replace(SKIP, policies={**SKIP.policies, "long_sound": "keep"})
+    skips, keeps = (opened("spoken_words", tmp_path, faults=faults).items["speech"] for faults in (SKIP, keep))
+    assert (keeps.span(0, SPEECH), keeps.decoded(0, SPEECH).key) == (100, "train/0")
+    assert skips.fingerprint == "made" != keeps.fingerprint
+    with pytest.raises(Fault, match="more than the 2 that are heard"):
+        skips.span(0, SPEECH)
 
 
 def test_items_of_shards_by_their_suffix(tmp_path: Path):

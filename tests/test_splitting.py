@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,10 @@ class Rows(list):
         return [self[row] for row in rows]
 
 
-def source(*keys_of_rows: str, folder: str = "pictures") -> Source:
-    """Rows that show these pictures, one letter each, of a folder."""
+def source(*keys_of_rows: Sequence[str], folder: str = "pictures") -> Source:
+    """Rows that show these pictures of a folder."""
     rows = Rows(
-        Example(f"{n}{keys}", [], tuple(ItemRef("image", key, ord(key)) for key in keys))
+        Example(f"{n}{''.join(keys)}", [], tuple(ItemRef("image", key, ord(key[0])) for key in keys))
         for n, keys in enumerate(keys_of_rows)
     )
     return Source(rows=rows, items={"image": Items((), folder=ItemFolder(Path(folder)))}, fingerprint="x")
@@ -90,6 +91,17 @@ def test_the_rows_of_other_data_lose_the_pictures_that_were_held_out():
     assert len(without(others, held_out)) == 6  # pictures of these names, but others
     mixed = mix([source(*"xyz", folder="others"), source(*"abcdef")], weights=None, names=["one", "two"])
     assert len(without(mixed, held_out)) == 7
+
+
+def test_pictures_in_rows_are_the_same_in_any_folder():
+    """Their names are hashes of what they hold."""
+    held_out, captions = source(["bytes ab"], folder="tests"), source(["bytes ab"], ["bytes cd"], ["ab.png"])
+    assert [row.images[0].key for row in without(captions, held_out)] == ["bytes cd", "ab.png"]
+
+
+def test_a_picture_is_one_whichever_folder_its_name_is_relative_to():
+    held_out, captions = source("a", folder=str(Path("all/cats").resolve())), source(["cats/a"], ["a"], folder="all")
+    assert [row.images[0].key for row in without(captions, held_out)] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ import tensorflow_datasets as tfds
 from moextend_jax import machine
 from moextend_jax.config import Medium, MoextendError
 from moextend_jax.data import easy_vqa
-from moextend_jax.data.entries import Content, read_entries
+from moextend_jax.data.entries import Content, Entry, read_entries
 from moextend_jax.data.faults import Fault, unknown_medium
 from moextend_jax.data.forms import Files
 from moextend_jax.data.item_files import ItemFolder
@@ -282,12 +282,13 @@ NO_ITEM = ""
 
 class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Conversations of one split in files of any form, one row per entry; the config of a `mark` has one row per item
-    of it that they name or hold. `paths` are wanted only until it is built."""
+    of it that they name or hold. `paths` and `beside` (`Files`) are wanted only until it is built."""
 
     VERSION = tfds.core.Version("1.2.0")
     url_infos = None
     BUILDER_CONFIGS = _configs(conversations="one row per entry")
     paths: tuple[Path, ...] = ()
+    beside = True
     split = "train"
     mark = IMAGE_MARK
 
@@ -295,10 +296,11 @@ class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return _info(self)
 
     def _split_generators(self, dl_manager):
-        return {self.split: self._generate_examples(self.paths)}
+        return {self.split: self._generate_examples(read_entries(*self.paths, beside=self.beside))}
 
-    def _generate_examples(self, paths: Sequence[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from _noted(self, self.split, _items(paths, self.mark) if holds_items(_config(self)) else _rows(paths))
+    def _generate_examples(self, entries: Iterable[Entry]) -> Iterator[tuple[int, dict[str, Any]]]:
+        rows = _items(entries, self.mark) if holds_items(_config(self)) else _rows(entries)
+        yield from _noted(self, self.split, rows)
 
 
 def items_builder(mark: str, **options: Any) -> Conversations:
@@ -310,9 +312,9 @@ def items_builder(mark: str, **options: Any) -> Conversations:
     return builder
 
 
-def _rows(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
+def _rows(entries: Iterable[Entry]) -> Iterator[tuple[dict[str, Any], Fault | None]]:
     rows: dict[str, dict[str, int]] = {}  # of each mark, by the names of items
-    for entry in read_entries(*paths):
+    for entry in entries:
         refs = []
         for mark, name in entry.items:
             of_mark = rows.setdefault(mark, {})
@@ -320,9 +322,9 @@ def _rows(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Fault | None]
         yield _row(entry.id, entry.turns, refs, entry.fault), entry.fault
 
 
-def _items(paths: Sequence[Path], mark: str) -> Iterator[tuple[dict[str, Any], None]]:
+def _items(entries: Iterable[Entry], mark: str) -> Iterator[tuple[dict[str, Any], None]]:
     seen: set[str] = set()
-    for entry in read_entries(*paths):
+    for entry in entries:
         for item in entry.items:
             if item.mark == mark and item.name not in seen:
                 seen.add(item.name)
@@ -334,7 +336,7 @@ def _items(paths: Sequence[Path], mark: str) -> Iterator[tuple[dict[str, Any], N
 def scan(files: Files, folder: ItemFolder, media: Mapping[str, Medium]) -> Iterator[Fault]:
     """Faults of the entries, then of the items' files as far as they show without reading any."""
     names: dict[str, dict[str, None]] = {medium.mark: {} for medium in media.values()}
-    for entry in read_entries(*files.paths):
+    for entry in read_entries(*files.paths, beside=files.beside):
         for mark, name in entry.items:
             if mark in names and name not in entry.contents:
                 names[mark][name] = None

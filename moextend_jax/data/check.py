@@ -25,7 +25,7 @@ from moextend_jax.data import inspector
 from moextend_jax.data.builders import BUILDERS
 from moextend_jax.data.datasets import ItemRef, Source, family_of, is_packaged, item_folder, open_dataset
 from moextend_jax.data.entries import Entry, ItemName, read_entries
-from moextend_jax.data.faults import KINDS, STRICT
+from moextend_jax.data.faults import KINDS, STRICT, too_many
 from moextend_jax.data.forms import base_split, files_of, parts_of
 from moextend_jax.data.inspector import Inspector, ItemFile, PlacedFault, Reading, RowsOf, Work
 from moextend_jax.data.shared_memory import check_shared_memory
@@ -80,9 +80,9 @@ def open_origin(
     its parts."""
     parts_of(reading.data)  # says what is wrong with one
     if not is_packaged(reading.data):
-        files = files_of(reading.data, split=reading.split, manual_dir=manual_dir, known=BUILDERS)
-        home = item_folder(files, images, faults)
-        return Origin(lambda: read_entries(*files.paths), home, f"{home.path} of {files.paths[0]}")
+        files = files_of(reading.data, split=reading.split, manual_dir=manual_dir, images=images, known=BUILDERS)
+        home = item_folder(files, faults)
+        return Origin(lambda: read_entries(*files.paths, beside=files.beside), home, f"{home.path} of {files.paths[0]}")
     source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, media=media)
     nouns = {name: KINDS_OF_MEDIA[medium.kind].noun for name, medium in source.media.items()}
     refs = {(nouns[ref.medium], ref.key): ref for example in source for ref in example.items}
@@ -137,6 +137,10 @@ class Report:
     skipped: int = 0
     error: str | None = None
     """Why the rest could not be read."""
+    repeats: float = 1.0
+    """How often a mixture has each row in an epoch."""
+    mixture: list[Report] = field(default_factory=list, repr=False, compare=False)
+    """Those of all its data sets."""
 
     @property
     def images(self) -> int:
@@ -144,7 +148,13 @@ class Report:
 
     def ok(self, faults: FaultSettings) -> bool:
         refused = any(faults.policy(kind) == "error" for kind in self.counts)
-        return self.error is None and not refused and self.skipped <= faults.most_skipped * self.rows
+        return self.error is None and not refused and not self.too_many(faults)
+
+    def too_many(self, faults: FaultSettings) -> bool:
+        """Whether training would skip too many conversations, of a mixture in all, or every one."""
+        of = self.mixture or [self]
+        skipped, rows = (sum(getattr(one, count) * one.repeats for one in of) for count in ("skipped", "rows"))
+        return 0 < rows == skipped or too_many(skipped, rows, faults)
 
 
 @dataclass
@@ -182,7 +192,9 @@ def check(
       processes: 0 works in this one.
       tell: called with a data set's name, and the rows and items done so far.
     """
-    reports = [Report(reading=part) for reading in readings for part in _parts(reading)]
+    mixtures = [[Report(reading=part) for part in _parts(reading)] for reading in readings]
+    mixed = [reading.data for reading in readings]
+    reports = [report for of in mixtures for report in of]
     readings = [report.reading for report in reports]
     opened: dict[tuple[str, str], tuple[Origin, list[int]]] = {}
     for n, reading in enumerate(readings):
@@ -209,7 +221,19 @@ def check(
     for origin, which in opened.values():
         for n in which:
             _finish(gathered[n], items[origin.items], faults)
+    for data, of in zip(mixed, mixtures, strict=True):
+        if len(of) > 1:
+            _weigh(data, of)
     return reports
+
+
+def _weigh(data: str, mixture: list[Report]) -> None:
+    """Says of the data sets of a mixture that they are one, and how often its weights repeat each (`mixing.picks`)."""
+    weights = [part.weight for part in parts_of(data)]
+    longest = max(report.rows / (weight or 1) for report, weight in zip(mixture, weights, strict=True))
+    for report, weight in zip(mixture, weights, strict=True):
+        report.mixture = mixture
+        report.repeats = weight * longest / max(report.rows, 1) if weight else 1.0
 
 
 def _parts(reading: Reading) -> list[Reading]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.items import Items, look_at_items
 from moextend_jax.data.mixing import JoinedItems, JoinedRows, fingerprint_of, picks
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.folders import absolute, folder, is_url
+from moextend_jax.folders import absolute, is_url
 from moextend_jax.media import IMAGE_MARK, IMAGES_ALONE
 from moextend_jax.settings import KEEPABLE, FaultSettings
 
@@ -257,10 +256,12 @@ def _open(
         items = {of: Items((), kind=medium.kind) for of, medium in media.items()}
         for of, own in _item_configs(family, media).items():
             stored = open_built(packaged(family, own, data_dir), base_split(split), name=name)
-            items[of] = Items(stored.rows, fingerprint=stored.fingerprint, kind=media[of].kind)
+            cut = _cuts(media[of], faults)
+            fingerprint = f"{stored.fingerprint}{' cut' if cut else ''}"
+            items[of] = Items(stored.rows, fingerprint=fingerprint, kind=media[of].kind, cut=cut)
     else:
-        files = files_of(name, split=split, manual_dir=manual_dir, known=BUILDERS)
-        home = item_folder(files, images, faults)
+        files = files_of(name, split=split, manual_dir=manual_dir, images=images, known=BUILDERS)
+        home = item_folder(files, faults)
         builder = partial(_builder, files=files, data_dir=data_dir, split=base_split(split), media=media)
         wanted = (None, *(medium.mark for medium in media.values() if medium.mark == IMAGE_MARK))
         if not all(is_built(builder(mark)) for mark in wanted):
@@ -271,7 +272,7 @@ def _open(
         for of, medium in media.items():
             if medium.mark == IMAGE_MARK or medium.mark in rows.marks:
                 built = open_built(builder(medium.mark), base_split(split), name=name)
-                cut = faults.policy("long_sound") == "keep"
+                cut = _cuts(medium, faults)
                 items[of] = look_at_items(built, home, upright=files.upright, kind=medium.kind, cut=cut)
             else:
                 items[of] = Items((), kind=medium.kind)
@@ -281,6 +282,11 @@ def _open(
         raise MoextendError(f"data set {name} has no rows in split {split!r}")
     fingerprint = hashlib.sha256(f"{rows.fingerprint} {split}".encode()).hexdigest()
     return Source(rows=rows.rows, items=items, media=media, fingerprint=fingerprint)
+
+
+def _cuts(medium: Medium, faults: FaultSettings) -> bool:
+    """Whether of an item that is too long the beginning is taken."""
+    return medium.kind == "audio" and faults.policy("long_sound") == "keep"
 
 
 def _unknown(rows: Built, media: Named[Medium]) -> Iterator[Fault]:
@@ -299,10 +305,12 @@ def _builder(mark: str | None, *, files: Files, data_dir: Path, split: str, medi
         marks.append(f"{absolute(path)} {size} {time}")
     if list(media) != [IMAGE]:
         marks.append(READS)
+    if len({path.parent for path in files.paths}) > 1:  # what was built before has items of one name as one
+        marks.append(f"names with folders{', beside' if files.beside else ''}")
     home = data_dir / hashlib.sha256("\n".join(marks).encode()).hexdigest()[:12]
     options: dict[str, Any] = {"data_dir": home, "file_format": "array_record"}
     builder = Conversations(config="conversations", **options) if mark is None else items_builder(mark, **options)
-    builder.paths, builder.split = files.paths, split
+    builder.paths, builder.beside, builder.split = files.paths, files.beside, split
     return builder
 
 
@@ -310,10 +318,9 @@ READS = "items of all media"
 """What was built before there were any has faults in their place."""
 
 
-def item_folder(files: Files, images: Path | str | None, faults: FaultSettings) -> ItemFolder:
+def item_folder(files: Files, faults: FaultSettings) -> ItemFolder:
     """Where the items are that the files name by path."""
-    home = folder(os.fspath(images)) if images else files.home
-    return ItemFolder(home, anywhere=faults.policy("outside") == "keep")
+    return ItemFolder(files.home, anywhere=faults.policy("outside") == "keep")
 
 
 HINT = "; `moextend data check` names all"

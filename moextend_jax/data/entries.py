@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.faults import Fault
-from moextend_jax.data.forms import form_of
+from moextend_jax.data.forms import folder_above, form_of
 from moextend_jax.data.json_values import Row
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tables import NOT_UTF8
@@ -55,22 +56,27 @@ class Entry(NamedTuple):
         return tuple(item.name for item in self.items if item.mark == IMAGE_MARK)
 
 
-def read_entries(*paths: Path) -> Iterator[Entry]:
+def read_entries(*paths: Path, beside: bool = True) -> Iterator[Entry]:
     """All entries of all files, in order.
+
+    Args:
+      beside: what a file names lies beside it: of files in several folders names begin with the folder, for two of
+        these may have items of one name.
 
     Raises:
       MoextendError: a file cannot be read, is not of its form from some place on, or there are no entries.
     """
     seen: dict[str, int] = {}
     number = -1
+    above = folder_above(paths)
     for number, row in enumerate(row for path in paths for row in form_of(path).read(path)):
-        yield _entry(number, row, seen)
+        yield _entry(number, row, seen, above, beside)
     if number < 0:
         more = f" and {len(paths) - 1} more files" if paths[1:] else ""
         raise MoextendError(f"{paths[0]}{more} holds no entries; it must be a list of conversations")
 
 
-def _entry(number: int, row: Row, seen: dict[str, int]) -> Entry:
+def _entry(number: int, row: Row, seen: dict[str, int], above: Path, beside: bool) -> Entry:
     id = row.value.get("id") if isinstance(row.value, dict) else None
     id = str(number if id is None else id)
     broken = not _utf8(id)
@@ -86,7 +92,8 @@ def _entry(number: int, row: Row, seen: dict[str, int]) -> Entry:
             raise Fault("this is not an object with keys", "entry")
         talk = normal_turns(row.value)
         contents: dict[str, Content] = {}
-        items = tuple(ItemName(item.mark, _named(item, contents)) for item in talk.items)
+        below = "" if row.path.parent == above else os.fspath(row.path.parent.relative_to(above))
+        items = tuple(ItemName(item.mark, _named(item, contents, below, beside)) for item in talk.items)
         if broken or not _utf8(*(text for item in items for text in item)):
             raise Fault("an id or an image path that is not UTF-8", "encoding")
     except Fault as fault:
@@ -96,14 +103,15 @@ def _entry(number: int, row: Row, seen: dict[str, int]) -> Entry:
     return Entry(number, id, items, talk.turns, again, contents)
 
 
-def _named(item: Item, contents: dict[str, Content]) -> str:
-    """The name of an item's file; where the row holds it, it goes into `contents`."""
+def _named(item: Item, contents: dict[str, Content], below: str, beside: bool) -> str:
+    """The name of an item's file; where the row holds it, it goes into `contents`. below: the folder of the row."""
     file = item.file
     if isinstance(file, dict):  # Hugging Face's, and OpenAI's
         file = next((file[key] for key in ("bytes", "path", "url") if file.get(key)), _input(file))
     if isinstance(file, str) and file.startswith("data:"):
         file = _decoded(file)
     if isinstance(file, Span):
+        file = file._replace(below=below)
         contents[file.name] = file
         return file.name
     if isinstance(file, bytes) and file:
@@ -116,7 +124,7 @@ def _named(item: Item, contents: dict[str, Content]) -> str:
         raise Fault(f"an {item.kind} path of {len(file)} characters, {file[:40]}...", "entry")
     if len(item.medium) > MOST_NAME:
         raise Fault(f"a medium's name of {len(item.medium)} characters, {item.medium[:40]}...", "entry")
-    return file
+    return os.path.join(below, file) if beside and "://" not in file else file
 
 
 def _input(file: dict[str, Any]) -> Any:

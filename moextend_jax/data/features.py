@@ -8,6 +8,7 @@ faults of images that could not be read, whose features are zero).
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -171,13 +172,16 @@ def _cached_or_made(
     inputs: Preparing, path: Path, compute, fingerprint: dict[str, Any], dtype, batch_size, threads,
     faults: FaultSettings,
 ) -> FeatureStore:  # fmt: skip
+    # Of processes that were killed: none is at work, for this one has its turn.
+    for left in path.parent.iterdir() if distributed.first() else ():
+        if left.name.startswith(f"{path.name}.unfinished-"):
+            shutil.rmtree(left, ignore_errors=True)
     # Process 0's look decides: on another host the files may have other times.
     if name := distributed.text_from_first(lambda: _cached(path, fingerprint, inputs)):
         store = FeatureStore.open(path.with_name(name))
         refuse(store.faults.values(), faults, where=f"feature cache {path}")
         return store
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         keys, bad = _write(unfinished, inputs, compute, dtype, batch_size, threads, faults)
         if distributed.first():
@@ -186,7 +190,8 @@ def _cached_or_made(
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if distributed.first():  # on another host one of this number may still write
+            shutil.rmtree(unfinished, ignore_errors=True)
     distributed.barrier(f"cached {path}")
     return FeatureStore.open(path)
 
@@ -237,13 +242,30 @@ def _write(
             if out_nPC is None and distributed.first():
                 folder.mkdir(parents=True)
                 shape = (count, *features_nPC.shape[1:])
-                out_nPC = np.lib.format.open_memmap(folder / "features.npy", mode="w+", dtype=dtype, shape=shape)
+                out_nPC = _reserved(folder / "features.npy", dtype, shape)
             if out_nPC is not None:
                 out_nPC[first : first + len(prepared)] = features_nPC
             bar.update(len(keys))
     if out_nPC is not None:
         out_nPC.flush()
     return keys, bad
+
+
+def _reserved(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
+    """A file as an array of zeros, with room for all of it: to write where the disk is full ends a process by a bus
+    error."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raise MoextendError(
+            f"features of {size:,} bytes cannot be kept in {path.parent.parent}: {error.strerror}; make room there, or "
+            "set cache_features = false"
+        ) from error
+    return array
 
 
 def _prepare(inputs: Preparing, row: int) -> Any:

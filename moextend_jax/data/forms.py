@@ -95,21 +95,34 @@ def base_split(split: str) -> str:
 
 
 class Files(NamedTuple):
-    """A data set's files in order, the folder that paths of images are relative to, and whether pictures are turned
-    upright (LLaVA's own never were)."""
+    """A data set's files in order; the folder that names of items are relative to; whether pictures are turned upright
+    (LLaVA's own never were); and whether what a file names lies beside it, not in a folder of images."""
 
     paths: tuple[Path, ...]
     home: Path
     upright: bool = True
+    beside: bool = True
+
+
+def folder_above(paths: Iterable[Path]) -> Path:
+    """The nearest that all of the files are below."""
+    first, *others = {path.parent for path in paths}
+    return next(above for above in (first, *first.parents) if all(other.is_relative_to(above) for other in others))
 
 
 def files_of(
-    name: str, *, split: str = "train", manual_dir: Path | str | None = None, known: Iterable[str] = ()
+    name: str,
+    *,
+    split: str = "train",
+    manual_dir: Path | str | None = None,
+    images: Path | str | None = None,
+    known: Iterable[str] = (),
 ) -> Files:
     """The files of one split of a data set.
 
     Args:
       name: one of `LLAVA`, or a path: a file, a folder, or a pattern (`x-{000..003}.tar`, `x-*.parquet`).
+      images: the folder that paths of items are relative to; None: the folder of the file that names them.
       known: other names that there are, for the message.
     """
     if name in LLAVA:
@@ -130,7 +143,8 @@ def files_of(
     chosen = paths[SPLITS.get(wanted, wanted)]
     for path in chosen:
         form_of(path)
-    return Files(tuple(chosen), chosen[0].parent, upright)
+    home = folder(os.fspath(images)) if images else folder_above(chosen)
+    return Files(tuple(chosen), home, upright, beside=not images)
 
 
 def _splits(name: str, known: list[str]) -> dict[str, list[Path]]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.faults import MOST_BYTES, Fault
+from moextend_jax.data.forms import DEPTH
 from moextend_jax.data.json_values import unreadable
 from moextend_jax.data.records import read_row, row_of
 from moextend_jax.data.shards import Span
@@ -93,7 +94,8 @@ def read_span(span: Span, noun: str = "image") -> bytes:
 
 
 def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "image", most: int = MOST_BYTES) -> Path:
-    """The file of an item named relative to `folder` or to its folder `images`; nothing is read.
+    """The file of an item named relative to `folder` or to its folder `images`, or to one in a folder below that the
+    name begins with; nothing is read.
 
     Raises:
       Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more bytes than `most`.
@@ -101,9 +103,9 @@ def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "i
     """
     _check_name(folder, name, anywhere, noun)
     roots = folder, folder / "images"
-    for root in roots:
+    for place in _places(folder, name):
         try:
-            path = (root / name).resolve(strict=True)
+            path = place.resolve(strict=True)
             facts = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -131,6 +133,13 @@ def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "i
             raise Fault(f"{noun} {name} in {folder} has {facts.st_size} bytes, more than {most}", "oversized", name)
         return path
     raise _missing(folder, name, noun, hint=_beside(roots, name))
+
+
+def _places(folder: Path, name: str) -> list[Path]:
+    """Where an item may be: the folder `images` may also stand beside the file that names it, in a folder below."""
+    parts = Path(name).parts
+    levels = range(min(len(parts), DEPTH))
+    return [folder / name, *(folder.joinpath(*parts[:n], "images", *parts[n:]) for n in levels)]
 
 
 def _missing(folder: Path, name: str, noun: str, *, hint: str = "") -> Fault:
@@ -188,7 +197,7 @@ def _homes(folder: Path, head: str, anywhere: bool) -> list[str]:
         return []
     try:
         roots = [os.path.realpath(root) for root in (folder, folder / "images")]
-        homes = [os.path.realpath(os.path.join(root, head)) for root in roots]
+        homes = [os.path.realpath(place.parent) for place in _places(folder, os.path.join(head, "x"))]
     except (OSError, ValueError):
         return []
     inside = anywhere or all(any(Path(home).is_relative_to(root) for root in roots) for home in homes)
@@ -248,7 +257,7 @@ def look_in_bucket(folder: Path, names: Iterable[str], *, noun: str = "image") -
     for name in names:
         try:
             _check_name(folder, name, False, noun)
-            paths = [os.fspath(root / name) for root in (folder, folder / "images")]
+            paths = map(os.fspath, _places(folder, name))
             matches = (listing(head).get(tail) for head, _, tail in (path.rpartition("/") for path in paths))
             facts = next((facts for facts in matches if facts is not None), None)
             if facts is None:
@@ -261,7 +270,7 @@ def look_in_bucket(folder: Path, names: Iterable[str], *, noun: str = "image") -
 
 def read_from_bucket(folder: Path, name: str, *, noun: str = "image") -> bytes:
     _check_name(folder, name, False, noun)
-    for path in (folder / name, folder / "images" / name):
+    for path in _places(folder, name):
         try:
             with path.open("rb") as file:
                 encoded = file.read(MOST_BYTES + 1)

@@ -33,17 +33,19 @@ UNREAD = {
 
 
 class Span(NamedTuple):
-    """An item's file inside an archive: `size` bytes of `file` from byte `at` on."""
+    """An item's file inside an archive: `size` bytes of `file` from byte `at` on. below: its folder, from the one on
+    that is above all archives of the data set."""
 
     file: str
     at: int
     size: int
     member: str
+    below: str = ""
 
     @property
     def name(self) -> str:
-        """Two members of one name are two items."""
-        return f"{Path(self.file).name}/{self.member}@{self.at}"
+        """Two members of one name are two items, and so are those of two archives of one name."""
+        return os.path.join(self.below, f"{Path(self.file).name}/{self.member}@{self.at}")
 
 
 class _Member(NamedTuple):

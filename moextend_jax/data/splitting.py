@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from moextend_jax.config import MoextendError
 from moextend_jax.data.datasets import AnyItems, HoldOut, Source, distinct, select
 from moextend_jax.data.mixing import JoinedItems
+from moextend_jax.folders import absolute
 
 
 def rows_of_part(part: float, rows: int, *, setting: str) -> int:
@@ -67,12 +69,14 @@ def without(source: Source, unseen: Source) -> Source:
     return select(source, [row for row, of_row in enumerate(marks_of(source)) if marks.isdisjoint(of_row)])
 
 
-class Mark(NamedTuple):
-    """What must not be on both sides: a picture or another item, or a text without any. home: where the item lies, so
-    that items of one name in two folders are two."""
+@dataclass(frozen=True, order=True)
+class Mark:
+    """What must not be on both sides: a picture or another item, or a text without any. place: where the item lies,
+    whichever folder its name is relative to; of one that rows hold its name, which is a hash. name: decides the side,
+    so that folders may be moved."""
 
-    home: str
-    name: str
+    place: str
+    name: str = field(compare=False)
 
 
 def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
@@ -83,7 +87,8 @@ def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
             yield tuple(mark[ref.medium](ref.key) for ref in example.items)
         else:
             text = json.dumps([example.id, example.conversations])
-            yield (Mark("", hashlib.sha256(text.encode()).hexdigest()),)
+            name = hashlib.sha256(text.encode()).hexdigest()
+            yield (Mark(name, name),)
 
 
 def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
@@ -96,8 +101,8 @@ def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
             return parts[int(number)](name)
 
         return of_part
-    home = str(items.folder.path) if items.folder else items.fingerprint
-    return lambda key: Mark(home, key)
+    home = os.fspath(absolute(items.folder.path)) if items.folder else items.fingerprint
+    return lambda key: Mark(key if key.startswith("bytes ") else os.path.join(home, key), key)
 
 
 def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,6 @@ def evaluate(run: Run) -> dict[str, Any]:
     answer_stage = None if settings.data else _answer_stage(run, first.asked.source)
     losses: dict[str, dict[str, float]] = {}
     answer_losses: dict[str, float] = {}
-    guesses = _guesses(run, asked)
     answers: dict[str, dict[str, list[str]]] = {on: {} for on in asked}
     plan = _plan(run, asked)
     first_name = {name: _first_name(plan, name, models=table.models) for name in plan}
@@ -156,7 +156,9 @@ def evaluate(run: Run) -> dict[str, Any]:
             losses[name] = _text_losses(run, opened)
 
     total = sum(len(asked[on].prompted) + len(asked[on].again) for on_of_model in todo.values() for on in on_of_model)
-    with counting("evaluate", total, unit="questions") as bar:
+    guesses = _guesses(run, asked)
+    with ThreadPoolExecutor(1) as pool, counting("evaluate", total, unit="questions") as bar:
+        guessed = pool.submit(guesses)  # seconds of reading, while programs are compiled
         for name in todo:
             ask(name, bar)
 
@@ -166,7 +168,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     losses, answer_losses = under_all_names(losses), under_all_names(answer_losses)
     for on in asked:
         names = [name for name in plan if on in plan[name]]
-        answers[on] = guesses[on] | under_all_names(answers[on], names)
+        answers[on] = {"question_only": guessed.result()[on]} | under_all_names(answers[on], names)
         right[on] = under_all_names(right[on], names)
     accuracy = {on: {name: of.accuracy(texts) for name, texts in answers[on].items()} for on, of in asked.items()}
     last = {name: run.settings.links[-1].name for name in ("moextend", "full")}
@@ -248,19 +250,24 @@ def _inputs(run: Run, of: Questions) -> Readers:
     return readers_of(run, of.asked.source, data=of.asked.data, split=of.asked.split, inputs=True)
 
 
-def _guesses(run: Run, asked: Mapping[str, Questions]) -> dict[str, dict[str, list[str]]]:
-    """By what is asked: what can be said without the items, from what the extension was trained on."""
-
-    @functools.cache
-    def guess(extension: str) -> Callable[[str], str]:
-        known = source_of(run, Data(results.named(run.settings, extension, "finetune")))
-        texts = {item.question.text for of in asked.values() for item in of.prompted}
-        return questions.frequent_answers(known, asked=texts, tokenizer=run.tokenizer)
-
-    return {
-        on: {"question_only": [guess(of.asked.extension)(item.question.text) for item in of.prompted]}
-        for on, of in asked.items()
+def _guesses(run: Run, asked: Mapping[str, Questions]) -> Callable[[], dict[str, list[str]]]:
+    """What makes, by what is asked, the answers that can be given without the items, from what the extension was
+    trained on. Its data are opened here, where all processes are."""
+    known = {
+        extension: source_of(run, Data(results.named(run.settings, extension, "finetune")))
+        for extension in {of.asked.extension for of in asked.values()}
     }
+    texts = {on: [item.question.text for item in of.prompted] for on, of in asked.items()}
+    every = {text for of in texts.values() for text in of}
+
+    def guesses() -> dict[str, list[str]]:
+        guess = {
+            extension: questions.frequent_answers(source, asked=every, tokenizer=run.tokenizer)
+            for extension, source in known.items()
+        }
+        return {on: [guess[of.asked.extension](text) for text in texts[on]] for on, of in asked.items()}
+
+    return guesses
 
 
 def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
@@ -332,8 +339,9 @@ def _composed(run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, M
                 texts = _answers(run, asker, prompts, bar=bar, most=of.settings.max_new_tokens)
             scores[on][title] = of.accuracy(texts)
 
+    shown = {name for of in several.values() for media in of.media for name in media}
     for link in links:
-        if link.medium:
+        if link.medium in shown:
             ask(f"{link.name} alone", askable(run, f"moextend:{link.name}"), media=[link.medium])
     opened = askable(run, last)
     for name, rule in RULES.items():

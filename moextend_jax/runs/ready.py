@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from moextend_jax import distributed
 from moextend_jax.config import DecoderConfig, MoextendError
 from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct, make_ahead
-from moextend_jax.data.faults import LEAST_READ
+from moextend_jax.data.faults import too_many
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.extension.routing import check_sources
@@ -258,7 +258,7 @@ def _refused(measured: Measured, faults: FaultSettings, *, stages: Sequence[str]
         yield f"{names}: {fault}{more}"
     if measured.skipped == measured.read:
         yield f"{names}: all {measured.read} conversations looked at would be skipped; `moextend data check` says why"
-    elif measured.skipped > faults.most_skipped * max(measured.read, LEAST_READ):
+    elif too_many(measured.skipped, measured.read, faults):
         yield (
             f"{names}: {measured.skipped} of {measured.read} conversations looked at would be skipped, more than "
             f"most_skipped = {faults.most_skipped:g} allows; `moextend data check` names them"
