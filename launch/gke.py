@@ -93,17 +93,20 @@ def manifest(options: argparse.Namespace, moextend: Sequence[str]) -> dict[str, 
         "env": environment,
         "ports": ports,
         "resources": {"limits": limits},
+        "volumeMounts": [{"name": "memory", "mountPath": "/dev/shm"}],
     }
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": GRACE,
         "nodeSelector": selector,
         "containers": [container],
+        # Workers hand batches on in /dev/shm, of which a pod has 64 MB otherwise.
+        "volumes": [{"name": "memory", "emptyDir": {"medium": "Memory"}}],
     }
     if options.claim:
         claimed, mount = options.claim
-        container["volumeMounts"] = [{"name": "shared", "mountPath": mount}]
-        pod["volumes"] = [{"name": "shared", "persistentVolumeClaim": {"claimName": claimed}}]
+        container["volumeMounts"].append({"name": "shared", "mountPath": mount})
+        pod["volumes"].append({"name": "shared", "persistentVolumeClaim": {"claimName": claimed}})
     job = {
         "parallelism": pods,
         "completions": pods,

@@ -1,12 +1,13 @@
 #!/bin/sh
 # The batch job of slurm.py. Its arguments are the command, which every task runs; JAX reads Slurm's own variables for
-# coordinator, number of processes and index. One task that fails ends the job step, so that no other waits for it.
+# coordinator, number of processes and index.
 # Slurm tells the tasks (SIGTERM) before it takes the nodes away or the time is up: they save and end with exit code 75,
-# and the job goes back into the queue.
+# and the job goes back into the queue. The first to end must not end the step: another may still close its files, and
+# srun would give 137. Of a task that fails the others learn from JAX; --wait (seconds) ends those that do not.
 set -u
 trap : TERM
 code=0
-srun --kill-on-bad-exit=1 "$@" || code=$?
+srun --kill-on-bad-exit=0 --wait=600 "$@" || code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -15,21 +15,37 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from moextend_jax import configurations, preemption
-from moextend_jax.config import IMAGE, FeaturesConfig, Medium, ModelConfig, MoextendError
+from moextend_jax.config import IMAGE, Amount, Count, Medium, ModelConfig, MoextendError
 from moextend_jax.evaluate.questions import as_prompt
 from moextend_jax.evaluate.routed import Routing, routing_of
 from moextend_jax.evaluate.running import asker_of
-from moextend_jax.evaluate.speak import Items, Picture, Turn, encoded, one_each, show, speak, told
+from moextend_jax.evaluate.speak import (
+    Item,
+    Items,
+    Picture,
+    Turn,
+    encoded,
+    field_of,
+    one_each,
+    show,
+    speak,
+    text_before,
+    told,
+    words,
+)
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable, described, open_place
 from moextend_jax.runs.place import Place
-from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.settings import NotNegative, RunSettings, build, from_config_dict
 
 Named = str | os.PathLike[str]
 """The name of a folder."""
+Shows = Mapping[str, Item | Sequence[Item]]
+"""What is shown, by medium: an item, or several."""
 ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 """Of `Model.chat`'s messages, and what they are called inside."""
 
@@ -49,7 +65,7 @@ class Model:
 
     def generate(
         self, text: str | Sequence[str], image: Picture | list[Picture | None] | None = None, *,
-        items: Items | list[Items] | None = None, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
+        items: Shows | list[Shows] | None = None, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0,
         seed: int = 0, system: str | None = None, plain: bool | None = None,
     ) -> Any:  # fmt: skip
         """The answer to a text, or the answers to a list of texts, which are computed together.
@@ -57,17 +73,20 @@ class Model:
         Args:
           image: a file, its bytes, a PIL image, or an array uint8 `[height, width, 3]`; for a list of texts one for
             all, or a list with one (or None) for each.
-          items: files of other media by their name, `{"sound": ["a.wav"]}`; for a list of texts alike.
+          items: a file, or several, of other media by their name, `{"sound": "a.wav"}`; for a list of texts alike.
           temperature: 0 takes the likeliest token; else draws from the `top_k` likeliest (0: all) with `seed`.
           system: what the model is told first.
           plain: continue the text without the chat template; None: as the model was taught.
         """
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "system": system, "plain": plain}
         drawn = {"temperature": temperature, "top_k": top_k}
+        _check_drawn(max_new_tokens=max_new_tokens, seed=seed, **drawn)
         if isinstance(text, str):
             if isinstance(image, list) or isinstance(items, list):
                 raise MoextendError("one text has one image; a list of texts may have a list of images")
             return "".join(self.stream(text, image, items=items, seed=seed, **drawn, **options))
+        for one in (text := _sequence(text, "text is neither a str nor a list of them")):
+            _check_text(one)
         images = image if isinstance(image, list) else [image] * len(text)
         others = items if isinstance(items, list) else [items] * len(text)
         if len(images) != len(text) or len(others) != len(text):
@@ -80,43 +99,54 @@ class Model:
         return self._together(text, each, **options)
 
     def stream(
-        self, text: str, image: Picture | None = None, *, items: Items | None = None, max_new_tokens: int = 64,
+        self, text: str, image: Picture | None = None, *, items: Shows | None = None, max_new_tokens: int = 64,
         temperature: float = 0.0, top_k: int = 0, seed: int = 0, system: str | None = None, plain: bool | None = None,
     ) -> Iterator[str]:  # fmt: skip
         """The answer piece by piece, as it is made."""
+        _check_text(text)
+        _check_drawn(max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k)
         every = shown(image, items)
         return speak(
             self._opened, told(self._opened, system, text, one_each(every)), items=every, plain=plain, seed=seed,
             max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_k),
         )  # fmt: skip
 
-    def chat(self, messages: Iterable[Mapping[str, Any]], **options: Any) -> str:
+    def chat(
+        self, messages: Iterable[Mapping[str, Any]], *, max_new_tokens: int = 64, temperature: float = 0.0,
+        top_k: int = 0, seed: int = 0,
+    ) -> str:  # fmt: skip
         """The answer to a conversation, `[{"role": "user", "content": "..."}, ...]`; roles are system, user, assistant.
 
         content: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
-        options: max_new_tokens, temperature, top_k and seed of `generate`.
+        The others are those of `generate`.
         """
+        _check_drawn(max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k)
         turns, images = [], list[Picture]()
-        for message in messages:
+        for message in _sequence(messages, "chat: messages are no list"):
             turn, pictures = _turn(message)
             turns.append(turn)
             images += pictures
-        sampling = Sampling(options.pop("temperature", 0.0), options.pop("top_k", 0))
-        options = {"max_new_tokens": 64} | options
-        return "".join(speak(self._opened, turns, items={IMAGE: images}, plain=False, sampling=sampling, **options))
+        return "".join(
+            speak(
+                self._opened, turns, items={IMAGE: images}, plain=False, max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature, top_k), seed=seed,
+            )
+        )  # fmt: skip
 
     def routing(
-        self, text: str, image: Picture | None = None, *, items: Items | None = None, answer: str | None = None,
+        self, text: str, image: Picture | None = None, *, items: Shows | None = None, answer: str | None = None,
         system: str | None = None, plain: bool | None = None,
     ) -> Routing:  # fmt: skip
         """Which experts each token of a prompt goes to, and of the answer to it where one is given."""
+        for one in (text, *(() if answer is None else (answer,))):
+            _check_text(one)
         opened, every = self._opened, shown(image, items)
         turns = told(opened, system, text, one_each(every))
         return routing_of(opened, turns, items=every, answer=answer, plain=plain)
 
     def _together(self, texts: Sequence[str], each: Sequence[Items], **options: Any) -> list[str]:
         opened, most = self._opened, options.pop("max_new_tokens")
-        prompts, arrays = [], {name: list[np.ndarray]() for name in opened.config.media}
+        prompts, befores, arrays = [], [], {name: list[np.ndarray]() for name in opened.config.media}
         for text, items in zip(texts, each, strict=True):
             read = show(opened, items)
             turns = told(opened, options["system"], text, read.spans)
@@ -126,17 +156,27 @@ class Model:
                 rows[name] = tuple(range(len(arrays[name]), len(arrays[name]) + len(of)))
                 arrays[name] += list(of)
             prompts.append(as_prompt(asked, items=rows))
+            befores.append(text_before(opened, asked, plain=options["plain"]))
         answers = [""] * len(prompts)
         readers = {name: _Shown(opened.config.media[name], np.stack(of)) for name, of in arrays.items() if of}
         for completed in asker_of(opened, readers=readers).complete(prompts, max_new_tokens=most):
             for index, ids in completed:
-                answers[index] = opened.tokenizer.decode(ids)
+                answers[index] = words(opened, ids, after=befores[index])
         return answers
 
 
-def shown(image: Picture | None, items: Items | None) -> dict[str, Sequence[Any]]:
-    """What is shown, by medium."""
-    return ({} if image is None else {IMAGE: [image]}) | dict(items or {})
+def shown(image: Picture | None, items: Shows | None) -> dict[str, Sequence[Any]]:
+    """What is shown, by medium, as lists."""
+    if items is not None and not isinstance(items, Mapping):
+        raise MoextendError(f'items is a {type(items).__name__}, not files by medium, {{"sound": ["a.wav"]}}')
+    if image is not None and IMAGE in (items or {}):
+        raise MoextendError("both image and items show an image: give all of them in items")
+    single = str | bytes | os.PathLike | Image.Image | np.ndarray
+    every: dict[str, Sequence[Any]] = {
+        name: [of] if isinstance(of, single) else _sequence(of, f"items: {name} is no file and no list of files")
+        for name, of in (items or {}).items()
+    }
+    return ({} if image is None else {IMAGE: [image]}) | every
 
 
 def open(  # noqa: A001
@@ -156,8 +196,11 @@ def open(  # noqa: A001
     Raises:
       MoextendError: nothing that could be opened is there, or something is wrong with it.
     """
+    for name, value in {"model": model, "recipe": recipe, "dtype": dtype}.items():
+        build(str | None, value, where=name)
+    build(int | None, feature_layer, where="feature_layer")
     place = Place(
-        checkpoint=_folder(path), model=model, base=_folder(base), vision=_folder(vision), feature_layer=feature_layer,
+        checkpoint=_folder(path), model=model, base=_maybe(base), vision=_maybe(vision), feature_layer=feature_layer,
         recipe=recipe, dtype=dtype,
     )  # fmt: skip
     return Model(open_place(place))
@@ -179,16 +222,42 @@ def run(
         config = configurations.load(config)
     elif isinstance(config, RunSettings):
         config = dataclasses.asdict(config)
+    if not isinstance(config, Mapping | ConfigDict):
+        raise MoextendError(f"a {type(config).__name__} is no configuration: give its name, its file, or settings")
     settings = from_config_dict(_changed(config.to_dict() if isinstance(config, ConfigDict) else config, changes))
     with _own_signals():
-        return whole_run(settings, folder(os.fspath(workdir)), resume_from=_folder(resume_from))
+        return whole_run(settings, _folder(workdir), resume_from=_maybe(resume_from))
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _folder(named: Named | None) -> Path | None:
-    return None if named is None else folder(os.fspath(named))
+def _folder(named: Named) -> Path:
+    if not isinstance(named, str | os.PathLike):
+        raise MoextendError(f"a {type(named).__name__} is no folder's name")
+    return folder(os.fspath(named))
+
+
+def _maybe(named: Named | None) -> Path | None:
+    return None if named is None else _folder(named)
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise MoextendError(f"a {type(text).__name__} is no text")
+
+
+def _sequence(values: Any, mistake: str) -> list[Any]:
+    if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping):
+        return list(values)
+    raise MoextendError(mistake)
+
+
+def _check_drawn(**given: Any) -> None:
+    """As the command checks its options."""
+    kinds = {"max_new_tokens": Count, "temperature": NotNegative, "top_k": Amount, "seed": Amount}
+    for name, value in given.items():
+        build(kinds[name], value.item() if isinstance(value, np.generic) else value, where=name)
 
 
 @contextlib.contextmanager
@@ -207,7 +276,7 @@ class _Shown:
     """Items `[n, ...]` of a medium that an `Asker` reads by row."""
 
     def __init__(self, medium: Medium, arrays: np.ndarray):
-        self.field = "features" if isinstance(medium.tower, FeaturesConfig) else "media"
+        self.field = field_of(medium)
         self.tokens, self._arrays = medium.tokens, arrays
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
@@ -217,13 +286,15 @@ class _Shown:
 
 def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Picture]]:
     """A message as a turn, and its pictures."""
+    if not isinstance(message, Mapping):
+        raise MoextendError(f"chat: a message is a {type(message).__name__}, not a role with its content")
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    if role not in tuple(ROLES):
         raise MoextendError(f"chat: role {role!r} is none of {', '.join(ROLES)}")
-    parts: list[dict[str, Any]] = (
-        [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    )
     try:
+        parts: list[dict[str, Any]] = (
+            [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+        )
         images: list[Picture] = [part["image"] for part in parts if part["type"] == "image"]
         text = "\n".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
     except (KeyError, TypeError):

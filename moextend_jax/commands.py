@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from moextend_jax.config import Amount, Count, MoextendError
-from moextend_jax.folders import folder, local
+from moextend_jax.folders import local
 from moextend_jax.options import OneOf, Sets
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import FIRST
@@ -273,6 +273,8 @@ def chat(options: ChatOptions) -> None:
 
         models = choices(options, settings=options.config)
         start = options.model or ("moextend" if "moextend" in models else next(iter(models)))
+        if start not in models:
+            raise MoextendError(f"the page has no model {start}: choose of {', '.join(models)}")
         serve(Page(models=models, start=start, **said), host=options.host, port=options.port)
         return
     from moextend_jax.evaluate.chat import chat_command
@@ -380,12 +382,14 @@ class DataOptions:
 
 def check_data(options: DataOptions) -> int:
     from moextend_jax.check_data import check_command
+    from moextend_jax.runs.data_of import data_dir_of
 
-    inside = options.workdir / "data" if options.workdir else None
-    chosen = options.data_dir or (folder(options.config.data_dir) if options.config.data_dir else inside)
+    data_dir = local(options.data_dir, what="data_dir") if options.data_dir else None
+    if not data_dir and (options.workdir or options.config.data_dir):
+        data_dir = data_dir_of(options.config, options.workdir or Path())
     return check_command(
         options.config,
-        data_dir=local(chosen, what="data_dir") if chosen else None,
+        data_dir=data_dir,
         processes=options.processes,
         as_json=options.json,
         console=console(stderr=options.json),

@@ -28,8 +28,9 @@ from moextend_jax.evaluate.summary import CHAINS
 from moextend_jax.folders import is_url
 from moextend_jax.report.page import write_report
 from moextend_jax.runs import results
+from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.run import write_json
-from moextend_jax.runs.sharing import data_of, share
+from moextend_jax.runs.sharing import share
 from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console
 
@@ -64,7 +65,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
             text_isolation="strict" if kind == "strict" else "none",
             baseline="full" in settings.chains and kind == kinds[-1],
             mixture=settings.mixture if kind == kinds[0] else None,
-            data_dir=settings.data_dir or data_of(workdir),
+            data_dir=settings.data_dir or str(data_dir_of(settings, workdir)),
             cpu_devices=settings.cpu_devices or int(several),  # chains beside each other: a device for each
         )
         for kind in kinds

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from moextend_jax.config import IGNORE, Batch
+from moextend_jax.config import IGNORE, Batch, MoextendError
 from moextend_jax.mesh import Program, on_host, one_device
 from moextend_jax.models.attention import KeysValues, Visible, segment_mask
 from moextend_jax.models.moextend import MoExtend, Shares, abstract, shares_of_text
@@ -174,6 +174,8 @@ class Generator:
 
         Nothing here waits for the devices, so pieces come until there are `max_new_tokens`; who wants to stop when all
         rows have ended looks at the ids."""
+        if max_new_tokens < 1:
+            raise MoextendError(f"max_new_tokens = {max_new_tokens} must be at least 1")
         state = self._prefill(
             arrays, prompts, heads, jax.random.key(seed), room=max_new_tokens - 1, sampling=sampling
         )  # fmt: skip

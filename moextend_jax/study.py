@@ -22,8 +22,9 @@ from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.estimates import estimate
 from moextend_jax.parsing import with_words
+from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.run import as_json, cpu_devices, write_json
-from moextend_jax.runs.sharing import data_of, share
+from moextend_jax.runs.sharing import share
 from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console
 
@@ -87,7 +88,7 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
         raise MoextendError("this configuration has no study: name points in it, as configs/study_extension.py does")
     # Before anything asks which process this is: points that are there already start no run that would do it.
     distributed.start(cpu_devices=cpu_devices(settings))
-    plain = dataclasses.replace(settings, study=None, data_dir=settings.data_dir or data_of(workdir))
+    plain = dataclasses.replace(settings, study=None, data_dir=settings.data_dir or str(data_dir_of(settings, workdir)))
     # What sets nothing is what the others are compared with; a configuration keeps no order of names.
     words = dict(sorted(settings.study.points.items(), key=lambda point: (bool(point[1]), point[0])))
     seeds = settings.study.seeds

@@ -6,9 +6,9 @@ import inspect
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,8 +17,10 @@ from PIL import Image
 
 import moextend_jax as mx
 from moextend_jax import cli, commands, preemption
+from moextend_jax.api import shown
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
+from moextend_jax.evaluate.speak import picture as read_picture
 from moextend_jax.evaluate.speak import show
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs.askable import Askable, askable
@@ -118,6 +120,62 @@ def test_a_picture_may_be_a_file_its_bytes_an_image_or_an_array(model: mx.Model,
         model.generate([QUESTION, QUESTION], [picture])
 
 
+def test_a_pil_image_is_prepared_as_its_file_is(pixels_hwc: np.ndarray, tmp_path: Path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels_hwc).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(np.arange(20 * 50, dtype=np.uint16).reshape(20, 50) * 60).save(tmp_path / "deep.png")
+    for name in ("turned.png", "deep.png"):
+        opened = Image.open(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(read_picture(opened)), np.asarray(read_picture(tmp_path / name)))
+    assert read_picture(Image.open(tmp_path / "turned.png")).size == (20, 50)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:1500])
+    for wrong, message in (
+        (Image.open(tmp_path / "cut.png"), "cannot be read: .*truncated"),
+        (Image.new("RGB", (0, 3)), "no pixels"),
+        (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN"),
+    ):
+        with pytest.raises(mx.MoextendError, match=message):
+            read_picture(wrong)
+
+
+def test_every_wrong_argument_is_a_line(model: mx.Model, run: Run, picture: Path, tmp_path: Path):
+    assert shown(None, {"sound": "a.wav", "x": [picture], "y": b"wav"}) == {
+        "sound": ["a.wav"], "x": [picture], "y": [b"wav"]
+    }  # fmt: skip
+    base: Any = mx.open(run.workdir, model="base")
+    any_model, any_mx, hi = cast(Any, model), cast(Any, mx), {"role": "user", "content": "Hi"}
+    wrongs: list[tuple[str, Callable[[], Any]]] = [
+        ("max_new_tokens = 0 must be", lambda: model.generate("Hi", max_new_tokens=0)),
+        ("max_new_tokens = 0 must be", lambda: model.generate(["Hi"], max_new_tokens=0)),
+        ("max_new_tokens = 0 must be", lambda: model.chat([hi], max_new_tokens=0)),
+        ("temperature = -1.0 must be", lambda: model.generate("Hi", temperature=-1.0)),
+        ("top_k = 'x' is not of type int", lambda: any_model.generate(["Hi"], top_k="x")),
+        ("seed = None is not of type int", lambda: any_model.stream("Hi", seed=None)),
+        ("text is neither a str nor a list", lambda: any_model.generate(3)),
+        ("a NoneType is no text", lambda: any_model.generate(["Hi", None])),
+        ("a int is no text", lambda: any_model.routing("Hi", answer=3)),
+        ("items is a str, not files by medium", lambda: any_model.generate("Hi", items="a.wav")),
+        ("items: sound is no file and no list", lambda: any_model.generate("Hi", items={"sound": 3})),
+        ("both image and items", lambda: model.generate("Hi", picture, items={"image": picture})),
+        ("text that is not UTF-8", lambda: base.generate("\ud800")),
+        ("messages are no list", lambda: any_model.chat(hi)),
+        ("a message is a str", lambda: any_model.chat(["Hi"])),
+        ("content is neither", lambda: model.chat([{"role": "user", "content": 3}])),
+        ("a int is no folder's name", lambda: any_mx.open(3)),
+        ("model = 3 is not of type str", lambda: any_mx.open(run.workdir, model=3)),
+        ("feature_layer = 'x' is not of type int", lambda: any_mx.open(run.settings.base, feature_layer="x")),
+        ("a NoneType is no folder's name", lambda: any_mx.run(run.settings, workdir=None)),
+        ("a int is no configuration", lambda: any_mx.run(3, workdir=tmp_path)),
+        ("the base model cannot see", lambda: base.routing("Hi", picture, answer="a ring")),
+        ("the base model cannot see", lambda: base.routing("Hi", picture, answer="a ring", plain=False)),
+        ("neither images nor turns", lambda: base.routing("Hi", answer="a ring", system="Be short.")),
+    ]
+    for message, call in wrongs:
+        with pytest.raises(mx.MoextendError, match=message):
+            call()
+
+
 def test_seeds_draw_and_a_list_draws_each(model: mx.Model):
     drawn: dict[str, Any] = {"temperature": 5.0, "max_new_tokens": NEW}
     first, second = (model.generate("Hi", seed=seed, **drawn) for seed in (3, 4))
@@ -147,6 +205,9 @@ def test_a_base_continues_text_also_in_the_folder_that_it_was_published_in(run: 
     text = base.generate("In the beginning", max_new_tokens=NEW)
     assert folder.generate("In the beginning", max_new_tokens=NEW) == text
     assert base.generate("In the beginning", plain=False, max_new_tokens=NEW) != text
+    assert base.generate(["In the beginning"], max_new_tokens=NEW) == [text]
+    routing = base.routing("In the beginning", answer=" of the LORD")  # continued, as it was made: no template, no end
+    assert "".join(routing.tokens[1:]) == "In the beginning of the LORD"
     with pytest.raises(mx.MoextendError, match="nowhere is no work directory and no checkpoint"):
         mx.open("nowhere")
     assert repr(folder) == "Model('base', 3 layers of 4 experts, text only, float32)"

@@ -24,6 +24,7 @@ from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.evaluate import chat, speak
 from moextend_jax.evaluate.forgetting import base_and
+from moextend_jax.evaluate.routed import routing_of
 from moextend_jax.routing.command import CollectOptions, _batches
 from moextend_jax.runs.askable import Askable, askable, evaluating, open_place
 from moextend_jax.runs.place import Place
@@ -298,6 +299,14 @@ def test_a_question_stands_where_training_has_it(trained: Askable, recipe: str):
     np.testing.assert_array_equal(asked.ids_L, whole.ids_L[:count])
     np.testing.assert_array_equal(asked.places_L, whole.places_L[:count])
     assert whole.labels_L[count] == whole.ids_L[count] and whole.labels_L[count - 1] != whole.ids_L[count - 1]
+
+
+def test_routing_is_of_all_that_was_said_also_where_training_takes_first_questions_alone(trained: Askable):
+    opened = dataclasses.replace(trained, recipe=RECIPES["released"])
+    turns = [speak.question(opened, "Hi", {}), {"from": "gpt", "value": "yes?"}, speak.question(opened, "And now?", {})]
+    asked, answered = (routing_of(opened, turns, items={}, answer=answer) for answer in (None, "a ring"))
+    np.testing.assert_array_equal(answered.ids[: len(asked.ids)], asked.ids)
+    assert "And now?" in "".join(answered.tokens) and "a ring" in "".join(answered.tokens[len(asked.ids) :])
 
 
 def test_chat_answers_as_generate_does_and_a_base_is_not_chatted_with(run, trained, picture, monkeypatch, capsys):

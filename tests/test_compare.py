@@ -172,6 +172,7 @@ def test_a_broken_reference_is_an_error_that_says_what(derived, tmp_path: Path, 
         (["--reference", "nowhere.npz"], "nowhere.npz does not exist"),
         (["--reference", "x.npz", "--stage", "align"], "compare: there is no option --stage;"),
         (["--reference", "x.npz", "--atol", "-1"], "--atol = -1.0 must be at least 0"),
+        (["--reference", "x.npz", "--feature_layer", "0"], "--feature_layer = 0 must be at most -1"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(words: list[str], message: str):

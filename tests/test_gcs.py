@@ -19,13 +19,14 @@ import test_forms
 import tiny
 
 import moextend_jax as mx
-from moextend_jax import cli, folders
+from moextend_jax import check_data, cli, folders
 from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.checkpoints.transformers_layout import folder_of_model
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.data import forms
+from moextend_jax.data import datasets, forms
 from moextend_jax.data.datasets import open_dataset
+from moextend_jax.routing import command
 from moextend_jax.runs import data_of
 from moextend_jax.runs.run import open_run, settings_of, write_json
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
@@ -73,6 +74,31 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_that_names_it(monkeypatch: 
         with pytest.raises(MoextendError, match="^gs://bucket/run cannot be read: OSError: Cannot connect to host$"):
             open_it("gs://bucket/run")
     assert not logging.getLogger("gcsfs.retry").isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["import", "x", "gs://bucket/new"], "the new folder"),
+        (["export", "x", "gs://bucket/new"], "the new folder"),
+        (["compose", "x", "y", "gs://bucket/new"], "the new folder"),
+        (["compare", "--checkpoint", "x", "--reference", "gs://bucket/new"], "a reference"),
+        (["data", "check", "demo", "--data_dir", "gs://bucket/new"], "data_dir"),
+        (["routing", "collect", "--checkpoint", ".", "--text", "x", "--out", "gs://bucket/new"], "an npz file"),
+        (["routing", "collect", "--checkpoint", ".", "--ids", "gs://bucket/new", "--out", "x"], "an npz file"),
+        (["routing", "compare", "gs://bucket/new", "x"], "an npz file"),
+        (["routing", "plot", "x", "--out", "gs://bucket/new"], "the picture and the page"),
+    ],
+    ids=lambda words: " ".join(words[:2]) if isinstance(words, list) else "",
+)
+def test_what_a_command_cannot_have_in_a_bucket_is_one_line(
+    words: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MoextendError, match=f"^{what} cannot be in gs://bucket/new: give a folder of a file system$"):
+        cli.call(words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -343,11 +369,36 @@ def test_what_is_not_in_a_bucket_or_cannot_be_read_from_one_is_one_line(bucket: 
 
 def test_prepared_data_of_a_run_in_a_bucket_are_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    runs = [
-        SimpleNamespace(settings=SimpleNamespace(data_dir=""), workdir=folders.folder(f"gs://bucket/{n}")) for n in "ab"
-    ]
-    first, second = (data_of.data_dir_of(cast(Any, run)) for run in runs)
+    settings: Any = SimpleNamespace(data_dir="")
+    first, second = (data_of.data_dir_of(settings, folders.folder(f"gs://bucket/{n}")) for n in "ab")
     assert first != second and first.is_relative_to(tmp_path) and not folders.is_url(first)
-    runs[0].settings.data_dir = "gs://bucket/data"
+    settings.data_dir = "gs://bucket/data"
     with pytest.raises(MoextendError, match="data_dir cannot be in gs://bucket/data"):
-        data_of.data_dir_of(cast(Any, runs[0]))
+        data_of.data_dir_of(settings, tmp_path)
+
+
+def test_commands_find_these_data_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: True)
+    workdir, found = folders.folder("gs://bucket/a"), []
+    expected = data_of.data_dir_of(cast(Any, SimpleNamespace(data_dir="")), workdir)
+    monkeypatch.setattr(check_data, "check_command", lambda settings, data_dir, **_: found.append(data_dir))
+    cli.call(["data", "check", "demo", "--workdir", str(workdir)])
+    cli.call(["data", "check", "demo"])
+    cli.call(["data", "check", "demo", "--workdir", str(tmp_path)])
+    assert found == [expected, None, tmp_path / "data"]
+
+    def opened(*args: Any, data_dir: Path, **_: Any):
+        found.append(data_dir)
+        raise MoextendError("enough")
+
+    settings = SimpleNamespace(data_dir="", manual_dir="", images="", faults=None)
+    monkeypatch.setattr(command, "known_settings", lambda workdir: settings)
+    monkeypatch.setattr(datasets, "open_dataset", opened)
+    options = dict.fromkeys(("data_dir", "manual_dir", "images", "ids", "text", "split", "length", "batch_size"))
+    options |= {"data": "x", "in_workdir": True, "folder": workdir}
+    with pytest.raises(MoextendError, match="enough"):
+        command._batches(
+            cast(Any, SimpleNamespace(**options)), cast(Any, SimpleNamespace(config=tiny.PLAIN, tokenizer=0))
+        )
+    assert found[-1] == expected

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from moextend_jax import generate
-from moextend_jax.config import IGNORE, Batch
+from moextend_jax.config import IGNORE, Batch, MoextendError
 from moextend_jax.generate import Generator, Sampling, choose, likeliest
 from moextend_jax.parameters import with_arrays
 
@@ -113,6 +113,11 @@ def test_each_of_several_ends_ends_a_row():
     np.testing.assert_array_equal(of.complete(model()[1], prompts(), max_new_tokens=NEW), expected)
     said = list(of.stream(model()[1], prompts(), max_new_tokens=NEW))
     assert len(said) == max(firsts) + 1
+
+
+def test_no_new_tokens_are_refused():
+    with pytest.raises(MoextendError, match="max_new_tokens = 0 must be at least 1"):
+        generator().complete(model()[1], prompts(), max_new_tokens=0)
 
 
 def test_streaming_stops_when_every_row_has_ended():

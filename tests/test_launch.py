@@ -93,7 +93,9 @@ def test_slurm(noted):
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue", "12"]), (2, []), (0, [])])
 def test_slurm_puts_a_preempted_job_back(tmp_path: Path, code: int, requeued: list[str]):
-    for name, text in {"srun": f"exit {code}", "scontrol": f'printf "%s\\n" "$@" > "{tmp_path}/asked"'}.items():
+    # With that option srun kills the other tasks when the first has ended with 75, and says 137.
+    srun = f'case " $* " in *" --kill-on-bad-exit=0 --wait="*) exit {code};; *) exit 137;; esac'
+    for name, text in {"srun": srun, "scontrol": f'printf "%s\\n" "$@" > "{tmp_path}/asked"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
@@ -240,6 +242,10 @@ def test_jobset_manifest(noted, options: list[str], jobs: int, pods: int, limit:
     assert (replicated["replicas"], job["spec"]["parallelism"], job["spec"]["completions"]) == (jobs, pods, pods)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == limit
+    volumes = {one["name"]: one for one in job["spec"]["template"]["spec"]["volumes"]}
+    mounted = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
+    assert mounted["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+    assert ("/mnt/my files" in mounted) == ("--claim=files:/mnt/my files" in options)
     assert [word.replace("$$", "$") for word in container["command"]] == ["moextend", *MOEXTEND]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(manifest | {"spec": manifest["spec"] | {"replicas": 1}}, JOBSET)

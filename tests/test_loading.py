@@ -16,10 +16,27 @@ import pytest
 import tiny
 import tiny_llama
 
+from moextend_jax import cli, distributed
 from moextend_jax.checkpoints import convert, hashes, huggingface, leaves
-from moextend_jax.checkpoints.loading import EMBEDDED, Source, folder_of, open_base, open_checkpoint, open_source
+from moextend_jax.checkpoints.loading import (
+    EMBEDDED,
+    Source,
+    folder_of,
+    open_base,
+    open_checkpoint,
+    open_source,
+    open_tower,
+)
 from moextend_jax.checkpoints.upcycle import open_upcycled
-from moextend_jax.config import ImageTags, MoextendError, with_extension
+from moextend_jax.config import (
+    ImageTags,
+    Medium,
+    MoextendError,
+    Named,
+    ProjectorConfig,
+    VisionConfig,
+    with_extension,
+)
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
 from moextend_jax.sharding import MESH_AXES
@@ -83,7 +100,7 @@ def test_a_partial_save_over_its_base(tmp_path: Path, stage: str, config_json: b
     trained = {p: leaf for p, leaf in folders.arrays(config, seed=1).items() if re.match(TRAINED[stage], p)}
     assert trained
     folders.assert_same(opened.arrays, folders.arrays(folders.ALIGNED) | trained)
-    assert opened.layout == "released"
+    assert opened.layout == "released" and opened.config.tags == config.tags
 
     if stage == "align":  # here the base may come in its parts
         mixtral, clip = folders.mixtral(tmp_path / "mixtral"), folders.clip(tmp_path / "clip")
@@ -289,6 +306,100 @@ def test_a_projector_may_be_imported_and_a_folder_without_one_is_refused(tmp_pat
     assert opened.keys() == again.keys() and hashes.stored_hash(opened) == hashes.stored_hash(again)
     with pytest.raises(MoextendError, match="whole holds no projector, only decoder, vision"):
         open_source(tmp_path / "base", projector=tmp_path / "whole")
+
+
+def seeing(*, projector: ProjectorConfig, tower: VisionConfig = tiny.VISION) -> Source:
+    """A model whose pictures go through this projector."""
+    sound = dataclasses.replace(tiny.SOUND, projector=ProjectorConfig())
+    image = Medium(tower=tower, projector=projector)
+    media = Named(image=image, sound=sound) if projector.trunk else Named(image=image)
+    return folders.source_of(dataclasses.replace(tiny.PLAIN, media=media))
+
+
+@pytest.mark.parametrize(
+    "projector",
+    [
+        ProjectorConfig(kind="pool", neighbours=2),
+        ProjectorConfig(kind="stack", neighbours=2),
+        ProjectorConfig(kind="resampler", queries=2, layers=1, heads=2),
+    ],
+    ids=lambda projector: projector.kind,
+)
+def test_a_projector_of_an_import_keeps_its_kind(tmp_path: Path, projector: ProjectorConfig):
+    """Those that pool have the shapes of a linear one."""
+    made, that = seeing(projector=projector), tmp_path / "that"
+    convert.import_source(made, that)
+    folders.clip(folders.mixtral(tmp_path / "base") / "vision")
+    convert.import_source(open_source(tmp_path / "base", projector=that), tmp_path / "new")
+    again = open_source(tmp_path / "new")
+    assert again.config.media["image"].projector == projector
+    theirs, ours = ({path: leaf for path, leaf in one.leaves.items() if "/projector/" in path} for one in (made, again))
+    assert theirs and hashes.stored_hash(theirs) == hashes.stored_hash(ours)
+    partial = folders.released(tmp_path / "partial", keep=TRAINED["finetune"], tower=False)
+    with pytest.raises(MoextendError, match=r"that cannot be the base of .*partial, .* a projector of another kind"):
+        open_source(partial, base=that)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (
+            {"projector": ProjectorConfig(kind="weave", rank=2, trunk="sound", width=6)},
+            "on that of sound, and cannot be taken without it",
+        ),
+        (
+            {
+                "projector": ProjectorConfig(kind="pool", neighbours=8),
+                "tower": dataclasses.replace(tiny.VISION, image_size=16),
+            },
+            "makes one token of 8 patches, and the model's tower has only 4",
+        ),
+        (
+            {
+                "projector": ProjectorConfig(kind="resampler", queries=2, layers=1, heads=2),
+                "tower": dataclasses.replace(tiny.VISION, width=16),
+            },
+            "leads from width 16 to 24",
+        ),
+    ],
+    ids=["on a trunk", "too many neighbours", "another width"],
+)
+def test_a_projector_of_an_import_that_does_not_fit_is_refused(tmp_path: Path, made: dict[str, Any], said: str):
+    convert.import_source(seeing(**made), tmp_path / "that")
+    folders.clip(folders.mixtral(tmp_path / "base") / "vision")
+    with pytest.raises(MoextendError, match=said):
+        open_source(tmp_path / "base", projector=tmp_path / "that")
+
+
+@pytest.mark.parametrize("feature_layer", [0, -4])  # of two layers there are -1 to -3
+def test_a_feature_layer_that_a_tower_does_not_have_is_refused(tmp_path: Path, feature_layer: int):
+    clip, base = folders.clip(tmp_path / "clip"), folders.released(tmp_path / "base", config=folders.ALIGNED)
+    convert.import_source(open_source(base), tmp_path / "imported")
+    partial = folders.released(tmp_path / "partial", keep=TRAINED["finetune"], tower=False)
+    for read in (
+        lambda: open_source(clip, feature_layer=feature_layer),
+        lambda: open_source(tmp_path / "imported", feature_layer=feature_layer),
+        lambda: open_source(partial, base=tmp_path / "imported", feature_layer=feature_layer),
+        lambda: open_tower(str(tmp_path / "imported"), medium="image", seconds=1, feature_layer=feature_layer),
+    ):
+        with pytest.raises(MoextendError, match=f"feature layer {feature_layer} is not among the 2 layers"):
+            read()
+    with pytest.raises(MoextendError, match="--feature_layer = 0 must be at most -1"):
+        cli.call(["import", str(clip), str(tmp_path / "new"), "--feature_layer", "0"])
+    vision = open_source(tmp_path / "imported", feature_layer=-3).config.vision
+    assert vision and vision.feature_layer == -3
+
+
+def test_process_0_alone_reads_the_base_of_a_delta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = folders.released(tmp_path / "base", config=folders.ALIGNED)
+    convert.export_delta(open_source(folders.released(tmp_path / "whole")), tmp_path / "delta")
+    said: list[str] = []
+    monkeypatch.setattr(distributed, "text_from_first", lambda compute: said.append(compute()) or said[0])
+    parts = open_source(tmp_path / "delta", base=base).record.parts
+    assert parts and len(said) == 1
+    monkeypatch.setattr(distributed, "text_from_first", lambda compute: said[0])  # as in the others
+    monkeypatch.setattr(hashes, "base_hashes", None)
+    assert open_source(tmp_path / "delta", base=base).record.parts == parts
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import random_run
 import tiny
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from moextend_jax import cli
 from moextend_jax.checkpoints import peft
 from moextend_jax.checkpoints.loading import open_checkpoint
+from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.config import MoextendError
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
@@ -59,6 +61,36 @@ def test_out_and_in_again(exported: Path, run):
     for path, leaf in again.arrays.items():
         if path.startswith("adapters/"):
             np.testing.assert_array_equal(leaf, model.arrays[path.replace("lora", "image")], err_msg=path)
+
+
+def test_every_leaf_is_read_once_on_the_way_out(exported: Path, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A and B of a map are written in turn."""
+    restore, read = ocp.Checkpointer.restore, []
+
+    def noted(self, *args, **kwargs):
+        asked = [of for of in (*args, *kwargs.values()) if isinstance(of, ocp.args.PyTreeRestore)]
+        read.extend(path for of in asked for path in of.item or ())
+        return restore(self, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", noted)
+    cli.main(["export", str(run.workdir), str(tmp_path / "again"), "--layout", "peft"])
+    assert len(read) == len(set(read)) == 2 * (4 + 1 + 3)
+    assert (tmp_path / "again" / peft.TENSORS).read_bytes() == (exported / peft.TENSORS).read_bytes()
+
+
+def test_of_a_layer_its_own_tensors_are_read_and_no_others(exported: Path, run, monkeypatch: pytest.MonkeyPatch):
+    names: list[str] = []
+
+    def watched(path: Path) -> dict[str, Stored]:
+        def one(name: str, tensor: Stored) -> Stored:
+            return tensor._replace(read=lambda: names.append(name) or tensor.read())
+
+        return {name: one(name, tensor) for name, tensor in open_tensors(path).items()}
+
+    monkeypatch.setattr(peft, "open_tensors", watched)
+    leaf = peft.open_peft(exported, run.config.decoder).leaves["adapters/lora/block/down/a"]
+    assert leaf.ours((1,)).shape == leaf.shape[1:]
+    assert len(names) == run.config.decoder.experts and all(".layers.1." in name for name in names)
 
 
 @pytest.mark.slow

@@ -233,6 +233,29 @@ def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: 
     assert "not collected on the same tokens" in printed and "recipe released: layers" in printed
 
 
+def test_a_file_of_another_model_is_held_against_that_before_it(pair, tmp_path: Path):
+    for name, stats in (("a", pair[0]), ("b", pair[1]), ("other", pair[1]._replace(experts=3))):
+        statistics.write_stats(tmp_path / f"{name}.npz", stats)
+    after = ("--after", tmp_path / "a.npz", tmp_path / "other.npz")
+    with pytest.raises(MoextendError, match=r"b\.npz and .*other\.npz"):
+        run("compare", tmp_path / "a.npz", tmp_path / "b.npz", *after)
+
+
+def test_after_an_error_of_the_disk_the_old_file_is_there_and_no_other(
+    pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(file: Any, **arrays: Any):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    statistics.write_stats(tmp_path / "a.npz", pair[0])
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.raises(OSError, match="No space"):
+        statistics.write_stats(tmp_path / "a.npz", pair[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert statistics.read_stats(tmp_path / "a.npz").tokens == pair[0].tokens
+
+
 def test_models_of_other_sizes_are_not_compared(pair, tmp_path: Path):
     statistics.write_stats(tmp_path / "a.npz", pair[0])
     statistics.write_stats(tmp_path / "b.npz", collected(tiny.EXTENDED))

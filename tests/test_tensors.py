@@ -75,6 +75,15 @@ def test_the_library_reads_what_was_written_in_pieces(tmp_path: Path, limit: int
 # --- broken files -----------------------------------------------------------------------------------------------------
 
 
+def test_the_size_of_a_tensor_is_asked_a_few_times_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+    monkeypatch.setattr(Planned, "nbytes", property(lambda tensor: asked.append(1) or tensor.dtype.itemsize))
+    write_safetensors(tmp_path, {f"{n}": planned(np.ones((1, 1), np.int8)) for n in range(100)}, max_shard_bytes=10**9)
+    assert len(asked) <= 500
+
+
 def test_a_cut_file_names_the_tensor_that_was_cut(file: Path):
     last = list(open_safetensors(file))[-1]
     file.write_bytes(file.read_bytes()[:-1])

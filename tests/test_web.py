@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from moextend_jax.runs.askable import choices
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run
 from moextend_jax.web.experts import MEAN, Frame, Seen, chosen, render, share_of_new
-from moextend_jax.web.page import NOTHING, Page, alike, frames_of, items_of
+from moextend_jax.web.page import NOTHING, Page, alike, blocks, frames_of, items_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's and gradio's own
 
@@ -124,14 +125,20 @@ def test_a_model_without_new_experts_says_so(seen: Seen):
 # --- what is answered -------------------------------------------------------------------------------------------------
 
 
+def answered(page: Page, *asked: Any) -> tuple[list[str], list[Seen]]:
+    every = [*page.answer(*asked)]
+    return [one for one in every if isinstance(one, str)], [one for one in every if isinstance(one, Seen)]
+
+
 def test_the_page_offers_finished_models_and_answers_as_generate_does(page: Page, picture: Path):
     assert list(page.models) == ["base", "aligned", "moextend"]
     talk = page.conversation("moextend")
     items = items_of(talk.opened, [picture])
-    *pieces, seen = page.answer(QUESTION, items, talk, "aligned")
+    pieces, seen = answered(page, QUESTION, items, talk, "aligned")
     wanted = "".join(speak(talk.opened, QUESTION, items=items, max_new_tokens=NEW))
-    assert wanted and "".join(map(str, pieces)) == wanted
-    assert isinstance(seen, list) and [one.title for one in seen] == ["MoExtend", "aligned only"]
+    assert wanted and "".join(pieces) == wanted
+    assert [one.title for one in seen] == ["MoExtend", "aligned only"]
+    assert [turn["value"] for turn in talk.turns] == [f"<image>\n{QUESTION}", wanted.strip()]  # though it was cut
     routing = routing_of(talk.opened, QUESTION, items=items, answer=wanted.strip())
     np.testing.assert_array_equal(seen[0].routing.picks, routing.picks)
     assert seen[0].extended and not seen[1].extended
@@ -144,8 +151,7 @@ def test_the_page_offers_finished_models_and_answers_as_generate_does(page: Page
 def test_the_second_question_is_about_the_same_picture(page: Page, picture: Path):
     talk = page.conversation("moextend")
     list(page.answer(QUESTION, items_of(talk.opened, [picture]), talk, NOTHING))
-    *_, seen = page.answer("And now?", {}, talk, NOTHING)
-    assert isinstance(seen, list)
+    _, seen = answered(page, "And now?", {}, talk, NOTHING)
     said = "".join(text for text in seen[0].routing.tokens if not text.startswith("<"))
     assert QUESTION in said and "And now?" in said
     assert (seen[0].routing.patches >= 0).sum() == talk.opened.patches
@@ -153,12 +159,17 @@ def test_the_second_question_is_about_the_same_picture(page: Page, picture: Path
 
 def test_a_base_continues_text_and_is_shown_beside_without_the_picture(page: Page, picture: Path):
     talk = page.conversation("base")
-    *pieces, seen = page.answer("In the beginning", {}, talk, NOTHING)
-    assert "".join(map(str, pieces)) == "".join(speak(talk.opened, "In the beginning", plain=True, max_new_tokens=NEW))
-    assert isinstance(seen, list) and not seen[0].frames
+    pieces, seen = answered(page, "In the beginning", {}, talk, NOTHING)
+    ids: list[int] = []
+    text = "".join(speak(talk.opened, "In the beginning", plain=True, max_new_tokens=NEW, ids=ids))
+    assert "".join(pieces) == text and not seen[0].frames
+    # The experts are those of what the model read and made: no space is lost between the two.
+    tokenizer = talk.opened.tokenizer
+    assert seen[0].routing.ids.tolist() == [*tokenizer.prefix, *tokenizer.encode("In the beginning"), *ids]
+    assert "".join(seen[0].routing.tokens[len(tokenizer.prefix) :]) == f"In the beginning{text}"
     talk = page.conversation("moextend")
-    *_, seen = page.answer(QUESTION, items_of(talk.opened, [picture]), talk, "base")
-    assert isinstance(seen, list) and seen[1].title == "base" and not seen[1].frames
+    _, seen = answered(page, QUESTION, items_of(talk.opened, [picture]), talk, "base")
+    assert seen[1].title == "base" and not seen[1].frames
 
 
 def test_a_file_that_the_model_does_not_take_is_refused_in_words(page: Page, tmp_path: Path):
@@ -191,6 +202,44 @@ def test_a_spoken_question_of_one_of_two_media_of_sounds():
     assert [*prompts_of("")] == [""]  # and not standard input
 
 
+def test_a_model_that_is_not_there_is_refused_with_those_that_are(run: Run, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--web", "--workdir", str(run.workdir), "--model=full"])
+    assert "the page has no model full: choose of base, aligned, moextend" in capsys.readouterr().err
+
+
+def test_an_answer_ends_with_forget_and_mistakes_leave_the_page_usable(page: Page, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `web`)")
+    done = threading.Thread()
+    done.start()
+    built = blocks(page, after=done)
+    submit = next(event for event in built.fns.values() if event.name == "submit")
+    resets = {event.targets[0]: n for n, event in built.fns.items() if event.name == "reset"}
+    stops = {event.targets[0]: n for n, event in built.fns.items() if event.cancels == [submit._id]}
+    assert len(resets) == 2 and all(stops[target] < n for target, n in resets.items())  # stopped, then forgotten
+    made, asked = page.conversation("aligned"), {"text": QUESTION, "files": []}
+
+    def last(beside: str) -> tuple[Any, ...]:
+        history = [{"role": "user", "content": "before"}]
+        *_, last = submit.fn(asked, history, made, [], "moextend", beside, 0, None)
+        assert last[1].interactive
+        return last
+
+    history, _, talk, seen, first, second = last(NOTHING)
+    assert talk.opened.name == "moextend" and not made.turns  # not the model of the answer that was left
+    assert [one.title for one in seen] == ["MoExtend"] and "MoExtend" in first and not second
+
+    def no_memory(self: Page, *_: Any) -> Seen:
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(Page, "_beside", no_memory)
+    history, _, _, seen, first, second = last("aligned")
+    assert len(seen) == 1 and first and not second and "out of memory" in history[-1]["content"]
+    monkeypatch.setattr(Page, "_seen", no_memory)
+    history, _, _, seen, first, _ = last(NOTHING)
+    assert not seen and not first and "out of memory" in history[-1]["content"]
+
+
 def test_without_gradio_the_command_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit) as left:
@@ -202,11 +251,11 @@ def test_without_gradio_the_command_says_what_to_install(run: Run, monkeypatch: 
 
 
 @contextlib.contextmanager
-def served(workdir: Path) -> Iterator[str]:
+def served(workdir: Path, *, new: int = NEW) -> Iterator[str]:
     """The address of the page, served by the command in a process of its own."""
     process = subprocess.Popen(
         [sys.executable, "-m", "moextend_jax", "chat", "--web", "--workdir", str(workdir), "--port=0",
-         f"--max-new-tokens={NEW}"],
+         f"--max-new-tokens={new}"],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     try:
@@ -255,3 +304,19 @@ def test_two_visitors_ask_see_the_tint_and_are_told_of_a_wrong_file(run: Run, pi
         ask(visitors[0], "And this?")
         visitors[0].wait_for_function("document.querySelector('#chat').innerText.includes('note.txt: the moextend')")
         assert {host.partition(":")[0] for host in hosts} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_what_was_forgotten_during_an_answer_stays_forgotten(run: Run):
+    pytest.importorskip("gradio", reason="gradio is not installed (the extra `web`)")
+    with browser.browser() as chromium, served(run.workdir, new=1500) as address:
+        visitor = chromium.new_page()
+        visitor.goto(address)
+        visitor.wait_for_selector("#box textarea", timeout=60000)
+        ask(visitor, QUESTION)
+        visitor.wait_for_function("document.querySelectorAll('#chat .bot').length > 0", timeout=120000)
+        visitor.click("text=Forget what was said")
+        visitor.wait_for_function(f"!document.querySelector('#chat').innerText.includes('{QUESTION}')", timeout=10000)
+        visitor.wait_for_timeout(1500)  # more of the answer would be here by now
+        assert QUESTION not in visitor.inner_text("#chat") and visitor.locator("#chat .bot").count() == 0
+        assert visitor.is_enabled("#box textarea")

@@ -34,7 +34,7 @@ from moextend_jax.config import (
     extension_of,
 )
 from moextend_jax.data.tokenizer import tokenizer_of
-from moextend_jax.folders import folder, reading
+from moextend_jax.folders import folder, local, reading
 
 ASKED = ("weight_guard", "mass", "prompt", "image_preparation")
 """What of a recipe decides how the finished model computes and is asked, so that all must have it alike."""
@@ -83,6 +83,7 @@ class Delta(NamedTuple):
 
 def compose(values: ComposeOptions) -> None:
     """Deltas of one base become one model: new experts and router columns side by side, nothing is trained."""
+    local(values.out, what="the new folder")
     deltas = [open_delta(at) for at in values.deltas]
     if not deltas:
         raise MoextendError("compose needs BASE, at least one DELTA, and OUT")

@@ -20,7 +20,7 @@ from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, 
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
-from moextend_jax.config import Amount, Count, MoextendError, Quantised, with_vision
+from moextend_jax.config import Amount, Count, MoextendError, Quantised, Range, with_vision
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.mesh import one_device
@@ -50,7 +50,7 @@ class ImportOptions:
     """folder of a vision tower"""
     projector: Path | None = None
     """folder or file of a LLaVA projector"""
-    feature_layer: int | None = None
+    feature_layer: Annotated[int, Range(most=-1)] | None = None
     """hidden state that the projector reads"""
     dtype: Annotated[str | None, OneOf(tuple(map(str, leaves.FLOATS)))] = None
     """store in this element type"""
@@ -71,6 +71,7 @@ class ImportOptions:
 def import_checkpoint(values: ImportOptions) -> None:
     """A PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one (Llama or Mistral, folder or
     GGUF) becomes a mixture of copies of its feed-forward layers."""
+    folders.local(values.dst, what="the new folder")
     with tempfile.TemporaryDirectory() as scratch:
         if values.experts is not None:
             source = _upcycled(values, Path(scratch), experts=values.experts)

@@ -205,14 +205,23 @@ def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: 
     fields = read_fields({**tower.defaults, **attributes}, tower.attributes, where=where)
     if ratio := fields.pop("ratio", None):
         fields["hidden"] = fields["width"] * ratio
-    config = VisionConfig(family=name, feature_layer=feature_layer, **tower.fields, **fields)
+    config = VisionConfig(family=name, **tower.fields, **fields)
     if config.width % config.heads or config.patch_size > config.image_size:
         raise MoextendError(f"{where}: num_attention_heads must divide hidden_size, patch_size be at most image_size")
     if fields.get("registers") == 0:
         raise MoextendError(f"{where}: num_register_tokens must be one positive number, not 0")
-    if not -config.layers - 1 <= feature_layer < 0:
-        raise MoextendError(f"feature layer {feature_layer} is not among the {config.layers} layers of {where}")
-    return config
+    return at_layer(config, feature_layer, where=where)
+
+
+def at_layer(tower: VisionConfig, feature_layer: int, *, where: Path) -> VisionConfig:
+    """The tower of which another hidden state is read.
+
+    Raises:
+      MoextendError: it has no such one; names the folder or file `where`.
+    """
+    if not -tower.layers - 1 <= feature_layer < 0:
+        raise MoextendError(f"feature layer {feature_layer} is not among the {tower.layers} layers of {where}")
+    return dataclasses.replace(tower, feature_layer=feature_layer)
 
 
 def vision_half(attributes: Mapping[str, Any], where: Path) -> dict[str, Any]:

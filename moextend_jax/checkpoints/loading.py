@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,8 @@ class _Wanted(NamedTuple):
 
 class Checkpoint(NamedTuple):
     """A model that can run. `arrays` are by our path; `base_hash` is the content hash of the pretrained part as stored;
-    `layout` is what the folder was: mixtral, released, delta. `source` is what it was read from."""
+    `layout` is what the folder was: a decoder's family, released, hf (a LLaVA) or delta. `source` is what it was read
+    from."""
 
     config: ModelConfig
     arrays: dict[str, jax.Array]
@@ -299,7 +301,7 @@ def _imported_tower(
     if isinstance(tower, WhisperConfig) and tower.seconds != seconds:
         raise MoextendError(f"the tower in {folder} hears {tower.seconds} seconds of sound, not {seconds}")
     if isinstance(tower, VisionConfig):
-        tower = dataclasses.replace(tower, feature_layer=feature_layer)
+        tower = huggingface.at_layer(tower, feature_layer, where=folder)
     return tower, {
         f"media/{medium}/tower/{path.removeprefix(start)}": leaf
         for path, leaf in matched.items() if path.startswith(start)
@@ -340,11 +342,12 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     if record.base is None:
         if base is not None:
             raise MoextendError(f"{folder} is a whole model; leave --base {base} out")
-        return _with_feature_layer(source, feature_layer)
+        return _with_feature_layer(source, feature_layer, where=folder)
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
     below = _open_source(base, wanted._replace(base=None))
-    known = hashes.base_hashes(below.leaves)
+    read = lambda: json.dumps(hashes.base_hashes(below.leaves))  # noqa: E731
+    known = hashes.BaseHashes(*json.loads(distributed.text_from_first(read)))  # they are many bytes
     delta.check_base(record, known, decoder=below.config.decoder, where=folder, base=base)
     hashes.leaf_hashes(matched)  # refuses a delta that is not what was written
     vision_config = below.config.vision if feature_layer is not None else record.config.vision
@@ -433,7 +436,7 @@ def _with_one_head(stored: Mapping[str, Stored], decoder: DecoderConfig) -> Mapp
 
 
 def _tower(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any], wanted: _Wanted) -> Source:
-    at, feature_layer = folder / "config.json", wanted.feature_layer or -2
+    at, feature_layer = folder / "config.json", -2 if wanted.feature_layer is None else wanted.feature_layer
     sizes = huggingface.vision_config(attributes, where=at, feature_layer=feature_layer)
     config, table = of_pictures(decoder=DecoderConfig(), vision=sizes), sizes.family
     matched = leaves.match(stored, table=table, config=config, where=folder, dtype=wanted.dtype)
@@ -490,6 +493,12 @@ def _released(
         below = _open_source(base, wanted._replace(base=None, vision=None if has_tower else vision))
         if "decoder" not in below.parts or "extension" in below.parts:
             raise MoextendError(f"{base} cannot be a base: it must hold a decoder that is not extended")
+        seen = with_vision(ModelConfig(decoder=below.config.decoder), below.config.vision, tags=below.config.tags)
+        if seen.media != below.config.media:
+            raise MoextendError(
+                f"{base} cannot be the base of {folder}, which knows pictures behind two linear maps and nothing else: "
+                "it has other media, or a projector of another kind"
+            )
     extension = _extension_in(stored)
     if attributes is not None:
         ours = ("moextend", "new_experts", *llava.ADDED)
@@ -534,7 +543,7 @@ def _released(
         raise MoextendError(
             f"{folder} holds a tower of family {tower.family}, where this layout has a CLIP: give it apart"
         )
-    tags = None if attributes is None else huggingface.image_tags(attributes)
+    tags = huggingface.image_tags(attributes) if attributes is not None else below and below.config.tags
     config = of_pictures(decoder=decoder, vision=tower, extension=extension, tags=tags)
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
@@ -616,15 +625,14 @@ def _tower_sizes(
     if attributes and isinstance(nested := attributes.get("vision_config"), dict):
         return huggingface.vision_config(nested, where=folder / "config.json", feature_layer=feature_layer), nested
     if below is not None and "vision" in below.parts and below.config.vision:
-        sizes = dataclasses.replace(below.config.vision, feature_layer=feature_layer)
+        sizes = huggingface.at_layer(below.config.vision, feature_layer, where=folder)
         return sizes, below.record.attributes.get("vision", {})
     for sizes in huggingface.PUBLISHED_TOWERS:
-        config = of_pictures(decoder=DecoderConfig(), vision=dataclasses.replace(sizes, feature_layer=feature_layer))
         try:
-            leaves.match(tower, table="clip", config=config, where=folder)
+            leaves.match(tower, table="clip", config=of_pictures(decoder=DecoderConfig(), vision=sizes), where=folder)
         except MoextendError:
             continue
-        return config.vision, {}
+        return huggingface.at_layer(sizes, feature_layer, where=folder), {}
     if not tower and not any("mm_projector" in name for name in stored):
         return None, {}
     raise MoextendError(
@@ -660,9 +668,19 @@ def _with_projector(source: Source, projector: Path) -> Source:
         at = projector / "config.json"
         attributes = huggingface.read_json(at) if projector.is_dir() and at.exists() else None
         other = _projector(projector, spelling.unwrapped(open_tensors(projector))[0], attributes)
-    config, projector_widths = source.config, other.leaves["media/image/projector/first"].shape
+    config, made = source.config, other.config.media[IMAGE]
     if config.vision is None or "vision" not in source.parts:
         raise MoextendError(f"a projector needs a vision tower: name its folder with --vision DIR besides {projector}")
+    if made.projector.others:
+        raise MoextendError(
+            f"the projector of {projector} is on that of {made.projector.trunk}, and cannot be taken without it"
+        )
+    if made.projector.neighbours > config.vision.patches:
+        raise MoextendError(
+            f"{projector} makes one token of {made.projector.neighbours} patches, and the model's tower has only "
+            f"{config.vision.patches}"
+        )
+    projector_widths = (made.tower.sizes()["C"], other.config.decoder.width)
     model_widths = (config.vision.width, config.decoder.width)
     if model_widths != projector_widths:
         raise MoextendError(
@@ -670,14 +688,16 @@ def _with_projector(source: Source, projector: Path) -> Source:
             f"decoder have {model_widths[0]} and {model_widths[1]}"
         )
     matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("media/image/projector/")}
-    record = source.record._replace(projector=other.record.projector)
+    # Of several kinds the shapes are alike: what it computes stands in its configuration alone.
+    media = config.media.replacing(IMAGE, dataclasses.replace(config.media[IMAGE], projector=made.projector))
+    record = source.record._replace(config=dataclasses.replace(config, media=media), projector=other.record.projector)
     return source._replace(leaves={**source.leaves, **matched}, record=record)
 
 
-def _with_feature_layer(source: Source, feature_layer: int | None) -> Source:
+def _with_feature_layer(source: Source, feature_layer: int | None, *, where: Path) -> Source:
     if feature_layer is None or source.config.vision is None:
         return source
-    vision = dataclasses.replace(source.config.vision, feature_layer=feature_layer)
+    vision = huggingface.at_layer(source.config.vision, feature_layer, where=where)
     config = with_vision(source.config, vision)
     return source._replace(record=source.record._replace(config=config))
 

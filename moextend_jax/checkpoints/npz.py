@@ -17,6 +17,7 @@ import numpy as np
 
 from moextend_jax.checkpoints.outside import plain_file, said_by, short
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import local
 
 FREE, TIMES = 64 << 20, 100
 """Bytes that any file may unpack to, and so many times its own size beyond."""
@@ -27,11 +28,15 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a compressed file, whole or not at all; a name without .npz stays as it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    local(path, what="an npz file").parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez_compressed(file, **cast(Any, arrays))
-    unfinished.rename(path)
+    try:
+        with unfinished.open("wb") as file:
+            np.savez_compressed(file, **cast(Any, arrays))
+        unfinished.rename(path)
+    except BaseException:  # a full disk, or Ctrl-C
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -40,7 +45,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises:
       MoextendError: no such file, or anything else in it; names the file and the array.
     """
-    size = plain_file(path)
+    size = plain_file(local(path, what="an npz file"))
     try:
         with path.open("rb") as file:
             if file.read(2) != b"PK":  # a zip file may stand behind something else, which is then another file too

@@ -230,8 +230,8 @@ def _stacked(
     assert row is not None
     shape = tuple(names.letters(path, config).values())
     there = {index: stored[factor.name] for index, factor in pieces.items() if factor.name in stored}
-    rank, some = names.letters(path, config)["r"], next(iter(pieces.values()))
-    expected, part = _file_shape(some, config.decoder, rank=rank), some.leaf.rpartition("/")[0]
+    rank, one = names.letters(path, config)["r"], next(iter(pieces.values()))
+    expected, part = _file_shape(one, config.decoder, rank=rank), one.leaf.rpartition("/")[0]
     for index, tensor in there.items():
         if tensor.shape != expected or tensor.dtype not in leaves.FLOATS:
             raise MoextendError(
@@ -240,14 +240,20 @@ def _stacked(
             )
     dtype = next(iter(there.values())).dtype if there else np.dtype(np.float32)
 
-    def read() -> np.ndarray:
-        made = np.zeros(shape, dtype)
-        for index, tensor in there.items():
-            layout = pieces[index].layout
-            made[index] = einops.rearrange(tensor.read(), layout, **_sizes(part, layout, config.decoder))
-        return made
+    def part_of(some: tuple[int, ...]) -> Stored:
+        rest = len(some)
 
-    return leaves.from_ours(path, Stored(shape, dtype, read, str(where)), config=config)
+        def read() -> np.ndarray:
+            made = np.zeros(shape[rest:], dtype)
+            for index, tensor in there.items():
+                if index[:rest] == some:
+                    layout = pieces[index].layout
+                    made[index[rest:]] = einops.rearrange(tensor.read(), layout, **_sizes(part, layout, config.decoder))
+            return made
+
+        return Stored(shape[rest:], dtype, read, str(where))
+
+    return leaves.from_ours(path, part_of(())._replace(part_of=part_of), config=config)
 
 
 FUSED = re.compile(

@@ -390,10 +390,13 @@ def write_safetensors(
     No more than one piece is in memory at a time; `written` hears the size of each.
     """
     shards: list[dict[str, Planned]] = [{}]
+    nbytes = 0  # of the last shard
     for name, tensor in planned.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard_bytes:
+        if shards[-1] and nbytes + tensor.nbytes > max_shard_bytes:
             shards.append({})
+            nbytes = 0
         shards[-1][name] = tensor
+        nbytes += tensor.nbytes
     many = len(shards)
     files = [
         f"model-{n:05d}-of-{many:05d}.safetensors" if many > 1 else "model.safetensors" for n in range(1, many + 1)

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 from rich.table import Table
@@ -22,7 +22,7 @@ from moextend_jax.compare.forward import compare_forward, equal_columns, is_insi
 from moextend_jax.compare.observe import observer
 from moextend_jax.compare.reference import Reference, read_reference, start_tag
 from moextend_jax.compare.verdict import Row, Tolerances, summarised
-from moextend_jax.config import Amount, MoextendError
+from moextend_jax.config import Amount, MoextendError, Range
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
 from moextend_jax.models.router import WEIGHT_GUARDS
@@ -54,7 +54,7 @@ class CompareOptions:
     """folder of the base, for a checkpoint that holds an extension alone"""
     image_start: Amount | None = None
     """id of the image start tag; else as manifest.json says"""
-    feature_layer: int | None = None
+    feature_layer: Annotated[int, Range(most=-1)] | None = None
     """hidden state of the tower that the projector reads"""
     aux_coefficient: NotNegative | None = None
     """of the load-balancing loss; else as manifest.json says"""

@@ -18,6 +18,7 @@ from moextend_jax.checkpoints.npz import read_npz, whole_numbers
 from moextend_jax.checkpoints.outside import parse_json, read_small, shown
 from moextend_jax.checkpoints.tensors import name_list
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
+from moextend_jax.folders import local
 
 BATCH_OF_NONE = "text"
 """The batch of arrays that name none (plain transformers on text)."""
@@ -56,7 +57,7 @@ class Rows(NamedTuple):
 
 def read_reference(path: Path) -> Reference:
     """Raises MoextendError for whatever is no file of a forward pass."""
-    if path.is_dir():
+    if local(path, what="a reference").is_dir():
         files = ", ".join(sorted(file.name for file in path.glob("*.npz")))
         raise MoextendError(f"{path} is a folder; name one of its files ({files or 'it holds no .npz'})")
     arrays = read_npz(path)

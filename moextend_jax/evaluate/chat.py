@@ -43,8 +43,8 @@ class Conversation:
         return [*([Turn({"from": "system", "value": self.system})] if self.system else []), *self.turns]
 
     def ask(self, text: str, *, items: Items | None = None) -> Iterator[str]:
-        """Yields the answer as it is made. Only an answer that came to its end, and that is not empty, is remembered,
-        with its question."""
+        """Yields the answer as it is made. It is remembered with its question, also where `max_new_tokens` cut it: "go
+        on" then goes on. One that a mistake or an interrupt broke off, or an empty one, is not."""
         new = {name: list(of) for name, of in (items or {}).items() if of}
         asked, pieces = question(self.opened, text, one_each(new)), []
         every = {name: [*self.items.get(name, ()), *new.get(name, ())] for name in {**self.items, **new}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from moextend_jax.config import IMAGE, ModelConfig
-from moextend_jax.data.conversations import MEDIUM, encode_conversation
+from moextend_jax.config import IGNORE, IMAGE, ModelConfig
+from moextend_jax.data.conversations import MEDIUM, Encoded, encode_conversation
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.evaluate.speak import Items, Turn, batch_of, encoded, question, show
+from moextend_jax.evaluate.speak import Items, Turn, batch_of, check_media, encoded, is_plain, question, show
 from moextend_jax.mesh import Program, on_host, place_whole
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
@@ -52,21 +53,27 @@ class Routing(NamedTuple):
 
 
 def routing_of(
-    opened: Askable, prompt: str | Sequence[Turn], *, items: Items, answer: str | None = None, plain: bool | None = None
-) -> Routing:
+    opened: Askable, prompt: str | Sequence[Turn], *, items: Items, answer: str | Sequence[int] | None = None,
+    plain: bool | None = None,
+) -> Routing:  # fmt: skip
     """The routing of a prompt, and of the answer to it where one is given.
 
     Args:
       prompt, items, plain: as of `speak`.
+      answer: a text, where the prompt is continued with the space before it; or the ids that the model made.
     """
     read = show(opened, items)
-    if answer is None:
-        text = encoded(opened, prompt, spans=read.spans, plain=plain)
+    if not isinstance(answer, str):
+        text = _with_ids(encoded(opened, prompt, spans=read.spans, plain=plain), answer or ())
+    elif is_plain(opened, plain):
+        text = encoded(opened, prompt + answer if isinstance(prompt, str) else prompt, spans=read.spans, plain=True)
     else:
+        check_media(opened, read.spans)
         asked = [question(opened, prompt, read.spans)] if isinstance(prompt, str) else prompt
         text = encode_conversation(
             [*asked, {"from": "gpt", "value": answer}], example_id="prompt",
-            items=read.spans, tokenizer=opened.tokenizer, recipe=opened.recipe,
+            items=read.spans, tokenizer=opened.tokenizer,
+            recipe=dataclasses.replace(opened.recipe, turns="all"),  # it was asked them all, however it was trained
         )  # fmt: skip
     batch, count = batch_of(opened, text, read), len(text.ids_L)
     batch.segments_BL[0, :count] = text.segments_L
@@ -83,6 +90,15 @@ def routing_of(
         patches=patches,
         media=media,
     )
+
+
+def _with_ids(text: Encoded, ids: Sequence[int]) -> Encoded:
+    """The text, and behind it ids of words."""
+    more = {"ids_L": ids, "labels_L": IGNORE, "places_L": -1, "segments_L": 1}
+    return text._replace(**{
+        name: np.concatenate([getattr(text, name), np.broadcast_to(np.int32(of), len(ids))])
+        for name, of in more.items()
+    })  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
-from moextend_jax.media.image import decode_image
+from moextend_jax.media.image import _turned, as_rgb, decode_image
 from moextend_jax.mesh import place_whole, row_shards
 from moextend_jax.runs.askable import Askable
 
@@ -40,21 +40,25 @@ def speak(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
     seed: int = 0,
+    ids: list[int] | None = None,
 ) -> Iterator[str]:
     """Yields text as it is generated.
 
     Args:
       prompt: a question, or turns that end in one, with a mark where each item stands (`<image>`).
       items: what is shown, by medium, in the order of the marks.
-      plain: whether the model continues the prompt as it is, without the chat template; None: as the model does.
+      plain: whether the model continues the prompt as it is, without the chat template; None: as the model does. The
+        text then goes on where the prompt ends, with the space between them.
+      ids: takes the ids of the text.
 
     Raises:
       MoextendError: an item that cannot be read or of a medium that the model does not have, or marks that are not the
         items'.
     """
     shown = show(opened, items or {})
-    batch = batch_of(opened, encoded(opened, prompt, spans=shown.spans, plain=plain), shown)
-    ids: list[int] = []
+    asked = encoded(opened, prompt, spans=shown.spans, plain=plain)
+    batch, before = batch_of(opened, asked, shown), text_before(opened, asked, plain=plain)
+    ids = [] if ids is None else ids
     printed = ""
     for ids_B in generator_of(opened).stream(
         opened.arrays,
@@ -66,12 +70,12 @@ def speak(
         if ids_B[0] in opened.tokenizer.ends:
             break
         ids.append(int(ids_B[0]))
-        text = opened.tokenizer.decode(ids)
+        text = words(opened, ids, after=before)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             continue  # half of a character: its other bytes come next
         yield text[len(printed) :]
         printed = text
-    if rest := opened.tokenizer.decode(ids)[len(printed) :]:  # half a character, where the tokens ran out
+    if rest := words(opened, ids, after=before)[len(printed) :]:  # half a character, where the tokens ran out
         yield rest
 
 
@@ -96,19 +100,42 @@ def generate_command(
 
 def encoded(opened: Askable, prompt: str | Sequence[Turn], *, spans: Spans, plain: bool | None) -> Encoded:
     """Ids that end where the answer begins. spans: by medium the tokens of each item that is shown."""
+    check_media(opened, spans)
+    shows = any(spans.values())
+    if is_plain(opened, plain):
+        if shows or not isinstance(prompt, str):
+            raise MoextendError("a prompt that is continued as plain text has neither images nor turns")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # half of a pair, which Python can spell
+            raise MoextendError(f"prompt: text that is not UTF-8: {error}") from None
+        ids_L = np.array([*opened.tokenizer.prefix, *opened.tokenizer.encode(prompt)], np.int32)
+        return Encoded(ids_L, np.full_like(ids_L, IGNORE), np.full_like(ids_L, -1), np.ones_like(ids_L), {})
+    turns = [question(opened, prompt, spans)] if isinstance(prompt, str) else prompt
+    return encode_dialogue(turns, items=spans, tokenizer=opened.tokenizer, recipe=opened.recipe)
+
+
+def check_media(opened: Askable, spans: Spans) -> None:
+    """Raises MoextendError for an item of a medium that the model does not have."""
     for name, of in spans.items():
         if of and name not in opened.config.media:
             option = "--image" if name == IMAGE else f"--show {name}=FILE"
             can = "see" if name == IMAGE else f"take {name}; its media are {', '.join(opened.config.media) or 'none'}"
             raise MoextendError(f"the {opened.name} model cannot {can}: leave out {option}, or choose another model")
-    shows = any(spans.values())
-    if opened.plain if plain is None else plain:
-        if shows or not isinstance(prompt, str):
-            raise MoextendError("a prompt that is continued as plain text has neither images nor turns")
-        ids_L = np.array([*opened.tokenizer.prefix, *opened.tokenizer.encode(prompt)], np.int32)
-        return Encoded(ids_L, np.full_like(ids_L, IGNORE), np.full_like(ids_L, -1), np.ones_like(ids_L), {})
-    turns = [question(opened, prompt, spans)] if isinstance(prompt, str) else prompt
-    return encode_dialogue(turns, items=spans, tokenizer=opened.tokenizer, recipe=opened.recipe)
+
+
+def is_plain(opened: Askable, plain: bool | None) -> bool:
+    return opened.plain if plain is None else plain
+
+
+def text_before(opened: Askable, asked: Encoded, *, plain: bool | None) -> list[int]:
+    """The ids that the new text goes on from: the last one of a text that is continued; an answer begins anew."""
+    return asked.ids_L[-1:].tolist() if is_plain(opened, plain) else []
+
+
+def words(opened: Askable, ids: Sequence[int], *, after: Sequence[int]) -> str:
+    """What ids add to the text of others: decoded alone they would lose a space at the beginning."""
+    return opened.tokenizer.decode([*after, *ids])[len(opened.tokenizer.decode(after)) :]
 
 
 def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | list[Turn]:
@@ -143,8 +170,7 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     ids_BL = np.pad(prompt.ids_L[None], empty)
     fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
     for name, items in shown.arrays.items():
-        kind = "features" if isinstance(opened.config.media[name].tower, FeaturesConfig) else "media"
-        fields[kind][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
+        fields[field_of(opened.config.media[name])][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
     rooms = {
         name: Room(len(items), opened.config.media[name].tokens)
         for name, items in ((name, shown.arrays[name]) for name in opened.config.media if name in shown.arrays)
@@ -158,6 +184,11 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
         places_BL=np.pad(places_L[None], empty, constant_values=-1),
         **fields,
     )
+
+
+def field_of(medium: Medium) -> Literal["media", "features"]:
+    """Where a `Batch` has the medium's items."""
+    return "features" if isinstance(medium.tower, FeaturesConfig) else "media"
 
 
 class Shown(NamedTuple):
@@ -209,14 +240,22 @@ def _bytes_of(file: Any, *, what: str) -> bytes:
 def picture(image: Any) -> Image.Image:
     """Raises MoextendError for what is no picture."""
     if isinstance(image, Image.Image):
-        return image
+        try:
+            image.load()
+            if 0 in image.size:
+                raise ValueError("it has no pixels")
+            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                raise ValueError("it has NaN or infinite pixels")
+            return as_rgb(_turned(image))  # as of a file
+        except Exception as error:  # it is read only now, and each of Pillow's decoders has its own way to fail
+            raise MoextendError(f"the image cannot be read: {str(error) or type(error).__name__}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
             raise MoextendError(
                 f"image: an array must be uint8 [height, width, 3] or [height, width], not {image.dtype}"
                 f"{list(image.shape)}"
             )
-        return Image.fromarray(image)
+        return picture(Image.fromarray(image))
     if isinstance(image, bytes):
         return decode_image(image)
     return decode_image(_bytes_of(image, what="image"), name=str(image))

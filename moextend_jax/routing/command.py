@@ -19,6 +19,7 @@ from rich.table import Table
 from moextend_jax import distributed
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers, write_npz
 from moextend_jax.config import IGNORE, IMAGE, Amount, Batch, Count, ModelConfig, MoextendError
+from moextend_jax.folders import folder, local
 from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
 from moextend_jax.routing.compare import (
@@ -35,6 +36,7 @@ from moextend_jax.routing.compare import (
 )
 from moextend_jax.routing.stats import KINDS, Stats, load_of, on_shared_columns, read_stats, write_stats
 from moextend_jax.runs.askable import Askable, open_place
+from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
 from moextend_jax.settings import LayerShare, NotNegative
@@ -79,6 +81,8 @@ def collect_command(options: CollectOptions) -> None:
     """Measures what a model's routers do with a data set, a text or token ids."""
     if sum(value is not None for value in (options.data, options.text, options.ids)) != 1:
         raise MoextendError("routing collect needs one of --data NAME, --text FILE and --ids IDS.npz")
+    for path in filter(None, (options.ids, options.ids_out, options.out)):  # now, not when all has been counted
+        local(path, what="an npz file")
     with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
         opened = _open(options)
         shards = row_shards(opened.mesh)
@@ -89,9 +93,9 @@ def collect_command(options: CollectOptions) -> None:
         stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
     if not distributed.first():
         return
-    write_stats(Path(options.out), stats)
+    write_stats(options.out, stats)
     if options.ids_out:
-        _write_ids(Path(options.ids_out), rows, patches=opened.patches)
+        _write_ids(options.ids_out, rows, patches=opened.patches)
     _print_loads(stats, title=f"{options.out}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens")
 
 
@@ -104,7 +108,7 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
     config = opened.config
     if options.ids:
         pad = lambda: opened.tokenizer.tags.pad  # noqa: E731  ids of text need no tokenizer
-        return _id_batches(Path(options.ids), config, pad=pad, batch_size=options.batch_size)
+        return _id_batches(options.ids, config, pad=pad, batch_size=options.batch_size)
     from moextend_jax.data.batches import batches, text_batches
     from moextend_jax.data.datasets import IMAGES_ALONE, hold_out, open_dataset, open_text
     from moextend_jax.data.faults import STRICT
@@ -120,10 +124,11 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
             passages = [passages[row] for row in np.sort(drawn)]
         # One passage to a row: --ids_out and PyTorch know no passages that share one.
         return text_batches(passages, tokenizer=tokenizer, conversations_per_row=1, seed=None, epochs=1, **shape)
-    data_dir, manual_dir, images, faults = options.data_dir, options.manual_dir, options.images, STRICT
+    data_dir = local(folder(options.data_dir), what="data_dir") if options.data_dir else None
+    manual_dir, images, faults = options.manual_dir, options.images, STRICT
     if options.in_workdir:
         settings = known_settings(options.folder)
-        data_dir = data_dir or settings.data_dir or options.folder / "data"
+        data_dir = data_dir or data_dir_of(settings, options.folder)
         manual_dir, images = manual_dir or settings.manual_dir or None, images or settings.images or None
         faults = settings.faults  # what the run left out is left out here
     if options.data is None or data_dir is None:
@@ -287,7 +292,7 @@ def compare_command(options: CompareOptions) -> None:
     """Sets two files of statistics side by side: top-k, total variation, KL, d_j, and what each would choose. Of a
     model before and after its extension: the experts that both have, and what the new ones took."""
     names = (str(options.a), str(options.b))
-    a, b = (read_stats(Path(name)) for name in names)
+    a, b = read_stats(options.a), read_stats(options.b)
     new = taken(a, b) if is_extension_of(a, b) and not options.after else []
     if not new:
         check_same_shape(a, b, names=names)
@@ -297,9 +302,9 @@ def compare_command(options: CompareOptions) -> None:
     if new:
         pass  # there is nothing to choose: it has been chosen
     elif options.after:
-        after = [read_stats(Path(name)) for name in options.after]
-        for before, probed, name in ((a, after[0], options.after[0]), (b, after[1], options.after[1])):
-            check_same_shape(before, probed, names=(names[0], str(name)))
+        after = [read_stats(path) for path in options.after]
+        for before, probed, *of in zip((a, b), after, names, map(str, options.after), strict=True):
+            check_same_shape(before, probed, names=(of[0], of[1]))
         chosen = {"a": choices(a, after[0], share=options.share), "b": choices(b, after[1], share=options.share)}
     else:
         chosen = {"a_to_b": choices(a, b, share=options.share)}
@@ -403,14 +408,15 @@ class PlotOptions:
 
 def plot_command(options: PlotOptions) -> None:
     """Draws one or two files of statistics as a PNG and an HTML page."""
-    files = [name for name in (options.stats, options.other) if name]
-    read = [read_stats(Path(name)) for name in files]
+    local(options.out, what="the picture and the page")
+    files = [file for file in (options.stats, options.other) if file]
+    read = [read_stats(file) for file in files]
     if options.other and not is_extension_of(*read):
         check_same_shape(*read, names=(str(options.stats), str(options.other)))
     from moextend_jax.report.routing_page import write_routing_page  # matplotlib takes a second to import
 
-    names = [Path(name).stem for name in files]
+    names = [file.stem for file in files]
     if len(set(names)) < len(names):
-        names = [f"{Path(name).resolve().parent.name}/{Path(name).stem}" for name in files]
-    for path in write_routing_page(list(zip(names, read, strict=True)), Path(options.out)):
+        names = [f"{file.resolve().parent.name}/{file.stem}" for file in files]
+    for path in write_routing_page(list(zip(names, read, strict=True)), options.out):
         print(path)

@@ -35,21 +35,21 @@ from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.results import Data
 from moextend_jax.runs.run import Arrays, Run
-from moextend_jax.settings import EvaluateSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 
-def data_dir_of(run: Run) -> Path:
+def data_dir_of(settings: RunSettings, workdir: Path) -> Path:
     """Where prepared data sets go. A bucket cannot hold them: those of a run in one are made on each machine."""
-    if run.settings.data_dir:
-        return local(folder(run.settings.data_dir), what="data_dir")
-    if is_url(run.workdir):
-        return cache() / "data" / hashlib.sha256(os.fspath(run.workdir).encode()).hexdigest()[:12]
-    return run.workdir / "data"
+    if settings.data_dir:
+        return local(folder(settings.data_dir), what="data_dir")
+    if is_url(workdir):
+        return cache() / "data" / hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:12]
+    return workdir / "data"
 
 
 def open_source(run: Run, name: str, split: str) -> Source:
     """A data set by name, prepared by process 0 where it is not yet."""
-    data_dir = data_dir_of(run)
+    data_dir = data_dir_of(run.settings, run.workdir)
     with distributed.first_alone(f"open {name} {split}"), preparing(f"preparing data {name} {split}"):
         return open_dataset(
             name,

@@ -33,7 +33,7 @@ from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_extension
 from moextend_jax.families import FAMILIES
-from moextend_jax.folders import absolute
+from moextend_jax.folders import absolute, local
 from moextend_jax.options import OneOf
 from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
@@ -70,6 +70,7 @@ class ExportOptions:
 def export(values: ExportOptions) -> None:
     """An imported folder, or the result of a run, becomes PyTorch's files, or a delta."""
     shard = size_of(values.max_shard_size)
+    local(values.dst, what="the new folder")
     if is_workdir(values.src):
         if values.base or values.vision:
             raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
@@ -190,12 +191,13 @@ def _open_result(folder: Path, *, facts: Mapping[str, Any]) -> dict[str, Stored]
         if result is None:
             return None
     at = absolute(folder) / str(result.step) / "leaves"
-    last: dict[str, np.ndarray] = {}  # the leaf that is being written, and no other
+    last: dict[str, np.ndarray] = {}  # the leaf that is being written, of LoRA both factors of a map, and no other
 
     def reader(path: str, leaf: Any) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
             if path not in last:
-                last.clear()
+                for other in [other for other in last if other[:-1] != path[:-1]]:  # .../a and .../b, in turn
+                    del last[other]
                 args = ocp.args.PyTreeRestore(
                     item={path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)},
                     restore_args={path: ocp.RestoreArgs(restore_type=np.ndarray)},

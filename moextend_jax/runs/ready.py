@@ -59,10 +59,10 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     with preparing("looking for packages"):
         for data in opened:
             with problems:
-                check_packages(data, data_dir=data_dir_of(run))
+                check_packages(data, data_dir=data_dir_of(run.settings, run.workdir))
     problems.raise_any()
     with distributed.first_alone("make data"), preparing("preparing data of packages"):
-        make_ahead(opened, data_dir=data_dir_of(run), media=run.config.media)
+        make_ahead(opened, data_dir=data_dir_of(run.settings, run.workdir), media=run.config.media)
     sources: dict[str, Source] = {}
     for name in dict.fromkeys([*names, *(stage.name for stage in stages)]):
         if (data := _data(settings, name)) is not None:

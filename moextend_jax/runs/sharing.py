@@ -11,12 +11,6 @@ from moextend_jax import distributed
 from moextend_jax.folders import is_url
 
 
-def data_of(workdir: Path) -> str:
-    """`data_dir` of runs in folders below `workdir`: one for all of them; of a bucket each its own, since data are made
-    on a host's disk."""
-    return "" if is_url(workdir) else os.fspath(workdir / "data")
-
-
 def share(made: Path, folder: Path, names: Iterable[str]) -> None:
     """Links these results of the work directory `made`, those that are there, into `folder` if that is not there yet;
     cached features lie in one folder for both."""

@@ -10,7 +10,8 @@ import dataclasses
 import importlib.util
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ class Page:
             sampling=self.sampling, seed=self.seed,
         )  # fmt: skip
 
-    def answer(self, text: str, items: Items, talk: Conversation, beside: str) -> Iterator[str | list[Seen]]:
-        """Yields the answer piece by piece, then what the experts of the model did, and of the one `beside` it.
+    def answer(self, text: str, items: Items, talk: Conversation, beside: str) -> Iterator[str | Seen]:
+        """Yields the answer piece by piece, then what the experts of the model did, then those of the one `beside` it.
 
         Raises:
           MoextendError: an item that cannot be read, or a text that the model cannot be asked.
@@ -62,43 +63,40 @@ class Page:
             raise MoextendError("type a question, too")
         before, turns = talk.told, len(talk.turns)
         if talk.opened.plain:
-            said = yield from _joined(self._speak(talk.opened, text, items))
-            yield [self._seen(talk.opened, text, items, said)]
+            ids: list[int] = []
+            said = yield from _joined(self._speak(talk.opened, text, items, ids))
+            yield self._seen(talk.opened, text, items, said, ids)
             return
         said = yield from _joined(talk.ask(text, items=items))
         if len(talk.turns) == turns:  # an empty answer is not remembered
             return
         prompt = [*before, talk.turns[-2]]
-        seen = [self._seen(talk.opened, prompt, talk.items, said)]
+        yield self._seen(talk.opened, prompt, talk.items, said)  # whatever becomes of the other
         other = None if beside in (NOTHING, talk.opened.name) else self.models[beside].open()
         if other is not None and (text or not other.plain):  # which has nothing to go on with
-            seen.append(self._beside(other, text, prompt, talk.items))
-        yield seen
+            yield self._beside(other, text, prompt, talk.items)
 
     def _beside(self, opened: Askable, text: str, prompt: Any, items: Items) -> Seen:
         """The same question to another model, which may not be able to see what is shown."""
-        asked = text if opened.plain else prompt
+        asked, ids = text if opened.plain else prompt, list[int]()
         try:
-            said = "".join(self._speak(opened, asked, items))
-            return self._seen(opened, asked, items, said)
+            said = "".join(self._speak(opened, asked, items, ids))
+            return self._seen(opened, asked, items, said, ids)
         except MoextendError as error:
             if opened.plain and items:
                 return self._beside(opened, text, prompt, {})
             raise MoextendError(f"beside it: {error}") from None
 
-    def _speak(self, opened: Askable, prompt: Any, items: Items) -> Iterator[str]:
+    def _speak(self, opened: Askable, prompt: Any, items: Items, ids: list[int] | None = None) -> Iterator[str]:
         return speak(
             opened, prompt, items=items, plain=opened.plain, max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling, seed=self.seed,
+            sampling=self.sampling, seed=self.seed, ids=ids,
         )  # fmt: skip
 
-    def _seen(self, opened: Askable, prompt: Any, items: Items, said: str) -> Seen:
-        if opened.plain:
-            routing = routing_of(opened, prompt + said, items=items, plain=True)
-        elif said:
-            routing = routing_of(opened, prompt, items=items, answer=said)
-        else:
-            routing = routing_of(opened, prompt, items=items, plain=False)
+    def _seen(self, opened: Askable, prompt: Any, items: Items, said: str, ids: Sequence[int] = ()) -> Seen:
+        """ids: of a text that is continued, whose words may be cut otherwise when they are read again."""
+        answer = ids if opened.plain else said.strip() or None
+        routing = routing_of(opened, prompt, items=items, answer=answer, plain=opened.plain)
         config = opened.config
         return Seen(
             title=self.models[opened.name].title,
@@ -198,27 +196,33 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
         asked: dict[str, Any], history: list[Any], talk: Conversation | None, seen: list[Seen], name: str, beside: str,
         layer: int, medium: str | None,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
-        talk = talk if talk is not None and history else page.conversation(name)
+        if talk is not None and (not history or talk.opened.name != name):  # an answer that was left may have kept it
+            talk = None
         shown = [{"role": "user", "content": {"path": file}} for file in asked["files"]]
         history = [*history, *shown, {"role": "user", "content": asked["text"]}]
-        said, left = "", gr.MultimodalTextbox(value=None, interactive=False)
+        said, seen, left = "", [], gr.MultimodalTextbox(value=None, interactive=False)
         yield history, left, talk, seen, gr.skip(), gr.skip()
         after.join()
         try:
+            talk = talk or page.conversation(name)
             items = items_of(talk.opened, asked["files"], medium=medium or "")
             for piece in page.answer(asked["text"].strip(), items, talk, beside):
                 if isinstance(piece, str):
                     said += piece
-                    yield [*history, _assistant(said)], left, talk, seen, gr.skip(), gr.skip()
                 else:
-                    seen = piece
+                    seen = [*seen, piece]
+                drawn = draw(seen, layer) if seen else (gr.skip(), gr.skip())
+                yield [*history, _assistant(said)], left, talk, seen, *drawn
             history.append(_assistant(said or "(the model said nothing)"))
-        except MoextendError as error:
-            history.append(_assistant(f"{said}\n\n{error}" if said else str(error)))
+        except Exception as error:  # also that of a device without memory, after which one may ask something shorter
+            if not isinstance(error, MoextendError):
+                traceback.print_exc()
+            why = str(error) or type(error).__name__
+            history.append(_assistant(f"{said}\n\n{why}" if said else why))
         yield history, gr.MultimodalTextbox(interactive=True), talk, seen, *draw(seen, layer)
 
     def reset() -> tuple[Any, ...]:
-        return [], None, [], "", ""
+        return [], None, [], "", "", gr.MultimodalTextbox(interactive=True)
 
     with gr.Blocks(title="moextend", analytics_enabled=False, fill_width=True) as built:
         talk, seen = gr.State(None), gr.State([])
@@ -247,12 +251,15 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
                     second = gr.HTML(elem_id="second", min_width=280)
         built.load(layers, model, layer)
         built.load(media, model, medium)
-        box.submit(
+        asked = box.submit(
             submit, [box, chat, talk, seen, model, other, layer, medium], [chat, box, talk, seen, first, second],
             concurrency_id="model", concurrency_limit=1, api_visibility="private",
         )  # fmt: skip
         layer.change(draw, [seen, layer], [first, second], api_visibility="private", show_progress="hidden")
-        emptied = [chat, talk, seen, first, second]
+        emptied = [chat, talk, seen, first, second, box]
+        # Listeners run in their order: an answer must have ended before it is forgotten, or its next piece comes back.
+        for forgets in (clear.click, model.change):
+            forgets(None, cancels=[asked], api_visibility="private")
         clear.click(reset, None, emptied, api_visibility="private")
         model.change(reset, None, emptied, api_visibility="private").then(layers, model, layer).then(
             media, model, medium
