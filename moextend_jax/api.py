@@ -146,7 +146,7 @@ class Model:
 
     def _together(self, texts: Sequence[str], each: Sequence[Items], **options: Any) -> list[str]:
         opened, most = self._opened, options.pop("max_new_tokens")
-        prompts, befores, arrays = [], [], {name: list[np.ndarray]() for name in opened.config.media}
+        prompts, earlier, arrays = [], [], {name: list[np.ndarray]() for name in opened.config.media}
         for text, items in zip(texts, each, strict=True):
             read = show(opened, items)
             turns = told(opened, options["system"], text, read.spans)
@@ -156,12 +156,12 @@ class Model:
                 rows[name] = tuple(range(len(arrays[name]), len(arrays[name]) + len(of)))
                 arrays[name] += list(of)
             prompts.append(as_prompt(asked, items=rows))
-            befores.append(text_before(opened, asked, plain=options["plain"]))
+            earlier.append(text_before(opened, asked, plain=options["plain"]))
         answers = [""] * len(prompts)
         readers = {name: _Shown(opened.config.media[name], np.stack(of)) for name, of in arrays.items() if of}
         for completed in asker_of(opened, readers=readers).complete(prompts, max_new_tokens=most):
             for index, ids in completed:
-                answers[index] = words(opened, ids, after=befores[index])
+                answers[index] = words(opened, ids, after=earlier[index])
         return answers
 
 
