@@ -15,7 +15,7 @@ from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
-from moextend_jax.media.image import _turned, as_rgb, decode_image
+from moextend_jax.media.image import as_rgb, decode_image, turned
 from moextend_jax.mesh import place_whole, row_shards
 from moextend_jax.runs.askable import Askable
 
@@ -246,7 +246,7 @@ def picture(image: Any) -> Image.Image:
                 raise ValueError("it has no pixels")
             if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
                 raise ValueError("it has NaN or infinite pixels")
-            return as_rgb(_turned(image))  # as of a file
+            return as_rgb(turned(image))  # as of a file
         except Exception as error:  # it is read only now, and each of Pillow's decoders has its own way to fail
             raise MoextendError(f"the image cannot be read: {str(error) or type(error).__name__}") from error
     if isinstance(image, np.ndarray):

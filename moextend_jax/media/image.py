@@ -57,7 +57,7 @@ def decode_image(encoded: bytes, *, name: str = "image", id: str = "", upright: 
         image.load()
         if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
             raise fault("not_finite", "it has NaN or infinite pixels")
-        return as_rgb(_turned(image) if upright else image)
+        return as_rgb(turned(image) if upright else image)
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ TURNS = {
 """By the values of EXIF's orientation."""
 
 
-def _turned(image: Image.Image) -> Image.Image:
+def turned(image: Image.Image) -> Image.Image:
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data: the picture itself is sound
