@@ -242,7 +242,7 @@ def _write(
             if out_nPC is None and distributed.first():
                 folder.mkdir(parents=True)
                 shape = (count, *features_nPC.shape[1:])
-                out_nPC = _reserved(folder / "features.npy", dtype, shape)
+                out_nPC = _mapped(folder / "features.npy", dtype, shape)
             if out_nPC is not None:
                 out_nPC[first : first + len(prepared)] = features_nPC
             bar.update(len(keys))
@@ -251,21 +251,16 @@ def _write(
     return keys, bad
 
 
-def _reserved(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    """A file as an array of zeros, with room for all of it: to write where the disk is full ends a process by a bus
-    error."""
-    try:
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # macOS has none
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
+def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
+    """A file as an array of zeros, where there is room for all of it: a disk that is full while the array is written
+    ends the process by a bus error. (To reserve the room takes hours where a network's file system cannot.)"""
+    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if size > free:
         raise MoextendError(
-            f"features of {size:,} bytes cannot be kept in {path.parent.parent}: {error.strerror}; make room there, or "
-            "set cache_features = false"
-        ) from error
-    return array
+            f"features take {size:,} bytes, and {path.parent.parent} has room for {free:,}: make room there, or set "
+            "cache_features = false"
+        )
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
 def _prepare(inputs: Preparing, row: int) -> Any:
