@@ -586,10 +586,12 @@ def test_images_are_looked_for_beside_each_of_several_files(tmp_path: Path):
     (report,) = checked(data)
     assert (report.images, report.counts) == (3, {})
     write_pictures(tmp_path / "other")
+    (tmp_path / "other" / "at").mkdir()
+    write(tmp_path / "other" / "at" / "1.png", picture(1))
     source = open_dataset(data, data_dir=tmp_path / "built", images=tmp_path / "other")
     assert [images for *_, images in read(source)] == [[picture(1)]] * 3
     (report,) = checked(data, images=tmp_path / "other")
-    assert (report.images, report.counts) == (1, {})
+    assert (report.images, report.counts) == (2, {})
     with pytest.raises(Fault, match="image https://a/b.png is a URL"):
         write(home / "dogs" / "metadata.jsonl", json.dumps({"file_name": "https://a/b.png", "text": "a"}))
         open_dataset(data, data_dir=tmp_path / "built")
