@@ -64,7 +64,8 @@ def run(source, tokenizer, arrays, monkeypatch):
         monkeypatch.setattr(loop, "place_rows", put)
         job = tiny.job("align", folder, facts=facts, steps=6, **{"checkpoint_every": 3, **more})
         model = tiny.structure(CONFIG)
-        trained = loop.train_loop(model, place_leaves(model, arrays, job.mesh), rows, job)
+        own = {path: leaf.copy() for path, leaf in arrays.items()}  # what is trained is taken over
+        trained = loop.train_loop(model, place_leaves(model, own, job.mesh), rows, job)
         return trained, list(seen)
 
     return train
