@@ -21,6 +21,7 @@ from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import MoextendError
 from moextend_jax.plan.abstract_step import abstract_step
+from moextend_jax.runs.making import check_made
 from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run
@@ -198,6 +199,22 @@ def test_a_refused_command_changes_nothing(finished, command: str, change: str):
     with pytest.raises(MoextendError, match="belongs to another run"):
         cli.call(words)
     assert [path.read_bytes() for path in kept] == before
+
+
+def test_what_was_cut_off_while_it_was_written_is_not_there(finished, tmp_path: Path):
+    """So that the same command goes on; and a selection of before there were facts is counted again."""
+    run = open_again(finished)
+    shutil.copytree(run.workdir, tmp_path / "cut")
+    cut = dataclasses.replace(run, workdir=tmp_path / "cut")
+    path = cut.workdir / "select" / "routing.json"
+    record = json.loads(path.read_text())
+    del record["facts"]
+    path.write_text(json.dumps(record))
+    check_made(cut, FIRST.results)
+    for name in ("grow", "finetune", "align"):
+        for step in (cut.workdir / name / "result").iterdir():
+            shutil.rmtree(step)
+        check_made(cut, FIRST.results)
 
 
 def run_selection(finished) -> tuple[int, int]:

@@ -157,9 +157,7 @@ def start(
     Raises:
       MoextendError: the checkpoint belongs to another model or run; names the facts that differ.
     """
-    good, broken = _newest_good(manager)
-    for step in broken:  # the run makes them again
-        manager.delete(step)
+    good = _newest_kept(manager)
     if good is not None:
         return _restore(manager, good, like, rows, facts=facts, where=where)
     if resume_from is None:
@@ -223,6 +221,14 @@ def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]
     return (steps[broken] if steps else None), steps[:broken]
 
 
+def _newest_kept(manager: ocp.CheckpointManager) -> int | None:
+    """That step, without the newer ones, which are deleted: the run makes them again."""
+    good, broken = _newest_good(manager)
+    for step in broken:
+        manager.delete(step)
+    return good
+
+
 def _check_whole(folder: Path, *, advice: str) -> None:
     wrong = sums.fault(folder) if distributed.first() else None
     if distributed.any_process(wrong is not None):
@@ -233,9 +239,7 @@ def roll_back(manager: ocp.CheckpointManager, state: Any) -> Any:
     """The state of the newest checkpoint, in place of `state`, whose arrays are then gone; None where there is none.
     The data go on from where they are."""
     finish(manager)
-    step, broken = _newest_good(manager)
-    for newer in broken:  # the run makes them again
-        manager.delete(newer)
+    step = _newest_kept(manager)
     if step is None:
         return None
     like = type(state)(*jax.tree.map(ocp.utils.to_shape_dtype_struct, tuple(state)))

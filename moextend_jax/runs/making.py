@@ -61,7 +61,6 @@ def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     first."""
     rows = results.table(run.settings).results
     names = [name for name, row in rows.items() if run.settings.baseline or not row.optional]
-    check_made(run)
     run = ready(run, names, checks=checks)
     check_made(run, names)
     for name in names:
@@ -76,19 +75,17 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
     Args:
       names: those that must also be of the same settings of their own, whose steps have been counted.
     """
-    table, names = results.table(run.settings), tuple(names)
-    for name, row in table.results.items():
-        if not all(map(run.has, row.parents)):
-            continue
-        if row.how == "select":
-            grown = results.named(run.settings, row.extension, "grow")
-            if (run.folder(name) / "routing.json").exists() and run.has(grown):  # what has grown has these layers
-                recorded = read_selection(run, row.extension).get("facts")
-                train_state.check_facts(recorded or {}, FACTS[row.how](run, name), where=run.folder(name))
-        elif run.has(name):
+    rows, names = results.table(run.settings).results, set(names)
+    recorded = {name: train_state.result_facts(run.folder(name) / "result") for name in rows}
+    made = {name for name, facts in recorded.items() if facts is not None}  # and not cut off while it was written
+    for name, row in rows.items():
+        if row.how == "select" and results.named(run.settings, row.extension, "grow") in made:
+            names.add(name)  # what has grown has its layers
+            if (run.folder(name) / "routing.json").exists():
+                recorded[name] = read_selection(run, row.extension).get("facts")
+        if (before := recorded[name]) is not None and made.issuperset(row.parents):
             facts = FACTS[row.how](run, name) if name in names else run.facts_of(name)
-            recorded = train_state.result_facts(run.folder(name) / "result")
-            train_state.check_facts(recorded or {}, facts, where=run.folder(name))
+            train_state.check_facts(before, facts, where=run.folder(name))
 
 
 def facts_of_training(run: Run, name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +18,11 @@ from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import IMAGE, RIVALS, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import Program, leaf_maker, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
-from moextend_jax.parameters import element_type
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
 from moextend_jax.settings import RunSettings
 from moextend_jax.sharding import parameter_shardings
+from moextend_jax.train.stages import split
 
 
 class Opened(NamedTuple):
@@ -60,10 +59,10 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
     for medium in config.media:
         if not any(path.startswith(f"media/{medium}/projector/") for path in arrays):
             arrays |= projector_of_seed(run, medium)
-    trains = tuple(trains)
+    trainable, _ = split(arrays, trains)
     for path, leaf in arrays.items():
-        if any(fnmatchcase(path, pattern) for pattern in trains):
-            kind = element_type(path, run.settings.train_dtype, stored=leaf.dtype) or leaf.dtype
+        if path in trainable:
+            kind = run.settings.train_dtype
             arrays[path] = leaf.copy() if leaf.dtype == kind else leaf.astype(kind)
         elif path in run.pretrained:
             arrays[path] = leaf.astype(run.pretrained[path].dtype)

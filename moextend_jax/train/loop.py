@@ -94,14 +94,16 @@ def train_loop(
         train_state.open_manager(folder / "checkpoints", keep=settings.checkpoints_kept) as manager,
         contextlib.closing(iter(rows)) as iterator,
     ):
-        state, counts_G = train_state.start(
+        saved = train_state.start(
             manager, like, iterator, facts=job.facts, resume_from=job.resume_from, where=folder
-        ) or (
-            init_state(trainable, optimizer, shardings=jax.tree.map(lambda leaf: leaf.sharding, like)),
-            faults.counts(),
-        )
-        if (count := int(state.step)) > 0:
-            train_state.free(trainable)  # the checkpoint's are trained
+        )  # fmt: skip
+        if saved is None:
+            state = init_state(trainable, optimizer, shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
+            counts_G = faults.counts()
+        else:
+            state, counts_G = saved
+            train_state.free(trainable)
+        count = int(state.step)
         with (
             MetricsWriter(
                 folder, resume_step=count, process_index=process, sinks=settings.sinks,
@@ -172,7 +174,6 @@ def train_loop(
                         train_state.save(manager, state, iterator, step=count, facts=job.facts, counts_G=counts_G)
                         if leaves:
                             train_state.finish(manager)
-                if leaves:
-                    raise preemption.Preempted(f"{job.name} is saved at step {count} of {steps}")
+                            raise preemption.Preempted(f"{job.name} is saved at step {count} of {steps}")
         train_state.finish(manager)
     return state.trainable
