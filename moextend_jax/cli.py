@@ -110,6 +110,10 @@ def _code_of(words: list[str]) -> int:
         return 2
     except Preempted as notice:
         print(f"moextend: {notice.why}: {notice}; the same command goes on from there", file=sys.stderr)
+        if "moextend_jax.distributed" in sys.modules:
+            from moextend_jax.distributed import end_together
+
+            end_together()
         return notice.code
     except OSError as error:  # a folder that is a file, no permission, a full disk: the message names the path
         print(f"moextend: {error}", file=sys.stderr)

@@ -136,6 +136,13 @@ def _waiting(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGINT, interrupt)
 
 
+def end_together() -> None:
+    """Returns when all processes that were told to stop are here. Otherwise process 0, in which JAX's service runs,
+    could end while another closes its files, and JAX would end that one with 134, which no launcher puts back."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
 def leave(code: int) -> NoReturn:
     """Ends a process that has failed, at once: JAX's threads may still compute, on which Python's own way out crashes,
     and the other processes may be waiting for this one."""

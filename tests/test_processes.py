@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -365,3 +366,25 @@ def _set(monkeypatch, environment: dict[str, str]) -> None:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_process_that_ends_later_ends_with_the_same_code(monkeypatch: pytest.MonkeyPatch):
+    """One that still closes its files after process 0 is done, where the service runs that tells of lost processes."""
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    local = importlib.import_module("local")
+    script = """
+import sys, time
+from moextend_jax import distributed
+distributed.start()
+time.sleep(0 if distributed.first() else 3)
+distributed.end_together()
+distributed.leave(75)
+"""
+    port = str(local.free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env=os.environ | local.environment(index, processes=2, devices=1, port=port)
+        )
+        for index in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [75, 75]
