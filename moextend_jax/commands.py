@@ -76,6 +76,8 @@ def run_all(options: RunOptions) -> None:
 def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None = None) -> dict[str, Any]:
     """All stages, evaluation and report; what summary.json holds."""
     if settings.chains:
+        if resume_from:
+            raise MoextendError("--resume_from is for one chain, and config.chains names several")
         from moextend_jax.continual import run_chains
 
         return run_chains(settings, workdir, run=whole_run)
@@ -303,6 +305,8 @@ class EvalOptions(ModelOptions):
     """of lm-eval, instead of the paper's"""
     num_fewshot: Amount | None = None
     """examples before each question"""
+    max_length: Count = 4096
+    """of such a task: most tokens of a question with its answer"""
     include_path: Path | None = None
     """folder of further tasks (YAML)"""
     run_code: bool = False
@@ -311,9 +315,17 @@ class EvalOptions(ModelOptions):
     """folder for the answers, where not WORKDIR/eval, or of a checkpoint `eval` in the current directory"""
 
 
+OF_BENCHMARKS = {"data": None, "split": None, "max_new_tokens": None, "templates": None}
+OF_TEXT_TASKS = {"tasks": (), "num_fewshot": None, "max_length": 4096, "include_path": None, "run_code": False}
+"""Options of `eval` that mean nothing to the other kind of evaluation, and their defaults."""
+
+
 def eval_command(options: EvalOptions) -> None:
     if bool(options.benchmark) == options.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
+    others = OF_TEXT_TASKS if options.benchmark else OF_BENCHMARKS
+    if idle := [f"--{name}" for name, default in others.items() if getattr(options, name) != default]:
+        raise MoextendError(f"{', '.join(idle)} goes with {'--forgetting' if options.benchmark else '--benchmark'}")
     from moextend_jax.evaluate.benchmark import benchmark, read_exam
     from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks
     from moextend_jax.runs.askable import evaluating
@@ -329,13 +341,11 @@ def eval_command(options: EvalOptions) -> None:
             else:
                 benchmark(opened, exam, out=out, max_new_tokens=options.max_new_tokens)
         return
-    if options.templates:
-        raise MoextendError("--templates goes with --benchmark")
     tasks = read_tasks(options.tasks or TASKS, include_path=options.include_path)
     with evaluating(options, settings=options.config, out=options.out) as (opened, out):
         forgetting(
             base_and(opened), tasks, out=out, limit=options.limit, num_fewshot=options.num_fewshot,
-            run_code=options.run_code,
+            max_length=options.max_length, run_code=options.run_code,
         )  # fmt: skip
 
 

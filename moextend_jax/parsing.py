@@ -63,11 +63,11 @@ def with_words(settings: RunSettings, words: Sequence[str], *, what: str) -> Run
 
 
 def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings with others at some paths, such as `align.steps`."""
+    """The same settings with others at some paths, such as `align.steps`; a group that is None is begun."""
     copy = dict(settings)
     for path, value in changes.items():
         group, _, rest = path.partition(".")
-        copy[group] = changed(copy.get(group, {}), {rest: value}) if rest else value
+        copy[group] = changed(copy.get(group) or {}, {rest: value}) if rest else value
     return copy
 
 

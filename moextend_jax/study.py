@@ -93,6 +93,8 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
     words = dict(sorted(settings.study.points.items(), key=lambda point: (bool(point[1]), point[0])))
     seeds = settings.study.seeds
     points = {name: with_words(plain, own, what=f"study: {name}") for name, own in words.items()}
+    if chained := [name for name, own in points.items() if own.chains]:
+        raise MoextendError(f"study: {', '.join(chained)} has chains, and a point is one run: leave chains out")
     figures: dict[str, dict[int, dict[str, float]]] = {name: {} for name in points}
     started = time.perf_counter()
     for seed in seeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from moextend_jax.runs.run import Run, working
 from moextend_jax.settings import (
     EvaluateSettings,
     ExtensionSettings,
+    Link,
     MediumSettings,
     RunSettings,
     SelectSettings,
@@ -130,17 +132,46 @@ def test_a_later_extension_is_copied_from_pretrained_experts(finished):
 
 @pytest.mark.slow
 def test_nothing_learnt_before_is_lost(finished):
-    _, record = finished
+    run, record = finished
     chain = record["chains"]["strict"]
     assert [list(row) for row in chain["scores"].values()] == [["image"], ["image", "touch"]]
     assert set(chain["forgetting"].values()) == {0.0} and chain["backward_transfer"] == 0.0
     for of in record["text_loss"].values():
         assert {of["moextend:image"], of["moextend:touch"], of["moextend"]} == {of["base"]}
     assert record["frozen_unchanged"]
-    check_nothing_is_lost(record)
+    check_nothing_is_lost(record, run.settings.links)
     record["text_loss"]["kjv"] = record["text_loss"]["kjv"] | {"moextend:touch": 0.0}
     with pytest.raises(MoextendError, match="moextend:touch on kjv"):
-        check_nothing_is_lost(record)
+        check_nothing_is_lost(record, run.settings.links)
+
+
+def test_a_later_extension_may_answer_questions_with_its_own_medium_otherwise():
+    """Two tasks on the same pictures: what is asked about these is not kept apart, what is asked about sounds is."""
+    links = [Link("image", "image"), Link("sound", "sound"), Link("colour", "image")]
+    of = {"image": {"image": 0.9}, "sound": {"image": 0.9, "sound": 0.5}}
+    asked = {"image": {"media": ["image"]}, "sound": {"media": ["sound"]}, "colour": {"media": ["image"]}}
+
+    def record(**after_colour: float) -> dict[str, Any]:
+        scores = of | {"colour": after_colour | {"colour": 1.0}}
+        return {"chains": {"strict": {"scores": scores}}, "asked": asked, "text_loss": {}}
+
+    check_nothing_is_lost(record(image=0.1, sound=0.5), links)
+    with pytest.raises(MoextendError, match=r"sound after colour -0\.25"):
+        check_nothing_is_lost(record(image=0.1, sound=0.25), links)
+
+
+def test_what_is_learnt_behind_an_extension_that_is_apart_goes_on_from_those_before_it(settings):
+    touch = settings.extensions["touch"]
+    later = {"alone": dataclasses.replace(touch, apart=True), "touch": touch}
+    run: Any = SimpleNamespace(settings=dataclasses.replace(settings, extensions=later), has=lambda name: True)
+    asked: Any = {"image": None, "alone": None, "touch": None}
+    plan = summary._plan(run, asked)
+    assert plan["moextend:alone"] == ["alone"] and plan["moextend:touch"] == ["image", "touch"]
+
+
+def test_a_checkpoint_to_resume_from_is_no_matter_of_several_chains(settings, tmp_path: Path):
+    with pytest.raises(MoextendError, match="--resume_from is for one chain"):
+        whole_run(dataclasses.replace(settings, chains=("strict", "open")), tmp_path, resume_from=tmp_path)
 
 
 def test_a_model_of_two_names_is_asked_once(settings):

@@ -172,6 +172,9 @@ def test_a_command_without_a_work_directory(refused, ground, command: str):
 def test_eval_says_what_it_needs(refused, tmp_path):
     assert "--benchmark" in refused("eval", f"--workdir={tmp_path}")
     assert "is no work directory" in refused("eval", "--benchmark=easy_vqa", f"--workdir={tmp_path}")
+    tasks = ["eval", "--benchmark=easy_vqa", "--tasks=piqa", f"--workdir={tmp_path}"]
+    assert "--tasks goes with --forgetting" in refused(*tasks)
+    assert "--split goes with --benchmark" in refused("eval", "--forgetting", "--split=x", f"--workdir={tmp_path}")
 
 
 @pytest.mark.parametrize("extra", ["--nope=1", "--config.nope=1", "--config.align.nope=1", "stray"])

@@ -18,6 +18,7 @@ from configs.mixtral_8x7b import get_config
 from moextend_jax import cli, sharding
 from moextend_jax import mesh as meshes
 from moextend_jax.config import MoextendError
+from moextend_jax.configurations import load
 from moextend_jax.plan import topology
 from moextend_jax.runs.making import counting_stage
 from moextend_jax.runs.run import evaluation_rows, rows_of_settings
@@ -142,6 +143,16 @@ def test_rows_that_do_not_divide_are_refused_with_sizes_that_would_do():
     pod.shape["fsdp"] = 24
     with pytest.raises(MoextendError, match=r"select.batch_size = 32 \(24 or 48 would do\); .*evaluate.batch_size"):
         meshes.check_rows(rows_of_settings(settings), pod)
+
+
+def test_every_extension_is_evaluated_in_rows_of_its_own():
+    settings = from_config_dict(load("continual"))
+    sound = settings.extensions["sound"]
+    evaluate = dataclasses.replace(sound.evaluate, batch_size=25)
+    extensions = {**settings.extensions, "sound": dataclasses.replace(sound, evaluate=evaluate)}
+    two: Any = SimpleNamespace(shape={"data": 2, "fsdp": 1, "expert": 1, "tensor": 1})
+    with pytest.raises(MoextendError, match=r"evaluate:sound\.batch_size = 25"):
+        meshes.check_rows(evaluation_rows(dataclasses.replace(settings, extensions=extensions)), two)
 
 
 def test_select_has_batches_of_its_own_whatever_the_probe_computes_in_parts():

@@ -180,6 +180,7 @@ def test_an_option_that_is_short_for_settings():
 
 def test_changing_settings_leaves_the_given_ones_as_they_are():
     before = {"align": {"steps": 1, "optimizer": {"b1": 0.5}}, "seed": 0}
+    assert changed({"study": None}, {"study.seeds": (0,)}) == {"study": {"seeds": (0,)}}
     after = changed(before, {"align.optimizer.b1": 0.6, "seed": 1, "select.share": 0.1})
     assert after == {"align": {"steps": 1, "optimizer": {"b1": 0.6}}, "seed": 1, "select": {"share": 0.1}}
     assert before == {"align": {"steps": 1, "optimizer": {"b1": 0.5}}, "seed": 0}

@@ -1,6 +1,7 @@
 """The report holds what the run measured, escapes what it was given, needs no network, and survives missing parts."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -17,12 +18,15 @@ from PIL import Image
 from tiny import few
 
 from moextend_jax.config import MoextendError
+from moextend_jax.configurations import load
 from moextend_jax.report.canvas import OURS, canvas
 from moextend_jax.report.examples import cards
 from moextend_jax.report.page import write_report
-from moextend_jax.report.results_pictures import forgetting, results_picture
+from moextend_jax.report.results_pictures import forgetting
 from moextend_jax.report.routing_pictures import choice_panel, routing_picture, selection_panels, share_panel
 from moextend_jax.report.workdir import parse_selection, read_workdir
+from moextend_jax.runs.run import as_json
+from moextend_jax.settings import from_config_dict
 
 SUMMARY = {
     "data": "easy-VQA",
@@ -141,7 +145,7 @@ def test_the_table_holds_accuracy_and_forgetting(page):
     row = re.search(r'<tr class="ours">.*?</tr>', page)
     assert row
     cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row[0])]
-    assert cells == ["MoExtend", "93.4% ±\u00a01.5%", "3.118 / +0.013", "2.519 / +0.008"]
+    assert cells == ["MoExtend", "93.4% 91.7–94.8", "3.118 / +0.013", "2.519 / +0.008"]
     assert "3.402 / +0.297" in page and "bit-identical" in page
 
 
@@ -216,7 +220,6 @@ def test_a_report_is_named_after_the_data_that_were_asked(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "held-out my$&lt;1&gt;.jsonl accuracy" in page and "easy-VQA" not in page
     assert "3.250" in page and "0.125" in page
-    results_picture(own, tmp_path / "results.png")
 
 
 def test_summaries_of_older_versions_are_read(tmp_path):
@@ -228,7 +231,7 @@ def test_summaries_of_older_versions_are_read(tmp_path):
 
 def test_one_question_says_little(tmp_path):
     put(tmp_path / "summary.json", {**SUMMARY, "accuracy": {"moextend": 0.0, "questions": 1}})
-    assert re.search(r"0\.0% <small>±\s39\.7%", write_report(tmp_path).read_text())
+    assert "0.0% <small>0.0–79.3</small>" in write_report(tmp_path).read_text()
 
 
 def test_a_rival_s_run_is_called_by_its_method(tmp_path):
@@ -303,10 +306,8 @@ def test_a_long_run_of_the_full_model_stays_small_and_quick(tmp_path):
 @pytest.mark.slow
 def test_picture_files_are_pictures(tmp_path):
     routing_picture(selection(), tmp_path / "routing.png")
-    results_picture(SUMMARY, tmp_path / "results.png")
-    for name in ("routing.png", "results.png"):
-        with Image.open(tmp_path / name) as image:
-            assert image.format == "PNG" and image.width > 1000
+    with Image.open(tmp_path / "routing.png") as image:
+        assert image.format == "PNG" and image.width > 1000
     with pytest.raises(MoextendError, match="routing: 'layers' is missing"):
         routing_picture({}, tmp_path / "none.png")
 
@@ -362,8 +363,62 @@ def test_benchmarks_stand_beside_published_numbers(workdir):
 def test_malformed_evaluations_are_one_line(workdir, file: str, content: str):
     (workdir / "config.json").write_text('{"seed": 0}')
     (evaluated(workdir) / "eval" / file).write_text(content)
-    with pytest.raises(MoextendError, match="evaluate again or delete the file"):
+    with pytest.raises(MoextendError, match="run the command that writes it again, or delete the file"):
         write_report(workdir)
+
+
+def test_a_model_of_a_chain_has_a_figure_beside_the_others(workdir):
+    (workdir / "config.json").write_text('{"seed": 0}')
+    folder = evaluated(workdir) / "eval" / "pope" / "moextend:sound"
+    folder.mkdir()
+    record = {"headline": {"name": "mean F1", "value": 12.5}, "published": {}, "answered": 1, "questions": 1}
+    (folder / "scores.json").write_text(json.dumps(record))
+    page = write_report(workdir).read_text()
+    assert "<th>moextend:sound</th>" in page and "<td>12.5</td>" in page
+
+
+def test_several_chains_are_said_to_be_frozen_only_where_all_are(tmp_path):
+    score = {"scores": {"image": {"image": 0.5}}, "transfer": {"image": 0.5}, "forgetting": {"image": 0.0}}
+    summary: dict[str, Any] = {
+        "chains": {kind: score | {"backward_transfer": 0.0} for kind in ("strict", "open")},
+        "text_loss": {"strict": {}, "open": {}}, "seconds": {"strict": 3.0, "total": 5.0},
+    }  # fmt: skip
+    for last, said in ((True, "✓ identical"), (False, "✗ changed")):
+        put(tmp_path / "summary.json", summary | {"frozen_unchanged": {"strict": True, "open": last}})
+        page = write_report(tmp_path).read_text()
+        assert said in page and "not run" not in page.lower()
+        assert 'href="strict/report.html"' in page and 'href="open/report.html"' in page
+
+
+def test_loss_curves_are_of_every_extension(tmp_path):
+    settings = from_config_dict(load("continual"))
+    put(tmp_path / "config.json", {"settings": as_json(dataclasses.asdict(settings))})
+    for folder in ("finetune", "sound/finetune"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    page = write_report(tmp_path).read_text()
+    assert "Loss of stage finetune" in page and "Loss of stage finetune:sound" in page
+
+
+def test_new_experts_that_are_added_to_the_others_get_their_share_of_tokens(tmp_path):
+    """Every token of an image has the new one besides one other; no token of text has it."""
+    counts = {"text": [[50, 50, 0]], "image": [[50, 50, 100]]}
+    put(tmp_path / "finetune/routing.json", {
+        "layers": 1, "experts": 2, "new_experts": 1, "extended_layers": [0], "counts": counts,
+        "tokens": {"text": 100, "image": 100},
+    })  # fmt: skip
+    new = read_workdir(tmp_path).new_experts
+    assert new is not None and new.of_tokens
+    assert {kind: share_YX.tolist() for kind, share_YX in new.share_YX.items()} == {"text": [[0.0]], "image": [[1.0]]}
+
+
+def test_copied_experts_are_framed_in_the_routing_that_named_them():
+    def under(**settings: str) -> tuple[str, bool]:
+        read = parse_selection(selection() | {"facts": {"settings": settings}}, where="here")
+        return read.source_under, read.by_shift
+
+    assert under() == ("before", True) and under(source="after") == ("after", True)
+    assert under(source="fixed", layers="all") == ("", False)
 
 
 def test_layers_are_numbered_among_all_where_the_first_are_dense(tmp_path):

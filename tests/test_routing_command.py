@@ -217,6 +217,23 @@ def test_choices_are_the_extender_s_under_both_recipes(pair):
     assert compare.choices(collected(tiny.EXTENDED), collected(tiny.EXTENDED), share=0.5) is None
 
 
+def test_layers_are_numbered_among_all_where_the_first_have_no_router(pair, tmp_path: Path):
+    a, b = (stats._replace(layers_Z=2 + np.arange(len(stats.outputs_Z))) for stats in pair)
+    statistics.write_stats(tmp_path / "a.npz", a)
+    again = statistics.read_stats(tmp_path / "a.npz")
+    assert again.layers == a.layers == [2 + z for z in range(len(a.outputs_Z))]
+    assert {row.layer for row in compare.distances(again, b, tie=0.0)} == set(a.layers)
+    (chosen, *_), (plain, *_) = (compare.choices(*both, share=0.5) or [] for both in ((again, b), pair))
+    assert chosen.layers == tuple(2 + layer for layer in plain.layers)
+    with pytest.raises(MoextendError, match="numbers of layers"):
+        compare.check_same_shape(a, pair[1], names=("a", "b"))
+
+
+def test_too_small_a_share_of_the_layers_is_named_as_the_option_is(pair):
+    with pytest.raises(MoextendError, match=r"--share 0\.01 of \d+ layers is none of them"):
+        compare.choices(*pair, share=0.01)
+
+
 def test_compare_prints_json_and_says_why_there_is_no_agreement(pair, tmp_path: Path, capsys):
     files = [tmp_path / f"{name}.npz" for name in ("a", "b", "c")]
     for file, stats in zip(files, (*pair, pair[1]._replace(inputs="other tokens")), strict=True):

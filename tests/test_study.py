@@ -126,6 +126,7 @@ def test_mistakes_are_seen_before_anything_runs(tmp_path: Path):
         (of({"a": ("select.layer=all",)}), "study: a: there is no option --config.select.layer; did you mean"),
         (of({"a": (), "b": ("select.layers=some",)}), "study: b: --config.select.layers = 'some' is not one of"),
         (of({"a": ("grow.start=twin", "grow.column=zero")}), "grow.start twin starts from copies"),
+        (of({"a": ("chains=strict,open",)}), "study: a has chains, and a point is one run"),
     ):
         with pytest.raises(MoextendError, match=message):
             run_study(settings, tmp_path, run=made_up(calls))

@@ -149,7 +149,8 @@ def evaluate(run: Run) -> dict[str, Any]:
             own = _inputs(run, first) if pixels else first.readers
             picks[name] = _picks(run, opened, examples, own)
         if name == "moextend":
-            learnt = {*plan[name], *plan.get(f"moextend:{run.settings.links[-1].name}", ())}
+            (*_, last) = (link.name for link in run.settings.links if not link.apart)
+            learnt = {*plan[name], *plan.get(f"moextend:{last}", ())}
             counted = {on: (of, _inputs(run, of) if pixels else of.readers) for on, of in asked.items() if on in learnt}
             _write_routing(run, opened, counted)
         if not row.text_is_bases:
@@ -171,8 +172,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         answers[on] = {"question_only": guessed.result()[on]} | under_all_names(answers[on], names)
         right[on] = under_all_names(right[on], names)
     accuracy = {on: {name: of.accuracy(texts) for name, texts in answers[on].items()} for on, of in asked.items()}
-    last = {name: run.settings.links[-1].name for name in ("moextend", "full")}
-    plain = {"aligned", "question_only", *last}  # of the table of a run; a chain has its own
+    plain = {"aligned", "question_only", "moextend", "full"}  # of the table of a run; a chain has its own
     own = {name: score for name, score in accuracy[run.settings.extension].items() if name in plain}
     summary: dict[str, Any] = {
         "data": first.asked.title,
@@ -184,7 +184,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     if answer_losses:
         summary["answer_loss"] = answer_losses
     left_out = {on: of.left_out(right[on]) for on, of in asked.items()}
-    summary |= left_out[run.settings.extension]
+    summary |= first.left_out({name: of for name, of in right[run.settings.extension].items() if name in plain})
     if len(asked) > 1:
         summary |= _chains(run, asked, accuracy, left_out)
         summary |= _composed(run, asked, accuracy)
@@ -281,10 +281,10 @@ def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
         for kind in ("moextend", "full"):
             learnt: list[str] = []
             for link in run.settings.links:
-                name = f"{kind}:{link.name}"
-                learnt = [link.name] if link.apart else [*learnt, link.name]
+                name, known = f"{kind}:{link.name}", [link.name] if link.apart else [*learnt, link.name]
+                learnt = learnt if link.apart else known
                 if all(map(run.has, table.model(name).results)):
-                    plan[name] = [on for on in asked if on.partition("/")[0] in learnt]
+                    plan[name] = [on for on in asked if on.partition("/")[0] in known]
     return plan
 
 
@@ -308,7 +308,13 @@ def _chains(
         if scores := {after: row for after, row in scores.items() if row}:
             found[title] = chains.score_matrix(scores)
     about = {
-        on: {"data": of.asked.title, "questions": len(of.prompted), "accuracy": dict(accuracy[on]), **left_out[on]}
+        on: {
+            "data": of.asked.title,
+            "questions": len(of.prompted),
+            "media": sorted({name for media in of.media for name in media}),
+            "accuracy": dict(accuracy[on]),
+            **left_out[on],
+        }
         for on, of in asked.items()
     }
     return {"chains": found, "asked": about}

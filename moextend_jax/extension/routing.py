@@ -103,17 +103,19 @@ def count_faulty(logits_ZTO: jax.Array, of_T: jax.Array) -> jax.Array:
     return (faulty_ZTO & of_T[None, :, None]).sum(axis=1)
 
 
-def refuse_faulty(faulty_ZO: np.ndarray) -> None:
-    """Refuses logits that are NaN or infinite: their top-k is experts 0, 1, ..., which looks like a choice.
+def refuse_faulty(faulty_ZO: np.ndarray, *, first: int) -> None:
+    """Refuses logits that are NaN or infinite: their top-k is experts 0, 1, ..., which looks like a choice. `first` is
+    the number of the first layer that routes.
 
     Raises:
       MoextendError: `count_faulty` counted any; names the layers.
     """
-    layers = np.flatnonzero(np.any(faulty_ZO, axis=1)).tolist()
-    if layers:
+    rows = np.flatnonzero(np.any(faulty_ZO, axis=1))
+    if rows.size:
+        layers = (first + rows).tolist()
         raise MoextendError(
             f"router logits are NaN or infinite in layers {layers}, first in layer {layers[0]} for experts "
-            f"{np.flatnonzero(faulty_ZO[layers[0]]).tolist()}: picks mean nothing there; look at the weights up to it"
+            f"{np.flatnonzero(faulty_ZO[rows[0]]).tolist()}: picks mean nothing there; look at the weights up to it"
         )
 
 
@@ -139,7 +141,7 @@ def count_all(
     program, total = _counter(model, recipe, pairs, mesh or one_device()), None
     for batch in batches:
         counts, faulty_ZO = program(arrays, batch)
-        refuse_faulty(on_host(faulty_ZO))
+        refuse_faulty(on_host(faulty_ZO), first=model.config.decoder.dense_layers)
         parts = [on_host(part).astype(np.int64) for part in counts if part is not None]
         total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     if total is None:

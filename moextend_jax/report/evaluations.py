@@ -6,17 +6,15 @@ In: WORKDIR/eval: NAME/MODEL/scores.json and examples.json as `evaluate/benchmar
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moextend_jax.config import MoextendError
 from moextend_jax.report.examples import small_image
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import TITLES, title_of
+from moextend_jax.report.workdir import malformed, read_json_of
 
 MOST_QUESTIONS = 6
 """Questions that are shown of each benchmark and model."""
@@ -43,24 +41,20 @@ def read_evaluations(workdir: Path) -> Evaluations:
         return Evaluations()
     for name in sorted(child for child in folder.iterdir() if child.is_dir()):
         for model in sorted(child for child in name.iterdir() if (child / "scores.json").exists()):
-            examples = model / "examples.json"
-            benchmarks.append(
-                Benchmark(
-                    name.name, model.name, _read(model / "scores.json", dict),
-                    _read(examples, list) if examples.exists() else (),
-                )
-            )  # fmt: skip
-    path = folder / "forgetting.json"
-    return Evaluations(benchmarks, _read(path, dict) if path.exists() else None)
+            scores, examples = (
+                read_json_of(model / file, kind) for file, kind in (("scores.json", dict), ("examples.json", list))
+            )
+            benchmarks.append(Benchmark(name.name, model.name, scores, examples or ()))
+    return Evaluations(benchmarks, read_json_of(folder / "forgetting.json", dict))
 
 
 def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None = None) -> str:
     """HTML: a line per benchmark, with the figure of each of our models, then the published ones."""
     if not benchmarks:
         return ""
-    with _malformed("eval/*/scores.json"):
+    with malformed("eval/*/scores.json"):
         evaluated = {benchmark.model for benchmark in benchmarks}
-        models = [model for model in TITLES if model in evaluated]
+        models = [*(model for model in TITLES if model in evaluated), *sorted(evaluated - TITLES.keys())]
         others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
         heads = ["benchmark", "figure", *(title_of(model, summary) for model in models), *others, "questions"]
         lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
@@ -85,7 +79,7 @@ def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any
     """HTML: a line per task, with the figure of the base, then of every other model with its drop, in points."""
     if record is None:
         return ""
-    with _malformed("eval/forgetting.json"):
+    with malformed("eval/forgetting.json"):
         tasks: Mapping[str, Any] = record["tasks"]
         models = [name for name in next(iter(tasks.values()), {}) if name != "base"]
         named = [title_of(model, summary) for model in models]
@@ -116,7 +110,7 @@ def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any
 def question_cards(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None = None) -> str:
     """HTML: some questions of each benchmark, with picture, right answer and the model's."""
     parts = []
-    with _malformed("eval/*/examples.json"):
+    with malformed("eval/*/examples.json"):
         for benchmark in benchmarks:
             if benchmark.examples:
                 drawn = "".join(_card(example) for example in benchmark.examples[:MOST_QUESTIONS])
@@ -146,21 +140,3 @@ def _headline(record: Mapping[str, Any] | None) -> str:
 def _published(record: Mapping[str, Any], other: str) -> str:
     value = record.get("published", {}).get(other)
     return "" if value is None else f"{value:.1f}"
-
-
-def _read(path: Path, kind: type) -> Any:
-    with _malformed(str(path)):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, kind):
-            raise ValueError(f"a JSON {type(content).__name__}, not a {kind.__name__}")
-        return content
-
-
-@contextlib.contextmanager
-def _malformed(where: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyError as error:
-        raise MoextendError(f"{where}: {error} is missing; evaluate again or delete the file") from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise MoextendError(f"{where}: {error}; evaluate again or delete the file") from error

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moextend_jax.config import MoextendError
+from moextend_jax.evaluate.questions import are_right
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import title_of
+from moextend_jax.report.workdir import malformed
 
 MOST_EXAMPLES = 24
 IMAGE_PIXELS = 256
@@ -29,12 +30,10 @@ def cards(examples: Sequence[Mapping[str, Any]] | None, summary: Mapping[str, An
     if not examples:
         return ""
     shown = examples[:MOST_EXAMPLES]
-    try:
+    with malformed("examples.json"):
         shares = [np.asarray(example["new_expert_share"], float) for example in shown if "new_expert_share" in example]
         top = max((share.max() for share in shares if share.size), default=0.0) or 1.0
         drawn = "".join(_card(example, top=top, summary=summary) for example in shown)
-    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise MoextendError(f"examples.json: {error}; evaluate again or delete the file") from error
     return f'<div class="cards">{drawn}</div>' + how(
         "Left the image as the model sees it, right the same in grey with each patch tinted by how many of the "
         f'extended layers sent it to a new expert: 0%<span class="scale"></span>{top:.0%}.'
@@ -48,7 +47,7 @@ def _card(example: Mapping[str, Any], *, top: float, summary: Mapping[str, Any] 
         frames += f'<div class="frame grey">{image}{_overlay(example["new_expert_share"], top=top)}</div>'
     answer, lines = str(example["answer"]), []
     for model, said in example["predictions"].items():
-        right = _plain(str(said)) == _plain(answer)
+        (right,) = are_right([answer], [str(said)])
         mark = '<i class="good">✓</i>' if right else '<i class="bad">✗</i>'
         name = title_of(model, summary)
         lines.append(f"<li><span>{escape(name)}</span><span>{escape(str(said))} {mark}</span></li>")
@@ -56,11 +55,6 @@ def _card(example: Mapping[str, Any], *, top: float, summary: Mapping[str, Any] 
         f'<div class="card"><div class="pair">{frames}</div><p><b>{escape(str(example["question"]))}</b></p>'
         f"<ul><li><span>Right answer</span><span>{escape(answer)}</span></li>{''.join(lines)}</ul></div>"
     )
-
-
-def _plain(text: str) -> str:
-    """Accuracy's own rule, `evaluate.questions.accuracy`."""
-    return text.strip().rstrip(".").lower()
 
 
 def small_image(encoded: str) -> str:

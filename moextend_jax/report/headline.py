@@ -27,8 +27,8 @@ def tiles(summary: Mapping[str, Any] | None) -> str:
     if lost is not None:
         against = "" if rival is None else f"; full tuning {rival.mean:+.3f}"
         shown.append((f"{lost.mean:+.3f}", f"nats of text loss gained (forgetting){against}"))
-    unchanged = (summary or {}).get("frozen_unchanged")
-    if isinstance(unchanged, bool):
+    unchanged = _unchanged(summary)
+    if unchanged is not None:
         mark = '<i class="good">✓ identical</i>' if unchanged else '<i class="bad">✗ changed</i>'
         shown.append((mark, "pretrained weights, bit for bit"))
     total = number(summary, "seconds", "total")
@@ -39,9 +39,12 @@ def tiles(summary: Mapping[str, Any] | None) -> str:
 
 
 def table(summary: Mapping[str, Any] | None) -> str:
-    """Accuracy, and loss with what it gained over the base, of every model; a model that was not run says so."""
+    """Accuracy, and loss with what it gained over the base, of every model; a model that was not run says so. Several
+    chains have these in reports of their own."""
     if summary is None:
         return ""
+    if "accuracy" not in summary:
+        return _frozen(summary)
     questions = number(summary, "accuracy", "questions")
     answers = summary.get("answer_loss") is not None
     heads = ["", "accuracy", *["answers<br>loss"] * answers]
@@ -61,7 +64,7 @@ def table(summary: Mapping[str, Any] | None) -> str:
     asked = (
         ""
         if questions is None
-        else f" on {questions:,.0f} questions ({escape(data_title(summary))}), ± its 95% interval"
+        else f" on {questions:,.0f} questions ({escape(data_title(summary))}), with its 95% interval"
     )
     right = "Loss of answers is in nats per token of the right ones. " if answers else ""
     return (
@@ -83,8 +86,10 @@ def _accuracy(accuracy: float | None, questions: float | None) -> str:
     if not questions:
         return f"{accuracy:.1%}"
     # Wilson's interval, which is no point where few questions are all right or all wrong.
-    half = 1.96 / (1 + 1.96**2 / questions) * math.sqrt(accuracy * (1 - accuracy) / questions + (0.98 / questions) ** 2)
-    return f"{accuracy:.1%} <small>±\u00a0{half:.1%}</small>"
+    scale = 1 + 1.96**2 / questions
+    centre = (accuracy + 1.96**2 / (2 * questions)) / scale
+    half = 1.96 / scale * math.sqrt(accuracy * (1 - accuracy) / questions + (0.98 / questions) ** 2)
+    return f"{accuracy:.1%} <small>{100 * max(0.0, centre - half):.1f}–{100 * min(1.0, centre + half):.1f}</small>"
 
 
 def _loss(summary: Mapping[str, Any], corpus: str, model: str) -> str:
@@ -96,8 +101,14 @@ def _loss(summary: Mapping[str, Any], corpus: str, model: str) -> str:
     return f"{loss:.3f}" if model == "base" or base is None else f"{loss:.3f} / {loss - base:+.3f}"
 
 
+def _unchanged(summary: Mapping[str, Any] | None) -> bool | None:
+    """Whether all pretrained weights are what they were, in every chain; None where that was not looked at."""
+    unchanged = (summary or {}).get("frozen_unchanged")
+    return all(unchanged.values()) if isinstance(unchanged, Mapping) else unchanged
+
+
 def _frozen(summary: Mapping[str, Any]) -> str:
-    unchanged = summary.get("frozen_unchanged")
+    unchanged = _unchanged(summary)
     if unchanged is None:
         return ""
     if unchanged is True:

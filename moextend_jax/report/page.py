@@ -33,11 +33,17 @@ from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, n
 def write_report(workdir: Path) -> Path:
     """Writes WORKDIR/report.html and returns its path; MoextendError if nothing of a run is there."""
     found = read_workdir(workdir)
+    title = f"MoExtend: {absolute(workdir).name}"
+    parts = _of_chains(found) if found.several_chains else _of_run(found, workdir)
+    path = workdir / "report.html"
+    write_page(path, [f"<h1>{escape(title)}</h1>", *parts], title=title)
+    return path
+
+
+def _of_run(found: Workdir, workdir: Path) -> list[str]:
     config = found.config or {}
     about = [f"{name} {config[name]}" for name in ("recipe", "seed") if isinstance(config.get(name), str | int)]
-    title = f"MoExtend: {absolute(workdir).name}"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
+    return [
         f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
         _explorer(workdir),
         tiles(found.summary),
@@ -58,9 +64,20 @@ def write_report(workdir: Path) -> Path:
         _section("Time", _seconds(found.summary), missing="summary.json"),
         _section("Configuration, versions, seeds", _configuration(found.config), missing="config.json"),
     ]
-    path = workdir / "report.html"
-    write_page(path, parts, title=title)
-    return path
+
+
+def _of_chains(found: Workdir) -> list[str]:
+    """The chains beside each other; the rest is in a report of each."""
+    assert found.summary is not None
+    folders = [escape(str(name)) for name in found.summary.get("text_loss", {})]
+    links = ", ".join(f'<a href="{name}/report.html">{name}</a>' for name in folders)
+    return [
+        f'<p class="lead">several chains, each with a report of its own: {links}</p>',
+        tiles(found.summary),
+        section("Pretrained weights", table(found.summary)),
+        section("Extension after extension", chains_section(found.summary)),
+        section("Time", _seconds(found.summary)),
+    ]
 
 
 def _explorer(workdir: Path) -> str:
@@ -124,7 +141,7 @@ def _routing(selection: Selection | None) -> str:
         drawn,
         "A cell is the share, in per cent, of a layer’s picks that went to an expert; rows add up to 100. Shift is "
         "after the router-only probe less before. Orange frames mark the experts that were copied, in the routing "
-        "that named them.",
+        "that named them, if one did.",
     )
 
 
@@ -137,11 +154,11 @@ def _choice(selection: Selection | None) -> str:
         width=_width(len(selection.shift_Z)), height=2.8,
     )  # fmt: skip
     pairs = ", ".join(f"{z} ← expert {e}" for z, e in selection.copied)
+    chosen = "the layers whose routing the new data moved most (blue)" if selection.by_shift else "other layers (blue)"
     return beside(
         drawn,
-        "d<sub>j</sub> is the standard deviation over experts of the shift of their share in layer j: the layers "
-        "whose routing the new data moved most (blue) get new experts, copied from the expert numbered above the bar. "
-        f"Layer {pairs}.",
+        "d<sub>j</sub> is the standard deviation over experts of the shift of their share in layer j: "
+        f"{chosen} get new experts, copied from the expert numbered above the bar. Layer {pairs}.",
     )
 
 

@@ -1,21 +1,20 @@
 """Draws what a run achieved and cost: accuracy, forgetting, loss curves, time.
 
 In: summary.json and the lines of metrics.jsonl as `workdir.py` reads them. Out: panels on an Axes that the page shows
-one by one, and the PNG file for a README.
+one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL, canvas
-from moextend_jax.report.workdir import data_title, number
+from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL
+from moextend_jax.report.workdir import number
 from moextend_jax.runs import results
 
 TITLES = {"question_only": "Question only"} | {
@@ -56,15 +55,6 @@ def forgetting(summary: Mapping[str, Any] | None, *, model: str) -> Forgetting |
     return Forgetting(gained) if gained else None
 
 
-def results_picture(summary: Mapping[str, Any], path: Path) -> None:
-    """Writes the PNG for a README: accuracy of the four models, forgetting of the two that train the decoder."""
-    with canvas(width=9.5, height=3.4) as figure:
-        left, right = figure.subplots(1, 2)
-        accuracy_panel(left, summary)
-        forgetting_panel(right, summary)
-        figure.savefig(path, dpi=150)
-
-
 def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
     """Accuracy against forgetting: a dot at the mean over corpora, a line from the least to the most forgotten."""
     floor = number(summary, "accuracy", "question_only")
@@ -89,37 +79,6 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.margins(x=0.25, y=0.2)
     ax.grid()
-
-
-def accuracy_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
-    scores = {model: number(summary, "accuracy", model) for model in TITLES}
-    data = data_title(summary).replace("$", r"\$")  # which begins a formula
-    measured = {model: score for model, score in scores.items() if score is not None}
-    bars = ax.bar(
-        [title_of(model, summary) for model in measured],
-        list(measured.values()),
-        color=[MODEL_COLOUR[m] for m in measured],
-    )
-    ax.bar_label(bars, [f"{score:.1%}" for score in measured.values()], padding=2)
-    ax.set(title=f"{data} accuracy (higher is better)", ylim=(0, 1.08))
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def forgetting_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
-    models = {model: forgetting(summary, model=model) for model in ("moextend", "full")}
-    for place, (model, lost) in enumerate((m, lost) for m, lost in models.items() if lost):
-        corpora = [list(CORPORA).index(corpus) for corpus in lost.by_corpus]
-        bars = ax.bar(
-            np.asarray(corpora) + 0.38 * place - 0.19, list(lost.by_corpus.values()), width=0.36,
-            color=MODEL_COLOUR[model], label=title_of(model, summary),
-        )  # fmt: skip
-        ax.bar_label(bars, [f"{nats:+.3f}" for nats in lost.by_corpus.values()], padding=2)
-    ax.set_xticks(range(len(CORPORA)), list(CORPORA.values()))
-    ax.axhline(0, color=MUTED, linewidth=0.8)
-    ax.set(title="Forgetting: text loss gained, nats (lower is better)")
-    ax.margins(y=0.3)
-    if ax.patches:
-        ax.legend(loc="upper center", ncols=2)
 
 
 def curve_panel(ax: Axes, rows: Sequence[Mapping[str, Any]], *, stage: str) -> None:

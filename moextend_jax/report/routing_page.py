@@ -72,11 +72,12 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
 
 def _new_panels(before: Stats, after: Stats) -> list[Panel]:
     """What the new experts get, and where tokens can be compared, whose picks they took, by kind of token."""
-    layers = np.flatnonzero(after.outputs_Z > after.experts)
+    extended = np.flatnonzero(after.outputs_Z > after.experts)
+    layers = [after.layers[z] for z in extended]
     most = slice(after.experts, int(after.outputs_Z.max()))
-    share_YX = {kind: load_of(after, kind).share_ZO[layers, most] for kind in KINDS}
+    share_YX = {kind: load_of(after, kind).share_ZO[extended, most] for kind in KINDS}
     fair = 1 / int(after.outputs_Z.max())
-    new = NewExperts(tuple(layers.tolist()), share_YX, fair, of_tokens=False)
+    new = NewExperts(tuple(layers), share_YX, fair, of_tokens=False)
     panels: list[Panel] = [("share of picks of new experts", partial(share_panel, new=new))]
     for kind in KINDS:
         from_YE = [row.from_E or [0.0] * after.experts for row in taken(before, after) if row.kind == kind]
@@ -86,7 +87,7 @@ def _new_panels(before: Stats, after: Stats) -> list[Panel]:
     return panels
 
 
-def _from_panel(ax: Axes, *, from_YE: np.ndarray, layers: np.ndarray, title: str) -> None:
+def _from_panel(ax: Axes, *, from_YE: np.ndarray, layers: list[int], title: str) -> None:
     routing_panel(ax, from_YE, title=title, top=float(from_YE.max()))
     ax.set(xlabel="expert that lost them")
     ax.set_yticks(range(len(layers)), [str(layer) for layer in layers])
@@ -100,24 +101,25 @@ def _heatmaps(named: Sequence[tuple[str, Stats]]) -> dict[str, list[list[Panel]]
             continue
         loads = [load_of(stats, kind) for _, stats in named]
         names = [name for name, _ in named]
-        picks = _panels([load.share_ZO for load in loads], names, what="picks", kind=kind)
-        probs = _panels([load.probs_ZO for load in loads], names, what="probability", kind=kind)
+        first = named[0][1].layers[0]
+        picks = _panels([load.share_ZO for load in loads], names, what="picks", kind=kind, first=first)
+        probs = _panels([load.probs_ZO for load in loads], names, what="probability", kind=kind, first=first)
         found[kind] = [picks + probs] if len(named) == 1 else [picks, probs]
     return found
 
 
-def _panels(values: list[np.ndarray], names: list[str], *, what: str, kind: Kind) -> list[Panel]:
+def _panels(values: list[np.ndarray], names: list[str], *, what: str, kind: Kind, first: int) -> list[Panel]:
     top = max(float(value_ZO.max()) for value_ZO in values) or 1e-6
     titles = [f"{name}: {what}, {kind}" for name in names]
     panels: list[Panel] = [
-        (f"{title} tokens", partial(routing_panel, share_ZE=value_ZO, title=title, top=top))
+        (f"{title} tokens", partial(routing_panel, share_ZE=value_ZO, title=title, top=top, first=first))
         for title, value_ZO in zip(titles, values, strict=True)
     ]
     if len(values) == 2:
         shift_ZO = values[1] - values[0]
         most = max(float(np.abs(shift_ZO).max()), 1e-6)
         title = f"difference of {what}, {kind}"
-        panels.append((f"{title} tokens", partial(shift_panel, shift_ZE=shift_ZO, title=title, top=most)))
+        panels.append((f"{title} tokens", partial(shift_panel, shift_ZE=shift_ZO, title=title, top=most, first=first)))
     return panels
 
 
@@ -127,7 +129,9 @@ def _lines(named: Sequence[tuple[str, Stats]]) -> list[Panel]:
             for kind in KINDS:
                 if stats.tokens[kind]:
                     label = f"{name}, {kind}" if len(named) > 1 else f"{kind} tokens"
-                    ax.plot(value(load_of(stats, kind)), style, marker=".", color=_LINES[kind], label=label)
+                    ax.plot(
+                        stats.layers, value(load_of(stats, kind)), style, marker=".", color=_LINES[kind], label=label
+                    )
         ax.axhline(even, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         ax.set(title=title, xlabel="layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))

@@ -50,7 +50,7 @@ def selection_panels(selection: Selection, *, kind: str, top: float, most: float
     """Before, after and shift of one kind of token; copied experts are framed in the routing that named them."""
     copied = selection.copied
     before_ZE, after_ZE = selection.before_ZE[kind], selection.after_ZE[kind]
-    frames = {"before": (), "after": (), selection.source_under: copied}
+    frames = {"before": (), "after": (), selection.source_under: copied}  # of "" none is drawn
     name = f"{kind.capitalize()} tokens"
     shown = partial(routing_panel, top=top, first=selection.first)
     shift_ZE, change = after_ZE - before_ZE, partial(shift_panel, top=most, first=selection.first)

@@ -1,7 +1,8 @@
 """Reads what a run left behind for its report.
 
-In: WORKDIR with any of config.json, summary.json, examples.json, select/routing.json, finetune/routing.json and
-STAGE/metrics.jsonl. Out: `Workdir`, None or empty where a part has not been run; letters as in config.py.
+In: WORKDIR with any of config.json, summary.json, examples.json, select/routing.json, finetune/routing.json and, of
+every extension, STAGE/metrics.jsonl. Out: `Workdir`, None or empty where a part has not been run; letters as in
+config.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError
-from moextend_jax.runs.results import FIRST
+from moextend_jax.runs import results
+from moextend_jax.runs.run import settings_of
 from moextend_jax.train.metrics import read_metrics
 
 KINDS = ("image", "text")
@@ -32,7 +34,9 @@ class Selection(NamedTuple):
     copied: tuple[tuple[int, int], ...]
     """Chosen layers, each with an expert that it copies."""
     source_under: str
-    """The routing that named the sources: "before" or "after"."""
+    """The routing that named the sources: "before" or "after"; "" where none did."""
+    by_shift: bool = True
+    """Whether the layers were chosen whose routing moved most, as the method does."""
     first: int = 0
     """The number that row 0 has among all layers, as in every class here: layers before it are dense."""
 
@@ -71,19 +75,27 @@ class Workdir(NamedTuple):
     loads: Loads | None
     metrics: dict[str, list[dict[str, Any]]]
 
+    @property
+    def several_chains(self) -> bool:
+        """Whether these are several chains, each in a folder of its own (`continual.py`)."""
+        return self.summary is not None and "chains" in self.summary and "accuracy" not in self.summary
+
 
 def read_workdir(workdir: Path) -> Workdir:
     """Raises MoextendError if nothing of a run is there, or if a file does not hold what its name says."""
     if not workdir.is_dir():
         raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
-    selection, routing = _json(workdir / "select/routing.json", dict), _json(workdir / "finetune/routing.json", dict)
-    metrics = {stage: workdir / stage / "metrics.jsonl" for stage in FIRST.training()}
+    selection = read_json_of(workdir / "select/routing.json", dict)
+    routing = read_json_of(workdir / "finetune/routing.json", dict)
+    settings = settings_of(workdir)
+    stages = (results.FIRST if settings is None else results.table(settings)).training()
+    metrics = {stage: results.folder_of(workdir, stage) / "metrics.jsonl" for stage in stages}
     summary = _summary(workdir / "summary.json")
     title = str(summary["data"]) if summary and "data" in summary else "questions"
     contents = Workdir(
-        config=_json(workdir / "config.json", dict),
+        config=read_json_of(workdir / "config.json", dict),
         summary=summary,
-        examples=_json(workdir / "examples.json", list),
+        examples=read_json_of(workdir / "examples.json", list),
         selection=None if selection is None else parse_selection(selection, where=workdir / "select/routing.json"),
         new_experts=None if routing is None else _new_experts(routing, where=workdir / "finetune/routing.json"),
         loads=None if routing is None else _loads(routing, title, where=workdir / "finetune/routing.json"),
@@ -96,7 +108,7 @@ def read_workdir(workdir: Path) -> Workdir:
 
 def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selection:
     """The content of select/routing.json; `where` names it in errors."""
-    with _malformed(where):
+    with malformed(where):
         layers, each = int(routing["layers"]), int(routing.get("new_experts", 1)) * int(routing.get("wide", 1))
         shape = (layers, int(routing["experts"]))
         chosen = _routed(routing, "chosen_layers")
@@ -112,13 +124,26 @@ def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selecti
             shift_Z=shift_Z,
             chosen=chosen,
             copied=tuple((chosen[n // each], expert) for n, expert in enumerate(sources)),
-            source_under=str(routing.get("recipe", {}).get("source_under", "before")),
+            source_under=_source_under(routing),
+            by_shift=_asked(routing, "layers", "extender") == "extender",
             first=_first(routing),
         )
 
 
+def _source_under(routing: Mapping[str, Any]) -> str:
+    source = _asked(routing, "source", "recipe")
+    if source == "recipe":
+        source = routing.get("recipe", {}).get("source_under", "before")
+    return source if source in ("before", "after") else ""
+
+
+def _asked(routing: Mapping[str, Any], setting: str, default: str) -> str:
+    """What a choice was made by; the method's own is not written."""
+    return str(routing.get("facts", {}).get("settings", {}).get(setting, default))
+
+
 def _summary(path: Path) -> Mapping[str, Any] | None:
-    summary = _json(path, dict)
+    summary = read_json_of(path, dict)
     if summary is not None and "easy_vqa" in summary:  # as it was written before other data could be evaluated
         return {"data": "easy-VQA", "accuracy": summary["easy_vqa"], **summary}
     return summary
@@ -142,20 +167,21 @@ def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:
 
 
 def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
-    with _malformed(where):
+    with malformed(where):
         layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
         extended = _routed(routing, "extended_layers")
         if not all(0 <= layer < layers for layer in extended):
             raise ValueError(f"extended_layers do not fit {layers} layers")
         share_ZO = {kind: _shares(routing["counts"][kind], (layers, experts + new)) for kind in KINDS}
-        # A token makes k picks, so its share of tokens is k times its share of picks; k follows from the counts.
         tokens, top_k = routing.get("tokens"), 1.0
         if tokens is not None:
-            picks = sum(np.sum(routing["counts"][kind], axis=1).max() for kind in KINDS)
-            top_k = float(picks) / max(1, sum(tokens[kind] for kind in KINDS))
+            picks_ZO = {kind: _counts(routing["counts"][kind], (layers, experts + new)) for kind in KINDS}
+            share_ZO = {kind: picks_ZO[kind] / max(1, tokens[kind]) for kind in KINDS}
+            # Of a token, in the layer with most: an extension may add its experts to the others.
+            top_k = max(float(of.sum(axis=1).max()) for of in share_ZO.values())
         return NewExperts(
             layers=extended,
-            share_YX={kind: top_k * share_ZO[kind][list(extended), experts:] for kind in KINDS},
+            share_YX={kind: share_ZO[kind][list(extended), experts:] for kind in KINDS},
             fair_share=top_k / (experts + new),
             of_tokens=tokens is not None,
             first=_first(routing),
@@ -164,7 +190,7 @@ def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
 
 def _loads(routing: Mapping[str, Any], title: str, *, where: Path) -> Loads:
     """title: of the questions, where no loads by data set were written, but their counts alone."""
-    with _malformed(where):
+    with malformed(where):
         layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
         names = routing.get("names", [*range(experts), *(f"new {n}" for n in range(new))])
         if len(names) != experts + new:
@@ -204,10 +230,11 @@ def _shares(counts: Any, shape: tuple[int, int]) -> np.ndarray:
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
-def _json(path: Path, kind: type) -> Any:
+def read_json_of(path: Path, kind: type) -> Any:
+    """What a file holds, None where it is not there; a MoextendError where that is no JSON, or of another kind."""
     if not path.exists():
         return None
-    with _malformed(path):
+    with malformed(path):
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, kind):
             raise ValueError(f"a JSON {type(content).__name__}, not a {kind.__name__}")
@@ -215,11 +242,12 @@ def _json(path: Path, kind: type) -> Any:
 
 
 @contextlib.contextmanager
-def _malformed(where: Path | str) -> Iterator[None]:
+def malformed(where: Path | str) -> Iterator[None]:
     """Turns what goes wrong while a file's content is taken apart into one line that names the file."""
+    mend = "run the command that writes it again, or delete the file"
     try:
         yield
     except KeyError as error:
-        raise MoextendError(f"{where}: {error} is missing; run its stage again or delete the file") from error
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise MoextendError(f"{where}: {error}; run its stage again or delete the file") from error
+        raise MoextendError(f"{where}: {error} is missing; {mend}") from error
+    except (ValueError, TypeError, AttributeError, IndexError, OSError) as error:
+        raise MoextendError(f"{where}: {error}; {mend}") from error

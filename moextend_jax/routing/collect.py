@@ -49,14 +49,14 @@ def collect(
                 f"extension {name} adds experts beside the {model.config.decoder.top_k} that a token picks, and "
                 "statistics are of so many picks of every token: collect them of a model without it"
             )
-    mesh = mesh or one_device()
+    mesh, dense = mesh or one_device(), model.config.decoder.dense_layers
     count = Program(lambda arrays, batch: _count(with_arrays(model, arrays), batch), mesh=mesh)
     sums: dict[str, np.ndarray] | None = None
     picks: list[PerToken] | None = [] if per_token is not False else None
     digest = hashlib.sha256()
     for batch in batches:
         totals, ids_ZTk, gaps_ZT = jax.tree.map(on_host, count(arrays, place_whole(batch, mesh)))
-        refuse_faulty(totals.pop("faulty"))
+        refuse_faulty(totals.pop("faulty"), first=dense)
         totals = {name: total.astype(np.int64 if total.dtype.kind == "i" else float) for name, total in totals.items()}
         sums = totals if sums is None else {name: sums[name] + totals[name] for name in totals}
         real_BL = np.asarray(batch.segments_BL) > 0
@@ -80,6 +80,7 @@ def collect(
         entropy_Z={kind: sums[f"entropy/{kind}"] / max(1, sums[f"tokens/{kind}"]) for kind in KINDS},
         inputs=digest.hexdigest(),
         per_token=None if picks is None else _concatenated(picks),
+        layers_Z=dense + np.arange(len(outputs_Z(model))),
     )
 
 

@@ -81,6 +81,8 @@ def collect_command(options: CollectOptions) -> None:
     """Measures what a model's routers do with a data set, a text or token ids."""
     if sum(value is not None for value in (options.data, options.text, options.ids)) != 1:
         raise MoextendError("routing collect needs one of --data NAME, --text FILE and --ids IDS.npz")
+    if options.ids and options.samples:
+        raise MoextendError("--samples draws rows of --data or --text; all of --ids are counted")
     for path in filter(None, (options.ids, options.ids_out, options.out)):  # now, not when all has been counted
         local(path, what="an npz file")
     with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
@@ -152,6 +154,8 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
     }
     counts = [example.by_medium for example in source]
     most = {name: max(len(items.get(name, ())) for items in counts) for name in readers}
+    if options.ids_out and (others := [name for name, items in most.items() if items and name != IMAGE]):
+        raise MoextendError(f"--ids_out carries pictures, and the data have items of {', '.join(others)}; leave it out")
     return batches(
         source,
         stage=StageSettings(
@@ -206,7 +210,7 @@ def _pictures(
     places_BL = np.full_like(ids_BL, -1)
     if "pixel_values" not in arrays or config.vision is None:
         return places_BL, None
-    pixels, size, each = arrays["pixel_values"], config.vision.image_size, config.vision.patches
+    pixels, size, each = arrays["pixel_values"], config.vision.image_size, config.media[IMAGE].tokens
     pads_BL = (ids_BL == pad()) & (mask_BL > 0)
     counts_B, rest_B = np.divmod(pads_BL.sum(axis=1), each)
     if pixels.shape[1:] != (3, size, size) or pixels.dtype.kind != "f" or rest_B.any() or counts_B.sum() != len(pixels):
@@ -242,9 +246,6 @@ def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:
     used_B, real_BL = (mask_BL > 0).any(axis=1), mask_BL > 0
     length = 1 + int(np.flatnonzero(real_BL.any(axis=0)).max(initial=0))
     arrays = {"input_ids": ids_BL[used_B, :length], "attention_mask": real_BL[used_B, :length].astype(np.int8)}
-    others = sorted({name for batch in batches for name in {**batch.media, **batch.features}} - {IMAGE})
-    if others:
-        raise MoextendError(f"--ids_out carries pictures, and the data have items of {', '.join(others)}; leave it out")
     if (places_BL >= 0).any():
         counts_B = (places_BL.max(axis=1) + 1) // patches
         images_BMhwc = np.concatenate([np.asarray(batch.media[IMAGE]) for batch in batches])
@@ -264,7 +265,7 @@ def _print_loads(stats: Stats, *, title: str) -> None:
         for z in range(len(stats.outputs_Z)):
             numbers = (load.balance_Z[z], load.busiest_Z[z], load.entropy_Z[z], load.token_entropy_Z[z])
             balance, busiest, entropy, own = (f"{number:.3f}" for number in numbers)
-            table.add_row(f"{z}", kind, balance, busiest, f"{load.share_ZO[z].argmax()}", entropy, own)
+            table.add_row(f"{stats.layers[z]}", kind, balance, busiest, f"{load.share_ZO[z].argmax()}", entropy, own)
     console().print(table)
 
 
@@ -408,7 +409,8 @@ class PlotOptions:
 
 def plot_command(options: PlotOptions) -> None:
     """Draws one or two files of statistics as a PNG and an HTML page."""
-    local(options.out, what="the picture and the page")
+    if not local(options.out, what="the picture and the page").name:
+        raise MoextendError(f"--out {options.out} needs a name: PREFIX of PREFIX.png and PREFIX.html")
     files = [file for file in (options.stats, options.other) if file]
     read = [read_stats(file) for file in files]
     if options.other and not is_extension_of(*read):

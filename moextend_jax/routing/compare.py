@@ -83,7 +83,10 @@ def taken(before: Stats, after: Stats) -> list[Taken]:
         for z in np.flatnonzero(after.outputs_Z > after.experts).tolist():
             new = slice(after.experts, int(after.outputs_Z[z]))
             tokens, from_E = _lost(before, after, z, kind)
-            rows.append(Taken(z, kind, load.share_ZO[z, new].tolist(), load.probs_ZO[z, new].tolist(), tokens, from_E))
+            layer = after.layers[z]
+            rows.append(
+                Taken(layer, kind, load.share_ZO[z, new].tolist(), load.probs_ZO[z, new].tolist(), tokens, from_E)
+            )
     return rows
 
 
@@ -107,6 +110,7 @@ def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
     for what, x, y in (
         ("experts", a.experts, b.experts),
         ("picks per token", a.top_k, b.top_k),
+        ("numbers of layers", a.layers, b.layers),
         ("router outputs per layer", a.outputs_Z.tolist(), b.outputs_Z.tolist()),
     ):
         if x != y:
@@ -131,7 +135,7 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
             smoothed = [counts_ZO[z, own] + 0.5 for counts_ZO in picks]
             rows.append(
                 LayerDistance(
-                    layer=z,
+                    layer=a.layers[z],
                     kind=kind,
                     agreement=agreement,
                     tied=tied,
@@ -149,14 +153,21 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
 
 
 def choices(before: Stats, after: Stats, *, share: float) -> list[Choice] | None:
-    """What the extender would choose for this pair under each recipe; None for a model that is extended already."""
+    """What the extender would choose for this pair under each recipe; None for a model that is extended already.
+
+    Raises:
+      MoextendError: so small a share of the layers is none of them.
+    """
     if (before.outputs_Z != before.experts).any():
         return None
+    if int(share * len(before.outputs_Z)) < 1:
+        raise MoextendError(f"--share {share} of {len(before.outputs_Z)} layers is none of them; raise it")
     by_recipe = []
     for name, recipe in RECIPES.items():
         counts = [counts_of(stats, recipe.counted_picks) for stats in (before, after)]
         chosen = routing.select(*counts, share=share, recipe=recipe)
-        by_recipe.append(Choice(name, chosen.layers, chosen.sources, chosen.shift_Z.tolist()))
+        layers = tuple(before.layers[z] for z in chosen.layers)
+        by_recipe.append(Choice(name, layers, chosen.sources, chosen.shift_Z.tolist()))
     return by_recipe
 
 

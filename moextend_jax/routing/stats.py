@@ -40,6 +40,12 @@ class Stats(NamedTuple):
     entropy_Z: dict[str, np.ndarray]
     inputs: str
     per_token: PerToken | None
+    layers_Z: np.ndarray | None = None
+    """Their numbers among all layers; None: 0, 1, ..."""
+
+    @property
+    def layers(self) -> list[int]:
+        return list(range(len(self.outputs_Z))) if self.layers_Z is None else self.layers_Z.tolist()
 
 
 class Load(NamedTuple):
@@ -106,6 +112,7 @@ def write_stats(path: Path, stats: Stats) -> None:
         "experts": np.int64(stats.experts),
         "top_k": np.int64(stats.top_k),
         "outputs": stats.outputs_Z.astype(np.int64),
+        "layers": np.array(stats.layers, np.int64),
         "inputs": np.array(stats.inputs),
     }
     for kind in KINDS:
@@ -141,6 +148,9 @@ def read_stats(path: Path) -> Stats:
     if outputs_Z.ndim != 1 or not outputs_Z.size or outputs_Z.min() < 1:
         raise MoextendError(f"{path}: outputs must be one positive number per layer")
     layers, most = len(outputs_Z), int(outputs_Z.max())
+    numbers_Z = whole_numbers(arrays.get("layers", np.arange(layers)), what=f"{path}: layers")
+    if numbers_Z.shape != (layers,):
+        raise MoextendError(f"{path}: layers must be one number per layer, as outputs is")
     top_k = int(arrays["top_k"])
     shapes = {"tokens": (), "picks": (layers, most), "least": (layers, most), "probs": (layers, most),
               "entropy": (layers,)}  # fmt: skip
@@ -168,6 +178,7 @@ def read_stats(path: Path) -> Stats:
         entropy_Z=kinds["entropy"],
         inputs=str(arrays["inputs"]),
         per_token=_per_token(path, arrays, layers, top_k),
+        layers_Z=numbers_Z,
     )
 
 

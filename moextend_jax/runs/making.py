@@ -61,6 +61,10 @@ def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     first."""
     rows = results.table(run.settings).results
     names = [name for name, row in rows.items() if run.settings.baseline or not row.optional]
+    if run.resume_from is not None and (stage := _stage_at(run.resume_from)) not in names:
+        raise MoextendError(
+            f"--resume_from {run.resume_from} is a checkpoint of {stage}, which is no stage of this run"
+        )
     run = ready(run, names, checks=checks)
     check_made(run, names)
     for name in names:

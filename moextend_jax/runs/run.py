@@ -242,7 +242,9 @@ def rows_of_settings(settings: RunSettings) -> list[Rows]:
 
 def evaluation_rows(settings: RunSettings) -> list[Rows]:
     """Those of `moextend evaluate` alone."""
-    return [Rows(f"evaluate.{name}", getattr(settings.evaluate, name)) for name in ("batch_size", "text_batch_size")]
+    asked = {results.named(settings, link.name, "evaluate"): link.name for link in settings.links}
+    rows = [Rows(f"{name}.batch_size", results.evaluate_of(settings, of).batch_size) for name, of in asked.items()]
+    return [*rows, Rows("evaluate.text_batch_size", settings.evaluate.text_batch_size)]
 
 
 def facts_of_base(base: str, settings: RunSettings) -> dict[str, Any]:
