@@ -10,6 +10,7 @@ conversations in batches of 128. Arguments:
     paper     one conversation a row, as published: more than half of every step is padding
     packed    the paper's recipe with several conversations a row, about as many a step (benchmarks/packing.py)
     released  the released code's recipe and its batch sizes, one conversation a row
+    gpus      the paper's on hosts of eight GPUs of 80 GB: layers split over a host's, replicas over hosts
     one_host  the paper's on the eight chips of one TPU host, in parts of 8 rows (v5e: --config.expert_storage=int8)
     one_gpu   the paper's on one GPU of 80 GB, in parts of 4 rows, the frozen experts in four bits, AdamW's first moment
               in bfloat16
@@ -37,7 +38,8 @@ POD: dict[str, Any] = {
     "mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 8},
     "saved": ("query", "key", "value", "attended", "middle", "gate"),
 }
-SMALL: dict[str, dict[str, Any]] = {
+MACHINES: dict[str, dict[str, Any]] = {
+    "gpus": {"mesh": {"data": -1, "fsdp": 8, "expert": 1, "tensor": 1}},
     "one_host": {"mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": -1}},
     "one_gpu": {"mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, "expert_storage": "int4"},
 }
@@ -45,12 +47,12 @@ ROWS = {"one_host": 8, "one_gpu": 4}
 """Of a part of a batch; parts cost no memory, so that batches are the paper's there too."""
 
 
-def get_config(arg: Literal["paper", "packed", "released", "one_host", "one_gpu"] = "paper") -> ConfigDict:
+def get_config(arg: Literal["paper", "packed", "released", "gpus", "one_host", "one_gpu"] = "paper") -> ConfigDict:
     recipe, rows = RECIPES["released" if arg == "released" else "paper"], ROWS.get(arg, 0)
     align_batch, instruct_batch = recipe.global_batch
     captions: dict[str, Any] = {"batch_size": align_batch, "length": 1024, "epochs": 1}
     instructions: dict[str, Any] = {"batch_size": instruct_batch, "length": 2048}
-    captions["accumulate"] = instructions["accumulate"] = 2
+    captions["accumulate"] = instructions["accumulate"] = 4 if arg == "gpus" else 2
     if rows:
         captions["accumulate"], instructions["accumulate"] = align_batch // rows, instruct_batch // rows
     if arg == "packed":
@@ -82,6 +84,6 @@ def get_config(arg: Literal["paper", "packed", "released", "one_host", "one_gpu"
             faults=FaultSettings(policies={"order": "skip", "empty_answer": "skip"}),
             cache_features=False,  # 1.2 GB per 1,000 images at this size: only worth it for several epochs
             workers=8,
-            **SMALL.get(arg, POD),
+            **MACHINES.get(arg, POD),
         )
     )

@@ -4,8 +4,8 @@
         --base QWEN3_FOLDER --vision SIGLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
 
 The folders are Hugging Face's, as published: Qwen3-30B-A3B-Instruct-2507, siglip-so400m-patch14-384. Data and stages
-are `mixtral_8x7b`'s; an extended layer gets 16 new experts beside its 128, an eighth as in the paper.
-Arguments as there.
+are `mixtral_8x7b`'s; an extended layer gets 16 new experts beside its 128, an eighth as in the paper. Of the arguments
+there: packed (if none is given) and paper, both for devices in fours, and one_gpu.
 """
 
 from typing import Literal
@@ -30,5 +30,5 @@ def with_siglip(base: str, arg: Literal["paper", "packed", "one_gpu"]) -> Config
         )
     if arg != "one_gpu":  # whole experts on a device, and tokens brought to them
         config.update(mesh={"fsdp": -1, "expert": 4, "tensor": 1}, saved=())
-    config.update(base=base, vision="siglip-so400m-patch14-384")
+    config.update(base=base, vision="siglip-so400m-patch14-384", evaluate={"length": 0})
     return config

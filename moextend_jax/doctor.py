@@ -77,7 +77,7 @@ def packages() -> Iterator[Finding]:
     for extra in ("", *(metadata.metadata(PACKAGE).get_all("Provides-Extra") or [])):
         name = f"{PACKAGE}[{extra}]" if extra else PACKAGE
         wanted = [pin for pin in pins if ("extra" in str(pin.marker)) == bool(extra)]
-        wanted = [pin for pin in wanted if pin.marker is None or pin.marker.evaluate({"extra": extra})]
+        wanted = [part for pin in wanted if _applies(pin, extra) for part in _with_extras(pin)]
         wrong = [pin for pin in wanted if not version(pin.name) or version(pin.name) not in pin.specifier]
         value = ", ".join(f"{pin.name} {version(pin.name) or '-'}" for pin in wrong or wanted)
         if wrong:
@@ -85,6 +85,16 @@ def packages() -> Iterator[Finding]:
             yield Finding(name, value, "missing" if missing else "note", extra_hint(extra))
         else:
             yield Finding(name, value)
+
+
+def _applies(pin: Requirement, extra: str = "") -> bool:
+    return pin.marker is None or pin.marker.evaluate({"extra": extra})
+
+
+def _with_extras(pin: Requirement) -> list[Requirement]:
+    """A requirement, and what it asks for besides: the plugin and CUDA of jax[cuda12]."""
+    own = [Requirement(line) for line in metadata.requires(pin.name) or []] if pin.extras and version(pin.name) else []
+    return [pin, *(part for extra in pin.extras for part in own if _applies(part, extra) and not _applies(part))]
 
 
 def version(name: str) -> str:

@@ -59,6 +59,8 @@ def test_packages_are_held_against_the_pins_and_extras_against_the_machine(monke
     assert by_part(doctor.packages())[core].verdict == "missing"
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["absent", "numpy"])  # in any version
     assert by_part(doctor.packages())[core] == Finding(core, "absent -", "missing", "pip install moextend-jax")
+    monkeypatch.setattr(doctor.metadata, "requires", {core: ["jax[cuda99]"], "jax": ['absent; extra == "cuda99"']}.get)
+    assert by_part(doctor.packages())[core].value == "absent -"
     versions[core] = ""
     assert list(doctor.packages()) == [Finding(core, "not installed", "missing", "pip install -e .")]
 
