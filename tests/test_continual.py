@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from moextend_jax import continual
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
 from moextend_jax.continual import Beside
-from moextend_jax.settings import from_config_dict
+from moextend_jax.settings import RunSettings, from_config_dict
 
 
 @pytest.mark.slow
@@ -23,6 +24,24 @@ def test_a_chain_that_fails_says_its_last_line(tmp_path: Path):
     beside = Beside(settings, tmp_path / "open", tmp_path / "strict")
     with pytest.raises(MoextendError, match=r"chain open: .*nowhere.*all of it: .*open.log"):
         beside.record()
+
+
+def test_a_chain_that_fails_ends_the_one_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """In a notebook nothing else would."""
+    ended = []
+
+    class Other:
+        def __init__(self, settings: RunSettings, folder: Path, made: Path):
+            self.end = lambda: ended.append((folder.name, made.name))
+
+    def run(settings: RunSettings, folder: Path):
+        raise MoextendError("no disk")
+
+    monkeypatch.setattr(continual, "Beside", Other)
+    monkeypatch.setattr(continual.machine, "cores", lambda: 2)
+    with pytest.raises(MoextendError, match="no disk"):
+        continual.run_chains(from_config_dict(load("continual")), tmp_path, run=run)
+    assert ended == [("open", "strict")]
 
 
 STARTS_ONE = """
