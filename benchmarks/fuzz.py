@@ -73,8 +73,12 @@ def _reader(name: str, cases: int) -> dict[str, Any]:
     first = 0
     while first < cases:
         command = [sys.executable, __file__, "--child", name, "--cases", str(cases), "--first", str(first)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=_environment()) as child:
-            assert child.stdout and child.stderr
+        # Unbuffered, since `select` knows nothing of lines that Python holds; and nobody reads errors meanwhile.
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=_environment(), bufsize=0) as child,
+        ):
+            assert child.stdout
             why, ready = "", False
             while True:
                 # The first line comes when the libraries are there and the valid file has been read.
@@ -97,7 +101,9 @@ def _reader(name: str, cases: int) -> dict[str, Any]:
                     total[said["came"]] += 1
                 else:
                     total["faults"].append(f"{name}, seed {said['seed']}: {said['came']}")
-            said_last = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            child.wait()
+            errors.seek(0)
+            said_last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
         if not ready:
             sys.exit(f"{name} does not read its own valid file: {' '.join(said_last)}")
         if first < cases:

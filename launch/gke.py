@@ -46,9 +46,14 @@ def main(argv: Sequence[str]) -> int:
     jobset.add_argument("--claim", type=claim, metavar="NAME:/MOUNT", help="a PersistentVolumeClaim for all pods")
     jobset.add_argument("--restarts", type=int, default=4, help="a run goes on from its last checkpoint")
     options, moextend = commands.parse(parser, argv)
+    idle = ("tpu", "gpu", "claim") if options.how == "xpk" else ("cluster", "zone", "project", "tpu_type")
+    if given := [f"--{name.replace('_', '-')}" for name in idle if getattr(options, name)]:
+        parser.error(f"{', '.join(given)} means nothing to {options.how}")
     if options.how == "jobset":
         if bool(options.tpu) == bool(options.gpu):
             parser.error("a JobSet needs either --tpu or --gpu")
+        if (options.slices if options.gpu else options.nodes) != 1:
+            parser.error("--slices is of TPUs, --nodes of GPUs")
         text = yaml.safe_dump(manifest(options, moextend), sort_keys=False, width=10**9)
         return commands.run(["kubectl", "apply", "-f", "-"], dry_run=options.dry_run, stdin=text)
     if missing := [name for name in ("cluster", "zone", "tpu_type") if not getattr(options, name)]:
@@ -67,7 +72,7 @@ def manifest(options: argparse.Namespace, moextend: Sequence[str]) -> dict[str, 
     name = options.name
     if options.tpu:
         accelerator, topology, chips = options.tpu
-        replicas, pods = options.slices, max(1, math.prod(map(int, topology.split("x"))) // chips)
+        replicas, pods = options.slices, math.prod(map(int, topology.split("x"))) // chips
         selector = {"cloud.google.com/gke-tpu-accelerator": accelerator, "cloud.google.com/gke-tpu-topology": topology}
         limits = {"google.com/tpu": chips}
         # GKE tells TPU pods their index and their slice's hosts; JAX reads that.
@@ -158,6 +163,9 @@ def tpu(text: str) -> tuple[str, str, int]:
     found = re.fullmatch(r"([a-z0-9-]+):(\d+x\d+(?:x\d+)?):([1-9]\d*)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not like tpu-v5p-slice:4x4x4:4")
+    chips = math.prod(map(int, found[2].split("x")))
+    if chips % int(found[3]):
+        raise argparse.ArgumentTypeError(f"{text!r}: {chips} chips are not hosts of {found[3]}")
     return found[1], found[2], int(found[3])
 
 

@@ -47,7 +47,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"env {' '.join(map(assignment, variables, variables.values()))} {shlex.join(command)} &")
         print("wait")
         return 0
-    return wait([start(command, variables, index) for index, variables in enumerate(environments)])
+    readers: list[threading.Thread] = []
+    code = wait([start(command, variables, index, readers) for index, variables in enumerate(environments)])
+    for reader in readers:  # what a process said last may still be on its way
+        reader.join(timeout=GRACE)
+    return code
 
 
 def assignment(name: str, value: str) -> str:
@@ -73,14 +77,17 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def start(command: Sequence[str], variables: dict[str, str], index: int) -> subprocess.Popen:
+def start(
+    command: Sequence[str], variables: dict[str, str], index: int, readers: list[threading.Thread]
+) -> subprocess.Popen:
     piped = subprocess.PIPE if index else None
     process = subprocess.Popen(
         command, env={**os.environ, **variables}, stderr=piped, stdout=subprocess.DEVNULL if index else None,
         process_group=0,  # so that Ctrl-C comes once, from `wait`, and not from the terminal too
     )  # fmt: skip
     if index:
-        threading.Thread(target=pass_on, args=(process, index), daemon=True).start()
+        readers.append(threading.Thread(target=pass_on, args=(process, index), daemon=True))
+        readers[-1].start()
     return process
 
 

@@ -22,6 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser = commands.parser(__doc__)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus-per-node", type=int, default=8, help="0 for nodes without GPUs")
+    parser.add_argument("--cpus-per-task", type=int, default=8, help="cores of a process; its workers read data there")
     parser.add_argument("--time", default="24:00:00", help="limit of the job")
     parser.add_argument("--job-name", default="moextend")
     parser.add_argument("--python", default=sys.executable, help="the interpreter on the nodes")
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         f"--nodes={options.nodes}",
         f"--ntasks-per-node={gpus or 1}",
         *([f"--gpus-per-node={gpus}"] if gpus else []),
+        f"--cpus-per-task={options.cpus_per_task}",
         f"--time={options.time}",
         "--requeue",
         f"--signal=TERM@{NOTICE}",

@@ -6,11 +6,9 @@ in a process of its own, so that peak memory is its own. `moextend bench` prints
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import zlib
@@ -25,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moextend_jax import chips, compile_cache, distributed, machine
+from moextend_jax.apart import apart
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
@@ -59,8 +58,12 @@ def bench(
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
     """
     names = [only] if only else results.table(settings).training(optional=False)
-    report = {f"{stage}/{kind}": _apart(settings, stage, kind, layers) for stage in names
-              for kind in LABELS}  # fmt: skip
+    report: dict[str, dict[str, Any]] = {}
+    for stage, kind in itertools.product(names, LABELS):
+        try:
+            report[f"{stage}/{kind}"] = apart("moextend_jax.bench", stage, kind, str(layers or 0), settings=settings)
+        except MoextendError as error:
+            raise MoextendError(f"bench: stage {stage} failed: {error}") from None
     table = Table(
         "stage", "labels", "tokens/s", "s/step", "MFU", "peak memory GB", "XLA temporaries GB", "trained parameters"
     )
@@ -81,31 +84,20 @@ def bench(
     return report
 
 
-def _apart(settings: RunSettings, stage: str, labels: str, layers: int | None) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "moextend_jax.bench", stage, labels, str(layers or 0)],
-        input=json.dumps(dataclasses.asdict(settings)), capture_output=True, text=True,
-        env={**os.environ, "JAX_TRACEBACK_FILTERING": "off"},  # JAX's note on it would hide the error in the last line
-    )  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise MoextendError(f"bench: stage {stage} failed: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def random_batch(config: ModelConfig, *, rows: int, length: int, labels: str, pixels: bool = False) -> Batch:
     """Rows of two tokens, a start tag, an image, an end tag, then text; up to the text nothing has a label (or all has,
     with `labels` "all"). Images are features, as a tower makes them, or `pixels`, which go through it."""
-    assert config.vision is not None
-    P, rng = config.vision.patches, np.random.default_rng(0)
+    if config.vision is None:
+        raise MoextendError("bench measures models that see pictures: name a tower, --config.vision")
+    P, rng = config.media[IMAGE].tokens, np.random.default_rng(0)
     text = P + 4
     if length <= text:
-        raise MoextendError(f"bench: rows of {length} tokens cannot hold an image of {P} patches and text")
+        raise MoextendError(f"bench: rows of {length} tokens cannot hold the {P} of an image, and text")
     ids_BL = rng.integers(7, config.decoder.vocab_size, (rows, length), dtype=np.int32)
     places_BL = np.full_like(ids_BL, -1)
     places_BL[:, 3 : 3 + P] = np.arange(P)
     position_L, side = np.arange(length, dtype=np.int32), config.vision.image_size
-    shape = (rows, 1, side, side, 3) if pixels else (rows, 1, P, config.vision.width)
+    shape = (rows, 1, side, side, 3) if pixels else (rows, 1, config.vision.patches, config.vision.width)
     images = {IMAGE: rng.standard_normal(shape, dtype=np.float32)}
     labelled_L = (position_L >= text) & ((position_L - text) // 32 % 2 == 1) if labels == "answers" else position_L >= 0
     return Batch(

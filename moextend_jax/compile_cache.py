@@ -7,9 +7,11 @@ place, or none where it is empty.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -48,18 +50,18 @@ def processor() -> str:
 def prune(place: Path, *, most: int) -> None:
     """Deletes the entries that were read longest ago until what is left has at most `most` bytes. JAX could do so
     itself, but once a process has been killed between two of its files, it keeps nothing more."""
-    entries = []
-    for path in place.glob("*-cache"):
-        try:
-            entries.append((path.stat(), path))
-        except FileNotFoundError:  # another process prunes too
-            continue
-    entries.sort(key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime), reverse=True)
+    newest = sorted(_entries(place), key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime), reverse=True)
     total = 0
-    for status, path in entries:
+    for status, path in newest:
         total += status.st_size
         if total > most:
             path.unlink(missing_ok=True)
+
+
+def _entries(place: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    for path in place.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process prunes too
+            yield path.stat(), path
 
 
 def status() -> str:
@@ -70,5 +72,5 @@ def status() -> str:
     if named and "://" in named:
         return named
     place = Path(named) if named else folder()
-    sizes = [path.stat().st_size for path in place.glob("*-cache")]
+    sizes = [status.st_size for status, _ in _entries(place)]
     return f"{place}: {len(sizes)} programs, {sum(sizes) / 1e6:,.0f} MB"

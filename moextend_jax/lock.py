@@ -1,12 +1,13 @@
 """One run at a time in a work directory.
 
-The lock is the kernel's (flock on WORKDIR/.lock), so that a run that dies in any way gives it back. Buckets have no
-such lock: there nothing is refused.
+The lock is the kernel's (flock on WORKDIR/.lock), so that a run that dies in any way gives it back. Buckets and some
+file systems have no such lock: there nothing is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from moextend_jax.config import MoextendError
 from moextend_jax.distributed import first
@@ -36,7 +38,7 @@ def locked(workdir: Path) -> Iterator[None]:
     # "a": whoever is refused must not empty what the holder wrote.
     with (workdir / NAME).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another run"
@@ -64,8 +66,22 @@ def in_turn(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}{NAME}").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file, fcntl.LOCK_EX)
         yield
+
+
+WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without such locks say: Lustre as it is often mounted, some of FUSE, NFS without its daemon."""
+
+
+def _lock(file: IO[str], how: int) -> None:
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in WITHOUT:
+            raise
+        print(f"moextend: {file.name}: no locks there ({error.strerror}), so that a second run is not noticed",
+              file=sys.stderr)  # fmt: skip
 
 
 def holder(workdir: Path) -> str | None:

@@ -22,13 +22,23 @@ NO_TPU = {
 
 def accelerator() -> str:
     """ "gpu", "tpu" or "": what the machine has, whether or not JAX knows of it."""
-    if any(Path("/dev").glob("nvidia[0-9]*")):
+    if any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/usr/lib/wsl/lib").glob("libcuda.so*")):
         return "gpu"
-    return "tpu" if any(Path("/dev").glob("accel[0-9]*")) else ""
+    return "tpu" if any(Path("/dev").glob("accel[0-9]*")) or (_vfio() and _of_google()) else ""
 
 
 def surely_no_tpu() -> bool:
-    return accelerator() != "tpu" and not any(Path("/dev/vfio").glob("[0-9]*"))  # newer ones are vfio devices
+    return accelerator() != "tpu" and not _vfio()
+
+
+def _vfio() -> bool:
+    """Newer TPUs are such devices, but not they alone."""
+    return any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _of_google() -> bool:
+    """Whether a device is Google's, which network cards can be too."""
+    return any(vendor.read_text().strip() == "0x1ae0" for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"))
 
 
 def quiet_libtpu() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.bench import get_config
 from moextend_jax import bench
-from moextend_jax.config import IGNORE, MoextendError
+from moextend_jax.config import IGNORE, IMAGE, MoextendError, with_vision
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.settings import RunSettings, StageSettings, from_config_dict
 
@@ -56,8 +56,19 @@ def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):
 
 def test_rows_too_short_for_the_image_are_refused(settings: RunSettings):
     config = model_config(settings, stage="align")
-    with pytest.raises(MoextendError, match="64 patches"):
+    with pytest.raises(MoextendError, match="the 64 of an image"):
         bench.random_batch(config, rows=1, length=40, labels="all")
+    with pytest.raises(MoextendError, match="models that see pictures"):
+        bench.random_batch(with_vision(config, None), rows=1, length=40, labels="all")
+
+
+def test_an_image_has_as_many_tokens_as_its_projector_makes(settings: RunSettings):
+    config = model_config(settings, stage="align")
+    projector = dataclasses.replace(config.media[IMAGE].projector, kind="stack", neighbours=4)
+    pooled = dataclasses.replace(config, media={IMAGE: dataclasses.replace(config.media[IMAGE], projector=projector)})
+    batch = bench.random_batch(pooled, rows=1, length=40, labels="all")
+    assert sorted(batch.places_BL[batch.places_BL >= 0]) == list(range(16))
+    assert batch.features[IMAGE].shape[2] == 64
 
 
 WORKER = """

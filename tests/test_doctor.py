@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -10,10 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from moextend_jax import cli, doctor
+from moextend_jax import cli, doctor, lock, machine
 from moextend_jax.config import MoextendError
 from moextend_jax.doctor import Finding
 from moextend_jax.lock import locked
+
+
+def test_a_file_system_without_locks_is_said_once_and_used(tmp_path: Path, monkeypatch, capsys):
+    def flock(*_: object):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    with locked(tmp_path / "w"):
+        assert "no locks there (Function not implemented)" in capsys.readouterr().err
 
 
 def by_part(findings) -> dict[str, Finding]:
@@ -95,6 +105,24 @@ def test_a_platform_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch
     (devices,) = doctor.look()
     assert devices.verdict == "missing" and devices.value.startswith("JAX_PLATFORMS = cuda gives no devices")
     assert devices.mend.startswith("unset JAX_PLATFORMS")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, ""), ({"dev/nvidia0": ""}, "gpu"), ({"usr/lib/wsl/lib/libcuda.so.1": ""}, "gpu"),
+        ({"dev/accel0": ""}, "tpu"),
+        ({"dev/vfio/0": "", "sys/bus/pci/devices/a/vendor": "0x1ae0\n"}, "tpu"),
+        ({"dev/vfio/0": "", "sys/bus/pci/devices/a/vendor": "0x8086\n"}, ""),
+        ({"sys/bus/pci/devices/a/vendor": "0x1ae0\n"}, ""),  # a network card
+    ],
+)  # fmt: skip
+def test_accelerators_are_known_by_their_files(tmp_path, monkeypatch, files: dict[str, str], found: str):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert machine.accelerator() == found
 
 
 def test_an_accelerator_that_jax_does_not_use_is_missing(monkeypatch: pytest.MonkeyPatch):

@@ -88,17 +88,24 @@ def test_slurm(noted):
     noted.add("sbatch")
     ((_, *words),) = both_ways(noted, "slurm.py", *options)
     flags = words[: words.index(str(LAUNCH / "slurm_job.sh"))]
-    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=big"} <= set(flags)
+    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=8", "--partition=big"} <= set(
+        flags
+    )
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue", "12"]), (2, []), (0, [])])
 def test_slurm_puts_a_preempted_job_back(tmp_path: Path, code: int, requeued: list[str]):
     # With that option srun kills the other tasks when the first has ended with 75, and says 137.
-    srun = f'case " $* " in *" --kill-on-bad-exit=0 --wait="*) exit {code};; *) exit 137;; esac'
+    srun = f'case "$SRUN_CPUS_PER_TASK $* " in "4 --kill-on-bad-exit=0 --wait="*) exit {code};; *) exit 137;; esac'
     for name, text in {"srun": srun, "scontrol": f'printf "%s\\n" "$@" > "{tmp_path}/asked"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "12"}
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "12",
+        "SLURM_CPUS_PER_TASK": "4",
+    }
     done = subprocess.run(["sh", str(LAUNCH / "slurm_job.sh"), "moextend", "run"], env=environment, check=False)
     asked = tmp_path / "asked"
     assert done.returncode == code and (asked.read_text().split() if asked.exists() else []) == requeued
@@ -307,6 +314,10 @@ def test_a_task_of_skypilot_runs_a_command_of_ours(noted, name: str, tmp_path: P
         (["gke.py", "jobset", "job_1", "--image=i"], "lower case"),
         (["gke.py", "jobset", "a", "--image=i"], "--tpu or --gpu"),
         (["gke.py", "xpk", "a", "--image=i", "--zone=z"], "--cluster, --tpu-type"),
+        (["gke.py", "xpk", "a", "--image=i", "--gpu=h100:8"], "--gpu means nothing to xpk"),
+        (["gke.py", "jobset", "a", "--image=i", "--gpu=h100:8", "--slices=2"], "--slices is of TPUs"),
+        (["gke.py", "jobset", "a", "--image=i", "--tpu=v5p:4x4:4", "--nodes=4"], "--nodes of GPUs"),
+        (["gke.py", "jobset", "a", "--image=i", "--tpu=v5p:4x4:3"], "16 chips are not hosts of 3"),
         (["local.py", "--processes=0"], "at least 1"),
     ],
 )

@@ -18,10 +18,12 @@ from configs.mixtral_8x7b import get_config
 from moextend_jax import chips
 from moextend_jax import settings as settings_module
 from moextend_jax.config import DecoderConfig, MoextendError, Named, VisionConfig
+from moextend_jax.configurations import load
 from moextend_jax.mesh import mesh_shape
 from moextend_jax.models import flops
-from moextend_jax.plan import collectives, hlo, products, roofline, sizes, sweep, topology, traffic
+from moextend_jax.plan import collectives, compiling, hlo, products, roofline, sizes, sweep, topology, traffic
 from moextend_jax.plan.command import PlanOptions, plan_command
+from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, from_config_dict
 
 TINY = DecoderConfig(vocab_size=512, width=256, hidden=512, layers=4, heads=4, kv_heads=2, head_size=64)
@@ -271,6 +273,102 @@ ENTRY %main (w: f32[12,8,16], i: s32[]) -> f32[1,8,16] {
     assert traffic.traffic(hlo.parse(text), unknown=once) == pytest.approx(2 * 8 * 16 * 4, abs=8)
 
 
+def test_traffic_of_a_slice_inside_a_fusion_in_a_fusion_is_the_slice():
+    """A layer's weights beside its product, as TPUs write it."""
+    text = """
+%sliced (w: f32[12,8,16], i: s32[]) -> f32[8,16] {
+  %w = f32[12,8,16] parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %s = f32[1,8,16] dynamic-slice(%w, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+  ROOT %b = f32[8,16] bitcast(%s)
+}
+
+%fused (x: f32[4,8], w: f32[12,8,16], i: s32[]) -> f32[4,16] {
+  %x = f32[4,8] parameter(0)
+  %w = f32[12,8,16] parameter(1)
+  %i = s32[] parameter(2)
+  %inner = f32[8,16] fusion(%w, %i), kind=kLoop, calls=%sliced
+  ROOT %c = f32[4,16] convolution(%x, %inner), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[4,8], w: f32[12,8,16], i: s32[]) -> f32[4,16] {
+  %x = f32[4,8] parameter(0)
+  %w = f32[12,8,16] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = f32[4,16] fusion(%x, %w, %i), kind=kOutput, calls=%fused
+}
+"""
+    assert traffic.traffic(hlo.parse(text), unknown=once) == pytest.approx(4 * (4 * 8 + 8 * 16 + 4 * 16), abs=8)
+
+
+def test_what_is_started_reads_and_writes_once():
+    text = """
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64] parameter(0)
+  %start = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%x)
+  %near = f32[64]{0:S(1)} copy-done(%start)
+  ROOT %far = f32[64]{0} copy(%near)
+}
+"""
+    assert traffic.traffic(hlo.parse(text), unknown=once) == 2 * 64 * 4  # read once, and written by the last
+
+
+OVERLAPPED = """
+%begin (x: f32[1,32]) -> (f32[1,32], f32[8,32], u32[]) {
+  %x = f32[1,32]{1,0:S(1)} parameter(0)
+  %a = f32[8,32] all-gather(%x), channel_id=3, replica_groups={}, FIRST
+  ROOT %c = (f32[1,32]{1,0:S(1)}, f32[8,32], u32[]{:S(2)}) custom-call(%a), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (x: f32[1,32], g: f32[8,32], s: u32[], y: f32[16]) -> (f32[16], f32[1,32], f32[8,32], f32[8,32], u32[]) {
+  %x = f32[1,32]{1,0:S(1)} parameter(0)
+  %g = f32[8,32] parameter(1)
+  %s = u32[]{:S(2)} parameter(2)
+  %y = f32[16] parameter(3)
+  %t = f32[16] tanh(%y)
+  %a = f32[8,32] all-gather(%x), channel_id=3, replica_groups={}, LATER
+  ROOT %r = (f32[16], f32[1,32]{1,0:S(1)}, f32[8,32], f32[8,32], u32[]{:S(2)}) tuple(%t, %x, %g, %a, %s)
+}
+
+%end (x: f32[1,32], g: f32[8,32], s: u32[]) -> f32[8,32] {
+  %x = f32[1,32]{1,0:S(1)} parameter(0)
+  %g = f32[8,32] parameter(1)
+  %s = u32[]{:S(2)} parameter(2)
+  %a = f32[8,32] all-gather(%x), channel_id=3, replica_groups={}, LATER
+  ROOT %c = f32[8,32] custom-call(%x, %g, %a, %s), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[1,32], y: f32[16]) -> (f32[8,32], f32[16]) {
+  %x = f32[1,32]{1,0:S(1)} parameter(0)
+  %y = f32[16] parameter(1)
+  %b = (f32[1,32]{1,0:S(1)}, f32[8,32], u32[]{:S(2)}) fusion(%x), \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %x1 = f32[1,32]{1,0:S(1)} get-tuple-element(%b), index=0
+  %g1 = f32[8,32] get-tuple-element(%b), index=1
+  %s1 = u32[]{:S(2)} get-tuple-element(%b), index=2
+  %m = (f32[16], f32[1,32]{1,0:S(1)}, f32[8,32], f32[8,32], u32[]{:S(2)}) fusion(%x1, %g1, %s1, %y), \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {}), {4}: (2, {})}, calls=%beside
+  %t = f32[16] get-tuple-element(%m), index=0
+  %x2 = f32[1,32]{1,0:S(1)} get-tuple-element(%m), index=1
+  %g2 = f32[8,32] get-tuple-element(%m), index=2
+  %s2 = u32[]{:S(2)} get-tuple-element(%m), index=4
+  %e = f32[8,32] fusion(%x2, %g2, %s2), output_to_operand_aliasing={{}: (1, {})}, calls=%end
+  ROOT %r = (f32[8,32], f32[16]) tuple(%e, %t)
+}
+"""
+for _part, _flags in {"FIRST": '"flag_end":"-1","flag_start":"-1"', "LATER": '"flag_end":"8","flag_start":"2"'}.items():
+    OVERLAPPED = OVERLAPPED.replace(_part, f'backend_config={{"async_collective_fusion_config":{{{_flags}}}}}')
+
+
+def test_a_gather_that_is_overlapped_counts_once():
+    """A TPU writes it as three fusions, of which each names it, and hands its memory from one to the next."""
+    module, mesh = hlo.parse(OVERLAPPED), SimpleNamespace(shape={"data": 1, "fsdp": 8, "expert": 1, "tensor": 1})
+    (found,) = collectives.collectives(module, mesh, unknown=once)
+    assert found.kind == "all-gather" and found.nbytes == 7 * 32 * 4
+    assert traffic.traffic(module, unknown=once) == 4 * (8 * 32 + 2 * 16)  # what is gathered, and beside it tanh
+
+
 def test_traffic_of_a_scan_reads_each_slice_once():
     module = compiled(lambda x_ZB: jax.lax.scan(lambda c, x_B: (c + x_B, None), jnp.zeros(4096), x_ZB)[0],
                       jnp.ones((50, 4096)))  # fmt: skip
@@ -331,12 +429,18 @@ def test_published_sizes_without_files():
 
 
 def test_a_closed_ring_is_twice_as_fast_as_an_open_one():
-    devices = np.array([SimpleNamespace(coords=(x, y, 0)) for x in range(4) for y in range(2)]).reshape(1, 4, 2, 1)
-    mesh = SimpleNamespace(devices=devices, axis_names=("data", "fsdp", "expert", "tensor"))
+    """A ring over the whole side of a slice of whole cubes, that is: half a side has ends, and smaller slices too."""
     v5p = chips.chip("v5p")
-    assert roofline.axis_bandwidth(v5p, mesh, ("fsdp",)) == 2 * v5p.link
-    assert roofline.axis_bandwidth(v5p, mesh, ("expert",)) == v5p.link
-    assert roofline.axis_bandwidth(v5p, mesh, ("fsdp", "expert")) == 3 * v5p.link
+
+    def bandwidth(sides: tuple[int, int], mesh: tuple[int, ...], *axes: str) -> float:
+        devices = np.array([SimpleNamespace(coords=(x, y, 0)) for x in range(sides[0]) for y in range(sides[1])])
+        named = SimpleNamespace(devices=devices.reshape(mesh), axis_names=("data", "fsdp", "expert", "tensor"))
+        return roofline.axis_bandwidth(v5p, named, axes) / v5p.link
+
+    assert bandwidth((4, 4), (1, 4, 4, 1), "fsdp") == 2
+    assert bandwidth((4, 4), (1, 4, 4, 1), "fsdp", "expert") == 4
+    assert bandwidth((8, 4), (2, 4, 4, 1), "fsdp") == 1 and bandwidth((8, 4), (2, 4, 4, 1), "data", "fsdp") == 2
+    assert bandwidth((4, 2), (1, 4, 2, 1), "fsdp") == 1 and bandwidth((4, 2), (1, 4, 2, 1), "fsdp", "expert") == 2
 
 
 # --- whole plans ------------------------------------------------------------------------------------------------------
@@ -382,17 +486,51 @@ def test_a_sweep_tries_only_what_divides(small: RunSettings):
     assert all(math.prod(mesh) == 4 and mesh[3] <= TINY.kv_heads for mesh in meshes)
 
 
+def test_a_sweep_sets_the_stage_of_a_later_extension():
+    settings = from_config_dict(load("continual"))
+    chosen = results.with_stage(settings, "finetune:sound", dataclasses.replace(settings.finetune, accumulate=4))
+    assert chosen.extensions["sound"].finetune.accumulate == 4 and chosen.finetune.accumulate == 1
+    chosen = results.with_stage(settings, "finetune", dataclasses.replace(settings.finetune, accumulate=4))
+    assert chosen == dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, accumulate=4))
+
+
+def test_a_sweep_of_which_nothing_compiles_is_an_error(small: RunSettings, monkeypatch):
+    pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
+    told: list[str] = []
+
+    def failing(*_: str, settings: RunSettings, on_cpu: bool):
+        raise MoextendError("no such layout")
+
+    monkeypatch.setattr(sweep, "apart", failing)
+    with pytest.raises(MoextendError, match="none of the 2 programs that were tried could be compiled"):
+        sweep.sweep(small, stage="finetune", topology_name="v5p:2x2x1", most=2, within=None, tell=told.append)
+    assert told.count("   failed: no such layout") == 2
+
+
+@pytest.mark.parametrize("options", [{"sweep": True, "layers": 2}, {"most": 3}, {"within": 5.0}])
+def test_options_that_would_mean_nothing_are_refused(small: RunSettings, options: dict[str, typing.Any]):
+    with pytest.raises(MoextendError, match="--sweep"):
+        plan_command(PlanOptions(small, stage="finetune", topology="v5p:2x2x1", **options))
+
+
+def test_too_big_for_the_chip_is_not_too_big_for_a_kernel():
+    hbm = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.5G of 95.74G hbm."
+    assert compiling.memory_needed(hbm) == 1.5 * 2**30
+    vmem = "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while ..."
+    assert compiling.memory_needed(vmem) is None and compiling.memory_needed("INTERNAL: what") is None
+
+
 def test_a_sweep_ranks_what_fits_and_keeps_within(small: RunSettings, monkeypatch):
     """What is compiled is the most promising by estimate; the ranking goes by what was compiled."""
     pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
     asked = []
 
-    def compiled(settings, **_):
+    def compiled(*_: str, settings: RunSettings, on_cpu: bool):
         asked.append(settings)
         total = 2**30 * len(asked)
         return {"fits": len(asked) != 1, "bytes_per_chip": {"total": total}, "step_seconds": 1 / len(asked)}
 
-    monkeypatch.setattr(sweep, "_apart", compiled)
+    monkeypatch.setattr(sweep, "apart", compiled)
     found = sweep.sweep(small, stage="finetune", topology_name="v5p:2x2x1", most=4, within=3.0, tell=lambda text: None)
     assert [plan["bytes_per_chip"]["total"] // 2**30 for plan in found] == [3, 2, 4, 1]
     assert [plan["fits"] for plan in found] == [True, True, False, False]

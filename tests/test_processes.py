@@ -368,6 +368,16 @@ def _set(monkeypatch, environment: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
+def test_what_a_process_says_last_is_shown(tmp_path: Path):
+    (tmp_path / "talks.py").write_text("""
+import os, sys
+sys.stderr.write("a line\\n" * 3000 + f"the last of {os.environ['JAX_PROCESS_ID']}\\n")
+sys.exit(3)
+""")
+    said = launch(f"--script={tmp_path / 'talks.py'}", processes=3, code=3).stderr
+    assert {f"the last of {index}" in said for index in range(3)} == {True}
+
+
 def test_a_process_that_ends_later_ends_with_the_same_code(monkeypatch: pytest.MonkeyPatch):
     """One that still closes its files after process 0 is done, where the service runs that tells of lost processes."""
     monkeypatch.syspath_prepend(ROOT / "launch")

@@ -35,13 +35,13 @@ class Collective(NamedTuple):
 
 
 def collectives(module: Module, mesh: Any, *, unknown: Callable[[Instruction], float]) -> list[Collective]:
-    """All of them; an asynchronous pair counts once, at its start."""
+    """All of them; an asynchronous one counts once, at its start."""
     found = []
     for one, computation, times, where, op_name in runs(module, unknown=unknown):
         kind = one.opcode.removesuffix("-start")
         if where.startswith("all-reduce-scatter"):  # how TPUs write a reduce-scatter: fused with the slice it ends in
             kind = kind.replace("all-reduce", "reduce-scatter")
-        if kind not in KINDS:
+        if kind not in KINDS or one.overlapped == "on":
             continue
         group, groups = _groups(one, int(np.prod(list(mesh.shape.values()))))
         if group < 2:

@@ -9,13 +9,15 @@ from typing import Any
 
 import jax
 
-from moextend_jax.config import Count
+from moextend_jax.config import Count, MoextendError
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.planning import plan
 from moextend_jax.plan.sweep import sweep
 from moextend_jax.plan.table import print_plan, print_ranking
 from moextend_jax.settings import Positive, RunSettings, Share, from_config_dict
 from moextend_jax.terminal import console
+
+MOST = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PlanOptions:
     """decoder layers to keep of the base"""
     sweep: bool = False
     """try meshes, micro-batches and what is saved"""
-    most: Count = 8
+    most: Count = MOST
     """programs that a sweep compiles at most"""
     within: Positive | None = None
     """GiB per chip that a sweep may use"""
@@ -46,6 +48,10 @@ def plan_command(options: PlanOptions) -> None:
     """A stage's step compiled for chips that are not here: does it fit, bytes, FLOPs, messages, least time."""
     jax.config.update("jax_platforms", "cpu")  # the chips of a plan are not here, and those that are stay free
     settings = text_only(options.config) if options.text_only else options.config
+    if options.sweep and (options.layers or options.new_share is not None):
+        raise MoextendError("--sweep compiles the step as the settings have it: leave --layers and --new_share out")
+    if not options.sweep and (options.most != MOST or options.within is not None):
+        raise MoextendError("--most and --within go with --sweep")
     stage, topology, screen = options.stage, options.topology, console(stderr=options.json)
     if options.sweep:
         figures: Any = sweep(

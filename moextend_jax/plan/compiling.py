@@ -51,7 +51,9 @@ def compile_step(abstract: AbstractStep) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             needed = memory_needed(str(error))
             if needed is None:
-                raise MoextendError(f"the compiler failed: {str(error).splitlines()[0]}") from error
+                lines = str(error).splitlines()
+                said = next((line for line in lines if "Ran out of memory" in line), lines[0])
+                raise MoextendError(f"the compiler failed: {said.strip()}") from error
             return Compiled(None, needed, "", time.perf_counter() - started, time.process_time() - worked)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
         if platform == "tpu":
@@ -75,8 +77,9 @@ def _not_kept() -> Iterator[None]:
 
 
 def memory_needed(message: str) -> int | None:
-    """Bytes that a compiler asked for, by its error message; 0 if it does not say, None if it is not about memory."""
-    if "RESOURCE_EXHAUSTED" not in message:
+    """Bytes that a compiler asked for, by its error message; 0 if it does not say, None if it is not about the chip's
+    main memory: a kernel may want too much of the little that is on the chip."""
+    if "RESOURCE_EXHAUSTED" not in message or re.search(r"memory space [vs]mem", message):
         return None
     match = re.search(r"Used ([\d.]+)([KMG])i?B? of [\d.]+[KMG]i?B? hbm", message)
     return int(float(match[1]) * UNITS[match[2]]) if match else 0

@@ -61,6 +61,20 @@ class Instruction(NamedTuple):
         match = re.search(r"one_of_(\d+)_layers", self.op_name)
         return int(match[1]) if match else 1
 
+    @property
+    def overlapped(self) -> str:
+        """Of a collective that a TPU computes beside other kernels, as a part of each: "start" in the first of these,
+        "on" in the others; "" of any other."""
+        match = re.search(r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"', self.rest)
+        return "" if match is None else "start" if match[1] == "-1" else "on"
+
+    @property
+    def aliases(self) -> list[tuple[int, int]]:
+        """(place in the result, operand) of arrays that are the same memory."""
+        match = re.search(r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\d*\}\)(?:, )?)*)\}", self.rest)
+        pairs = re.findall(r"\{(\d*)\}: \((\d+),", match[1]) if match else []
+        return [(int(output or 0), int(operand)) for output, operand in pairs]
+
     def called(self, attribute: str) -> list[str]:
         """Names of computations in `attribute=%name` or `attribute={%name, ...}`."""
         match = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.rest)

@@ -65,5 +65,9 @@ def axis_bandwidth(chip: Chip, mesh: Any, axes: tuple[str, ...]) -> float:
         return chip.link if one_node else chip.network
     coords = np.array([device.coords for device in group])
     spans = [len(set(coords[:, axis])) for axis in range(coords.shape[1])]
-    # A closed ring sends both ways; an open one ends somewhere, and its ends have one way only.
-    return chip.link * max(1, sum((2 if span >= chip.wraps else 1) for span in spans if span > 1))
+    everywhere = np.array([device.coords for device in mesh.devices.flat])
+    sides = [len(set(everywhere[:, axis])) for axis in range(everywhere.shape[1])]
+    # A closed ring sends both ways; an open one, which is a part of a side too, ends somewhere, and has one way there.
+    closed = all(side % chip.wraps == 0 for side in sides if side > 1)
+    ways = [2 if closed and span == side else 1 for span, side in zip(spans, sides, strict=True) if span > 1]
+    return chip.link * max(1, sum(ways))

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from moextend_jax.apart import apart
 from moextend_jax.config import ModelConfig, MoextendError
 from moextend_jax.models.flops import step_flops
 from moextend_jax.plan import topology
@@ -27,6 +24,7 @@ from moextend_jax.plan.memory import shard_bytes
 from moextend_jax.plan.planning import local_tokens
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.plan.table import describe
+from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings
 
 
@@ -56,7 +54,7 @@ def sweep(
       within: GiB per chip that a step may use; None is all that a chip has.
 
     Raises:
-      MoextendError: no candidate can fit.
+      MoextendError: no candidate can fit, or none that was tried could be compiled.
     """
     place = topology.parse(topology_name)
     limit = place.chip.hbm if within is None else int(within * 2**30)
@@ -79,10 +77,15 @@ def sweep(
     plans = []
     for number, candidate in enumerate(chosen, 1):
         tell(f"{number}: {describe({**dataclasses.asdict(candidate.settings), 'accumulate': candidate.accumulate})}")
-        plan = _apart(candidate.settings, stage=stage, topology_name=topology_name, tell=tell)
-        if plan is not None:
-            plan["fits"] &= plan["bytes_per_chip"]["total"] <= limit
-            plans.append(plan)
+        try:
+            plan = apart("moextend_jax.plan.command", stage, topology_name, settings=candidate.settings, on_cpu=True)
+        except MoextendError as error:
+            tell(f"   failed: {error}")
+            continue
+        plan["fits"] &= plan["bytes_per_chip"]["total"] <= limit
+        plans.append(plan)
+    if not plans:
+        raise MoextendError(f"none of the {len(chosen)} programs that were tried could be compiled for {topology_name}")
     return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds"]))
 
 
@@ -115,8 +118,8 @@ def choices(settings: RunSettings, *, stage: str, place: topology.Topology) -> I
         mesh = {"data": data, "fsdp": inside // expert // tensor, "expert": expert, "tensor": tensor}
         for accumulate, policy in itertools.product((2**n for n in range(8)), policies):
             if run.batch_size % (accumulate * place.chips // tensor) == 0:
-                chosen: dict[str, Any] = {stage: dataclasses.replace(run, accumulate=accumulate)}
-                yield dataclasses.replace(settings, mesh=mesh, **policy, **chosen)
+                chosen = results.with_stage(settings, stage, dataclasses.replace(run, accumulate=accumulate))
+                yield dataclasses.replace(chosen, mesh=mesh, **policy)
 
 
 class MeshBytes(NamedTuple):
@@ -166,16 +169,3 @@ def _sent(config: ModelConfig, mesh_bytes: MeshBytes, tokens: int) -> float:
     weights = 2 * mesh_bytes.frozen * (shape["fsdp"] - 1)
     activations = 2 * tokens * config.decoder.width * config.decoder.layers
     return weights + 3 * activations * (2 * (shape["expert"] - 1) + 4 * math.log2(shape["tensor"]))
-
-
-def _apart(settings: RunSettings, *, stage: str, topology_name: str, tell: Callable[[str], None]) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-m", "moextend_jax.plan.command", stage, topology_name],
-        input=json.dumps(dataclasses.asdict(settings)), capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        tell(f"   failed: {last}")
-        return None
-    return json.loads(done.stdout.splitlines()[-1])

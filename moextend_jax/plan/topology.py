@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from moextend_jax.chips import Chip, chip
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import extra_hint
+from moextend_jax.machine import NO_TPU
 from moextend_jax.mesh import mesh_of
 
 TARGETS = Path(__file__).parent
@@ -63,10 +64,7 @@ def make_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
 
 def _tpus(topology: Topology) -> list[Any]:
     # libtpu would look for a TPU, ask a metadata server about it, and refuse to run beside another process.
-    for variable, value in {
-        "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3",
-    }.items():  # fmt: skip
+    for variable, value in {**NO_TPU, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(variable, value)
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]  an extra

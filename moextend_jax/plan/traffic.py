@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moextend_jax.plan.hlo import FUSIONS, Computation, Instruction, Module, executions
+from moextend_jax.plan.hlo import FUSIONS, Array, Computation, Instruction, Module, executions
 
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -36,38 +36,69 @@ def traffic(module: Module, *, unknown: Callable[[Instruction], float]) -> float
 def _moved(one: Instruction, computation: Computation, module: Module) -> float:
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
-    inside = module.computations.get(one.called("calls")[0]) if one.opcode in FUSIONS else None
-    written = None if inside is None else _updated(inside)
-    if one.opcode == "dynamic-update-slice":
-        return 2.0 * _nbytes(computation[one.operands[1]])
-    if one.opcode in SLICES:
-        return 2.0 * _nbytes(one)
-    # The shape of a kernel that is only started names its operands too.
-    result = next((line for line in (inside or {}).values() if line.root), one) if one.opcode == FUSIONS[1] else one
-    total = _nbytes(result) if written is None else written
     read = [_nbytes(computation[operand]) if operand in computation else 0.0 for operand in one.operands]
-    if inside is not None:
-        return total + sum(min(whole, _read(index, inside, whole)) for index, whole in enumerate(read))
+    if one.opcode == "dynamic-update-slice":
+        return read[1] + _slice(computation[one.operands[1]], of=one)
+    if one.opcode in SLICES:
+        return _slice(one, of=computation.get(one.operands[0])) + _nbytes(one)
+    if one.opcode in FUSIONS:
+        return _moved_by_fusion(one, read, module)
+    if one.opcode.endswith("-start") and one.shape.startswith("("):
+        return _nbytes(one)  # names what is read beside what is written
     largest = max(read, default=0.0)
-    return total + sum(read) - largest + largest / one.layers
+    return _nbytes(one) + sum(read) - largest + largest / one.layers
+
+
+def _moved_by_fusion(one: Instruction, read: list[float], module: Module) -> float:
+    inside = module.computations[one.called("calls")[0]]
+    written = _updated(inside)
+    if written is None:
+        # The shape of a kernel that is only started names its operands too.
+        result = next((line for line in inside.values() if line.root), one) if one.opcode == FUSIONS[1] else one
+        written = _nbytes(result)
+    if any(part.overlapped for part in inside.values()):  # what a collective waits with is handed on as it is
+        handed = {(output, operand) for output, operand in one.aliases if operand < len(read)}
+        written -= sum(_in_memory(one.arrays[output]) for output in {output for output, _ in handed})
+        read = [0.0 if index in {operand for _, operand in handed} else whole for index, whole in enumerate(read)]
+    return written + sum(_read(_parameter(inside, index), inside, module, whole) for index, whole in enumerate(read))
 
 
 def _nbytes(one: Instruction) -> float:
-    return sum(array.nbytes for array in one.arrays if array.space == 0)
+    return sum(map(_in_memory, one.arrays))
 
 
-def _read(index: int, inside: Computation, whole: float) -> float:
-    """Bytes that a fusion reads of its operand."""
-    names = {one.name for one in inside.values() if one.opcode == "parameter" and one.operands == (str(index),)}
+def _in_memory(array: Array) -> float:
+    return array.nbytes if array.space == 0 else 0.0
+
+
+def _slice(one: Instruction, *, of: Instruction | None) -> float:
+    """Bytes of a slice, where what it is taken from, or put into, is in memory."""
+    return sum(array.nbytes for array in one.arrays) if of and _nbytes(of) else 0.0
+
+
+def _parameter(inside: Computation, index: int) -> set[str]:
+    return {one.name for one in inside.values() if one.opcode == "parameter" and one.operands == (str(index),)}
+
+
+def _read(names: set[str], inside: Computation, module: Module, whole: float) -> float:
+    """Bytes that a fusion reads of an operand of `whole` bytes, which has these names in it; all where nothing is known
+    to take less."""
     users = [one for one in inside.values() if names & set(one.operands)]
-    while users and all(one.opcode == "bitcast" for one in users):
-        names = {one.name for one in users}
-        users = [one for one in inside.values() if names & set(one.operands)]
-    if users and all(one.opcode in SLICES and one.operands[0] in names for one in users):
-        return sum(array.nbytes for one in users for array in one.arrays)
-    if users and all(one.opcode == "dynamic-update-slice" and one.operands[0] in names for one in users):
-        return 0.0  # written in place
-    return whole
+    total = 0.0 if users else whole
+    for one in users:
+        places = [place for place, operand in enumerate(one.operands) if operand in names]
+        if one.opcode == "bitcast":
+            total += _read({one.name}, inside, module, whole)
+        elif one.opcode in SLICES and places == [0]:
+            total += sum(array.nbytes for array in one.arrays)
+        elif one.opcode == "dynamic-update-slice" and places == [0]:
+            continue  # written in place
+        elif one.opcode in FUSIONS:
+            called = module.computations[one.called("calls")[0]]
+            total += sum(_read(_parameter(called, place), called, module, whole) for place in places)
+        else:
+            total += whole
+    return min(whole, total)
 
 
 def _updated(inside: Computation) -> float | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -329,6 +329,18 @@ def stage_of(settings: RunSettings, name: str) -> StageSettings:
     group = group_of(settings, name)
     assert isinstance(group, StageSettings)
     return group
+
+
+def with_stage(settings: RunSettings, name: str, stage: StageSettings) -> RunSettings:
+    """The settings with others for a result that is trained."""
+
+    def put(group: Any, keys: Sequence[str]) -> Any:
+        key, *rest = keys
+        own = group[key] if isinstance(group, Mapping) else getattr(group, key)
+        new = {key: put(own, rest) if rest else stage}
+        return {**group, **new} if isinstance(group, Mapping) else dataclasses.replace(group, **new)
+
+    return put(settings, table(settings).result(name).settings or ())
 
 
 def named(settings: RunSettings, extension: str, stage: str) -> str:
