@@ -40,10 +40,11 @@ class Loaded(NamedTuple):
 def load(name: str, *, folder: Path = FOLDER, remat: Any = "none") -> Loaded:
     """A model by its files alone, without `open_checkpoint`. Models of one configuration share their structure."""
     start = json.loads((folder / "manifest.json").read_text())["spec"]["image_start_id"]
+    attributes = folder / name / "config.json"
     config = of_pictures(
         decoder=huggingface.read_decoder_config(folder / name),
         vision=huggingface.read_vision_config(folder / "clip", feature_layer=-1),
-        extension=huggingface.read_extension_config(folder / name),
+        extension=huggingface.extension_config(huggingface.read_json(attributes), where=attributes),
         dtype="float32",
         remat=remat,
         tags=ImageTags(start=start, end=start + 1, pad=start + 2),

@@ -11,7 +11,7 @@ import tiny_tokens
 from PIL import Image
 
 from moextend_jax.config import IGNORE, RECIPES, MoextendError
-from moextend_jax.data.batches import Share, batches, fill_ratio, text_batches
+from moextend_jax.data.batches import Share, batches, text_batches
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.features import cache_features
@@ -144,9 +144,11 @@ def _check_images(batch, row, here, source, example, wanted):
 
 
 def test_packing_fills_rows(source, features):
-    packed = [fill_ratio(batch) for batch in islice(make(source, features, length=128, images_per_row=8, epochs=9), 8)]
-    alone = [fill_ratio(b) for b in islice(make(source, features, length=128, conversations_per_row=1, epochs=9), 8)]
-    assert np.mean(packed) > 0.85 > 0.4 > np.mean(alone)
+    def filled(**how: int) -> float:
+        some = islice(make(source, features, length=128, epochs=9, **how), 8)
+        return float(np.mean([batch.segments_BL > 0 for batch in some]))
+
+    assert filled(images_per_row=8) > 0.85 > 0.4 > filled(conversations_per_row=1)
 
 
 def test_order_seed_and_epochs(source, features):

@@ -14,7 +14,8 @@ import tiny_llama as llama
 from transformers import LlamaConfig
 
 from moextend_jax.checkpoints import convert, names
-from moextend_jax.checkpoints.llama import read_llama_config
+from moextend_jax.checkpoints.huggingface import read_json
+from moextend_jax.checkpoints.llama import llama_config
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.tensors import Stored, open_safetensors
 from moextend_jax.checkpoints.upcycle import open_upcycled, upcycle, upcycled_config
@@ -155,6 +156,10 @@ def config_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def sizes_of(folder: Path) -> DecoderConfig:
+    return llama_config(read_json(folder / "config.json"), where=folder / "config.json")
+
+
 @pytest.mark.parametrize(
     ("changes", "differs"),
     [
@@ -172,13 +177,13 @@ def config_folder(folder: Path, **changes: Any) -> Path:
     ],
 )
 def test_sizes_are_read(tmp_path: Path, changes: dict[str, Any], differs: dict[str, Any]):
-    assert read_llama_config(config_folder(tmp_path, **changes)) == dataclasses.replace(llama.DENSE, **differs)
+    assert sizes_of(config_folder(tmp_path, **changes)) == dataclasses.replace(llama.DENSE, **differs)
 
 
 def test_what_transformers_writes_is_read(tmp_path: Path):
     theirs = {k: v for k, v in llama.attributes().items() if k not in ("model_type", "rope_theta", "rope_scaling")}
     LlamaConfig(**theirs, rope_parameters={"rope_type": "default", "rope_theta": 1e4}).save_pretrained(tmp_path)
-    assert read_llama_config(tmp_path) == llama.DENSE
+    assert sizes_of(tmp_path) == llama.DENSE
 
 
 @pytest.mark.parametrize(
@@ -202,17 +207,17 @@ def test_what_transformers_writes_is_read(tmp_path: Path):
 )
 def test_what_cannot_be_honoured_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], said: str):
     with pytest.raises(MoextendError, match=said) as error:
-        read_llama_config(config_folder(tmp_path, **changes))
+        sizes_of(config_folder(tmp_path, **changes))
     assert "config.json" in str(error.value)
 
 
 def test_a_folder_without_or_with_a_broken_config_is_refused(tmp_path: Path):
     with pytest.raises(MoextendError, match="does not exist"):
-        read_llama_config(tmp_path)
+        sizes_of(tmp_path)
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(MoextendError, match="config.json"):
-            read_llama_config(tmp_path)
+            sizes_of(tmp_path)
 
 
 # --- from files to an imported folder ---------------------------------------------------------------------------------

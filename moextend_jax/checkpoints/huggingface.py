@@ -143,11 +143,6 @@ def read_vision_config(folder: Path, *, feature_layer: int) -> VisionConfig:
     return as_prepared(vision_config(read_json(at), where=at, feature_layer=feature_layer), folder)
 
 
-def read_extension_config(folder: Path) -> ExtensionConfig | None:
-    """The extended layers of a checkpoint in the released layout; its source experts are mostly not in it (-1)."""
-    return extension_config(read_json(folder / "config.json"), where=folder / "config.json")
-
-
 def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig:
     attributes = decoder_attributes_of(attributes, where=where)
     family = attributes.get("model_type")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, decoder_attributes_of, read_fields, with_head_size
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.outside import shown
 from moextend_jax.config import DecoderConfig, MoextendError
 
@@ -28,10 +27,6 @@ _TABLE = Table(
     harmless=OF_ANY_MODEL,
     optional={"head_dim", "tie_word_embeddings", "sliding_window"},
 )  # fmt: skip
-
-
-def read_llama_config(folder: Path) -> DecoderConfig:
-    return llama_config(read_json(folder / "config.json"), where=folder / "config.json")
 
 
 def llama_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConfig:

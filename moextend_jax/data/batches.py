@@ -161,11 +161,6 @@ def text_batches(
     )
 
 
-def fill_ratio(batch: Batch) -> float:
-    """Share of the batch's positions that are not padding."""
-    return float(np.mean(np.asarray(batch.segments_BL) > 0))
-
-
 def _pipeline(
     source: Sequence[Any],
     encode: Callable[[Any], Item],
