@@ -144,7 +144,7 @@ def _check_images(batch, row, here, source, example, wanted):
 
 
 def test_packing_fills_rows(source, features):
-    def filled(**how: int) -> float:
+    def filled(**how: Any) -> float:
         some = islice(make(source, features, length=128, epochs=9, **how), 8)
         return float(np.mean([batch.segments_BL > 0 for batch in some]))
 
