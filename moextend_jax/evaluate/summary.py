@@ -393,8 +393,8 @@ def _check_unseen(run: Run) -> None:
             continue
         if json.loads(path.read_text()).get("data") != source_of(run, data(run.settings.recipe), read=read).fingerprint:
             raise MoextendError(
-                f"{path.parent} was trained on other rows: with another evaluate.held_out or seed, by another version of "
-                "this package, or before the data changed, so that rows held out now may have been seen; name "
+                f"{path.parent} was trained on other rows: with another evaluate.held_out or seed, by another version "
+                "of this package, or before the data changed, so that rows held out now may have been seen; name "
                 "evaluate.data, or train in another folder"
             )
 
