@@ -90,6 +90,29 @@ def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     assert np.abs(with_them - without)[pictured_BL].max() > 1e-2
 
 
+def test_what_an_adapter_is_closed_to_is_not_balanced():
+    """Conversations of text, whose tokens MoLE's router may not send anywhere under strict isolation."""
+    config = dataclasses.replace(with_adapters(tiny.PLAIN, "mole"), text_isolation="strict")
+    arrays, batch, name = tiny.arrays(config), tiny.batch(), "adapters/mole/block/choice/weight"
+    text_B = (batch.places_BL < 0).all(axis=1)
+    assert text_B.any() and not text_B.all()
+    other_BL = np.where(text_B[:, None], np.roll(batch.ids_BL, 3, axis=1), batch.ids_BL)
+    no_labels = batch._replace(labels_BL=np.full_like(batch.labels_BL, -100))
+
+    @jax.jit
+    @jax.grad
+    def gradient_of(weight: jax.Array, ids_BL: np.ndarray) -> jax.Array:
+        made, asked = with_arrays(abstract(config), {**arrays, name: weight}), no_labels._replace(ids_BL=ids_BL)
+        return losses(made, asked, recipe=RECIPES["paper"], aux_coefficient=0.0, chunk=8)[0].total
+
+    def gradient(ids_BL: np.ndarray) -> np.ndarray:
+        return np.asarray(gradient_of(arrays[name], ids_BL))
+
+    before = gradient(batch.ids_BL)
+    assert np.any(before)
+    np.testing.assert_array_equal(gradient(other_BL), before)
+
+
 def test_damc_has_one_for_items_and_another_for_text():
     """And what is generated, text, is under the second alone."""
     link = Link("own", "image", rival=MethodSettings(name="damc", rank=2, alpha=4.0).rival("image"))

@@ -13,7 +13,16 @@ import random_run
 import tiny
 from flax import nnx
 
-from moextend_jax.config import RECIPES, BlocksConfig, DecoderConfig, ModelConfig, MoextendError, Named
+from moextend_jax.config import (
+    RECIPES,
+    BlocksConfig,
+    DecoderConfig,
+    ExtensionConfig,
+    ModelConfig,
+    MoextendError,
+    Named,
+    with_extension,
+)
 from moextend_jax.generate import Generator
 from moextend_jax.mesh import make_mesh, place_leaves, place_rows
 from moextend_jax.models.blocks import SILENT, fresh_blocks
@@ -68,6 +77,16 @@ def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(re
     _, _, gradient = loss_and_gradient(config, arrays, batch, coefficient=0.0)
     moving = {path for path, leaf in gradient.items() if jnp.any(leaf)}
     assert moving == {f"blocks/own/{path}" for path in SILENT} & gradient.keys()
+
+
+def test_their_load_is_balanced_beside_experts_that_are_added_to_a_token_s_picks():
+    """Layers have more picks of a token there than blocks."""
+    added = ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5, start="added")
+    config = dataclasses.replace(with_extension(tiny.PLAIN, added), blocks=Named(blocks=BlocksConfig(count=3)))
+    model, batch = abstract(config), tiny.batch()
+    made = with_arrays(model, tiny.arrays(config))
+    found, _ = losses(made, batch, recipe=RECIPES["paper"], aux_coefficient=0.01, chunk=8)
+    assert np.isfinite(found.total) and found.aux > 0
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from tiny import few
 
 from moextend_jax.config import RECIPES
 from moextend_jax.models import blocked_swiglu, experts
+from moextend_jax.models.adapters import Factors, Update
 from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, rows_of, sort_by_expert
 from moextend_jax.models.mixtral import Extension, MoE, mixture
 from moextend_jax.models.moextend import MoExtend
@@ -132,6 +133,28 @@ def test_a_pick_of_nobodys_expert_adds_nothing():
     y_TD = apply_experts(X_TD, elsewhere_Tk, routing().weights_Tk, weights)
     first_alone_TD = reference(X_TD, routing().weights_Tk.at[:, 1].set(0.0), parts())
     np.testing.assert_allclose(y_TD, first_alone_TD, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_nor_does_a_low_rank_update_that_all_experts_share(platform: str, monkeypatch: pytest.MonkeyPatch):
+    """Of a token without an expert here: another device has it, or another part of the model."""
+    monkeypatch.setattr(experts, "platform", lambda: platform)
+    rng, (T, D, F, E, R) = np.random.default_rng(0), (4, 6, 8, 2, 3)
+
+    def drawn(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    weights, x_TD = (drawn(E, D, F), drawn(E, D, F), drawn(E, F, D)), drawn(T, D)
+    shared = Factors(drawn(D, R), drawn(R, F), drawn(D, R), drawn(R, F), drawn(F, R), drawn(R, D))
+    ids_Tk, halves_Tk = jnp.array([[0, 2], [1, 0], [2, 2], [1, 2]]), jnp.full((T, 2), 0.5)  # 2 is nobody
+
+    def out(factors: Factors) -> jax.Array:
+        update = Update(factors, jnp.ones((T, 1)))
+        return experts.apply_experts(x_TD, ids_Tk, halves_Tk, [weights], update=update)
+
+    y_TD, gradient = out(shared), jax.grad(lambda factors: out(factors)[2].sum())(shared)
+    assert not np.any(y_TD[2]) and np.all(np.any(y_TD[jnp.array([0, 1, 3])], axis=1))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_copy_init_changes_only_tokens_whose_first_choice_was_copied():

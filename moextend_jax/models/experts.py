@@ -19,7 +19,7 @@ from moextend_jax.config import Quantised
 from moextend_jax.models.adapters import Update, low_rank
 from moextend_jax.models.blocked_swiglu import Weights, blocked_swiglu
 from moextend_jax.models.glu import SILU, Glu
-from moextend_jax.models.grouped_matmul import grouped_matmul
+from moextend_jax.models.grouped_matmul import grouped_matmul, without_rest
 from moextend_jax.models.quantised import STORAGES
 from moextend_jax.models.weights import FewBits, OfStack, Stacked, Weight, weight_of
 from moextend_jax.parameters import constant, weight
@@ -123,6 +123,8 @@ def swiglu(
     assert update is None or len(parts) == 1
     if platform() == "cpu":
         return blocked_swiglu(x_RD, weights_R1, parts, sizes_O, glu, update)
+    if update is not None:  # factors that all experts share know of no rows that are nobody's
+        update = update._replace(rank_weights_Tr=without_rest(update.rank_weights_Tr, sizes_O))
 
     def product(rows_RD: jax.Array, weights: tuple[Weight, ...], name: str) -> jax.Array:
         """With what adapters add: plain products of factors that all experts share."""

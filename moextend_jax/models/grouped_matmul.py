@@ -60,7 +60,7 @@ def ragged_dot(x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array)
         # A product starts at row 0: bring the part's rows there and back. It may leave later rows unwritten.
         rolled_RD = jnp.roll(x_RD, -start, axis=0)
         product_RF = lax.ragged_dot(rolled_RD, plain(w_GDF, x_RD.dtype), sizes_G)
-        y_RF += jnp.roll(_mask(product_RF, sizes_G), start, axis=0)
+        y_RF += jnp.roll(without_rest(product_RF, sizes_G), start, axis=0)
         first, start = first + w_GDF.shape[0], start + sizes_G.sum()
     return y_RF
 
@@ -85,7 +85,7 @@ def _product(
             return weight
         return plain(lax.optimization_barrier((alone(weight), x_RD))[0], x_RD.dtype)
 
-    return _mask(kernels.product(x_RD, tuple(map(one, w_parts)), sizes_O, transpose=transpose), sizes_O)
+    return without_rest(kernels.product(x_RD, tuple(map(one, w_parts)), sizes_O, transpose=transpose), sizes_O)
 
 
 def _forward(kernels, x_RD, w_parts, sizes_O):
@@ -154,5 +154,6 @@ def _tiles(R: int, D: int, F: int) -> tuple[int, int, int]:
     return rows, min(COLUMNS, D), min(COLUMNS, F)
 
 
-def _mask(y_RF: jax.Array, sizes_O: jax.Array) -> jax.Array:
+def without_rest(y_RF: jax.Array, sizes_O: jax.Array) -> jax.Array:
+    """Zeros in the rows behind those of all groups, which are nobody's."""
     return jnp.where(jnp.arange(y_RF.shape[0])[:, None] < sizes_O.sum(), y_RF, 0)

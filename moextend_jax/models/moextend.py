@@ -70,12 +70,15 @@ class MoExtend(nnx.Module):
             }
         )
 
-        dtype = config.train_dtype
+        own, frozen = config.train_dtype, config.dtype
         self.adapters = nnx.Dict(
-            {name: Adapter(config.decoder, added, rngs=rngs, dtype=dtype) for name, added in config.adapters.items()}
+            {name: Adapter(config.decoder, added, rngs=rngs, dtype=own) for name, added in config.adapters.items()}
         )
         self.blocks = nnx.Dict(
-            {name: make_blocks(config.decoder, added, rngs=rngs, dtype=dtype) for name, added in config.blocks.items()}
+            {
+                name: make_blocks(config.decoder, added, rngs=rngs, dtype=own if added.trains else frozen)
+                for name, added in config.blocks.items()
+            }
         )
 
     def __call__(self, batch: Batch, *, skip_padding: bool = False) -> Decoded:

@@ -82,6 +82,8 @@ def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
             return with_arrays(getattr(module, name), leaves)
 
         queries_qC, out_Cd, bias_d = leaf("queries"), leaf("out"), leaf("out_bias")
+        # Leaves that train may be wider than the frozen ones that states have passed.
+        x_nPC = x_nPC.astype(jnp.result_type(x_nPC, queries_qC))
         x_nqC = part("norm")(jnp.broadcast_to(queries_qC[None], (x_nPC.shape[0], *queries_qC.shape)))
         for number in range(module.config.layers):
             x_nqC = part("self_attention", number)(x_nqC, x_nqC)

@@ -129,16 +129,20 @@ def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
 
 def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:
     """States x_nQC after the first `depth` layers of a tower that has `embed` and `layers`: every device runs its own
-    inputs, which have these axes, with a layer's weights gathered while it runs."""
+    inputs, which have these axes, with a layer's weights gathered while it runs. Leaves that are wider than the inputs,
+    since they train, compute in their element type."""
     arrays, splits = module_shards(tower)
     own = shards(axes, inputs.shape)
 
+    def narrower(leaf: jax.Array) -> Any:
+        return min(leaf.dtype, inputs.dtype, key=lambda kind: kind.itemsize)
+
     def local(inputs, arrays):
-        here = {path: leaf if path.startswith("layers/") else used(path, leaf, splits[path])
+        here = {path: leaf if path.startswith("layers/") else used(path, leaf, splits[path], dtype=narrower(leaf))
                 for path, leaf in arrays.items()}  # fmt: skip
 
         def run(x_nQC: jax.Array, one_layer: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            layer = {path: used(path, leaf, splits[f"layers/{path}"].without_first())
+            layer = {path: used(path, leaf, splits[f"layers/{path}"].without_first(), dtype=narrower(leaf))
                      for path, leaf in one_layer.items()}  # fmt: skip
             return with_arrays(tower.layers, layer)(x_nQC, real=positions if short else None), None
 

@@ -18,6 +18,7 @@ from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import IMAGE, RIVALS, ExtensionConfig, ModelConfig, MoextendError, Named
 from moextend_jax.mesh import Program, leaf_maker, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
+from moextend_jax.parameters import only_chooses
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
 from moextend_jax.settings import RunSettings
@@ -48,8 +49,8 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
 
     Args:
       trains: patterns of the leaves that are to be trained. They are in `train_dtype`, and nobody else's arrays. Of the
-        others those of the base, and experts, are cast to what they compute in, so that frozen ones cost no more memory
-        than the base's.
+        others those of the base, experts and blocks are cast to what they compute in, so that frozen ones cost no more
+        memory than the base's.
     """
     names = tuple(names)
     config = grown_config(run, results.table(run.settings).grown(names))
@@ -66,7 +67,7 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
             arrays[path] = leaf.copy() if leaf.dtype == kind else leaf.astype(kind)
         elif path in run.pretrained:
             arrays[path] = leaf.astype(run.pretrained[path].dtype)
-        elif "/new_experts/" in path:
+        elif "/new_experts/" in path or (path.startswith("blocks/") and not only_chooses(path)):
             arrays[path] = leaf.astype(run.settings.dtype)
     return Opened(abstract(config), place_leaves(abstract(config), arrays, run.mesh))
 

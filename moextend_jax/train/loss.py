@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from moextend_jax.config import IGNORE, ModelConfig, Recipe
+from moextend_jax.config import IGNORE, Batch, ModelConfig, Recipe
+from moextend_jax.models import moextend
 from moextend_jax.models.mixtral import Decoded, logits
 from moextend_jax.models.moextend import targets
 from moextend_jax.models.router import Routing, probabilities
@@ -246,9 +247,30 @@ BALANCE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "released": aux_released}
 
 
-def _by_logits(routing: Routing) -> Routing:
+def _by_logits(routing: Routing, *, top_k: int) -> Routing:
     """As if experts were chosen by their logits: what transformers balances where they are not."""
-    return routing._replace(ids_Tk=jax.lax.top_k(routing.logits_TO, routing.ids_Tk.shape[-1])[1])
+    return routing._replace(ids_Tk=jax.lax.top_k(routing.logits_TO, top_k)[1])
+
+
+def _of_all(parts: Sequence[Routing]) -> Routing:
+    """Routing of layers and of blocks behind each other. Where experts are added to a token's picks, layers have more
+    of these: nobody, with weight 0, stands in for them."""
+    most, nobody = max(part.ids_Tk.shape[-1] for part in parts), parts[0].logits_TO.shape[-1]
+
+    def filled(part: Routing) -> Routing:
+        more = [(0, 0)] * (part.ids_Tk.ndim - 1) + [(0, most - part.ids_Tk.shape[-1])]
+        return part._replace(
+            ids_Tk=jnp.pad(part.ids_Tk, more, constant_values=nobody), weights_Tk=jnp.pad(part.weights_Tk, more),
+            lora_TI={}, drift_T2=None,
+        )  # fmt: skip
+
+    return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *map(filled, parts))
+
+
+def _may_choose(name: str, batch: Batch, config: ModelConfig) -> jax.Array:
+    """`[B, L]`: tokens, and no padding, that may choose what is added under this name."""
+    share_BL, real_BL = moextend.shares(batch, config)[name], batch.segments_BL > 0
+    return real_BL if share_BL is None else real_BL & ~jnp.isneginf(share_BL)
 
 
 def losses(
@@ -278,16 +300,15 @@ def losses_of(
     by_layer = load(decoded.routing, valid_T, scores=model.config.decoder.scores)
     counted, balanced = by_layer, decoded.routing
     if decoded.of_blocks is not None:
-        parts = (routing._replace(lora_TI={}, drift_T2=None) for routing in (decoded.routing, decoded.of_blocks))
-        balanced = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *parts)
+        balanced = _of_all((decoded.routing, decoded.of_blocks))
     if recipe.aux_loss == "released" and balanced.selection_TO is not None:
-        balanced = _by_logits(balanced)
+        balanced = _by_logits(balanced, top_k=model.config.decoder.top_k)
     if balanced is not decoded.routing:
         counted = load(balanced, valid_T, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](counted, config=model.config)
     total = ce + aux_coefficient * aux
     for name, probs_ZTI in decoded.routing.lora_TI.items():
-        balance = BALANCE[recipe.aux_loss](probs_ZTI, batch.segments_BL > 0)
+        balance = BALANCE[recipe.aux_loss](probs_ZTI, _may_choose(name, batch, model.config))
         total += model.config.adapters[name].balance * balance
     if decoded.routing.drift_T2 is not None:
         total += drift_per_layer(decoded.routing.drift_T2, valid_T)
