@@ -59,7 +59,8 @@ LONGEST = (
     "test_processes.py", "test_notebooks.py", "test_kernels_aot.py", "test_chain.py", "test_survival.py",
     "test_pipeline.py", "test_export_families.py", "test_export_hf.py", "test_own.py", "test_study.py",
     "test_sharded.py", "test_asking.py", "test_starts.py", "test_kernels.py", "test_cli.py", "test_step.py",
-    "test_several.py", "test_fuzz.py", "test_batches.py",
+    "test_several.py", "test_fuzz.py", "test_batches.py", "test_serve.py", "test_web.py", "test_woven.py",
+    "test_quantised.py", "test_packaging.py", "test_benchmark_run.py", "test_dump_torch.py",
 )  # fmt: skip
 """These files come first, so that no process ends with one of them while the others have nothing left."""
 

@@ -161,7 +161,7 @@ def test_sampling_is_refused(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_its_own", [False, True])
+@pytest.mark.parametrize("with_its_own", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_task_runs_unchanged_and_makes_the_table(
     run, model, direct, tmp_path, monkeypatch, capsys, with_its_own: bool
 ):

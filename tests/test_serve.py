@@ -54,7 +54,10 @@ class Served(NamedTuple):
         return self.client.chat.completions.create(messages=messages, **options)
 
 
-@pytest.fixture(scope="module", params=["moextend", "strict", "aligned"])
+BY_HAND = [pytest.param(name, marks=pytest.mark.long) for name in ("strict", "aligned")]
+
+
+@pytest.fixture(scope="module", params=["moextend", *BY_HAND])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("served")
     isolation = "strict" if request.param == "strict" else "none"

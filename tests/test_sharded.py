@@ -101,7 +101,7 @@ def on_one_device(stage: str) -> Trained:
 
 
 MARKS = {("finetune", "no data"): (), ("finetune", "no tensor"): ()} | dict.fromkeys(
-    [("align", "no data"), ("extend", "no tensor"), ("full", "no data")], pytest.mark.slow
+    [("extend", "no tensor"), ("full", "no data")], pytest.mark.slow
 )
 CASES = [
     pytest.param(stage, shape, marks=MARKS.get((stage, shape), pytest.mark.long))
@@ -168,7 +168,7 @@ def test_so_it_is_in_other_families(family: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["dinov2_with_registers", "siglip"])
+@pytest.mark.parametrize("family", ["dinov2_with_registers", pytest.param("siglip", marks=pytest.mark.long)])
 def test_so_it_is_behind_other_picture_towers(family: str):
     registers = {"registers": 3} if family == "dinov2_with_registers" else {}
     tower = dataclasses.replace(tiny.VISION, family=family, **TOWERS[family].fields, **registers)
@@ -176,7 +176,6 @@ def test_so_it_is_behind_other_picture_towers(family: str):
     mesh, arrays = sharded(MESHES["no data"], model)
     got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
     assert_same(got, three_steps("align", tiny.arrays(model), BATCHES, model=model))
-    assert got.losses != on_one_device("align").losses
 
 
 @pytest.mark.slow

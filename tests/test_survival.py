@@ -390,7 +390,7 @@ def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monke
     ("number", "code", "why"),
     [
         (signal.SIGTERM, preemption.EXIT_CODE, "told to stop"),
-        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long),
     ],
 )
 def test_the_command_line_saves_when_told_to_stop(tmp_path: Path, capsys, number: int, code: int, why: str):

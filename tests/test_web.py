@@ -306,7 +306,7 @@ def test_two_visitors_ask_see_the_tint_and_are_told_of_a_wrong_file(run: Run, pi
         assert {host.partition(":")[0] for host in hosts} == {"127.0.0.1"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_was_forgotten_during_an_answer_stays_forgotten(run: Run):
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `web`)")
     with browser.browser() as chromium, served(run.workdir, new=1500) as address:

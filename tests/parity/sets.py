@@ -35,7 +35,10 @@ NAMES = [name for name in os.environ.get("MOEXTEND_ORACLE", "").split(os.pathsep
 LEFT = ["derived"] if oracle.FOLDER.is_dir() else []
 FOLDERS = [pytest.param(name, marks=pytest.mark.slow) if name in LEFT else name for name in NAMES]
 """The same, of which the derived one, of other sizes, is left to the slow tests where the other is there."""
-LONG = [pytest.param("derived stages", marks=pytest.mark.slow) if name == "derived" else name for name in NAMES]
+LONG = [
+    pytest.param("derived stages", marks=pytest.mark.long if LEFT else pytest.mark.slow) if name == "derived" else name
+    for name in NAMES
+]
 """The same with the stages of the derived set, whose derivation takes long."""
 
 SIMPLE, COMPOSED = 1e-5, 1e-4
