@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +51,15 @@ def test_what_is_said_counts_and_an_accelerator_is_left_alone(monkeypatch: pytes
 
 def test_chains_beside_each_other_have_one_each(tmp_path, monkeypatch: pytest.MonkeyPatch):
     settings, seen = from_config_dict(load("continual")), []
-    monkeypatch.setattr(continual, "Beside", lambda settings, *_: seen.append(cpu_devices(settings)))
+
+    class Beside:
+        def __init__(self, settings: RunSettings, *_: Path):
+            seen.append(cpu_devices(settings))
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(continual, "Beside", Beside)
 
     def run(settings: RunSettings, _):
         seen.append(cpu_devices(settings))
