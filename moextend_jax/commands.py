@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -315,16 +315,16 @@ class EvalOptions(ModelOptions):
     """folder for the answers, where not WORKDIR/eval, or of a checkpoint `eval` in the current directory"""
 
 
-OF_BENCHMARKS = {"data": None, "split": None, "max_new_tokens": None, "templates": None}
-OF_TEXT_TASKS = {"tasks": (), "num_fewshot": None, "max_length": 4096, "include_path": None, "run_code": False}
-"""Options of `eval` that mean nothing to the other kind of evaluation, and their defaults."""
+OF_BENCHMARKS = ("data", "split", "max_new_tokens", "templates")
+OF_TEXT_TASKS = ("tasks", "num_fewshot", "max_length", "include_path", "run_code")
+"""Options of `eval` that mean nothing to the other kind of evaluation."""
 
 
 def eval_command(options: EvalOptions) -> None:
     if bool(options.benchmark) == options.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
-    others = OF_TEXT_TASKS if options.benchmark else OF_BENCHMARKS
-    if idle := [f"--{name}" for name, default in others.items() if getattr(options, name) != default]:
+    given = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
+    if idle := [f"--{name}" for name in (OF_TEXT_TASKS if options.benchmark else OF_BENCHMARKS) if name in given]:
         raise MoextendError(f"{', '.join(idle)} goes with {'--forgetting' if options.benchmark else '--benchmark'}")
     from moextend_jax.evaluate.benchmark import benchmark, read_exam
     from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks

@@ -167,12 +167,13 @@ def check_nothing_is_lost(record: Mapping[str, Any], links: Iterable[Link]) -> N
     media = {link.name: link.medium for link in links}
     scores: Mapping[str, Mapping[str, float]] = record["chains"]["strict"]["scores"]
     lost: dict[str, float] = {}
+    learnt = list(scores)
     for on, of in record["asked"].items():
-        since: set[str] = set()  # media of what was learnt after that
-        for after in list(scores)[list(scores).index(learnt_on(on)) + 1 :] if learnt_on(on) in scores else ():
+        own, since = learnt_on(on), set[str]()  # media of what was learnt after that
+        for after in learnt[learnt.index(own) + 1 :] if own in learnt else ():
             since.add(media[after])
-            if since.isdisjoint(of["media"]) and scores[after][on] != scores[learnt_on(on)][on]:
-                lost[f"{on} after {after}"] = scores[after][on] - scores[learnt_on(on)][on]
+            if since.isdisjoint(of["media"]) and scores[after][on] != scores[own][on]:
+                lost[f"{on} after {after}"] = scores[after][on] - scores[own][on]
     for text, losses in record["text_loss"].items():
         changed = [name for name in losses if name.startswith("moextend") and losses[name] != losses["base"]]
         lost |= {f"{name} on {text}": losses[name] - losses["base"] for name in changed}

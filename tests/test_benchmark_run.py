@@ -221,7 +221,7 @@ def test_killed_again_and_again(base, whole, tmp_path):
         had = len(path.read_bytes().splitlines()) if path.exists() else 0
         process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None:
-            if path.exists() and len(path.read_bytes().splitlines()) > had and kills < 2:
+            if path.exists() and len(path.read_bytes().splitlines()) > had and kills < 3:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1

@@ -176,6 +176,7 @@ def test_so_it_is_behind_other_picture_towers(family: str):
     mesh, arrays = sharded(MESHES["no data"], model)
     got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
     assert_same(got, three_steps("align", tiny.arrays(model), BATCHES, model=model))
+    assert got.losses != on_one_device("align").losses
 
 
 @pytest.mark.slow

@@ -148,11 +148,17 @@ def test_a_dinov2_takes_pictures_as_its_processor_makes_them(tmp_path: Path, nam
     assert open_source(src).config.vision == config_of("dinov2")
 
 
+GRIDS = {("Dinov2WithRegisters", 13): ()} | dict.fromkeys(
+    [("Dinov2WithRegisters", 40), ("Dinov2", 8)], pytest.mark.slow
+)
+
+
 @pytest.mark.parametrize(
     ("kind", "size"),
     [
-        ("Dinov2WithRegisters", 13),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("Dinov2WithRegisters", 40), ("Dinov2", 8))),
+        pytest.param(kind, size, marks=GRIDS.get((kind, size), pytest.mark.long))
+        for kind in ("Dinov2WithRegisters", "Dinov2")
+        for size in (8, 13, 17, 23, 40)
     ],
 )
 def test_positions_on_another_grid_are_those_that_transformers_takes(tmp_path: Path, kind: str, size: int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -212,7 +213,11 @@ def test_an_answer_ends_with_forget_and_mistakes_leave_the_page_usable(page: Pag
     pytest.importorskip("gradio", reason="gradio is not installed (the extra `web`)")
     done = threading.Thread()
     done.start()
-    built = blocks(page, after=done)
+
+    async def build() -> Any:
+        return blocks(page, after=done)
+
+    built = asyncio.run(build())  # outside a running event loop, gradio leaves new ones unclosed
     submit = next(event for event in built.fns.values() if event.name == "submit")
     resets = {event.targets[0]: n for n, event in built.fns.items() if event.name == "reset"}
     stops = {event.targets[0]: n for n, event in built.fns.items() if event.cancels == [submit._id]}

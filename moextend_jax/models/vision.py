@@ -130,7 +130,7 @@ def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
 def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:
     """States x_nQC after the first `depth` layers of a tower that has `embed` and `layers`: every device runs its own
     inputs, which have these axes, with a layer's weights gathered while it runs. Leaves that are wider than the inputs,
-    since they train, compute in their element type."""
+    since they train, compute as these."""
     arrays, splits = module_shards(tower)
     own = shards(axes, inputs.shape)
 

@@ -57,9 +57,9 @@ def _moved_by_fusion(one: Instruction, read: list[float], module: Module) -> flo
         result = next((line for line in inside.values() if line.root), one) if one.opcode == FUSIONS[1] else one
         written = _nbytes(result)
     if any(part.overlapped for part in inside.values()):  # what a collective waits with is handed on as it is
-        handed = {(output, operand) for output, operand in one.aliases if operand < len(read)}
-        written -= sum(_in_memory(one.arrays[output]) for output in {output for output, _ in handed})
-        read = [0.0 if index in {operand for _, operand in handed} else whole for index, whole in enumerate(read)]
+        written -= sum(_in_memory(one.arrays[output]) for output, _ in one.aliases)
+        waiting = {operand for _, operand in one.aliases}
+        read = [0.0 if index in waiting else whole for index, whole in enumerate(read)]
     return written + sum(_read(_parameter(inside, index), inside, module, whole) for index, whole in enumerate(read))
 
 

@@ -154,7 +154,11 @@ def _choice(selection: Selection | None) -> str:
         width=_width(len(selection.shift_Z)), height=2.8,
     )  # fmt: skip
     pairs = ", ".join(f"{z} ← expert {e}" for z, e in selection.copied)
-    chosen = "the layers whose routing the new data moved most (blue)" if selection.by_shift else "other layers (blue)"
+    chosen = (
+        "the layers whose routing the new data moved most (blue)"
+        if selection.by_shift
+        else "the layers that were asked for (blue)"
+    )
     return beside(
         drawn,
         "d<sub>j</sub> is the standard deviation over experts of the shift of their share in layer j: "

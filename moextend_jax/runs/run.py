@@ -242,8 +242,8 @@ def rows_of_settings(settings: RunSettings) -> list[Rows]:
 
 def evaluation_rows(settings: RunSettings) -> list[Rows]:
     """Those of `moextend evaluate` alone."""
-    asked = {results.named(settings, link.name, "evaluate"): link.name for link in settings.links}
-    rows = [Rows(f"{name}.batch_size", results.evaluate_of(settings, of).batch_size) for name, of in asked.items()]
+    names = [results.named(settings, link.name, "evaluate") for link in settings.links]
+    rows = [Rows(f"{name}.batch_size", results.group_of(settings, name).batch_size) for name in names]
     return [*rows, Rows("evaluate.text_batch_size", settings.evaluate.text_batch_size)]
 
 

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from moextend_jax.config import IGNORE, Batch, ModelConfig, Recipe
-from moextend_jax.models import moextend
+from moextend_jax.config import IGNORE, ModelConfig, Recipe
 from moextend_jax.models.mixtral import Decoded, logits
-from moextend_jax.models.moextend import targets
+from moextend_jax.models.moextend import shares, targets
 from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.models.weights import used
 from moextend_jax.sharding import Shards, map_shards, platform, shards
@@ -267,12 +266,6 @@ def _of_all(parts: Sequence[Routing]) -> Routing:
     return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *map(filled, parts))
 
 
-def _may_choose(name: str, batch: Batch, config: ModelConfig) -> jax.Array:
-    """`[B, L]`: tokens, and no padding, that may choose what is added under this name."""
-    share_BL, real_BL = moextend.shares(batch, config)[name], batch.segments_BL > 0
-    return real_BL if share_BL is None else real_BL & ~jnp.isneginf(share_BL)
-
-
 def losses(
     model, batch, *, recipe: Recipe, aux_coefficient: float, chunk: int, tokens: jax.Array | None = None
 ) -> tuple[Losses, Routing]:
@@ -307,8 +300,10 @@ def losses_of(
         counted = load(balanced, valid_T, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](counted, config=model.config)
     total = ce + aux_coefficient * aux
+    share_of = shares(batch, model.config) if decoded.routing.lora_TI else {}
     for name, probs_ZTI in decoded.routing.lora_TI.items():
-        balance = BALANCE[recipe.aux_loss](probs_ZTI, _may_choose(name, batch, model.config))
+        may_BL, share_BL = batch.segments_BL > 0, share_of[name]
+        balance = BALANCE[recipe.aux_loss](probs_ZTI, may_BL if share_BL is None else may_BL & ~jnp.isneginf(share_BL))
         total += model.config.adapters[name].balance * balance
     if decoded.routing.drift_T2 is not None:
         total += drift_per_layer(decoded.routing.drift_T2, valid_T)
