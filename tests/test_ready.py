@@ -28,10 +28,10 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import held_out_source, readers_of, source_of, unseen_source
 from moextend_jax.runs.making import make_all
 from moextend_jax.runs.models_of import Opened, text_only
-from moextend_jax.runs.ready import ready
+from moextend_jax.runs.ready import ready, row_problems
 from moextend_jax.runs.results import FIRST, Data
 from moextend_jax.runs.run import Run
-from moextend_jax.settings import EvaluateSettings, RunSettings, SelectSettings, StageSettings
+from moextend_jax.settings import EvaluateSettings, ExtensionSettings, RunSettings, SelectSettings, StageSettings
 
 ROWS = 24
 
@@ -207,6 +207,26 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     assert [row.id for row in held_out_source(run, "image") or ()] == [row.id for row in unseen]
     assert held_out_source(dataclasses.replace(run, settings=named), "image") is None  # stages train on it
     assert len(source_of(dataclasses.replace(run, settings=named), Data("finetune"))) == ROWS
+    path = f"{llava}/../{llava.name}/llava_v1_5_mix665k.json"
+    by_path = changed(run.settings, evaluate={"data": path, "split": "train"})
+    assert held_out_source(dataclasses.replace(run, settings=by_path), "image") is None
+
+
+def test_no_later_stage_sees_what_an_earlier_extension_holds_out(llava, tmp_path):
+    first = settings(llava)
+    named = dataclasses.replace(first.evaluate, data="llava_instruct")
+    later = ExtensionSettings(
+        align=first.align, extend=first.extend, finetune=first.finetune, full=first.full, evaluate=named
+    )
+    both = dataclasses.replace(first, extensions={"task": later}, mixture=first.finetune)
+    run = open_without_weights(both, tmp_path)
+    unseen = unseen_source(run, "image")
+    assert unseen is not None and unseen_source(run, "task") is None
+    for name in ("finetune", "finetune:task", "mixture"):
+        source = source_of(run, Data(name))
+        assert {row.id for row in source}.isdisjoint(row.id for row in unseen) and len(source) == 18, name
+        assert row_problems(run.settings, rows={name: 6}, layers=1) == [], name
+        assert "cannot hold out" in row_problems(run.settings, rows={name: 1}, layers=1)[0], name
 
 
 @pytest.mark.parametrize(

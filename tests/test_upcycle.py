@@ -13,7 +13,7 @@ import pytest
 import tiny_llama as llama
 from transformers import LlamaConfig
 
-from moextend_jax.checkpoints import convert, names
+from moextend_jax.checkpoints import convert, leaves, names
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.llama import llama_config
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
@@ -86,6 +86,11 @@ def test_noise_makes_experts_differ_by_what_was_asked_for(source: dict[str, Stor
         assert relative == pytest.approx(0.1, rel=0.1)
     noises = np.stack([(copy - dense).ravel() for copy in copies])
     assert np.abs(np.corrcoef(noises) - np.eye(4)).max() < 0.1  # 2048 draws each
+    config = ModelConfig(decoder=upcycled_config(llama.DENSE, experts=4, top_k=2))
+    written = leaves.match(mixture, table="mixtral", config=config, where=Path("llama"))
+    for expert, copy in enumerate(copies):  # what an import writes, which reads files in pieces
+        up = written["decoder/layers/moe/experts/w_up"].theirs((2, expert))
+        np.testing.assert_array_equal(up, copy)
 
 
 def test_noise_and_routers_come_from_the_seed_alone(source: dict[str, Stored]):

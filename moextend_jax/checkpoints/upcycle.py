@@ -118,11 +118,11 @@ def upcycle(
     result = {name: stored for name, stored in source.items() if not _FFN.fullmatch(name)}
     for (layer, matrix), name in ffn.items():
         for expert in range(experts):
-            read = source[name].read
+            copy = source[name]._replace(file=None)
             if noise:
                 read = functools.partial(noisy, name, layer, expert, list(_MATRICES).index(matrix))
-            expert_name = _EXPERT.format(layer=layer, expert=expert, matrix=_MATRICES[matrix])
-            result[expert_name] = source[name]._replace(read=read, file=None)
+                copy = copy._replace(read=read, run=None)  # a run of elements would be of the file
+            result[_EXPERT.format(layer=layer, expert=expert, matrix=_MATRICES[matrix])] = copy
     for layer in layers:
         like = source[ffn[layer, "up"]]
         shape = (experts, like.shape[-1])

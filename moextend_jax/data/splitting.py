@@ -63,9 +63,9 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
     return HoldOut(held_out, select(source, np.flatnonzero(rest)))
 
 
-def without(source: Source, unseen: Source) -> Source:
-    """The rows of a source that show no picture of `unseen`, and are none of its rows without pictures."""
-    marks = set(itertools.chain.from_iterable(marks_of(unseen)))
+def without(source: Source, *unseen: Source) -> Source:
+    """The rows of a source that show no picture of any of `unseen`, and are none of their rows without pictures."""
+    marks = {mark for of in unseen for of_row in marks_of(of) for mark in of_row}
     return select(source, [row for row, of_row in enumerate(marks_of(source)) if marks.isdisjoint(of_row)])
 
 
@@ -102,7 +102,13 @@ def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
 
         return of_part
     home = os.fspath(absolute(items.folder.path)) if items.folder else items.fingerprint
-    return lambda key: Mark(key if key.startswith("bytes ") else os.path.join(home, key), key)
+    return lambda key: Mark(key if key.startswith("bytes ") else _place(home, key), key)
+
+
+def _place(home: str, key: str) -> str:
+    """The same of all names by which `item_files.find_file` finds a file: some leave a folder `images` out."""
+    parts = os.path.normpath(os.path.join(home, key)).split(os.sep)
+    return os.sep.join(part for part in parts if part != "images")
 
 
 def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:

@@ -22,12 +22,12 @@ from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features, is_cached
-from moextend_jax.data.forms import base_split, parts_of
+from moextend_jax.data.forms import base_split, files_of, parts_of
 from moextend_jax.data.items import Chosen, Items
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
-from moextend_jax.folders import cache, folder, is_url, local
+from moextend_jax.folders import absolute, cache, folder, is_url, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract, tower_features
 from moextend_jax.parameters import with_arrays
@@ -67,7 +67,8 @@ Read = Callable[[str, str], Source]
 
 
 def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
-    """The rows of the data set that the table names, without those that are held out for evaluation.
+    """The rows of the data set that the table names, without those that are held out for evaluation, of the result's
+    extension or an earlier one.
 
     Args:
       read: in place of `open_source`, for whoever keeps data sets open.
@@ -75,9 +76,13 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     read = functools.cache(read or functools.partial(open_source, run))
     stage = results.stage_of(run.settings, data.of)
     extension = results.table(run.settings).result(data.of).extension
-    source, unseen = read(stage.data, stage.split), unseen_source(run, extension, read=read)
-    if unseen is not None:
-        source = without(source, unseen)
+    source, own = read(stage.data, stage.split), unseen_source(run, extension, read=read)
+    names = [link.name for link in run.settings.links]
+    earlier = [unseen_source(run, name, read=read) for name in names[: names.index(extension)]]
+    unseen = [held_out for held_out in (*earlier, own) if held_out is not None]
+    left = without(source, *unseen)
+    # One that earlier extensions take nothing of stays what it was before they were asked: its fingerprint is recorded.
+    source = source if own is None and len(left) == len(source) else left
     if data.part == "all":
         return source
     select = results.select_of(run.settings, extension)
@@ -102,18 +107,23 @@ def held_out_source(run: Run, extension: str) -> Source | None:
     evaluate = results.evaluate_of(run.settings, extension)
     if not evaluate.data:
         return unseen_source(run, extension)
-    names = results.table(run.settings).training()
-    stages = [results.stage_of(run.settings, name) for name in names]
-    if any(not _parts(stage).isdisjoint(_parts(evaluate)) for stage in stages):
+    names, asked = results.table(run.settings).training(), _parts(run.settings, evaluate)
+    if any(not _parts(run.settings, results.stage_of(run.settings, name)).isdisjoint(asked) for name in names):
         return None
     return open_source(run, evaluate.data, evaluate.split)
 
 
-def _parts(of: StageSettings | EvaluateSettings) -> set[tuple[str, str]]:
-    """Name and split of each data set; of those that come with a package all rows are about the same pictures."""
-    names = (part.name for part in parts_of(of.data))
-    return {(name.partition("/")[0] if is_packaged(name) else os.path.normpath(name), base_split(of.split))
-            for name in names}  # fmt: skip
+def _parts(settings: RunSettings, of: StageSettings | EvaluateSettings) -> set[Path | tuple[str, str]]:
+    """The files that its rows come from. Of data sets of a package family and split: all rows of one are about the same
+    pictures."""
+    parts = set()
+    for name in (part.name for part in parts_of(of.data)):
+        if is_packaged(name):
+            parts.add((name.partition("/")[0], base_split(of.split)))
+        else:
+            files = files_of(name, split=of.split, manual_dir=settings.manual_dir or None)
+            parts.update(map(absolute, files.paths))
+    return parts
 
 
 VALIDATION_BATCHES = 4

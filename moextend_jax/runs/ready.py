@@ -118,13 +118,15 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     problems = Problems()
     left = dict(rows)
     table = results.table(settings)
+    links = [link.name for link in settings.links]
     for name, data in ((name, _data(settings, name)) for name in rows):
-        extension = table.result(name).extension
-        evaluate, finetune = (results.group_of(settings, results.named(settings, extension, of))
-                              for of in ("evaluate", "finetune"))  # fmt: skip
-        if data is not None and not evaluate.data and results.stage_of(settings, data.of).data == finetune.data:
-            with problems:
-                left[name] -= rows_of_part(evaluate.held_out, rows[name], setting="evaluate.held_out")
+        for extension in links[: links.index(table.result(name).extension) + 1] if data is not None else ():
+            evaluate = results.evaluate_of(settings, extension)
+            finetune = results.stage_of(settings, results.named(settings, extension, "finetune"))
+            if not evaluate.data and results.stage_of(settings, data.of).data == finetune.data:
+                with problems:  # of one data set much the same rows are held out for each
+                    taken = rows_of_part(evaluate.held_out, rows[name], setting="evaluate.held_out")
+                    left[name] = min(left[name], rows[name] - taken)
     for name in left:
         data = _data(settings, name)
         if data is not None and data.part != "all" and left[name] > 0:
