@@ -236,6 +236,22 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
         open_checkpoint(tmp_path / "delta", base=folders.mixtral(tmp_path / "text", config=with_vision(BASE, None)))
 
 
+def test_a_text_extension_goes_onto_a_base_with_a_tower(tmp_path: Path, base: Path):
+    task = dataclasses.replace(tiny.EXTENSION, medium="")
+    both = with_extension(BASE, task, name="task")
+    source = open_source(base)
+    extended = source._replace(
+        record=source.record._replace(config=both),
+        leaves=source.leaves
+        | {path: leaf for path, leaf in folders.source_of(both).leaves.items() if "/task/" in path},
+    )
+    convert.export_delta(extended, tmp_path / "delta", extensions=["task"])
+    cli.call(["import", str(tmp_path / "delta"), str(tmp_path / "whole"), f"--base={base}"])
+    opened = open_checkpoint(tmp_path / "whole")
+    assert [*opened.config.extensions] == ["task"] and not opened.config.media
+    assert not any(path.startswith("media/") for path in opened.arrays)
+
+
 def test_the_settings_of_a_run_are_those_it_was_run_with_and_a_model_has_none(tmp_path: Path, base: Path):
     run_of(tmp_path / "run", base, extended=False)
     settings = settings_of(tmp_path / "run")

@@ -494,6 +494,10 @@ def test_a_tower_of_other_colours_is_refused(tmp_path: Path, said: dict[str, Any
     (folder / "preprocessor_config.json").write_text(json.dumps(said))
     with pytest.raises(MoextendError, match=f"preprocessor_config.json: {named}"):
         open_source(folder)
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": said, "patch_size": 14}))
+    with pytest.raises(MoextendError, match=f"/processor_config.json: {named}"):  # as transformers 5 writes it
+        open_source(folder)
 
 
 def test_pictures_prepared_as_published_are_fine(tmp_path: Path):

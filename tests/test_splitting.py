@@ -67,8 +67,11 @@ def test_the_choice_belongs_to_the_pictures_and_not_to_the_order_or_number_of_ro
 
 
 def test_a_picture_of_several_names_is_one():
-    rows = [source(["x.png"], ["images/x.png"], ["./x.png"], ["z/x.png"], ["images/z/x.png"], folder="a/b"),
-            source(["x.png"], ["z/./x.png"], folder="a/b/images"), source(["b/x.png"], ["b/images/x.png"], folder="a")]
+    rows = [
+        source(["x.png"], ["images/x.png"], ["./x.png"], ["z/x.png"], ["images/z/x.png"], folder="a/b"),
+        source(["x.png"], ["z/./x.png"], folder="a/b/images"),
+        source(["b/x.png"], ["b/images/x.png"], folder="a"),
+    ]
     first, second, third = ([mark.place for (mark,) in marks_of(of)] for of in rows)
     assert len({*first[:3], second[0], *third}) == 1 == len({*first[3:], second[1]})
     assert first[0] != first[3]

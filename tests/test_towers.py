@@ -26,7 +26,8 @@ from moextend_jax.checkpoints import huggingface, names, store
 from moextend_jax.checkpoints.leaves import read_slice
 from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.positions import bicubic
-from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig, of_pictures
+from moextend_jax.checkpoints.transformers_layout import export_transformers
+from moextend_jax.config import RECIPES, DecoderConfig, MoextendError, VisionConfig, of_pictures
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.media.image import prepare_image
 from moextend_jax.mesh import make_mesh
@@ -319,6 +320,9 @@ def test_siglip2_of_one_size_may_be_resized_bilinearly(tmp_path: Path):
     assert open_source(src).config.vision == config_of("siglip", resample="bilinear")
     cli.call(["import", str(src), str(tmp_path / "imported")])
     assert open_source(tmp_path / "imported").config.vision == config_of("siglip", resample="bilinear")
+    whole = of_pictures(decoder=tiny.DECODER, vision=config_of("siglip", resample="bilinear"))
+    export_transformers(folders.source_of(whole), tmp_path / "hf", recipe=RECIPES["paper"], max_shard_bytes=1 << 30)
+    assert open_source(tmp_path / "hf").config.vision == whole.vision
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,23 @@ def preprocessor(tower: VisionConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_preprocessor(path: Path, tower: VisionConfig) -> None:
-    """Refuses a preprocessor_config.json (or the part of a processor_config.json that is one) of a tower that was
-    trained on other levels: it would see wrong colours."""
-    attributes, wanted = read_json(path), preprocessor(tower)
+def _preprocessor_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """How pictures are prepared for the model of a folder, and the file that says so: `image_processor` of its
+    processor_config.json, which transformers reads first, or its preprocessor_config.json. Empty: neither says."""
+    path = folder / "processor_config.json"
+    nested = read_json(path).get("image_processor") if path.is_file() else None
+    if isinstance(nested, dict):
+        return path, nested
+    path = folder / "preprocessor_config.json"
+    attributes = read_json(path) if path.is_file() else {}
     nested = attributes.get("image_processor")
-    for name, value in (nested if isinstance(nested, dict) else attributes).items():
+    return path, nested if isinstance(nested, dict) else attributes
+
+
+def check_preprocessor(folder: Path, tower: VisionConfig) -> None:
+    """Refuses pictures prepared for a tower that was trained on other levels: it would see wrong colours."""
+    (path, attributes), wanted = _preprocessor_of(folder), preprocessor(tower)
+    for name, value in attributes.items():
         only = wanted.get(name)
         if only is not None and value is not None and not _nearly(value, only):
             raise MoextendError(
@@ -83,10 +94,9 @@ MAKERS = {"clip": "OpenAI's CLIP", "half": "SigLIP", "imagenet": "DINOv2"}
 
 
 def check_picture_size(folder: Path, tower: VisionConfig) -> None:
-    """Refuses a tower whose preprocessor_config.json makes pictures of another size than the tower takes."""
-    path = folder / "preprocessor_config.json"
-    attributes = read_json(path) if path.is_file() and not TOWERS[tower.family].resized else {}
-    for name in ("size", "crop_size"):
+    """Refuses pictures prepared in another size than the tower takes."""
+    path, attributes = _preprocessor_of(folder)
+    for name in () if TOWERS[tower.family].resized else ("size", "crop_size"):
         size = attributes.get(name)
         sides = size.values() if isinstance(size, dict) else [] if size is None else [size]
         if any(side != tower.image_size for side in sides):
@@ -97,14 +107,13 @@ def check_picture_size(folder: Path, tower: VisionConfig) -> None:
 
 
 def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
-    """The tower for pictures as the preprocessor_config.json beside it makes them, if there is one: resized by another
-    filter, or, where positions go with any grid, of another size.
+    """The tower for pictures as they are prepared beside it, where that is said: resized by another filter, or, where
+    positions go with any grid, of another size.
 
     Raises:
       MoextendError: that size is none, or smaller than a patch, or so large that its positions would fill a memory.
     """
-    path, family = folder / "preprocessor_config.json", TOWERS[tower.family]
-    attributes = read_json(path) if path.is_file() else {}
+    (path, attributes), family = _preprocessor_of(folder), TOWERS[tower.family]
     for name, number in RESAMPLES.items():
         if attributes.get("resample") == number and name in family.resamples:
             tower = dataclasses.replace(tower, resample=name)
@@ -137,8 +146,8 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
 
 
 def read_vision_config(folder: Path, *, feature_layer: int) -> VisionConfig:
-    """Sizes of the tower from the `config.json` of a vision model, or of a whole CLIP or SigLIP, for pictures as the
-    preprocessor_config.json beside it makes them."""
+    """Sizes of the tower from the `config.json` of a vision model, or of a whole CLIP or SigLIP, for pictures as they
+    are prepared beside it."""
     at = folder / "config.json"
     return as_prepared(vision_config(read_json(at), where=at, feature_layer=feature_layer), folder)
 

@@ -67,10 +67,12 @@ from moextend_jax.sharding import parameter_shardings
 EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
 """The small base that the package brings, with its tokenizer, and its tower in `vision/`."""
 
+OF_PICTURES = ("preprocessor_config.json", "processor_config.json")
+"""What says how pictures are prepared."""
+
 SIDE_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-    "processor_config.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", *OF_PICTURES,
 )  # fmt: skip
 """What lies beside weights and belongs to them."""
 
@@ -355,7 +357,9 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     below_record = below.record._replace(
         config=config, layout="delta", base=record.base, facts=record.facts, parts=known.parts
     )
-    return Source({**below.leaves, **matched}, below_record, {**below.files, **source.files}, below.notes)
+    # A delta in text over a base with a tower: the whole is a model of the delta's media.
+    leaves = {path: leaf for path, leaf in below.leaves.items() if names.row_of(path, config) is not None}
+    return Source({**leaves, **matched}, below_record, {**below.files, **source.files}, below.notes)
 
 
 def _adapter(folder: Path, wanted: _Wanted) -> Source:
@@ -623,7 +627,8 @@ def _tower_sizes(
         source = open_source(vision, feature_layer=feature_layer)
         return source.config.vision, source.record.attributes.get("vision", {})
     if attributes and isinstance(nested := attributes.get("vision_config"), dict):
-        return huggingface.vision_config(nested, where=folder / "config.json", feature_layer=feature_layer), nested
+        sizes = huggingface.vision_config(nested, where=folder / "config.json", feature_layer=feature_layer)
+        return huggingface.as_prepared(sizes, folder), nested
     if below is not None and "vision" in below.parts and below.config.vision:
         sizes = huggingface.at_layer(below.config.vision, feature_layer, where=folder)
         return sizes, below.record.attributes.get("vision", {})
@@ -653,10 +658,11 @@ def _with_tower(source: Source, vision: Path, wanted: _Wanted) -> Source:
         config=with_vision(source.config, tower.config.vision),
         attributes=source.record.attributes | {"vision": tower.record.attributes.get("vision", {})},
     )
-    # A tower folder's tokenizer is not this model's.
-    files = {name: path for name, path in tower.files.items() if name == "preprocessor_config.json"}
+    # A tower folder's tokenizer is not this model's, and how pictures were prepared for another tower is not either.
+    files = {name: path for name, path in source.files.items() if name not in OF_PICTURES}
+    files |= {name: path for name, path in tower.files.items() if name in OF_PICTURES}
     notes = (*source.notes, *tower.notes)
-    return Source({**source.leaves, **matched}, record, {**files, **source.files}, notes)
+    return Source({**source.leaves, **matched}, record, files, notes)
 
 
 def _with_projector(source: Source, projector: Path) -> Source:
@@ -715,8 +721,7 @@ def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Pat
     if not folder.is_dir():
         return {}
     files = {name: inside(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
-    if "preprocessor_config.json" in files:
-        huggingface.check_preprocessor(files["preprocessor_config.json"], tower or VisionConfig())
+    huggingface.check_preprocessor(folder, tower or VisionConfig())
     return files
 
 
