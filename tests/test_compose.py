@@ -289,6 +289,16 @@ def test_a_delta_of_several_goes_onto_a_base_that_has_their_towers(root: Path, t
         open_checkpoint(root / "speech", base=tmp_path / "other tower")
 
 
+def test_the_storage_that_deltas_were_trained_over_is_kept(root: Path, tmp_path: Path):
+    touch = dataclasses.replace(CONFIG, media=Named(touch=MEDIA["touch"]), extensions=Named(touch=EXTENSIONS["touch"]))
+    delta = export_delta(touch, root, tmp_path / "touch", expert_storage="int4 in groups of 64")
+    for words, said in (([delta], "int4 in groups of 64"), ([delta, root / "image"], "int4 in groups of 64 and as_is")):
+        out = tmp_path / f"out{len(words)}"
+        vision = ["--vision", str(root / "tower of image")] if len(words) > 1 else []
+        cli.call(["compose", str(root / "base"), *map(str, words), str(out), *vision])
+        assert open_source(out).record.facts["expert_storage"] == said
+
+
 def test_media_that_were_given_the_same_id_apart_get_ids_of_their_own(root: Path, tmp_path: Path):
     same = dataclasses.replace(MEDIA["touch"], tags=MEDIA["speech"].tags)
     config = dataclasses.replace(CONFIG, media=Named(touch=same), extensions=Named(touch=EXTENSIONS["touch"]))

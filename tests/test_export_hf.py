@@ -21,6 +21,7 @@ import pytest
 import tiny
 from local_tasks import write_tasks
 from PIL import Image
+from transformers import AutoTokenizer
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import hashes, huggingface, train_state
@@ -413,6 +414,15 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[st
         with pytest.raises(MoextendError, match=message):
             export([words[0], tmp_path / "out", "--layout", "hf", *words[1:]])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_chat_template_of_a_text_model_goes_out_wherever_it_lies(base: Path, tmp_path: Path):
+    base = shutil.copytree(base, tmp_path / "base")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    shutil.rmtree(base / "vision")
+    export([str(base), str(tmp_path / "out"), "--layout", "hf"])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
 
 
 def test_a_text_model_is_a_mixtral_and_shards_have_an_index(folders: dict[str, Path], tmp_path: Path, capsys):

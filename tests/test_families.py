@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
 
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.loading import open_checkpoint
@@ -81,6 +82,22 @@ def test_what_is_not_computed_is_refused_by_name(change: dict, message: str, tmp
     attributes = huggingface.read_json(tmp_path / "config.json")
     with pytest.raises(MoextendError, match=message):
         read(tmp_path, attributes | change)
+
+
+def test_gpt_oss_has_plain_positions_only_where_its_file_says_so(tmp_path: Path):
+    """Where it is silent, transformers takes YaRN's of factor 32."""
+    plain = dataclasses.replace(DECODERS["gpt-oss-20b"], yarn=None)
+    huggingface.write_decoder_config(tmp_path, plain, dtype="bfloat16")
+    attributes = huggingface.read_json(tmp_path / "config.json")
+    assert read(tmp_path, attributes) == plain
+    rope = {"rope_type": "default", "rope_theta": attributes.pop("rope_theta")}
+    del attributes["rope_scaling"]
+    assert read(tmp_path, attributes | {"rope_parameters": rope}) == plain
+    for silent in ({}, {"rope_scaling": None}):
+        with pytest.raises(MoextendError, match="nothing of rotary positions, where transformers takes YaRN's"):
+            read(tmp_path, attributes | silent | {"rope_theta": 1.5e5})
+    config = AutoConfig.for_model("gpt_oss", rope_scaling={"rope_type": "default"}, rope_theta=1.5e5)
+    assert config.rope_parameters["rope_type"] == "default"
 
 
 def read(folder: Path, attributes: dict) -> DecoderConfig:

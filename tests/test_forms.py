@@ -277,6 +277,8 @@ def test_what_datasets_itself_saves_is_read(tmp_path: Path, wanted: dict[str, np
     datasets.DatasetDict({"train": data, "validation": picked}).save_to_disk(tmp_path / "both")
     both = {split: open_dataset(str(tmp_path / "both"), split=split, data_dir=tmp_path) for split in ("train", "val")}
     assert read(both["train"]) == read(both["val"])[::-1] and len(both["train"]) == 6
+    again = open_dataset(str(tmp_path / "both"), split="validation[:2]", data_dir=tmp_path)
+    assert read(again) == read(both["val"])[:2]
     assert_same(batch_arrays(both["train"]), wanted)
     for split, message in [("test", "no split 'test'; there are train, validation"), ("train[:2", "no split")]:
         with pytest.raises(MoextendError, match=message):

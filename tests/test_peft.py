@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import folders
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -19,7 +20,7 @@ from moextend_jax import cli
 from moextend_jax.checkpoints import peft
 from moextend_jax.checkpoints.loading import open_checkpoint
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
-from moextend_jax.config import MoextendError
+from moextend_jax.config import AdapterConfig, MoextendError, Named
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.models_of import open_model
@@ -174,6 +175,15 @@ def test_rslora_is_lora_with_another_alpha(exported: Path, run, tmp_path: Path):
     attributes = json.loads((exported / peft.CONFIG).read_text())
     (tmp_path / "rs" / peft.CONFIG).write_text(json.dumps(attributes | {"use_rslora": True}))
     assert opened(tmp_path / "rs", run).config.adapters["lora"].scale == pytest.approx(6 / 3**0.5)
+
+
+def test_a_share_is_written_as_part_of_alpha(run, tmp_path: Path):
+    part = AdapterConfig(rank=3, alpha=6.0, share=0.5, experts="per_expert")
+    leaves = folders.source_of(dataclasses.replace(run.config, adapters=Named({"half": part}))).leaves
+    own = {
+        path.removeprefix("adapters/half/"): leaf for path, leaf in leaves.items() if path.startswith("adapters/half/")
+    }
+    assert peft.planned(own, part, run.config.decoder)[1]["lora_alpha"] == 3.0
 
 
 def test_tensors_that_do_not_belong_and_a_missing_base(exported: Path, run, tmp_path: Path):

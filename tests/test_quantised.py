@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from tiny import few
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import hashes, quantising, train_state
+from moextend_jax.checkpoints import convert, hashes, quantising, train_state
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.commands import whole_run
@@ -200,7 +200,7 @@ def test_what_is_imported_in_few_bits_has_the_bits_of_what_is_read_in_few_bits(k
     assert size[quantising.MATRICES[0]] == 16 * bits // 8 + 16 // group * STORAGES[kind].scale_dtype.itemsize
 
 
-def test_what_is_in_few_bits_is_refused_as_anything_else(imported, capsys: pytest.CaptureFixture[str]):
+def test_what_is_in_few_bits_is_refused_as_anything_else(imported, capsys, monkeypatch: pytest.MonkeyPatch):
     base, bring_in = imported
     folder = bring_in("few", "--storage", "int4", "--group", "8")
     how = "the experts are in int4 in groups of 8, as they were imported: set expert_storage=int4 and expert_group=8"
@@ -213,6 +213,9 @@ def test_what_is_in_few_bits_is_refused_as_anything_else(imported, capsys: pytes
             cli.main([str(word) for word in words])
         assert exit.value.code == 2 and how in capsys.readouterr().err
         assert not folder.with_name("out").exists()
+    with pytest.raises(MoextendError, match=how), monkeypatch.context() as patch:
+        patch.setattr(convert, "watched", lambda *_: pytest.fail("something was to be written"))
+        convert.import_source(open_source(folder), folder.with_name("out"))
     for words, message in (
         (["--storage", "int4", "--dtype", "bfloat16"], "leave --dtype out"),
         (["--group", "8"], "--group goes with --storage"),

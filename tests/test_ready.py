@@ -8,6 +8,7 @@ import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import held_out_source, readers_of, source_of, unseen_source
 from moextend_jax.runs.making import make_all
 from moextend_jax.runs.models_of import Opened, text_only
-from moextend_jax.runs.ready import ready, row_problems
+from moextend_jax.runs.ready import Stage, _measure, _reading, ready, row_problems
 from moextend_jax.runs.results import FIRST, Data
 from moextend_jax.runs.run import Run
 from moextend_jax.settings import EvaluateSettings, ExtensionSettings, RunSettings, SelectSettings, StageSettings
@@ -102,6 +103,19 @@ def test_the_longest_conversation_and_the_one_with_most_pictures_fit(llava, tmp_
     rewrite(llava, change)
     finetune = ready(open_without_weights(settings(llava), tmp_path), ["finetune"]).settings.finetune
     assert finetune.images_per_row == 3 and 100 < finetune.length <= 128
+
+
+@pytest.mark.parametrize(
+    ("shown", "room", "looked_at"), [((), 0, 4096), ("ab", 0, None), ("ab", 2, 4096), ("ab", None, 4096)]
+)
+def test_few_rows_are_looked_at_only_where_no_room_depends_on_all(llava, tmp_path, monkeypatch, shown, room, looked_at):
+    stage = {"length": 32, "images_per_row": 1, "items_per_row": {} if room is None else {"sound": room}}
+    run = open_without_weights(settings(llava, finetune=stage), tmp_path)
+    monkeypatch.setattr("moextend_jax.runs.ready.measure", lambda *_, most, **__: most)
+    sound = {} if room is None else {"sound": shown}
+    source = SimpleNamespace(items={"image": "abc"} | sound)
+    reading = _reading(run.settings, Stage("finetune", Data("finetune")))
+    assert _measure(run, lambda *_: source, reading) == looked_at
 
 
 def test_steps_of_packed_rows_are_those_that_packing_makes(llava, tmp_path):

@@ -153,8 +153,10 @@ def fits(field: str, value: Any) -> bool:
 
 def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     """Where transformers 5 writes rope_theta and the part that is turned inside `rope_parameters`, they are taken out;
-    a `rope_scaling` that scales nothing may be there too, and a head_dim of null, which is none."""
-    attributes = {name: value for name, value in attributes.items() if name != "head_dim" or value is not None}
+    a `rope_scaling` that scales nothing may be there too, which is None then. A head_dim or rope_scaling of null is
+    none."""
+    silent = ("head_dim", "rope_scaling")
+    attributes = {name: value for name, value in attributes.items() if name not in silent or value is not None}
     for name in ("rope_parameters", "rope_scaling"):
         rope = attributes.get(name)
         if not isinstance(rope, dict):
@@ -166,8 +168,7 @@ def decoder_attributes_of(attributes: Mapping[str, Any], *, where: Path) -> dict
             raise MoextendError(f"{where}: {name} = {shown(rope)} cannot be honoured (only plain rotary positions)")
         attributes.pop(name)
         attributes |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
-        if kind == "yarn":
-            attributes["rope_scaling"] = {"rope_type": "yarn", **scaled}
+        attributes["rope_scaling"] = {"rope_type": "yarn", **scaled} if kind == "yarn" else None
     return attributes
 
 

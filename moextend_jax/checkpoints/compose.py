@@ -190,6 +190,8 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
     record["deltas"] = [part.identity for part in deltas]
     facts = _how_to_ask(deltas) | {"text_isolation": config.text_isolation, "composed": record}
     facts |= {"changed": sorted(path for _, path in changed)} if changed else {}
+    stored = dict.fromkeys(str(part.record.facts.get("expert_storage", "as_is")) for part in deltas)
+    facts |= {"expert_storage": " and ".join(stored)} if [*stored] != ["as_is"] else {}
     leaves = dict(base.leaves)
     for part in deltas:
         leaves |= part.leaves

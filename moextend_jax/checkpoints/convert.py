@@ -143,6 +143,7 @@ def import_source(
     check_routers(source)
     if storage and not any(path in quantising.MATRICES for path in source.leaves):
         raise MoextendError("--storage is for pretrained experts, and there are none")
+    quantising.check_readable(source.leaves)
     quantising.check(source.config.decoder, storage, one_device())
     planned = store.tensors_of(source.leaves, dtype=dtype, storage=storage)
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:

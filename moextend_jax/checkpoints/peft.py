@@ -139,7 +139,7 @@ def planned(
         modules[factor.name.rsplit(".", 3)[1]] = None
     attributes = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": adapter.rank,
-        "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "lora_alpha": adapter.alpha * adapter.share, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "use_rslora": False, "use_dora": False, "target_modules": [*modules],
     }  # fmt: skip
     return tensors, attributes

@@ -151,6 +151,13 @@ def opened(leaf: Leaf, how: Quantised, stored: Mapping[str, Stored], claims: Map
     return leaf._replace(ours=unreadable, theirs=unreadable, part=unreadable, few_bits=few_bits)
 
 
+def check_readable(leaves: Mapping[str, Leaf]) -> None:
+    """Refuses, before anything is written, leaves whose values `opened` does not have."""
+    for leaf in leaves.values():
+        if leaf.few_bits is not None:
+            raise _unreadable(leaf.where, leaf.few_bits.how)
+
+
 def _unreadable(where: str, how: Quantised) -> MoextendError:
     return MoextendError(
         f"{where}: the experts are in {how.kind} in groups of {how.group}, as they were imported: set "

@@ -117,6 +117,9 @@ def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe:
         if not writes_bos(template, tokenizer, files):  # and so nobody else may write one before a chat
             files = files._replace(content=files.content | {"post_processor": None})
             files.settings["add_bos_token"] = False
+    elif (at := Path(tokenizer.where) / "tokenizer_config.json").is_file():
+        own = huggingface.read_json(at)  # its chat template may lie here alone
+        files.settings.update((name, own[name]) for name in ("chat_template",) if name in own)
     folder.json_files.update({"tokenizer.json": files.content, "tokenizer_config.json": files.settings})
 
 

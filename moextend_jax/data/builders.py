@@ -36,7 +36,7 @@ from moextend_jax.config import Medium, MoextendError
 from moextend_jax.data import easy_vqa
 from moextend_jax.data.entries import Content, Entry, read_entries
 from moextend_jax.data.faults import Fault, unknown_medium
-from moextend_jax.data.forms import Files
+from moextend_jax.data.forms import SPLITS, Files, base_split
 from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.made_sounds import FAMILIES
 from moextend_jax.data.shards import Span
@@ -377,16 +377,20 @@ def build(builder: tfds.core.DatasetBuilder) -> None:
 
 
 def open_built(builder: Any, split: str, *, name: str) -> Built:
-    """Builds the files where they are not there yet; `name` is the data set's, for messages."""
+    """Builds the files where they are not there yet; `name` is the data set's, for messages. Where the split was built
+    under another of its names, it is found under that."""
     build(builder)
+    base = base_split(split)
+    same = [other for other in builder.info.splits if SPLITS.get(other, other) == SPLITS.get(base, base)]
+    if base not in same and len(same) == 1:
+        split, base = same[0] + split[len(base) :], same[0]
     try:
         rows = builder.as_data_source(split=split)
     except ValueError as error:
         splits = builder.info.splits
-        base = split.partition("[")[0]
         rows = f"; {base} has {splits[base].num_examples} rows" if base in splits else ""
         raise MoextendError(f"data set {name} has no split {split!r}; there are {', '.join(splits)}{rows}") from error
-    notes = builder.info.metadata[split.partition("[")[0]]
+    notes = builder.info.metadata[base]
     faults = [Fault(*fault) for fault in notes["faults"].values()]
     return Built(rows, faults, notes["fingerprint"], notes["stored"], notes.get("marks", {}))
 

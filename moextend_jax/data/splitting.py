@@ -7,7 +7,6 @@ another order, move no picture to the other side unless the number that is held 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections import defaultdict

@@ -1,6 +1,7 @@
 """gpt-oss: attention sinks, windows in every other layer, YaRN, biases everywhere, a clamped unit; gate and up of all
 experts lie in one tensor, an element of each in turn, input axis first."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
@@ -34,8 +35,16 @@ def _yarn(value: Any) -> Any:
     return YarnConfig(**{field: value[name] for name, field in _YARN_FIELDS.items() if name in value})
 
 
-def _rope_scaling(yarn: YarnConfig) -> dict[str, Any]:
+def _rope_scaling(yarn: YarnConfig | None) -> dict[str, Any]:
+    if yarn is None:
+        return {"rope_type": "default"}
     return {"rope_type": "yarn", **{name: getattr(yarn, field) for name, field in _YARN_FIELDS.items()}}
+
+
+def _refusal(attributes: Mapping[str, Any]) -> str:
+    if "rope_scaling" in attributes:
+        return ""
+    return "it says nothing of rotary positions, where transformers takes YaRN's: write rope_scaling out"
 
 
 _ATTENTION, _BLOCK = "model.layers.{Z}.self_attn.", "model.layers.{Z}.mlp."
@@ -92,4 +101,5 @@ FAMILY = Family(
         Fused(_GATE_UP + "_bias", ("gate", "up"), interleaved=True),
         Fused(_DOWN + "_bias", ("down",)),
     ),
+    refusal=_refusal,
 )  # fmt: skip

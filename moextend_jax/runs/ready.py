@@ -27,7 +27,7 @@ from moextend_jax.runs.run import Run
 from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, StageSettings
 
 LOOKED_AT = 4096
-"""Conversations of each data set that are encoded before the first step, where no length depends on all of them;
+"""Conversations of each data set that are encoded before the first step, where no length or room depends on all;
 `moextend data check` reads every one."""
 
 Check = Callable[[Run], None]
@@ -241,15 +241,20 @@ def _reading(settings: RunSettings, stage: Stage) -> Reading:
 def _measure(run: Run, read: Read, reading: Reading) -> Measured:
     fields = reading._asdict()
     feeds, items = fields.pop("feeds"), dict(fields.pop("items_per_row"))
-    return measure(
+    source, stage = (
         read(reading.data, reading.split),
-        stage=StageSettings(steps=1, batch_size=1, items_per_row=items, **fields),
+        StageSettings(steps=1, batch_size=1, items_per_row=items, **fields),
+    )
+    rooms = (stage.room(name) for name, shown in source.items.items() if len(shown))
+    return measure(
+        source,
+        stage=stage,
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
         media=run.config.media,
         faults=run.settings.faults,
         parts=feeds,
-        most=LOOKED_AT if reading.length and reading.images_per_row else None,
+        most=LOOKED_AT if reading.length and all(rooms) else None,
     )
 
 
