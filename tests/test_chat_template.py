@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import tiny_tokens
+import tokenizers
+from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from moextend_jax.checkpoints.chat_template import chat_template
@@ -68,3 +70,14 @@ def test_what_transformers_cannot_be_told_is_refused(tmp_path: Path):
     ours = load_tokenizer(tiny_tokens.write_llama(tmp_path, legacy=True))
     with pytest.raises(MoextendError, match="no chat template makes transformers give the ids"):
         exported(tmp_path, ours)
+
+
+def test_a_vocabulary_of_scores_goes_out_where_no_tags_are_asked_for(tmp_path: Path):
+    made = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "▁abc")], unk_id=0))
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "<unk>"}))
+    ours = load_tokenizer(tmp_path, rows=20)
+    assert tokenizer_files(tmp_path, ours, sees=False).content["model"]["vocab"][2] == ["▁", -2.0]
+    with pytest.raises(MoextendError, match="Unigram has no place for image tags"):
+        tokenizer_files(tmp_path, ours, sees=True)

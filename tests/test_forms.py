@@ -659,6 +659,9 @@ def test_a_mixture_is_spelt_with_commas_and_weights(tmp_path: Path):
     assert parts_of("gs://b/a.json,a:b.json") == [Part("gs://b/a.json"), Part("a:b.json")]
     odd = write(tmp_path / "a,b.json:3", "[]")
     assert parts_of(str(odd)) == [Part(str(odd))]
+    long = [f"{'x' * 200}/{n}.json" for n in range(30)]  # longer than any path
+    assert parts_of(",".join(long)) == list(map(Part, long))
+    assert parts_of(",".join(f"{name}:2" for name in long)) == [Part(name, 2) for name in long]
     for text, message in [
         ("a:1,b", "give every data set a weight, or none"), ("a,,b", "empty name"), (":3", "empty name"),
         ("a:0", "a weight must be above 0"), ("a:nan", "above 0"), ("a:inf", "above 0"), ("", "no data is named"),

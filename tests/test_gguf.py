@@ -247,6 +247,10 @@ def test_text_is_cut_as_the_file_says(tmp_path: Path):
         assert pieces(tmp_path / pre, "  12") == cut, pre
     write_tokenizer(byte_level(add_bos_token=True), tmp_path / "bos")
     assert pieces(tmp_path / "bos", "a") == ["<|user|>", "a"]
+    for pre, begins in (("llama-bpe", True), ("smollm", False)):  # where the file does not say
+        silent = {name: value for name, value in byte_level(pre=pre).items() if "add_bos" not in name}
+        write_tokenizer(silent, tmp_path / f"silent {pre}")
+        assert pieces(tmp_path / f"silent {pre}", "a") == ["<|user|>"] * begins + ["a"]
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,11 @@ _LLAMA3 = pre_tokenizers.Sequence(
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 )
+_BEGIN = ("llama-bpe", "llama3", "llama-v3")
+"""Texts of these begin with their first token where the file does not say, as llama.cpp has it."""
 PRE_TOKENIZERS = {
     "gpt-2": _WORDS, "smollm": _SINGLE_DIGITS, "starcoder": _SINGLE_DIGITS, "refact": _SINGLE_DIGITS,
-    "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3,
-}  # fmt: skip
+} | dict.fromkeys(_BEGIN, _LLAMA3)  # fmt: skip
 """How text is cut before merging, by `tokenizer.ggml.pre`. Another cut gives other ids, so none is guessed."""
 
 
@@ -65,7 +66,8 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> list[Path]:
         raise MoextendError("the GGUF's tokenizer has no tokens, or one without a letter")
     settings: dict[str, Any] = {f"{role}_token": tokens[id] for role, id in ids.items() if id is not None}
     settings["clean_up_tokenization_spaces"] = False
-    settings["add_bos_token"] = add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
+    begins = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _BEGIN
+    settings["add_bos_token"] = add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = template = metadata["tokenizer.chat_template"]
         if not isinstance(template, str):

@@ -80,9 +80,9 @@ def _with_tags(content: dict[str, Any], tags: Mapping[int, str]) -> dict[str, An
     model = content["model"]
     own = {token["id"]: token for token in content["added_tokens"]}
     vocabulary = model["vocab"]
-    if not isinstance(vocabulary, dict):
+    if tags and not isinstance(vocabulary, dict):
         raise MoextendError("a tokenizer.json of kind Unigram has no place for image tags")
-    by_id = {id: piece for piece, id in vocabulary.items()}
+    by_id = {id: piece for piece, id in vocabulary.items()} if tags else {}
     for id, name in tags.items():
         if id in own:
             own[id] |= {"content": name, "special": True, "normalized": False}

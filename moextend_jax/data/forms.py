@@ -63,7 +63,7 @@ def parts_of(text: str) -> list[Part]:
     """`a.json:0.7,b.parquet:0.3`, or one name or path."""
     if not text:
         raise MoextendError("no data is named; say --data FILE, and --images FOLDER for its pictures")
-    if "," in text and "://" not in text and Path(text).exists():
+    if "," in text and "://" not in text and os.path.exists(text):
         return [Part(text)]
     parts = [_part(part.strip()) for part in re.split(r",(?![^{]*\})", text)]
     if len(parts) > 1 and 0 < sum(part.weight is None for part in parts) < len(parts):
@@ -79,7 +79,7 @@ def _part(text: str) -> Part:
         weight = float(number)
     except ValueError:
         return Part(text)
-    if not mark or ("://" not in text and Path(text).exists()):
+    if not mark or ("://" not in text and os.path.exists(text)):
         return Part(text)
     if not 0 < weight < math.inf:
         raise MoextendError(f"data = {text!r}: a weight must be above 0")
