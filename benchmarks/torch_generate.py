@@ -163,7 +163,7 @@ def main() -> None:
         model = Model(args.folder, experts=experts, feature_layer=asked["feature_layer"]).eval()
         for rows in (args.rows,) if args.rows else ROWS:
             answer(model, prompts[:rows], rows=rows, asked=asked)
-            trials.append((timed(model, prompts[:TRIAL], rows=rows, asked=asked)[1], rows, experts, model))
+            trials.append((timed(model, prompts[:TRIAL], rows=rows, asked=asked)[0], rows, experts, model))
     _, rows, experts, model = min(trials, key=lambda trial: trial[0])
     wall, cpu, said = timed(model, prompts, rows=rows, asked=asked)
     print(

@@ -260,6 +260,11 @@ class ChatOptions(SpeakOptions):
     """of the page; 0 takes a free one"""
 
 
+def given(options: Any) -> set[str]:
+    """Names of the options that are not as they are where nobody says them."""
+    return {field.name for field in fields(options) if getattr(options, field.name) != field.default}
+
+
 def chat(options: ChatOptions) -> None:
     from moextend_jax.generate import Sampling
 
@@ -279,6 +284,8 @@ def chat(options: ChatOptions) -> None:
             raise MoextendError(f"the page has no model {start}: choose of {', '.join(models)}")
         serve(Page(models=models, start=start, **said), host=options.host, port=options.port)
         return
+    if idle := [f"--{name}" for name in given(options) if name in ("host", "port")]:
+        raise MoextendError(f"{', '.join(idle)} goes with --web")
     from moextend_jax.evaluate.chat import chat_command
     from moextend_jax.runs.askable import open_place
 
@@ -323,8 +330,8 @@ OF_TEXT_TASKS = ("tasks", "num_fewshot", "max_length", "include_path", "run_code
 def eval_command(options: EvalOptions) -> None:
     if bool(options.benchmark) == options.forgetting:
         raise MoextendError("eval: say --benchmark NAME or --forgetting (or `moextend eval score`)")
-    given = {field.name for field in fields(options) if getattr(options, field.name) != field.default}
-    if idle := [f"--{name}" for name in (OF_TEXT_TASKS if options.benchmark else OF_BENCHMARKS) if name in given]:
+    others = OF_TEXT_TASKS if options.benchmark else OF_BENCHMARKS
+    if idle := [f"--{name}" for name in others if name in given(options)]:
         raise MoextendError(f"{', '.join(idle)} goes with {'--forgetting' if options.benchmark else '--benchmark'}")
     from moextend_jax.evaluate.benchmark import benchmark, read_exam
     from moextend_jax.evaluate.forgetting import TASKS, base_and, forgetting, read_tasks

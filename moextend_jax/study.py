@@ -95,6 +95,10 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
     points = {name: with_words(plain, own, what=f"study: {name}") for name, own in words.items()}
     if chained := [name for name, own in points.items() if own.chains]:
         raise MoextendError(f"study: {', '.join(chained)} has chains, and a point is one run: leave chains out")
+    if seeded := [name for name, own in points.items() if own.seed != plain.seed]:
+        raise MoextendError(
+            f"study: {', '.join(seeded)} sets seed, and every point has all of study.seeds: leave it out"
+        )
     figures: dict[str, dict[int, dict[str, float]]] = {name: {} for name in points}
     started = time.perf_counter()
     for seed in seeds:

@@ -1,7 +1,8 @@
 """Runs each command that runs a model on four CPU devices, notes the programs it calls, compiles these for v5e:2x2.
 
-In, as a script: an empty FOLDER. Out: a line per program that compiled; an error of the compiler ends it. This is how a
-program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found without one.
+In, as a script: an empty FOLDER. Out: a line per program that went through; an error of the compiler ends it. This is
+how a program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found without
+one.
 """
 
 from __future__ import annotations
@@ -120,12 +121,18 @@ def run(folder: Path) -> None:
 
 
 def compile_all() -> None:
+    """Lowers every program, and compiles of those that differ in rows and lengths alone the first, in half the time."""
+    compiled: set[tuple[str, Any]] = set()
     for name, (command, function, options, arguments, named) in NOTED.items():
         options = {
             key: jax.tree.map(on_tpus, value) if key == "out_shardings" else value for key, value in options.items()
         }
-        print(f"{command}: {name.split(' ')[0]}", flush=True)
-        mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named).compile()
+        lowered = mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named)
+        kind = name.split(" ")[0], jax.tree.structure((arguments, named))
+        if kind not in compiled:
+            lowered.compile()
+        print(f"{command}: {kind[0]}{'' if kind not in compiled else ', lowered'}", flush=True)
+        compiled.add(kind)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from moextend_jax.api import shown
 from moextend_jax.evaluate.questions import prompt_of
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.speak import picture as read_picture
-from moextend_jax.evaluate.speak import show
+from moextend_jax.evaluate.speak import show, speak
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.run import Run
@@ -144,6 +145,8 @@ def test_every_wrong_argument_is_a_line(model: mx.Model, run: Run, picture: Path
         "sound": ["a.wav"], "x": [picture], "y": [b"wav"]
     }  # fmt: skip
     base: Any = mx.open(run.workdir, model="base")
+    silent = dataclasses.replace(askable(run, "base").tokenizer, bos=None)
+    mute = dataclasses.replace(askable(run, "base"), read_tokenizer=lambda: silent)
     any_model, any_mx, hi = cast(Any, model), cast(Any, mx), {"role": "user", "content": "Hi"}
     wrongs: list[tuple[str, Callable[[], Any]]] = [
         ("max_new_tokens = 0 must be", lambda: model.generate("Hi", max_new_tokens=0)),
@@ -159,6 +162,7 @@ def test_every_wrong_argument_is_a_line(model: mx.Model, run: Run, picture: Path
         ("items: sound is no file and no list", lambda: any_model.generate("Hi", items={"sound": 3})),
         ("both image and items", lambda: model.generate("Hi", picture, items={"image": picture})),
         ("text that is not UTF-8", lambda: base.generate("\ud800")),
+        ("a prompt without tokens", lambda: "".join(speak(mute, "", items={}, max_new_tokens=1))),
         ("messages are no list", lambda: any_model.chat(hi)),
         ("a message is a str", lambda: any_model.chat(["Hi"])),
         ("content is neither", lambda: model.chat([{"role": "user", "content": 3}])),

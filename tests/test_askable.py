@@ -7,7 +7,10 @@ import dataclasses
 import io
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from moextend_jax.evaluate import chat, speak
 from moextend_jax.evaluate.forgetting import base_and
 from moextend_jax.evaluate.routed import routing_of
 from moextend_jax.routing.command import CollectOptions, _batches
-from moextend_jax.runs.askable import Askable, askable, evaluating, open_place
+from moextend_jax.runs.askable import Askable, _once, askable, choices, evaluating, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run, open_run
 
@@ -182,6 +185,45 @@ def test_an_extended_checkpoint_is_held_against_itself_without_its_extension(run
     assert [one.name for one in base_and(open_place(Place(checkpoint=Path(run.settings.base))))] == ["base"]
 
 
+def test_a_checkpoint_called_base_is_not_taken_for_the_base_inside_it(run: Run, tmp_path: Path):
+    place = exported(run, "delta", tmp_path)
+    place = Place(checkpoint=place.folder.rename(tmp_path / "base"), base=place.base)
+    opened = open_place(place)
+    assert opened.name == f"{tmp_path.name}-base" and opened.config.extensions
+    assert [one.name for one in base_and(opened)] == ["base", opened.name]
+    assert [*choices(place)] == [opened.name, "base"]
+
+
+def test_answers_to_another_template_are_those_of_another_model(run: Run, tmp_path: Path):
+    base = shutil.copytree(run.settings.base, tmp_path / "base")
+    first, again = (open_place(Place(checkpoint=base)).identity for _ in range(2))
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    other = open_place(Place(checkpoint=base)).identity
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert first == again and len({first, other, open_place(Place(checkpoint=base)).identity}) == 3
+
+
+def test_experts_in_few_bits_stay_as_they_are_stored(tmp_path: Path):
+    own = random_run.random_run(tmp_path, expert_storage="int4", expert_group=8)
+    kinds = {path: leaf.dtype for path, leaf in askable(own, "moextend").arrays.items() if "/experts/w_" in path}
+    cast = askable(own, "moextend", dtype="float16").arrays
+    assert {path: cast[path].dtype for path in kinds} == kinds and any("int4" in str(kind) for kind in kinds.values())
+    assert cast["decoder/embed"].dtype == np.float16
+
+
+def test_of_several_threads_one_opens_a_model():
+    opened = []
+
+    def slow() -> Any:
+        opened.append(threading.get_ident())
+        time.sleep(0.05)
+        return len(opened)
+
+    once = _once(slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda _: once(), range(4))] == [1] * 4 and len(opened) == 1
+
+
 def test_prompts_come_from_standard_input_and_answers_as_json(run: Run, trained: Askable, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("Which is it?\n\nHi\n"))
     cli.call(["generate", "-", "--json", "--max_new_tokens=6", "--workdir", str(run.workdir)])
@@ -280,6 +322,19 @@ def test_a_mistake_ends_the_answer_and_not_the_chat(trained: Askable, run: Run, 
     text = talk(trained, "<image> which?", "Hello")
     assert "1 <image> marks in the questions but 0 images" in text and heard == ["0: Hello"]
     assert "cannot see" in talk(askable(run, "base"), "/image some.png")
+
+
+def test_an_answer_that_spells_a_mark_is_remembered_without_it(trained: Askable, monkeypatch: pytest.MonkeyPatch):
+    asked: list[list[str]] = []
+
+    def answering(opened, turns, *, items, **options):
+        speak.encoded(opened, turns, spans={}, plain=options["plain"])
+        asked.append([turn["value"] for turn in turns])
+        yield from ("an <image>", "\nof it")
+
+    monkeypatch.setattr(chat, "speak", answering)
+    shown = talk(trained, "Hello", "And now?")
+    assert asked[1] == ["Hello", "an of it", "And now?"] and shown.count("an <image>\nof it") == 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

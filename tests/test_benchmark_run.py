@@ -265,6 +265,13 @@ def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert scores["answered_now"] == 0 and scores["headline"]["value"] == first["models"]["aligned"]["look"]
     other = dict(first, models={"moextend": {"as_is": 50.0, "brief": 40.0, "look": 60.0}})
     (out / "wordings" / "easy_vqa.json").write_text(json.dumps(other))
+    alone = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
+    assert [*alone["models"]] == ["aligned"]  # of the other no answers lie there
+    for name, score in other["models"]["moextend"].items():
+        folder = out / "wordings" / name / "easy_vqa" / "moextend"
+        folder.mkdir()
+        (folder / "scores.json").write_text(json.dumps({"headline": {"value": score}}))
+    (out / "wordings" / "easy_vqa.json").write_text(json.dumps(other))
     both = ask_wordings(askable(run, "aligned"), exam, templates, out=out)
     assert [*both["models"]] == ["moextend", "aligned"] and "gain %" in capsys.readouterr().out
     fewer = ask_wordings(askable(run, "aligned"), exam, {"as_is": "{question}"}, out=out)

@@ -16,6 +16,7 @@ from moextend_jax.evaluate.benchmarks import easy_vqa, gqa, mcub, mmbench, mme, 
 from moextend_jax.evaluate.benchmarks.question import Answered, Question
 from moextend_jax.evaluate.benchmarks.scores import Scores
 from moextend_jax.evaluate.benchmarks.vqa_text import agreement, normalise, normalise_m4c, vqa_accuracy
+from moextend_jax.evaluate.wordings import worded
 
 
 @pytest.fixture(scope="session")
@@ -353,6 +354,11 @@ def test_mmbench_counts_questions_right_in_all_rotations(tmp_path: Path):
     scores = scored("mmbench", tmp_path, ["A", "dog", "a."])  # "dog" is a part of two choices
     assert list(scores.points) == [1, 0, 0] and scores.headline is not None and scores.headline.value == 0
     assert "33.33" in scores.notes[0] and scores.notes[1].startswith("1 answers name no choice")
+    some = [Answered(question, text) for question, text in zip(questions, ["A", "hot"], strict=False)]
+    scores = table.score("mmbench", some, tmp_path)  # the first question's other rotation was not asked
+    assert row(scores, "all")["questions"] == 1 and row(scores, "food")["circular accuracy %"] == 100
+    assert scores.notes[-1].startswith("1 questions without all of their rotations are left out")
+    assert table.score("mmbench", some[:1], tmp_path).headline is None
 
 
 def test_mmbench_in_chinese_lies_in_either_folder(tmp_path: Path):
@@ -490,6 +496,17 @@ def test_mme_prints_perception_when_all_of_it_is_there(tmp_path: Path):
     scores = scored("mme", tmp_path, ["Yes", "No"] * 14)
     assert scores.headline == ("perception", 2000) and row(scores, "cognition")["score"] == 800
     assert row(scores, "total")["score"] == 2800 and not scores.notes
+
+
+def test_a_wording_is_scored_as_the_question_that_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mme_files(tmp_path, dict.fromkeys((*mme.PERCEPTION, *mme.COGNITION), 1))
+    monkeypatch.setattr("moextend_jax.evaluate.benchmark.check_images", lambda _: None)
+    exam = read_exam("mme", data=tmp_path)
+    asked = worded(exam, "Look closely. {question}").questions
+    answered = [Answered(question, ("Yes", "No")[n % 2]) for n, question in enumerate(asked)]
+    assert asked[0].text.startswith("Look closely. ") and exam.has_score
+    assert table.score("mme", answered, tmp_path).headline == ("perception", 2000)
+    assert not read_exam("mme", data=tmp_path, limit=4).has_score  # of two tasks alone there is none
 
 
 # --- TextVQA, free answers --------------------------------------------------------------------------------------------

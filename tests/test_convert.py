@@ -359,6 +359,7 @@ def test_a_mistaken_import_says_so(tmp_path: Path, arguments: list[str], said: s
     [
         (["--layout", "clip"], "needs this part: vision"),
         (["--layout", "delta"], "needs this part: extension"),
+        (["--layout", "mixtral", "--recipe", "paper"], "--recipe paper goes with --layout hf"),
         (["--layout", "gguf"], "gguf"),
         (["--max_shard_size", "big"], "'big' is no size"),
         (["--max-shard-size", "-1GB"], "is no size|expected one argument"),

@@ -23,6 +23,7 @@ from moextend_jax.data.readers import Readers
 from moextend_jax.data.splitting import marks_of
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.evaluate import summary
+from moextend_jax.evaluate.prompts import buckets
 from moextend_jax.mesh import make_mesh, place_leaves
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
@@ -224,6 +225,45 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
     path = f"{llava}/../{llava.name}/llava_v1_5_mix665k.json"
     by_path = changed(run.settings, evaluate={"data": path, "split": "train"})
     assert held_out_source(dataclasses.replace(run, settings=by_path), "image") is None
+
+
+def test_only_the_first_question_s_pictures_are_asked_about(llava, tmp_path):
+    def change(n: int, row: dict) -> dict:
+        if n == 0:
+            later = turns("<image> what is it?", "a cat")["conversations"]
+            return row | {"conversations": turns("hello", "hi")["conversations"] + later}
+        if n == 1:
+            later = turns("<image> and this?", "a dog")["conversations"]
+            return row | {"image": ["1.png", "2.png"], "conversations": [*row["conversations"], *later]}
+        return row
+
+    rewrite(llava, change)
+    run = open_without_weights(
+        settings(llava, evaluate={"data": "llava_instruct", "questions": 24, "split": "train"}), tmp_path
+    )
+    summary.check(run)
+    (asked,) = summary._asked_of_all(run).values()
+    readers = readers_of(run, asked.source, data="", split="", inputs=True)
+    prompted, _ = summary._prompted_questions(run, asked, readers)
+    by_id = {item.question.example.id: item for item in prompted}
+    first, second = (by_id[row.id] for row in source_of(run, Data("finetune")) if len(row.conversations) > 2)
+    assert (first.question.text, first.question.answer) == ("hello", "hi") and not first.prompt.items
+    assert [*second.prompt.items] == ["image"] and len(second.prompt.items["image"]) == 1
+
+
+def test_a_window_holds_prompts_as_they_are_padded(llava, tmp_path):
+    run = open_without_weights(settings(llava), tmp_path)
+    (asked,) = summary._asked_of_all(run).values()
+    readers = readers_of(run, asked.source, data="", split="", inputs=True)
+    prompted, _ = summary._prompted_questions(run, asked, readers)
+    new, sizes = run.settings.evaluate.max_new_tokens, [(len(p.ids_L), sum(buckets(p))) for _, p in prompted]
+    plain, padded = (new + max(of) for of in zip(*sizes, strict=True))
+    small = changed(run.settings, evaluate={"text_length": 1})
+    assert plain < padded
+    for window, refused in ((padded, False), (padded - 1, True)):
+        config = dataclasses.replace(run.config, decoder=dataclasses.replace(run.config.decoder, window=window))
+        with pytest.raises(MoextendError, match="sliding window") if refused else nullcontext():
+            summary.check(dataclasses.replace(run, settings=small, config=config))
 
 
 def test_no_later_stage_sees_what_an_earlier_extension_holds_out(llava, tmp_path):

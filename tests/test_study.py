@@ -127,6 +127,7 @@ def test_mistakes_are_seen_before_anything_runs(tmp_path: Path):
         (of({"a": (), "b": ("select.layers=some",)}), "study: b: --config.select.layers = 'some' is not one of"),
         (of({"a": ("grow.start=twin", "grow.column=zero")}), "grow.start twin starts from copies"),
         (of({"a": ("chains=strict,open",)}), "study: a has chains, and a point is one run"),
+        (of({"a": (), "b": ("seed=7",)}), "study: b sets seed, and every point has all of study.seeds"),
     ):
         with pytest.raises(MoextendError, match=message):
             run_study(settings, tmp_path, run=made_up(calls))

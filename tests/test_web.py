@@ -171,6 +171,11 @@ def test_a_base_continues_text_and_is_shown_beside_without_the_picture(page: Pag
     talk = page.conversation("moextend")
     _, seen = answered(page, QUESTION, items_of(talk.opened, [picture]), talk, "base")
     assert seen[1].title == "base" and not seen[1].frames
+    talk = page.conversation("base")
+    _, seen = answered(page, QUESTION, {}, talk, "moextend")  # after, beside before
+    after = page.models["moextend"].open()
+    assert [one.title for one in seen] == ["base", "MoExtend"]
+    assert seen[1].answer == "".join(speak(after, QUESTION, max_new_tokens=NEW))
 
 
 def test_a_file_that_the_model_does_not_take_is_refused_in_words(page: Page, tmp_path: Path):
@@ -201,6 +206,12 @@ def test_a_spoken_question_of_one_of_two_media_of_sounds():
     asks = [is_question(opened, *of) for of in (("", items), ("", {"image": files}), (" ", {}), ("a", {}))]
     assert asks == [True, False, False, True]
     assert [*prompts_of("")] == [""]  # and not standard input
+
+
+def test_options_of_the_page_mean_nothing_to_the_terminal(run: Run, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chat", "--workdir", str(run.workdir), "--host=0.0.0.0", "--port=0"])
+    assert "--host, --port goes with --web" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_refused_with_those_that_are(run: Run, capsys):

@@ -40,7 +40,7 @@ class Exam(NamedTuple):
     limit: int | None
     every: list[Question]
     has_score: bool = True
-    """Whether answers are scored here, not by a server or a judge."""
+    """Whether answers to those that are asked are scored here, not by a server or a judge."""
 
     @property
     def questions(self) -> list[Question]:
@@ -62,6 +62,8 @@ def read_exam(name: str, *, data: Path | None = None, split: str | None = None, 
         )
     questions = table.read(name, data, split)
     scores = table.score(name, [Answered(question, "") for question in questions], data, split)  # it reads the labels
+    if limit is not None and scores.headline is not None:  # which the first ones alone may not have
+        scores = table.score(name, [Answered(question, "") for question in questions[:limit]], data, split)
     exam = Exam(name, data, split, limit, questions, scores.headline is not None)
     check_images(exam.questions)
     return exam

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.data.missing import without_marks
 from moextend_jax.evaluate.speak import Item, Items, Turn, is_question, one_each, question, speak
 from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
@@ -54,12 +55,17 @@ class Conversation:
         ):  # fmt: skip
             pieces.append(piece)
             yield piece
-        if answer := "".join(pieces).strip():
+        if answer := remembered(self.opened, "".join(pieces)):
             self.turns, self.items = [*self.turns, asked, {"from": "gpt", "value": answer}], every
 
     def reset(self) -> None:
         """Forgets what was said and shown."""
         self.turns, self.items = [], {}
+
+
+def remembered(opened: Askable, answer: str) -> str:
+    """An answer as later questions have it before them: marks of media that it spells would stand for items."""
+    return without_marks(answer, [marked.mark for marked in opened.tokenizer.media.values()]).strip()
 
 
 def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe, first_places
 from moextend_jax.data.conversations import Encoded, encode_prompt, in_row
-from moextend_jax.data.datasets import Example, first_exchange
+from moextend_jax.data.datasets import Example, ItemRef, first_exchange
 from moextend_jax.data.faults import Fault
 from moextend_jax.data.readers import Readers, with_items
 from moextend_jax.data.tokenizer import Tokenizer
@@ -20,12 +20,14 @@ from moextend_jax.evaluate.prompts import Prompt, rooms_of_prompts
 
 
 class Question(NamedTuple):
-    """The first question of a conversation, with its right answer and what a system turn says before it."""
+    """The first question of a conversation, with its right answer and what a system turn says before it; by medium the
+    items that it shows, without those of later questions."""
 
     example: Example
     text: str
     answer: str
-    system: str = ""
+    system: str
+    items: Mapping[str, Sequence[ItemRef]]
 
 
 def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
@@ -33,7 +35,9 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
     exchange = first_exchange(example, tokenizer=tokenizer)
     if isinstance(exchange, Fault):
         raise exchange
-    return Question(example, *exchange)
+    shown = {name: exchange.question.count(tokenizer.media[name].mark) for name in example.by_medium}
+    items = {name: refs[: shown[name]] for name, refs in example.by_medium.items() if shown[name]}
+    return Question(example, *exchange, items)
 
 
 def prompt_of(

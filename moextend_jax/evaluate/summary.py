@@ -32,7 +32,7 @@ from moextend_jax.evaluate.composing import RULES, composed
 from moextend_jax.evaluate.importance import importance_table
 from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
 from moextend_jax.evaluate.pictures import PIXELS, as_png
-from moextend_jax.evaluate.prompts import Prompt, bucket
+from moextend_jax.evaluate.prompts import Prompt, bucket, buckets
 from moextend_jax.evaluate.routed import by_medium, expert_names, routing_program, token_texts
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
@@ -93,7 +93,7 @@ def check(run: Run) -> None:
             prompted, _ = _prompted_questions(run, asked, readers)
         except Fault as fault:
             raise MoextendError(f"{results.named(run.settings, asked.extension, 'evaluate')}: {fault}") from fault
-        longest = settings.max_new_tokens + max(len(item.prompt.ids_L) for item in prompted)
+        longest = settings.max_new_tokens + max(sum(buckets(item.prompt)) for item in prompted)  # as they are padded
         check_length(max(longest, settings.text_length), run.config.decoder)
 
 
@@ -428,7 +428,7 @@ def _prompted_questions(run: Run, asked: Asked, readers: Readers) -> tuple[list[
 def _prompted(run: Run, example: Example, readers: Readers, *, length: int) -> PromptedQuestion:
     """Raises a `Fault` for what cannot be asked: a conversation, a length, an item that cannot be read."""
     question = questions.question_of(example, tokenizer=run.tokenizer)
-    items = _rows(example, readers)
+    items = _rows(question, readers)
     prompt = questions.prompt_of(
         question.text,
         items=items,
@@ -446,19 +446,19 @@ def _prompted(run: Run, example: Example, readers: Readers, *, length: int) -> P
     return PromptedQuestion(question, prompt)
 
 
-def _rows(example: Example, readers: Readers) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(readers[name].row(ref) for ref in refs) for name, refs in example.by_medium.items()}
+def _rows(question: questions.Question, readers: Readers) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(readers[name].row(ref) for ref in refs) for name, refs in question.items.items()}
 
 
 def _seen(item: PromptedQuestion, readers: Readers) -> Prompt:
     """The prompt with its items as rows of these readers."""
-    return dataclasses.replace(item.prompt, items=_rows(item.question.example, readers))
+    return dataclasses.replace(item.prompt, items=_rows(item.question, readers))
 
 
 def _asked_with(run: Run, item: PromptedQuestion, readers: Readers, *, media: Collection[str]) -> Prompt:
     """The question's prompt with its items of these media alone."""
     question, tokenizer = item.question, run.tokenizer
-    items = {name: rows for name, rows in _rows(question.example, readers).items() if name in media}
+    items = {name: rows for name, rows in _rows(question, readers).items() if name in media}
     return questions.prompt_of(
         without_marks(question.text, (marked.mark for name, marked in tokenizer.media.items() if name not in media)),
         items=items,
@@ -606,7 +606,7 @@ def _write_examples(
     look: dict[str, Any] = {"preparation": run.settings.recipe.image_preparation, "tower": tower}
     records: list[dict[str, Any]] = []
     for row, (question, prompt) in enumerate(prompted):
-        picture = images.decoded(question.example.images[0].row).item  # of which the grid is
+        picture = images.decoded(question.items[IMAGE][0].row).item  # of which the grid is
         ids_ZLk = picks["moextend"][row].ids_ZLk
         chose_ZL = np.any((ids_ZLk >= experts) & (ids_ZLk < len(names)), axis=-1)
         # Of an extension without experts no layer.

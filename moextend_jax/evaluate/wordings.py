@@ -65,7 +65,17 @@ def ask_wordings(
       MoextendError: the benchmark cannot be scored here, or as `benchmark`.
     """
     if not exam.has_score:
-        raise MoextendError(f"{exam.name} has no score here to compare wordings by: leave --templates out")
+        few = "" if exam.limit is None else f" of its first {exam.limit} questions"
+        raise MoextendError(f"{exam.name} has no score here{few} to compare wordings by: leave --templates out")
+
+    def has(model: str, scores: Mapping[str, float]) -> bool:
+        """Whether a model's answers still lie there: another's of its name would be taken for its."""
+        for name, score in scores.items():
+            path = folder_of(out / "wordings" / name, exam.name, split=exam.split, model=model) / "scores.json"
+            if not path.exists() or (read_json(path).get("headline") or {}).get("value") != score:
+                return False
+        return True
+
     at = folder_of(out / "wordings", exam.name, split=exam.split, model="").with_suffix(".json")
     scores = {}
     for name, template in templates.items():
@@ -79,7 +89,7 @@ def ask_wordings(
     asked = {"benchmark": exam.name, "split": exam.split, "limit": exam.limit, "templates": dict(templates)}
     asked |= {"max_new_tokens": max_new_tokens}
     others = before.get("models", {}) if {name: before.get(name) for name in asked} == asked else {}
-    models = others | {opened.name: scores}
+    models = {model: of for model, of in others.items() if has(model, of)} | {opened.name: scores}
     record = asked | {"models": models}
     if distributed.first():
         console().print(wordings_table(record))

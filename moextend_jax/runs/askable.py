@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
 from moextend_jax.checkpoints.outside import read_small
 from moextend_jax.config import ADDITIONS, IMAGE, RECIPES, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
+from moextend_jax.data.writing import template_identity
 from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
@@ -141,15 +143,26 @@ def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, C
         opened = open_place(place, settings=settings)
         found = {opened.name: Choice(opened.name, lambda: opened)}
         if opened.open_base is not None:
-            found["base"] = Choice("base", functools.cache(opened.open_base))
+            found["base"] = Choice("base", _once(opened.open_base))
         return found
     run = open_run(settings or known_settings(place.folder), place.folder)
     rows = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
     finished = {(row.results, row.sees): name for name, row in rows.items() if all(map(run.has, row.results))}
     return {
-        name: Choice(rows[name].title, functools.cache(functools.partial(askable, run, name, dtype=place.dtype)))
+        name: Choice(rows[name].title, _once(functools.partial(askable, run, name, dtype=place.dtype)))
         for name in finished.values()
     }
+
+
+def _once(open: Callable[[], Askable]) -> Callable[[], Askable]:
+    """Opens a model when it is first asked for; of several threads one, or each would hold its own."""
+    opened, lock = functools.cache(open), threading.Lock()
+
+    def opened_by_one() -> Askable:
+        with lock:
+            return opened()
+
+    return opened_by_one
 
 
 @contextlib.contextmanager
@@ -174,7 +187,8 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
     model, arrays = models_of.open_model(run, name)
     if dtype is not None:
         model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
-        arrays = {path: leaf.astype(element_type(path, dtype)) for path, leaf in arrays.items()}
+        kinds = {path: element_type(path, dtype, stored=leaf.dtype) for path, leaf in arrays.items()}
+        arrays = {path: leaf if (kind := kinds[path]) is None else leaf.astype(kind) for path, leaf in arrays.items()}
     identity = models_of.identity(run, name)
     return Askable(
         name=name,
@@ -232,6 +246,8 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         checkpoint.config, weight_guard=recipe.weight_guard, mass=recipe.mass, text_isolation=isolation
     )
     name = absolute(place.folder).name
+    if name == "base" and config.added:  # which the model inside it is called
+        name = f"{absolute(place.folder).parent.name}-base"
     trained_over, here = source.record.facts.get("expert_storage"), config.quantised and str(config.quantised)
     if config.added and trained_over != here and distributed.first():
         as_files = "as their files have them"
@@ -243,7 +259,10 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
 
     def identify() -> str:
         stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
-        return f"{name}-{stored[:12]}-{config.dtype}"
+        tokenizer = opened.tokenizer
+        asks = [template_identity(tokenizer, recipe), tokenizer.prefix, tokenizer.ends]
+        asks_as = hashlib.sha256(repr(asks).encode()).hexdigest()[:8]
+        return f"{name}-{stored[:12]}-{config.dtype}-{asks_as}"
 
     def read_tokenizer() -> Tokenizer:
         ends = ends_of(source.record.attributes.get("decoder", {}))

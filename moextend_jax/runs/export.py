@@ -81,6 +81,10 @@ def export(values: ExportOptions) -> None:
         source = open_source(values.src, base=values.base, vision=values.vision)
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
+    if values.recipe and layout != HF:
+        raise MoextendError(
+            f"--recipe {values.recipe} goes with --layout hf: files of layout {layout} say nothing of it"
+        )
     if values.extension and layout not in ("delta", "peft"):
         raise MoextendError(f"--extension {','.join(values.extension)} goes with --layout delta or peft")
     if layout == HF:

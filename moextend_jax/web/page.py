@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from moextend_jax.config import IMAGE, MoextendError
-from moextend_jax.evaluate.chat import Conversation
+from moextend_jax.evaluate.chat import Conversation, remembered
 from moextend_jax.evaluate.routed import routing_of
-from moextend_jax.evaluate.speak import Items, is_question, read_item, speak
+from moextend_jax.evaluate.speak import Items, is_question, one_each, question, read_item, speak
 from moextend_jax.folders import extra_hint
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
@@ -66,15 +66,16 @@ class Page:
             ids: list[int] = []
             said = yield from _joined(self._speak(talk.opened, text, items, ids))
             yield self._seen(talk.opened, text, items, said, ids)
-            return
-        said = yield from _joined(talk.ask(text, items=items))
-        if len(talk.turns) == turns:  # an empty answer is not remembered
-            return
-        prompt = [*before, talk.turns[-2]]
-        yield self._seen(talk.opened, prompt, talk.items, said)  # whatever becomes of the other
+            prompt, shown = None, items
+        else:
+            said = yield from _joined(talk.ask(text, items=items))
+            if len(talk.turns) == turns:  # an empty answer is not remembered
+                return
+            prompt, shown = [*before, talk.turns[-2]], talk.items
+            yield self._seen(talk.opened, prompt, shown, said)  # whatever becomes of the other
         other = None if beside in (NOTHING, talk.opened.name) else self.models[beside].open()
         if other is not None and (text or not other.plain):  # which has nothing to go on with
-            yield self._beside(other, text, prompt, talk.items)
+            yield self._beside(other, text, prompt or [question(other, text, one_each(shown))], shown)
 
     def _beside(self, opened: Askable, text: str, prompt: Any, items: Items) -> Seen:
         """The same question to another model, which may not be able to see what is shown."""
@@ -95,7 +96,7 @@ class Page:
 
     def _seen(self, opened: Askable, prompt: Any, items: Items, said: str, ids: Sequence[int] = ()) -> Seen:
         """ids: of a text that is continued, whose words may be cut otherwise when they are read again."""
-        answer = ids if opened.plain else said.strip() or None
+        answer = ids if opened.plain else remembered(opened, said) or None
         routing = routing_of(opened, prompt, items=items, answer=answer, plain=opened.plain)
         config = opened.config
         return Seen(

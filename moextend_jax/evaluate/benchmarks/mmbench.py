@@ -15,6 +15,7 @@ import binascii
 import csv
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def read(home: Path, split: str) -> list[Question]:
     if not questions:
         raise MoextendError(f"{path} holds no questions")
     cache: dict[str, bytes] = {}  # rotations repeat the picture
+    rotations = Counter(map(_circle, questions))
+    for question in questions:
+        question.fields["rotations"] = rotations[_circle(question)]
     whole = [_with_picture(question, pictures[int(question.question_id)], cache, mistakes) for question in questions]
     mistakes.check()
     return whole
@@ -114,18 +118,30 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
     circles: dict[int, list[float]] = {}
     categories: dict[int, str] = {}
     for (question, _), point in zip(answered, points, strict=True):
-        circle = int(question.question_id) % ROTATION
+        circle = _circle(question)
         circles.setdefault(circle, []).append(point)
         categories.setdefault(circle, question.category)
-    whole = [float(all(some)) for some in circles.values()]
-    table = [*by_group(list(categories.values()), whole), ("all", len(whole), percent(whole))]
+    rotations = {_circle(question): question.fields["rotations"] for question, _ in answered}
+    complete = [circle for circle, some in circles.items() if len(some) == rotations[circle]]
+    whole = [float(all(circles[circle])) for circle in complete]
+    table = [*by_group([categories[circle] for circle in complete], whole), ("all", len(whole), percent(whole))]
     unread = sum(one is None for one in said)
     notes = [f"accuracy of single rows, {len(points)} of them: {percent(points):.2f} %"]
     notes += [f"{unread} answers name no choice and count as wrong; the server asks GPT about those"] if unread else []
+    if left := len(circles) - len(complete):
+        notes.append(f"{left} questions without all of their rotations are left out of circular accuracy")
     return Scores(
-        Headline("circular accuracy", percent(whole)), ("category", "questions", "circular accuracy %"), table,
-        points, notes,
-    )  # fmt: skip
+        Headline("circular accuracy", percent(whole)) if whole else None,
+        ("category", "questions", "circular accuracy %"),
+        table,
+        points,
+        notes,
+    )
+
+
+def _circle(question: Question) -> int:
+    """The same of a question and its rotations."""
+    return int(question.question_id) % ROTATION
 
 
 def submission(answered: Sequence[Answered], home: Path, split: str) -> str:

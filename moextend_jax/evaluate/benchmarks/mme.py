@@ -37,7 +37,7 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
     labels = _labels(home / RELEASE)
     mistakes, points, others = Mistakes(), [], 0
     for question, text in answered:
-        label = labels.get((_task(question), _stem(question), _bare(question.text)))
+        label = labels.get((_task(question), _stem(question), _bare(question.recorded)))
         if label is None:
             mistakes.add(question.where, f"the question is not in {home / RELEASE / _task(question)}")
             continue
