@@ -114,7 +114,7 @@ def test_few_rows_are_looked_at_only_where_no_room_depends_on_all(llava, tmp_pat
     run = open_without_weights(settings(llava, finetune=stage), tmp_path)
     monkeypatch.setattr("moextend_jax.runs.ready.measure", lambda *_, most, **__: most)
     sound = {} if room is None else {"sound": shown}
-    source = SimpleNamespace(items={"image": "abc"} | sound)
+    source: Any = SimpleNamespace(items={"image": "abc"} | sound)
     reading = _reading(run.settings, Stage("finetune", Data("finetune")))
     assert _measure(run, lambda *_: source, reading) == looked_at
 

@@ -120,7 +120,9 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     table = results.table(settings)
     links = [link.name for link in settings.links]
     for name, data in ((name, _data(settings, name)) for name in rows):
-        for extension in links[: links.index(table.result(name).extension) + 1] if data is not None else ():
+        if data is None:
+            continue
+        for extension in links[: links.index(table.result(name).extension) + 1]:
             evaluate = results.evaluate_of(settings, extension)
             finetune = results.stage_of(settings, results.named(settings, extension, "finetune"))
             if not evaluate.data and results.stage_of(settings, data.of).data == finetune.data:
