@@ -79,7 +79,13 @@ def get_config(arg: Literal["paper", "packed", "released", "gpus", "one_host", "
             finetune=finetune,
             full=finetune,
             select=SelectSettings(held_out=10_000, share=0.5, batch_size=rows or 32),
-            evaluate=EvaluateSettings(data="easy_vqa/questions", questions=1000, length=704, text_batch_size=64),
+            evaluate=EvaluateSettings(
+                data="easy_vqa/questions",
+                questions=1000,
+                length=704,
+                batch_size=8 * rows or 256,
+                text_batch_size=4 * rows or 64,
+            ),  # fmt: skip
             # Scraped conversations; `moextend data check` says how many. Damaged images are skipped in any case.
             faults=FaultSettings(policies={"order": "skip", "empty_answer": "skip"}),
             cache_features=False,  # 1.2 GB per 1,000 images at this size: only worth it for several epochs

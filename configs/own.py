@@ -7,6 +7,8 @@ Nothing need be counted: lengths and numbers of steps follow from the data, and 
 at the end (docs/own_data.md).
 """
 
+from typing import Literal
+
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES
@@ -20,7 +22,7 @@ from moextend_jax.settings import (
 )
 
 
-def get_config(arg: str = "paper") -> ConfigDict:
+def get_config(arg: Literal["paper", "released"] = "paper") -> ConfigDict:
     def stage(*, epochs: float, least_steps: int, learning_rate: float) -> StageSettings:
         return StageSettings(
             data="",  # --data

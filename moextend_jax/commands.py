@@ -7,7 +7,6 @@ where they are needed: help must not wait for JAX.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -16,6 +15,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from moextend_jax import machine
 from moextend_jax.config import Amount, Count, MoextendError
 from moextend_jax.folders import local
 from moextend_jax.options import OneOf, Sets
@@ -391,7 +391,7 @@ class DataOptions:
     """own conversations for every stage: a file or a folder"""
     images: Annotated[str | None, Sets(("images",))] = None
     """folder of their pictures"""
-    processes: Amount = os.cpu_count() or 1
+    processes: Amount = machine.cores()
     """that read and decode; 0: this one"""
     json: bool = False
     """JSON instead of tables"""

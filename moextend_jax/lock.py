@@ -61,9 +61,13 @@ def locked(workdir: Path) -> Iterator[None]:
 def in_turn(path: Path) -> Iterator[None]:
     """One process after another, in process 0 for all processes of a run, by a file beside `path`: who comes later
     waits."""
-    if not first():
+    with alone(path) if first() else contextlib.nullcontext():
         yield
-        return
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """The same of every process by itself, of whichever run it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}{NAME}").open("a") as file:
         _lock(file, fcntl.LOCK_EX)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import sys
 import types
@@ -433,6 +434,8 @@ class MediumSettings:
         _check(self)
         if (self.kind == "features") != bool(self.width and self.patches):
             raise MoextendError("width and patches belong to kind features, which needs both")
+        if any(span >= longer for span, longer in itertools.pairwise(self.spans)):
+            raise MoextendError(f"spans = {self.spans}: give them ascending, each once")
 
 
 class Link(NamedTuple):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import cpu_offload
 from stock_script import names_of
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -32,6 +33,9 @@ def main(inputs: str, out: str, *folders: str) -> None:
         made["half"] = half(input_ids=ids, **more).logits.float()
         arrays |= {f"{folder.name}/{key}": value.numpy() for key, value in made.items()}
         arrays[f"{folder.name}/names"] = names_of(model)
+        if options:  # weights that are brought when a module is called, as device_map="auto" does on a small GPU
+            there = cpu_offload(model, execution_device="cpu")(input_ids=ids, pixel_values=pixels).logits
+            assert (there.numpy() == arrays[f"{folder.name}/logits"]).all()
     assert not any(module.startswith("moextend_jax") for module in sys.modules)
     np.savez(out, **arrays)
 

@@ -233,6 +233,14 @@ def test_prompts_come_from_standard_input_and_answers_as_json(run: Run, trained:
     assert capsys.readouterr().out != f"{first['answer']}\n"
 
 
+def test_prompts_of_several_processes_are_those_of_the_first(trained: Askable, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(speak.distributed, "text_from_first", lambda _: '["of the first"]')
+    monkeypatch.setattr(speak, "speak", lambda opened, prompt, **_: [prompt.upper()])
+    speak.generate_command(trained, iter(()), items={})
+    assert capsys.readouterr().out == "OF THE FIRST\n"
+
+
 def test_routing_of_a_work_directory_reads_its_own_data(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     asked = {}
 

@@ -9,7 +9,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import folders
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
     RECIPES,
     ExtensionConfig,
+    FeaturesConfig,
     ModelConfig,
     MoextendError,
     Named,
@@ -37,6 +39,7 @@ from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import open_place
+from moextend_jax.runs.media import medium_of
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import as_json, facts_of_base
 from moextend_jax.settings import (
@@ -421,6 +424,17 @@ def test_several_extensions_of_one_medium_stand_side_by_side(root: Path, tmp_pat
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"), [((3, 2), "give them ascending"), ((2, 2), "each once"), ((1, 4), "has 3 tokens at most")]
+)
+def test_spans_that_an_item_cannot_take_are_refused(spans: tuple[int, ...], message: str):
+    settings = SimpleNamespace(media={}, woven_into=lambda _: ())
+    tower = FeaturesConfig(width=8, patches=3)
+    with pytest.raises(MoextendError, match=message):
+        settings.media["touch"] = MediumSettings(kind="features", width=8, patches=3, spans=spans)
+        medium_of("touch", cast(Any, settings), tower, {}, tags=MEDIA["touch"].tags)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,6 +108,14 @@ def test_rows_in_order_are_read_a_chunk_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.Source, "read", lambda self, rows: chunks.append(len(rows)) or read(self, rows))
     assert [example.id for example in select(source, [4, 0, 1])] == ["4", "0", "1"]
     assert chunks == [2, 1]
+
+
+def test_who_comes_while_it_is_built_waits(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "conversations": TALK}]))
+    call = f"open_dataset({str(tmp_path / 'a.json')!r}, data_dir={str(tmp_path)!r})"
+    code = f"from moextend_jax.data.datasets import open_dataset; {call}"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [(process.communicate()[1][-500:], process.returncode)[1] for process in processes] == [0] * 3
 
 
 def test_another_json_file_is_another_data_set(tmp_path):

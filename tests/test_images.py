@@ -37,6 +37,24 @@ def test_every_mode_becomes_rgb(mode):
     assert image.mode == "RGB" and image.size == (9, 7)
 
 
+@pytest.mark.parametrize(
+    ("levels", "kind"), [(np.arange(0, 60000, 600), np.int32), (np.arange(0, 60000, 600), np.uint16)]
+)
+def test_levels_of_16_bits_are_scaled(levels: np.ndarray, kind: type):
+    file = io.BytesIO()
+    Image.fromarray(levels.reshape(10, 10).astype(kind)).save(file, "TIFF")
+    got = np.asarray(decode_image(file.getvalue()))
+    np.testing.assert_array_equal(got[..., 0].reshape(-1), levels >> 8)
+
+
+@pytest.mark.parametrize("levels", [np.linspace(0, 1, 100), np.linspace(0, 1e6, 100), np.linspace(-5, 90, 100)])
+def test_levels_that_do_not_say_what_is_white_are_refused(levels: np.ndarray):
+    file = io.BytesIO()
+    Image.fromarray(levels.reshape(10, 10).astype(np.float32)).save(file, "TIFF")
+    with pytest.raises(MoextendError, match="make them levels of 8 or 16 bits"):
+        decode_image(file.getvalue())
+
+
 @pytest.mark.parametrize("encoded", [b"", b"not an image", b"\x89PNG\r\n\x1a\nbroken"])
 def test_a_broken_file_is_named(encoded):
     with pytest.raises(MoextendError, match="cannot read cat.png as an image"):

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from moextend_jax import cli
+from moextend_jax.config import MoextendError
+
 OWN = Path(__file__).parents[1] / "examples" / "own"
 FEWER = [f"--config.{stage}.least_steps={steps}" for stage, steps in (("align", 20), ("extend", 5), ("finetune", 40))]
 """A third of the steps, which is enough to know five answers by heart."""
@@ -26,6 +29,11 @@ def moextend(*words: str, folder: Path) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_another_recipe_is_asked_for_by_name():
+    with pytest.raises(MoextendError, match="paper.*released"):
+        cli.call(["plan", "--config", "own:foo"])
 
 
 @pytest.mark.slow

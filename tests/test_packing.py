@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tracemalloc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, Room
 from moextend_jax.data import batches
 from moextend_jax.data.conversations import Encoded
 from moextend_jax.data.features import FeatureStore
-from moextend_jax.data.packing import Item, Row, Shape, pack
+from moextend_jax.data.packing import Item, Row, Shape, _best_fill, pack
 from moextend_jax.data.readers import Features
 from moextend_jax.extension.routing import count_picks
 from moextend_jax.parameters import with_arrays
@@ -127,6 +128,15 @@ def test_the_same_window_gives_the_same_rows():
 )
 def test_rows_are_filled_exactly_where_that_is_easy(lengths_n, length, rows):
     assert len(rows_of(fake(lengths_n, [0] * len(lengths_n)), length=length)) == rows
+
+
+def test_media_that_hardly_appear_take_no_memory():
+    takes = [np.array([1, n % 2, 0, 0, 90 + n]) for n in range(200)]
+    tracemalloc.start()
+    chosen = _best_fill(takes, np.array([8, 6, 6, 6, 4096]))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(chosen) == 8 and sum(takes[n][1] for n in chosen) <= 6 and most < 100e6  # 2.5 GB with all rooms
 
 
 def test_image_slots_limit_a_row_as_length_does():

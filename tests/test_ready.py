@@ -32,7 +32,7 @@ from moextend_jax.runs.making import make_all
 from moextend_jax.runs.models_of import Opened, text_only
 from moextend_jax.runs.ready import Stage, _measure, _reading, ready, row_problems
 from moextend_jax.runs.results import FIRST, Data
-from moextend_jax.runs.run import Run
+from moextend_jax.runs.run import Run, left_in
 from moextend_jax.settings import EvaluateSettings, ExtensionSettings, RunSettings, SelectSettings, StageSettings
 
 ROWS = 24
@@ -72,6 +72,10 @@ def turns(question: str, answer: str) -> dict[str, Any]:
 def rewrite(folder: Path, change) -> None:
     path = folder / "llava_v1_5_mix665k.json"
     path.write_text(json.dumps([change(n, row) for n, row in enumerate(json.loads(path.read_text()))]))
+
+
+def test_what_an_interrupt_leaves_where_nothing_was_written(tmp_path):
+    assert "starts afresh" in left_in(tmp_path / "none")
 
 
 def test_steps_and_lengths_come_from_the_data(llava, tmp_path, capsys):

@@ -480,16 +480,23 @@ def test_twins_go_through_the_layout_of_transformers(tmp_path: Path):
             open_checkpoint(tmp_path / "hf", dtype="float32")
 
 
+def modeling() -> Any:
+    """The code that goes along with an exported folder."""
+    pytest.importorskip("transformers")
+    path = tiny.ASSETS / "hf" / "modeling_moextend.py"
+    spec = importlib.util.spec_from_file_location("modeling_moextend", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("sighted", [False, True])
 def test_the_code_that_goes_along_excludes_twins_as_we_do(sighted: bool):
     """In PyTorch on our leaves, trained calibrator, two of the three of one source."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    path = tiny.ASSETS / "hf" / "modeling_moextend.py"
-    spec = importlib.util.spec_from_file_location("modeling_moextend", path)
-    assert spec and spec.loader
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
+    theirs = modeling()
     rng, sources = np.random.default_rng(5), (2, 5, 2)
     x_TD, gate_DE, w_in_OA, w_out_AO = (
         rng.normal(size=size, scale=scale).astype(np.float32)
@@ -506,12 +513,11 @@ def test_the_code_that_goes_along_excludes_twins_as_we_do(sighted: bool):
     extension = theirs.Extension(config, list(sources))
     leaves = {"gate.weight": new_DX, "calibrator.0.weight": w_in_OA, "calibrator.2.weight": w_out_AO}
     extension.load_state_dict({name: torch.tensor(leaf.T.copy()) for name, leaf in leaves.items()}, strict=False)
-    gate = torch.nn.Linear(6, 8, bias=False)
-    gate.weight.data = torch.tensor(gate_DE.T.copy())
     open_T = rng.random(400) < 0.5 if sighted else np.ones(400, bool)
     extension.sighted = torch.tensor(open_T) if sighted else None
     with torch.no_grad():
-        logits, weights, ids = (array.numpy() for array in extension(gate, torch.tensor(x_TD)))
+        x, old = torch.tensor(x_TD), torch.tensor(x_TD @ gate_DE)
+        logits, weights, ids = (array.numpy() for array in extension(x, old, None))
     columns = one_layer(jnp.asarray(new_DX), start="twin", width=4)
     columns = with_arrays(
         columns,
@@ -579,6 +585,20 @@ def test_what_cannot_be_extended_is_refused_before_the_first_step(name: str):
     twins = settings(grow=GrowSettings(start="twin"), select=SelectSettings(wide=2))
     assert told(twins) == [WIDE_TWIN.format(2)]
     assert "a layer has 4" in told(settings(select=SelectSettings(new_experts=5)))[0]
+    fixed = settings(select=SelectSettings(source="fixed", expert=99))
+    assert told(fixed) == ["select.expert = 99: a layer has experts 0 to 3"]
+    scored = dataclasses.replace(settings(select=SelectSettings(source="saliency")), expert_storage="int4")
+    assert "scores need a gradient of the pretrained experts, which are int4" in told(scored)[0]
+
+
+def test_a_row_of_several_conversations_is_seen_by_its_positions():
+    """Strict isolation knows a conversation by its row; padding on the left is none."""
+    torch = pytest.importorskip("torch")
+    restarts = modeling().restarts
+    left, mask = torch.tensor([[1, 1, 0, 1, 2]]), torch.tensor([[0, 0, 1, 1, 1]])
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    assert not restarts(None, None) and not restarts(left, mask) and not restarts(left[:, -1:], mask)
+    assert restarts(packed, None) and restarts(packed, torch.ones_like(packed)) and not restarts(packed, {"full": 1})
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from moextend_jax import machine
 from moextend_jax.checkpoints.leaves import Leaf, bytes_of, check_claim, leaf_hash
 from moextend_jax.checkpoints.outside import inside, parse_json, read_small
 from moextend_jax.checkpoints.tensors import opened
@@ -127,7 +128,7 @@ def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
             hashes[path] = known
     # The largest first: a leaf is one thread's work.
     unknown = sorted(leaves.keys() - hashes.keys(), key=lambda path: -_nbytes(leaves[path]))
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(THREADS, machine.cores())) as pool:
         hashes |= zip(unknown, pool.map(lambda path: leaf_hash(leaves[path]), unknown), strict=True)
     for folder, record in records.items():
         fresh = [path for path in unknown if _folder(leaves[path]) == folder and _settled(leaves[path], started)]

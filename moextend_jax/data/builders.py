@@ -40,6 +40,7 @@ from moextend_jax.data.forms import SPLITS, Files, base_split
 from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.made_sounds import FAMILIES
 from moextend_jax.data.shards import Span
+from moextend_jax.lock import alone
 from moextend_jax.media import IMAGE_MARK, KINDS
 
 
@@ -369,8 +370,13 @@ def is_built(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def build(builder: tfds.core.DatasetBuilder) -> None:
-    """Where it is not there yet."""
-    if not is_built(builder):
+    """Where it is not there yet; where another process builds it, once that is done."""
+    if is_built(builder):
+        return
+    with alone(Path(builder.data_path)):
+        if is_built(builder):
+            builder.info.read_from_directory(builder.data_path)
+            return
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))

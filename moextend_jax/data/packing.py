@@ -87,6 +87,7 @@ def _best_fill(takes: list[np.ndarray], room: np.ndarray) -> list[int]:
 
     `reached[k]` holds the sums that the first k can make; the search ends at the first k that fills the row.
     """
+    room = np.minimum(room, np.sum([*takes, 0 * room], axis=0))  # media of which there are few, or none, take no memory
     reached = [np.zeros(room + 1, bool)]
     reached[0][(0,) * len(room)] = True
     for take in takes:

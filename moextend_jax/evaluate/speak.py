@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from PIL import Image
 
+from moextend_jax import distributed
 from moextend_jax.config import IGNORE, IMAGE, Batch, FeaturesConfig, Medium, MoextendError, Room, first_places
 from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row
 from moextend_jax.evaluate.running import generator_of
@@ -85,9 +87,13 @@ def generate_command(
     """`moextend generate`: answers each prompt, about the same items.
 
     Args:
+      prompts: those of process 0, which alone may have the standard input that they come from.
       as_json: a line {"prompt", "answer"} for each, instead of the words as they are made.
       options: as `speak`.
     """
+    if jax.process_count() > 1:
+        of_first = prompts
+        prompts = json.loads(distributed.text_from_first(lambda: json.dumps([*of_first])))
     for prompt in prompts:
         pieces = speak(opened, prompt, items=items, **options)
         if as_json:

@@ -37,6 +37,10 @@ class Norms(NamedTuple):
     moment_ZE: np.ndarray
 
 
+NO_GRADIENT = (
+    "scores need a gradient of the pretrained experts, which are {}: set expert_storage as_is, or let picks decide"
+)
+
 SCORES: dict[str, Callable[[Norms], np.ndarray]] = {
     "weights": lambda norms: norms.weights_ZE,
     "saliency": lambda norms: norms.weights_ZE * norms.gradient_ZE,
@@ -59,10 +63,7 @@ def expert_norms(
       MoextendError: the experts are stored in few bits, or there is no batch.
     """
     if model.config.quantised:
-        raise MoextendError(
-            f"select.source needs a gradient of the pretrained experts, which are {model.config.quantised}: set "
-            "expert_storage as_is, or let picks decide"
-        )
+        raise MoextendError(f"select.source: {NO_GRADIENT.format(model.config.quantised)}")
     own = {path: arrays[path] for path in FIRST_MAP}
     frozen = {path: leaf for path, leaf in arrays.items() if path not in own}
     sums = [jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32, device=leaf.sharding), own) for _ in "GV"]

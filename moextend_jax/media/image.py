@@ -143,9 +143,14 @@ def turned(image: Image.Image) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would cut every level above 255 off
-        levels = np.asarray(image).astype(np.uint16) >> 8
-        image = Image.fromarray(levels.astype(np.uint8))
+    """Raises ValueError for grey levels that do not say which is white: beyond 16 bits, negative, fractions of 1."""
+    if image.mode[0] in "IF":  # Pillow would cut every level above 255 off
+        levels = np.asarray(image)
+        least, most = levels.min(initial=0), levels.max(initial=0)
+        if least < 0 or most >= 1 << 16 or (image.mode == "F" and (most > 255 or 0 < most <= 1)):
+            raise ValueError(f"its grey levels are {least:g} to {most:g}: make them levels of 8 or 16 bits")
+        if most > 255 or image.mode.startswith("I;16"):
+            image = Image.fromarray((levels.astype(np.uint16) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without Pillow's warning
     return image.convert("RGB")

@@ -59,7 +59,7 @@ def medium_of(
 ) -> Medium:
     """A medium as its settings have it, behind this tower and after the media `before` it."""
     of = settings.media[name]
-    return Medium(
+    medium = Medium(
         kind=of.kind,
         mark=mark_of(name, of.kind),
         tags=tags,
@@ -70,6 +70,9 @@ def medium_of(
         spans=of.spans,
         seconds=float(of.seconds),
     )
+    if of.spans and of.spans[-1] > medium.tokens:
+        raise MoextendError(f"media.{name}.spans = {of.spans}: an item has {medium.tokens} tokens at most")
+    return medium
 
 
 def projector_of(name: str, settings: RunSettings, before: Mapping[str, Medium]) -> ProjectorConfig:

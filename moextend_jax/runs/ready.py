@@ -17,6 +17,7 @@ from moextend_jax.data.faults import too_many
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.extension.routing import check_sources
+from moextend_jax.extension.saliency import NO_GRADIENT, SCORES
 from moextend_jax.models.blocks import check_blocks
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.progress import preparing
@@ -173,6 +174,10 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
             check_sources(select.number(decoder.experts), select.wide, experts=decoder.experts)
         if grow.start == "twin" and select.wide > 1:
             problems.note([WIDE_TWIN.format(select.wide)])
+        if select.source in SCORES and settings.quantised:
+            problems.note([f"select.source = {select.source!r}: {NO_GRADIENT.format(settings.quantised)}"])
+        if select.source == "fixed" and select.expert >= decoder.experts:
+            problems.note([f"select.expert = {select.expert}: a layer has experts 0 to {decoder.experts - 1}"])
     return problems.messages
 
 

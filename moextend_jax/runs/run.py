@@ -219,7 +219,9 @@ def working(
 def left_in(workdir: Path) -> str:
     """What an interrupted command leaves in a work directory, in words."""
     standing = []
-    settings = settings_of(workdir)
+    settings = None
+    with contextlib.suppress(MoextendError):  # of a folder that is not there yet
+        settings = settings_of(workdir)
     for name in (results.FIRST if settings is None else results.table(settings)).training():
         folder = results.folder_of(workdir, name)
         numbers = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]

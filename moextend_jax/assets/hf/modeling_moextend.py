@@ -69,6 +69,23 @@ SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sig
 GLUS = {"silu": silu, "clamped": clamped}
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(x, weight.float(), None if bias is None else bias.float())
+
+
+class Product(nn.Module):
+    """A linear map in float32. Not nn.Linear, which loaders in few bits put something else in the place of; and called,
+    as what brings weights from elsewhere (`device_map`) does so when a module is called."""
+
+    def __init__(self, size: int, out: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out, size))
+        self.bias = nn.Parameter(torch.zeros(out)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.weight, self.bias)
+
+
 class NewExpert(nn.Module):
     def __init__(self, size: int, width: int, bias: bool, glu: str, glu_limit: float):
         super().__init__()
@@ -89,11 +106,9 @@ class Extension(nn.Module):
         self.config, self.rule, self.sources = config, config.router, sources
         size, new, old = config.text_config.hidden_size, config.new_experts, config.router["experts"]
         self.old = old
-        self.gate = nn.Linear(size, new, bias=self.rule["bias"])
+        self.gate = Product(size, new, bias=self.rule["bias"])
         self.calibrator = nn.Sequential(
-            nn.Linear(old + new, config.calibrator_width, bias=False),
-            nn.GELU(),
-            nn.Linear(config.calibrator_width, old + new, bias=False),
+            Product(old + new, config.calibrator_width), nn.GELU(), Product(config.calibrator_width, old + new)
         )
         self.ffn = nn.ModuleDict({str(old + x): NewExpert(size, **config.expert) for x in range(new)})
         self.selection_bias = nn.Parameter(torch.zeros(new)) if self.rule["selection_bias"] else None
@@ -101,18 +116,17 @@ class Extension(nn.Module):
         self.sighted = None
         """Which tokens may choose new experts, [tokens] bool; None: all. The model sets it before each pass."""
 
-    def forward(self, gate: nn.Module, hidden_states: torch.Tensor):
-        """The router's (logits [T, O], weights [T, k], ids [T, k]); k is wider by the new experts with start "added".
+    def forward(self, x: torch.Tensor, old: torch.Tensor, bias: torch.Tensor | None):
+        """From tokens [T, D], the base's logits and what it chooses by besides: the router's (logits [T, O], weights
+        [T, k], ids [T, k]); k is wider by the new experts with start "added".
 
         In float32, also where the model is in bfloat16: a rounded logit is another choice. Experts are chosen by the
         scores over old and new ones and weighed by the calibrated ones.
         """
-        x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
-        old, new = product(x, gate.weight, getattr(gate, "bias", None)), product(x, self.gate.weight, self.gate.bias)
+        new = self.gate(x)
         new = new if self.offset is None else new + self.offset.float()
         sighted = None if self.sighted is None else self.sighted.to(x.device)[:, None]
         new = new if sighted is None else new.masked_fill(~sighted, -torch.inf)
-        bias = selection_bias_of(gate)
         both = bias if bias is None else torch.cat([bias, self.selection_bias.float()])
         columns, experts = self.columns(old, new)
         ranks = self.ranks(columns, bias if columns.shape == old.shape else both)
@@ -122,7 +136,7 @@ class Extension(nn.Module):
         logits = logits.scatter(-1, experts, columns)
         added = self.config.start == "added"
         seen = torch.cat([old, new], dim=-1) if added else logits
-        probs, corrected = self.probabilities(logits), self.correction(self.probabilities(seen))
+        probs, corrected = self.probabilities(logits), self.calibrator(self.probabilities(seen))
         weights = (probs + corrected).gather(-1, chosen)
         plain_ids, plain = self.plain(old, bias)
         if self.rule["normalised"] or self.config.mass == "base":
@@ -175,10 +189,6 @@ class Extension(nn.Module):
         scores = self.scores(logits)
         return scores if self.rule["scores"] == "softmax" else over_their_sum(scores)
 
-    def correction(self, probs: torch.Tensor) -> torch.Tensor:
-        w_in, gelu, w_out = self.calibrator
-        return product(gelu(product(probs, w_in.weight)), w_out.weight)
-
     def plain(self, old: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The base's choice and weights."""
         ids = self.ranks(old, bias).topk(self.rule["top_k"], dim=-1).indices
@@ -194,20 +204,19 @@ class Extension(nn.Module):
         return y
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return F.linear(x, weight.float(), None if bias is None else bias.float())
-
-
 def selection_bias_of(gate: nn.Module) -> torch.Tensor | None:
-    """What pretrained experts are chosen by besides their scores."""
-    bias = getattr(getattr(gate, "moe_statics", gate), "e_score_correction_bias", None)
+    """What pretrained experts are chosen by besides their scores. Ernie's is in a module, which adds it: asked so, as
+    its weights may be brought only when it is called."""
+    statics = getattr(gate, "moe_statics", None)
+    bias = statics(torch.zeros(())) if statics is not None else getattr(gate, "e_score_correction_bias", None)
     return None if bias is None else bias.float().reshape(-1)
 
 
 class ExtendedRouter:
     def forward(self, hidden_states):
         (extension,) = self.of_block
-        return extension(self, hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
+        return extension(x, product(x, self.weight, getattr(self, "bias", None)), selection_bias_of(self))
 
 
 class ExtendedExperts:
@@ -247,7 +256,8 @@ class MoExtendModel(LlavaModel):
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
         sighted = None
         if self.config.text_isolation == "strict":
-            if kwargs.get("cu_seq_lens_q") is not None:
+            packed = restarts(kwargs.get("position_ids"), kwargs.get("attention_mask"))
+            if packed or kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("strict text isolation knows a conversation by its row: give each a row of its own")
             sighted = self._sighted(input_ids, pixel_values, past_key_values, inputs_embeds)
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
@@ -280,6 +290,17 @@ class MoExtendModel(LlavaModel):
         if len(here) % len(before):
             raise ValueError(f"the cache is of {len(before)} rows, the tokens of {len(here)}")
         return here | before.to(here.device).repeat_interleave(len(here) // len(before))
+
+
+def restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
+    """Whether a row holds several conversations: positions fall within it, where the mask [rows, length] keeps both."""
+    if position_ids is None or position_ids.dim() != 2:
+        return False
+    kept = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    if not torch.is_tensor(kept) or kept.dim() != 2 or kept.shape[1] < position_ids.shape[1]:
+        return False  # of a cache of fixed size: such a row is being answered
+    kept = kept[:, -position_ids.shape[1] :].bool()
+    return bool((position_ids.diff(dim=1).lt(0) & kept[:, 1:] & kept[:, :-1]).any())
 
 
 class DividedHead(nn.Linear):
