@@ -121,8 +121,11 @@ def _parts(settings: RunSettings, of: StageSettings | EvaluateSettings) -> set[P
         if is_packaged(name):
             parts.add((name.partition("/")[0], base_split(of.split)))
         else:
-            files = files_of(name, split=of.split, manual_dir=settings.manual_dir or None)
-            parts.update(map(absolute, files.paths))
+            try:
+                files = files_of(name, split=of.split, manual_dir=settings.manual_dir or None)
+                parts.update(map(absolute, files.paths))
+            except MoextendError:  # files that were trained on may be gone: then the name says which they were
+                parts.add((os.path.normpath(name), base_split(of.split)))
     return parts
 
 
