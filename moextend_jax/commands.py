@@ -284,7 +284,7 @@ def chat(options: ChatOptions) -> None:
             raise MoextendError(f"the page has no model {start}: choose of {', '.join(models)}")
         serve(Page(models=models, start=start, **said), host=options.host, port=options.port)
         return
-    if idle := [f"--{name}" for name in given(options) if name in ("host", "port")]:
+    if idle := [f"--{name}" for name in ("host", "port") if name in given(options)]:
         raise MoextendError(f"{', '.join(idle)} goes with --web")
     from moextend_jax.evaluate.chat import chat_command
     from moextend_jax.runs.askable import open_place
