@@ -207,8 +207,8 @@ class Extension(nn.Module):
 def selection_bias_of(gate: nn.Module) -> torch.Tensor | None:
     """What pretrained experts are chosen by besides their scores. Ernie's is in a module, which adds it: asked so, as
     its weights may be brought only when it is called."""
-    statics = getattr(gate, "moe_statics", None)
-    bias = statics(torch.zeros(())) if statics is not None else getattr(gate, "e_score_correction_bias", None)
+    adder = getattr(gate, "moe_statics", None)
+    bias = adder(torch.zeros(())) if adder is not None else getattr(gate, "e_score_correction_bias", None)
     return None if bias is None else bias.float().reshape(-1)
 
 
