@@ -203,8 +203,7 @@ def select(
     decided_ZO = shares((before if decided_under == "before" else after).total_ZO) if scores_ZE is None else scores_ZE
     check_sources(new_experts, wide, experts=decided_ZO.shape[1])
     if source == "fixed":
-        if expert >= decided_ZO.shape[1]:
-            raise MoextendError(f"select.expert = {expert}: a layer has experts 0 to {decided_ZO.shape[1] - 1}")
+        check_expert(expert, experts=decided_ZO.shape[1])
         decided_ZO[:, expert] = np.inf
     by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in chosen)
     sources = (experts.reshape(wide, new_experts).T.reshape(-1) for experts in by_picks)
@@ -220,6 +219,12 @@ def chosen_layers(layers: LayerChoice, shift_Z: np.ndarray, *, share: float, see
         asked, mend = (f"share = {share}", "; raise it") if by_share else (f"layers = {layers}", "")
         raise MoextendError(f"select.{asked} of {len(shift_Z)} layers chooses none{mend}")
     return chosen
+
+
+def check_expert(expert: int, *, experts: int) -> None:
+    """Raises MoextendError where there is no such expert to copy."""
+    if expert >= experts:
+        raise MoextendError(f"select.expert = {expert}: a layer has experts 0 to {experts - 1}")
 
 
 def check_sources(new_experts: int, wide: int, *, experts: int) -> None:

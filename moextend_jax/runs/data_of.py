@@ -79,10 +79,10 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     source, own = read(stage.data, stage.split), unseen_source(run, extension, read=read)
     names = [link.name for link in run.settings.links]
     earlier = [unseen_source(run, name, read=read) for name in names[: names.index(extension)]]
-    unseen = [held_out for held_out in (*earlier, own) if held_out is not None]
-    left = without(source, *unseen)
-    # One that earlier extensions take nothing of stays what it was before they were asked: its fingerprint is recorded.
-    source = source if own is None and len(left) == len(source) else left
+    if unseen := [held_out for held_out in (*earlier, own) if held_out is not None]:  # or no row need be read
+        left = without(source, *unseen)
+        # What earlier extensions take nothing of stays what it was before they were asked: its fingerprint is recorded.
+        source = source if own is None and len(left) == len(source) else left
     if data.part == "all":
         return source
     select = results.select_of(run.settings, extension)

@@ -16,7 +16,7 @@ from moextend_jax.data.datasets import Source, check_packages, check_shows, dist
 from moextend_jax.data.faults import too_many
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
-from moextend_jax.extension.routing import check_sources
+from moextend_jax.extension.routing import check_expert, check_sources
 from moextend_jax.extension.saliency import NO_GRADIENT, SCORES
 from moextend_jax.models.blocks import check_blocks
 from moextend_jax.models.mixtral import check_length
@@ -176,8 +176,9 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
             problems.note([WIDE_TWIN.format(select.wide)])
         if select.source in SCORES and settings.quantised:
             problems.note([f"select.source = {select.source!r}: {NO_GRADIENT.format(settings.quantised)}"])
-        if select.source == "fixed" and select.expert >= decoder.experts:
-            problems.note([f"select.expert = {select.expert}: a layer has experts 0 to {decoder.experts - 1}"])
+        if select.source == "fixed":
+            with problems:
+                check_expert(select.expert, experts=decoder.experts)
     return problems.messages
 
 
@@ -248,10 +249,8 @@ def _reading(settings: RunSettings, stage: Stage) -> Reading:
 def _measure(run: Run, read: Read, reading: Reading) -> Measured:
     fields = reading._asdict()
     feeds, items = fields.pop("feeds"), dict(fields.pop("items_per_row"))
-    source, stage = (
-        read(reading.data, reading.split),
-        StageSettings(steps=1, batch_size=1, items_per_row=items, **fields),
-    )
+    source = read(reading.data, reading.split)
+    stage = StageSettings(steps=1, batch_size=1, items_per_row=items, **fields)
     rooms = (stage.room(name) for name, shown in source.items.items() if len(shown))
     return measure(
         source,
