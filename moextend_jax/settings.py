@@ -623,6 +623,11 @@ class RunSettings:
                     f"extension {name}: method.guidance keeps every token from a copied column, which never leads; set "
                     "grow.column to mean, zero or random, or method.drift above 0"
                 )
+        if self.mixture and (rivals := [link.name for link in self.links if link.rival and not link.apart]):
+            raise MoextendError(
+                f"mixture trains router columns, calibrators and projectors, but nothing of {', '.join(rivals)}, whose "
+                "method is another; leave mixture out"
+            )
         counts = {link.rival.count for link in self.links if isinstance(link.rival, BlocksConfig)}
         if len(counts) > 1:
             raise MoextendError(f"method.blocks = {' and '.join(map(str, counts))}: all extensions must have as many")

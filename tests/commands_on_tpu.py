@@ -41,13 +41,15 @@ WIDE = with_vision(
 
 
 class Noted(NamedTuple):
-    """A call of a program: its function, jit's options, and its arguments as shapes with shardings."""
+    """A call of a program: its function, jit's options, its arguments as shapes with shardings, and the precision of
+    products in force."""
 
     command: str
     function: Any
     options: dict[str, Any]
     arguments: tuple[Any, ...]
     named: dict[str, Any]
+    precision: str | None
 
 
 NOTED: dict[str, Noted] = {}
@@ -63,9 +65,11 @@ def note(command: str) -> None:
 
     def noting_call(self, *arguments, **named):
         function, options = self.noted
-        shapes = jax.tree.map(described, (arguments, named))
+        own, given = jax.tree.map(described, (arguments, named))
         name = getattr(function, "__qualname__", str(function))
-        NOTED.setdefault(f"{name} {jax.tree.map(str, shapes)}", Noted(command, function, options, *shapes))
+        precision = jax.config.values["jax_default_matmul_precision"]
+        key = f"{name} {precision} {jax.tree.map(str, (own, given))}"
+        NOTED.setdefault(key, Noted(command, function, options, own, given, precision))
         return ORIGINAL[1](self, *arguments, **named)
 
     ORIGINAL.extend((init, call) if not ORIGINAL else ())
@@ -122,15 +126,16 @@ def run(folder: Path) -> None:
 
 def compile_all() -> None:
     """Lowers every program, and compiles of those that differ in rows and lengths alone the first, in half the time."""
-    compiled: set[tuple[str, Any]] = set()
-    for name, (command, function, options, arguments, named) in NOTED.items():
+    compiled: set[tuple[Any, ...]] = set()
+    for name, (command, function, options, arguments, named, precision) in NOTED.items():
         options = {
             key: jax.tree.map(on_tpus, value) if key == "out_shardings" else value for key, value in options.items()
         }
-        lowered = mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named)
-        kind = name.split(" ")[0], jax.tree.structure((arguments, named))
-        if kind not in compiled:
-            lowered.compile()
+        kind = *name.split(" ")[:2], jax.tree.structure((arguments, named))
+        with jax.default_matmul_precision(precision):
+            lowered = mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named)
+            if kind not in compiled:
+                lowered.compile()
         print(f"{command}: {kind[0]}{'' if kind not in compiled else ', lowered'}", flush=True)
         compiled.add(kind)
 

@@ -123,10 +123,17 @@ def test_damc_has_one_for_items_and_another_for_text():
         strict = dataclasses.replace(config, text_isolation=isolation)
         open_to = {name: np.asarray(of_BL) == 0 for name, of_BL in shares(batch, strict).items()}
         near_BL = item_BL.any(axis=1, keepdims=True) | (isolation == "none")
+        decoupled = shares(batch, dataclasses.replace(strict, composition="decoupled"))
+        assert {name: np.array_equal(np.asarray(of) == 0, open_to[name]) for name, of in decoupled.items()} == {
+            "own": True, "own.text": True
+        }  # fmt: skip
         np.testing.assert_array_equal(open_to["own"], item_BL)
         np.testing.assert_array_equal(open_to["own.text"] & (batch.segments_BL > 0),
                                       ~item_BL & near_BL & (batch.segments_BL > 0))  # fmt: skip
         assert [*shares_of_text(batch, strict)] == ["own.text"]
+    half = Named({name: dataclasses.replace(part, share=0.5) for name, part in link.parts.items()})
+    own_BL, text_BL = (np.asarray(of) for of in shares(batch, dataclasses.replace(config, adapters=half)).values())
+    assert {*own_BL[item_BL]} == {0.0} and {*text_BL[~item_BL]} == {np.float32(np.log(0.5))}  # a share is for text
     halves = composed(config, RULES["shared 1/N"]).adapters
     assert {of.share for of in halves.values()} == {1.0}  # two parts of one extension
 

@@ -89,6 +89,22 @@ def test_their_load_is_balanced_beside_experts_that_are_added_to_a_token_s_picks
     assert np.isfinite(found.total) and found.aux > 0
 
 
+def test_what_blocks_are_closed_to_is_not_balanced():
+    """Conversations of text under strict isolation; behind the block is no layer, whose load would tell of them."""
+    config = dataclasses.replace(tiny.PLAIN, blocks=Named(own=BlocksConfig(count=1)), text_isolation="strict")
+    arrays, batch = tiny.arrays(config), tiny.batch()
+    text_B1 = (batch.places_BL < 0).all(axis=1, keepdims=True)
+    other = batch._replace(ids_BL=np.where(text_B1, np.roll(batch.ids_BL, 3, axis=1), batch.ids_BL))
+    before, after = (
+        loss_and_gradient(
+            config, arrays, of._replace(labels_BL=np.full_like(of.labels_BL, -100)), "blocks/own/moe/gate"
+        )[2]["blocks/own/moe/gate"]
+        for of in (batch, other)
+    )
+    assert text_B1.any() and not text_B1.all() and np.any(before)
+    np.testing.assert_array_equal(before, after)
+
+
 @pytest.mark.slow
 def test_each_stands_behind_its_group():
     """As a plain model of six layers whose third and sixth are the blocks; the balance loss counts them too."""

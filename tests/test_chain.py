@@ -24,6 +24,7 @@ from moextend_jax.evaluate import summary
 from moextend_jax.evaluate.composing import RULES
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs import results
+from moextend_jax.runs.making import seed_of
 from moextend_jax.runs.models_of import open_model, read_selection
 from moextend_jax.runs.run import Run, working
 from moextend_jax.settings import (
@@ -31,6 +32,7 @@ from moextend_jax.settings import (
     ExtensionSettings,
     Link,
     MediumSettings,
+    MethodSettings,
     RunSettings,
     SelectSettings,
     StageSettings,
@@ -172,6 +174,29 @@ def test_what_is_learnt_behind_an_extension_that_is_apart_goes_on_from_those_bef
 def test_a_checkpoint_to_resume_from_is_no_matter_of_several_chains(settings, tmp_path: Path):
     with pytest.raises(MoextendError, match="--resume_from is for one chain"):
         whole_run(dataclasses.replace(settings, chains=("strict", "open")), tmp_path, resume_from=tmp_path)
+
+
+def test_a_medium_that_one_apart_has_aligned_is_no_random_projector():
+    """Of an extension after it; and of another one that is apart."""
+    links = [Link(), Link("sound", "sound", apart=True), Link("more", "sound"), Link("other", "sound", apart=True)]
+    rows = results.of_links(tuple(links)).results
+    assert rows["finetune:more"].parents == ("align", "grow", "finetune", "align:sound", "grow:more")
+    assert rows["finetune:other"].parents == ("align", "align:sound", "grow:other")
+    assert "align:more" not in rows
+
+
+def test_no_two_extensions_of_a_run_begin_with_the_same_numbers(settings):
+    lora, damc = MethodSettings(name="lora"), MethodSettings(name="damc")
+    first, *more = dataclasses.replace(settings, method=lora).links, Link("two", "image", rival=damc.rival("image"))
+    names = [part for link in (*first, *more) for part in link.parts or (link.name,)]
+    of: Any = SimpleNamespace(links=(*first, *more), seed=3)
+    seeds = [seed_of(of, name) for name in names]
+    assert seeds[0] == 3 and len({*seeds}) == len(names) == 4
+
+
+def test_a_rival_has_nothing_that_a_mixture_trains(settings):
+    with pytest.raises(MoextendError, match="mixture trains router columns, .* nothing of image, whose"):
+        dataclasses.replace(settings, mixture=settings.finetune, method=MethodSettings(name="lora"))
 
 
 def test_a_model_of_two_names_is_asked_once(settings):

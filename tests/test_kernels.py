@@ -86,6 +86,8 @@ def test_few_rows_times_few_bits_is_what_multiplying_out_gives(kind: str, dtype:
     assert grouped_triton.multiplies_out(few, rows=23, transpose=False)
     assert not grouped_triton.multiplies_out(few, rows=23, transpose=True)
     assert not grouped_triton.multiplies_out(few, rows=200, transpose=False)
+    large = FewBits(*map(jnp.asarray, quantise(np.asarray(normal(1, 512, 8)), "int8", 512)))
+    assert not grouped_triton.multiplies_out(large, rows=2, transpose=False)  # shared memory has no room for a piece
     x_RD, sizes_O = normal(23, 128).astype(dtype), jnp.asarray([5, 0, 9, 4], jnp.int32)
     parts = few, normal(1, 128, 40).astype(dtype)
     got = jax.jit(functools.partial(by_kernels, TRITON))(x_RD, parts, sizes_O).astype(jnp.float32)
@@ -93,6 +95,34 @@ def test_few_rows_times_few_bits_is_what_multiplying_out_gives(kind: str, dtype:
     expected = jax.jit(functools.partial(by_kernels, TRITON))(x_RD, out, sizes_O).astype(jnp.float32)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 if dtype == "float32" else 0.25)
     assert np.mean(np.asarray(got) != np.asarray(expected)) < (1 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize(("layers", "first"), [(24, "i8[32,2880,1440]"), (12, "i8[384,2880,1440]")])
+def test_a_stack_that_32_bits_cannot_count_in_is_read_layer_by_layer(layers: int, first: str):
+    """gpt-oss-20b's 24 layers of 32 experts in four bits: Triton would take what is behind 2 GiB for negative."""
+    values, scale = ((layers, 32, 2880, 2880), jnp.int4), ((layers, 32, 90, 2880), jnp.bfloat16)
+    shapes: Any = [jax.ShapeDtypeStruct(*of) for of in (values, scale)]
+    stack = FewBits(*shapes)
+
+    def product(stack, number, x_RD, sizes_O):
+        return by_kernels(TRITON, x_RD, (OfStack(stack, number),), sizes_O)
+
+    arguments = jnp.int32(0), jnp.zeros((4, 2880), jnp.bfloat16), jnp.zeros(32, jnp.int32)
+    program = str(jax.make_jaxpr(product)(stack, *arguments))
+    _, _, called = program.partition("pallas_call")
+    assert called and first in program and "name=triton_few_bits_product" in called
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(300, (33, 0, 200, 30)), (20, (9, 0, 0, 11)), (7, (0, 7, 0, 0))])
+def test_rows_that_no_tile_divides_are_filled_up(rows: int, sizes: tuple[int, ...]):
+    x_RD, w_GDF, sizes_O = normal(rows, 16), normal(4, 16, 24), jnp.asarray(sizes, jnp.int32)
+
+    def run(kernel):
+        y_RF, pull = jax.vjp(lambda x_RD, w_GDF: kernel(x_RD, (w_GDF,), sizes_O), x_RD, w_GDF)
+        return y_RF, *pull(y_RF)
+
+    for mine, theirs in zip(run(functools.partial(by_kernels, MEGABLOX)), run(ragged_dot), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("kernels", "name"), [(MEGABLOX, "name=tgmm"), (TRITON, "name=triton_grouped_gradient")])

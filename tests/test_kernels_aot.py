@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig, of_pictures
 from moextend_jax.generate import Generator, Sampling
 from moextend_jax.mesh import rows_sharding
 from moextend_jax.models.expert_parallel import mixture
+from moextend_jax.models.grouped_matmul import grouped_matmul
 from moextend_jax.models.mixtral import Extension, MoE
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
@@ -108,6 +109,36 @@ def test_frozen_experts_have_no_weight_gradient(name: str):
 def test_both_dispatches_compile(mesh_shape: tuple[int, ...], how: str):
     analysis = compiled("v5e:2x2", mesh_shape, how, "extension").memory_analysis()
     assert analysis is not None and analysis.temp_size_in_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype", "precision"),
+    [
+        ("v5p:2x2x1", 512, "float32", "highest"), ("v5e:2x2", 2052, "bfloat16", "default"),
+        *(pytest.param(*case, marks=long) for case in (
+            ("v5e:2x2", 512, "float32", "highest"), ("v5e:2x2", 512, "float32", "default"),
+            ("v5p:2x2x1", 512, "float32", "default"), ("v6e:2x2", 2052, "bfloat16", "default"),
+            ("v5e:2x2", 7, "bfloat16", "default"),
+        )),
+    ],
+)  # fmt: skip
+def test_a_chip_has_room_for_the_tiles_of_any_rows(name: str, rows: int, dtype: str, precision: str):
+    """Of OLMoE's experts and their gradients: in float32, as routing is compared, and with rows of odd numbers."""
+    mesh = topology.make_mesh(topology.parse(name), dict(zip(MESH_AXES, (4, 1, 1, 1), strict=True)))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shapes = ((rows, 2048), dtype), ((64, 2048, 1024), dtype), ((64,), "int32")
+    x_RD, w_GDF, sizes_G = (jax.ShapeDtypeStruct(shape, kind, sharding=whole) for shape, kind in shapes)
+
+    def total(x_RD, w_GDF, sizes_G):
+        return grouped_matmul(x_RD, (w_GDF,), sizes_G).astype(jnp.float32).sum()
+
+    whole_each = {"in_specs": (PartitionSpec(),) * 3, "out_specs": (PartitionSpec(),) * 2, "check_vma": False}
+    gradients = jax.shard_map(jax.grad(total, argnums=(0, 1)), mesh=mesh, **whole_each)
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        lowered = jax.jit(gradients).lower(x_RD, w_GDF, sizes_G)
+        assert lowered.as_text().count("tpu_custom_call") >= 2
+        assert lowered.compile().memory_analysis() is not None
 
 
 @pytest.mark.slow

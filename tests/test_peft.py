@@ -24,6 +24,7 @@ from moextend_jax.config import AdapterConfig, MoextendError, Named
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.models_of import open_model
+from moextend_jax.runs.run import remember
 from moextend_jax.settings import MESH, MethodSettings
 
 LORA = MethodSettings(name="lora", rank=3, alpha=6.0, experts="per_expert", router=True)
@@ -92,6 +93,15 @@ def test_of_a_layer_its_own_tensors_are_read_and_no_others(exported: Path, run, 
     leaf = peft.open_peft(exported, run.config.decoder).leaves["adapters/lora/block/down/a"]
     assert leaf.ours((1,)).shape == leaf.shape[1:]
     assert len(names) == run.config.decoder.experts and all(".layers.1." in name for name in names)
+
+
+def test_what_peft_does_to_text_that_is_isolated_here_is_printed(run, tmp_path: Path, capsys):
+    cli.main(["export", str(run.workdir), str(tmp_path / "open"), "--layout", "peft"])
+    assert "text_isolation" not in capsys.readouterr().out
+    strict = dataclasses.replace(run, settings=dataclasses.replace(run.settings, text_isolation="strict"))
+    remember(dataclasses.replace(strict, workdir=shutil.copytree(run.workdir, tmp_path / "strict")))
+    cli.main(["export", str(tmp_path / "strict"), str(tmp_path / "out"), "--layout", "peft"])
+    assert "PEFT applies it to all text" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -19,9 +19,9 @@ from PIL import Image
 from moextend_jax import cli
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import MoextendError
+from moextend_jax.config import MoextendError, Named
 from moextend_jax.plan.abstract_step import abstract_step
-from moextend_jax.runs.making import check_made
+from moextend_jax.runs.making import FACTS, check_made
 from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run
@@ -215,6 +215,44 @@ def test_what_was_cut_off_while_it_was_written_is_not_there(finished, tmp_path: 
         for step in (cut.workdir / name / "result").iterdir():
             shutil.rmtree(step)
         check_made(cut, FIRST.results)
+
+
+DECISIVE = {
+    "finetune": {
+        "expert_storage": "int8", "method.drift": 0.01, "finetune.optimizer.weight_decays": {"new_experts": 0.1},
+        "finetune.optimizer.multipliers": {"projector": 2.0},
+    },
+    "select": {"select.layers": "interval", "select.source": "weights", "select.wide": 2, "select.new_experts": 2},
+    "grow": {"grow.column": "mean", "grow.expert": "random", "grow.start": "twin"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECISIVE)
+def test_what_decides_a_result_is_seen_in_both_directions(finished, name: str):
+    """A setting that goes back to its default makes another run too."""
+    run, facts = open_again(finished), FACTS[FIRST.results[name].how]
+    for setting, value in DECISIVE[name].items():
+        record = json.loads((run.workdir / "config.json").read_text())["settings"] | {"baseline": False}
+        *groups, field = setting.split(".")
+        group = record
+        for part in groups:
+            group = group[part]
+        group[field] = value
+        changed = dataclasses.replace(run, settings=from_config_dict(record))
+        saved = [json.loads(json.dumps(facts(of, name))) for of in (run, changed)]
+        assert train_state.differing(*saved) and train_state.differing(*reversed(saved)), setting
+        assert not train_state.differing(saved[1], saved[1])
+
+
+def test_what_stands_between_tower_and_decoder_decides_a_result(finished):
+    run = open_again(finished)
+    medium = run.config.media["image"]
+    pooled = dataclasses.replace(medium, projector=dataclasses.replace(medium.projector, kind="pool", neighbours=2))
+    configs = [dataclasses.replace(run.config, media=Named({"image": of})) for of in (medium, pooled)]
+    facts, changed = (dataclasses.replace(run, config=config).facts_of("align") for config in configs)
+    assert train_state.differing(facts, changed) and train_state.differing(changed, facts)
+    del facts["medium"]  # an older record says nothing of it
+    assert not train_state.differing(facts, changed)
 
 
 def run_selection(finished) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import tiny
 from configs.mixtral_8x7b import get_config
 from moextend_jax import chips
 from moextend_jax import settings as settings_module
-from moextend_jax.config import DecoderConfig, MoextendError, Named, VisionConfig
+from moextend_jax.config import AdapterConfig, DecoderConfig, MoextendError, Named, VisionConfig
 from moextend_jax.configurations import load
 from moextend_jax.mesh import mesh_shape
 from moextend_jax.models import flops
@@ -411,6 +411,14 @@ def test_what_all_tokens_pass_is_computed_again_as_the_rest_of_its_layer():
     assert parts["dense/shared/down"]["recomputed"] == 0  # nothing needs it again
     full = flops.full_training(config, rows=2, length=16, items={"image": 0}).parts
     assert full["dense/shared/down"]["recomputed"] == full["dense/shared/down"]["forward"] > 0
+
+
+def test_what_low_rank_updates_recompute_with_attention_is_counted():
+    lora = AdapterConfig(method="lora", rank=2, alpha=4.0, trains=True)
+    config = dataclasses.replace(tiny.PLAIN, remat="attention", adapters=Named(lora=lora))
+    parts = flops.step_flops(config, trains=("adapters/*",), rows=2, length=16, items={"image": 0}).parts
+    again = {name for name, of in parts.items() if name.startswith("adapters/") and of["recomputed"]}
+    assert again == {f"adapters/{name}/{of}" for name in ("query", "key", "value") for of in "ab"} | {"adapters/out/a"}
 
 
 def test_every_remat_policy_of_the_settings_is_counted():

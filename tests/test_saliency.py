@@ -57,7 +57,9 @@ def test_a_base_in_few_bits_has_no_gradient():
 
 @pytest.mark.slow
 def test_a_run_copies_the_experts_with_the_largest_scores(tmp_path: Path):
-    settings = random_run.settings(tiny.write_base(tmp_path / "base"))
+    """Where questions alone are counted, gradients are still of conversations, whose answers have a loss."""
+    captions = dataclasses.replace(RECIPES["paper"], probe_data="captions")
+    settings = random_run.settings(tiny.write_base(tmp_path / "base"), recipe=captions)
     select = SelectSettings(held_out=6, batch_size=6, source="saliency", new_experts=2)
     run = open_run(dataclasses.replace(settings, select=select), tmp_path / "w")
     for name in ("align", "extend", "select"):

@@ -270,9 +270,15 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
 
 BEFORE: dict[str, Any] = {
     "weight_guard": "none", "tags": [5, 6, 3], "mass": "base", "start": "copy", "wide": 1, "first_moment": "float32",
-    "calibrator": "two_layers", "tokens": "all", "composition": "shared",
+    "calibrator": "two_layers", "tokens": "all", "composition": "shared", "guidance": 0.0, "drift": 0.0,
+    "column": "copy", "extension.expert": "copy", "expert_storage": "as_is", "method": {},
+    "settings.new_experts": 1, "settings.layers": "extender", "settings.source": "recipe", "settings.expert": 0,
 }  # fmt: skip
 """What was done where an older record does not say it, because there was no choice."""
+NOT_SAID = ("medium",)
+"""Facts that an older record does not have and that nothing else tells: there they are believed."""
+WHOLE = ("multipliers", "weight_decays", "missing", "items_per_row", "parents")
+"""Facts whose names are chosen by settings: one that was there and is gone differs too."""
 MAY_CHANGE = ("pictures",)
 """Facts that may differ, since damaged pictures are mended in the middle of a stage, but not unnoticed."""
 
@@ -283,19 +289,24 @@ def check_facts(saved: Mapping[str, Any], facts: Mapping[str, Any], *, where: Pa
         if name in saved and name in facts and saved[name] != facts[name] and distributed.first():
             message = f"{where}: goes on with other {name} than it began with: names, sizes or times differ"
             print(f"moextend: {message}", file=sys.stderr)
-    differing = list(_differing(saved, {name: fact for name, fact in facts.items() if name not in MAY_CHANGE}))
-    if differing:
+    if wrong := differing(saved, facts):
         raise MoextendError(
-            f"{where} belongs to another run ({'; '.join(differing)}). Use another --workdir, or the old settings"
+            f"{where} belongs to another run ({'; '.join(wrong)}). Use another --workdir, or the old settings"
         )
 
 
-def _differing(saved: Any, facts: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def differing(saved: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
+    """What `saved` lacks or contradicts of `facts`, in words."""
+    free = {*MAY_CHANGE, *(name for name in NOT_SAID if name not in saved)}
+    return list(_differing(saved, {name: fact for name, fact in facts.items() if name not in free}))
+
+
+def _differing(saved: Any, facts: Mapping[str, Any], prefix: str = "", *, whole: bool = False) -> Iterator[str]:
     saved = saved if isinstance(saved, Mapping) else {}
-    for name in sorted(facts):
-        before, now = saved.get(name, BEFORE.get(name)), facts[name]
+    for name in sorted({*facts, *(saved if whole else ())}):
+        before, now = saved.get(name, BEFORE.get(f"{prefix}{name}", BEFORE.get(name))), facts.get(name)
         if isinstance(now, Mapping) and isinstance(before, Mapping):
-            yield from _differing(before, now, f"{prefix}{name}.")
+            yield from _differing(before, now, f"{prefix}{name}.", whole=name in WHOLE)
         elif before != now:
             yield f"{prefix}{name}: {before!r} there, {now!r} now"
 

@@ -63,7 +63,14 @@ because nothing recomputes it: the combine weight goes in before it, so no gradi
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "none": (),
     # Nothing needs the output of a checkpointed part again, so its last product is not recomputed.
-    "attention": ("attention/query", "attention/key", "attention/value", "attention/scores"),
+    "attention": (
+        "attention/query",
+        "attention/key",
+        "attention/value",
+        "attention/scores",
+        "adapters/out/a",
+        *(f"adapters/{name}/{factor}" for name in ("query", "key", "value") for factor in "ab"),
+    ),  # fmt: skip
     "layer": tuple(SAVED_AS),
 }
 """TABLE remat policy -> decoder parts that the backward pass computes again."""

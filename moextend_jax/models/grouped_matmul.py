@@ -22,8 +22,8 @@ from moextend_jax.models.weights import OfStack, Weight, alone, in_groups, plain
 from moextend_jax.sharding import platform
 
 ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
-"""Of a megablox tile: rows, the most that divide the buffer, and contracted and output columns. The largest takes 9 MB
-of a TPU core's vector memory in bfloat16."""
+"""Of a megablox tile in bfloat16: rows, the most that divide the buffer, and contracted and output columns. The largest
+takes 9 MB of a TPU core's vector memory."""
 
 
 class Kernels(NamedTuple):
@@ -113,7 +113,8 @@ by_kernels.defvjp(_forward, _backward, symbolic_zeros=True)
 def _megablox(x_RD, w_parts, sizes_O, *, transpose: bool):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    y_RF, first = None, 0
+    y_RF, first, rows = None, 0, len(x_RD)
+    x_RD = _filled(x_RD)
     for weight in w_parts:
         (w_GDF, start), groups = in_groups(weight), weight.shape[0]
         if len(w_GDF) > groups:  # in a stack, where other layers' experts have no rows
@@ -126,21 +127,22 @@ def _megablox(x_RD, w_parts, sizes_O, *, transpose: bool):
         D, F = w_GDF.shape[1:][:: -1 if transpose else 1]
         with reading(weight):
             y_RF = gmm(
-                x_RD, w_GDF, sizes_S, x_RD.dtype, _tiles(x_RD.shape[0], D, F), jnp.int32(first),
+                x_RD, w_GDF, sizes_S, x_RD.dtype, _tiles(x_RD, D, F), jnp.int32(first),
                 y_RF, transpose, platform() != "tpu",
             )  # fmt: skip
         first += groups
     assert y_RF is not None
-    return y_RF
+    return y_RF[:rows]
 
 
 def _megablox_gradient(x_RD, dy_RF, sizes_O, *, first: int, like_GDF):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     groups, D, F = like_GDF.shape
-    tiles = _tiles(len(dy_RF), D, F)
+    x_RD, dy_RF = _filled(x_RD), _filled(dy_RF)
     return tgmm(
-        x_RD.T, dy_RF, sizes_O, like_GDF.dtype, tiles, jnp.int32(first), groups, interpret=platform() != "tpu"
+        x_RD.T, dy_RF, sizes_O, like_GDF.dtype, _tiles(dy_RF, D, F), jnp.int32(first), groups,
+        interpret=platform() != "tpu",
     )  # fmt: skip
 
 
@@ -149,9 +151,17 @@ TRITON = Kernels(grouped_triton.grouped_product, grouped_triton.weight_gradient,
 """TABLE of Pallas kernels: JAX's own for TPU, ours for GPU."""
 
 
-def _tiles(R: int, D: int, F: int) -> tuple[int, int, int]:
-    rows = next(tile for tile in (*ROWS, R) if R % tile == 0)
-    return rows, min(COLUMNS, D), min(COLUMNS, F)
+def _filled(x_RD: jax.Array) -> jax.Array:
+    """With rows of nobody behind, until a tile's rows divide them: tiles of 128 where rows are many."""
+    more = -len(x_RD) % (128 if len(x_RD) > 128 else 8)
+    return jnp.pad(x_RD, ((0, more), (0, 0))) if more else x_RD
+
+
+def _tiles(x_RD: jax.Array, D: int, F: int) -> tuple[int, int, int]:
+    """In float32, which is split into three parts of bfloat16 where precision is the highest, a quarter of the rows."""
+    wide = x_RD.dtype.itemsize // 2
+    rows = next(tile for tile in ROWS if len(x_RD) % tile == 0 and tile <= ROWS[0] // wide**2)
+    return rows, min(COLUMNS // wide, D), min(COLUMNS // wide, F)
 
 
 def without_rest(y_RF: jax.Array, sizes_O: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from moextend_jax.models.quantised import multiplied_out
 from moextend_jax.models.tiles import below, both, call, load, roomy
-from moextend_jax.models.weights import FewBits, Weight, in_groups, reading
+from moextend_jax.models.weights import FewBits, Weight, alone, in_groups, reading
 
 
 class Tile(NamedTuple):
@@ -46,6 +46,11 @@ class Schedule(NamedTuple):
 LARGE, SMALL = Tile(), Tile(columns=128, stages=2)
 FEW_ROWS = 64
 """Of each group, on average: from here on multiplying weights out once costs less than in every tile."""
+LARGE_SCALES, SMALL_SCALES = 256, 128
+"""Of the weights with one scale, which a program reads at once, the most that fit in shared memory."""
+WRAPS = range(2**31 + 1, 2**32 + 1)
+"""Bytes of an array, one an element, in which Pallas counts with 32 bits and Triton takes these for signed: what stands
+behind the first 2**31 would be read 4 GiB before it. Larger ones are counted in with 64."""
 
 
 def usual() -> Tile:
@@ -53,16 +58,29 @@ def usual() -> Tile:
 
 
 def few_rows(rows: int, groups: int) -> Tile:
-    return Tile(16 if rows < 16 * groups else 64, columns=64, warps=4, band=1)
+    return Tile(16 if rows < 16 * groups else 64, columns=64, warps=4, band=1, stages=usual().stages)
 
 
 def multiplies_out(weight: Weight, *, rows: int, transpose: bool) -> bool:
     """Whether `grouped_product` takes such a part in few bits as it is."""
     G, D, F = weight.shape
-    matrices = in_groups(weight)[0]
+    matrices = _read(weight)[0]
     assert isinstance(matrices, FewBits)
-    group = D // matrices.scale.shape[1]
-    return not transpose and rows < FEW_ROWS * G and group >= 16 and group & (group - 1) == 0 and F % 2 == 0
+    group, most = D // matrices.scale.shape[1], LARGE_SCALES if roomy() else SMALL_SCALES
+    fits = 16 <= group <= most and group & (group - 1) == 0 and F % 2 == 0
+    return not transpose and rows < FEW_ROWS * G and fits and not _wraps(matrices)
+
+
+def _wraps(weight: FewBits) -> bool:
+    return weight.values.size // (1 if weight.values.dtype == jnp.int8 else 2) in WRAPS
+
+
+def _read(weight: Weight) -> tuple[jax.Array | FewBits, jax.Array | int]:
+    """As `in_groups`; taken out of a stack that cannot be counted in, which copies one layer's."""
+    matrices, start = in_groups(weight)
+    if isinstance(matrices, FewBits) and _wraps(matrices):
+        return alone(weight), 0
+    return matrices, start
 
 
 def grouped_product(
@@ -72,7 +90,7 @@ def grouped_product(
     written."""
     y_RN, first = None, 0
     for weight in w_parts:
-        (matrices, start), (G, D, F) = in_groups(weight), weight.shape
+        (matrices, start), (G, D, F) = _read(weight), weight.shape
         K, N = (F, D) if transpose else (D, F)
         if isinstance(matrices, FewBits):
             size, weights, name = tile or few_rows(len(x_RK), G), _bytes(matrices), "triton_few_bits_product"

@@ -205,20 +205,18 @@ def shares(batch: Batch, config: ModelConfig) -> Shares:
     strict, open_to = config.text_isolation == "strict", {}
     for name in running(config, batch.names):
         added = config.added[name]
-        log_share = math.log(added.share)
-        if config.composition == "decoupled":
-            inside_BL = _inside(batch, config, added.medium)
-            in_any_BL = jnp.asarray(batch.places_BL) >= 0
-            text_BL = jnp.where(in_any_BL | strict, -jnp.inf, log_share)
-            open_to[name] = jnp.where(inside_BL, 0.0, text_BL)
+        log_share, tokens = math.log(added.share), _tokens(added)
+        inside_BL, is_text_BL = _inside(batch, config, added.medium), jnp.asarray(batch.places_BL) < 0
+        if tokens == "items":  # nobody else's
+            open_to[name] = jnp.where(inside_BL, 0.0, -jnp.inf)
+        elif tokens == "text":
+            open_to[name] = jnp.where(is_text_BL & (not strict or _near(batch, inside_BL)), log_share, -jnp.inf)
+        elif config.composition == "decoupled":
+            open_to[name] = jnp.where(inside_BL, 0.0, jnp.where(is_text_BL & (not strict), log_share, -jnp.inf))
         elif strict:
-            open_to[name] = jnp.where(_near(batch, _inside(batch, config, added.medium)), log_share, -jnp.inf)
+            open_to[name] = jnp.where(_near(batch, inside_BL), log_share, -jnp.inf)
         else:
             open_to[name] = jnp.full(batch.ids_BL.shape, log_share) if log_share else None
-        if (tokens := _tokens(added)) != "all":
-            of_BL = _inside(batch, config, added.medium) if tokens == "items" else jnp.asarray(batch.places_BL) < 0
-            share_BL = 0.0 if open_to[name] is None else open_to[name]
-            open_to[name] = jnp.where(of_BL, share_BL, -jnp.inf)
     return open_to
 
 
@@ -249,8 +247,8 @@ def share_of_text(config: ModelConfig, media: frozenset[str]) -> dict[str, float
     strict, open_to = config.text_isolation == "strict", {}
     for name in running(config, media):
         added = config.added[name]
-        if _tokens(added) != "items":
-            decoupled = config.composition == "decoupled"
+        if (tokens := _tokens(added)) != "items":
+            decoupled = config.composition == "decoupled" and tokens == "all"
             share = -math.inf if decoupled and strict else math.log(added.share)
             open_to[name] = share if share or decoupled or strict else None
     return open_to

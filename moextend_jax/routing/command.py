@@ -85,12 +85,13 @@ def collect_command(options: CollectOptions) -> None:
         raise MoextendError("--samples draws rows of --data or --text; all of --ids are counted")
     for path in filter(None, (options.ids, options.ids_out, options.out)):  # now, not when all has been counted
         local(path, what="an npz file")
-    with jax.default_matmul_precision("default" if options.dtype == "bfloat16" else "highest"):
-        opened = _open(options)
-        shards = row_shards(opened.mesh)
-        batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
-        options = dataclasses.replace(options, batch_size=batch_size)
-        rows: list[Batch] = []
+    opened = _open(options)
+    shards = row_shards(opened.mesh)
+    batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
+    options = dataclasses.replace(options, batch_size=batch_size)
+    rows: list[Batch] = []
+    # Of bfloat16 there is one precision, and kernels for TPUs do not compile for another.
+    with jax.default_matmul_precision("highest" if opened.config.dtype == "float32" else "default"):
         batches = _noting(_batches(options, opened), rows if options.ids_out else None)
         stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
     if not distributed.first():

@@ -102,6 +102,8 @@ def export(values: ExportOptions) -> None:
     print(f"exported {described(source)} to {values.dst} in layout {layout}: {cost}")
     if left := source.parts - parts_of(layout, source):
         print(f"left out, because layout {layout} has no place for it: {', '.join(sorted(left))}")
+    if layout == "peft" and source.record.facts.get("text_isolation") == "strict":
+        print("PEFT applies it to all text, also to text that text_isolation strict has kept as the base's")
     if layout == HF:
         print(_how_to_load(values.dst))
     elif layout == "released":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
@@ -99,9 +100,9 @@ def facts_of_training(run: Run, name: str) -> dict[str, Any]:
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
     facts = run.facts_of(name, settings=as_json(decisive))
-    method = results.method_of(run.settings, row.extension)
-    if row.grown and (guided := {rule: of for rule in ("guidance", "drift") if (of := getattr(method, rule))}):
-        facts["method"] = guided
+    if row.grown:
+        method = results.method_of(run.settings, row.extension)
+        facts["method"] = {"guidance": method.guidance, "drift": method.drift}
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     return facts
 
@@ -164,9 +165,6 @@ def facts_of_selecting(run: Run, name: str) -> dict[str, Any]:
     """All that decides which layers and experts are chosen."""
     settings: SelectSettings = results.group_of(run.settings, name)
     asked = dataclasses.asdict(settings) | {"new_experts": settings.number(run.config.decoder.experts)}
-    for choice, before in {"new_experts": 1, "wide": 1, "layers": "extender", "source": "recipe", "expert": 0}.items():
-        if asked[choice] == before:  # as before there was a choice
-            del asked[choice]
     return as_json(run.facts_of(name, settings=asked))
 
 
@@ -176,8 +174,10 @@ def select(run: Run, name: str) -> None:
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
     settings: SelectSettings = results.group_of(run.settings, name)
     new_experts, facts = settings.number(run.config.decoder.experts), facts_of_selecting(run, name)
-    if (run.folder(name) / "routing.json").exists() and read_selection(run, row.extension).get("facts") == facts:
-        return
+    if (run.folder(name) / "routing.json").exists():
+        recorded = read_selection(run, row.extension).get("facts")
+        if recorded is not None and not train_state.differing(recorded, facts):
+            return
     assert row.data is not None
     data = row.data(recipe)
     source = source_of(run, data)
@@ -195,7 +195,8 @@ def select(run: Run, name: str) -> None:
         before, after = (count(open_model(run, model)) for model in row.models)
         scores_ZE = None
         if settings.source in SCORES:
-            opened, rows = open_model(run, row.models[0]), rows_of(run, source, stage, data=data, epochs=1, seed=None)
+            whole = data._replace(feeds="conversation")  # of a question alone no token has a loss
+            opened, rows = open_model(run, row.models[0]), rows_of(run, source, stage, data=whole, epochs=1, seed=None)
             norms = expert_norms(
                 opened.model, opened.arrays, (place_rows(batch, run.mesh) for batch in rows), recipe=recipe,
                 aux_coefficient=run.settings.aux_coefficient, chunk=stage.loss_chunk, mesh=run.mesh,
@@ -264,8 +265,7 @@ def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
     made = {field: getattr(added, field) for field in decisive}
     if settings.start == "lowered":
         made["lowered_by"] = settings.lowered_by
-    made |= {name: how for name in ("column", "expert") if (how := getattr(settings, name)) != "copy"}
-    return run.facts_of(name, extension=as_json(made))
+    return run.facts_of(name, extension=as_json(made) | {"column": settings.column, "expert": settings.expert})
 
 
 def grow(run: Run, name: str) -> None:
@@ -284,7 +284,7 @@ def grow(run: Run, name: str) -> None:
         grow_leaves,
         config=config,
         recipe=recipe,
-        seed=run.settings.seed,
+        seed=seed_of(run.settings, row.extension),
         name=row.extension,
         lowered_by=settings.lowered_by,
         column=settings.column,
@@ -297,20 +297,28 @@ def grow(run: Run, name: str) -> None:
 def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig, facts: dict[str, Any]) -> None:
     """Fresh leaves of low-rank updates or of blocks, each made where it will lie."""
     link = run.settings.link(row.extension)
-    make, read = (
-        (fresh_blocks, read_by_blocks(run.pretrained))
-        if row.extension in config.blocks
-        else (fresh_adapter, jax.random.key(run.settings.seed))
-    )
     if _is_done(run, name, facts):
         return
     for parent in row.parents:
         leaves_of(run, parent)  # not made without them
     leaves: Arrays = {}
     for part in link.parts:
+        make, read = (
+            (fresh_blocks, read_by_blocks(run.pretrained))
+            if part in config.blocks
+            else (fresh_adapter, jax.random.key(seed_of(run.settings, part)))
+        )
         fresh = functools.partial(make, config=config, name=part)
         leaves |= make_leaves(abstract(config), fresh, read, mesh=run.mesh)
     train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
+
+
+def seed_of(settings: RunSettings, part: str) -> int:
+    """Of the new leaves of an extension, or of a part of a rival: a run's first has the run's seed, and no two have the
+    same, or their fresh maps would be the same numbers."""
+    parts = [part for link in settings.links for part in link.parts or (link.name,)]
+    number = parts.index(part)
+    return int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]) if number else settings.seed
 
 
 MAKERS: dict[str, Callable[[Run, str], None]] = {"train": train, "select": select, "grow": grow}

@@ -143,6 +143,8 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
             media[link.medium] = f"align{last}"
             results[f"align{last}"] = _of_projector(link, "align", last, does="train the projector", parents=aligned)
             aligned += (f"align{last}",)
+        elif link.medium and media[link.medium] not in aligned:  # by one that is apart
+            aligned += (media[link.medium],)
         own = _connector if link.connector else _rival if link.rival else _extended
         results |= own(link, last, aligned=aligned)
         moextend = (*aligned, *(f"{stage}{last}" for stage in ("grow", "finetune") if f"{stage}{last}" in results))

@@ -79,14 +79,15 @@ class Run:
         medium = self.settings.link(row.extension).medium
         if medium in self.towers:
             more = {"tower": self.towers[medium], **more}
-        if medium and (projector := self.config.media[medium].projector).trunk:
-            more = {"projector": as_json(dataclasses.asdict(projector)), **more}
-        decisive = ["seed", "aux_coefficient", "dtype", "train_dtype"]
+        if medium:
+            of = as_json(dataclasses.asdict(self.config.media[medium]))
+            more = {"medium": {field: of[field] for field in ("projector", "frames", "join", "seconds")}, **more}
+        decisive = ["seed", "aux_coefficient", "dtype", "train_dtype", "expert_storage"]
         table = results.table(self.settings)
         if (row.grown and row.how == "train") or table.grown(row.parents):  # else there is no extension yet
             decisive += ["text_isolation", "composition"]
         if self.settings.expert_storage != "as_is":
-            decisive += ["expert_storage", "expert_group"]
+            decisive.append("expert_group")
         return self.facts | {
             "stage": name,
             "run": {setting: getattr(self.settings, setting) for setting in decisive},

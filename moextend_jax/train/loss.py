@@ -179,15 +179,15 @@ def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
 
 def load(routing: Routing, valid_T: jax.Array, *, scores: str = "softmax") -> Load:
     """Load of every expert over the tokens where `valid_T` that may choose it (all, of a pretrained expert); arrays of
-    `routing` are stacked over layers (Z), and its logits become `scores`."""
-    outputs = routing.logits_TO.shape[-1]
-    may_ZTO = ~jnp.isneginf(routing.logits_TO) & valid_T[None, :, None]
+    `routing` are stacked over layers (Z), and its logits become `scores`. valid_T: of all layers, or `[Z, T]`."""
+    outputs, valid_ZT1 = routing.logits_TO.shape[-1], jnp.atleast_2d(valid_T)[..., None]
+    may_ZTO = ~jnp.isneginf(routing.logits_TO) & valid_ZT1
     counts_ZO = may_ZTO.sum(axis=1)
     least_ZO = jnp.maximum(counts_ZO, 1).astype(jnp.float32)
-    valid_1T1 = valid_T.astype(jnp.float32)[None, :, None]
+    valid_ZT1 = valid_ZT1.astype(jnp.float32)
     probs_ZTO = probabilities(routing.logits_TO, scores)
     picks_ZTO = jax.nn.one_hot(routing.ids_Tk, outputs).sum(axis=-2)
-    picks_ZO, probs_ZO = ((of_ZTO * valid_1T1).sum(axis=1) / least_ZO for of_ZTO in (picks_ZTO, probs_ZTO))
+    picks_ZO, probs_ZO = ((of_ZTO * valid_ZT1).sum(axis=1) / least_ZO for of_ZTO in (picks_ZTO, probs_ZTO))
     return Load(picks_ZO, probs_ZO, counts_ZO)
 
 
@@ -246,6 +246,11 @@ BALANCE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "released": aux_released}
 
 
+def _open(valid: jax.Array, share_BL: jax.Array | None) -> jax.Array:
+    """Of the tokens that are valid, `[B, L]` or `[T]`, those that a rival is open to."""
+    return valid if share_BL is None else valid & ~jnp.isneginf(share_BL).reshape(valid.shape)
+
+
 def _by_logits(routing: Routing, *, top_k: int) -> Routing:
     """As if experts were chosen by their logits: what transformers balances where they are not."""
     return routing._replace(ids_Tk=jax.lax.top_k(routing.logits_TO, top_k)[1])
@@ -291,19 +296,21 @@ def losses_of(
     ce = total_ce / (jnp.maximum(labelled, 1) if tokens is None else tokens)
     valid_T = batch.segments_BL.reshape(-1) > 0
     by_layer = load(decoded.routing, valid_T, scores=model.config.decoder.scores)
-    counted, balanced = by_layer, decoded.routing
+    counted, balanced, valid = by_layer, decoded.routing, valid_T
+    share_of = shares(batch, model.config) if decoded.routing.lora_TI or decoded.of_blocks is not None else {}
     if decoded.of_blocks is not None:
         balanced = _of_all((decoded.routing, decoded.of_blocks))
+        sets = [(of.count, share_of[name]) for name, of in model.config.blocks.items() if name in share_of]
+        rows = [(len(decoded.routing.ids_Tk), valid_T), *((count, _open(valid_T, share)) for count, share in sets)]
+        valid = jnp.concatenate([jnp.broadcast_to(open_T, (count, *open_T.shape)) for count, open_T in rows])
     if recipe.aux_loss == "released" and balanced.selection_TO is not None:
         balanced = _by_logits(balanced, top_k=model.config.decoder.top_k)
     if balanced is not decoded.routing:
-        counted = load(balanced, valid_T, scores=model.config.decoder.scores)
+        counted = load(balanced, valid, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](counted, config=model.config)
     total = ce + aux_coefficient * aux
-    share_of = shares(batch, model.config) if decoded.routing.lora_TI else {}
     for name, probs_ZTI in decoded.routing.lora_TI.items():
-        may_BL, share_BL = batch.segments_BL > 0, share_of[name]
-        balance = BALANCE[recipe.aux_loss](probs_ZTI, may_BL if share_BL is None else may_BL & ~jnp.isneginf(share_BL))
+        balance = BALANCE[recipe.aux_loss](probs_ZTI, _open(batch.segments_BL > 0, share_of[name]))
         total += model.config.adapters[name].balance * balance
     if decoded.routing.drift_T2 is not None:
         total += drift_per_layer(decoded.routing.drift_T2, valid_T)
