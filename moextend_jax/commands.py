@@ -275,6 +275,10 @@ def chat(options: ChatOptions) -> None:
         "seed": options.seed,
     }
     if options.web:
+        from moextend_jax.distributed import several
+
+        if name := several():
+            raise MoextendError(f"chat is for one process ({name} says there are more): others would not be asked")
         from moextend_jax.runs.askable import choices
         from moextend_jax.web.page import Page, serve
 
@@ -341,6 +345,8 @@ def eval_command(options: EvalOptions) -> None:
         from moextend_jax.evaluate.wordings import ask_wordings, read_templates
 
         templates = read_templates(options.templates) if options.templates else {}
+        of = options.folder if options.in_workdir else Path()
+        local(options.out or of / "eval", what="answers (--out FOLDER)")  # now, in all processes
         exam = read_exam(options.benchmark, data=options.data, split=options.split, limit=options.limit)
         with evaluating(options, settings=options.config, out=options.out) as (opened, out):
             if templates:

@@ -37,9 +37,9 @@ def start(*, cpu_devices: int = 1) -> None:
       MoextendError: the environment is incomplete, or the processes do not find each other.
     """
     joining = arguments()
-    # JAX lets process 0 alone write the cache. What it reads the others may compile, and it would wait for them at the
-    # first exchange, on CPUs for 30 seconds and no longer.
-    if joining is None or not machine.only_cpu():
+    # JAX lets process 0 alone write the cache. What it reads the others may compile, and then it waits for them at the
+    # first exchange: on CPUs for 30 seconds and no longer; on GPUs they wait for it, since all tune kernels together.
+    if joining is None or machine.accelerator() == "tpu":
         compile_cache.enable()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         split_cpu(cpu_devices)

@@ -10,6 +10,7 @@ The first Ctrl-C during training is such a signal too; the second, and any other
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ class _Notice:
 def listen() -> None:
     """From here on `SIGNALS` raise `Preempted`, in training after the step; so does the first Ctrl-C in training. Any
     number of signals is as one. Only where there is one process."""
-    _Notice.given = _Notice.interrupted = False
+    _Notice.given, _Notice.interrupted, _Notice.alone = False, False, True
     _handle(SIGNALS, _on_signal)
     _handle((signal.SIGINT,), _on_interrupt)
 
@@ -104,9 +105,27 @@ def deferred() -> Iterator[None]:
         raise Preempted("nothing was left to save")
 
 
+_ASKED = itertools.count(1)
+
+
 def given() -> bool:
-    """Whether this process has been told; several processes ask JAX's service instead."""
-    return _Notice.given
+    """Whether to save and stop now. Several processes, which all ask at the same places, get the same answer.
+
+    JAX's service has them stop at the number after the largest that one of them has asked with, and at no other: so
+    numbers count on from stage to stage, and nobody else may ask with numbers of its own.
+    """
+    if _Notice.alone:
+        return _Notice.given
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_ASKED))
+
+
+def stop_if_told() -> None:
+    """The same where nothing is to be saved, for what takes long beside training. In one process the signal itself has
+    raised."""
+    if not _Notice.alone and given():
+        raise Preempted("nothing was being trained")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -197,6 +197,16 @@ def test_no_two_extensions_of_a_run_begin_with_the_same_numbers(settings):
 def test_a_rival_has_nothing_that_a_mixture_trains(settings):
     with pytest.raises(MoextendError, match="mixture trains router columns, .* nothing of image, whose"):
         dataclasses.replace(settings, mixture=settings.finetune, method=MethodSettings(name="lora"))
+
+
+def test_all_processes_open_the_data_of_guesses_in_one_order(monkeypatch):
+    """Process 0 opens first, and the others wait for it by the name of the data: a set has another order in each."""
+    names, opened = [f"extension{n}" for n in range(16)], []
+    monkeypatch.setattr(summary, "source_of", lambda run, data: opened.append(data.of))
+    monkeypatch.setattr(summary.results, "named", lambda settings, name, stage: name)
+    asked: Any = {name: SimpleNamespace(asked=SimpleNamespace(extension=name), prompted=()) for name in names}
+    summary._guesses(cast(Any, SimpleNamespace(settings=None)), asked)
+    assert opened == names
 
 
 def test_a_model_of_two_names_is_asked_once(settings):

@@ -82,8 +82,8 @@ def test_doctor_says_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert doctor.compiled().value.startswith("none")
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-def test_several_processes_on_cpus_go_without(on_cpu: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("accelerator", ["", "gpu", "tpu"])
+def test_several_processes_go_without_where_all_wait_for_one(accelerator: str, monkeypatch: pytest.MonkeyPatch):
     """Only process 0 writes the cache: it would have its program at once, and wait for those that compile."""
     enabled: list[bool] = []
 
@@ -91,9 +91,9 @@ def test_several_processes_on_cpus_go_without(on_cpu: bool, monkeypatch: pytest.
         raise ValueError("nobody answers")
 
     monkeypatch.setattr(distributed, "arguments", dict)
-    monkeypatch.setattr(distributed.machine, "only_cpu", lambda: on_cpu)
+    monkeypatch.setattr(distributed.machine, "accelerator", lambda: accelerator)
     monkeypatch.setattr(distributed.compile_cache, "enable", lambda: enabled.append(True))
     monkeypatch.setattr(distributed.jax.distributed, "initialize", alone)
     with pytest.raises(MoextendError, match="do not find each other"):
         distributed.start()
-    assert enabled == ([] if on_cpu else [True])
+    assert enabled == ([True] if accelerator == "tpu" else [])

@@ -84,6 +84,10 @@ def test_a_bucket_that_cannot_be_reached_is_one_line_that_names_it(monkeypatch: 
         (["compose", "x", "y", "gs://bucket/new"], "the new folder"),
         (["compare", "--checkpoint", "x", "--reference", "gs://bucket/new"], "a reference"),
         (["data", "check", "demo", "--data_dir", "gs://bucket/new"], "data_dir"),
+        (
+            ["eval", "--benchmark=easy_vqa", "--workdir=.", "--out=gs://bucket/new"],
+            r"answers \(--out FOLDER\)",
+        ),
         (["routing", "collect", "--checkpoint", ".", "--text", "x", "--out", "gs://bucket/new"], "an npz file"),
         (["routing", "collect", "--checkpoint", ".", "--ids", "gs://bucket/new", "--out", "x"], "an npz file"),
         (["routing", "compare", "gs://bucket/new", "x"], "an npz file"),

@@ -219,6 +219,14 @@ def test_a_missing_package_is_named_before_anything_else(monkeypatch, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_mlflow_s_own_file_cannot_be_in_a_bucket(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setitem(sinks.SINKS, "mlflow", sinks.SINKS["mlflow"]._replace(package="json"))
+    sinks.check(["mlflow"], "work")
+    with pytest.raises(MoextendError, match="mlflow keeps no file in gs://bucket/work: set MLFLOW_TRACKING_URI"):
+        sinks.check(["mlflow"], "gs://bucket/work")
+
+
 REAL = """
 import sys
 from pathlib import Path

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from moextend_jax.commands import run_and_start
@@ -87,6 +88,19 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
               run=made_up(calls))  # fmt: skip
     assert not calls
+
+
+def test_the_picture_is_written_by_what_opens_buckets_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Matplotlib takes the path of one for a local file's."""
+    settings, save, opened = of({"paper": (), "all": ("select.layers=all",)}), Figure.savefig, []
+
+    def noted(figure: Figure, to: Any, **options: Any) -> None:
+        opened.append(hasattr(to, "write"))
+        save(figure, to, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    run_study(settings, tmp_path, run=made_up([]))
+    assert opened == [True] * 3 and (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -22,6 +23,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.experimental import multihost_utils
 
 from moextend_jax import cli, preemption
 from moextend_jax.checkpoints import sums, train_state
@@ -139,6 +141,21 @@ def test_a_damaged_checkpoint_is_skipped(whole, tmp_path: Path, capsys, how: str
     assert same(train(tmp_path / "run"), whole.trained)
     assert "checkpoints/8 is skipped: " in capsys.readouterr().err
     assert sums.fault(tmp_path / "run" / "checkpoints" / "8") is None  # made again
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_thrown_away(whole, tmp_path: Path, monkeypatch):
+    """A disk or a network may be at fault, and be well again."""
+
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    shutil.copytree(whole.folder, tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    with monkeypatch.context() as patch, pytest.raises(MoextendError, match="8 cannot be read: .* Stale file handle"):
+        patch.setattr(sums, "_digests", refuses)
+        train(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    assert same(train(tmp_path / "run"), whole.trained)
 
 
 def test_other_settings_are_named(whole, tmp_path: Path):
@@ -333,6 +350,39 @@ def listening(monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+class Service:
+    """JAX's, in one process: all stop at the number after the last that was asked with, and at no other."""
+
+    def __init__(self):
+        self.asked: list[int] = []
+        self.stops_at: int | None = None
+
+    def reached(self, number: int) -> bool:
+        self.asked.append(number)
+        return number == self.stops_at
+
+    def notice(self) -> None:
+        self.stops_at = self.asked[-1] + 1 if self.asked else 1
+
+
+def test_of_several_processes_a_notice_between_two_stages_stops_the_second(whole, tmp_path: Path, monkeypatch):
+    """The steps of a stage that begins, or goes on, are no numbers to ask with: they begin anew, or jump."""
+    service = Service()
+    monkeypatch.setattr(preemption._Notice, "alone", False)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", service.reached)
+    train(tmp_path / "first")
+    assert len(service.asked) == 8  # by each step, and by nothing that is saved
+    shutil.copytree(whole.folder, tmp_path / "second")
+    for step in (tmp_path / "second" / "checkpoints").glob("8"):
+        shutil.rmtree(step)
+    service.notice()
+    with pytest.raises(preemption.Preempted, match="align is saved at step 7 of 8"):
+        train(tmp_path / "second")
+    service.notice()
+    with pytest.raises(preemption.Preempted, match="nothing was being trained"):
+        preemption.stop_if_told()
 
 
 @pytest.mark.parametrize("signals", [1, 3])

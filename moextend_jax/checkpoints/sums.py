@@ -10,6 +10,8 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from moextend_jax.config import MoextendError
+
 NAME = "SHA256SUMS"
 METADATA = "_CHECKPOINT_METADATA"
 """Orbax's own file. It is written again after the checksums, so it has none and `fault` only parses it."""
@@ -24,14 +26,28 @@ def write_sums(folder: Path) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a folder that `write_sums` finished; None: nothing."""
+    """What is wrong with a folder that `write_sums` finished; None: nothing.
+
+    Raises:
+      MoextendError: a file is there and cannot be read: the disk may be at fault, or the network, and not the file.
+    """
+    try:
+        return _fault(folder)
+    except OSError as error:
+        raise MoextendError(
+            f"{folder} cannot be read: {error}. Try again; if it stays so, delete it, and what was saved before it is "
+            "taken"
+        ) from error
+
+
+def _fault(folder: Path) -> str | None:
     try:
         lines = (folder / NAME).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, UnicodeDecodeError) as error:
         return f"its {NAME} cannot be read ({type(error).__name__}): it was not finished"
     try:
         json.loads((folder / METADATA).read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         return f"its {METADATA} cannot be read ({error})"
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     names = _files(folder)
@@ -65,12 +81,9 @@ def _files(folder: Path) -> list[str]:
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     def digest(name: str) -> str:
         sha256 = hashlib.sha256()
-        try:
-            with (folder / name).open("rb") as file:
-                while block := file.read(BLOCK):
-                    sha256.update(block)
-        except OSError as error:
-            return f"unreadable: {error}"
+        with (folder / name).open("rb") as file:
+            while block := file.read(BLOCK):
+                sha256.update(block)
         return sha256.hexdigest()
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -43,6 +43,12 @@ DISK = (
 """What a file system says when it refuses; TensorStore hides it in a page of its own settings."""
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: it would ask JAX with numbers of its own (`preemption.given`)."""
+        return False
+
+
 @contextlib.contextmanager
 def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
     """A manager of the checkpoints in `folder`, of which the newest `keep` stay. It saves in threads, atomically and
@@ -60,7 +66,7 @@ def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
         cleanup_tmp_directories=True,  # of a run that was killed while it saved
         async_options=ocp.options.AsyncOptions(post_finalization_callback=add_sums),
     )
-    manager = ocp.CheckpointManager(root, options=options)
+    manager = _Manager(root, options=options)
     with _quiet_threads():
         try:
             yield manager
@@ -201,18 +207,19 @@ def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]
     Process 0 checks them and prints a warning for each broken one.
 
     Raises:
-      MoextendError: there are checkpoints, and all of them are broken.
+      MoextendError: there are checkpoints, and all of them are broken, or a file cannot be read now.
     """
     steps = sorted(manager.all_steps(), reverse=True)
-    broken = 0
-    if distributed.first():
-        for step in steps:
+
+    def count() -> str:
+        for number, step in enumerate(steps):
             checkpoint = cast(Path, manager.directory / str(step))  # perhaps in a bucket, which a Path cannot name
             if (wrong := sums.fault(checkpoint)) is None:
-                break
+                return str(number)
             print(f"moextend: checkpoint {checkpoint} is skipped: {wrong}", file=sys.stderr)
-            broken += 1
-    broken = distributed.from_first(broken)
+        return str(len(steps))
+
+    broken = int(distributed.text_from_first(count))
     if steps and broken == len(steps):
         raise MoextendError(
             f"no checkpoint in {manager.directory} is whole. Bring one back from a copy, or delete the folder to begin "
@@ -230,9 +237,8 @@ def _newest_kept(manager: ocp.CheckpointManager) -> int | None:
 
 
 def _check_whole(folder: Path, *, advice: str) -> None:
-    wrong = sums.fault(folder) if distributed.first() else None
-    if distributed.any_process(wrong is not None):
-        raise MoextendError(f"{folder} is broken: {wrong or 'process 0 says why'}. {advice}")
+    if wrong := distributed.text_from_first(lambda: sums.fault(folder) or ""):
+        raise MoextendError(f"{folder} is broken: {wrong}. {advice}")
 
 
 def roll_back(manager: ocp.CheckpointManager, state: Any) -> Any:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moextend_jax import preemption
 from moextend_jax.config import IGNORE, IMAGE, Batch, Rooms, first_places
 from moextend_jax.data.conversations import in_row
 from moextend_jax.data.readers import with_items
@@ -157,6 +158,7 @@ class Asker:
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(host_batches, works[0]) if works else None
             for n, work in enumerate(works):
+                preemption.stop_if_told()
                 assert coming is not None
                 tails, readings = coming.result()
                 coming = pool.submit(host_batches, works[n + 1]) if n + 1 < len(works) else None

@@ -18,6 +18,7 @@ from rich.table import Table
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.running import asker_of
+from moextend_jax.folders import is_url
 from moextend_jax.runs.askable import Askable, text_only
 from moextend_jax.runs.run import write_json
 from moextend_jax.terminal import console
@@ -96,7 +97,7 @@ def forgetting(
         harness_model = HarnessModel(asker_of(text_only(opened)), tokenizer=opened.tokenizer, max_length=max_length)
         # lm-eval keeps answers by request in a file of SQLite, which one process alone can write.
         cache = out / "lm-eval" / f"{opened.identity}-{max_length}"
-        alone = jax.process_count() == 1
+        alone = jax.process_count() == 1 and not is_url(out)
         if alone:
             cache.parent.mkdir(parents=True, exist_ok=True)
         by_model[name] = _results(

@@ -255,7 +255,7 @@ def _guesses(run: Run, asked: Mapping[str, Questions]) -> Callable[[], dict[str,
     trained on. Its data are opened here, where all processes are."""
     known = {
         extension: source_of(run, Data(results.named(run.settings, extension, "finetune")))
-        for extension in {of.asked.extension for of in asked.values()}
+        for extension in dict.fromkeys(of.asked.extension for of in asked.values())  # in one order in all processes
     }
     texts = {on: [item.question.text for item in of.prompted] for on, of in asked.items()}
     every = {text for of in texts.values() for text in of}

@@ -41,7 +41,8 @@ def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
     seeds = len(next(iter(points.values())))
     with canvas(width=6.4, height=4.2) as figure:
         _panel(figure.add_subplot(), points, AGAINST["forgetting"], data=record["data"])
-        figure.savefig(workdir / "study.png", dpi=150)
+        with (workdir / "study.png").open("wb") as file:  # perhaps in a bucket
+            figure.savefig(file, dpi=150, format="png")
     drawn = {
         name: picture(
             lambda ax, axis=axis: _panel(ax, points, axis, data=record["data"]),

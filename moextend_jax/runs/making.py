@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moextend_jax import preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import IMAGE, ModelConfig, MoextendError, with_extension
@@ -69,6 +70,7 @@ def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     run = ready(run, names, checks=checks)
     check_made(run, names)
     for name in names:
+        preemption.stop_if_told()
         MAKERS[rows[name].how](run, name)
         yield name
 

@@ -200,15 +200,14 @@ def working(
       Preempted: inside, at any place.
     """
     if rows is None:
-        sinks.check(settings.sinks)
+        sinks.check(settings.sinks, workdir)
     distributed.start(cpu_devices=cpu_devices(settings))
     mesh = make_mesh(settings.mesh)
     check_rows(rows_of_settings(settings) if rows is None else list(rows), mesh)
     if rows is None and distributed.first() and jax.default_backend() == "cpu":
         print(f"CPU: {machine.on_cpu(len(mesh.local_devices))}")
     with locked(workdir):
-        if jax.process_count() == 1:
-            preemption.listen()
+        (preemption.listen if jax.process_count() == 1 else preemption.pass_on)()
         if resume_from is not None:
             train_state.facts_at(resume_from)
         try:

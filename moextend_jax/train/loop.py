@@ -138,7 +138,7 @@ def train_loop(
                 validates = bool(job.held_out) and (count % settings.validate_every == 0 or count == steps)
                 logs = validates or count % settings.log_every == 0 or count in (1, steps)
                 saves = count % settings.checkpoint_every == 0 or count == steps
-                leaves = preemption.given() or (jax.process_count() > 1 and manager.reached_preemption(count))
+                leaves = preemption.given()
                 if logs or saves or leaves:
                     watch.check()  # waits for the step
                     if (skipped := int(state.skipped)) > settings.nonfinite_limit:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import extra_hint
+from moextend_jax.folders import extra_hint, is_url
 
 IDS = "sinks.json"
 PROJECT = "moextend"
@@ -144,9 +144,12 @@ SINKS: dict[str, Kind] = {
 }
 
 
-def check(names: Iterable[str]) -> None:
-    """Raises MoextendError where a sink's package is not installed; call it before anything is prepared."""
+def check(names: Iterable[str], workdir: Path | str) -> None:
+    """Raises MoextendError where a sink's package is not installed, or its file cannot be in the work directory; call
+    it before anything is prepared."""
     for name in names:
+        if name == "mlflow" and is_url(workdir) and "MLFLOW_TRACKING_URI" not in os.environ:
+            raise MoextendError(f"sinks: mlflow keeps no file in {workdir}: set MLFLOW_TRACKING_URI")
         if importlib.util.find_spec(SINKS[name].package) is None:
             hint = extra_hint(name if SINKS[name].elsewhere else "")
             raise MoextendError(f"sinks: {name} needs the package {SINKS[name].package}: {hint}, or leave it out")
