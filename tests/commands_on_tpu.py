@@ -1,6 +1,7 @@
 """Runs each command that runs a model on four CPU devices, notes the programs it calls, compiles these for v5e:2x2.
 
-In, as a script: an empty FOLDER. Out: a line per program that went through; an error of the compiler ends it. This is
+In, as a script: an empty FOLDER, and `all` to compile every kind of program and not only the first of a name that a
+command calls; the others are lowered. Out: a line per program that went through; an error of the compiler ends it. This is
 how a program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found without
 one.
 """
@@ -124,19 +125,20 @@ def run(folder: Path) -> None:
     bench.measure(settings, stage="finetune", labels="all")
 
 
-def compile_all() -> None:
-    """Lowers every program, and compiles of those that differ in rows and lengths alone the first, in half the time."""
+def compile_all(every_kind: bool) -> None:
+    """Lowers every program, and compiles the first of those that differ in rows and lengths alone, or only of those
+    of one name and command."""
     compiled: set[tuple[Any, ...]] = set()
     for name, (command, function, options, arguments, named, precision) in NOTED.items():
         options = {
             key: jax.tree.map(on_tpus, value) if key == "out_shardings" else value for key, value in options.items()
         }
-        kind = *name.split(" ")[:2], jax.tree.structure((arguments, named))
+        kind = command, *name.split(" ")[:2], jax.tree.structure((arguments, named)) if every_kind else None
         with jax.default_matmul_precision(precision):
             lowered = mesh.Program(function, mesh=TPUS, **options).lower(*arguments, **named)
             if kind not in compiled:
                 lowered.compile()
-        print(f"{command}: {kind[0]}{'' if kind not in compiled else ', lowered'}", flush=True)
+        print(f"{command}: {kind[1]}{'' if kind not in compiled else ', lowered'}", flush=True)
         compiled.add(kind)
 
 
@@ -144,4 +146,4 @@ if __name__ == "__main__":
     TPUS: Mesh = topology.make_mesh(topology.parse("v5e:2x2"), {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1})
     run(Path(sys.argv[1]))
     mesh.Program.__init__, mesh.Program.__call__ = ORIGINAL
-    compile_all()
+    compile_all("all" in sys.argv)

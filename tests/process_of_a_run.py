@@ -2,7 +2,7 @@
 
 In, as a script: FOLDER LLAVA MESH (JSON) [PROCESS STEP SIGNAL]: that one gets the signal before that step. Out:
 FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each. With torus.VARIABLE set the mesh is as on a torus,
-and process 0 writes FOLDER/answers.json too.
+and process 0 of a run that begins writes FOLDER/answers.json too.
 """
 
 from __future__ import annotations
@@ -127,12 +127,14 @@ if __name__ == "__main__":
     if len(sys.argv) > 4:
         strike(*map(int, sys.argv[4:]))
     folder = Path(sys.argv[1])
+    begins = not folder.exists()
+    distributed.barrier("looked")
     try:
         done = work(folder, Path(sys.argv[2]), json.loads(sys.argv[3]))
     except preemption.Preempted as notice:
         print(notice)
         distributed.leave(preemption.EXIT_CODE)
-    if as_on_a_torus:
+    if as_on_a_torus and begins:
         answered = answers(json.loads(sys.argv[3]))
         if distributed.first():
             (folder / "answers.json").write_text(json.dumps(answered))

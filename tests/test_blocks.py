@@ -162,7 +162,7 @@ def test_a_cached_answer_is_the_whole_model_s(isolation):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("eight_devices")
-@pytest.mark.parametrize("dispatch", ["exchange", "gather"])
+@pytest.mark.parametrize("dispatch", ["exchange", pytest.param("gather", marks=pytest.mark.long)])
 def test_sharded_is_unsharded(dispatch):
     config = dataclasses.replace(BLOCKS, dispatch=dispatch)
     arrays, batch = tiny.arrays(config, std=0.2), tiny.batch(rows=8)

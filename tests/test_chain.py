@@ -300,6 +300,8 @@ def test_chains_side_by_side_then_trained_together(settings, tmp_path, monkeypat
         mixture=groups(str(both))["finetune"],
         chains=("strict", "open", "full"),
     )
+    two_rules = {name: RULES[name] for name in [*RULES][:2]}  # test_several computes all
+    monkeypatch.setattr(summary, "RULES", two_rules)
     record = whole_run(both_media, tmp_path / "w")
     assert record == json.loads((tmp_path / "w" / "summary.json").read_text())
     for title, chain in record["chains"].items():
@@ -311,7 +313,7 @@ def test_chains_side_by_side_then_trained_together(settings, tmp_path, monkeypat
         assert losses["open"][text]["full:sound"] != losses["strict"][text]["base"] == losses["open"][text]["base"]
         assert losses["open"][text]["moextend:sound"] != losses["open"][text]["base"]
     scores = record["composed"]["strict"]["sound/both"]
-    assert {"image alone", "sound alone", "trained together", *RULES} <= set(scores)
+    assert {"image alone", "sound alone", "trained together", *two_rules} <= set(scores)
     assert (tmp_path / "w" / "strict" / "mixture" / "result").exists()
     assert not (tmp_path / "w" / "open" / "mixture").exists() and (tmp_path / "w" / "report.html").exists()
 

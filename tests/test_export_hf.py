@@ -446,7 +446,7 @@ def test_a_text_model_is_a_mixtral_and_shards_have_an_index(folders: dict[str, P
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
-@pytest.mark.parametrize("name", ["base", "moextend", "strict"])
+@pytest.mark.parametrize("name", ["base", "moextend", pytest.param("strict", marks=pytest.mark.long)])
 def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
     folders: dict[str, Path], name: str, tmp_path: Path, monkeypatch
 ):

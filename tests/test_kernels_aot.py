@@ -171,13 +171,17 @@ def test_generation_is_lowered_for_several_chips():
     assert "tpu_custom_call" in lowered.as_text()
 
 
-@pytest.mark.slow
-def test_every_command_compiles_for_several_chips(tmp_path: Path):
+@pytest.mark.parametrize("which", [pytest.param("some", marks=pytest.mark.slow), pytest.param("all", marks=long)])
+def test_every_command_compiles_for_several_chips(tmp_path: Path, which: str):
     """What `run`, `generate`, `eval`, `routing collect` and `bench` call, noted on CPU devices, for v5e:2x2."""
     script = Path(__file__).with_name("commands_on_tpu.py")
     environment = os.environ | {"PYTHONPATH": f"{script.parent}:{script.parents[1]}"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, str(script), str(tmp_path), which],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     compiled = {line.partition(": ")[0] for line in done.stdout.splitlines()}

@@ -24,8 +24,9 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "moram" else pytest.mark.slow) for name in METHODS]
+)
 def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny.shorten_easy_vqa(monkeypatch)
     settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name], checkpoint_every=2)

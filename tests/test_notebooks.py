@@ -74,13 +74,15 @@ def test_notebooks_are_clean_for_ruff():
 
 
 def executed(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, results: str, steps: dict[int, int] | None = None
-) -> Any:
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, results: str, fewer: dict[int, int] | None = None,
+    cheap: bool = True,
+) -> Any:  # fmt: skip
     """The value of the expression `results` after a copy of the notebook has been executed by this interpreter, whose
     evaluations read the first lines of the held-out texts alone. One core: tests run in several processes.
 
     Args:
-      steps: how many a stage has here that has so many in the notebook.
+      fewer: how many steps a stage has here that has so many in the notebook; the same of questions.
+      cheap: compiled as other tests are; otherwise as for a person, which takes several times as long.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell ended in an error.
@@ -88,18 +90,25 @@ def executed(
     for part in ("notebooks", "tools", "examples"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("work"))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, not the user's
-    monkeypatch.setenv("XLA_FLAGS", "")  # compiled as for a person: tests' own code is slow where much is computed
+    if not cheap:
+        monkeypatch.setenv("XLA_FLAGS", "")
+    # What `run` compiles, what opens the model again reads.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
     notebook = nbformat.read(folder / "notebooks" / f"{name}.ipynb", as_version=4)
-    for many, few in (steps or {}).items():
-        (cell,) = (cell for cell in notebook.cells if re.search(rf"\bsteps\W+{many}\b", cell.source))
-        cell.source = re.sub(rf"(\bsteps\W+){many}\b", rf"\g<1>{few}", cell.source)
+    for many, few in (fewer or {}).items():
+        number = re.compile(rf"(\b(?:steps|questions)\W+){many}\b")
+        (cell,) = (cell for cell in notebook.cells if number.search(cell.source))
+        cell.source = number.sub(rf"\g<1>{few}", cell.source)
     (folder / "texts").mkdir()
     first = (
         "import pathlib, tiny\nfrom moextend_jax import machine\nmachine.cores = lambda: 1\n"
-        f"tiny.shorten_texts(pathlib.Path({str(folder / 'texts')!r}))"
+        f"tiny.shorten_texts(pathlib.Path({str(folder / 'texts')!r}))\n"
     )
+    if cheap:
+        first += "import pytest\ntiny.shorten_easy_vqa(pytest.MonkeyPatch(), train=3000)\n"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({results}))"))
     resources = {"metadata": {"path": str(folder / "notebooks")}}
@@ -111,9 +120,20 @@ def executed(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From the first cell to the last, in so few steps that nothing is learnt."""
+    results = "[summary['frozen_unchanged'], weights[list(layers)][:, patches].tolist()]"
+    fewer = {60: 4, 10: 2, 70: 4, 256: 32}
+    unchanged, weights = executed("first_steps", tmp_path, monkeypatch, results=results, fewer=fewer)
+    assert unchanged is True
+    assert [len(row) for row in weights] == [16] * 4 and 0 < max(map(max, weights)) <= 1.001
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_first_steps_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     results = "[summary['accuracy'], summary['frozen_unchanged'], weights[list(layers)][:, patches].tolist()]"
     accuracy, unchanged, weights = executed(
-        "first_steps", tmp_path, monkeypatch, results=results, steps={60: 20, 10: 5, 70: 40}
+        "first_steps", tmp_path, monkeypatch, results=results, fewer={60: 20, 10: 5, 70: 40}, cheap=False
     )  # fmt: skip
     assert unchanged is True
     assert accuracy["moextend"] > accuracy["aligned"] + 0.1
@@ -131,14 +151,20 @@ def test_where_does_my_moe_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert ours == pytest.approx(theirs, rel=1e-3) and 1 < min(ours) < max(ours) < 8
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_new_modality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("fewer", "learns"),
+    [
+        pytest.param({100: 8, 20: 4, 140: 8}, False, marks=pytest.mark.slow),
+        pytest.param({100: 50, 20: 10, 140: 70}, True, marks=pytest.mark.long),
+    ],
+)
+def test_new_modality(fewer: dict[int, int], learns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     results = "[accuracy, text_loss, bool(same_logits), same_text, float(confusion.trace() / confusion.sum())]"
     accuracy, losses, same_logits, same_text, traced = executed(
-        "new_modality", tmp_path, monkeypatch, results=results, steps={100: 50, 20: 10, 140: 70}
+        "new_modality", tmp_path, monkeypatch, results=results, fewer=fewer, cheap=not learns
     )  # fmt: skip
     assert accuracy["question_only"] == pytest.approx(1 / 3) and accuracy["questions"] == 150
-    assert accuracy["moextend"] > 0.6 and traced == pytest.approx(accuracy["moextend"])
+    assert accuracy["moextend"] > 0.6 * learns and traced == pytest.approx(accuracy["moextend"])
     assert same_logits is same_text is True
     assert all(of["moextend"] == of["base"] for of in losses.values())

@@ -133,7 +133,7 @@ def test_routing_of_a_text(tmp_path):
     assert sum(read_stats(out).tokens.values()) == sum(lengths) + len(lengths)  # EOS after each, nothing before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_is_taught_and_evaluated(tmp_path):
     base, manual = write_base(tmp_path / "base"), tiny.write_llava(tmp_path / "llava")
     config = tiny.write_config(

@@ -16,7 +16,8 @@ from moextend_jax.config import MoextendError
 
 OWN = Path(__file__).parents[1] / "examples" / "own"
 FEWER = [f"--config.{stage}.least_steps={steps}" for stage, steps in (("align", 20), ("extend", 5), ("finetune", 40))]
-"""A third of the steps, which is enough to know five answers by heart."""
+FEWER += [f"--config.{stage}.batch_size=4" for stage in ("align", "extend", "finetune")]
+"""A third of the steps, of a quarter of the rows, which is enough to know five answers by heart."""
 
 
 def moextend(*words: str, folder: Path) -> str:
@@ -25,7 +26,8 @@ def moextend(*words: str, folder: Path) -> str:
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, script, *words], cwd=folder, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -42,7 +44,7 @@ def test_six_pictures_by_one_command(tmp_path):
     own = ["--config", "own", "--data", "own.jsonl", "--images", "pictures"]
     assert "6 conversations, 6 images, no faults" in moextend("data", "check", *own, "--processes=0", folder=folder)
     printed = moextend("run", *own, "--workdir", "w", *FEWER, folder=folder)
-    assert "finetune: 40 steps of 16 rows, 128 x 5 conversations" in printed
+    assert "finetune: 40 steps of 4 rows, 32 x 5 conversations" in printed
     for part in ("held-out own.jsonl accuracy", "answer loss (nats)", "questions: 1", "report: "):
         assert part in printed, part
     assert "easy-VQA" not in printed and "easy-VQA" not in (folder / "w" / "report.html").read_text()

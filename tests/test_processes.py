@@ -91,13 +91,15 @@ def cut_off(source: Path, folder: Path) -> Path:
     return folder
 
 
-TWO = {"data": 1, "fsdp": 2, "expert": 1, "tensor": 1}
+TWO = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
+HOW: dict[str, Any] = {"processes": 2, "devices": 2, "on_torus": True}
 
 
 @pytest.fixture(scope="module")
 def two(llava, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    printed = launch_work(folder, llava, TWO, processes=2, devices=1)
+    """Each process's rows lie scattered in the mesh."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    printed = launch_work(folder, llava, TWO, **HOW)
     assert "finetune 4/4" in printed and "Gloo" not in printed
     return folder
 
@@ -105,25 +107,16 @@ def two(llava, tmp_path_factory) -> Path:
 def struck(folder: Path, llava: Path, *, number: int, at: int, code: int) -> str:
     """A run in two processes of which one gets a signal before step `at`, and then the rest of it."""
     words = [f"--script={ROOT / 'tests' / 'process_of_a_run.py'}", "--", str(folder), str(llava), json.dumps(TWO)]
-    printed = launch(*words, "1", str(at), str(number), processes=2, code=code).stdout
+    printed = launch(*words, "1", str(at), str(number), code=code, **HOW).stdout
     assert 0 < max(steps_saved(folder)) < one.STEPS
     if code == 75:
         (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", printed))
         assert step == max(steps_saved(folder))
-    return launch(*words, processes=2).stdout
+    return launch(*words, **HOW).stdout
 
 
 def steps_saved(folder: Path) -> list[int]:
     return [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
-
-
-@pytest.mark.slow
-def test_on_a_torus_two_processes_are_one_run(llava, alone, tmp_path: Path):
-    """Where each process's rows lie scattered in the mesh: batches, counts, training and answers are one process's."""
-    sizes = {**ALONE, "fsdp": 4}
-    launch_work(tmp_path, llava, sizes, processes=2, devices=2, on_torus=True)
-    check(tmp_path, alone, parts=[[0], [1]])
-    assert json.loads((tmp_path / "answers.json").read_text()) == one.answers(ALONE)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +141,9 @@ def test_two_processes_that_were_told_to_stop_go_on_and_are_one_run(llava, alone
 
 @pytest.mark.slow
 def test_two_processes_that_nobody_stops_are_one_run(alone, two):
+    """Batches, counts, training and answers are one process's."""
     check(two, alone, parts=[[0], [1]])
+    assert json.loads((two / "answers.json").read_text()) == one.answers(ALONE)
 
 
 @pytest.mark.long
@@ -158,7 +153,7 @@ def test_ctrl_c_in_one_process_saves_in_all(llava, alone, tmp_path: Path):  # wh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["told", "killed"])
+@pytest.mark.parametrize("how", ["told", pytest.param("killed", marks=pytest.mark.long)])
 def test_a_signal_to_one_process_loses_no_bit(llava, two, stopped, tmp_path: Path, how: str):
     cut = stopped
     if how == "killed":
@@ -174,12 +169,12 @@ def test_a_signal_to_one_process_loses_no_bit(llava, two, stopped, tmp_path: Pat
 @pytest.mark.parametrize(
     ("processes", "devices", "shape", "parts"),
     [
-        pytest.param(4, 1, (2, 2, 1, 1), [[0], [1], [2], [3]], marks=pytest.mark.long),
-        pytest.param(2, 4, (1, 2, 2, 2), [[0], [1]], marks=pytest.mark.long),
-        # The tensor axis crosses processes: they read the same rows.
-        pytest.param(4, 1, (1, 2, 1, 2), [[0, 1], [2, 3]], marks=pytest.mark.slow),
+        (4, 1, (2, 2, 1, 1), [[0], [1], [2], [3]]),
+        (2, 4, (1, 2, 2, 2), [[0], [1]]),
+        (4, 1, (1, 2, 1, 2), [[0, 1], [2, 3]]),  # the tensor axis crosses processes: they read the same rows
     ],
 )
+@pytest.mark.long
 def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devices, shape, parts):
     sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
     launch_work(tmp_path, llava, sizes, processes=processes, devices=devices)
@@ -188,9 +183,10 @@ def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devi
 
 @pytest.mark.slow
 def test_several_processes_go_on_from_the_checkpoint_that_one_has_saved(llava, alone, tmp_path: Path):
+    """On a mesh whose tensor axis crosses the two: both read all rows."""
     folder = cut_off(alone[0], tmp_path / "go on")
-    launch_work(folder, llava, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, processes=2, devices=4)
-    check(folder, alone, parts=[[0], [1]])
+    launch_work(folder, llava, {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}, **HOW)
+    check(folder, alone, parts=[[0, 1]])
 
 
 @pytest.mark.long
@@ -281,13 +277,13 @@ def finished(workdir: Path) -> tuple[RunSettings, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_failing_process_ends_all(tmp_path: Path):
+@pytest.mark.parametrize(("how", "code", "said"), [("sys.exit('no disk')", 1, "[1] no disk"),
+                                                   ("os.kill(os.getpid(), 9)", 128 + signal.SIGKILL, "")])  # fmt: skip
+def test_a_failing_process_ends_all(tmp_path: Path, how: str, code: int, said: str):
     script = tmp_path / "fails.py"
-    script.write_text(
-        "import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': sys.exit('no disk')\ntime.sleep(60)"
-    )
-    done = launch(f"--script={script}", processes=3, code=1)
-    assert done.stderr.strip() == "[1] no disk"
+    script.write_text(f"import os, sys, time\nif os.environ['JAX_PROCESS_ID'] == '1': {how}\ntime.sleep(60)")
+    done = launch(f"--script={script}", processes=3, code=code)
+    assert done.stderr.strip() == said
 
 
 def test_ctrl_c_reaches_each_process_once(tmp_path: Path):

@@ -282,8 +282,6 @@ def test_a_run_over_experts_in_four_bits(tmp_path: Path, capsys: pytest.CaptureF
     assert grown is not None
     for name in ("w_gate", "w_up", "w_down"):  # the weights that integers stand for, not these
         assert 0 < np.abs(np.asarray(grown[f"extensions/image/new_experts/{name}"], np.float32)).max() < 1
-    as_is = whole_run(dataclasses.replace(settings, expert_storage="as_is"), tmp_path / "plain")
-    assert as_is["text_loss"]["kjv"]["base"] != record["text_loss"]["kjv"]["base"]
     with pytest.raises(MoextendError, match="expert_group"):
         whole_run(dataclasses.replace(settings, expert_group=4, finetune=dataclasses.replace(stage, steps=3)),
                   tmp_path / "w")  # fmt: skip

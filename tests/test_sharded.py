@@ -176,7 +176,6 @@ def test_so_it_is_behind_other_picture_towers(family: str):
     mesh, arrays = sharded(MESHES["no data"], model)
     got = three_steps("align", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
     assert_same(got, three_steps("align", tiny.arrays(model), BATCHES, model=model))
-    assert got.losses != on_one_device("align").losses
 
 
 @pytest.mark.slow
@@ -192,8 +191,10 @@ def test_so_it_is_over_experts_in_four_bits(shape: tuple[int, ...]):
         for place in (mesh, alone)
     )
     got = three_steps("finetune", arrays, [place_rows(batch, mesh) for batch in BATCHES], mesh, model)
-    assert_same(got, three_steps("finetune", whole, BATCHES, model=model))
-    assert got.losses != on_one_device("finetune").losses
+    expected = three_steps("finetune", whole, BATCHES, model=model)
+    assert_same(got, expected)
+    plain = on_one_device("finetune").losses[0]["ce"]  # of the weights as they are
+    assert abs(expected.losses[0]["ce"] - plain) > 1e-4
 
 
 @pytest.mark.slow
@@ -224,7 +225,9 @@ def finetune_on_one_device() -> Any:
     return jax.tree.map(np.asarray, run(*split(tiny.arrays(MODEL)), tiny.batch(rows=8)))
 
 
-@pytest.mark.parametrize("shape", few(["no data", "no tensor", "expert"]))
+@pytest.mark.parametrize(
+    "shape", ["no data", *(pytest.param(name, marks=pytest.mark.long) for name in ("no tensor", "expert"))]
+)
 def test_exchanged_rows_give_what_gathered_tokens_give(shape: str):
     """The emulation on CPU of `ragged_all_to_all`, in value and gradient."""
     expected = finetune_on_one_device()

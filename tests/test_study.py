@@ -206,4 +206,4 @@ def test_a_study_of_real_runs(tmp_path: Path):
     assert flops["lora"] > 1 and flops["paper"] == pytest.approx(1, abs=0.05)
     results = [sorted((tmp_path / "w" / name / "seed_0/align/result").rglob("*")) for name in record["points"]]
     inodes = [{path.stat().st_ino for path in of if path.is_file()} for of in results]
-    assert all(of == inodes[0] for of in inodes[1:])
+    assert inodes[0] and all(of == inodes[0] for of in inodes[1:])

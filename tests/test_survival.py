@@ -601,7 +601,7 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("points", [4])
+@pytest.mark.parametrize("points", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_killed_at_some_points_it_ends_where_it_would_have(tmp_path: Path, points: int):
     """A few points of survival.py, in a process that has not started JAX."""
     done = subprocess.run(

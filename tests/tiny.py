@@ -266,9 +266,9 @@ def write_llava(folder: Path, *, rows: int = 24) -> Path:
     return folder
 
 
-def shorten_easy_vqa(patch: pytest.MonkeyPatch) -> None:
-    """Leaves the first questions of its package, of which building takes no time: 400 to train on, 200 to test on."""
-    for name, count in (("get_train_questions", 400), ("get_test_questions", 200)):
+def shorten_easy_vqa(patch: pytest.MonkeyPatch, *, train: int = 400, test: int = 200) -> None:
+    """Leaves the first questions of its package, of which building takes no time."""
+    for name, count in (("get_train_questions", train), ("get_test_questions", test)):
         columns = getattr(easy_vqa, name)()
         patch.setattr(easy_vqa, name, lambda columns=columns, count=count: tuple(part[:count] for part in columns))
 
