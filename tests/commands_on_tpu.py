@@ -1,9 +1,9 @@
 """Runs each command that runs a model on four CPU devices, notes the programs it calls, compiles these for v5e:2x2.
 
 In, as a script: an empty FOLDER, and `all` to compile every kind of program and not only the first of a name that a
-command calls; the others are lowered. Out: a line per program that went through; an error of the compiler ends it. This is
-how a program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found without
-one.
+command calls; the others are lowered. Out: a line per program that went through; an error of the compiler ends it. This
+is how a program that is run outside `jax.set_mesh`, or whose kernels cannot be lowered for several chips, is found
+without one.
 """
 
 from __future__ import annotations
