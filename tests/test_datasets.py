@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data import datasets
+from moextend_jax.data import builders, datasets
 from moextend_jax.data.datasets import check_shows, hold_out, open_dataset, open_text, select
 from moextend_jax.data.easy_vqa import COLOURS, SHAPES
 from moextend_jax.data.easy_vqa import caption as easy_caption
@@ -115,7 +116,16 @@ def test_who_comes_while_it_is_built_waits(tmp_path):
     call = f"open_dataset({str(tmp_path / 'a.json')!r}, data_dir={str(tmp_path)!r})"
     code = f"from moextend_jax.data.datasets import open_dataset; {call}"
     processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [(process.communicate()[1][-500:], process.returncode)[1] for process in processes] == [0] * 3
+    ends = [(process.communicate()[1][-500:], process.returncode) for process in processes]
+    assert [code for _, code in ends] == [0] * 3, ends
+
+
+def test_what_another_process_builds_just_before_one_looks_is_opened(tmp_path, monkeypatch):
+    """The builder has looked before it was there, and has no splits."""
+    tiny.shorten_easy_vqa(monkeypatch, train=3, test=2)
+    early, other = (builders.packaged("easy_vqa", "questions", tmp_path) for _ in range(2))
+    builders.build(other)
+    assert len(builders.open_built(early, "train", name="easy_vqa").rows) == 3
 
 
 def test_another_json_file_is_another_data_set(tmp_path):

@@ -115,14 +115,14 @@ def test_a_stack_that_32_bits_cannot_count_in_is_read_layer_by_layer(layers: int
 
 @pytest.mark.parametrize(("rows", "sizes"), [(300, (33, 0, 200, 30)), (20, (9, 0, 0, 11)), (7, (0, 7, 0, 0))])
 def test_rows_that_no_tile_divides_are_filled_up(rows: int, sizes: tuple[int, ...]):
-    x_RD, w_GDF, sizes_O = normal(rows, 16), normal(4, 16, 24), jnp.asarray(sizes, jnp.int32)
+    x_RD, w_GDF, dy_RF, sizes_O = normal(rows, 16), normal(4, 16, 24), normal(rows, 24), jnp.asarray(sizes, jnp.int32)
 
     def run(kernel):
         y_RF, pull = jax.vjp(lambda x_RD, w_GDF: kernel(x_RD, (w_GDF,), sizes_O), x_RD, w_GDF)
-        return y_RF, *pull(y_RF)
+        return y_RF, *pull(dy_RF)
 
     for mine, theirs in zip(run(functools.partial(by_kernels, MEGABLOX)), run(ragged_dot), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(mine, theirs, atol=5e-5, rtol=0)  # sums of up to 200 products
 
 
 @pytest.mark.parametrize(("kernels", "name"), [(MEGABLOX, "name=tgmm"), (TRITON, "name=triton_grouped_gradient")])

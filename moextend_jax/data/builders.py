@@ -371,15 +371,14 @@ def is_built(builder: tfds.core.DatasetBuilder) -> bool:
 
 def build(builder: tfds.core.DatasetBuilder) -> None:
     """Where it is not there yet; where another process builds it, once that is done."""
-    if is_built(builder):
-        return
-    with alone(Path(builder.data_path)):
-        if is_built(builder):
-            builder.info.read_from_directory(builder.data_path)
-            return
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+    if not is_built(builder):
+        with alone(Path(builder.data_path)):
+            if not is_built(builder):
+                tfds.disable_progress_bar()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(verify_ssl=True))
+    if not builder.info.initialized:  # built since this builder looked
+        builder.info.read_from_directory(builder.data_path)
 
 
 def open_built(builder: Any, split: str, *, name: str) -> Built:
