@@ -165,6 +165,8 @@ def test_new_modality(fewer: dict[int, int], learns: bool, tmp_path: Path, monke
         "new_modality", tmp_path, monkeypatch, results=results, fewer=fewer, cheap=not learns
     )  # fmt: skip
     assert accuracy["question_only"] == pytest.approx(1 / 3) and accuracy["questions"] == 150
-    assert accuracy["moextend"] >= 0.6 * learns and traced == pytest.approx(accuracy["moextend"])
+    assert traced == pytest.approx(accuracy["moextend"])
+    if learns:
+        assert accuracy["moextend"] > 0.6
     assert same_logits is same_text is True
     assert all(of["moextend"] == of["base"] for of in losses.values())
