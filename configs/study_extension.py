@@ -4,7 +4,8 @@
     moextend study study_extension:start --workdir work/start --config.study.seeds=0,1,2
     moextend study study_extension:calibrator --workdir work/calibrator
 
-`paper` is the method; everything else is compared with it, seed by seed.
+`paper` is the method; everything else is compared with it, seed by seed, after 100 steps of finetune instead of the
+demo's 260, as in configs/study_methods.py.
 """
 
 import dataclasses
@@ -34,5 +35,12 @@ POINTS = {
 
 def get_config(arg: Literal["layers", "start", "calibrator"] = "layers") -> ConfigDict:
     points = {name.replace(" ", "_"): words for name, words in POINTS[arg].items()}
-    study = StudySettings(points={"paper": (), **points})
-    return to_config_dict(dataclasses.replace(from_config_dict(load("demo")), study=study))
+    demo = from_config_dict(load("demo"))
+    return to_config_dict(
+        dataclasses.replace(
+            demo,
+            study=StudySettings(points={"paper": (), **points}),
+            finetune=dataclasses.replace(demo.finetune, steps=100),
+            evaluate=dataclasses.replace(demo.evaluate, questions=500),
+        )
+    )

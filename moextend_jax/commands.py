@@ -275,9 +275,15 @@ def chat(options: ChatOptions) -> None:
         "seed": options.seed,
     }
     if options.web:
-        from moextend_jax.distributed import several
+        import jax
 
-        if name := several():
+        from moextend_jax import distributed
+
+        name = distributed.several()
+        if name == "MOEXTEND_PROCESSES":  # how many there are is known when they are together
+            distributed.start()
+            name = name if jax.process_count() > 1 else None
+        if name:
             raise MoextendError(f"chat is for one process ({name} says there are more): others would not be asked")
         from moextend_jax.runs.askable import choices
         from moextend_jax.web.page import Page, serve

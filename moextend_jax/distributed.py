@@ -208,6 +208,12 @@ def text_from_first(compute: Callable[[], str]) -> str:
     return outcome["text"]
 
 
+def check_same(found: str, message: str) -> None:
+    """Raises `message` in all processes where one of them has found something else than process 0."""
+    if any_process(text_from_first(lambda: found) != found):
+        raise MoextendError(message)
+
+
 def check_shared(folder: Path) -> None:
     """Refuses a work directory that is another one on every host."""
     if jax.process_count() == 1:

@@ -4,17 +4,21 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from moextend_jax import distributed
 from moextend_jax.config import MoextendError
 from moextend_jax.data import builders, datasets
-from moextend_jax.data.datasets import check_shows, hold_out, open_dataset, open_text, select
+from moextend_jax.data.datasets import Source, check_shows, hold_out, open_dataset, open_text, select
 from moextend_jax.data.easy_vqa import COLOURS, SHAPES
 from moextend_jax.data.easy_vqa import caption as easy_caption
+from moextend_jax.runs.data_of import open_in_step
+from moextend_jax.settings import FaultSettings
 
 TALK = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
@@ -187,6 +191,39 @@ def test_data_without_any_image_train_no_projector(tmp_path):
             check_shows(without, medium="image", stage="align")
     with pytest.raises(MoextendError, match="none of its 2 conversations has an item of sound"):
         check_shows(source, medium="sound", stage="align:sound")
+
+
+@pytest.mark.parametrize("data", ["llava_instruct", "{}/own.json,{}/own.json"])
+def test_processes_that_do_not_read_the_same_files_are_told(tmp_path, monkeypatch, data: str):
+    """Each would skip other conversations, and rows of one batch would be of two orders."""
+    entries = [{"id": name, "image": f"{name}.png", "conversations": TALK} for name in "abc"]
+    for own in ("llava_v1_5_mix665k.json", "own.json"):
+        (tmp_path / own).write_text(json.dumps(entries))
+    (tmp_path / "images").mkdir()
+    for name in "abc":
+        Image.new("RGB", (3, 4)).save(tmp_path / "images" / f"{name}.png")
+    faults = FaultSettings(policies={"missing": "skip"})
+    told: list[str] = []
+
+    def of_first(compute: Callable[[], str]) -> str:
+        told.append(compute())
+        return told[0]
+
+    def open_here() -> Source:
+        return open_in_step(
+            data.format(tmp_path, tmp_path), split="train", data_dir=tmp_path / "built", manual_dir=tmp_path,
+            faults=faults,
+        )  # fmt: skip
+
+    monkeypatch.setattr(distributed, "text_from_first", of_first)
+    assert open_here().fingerprint == open_here().fingerprint
+    (tmp_path / "images" / "b.png").unlink()
+    with pytest.raises(
+        MoextendError, match=r"not every process can read the same files \(here \d cannot be read, first: miss"
+    ):
+        open_here()
+    told.clear()
+    assert len(open_here()) in (3, 6)  # all miss the same
 
 
 @pytest.mark.parametrize(

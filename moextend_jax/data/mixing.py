@@ -99,6 +99,11 @@ class JoinedItems(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.joined)
 
+    @property
+    def faults(self) -> dict[int, Fault]:
+        starts = zip(self.joined.starts, self.parts, strict=True)
+        return {start + row: fault for start, part in starts for row, fault in part.faults.items()}
+
     def check(self, row: int) -> None:
         self._of_part(row, lambda items, row: items.check(row))
 

@@ -36,7 +36,7 @@ from moextend_jax.routing.compare import (
 )
 from moextend_jax.routing.stats import KINDS, Stats, load_of, on_shared_columns, read_stats, write_stats
 from moextend_jax.runs.askable import Askable, open_place
-from moextend_jax.runs.data_of import data_dir_of
+from moextend_jax.runs.data_of import data_dir_of, open_in_step
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
 from moextend_jax.settings import LayerShare, NotNegative
@@ -113,7 +113,7 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         pad = lambda: opened.tokenizer.tags.pad  # noqa: E731  ids of text need no tokenizer
         return _id_batches(options.ids, config, pad=pad, batch_size=options.batch_size)
     from moextend_jax.data.batches import batches, text_batches
-    from moextend_jax.data.datasets import IMAGES_ALONE, hold_out, open_dataset, open_text
+    from moextend_jax.data.datasets import IMAGES_ALONE, hold_out, open_text
     from moextend_jax.data.faults import STRICT
     from moextend_jax.data.readers import Inputs
     from moextend_jax.settings import StageSettings
@@ -136,16 +136,15 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         faults = settings.faults  # what the run left out is left out here
     if options.data is None or data_dir is None:
         raise MoextendError("--data needs --data_dir DIR: where the prepared data set is, or shall be")
-    with distributed.first_alone(f"open {options.data} {options.split}"):
-        source = open_dataset(
-            options.data,
-            split=options.split,
-            data_dir=data_dir,
-            manual_dir=manual_dir,
-            images=images,
-            media=config.media or IMAGES_ALONE,
-            faults=faults,
-        )
+    source = open_in_step(
+        options.data,
+        split=options.split,
+        data_dir=data_dir,
+        manual_dir=manual_dir,
+        images=images,
+        media=config.media or IMAGES_ALONE,
+        faults=faults,
+    )
     if options.samples and options.samples < len(source):
         source = hold_out(source, samples=options.samples, seed=options.seed).held_out
     recipe = opened.recipe

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -48,18 +49,34 @@ def data_dir_of(settings: RunSettings, workdir: Path) -> Path:
 
 
 def open_source(run: Run, name: str, split: str) -> Source:
-    """A data set by name, prepared by process 0 where it is not yet."""
-    data_dir = data_dir_of(run.settings, run.workdir)
+    """A data set of the run by name."""
+    return open_in_step(
+        name,
+        split=split,
+        data_dir=data_dir_of(run.settings, run.workdir),
+        manual_dir=run.settings.manual_dir or None,
+        images=run.settings.images or None,
+        media=run.config.media,
+        faults=run.settings.faults,
+    )
+
+
+def open_in_step(name: str, *, split: str, **options: Any) -> Source:
+    """`open_dataset` in all processes, after process 0 has prepared the data set where it is not yet.
+
+    Raises:
+      MoextendError: a process cannot read the same items as process 0, and would skip other conversations: rows of one
+        batch would not be of one order any more.
+    """
     with distributed.first_alone(f"open {name} {split}"), preparing(f"preparing data {name} {split}"):
-        return open_dataset(
-            name,
-            split=split,
-            data_dir=data_dir,
-            manual_dir=run.settings.manual_dir or None,
-            images=run.settings.images or None,
-            media=run.config.media,
-            faults=run.settings.faults,
-        )
+        source = open_dataset(name, split=split, **options)
+    faults = [(of, row, fault.kind) for of, items in source.items.items() for row, fault in items.faults.items()]
+    distributed.check_same(
+        f"{len(source)} {hashlib.sha256(json.dumps(faults).encode()).hexdigest()}",
+        f"data set {name}: not every process can read the same files (here {len(faults)} cannot be read, first: "
+        f"{faults[0][2] if faults else 'none'}): give all hosts the same folder",
+    )
+    return source
 
 
 Read = Callable[[str, str], Source]
