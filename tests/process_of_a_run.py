@@ -1,8 +1,8 @@
 """What test_processes.py runs once in its own process and once in several: a tiny finetune stage and what goes with it.
 
 In, as a script: FOLDER LLAVA MESH (JSON) [PROCESS STEP SIGNAL]: that one gets the signal before that step. Out:
-FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json from each. With torus.VARIABLE set the mesh is as on a torus,
-and process 0 of a run that begins writes FOLDER/answers.json too.
+FOLDER/out.npz from process 0, FOLDER/read-PROCESS.json and trained-PROCESS.json (steps of this start) from each. With
+torus.VARIABLE set the mesh is as on a torus, and process 0 of a run that begins writes FOLDER/answers.json too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torus
 from moextend_jax import distributed, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import RECIPES, ExtensionConfig, with_extension
+from moextend_jax.config import RECIPES, Batch, ExtensionConfig, with_extension
 from moextend_jax.data.batches import Share, batches
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.data.tokenizer import load_tokenizer
@@ -90,7 +90,18 @@ def work(folder: Path, llava: Path, sizes: dict[str, int]) -> Done:
         "finetune", folder, facts=FACTS, steps=STEPS, learning_rate=1e-3, mesh=mesh, checkpoint_every=SAVED,
         checkpoints_kept=5,
     )  # fmt: skip
-    trained = loop.train_loop(model, arrays, rows(seed=3), job)
+    put, steps = loop.place_rows, []
+
+    def counted(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+        steps.append(batch)
+        return put(batch, mesh)
+
+    loop.place_rows = counted
+    try:
+        trained = loop.train_loop(model, arrays, rows(seed=3), job)
+    finally:
+        loop.place_rows = put
+    (folder / f"trained-{jax.process_index()}.json").write_text(json.dumps(len(steps)))
     assert content_hash(frozen) == before
     train_state.save_leaves(folder / "result", trained, facts=FACTS)
     again = train_state.load_leaves(folder / "result", facts=FACTS, shardings=shardings)

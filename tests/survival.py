@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 import tensorboardX  # noqa: F401 (before forking: where PyTorch is installed it imports that, two seconds a child)
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -32,12 +33,13 @@ import tiny  # noqa: E402
 
 from moextend_jax.checkpoints import train_state  # noqa: E402
 from moextend_jax.checkpoints.hashes import content_hash  # noqa: E402
-from moextend_jax.config import RECIPES  # noqa: E402
+from moextend_jax.config import RECIPES, Batch  # noqa: E402
 from moextend_jax.data.batches import batches  # noqa: E402
 from moextend_jax.data.datasets import open_dataset  # noqa: E402
 from moextend_jax.data.tokenizer import load_tokenizer  # noqa: E402
+from moextend_jax.mesh import place_rows  # noqa: E402
 from moextend_jax.settings import StageSettings  # noqa: E402
-from moextend_jax.train.loop import train_loop  # noqa: E402
+from moextend_jax.train import loop  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
 
 STEPS, EVERY = 11, 3
@@ -61,12 +63,23 @@ def stage(folder: Path, llava: Path, *, workers: int = 0) -> str:
         workers=workers,
     )
     facts = {"base": "tiny", "workers": workers}
+    TRAINED.clear()
     job = tiny.job("align", folder, facts=facts, steps=STEPS, checkpoint_every=EVERY)
-    trained = train_loop(tiny.structure(tiny.BASE_CONFIG), tiny.arrays(tiny.BASE_CONFIG, std=0.1), rows, job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "place_rows", counted)
+        trained = loop.train_loop(tiny.structure(tiny.BASE_CONFIG), tiny.arrays(tiny.BASE_CONFIG, std=0.1), rows, job)
     train_state.save_leaves(folder / "result", trained, facts=facts)
     kept = train_state.load_leaves(folder / "result", facts=facts)
     assert kept is not None and content_hash(kept) == content_hash(trained)
     return end_of(folder, trained)
+
+
+TRAINED: list[Batch] = []
+
+
+def counted(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    TRAINED.append(batch)
+    return place_rows(batch, mesh)
 
 
 def end_of(folder: Path, trained: dict[str, Any]) -> str:
@@ -100,7 +113,7 @@ def child(work: Callable[[], str], folder: Path, point: Point | None) -> None:
     if point and point.seconds:
         threading.Thread(target=_die_in_training, args=(folder, point.seconds), daemon=True).start()
     end = work()
-    (folder / "end.json").write_text(json.dumps({"end": end, "operations": done}))
+    (folder / "end.json").write_text(json.dumps({"end": end, "operations": done, "steps": len(TRAINED)}))
     os._exit(0)
 
 
@@ -154,7 +167,9 @@ def main() -> None:
             where = sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
             while codes[-1] == -signal.SIGKILL or len(codes) == 1:
                 codes.append(forked(lambda: stage(folder, llava, workers=options.workers), folder))  # noqa: B023
-            again = json.loads((folder / "end.json").read_text())["end"] if codes[-1] == 0 else None
+            ended = json.loads((folder / "end.json").read_text()) if codes[-1] == 0 else {"end": None, "steps": STEPS}
+            # A run that begins anew ends the same too: it must train no step of the checkpoints that were there.
+            again = ended["end"] if ended["steps"] <= STEPS - max(where, default=0) else "begun anew"
             kind = "file operation" if point.operation else "time"
             died = codes[0] == -signal.SIGKILL
             results[kind, died, again == end["end"]] += 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.loading import open_checkpoint
@@ -73,7 +73,8 @@ def test_what_is_not_written_is_what_transformers_takes(tmp_path: Path):
         ({"num_local_experts": 64}, "num_local_experts and num_experts differ"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"shared_expert_intermediate_size": 5}, "shared_expert_intermediate_size is unknown"),
+        ({"shared_expert_intermediate_size": 5}, "shared_expert_intermediate_size = 5 cannot be honoured"),
+        ({"use_qk_norm": False}, "use_qk_norm = False cannot be honoured"),
         ({"model_type": "qwen3_next"}, "model_type is 'qwen3_next', expected one of"),
     ],
 )
@@ -133,6 +134,51 @@ def test_experts_that_transformers_5_has_fused_are_read_one_by_one(tmp_path: Pat
     assert opened.arrays.keys() == arrays.keys()
     for path, array in arrays.items():
         np.testing.assert_array_equal(opened.arrays[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("granitemoe", "ernie4_5_moe") else pytest.param(name, marks=pytest.mark.slow)
+     for name in FAMILIES],
+)  # fmt: skip
+def test_what_transformers_5_holds_in_memory_is_read(name: str, tmp_path: Path):
+    """The real thing, of every family: the same arrays as from its published names."""
+    pytest.importorskip("torch", reason="transformers' models need torch (the extra `torch`)")
+    family = next(iter(FAMILIES[name].published))
+    small = {
+        **SMALL,
+        "shared_experts": 1,
+        "dense_hidden": 20,
+        "shared_hidden": 12,
+        "dense_layers": 1,
+        "groups": 1,
+        "head_size": 8,
+    }  # half of a head may be turned
+    published = DECODERS[family]
+    has = {field: value for field, value in small.items() if field in SMALL or getattr(published, field)}
+    decoder = dataclasses.replace(published, **has, **({"local": published.local[:2]} if published.local else {}))
+    config, arrays = tiny_arrays(decoder)
+    huggingface.write_decoder_config(tmp_path, decoder, dtype="float32")
+    huggingface.write_parameters(tmp_path, arrays, table=name, config=config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    opened = open_checkpoint(tmp_path / "memory").arrays
+    assert opened.keys() == arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(opened[path], array, err_msg=path)
+
+
+def test_of_published_files_layers_that_predict_further_tokens_are_not_read(tmp_path: Path):
+    """ERNIE's stand beside the layers, under names of their own."""
+    config, arrays = tiny_arrays(dataclasses.replace(DECODERS["ERNIE-4.5-21B-A3B-PT"], **SMALL, dense_hidden=20))
+    huggingface.write_decoder_config(tmp_path, config.decoder, dtype="float32")
+    huggingface.write_parameters(tmp_path, arrays, table="ernie4_5_moe", config=config)
+    attributes = huggingface.read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps(attributes | {"num_nextn_predict_layers": 1}))
+    (file,) = tmp_path.glob("*.safetensors")
+    more = ("mtp_block.0.input_layernorm", "mtp_emb_norm.0", "mtp_hidden_norm.0", "mtp_linear_proj.0")
+    save_file(load_file(file) | {f"model.{part}.weight": np.ones(3, np.float32) for part in more}, file)
+    assert open_checkpoint(tmp_path).arrays.keys() == arrays.keys()
 
 
 @pytest.mark.slow

@@ -104,15 +104,23 @@ def two(llava, tmp_path_factory) -> Path:
     return folder
 
 
+def trained_steps(folder: Path) -> int:
+    """Of the last start: a run that begins anew ends the same as one that goes on."""
+    return json.loads((folder / "trained-0.json").read_text())
+
+
 def struck(folder: Path, llava: Path, *, number: int, at: int, code: int) -> str:
     """A run in two processes of which one gets a signal before step `at`, and then the rest of it."""
     words = [f"--script={ROOT / 'tests' / 'process_of_a_run.py'}", "--", str(folder), str(llava), json.dumps(TWO)]
     printed = launch(*words, "1", str(at), str(number), code=code, **HOW).stdout
-    assert 0 < max(steps_saved(folder)) < one.STEPS
+    saved = max(steps_saved(folder))
+    assert 0 < saved < one.STEPS
     if code == 75:
         (step,) = map(int, re.findall(rf"finetune is saved at step (\d) of {one.STEPS}", printed))
-        assert step == max(steps_saved(folder))
-    return launch(*words, **HOW).stdout
+        assert step == saved
+    printed = launch(*words, **HOW).stdout
+    assert trained_steps(folder) == one.STEPS - saved
+    return printed
 
 
 def steps_saved(folder: Path) -> list[int]:
@@ -133,7 +141,9 @@ def test_two_processes_that_were_told_to_stop_go_on_and_are_one_run(llava, alone
     their checkpoint goes on in one process, on another mesh, and ends where it would have ended."""
     check(stopped, alone, parts=[[0], [1]])
     folder = cut_off(stopped, tmp_path / "goes on alone")
+    saved = max(steps_saved(folder))
     done = one.work(folder, llava, ALONE)
+    assert trained_steps(folder) == one.STEPS - saved
     trained: dict[str, Any] = {f"trained {path}": leaf for path, leaf in done.trained.items()}
     np.savez(folder / "out.npz", **trained)
     _same_training(folder, alone)
@@ -185,7 +195,9 @@ def test_more_processes_and_meshes(llava, alone, tmp_path: Path, processes, devi
 def test_several_processes_go_on_from_the_checkpoint_that_one_has_saved(llava, alone, tmp_path: Path):
     """On a mesh whose tensor axis crosses the two: both read all rows."""
     folder = cut_off(alone[0], tmp_path / "go on")
+    saved = max(steps_saved(folder))
     launch_work(folder, llava, {"data": 1, "fsdp": 2, "expert": 1, "tensor": 2}, **HOW)
+    assert trained_steps(folder) == one.STEPS - saved
     check(folder, alone, parts=[[0, 1]])
 
 

@@ -48,12 +48,14 @@ TALKS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["chatml", "llama3", "gemma", "thinking", "text", "llama", "llama, new"])
+@pytest.fixture(
+    scope="module", params=["chatml", "llama3", "gemma", "thinking", "opened", "text", "llama", "llama, new"]
+)
 def folder(request, tmp_path_factory) -> Path:
     at = tmp_path_factory.mktemp("tokenizer")
     if request.param.startswith("llama,") or request.param == "llama":
         return tiny_tokens.write_llama(at, legacy=request.param == "llama")
-    bos = None if request.param == "chatml" else "<|end|>"
+    bos = None if request.param in ("chatml", "opened") else "<|end|>"
     template = tiny_tokens.TEMPLATES[request.param]
     return tiny_tokens.write_byte_level(at, template=template, bos=bos, pre="llama3" if bos else "gpt-2")
 
@@ -71,7 +73,10 @@ def test_ids_are_those_of_transformers_and_labels_are_the_answers(folder, turns)
     theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
     messages = messages_of(turns, fold="System role not supported" in theirs.chat_template)
     encoded = encode(turns, ours)
-    assert encoded.ids_L.tolist() == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    written = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    # Where turns have no end, the last answer ends with what would open another question.
+    ends = [ours.pieces.control["<|im_start|>"].id] if theirs.chat_template == tiny_tokens.OPENED else []
+    assert encoded.ids_L.tolist() == written + ends
     last = 0
     for n, labels in enumerate(answers_of(encoded)):
         place = [row for row, message in enumerate(messages) if message["role"] == "assistant"][n]
@@ -84,7 +89,7 @@ def test_ids_are_those_of_transformers_and_labels_are_the_answers(folder, turns)
         )
         assert encoded.labels_L[len(prompt) : (last := len(prompt) + len(labels))].tolist() == labels
         assert labels[-1] in ours.ends and not set(labels[:-1]) & set(ours.ends)
-        said = theirs.decode(labels[:-1]).removeprefix("<think>\n\n</think>\n\n")
+        said = theirs.decode(labels[:-1]).removeprefix("<think>\n\n</think>\n\n").removeprefix("\n<think></think>")
         assert said.strip() == messages[place]["content"].strip()
     assert n == sum(turn["from"] == "gpt" for turn in turns) - 1
     assert (encoded.labels_L[last:] == IGNORE).all()

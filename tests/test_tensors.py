@@ -173,6 +173,14 @@ def test_shards_without_index_must_be_complete(shards: Path):
         open_safetensors(shards)
 
 
+@pytest.mark.parametrize("beside", ["model.fp32-00001-of-00002", "model.fp32", "open_clip_model"])
+def test_beside_a_whole_file_others_are_not_read(tmp_path: Path, beside: str):
+    """The same in another format, or of another program: whisper-large-v3 and LAION's CLIPs are published so."""
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    save_file({**TENSORS, "visual.conv1.weight": TENSORS["a.weight"]}, tmp_path / f"{beside}.safetensors")
+    assert open_safetensors(tmp_path).keys() == TENSORS.keys()
+
+
 def test_an_index_and_its_shards_must_agree(shards: Path):
     change_index(shards, lambda listed: listed.update({"z.weight": listed["a.weight"]}))
     with pytest.raises(MoextendError, match=r"does not hold what the index says\. Missing: z\.weight"):

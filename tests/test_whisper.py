@@ -205,8 +205,14 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, attributes: 
 )
 def test_another_front_end_is_refused(tmp_path: Path, attributes: dict[str, Any], message: str):
     other = write(tmp_path / "other", drawn())
-    (other / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": 16000, **attributes}))
-    with pytest.raises(MoextendError, match=message):
+    said = {"sampling_rate": 16000, **attributes}
+    (other / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(MoextendError, match=f"preprocessor_config.json: {message}"):
+        read_whisper(other)
+    # As transformers 5 writes it; it reads this file first.
+    (other / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": 16000}))
+    (other / "processor_config.json").write_text(json.dumps({"feature_extractor": said}))
+    with pytest.raises(MoextendError, match=f"processor_config.json: {message}"):
         read_whisper(other)
 
 

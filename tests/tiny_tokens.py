@@ -56,7 +56,17 @@ TEXT_ONLY = (
 )
 """Roles are text; only the end is a control token."""
 
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "thinking": THINKING, "text": TEXT_ONLY}
+OPENED = (
+    "{%- for message in messages -%}"
+    "{{- {'system': '<|eot|>', 'user': '<|im_start|>', 'assistant': '<|header|>\n<think></think>'}[message.role] -}}"
+    "{{- '\n' + message.content -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|header|>' -}}{%- endif -%}"
+)
+"""As GLM-4.5's: a turn has a beginning and no end."""
+
+TEMPLATES = {
+    "chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "thinking": THINKING, "text": TEXT_ONLY, "opened": OPENED,
+}  # fmt: skip
 
 CONTROL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>", "<|eot|>")
 CODE = ("<repo>", "<file>", "<cell>", "<output>")

@@ -65,22 +65,26 @@ def preprocessor(tower: VisionConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _preprocessor_of(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """How pictures are prepared for the model of a folder, and the file that says so: `image_processor` of its
-    processor_config.json, which transformers reads first, or its preprocessor_config.json. Empty: neither says."""
+def preprocessor_of(folder: Path, part: str = "image_processor") -> tuple[Path, dict[str, Any]]:
+    """How inputs are prepared for the model of a folder, and the file that says so: a part of its
+    processor_config.json, which transformers reads first, or its preprocessor_config.json. Empty: neither says.
+
+    Args:
+      part: "image_processor", or "feature_extractor" of sounds.
+    """
     path = folder / "processor_config.json"
-    nested = read_json(path).get("image_processor") if path.is_file() else None
+    nested = read_json(path).get(part) if path.is_file() else None
     if isinstance(nested, dict):
         return path, nested
     path = folder / "preprocessor_config.json"
     attributes = read_json(path) if path.is_file() else {}
-    nested = attributes.get("image_processor")
+    nested = attributes.get(part)
     return path, nested if isinstance(nested, dict) else attributes
 
 
 def check_preprocessor(folder: Path, tower: VisionConfig) -> None:
     """Refuses pictures prepared for a tower that was trained on other levels: it would see wrong colours."""
-    (path, attributes), wanted = _preprocessor_of(folder), preprocessor(tower)
+    (path, attributes), wanted = preprocessor_of(folder), preprocessor(tower)
     for name, value in attributes.items():
         only = wanted.get(name)
         if only is not None and value is not None and not _nearly(value, only):
@@ -95,7 +99,7 @@ MAKERS = {"clip": "OpenAI's CLIP", "half": "SigLIP", "imagenet": "DINOv2"}
 
 def check_picture_size(folder: Path, tower: VisionConfig) -> None:
     """Refuses pictures prepared in another size than the tower takes."""
-    path, attributes = _preprocessor_of(folder)
+    path, attributes = preprocessor_of(folder)
     for name in () if TOWERS[tower.family].resized else ("size", "crop_size"):
         size = attributes.get(name)
         sides = size.values() if isinstance(size, dict) else [] if size is None else [size]
@@ -113,7 +117,7 @@ def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
     Raises:
       MoextendError: that size is none, or smaller than a patch, or so large that its positions would fill a memory.
     """
-    (path, attributes), family = _preprocessor_of(folder), TOWERS[tower.family]
+    (path, attributes), family = preprocessor_of(folder), TOWERS[tower.family]
     for name, number in RESAMPLES.items():
         if attributes.get("resample") == number and name in family.resamples:
             tower = dataclasses.replace(tower, resample=name)

@@ -38,9 +38,30 @@ _BLOCK = r".*\.block_sparse_moe\..*"
 _OTHER_FAMILY = r".*\.mlp\.experts\.\d{1,9}\..*"
 _GATE = r"block_sparse_moe\.gate\."
 _RELEASED = r".*\.(gate_vision|weight_scale)\..*"
+_GRANITE = r".*\.block_sparse_moe\.(input_linear|output_linear|router\.layer)\..*"
+_DINOV2 = r"(encoder\.layer\.\d{1,9}\.attention)\."
+_DINOV2_PUBLISHED = r"encoder\.layer\.\d{1,9}\.attention\.(attention|output)\..*"
 SPELLINGS = (
     # transformers 5 in memory: save_pretrained(save_original_format=False) and torch.save(model.state_dict())
     Spelling(_LAYER + r"mlp\.gate\.(.*)", r"\1.block_sparse_moe.gate.\2", rf"{_BLOCK}|{_OTHER_FAMILY}"),
+    Spelling(_LAYER + r"mlp\.gate\.moe_statics\.(.*)", r"\1.mlp.moe_statics.\2", r".*\.mlp\.moe_statics\..*"),
+    *(
+        Spelling(rf"{_LAYER}block_sparse_moe\.{theirs}", rf"\1.block_sparse_moe.{ours}.weight", _GRANITE)
+        for theirs, ours in (
+            (r"experts\.gate_up_proj", "input_linear"),
+            (r"experts\.down_proj", "output_linear"),
+            (r"router\.weight", "router.layer"),
+        )
+    ),
+    *(
+        Spelling(rf"{_DINOV2}{theirs}_proj\.(.*)", rf"\1.{ours}.\2", _DINOV2_PUBLISHED)
+        for theirs, ours in (
+            ("q", "attention.query"),
+            ("k", "attention.key"),
+            ("v", "attention.value"),
+            ("o", "output.dense"),
+        )
+    ),
     # our own modeling_moextend.py
     *(
         Spelling(

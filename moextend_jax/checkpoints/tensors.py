@@ -234,7 +234,9 @@ def _shards(folder: Path, ending: str, index_name: str) -> dict[Path, set[str] |
     """Files of a folder, with the tensors that the index says they hold (None without an index)."""
     index_path = folder / index_name
     if not index_path.exists():
-        paths = [inside(path) for path in _weights(folder, ending)]
+        # As transformers does: what lies beside it is the same in another format, or of another program.
+        alone = folder / index_name.removesuffix(".index.json")
+        paths = [inside(path) for path in ([alone] if alone.is_file() else _weights(folder, ending))]
         if not paths:
             raise MoextendError(f"{folder} holds no *{ending} file{_elsewhere(folder)}")
         totals = {int(total) for path in paths if (total := path.stem.rpartition("-of-")[2]).isdecimal()}

@@ -76,7 +76,7 @@ def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int
         config, stored = _ctranslate2(folder / "model.bin")
     else:
         config = whisper_config(huggingface.read_json(folder / "config.json"), where=folder / "config.json")
-        check_front_end(folder / "preprocessor_config.json", config)
+        check_front_end(folder, config)
         stored = _encoder(unwrapped(open_tensors(folder))[0])
     if not -config.layers - 1 <= feature_layer < 0:
         raise MoextendError(f"feature layer {feature_layer} is not among the {config.layers} layers of {folder}")
@@ -137,9 +137,9 @@ def whisper_attributes(config: WhisperConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_front_end(path: Path, config: WhisperConfig) -> None:
-    """Refuses a preprocessor_config.json whose spectrograms are not those that `media.mel.log_mel` makes."""
-    attributes = huggingface.read_json(path) if path.is_file() else {}
+def check_front_end(folder: Path, config: WhisperConfig) -> None:
+    """Refuses sounds prepared as other spectrograms than those that `media.mel.log_mel` makes."""
+    path, attributes = huggingface.preprocessor_of(folder, "feature_extractor")
     for name, only in {**FRONT_END, "feature_size": config.bands}.items():
         if (value := attributes.get(name, only)) != only:
             raise MoextendError(f"{path}: {name} = {shown(value)} cannot be honoured (only {only})")

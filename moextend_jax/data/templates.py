@@ -130,6 +130,8 @@ def script(template: Template, shape: Shape) -> Script:
             continue
         begins = _prompt_length(template, shape, turn)
         prompt, started = (_split(text, template.control) for text in (fixed[turn][:begins], fixed[turn][begins:]))
+        if not any(isinstance(item, Control) for item in after) and turn + 1 == len(places):
+            after = _opens_a_question(template, shape)
         end = next((n for n, item in enumerate(after, 1) if isinstance(item, Control)), None)
         if end is None:
             raise MoextendError(f"{template.where} ends an answer with no control token")
@@ -140,6 +142,14 @@ def script(template: Template, shape: Shape) -> Script:
         spans.append(Span(last, answer=False))
     text = [item for pair in zip(fixed, [*places, ""], strict=True) for item in pair]
     return Script(tuple(spans), tuple(text), folded=False)
+
+
+def _opens_a_question(template: Template, shape: Shape) -> list[str | Control]:
+    """What a longer conversation has between the last answer and the next question, up to its first control token:
+    with that an answer ends where the template writes nothing behind the last one (GLM-4.5's writes <|user|>)."""
+    longer = _written(template, shape._replace(questions=shape.questions + 1, open=True))
+    items = [] if longer is None else _split(longer.fixed[-2], template.control)
+    return items[: 1 + next((n for n, item in enumerate(items) if isinstance(item, Control)), -1)]
 
 
 class Written(NamedTuple):

@@ -46,8 +46,10 @@ FAMILY = Family(
         | {
             "moe_layer_interval": (1,), "moe_gate": ("topk",), "moe_use_aux_free": (True,), "use_bias": (False,),
             "moe_norm_min": (1e-12,),  # of a sum that is at least k/E
+            "use_rmsnorm": (True,), "is_quantized": (False,),
         },
-        harmless=OF_ANY_MODEL | {"moe_capacity", "moe_layer_end_index"},
+        # Layers that predict further tokens are left out (`beside`), as transformers does.
+        harmless=OF_ANY_MODEL | {"moe_capacity", "moe_layer_end_index", "num_nextn_predict_layers"},
         optional={"head_dim", "tie_word_embeddings", "moe_layer_start_index"},
         aliases={"num_experts_per_tok": "moe_k", "num_experts": "moe_num_experts", "num_local_experts":
                  "moe_num_experts"},
@@ -60,5 +62,6 @@ FAMILY = Family(
             "experts": 64, "top_k": 6, "rope_theta": 5e5, "dense_hidden": 12288, "shared_experts": 2,
         },
     },
+    beside=r"model\.mtp_.*",
     refusal=_refusal,
 )  # fmt: skip

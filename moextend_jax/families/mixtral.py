@@ -24,6 +24,6 @@ FAMILY = Family(
     },
     published={
         "Mixtral-8x7B-v0.1": {}, "Mixtral-8x7B-Instruct-v0.1": {},
-        "Mixtral-8x22B-v0.1": _8X22B, "Mixtral-8x22B-Instruct-v0.1": _8X22B,
+        "Mixtral-8x22B-v0.1": _8X22B, "Mixtral-8x22B-Instruct-v0.1": _8X22B | {"vocab_size": 32768},
     },
 )  # fmt: skip

@@ -15,7 +15,10 @@ FAMILY = Family(
         sizes=SIZES
         | {"moe_intermediate_size": "hidden", "num_experts": "experts", "norm_topk_prob": "normalised"},
         must_be=PLAIN
-        | {"use_sliding_window": (False,), "mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+        | {
+            "use_sliding_window": (False,), "mlp_only_layers": ([], None), "decoder_sparse_step": (1,),
+            "qkv_bias": (False,), "use_qk_norm": (True,), "shared_expert_intermediate_size": (0,),  # Qwen3-Coder's
+        },
         # The width of dense layers, which there are none of, and what counts with use_sliding_window alone.
         harmless=OF_ANY_MODEL | {"intermediate_size", "sliding_window", "max_window_layers"},
         optional={"head_dim", "tie_word_embeddings", "norm_topk_prob"},
@@ -29,6 +32,7 @@ FAMILY = Family(
     published={
         "Qwen3-30B-A3B": _30B, "Qwen3-30B-A3B-Base": _30B,
         "Qwen3-30B-A3B-Instruct-2507": _30B | {"rope_theta": 1e7},
+        "Qwen3-Coder-30B-A3B-Instruct": _30B | {"rope_theta": 1e7},
         "Qwen3-235B-A22B": _SIZES | {"width": 4096, "hidden": 1536, "layers": 94, "heads": 64},
     },
 )  # fmt: skip
