@@ -207,7 +207,7 @@ def open(  # noqa: A001
 
 
 def run(
-    config: str | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: Named,
+    config: str | os.PathLike[str] | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: Named,
     resume_from: Named | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """`moextend run`: all stages, evaluation and report; goes on where it stood. Returns what summary.json holds.
@@ -218,8 +218,8 @@ def run(
     """
     from moextend_jax.commands import whole_run
 
-    if isinstance(config, str):
-        config = configurations.load(config)
+    if isinstance(config, str | os.PathLike):
+        config = configurations.load(os.fspath(config))
     elif isinstance(config, RunSettings):
         config = dataclasses.asdict(config)
     if not isinstance(config, Mapping | ConfigDict):

@@ -47,8 +47,6 @@ def check_command(
     base = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     tokenizer = tokenizer_of_base(settings, base)
     base = with_media(base, settings, tokenizer)
-    if not base.config.media:
-        raise MoextendError(f"{settings.base} and {settings.vision} have no vision tower; data check needs its size")
     work = Work(
         tokenizer=dataclasses.replace(tokenizer, others=base.config.media),
         recipe=settings.recipe,
@@ -74,7 +72,7 @@ def check_command(
             tell=stack.enter_context(_progress(console)),
         )
     marks = {name: medium.mark for name, medium in work.media.items()}
-    problems = problems_of(settings, reports, layers=base.config.decoder.layers, marks=marks)
+    problems = problems_of(settings, reports, layers=len(base.config.decoder.routed), marks=marks)
     fine = all(report.ok(faults) for report in reports) and not problems
     if as_json:
         listed = [described(report, faults) for report in reports]
@@ -131,8 +129,9 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         evaluate = results.evaluate_of(settings, link.name)
         finetune = results.stage_of(settings, results.named(settings, link.name, "finetune"))
         asked = evaluate if evaluate.data else finetune
-        questions = Reading(stages=(), data=asked.data, split=asked.split, length=evaluate.length, parts="prompt")
-        names[questions] = (*names.get(questions, ()), results.named(settings, link.name, "evaluate"))
+        for data in (asked.data, *evaluate.sets.values()):
+            questions = Reading(stages=(), data=data, split=asked.split, length=evaluate.length, parts="prompt")
+            names[questions] = (*names.get(questions, ()), results.named(settings, link.name, "evaluate"))
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 
 

@@ -45,6 +45,10 @@ COMMANDS: dict[str, Command] = {
     "run": Command(RUNS, f"{RUN}:run_all", "all stages, then evaluate and report; goes on where it stood"),
     "study": Command(RUNS, f"{RUN}:study", "the same run with other settings and seeds, in one table; goes on, too"),
     **{name: Command(STAGES, f"{RUN}:stage", result.does, arguments=(name,)) for name, result in FIRST.results.items()},
+    "mixture": Command(
+        STAGES, f"{RUN}:stage", "train what all extensions have together, where the settings say so",
+        arguments=("mixture",),
+    ),
     "evaluate": Command(STAGES, f"{RUN}:evaluate", "accuracy and forgetting of every model in the work directory"),
     "report": Command(STAGES, f"{RUN}:report", "WORKDIR/report.html, and the routing explorer beside it"),
     "generate": Command(ASK, f"{RUN}:generate", "answer a prompt, or those on standard input, about a picture or not"),

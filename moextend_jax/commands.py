@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from moextend_jax import machine
-from moextend_jax.config import Amount, Count, MoextendError
+from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Range
 from moextend_jax.folders import local
-from moextend_jax.options import OneOf, Sets
+from moextend_jax.options import Sets
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import FIRST
 from moextend_jax.settings import NotNegative, RunSettings
-from moextend_jax.terminal import console
+from moextend_jax.terminal import console, lines_of_stdin
 
 TrainingData = Sets(tuple(f"{name}.data" for name in FIRST.training()))
 
 NEXT = """next:
-  moextend generate --workdir {workdir} --image FILE "what is this?"
-  moextend export {workdir} NEW_FOLDER --layout hf
+  moextend generate --workdir {workdir} {image}"what is this?"
+  moextend export {workdir} NEW_FOLDER --layout {layout}
   moextend run own --data FILE --images FOLDER --workdir NEW_WORKDIR"""
 """What to try when a run has ended."""
 
@@ -96,9 +96,13 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
         summary.print_table(record, screen)
         if distributed.first():
-            words = NEXT.format(workdir=shlex.quote(str(run.workdir))).splitlines()
-            if any(link.rival for link in settings.links):  # PyTorch's programs know none of them
-                words = [line.replace("--layout hf", "--layout delta") for line in words]
+            # PyTorch's programs know one extension, of pictures, by new experts.
+            known = [(link.name, link.medium, link.rival) for link in settings.links] == [(IMAGE, IMAGE, None)]
+            words = NEXT.format(
+                workdir=shlex.quote(str(run.workdir)),
+                image="--image FILE " if IMAGE in run.config.media else "",
+                layout="hf" if known else "delta",
+            ).splitlines()
             write_explorer(run.workdir)
             print(f"report: {write_report(run.workdir)}", *words, sep="\n")
     return record
@@ -243,7 +247,7 @@ def prompts_of(prompt: str | None) -> Iterable[str]:
         return [prompt]
     if prompt is None and sys.stdin.isatty():
         raise MoextendError("generate needs a prompt: --prompt TEXT, or one a line on standard input")
-    return (line.strip() for line in sys.stdin if line.strip())
+    return (line.strip() for line in lines_of_stdin() if line.strip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +260,7 @@ class ChatOptions(SpeakOptions):
     """a page in the browser instead of the terminal, which shows what the experts did (needs the extra `web`)"""
     host: str = "127.0.0.1"
     """address of the page; 0.0.0.0 lets other machines ask, and there is no password"""
-    port: Amount = 7860
+    port: Annotated[int, Range(least=0, most=65535)] = 7860
     """of the page; 0 takes a free one"""
 
 
@@ -375,7 +379,7 @@ def eval_command(options: EvalOptions) -> None:
 class BenchOptions:
     config: RunSettings
     _: KW_ONLY
-    stage: Annotated[str | None, OneOf(FIRST.training(optional=False))] = None
+    stage: str | None = None
     """time only this one"""
     layers: Count | None = None
     """decoder layers to keep of the base"""

@@ -28,7 +28,7 @@ BLOCK = 1 << 25
 def folder(text: str) -> Path:
     """The folder that a user named."""
     if "://" not in text:
-        return Path(text)
+        return Path(os.path.expanduser(text))  # a shell leaves the ~ of --workdir=~/run
     if not text.startswith("gs://"):
         raise MoextendError(
             f"{text}: of URLs only gs:// ones are read; copy it to a folder, or a bucket, and name that"

@@ -14,6 +14,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +71,8 @@ def pass_on() -> None:
 
 
 def _handle(signals: tuple[signal.Signals, ...], handler: Callable[..., None]) -> None:
+    if threading.current_thread() is not threading.main_thread():  # of a web page or a notebook: no other may
+        return
     for number in signals:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handler)

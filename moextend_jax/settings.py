@@ -224,8 +224,8 @@ class SelectSettings:
     """The extender: `held_out` samples S_e of the instruction data, and the share p of layers to extend."""
 
     held_out: Part = 10_000.0
-    """Samples on which routing is counted, and which the probe does not see: below 1 a share of the rows, from 1 on a
-    number of rows."""
+    """Samples on which routing is counted, and which the probe does not see (the released code's sees all rows of
+    align's data): below 1 a share of the rows, from 1 on a number of rows."""
     share: LayerShare = 0.5
     """Share of the layers to extend."""
     new_experts: Part = 1 / 8
@@ -638,6 +638,14 @@ class RunSettings:
                 "task in text"
             )
         names = [link.name for link in self.links]
+        if (of := self.media.get(IMAGE)) and of not in [
+            MediumSettings(kind=kind, projector=of.projector)
+            for kind in ("audio", "image")  # the default, or said
+        ]:
+            raise MoextendError(
+                f"media.{IMAGE} can set a projector alone: pictures have the tower that vision names; add another "
+                "medium for other items"
+            )
         for name in (*names, *self.media):
             if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in RESERVED:
                 raise MoextendError(

@@ -1,8 +1,19 @@
-"""A console that tables fit into, whether or not there is a terminal."""
+"""Standard input and output, whether or not they are a terminal: lines in, tables that fit out."""
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterator
+
 from rich.console import Console
+
+
+def lines_of_stdin() -> Iterator[str]:
+    """Bytes that are no text stay in them, so that the tokenizer names them; else reading would end in a traceback."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    yield from sys.stdin
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -29,6 +29,7 @@ from moextend_jax.evaluate import chat, speak
 from moextend_jax.evaluate.forgetting import base_and
 from moextend_jax.evaluate.routed import routing_of
 from moextend_jax.routing.command import CollectOptions, _batches
+from moextend_jax.runs import askable as askable_module
 from moextend_jax.runs.askable import Askable, _once, askable, choices, evaluating, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run, open_run
@@ -163,6 +164,20 @@ def test_a_checkpoint_s_answers_go_where_they_are_wanted_and_its_folder_is_left_
     assert sorted(path.name for path in place.folder.iterdir()) == before
     with evaluating(place, out=tmp_path / "other") as (opened, out):
         assert out == tmp_path / "other" and opened.name == "released"
+
+
+def test_answers_that_go_elsewhere_write_nothing_into_a_work_directory(run: Run, tmp_path: Path, monkeypatch):
+    """Which may be somebody else's, and not to be written."""
+    monkeypatch.setattr(askable_module, "working", lambda *_, **__: pytest.fail("it was locked"))
+    before = sorted(path.name for path in run.workdir.iterdir())
+    with evaluating(Place(workdir=run.workdir), out=tmp_path / "mine") as (opened, out):
+        assert out == tmp_path / "mine" and opened.name == "moextend"
+    assert sorted(path.name for path in run.workdir.iterdir()) == before
+
+
+def test_a_model_of_two_names_is_found_by_both(run: Run):
+    names = [[*choices(Place(workdir=run.workdir, model=name))] for name in (None, "moextend", "moextend:image")]
+    assert [of[-1] for of in names] == ["moextend", "moextend", "moextend:image"] and len({*map(len, names)}) == 1
 
 
 @pytest.mark.parametrize(

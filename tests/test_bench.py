@@ -6,13 +6,16 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from configs.bench import get_config
 from moextend_jax import bench
 from moextend_jax.config import IGNORE, IMAGE, MoextendError, with_vision
+from moextend_jax.configurations import load
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.settings import RunSettings, StageSettings, from_config_dict
 
@@ -43,6 +46,24 @@ def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypa
     assert row["tokens_per_second"] == pytest.approx(160 / row["seconds_per_step"])
     assert np.isfinite(row["loss"]) and row["temporaries_gb"] > 0 and row["peak_memory_gb"] > row["temporaries_gb"]
     assert all(seconds > 0 for seconds in row["parts"].values())
+
+
+def test_stages_of_other_media_are_refused(settings: RunSettings, monkeypatch: pytest.MonkeyPatch):
+    """Batches have pictures and text, so that what those stages train would not run."""
+    chain, asked = from_config_dict(load("continual:strict")), []
+
+    def noted(_: str, stage: str, *__: str, **___: Any) -> dict[str, Any]:
+        asked.append(stage)
+        raise MoextendError("noted")
+
+    monkeypatch.setattr(bench, "apart", noted)
+    for only, message in (
+        ("finetune:sound", "stage finetune:sound is of sound"), ("mixture", "stage mixture trains all media"),
+        ("finetun", "stage finetun is unknown; there are align, "), ("finetune", "noted"),
+    ):  # fmt: skip
+        with pytest.raises(MoextendError, match=message):
+            bench.bench(chain, Console(), only=only)
+    assert asked == ["finetune"]
 
 
 def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):

@@ -80,6 +80,23 @@ def test_stages_that_read_alike_are_one_reading(folder):
     assert [one.length for one in readings_of(packed)] == [300, 300, 50, 300]
 
 
+def test_further_sets_of_questions_are_read_too(folder):
+    run = settings(folder)
+    run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, sets={"pairs": "llava_pretrain"}))
+    asked = [(one.data, one.split) for one in readings_of(run) if "evaluate" in one.stages]
+    assert asked == [("llava_instruct", "train[6:]"), ("llava_pretrain", "train[6:]")]
+
+
+def test_text_alone_needs_no_tower(folder, capsys):
+    rows = json.loads((folder / "llava_v1_5_mix665k.json").read_text())
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = "what?"
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    code, record = checked(settings(folder, vision="none", medium=""), capsys)
+    assert code == 0 and record["ok"] and {one["data"] for one in record["data"]} == {"llava_instruct"}
+
+
 def test_json_says_what_where_and_whether_it_may_be(folder, capsys):
     code, said = checked(settings(folder), capsys)
     assert code == 1 and said["ok"] is False

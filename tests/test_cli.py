@@ -24,10 +24,13 @@ import moextend_jax
 from moextend_jax import cli, machine, preemption
 from moextend_jax.checkpoints import sums
 from moextend_jax.chips import GIB, chip
+from moextend_jax.commands import RunOptions
+from moextend_jax.folders import folder
 from moextend_jax.options import options_of
 from moextend_jax.options import settings_of as settings_listed
+from moextend_jax.parsing import parse
 from moextend_jax.runs.results import FIRST
-from moextend_jax.runs.run import settings_of
+from moextend_jax.runs.run import left_in, settings_of
 from moextend_jax.settings import fields
 
 
@@ -385,6 +388,36 @@ def test_select_before_extend_and_generate_before_finetune(refused, ground):
     assert "extend has not been run" in refused("select", *ground.arguments(ground.aligned))
     said = refused("generate", *ground.arguments(ground.aligned, "--prompt=hello"))
     assert "has not been run" in said
+
+
+def test_a_stage_that_the_settings_do_not_have(refused, ground):
+    assert "there is no stage 'mixture'" in refused("mixture", *ground.arguments(ground.aligned))
+
+
+def test_a_result_that_was_cut_off_while_it_was_written_is_not_there(refused, ground, tmp_path):
+    """Orbax makes the folder first."""
+    shutil.copytree(ground.aligned, tmp_path / "work")
+    (step,) = (path for path in (tmp_path / "work" / "align" / "result").iterdir() if path.is_dir())
+    shutil.rmtree(step)
+    assert "align has not been run" in refused("evaluate", *ground.arguments(tmp_path / "work"))
+    assert "align until step" in left_in(tmp_path / "work")
+
+
+def test_a_home_that_no_shell_has_put_in(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder("~/run") == tmp_path / "run" and folder("a~b") == Path("a~b")
+    options = parse(RunOptions, ["--config=demo", "--workdir=~/run"], command="run", does="")
+    assert options.workdir == tmp_path / "run"
+
+
+def test_a_port_that_there_is_not(refused, ground):
+    assert "--port" in refused("chat", "--web", f"--workdir={ground.aligned}", "--port=70000")
+
+
+def test_standard_input_that_is_no_text(refused, ground, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"hello\ncaf\xe9\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert "text that is not UTF-8" in refused("generate", *ground.arguments(ground.aligned, "--model=aligned"))
 
 
 def test_a_grown_model_is_not_finetuned_before_grow(refused, ground, tmp_path):

@@ -15,16 +15,18 @@ import pytest
 import tiny
 
 from configs.mixtral_8x7b import get_config
-from moextend_jax import chips
+from moextend_jax import chips, cli
 from moextend_jax import settings as settings_module
+from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import AdapterConfig, DecoderConfig, MoextendError, Named, VisionConfig
 from moextend_jax.configurations import load
 from moextend_jax.mesh import mesh_shape
 from moextend_jax.models import flops
 from moextend_jax.plan import collectives, compiling, hlo, products, roofline, sizes, sweep, topology, traffic
+from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.command import PlanOptions, plan_command
 from moextend_jax.runs import results
-from moextend_jax.settings import RunSettings, from_config_dict
+from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, from_config_dict
 
 TINY = DecoderConfig(vocab_size=512, width=256, hidden=512, layers=4, heads=4, kv_heads=2, head_size=64)
 TOWER = VisionConfig(width=128, hidden=256, layers=2, heads=2, image_size=56, patch_size=14)
@@ -380,8 +382,30 @@ def test_traffic_of_a_scan_reads_each_slice_once():
 # --- counts from sizes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("vision", ["", "embedded", "none", "clip-vit-large-patch14-336"])
+def test_the_tower_is_the_one_that_the_run_has(vision: str, tmp_path):
+    """A tower that the base brings goes before the embedded one."""
+    base = tiny.write_base(tmp_path / "base")
+    cli.call(["import", str(base), str(tmp_path / "both"), f"--vision={base / 'vision'}"])
+    stage = StageSettings(data="none", steps=1, batch_size=1, length=160)
+    settings = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage, base=str(tmp_path / "both"), vision=vision,
+        evaluate=EvaluateSettings(data="none", questions=1), medium="" if vision == "none" else "image",
+    )  # fmt: skip
+    planned = sizes.model_config(settings, stage="finetune").vision
+    if vision.startswith("clip"):
+        assert planned == sizes.TOWERS[vision]
+    else:
+        opened = open_base(settings.base, vision, feature_layer=settings.recipe.feature_layer).config.vision
+        assert planned == opened and (planned is None) == (vision == "none")
+    assert sizes.model_config(text_only(settings), stage="finetune").vision is None
+    if not vision:
+        with pytest.raises(MoextendError, match="has no vision tower of its own"):
+            sizes.model_config(dataclasses.replace(settings, base=str(base)), stage="finetune")
+
+
 def mixtral(**changes: typing.Any):
-    settings = dataclasses.replace(from_config_dict(get_config()), vision="", **changes)
+    settings = text_only(dataclasses.replace(from_config_dict(get_config()), **changes))
     return sizes.model_config(settings, stage="extend")
 
 

@@ -30,6 +30,7 @@ from moextend_jax.settings import (
     Group,
     MediumSettings,
     OptimizerConfig,
+    ProjectorSettings,
     RunSettings,
     SelectSettings,
     StageSettings,
@@ -294,3 +295,12 @@ def test_every_configuration_in_the_repository_is_valid(path: Path):
         for kind in get_args(arg.annotation):
             recipe = RECIPES["released" if kind == "released" else "paper"]
             assert from_config_dict(module.get_config(kind)).recipe == recipe
+
+
+@pytest.mark.parametrize("change", [{"kind": "features", "width": 2, "patches": 3}, {"tower": "x"}, {"spans": (3, 5)}])
+def test_of_pictures_a_medium_sets_the_projector_alone(change: dict[str, Any]):
+    for kind in ("audio", "image"):  # a default that nobody has named, or the right one
+        images = MediumSettings(**{"kind": kind, "projector": ProjectorSettings(kind="pool", neighbours=2)})
+        dataclasses.replace(settings(), media={"image": images}, extensions={})
+    with pytest.raises(MoextendError, match="media.image can set a projector alone"):
+        dataclasses.replace(settings(), media={"image": MediumSettings(**change)}, extensions={})

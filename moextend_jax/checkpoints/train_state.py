@@ -326,6 +326,11 @@ def save_leaves(folder: Path, leaves: dict[str, jax.Array], *, facts: dict[str, 
             manager.wait_until_finished()
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_leaves` has ended there: cut off, it leaves a folder without a step."""
+    return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
+
+
 def result_facts(folder: Path) -> dict[str, Any] | None:
     """What `save_leaves` was told that a result belongs to, with the `identity` of its files; None: no result."""
     handlers = {"facts": ocp.JsonCheckpointHandler()}

@@ -222,6 +222,8 @@ def _no_value(quantity: str, array: np.ndarray, where: Defined, config: ModelCon
 def _why_absent(name: str, quantity: str, config: ModelConfig) -> str:
     if not quantity.partition("/")[2]:  # of images: everything else is there in any model
         return "the checkpoint has no vision tower"
+    if config.adapters or config.blocks:
+        return "layers are not looked into where low-rank updates or blocks stand beside them"
     extended = config.extension.layers if config.extension else ()
     raise MoextendError(
         f"the reference holds {name}/{quantity}, but this model has {config.decoder.layers} layers, extended "

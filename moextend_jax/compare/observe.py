@@ -59,7 +59,7 @@ def observer(structure: MoExtend, *, aux_coefficient: float, inside: bool) -> Ob
             **_routing(decoded.routing, model),
             **_images(model, batch),
         }
-        if inside:
+        if inside and not (config.adapters or config.blocks):  # `layer_by_layer` runs neither
             for z, layer in enumerate(layer_by_layer(model, batch)):
                 seen |= {f"hidden_states/{z}": layer.in_BLD, f"moe_in/{z}": layer.moe_in_BLD}
                 seen |= {f"moe_out/{z}": layer.moe_out_BLD}

@@ -19,6 +19,7 @@ from moextend_jax.evaluate.speak import Item, Items, Turn, is_question, one_each
 from moextend_jax.evaluate.speak import show as read
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable
+from moextend_jax.terminal import lines_of_stdin
 
 HELP = (
     "/image PATH shows a picture with the next question, /show MEDIUM PATH a sound or the like (after a sound an empty "
@@ -129,7 +130,7 @@ def chat_command(
 def _typed() -> Iterator[str]:
     """Lines of a terminal, which can be edited, or of a pipe."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
+        yield from lines_of_stdin()
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` arrow keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -236,7 +237,7 @@ def read_item(file: Item, name: str, medium: Medium) -> Any:
 
 def _bytes_of(file: Any, *, what: str) -> bytes:
     try:
-        return Path(file).read_bytes()
+        return Path(os.path.expanduser(file)).read_bytes()
     except TypeError:
         noun = "picture" if what == "image" else what
         raise MoextendError(f"{what}: a {type(file).__name__} is no {noun}, and no file's name") from None

@@ -19,6 +19,7 @@ from moextend_jax.mesh import Rows, check_rows, rows_sharding
 from moextend_jax.models.moextend import abstract as structure
 from moextend_jax.models.moextend import input_shape
 from moextend_jax.parameters import by_path
+from moextend_jax.plan.sizes import TEXT_ONLY
 from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import parameter_shardings
@@ -51,7 +52,7 @@ def stage_settings(settings: RunSettings, stage: str) -> StageSettings:
 
 def patterns(settings: RunSettings, *, stage: str) -> tuple[str, ...]:
     """Patterns of the paths of the leaves that train. Full training of a model without a tower is of its decoder."""
-    return results.table(settings).patterns(stage, recipe=settings.recipe, sees=bool(settings.vision))
+    return results.table(settings).patterns(stage, recipe=settings.recipe, sees=settings.vision != TEXT_ONLY)
 
 
 def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mesh: Mesh) -> AbstractStep:
@@ -108,4 +109,4 @@ def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch
 
 def text_only(settings: RunSettings) -> RunSettings:
     """The settings without a tower, hence without projector and images: what compares with a language model."""
-    return dataclasses.replace(settings, vision="")
+    return dataclasses.replace(settings, vision=TEXT_ONLY)

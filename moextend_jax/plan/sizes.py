@@ -55,7 +55,7 @@ WHISPERS = {
 
 
 def model_config(settings: RunSettings, *, stage: str, layers: int | None = None) -> ModelConfig:
-    """From grow on the share p of the layers has X new experts, evenly spread; `settings.vision` "" is a text model.
+    """From grow on the share p of the layers has X new experts, evenly spread.
 
     Args:
       layers: decoder layers to keep of the base; None: all.
@@ -68,8 +68,7 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
                 f"--layers {layers}: {settings.base} has {decoder.layers}, which route from {decoder.dense_layers} on"
             )
         decoder = dataclasses.replace(decoder, layers=layers, local=decoder.local[:layers])
-    sees = settings.vision not in ("", NO_PICTURES)
-    vision = _tower(settings.vision, feature_layer=feature_layer) if sees else None
+    vision = _vision(settings)
     config = of_pictures(decoder=decoder, vision=vision, **settings.model_options)
     media = dict(config.media)
     for number, (name, of) in enumerate(settings.media.items()):
@@ -133,6 +132,24 @@ def _sizes(folder: Path) -> DecoderConfig | None:
     if not path.exists() or huggingface.read_json(path).get("model_type") not in FAMILIES:
         return None
     return huggingface.read_decoder_config(folder)
+
+
+TEXT_ONLY = "left out"
+"""What `vision` says where a model that sees is to be planned without its tower, projector and pictures."""
+
+
+def _vision(settings: RunSettings) -> VisionConfig | None:
+    """The tower of pictures that a run with these settings has (`loading.open_base`)."""
+    if settings.vision in (NO_PICTURES, TEXT_ONLY):
+        return None
+    folder, feature_layer = folder_of(settings.base), settings.recipe.feature_layer
+    if settings.vision in ("", "embedded") and folder.exists() and _sizes(folder) is None:
+        source = open_source(folder, feature_layer=feature_layer)
+        if source.config.vision is not None:
+            return source.config.vision
+    if not settings.vision:
+        raise MoextendError(f'{settings.base} has no vision tower of its own, as config.vision = "" has it: name one')
+    return _tower(settings.vision, feature_layer=feature_layer)
 
 
 def _tower(vision: str, *, feature_layer: int) -> VisionConfig:

@@ -134,7 +134,8 @@ class Choice(NamedTuple):
 
 def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, Choice]:
     """The models of a folder that can be asked, by name: of a work directory those that are finished, the pretrained
-    parts in memory once for all; of a checkpoint it, and the base inside it where it is extended.
+    parts in memory once for all, one of several names as `place.model` calls it; of a checkpoint it, and the base
+    inside it where it is extended.
 
     Raises:
       MoextendError: as `open_place`.
@@ -148,6 +149,8 @@ def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, C
     run = open_run(settings or known_settings(place.folder), place.folder)
     rows = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
     finished = {(row.results, row.sees): name for name, row in rows.items() if all(map(run.has, row.results))}
+    if (asked := rows.get(place.model or "")) and (asked.results, asked.sees) in finished:
+        finished[asked.results, asked.sees] = str(place.model)
     return {
         name: Choice(rows[name].title, _once(functools.partial(askable, run, name, dtype=place.dtype)))
         for name in finished.values()
@@ -171,11 +174,12 @@ def evaluating(
 ) -> Iterator[tuple[Askable, Path]]:
     """A model, and the folder for its answers, which nobody else writes meanwhile: `out`; by default WORKDIR/eval, and
     of a checkpoint, whose folder is left alone, `eval` in the current directory."""
-    if place.in_workdir:
+    if place.in_workdir and out is None:
         with working(settings or known_settings(place.folder), place.folder, rows=()) as run:  # batches divide anyhow
-            yield askable(run, place.model or "moextend", dtype=place.dtype), out or place.folder / "eval"
+            yield askable(run, place.model or "moextend", dtype=place.dtype), place.folder / "eval"
         return
     out = out or Path("eval")
+    settings = settings or (known_settings(place.folder) if place.in_workdir else None)
     distributed.start(cpu_devices=cpu_devices(settings) if settings else 1)
     distributed.check_shared(out)
     with locked(out):
