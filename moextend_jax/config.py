@@ -102,8 +102,8 @@ class Named(dict[str, Value]):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """YaRN (arXiv 2309.00071): angles that turn less than `slow` times within the first `length` positions are divided
-    by `factor`, those that turn more than `fast` times are not, and between goes a ramp, over whole angles if `whole`.
-    Queries and keys grow by the square root of the attention's factor, 0.1 ln(factor) + 1 each."""
+    by `factor`, those that turn more than `fast` times are not, and in between the two are mixed linearly; `whole`
+    rounds the ends of that ramp to whole angles. Queries and keys are each multiplied by 0.1 ln(factor) + 1."""
 
     factor: float
     length: int

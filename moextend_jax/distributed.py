@@ -37,8 +37,9 @@ def start(*, cpu_devices: int = 1) -> None:
       MoextendError: the environment is incomplete, or the processes do not find each other.
     """
     joining = arguments()
-    # JAX lets process 0 alone write the cache. What it reads the others may compile, and then it waits for them at the
-    # first exchange: on CPUs for 30 seconds and no longer; on GPUs they wait for it, since all tune kernels together.
+    # Only process 0 writes JAX's compile cache. If it reads a program from there while the others still compile it, it
+    # waits for them at the first collective: CPUs give up after 30 seconds. On GPUs the others wait for process 0
+    # meanwhile, since all tune kernels together: a deadlock.
     if joining is None or machine.accelerator() == "tpu":
         compile_cache.enable()
     if "JAX_NUM_CPU_DEVICES" not in os.environ:

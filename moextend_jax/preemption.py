@@ -114,8 +114,8 @@ _ASKED = itertools.count(1)
 def given() -> bool:
     """Whether to save and stop now. Several processes, which all ask at the same places, get the same answer.
 
-    JAX's service has them stop at the number after the largest that one of them has asked with, and at no other: so
-    numbers count on from stage to stage, and nobody else may ask with numbers of its own.
+    JAX stops all processes at one more than the largest number that any of them has asked with. So the counter never
+    restarts between stages, and nothing else may call that function with numbers of its own.
     """
     if _Notice.alone:
         return _Notice.given

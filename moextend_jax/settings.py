@@ -239,9 +239,11 @@ class SelectSettings:
     """What decides which experts are copied: picks before or after the probe, as the recipe has it; fixed; or before
     the probe a score of `extension/saliency.SCORES`, of their weights and gradients."""
     expert: Amount = 0
-    """Of source fixed: its number; of several new experts in a layer the first one's."""
+    """With source fixed: the number of the expert to copy; of several new experts in a layer the first one's, and the
+    others are the most picked."""
     wide: Count = 1
-    """Experts that each new one is copied from, side by side in its hidden width: together it is their mean."""
+    """How many pretrained experts each new one is made from: their hidden units stand side by side in it, so that its
+    output at the start is their mean."""
     batch_size: Count = 64
     """Rows at once."""
 
@@ -394,7 +396,7 @@ class ProjectorSettings:
     heads: Count = 8
     """Attention heads of a resampler."""
     cross_every: Count = 1
-    """Of a resampler's blocks, which look at the tower: each so many."""
+    """Every how many of a resampler's blocks look at the tower's features (cross-attention); 1: all of them."""
     rank: Count = 8
     """Of weave's adapters and crema's updates."""
     trunk: str = IMAGE

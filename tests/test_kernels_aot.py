@@ -107,8 +107,9 @@ def test_frozen_experts_have_no_weight_gradient(name: str):
     ],
 )  # fmt: skip
 def test_both_dispatches_compile(mesh_shape: tuple[int, ...], how: str):
-    analysis = compiled("v5e:2x2", mesh_shape, how, "extension").memory_analysis()
-    assert analysis is not None and analysis.temp_size_in_bytes > 0
+    """Numbers are the same with both: only the program shows which messages it sends."""
+    program = compiled("v5e:2x2", mesh_shape, how, "extension").as_text()
+    assert ("ragged-all-to-all" in program) == (how == "exchange")
 
 
 @pytest.mark.slow

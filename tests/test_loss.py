@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from moextend_jax.config import (
     of_pictures,
     with_extension,
 )
+from moextend_jax.models import mixtral
+from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train import loss
@@ -249,7 +252,7 @@ def test_packed_conversations_neither_see_nor_change_each_other():
 
 
 @pytest.mark.slow
-def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not():
+def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not(monkeypatch: pytest.MonkeyPatch):
     """Holes in a row, as attention masks of other code may have: the token after one is predicted there."""
     model, arrays = tiny.structure(tiny.EXTENDED), tiny.arrays(tiny.EXTENDED)
     batch = tiny.batch()
@@ -259,6 +262,14 @@ def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not():
     )
     options = {"recipe": RECIPES["released"], "aux_coefficient": 0.5, "chunk": 8}
 
+    masked: list[bool] = []
+
+    def noted(*given: Any, **named: Any) -> Any:
+        masked.append(named.get("real_BL") is not None)
+        return mixture(*given, **named)
+
+    monkeypatch.setattr(mixtral, "mixture", noted)
+
     def skipped(arrays):
         return losses(with_arrays(model, arrays), batch, **options)[0].total
 
@@ -267,7 +278,11 @@ def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not():
         return losses_of(whole(batch), whole, batch, **options).total
 
     assert (np.asarray(batch.segments_BL)[:, 6] == 0).all() and (np.asarray(batch.labels_BL)[:, 7] != IGNORE).all()
-    (loss, gradient), (expected, theirs) = (jax.jit(jax.value_and_grad(f))(arrays) for f in (skipped, everywhere))
+    loss, gradient = jax.jit(jax.value_and_grad(skipped))(arrays)
+    assert masked and all(masked)
+    masked.clear()
+    expected, theirs = jax.jit(jax.value_and_grad(everywhere))(arrays)
+    assert masked and not any(masked)
     np.testing.assert_allclose(loss, expected, atol=1e-6)
     for path in arrays:
         np.testing.assert_allclose(gradient[path], theirs[path], atol=1e-5, err_msg=path)

@@ -19,10 +19,12 @@ from PIL import Image
 from moextend_jax import cli
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
+from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError, Named
+from moextend_jax.evaluate.summary import summarise
 from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.runs.making import FACTS, check_made
-from moextend_jax.runs.models_of import frozen_unchanged, model_with, open_model
+from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run
 from moextend_jax.settings import from_config_dict
@@ -142,8 +144,11 @@ def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
     run = open_again(finished)
     _, arrays = open_model(run, "moextend")
     _, start = model_with(run, FIRST.results["finetune"].parents)
-    for path, leaf in run.pretrained.items():  # the probe's routers are gone, in the paper's recipe
-        assert np.asarray(arrays[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    files = open_base(run.settings.base, run.settings.vision, feature_layer=run.settings.recipe.feature_layer).leaves
+    assert files.keys() == run.pretrained.keys()
+    for path, leaf in files.items():  # the probe's routers are gone, in the paper's recipe
+        whole = np.stack([leaf.ours(index) for index in leaf.indices()]).reshape(leaf.shape)
+        assert np.asarray(arrays[path]).tobytes() == np.asarray(whole, arrays[path].dtype).tobytes(), path
     for path in (
         "extensions/image/new_experts/w_up",
         "extensions/image/router/new_gate",
@@ -156,6 +161,23 @@ def test_the_finished_model_is_the_files_plus_the_new_leaves(finished):
         run.pretrained["decoder/layers/moe/experts/w_up"][layer, source],
     )
     assert frozen_unchanged(run)
+
+
+def test_a_pretrained_weight_that_has_changed_is_seen(finished, tmp_path):
+    """In what finetune has written, and in what a stage has recorded of itself."""
+    shutil.copytree(finished[1], tmp_path / "work")
+    run = open_again((finished[0], tmp_path / "work"))
+    assert frozen_unchanged(run) and summarise(run, {"accuracy": {}}, total_seconds=None)["frozen_unchanged"] is True
+    record = json.loads((tmp_path / "work" / "align" / "stage.json").read_text())
+    (tmp_path / "work" / "align" / "stage.json").write_text(json.dumps(record | {"frozen_unchanged": False}))
+    assert summarise(run, {"accuracy": {}}, total_seconds=None)["frozen_unchanged"] is False
+    result, path = tmp_path / "work" / "finetune" / "result", "decoder/layers/attention/query"
+    facts, leaves = train_state.result_facts(result), leaves_of(run, "finetune")
+    assert facts is not None and path not in leaves
+    shutil.rmtree(result)
+    changed = {**leaves, path: run.pretrained[path].at[0, 0, 0, 0].add(1e-3)}
+    train_state.save_leaves(result, changed, facts={name: fact for name, fact in facts.items() if name != "identity"})
+    assert not frozen_unchanged(open_again((finished[0], tmp_path / "work")))
 
 
 def test_what_a_stage_trains_is_its_own_and_in_train_dtype(finished):

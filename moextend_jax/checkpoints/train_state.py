@@ -282,9 +282,9 @@ BEFORE: dict[str, Any] = {
 }  # fmt: skip
 """What was done where an older record does not say it, because there was no choice."""
 NOT_SAID = ("medium",)
-"""Facts that an older record does not have and that nothing else tells: there they are believed."""
+"""Facts that an older record lacks and that nothing else tells: they are not compared there."""
 WHOLE = ("multipliers", "weight_decays", "missing", "items_per_row", "parents")
-"""Facts whose names are chosen by settings: one that was there and is gone differs too."""
+"""Mappings whose keys a user chooses: a key that is gone counts as a difference, too."""
 MAY_CHANGE = ("pictures",)
 """Facts that may differ, since damaged pictures are mended in the middle of a stage, but not unnoticed."""
 

@@ -32,7 +32,7 @@ from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_text
 
 MEDIUM = 1 << 24
-"""What a place counts on by from one medium to the next, before it is known how many items a row holds."""
+"""Between two media in `Encoded.places_L`, before it is known how many items a row holds."""
 
 
 class Encoded(NamedTuple):

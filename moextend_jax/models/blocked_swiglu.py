@@ -20,11 +20,11 @@ from moextend_jax.models.glu import SILU, Glu
 from moextend_jax.models.weights import Weight, is_frozen, one_of
 
 LARGE, BLOCK, LEAST = 256, 64, 4
-"""Rows per product. An expert's rows go in large blocks while those last, which cores share best, and then in blocks of
-at most `BLOCK` and at least `LEAST`, about as many as an expert has on average: half of one per expert is wasted, which
-of many small experts would be most of the work (docs/benchmarks.md). How many follows from shapes alone: products of
-fewer rows than `BLOCK` round otherwise, so there are no large ones beside them, and a row's result may depend on
-shapes, and on nothing else of its batch."""
+"""Rows per matrix product. An expert's rows go in blocks of `LARGE` while those last, which cores share best, then in
+blocks of about the average number of rows per expert, between `LEAST` and `BLOCK`: on average half a block per expert
+is wasted, which of many small experts would be most of the work (docs/benchmarks.md). Block sizes depend on shapes
+alone, never on the data, so that a row's result does not depend on the other rows; products of fewer rows than `BLOCK`
+round otherwise, so there are no large ones beside them."""
 
 Weights = tuple[Weight, ...]
 """w_GDF of the gate, w_GDF up, w_GFD down of one part, and where experts have them the biases b_GF of gate and up;

@@ -49,8 +49,8 @@ FEW_ROWS = 64
 LARGE_SCALES, SMALL_SCALES = 256, 128
 """Of the weights with one scale, which a program reads at once, the most that fit in shared memory."""
 WRAPS = range(2**31 + 1, 2**32 + 1)
-"""Bytes of an array, one an element, in which Pallas counts with 32 bits and Triton takes these for signed: what stands
-behind the first 2**31 would be read 4 GiB before it. Larger ones are counted in with 64."""
+"""Sizes of an array, in bytes of one element each, for which Pallas uses offsets of 32 bits and Triton reads these as
+signed: elements past 2**31 would be read 4 GiB too low. Larger arrays get offsets of 64 bits."""
 
 
 def usual() -> Tile:
@@ -76,7 +76,7 @@ def _wraps(weight: FewBits) -> bool:
 
 
 def _read(weight: Weight) -> tuple[jax.Array | FewBits, jax.Array | int]:
-    """As `in_groups`; taken out of a stack that cannot be counted in, which copies one layer's."""
+    """As `in_groups`; of a stack whose size is in WRAPS this layer's matrices are copied out first."""
     matrices, start = in_groups(weight)
     if isinstance(matrices, FewBits) and _wraps(matrices):
         return alone(weight), 0

@@ -302,8 +302,8 @@ def _of_blocks(past: KeysValues | None, config: ModelConfig, name: str) -> KeysV
 
 
 def passed(x_BLD: jax.Array, y_BLD: jax.Array, share_BL: jax.Array | None) -> jax.Array:
-    """What goes on behind a block that makes y of x: y, or of tokens with a share below 1 (its log) so much of it; x,
-    exactly, where there is none. None: all of it."""
+    """The output of an inserted block with input x and output y: x + share * (y - x). `share_BL` is the log of each
+    token's share; exactly y where the share is 1, exactly x where it is 0. None: y."""
     if share_BL is None:
         return y_BLD
     share_BL1 = share_BL[..., None]

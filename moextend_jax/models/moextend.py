@@ -142,9 +142,8 @@ class MoExtend(nnx.Module):
 
         Args:
           past, real_BL: see `run_layers`.
-          shares: of the batch (`shares`). Extensions that it does not name run nowhere: what no item of their medium
-            belongs to is computed by the same program as before them, hence equal bit for bit, which another
-            program's roundings are not.
+          shares: of the batch (`shares`). Extensions that it does not name are left out of the compiled program:
+            batches without their medium run the same program as before the extension was added, and give the same bits.
         """
         return run_layers(
             self.decoder,

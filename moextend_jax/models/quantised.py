@@ -102,7 +102,7 @@ def taken(arrays: Mapping[str, jax.Array], path: str, at: Any) -> jax.Array:
 
 
 def dequantise(values_IO: jax.Array, scale_gO: jax.Array, dtype: Any) -> jax.Array:
-    """Weights in `dtype`, multiplied in float32. Integers mean what goes with scales of that element type."""
+    """Weights in `dtype`, multiplied in float32. The type of the scales says how integers are decoded (`STORAGES`)."""
     *lead, I, O = values_IO.shape  # noqa: E741
     g = scale_gO.shape[-2]
     values = values_IO.reshape(*lead, g, I // g, O)

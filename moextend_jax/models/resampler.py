@@ -56,11 +56,12 @@ class Resampler(nnx.Module):
 
 
 def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
-    """A resampler's tokens, or as another medium has it.
+    """The tokens that a resampler makes.
 
     Args:
-      of: what that medium has of its own, with its leaves in use as `own`: `enter(x, own)`, what states pass first, and
-        `changed(path, leaf, number, own)`, a leaf of the resampler (of a stacked one its layer's) as it has it.
+      of: hooks of another medium that uses this resampler as its trunk (CREMA), None: none. With its own leaves `own`,
+        `enter(x, own)` is applied to the input, and `changed(path, leaf, number, own)` gives a leaf of the resampler
+        (of a stacked leaf one layer's) as that medium uses it.
     """
     arrays, splits = module_shards(module)
     more, splits_of_more = ({}, {}) if of is None else module_shards(of)

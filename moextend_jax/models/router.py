@@ -24,7 +24,7 @@ class Routing(NamedTuple):
       -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
       from these.
     ids_Tk: chosen experts, the best first; ids from E on are new experts. Where extensions start "added", k is wider by
-      their experts, which stand behind those that compete: O, which is nobody, where a token does not have one.
+      their experts, whose ids come after those of the k best; id O is no expert: the token does not use that one.
     weights_Tk: float32 combine weights, those of experts that compete summing to one where the family has it so (but
       where `bounded` had to hold them).
     selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
@@ -341,9 +341,9 @@ def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array |
 
 
 def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
-    """Of the new columns [T, X], which begin as copies of columns of the base. In one product with these a copy's logit
-    is its source's, but for what the base's own product rounds otherwise (`TIE`); in a product of their own rounding
-    would choose between the two, on every mesh in its own way."""
+    """Logits of the new columns, [T, X]. They are computed in one matrix product with the base's columns, so that an
+    exact copy gets its source's logit; in a product of its own, rounding would decide between the two, differently on
+    each mesh. `TIE` covers what the base's own product rounds otherwise."""
     cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))  # and_columns leaves the update out
     return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
 

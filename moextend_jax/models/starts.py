@@ -89,7 +89,8 @@ class Competing:
         return columns._replace(behind=behind, numbers=(*columns.numbers, *self.numbers_X.tolist()))
 
     def own(self, values_To: jax.Array, columns: Columns) -> jax.Array:
-        """Values of its experts [T, X], -inf where a token cannot choose one. Here and below `columns` are all."""
+        """Values of its experts [T, X], -inf where a token cannot choose one. Here and below `columns` are those of all
+        extensions."""
         return values_To[:, self.at : self.after]
 
     def alone(self, columns: Columns) -> jax.Array:

@@ -137,7 +137,7 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
         if new_share is None or not X
         else new_share / max(added.new_experts for added in extensions)
     )
-    gone = sum(len(added.layers) * added.new_experts for added in extensions) * one / decoder.layers
+    gone = sum(len(added.layers) * added.new_experts for added in extensions) * one / len(decoder.routed)
     extended = sum(len(added.layers) * added.new_experts for added in extensions) / max(X, 1)
     here = decoder.experts // expert if decoder.experts % expert == 0 else decoder.experts
     picks = local_tokens(run, mesh) * expert * tensor * k

@@ -59,8 +59,7 @@ def make(run: Run, name: str) -> None:
 
 def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     """Makes every result in order, and the baselines if the settings want them; yields the name of each when it is
-    there. What can be seen of the data to stand against any of them, or is found by `checks`, is an error before the
-    first."""
+    there. Raises before the first where the data, or one of `checks`, would make any of them fail."""
     rows = results.table(run.settings).results
     names = [name for name, row in rows.items() if run.settings.baseline or not row.optional]
     if run.resume_from is not None and (stage := _stage_at(run.resume_from)) not in names:

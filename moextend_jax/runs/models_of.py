@@ -48,9 +48,9 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
     """The pretrained parts with the leaves of these results over them; projectors that none of them has are fresh.
 
     Args:
-      trains: patterns of the leaves that are to be trained. They are in `train_dtype`, and nobody else's arrays. Of the
-        others those of the base, experts and blocks are cast to what they compute in, so that frozen ones cost no more
-        memory than the base's.
+      trains: patterns of the leaves that are to be trained. These are copied, so that no other model shares their
+        memory, and cast to `train_dtype`. Of the others those of the base, experts and blocks are cast to what they
+        compute in, so that frozen ones cost no more memory than the base's.
     """
     names = tuple(names)
     config = grown_config(run, results.table(run.settings).grown(names))

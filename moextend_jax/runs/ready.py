@@ -110,10 +110,11 @@ def _data_names(settings: RunSettings, stages: Iterable[Stage], *, evaluated: bo
 
 
 def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int) -> list[str]:
-    """What numbers of rows stand against.
+    """Problems that follow from the numbers of rows alone.
 
     Args:
-      rows: of the data set of each result that is to be made, by its name, each once, nothing held out yet.
+      rows: for each result that is to be made, by its name, the rows of its data set, each counted once, before
+        anything is held out.
       layers: of the decoder, those that route.
     """
     problems = Problems()

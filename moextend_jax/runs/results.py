@@ -34,9 +34,11 @@ Row = TypeVar("Row")
 
 
 class Data(NamedTuple):
-    """Rows that a result is made from: of the data set that the settings of the result `of` name all of them, the
-    samples S_e that are held out for the extender, or the rest. `feeds`: what of a conversation, see
-    `data.batches.batches`."""
+    """Rows that a result is made from.
+
+    of: the result whose settings name the data set. part: all of its rows, the samples S_e that are held out for the
+    extender, or all but these. feeds: what of a conversation is read, see `data.batches.batches`.
+    """
 
     of: str
     part: Literal["all", "held_out", "rest"] = "all"

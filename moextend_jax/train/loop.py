@@ -123,8 +123,8 @@ def train_loop(
                 with no_bus_error():
                     host = next(iterator)
                 batch = place_rows(host, mesh)
-                # Two steps under way and no more: where a CPU is several devices, the 33rd program started on one waits
-                # for the first, and may have taken the thread in which another device would have to end it.
+                # At most two steps in flight: on a CPU split into several devices, the 33rd queued program of a device
+                # blocks its thread until the first has ended, and another device may need that thread to end it.
                 jax.block_until_ready(before_last)
                 with tracer.step(count, state), compiling:
                     state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))

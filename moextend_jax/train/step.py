@@ -160,10 +160,10 @@ def summed(
     """The gradient of `loss(leaves, part)[0]` and the rest of what it returns, both summed over the first axis of
     `parts`.
 
-    A gradient is added up in the place where it stays: of an extension, which a scan reads layer by layer where it
-    lies, no second sum exists, and parts share one. The API for that is young (jax 0.10: `new_ref`, `with_refs`), and
-    all of its use is here. It does not know the transpose of every operation (none of a slice's, in 0.10.2), so what
-    becomes of other leaves is summed as a value first.
+    Gradients are added up in place, in one buffer for all parts (`jax.new_ref`, `with_refs`; this function is all that
+    uses that young API). An extension's leaves are read layer by layer inside the scan, so that theirs need no second
+    buffer. JAX 0.10.2 has no in-place transpose of some operations (slices), so gradients of other leaves are summed
+    as values first.
 
     Args:
       placed: leaves with their shardings.
