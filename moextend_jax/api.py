@@ -28,7 +28,6 @@ from moextend_jax.evaluate.speak import (
     Picture,
     Turn,
     encoded,
-    field_of,
     one_each,
     show,
     speak,
@@ -276,7 +275,7 @@ class _Shown:
     """Items `[n, ...]` of a medium that an `Asker` reads by row."""
 
     def __init__(self, medium: Medium, arrays: np.ndarray):
-        self.field = field_of(medium)
+        self.field = medium.field
         self.tokens, self._arrays = medium.tokens, arrays
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:

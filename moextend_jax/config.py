@@ -374,6 +374,11 @@ class Medium:
     seconds: float = 2.0
 
     @property
+    def field(self) -> Literal["media", "features"]:
+        """The field of `Batch` that has its items: inputs of a tower, or features that come from elsewhere."""
+        return "features" if isinstance(self.tower, FeaturesConfig) else "media"
+
+    @property
     def positions(self) -> int:
         """Positions of the tower that become one item's tokens, frames averaged already or all of them."""
         return self.tower.patches * (self.frames if self.join == "each" else 1)

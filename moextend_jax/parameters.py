@@ -16,14 +16,12 @@ def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in axes)
 
 
-def weight(
-    axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, dtype: str, std: float = 0.02, mean: float = 0.0
-) -> nnx.Param:
+def weight(axes: str, sizes: Mapping[str, int], *, rngs: nnx.Rngs, dtype: str, std: float = 0.02) -> nnx.Param:
     """A parameter with normal entries; `axes`, e.g. "ZEDF", are letters of the legend in config.py.
 
     The letters stay on the parameter as its `axes` metadata: `sharding.py` reads them there.
     """
-    array = mean + std * jax.random.normal(rngs.params(), shape(axes, sizes), jnp.float32)
+    array = std * jax.random.normal(rngs.params(), shape(axes, sizes), jnp.float32)
     return nnx.Param(array.astype(dtype), axes=axes)
 
 

@@ -82,17 +82,20 @@ def upcycled_config(dense: DecoderConfig, *, experts: int, top_k: int) -> Decode
     return dataclasses.replace(dense, experts=experts, top_k=top_k)
 
 
-def upcycle(
-    source: Mapping[str, Stored], *, experts: int, noise: float = 0.0, seed: int = 0, router_std: float = 0.02
-) -> dict[str, Stored]:
+ROUTER_STD = 0.02
+"""Standard deviation of a new router's weights."""
+
+
+def upcycle(source: Mapping[str, Stored], *, experts: int, noise: float = 0.0, seed: int = 0) -> dict[str, Stored]:
     """A dense model's tensors seen as a Mixtral's; both under Hugging Face's names.
+
+    The router's weights are drawn from (seed, layer). Random rather than zero: with a router of zeros all tokens tie
+    and go to the first k experts, and the others never see a gradient; random directions spread tokens over all
+    experts, which then become different from the tokens they get.
 
     Args:
       noise: standard deviation of what is added to each copy, in units of the matrix's own root mean square; drawn
         from (seed, layer, expert, matrix), in float32, then rounded to the matrix's dtype. 0: exact copies.
-      router_std: standard deviation of the router's weights, drawn from (seed, layer). Random rather than zero: with
-        a router of zeros all tokens tie and go to the first k experts, and the others never see a gradient; random
-        directions spread tokens over all experts, which then become different from the tokens they get.
     """
     if experts < 1:
         raise MoextendError(f"a mixture of {experts} experts is none; give at least 1")
@@ -126,7 +129,7 @@ def upcycle(
     for layer in layers:
         like = source[ffn[layer, "up"]]
         shape = (experts, like.shape[-1])
-        read = functools.partial(_random, shape, dtype=like.dtype, std=router_std, drawn_from=[seed, layer])
+        read = functools.partial(_random, shape, dtype=like.dtype, std=ROUTER_STD, drawn_from=[seed, layer])
         result[_ROUTER.format(layer=layer)] = Stored(shape, like.dtype, read, "upcycling")
     return result
 

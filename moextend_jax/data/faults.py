@@ -106,15 +106,15 @@ def named(counts_G: Any) -> dict[str, int]:
     return {"skipped": sum(by_kind.values()), **{f"skipped/{kind}": count for kind, count in by_kind.items()}}
 
 
-def too_many(skipped: float, read: float, settings: FaultSettings, *, least_read: int = LEAST_READ) -> bool:
-    """Whether more were skipped than `most_skipped` of those read, or of `least_read`."""
-    return skipped > settings.most_skipped * max(read, least_read)
+def too_many(skipped: float, read: float, settings: FaultSettings) -> bool:
+    """Whether more were skipped than `most_skipped` of those read, or of LEAST_READ."""
+    return skipped > settings.most_skipped * max(read, LEAST_READ)
 
 
-def check_share(counts_G: Any, settings: FaultSettings, *, least_read: int = LEAST_READ) -> None:
+def check_share(counts_G: Any, settings: FaultSettings) -> None:
     """Raises where more was skipped than `most_skipped` of the conversations read so far."""
     read, skipped = int(counts_G[0]), int(sum(counts_G[1:]))
-    if too_many(skipped, read, settings, least_read=least_read):
+    if too_many(skipped, read, settings):
         raise MoextendError(
             f"{skipped} of {read} conversations were skipped ({described(counts_G)}), more than most_skipped = "
             f"{settings.most_skipped:g} allows; `moextend data check` names them, raise most_skipped to go on without"

@@ -134,7 +134,6 @@ def cache_features(
     tower: str,
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: int = 64,
-    threads: int = 1,
     faults: FaultSettings = STRICT,
 ) -> FeatureStore:
     """Runs every item through the tower once and keeps the features; a cache that fits, in `path` or beside it (of
@@ -144,7 +143,6 @@ def cache_features(
       compute: arrays `[n, ...]` (always `batch_size` of them) to `features_nPC`.
       tower: hash of the tower's weights. Together with the facts of `inputs`, `dtype` and the items' fingerprint it is
         the cache's fingerprint; a cache with another one is made again.
-      threads: how many items are decoded at once.
       faults: an item whose fault is skipped is noted in the cache; conversations that show it are then skipped.
 
     Raises:
@@ -154,7 +152,7 @@ def cache_features(
         raise MoextendError(f"no items to cache features of in {path}")
     path, fingerprint = Path(path), fingerprint_of(inputs, tower=tower, dtype=dtype)
     with in_turn(path):  # two chains of `continual` want the same at the same time
-        return _cached_or_made(inputs, path, compute, fingerprint, dtype, batch_size, threads, faults)
+        return _cached_or_made(inputs, path, compute, fingerprint, dtype, batch_size, faults)
 
 
 def fingerprint_of(inputs: Preparing, *, tower: str, dtype: str = "float32") -> dict[str, Any]:
@@ -169,7 +167,7 @@ def is_cached(inputs: Preparing, *, path: Path, tower: str) -> bool:
 
 
 def _cached_or_made(
-    inputs: Preparing, path: Path, compute, fingerprint: dict[str, Any], dtype, batch_size, threads,
+    inputs: Preparing, path: Path, compute, fingerprint: dict[str, Any], dtype, batch_size,
     faults: FaultSettings,
 ) -> FeatureStore:  # fmt: skip
     # Of processes that were killed: none is at work, for this one has its turn.
@@ -183,7 +181,7 @@ def _cached_or_made(
         return store
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
-        keys, bad = _write(unfinished, inputs, compute, dtype, batch_size, threads, faults)
+        keys, bad = _write(unfinished, inputs, compute, dtype, batch_size, faults)
         if distributed.first():
             facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
             (unfinished / "cache.json").write_text(json.dumps(facts))
@@ -215,14 +213,14 @@ def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:
 
 
 def _write(
-    folder: Path, inputs: Preparing, compute, dtype, batch_size, threads, faults: FaultSettings
+    folder: Path, inputs: Preparing, compute, dtype, batch_size, faults: FaultSettings
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of items with zero rows. All
     processes compute, on one mesh; the first writes."""
     prepare = partial(_prepare, inputs)
     count = len(inputs.items)
     keys, bad, out_nPC = [], {}, None
-    with ThreadPoolExecutor(threads) as pool, counting("features", count, unit="images", quick=False) as bar:
+    with ThreadPoolExecutor(1) as pool, counting("features", count, unit="images", quick=False) as bar:
         coming = pool.map(prepare, range(min(batch_size, count)))
         for first in range(0, count, batch_size):
             arrays = np.zeros((batch_size, *inputs.shape), np.float32)  # one shape, one compilation

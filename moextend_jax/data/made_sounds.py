@@ -185,9 +185,9 @@ def _recorded(_: str) -> Iterator[Sound]:
         yield Sound(word, flac(spoken_a[: int(CLIP_SECONDS * RATE)]))
 
 
-def without_silence(wave_a: np.ndarray, *, below: float = 0.01) -> np.ndarray:
-    """Without what comes before and after the parts that are as loud as this share of the loudest."""
-    loud = np.flatnonzero(np.abs(wave_a) > below * np.abs(wave_a).max())
+def without_silence(wave_a: np.ndarray) -> np.ndarray:
+    """Without what comes before and after the parts that are at least a hundredth as loud as the loudest."""
+    loud = np.flatnonzero(np.abs(wave_a) > 0.01 * np.abs(wave_a).max())
     return wave_a[loud[0] : loud[-1] + 1]
 
 

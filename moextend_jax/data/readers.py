@@ -41,7 +41,7 @@ class Inputs:
 
     @property
     def field(self) -> Literal["media", "features"]:
-        return "features" if isinstance(self.medium.tower, FeaturesConfig) else "media"
+        return self.medium.field
 
     @property
     def tokens(self) -> int:

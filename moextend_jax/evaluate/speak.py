@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
 from moextend_jax import distributed
-from moextend_jax.config import IGNORE, IMAGE, Batch, FeaturesConfig, Medium, MoextendError, Room, first_places
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, Room, first_places
 from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
@@ -179,7 +179,7 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     ids_BL = np.pad(prompt.ids_L[None], empty)
     fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
     for name, items in shown.arrays.items():
-        fields[field_of(opened.config.media[name])][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
+        fields[opened.config.media[name].field][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
     rooms = {
         name: Room(len(items), opened.config.media[name].tokens)
         for name, items in ((name, shown.arrays[name]) for name in opened.config.media if name in shown.arrays)
@@ -193,11 +193,6 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
         places_BL=np.pad(places_L[None], empty, constant_values=-1),
         **fields,
     )
-
-
-def field_of(medium: Medium) -> Literal["media", "features"]:
-    """Where a `Batch` has the medium's items."""
-    return "features" if isinstance(medium.tower, FeaturesConfig) else "media"
 
 
 class Shown(NamedTuple):

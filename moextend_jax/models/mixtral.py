@@ -114,7 +114,7 @@ class Extension(nnx.Module):
     """Everything new: per extended layer X experts, their router columns and one calibrator, stacked over Y."""
 
     def __init__(
-        self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float,
+        self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float = 1.0,
         experts_dtype: str | None = None,
     ):  # fmt: skip
         sizes = extension.sizes(decoder)

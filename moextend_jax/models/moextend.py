@@ -51,7 +51,7 @@ class MediumModule(nnx.Module):
 class MoExtend(nnx.Module):
     """Pretrained decoder, and where configured what reads its media, its extensions and its adapters."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, calibrator_std: float = 1.0):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype, quantised=config.quantised)
         self.media = nnx.Dict({name: MediumModule(medium, config, rngs=rngs) for name, medium in config.media.items()})
@@ -62,7 +62,6 @@ class MoExtend(nnx.Module):
                     added,
                     rngs=rngs,
                     dtype=config.train_dtype,
-                    std=calibrator_std,
                     # What experts compute in, so that frozen ones are stored at that size.
                     experts_dtype=config.train_dtype if added.trains else config.dtype,
                 )
@@ -170,18 +169,6 @@ def tower_features(tower: Any, medium: Medium, items: jax.Array, dtype: Any) -> 
         items = items.reshape(-1, *items.shape[2:])
     features_nPC = tower(items.astype(dtype))
     return features_nPC.reshape(n, -1, features_nPC.shape[-1])
-
-
-def input_shape(medium: Medium) -> tuple[int, ...]:
-    """Of one item of a medium as data prepares it for its tower: an image's [h, w, c], a video's [frames, h, w, c], a
-    sound's mel bands [b, l], features [P, C]."""
-    tower = medium.tower
-    if isinstance(tower, VisionConfig):
-        image = (tower.image_size, tower.image_size, 3)
-        return (medium.frames, *image) if medium.kind == "video" else image
-    if isinstance(tower, WhisperConfig):
-        return tower.bands, tower.frames
-    return tower.patches, tower.width
 
 
 def needed(batch: Batch) -> jax.Array:

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from moextend_jax.config import Batch, ModelConfig, MoextendError
+from moextend_jax.media import KINDS
 from moextend_jax.mesh import Rows, check_rows, rows_sharding
 from moextend_jax.models.moextend import abstract as structure
-from moextend_jax.models.moextend import input_shape
 from moextend_jax.parameters import by_path
 from moextend_jax.plan.sizes import TEXT_ONLY
 from moextend_jax.runs import results
@@ -95,15 +95,14 @@ def _sharded(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDt
 def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch:
     """The batch of a step as data makes it, with pixels: a tower's cached features would be smaller."""
     rows = jax.ShapeDtypeStruct((run.batch_size, run.length), jnp.int32)
-    media, features = {}, {}
+    items = {"media": {}, "features": {}}
     for name, medium in config.media.items():
         room = run.room(name)
-        shape = (run.batch_size, room, *input_shape(medium))
         if room:
-            kind = features if medium.kind == "features" else media
-            kind[name] = jax.ShapeDtypeStruct(shape, jnp.float32)
+            shape = (run.batch_size, room, *KINDS[medium.kind].input_shape(medium))
+            items[medium.field][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     check_rows([Rows("batch_size", run.batch_size, run.accumulate)], mesh)
-    batch = Batch(rows, rows, rows, rows, rows, media, features)
+    batch = Batch(rows, rows, rows, rows, rows, **items)
     return jax.tree.map(lambda array: _sharded(array, rows_sharding(mesh)), batch)
 
 

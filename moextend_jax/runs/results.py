@@ -83,17 +83,10 @@ class ModelRow(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of a run: results in the order in which `moextend run` makes them, and models.
-
-    answering: models that are asked questions; the probe is not meant to answer.
-    """
+    """The rows of a run: results in the order in which `moextend run` makes them, and models."""
 
     results: dict[str, Result]
     models: dict[str, ModelRow]
-
-    @property
-    def answering(self) -> tuple[str, ...]:
-        return tuple(name for name in self.models if name in ANSWERING)
 
     def result(self, name: str) -> Result:
         """Raises MoextendError for a name that is no row."""
@@ -381,12 +374,7 @@ def evaluate_of(settings: RunSettings, extension: str) -> EvaluateSettings:
 def with_stages(settings: RunSettings, stages: Mapping[str, StageSettings]) -> RunSettings:
     """The settings with those of some results replaced."""
     for name, stage in stages.items():
-        *path, field = table(settings).result(name).settings
-        if path:
-            extension = dataclasses.replace(settings.extensions[path[1]], **{field: stage})
-            settings = dataclasses.replace(settings, extensions={**settings.extensions, path[1]: extension})
-        else:
-            settings = dataclasses.replace(settings, **{field: stage})
+        settings = with_stage(settings, name, stage)
     return settings
 
 

@@ -51,9 +51,10 @@ class Answered(NamedTuple):
 class Mistakes:
     """Collects mistakes by place, so that a user sees several at once."""
 
-    def __init__(self, *, shown: int = 3):
+    shown = 3
+
+    def __init__(self):
         self.found: list[str] = []
-        self.shown = shown
 
     def add(self, where: str, what: str) -> None:
         self.found.append(f"{where}: {what}")
