@@ -263,7 +263,7 @@ def test_routing_of_a_work_directory_reads_its_own_data(run: Run, monkeypatch: p
         asked.update(options)
         raise MoextendError(f"no {name}")
 
-    monkeypatch.setattr("moextend_jax.data.datasets.open_dataset", open_dataset)
+    monkeypatch.setattr("moextend_jax.runs.data_of.open_dataset", open_dataset)
     words = ["routing", "collect", "--data", "easy_vqa/questions", "--out", str(tmp_path / "a.npz")]
     with pytest.raises(MoextendError, match="no easy_vqa/questions"):
         cli.call([*words, "--checkpoint", str(run.workdir)])

@@ -95,6 +95,7 @@ def check_command(words: list[str]) -> None:
             configurations._file(value.partition(":")[0])
 
 
+@pytest.mark.usefixtures("bucket_names")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_can_be_given(page: Path):
     wrong = []

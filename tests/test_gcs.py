@@ -24,7 +24,7 @@ from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_sta
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.checkpoints.transformers_layout import folder_of_model
 from moextend_jax.config import RECIPES, MoextendError
-from moextend_jax.data import datasets, forms
+from moextend_jax.data import forms
 from moextend_jax.data.datasets import open_dataset
 from moextend_jax.routing import command
 from moextend_jax.runs import data_of
@@ -371,6 +371,7 @@ def test_what_is_not_in_a_bucket_or_cannot_be_read_from_one_is_one_line(bucket: 
         hashes.stored_hash(source.leaves)
 
 
+@pytest.mark.usefixtures("bucket_names")
 def test_prepared_data_of_a_run_in_a_bucket_are_on_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     settings: Any = SimpleNamespace(data_dir="")
@@ -381,9 +382,9 @@ def test_prepared_data_of_a_run_in_a_bucket_are_on_the_machine(monkeypatch: pyte
         data_of.data_dir_of(settings, tmp_path)
 
 
+@pytest.mark.usefixtures("bucket_names")
 def test_commands_find_these_data_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(folders.importlib.util, "find_spec", lambda name: True)
     workdir, found = folders.folder("gs://bucket/a"), []
     expected = data_of.data_dir_of(cast(Any, SimpleNamespace(data_dir="")), workdir)
     monkeypatch.setattr(check_data, "check_command", lambda settings, data_dir, **_: found.append(data_dir))
@@ -398,7 +399,7 @@ def test_commands_find_these_data_too(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     settings = SimpleNamespace(data_dir="", manual_dir="", images="", faults=None)
     monkeypatch.setattr(command, "known_settings", lambda workdir: settings)
-    monkeypatch.setattr(datasets, "open_dataset", opened)
+    monkeypatch.setattr(data_of, "open_dataset", opened)
     options = dict.fromkeys(("data_dir", "manual_dir", "images", "ids", "text", "split", "length", "batch_size"))
     options |= {"data": "x", "in_workdir": True, "folder": workdir}
     with pytest.raises(MoextendError, match="enough"):

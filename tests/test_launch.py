@@ -272,6 +272,7 @@ def test_gpu_pods_know_each_other():
 # --- SkyPilot ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("bucket_names")
 @pytest.mark.parametrize("name", ["sky_gpu.yaml", "sky_tpu.yaml"])
 def test_a_task_of_skypilot_runs_a_command_of_ours(noted, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import yaml

@@ -428,7 +428,7 @@ def test_an_interrupt_where_nothing_trains_says_what_stays(tmp_path: Path, monke
 
     monkeypatch.setattr(run_module, "open_run", interrupted)
     work = tmp_path / "w"
-    (work / "align" / "result").mkdir(parents=True)
+    (work / "align" / "result" / "0").mkdir(parents=True)
     for step in ("300", "1200", "1300.orbax-checkpoint-tmp"):
         (work / "extend" / "checkpoints" / step).mkdir(parents=True)
 
