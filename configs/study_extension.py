@@ -4,8 +4,8 @@
     moextend study study_extension:start --workdir work/start --config.study.seeds=0,1,2
     moextend study study_extension:calibrator --workdir work/calibrator
 
-`paper` is the method; everything else is compared with it, seed by seed, after 100 steps of finetune instead of the
-demo's 260, as in configs/study_methods.py.
+`paper` is the method; everything else is compared with it, seed by seed, after as many steps and with as many questions
+as in configs/study_methods.py.
 """
 
 import dataclasses
@@ -35,12 +35,5 @@ POINTS = {
 
 def get_config(arg: Literal["layers", "start", "calibrator"] = "layers") -> ConfigDict:
     points = {name.replace(" ", "_"): words for name, words in POINTS[arg].items()}
-    demo = from_config_dict(load("demo"))
-    return to_config_dict(
-        dataclasses.replace(
-            demo,
-            study=StudySettings(points={"paper": (), **points}),
-            finetune=dataclasses.replace(demo.finetune, steps=100),
-            evaluate=dataclasses.replace(demo.evaluate, questions=500),
-        )
-    )
+    study = StudySettings(points={"paper": (), **points})
+    return to_config_dict(dataclasses.replace(from_config_dict(load("study_methods")), study=study))

@@ -57,10 +57,11 @@ def bench(
     Args:
       layers: decoder layers to keep of the base, to time a slice of a model that does not fit.
     """
-    names = [only] if only else [name for name in results.table(settings).training(optional=False)
-                                 if not _not_timed(settings, name)]  # fmt: skip
-    if only and (why := _not_timed(settings, only)):
-        raise MoextendError(f"bench: stage {only} {why}")
+    names = [only] if only else results.table(settings).training(optional=False)
+    why_not = {name: _not_timed(settings, name) for name in names}
+    if only and why_not[only]:
+        raise MoextendError(f"bench: stage {only} {why_not[only]}")
+    names = [name for name in names if not why_not[name]]
     report: dict[str, dict[str, Any]] = {}
     for stage, kind in itertools.product(names, LABELS):
         try:
@@ -90,12 +91,12 @@ def bench(
 def _not_timed(settings: RunSettings, name: str) -> str:
     """Why a stage's step is not timed; "": it is. Batches here have pictures and text, and with nothing of a medium in
     them its extension does not run."""
-    if name not in (names := results.table(settings).training()):
-        return f"is unknown; there are {', '.join(names)}"
-    if settings.mixture and name == "mixture":
+    table, media = results.table(settings), {link.name: link.medium for link in settings.links}
+    if name not in table.training():
+        return f"is unknown; there are {', '.join(table.training())}"
+    if name == "mixture":
         return "trains all media together, and batches here have pictures alone"
-    media = {link.name: link.medium for link in settings.links}
-    medium = media[results.table(settings).result(name).extension]
+    medium = media[table.result(name).extension]
     return "" if medium in (IMAGE, "") else f"is of {medium}, and batches here have pictures alone"
 
 

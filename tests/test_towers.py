@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import few
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import huggingface, names, store
+from moextend_jax.checkpoints import hashes, huggingface, names, store
 from moextend_jax.checkpoints.leaves import read_slice
 from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.positions import bicubic
@@ -431,3 +431,15 @@ def test_the_docs_have_the_table():
         known = ", ".join(tower.published)
         types = ", ".join(f"`{kind}`" for kind in (tower.model_type, tower.whole) if kind)
         assert f"| {name} | {types} | {fields} | {known} |" in written
+
+
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers"])
+def test_what_transformers_5_holds_of_a_dinov2_in_memory_is_read(family: str, tmp_path: Path):
+    """As `torch.save(model.state_dict())` names it: the same weights as by its published names."""
+    pytest.importorskip("torch", reason="transformers' models need torch (the extra `torch`)")
+    from transformers import AutoModel
+
+    src = write(tmp_path / "src", config_of(family))
+    AutoModel.from_pretrained(src).save_pretrained(tmp_path / "memory", save_original_format=False)
+    ours, theirs = (open_source(folder).leaves for folder in (src, tmp_path / "memory"))
+    assert hashes.stored_hash(ours) == hashes.stored_hash(theirs)

@@ -197,7 +197,7 @@ def _checkpoint_at(path: Path) -> tuple[Path, int | None]:
     if path.name.isdigit() and (path / sums.NAME).exists():
         return path.parent, int(path.name)
     for folder in (path / "checkpoints", path):
-        if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
+        if has_step(folder):
             return folder, None
     raise MoextendError(f"resume_from {path} holds no checkpoints: name WORKDIR/STAGE/checkpoints, or one step in it")
 
@@ -326,8 +326,8 @@ def save_leaves(folder: Path, leaves: dict[str, jax.Array], *, facts: dict[str, 
             manager.wait_until_finished()
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether `save_leaves` has ended there: cut off, it leaves a folder without a step."""
+def has_step(folder: Path) -> bool:
+    """Whether a checkpoint, or a result, has been saved there: where saving was cut off the folder has no step."""
     return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
 
 

@@ -103,7 +103,7 @@ class Run:
 
     def has(self, name: str) -> bool:
         """Whether a result is there, whole."""
-        return train_state.is_saved(self.folder(name) / "result")
+        return train_state.has_step(self.folder(name) / "result")
 
     def folder(self, name: str) -> Path:
         """Where a result lies."""
@@ -225,7 +225,7 @@ def left_in(workdir: Path) -> str:
     for name in (results.FIRST if settings is None else results.table(settings)).training():
         folder = results.folder_of(workdir, name)
         numbers = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-        if train_state.is_saved(folder / "result"):
+        if train_state.has_step(folder / "result"):
             standing.append(name)
         elif numbers:
             standing.append(f"{name} until step {max(map(int, numbers))}")
