@@ -589,7 +589,7 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
         "def work():\n"
         "    put = loop.place_rows\n"
         "    def die(batch, mesh):\n"
-        "        print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "        print('workers', *[child.pid for child in multiprocessing.active_children()], flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    loop.place_rows = die\n"
         "    survival.stage(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)\n"
@@ -601,7 +601,8 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
         [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "run"), str(llava)],
         stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
-    workers = [int(word) for word in done.stdout.split()]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("workers ")]  # among lines of the stage
+    workers = [int(word) for word in line.split()[1:]]
     assert done.returncode == -signal.SIGKILL and len(workers) >= 2
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
