@@ -21,8 +21,8 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_none
-from moextend_jax.data.faults import KINDS, LEAST_READ, FaultSettings
 from moextend_jax.data.inspector import UNLIMITED, Reading, Work
+from moextend_jax.faults import KINDS, LEAST_READ, FaultSettings
 from moextend_jax.media import IMAGE_MARK
 from moextend_jax.runs import results
 from moextend_jax.runs.media import with_media
@@ -108,7 +108,7 @@ def problems_of(
             if not any(report.items[marks[medium]] for report in read[name]):
                 problems.append(str(shows_none(name, counts[name], medium=medium)))
     for link in settings.links:
-        evaluate, asked = results.evaluate_of(settings, link.name), results.named(settings, link.name, "evaluate")
+        evaluate, asked = settings.of_extension(link.name).evaluate, results.named(settings, link.name, "evaluate")
         if evaluate.data and counts.get(asked, evaluate.questions) < evaluate.questions:
             problems.append(str(too_many_questions(evaluate, counts[asked])))
     return problems
@@ -126,7 +126,7 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
         names[reading] = (*names.get(reading, ()), name)
     for link in settings.links:
-        evaluate = results.evaluate_of(settings, link.name)
+        evaluate = settings.of_extension(link.name).evaluate
         finetune = results.stage_of(settings, results.named(settings, link.name, "finetune"))
         asked = evaluate if evaluate.data else finetune
         for data in (asked.data, *evaluate.sets.values()):

@@ -65,7 +65,7 @@ def stage(options: RunOptions, name: str) -> None:
         raise MoextendError(f"{name} has no checkpoints; leave --resume_from out")
     with working(options.config, options.workdir, resume_from=options.resume_from) as run:
         make(run, name)
-        remember(run)
+        remember(run, made=name)
         _show(run, name)
 
 
@@ -91,7 +91,7 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
     screen, started = console(), time.perf_counter()
     with working(settings, workdir, resume_from=resume_from) as run:
         for name in make_all(run, checks=[summary.check]):
-            remember(run)
+            remember(run, made=name)
             _show(run, name)
         record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
         summary.print_table(record, screen)

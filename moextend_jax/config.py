@@ -12,7 +12,7 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     s F of the expert that every token passes   z layers before those   j F of their one expert
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
     Q vision positions = P, or 1+P with a class token, which is first; then r registers, then patches, in hidden states
-    G 1 + kinds of faults in data (`data/faults.py`): conversations read, then those skipped by kind
+    G 1 + kinds of faults in data (`faults.py`): conversations read, then those skipped by kind
     g most conversations in a row
     e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
     u blocks of a resampler that attend to the tower

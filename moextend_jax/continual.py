@@ -70,7 +70,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
         )
         for kind in kinds
     }
-    beside = {kind: Beside(own[kind], workdir / kind, first) for kind in kinds[1:] if several}
+    beside = {kind: Beside(own[kind], workdir / kind, first, run) for kind in kinds[1:] if several}
     try:
         for kind in kinds:
             if kind in beside:
@@ -106,13 +106,13 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
 
 class Beside:
     """A chain that runs in a process of its own, from when what it shares with the chain in `made` is there. It ends
-    with the process that made it."""
+    with the process that made it. `run`, a function of a module, makes it."""
 
-    def __init__(self, settings: RunSettings, folder: Path, made: Path):
+    def __init__(self, settings: RunSettings, folder: Path, made: Path, run: Run):
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
-        arguments = settings, folder, made, self.log, os.getpid()
+        arguments = settings, folder, made, run, self.log, os.getpid()
         # A fork would inherit the threads of JAX.
         self.process = multiprocessing.get_context("spawn").Process(target=_run_beside, args=arguments, daemon=True)
         self.process.start()
@@ -136,7 +136,7 @@ class Beside:
         self.process.join()
 
 
-def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path, parent: int) -> None:
+def _run_beside(settings: RunSettings, folder: Path, made: Path, run: Run, log: Path, parent: int) -> None:
     machine.keep_memory()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -145,10 +145,8 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, log: Path, pare
     while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
         time.sleep(1)
     share(made, folder, COMMON)
-    from moextend_jax.commands import whole_run
-
     try:
-        whole_run(settings, folder)
+        run(settings, folder)
     except MoextendError as error:
         print(error, flush=True)
         sys.exit(2)

@@ -61,7 +61,7 @@ FaultKind = Literal[
     "entry", "encoding", "reserved", "turn", "roles", "order", "empty_answer", "marks", "too_long", "too_many_images",
     "duplicate_id", "not_video", "not_sound", "not_features", "wrong_shape", "long_sound", "unknown_medium",
 ]  # fmt: skip
-"""Kinds of faults in data; `data/faults.py` says what each means."""
+"""Kinds of faults in data; `faults.py` says what each means."""
 
 Policy = Literal["error", "skip", "keep"]
 """`error` stops the run, `skip` leaves the conversation out and counts it, `keep` takes a sound one all the same."""
@@ -160,7 +160,7 @@ class FaultSettings:
         return cast(Mapping[str, Policy], self.policies)[kind]
 
     def skips(self, fault: Any) -> bool:
-        """Whether a `data.faults.Fault` is one that is left out and counted."""
+        """Whether a `faults.Fault` is one that is left out and counted."""
         return self.policy(fault.kind) == "skip"
 
 
@@ -211,6 +211,8 @@ class StageSettings:
             raise MoextendError(f"{wrong}; one of them must be, the other 0")
         if self.least_steps and not self.epochs:
             raise MoextendError(f"least_steps = {self.least_steps} goes with epochs, not with steps")
+        if IMAGE in self.items_per_row:
+            raise MoextendError(f"items_per_row.{IMAGE}: of pictures it is images_per_row")
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 
@@ -693,6 +695,10 @@ class RunSettings:
     def _groups(self) -> list[tuple[str, Any]]:
         """The extensions in order, each with its groups of settings."""
         return [(self.extension, self), *self.extensions.items()]
+
+    def of_extension(self, extension: str) -> RunSettings | ExtensionSettings:
+        """The groups of an extension."""
+        return self if extension == self.extension else self.extensions[extension]
 
     @property
     def links(self) -> tuple[Link, ...]:

@@ -44,10 +44,10 @@ from moextend_jax.compare import reference
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.entries import read_entries
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.item_files import read_span
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
+from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS
 from moextend_jax.routing import stats as routing_stats
 

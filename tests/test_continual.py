@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moextend_jax import continual
+from moextend_jax.commands import whole_run
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
 from moextend_jax.continual import Beside
@@ -21,7 +22,7 @@ from moextend_jax.settings import RunSettings, from_config_dict
 def test_a_chain_that_fails_says_its_last_line(tmp_path: Path):
     settings = from_config_dict(load("demo") | {"base": str(tmp_path / "nowhere")})
     (tmp_path / "strict" / "finetune").mkdir(parents=True)
-    beside = Beside(settings, tmp_path / "open", tmp_path / "strict")
+    beside = Beside(settings, tmp_path / "open", tmp_path / "strict", whole_run)
     with pytest.raises(MoextendError, match=r"chain open: .*nowhere.*all of it: .*open.log"):
         beside.record()
 
@@ -31,7 +32,7 @@ def test_a_chain_that_fails_ends_the_one_beside_it(monkeypatch: pytest.MonkeyPat
     ended = []
 
     class Other:
-        def __init__(self, settings: RunSettings, folder: Path, made: Path):
+        def __init__(self, settings: RunSettings, folder: Path, made: Path, run: object):
             self.end = lambda: ended.append((folder.name, made.name))
 
     def run(settings: RunSettings, folder: Path):
@@ -47,13 +48,14 @@ def test_a_chain_that_fails_ends_the_one_beside_it(monkeypatch: pytest.MonkeyPat
 STARTS_ONE = """
 import os, sys
 from pathlib import Path
+from moextend_jax.commands import whole_run
 from moextend_jax.continual import Beside
 from moextend_jax.configurations import load
 from moextend_jax.settings import from_config_dict
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    beside = Beside(from_config_dict(load("demo")), folder / "open", folder / "strict")
+    beside = Beside(from_config_dict(load("demo")), folder / "open", folder / "strict", whole_run)
     print(beside.process.pid, flush=True)
     os._exit(1)
 """

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from moextend_jax.config import IGNORE, RECIPES, Room
 from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.packing import Item, Shape, pack
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.data.writing import MARK
+from moextend_jax.faults import Fault
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[1] / "moextend_jax" / "assets" / "base")
 TAGS = TOKENIZER.tags

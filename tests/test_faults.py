@@ -30,13 +30,13 @@ from moextend_jax.data.batches import Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
 from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_dataset
 from moextend_jax.data.entries import read_entries
-from moextend_jax.data.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.inspector import ItemFile, Reading, Work
 from moextend_jax.data.item_files import Facts, find_file, read_file
 from moextend_jax.data.readers import Features
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.media.image import decode_image, prepare_image
 from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from moextend_jax.config import MoextendError, VisionConfig
 from moextend_jax.data.datasets import AnyItems, Items, open_dataset
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
 from moextend_jax.data.items import Chosen
 from moextend_jax.data.mixing import JoinedItems
+from moextend_jax.faults import Fault
 from moextend_jax.media.image import decode_image, prepare_image
 from moextend_jax.settings import FaultSettings
 

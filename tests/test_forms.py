@@ -26,12 +26,12 @@ from moextend_jax.data.batches import batches
 from moextend_jax.data.check import Report, _weigh, check, open_origin
 from moextend_jax.data.datasets import Source, hold_out, open_dataset, short_name
 from moextend_jax.data.entries import read_entries
-from moextend_jax.data.faults import STRICT, Fault
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.forms import Part, files_of, parts_of
 from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.data.mixing import picks
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.faults import STRICT, Fault
 from moextend_jax.media.image import decode_image
 from moextend_jax.settings import FaultSettings, StageSettings
 

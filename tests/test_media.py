@@ -14,9 +14,9 @@ import soxr
 from media_files import FILES, HEARD, SEEN, TOUCHED, WATCHED
 from PIL import Image
 
+from moextend_jax import faults
 from moextend_jax.config import FeaturesConfig, Medium, MoextendError
-from moextend_jax.data import faults
-from moextend_jax.data.faults import Fault
+from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS, audio, mark_of, video
 from moextend_jax.media.image import prepare_image
 

@@ -178,3 +178,5 @@ def test_a_medium_that_is_none_is_refused(tokenizer: Tokenizer):
         fed(tokenizer, missing={"smell": 0.5})
     with pytest.raises(MoextendError, match=r"missing.*at most 1"):
         fed(tokenizer, missing={"sound": 1.5})
+    with pytest.raises(MoextendError, match=r"items_per_row\.image: of pictures it is images_per_row"):
+        StageSettings(data="none", steps=1, batch_size=1, length=8, items_per_row={"image": 2})

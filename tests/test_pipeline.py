@@ -26,7 +26,7 @@ from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.runs.making import FACTS, check_made
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.results import FIRST
-from moextend_jax.runs.run import Run, open_run
+from moextend_jax.runs.run import Run, open_run, remember, settings_of
 from moextend_jax.settings import from_config_dict
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.stages import split
@@ -275,6 +275,22 @@ def test_what_stands_between_tower_and_decoder_decides_a_result(finished):
     assert train_state.differing(facts, changed) and train_state.differing(changed, facts)
     del facts["medium"]  # an older record says nothing of it
     assert not train_state.differing(facts, changed)
+
+
+def test_what_a_command_does_not_train_keeps_its_settings(finished, tmp_path):
+    """`moextend evaluate` may be given another configuration than the run's."""
+    run = dataclasses.replace(open_again(finished), workdir=shutil.copytree(finished[1], tmp_path / "run"))
+    trained = settings_of(run.workdir)
+    assert trained is not None
+    other = dataclasses.replace(
+        run.settings,
+        finetune=dataclasses.replace(run.settings.finetune, hang_after=7.0),
+        evaluate=dataclasses.replace(run.settings.evaluate, questions=3),
+    )
+    remember(dataclasses.replace(run, settings=other))
+    assert settings_of(run.workdir) == dataclasses.replace(trained, evaluate=other.evaluate)
+    remember(dataclasses.replace(run, settings=other), made="finetune")
+    assert settings_of(run.workdir) == dataclasses.replace(trained, evaluate=other.evaluate, finetune=other.finetune)
 
 
 def run_selection(finished) -> tuple[int, int]:

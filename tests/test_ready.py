@@ -123,6 +123,13 @@ def test_few_rows_are_looked_at_only_where_no_room_depends_on_all(llava, tmp_pat
     assert _measure(run, lambda *_: source, reading) == looked_at
 
 
+@pytest.mark.parametrize("setting", ["missing", "items_per_row"])
+def test_a_medium_that_is_none_is_refused_before_the_first_step(llava, tmp_path, setting):
+    run = open_without_weights(settings(llava, finetune={setting: {"smell": 1}}), tmp_path)
+    with pytest.raises(MoextendError, match=rf"{setting}\.smell: no such medium; there are image"):
+        ready(run, ["finetune"])
+
+
 def test_steps_of_packed_rows_are_those_that_packing_makes(llava, tmp_path):
     rewrite(llava, lambda n, row: {"id": row["id"]} | turns("count", "one " * (1 + 7 * n % 23)))
     packed = {"conversations_per_row": 0, "length": 64, "epochs": 1.0, "batch_size": 1}

@@ -13,9 +13,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from moextend_jax.config import FeaturesConfig, ImageTags, Medium, Named
 from moextend_jax.data.datasets import open_dataset
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.records import Row, row_of
+from moextend_jax.faults import Fault
 
 DEPTH = Medium(
     kind="features", mark="<features:depth>", tags=ImageTags(pad=9), tower=FeaturesConfig(width=5, patches=3)

@@ -18,7 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from moextend_jax.config import RECIPES, MoextendError, Range
-from moextend_jax.data.faults import KINDS
+from moextend_jax.faults import KINDS
 from moextend_jax.settings import (
     KEEPABLE,
     POLICIES,

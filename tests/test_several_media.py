@@ -34,11 +34,11 @@ from moextend_jax.config import (
 from moextend_jax.data.batches import batches, rooms_of
 from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
 from moextend_jax.data.datasets import Source, open_dataset
-from moextend_jax.data.faults import KINDS, STRICT, Fault
 from moextend_jax.data.measure import measure, rows_per_conversation
 from moextend_jax.data.packing import Item, Row, Shape, pack, take_out
 from moextend_jax.data.readers import Inputs
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.faults import KINDS, STRICT, Fault
 from moextend_jax.settings import FaultSettings, StageSettings
 
 BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"

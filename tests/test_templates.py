@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from moextend_jax.config import IGNORE, RECIPES, MoextendError
 from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moextend_jax.data.writing import encoder_of, template_identity
+from moextend_jax.faults import Fault
 
 PAPER = RECIPES["paper"]
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}

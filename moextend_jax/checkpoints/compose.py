@@ -20,7 +20,6 @@ from moextend_jax.checkpoints import delta, hashes, store, train_state
 from moextend_jax.checkpoints.convert import described, export_delta, import_source
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.loading import Source, check_routers, folder_of, open_source, open_tower
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.config import (
     ADDITIONS,
     IMAGE,
@@ -35,6 +34,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.data.tokenizer import tokenizer_of
 from moextend_jax.folders import folder, local, reading
+from moextend_jax.outside import shown
 
 ASKED = ("weight_guard", "mass", "prompt", "image_preparation")
 """What of a recipe decides how the finished model computes and is asked, so that all must have it alike."""

@@ -12,9 +12,9 @@ from typing import BinaryIO, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moextend_jax.checkpoints.outside import plain_file, said_by, short
 from moextend_jax.checkpoints.tensors import Stored, in_runs, opened, run_at
 from moextend_jax.config import MoextendError
+from moextend_jax.outside import plain_file, said_by, short
 
 VERSION = 6
 DTYPES = tuple(map(np.dtype, (np.float32, np.int8, np.int16, np.int32, np.float16, ml_dtypes.bfloat16)))

@@ -18,12 +18,12 @@ import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from moextend_jax.checkpoints.attributes import Table, fits, read_fields
 from moextend_jax.checkpoints.gguf_header import Placed, read_header
 from moextend_jax.checkpoints.llama import dense_config
-from moextend_jax.checkpoints.outside import said_by, shown
 from moextend_jax.checkpoints.tensors import Stored, difference
 from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.families.attributes import Table, fits, read_fields
+from moextend_jax.outside import said_by, shown
 
 
 class Opened(NamedTuple):

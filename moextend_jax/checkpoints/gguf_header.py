@@ -17,8 +17,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
 from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType as Type
 
-from moextend_jax.checkpoints.outside import plain_file, said_by, short
 from moextend_jax.config import MoextendError
+from moextend_jax.outside import plain_file, said_by, short
 
 VERSIONS = (2, 3)
 MAX_BYTES = 128 << 20

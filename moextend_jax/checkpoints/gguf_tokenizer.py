@@ -14,8 +14,8 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from moextend_jax.checkpoints.outside import said_by, shown
 from moextend_jax.config import MoextendError
+from moextend_jax.outside import said_by, shown
 
 _CONTROL, _USER_DEFINED = 3, 4
 _ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}

@@ -30,10 +30,10 @@ from jax.experimental import multihost_utils
 
 from moextend_jax import machine
 from moextend_jax.checkpoints.leaves import Leaf, bytes_of, check_claim, leaf_hash
-from moextend_jax.checkpoints.outside import inside, parse_json, read_small
 from moextend_jax.checkpoints.tensors import opened
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.folders import is_url, reading
+from moextend_jax.outside import inside, parse_json, read_small
 from moextend_jax.parameters import lasting_path
 
 NAME, FORMAT = ".moextend-hashes.json", 1

@@ -16,14 +16,6 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.checkpoints import leaves
-from moextend_jax.checkpoints.attributes import (
-    MOST,
-    decoder_attributes_of,
-    fits,
-    read_fields,
-    with_head_size,
-)
-from moextend_jax.checkpoints.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.checkpoints.spelling import MOST_EXPERTS, published, unwrapped
 from moextend_jax.checkpoints.tensors import Stored, open_tensors, write_safetensors
 from moextend_jax.config import (
@@ -36,9 +28,17 @@ from moextend_jax.config import (
     VisionConfig,
 )
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.attributes import (
+    MOST,
+    decoder_attributes_of,
+    fits,
+    read_fields,
+    with_head_size,
+)
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.media.image import LEVELS
 from moextend_jax.models.starts import STARTS
+from moextend_jax.outside import inside, parse_json, read_small, short, shown
 from moextend_jax.parameters import by_path
 
 PUBLISHED_TOWERS = tuple(

@@ -24,12 +24,12 @@ import numpy as np
 
 from moextend_jax.checkpoints import names
 from moextend_jax.checkpoints.mxfp4 import unpacked
-from moextend_jax.checkpoints.outside import short
 from moextend_jax.checkpoints.tensors import File, Planned, Stored, difference, name_list
 from moextend_jax.config import ModelConfig, MoextendError, Quantised
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.family import parted
 from moextend_jax.folders import is_url
+from moextend_jax.outside import short
 from moextend_jax.parameters import element_type
 
 FLOATS = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, decoder_attributes_of, read_fields, with_head_size
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table, decoder_attributes_of, read_fields, with_head_size
+from moextend_jax.outside import shown
 
 MODEL_TYPES = ("llama", "mistral")
 

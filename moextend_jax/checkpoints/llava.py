@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, fits, read_fields
 from moextend_jax.checkpoints.names import PUBLISHED
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.spelling import Spelling
 from moextend_jax.config import MoextendError
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table, fits, read_fields
 from moextend_jax.families.towers import CLIP, TOWERS
+from moextend_jax.outside import shown
 
 MODEL_TYPES = ("llava", "moextend")
 

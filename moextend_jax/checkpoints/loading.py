@@ -35,7 +35,6 @@ from moextend_jax.checkpoints import (
     store,
 )  # fmt: skip
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.outside import inside, shown
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
 from moextend_jax.checkpoints.whisper import read_whisper
 from moextend_jax.config import (
@@ -60,6 +59,7 @@ from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
+from moextend_jax.outside import inside, shown
 from moextend_jax.parameters import only_chooses
 from moextend_jax.settings import build, fields
 from moextend_jax.sharding import parameter_shardings

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from moextend_jax.checkpoints.outside import plain_file, said_by, short
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import local
+from moextend_jax.outside import plain_file, said_by, short
 
 FREE, TIMES = 64 << 20, 100
 """Bytes that any file may unpack to, and so many times its own size beyond."""

@@ -20,9 +20,9 @@ import numpy as np
 from moextend_jax.checkpoints import leaves, names
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.tensors import Planned, Stored, name_list, open_tensors
 from moextend_jax.config import AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
+from moextend_jax.outside import shown
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

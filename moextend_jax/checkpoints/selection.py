@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.checkpoints.huggingface import read_json
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.outside import shown
 
 
 def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:

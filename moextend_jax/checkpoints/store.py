@@ -23,11 +23,9 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from moextend_jax.checkpoints import hashes, leaves, quantising
-from moextend_jax.checkpoints.attributes import MOST, fits
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.names import PREFIXES
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.checkpoints.tensors import Planned, Stored, difference, open_safetensors, write_safetensors
 from moextend_jax.config import (
     IMAGE,
@@ -50,9 +48,11 @@ from moextend_jax.config import (
     VisionConfig,
 )
 from moextend_jax.families import FAMILIES
+from moextend_jax.families.attributes import MOST, fits
 from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
 from moextend_jax.media import KINDS, mark_of
 from moextend_jax.models.quantised import STORAGES
+from moextend_jax.outside import shown
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moextend_jax.checkpoints.outside import MAX_JSON, inside, parse_json, plain_file, read_small, said_by, short, shown
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import extra_hint, is_url, local, read_range, size_and_generation
+from moextend_jax.outside import MAX_JSON, inside, parse_json, plain_file, read_small, said_by, short, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),

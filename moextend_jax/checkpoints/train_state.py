@@ -17,10 +17,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moextend_jax import distributed
+from moextend_jax import distributed, faults
 from moextend_jax.checkpoints import sums
 from moextend_jax.config import MoextendError
-from moextend_jax.data import faults
 from moextend_jax.folders import absolute
 from moextend_jax.parameters import current_path
 
@@ -105,7 +104,7 @@ def save(
     Args:
       rows: its place in the data is saved.
       facts: JSON that says which model and run it belongs to; `start` compares it.
-      counts_G: conversations read and skipped so far, by kind (`data/faults.py`).
+      counts_G: conversations read and skipped so far, by kind (`faults.py`).
     """
     if step == manager.latest_step():
         return
@@ -139,7 +138,7 @@ def disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 class Started(NamedTuple):
-    """The state to go on from, and what of the data was skipped before it (`data/faults.py`)."""
+    """The state to go on from, and what of the data was skipped before it (`faults.py`)."""
 
     state: Any
     counts_G: np.ndarray

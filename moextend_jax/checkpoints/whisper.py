@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moextend_jax.checkpoints import ctranslate2, huggingface
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table, read_fields
 from moextend_jax.checkpoints.leaves import Leaf, leaf_of
 from moextend_jax.checkpoints.names import WHISPER, Name, Tensor
-from moextend_jax.checkpoints.outside import plain_file, shown
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import Stored, difference, open_tensors
 from moextend_jax.config import MoextendError, WhisperConfig
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table, read_fields
 from moextend_jax.folders import local
 from moextend_jax.models.whisper import sizes_of
+from moextend_jax.outside import plain_file, shown
 
 PREFIX = "model.encoder."
 """What files write before the names of WHISPER."""

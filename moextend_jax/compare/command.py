@@ -17,7 +17,6 @@ from rich.table import Table
 
 from moextend_jax.checkpoints import store
 from moextend_jax.checkpoints.huggingface import read_json
-from moextend_jax.checkpoints.outside import shown
 from moextend_jax.compare.forward import compare_forward, equal_columns, is_inside
 from moextend_jax.compare.observe import observer
 from moextend_jax.compare.reference import Reference, read_reference, start_tag
@@ -26,6 +25,7 @@ from moextend_jax.config import Amount, MoextendError, Range
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
 from moextend_jax.models.router import WEIGHT_GUARDS
+from moextend_jax.outside import shown
 from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative

@@ -15,10 +15,10 @@ import einops
 import numpy as np
 
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
-from moextend_jax.checkpoints.outside import parse_json, read_small, shown
 from moextend_jax.checkpoints.tensors import name_list
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.folders import local
+from moextend_jax.outside import parse_json, read_small, shown
 
 BATCH_OF_NONE = "text"
 """The batch of arrays that name none (plain transformers on text)."""

@@ -34,12 +34,12 @@ from moextend_jax import preemption
 from moextend_jax.config import Batch, MoextendError, Recipe, Room, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
-from moextend_jax.data.faults import STRICT, Fault, counts, described
 from moextend_jax.data.missing import media_left_out, without_media
 from moextend_jax.data.packing import Item, Place, Row, Shape, empty_row, pack, take_out
 from moextend_jax.data.readers import Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.faults import STRICT, Fault, counts, described
 from moextend_jax.settings import FaultSettings, StageSettings
 
 WINDOW = 256
@@ -72,6 +72,13 @@ def rooms_of(readers: Readers, stage: StageSettings) -> Rooms:
     return {name: room for name, room in rooms.items() if room.items}
 
 
+def check_media(stage: StageSettings, media: Collection[str]) -> None:
+    """Raises MoextendError where a stage's settings name a medium that is none of the model's."""
+    for field in ("missing", "items_per_row"):
+        if unknown := [name for name in getattr(stage, field) if name not in media]:
+            raise MoextendError(f"{field}.{unknown[0]}: no such medium; there are {', '.join(media) or 'none'}")
+
+
 def batches(
     source: Source,
     *,
@@ -101,12 +108,12 @@ def batches(
       faults: which kinds of faults are errors and which are skipped and counted.
 
     Raises:
-      MoextendError: a batch that cannot be divided into `share.of` parts, a medium in `stage.missing` that is none, or
+      MoextendError: a batch that cannot be divided into `share.of` parts, a medium in `stage.missing` or
+        `stage.items_per_row` that is none, or
         workers where no processes can be; while iterating, a `Fault` that is not skipped (a conversation that
         `encode_row` refuses, an image that cannot be read), or that all conversations are skipped.
     """
-    if unknown := [name for name in stage.missing if name not in tokenizer.media]:
-        raise MoextendError(f"missing.{unknown[0]}: no such medium; there are {', '.join(tokenizer.media) or 'none'}")
+    check_media(stage, tokenizer.media)
     encode = partial(
         _encode_example,
         stage=stage,

@@ -35,11 +35,11 @@ from moextend_jax import machine
 from moextend_jax.config import Medium, MoextendError
 from moextend_jax.data import easy_vqa
 from moextend_jax.data.entries import Content, Entry, read_entries
-from moextend_jax.data.faults import Fault, unknown_medium
 from moextend_jax.data.forms import SPLITS, Files, base_split
 from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.made_sounds import FAMILIES
 from moextend_jax.data.shards import Span
+from moextend_jax.faults import Fault, unknown_medium
 from moextend_jax.lock import alone
 from moextend_jax.media import IMAGE_MARK, KINDS
 

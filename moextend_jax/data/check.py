@@ -25,10 +25,10 @@ from moextend_jax.data import inspector
 from moextend_jax.data.builders import BUILDERS
 from moextend_jax.data.datasets import ItemRef, Source, family_of, is_packaged, item_folder, open_dataset
 from moextend_jax.data.entries import Entry, ItemName, read_entries
-from moextend_jax.data.faults import KINDS, STRICT, too_many
 from moextend_jax.data.forms import base_split, files_of, parts_of
 from moextend_jax.data.inspector import Inspector, ItemFile, PlacedFault, Reading, RowsOf, Work
 from moextend_jax.data.shared_memory import check_shared_memory
+from moextend_jax.faults import KINDS, STRICT, too_many
 from moextend_jax.media import IMAGE_MARK, IMAGES_ALONE
 from moextend_jax.media import KINDS as KINDS_OF_MEDIA
 from moextend_jax.settings import FaultSettings

@@ -27,9 +27,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moextend_jax.config import IGNORE, IMAGE, MoextendError, Recipe, Rooms
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_text
+from moextend_jax.faults import Fault
 
 MEDIUM = 1 << 24
 """Between two media in `Encoded.places_L`, before it is known how many items a row holds."""

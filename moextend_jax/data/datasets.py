@@ -36,12 +36,12 @@ from moextend_jax.data.builders import (
     scan,
 )
 from moextend_jax.data.conversations import talk_of
-from moextend_jax.data.faults import STRICT, Fault, refuse, unknown_medium
 from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
 from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.items import Items, look_at_items
 from moextend_jax.data.mixing import JoinedItems, JoinedRows, fingerprint_of, picks
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.faults import STRICT, Fault, refuse, unknown_medium
 from moextend_jax.folders import absolute, is_url
 from moextend_jax.media import IMAGE_MARK, IMAGES_ALONE
 from moextend_jax.settings import KEEPABLE, FaultSettings

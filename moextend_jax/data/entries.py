@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.forms import folder_above, form_of
 from moextend_jax.data.json_values import Row
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tables import NOT_UTF8
 from moextend_jax.data.talks import Item, normal_turns
+from moextend_jax.faults import Fault
 from moextend_jax.media import IMAGE_MARK
 
 SHOWN = 20

@@ -22,8 +22,8 @@ import numpy as np
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.data.faults import STRICT, Fault, refuse
 from moextend_jax.data.mixing import Joined
+from moextend_jax.faults import STRICT, Fault, refuse
 from moextend_jax.lock import in_turn
 from moextend_jax.progress import counting
 from moextend_jax.settings import FaultSettings

@@ -17,10 +17,10 @@ from PIL import Image
 from moextend_jax.config import IMAGE, Medium, MoextendError, Named, Recipe, Room
 from moextend_jax.data.conversations import encode_prompt, encode_row, talk_of
 from moextend_jax.data.entries import Content, Entry, ItemName
-from moextend_jax.data.faults import Fault, unknown_medium
 from moextend_jax.data.item_files import read_span
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.faults import Fault, unknown_medium
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import check_scaled, tower_of
 

@@ -1,4 +1,4 @@
-"""Files of images, sounds and other items: names in; their facts, their bytes, or a `Fault` of `data/faults.py` out.
+"""Files of images, sounds and other items: names in; their facts, their bytes, or a `Fault` of `faults.py` out.
 
 A name is a path below a folder, which may be in a bucket; files inside an archive are `Span`s of it, rows of an
 ArrayRecord file have names of their own (`data/records.py`). A file of data comes from elsewhere: no name in it, and no
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moextend_jax.config import MoextendError
-from moextend_jax.data.faults import MOST_BYTES, Fault
 from moextend_jax.data.forms import DEPTH
 from moextend_jax.data.json_values import unreadable
 from moextend_jax.data.records import read_row, row_of
 from moextend_jax.data.shards import Span
+from moextend_jax.faults import MOST_BYTES, Fault
 from moextend_jax.folders import folder, is_url
 
 BESIDE = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".JPG", ".JPEG", ".PNG", ".wav", ".flac", ".ogg", ".npz", ".npy")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from moextend_jax.config import Medium, MediumKind
 from moextend_jax.data.builders import NO_ITEM, Built
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.item_files import ItemFolder, read_span
 from moextend_jax.data.shards import Span
+from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS, PICTURE
 
 

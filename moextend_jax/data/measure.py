@@ -15,10 +15,10 @@ from moextend_jax.config import IMAGE, Medium, Named, Recipe, Room
 from moextend_jax.data.batches import WINDOW
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import CHUNK, Example, Source
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.inspector import UNLIMITED
 from moextend_jax.data.packing import Item, Shape, pack
 from moextend_jax.data.tokenizer import Tokenizer
+from moextend_jax.faults import Fault
 from moextend_jax.settings import FaultSettings, StageSettings
 
 ROUNDED = 16

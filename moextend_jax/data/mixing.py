@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from moextend_jax.config import Medium, MoextendError
-from moextend_jax.data.faults import Fault
+from moextend_jax.faults import Fault
 from moextend_jax.media import IMAGE_MARK, PICTURE
 
 MOST_ROWS = 1 << 26

@@ -13,9 +13,9 @@ import numpy as np
 
 from moextend_jax.config import Batch, FeaturesConfig, Medium, VisionConfig, WhisperConfig
 from moextend_jax.data.datasets import AnyItems
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore, JoinedFeatures
 from moextend_jax.data.items import Chosen
+from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS
 
 OnFault = Callable[[tuple[int, int], Fault], None]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-from moextend_jax.data.faults import MOST_BYTES, Fault
+from moextend_jax.faults import MOST_BYTES, Fault
 
 _ROW = re.compile(r"(.+\.array_record):(\d{1,18})")
 

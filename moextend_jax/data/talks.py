@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MediumKind
-from moextend_jax.data.faults import Fault
+from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS, mark_of, plurals
 
 ROLES = {

@@ -12,11 +12,11 @@ import numpy as np
 from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe, first_places
 from moextend_jax.data.conversations import Encoded, encode_prompt, in_row
 from moextend_jax.data.datasets import Example, ItemRef, first_exchange
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.readers import Readers, with_items
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items
 from moextend_jax.evaluate.prompts import Prompt, rooms_of_prompts
+from moextend_jax.faults import Fault
 
 
 class Question(NamedTuple):

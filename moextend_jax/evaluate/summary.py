@@ -21,7 +21,6 @@ from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches, text_batches
 from moextend_jax.data.datasets import AnyItems, Example, Source, is_packaged, open_text
 from moextend_jax.data.datasets import select as select_rows
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.forms import parts_of
 from moextend_jax.data.measure import measure
 from moextend_jax.data.missing import without_marks
@@ -36,6 +35,7 @@ from moextend_jax.evaluate.prompts import Prompt, bucket, buckets
 from moextend_jax.evaluate.routed import by_medium, expert_names, routing_program, token_texts
 from moextend_jax.evaluate.running import asker_of
 from moextend_jax.extension import routing
+from moextend_jax.faults import Fault
 from moextend_jax.media.image import framed, tower_of
 from moextend_jax.mesh import on_host, place_rows, place_whole, row_shards
 from moextend_jax.models.flops import step_flops
@@ -87,7 +87,7 @@ class Asked(NamedTuple):
 def check(run: Run) -> None:
     """Raises a MoextendError for what `evaluate` would find wrong with its questions, before any model is there."""
     for asked in _asked_of_all(run).values():
-        settings = results.evaluate_of(run.settings, asked.extension)
+        settings = run.settings.of_extension(asked.extension).evaluate
         readers = readers_of(run, asked.source, data=asked.data, split=asked.split, inputs=True)
         try:
             prompted, _ = _prompted_questions(run, asked, readers)
@@ -109,7 +109,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     for name in table.model("aligned").results:  # which every run has; said before anything is computed
         if not run.has(name):
             raise not_run(run.workdir, name)
-    if any(not results.evaluate_of(run.settings, link.name).data for link in run.settings.links):
+    if any(not run.settings.of_extension(link.name).evaluate.data for link in run.settings.links):
         _check_unseen(run)
     asked = {on: _questions(run, of) for on, of in _asked_of_all(run).items()}
     first = asked[run.settings.extension]
@@ -235,7 +235,7 @@ class Questions(NamedTuple):
 
 
 def _questions(run: Run, asked: Asked) -> Questions:
-    settings = results.evaluate_of(run.settings, asked.extension)
+    settings = run.settings.of_extension(asked.extension).evaluate
     readers = readers_of(run, asked.source, data=asked.data, split=asked.split, few=True)
     with preparing("preparing the questions"):
         prompted, skipped = _prompted_questions(run, asked, readers)
@@ -362,7 +362,7 @@ def _asked_of_all(run: Run) -> dict[str, Asked]:
     """The rows that are asked of every extension, by its name, further sets as NAME/SET; the same for every run."""
     asked = {}
     for link in run.settings.links:
-        settings = results.evaluate_of(run.settings, link.name)
+        settings = run.settings.of_extension(link.name).evaluate
         asked[link.name] = _asked(run, link.name, settings.data)
         for name, data in settings.sets.items():
             asked[f"{link.name}/{name}"] = _asked(run, link.name, data, fewer=True)
@@ -371,7 +371,7 @@ def _asked_of_all(run: Run) -> dict[str, Asked]:
 
 def _asked(run: Run, extension: str, data: str, *, fewer: bool = False) -> Asked:
     """fewer: of a data set with fewer rows than questions all of them."""
-    settings = results.evaluate_of(run.settings, extension)
+    settings = run.settings.of_extension(extension).evaluate
     unseen = None if data else unseen_source(run, extension)
     finetune = results.stage_of(run.settings, results.named(run.settings, extension, "finetune"))
     data, split = (data, settings.split) if unseen is None else (finetune.data, finetune.split)
@@ -412,7 +412,7 @@ def _prompted_questions(run: Run, asked: Asked, readers: Readers) -> tuple[list[
     """The questions, and how many are left out, by kind, because training would skip their conversations."""
     prompted: list[PromptedQuestion] = []
     skipped: Counter[str] = Counter()
-    length = results.evaluate_of(run.settings, asked.extension).length
+    length = run.settings.of_extension(asked.extension).evaluate.length
     for example in asked.source:
         try:
             prompted.append(_prompted(run, example, readers, length=length))

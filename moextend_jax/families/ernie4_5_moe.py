@@ -4,7 +4,7 @@ pass, and positions that turn neighbours in a head."""
 from collections.abc import Mapping
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import (
     PLAIN,
     SIZES,

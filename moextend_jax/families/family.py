@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from moextend_jax.checkpoints.attributes import Table
+from moextend_jax.families.attributes import Table
 
 
 class Name(NamedTuple):

@@ -3,7 +3,7 @@ pass, and positions that turn half of a head."""
 
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Name, decoder, dense, normed_heads, shared_expert
 
 _LAYERS = (*decoder("mlp", "gate_proj up_proj down_proj"), *BIASES, *normed_heads("H -> H", "H -> H"))

@@ -4,8 +4,8 @@ experts lie in one tensor, an element of each in turn, input axis first."""
 from collections.abc import Mapping
 from typing import Any
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
 from moextend_jax.config import YarnConfig
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Fused, Name, decoder, parted
 
 

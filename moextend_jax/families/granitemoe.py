@@ -1,6 +1,6 @@
 """Granite 3 MoE: factors on embeddings, blocks, attention and logits; gate and up of all experts lie in one tensor."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import PLAIN, SIZES, Family, Fused, Name, decoder, parted
 
 _BLOCK = "model.layers.{Z}.block_sparse_moe."

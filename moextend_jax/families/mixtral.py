@@ -1,6 +1,6 @@
 """Mixtral: experts renormalised over the chosen, nothing besides. The family of the paper."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import PLAIN, SIZES, Family, decoder
 
 _8X22B = {"width": 6144, "hidden": 16384, "layers": 56, "heads": 48}

@@ -1,6 +1,6 @@
 """OLMoE: a norm over all heads of queries and of keys together, then a bound, and weights that are not renormalised."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import PLAIN, SIZES, Family, decoder, normed_heads
 
 _1B_7B = {

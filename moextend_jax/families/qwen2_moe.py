@@ -1,6 +1,6 @@
 """Qwen2-MoE: biases on queries, keys and values, an expert that all tokens pass, weights that are not renormalised."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import BIASES, PLAIN, SIZES, Family, Name, decoder, shared_expert
 
 _SIZES = {"vocab_size": 151936, "norm_eps": 1e-6}

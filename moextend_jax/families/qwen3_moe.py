@@ -1,6 +1,6 @@
 """Qwen3-MoE: a norm on every head of queries and keys, and weights that are renormalised where the file says so."""
 
-from moextend_jax.checkpoints.attributes import OF_ANY_MODEL, Table
+from moextend_jax.families.attributes import OF_ANY_MODEL, Table
 from moextend_jax.families.family import PLAIN, SIZES, Family, decoder, normed_heads
 
 _SIZES = {

@@ -6,7 +6,7 @@ A row is a file of this package. `KINDS[medium.kind]` says, of a `config.Medium`
     noun           what messages call one
     decode         (encoded, *, name, id, medium, upright, cut) -> item
                    encoded: the bytes of a file; name: for messages; id: of the `Fault` that is raised for a file that
-                   is damaged, none of the kind, too large, or not finite (`data/faults.py`).
+                   is damaged, none of the kind, too large, or not finite (`faults.py`).
                    upright: pictures are turned as their EXIF orientation says. cut: of a sound that is longer than the
                    medium's, its first seconds; else that is a fault (`long_sound`).
     prepare        (item, *, medium, preparation, id) -> float32 of `input_shape(medium)`: the tower's input

@@ -17,7 +17,7 @@ import soundfile
 import soxr
 
 from moextend_jax.config import Medium, VisionConfig, WhisperConfig
-from moextend_jax.data.faults import Fault, wrong_size
+from moextend_jax.faults import Fault, wrong_size
 from moextend_jax.media.image import Watched, normalised, tower_of
 from moextend_jax.media.mel import log_mel, spectrogram_picture
 

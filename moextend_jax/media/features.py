@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from moextend_jax.config import FeaturesConfig, Medium, MoextendError
-from moextend_jax.data.faults import Fault, wrong_size
+from moextend_jax.faults import Fault, wrong_size
 
 SUFFIXES = ("npz", "npy")
 TOWERS = (FeaturesConfig,)

@@ -1,7 +1,7 @@
 """Encoded images to the pixels a picture tower expects.
 
 Goes in: the bytes of an image file in one of `FORMATS`. Comes out: `image_hwc` float32, normalised by its tower's mean
-and standard deviation; or a `Fault` of `data/faults.py`. Nothing here trusts the file: how large a picture is is known
+and standard deviation; or a `Fault` of `faults.py`. Nothing here trusts the file: how large a picture is is known
 from its header before memory is taken for it.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from moextend_jax.config import Medium, MoextendError, VisionConfig
-from moextend_jax.data.faults import MOST_BYTES, Fault, wrong_size
+from moextend_jax.faults import MOST_BYTES, Fault, wrong_size
 
 MEAN_c = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD_c = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)

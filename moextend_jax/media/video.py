@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax.config import Medium, VisionConfig
-from moextend_jax.data.faults import Fault
+from moextend_jax.faults import Fault
 from moextend_jax.media.image import MOST_PIXELS, as_rgb, pictures, prepare_image, tower_of
 
 TOWERS = (VisionConfig,)

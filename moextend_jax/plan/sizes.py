@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_source, open_tower
 from moextend_jax.config import (
-    IMAGE,
     DecoderConfig,
-    ExtensionConfig,
     FeaturesConfig,
     ImageTags,
     ModelConfig,
@@ -29,8 +28,8 @@ from moextend_jax.config import (
 from moextend_jax.extension.routing import check_sources, chosen_layers
 from moextend_jax.families import FAMILIES, towers
 from moextend_jax.runs.media import medium_of, projector_of
-from moextend_jax.runs.models_of import rivals_of
-from moextend_jax.runs.results import grow_of, select_of, table
+from moextend_jax.runs.models_of import extension_config, rivals_of
+from moextend_jax.runs.results import table
 from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
 
 DECODERS = {
@@ -82,22 +81,23 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     extensions = {}
     grown = rows.grown((*rows.result(stage).parents, stage))
     for name in (name for name in grown if not links[name].rival):
-        select = select_of(settings, name)
-        how = grow_of(settings, name)
-        added = extension(decoder, select, medium=links[name].medium)
-        extensions[name] = dataclasses.replace(added, start=how.start, calibrator=how.calibrator)
+        own = settings.of_extension(name)
+        extensions[name] = extension_config(
+            settings, name, chosen=_chosen(decoder, own.select), start=own.grow.start, calibrator=own.grow.calibrator
+        )
     return dataclasses.replace(config, media=Named(media), extensions=Named(extensions), **rivals_of(settings, grown))
 
 
-def extension(decoder: DecoderConfig, select: SelectSettings, *, medium: str = IMAGE) -> ExtensionConfig:
-    """floor(p * Z) of the Z layers that route, evenly spread where data will choose: which ones makes no difference."""
+def _chosen(decoder: DecoderConfig, select: SelectSettings) -> dict[str, Any]:
+    """A selection of floor(p * Z) of the Z layers that route, evenly spread where data will choose: which
+    ones makes no difference."""
     routed = decoder.routed
     rule = "interval" if select.layers == "extender" else select.layers
     layers = tuple(routed[z] for z in chosen_layers(rule, np.zeros(len(routed)), share=select.share))
     new = select.number(decoder.experts)
     check_sources(new, select.wide, experts=decoder.experts)
     sources = tuple(range(new * select.wide)) * len(layers)
-    return ExtensionConfig(layers=layers, sources=sources, new_experts=new, wide=select.wide, medium=medium)
+    return {"chosen_layers": layers, "sources": sources, "new_experts": new, "wide": select.wide}
 
 
 def _tower_of(name: str, of: MediumSettings, vision: VisionConfig | None, *, feature_layer: int) -> TowerConfig:

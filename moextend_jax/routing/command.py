@@ -114,8 +114,8 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         return _id_batches(options.ids, config, pad=pad, batch_size=options.batch_size)
     from moextend_jax.data.batches import batches, text_batches
     from moextend_jax.data.datasets import IMAGES_ALONE, hold_out, open_text
-    from moextend_jax.data.faults import STRICT
     from moextend_jax.data.readers import Inputs
+    from moextend_jax.faults import STRICT
     from moextend_jax.settings import StageSettings
 
     tokenizer = opened.tokenizer
@@ -161,7 +161,7 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         stage=StageSettings(
             data=options.data,
             steps=1,
-            images_per_row=most.get(IMAGE) or 1,
+            images_per_row=most.pop(IMAGE, 0) or 1,
             items_per_row=most,
             too_long="drop_turns",
             **shape,

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from moextend_jax import distributed
 from moextend_jax.checkpoints import hashes, train_state
 from moextend_jax.checkpoints.loading import Checkpoint, Source, open_checkpoint
-from moextend_jax.checkpoints.outside import read_small
 from moextend_jax.config import ADDITIONS, IMAGE, RECIPES, ModelConfig, MoextendError, Recipe
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.data.writing import template_identity
@@ -28,6 +27,7 @@ from moextend_jax.folders import absolute
 from moextend_jax.lock import locked
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.outside import read_small
 from moextend_jax.parameters import element_type
 from moextend_jax.runs import models_of, results
 from moextend_jax.runs.place import Place

@@ -21,13 +21,13 @@ from moextend_jax import distributed
 from moextend_jax.config import IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
-from moextend_jax.data.faults import Fault
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features, is_cached
 from moextend_jax.data.forms import base_split, files_of, parts_of
 from moextend_jax.data.items import Chosen, Items
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
+from moextend_jax.faults import Fault
 from moextend_jax.folders import absolute, cache, folder, is_url, local
 from moextend_jax.mesh import Program, on_host, place_whole, row_shards
 from moextend_jax.models.moextend import abstract, tower_features
@@ -102,7 +102,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
         source = source if own is None and len(left) == len(source) else left
     if data.part == "all":
         return source
-    select = results.select_of(run.settings, extension)
+    select = run.settings.of_extension(extension).select
     samples = rows_of_part(select.held_out, len(distinct(source)), setting="select.held_out")
     return getattr(hold_out(source, samples=samples, seed=run.settings.seed), data.part)
 
@@ -110,7 +110,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
 def unseen_source(run: Run, extension: str, *, read: Read | None = None) -> Source | None:
     """The part of an extension's finetune data that no stage trains on and whose pictures none sees:
     `evaluate.held_out` of it. None where its `evaluate.data` names other data."""
-    settings, evaluate = run.settings, results.evaluate_of(run.settings, extension)
+    settings, evaluate = run.settings, run.settings.of_extension(extension).evaluate
     if evaluate.data:
         return None
     stage = results.stage_of(settings, results.named(settings, extension, "finetune"))
@@ -121,7 +121,7 @@ def unseen_source(run: Run, extension: str, *, read: Read | None = None) -> Sour
 
 def held_out_source(run: Run, extension: str) -> Source | None:
     """Rows that no stage trains on, those of the extension's evaluation; None where a stage trains on them."""
-    evaluate = results.evaluate_of(run.settings, extension)
+    evaluate = run.settings.of_extension(extension).evaluate
     if not evaluate.data:
         return unseen_source(run, extension)
     names, asked = results.table(run.settings).training(), _parts(run.settings, evaluate)
@@ -156,7 +156,7 @@ def validation_batches(run: Run, stage: StageSettings, *, extension: str, pixels
     Raises:
       MoextendError: nothing is held out from training.
     """
-    source, evaluate = held_out_source(run, extension), results.evaluate_of(run.settings, extension)
+    source, evaluate = held_out_source(run, extension), run.settings.of_extension(extension).evaluate
     if source is None:
         raise MoextendError(
             f"validate_every = {run.settings.validate_every}: a stage trains on the rows of evaluate.data = "

@@ -31,7 +31,7 @@ from moextend_jax.checkpoints.convert import (
 from moextend_jax.checkpoints.loading import Source, open_base, open_source
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.checkpoints.transformers_layout import export_transformers
-from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, with_extension
+from moextend_jax.config import RECIPES, MoextendError, with_extension
 from moextend_jax.families import FAMILIES
 from moextend_jax.folders import absolute, local
 from moextend_jax.options import OneOf
@@ -39,7 +39,7 @@ from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
-from moextend_jax.runs.models_of import grown_as, rivals_of
+from moextend_jax.runs.models_of import extension_config, grown_as, rivals_of
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 
@@ -164,20 +164,12 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
     if not trained:
         raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
     config = dataclasses.replace(source.config, composition=settings.composition)
-    media = {link.name: link.medium for link in settings.links}
     rivals = rivals_of(settings, table.grown(stages))
     config = dataclasses.replace(config, **rivals)
     for name in (name for name in table.grown(stages) if name not in config.added):
         where = results.folder_of(workdir, results.named(settings, name, "select"))
         chosen = selection.read_selection(where / "routing.json", decoder=config.decoder)
-        extension = ExtensionConfig(
-            layers=tuple(chosen["chosen_layers"]),
-            sources=tuple(chosen["sources"]),
-            new_experts=trained[f"extensions/{name}/router/new_gate"].shape[-1],
-            medium=media[name],
-            wide=chosen.get("wide", 1),
-            **grown_as(workdir, settings, name),
-        )
+        extension = extension_config(settings, name, chosen=chosen, **grown_as(workdir, settings, name))
         if w_in := trained.get(f"extensions/{name}/router/calibrator/w_in"):
             extension = dataclasses.replace(extension, calibrator_width=w_in.shape[-1])
         config = with_extension(config, extension, name=name)

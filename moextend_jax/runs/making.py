@@ -102,7 +102,7 @@ def facts_of_training(run: Run, name: str) -> dict[str, Any]:
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
     facts = run.facts_of(name, settings=as_json(decisive))
     if row.grown:
-        method = results.method_of(run.settings, row.extension)
+        method = run.settings.of_extension(row.extension).method
         facts["method"] = {"guidance": method.guidance, "drift": method.drift}
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     return facts
@@ -247,7 +247,7 @@ def counting_stage(settings: RunSettings, name: str = "select") -> StageSettings
 
 def config_to_grow(run: Run, extension: str) -> ModelConfig:
     """Of the base with this extension, as the settings have it."""
-    config, settings = grown_config(run, [extension]), results.grow_of(run.settings, extension)
+    config, settings = grown_config(run, [extension]), run.settings.of_extension(extension).grow
     if extension not in config.extensions:  # a rival's
         return config
     added = dataclasses.replace(config.extensions[extension], start=settings.start, calibrator=settings.calibrator)
@@ -257,7 +257,7 @@ def config_to_grow(run: Run, extension: str) -> ModelConfig:
 def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
     """All that decides the new leaves."""
     extension = results.table(run.settings).result(name).extension
-    config, settings = config_to_grow(run, extension), results.grow_of(run.settings, extension)
+    config, settings = config_to_grow(run, extension), run.settings.of_extension(extension).grow
     added = config.added[extension]
     if extension in config.blocks or extension in config.adapters:
         kind = "blocks" if extension in config.blocks else "adapter"
@@ -272,7 +272,7 @@ def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
 def grow(run: Run, name: str) -> None:
     """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
     row, recipe = results.table(run.settings).result(name), run.settings.recipe
-    config, settings = config_to_grow(run, row.extension), results.grow_of(run.settings, row.extension)
+    config, settings = config_to_grow(run, row.extension), run.settings.of_extension(row.extension).grow
     facts = facts_of_growing(run, name)
     if row.extension not in config.extensions:
         return _grow_rival(run, name, row, config, facts)

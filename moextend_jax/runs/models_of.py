@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,16 @@ from jax.sharding import Mesh
 
 from moextend_jax.checkpoints import selection, train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.config import IMAGE, RIVALS, ExtensionConfig, ModelConfig, MoextendError, Named
+from moextend_jax.config import (
+    IMAGE,
+    RIVALS,
+    CalibratorName,
+    ExtensionConfig,
+    ModelConfig,
+    MoextendError,
+    Named,
+    StartName,
+)
 from moextend_jax.mesh import Program, leaf_maker, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
 from moextend_jax.parameters import only_chooses
@@ -92,21 +101,33 @@ def leaves_of(run: Run, name: str) -> Arrays:
 
 def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
     """Of the model with these extensions, each as its `select` has chosen, or as its method has it."""
-    media = {link.name: link.medium for link in run.settings.links}
-    extensions, rivals = {}, rivals_of(run.settings, names := tuple(names))
-    for name in (name for name in names if not any(name in of for of in rivals.values())):
-        chosen, method = read_selection(run, name), results.method_of(run.settings, name)
-        extensions[name] = ExtensionConfig(
-            layers=tuple(chosen["chosen_layers"]),
-            sources=tuple(chosen["sources"]),
-            new_experts=chosen.get("new_experts", 1),
-            wide=chosen.get("wide", 1),
-            medium=media[name],
-            guidance=method.guidance,
-            drift=method.drift,
-            **grown_as(run.workdir, run.settings, name),
+    rivals = rivals_of(run.settings, names := tuple(names))
+    extensions = {
+        name: extension_config(
+            run.settings, name, chosen=read_selection(run, name), **grown_as(run.workdir, run.settings, name)
         )
+        for name in names
+        if not any(name in of for of in rivals.values())
+    }
     return dataclasses.replace(run.config, extensions=Named(extensions), **rivals)
+
+
+def extension_config(
+    settings: RunSettings, name: str, *, chosen: Mapping[str, Any], start: StartName, calibrator: CalibratorName
+) -> ExtensionConfig:
+    """Of an extension by new experts: `chosen` is what its `select` has written, the rest what its `grow` has made."""
+    method = settings.of_extension(name).method
+    return ExtensionConfig(
+        layers=tuple(chosen["chosen_layers"]),
+        sources=tuple(chosen["sources"]),
+        new_experts=chosen.get("new_experts", 1),
+        wide=chosen.get("wide", 1),
+        medium=settings.link(name).medium,
+        guidance=method.guidance,
+        drift=method.drift,
+        start=start,
+        calibrator=calibrator,
+    )
 
 
 def rivals_of(settings: RunSettings, names: Iterable[str]) -> dict[str, Named[Any]]:
@@ -122,7 +143,7 @@ def rivals_of(settings: RunSettings, names: Iterable[str]) -> dict[str, Named[An
 def grown_as(workdir: Path, settings: RunSettings, name: str) -> dict[str, Any]:
     """`start` and `calibrator` of an extension, where its `grow` has been run, else as the settings have them."""
     facts = train_state.result_facts(results.folder_of(workdir, results.named(settings, name, "grow")) / "result")
-    asked, recorded = results.grow_of(settings, name), (facts or {}).get("extension", {})
+    asked, recorded = settings.of_extension(name).grow, (facts or {}).get("extension", {})
     return {
         field: getattr(asked, field) if facts is None else recorded.get(field, train_state.BEFORE[field])
         for field in ("start", "calibrator")

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
 from moextend_jax.config import DecoderConfig, MoextendError
+from moextend_jax.data.batches import check_media
 from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct, make_ahead
-from moextend_jax.data.faults import too_many
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.extension.routing import check_expert, check_sources
 from moextend_jax.extension.saliency import NO_GRADIENT, SCORES
+from moextend_jax.faults import too_many
 from moextend_jax.models.blocks import check_blocks
 from moextend_jax.models.mixtral import check_length
 from moextend_jax.progress import preparing
@@ -78,6 +79,8 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     for stage in (stage for stage in stages if stage.name in sources):
         readers.setdefault(_reading(settings, stage), []).append(stage.name)
         with problems:
+            check_media(results.stage_of(settings, stage.name), run.config.media)
+        with problems:
             trains = results.table(settings).patterns(stage.name, recipe=settings.recipe)
             if results.is_aligning(trains):
                 medium = trains[0].split("/")[1]
@@ -104,7 +107,7 @@ def _data_names(settings: RunSettings, stages: Iterable[Stage], *, evaluated: bo
     """What is going to be opened, each once."""
     names = [results.stage_of(settings, stage.data.of).data for stage in stages]
     for link in settings.links if evaluated else ():
-        evaluate = results.evaluate_of(settings, link.name)
+        evaluate = settings.of_extension(link.name).evaluate
         names += [evaluate.data, *evaluate.sets.values()]
     return filter(None, dict.fromkeys(names))
 
@@ -125,7 +128,7 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
         if data is None:
             continue
         for extension in links[: links.index(table.result(name).extension) + 1]:
-            evaluate = results.evaluate_of(settings, extension)
+            evaluate = settings.of_extension(extension).evaluate
             finetune = results.stage_of(settings, results.named(settings, extension, "finetune"))
             if not evaluate.data and results.stage_of(settings, data.of).data == finetune.data:
                 with problems:  # of one data set much the same rows are held out for each
@@ -135,7 +138,7 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
         data = _data(settings, name)
         if data is not None and data.part != "all" and left[name] > 0:
             with problems:
-                select = results.select_of(settings, table.result(name).extension)
+                select = settings.of_extension(table.result(name).extension).select
                 rows_of_part(select.held_out, left[name], setting="select.held_out")
     for name in rows:
         if name.partition(":")[0] != "select":
@@ -162,7 +165,7 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
     for name, row in ((name, table.result(name)) for name in names):
         if name.partition(":")[0] not in ("extend", "select", "grow", "finetune"):
             continue
-        method = results.method_of(settings, row.extension)
+        method = settings.of_extension(row.extension).method
         if method.name == "blocks":
             with problems:
                 check_blocks(decoder, method.blocks)
@@ -170,7 +173,7 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
             continue
         if decoder.top_k == 1 and decoder.normalised:
             problems.note([ONE_CHOSEN])
-        select, grow = results.select_of(settings, row.extension), results.grow_of(settings, row.extension)
+        select, grow = settings.of_extension(row.extension).select, settings.of_extension(row.extension).grow
         with problems:
             check_sources(select.number(decoder.experts), select.wide, experts=decoder.experts)
         if grow.start == "twin" and select.wide > 1:

@@ -21,12 +21,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.configurations import meant
 from moextend_jax.settings import (
-    EvaluateSettings,
-    GrowSettings,
     Link,
-    MethodSettings,
     RunSettings,
-    SelectSettings,
     StageSettings,
 )
 
@@ -349,26 +345,6 @@ def laid_out_as(settings: RunSettings, name: str) -> str:
     """The result whose stage says how this one lays out its rows: of `select` the probe, else itself."""
     stage, extension = name.partition(":")[0], table(settings).result(name).extension
     return named(settings, extension, "extend") if stage == "select" else name
-
-
-def select_of(settings: RunSettings, name: str) -> SelectSettings:
-    """Those of the extender of an extension."""
-    return settings.select if name == settings.extension else settings.extensions[name].select
-
-
-def grow_of(settings: RunSettings, name: str) -> GrowSettings:
-    """How an extension starts."""
-    return settings.grow if name == settings.extension else settings.extensions[name].grow
-
-
-def method_of(settings: RunSettings, name: str) -> MethodSettings:
-    """What an extension adds."""
-    return settings.method if name == settings.extension else settings.extensions[name].method
-
-
-def evaluate_of(settings: RunSettings, extension: str) -> EvaluateSettings:
-    """What is asked about an extension's medium or task."""
-    return settings.evaluate if extension == settings.extension else settings.extensions[extension].evaluate
 
 
 def with_stages(settings: RunSettings, stages: Mapping[str, StageSettings]) -> RunSettings:

@@ -263,14 +263,23 @@ def not_run(workdir: Path, name: str) -> MoextendError:
 # --- what a work directory remembers ----------------------------------------------------------------------------------
 
 
-def remember(run: Run) -> None:
+def remember(run: Run, *, made: str = "") -> None:
     """Keeps the settings in WORKDIR/config.json, for the report and for `generate`.
 
     Only what worked is worth remembering: call it after a command, so that a refused one changes nothing.
+
+    Args:
+      made: the result that the command made. Others that are there keep the settings that they were trained with: a
+        command that does not train them may be given other ones.
     """
+    settings, known = run.settings, settings_of(run.workdir)
+    if known is not None:
+        there = [name for name in results.table(settings).training() if (run.folder(name) / "stage.json").exists()]
+        trained = {name for name in there if name in results.table(known).results} - {made}
+        settings = results.with_stages(settings, {name: results.stage_of(known, name) for name in trained})
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets", "numpy")
     record = {
-        "settings": as_json(dataclasses.asdict(run.settings)),
+        "settings": as_json(dataclasses.asdict(settings)),
         "recipe": "paper" if run.settings.recipe == RECIPES["paper"] else "other than the paper's",
         "seed": run.settings.seed,
         "model": as_json(dataclasses.asdict(run.config)),

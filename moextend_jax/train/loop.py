@@ -11,10 +11,9 @@ from typing import Any
 import grain
 import jax
 
-from moextend_jax import preemption
+from moextend_jax import faults, preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.config import Batch, MoextendError
-from moextend_jax.data import faults
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.mesh import on_host, place_rows
 from moextend_jax.models.moextend import MoExtend

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from moextend_jax.checkpoints.outside import short, shown
 from moextend_jax.config import DecoderConfig, MoextendError, VisionConfig, YarnConfig
+from moextend_jax.outside import short, shown
 
 MOST = 1 << 31
 """Sizes stay below; what they multiply to stays a number that can be written down."""
