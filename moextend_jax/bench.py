@@ -27,7 +27,7 @@ from moextend_jax.apart import apart
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
 from moextend_jax.mesh import Program, make_mesh, place_whole
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.mixtral import feed_forward, layer_of
+from moextend_jax.models.decoder import feed_forward, layer_of
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import SCALES, with_arrays
 from moextend_jax.plan.abstract_step import abstract_step, patterns

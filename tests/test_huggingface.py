@@ -204,7 +204,7 @@ def test_what_tools_write_about_themselves_is_no_obstacle(folder: Path, name: st
 
 
 def test_a_sliding_window_is_nothing_in_rows_that_fit_and_refused_in_longer_ones(folder: Path):
-    from moextend_jax.models.mixtral import check_length
+    from moextend_jax.models.decoder import check_length
 
     config = huggingface.read_decoder_config(with_attributes(folder, sliding_window=4096))
     assert config.window == 4096

@@ -22,9 +22,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig, of_pictures
 from moextend_jax.generate import Generator, Sampling
 from moextend_jax.mesh import rows_sharding
+from moextend_jax.models.decoder import Extension, MoE
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.grouped_matmul import grouped_matmul
-from moextend_jax.models.mixtral import Extension, MoE
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.plan import topology

@@ -43,7 +43,7 @@ from moextend_jax.families.family import Name
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.blocks import make_blocks
-from moextend_jax.models.mixtral import Extension, Mixtral
+from moextend_jax.models.decoder import Decoder, Extension
 from moextend_jax.models.projectors import TABLE, make_projector, sizes
 from moextend_jax.models.starts import STARTS
 from moextend_jax.models.whisper import sizes_of
@@ -252,7 +252,7 @@ def row_of(path: str, config: ModelConfig) -> Name | None:
 @functools.cache
 def _leaves(decoder: DecoderConfig) -> frozenset[str]:
     """What a decoder has of its family's rows: sizes say whether there are biases, norms, dense layers, a head."""
-    module = nnx.eval_shape(lambda: Mixtral(decoder, rngs=nnx.Rngs(0), dtype="float32"))
+    module = nnx.eval_shape(lambda: Decoder(decoder, rngs=nnx.Rngs(0), dtype="float32"))
     return frozenset(f"decoder/{path}" for path in by_path(nnx.state(module, nnx.Param)))
 
 

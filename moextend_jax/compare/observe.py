@@ -18,7 +18,7 @@ from moextend_jax.config import IMAGE, RECIPES, Batch
 from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.mixtral import added, feed_forward, layer_of, rms_norm
+from moextend_jax.models.decoder import added, feed_forward, layer_of, rms_norm
 from moextend_jax.models.moextend import MoExtend, shares
 from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.parameters import with_arrays
@@ -73,7 +73,7 @@ def observer(structure: MoExtend, *, aux_coefficient: float, inside: bool) -> Ob
 
 
 def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
-    """The layers of `models.mixtral.run_layers`, from the same parts, with what passes between them."""
+    """The layers of `models.decoder.run_layers`, from the same parts, with what passes between them."""
     config = model.config.decoder
     turns = rotation(batch.positions_BL, config)
     visible = Visible.in_rows(batch.segments_BL)

@@ -38,8 +38,8 @@ from moextend_jax.extension import routing
 from moextend_jax.faults import Fault
 from moextend_jax.media.image import framed, tower_of
 from moextend_jax.mesh import on_host, place_rows, place_whole, row_shards
+from moextend_jax.models.decoder import check_length
 from moextend_jax.models.flops import step_flops
-from moextend_jax.models.mixtral import check_length
 from moextend_jax.models.moextend import abstract
 from moextend_jax.progress import Bar, counting, preparing
 from moextend_jax.runs import results

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import IMAGE, ColumnStart, ExpertStart, ModelConfig, MoextendError, Recipe, StartName
-from moextend_jax.models.mixtral import Extension
+from moextend_jax.models.decoder import Extension
 from moextend_jax.models.quantised import taken
 from moextend_jax.parameters import arrays_of
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moextend_jax.config import BlocksConfig, DecoderConfig, ModelConfig, MoextendError
-from moextend_jax.models.mixtral import DecoderLayers
+from moextend_jax.models.decoder import DecoderLayers
 from moextend_jax.models.quantised import taken
 from moextend_jax.parameters import by_path
 

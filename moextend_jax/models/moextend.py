@@ -25,7 +25,7 @@ from moextend_jax.config import (
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.attention import KeysValues, Visible
 from moextend_jax.models.blocks import make_blocks
-from moextend_jax.models.mixtral import Decoded, Extension, Mixtral, run_layers
+from moextend_jax.models.decoder import Decoded, Decoder, Extension, run_layers
 from moextend_jax.models.projectors import join_frames, make_projector
 from moextend_jax.models.vision import VisionTower
 from moextend_jax.models.whisper import WhisperTower
@@ -53,7 +53,7 @@ class MoExtend(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.decoder = Mixtral(config.decoder, rngs=rngs, dtype=config.dtype, quantised=config.quantised)
+        self.decoder = Decoder(config.decoder, rngs=rngs, dtype=config.dtype, quantised=config.quantised)
         self.media = nnx.Dict({name: MediumModule(medium, config, rngs=rngs) for name, medium in config.media.items()})
         self.extensions = nnx.Dict(
             {

@@ -20,7 +20,7 @@ from moextend_jax.extension.routing import check_expert, check_sources
 from moextend_jax.extension.saliency import NO_GRADIENT, SCORES
 from moextend_jax.faults import too_many
 from moextend_jax.models.blocks import check_blocks
-from moextend_jax.models.mixtral import check_length
+from moextend_jax.models.decoder import check_length
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import Read, data_dir_of, open_source, source_of

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moextend_jax.config import IGNORE, ModelConfig, Recipe
-from moextend_jax.models.mixtral import Decoded, logits
+from moextend_jax.models.decoder import Decoded, logits
 from moextend_jax.models.moextend import shares, targets
 from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.models.weights import used

@@ -1,4 +1,4 @@
-"""The Mixtral decoder, plain or with extensions: embeddings `x_BLD` in, final hidden states and all routing out."""
+"""The decoder, plain or with extensions: embeddings `x_BLD` in, final hidden states and all routing out."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class DecoderLayers(nnx.Module):
         self.shared = shared() if sizes[axes[-1]] else None
 
 
-class Mixtral(nnx.Module):
+class Decoder(nnx.Module):
     """Parameters of the pretrained decoder. The head is None where it is tied to the embedding, and `dense` where all
     layers route."""
 
@@ -134,7 +134,7 @@ class Decoded(NamedTuple):
 
 
 def run_layers(
-    decoder: Mixtral,
+    decoder: Decoder,
     x_BLD: jax.Array,
     *,
     config: ModelConfig,
@@ -161,32 +161,157 @@ def run_layers(
     """
     sizes = config.decoder
     check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
-    turns = rotation(positions_BL, sizes)
-    names = tuple(name for name in config.extensions if name in shares)
-    slots = tuple(_slots(extensions[name], config.extensions[name], sizes.routed) for name in names)
+    layers = _Layers(
+        decoder,
+        config,
+        turns=rotation(positions_BL, sizes),
+        visible=visible,
+        extensions={name: extensions[name] for name in config.extensions if name in shares},
+        adapters={name: adapters[name] for name in config.adapters if name in shares},
+        blocks={name: blocks[name] for name in config.blocks if name in shares},
+        shares=shares,
+        real_BL=real_BL,
+    )
+    x_BLD, first = constrain(x_BLD, "BLd"), sizes.dense_layers
+    local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
+    stacks, of_sets, of_blocks = [], {}, None
+    if decoder.dense is not None:
+        early = _Slices(past=jax.tree.map(lambda array: array[:first], past), is_local=local[0])
+        x_BLD, (_, keys_values) = layers.scan(decoder.dense, x_BLD, early)
+        stacks.append(keys_values)
+    slices = layers.slices(past=jax.tree.map(lambda array: array[first : sizes.layers], past), is_local=local[1])
+    above = config.gradient_from - sizes.routed.start
+    if layers.blocks:
+        x_BLD, (routing, keys_values), of_sets = layers.scan_groups(x_BLD, slices, past)
+        of_blocks = jax.tree.map(lambda *sets: jnp.concatenate(sets), *(routing for routing, _ in of_sets.values()))
+        of_blocks = _numbered(of_blocks, config=config, names=())
+    elif above > 0:
+        x_BLD, (routing, keys_values) = layers.scan_above(above, x_BLD, slices)
+    else:
+        x_BLD, (routing, keys_values) = layers.scan(decoder.layers, x_BLD, slices)
+    stacks.append(keys_values)
+    for name, added_blocks in config.blocks.items():  # sets that do not run keep their place in the cache
+        empty = jax.tree.map(
+            lambda leaf, n=added_blocks.count: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), keys_values
+        )
+        stacks.append(of_sets[name][1] if name in of_sets else empty)
+    if len(stacks) > 1:
+        keys_values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+    routing = _numbered(routing, config=config, names=tuple(layers.extensions))
+    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values, of_blocks)
 
-    adapting = tuple(name for name in config.adapters if name in shares)
-    of_adapters, stacked = zip(*(nnx.split(adapters[name]) for name in adapting), strict=True) if adapting else ((), ())
 
-    def layer(definition, slots, x_BLD, layer_slice):
-        params, number, by_slot, by_adapter, past, is_local = layer_slice
-        own_adapters = zip(adapting, of_adapters, by_adapter, strict=True) if by_adapter else ()  # a dense layer: none
-        adapted = [
-            Adapted(name, config.adapters[name], nnx.merge(graph, own), shares[name])
-            for name, graph, own in own_adapters
-        ]
+class _Slices(NamedTuple):
+    """What a layer has of its own besides its parameters, stacked over the layers of a scan: its number among those
+    that route, its part of each extension and adapter (a dense layer and a block have none), its keys and values of
+    earlier positions, and whether its attention is local."""
+
+    number: Any = None
+    slots: Any = ()
+    adapters: Any = ()
+    past: Any = None
+    is_local: Any = None
+
+
+class _Layers:
+    """What the layers of one forward pass share (of extensions, adapters and blocks those that run), and the scans over
+    them. A scan gives `(x_BLD, (Routing, KeysValues))`, the latter two stacked over its layers."""
+
+    def __init__(
+        self, decoder: Decoder, config: ModelConfig, *, turns: Rotation, visible: Visible,
+        extensions: Mapping[str, Extension], adapters: Mapping[str, Adapter], blocks: Mapping[str, DecoderLayers],
+        shares: Mapping[str, jax.Array | None], real_BL: jax.Array | None,
+    ):  # fmt: skip
+        self.decoder, self.config, self.turns, self.visible = decoder, config, turns, visible
+        self.extensions, self.blocks, self.shares, self.real_BL = extensions, blocks, shares, real_BL
+        routed = config.decoder.routed
+        self.slots = tuple(_slots(of, config.extensions[name], routed) for name, of in extensions.items())
+        self.adapters = {name: nnx.split(of) for name, of in adapters.items()}
+
+    def slices(self, *, past: KeysValues | None, is_local: jax.Array | None) -> _Slices:
+        """Those of all layers that route."""
+        numbers = jnp.arange(len(self.config.decoder.routed))
+        stacked = tuple(stacked for _, stacked in self.adapters.values())
+        return _Slices(numbers, tuple(slot.scanned for slot in self.slots), stacked, past, is_local)
+
+    def scan(self, stack: DecoderLayers, x_BLD: jax.Array, slices: _Slices) -> tuple[jax.Array, Any]:
+        body, params = self._body(stack)
+        return jax.lax.scan(body, x_BLD, (params, slices))
+
+    def scan_above(self, first: int, x_BLD: jax.Array, slices: _Slices) -> tuple[jax.Array, Any]:
+        """The layers that route in two scans, the lower of which, of the layers before `first`, has no backward pass.
+        Weights are read where they lie, since cutting the stacks in two would copy them."""
+        definition, params = nnx.split(self.decoder.layers)
+
+        def numbered(slots, x_BLD, own):
+            at = own.number
+            of_layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), params)
+            return self._layer(definition, slots, x_BLD, (of_layer, own))
+
+        parts = []
+        for part, slots in (slice(first), jax.lax.stop_gradient(self.slots)), (slice(first, None), self.slots):
+            body = self._remat(functools.partial(numbered, slots))
+            x_BLD, given = jax.lax.scan(body, x_BLD, jax.tree.map(lambda leaf, part=part: leaf[part], slices))
+            parts.append(given)
+        return x_BLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def scan_groups(
+        self, x_BLD: jax.Array, slices: _Slices, past: KeysValues | None
+    ) -> tuple[jax.Array, Any, dict[str, Any]]:
+        """The layers that route in groups, a block of each set behind every group; and by set what its blocks gave.
+        `past` is that of all layers, with the blocks'."""
+        body, params = self._body(self.decoder.layers)
+        bodies, own_params = zip(*map(self._body, self.blocks.values()), strict=True)
+        (count,) = {self.config.blocks[name].count for name in self.blocks}
+        groups = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (params, slices))
+        pasts = tuple(_of_blocks(past, self.config, name) for name in self.blocks)
+
+        def group(x_BLD, of_group):
+            layers, of_sets, own_pasts = of_group
+            x_BLD, of_layers = jax.lax.scan(body, x_BLD, layers)
+            is_local, made = jax.tree.map(lambda leaf: leaf[-1], layers[1].is_local), []
+            for name, run, own, past in zip(self.blocks, bodies, of_sets, own_pasts, strict=True):
+                y_BLD, given = run(x_BLD, (own, _Slices(past=past, is_local=is_local)))
+                x_BLD = passed(x_BLD, y_BLD, self.shares[name])
+                made.append(given)
+            return x_BLD, (of_layers, tuple(made))
+
+        x_BLD, (of_layers, of_sets) = jax.lax.scan(group, x_BLD, (groups, own_params, pasts))
+        of_layers = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_layers)
+        return x_BLD, of_layers, dict(zip(self.blocks, of_sets, strict=True))
+
+    def _body(self, stack: DecoderLayers) -> tuple[Any, Any]:
+        """What runs a layer of a stack, and the stack's parameters."""
+        definition, params = nnx.split(stack)
+        return self._remat(functools.partial(self._layer, definition, self.slots)), params
+
+    def _remat(self, body: Any) -> Any:
+        if self.config.remat == "layer":
+            policy = jax.checkpoint_policies.save_only_these_names(*self.config.saved)
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+        return body
+
+    def _layer(self, definition: Any, slots: tuple[_Slots, ...], x_BLD: jax.Array, of_layer: tuple[Any, _Slices]):
+        """`x_BLD -> (x_BLD, (Routing, KeysValues))`, the body of every scan."""
+        params, own = of_layer
+        config, sizes, shares = self.config, self.config.decoder, self.shares
         this: DecoderLayers = nnx.merge(definition, params)
-        own_slots = slots if by_slot else ()  # a dense layer has none
-        here = [slot.of_layer(own) for slot, own in zip(own_slots, by_slot, strict=True)]
+        adapted = [
+            Adapted(name, config.adapters[name], nnx.merge(graph, stored), shares[name])
+            for (name, (graph, _)), stored in zip(
+                self.adapters.items() if own.adapters else (), own.adapters, strict=True
+            )
+        ]
+        here = [slot.of_layer(part) for slot, part in zip(slots if own.slots else (), own.slots, strict=True)]
 
         def attend(x_BLD, past):
             normed_BLD = rms_norm(x_BLD, this.attention_norm[...], eps=sizes.norm_eps)
-            return this.attention(normed_BLD, turns, visible, past, is_local=is_local, adapted=adapted)
+            return this.attention(normed_BLD, self.turns, self.visible, past, is_local=own.is_local, adapted=adapted)
 
         if config.remat == "attention":
             attend = jax.checkpoint(attend)
         with jax.named_scope("attention"):
-            y_BLD, present = attend(x_BLD, past)
+            y_BLD, present = attend(x_BLD, own.past)
             x_BLD = checkpoint_name(constrain(added(x_BLD, y_BLD, sizes), "BLd"), "middle")
         normed_BLD = rms_norm(x_BLD, this.moe_norm[...], eps=sizes.norm_eps)
         y_BLD, routing = feed_forward(
@@ -194,104 +319,22 @@ def run_layers(
             this,
             here,
             config=config,
-            extended=[own.extended for own in by_slot],
-            sources=[own.sources_X for own in by_slot],
-            shares=[shares[name] for name in names],
-            real_BL=real_BL,
+            extended=[part.extended for part in own.slots],
+            sources=[part.sources_X for part in own.slots],
+            shares=[shares[name] for name in self.extensions],
+            real_BL=self.real_BL,
             adapted=adapted,
-            stacked=() if number is None else lying(number, [own.row for own in by_slot]),
+            stacked=() if own.number is None else self._frozen(own.number, [part.row for part in own.slots]),
         )
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
-    def lying(number, rows):
+    def _frozen(self, number: jax.Array, rows: Sequence[jax.Array]) -> tuple[Stacked | None, ...]:
         """Where the experts of a layer lie that are frozen, pretrained ones, then each extension's."""
-        assert decoder.layers.moe is not None
-        pretrained = None if config.frozen_experts == "none" else Stacked(decoder.layers.moe.experts, number)
-        new = [Stacked(extensions[name].new_experts, row) for name, row in zip(names, rows, strict=True)]
-        return pretrained, *(new if config.frozen_experts == "all" else [None] * len(new))
-
-    def scanned(stack):
-        """What runs a layer of a stack, and the stack's parameters."""
-        definition, params = nnx.split(stack)
-        return remat(functools.partial(layer, definition, slots)), params
-
-    def remat(body):
-        if config.remat == "layer":
-            policy = jax.checkpoint_policies.save_only_these_names(*config.saved)
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-        return body
-
-    def scan(stack, x_BLD, *slices):
-        body, params = scanned(stack)
-        return jax.lax.scan(body, x_BLD, (params, *slices))
-
-    def scan_above(first, x_BLD, *slices):
-        """The layers that route in two scans, the lower of which, of the layers before `first`, has no backward pass.
-        Weights are read where they lie, since cutting the stacks in two would copy them."""
-        definition, params = nnx.split(decoder.layers)
-
-        def numbered(slots, x_BLD, layer_slice):
-            at = layer_slice[0]
-            own = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, keepdims=False), params)
-            return layer(definition, slots, x_BLD, (own, *layer_slice))
-
-        parts = []
-        for part, own_slots in (slice(first), jax.lax.stop_gradient(slots)), (slice(first, None), slots):
-            body = remat(functools.partial(numbered, own_slots))
-            x_BLD, given = jax.lax.scan(body, x_BLD, jax.tree.map(lambda leaf, part=part: leaf[part], slices))
-            parts.append(given)
-        return x_BLD, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-    def scan_groups(x_BLD, *slices):
-        """The layers that route in groups, a block of each set behind every group; and by set what its blocks gave."""
-        body, params = scanned(decoder.layers)
-        bodies, own_params = zip(*(scanned(blocks[name]) for name in behind), strict=True)
-        count = config.blocks[behind[0]].count
-        groups = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), (params, *slices))
-        pasts = tuple(_of_blocks(past_of_all, config, name) for name in behind)
-
-        def group(x_BLD, of_group):
-            layers, of_sets, own_pasts = of_group
-            x_BLD, of_layers = jax.lax.scan(body, x_BLD, layers)
-            is_local, made = jax.tree.map(lambda leaf: leaf[-1], layers[-1]), []
-            for name, run, own, past in zip(behind, bodies, of_sets, own_pasts, strict=True):
-                y_BLD, given = run(x_BLD, (own, None, (), (), past, is_local))
-                x_BLD = passed(x_BLD, y_BLD, shares[name])
-                made.append(given)
-            return x_BLD, (of_layers, tuple(made))
-
-        x_BLD, (of_layers, of_sets) = jax.lax.scan(group, x_BLD, (groups, own_params, pasts))
-        return x_BLD, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_layers), of_sets
-
-    behind = tuple(name for name in config.blocks if name in shares)
-    past_of_all = past
-    x_BLD, first, before = constrain(x_BLD, "BLd"), sizes.dense_layers, None
-    local = (jnp.array(sizes.local[:first]), jnp.array(sizes.local[first:])) if sizes.local else (None, None)
-    if decoder.dense is not None:
-        early = jax.tree.map(lambda array: array[:first], past)
-        x_BLD, (_, before) = scan(decoder.dense, x_BLD, None, (), (), early, local[0])
-    past = jax.tree.map(lambda array: array[first : sizes.layers], past)
-    numbers, of_blocks = jnp.arange(len(sizes.routed)), None
-    slices = (numbers, tuple(slot.scanned for slot in slots), stacked, past, local[1])
-    if behind:
-        x_BLD, (routing, keys_values), of_sets = scan_groups(x_BLD, *slices)
-        of_blocks = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *(routing for routing, _ in of_sets))
-        of_blocks = _numbered(of_blocks, config=config, names=())
-        made = {name: present for name, (_, present) in zip(behind, of_sets, strict=True)}
-    else:
-        above = config.gradient_from - sizes.routed.start
-        run = functools.partial(scan_above, above) if above > 0 else functools.partial(scan, decoder.layers)
-        (x_BLD, (routing, keys_values)), made = run(x_BLD, *slices), {}
-    stacks = [keys_values] if before is None else [before, keys_values]
-    for name, added_blocks in config.blocks.items():  # sets that do not run keep their place in the cache
-        empty = jax.tree.map(
-            lambda leaf, n=added_blocks.count: jnp.zeros((n, *leaf.shape[1:]), leaf.dtype), keys_values
-        )
-        stacks.append(made.get(name, empty))
-    if len(stacks) > 1:
-        keys_values = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-    routing = _numbered(routing, config=config, names=names)
-    return Decoded(rms_norm(x_BLD, decoder.norm[...], eps=sizes.norm_eps), routing, keys_values, of_blocks)
+        assert self.decoder.layers.moe is not None
+        which = self.config.frozen_experts
+        pretrained = None if which == "none" else Stacked(self.decoder.layers.moe.experts, number)
+        new = [Stacked(of.new_experts, row) for of, row in zip(self.extensions.values(), rows, strict=True)]
+        return pretrained, *(new if which == "all" else [None] * len(new))
 
 
 def _of_blocks(past: KeysValues | None, config: ModelConfig, name: str) -> KeysValues | None:
@@ -311,7 +354,7 @@ def passed(x_BLD: jax.Array, y_BLD: jax.Array, share_BL: jax.Array | None) -> ja
     return jnp.where(share_BL1 == 0, y_BLD, jnp.where(jnp.isneginf(share_BL1), x_BLD, part_BLD))
 
 
-def layer_of(decoder: Mixtral, number: int) -> DecoderLayers:
+def layer_of(decoder: Decoder, number: int) -> DecoderLayers:
     """One layer's slice of its stack."""
     first = decoder.config.dense_layers
     stack, at = (decoder.layers, number - first) if number >= first else (decoder.dense, number)
@@ -417,4 +460,4 @@ def _slots(extension: Extension, config: ExtensionConfig, routed: range) -> _Slo
     return _Slots(definition, state, _Scanned(extended_Z, here_Z, sources_ZX))
 
 
-__all__ = ["Decoded", "Extension", "Mixtral", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]
+__all__ = ["Decoded", "Decoder", "Extension", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]
