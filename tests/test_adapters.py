@@ -76,6 +76,7 @@ def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
         assert bool(jnp.any(leaf)) == (path.endswith("/b") or "/choice/" in path), path
 
 
+@pytest.mark.slow
 def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     """Even rows have a picture: with strict isolation hidden states of the others are as if no adapter had a share."""
     config = dataclasses.replace(with_adapters(tiny.EXTENDED, "lora", "mole", "moram"), text_isolation="strict")
@@ -90,6 +91,7 @@ def test_tokens_that_an_adapter_is_closed_to_are_as_without_it():
     assert np.abs(with_them - without)[pictured_BL].max() > 1e-2
 
 
+@pytest.mark.slow
 def test_what_an_adapter_is_closed_to_is_not_balanced():
     """Conversations of text, whose tokens MoLE's router may not send anywhere under strict isolation."""
     config = dataclasses.replace(with_adapters(tiny.PLAIN, "mole"), text_isolation="strict")

@@ -129,7 +129,7 @@ def test_answers_do_not_depend_on_what_else_is_asked():
     assert said(asker(rows=8), some) == together()  # other shapes: equal here, where no two logits are as close
 
 
-@pytest.mark.parametrize("with_heads", [True, False])
+@pytest.mark.parametrize("with_heads", tiny.few([True, False]))
 def test_logits_are_the_same_to_the_bit_wherever_a_row_stands(with_heads: bool):
     """All logits of two steps, of one prompt in every row of batches of other prompts. This is why an argmax cannot
     change: a prompt's shapes are its own (test_prompts.py), and within a shape rows do not matter."""
@@ -179,6 +179,7 @@ def test_programs_are_few_and_compiled_once():
     assert dict(who.generator.programs) == counted
 
 
+@pytest.mark.slow
 def test_an_image_is_read_once_for_all_questions_of_a_batch():
     who = asker(rows=64)
     pictures = who.readers["image"]
@@ -189,6 +190,7 @@ def test_an_image_is_read_once_for_all_questions_of_a_batch():
     assert len(alike) > 15 and sorted(pictures.read_rows) == sorted({prompt.items["image"][0] for prompt in alike})
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_rows_that_were_only_filled_up():
     """A batch whose prompts have all ended stops there, though it has empty rows."""
     n = next(n for n, ids in enumerate(together()) if len(ids) <= 1)

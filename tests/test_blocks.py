@@ -79,6 +79,7 @@ def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(re
     assert moving == {f"blocks/own/{path}" for path in SILENT} & gradient.keys()
 
 
+@pytest.mark.slow
 def test_their_load_is_balanced_beside_experts_that_are_added_to_a_token_s_picks():
     """Layers have more picks of a token there than blocks."""
     added = ExtensionConfig(layers=(0, 2), sources=(1, 3), calibrator_width=5, start="added")
@@ -89,6 +90,7 @@ def test_their_load_is_balanced_beside_experts_that_are_added_to_a_token_s_picks
     assert np.isfinite(found.total) and found.aux > 0
 
 
+@pytest.mark.slow
 def test_what_blocks_are_closed_to_is_not_balanced():
     """Conversations of text under strict isolation; behind the block is no layer, whose load would tell of them."""
     config = dataclasses.replace(tiny.PLAIN, blocks=Named(own=BlocksConfig(count=1)), text_isolation="strict")

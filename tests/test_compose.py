@@ -494,6 +494,7 @@ def test_a_chain_is_exported_as_one_delta_or_extension_by_extension(root: Path, 
         cli.call(["export", str(workdir), str(tmp_path / "x")])
 
 
+@pytest.mark.slow
 def test_a_composed_model_answers(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = composed(root, tmp_path / "out")
     Image.new("RGB", (9, 7), (200, 30, 30)).save(tmp_path / "a.png")

@@ -115,6 +115,7 @@ def test_rows_in_order_are_read_a_chunk_at_a_time(tmp_path, monkeypatch):
     assert chunks == [2, 1]
 
 
+@pytest.mark.slow
 def test_who_comes_while_it_is_built_waits(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "conversations": TALK}]))
     call = f"open_dataset({str(tmp_path / 'a.json')!r}, data_dir={str(tmp_path)!r})"

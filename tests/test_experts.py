@@ -135,7 +135,7 @@ def test_a_pick_of_nobodys_expert_adds_nothing():
     np.testing.assert_allclose(y_TD, first_alone_TD, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", few(["cpu", "gpu"]))
 def test_nor_does_a_low_rank_update_that_all_experts_share(platform: str, monkeypatch: pytest.MonkeyPatch):
     """Of a token without an expert here: another device has it, or another part of the model."""
     monkeypatch.setattr(experts, "platform", lambda: platform)

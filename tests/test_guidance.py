@@ -37,6 +37,7 @@ def guided(**options: Any) -> ModelConfig:
     return with_extension(tiny.EXTENDED, dataclasses.replace(tiny.EXTENSION, **options))
 
 
+@pytest.mark.slow
 def test_atoms_are_trained_without_the_threshold():
     """None reaches it, so that with it nothing would have a gradient."""
     adapter = AdapterConfig(method="moram", rank=4, alpha=8.0, experts="none", top_k=3, tau=0.1, threshold=2.0)

@@ -108,6 +108,7 @@ def test_trained_routers_cannot_be_isolated():
         RunSettings(**parts, evaluate=evaluate, recipe=RECIPES["released"], text_isolation="strict")
 
 
+@pytest.mark.slow
 def test_answers_to_text_are_the_base_s_and_answers_to_images_are_not(arrays):
     """Through batched generation, where a prompt's image may lie in a head that is read apart."""
     lively = arrays | {"decoder/embed": arrays["decoder/embed"] * 2}

@@ -141,6 +141,7 @@ def test_a_load_by_hand():
     np.testing.assert_allclose(aux_released(pooled, config=plain), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_load_of_an_expert_is_over_the_tokens_that_may_choose_it():
     """Two layers of two pretrained experts and two extensions; the third token may choose neither, nobody the last."""
     shut = -np.inf
@@ -235,6 +236,7 @@ def packed_and_apart() -> tuple[Batch, Batch, list[tuple[tuple[int, slice], tupl
     )
 
 
+@pytest.mark.slow
 def test_packed_conversations_neither_see_nor_change_each_other():
     arrays = tiny.arrays(tiny.EXTENDED)
     packed, apart, places = packed_and_apart()

@@ -284,7 +284,7 @@ def test_what_a_command_does_not_train_keeps_its_settings(finished, tmp_path):
     assert trained is not None
     other = dataclasses.replace(
         run.settings,
-        finetune=dataclasses.replace(run.settings.finetune, hang_after=7.0),
+        finetune=dataclasses.replace(run.settings.finetune, loss_chunk=77),
         evaluate=dataclasses.replace(run.settings.evaluate, questions=3),
     )
     remember(dataclasses.replace(run, settings=other))

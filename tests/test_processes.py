@@ -386,6 +386,7 @@ sys.exit(3)
     assert {f"the last of {index}" in said for index in range(3)} == {True}
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_later_ends_with_the_same_code(monkeypatch: pytest.MonkeyPatch):
     """One that still closes its files after process 0 is done, where the service runs that tells of lost processes."""
     monkeypatch.syspath_prepend(ROOT / "launch")

@@ -311,6 +311,7 @@ def test_tables_name_data_as_people_do(data: str, title: str):
     assert summary.title_of(data) == title
 
 
+@pytest.mark.slow
 def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
     """Whatever the batches; of a model with eyes, and of the base, which gets the text alone."""
     own = settings(llava, finetune={"steps": 1, "epochs": 0.0}, evaluate={"text_batch_size": 4})

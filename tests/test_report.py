@@ -234,6 +234,7 @@ def test_one_question_says_little(tmp_path):
     assert "0.0% <small>0.0–79.3</small>" in write_report(tmp_path).read_text()
 
 
+@pytest.mark.slow
 def test_a_rival_s_run_is_called_by_its_method(tmp_path):
     """In tables, cards and pictures; the page itself is this tool's."""
     workdir = fake_workdir(tmp_path)

@@ -205,7 +205,7 @@ def test_weights_sum_to_one_and_the_likeliest_comes_first():
     np.testing.assert_allclose(routed(extended=True).weights_Tk.sum(axis=1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [6, 1000])
+@pytest.mark.parametrize("width", tiny.few([6, 1000]))
 def test_of_a_clone_and_its_source_the_source_comes_first(width: int):
     """Where their logits are equal to the last bit, as those of short sums are. Two products may round a longer one in
     two ways, by their widths, the processor and the version of XLA; that much is `TIE`, and twins count with it."""

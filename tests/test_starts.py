@@ -158,7 +158,7 @@ def test_other_calibrators_begin_as_the_papers_does_but_for_one_and_learn(calibr
 @pytest.mark.parametrize(
     ("start", "still"),
     [
-        ("twin", {"router/calibrator/w_in"}),
+        pytest.param("twin", {"router/calibrator/w_in"}, marks=pytest.mark.slow),
         ("added", {"router/calibrator/w_in", "router/new_gate", "new_experts/w_gate", "new_experts/w_up"}),
     ],
 )
@@ -238,7 +238,7 @@ SOUND = tiny.BOTH.extensions["sound"]  # two new experts in layers 1 and 2, of t
 EACH = [[Talk(1, ("image",)), Talk(2, ("sound",))], [Talk(3, ("image", "sound"))], [Talk(4)], [Talk(5, ("sound",))]]
 
 
-@pytest.mark.parametrize("start", EXACT)
+@pytest.mark.parametrize("start", few(EXACT))
 @pytest.mark.parametrize("before", few(STARTS, "lowered"))
 def test_a_trained_extension_of_any_start_stays_what_it_was_beside_a_new_one(before: StartName, start: StartName):
     """Its calibrators are no longer the identity, its columns no longer copies; both extend the last layer."""

@@ -289,6 +289,7 @@ def test_roll_back_goes_on_with_later_data(tmp_path: Path, capsys):
         train(tmp_path / "none", rows=Poisoned(1), rollbacks=1)
 
 
+@pytest.mark.slow
 def test_what_trains_is_in_memory_once(tmp_path: Path, monkeypatch):
     """Weights and AdamW's moments, from the second step on: after a first start, a resume, and going back. (On a CPU a
     save keeps what it writes, so these do not save between.)"""

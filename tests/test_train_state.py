@@ -79,6 +79,7 @@ def lines(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
+@pytest.mark.slow
 def test_two_steps_are_under_way_at_most(run, tmp_path: Path, monkeypatch):
     """More lock up a CPU of several devices (`train/loop.py`)."""
     steps, waited, make_step, wait = [], [], loop.make_step, jax.block_until_ready

@@ -158,6 +158,7 @@ def test_the_second_question_is_about_the_same_picture(page: Page, picture: Path
     assert (seen[0].routing.patches >= 0).sum() == talk.opened.patches
 
 
+@pytest.mark.slow
 def test_a_base_continues_text_and_is_shown_beside_without_the_picture(page: Page, picture: Path):
     talk = page.conversation("base")
     pieces, seen = answered(page, "In the beginning", {}, talk, NOTHING)

@@ -109,6 +109,7 @@ def test_parity_with_transformers_from_the_files_it_writes(tmp_path: Path):
     np.testing.assert_array_equal(expected.last_hidden_state, expected.hidden_states[-1])
 
 
+@pytest.mark.slow
 def test_the_feature_layer_is_the_state_and_gradients_reach_what_it_needs(folder: Path):
     leaves = values(read_whisper(folder).leaves)
     states = states_of(TINY)(leaves, MEL_nbl)

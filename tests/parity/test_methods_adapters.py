@@ -100,7 +100,7 @@ def test_lora_on_experts_and_router(variant: str, platform: str):
     np.testing.assert_allclose(of(x_TD, start)[0], theirs["base_y_TD"], **CLOSE)
 
 
-@pytest.mark.parametrize("ffn", [False, True])
+@pytest.mark.parametrize("ffn", few([False, True]))
 @pytest.mark.parametrize("gating", few(["top1_prob", "top1", "dense"]))
 def test_mole_on_experts(gating: Gating, ffn: bool, platform: str):
     theirs = methods_arrays("mole")
@@ -126,7 +126,7 @@ def test_mole_on_experts(gating: Gating, ffn: bool, platform: str):
         assert not jnp.any(gradient["choice/weight"])
 
 
-@pytest.mark.parametrize("form", ["released", "per_layer"])
+@pytest.mark.parametrize("form", few(["per_layer", "released"]))
 def test_balance_of_lora_experts(form: str):
     theirs = methods_arrays("mole")
     logits_ZBLI, real_BL = jnp.asarray(theirs["balance/logits_ZBLI"]), jnp.asarray(theirs["balance/real_BL"])
@@ -164,6 +164,7 @@ def test_moram_on_one_map(variant: str):
     np.testing.assert_allclose(db_rF[old:], theirs[f"{variant}/d_b_new_rF"], **CLOSE)
 
 
+@pytest.mark.slow
 def test_moram_s_fresh_atoms_change_what_old_ones_did():
     """By the stored amount: a later set is no exact start, although its B is zero."""
     theirs = methods_arrays("moram")

@@ -56,6 +56,7 @@ def check_path(theirs: dict[str, np.ndarray], m: int) -> None:
         np.testing.assert_allclose(gradient, theirs[f"{m}/d_{name}"], err_msg=name, **CLOSE)
 
 
+@pytest.mark.slow
 def test_crema_on_a_frozen_resampler():
     """Each medium's tokens, and the gradients of all that it trains, as its own leaves beside the trunk's."""
     theirs = methods_arrays("crema")

@@ -136,6 +136,7 @@ def loss_of_fusion(tokens_mBtqD: jax.Array, trained: dict[str, Any], cotangent_B
     return ((main + jax.nn.sigmoid(fused) * fused) * cotangent_BtqD).sum()
 
 
+@pytest.mark.slow
 def test_crema_resampler_and_its_gradients(folder: Path):
     given = arrays(folder, "crema")
     module, leaves_of = resampler(given)
