@@ -82,7 +82,9 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
 
         return run_chains(settings, workdir, run=whole_run)
     from moextend_jax import distributed
-    from moextend_jax.evaluate import summary
+    from moextend_jax.evaluate.evaluation import evaluate
+    from moextend_jax.evaluate.run_questions import check
+    from moextend_jax.evaluate.summary import print_table, summarise
     from moextend_jax.report.explorer import write_explorer
     from moextend_jax.report.page import write_report
     from moextend_jax.runs.making import make_all
@@ -90,11 +92,11 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
 
     screen, started = console(), time.perf_counter()
     with working(settings, workdir, resume_from=resume_from) as run:
-        for name in make_all(run, checks=[summary.check]):
+        for name in make_all(run, checks=[check]):
             remember(run, made=name)
             _show(run, name)
-        record = summary.summarise(run, summary.evaluate(run), total_seconds=time.perf_counter() - started)
-        summary.print_table(record, screen)
+        record = summarise(run, evaluate(run), total_seconds=time.perf_counter() - started)
+        print_table(record, screen)
         if distributed.first():
             # PyTorch's programs know one extension, of pictures, by new experts.
             known = [(link.name, link.medium, link.rival) for link in settings.links] == [(IMAGE, IMAGE, None)]
@@ -135,7 +137,8 @@ def run_and_start(settings: RunSettings, workdir: Path) -> dict[str, Any]:
 
 
 def evaluate(options: RunOptions) -> None:
-    from moextend_jax.evaluate import summary
+    from moextend_jax.evaluate import evaluation
+    from moextend_jax.evaluate.summary import print_table, summarise
     from moextend_jax.runs.making import check_made
     from moextend_jax.runs.run import evaluation_rows, remember, working
 
@@ -143,7 +146,7 @@ def evaluate(options: RunOptions) -> None:
         raise MoextendError("evaluate does not train; leave --resume_from out")
     with working(options.config, options.workdir, rows=evaluation_rows(options.config)) as run:
         check_made(run)
-        summary.print_table(summary.summarise(run, summary.evaluate(run), total_seconds=None), console())
+        print_table(summarise(run, evaluation.evaluate(run), total_seconds=None), console())
         remember(run)
 
 

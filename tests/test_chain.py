@@ -20,7 +20,7 @@ from moextend_jax.check_data import check_command
 from moextend_jax.commands import whole_run
 from moextend_jax.config import MoextendError
 from moextend_jax.continual import check_nothing_is_lost
-from moextend_jax.evaluate import summary
+from moextend_jax.evaluate import evaluation
 from moextend_jax.evaluate.composing import RULES
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs import results
@@ -167,7 +167,7 @@ def test_what_is_learnt_behind_an_extension_that_is_apart_goes_on_from_those_bef
     later = {"alone": dataclasses.replace(touch, apart=True), "touch": touch}
     run: Any = SimpleNamespace(settings=dataclasses.replace(settings, extensions=later), has=lambda name: True)
     asked: Any = {"image": None, "alone": None, "touch": None}
-    plan = summary._plan(run, asked)
+    plan = evaluation._plan(run, asked)
     assert plan["moextend:alone"] == ["alone"] and plan["moextend:touch"] == ["image", "touch"]
 
 
@@ -202,10 +202,10 @@ def test_a_rival_has_nothing_that_a_mixture_trains(settings):
 def test_all_processes_open_the_data_of_guesses_in_one_order(monkeypatch):
     """Process 0 opens first, and the others wait for it by the name of the data: a set has another order in each."""
     names, opened = [f"extension{n}" for n in range(16)], []
-    monkeypatch.setattr(summary, "source_of", lambda run, data: opened.append(data.of))
-    monkeypatch.setattr(summary.results, "named", lambda settings, name, stage: name)
+    monkeypatch.setattr(evaluation, "source_of", lambda run, data: opened.append(data.of))
+    monkeypatch.setattr(evaluation.results, "named", lambda settings, name, stage: name)
     asked: Any = {name: SimpleNamespace(asked=SimpleNamespace(extension=name), prompted=()) for name in names}
-    summary._guesses(cast(Any, SimpleNamespace(settings=None)), asked)
+    evaluation._guesses(cast(Any, SimpleNamespace(settings=None)), asked)
     assert opened == names
 
 
@@ -213,14 +213,14 @@ def test_a_model_of_two_names_is_asked_once(settings):
     def same(settings: RunSettings) -> list[tuple[str, str]]:
         models = results.table(settings).models
         names = ["base", "aligned", "moextend", "full", "moextend:image", "moextend:touch", "full:image", "full:touch"]
-        firsts = [summary._first_name(names, name, models=models) for name in names]
+        firsts = [evaluation._first_name(names, name, models=models) for name in names]
         return [(name, first) for name, first in zip(names, firsts, strict=True) if first != name]
 
     assert same(settings) == [("moextend:touch", "moextend"), ("full:touch", "full")]
     assert same(dataclasses.replace(settings, mixture=settings.finetune)) == [("full:touch", "full")]
     task = results.of_links((settings.links[0]._replace(medium=""),)).models
     assert task["aligned"].results == task["base"].results  # and yet the base is asked as plain text
-    assert summary._first_name(["base", "aligned"], "aligned", models=task) == "aligned"
+    assert evaluation._first_name(["base", "aligned"], "aligned", models=task) == "aligned"
 
 
 @pytest.mark.slow
@@ -301,7 +301,7 @@ def test_chains_side_by_side_then_trained_together(settings, tmp_path, monkeypat
         chains=("strict", "open", "full"),
     )
     two_rules = {name: RULES[name] for name in [*RULES][:2]}  # test_several computes all
-    monkeypatch.setattr(summary, "RULES", two_rules)
+    monkeypatch.setattr(evaluation, "RULES", two_rules)
     record = whole_run(both_media, tmp_path / "w")
     assert record == json.loads((tmp_path / "w" / "summary.json").read_text())
     for title, chain in record["chains"].items():

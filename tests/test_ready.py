@@ -22,7 +22,7 @@ from moextend_jax.data.batches import batches
 from moextend_jax.data.readers import Readers
 from moextend_jax.data.splitting import marks_of
 from moextend_jax.data.tokenizer import load_tokenizer
-from moextend_jax.evaluate import summary
+from moextend_jax.evaluate import run_questions, text_losses
 from moextend_jax.evaluate.prompts import buckets
 from moextend_jax.mesh import make_mesh, place_leaves
 from moextend_jax.models.moextend import abstract
@@ -152,7 +152,7 @@ def test_all_that_stands_in_the_way_is_said_before_anything_is_written(llava, tm
     )
     run = open_without_weights(wrong, tmp_path / "work")
     with pytest.raises(MoextendError) as refused:
-        next(make_all(run, checks=[summary.check]))
+        next(make_all(run, checks=[run_questions.check]))
     for part in (
         "5 things stand in the way, nothing was done: (1)", "has no split 'dev'", "cannot hold out 24 of 24 rows",
         "select.share = 0.1 of 3 layers", "extend: example row0", "do not fit a row of 10", "(24 are too_long)",
@@ -177,7 +177,7 @@ def test_data_that_a_later_stage_would_refuse(llava, tmp_path, change, said: str
     (llava / "one.png").write_bytes((llava / "1.png").read_bytes())
     rewrite(llava, change)
     with pytest.raises(MoextendError, match=said):
-        next(make_all(open_without_weights(settings(llava), tmp_path / "work"), checks=[summary.check]))
+        next(make_all(open_without_weights(settings(llava), tmp_path / "work"), checks=[run_questions.check]))
 
 
 def test_rows_that_are_longer_than_the_window_of_the_base(llava, tmp_path):
@@ -188,7 +188,7 @@ def test_rows_that_are_longer_than_the_window_of_the_base(llava, tmp_path):
         next(make_all(dataclasses.replace(run, config=narrow)))
     assert not list(tmp_path.glob("align"))
     with pytest.raises(MoextendError, match="^rows of 256 tokens: the model was made for a sliding window of 40"):
-        summary.check(dataclasses.replace(run, config=narrow))  # of held-out text
+        run_questions.check(dataclasses.replace(run, config=narrow))  # of held-out text
 
 
 def test_more_than_may_be_skipped(llava, tmp_path):
@@ -209,11 +209,11 @@ def test_questions_are_looked_at_before_anything_is_trained(llava, tmp_path):
     strict = dataclasses.replace(settings(llava).faults, policies={"not_image": "error"})
     run = open_without_weights(dataclasses.replace(settings(llava, evaluate=asked), faults=strict), tmp_path / "work")
     with pytest.raises(MoextendError, match=r"^evaluate: cannot read image 3\.png"):
-        next(make_all(run, checks=[summary.check]))
+        next(make_all(run, checks=[run_questions.check]))
     with pytest.raises(MoextendError, match="its prompt has 2. tokens, evaluate.length is 7"):
-        summary.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"length": 7})))
+        run_questions.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"length": 7})))
     with pytest.raises(MoextendError, match="evaluate.questions = 25, but llava_instruct has 24 rows"):
-        summary.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"questions": 25})))
+        run_questions.check(dataclasses.replace(run, settings=changed(run.settings, evaluate={"questions": 25})))
 
 
 def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
@@ -226,7 +226,7 @@ def test_no_stage_sees_what_is_held_out_for_evaluation(llava, tmp_path):
         assert all(map(marks.isdisjoint, marks_of(part))), name
     assert len(parts["finetune"]) == 18 and len(parts["select"]) == 2 and len(parts["extend"]) == 16
     assert 6 <= len(parts["align"]) < 12
-    (asked,) = summary._asked_of_all(run).values()
+    (asked,) = run_questions.asked_of_all(run).values()
     assert {row.id for row in asked.source} == {row.id for row in unseen}
     assert (asked.title, asked.data) == ("held-out llava_instruct", "llava_instruct")
     named = changed(run.settings, evaluate={"data": "llava_instruct", "questions": 5, "split": "train[:6]"})
@@ -252,10 +252,10 @@ def test_only_the_first_question_s_pictures_are_asked_about(llava, tmp_path):
     run = open_without_weights(
         settings(llava, evaluate={"data": "llava_instruct", "questions": 24, "split": "train"}), tmp_path
     )
-    summary.check(run)
-    (asked,) = summary._asked_of_all(run).values()
+    run_questions.check(run)
+    (asked,) = run_questions.asked_of_all(run).values()
     readers = readers_of(run, asked.source, data="", split="", inputs=True)
-    prompted, _ = summary._prompted_questions(run, asked, readers)
+    prompted, _ = run_questions.prompted_questions(run, asked, readers)
     by_id = {item.question.example.id: item for item in prompted}
     first, second = (by_id[row.id] for row in source_of(run, Data("finetune")) if len(row.conversations) > 2)
     assert (first.question.text, first.question.answer) == ("hello", "hi") and not first.prompt.items
@@ -264,9 +264,9 @@ def test_only_the_first_question_s_pictures_are_asked_about(llava, tmp_path):
 
 def test_a_window_holds_prompts_as_they_are_padded(llava, tmp_path):
     run = open_without_weights(settings(llava), tmp_path)
-    (asked,) = summary._asked_of_all(run).values()
+    (asked,) = run_questions.asked_of_all(run).values()
     readers = readers_of(run, asked.source, data="", split="", inputs=True)
-    prompted, _ = summary._prompted_questions(run, asked, readers)
+    prompted, _ = run_questions.prompted_questions(run, asked, readers)
     new, sizes = run.settings.evaluate.max_new_tokens, [(len(p.ids_L), sum(buckets(p))) for _, p in prompted]
     plain, padded = (new + max(of) for of in zip(*sizes, strict=True))
     small = changed(run.settings, evaluate={"text_length": 1})
@@ -274,7 +274,7 @@ def test_a_window_holds_prompts_as_they_are_padded(llava, tmp_path):
     for window, refused in ((padded, False), (padded - 1, True)):
         config = dataclasses.replace(run.config, decoder=dataclasses.replace(run.config.decoder, window=window))
         with pytest.raises(MoextendError, match="sliding window") if refused else nullcontext():
-            summary.check(dataclasses.replace(run, settings=small, config=config))
+            run_questions.check(dataclasses.replace(run, settings=small, config=config))
 
 
 def test_no_later_stage_sees_what_an_earlier_extension_holds_out(llava, tmp_path):
@@ -308,7 +308,7 @@ def test_no_later_stage_sees_what_an_earlier_extension_holds_out(llava, tmp_path
     ],
 )
 def test_tables_name_data_as_people_do(data: str, title: str):
-    assert summary.title_of(data) == title
+    assert run_questions.title_of(data) == title
 
 
 @pytest.mark.slow
@@ -322,11 +322,11 @@ def test_the_loss_of_held_out_answers_is_that_of_their_tokens(llava, tmp_path):
     readers = readers_of(run, source, data="", split="", inputs=True)
 
     def loss(opened: Any, readers: Readers, rows: int) -> float:
-        stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=rows)
-        return summary._answer_loss(run, opened, source, stage=stage, readers=readers)
+        stage = dataclasses.replace(text_losses.answer_stage_of(run, source), batch_size=rows)
+        return text_losses.answer_loss(run, opened, source, stage=stage, readers=readers)
 
     nats, tokens = 0.0, 0
-    stage = dataclasses.replace(summary._answer_stage(run, source), batch_size=6)
+    stage = dataclasses.replace(text_losses.answer_stage_of(run, source), batch_size=6)
     (batch,) = batches(source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, readers=readers,
                        seed=None, epochs=1)  # fmt: skip
     model = with_arrays(opened.model, opened.arrays)
@@ -363,4 +363,4 @@ def test_rows_that_may_have_been_seen_are_not_asked(llava, tmp_path):
         then = dataclasses.replace(run, settings=changed(run.settings, evaluate={"held_out": held_out}))
         record.write_text(json.dumps({"data": source_of(then, Data("finetune")).fingerprint}))
         with pytest.raises(MoextendError, match="finetune was trained on other rows") if refused else nullcontext():
-            summary._check_unseen(run)
+            run_questions.check_unseen(run)

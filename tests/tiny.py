@@ -42,7 +42,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Inputs
-from moextend_jax.evaluate import summary
+from moextend_jax.evaluate import text_losses
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
@@ -275,9 +275,9 @@ def shorten_easy_vqa(patch: pytest.MonkeyPatch, *, train: int = 400, test: int =
 
 def shorten_texts(folder: Path) -> None:
     """From here on this process's `evaluate` reads copies in `folder`, of the first lines of its texts."""
-    for path in summary.TEXTS.glob("*.txt"):
+    for path in text_losses.TEXTS.glob("*.txt"):
         (folder / path.name).write_text("\n".join(path.read_text().split("\n")[:8]))
-    summary.TEXTS = folder
+    text_losses.TEXTS = folder
 
 
 CONFIG_FILE = """
