@@ -65,7 +65,7 @@ def stage(options: RunOptions, name: str) -> None:
         raise MoextendError(f"{name} has no checkpoints; leave --resume_from out")
     with working(options.config, options.workdir, resume_from=options.resume_from) as run:
         make(run, name)
-        remember(run, made=name)
+        remember(run, made=[name])
         _show(run, name)
 
 
@@ -93,7 +93,7 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
     screen, started = console(), time.perf_counter()
     with working(settings, workdir, resume_from=resume_from) as run:
         for name in make_all(run, checks=[check]):
-            remember(run, made=name)
+            remember(run)
             _show(run, name)
         record = summarise(run, evaluate(run), total_seconds=time.perf_counter() - started)
         print_table(record, screen)
@@ -147,7 +147,7 @@ def evaluate(options: RunOptions) -> None:
     with working(options.config, options.workdir, rows=evaluation_rows(options.config)) as run:
         check_made(run)
         print_table(summarise(run, evaluation.evaluate(run), total_seconds=None), console())
-        remember(run)
+        remember(run, made=[])
 
 
 def _show(run: Any, name: str) -> None:

@@ -211,8 +211,6 @@ class StageSettings:
             raise MoextendError(f"{wrong}; one of them must be, the other 0")
         if self.least_steps and not self.epochs:
             raise MoextendError(f"least_steps = {self.least_steps} goes with epochs, not with steps")
-        if IMAGE in self.items_per_row:
-            raise MoextendError(f"items_per_row.{IMAGE}: of pictures it is images_per_row")
         if self.batch_size % self.accumulate:
             raise MoextendError(f"batch_size = {self.batch_size} is no multiple of accumulate = {self.accumulate}")
 

@@ -90,7 +90,6 @@ def test_their_load_is_balanced_beside_experts_that_are_added_to_a_token_s_picks
     assert np.isfinite(found.total) and found.aux > 0
 
 
-@pytest.mark.slow
 def test_what_blocks_are_closed_to_is_not_balanced():
     """Conversations of text under strict isolation; behind the block is no layer, whose load would tell of them."""
     config = dataclasses.replace(tiny.PLAIN, blocks=Named(own=BlocksConfig(count=1)), text_isolation="strict")

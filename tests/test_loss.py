@@ -23,7 +23,7 @@ from moextend_jax.config import (
     of_pictures,
     with_extension,
 )
-from moextend_jax.models import mixtral
+from moextend_jax.models import decoder
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.router import Routing
 from moextend_jax.parameters import with_arrays
@@ -270,7 +270,7 @@ def test_padding_that_nobody_reads_is_skipped_and_what_a_label_follows_is_not(mo
         masked.append(named.get("real_BL") is not None)
         return mixture(*given, **named)
 
-    monkeypatch.setattr(mixtral, "mixture", noted)
+    monkeypatch.setattr(decoder, "mixture", noted)
 
     def skipped(arrays):
         return losses(with_arrays(model, arrays), batch, **options)[0].total

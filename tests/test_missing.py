@@ -122,9 +122,12 @@ def tokenizer() -> Tokenizer:
     return dataclasses.replace(load_tokenizer(BASE), others=Named({"sound": sound}))
 
 
-def fed(tokenizer: Tokenizer, *, missing: dict[str, float], seed: int | None = 3, share: Share = Share()):  # noqa: B008
+def fed(
+    tokenizer: Tokenizer, *, missing: dict[str, float], seed: int | None = 3, share: Share = Share(),  # noqa: B008
+    items: dict[str, int] = {"sound": 1},  # noqa: B006
+):  # fmt: skip
     stage = StageSettings(
-        data="none", steps=1, batch_size=8, length=32, items_per_row={"sound": 1}, missing=missing
+        data="none", steps=1, batch_size=8, length=32, items_per_row=items, missing=missing
     )  # fmt: skip
     return batches(
         SOURCE, stage=stage, tokenizer=tokenizer, recipe=Recipe(), readers=READERS, seed=seed, epochs=2, share=share
@@ -179,4 +182,4 @@ def test_a_medium_that_is_none_is_refused(tokenizer: Tokenizer):
     with pytest.raises(MoextendError, match=r"missing.*at most 1"):
         fed(tokenizer, missing={"sound": 1.5})
     with pytest.raises(MoextendError, match=r"items_per_row\.image: of pictures it is images_per_row"):
-        StageSettings(data="none", steps=1, batch_size=1, length=8, items_per_row={"image": 2})
+        fed(tokenizer, missing={}, items={"image": 2})

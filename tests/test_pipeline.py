@@ -26,7 +26,7 @@ from moextend_jax.plan.abstract_step import abstract_step
 from moextend_jax.runs.making import FACTS, check_made
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.results import FIRST
-from moextend_jax.runs.run import Run, open_run, remember, settings_of
+from moextend_jax.runs.run import Run, open_run, remember, settings_of, write_json
 from moextend_jax.settings import from_config_dict
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.stages import split
@@ -287,10 +287,13 @@ def test_what_a_command_does_not_train_keeps_its_settings(finished, tmp_path):
         finetune=dataclasses.replace(run.settings.finetune, loss_chunk=77),
         evaluate=dataclasses.replace(run.settings.evaluate, questions=3),
     )
-    remember(dataclasses.replace(run, settings=other))
+    remember(dataclasses.replace(run, settings=other), made=[])
     assert settings_of(run.workdir) == dataclasses.replace(trained, evaluate=other.evaluate)
-    remember(dataclasses.replace(run, settings=other), made="finetune")
+    remember(dataclasses.replace(run, settings=other), made=["finetune"])
     assert settings_of(run.workdir) == dataclasses.replace(trained, evaluate=other.evaluate, finetune=other.finetune)
+    write_json(run.workdir / "config.json", {"settings": {"bass": 1}})  # of another version
+    remember(run, made=[])
+    assert settings_of(run.workdir) == run.settings
 
 
 def run_selection(finished) -> tuple[int, int]:

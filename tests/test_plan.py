@@ -520,9 +520,9 @@ def test_a_sweep_tries_only_what_divides(small: RunSettings):
 
 def test_a_sweep_sets_the_stage_of_a_later_extension():
     settings = from_config_dict(load("continual"))
-    chosen = results.with_stage(settings, "finetune:sound", dataclasses.replace(settings.finetune, accumulate=4))
+    chosen = results.with_stages(settings, {"finetune:sound": dataclasses.replace(settings.finetune, accumulate=4)})
     assert chosen.extensions["sound"].finetune.accumulate == 4 and chosen.finetune.accumulate == 1
-    chosen = results.with_stage(settings, "finetune", dataclasses.replace(settings.finetune, accumulate=4))
+    chosen = results.with_stages(settings, {"finetune": dataclasses.replace(settings.finetune, accumulate=4)})
     assert chosen == dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, accumulate=4))
 
 

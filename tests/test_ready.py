@@ -126,7 +126,7 @@ def test_few_rows_are_looked_at_only_where_no_room_depends_on_all(llava, tmp_pat
 @pytest.mark.parametrize("setting", ["missing", "items_per_row"])
 def test_a_medium_that_is_none_is_refused_before_the_first_step(llava, tmp_path, setting):
     run = open_without_weights(settings(llava, finetune={setting: {"smell": 1}}), tmp_path)
-    with pytest.raises(MoextendError, match=rf"{setting}\.smell: no such medium; there are image"):
+    with pytest.raises(MoextendError, match=rf"finetune\.{setting}\.smell: no such medium; there are image"):
         ready(run, ["finetune"])
 
 

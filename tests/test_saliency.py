@@ -23,7 +23,6 @@ from moextend_jax.train.loss import losses
 OPTIONS = {"recipe": RECIPES["paper"], "aux_coefficient": 0.01, "chunk": 8}
 
 
-@pytest.mark.slow
 def test_scores_are_of_each_expert_s_first_map():
     arrays, batches = tiny.arrays(tiny.PLAIN), [tiny.batch(seed=seed) for seed in range(2)]
     norms = expert_norms(tiny.structure(tiny.PLAIN), arrays, batches, **OPTIONS)

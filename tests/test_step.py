@@ -214,7 +214,6 @@ def _reverse_scans(jaxpr) -> list[int]:
     return lengths
 
 
-@pytest.mark.slow
 def test_a_skipped_step_uses_up_its_place_in_the_schedule_and_the_logged_rate_is_the_one_used():
     """Adam's first update has the size of the rate, whatever the gradient's."""
     good = tiny.batch(rows=4)

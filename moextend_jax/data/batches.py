@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from moextend_jax import preemption
-from moextend_jax.config import Batch, MoextendError, Recipe, Room, Rooms
+from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Room, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
@@ -72,11 +72,15 @@ def rooms_of(readers: Readers, stage: StageSettings) -> Rooms:
     return {name: room for name, room in rooms.items() if room.items}
 
 
-def check_media(stage: StageSettings, media: Collection[str]) -> None:
-    """Raises MoextendError where a stage's settings name a medium that is none of the model's."""
+def check_named_media(stage: StageSettings, media: Collection[str], *, where: str = "") -> None:
+    """Raises MoextendError where a stage's settings name a medium that is none of the model's; `where` starts the
+    message."""
     for field in ("missing", "items_per_row"):
         if unknown := [name for name in getattr(stage, field) if name not in media]:
-            raise MoextendError(f"{field}.{unknown[0]}: no such medium; there are {', '.join(media) or 'none'}")
+            there = ", ".join(media) or "none"
+            raise MoextendError(f"{where}{field}.{unknown[0]}: no such medium; there are {there}")
+    if IMAGE in stage.items_per_row:
+        raise MoextendError(f"{where}items_per_row.{IMAGE}: of pictures it is images_per_row")
 
 
 def batches(
@@ -109,13 +113,13 @@ def batches(
 
     Raises:
       MoextendError: a batch that cannot be divided into `share.of` parts, a medium in `stage.missing` or
-        `stage.items_per_row` that is none, or
-        workers where no processes can be; while iterating, a `Fault` that is not skipped (a conversation that
-        `encode_row` refuses, an image that cannot be read), or that all conversations are skipped.
+        `stage.items_per_row` that is none, or workers where no processes can be; while iterating, a `Fault` that is not
+        skipped (a conversation that `encode_row` refuses, an image that cannot be read), or that all conversations are
+        skipped.
     """
-    check_media(stage, tokenizer.media)
+    check_named_media(stage, tokenizer.media)
     encode = partial(
-        _encode_example,
+        encode_example,
         stage=stage,
         tokenizer=tokenizer,
         recipe=recipe,
@@ -282,10 +286,11 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
         return [row._replace(faults_G=faults_G) for row, faults_G in zip(rows, by_row, strict=True)]
 
 
-def _encode_example(
+def encode_example(
     example: Example, *, stage: StageSettings, tokenizer: Tokenizer, readers: Readers, faults: FaultSettings,
     out: Collection[str] = (), **options: Any,
 ) -> Item:  # fmt: skip
+    """A conversation as a stage reads it, without its items of the media in `out` and of those that have no reader."""
     if example.fault is not None and faults.policy(example.fault.kind) != "keep":
         raise example.fault.again()
     turns, refs_of = example.conversations, example.by_medium

@@ -6,17 +6,19 @@ No picture is opened and no array is made for a batch: this is what a run looks 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from moextend_jax.config import IMAGE, Medium, Named, Recipe, Room
-from moextend_jax.data.batches import WINDOW
-from moextend_jax.data.conversations import Encoded, encode_row
-from moextend_jax.data.datasets import CHUNK, Example, Source
+from moextend_jax.data.batches import WINDOW, encode_example
+from moextend_jax.data.conversations import Encoded
+from moextend_jax.data.datasets import CHUNK, Source
 from moextend_jax.data.inspector import UNLIMITED
 from moextend_jax.data.packing import Item, Shape, pack
+from moextend_jax.data.readers import Inputs
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import Fault
 from moextend_jax.settings import FaultSettings, StageSettings
@@ -84,35 +86,27 @@ def measure(
     refused: dict[str, Fault] = {}
     counts: Counter[str] = Counter()
 
-    def encoded(example: Example) -> Encoded:
-        if example.fault is not None and faults.policy(example.fault.kind) != "keep":
-            raise example.fault.again()
-        for name, refs in example.by_medium.items():
-            for ref in refs:
-                source.items[name].check(ref.row)
-        spans = {
-            name: [source.items[name].span(ref.row, media[name]) for ref in refs]
-            for name, refs in example.by_medium.items()
-        }
-        return encode_row(
-            example.conversations,
-            example_id=example.id,
-            items=spans,
-            tokenizer=tokenizer,
-            recipe=recipe,
-            length=min(stage.length or UNLIMITED, stage.conversation_length or UNLIMITED),
-            rooms={
-                name: Room(stage.room(name) or len(spans.get(name, ())), medium.tokens)
-                for name, medium in media.items()
-            },
-            too_long=stage.too_long,
-            parts=parts,
-        )
-
+    encode = functools.partial(
+        encode_example,
+        stage=dataclasses.replace(
+            stage,
+            length=stage.length or UNLIMITED,
+            images_per_row=stage.images_per_row or UNLIMITED,
+            items_per_row={name: stage.room(name) or UNLIMITED for name in media if name != IMAGE},
+        ),
+        tokenizer=tokenizer,
+        recipe=recipe,
+        readers={
+            name: Inputs(items=source.items[name], medium=medium, preparation=recipe.image_preparation)
+            for name, medium in media.items()
+        },
+        faults=faults,
+        parts=parts,
+    )
     for first in range(0, len(rows), CHUNK):
         for example in source.read(rows[first : first + CHUNK]):
             try:
-                row = encoded(example)
+                row = encode(example).encoded
                 tokens.append(len(row.ids_L))
                 for name, counts_n in items.items():
                     counts_n.append(row.items.get(name, 0))

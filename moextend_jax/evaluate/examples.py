@@ -30,8 +30,6 @@ from moextend_jax.settings import EvaluateSettings
 
 ROUTED_BATCHES = 2
 """Batches of each text whose routing is counted: enough for shares, and a small part of the evaluation's time."""
-
-
 MOST_PAIRED = 64
 """Experts of a layer up to which pairs of them are written: their number grows with the square."""
 

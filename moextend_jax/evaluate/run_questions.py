@@ -190,20 +190,11 @@ def prompted_questions(run: Run, asked: Asked, readers: Readers) -> tuple[list[P
 def _prompted(run: Run, example: Example, readers: Readers, *, length: int) -> PromptedQuestion:
     """Raises a `Fault` for what cannot be asked: a conversation, a length, an item that cannot be read."""
     question = questions.question_of(example, tokenizer=run.tokenizer)
-    items = _rows(question, readers)
-    prompt = questions.prompt_of(
-        question.text,
-        items=items,
-        spans={name: [readers[name].span(row) for row in rows] for name, rows in items.items()},
-        system=question.system,
-        tokenizer=run.tokenizer,
-        recipe=run.settings.recipe,
-        where=f"question {example.id}",
-    )
+    prompt = _prompt_with(run, question, readers, media=question.items, where=f"question {example.id}")
     if length and len(prompt.ids_L) > length:
         message = f"{prompt.where}: its prompt has {len(prompt.ids_L)} tokens, evaluate.length is {length}; raise it"
         raise Fault(message, "too_long", example.id)
-    for name, rows in items.items():
+    for name, rows in prompt.items.items():
         readers[name].read(np.array([rows]))
     return PromptedQuestion(question, prompt)
 
@@ -219,14 +210,20 @@ def prompt_for(item: PromptedQuestion, readers: Readers) -> Prompt:
 
 def asked_with(run: Run, item: PromptedQuestion, readers: Readers, *, media: Collection[str]) -> Prompt:
     """The question's prompt with its items of these media alone."""
-    question, tokenizer = item.question, run.tokenizer
+    return _prompt_with(run, item.question, readers, media=media, where=item.prompt.where)
+
+
+def _prompt_with(
+    run: Run, question: questions.Question, readers: Readers, *, media: Collection[str], where: str
+) -> Prompt:
     items = {name: rows for name, rows in _rows(question, readers).items() if name in media}
+    left_out = [marked.mark for name, marked in run.tokenizer.media.items() if name in question.items.keys() - media]
     return questions.prompt_of(
-        without_marks(question.text, (marked.mark for name, marked in tokenizer.media.items() if name not in media)),
+        without_marks(question.text, left_out),
         items=items,
         spans={name: [readers[name].span(row) for row in rows] for name, rows in items.items()},
         system=question.system,
-        tokenizer=tokenizer,
+        tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
-        where=item.prompt.where,
+        where=where,
     )

@@ -19,8 +19,6 @@ from moextend_jax.settings import StageSettings
 from moextend_jax.train.held_out import loss_step, mean_loss
 
 TEXTS = Path(__file__).parents[1] / "assets" / "text"
-
-
 CORPORA = ("wordnet", "kjv")
 
 

@@ -1,7 +1,7 @@
 """Blocks of LLaMA-Pro (arXiv 2401.02415): whole layers put between the pretrained ones, which stay frozen.
 
 In: the decoder and `BlocksConfig`. Out: a stack of N layers, of which one runs behind every Z/N of the layers that
-route (`mixtral.run_layers`). Each starts as a copy of the layer below it that adds nothing: attention's output map and
+route (`decoder.run_layers`). Each starts as a copy of the layer below it that adds nothing: attention's output map and
 the experts' last are zero, so hidden states are the base's, exactly, and these two alone have a gradient at first.
 """
 

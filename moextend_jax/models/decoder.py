@@ -267,11 +267,11 @@ class _Layers:
         pasts = tuple(_of_blocks(past, self.config, name) for name in self.blocks)
 
         def group(x_BLD, of_group):
-            layers, of_sets, own_pasts = of_group
-            x_BLD, of_layers = jax.lax.scan(body, x_BLD, layers)
-            is_local, made = jax.tree.map(lambda leaf: leaf[-1], layers[1].is_local), []
-            for name, run, own, past in zip(self.blocks, bodies, of_sets, own_pasts, strict=True):
-                y_BLD, given = run(x_BLD, (own, _Slices(past=past, is_local=is_local)))
+            (params, own), of_sets, own_pasts = of_group
+            x_BLD, of_layers = jax.lax.scan(body, x_BLD, (params, own))
+            is_local, made = jax.tree.map(lambda leaf: leaf[-1], own.is_local), []
+            for name, run, params, past in zip(self.blocks, bodies, of_sets, own_pasts, strict=True):
+                y_BLD, given = run(x_BLD, (params, _Slices(past=past, is_local=is_local)))
                 x_BLD = passed(x_BLD, y_BLD, self.shares[name])
                 made.append(given)
             return x_BLD, (of_layers, tuple(made))

@@ -187,7 +187,10 @@ def gather_tokens(
     if not new:
         y_TD = apply_experts(x_TD, jnp.where(is_here_Tk, local_Tk, here), weights_Tk, parts, glu, update)
     elif (
-        update is None and ids_Tk.shape[1] == top_k and _alike(parts) and len({*split.new}) == 1
+        update is None
+        and ids_Tk.shape[1] == top_k
+        and len({part[0].shape[-1] for part in parts}) == 1  # their hidden width here
+        and len({*split.new}) == 1
     ):  # one buffer of rows serves all
         added = sum(part[0].shape[0] for part in new)
         local_Tk = jnp.where(is_here_Tk, local_Tk, here + added)
@@ -271,11 +274,6 @@ class _Trip(NamedTuple):
         sender_R = jnp.argmax(from_Rp, axis=1)
         index_R = starts_p[sender_R] + jnp.arange(room) - places_p[sender_R]
         return jnp.where(from_Rp.any(axis=1)[:, None], rows_pRD[sender_R, index_R], out_RD)
-
-
-def _alike(parts: Sequence[Weights]) -> bool:
-    """Whether experts of all parts have one hidden width here."""
-    return len({part[0].shape[-1] for part in parts}) == 1
 
 
 def _new_alone(

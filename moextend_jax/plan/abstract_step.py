@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from moextend_jax.config import Batch, ModelConfig, MoextendError
 from moextend_jax.media import KINDS
@@ -88,10 +88,6 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
     return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh, run.optimizer.moments)
 
 
-def _sharded(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch:
     """The batch of a step as data makes it, with pixels: a tower's cached features would be smaller."""
     rows = jax.ShapeDtypeStruct((run.batch_size, run.length), jnp.int32)
@@ -103,7 +99,7 @@ def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch
             items[medium.field][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     check_rows([Rows("batch_size", run.batch_size, run.accumulate)], mesh)
     batch = Batch(rows, rows, rows, rows, rows, **items)
-    return jax.tree.map(lambda array: _sharded(array, rows_sharding(mesh)), batch)
+    return jax.tree.map(lambda array: array.update(sharding=rows_sharding(mesh)), batch)
 
 
 def text_only(settings: RunSettings) -> RunSettings:

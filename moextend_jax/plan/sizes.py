@@ -28,7 +28,7 @@ from moextend_jax.config import (
 from moextend_jax.extension.routing import check_sources, chosen_layers
 from moextend_jax.families import FAMILIES, towers
 from moextend_jax.runs.media import medium_of, projector_of
-from moextend_jax.runs.models_of import extension_config, rivals_of
+from moextend_jax.runs.models_of import config_of_extension, rivals_of
 from moextend_jax.runs.results import table
 from moextend_jax.settings import MediumSettings, RunSettings, SelectSettings
 
@@ -82,7 +82,7 @@ def model_config(settings: RunSettings, *, stage: str, layers: int | None = None
     grown = rows.grown((*rows.result(stage).parents, stage))
     for name in (name for name in grown if not links[name].rival):
         own = settings.of_extension(name)
-        extensions[name] = extension_config(
+        extensions[name] = config_of_extension(
             settings, name, chosen=_chosen(decoder, own.select), start=own.grow.start, calibrator=own.grow.calibrator
         )
     return dataclasses.replace(config, media=Named(media), extensions=Named(extensions), **rivals_of(settings, grown))

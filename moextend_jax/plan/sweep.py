@@ -118,7 +118,7 @@ def choices(settings: RunSettings, *, stage: str, place: topology.Topology) -> I
         mesh = {"data": data, "fsdp": inside // expert // tensor, "expert": expert, "tensor": tensor}
         for accumulate, policy in itertools.product((2**n for n in range(8)), policies):
             if run.batch_size % (accumulate * place.chips // tensor) == 0:
-                chosen = results.with_stage(settings, stage, dataclasses.replace(run, accumulate=accumulate))
+                chosen = results.with_stages(settings, {stage: dataclasses.replace(run, accumulate=accumulate)})
                 yield dataclasses.replace(chosen, mesh=mesh, **policy)
 
 

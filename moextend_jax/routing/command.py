@@ -92,7 +92,9 @@ def collect_command(options: CollectOptions) -> None:
     rows: list[Batch] = []
     # Of bfloat16 there is one precision, and kernels for TPUs do not compile for another.
     with jax.default_matmul_precision("highest" if opened.config.dtype == "float32" else "default"):
-        batches = _noting(_batches(options, opened), rows if options.ids_out else None)
+        batches: Iterable[Batch] = _batches(options, opened)
+        if options.ids_out:
+            batches = rows = list(batches)
         stats = collect(opened.model, opened.arrays, batches, per_token=options.per_token, mesh=opened.mesh)
     if not distributed.first():
         return
@@ -229,14 +231,6 @@ def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
     counts when nobody gives it positions."""
     positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
     return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, mask_BL, np.full_like(ids_BL, -1))
-
-
-def _noting(batches: Iterable[Batch], rows: list[Batch] | None) -> Iterator[Batch]:
-    """The same batches, which are added to `rows`."""
-    for batch in batches:
-        if rows is not None:
-            rows.append(batch)
-        yield batch
 
 
 def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:

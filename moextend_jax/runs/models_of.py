@@ -103,7 +103,7 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
     """Of the model with these extensions, each as its `select` has chosen, or as its method has it."""
     rivals = rivals_of(run.settings, names := tuple(names))
     extensions = {
-        name: extension_config(
+        name: config_of_extension(
             run.settings, name, chosen=read_selection(run, name), **grown_as(run.workdir, run.settings, name)
         )
         for name in names
@@ -112,7 +112,7 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
     return dataclasses.replace(run.config, extensions=Named(extensions), **rivals)
 
 
-def extension_config(
+def config_of_extension(
     settings: RunSettings, name: str, *, chosen: Mapping[str, Any], start: StartName, calibrator: CalibratorName
 ) -> ExtensionConfig:
     """Of an extension by new experts: `chosen` is what its `select` has written, the rest what its `grow` has made."""

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from moextend_jax import distributed
 from moextend_jax.config import DecoderConfig, MoextendError
-from moextend_jax.data.batches import check_media
+from moextend_jax.data.batches import check_named_media
 from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct, make_ahead
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
@@ -79,7 +79,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     for stage in (stage for stage in stages if stage.name in sources):
         readers.setdefault(_reading(settings, stage), []).append(stage.name)
         with problems:
-            check_media(results.stage_of(settings, stage.name), run.config.media)
+            check_named_media(results.stage_of(settings, stage.name), run.config.media, where=f"{stage.name}.")
         with problems:
             trains = results.table(settings).patterns(stage.name, recipe=settings.recipe)
             if results.is_aligning(trains):

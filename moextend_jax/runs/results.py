@@ -324,18 +324,6 @@ def stage_of(settings: RunSettings, name: str) -> StageSettings:
     return group
 
 
-def with_stage(settings: RunSettings, name: str, stage: StageSettings) -> RunSettings:
-    """The settings with others for a result that is trained."""
-
-    def put(group: Any, keys: Sequence[str]) -> Any:
-        key, *rest = keys
-        own = group[key] if isinstance(group, Mapping) else getattr(group, key)
-        new = {key: put(own, rest) if rest else stage}
-        return {**group, **new} if isinstance(group, Mapping) else dataclasses.replace(group, **new)
-
-    return put(settings, table(settings).result(name).settings or ())
-
-
 def named(settings: RunSettings, extension: str, stage: str) -> str:
     """What a stage of an extension is called: finetune of the first, finetune:NAME of a later one."""
     return stage if extension == settings.extension else f"{stage}:{extension}"
@@ -348,9 +336,16 @@ def laid_out_as(settings: RunSettings, name: str) -> str:
 
 
 def with_stages(settings: RunSettings, stages: Mapping[str, StageSettings]) -> RunSettings:
-    """The settings with those of some results replaced."""
+    """The settings with those of some results that are trained replaced."""
+
+    def put(group: Any, keys: Sequence[str], stage: StageSettings) -> Any:
+        key, *rest = keys
+        own = group[key] if isinstance(group, Mapping) else getattr(group, key)
+        new = {key: put(own, rest, stage) if rest else stage}
+        return {**group, **new} if isinstance(group, Mapping) else dataclasses.replace(group, **new)
+
     for name, stage in stages.items():
-        settings = with_stage(settings, name, stage)
+        settings = put(settings, table(settings).result(name).settings, stage)
     return settings
 
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -263,19 +263,22 @@ def not_run(workdir: Path, name: str) -> MoextendError:
 # --- what a work directory remembers ----------------------------------------------------------------------------------
 
 
-def remember(run: Run, *, made: str = "") -> None:
+def remember(run: Run, *, made: Collection[str] | None = None) -> None:
     """Keeps the settings in WORKDIR/config.json, for the report and for `generate`.
 
     Only what worked is worth remembering: call it after a command, so that a refused one changes nothing.
 
     Args:
-      made: the result that the command made. Others that are there keep the settings that they were trained with: a
-        command that does not train them may be given other ones.
+      made: results that the command made, None: all. Stages of others that are there keep the settings that they were
+        trained with: a command that does not train them may be given other ones.
     """
-    settings, known = run.settings, settings_of(run.workdir)
+    settings, known = run.settings, None
+    if made is not None:
+        with contextlib.suppress(MoextendError):  # of another version, or damaged: it is written anew
+            known = settings_of(run.workdir)
     if known is not None:
         there = [name for name in results.table(settings).training() if (run.folder(name) / "stage.json").exists()]
-        trained = {name for name in there if name in results.table(known).results} - {made}
+        trained = {name for name in there if name in results.table(known).results}.difference(made or ())
         settings = results.with_stages(settings, {name: results.stage_of(known, name) for name in trained})
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "tensorflow-datasets", "numpy")
     record = {

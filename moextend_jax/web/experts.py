@@ -6,8 +6,6 @@ of a patch or a token while the mouse is over it. All text is escaped: it is wha
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from moextend_jax.evaluate.pictures import as_png
 from moextend_jax.evaluate.routed import Routing
 
 MEAN = -1
@@ -102,10 +101,7 @@ def render(seen: Seen, layer: int) -> str:
 
 
 def _frame(seen: Seen, frame: Frame, layer: int, share_T: np.ndarray) -> str:
-    file = io.BytesIO()
-    frame.picture.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    cells = []
+    data, cells = as_png(frame.picture), []
     for token, medium in enumerate(seen.routing.media):
         patch = int(seen.routing.patches[token]) - frame.first
         if medium == frame.medium and 0 <= patch < frame.grid**2:

@@ -5,11 +5,10 @@ In: the package `easy-vqa`; no folder is needed. Out: accuracy over all question
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from moextend_jax.config import MoextendError
+from moextend_jax.data.easy_vqa import asked, pictures
 from moextend_jax.evaluate.benchmarks.llava_questions import by_id
 from moextend_jax.evaluate.benchmarks.question import Answered, Question
 from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, by_group, percent
@@ -17,23 +16,12 @@ from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, by_group, 
 
 def read(home: Path, split: str) -> list[Question]:
     """In the order and with the ids of the data set `easy_vqa/questions`."""
-    if importlib.util.find_spec("easy_vqa") is None:
-        raise MoextendError("benchmark easy_vqa needs the package easy-vqa; pip install easy-vqa")
-    import easy_vqa
-
-    listed, paths = {
-        "test": (easy_vqa.get_test_questions, easy_vqa.get_test_image_paths),
-        "train": (easy_vqa.get_train_questions, easy_vqa.get_train_image_paths),
-    }[split]
-    pictures = paths()
-    of: dict[int, list[tuple[str, str]]] = {}
-    for text, answer, picture in zip(*listed(), strict=True):
-        of.setdefault(picture, []).append((text, answer))
+    of, files = asked(split, of="easy_vqa"), pictures(split)
     return [
         Question(
             question_id=f"{split}/{picture}/{n}",
             text=text,
-            image=Path(pictures[picture]),
+            image=Path(files[picture]),
             where=f"easy_vqa {split}, picture {picture}",
             key=by_id({"question_id": f"{split}/{picture}/{n}"}),
             answer=answer,
