@@ -586,24 +586,23 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
     llava = tiny.write_llava(tmp_path / "llava", rows=13)
     code = (
         "import multiprocessing, os, sys, signal; from pathlib import Path\n"
-        "import survival; from moextend_jax.train import loop\n"
+        "import survival\n"
         "def work():\n"
-        "    put = loop.place_rows\n"
         "    def die(batch, mesh):\n"
-        "        print('workers', *[child.pid for child in multiprocessing.active_children()], flush=True)\n"
+        "        pids = [child.pid for child in multiprocessing.active_children()]\n"
+        "        Path(sys.argv[3]).write_text(' '.join(map(str, pids)))\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    loop.place_rows = die\n"
+        "    survival.place_rows = die\n"
         "    survival.stage(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)\n"
         "if __name__ == '__main__': work()\n"
     )
     (tmp_path / "killed.py").write_text(code)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "run"), str(llava)],
-        stdout=subprocess.PIPE, text=True, env=environment,
+        [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "run"), str(llava), str(tmp_path / "workers")],
+        env=environment,
     )  # fmt: skip
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("workers ")]  # among lines of the stage
-    workers = [int(word) for word in line.split()[1:]]
+    workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
     assert done.returncode == -signal.SIGKILL and len(workers) >= 2
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
