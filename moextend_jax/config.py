@@ -130,7 +130,8 @@ class DecoderConfig:
     rotary_share: of a head that positions turn, its first part. yarn: positions beyond those that a model began with.
     local: of every layer, whether a token sees the local_window tokens up to itself alone; (): none does. sinks: heads
     have a logit that takes from all weights and gives nothing. out_bias, router_bias, expert_bias: of what comes out of
-    attention, of router logits, and of experts' three products. glu, glu_limit: a row of `glu.GLUS`, and its bound.
+    attention, of router logits, and of experts' three products. router_float32: the router's logits are computed in
+    float32, from columns that stay so whatever the rest is in. glu, glu_limit: a row of `glu.GLUS`, and its bound.
 
     `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
     the same in rows of up to so many tokens; longer ones are refused.
@@ -175,6 +176,7 @@ class DecoderConfig:
     sinks: bool = False
     out_bias: bool = False
     router_bias: bool = False
+    router_float32: bool = False
     expert_bias: bool = False
     glu: Literal["silu", "clamped"] = "silu"
     glu_limit: float = 7.0

@@ -46,12 +46,17 @@ SCALES = ("/w_gate_scale", "/w_up_scale", "/w_down_scale")
 
 
 def element_type(path: str, dtype: Any, *, stored: Any = None) -> Any:
-    """What a leaf is cast to where a model is cast to `dtype` (None: nothing): what only chooses stays in float32,
-    since rounded it chooses others, and what is stored in few bits stays that, with its scales."""
+    """What a leaf is cast to where a model is cast to `dtype` (None: nothing).
+
+    What only chooses stays in float32, since rounded it chooses others, and routers do that are stored so: some
+    families compute with them so (`DecoderConfig.router_float32`), others cast them where they are used. What is stored
+    in few bits stays that, with its scales.
+    """
     in_few_bits = path.endswith(SCALES) or (stored is not None and jnp.issubdtype(stored, jnp.integer))
     if dtype is None or in_few_bits:
         return None
-    return jnp.float32 if only_chooses(path) else dtype
+    in_float32 = only_chooses(path) or (path.endswith("/moe/gate") and stored == jnp.float32)
+    return jnp.float32 if in_float32 else dtype
 
 
 _BEFORE = {"vision/": "media/image/tower/", "projector/": "media/image/projector/", "extension/": "extensions/image/"}

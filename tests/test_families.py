@@ -20,6 +20,7 @@ from moextend_jax.config import IGNORE, Batch, DecoderConfig, ModelConfig, Moext
 from moextend_jax.families import FAMILIES
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import MoExtend, abstract
+from moextend_jax.models.router import Rule, route
 from moextend_jax.parameters import arrays_of, with_arrays
 from moextend_jax.plan.sizes import DECODERS
 
@@ -173,6 +174,25 @@ def test_of_published_files_layers_that_predict_further_tokens_are_not_read(tmp_
     more = ("mtp_block.0.input_layernorm", "mtp_emb_norm.0", "mtp_hidden_norm.0", "mtp_linear_proj.0")
     save_file(load_file(file) | {f"model.{part}.weight": np.ones(3, np.float32) for part in more}, file)
     assert open_checkpoint(tmp_path).arrays.keys() == arrays.keys()
+
+
+def test_a_router_in_float32_stays_so_in_a_model_of_bfloat16(tmp_path: Path):
+    """ERNIE's, whose files have it so."""
+    decoder = dataclasses.replace(DECODERS["ERNIE-4.5-21B-A3B-PT"], **SMALL, dense_hidden=20)
+    config, arrays = tiny_arrays(decoder)
+    huggingface.write_decoder_config(tmp_path, decoder, dtype="float32")
+    huggingface.write_parameters(tmp_path, arrays, table="ernie4_5_moe", config=config)
+    opened = open_checkpoint(tmp_path, dtype="bfloat16")
+    gate_ZDE = opened.arrays["decoder/layers/moe/gate"]
+    np.testing.assert_array_equal(gate_ZDE, arrays["decoder/layers/moe/gate"])
+    assert opened.arrays["decoder/layers/attention/query"].dtype == jnp.bfloat16
+    rule = Rule.of(opened.config.decoder)
+    x_TD = jax.random.normal(jax.random.key(0), (50, SMALL["width"]), jnp.bfloat16)
+    logits_TE = route(x_TD, gate_ZDE[0], rule=rule).logits_TO
+    exact_TE = np.asarray(x_TD, np.float64) @ np.asarray(gate_ZDE[0], np.float64)
+    np.testing.assert_allclose(logits_TE, exact_TE, atol=1e-6)
+    rounded_TE = route(x_TD, gate_ZDE[0], rule=rule._replace(router_float32=False)).logits_TO
+    assert np.abs(rounded_TE - exact_TE).max() > 1e-4
 
 
 @pytest.mark.slow

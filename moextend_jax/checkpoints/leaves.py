@@ -420,7 +420,7 @@ def _as_integers(array: np.ndarray) -> np.ndarray:
 def plan_ours(leaf: Leaf, *, dtype: Any = None, digest: Any = None) -> Planned:
     """The leaf as one tensor in our layout, written piece by piece; `digest` takes the bytes that `leaf_hash` takes,
     cast. What a folder claims of them is checked on the way."""
-    kind = np.dtype(element_type(leaf.path, dtype) or leaf.dtype)
+    kind = np.dtype(element_type(leaf.path, dtype, stored=leaf.dtype) or leaf.dtype)
 
     def pieces() -> Iterator[np.ndarray]:
         check = checking(leaf)

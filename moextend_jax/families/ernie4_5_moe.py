@@ -54,7 +54,7 @@ FAMILY = Family(
         aliases={"num_experts_per_tok": "moe_k", "num_experts": "moe_num_experts", "num_local_experts":
                  "moe_num_experts"},
     ),
-    fields={"selection_bias": True, "dense_layers": 1, "tied_head": True},
+    fields={"router_float32": True, "selection_bias": True, "dense_layers": 1, "tied_head": True},
     constants={"hidden_act": "silu", "moe_layer_end_index": -1, "moe_layer_interval": 1, "use_bias": False},
     published={
         "ERNIE-4.5-21B-A3B-PT": {

@@ -60,7 +60,7 @@ class SharedExpert(nnx.Module):
 class MoE(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, quantised: Quantised | None = None):
         sizes = config.sizes()
-        self.gate = weight("ZDE", sizes, rngs=rngs, dtype=dtype)
+        self.gate = weight("ZDE", sizes, rngs=rngs, dtype="float32" if config.router_float32 else dtype)
         self.gate_bias = constant("ZE", sizes, dtype=dtype, value=0.0) if config.router_bias else None
         # In float32 whatever the rest is in: rounded, it would choose other experts.
         self.selection_bias = constant("ZE", sizes, dtype="float32", value=0.0) if config.selection_bias else None

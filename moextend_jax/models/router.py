@@ -118,6 +118,7 @@ class Rule(NamedTuple):
     routed_factor: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    router_float32: bool = False
 
     @classmethod
     def of(cls, config: DecoderConfig) -> Rule:
@@ -171,11 +172,13 @@ class Gate(NamedTuple):
         bias, chooses = (None if leaf is None else leaf[...] for leaf in (moe.gate_bias, moe.selection_bias))
         return cls(moe.gate[...], bias, chooses)
 
-    def logits(self, x_TD: jax.Array) -> jax.Array:
+    def logits(self, x_TD: jax.Array, rule: Rule) -> jax.Array:
         """float32 `[T, E]`."""
+        dtype, precision = (jnp.float32, "highest") if rule.router_float32 else (x_TD.dtype, None)
         product_TE = jnp.einsum(
-            "TD,DE->TE", x_TD, self.columns_DE.astype(x_TD.dtype), preferred_element_type=jnp.float32
-        )
+            "TD,DE->TE", x_TD.astype(dtype), self.columns_DE.astype(dtype),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
         product_TE = product_TE if self.bias_E is None else product_TE + self.bias_E.astype(jnp.float32)[None]
         return product_TE if self.update_TE is None else product_TE + self.update_TE
 
@@ -195,7 +198,7 @@ def route(x_TD: jax.Array, gate: Gate | jax.Array, *, rule: Rule) -> Routing:
     """Scores of all experts in float32, the k best by `selection`, weighed by their scores: over their sum if
     `normalised`."""
     gate = gate if isinstance(gate, Gate) else Gate(gate)
-    logits_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
+    logits_TE, E = gate.logits(x_TD, rule), gate.columns_DE.shape[-1]
     scores_TE, selection_TE = SCORES[rule.scores](logits_TE), selection(logits_TE, rule, gate.selection_E, experts=E)
     _, ids_Tk = jax.lax.top_k(scores_TE if selection_TE is None else selection_TE, rule.top_k)
     weights_Tk = jnp.take_along_axis(scores_TE, ids_Tk, axis=-1)
@@ -235,14 +238,14 @@ def route_extended(
       mass: "literal" lets it take from them: weights are what the calibrated probabilities say.
     """
     gate = gate if isinstance(gate, Gate) else Gate(gate)
-    base_TE, E = gate.logits(x_TD), gate.columns_DE.shape[-1]
+    base_TE, E = gate.logits(x_TD, rule), gate.columns_DE.shape[-1]
     shares, sources = (some or [None] * len(slots) for some in (shares, sources))
     log_shares_T1 = [_log_share(x_TD, shares[n], extended[n] if extended else True) for n in range(len(slots))]
     seats: list[Competing] = []
     drift_T2: jax.Array | None = None
     columns, first = Columns(base_TE, np.arange(E)), E
     for slot, share_T, share_T1, sources_X in zip(slots, shares, log_shares_T1, sources, strict=True):
-        own_TX = _own_logits(x_TD, gate, slot)
+        own_TX = _own_logits(x_TD, gate, slot, rule)
         own_TX = own_TX if slot.offset is None else own_TX + slot.offset[...].astype(own_TX.dtype)[None]
         if slot.drift:
             drift_T2 = _drift(slot.drift, columns.logits(), own_TX, share_T1)
@@ -340,12 +343,13 @@ def _log_share(x_TD: jax.Array, share_T: jax.Array | None, extended: jax.Array |
     return jnp.where(extended, share_T, -jnp.inf)[:, None]
 
 
-def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns) -> jax.Array:
+def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns, rule: Rule) -> jax.Array:
     """Logits of the new columns, [T, X]. They are computed in one matrix product with the base's columns, so that an
     exact copy gets its source's logit; in a product of its own, rounding would decide between the two, differently on
     each mesh. `TIE` covers what the base's own product rounds otherwise."""
-    cast = gate._replace(columns_DE=gate.columns_DE.astype(x_TD.dtype))  # and_columns leaves the update out
-    return cast.and_columns(slot).logits(x_TD)[:, gate.columns_DE.shape[-1] :]
+    dtype = jnp.float32 if rule.router_float32 else x_TD.dtype
+    cast = gate._replace(columns_DE=gate.columns_DE.astype(dtype))  # and_columns leaves the update out
+    return cast.and_columns(slot).logits(x_TD, rule)[:, gate.columns_DE.shape[-1] :]
 
 
 def over_their_sum(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:
