@@ -117,7 +117,7 @@ class Model:
         """The answer to a conversation, `[{"role": "user", "content": "..."}, ...]`; roles are system, user, assistant.
 
         content: a text, or parts `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
-        The others are those of `generate`.
+        The other arguments are those of `generate`.
         """
         _check_drawn(max_new_tokens=max_new_tokens, seed=seed, temperature=temperature, top_k=top_k)
         turns, images = [], list[Picture]()
@@ -185,12 +185,12 @@ def open(  # noqa: A001
     """A model of a folder: a work directory, or a checkpoint, imported, exported or as published.
 
     Args:
-      model: of a work directory which: base, aligned, probed, moextend (the default) or full.
+      model: which model of a work directory: base, aligned, probed, moextend (the default) or full.
       base: folder of the base, for a checkpoint that holds an extension alone.
       vision: folder of a vision tower.
       feature_layer: the tower's layer that the projector reads, for a checkpoint that does not say so.
       recipe: how prompts and images are prepared, paper or released, for a checkpoint that does not say so.
-      dtype: float32 or bfloat16, of the computation; None: as stored, or as trained.
+      dtype: element type of the computation, float32 or bfloat16; None: as stored, or as trained.
 
     Raises:
       MoextendError: nothing that could be opened is there, or something is wrong with it.

@@ -6,10 +6,10 @@ Legend (array names end in their axes, einsum uses the same letters, `sharding.T
     D model width           N query heads            K key/value heads        H head size
     E pretrained experts    X new experts per layer  F expert hidden width    k experts per token
     R routed rows = T*k     V vocabulary             A calibrator width       O = E+X router outputs
-    o of O those that compete for a token's k picks (`models/starts.py`)
+    o columns among O that compete for a token's k picks (`models/starts.py`)
     Z routed decoder layers Y extended layers        U vision layers          M images per row
     f F of new experts      n images = B*M           d model width as an input axis
-    s F of the expert that every token passes   z layers before those   j F of their one expert
+    s hidden width of the shared expert   z dense layers before the routed ones   j hidden width of their one expert
     C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
     Q vision positions = P, or 1+P with a class token, which is first; then r registers, then patches, in hidden states
     G 1 + kinds of faults in data (`faults.py`): conversations read, then those skipped by kind
@@ -40,9 +40,9 @@ class MoextendError(Exception):
 
 
 class Range(NamedTuple):
-    """What a number may be, beside its type: `steps: Annotated[int, Range(least=1)]`. NaN and infinity never are.
+    """The values that a number may have: `steps: Annotated[int, Range(least=1)]`. NaN and infinity are never allowed.
 
-    `least` and `most` are allowed themselves, `above` and `below` are not; `also` are single values outside.
+    `least` and `most` are inclusive bounds, `above` and `below` exclusive; `also`: single allowed values outside.
     """
 
     least: float | None = None
@@ -82,8 +82,8 @@ Amount = Annotated[int, Range(least=0, most=LARGEST)]
 
 
 class Named(dict[str, Value]):
-    """A dict that nobody changes (see `replacing`), can be hashed, and equals another only in the same order: media and
-    extensions of a model by name."""
+    """A dict that is never changed (see `replacing`) and so can be hashed. Two are equal only if their order is, too.
+    It holds media and extensions of a model by name."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(tuple(self.items()))
@@ -95,15 +95,16 @@ class Named(dict[str, Value]):
         return not self == other
 
     def replacing(self, name: str, value: Value) -> Named[Value]:
-        """The same with one value added at the end, or in the place of the one with its name."""
+        """A copy with `value` under `name`: in place of the old value, or at the end."""
         return Named({**self, name: value})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """YaRN (arXiv 2309.00071): angles that turn less than `slow` times within the first `length` positions are divided
-    by `factor`, those that turn more than `fast` times are not, and in between the two are mixed linearly; `whole`
-    rounds the ends of that ramp to whole angles. Queries and keys are each multiplied by 0.1 ln(factor) + 1."""
+    """YaRN (arXiv 2309.00071). Rotary frequencies that turn less than `slow` times within `length` positions are
+    divided by `factor`. Those that turn more than `fast` times are unchanged. Between them, the two are mixed linearly;
+    `whole` rounds the ends of that ramp to whole indices. Queries and keys are each multiplied by 0.1 ln(factor) + 1.
+    """
 
     factor: float
     length: int
@@ -114,27 +115,28 @@ class YarnConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a decoder and what its family turns on; defaults are Mixtral-8x7B's.
+    """Sizes of a decoder and the features that its family turns on; defaults are Mixtral-8x7B's.
 
-    family: a key of `families.FAMILIES`, by which tensors and attributes are called; nothing computed depends on it.
-    qk_norm: queries and keys are normed before they are rotated, every head for itself or all of a position together.
-    clip_qkv: bound of what queries, keys and values hold. qkv_bias: they have biases.
-    shared_hidden: width of an expert that every token passes besides those it chooses, or shared_experts times that of
-    the others, 0: there is none; shared_gate: a sigmoid of the token weighs it.
-    dense_layers: the first layers, in which all tokens pass one expert of width dense_hidden and nothing is chosen.
-    embed_factor, residual_factor, logits_divisor: of token embeddings (and of what takes their places), of what a block
-    adds, and of the logits. attention_scale: of queries times keys, None: 1/sqrt(H).
-    scores: what router logits become, a row of `router.SCORES`. selection_bias: experts are chosen by score plus a
-    bias, and weighed without it. groups, top_groups: of so many groups of experts a token chooses within the best.
-    normalised: the weights of the chosen experts sum to one; else they are their scores. routed_factor: of all weights.
-    rotary_share: of a head that positions turn, its first part. yarn: positions beyond those that a model began with.
-    local: of every layer, whether a token sees the local_window tokens up to itself alone; (): none does. sinks: heads
-    have a logit that takes from all weights and gives nothing. out_bias, router_bias, expert_bias: of what comes out of
-    attention, of router logits, and of experts' three products. router_float32: the router's logits are computed in
-    float32, from columns that stay so whatever the rest is in. glu, glu_limit: a row of `glu.GLUS`, and its bound.
+    family: a key of `families.FAMILIES`, which names tensors and attributes in files; no computation depends on it.
+    qk_norm: RMSNorm of queries and keys before rotation: per head, or over all heads of a position ("whole").
+    clip_qkv: queries, keys and values are clipped to this magnitude. qkv_bias: they have biases.
+    shared_hidden: hidden width of the shared expert, which every token passes besides its chosen ones; 0:
+    shared_experts * hidden, and if that is 0 too, there is none. shared_gate: a sigmoid gate of the token weights it.
+    dense_layers: number of first layers with one expert of width dense_hidden for all tokens, and no routing.
+    embed_factor, residual_factor: multiply token embeddings (and media features in their places), and what a block
+    adds. logits_divisor: divides the logits. attention_scale: multiplies query-key products; None: 1/sqrt(H).
+    scores: how router logits become scores, a row of `router.SCORES`. selection_bias: experts are chosen by score plus
+    a bias, and weighted by the score alone. groups, top_groups: experts are in `groups` groups, and a token chooses
+    within its `top_groups` best. normalised: the chosen experts' weights sum to one; else they are the scores.
+    routed_factor: multiplies all weights. rotary_share: share of a head, its first part, that is rotated.
+    yarn: extends the context beyond the pretraining length. local: for each layer, whether a token sees only the last
+    local_window tokens, itself included; (): none does. sinks: each head has a learnt logit that takes part in the
+    softmax and has no value. out_bias, router_bias, expert_bias: biases of attention's output, of router logits, of
+    experts' three maps. router_float32: the router's columns are stored in float32, whatever the other dtypes, and its
+    logits are computed in float32. glu, glu_limit: the gated unit, a row of `glu.GLUS`, and its clamp limit.
 
-    `window` are the tokens of the sliding window that a checkpoint names. Here every token sees all before it, which is
-    the same in rows of up to so many tokens; longer ones are refused.
+    `window` is the sliding window of a checkpoint, in tokens. It is not computed: every token sees all earlier ones,
+    which is the same in rows of up to `window` tokens. Longer rows are refused.
     """
 
     vocab_size: int = 32000
@@ -201,16 +203,16 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of a vision transformer and what its family turns on; defaults are CLIP's ViT-L/14 at 336 pixels.
+    """Sizes of a vision transformer and features of its family; defaults are CLIP's ViT-L/14 at 336 pixels.
 
     Where `patch_size` does not divide `image_size`, the last pixels of each side are not seen.
     `feature_layer` picks the hidden state that goes to the projector: -1 the last layer's output, -2 the one before.
-    family: a key of `families.towers.TOWERS`, by which tensors and attributes are called; nothing computed depends on
+    family: a key of `families.towers.TOWERS`, which names tensors and attributes in files; no computation depends on
     it.
     class_token, registers: positions before the patches, which the projector does not read. pre_norm: a norm before the
     layers. layer_scale: what a layer adds is scaled, channel by channel.
-    levels: mean and deviation of a picture's colours, a row of `media.image.LEVELS`. stretched: a picture is resized to
-    a square whatever its shape, which is then no recipe's choice.
+    levels: mean and standard deviation that normalise colours, a row of `media.image.LEVELS`. stretched: a picture is
+    resized to a square without keeping its aspect ratio, whatever `Recipe.image_preparation` says.
     """
 
     width: int = 1024
@@ -292,19 +294,19 @@ TowerConfig = VisionConfig | WhisperConfig | FeaturesConfig
 
 
 TRUNKS = {"weave": "linear", "crema": "resampler"}
-"""TABLE of the kinds of projectors that add to that of an earlier medium -> its kind."""
+"""TABLE kind of projector that extends an earlier medium's (the trunk) -> kind of the trunk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """How tower features [P, C] become tokens [p, D] of the decoder.
 
-    linear: two linear maps with a GELU, p = P. pool: the mean of `neighbours` positions first. stack: `neighbours`
-    positions side by side as one of `neighbours` * C first. resampler: `queries` learnt vectors attend to all P, in
-    `layers` blocks of width C with `heads` heads and cross-attention in every `cross_every`-th, then one linear map.
-    weave, crema: what a medium adds, with `rank`, to the frozen projector of the medium `trunk`, two linear maps or a
-    resampler, whose tower has `width` channels (`models/woven.py`); of weave `past` are the media that were woven into
-    the same trunk before, and `inner` is how its maps inside their adapters start.
+    linear: two linear maps with a GELU, p = P. pool: the same on means of `neighbours` positions. stack: the same on
+    `neighbours` positions concatenated, of width `neighbours` * C. resampler: `queries` learnt vectors attend to all P,
+    in `layers` blocks of width C with `heads` heads and cross-attention in every `cross_every`-th, then a linear map.
+    weave, crema: updates of rank `rank` on the frozen projector of the medium `trunk`: two linear maps for weave, a
+    resampler for crema (`models/woven.py`). `width`: channels of the trunk's tower. Weave alone has `past`, the media
+    woven into the same trunk before, and `inner`, how its maps inside their adapters start.
     """
 
     kind: Literal["linear", "pool", "stack", "resampler", "weave", "crema"] = "linear"
@@ -335,9 +337,9 @@ class ImageTags:
     is replaced), then `end`. Every medium has its own `pad`.
 
     The defaults are the byte pieces of ASCII's STX, ETX and NUL in Mixtral-8x7B's own vocabulary, so that no
-    pretrained array has to grow; text may not contain those characters. In another vocabulary these pieces have other
-    ids, or others stand for them (`data/tokenizer.py` chooses: `image_tags`), and the released code appends rows
-    instead: a checkpoint names its own.
+    pretrained array has to grow; text may not contain those characters. Other vocabularies have other ids for these
+    pieces, or need other pieces (`image_tags` in `data/tokenizer.py` chooses). The released code appends rows instead.
+    So each checkpoint names its own ids.
     """
 
     start: int = 5
@@ -350,7 +352,7 @@ class ImageTags:
 
 
 IMAGE = "image"
-"""What the first medium and the first extension are called; files of one extension know no other."""
+"""Name of the first medium and the first extension, and the only name in file formats of one extension."""
 
 MediumKind = Literal["image", "video", "audio", "features"]
 
@@ -359,10 +361,10 @@ MediumKind = Literal["image", "video", "audio", "features"]
 class Medium:
     """A medium of a model: what stands for it in text, the tower that reads it, the projector behind the tower.
 
-    frames: pictures of one item of a video. join: their tokens one picture after another, or averaged patch by patch
-    (Uni-MoE, 2405.11273). spans: token lengths that an item may have, ascending, () for one length; the shortest that
-    covers an item is taken, the longest is P of every array. seconds: of audio whose tower reads pictures of sound, the
-    longest sound, which fills the picture (Whisper has its own).
+    frames: pictures in one item of a video. join: their tokens are concatenated ("each"), or averaged patch by patch
+    (Uni-MoE, 2405.11273). spans: the token lengths that an item may have, ascending; () for one length. An item gets
+    the shortest that covers it; the longest is P of every array. seconds: for audio whose tower reads spectrograms as
+    pictures, the longest sound, which fills the picture (`WhisperConfig` has its own).
     """
 
     kind: MediumKind = "image"
@@ -382,7 +384,7 @@ class Medium:
 
     @property
     def positions(self) -> int:
-        """Positions of the tower that become one item's tokens, frames averaged already or all of them."""
+        """Tower positions that become one item's tokens: those of all frames, or of one where frames are averaged."""
         return self.tower.patches * (self.frames if self.join == "each" else 1)
 
     @property
@@ -391,9 +393,9 @@ class Medium:
         return self.projector.tokens(self.tower.patches) * (self.frames if self.join == "each" else 1)
 
     def span(self, positions: int | None = None) -> int:
-        """Tokens of an item whose tower gives `positions` positions that mean something; None: all of them."""
+        """Tokens of an item with `positions` tower positions that are not padding; None: all positions."""
         needed = self.tokens
-        # Frames go through the projector one by one, so that tokens of all are more than those of their positions.
+        # The projector runs frame by frame, so all frames together give more tokens than `tokens(positions)` says.
         if positions is not None and positions < self.positions:
             needed = self.projector.tokens(positions)
         return next((length for length in self.spans if length >= needed), self.tokens)
@@ -407,15 +409,15 @@ StartName = Literal["copy", "twin", "lowered", "added"]
 class ExtensionConfig:
     """Which layers (0-based, ascending) get new experts, and the pretrained experts that each one is copied from.
 
-    sources: of each extended layer those of X experts, one after another, all layers flat: with X = 1 and wide = 1 one
-    per layer. wide: sources of one new expert, side by side in its hidden width (f = wide * F), the most picked first.
-    start: how new experts start; all but "copy" decide what the model computes ever after, too.
-    medium: the medium that it was made for, "" for a task in text. share: how much of it there is beside others
-    (`log share` is added to its router logits): 0 takes it out exactly, 1 is all of it.
-    calibrator: what corrects the probabilities that chosen experts are weighed by (`models/router.CALIBRATORS`).
-    trains: its experts are stored in the element type of what trains, those of others in that of the base.
-    guidance, drift: of a step that trains it alone, tau of token guidance and the coefficient of the losses beside it
-    (`models/guidance.py`); 0: without.
+    sources: one flat list, layer by layer, of the sources of each layer's X experts, `wide` for each; with X = 1 and
+    wide = 1 one per layer. wide: number of sources of a new expert; their hidden units are concatenated (f = wide * F),
+    the most picked first. start: how new experts start; all but "copy" also change how the trained model computes.
+    medium: the medium that it was made for, "" for a task in text. share: its weight beside other extensions
+    (`log share` is added to its router logits); 0 removes it exactly, 1 keeps it whole.
+    calibrator: corrects the probabilities that weight the chosen experts (`models/router.CALIBRATORS`).
+    trains: its experts are stored in `ModelConfig.train_dtype`; experts of other extensions in `ModelConfig.dtype`.
+    guidance, drift: for a step that trains it alone, tau of token guidance and the coefficient of the drift losses
+    (`models/guidance.py`); 0: off.
     """
 
     layers: tuple[int, ...]
@@ -448,14 +450,14 @@ AdaptedExperts = Literal["none", "shared", "per_expert"]
 class AdapterConfig:
     """A low-rank update beside the frozen maps of all layers that route (`models/adapters.py`).
 
-    method: LoRA, DAMC, LLaVA-MoLE or MoRAM. tokens: which have it; of DAMC an extension NAME has two, NAME for the
-    tokens of its medium's items and NAME.text for those of no item. rank: of one LoRA; alpha: over rank it is the scale
-    of what is added. attention: its four maps have one. experts: the three maps of the pretrained experts have none,
-    one that all experts of a layer share, or each expert its own. router: the pretrained router has one, which changes
-    what text chooses. lora_experts, gating: of MoLE, how many a layer has and how they are weighed (a row of
-    `adapters.GATINGS`); balance: the coefficient of their load-balancing loss. top_k, tau, threshold: of MoRAM
-    (`adapters.self_activated`). trains: a step trains it, during which MoRAM has no threshold. medium, share: as in
-    `ExtensionConfig`.
+    method: LoRA, DAMC, LLaVA-MoLE or MoRAM. tokens: which tokens have it. DAMC makes two adapters: NAME for tokens of
+    its medium's items, and NAME.text for tokens of no item. rank: of one LoRA. alpha: the update is multiplied by
+    alpha / rank. attention: whether its four maps have an update. experts: whether the pretrained experts' three maps
+    have none, one for all experts of a layer, or one per expert. router: whether the pretrained router has one; it
+    changes which experts text chooses. lora_experts, gating: MoLE's number of LoRA experts in a layer, and how they are
+    weighted (a row of `adapters.GATINGS`). balance: coefficient of their load-balancing loss. top_k, tau, threshold:
+    MoRAM's (`adapters.self_activated`). trains: whether a step trains it; MoRAM then has no threshold.
+    medium, share: as in `ExtensionConfig`.
     """
 
     method: MethodName = "lora"
@@ -481,7 +483,7 @@ class AdapterConfig:
 
     @property
     def columns(self) -> int:
-        """r of the experts' maps: that of all LoRA experts together."""
+        """r of the experts' maps: the ranks of all LoRA experts together."""
         return self.lora_experts * self.rank
 
     @property
@@ -515,15 +517,15 @@ class BlocksConfig:
 
 
 class Quantised(NamedTuple):
-    """How pretrained experts are stored in few bits: a row of `models/quantised.STORAGES`, and how many weights that
-    one output sums over share a scale."""
+    """How pretrained experts are quantised: a row of `models/quantised.STORAGES`, and the group size, which is how many
+    weights along the contracted axis share a scale."""
 
     kind: str
     group: int
 
     @classmethod
     def of(cls, storage: ExpertStorage, group: int) -> Quantised | None:
-        """None: as they are."""
+        """None for "as_is"."""
         return None if storage == "as_is" else cls(storage, group)
 
     def __str__(self) -> str:
@@ -545,8 +547,8 @@ Mass = Literal["base", "literal"]
 Saved = Literal["query", "key", "value", "attended", "middle", "gate", "up"]
 """What a rematerialised layer can keep: attention's inputs and output, the residual stream between attention and
 experts, the experts' two products (those exist on TPU and GPU). Each is a product over D, so each costs the same memory
-per FLOP that it saves; "attended" saves the attention itself: its kernel (splash, Triton, blocked) does not run forward
-again. Where there is none (`attention.attend`) XLA computes the scores again whatever is kept."""
+per FLOP that it saves. "attended" is the output of attention's kernel (splash, Triton, blocked), which then does not
+run forward again. Without a kernel (`attention.attend`) XLA computes the scores again, whatever is kept."""
 
 
 Added = ExtensionConfig | AdapterConfig | BlocksConfig
@@ -568,11 +570,11 @@ class ModelConfig:
     media: Named[Medium] = Named()
     """By name, in the order in which their tokens lie in a row's `i`."""
     extensions: Named[ExtensionConfig] = Named()
-    """By name, in the order in which they were added: their new experts are numbered on in this order from E."""
+    """By name, in the order in which they were added. New experts are numbered in this order, from E on."""
     adapters: Named[AdapterConfig] = Named()
     """By name, in the order in which they were added. A name is not that of an extension too."""
     blocks: Named[BlocksConfig] = Named()
-    """The same; all have as many blocks."""
+    """As `adapters`; all sets have the same number of blocks."""
     dtype: str = "bfloat16"
     """Storage dtype of frozen parameters and dtype of activations."""
     train_dtype: str = "float32"
@@ -580,33 +582,33 @@ class ModelConfig:
     remat: Literal["none", "attention", "layer"] = "layer"
     """What the backward pass recomputes: nothing, attention only, or whole layers (least memory)."""
     saved: tuple[Saved, ...] = ()
-    """With remat "layer": what is kept all the same."""
+    """With remat "layer": results that are kept."""
     dispatch: Literal["gather", "exchange"] = "gather"
     """How tokens meet experts on other devices: a row of `expert_parallel.DISPATCHES`."""
     text_isolation: Literal["none", "strict"] = "none"
-    """Which tokens may choose an extension's experts: all (the paper), or those of conversations with its medium, so
-    that all others are computed as before the extension: batches without that medium by the same program, bit for
-    bit."""
+    """Which tokens may choose an extension's experts: all (the paper), or with "strict" those of conversations with its
+    medium. Then all others are computed as before the extension, and batches without that medium run the same program,
+    bit for bit."""
     composition: Literal["shared", "decoupled"] = "shared"
-    """Of several extensions: "shared" lets a token choose among all that `text_isolation` opens to it; "decoupled"
-    leaves the tokens of a span its own medium's extension alone, and the text around it none with text isolation
-    strict, else all."""
+    """For several extensions. "shared": a token chooses among all that `text_isolation` opens to it. "decoupled":
+    tokens of an item choose only its medium's extensions; text tokens choose none with strict text isolation, else
+    all."""
     weight_guard: WeightGuard = "bounded"
     """What keeps calibrated weights finite: a row of `router.WEIGHT_GUARDS`. A run takes it from its recipe."""
     mass: Mass = "base"
-    """Where the base's weights do not sum to one, what those of an extended layer sum to (`Recipe.mass`)."""
+    """What weights of an extended layer sum to, where the base's do not sum to one (`Recipe.mass`)."""
     expert_storage: ExpertStorage = "as_is"
-    """Of the pretrained experts' matrices: in `dtype`, or in few bits (`models/quantised.py`)."""
+    """How the pretrained experts' matrices are stored: in `dtype`, or quantised (`models/quantised.py`)."""
     expert_group: int = 64
-    """Weights that share a scale there."""
+    """Quantised weights that share a scale."""
     gradient_from: int = 0
-    """Of a step: the first layer that has a backward pass (`train/stages.for_training`)."""
+    """Set for a step: the first layer that has a backward pass (`train/stages.for_training`)."""
     frozen_experts: Literal["none", "pretrained", "all"] = "none"
-    """Of a step, and of answers: whose experts have no gradient for sure, and are read where they lie."""
+    """Set for a step and for generation: which experts surely have no gradient. They are read in place, not copied."""
 
     def lowest_trained(self, patterns: Iterable[str]) -> int:
-        """The first layer that has, or is behind, leaves with paths of these patterns; 0 where it would not be used:
-        layers with blocks between them run in one scan."""
+        """The lowest layer with extension leaves that these patterns match; layers below need no backward pass. 0 if
+        other leaves train, or if the model has blocks, since its layers then run in one scan."""
         parts = [pattern.split("/") for pattern in patterns]
         if self.blocks or any(kind != "extensions" for kind, *_ in parts):
             return 0
@@ -627,7 +629,7 @@ class ModelConfig:
         return {**self.extensions, **self.adapters, **self.blocks}
 
     def with_added(self, change: Callable[[str, Added], Added | None]) -> ModelConfig:
-        """With `change` of the name and sizes of everything that is added; None takes it out."""
+        """A copy in which `change(name, config)` replaces the config of each addition; None removes it."""
         changed: dict[str, Any] = {}
         for kind in ADDITIONS:
             of_kind = {name: change(name, of) for name, of in getattr(self, kind).items()}
@@ -645,7 +647,7 @@ class ModelConfig:
         return self.decoder.experts + sum(added.new_experts for added in self.extensions.values())
 
     def spans(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
-        """By medium the tokens of so many items that are all as long as can be."""
+        """For each medium, the token lengths of its count of items, all of maximal length."""
         return {name: [self.media[name].tokens] * count for name, count in counts.items()}
 
     @property
@@ -669,7 +671,7 @@ class ModelConfig:
         return next(iter(self.extensions.values()), None)
 
     def columns(self, extension: str) -> range:
-        """Numbers of an extension's experts among these."""
+        """Numbers of an extension's experts among `outputs`."""
         names = list(self.extensions)
         before = sum(self.extensions[name].new_experts for name in names[: names.index(extension)])
         first = self.decoder.experts + before
@@ -772,14 +774,14 @@ IGNORE = -100
 
 
 class Room(NamedTuple):
-    """What a row holds of a medium: so many items (M) of so many tokens each (P) at most."""
+    """What a row can hold of a medium: at most M items of at most P tokens each."""
 
     items: int
     tokens: int
 
 
 Rooms = Mapping[str, Room]
-"""By medium, in the order of `ModelConfig.media`, of those that a batch has."""
+"""By medium, for the media of a batch, in the order of `ModelConfig.media`."""
 
 
 def first_places(rooms: Rooms) -> dict[str, int]:
@@ -798,10 +800,10 @@ class Batch(NamedTuple):
     the conversations, tokens see only their own segment, and `positions_BL` restart with each.
     `places_BL` is -1 on text; on a pad token of a medium it is the index into the row's tokens of all media (letter i):
     those of the first medium of `ModelConfig.media` that the batch has, M items of P tokens, then those of the next.
-    Of a medium that the batch has, `media` holds what goes into its tower, [B, M, ...] (an image's [h, w, c], float and
-    normalised), or `features` what has come out of a frozen one, [B, M, P, C]; both are empty for text. For the host's
-    books alone: `faults_BG` counts the conversations behind a row, None where nothing can be skipped; `examples_Bg` are
-    the data set's rows in it, -1 on empty places.
+    For each medium of the batch, `media` holds its tower's input, [B, M, ...] (an image's [h, w, c], float and
+    normalised), or `features` holds a frozen tower's output, [B, M, P, C]; both are empty for text. Only the host reads
+    the last two: `faults_BG` counts the conversations behind a row (None where nothing can be skipped); `examples_Bg`
+    are the numbers of the data set's rows in it, -1 in empty places.
     """
 
     ids_BL: Any

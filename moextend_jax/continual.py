@@ -105,8 +105,8 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, A
 
 
 class Beside:
-    """A chain that runs in a process of its own, from when what it shares with the chain in `made` is there. It ends
-    with the process that made it. `run`, a function of a module, makes it."""
+    """A chain in a process of its own. It starts when the results that it shares with the chain in `made` are there. It
+    ends with the process that started it. `run`, a module-level function (it is pickled), makes the chain."""
 
     def __init__(self, settings: RunSettings, folder: Path, made: Path, run: Run):
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
@@ -153,15 +153,15 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, run: Run, log: 
 
 
 def _end_with(parent: int) -> None:
-    """A process that is told to stop does not tell those that it started."""
+    """Ends this process with its parent, which does not stop its children when it is stopped."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_nothing_is_lost(record: Mapping[str, Any], links: Iterable[Link]) -> None:
-    """Raises a MoextendError unless under strict isolation every text loss is bit for bit the base's, and every earlier
-    score what it was; but for questions with an item of a medium that a later extension has, which may answer them."""
+    """Raises a MoextendError unless, under strict isolation, every text loss is bit for bit the base's and no earlier
+    score has changed. Questions with an item of a later extension's medium are exempt: it may answer them."""
     media = {link.name: link.medium for link in links}
     scores: Mapping[str, Mapping[str, float]] = record["chains"]["strict"]["scores"]
     lost: dict[str, float] = {}

@@ -2,8 +2,8 @@
 study.html out.
 
 Points share what comes before the extension: of every seed `align` and `extend` are made once, `select` too where it
-is the same. Means have 95 % intervals over seeds (Student's t). A point is compared seed by seed, since a seed moves
-all of them together, with the one that sets nothing, or without such a one with the first by name.
+is the same. Means have 95 % intervals over seeds (Student's t). A point is compared with the point that sets nothing
+or, if there is none, with the first by name: seed by seed, since a seed moves all points together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Run = Callable[[RunSettings, Path], dict[str, Any]]
 """`commands.run_and_start`: what its summary.json holds."""
 
 LATER = ("method", "select", "grow", "finetune", "full", "text_isolation", "baseline", "mixture", "extensions")
-"""Settings of which the first stages read nothing but what they must not be trained on."""
+"""Settings that the first stages do not read, except to know which rows they must not train on."""
 
 
 class Figure(NamedTuple):
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 
 def _accuracy(summary: Mapping[str, Any]) -> float:
-    """The finished model's; of a chain the mean over all that it has learnt."""
+    """Accuracy of the finished model; for a chain, the mean over all that it has learnt."""
     if "chains" not in summary:
         return summary["accuracy"]["moextend"]
     return fmean(list(_chain(summary)["scores"].values())[-1].values())
@@ -86,10 +86,10 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
     """
     if settings.study is None:
         raise MoextendError("this configuration has no study: name points in it, as configs/study_extension.py does")
-    # Before anything asks which process this is: points that are there already start no run that would do it.
+    # Join the processes now, before anything asks which one this is: if all points are there, no run does it.
     distributed.start(cpu_devices=cpu_devices(settings))
     plain = dataclasses.replace(settings, study=None, data_dir=settings.data_dir or str(data_dir_of(settings, workdir)))
-    # What sets nothing is what the others are compared with; a configuration keeps no order of names.
+    # The point that sets nothing goes first: the others are compared with it. A configuration has no order of names.
     words = dict(sorted(settings.study.points.items(), key=lambda point: (bool(point[1]), point[0])))
     seeds = settings.study.seeds
     points = {name: with_words(plain, own, what=f"study: {name}") for name, own in words.items()}
@@ -123,7 +123,7 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
 def _summary(
     own: RunSettings, name: str, workdir: Path, *, points: Mapping[str, RunSettings], run: Run
 ) -> Mapping[str, Any]:
-    """What summary.json holds of a point and seed, from before where it is there."""
+    """What summary.json holds of a point and seed; the run is not made again if it is there."""
     folder = workdir / name / f"seed_{own.seed}"
     done, made_with = folder / "summary.json", folder / "config.json"
     asked = as_json(dataclasses.asdict(own))
@@ -140,7 +140,7 @@ def _summary(
 
 
 def _early(settings: RunSettings) -> dict[str, Any]:
-    """All that the first stages read, but the seed; which rows they leave out is in settings of later ones."""
+    """All that the first stages read, except the seed; also the settings of later stages that hold out rows."""
     read = {name: of for name, of in dataclasses.asdict(settings).items() if name not in (*LATER, "seed")}
     return read | {"left out": (settings.select.held_out, settings.finetune.data, settings.finetune.split)}
 

@@ -76,8 +76,8 @@ class Adapter(nnx.Module):
 
 
 class Adapted(NamedTuple):
-    """An adapter in one layer: its name, what it is, its leaves there, and the log of each token's share of it `[B, L]`
-    (None: all of it)."""
+    """An adapter in one layer: its name, its config, its leaves there, and the log of each token's share of it `[B, L]`
+    (None: share 1)."""
 
     name: str
     config: AdapterConfig
@@ -85,7 +85,7 @@ class Adapted(NamedTuple):
     share_BL: jax.Array | None
 
     def scale_BL1(self, x_BLD: jax.Array) -> jax.Array:
-        """alpha/rank times the share: exactly 0 where there is none."""
+        """alpha/rank times the share; exactly 0 where the share is 0."""
         ones_BL = jnp.ones(x_BLD.shape[:2]) if self.share_BL is None else jnp.exp(self.share_BL)
         return (self.config.scale * ones_BL).astype(x_BLD.dtype)[..., None]
 
@@ -93,20 +93,20 @@ class Adapted(NamedTuple):
 def self_activated(
     z_BLr: jax.Array, open_BLr: jax.Array, *, top_k: int, tau: float, threshold: float | None
 ) -> jax.Array:
-    """MoRAM's rank weights: the atoms (a column of A and its row of B) of a token's k largest scores, by a softmax.
+    """MoRAM's weights of atoms (a column of A and its row of B): a softmax over each token's k largest scores.
 
         s = z / |z|        m = softmax of s / tau over the k largest, times (s >= threshold) if there is one
 
     Args:
       open_BLr: atoms that the token may use; the others are as if they were not there.
-      threshold: for use, not for training; what is left is not normalised again.
+      threshold: for inference, not for training; the remaining weights are not normalised again.
     """
     z32_BLr = jnp.where(open_BLr, z_BLr, 0).astype(jnp.float32)
     squares_BL1 = (z32_BLr**2).sum(axis=-1, keepdims=True)
     scores_BLr = z32_BLr * jax.lax.rsqrt(jnp.maximum(squares_BL1, 1e-24))
     ranked_BLr = jnp.where(open_BLr, scores_BLr, -jnp.inf)
     least_BL1 = jax.lax.top_k(ranked_BLr, min(top_k, z_BLr.shape[-1]))[0][..., -1:]
-    # Where nothing is open all would be -inf, whose softmax is no number.
+    # Where no atom is open, all would be -inf, whose softmax is NaN.
     kept_BLr = jnp.where(open_BLr & (ranked_BLr >= jax.lax.stop_gradient(least_BL1)), scores_BLr / tau, -1e30)
     weights_BLr = jnp.where(open_BLr, jax.nn.softmax(kept_BLr, axis=-1), 0)
     if threshold is not None:
@@ -115,8 +115,8 @@ def self_activated(
 
 
 class OnAttention(NamedTuple):
-    """What is added to attention's maps: factors by "query/a", the scale of each token `[B, L, r]` or `[B, L, 1]`, and
-    from x A and that scale what is multiplied with B."""
+    """What is added to attention's maps: A and B by path ("query/a"), the scale of each token, `[B, L, r]` or
+    `[B, L, 1]`, and `weigh(x A, scale)`, which gives what is multiplied with B."""
 
     leaves: dict[str, jax.Array]
     scale_BLr: jax.Array
@@ -126,7 +126,7 @@ class OnAttention(NamedTuple):
 def on_attention(
     configs: Sequence[AdapterConfig], leaves: Sequence[dict[str, jax.Array]], scales: Sequence[jax.Array]
 ) -> list[OnAttention]:
-    """Adapters as attention computes them: the atoms of all MoRAM sets together, since they compete."""
+    """Adapters as attention computes them. Atoms of all MoRAM adapters are joined, since they compete."""
     those, atoms = [], []
     for config, own, scale_BL1 in zip(configs, leaves, scales, strict=True):
         if config.method == "moram":
@@ -151,7 +151,8 @@ def on_attention(
 
 
 class Factors(NamedTuple):
-    """Of the experts' three maps in use: `[in, r]` and `[r, out]`, or with the groups that they belong to before."""
+    """A and B of the experts' three maps as they are used: `[in, r]` and `[r, out]`, or with an axis of experts first.
+    """
 
     a_gate: jax.Array
     b_gate: jax.Array
@@ -182,19 +183,19 @@ GATINGS: dict[Gating, Callable[[jax.Array], jax.Array]] = {
     "top1_prob": lambda probs_TI: _top1(probs_TI) * probs_TI,
     "dense": lambda probs_TI: probs_TI,
 }
-"""TABLE from the probabilities of LoRA experts to their weights. top1: the paper's, whose task loss never reaches the
-router (the balance loss alone does); top1_prob: weighed by the probability, as in Switch, which mends that; dense: all
-of them, which the released checkpoint runs."""
+"""TABLE from the probabilities of LoRA experts to their weights. top1: the paper's; the router has no gradient of the
+task loss, only of the balance loss. top1_prob: the best times its probability, as in Switch, which gives it one. dense:
+the probabilities of all experts, as the released checkpoint runs."""
 
 
 def update_of(
     blocks: Sequence[tuple[AdapterConfig, OfBlock, jax.Array]], x_TD: jax.Array
 ) -> tuple[Update | None, list[jax.Array]]:
-    """What several adapters add to the experts of tokens, as one of their ranks together; and of each that chooses
-    among LoRA experts the probabilities `[T, I]`.
+    """The updates of several adapters to the experts, joined along the rank into one; and for each adapter that has a
+    router over LoRA experts, their probabilities `[T, I]`.
 
     Args:
-      blocks: an adapter's sizes, its leaves of one layer in use, and its scale of every token `[T, 1]`.
+      blocks: for each adapter its config, its leaves of one layer as used, and its scale of every token `[T, 1]`.
     """
     parts, weights, chosen = [], [], []
     for config, block, scale_T1 in blocks:
@@ -227,7 +228,7 @@ def _pair(pair: Any) -> tuple[nnx.Param, nnx.Param]:
 
 
 def _side_by_side(parts: list[Factors]) -> Factors:
-    """Factors of the ranks of all: those of several experts where any are."""
+    """Joins factors along the rank; if any have an axis of experts, all get it."""
     if len(parts) == 1:
         return parts[0]
     groups = next((part.a_gate.shape[:1] for part in parts if part.a_gate.ndim == 3), ())

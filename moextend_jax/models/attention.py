@@ -33,7 +33,7 @@ class KeysValues(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of each position's angles, over half of what is turned of a head (h = H/2, or less)."""
+    """Cosines and sines of each position's angles; h is half of a head's rotated part (H/2 or less)."""
 
     cos_BLh: jax.Array
     sin_BLh: jax.Array
@@ -57,7 +57,7 @@ class Visible(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Of the layers that the letter `stack` counts."""
+    """Attention of a stack of layers, whose axis has the letter `stack`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: str, stack: str = "Z"):
         sizes, self.config = config.sizes(), config
@@ -83,12 +83,12 @@ class Attention(nnx.Module):
 
         Args:
           adapted: low-rank updates of the four maps.
-          is_local: of these the last `local_window` alone are visible; None: the decoder has no such layers.
+          is_local: whether only the last `local_window` of these are visible; None: no layer is local.
         """
         arrays, splits = module_shards(self)
         x_split = shards("BLd", x_BLD.shape)
         apart = x_split.over("L")  # mesh axes that split positions between the layers
-        heads = splits["key"].over("K")  # and heads within; key heads that do not divide keep all heads together
+        heads = splits["key"].over("K")  # those that split heads inside; none if the key heads do not divide
         heads = heads if heads == splits["query"].over("N") else ()
         keys_split = Shards("BSKH", (x_split.over("B"), (), heads, ()))
         rows = Shards("B", (x_split.over("B"),))
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
                 y_BLD += jnp.einsum("BLr,rD->BLD", z_BLr, leaves["out/b"])
             return y_BLD if "out_bias" not in w else y_BLD + w["out_bias"][None, None], present
 
-        # Those that are None have no parts to split.
+        # Arguments that are None have no leaves, so their specs are ignored.
         ins = (x_split, splits, rows, rows, keys_split, Shards("", ()), [of[1] for of in lows], tokens)
         run = map_shards(local, ins, (x_split, keys_split))
         return run(x_BLD, arrays, rotation, visible, past, is_local, [of[0] for of in lows], scales)
@@ -162,7 +162,7 @@ def norm_of_heads(x_BSNH: jax.Array, scale: jax.Array, *, eps: float, whole: boo
 
 
 def own_positions(y_BSD: jax.Array, *, apart: tuple[str, ...], heads: tuple[str, ...]) -> jax.Array:
-    """From every device's share of the heads at all positions to all heads at its own."""
+    """From a device's own heads at all positions to the sum over all heads at its own positions."""
     if apart and heads:
         return jax.lax.psum_scatter(y_BSD, apart, scatter_dimension=1, tiled=True)
     if apart:
@@ -172,7 +172,7 @@ def own_positions(y_BSD: jax.Array, *, apart: tuple[str, ...], heads: tuple[str,
 
 
 class Window(NamedTuple):
-    """Whether a layer sees so many tokens up to each alone; else it sees all."""
+    """Whether a token of a layer sees only the last `tokens` tokens, itself included; else it sees all earlier ones."""
 
     is_local: jax.Array | bool
     tokens: int
@@ -207,12 +207,12 @@ def attend(
 
 
 def _within(window: Window, visible: Visible) -> jax.Array:
-    """The mask, and in a layer that has the window of it what that lets through."""
+    """The mask of visible keys, limited to the window in a local layer."""
     assert visible.mask_B1LS is not None
     if visible.segments_BL is not None:
         L, S = visible.mask_B1LS.shape[2:]
         away = (jnp.arange(L)[:, None] - jnp.arange(S)[None, :])[None, None]
-    else:  # Slots of a cache are no positions: visible keys behind each are counted.
+    else:  # Cache slots are not positions, so a key's distance is the number of visible keys after it.
         away = jnp.flip(jnp.cumsum(jnp.flip(visible.mask_B1LS, -1), axis=-1), -1) - 1
     return visible.mask_B1LS & ((away < window.tokens) | ~jnp.asarray(window.is_local))
 
@@ -225,8 +225,8 @@ def splash(
     query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array, *,
     window: int | None = None, sinks_N: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """JAX's Pallas flash attention for TPU, which sees what `segment_mask` lets it, at hidden positions too; with a
-    window, of that the so many tokens up to each."""
+    """JAX's Pallas flash attention for TPU. Every position, hidden ones too, sees what `segment_mask` allows; with a
+    window, only the last `window` positions of that."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -269,7 +269,7 @@ def rotation(positions_BL: jax.Array, config: DecoderConfig) -> Rotation:
 
 
 def _yarn(yarn: YarnConfig, *, size: int, theta: float) -> jax.Array:
-    """By what each of h = size/2 frequencies is multiplied: 1, or 1/factor, or a mean of both."""
+    """The factor of each of the h = size/2 frequencies: 1, 1/factor, or a mix of both."""
 
     def angle_that_turns(times: float) -> float:
         return size * math.log(yarn.length / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -283,8 +283,8 @@ def _yarn(yarn: YarnConfig, *, size: int, theta: float) -> jax.Array:
 
 
 def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns the pair (i, i + h) of every head by the position's i-th of h angles (Hugging Face's half-split layout);
-    what is beyond 2h of the head stays."""
+    """Rotates the pair (i, i + h) of every head by the position's i-th of h angles (Hugging Face's half-split layout).
+    Entries of the head from 2h on are unchanged."""
     cos_BL1h, sin_BL1h = rotation.cos_BLh[:, :, None, :], rotation.sin_BLh[:, :, None, :]
     h = cos_BL1h.shape[-1]
     first, second = jnp.split(x_BLNH[..., : 2 * h].astype(jnp.float32), 2, axis=-1)
@@ -294,11 +294,11 @@ def rotate(x_BLNH: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def conversations(segments_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32 `[B, L]` twice: the conversation that a position reads, and the one whose positions read it. A position
-    sees those up to itself that are read by the conversation it reads.
+    """int32 `[B, L]` twice, `reads` and `read_by`: the conversation whose tokens a position sees, and the one whose
+    tokens see it. Position q sees position k <= q where reads[q] == read_by[k].
 
-    Segments ascend along a row, 0 is hidden: padding, or a token that the released code masks. Nobody reads it, and it
-    reads what came before of the conversation it stands in, or after. Before all conversations it is alone. For example
+    Segments ascend along a row; 0 is hidden: padding, or a token that the released code masks. No other position sees
+    it. It sees the earlier tokens of the conversation around or before it, or without one only itself. For example
 
         segments   0   1  1  0  1   2  2  0
         reads     -1   1  1  1  1   2  2  2
@@ -311,7 +311,7 @@ def conversations(segments_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def segment_mask(segments_BL: jax.Array) -> jax.Array:
-    """bool `[B, 1, L, L]`, query before key: what each position of a row sees (`conversations`), as a mask."""
+    """bool `[B, 1, L, L]`, queries then keys: what each position of a row sees (`conversations`)."""
     reads_BL, read_by_BL = conversations(segments_BL)
     L = segments_BL.shape[1]
     causal_1LL = jnp.tril(jnp.ones((1, L, L), bool))

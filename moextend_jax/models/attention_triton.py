@@ -22,7 +22,7 @@ from moextend_jax.models.tiles import call, roomy
 
 
 class Tile(NamedTuple):
-    """Of one program: so many queries, and so many keys at a time, or the other way round for gradients of keys."""
+    """One program's queries, and how many keys it reads at a time; for gradients of keys the other way round."""
 
     queries: int
     keys: int
@@ -37,21 +37,21 @@ SMALL = Tile(32, 32, 4, 1)
 LARGEST = 256
 """Bytes of a head that the large tiles have room for."""
 EVEN = 64
-"""Rows are filled up to a multiple of it, which all tiles divide."""
+"""Rows are padded to a multiple of it, which all tile sizes divide."""
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 """A logit of what is not seen."""
 NOBODY = -(2**30)
-"""What padding reads and is read by, one less: no conversation."""
+"""`reads` of padding; its `read_by` is one less. No conversation has these numbers."""
 
 
 def causal_attention(
     query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, reads_BS: jax.Array, read_by_BS: jax.Array, *,
     window: jax.Array | int | None = None, sinks_N: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """What each position sees: those up to itself, at most `window` of them, whose `read_by` is what it reads
-    (`attention.conversations`); who reads the same stands side by side. sinks_N: logits of one more key of each head,
-    whose value is zero."""
+    """Attention in which a position sees those up to itself, of the last `window`, whose `read_by` equals its `reads`
+    (`attention.conversations`). Positions with equal `reads` must be contiguous. sinks_N: for each head, the logit of
+    one more key, whose value is zero."""
     S, H = query_BSNH.shape[1], query_BSNH.shape[3]
     rest, room = -S % EVEN, max(16, pl.next_power_of_2(H)) - H
     window_1 = jnp.full(1, S + rest if window is None else window, jnp.int32)
@@ -65,7 +65,7 @@ def causal_attention(
 
 
 class Sight(NamedTuple):
-    """What is read, by whom; where the run of positions that read the same starts, and where it ends; the window."""
+    """reads, read_by: of `conversations`. start, end (exclusive): of the run of equal `reads`. window: in tokens."""
 
     reads_BS: jax.Array
     read_by_BS: jax.Array
@@ -75,7 +75,7 @@ class Sight(NamedTuple):
 
 
 def _runs(reads_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of equal numbers, for each position the first of its run and the one after the last."""
+    """For each position the start of its run of equal numbers, and its end (exclusive)."""
     position_S, differs = jnp.arange(reads_BS.shape[1], dtype=jnp.int32), reads_BS[:, 1:] != reads_BS[:, :-1]
     first_BS, last_BS = (jnp.pad(differs, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1)))
     start_BS = lax.cummax(jnp.where(first_BS, position_S[None], 0), axis=1)
@@ -84,7 +84,7 @@ def _runs(reads_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(size: int, query_BSNH, key_BSKH, value_BSKH, sight: Sight, sinks_N):
-    """size: of a head as it is, without what fills it up."""
+    """size: of a head, without its padding."""
     return _forward(size, query_BSNH, key_BSKH, value_BSKH, sight, sinks_N)[0]
 
 

@@ -22,9 +22,9 @@ from moextend_jax.models.weights import Weight, is_frozen, one_of
 LARGE, BLOCK, LEAST = 256, 64, 4
 """Rows per matrix product. An expert's rows go in blocks of `LARGE` while those last, which cores share best, then in
 blocks of about the average number of rows per expert, between `LEAST` and `BLOCK`: on average half a block per expert
-is wasted, which of many small experts would be most of the work (docs/benchmarks.md). Block sizes depend on shapes
-alone, never on the data, so that a row's result does not depend on the other rows; products of fewer rows than `BLOCK`
-round otherwise, so there are no large ones beside them."""
+is wasted, which would be most of the work with many small experts (docs/benchmarks.md). Block sizes depend on shapes
+alone, never on the data, so that a row's result does not depend on the other rows. Products of fewer than `BLOCK` rows
+round differently, so `LARGE` blocks are used only together with blocks of `BLOCK`."""
 
 Weights = tuple[Weight, ...]
 """w_GDF of the gate, w_GDF up, w_GFD down of one part, and where experts have them the biases b_GF of gate and up;
@@ -41,7 +41,7 @@ def blocked_swiglu(
     Args:
       x_RD: rows, those of group 0 first, then group 1, ...; what stands past `sum(sizes_O)` has no effect.
       sizes_O: int32, rows of each group over all parts.
-      update: of rows; what adapters add to the three maps of the first part, which is the only one then.
+      update: what adapters add to the three maps, by row; with a single part only.
     """
     return _forward(x_RD, weights_R1, parts, sizes_O, glu, update)[0]
 
@@ -107,7 +107,7 @@ def _backward(glu, saved, dy_RD):
         return rows.write(dx_RD, dx_bD, block), rows.write(d_weights_R1, d_weight_b1, block), dm_Rr
 
     def of_maps(low, block, hidden_bF, d_gate_bF, d_up_bF, dy_bD):
-        """Of the three maps what goes in, the gradient of what comes out, and the factors."""
+        """For each of the three maps: its input, the gradient of its output, and its factors."""
         x_bD = rows.read(x_RD, block)
         maps = ((x_bD, d_gate_bF), (x_bD, d_up_bF), (hidden_bF, dy_bD))
         return [(*both, low[2 * n], low[2 * n + 1]) for n, both in enumerate(maps)]
@@ -160,7 +160,8 @@ class _Block(NamedTuple):
 
 
 class _Rows:
-    """Blocks of the sorted rows. A group's last block reads and writes into the next group, which overwrites that."""
+    """Blocks of the sorted rows. A group's last block may reach into the next group, whose blocks overwrite it later.
+    """
 
     def __init__(self, sizes_O: jax.Array, R: int, dtype: Any):
         average = 1 << (R // len(sizes_O)).bit_length()
@@ -209,8 +210,8 @@ class _Rows:
         """Sums `body(sum, block, weights, factors, mine_b1)` over each group's blocks; mine_b1 is false past its end.
 
         Args:
-          like: from weights and factors of a group to what the sum is like; None: the weights, and None for parts that
-            are stored in few bits.
+          like: gives the sum's structure from a group's weights and factors; None: that of the weights, and no sum for
+            frozen parts.
         """
         sums, first = [], 0
         for part in parts:

@@ -1,8 +1,8 @@
 """Blocks of LLaMA-Pro (arXiv 2401.02415): whole layers put between the pretrained ones, which stay frozen.
 
 In: the decoder and `BlocksConfig`. Out: a stack of N layers, of which one runs behind every Z/N of the layers that
-route (`decoder.run_layers`). Each starts as a copy of the layer below it that adds nothing: attention's output map and
-the experts' last are zero, so hidden states are the base's, exactly, and these two alone have a gradient at first.
+route (`decoder.run_layers`). Each starts as a copy of the layer below it, but with zeros in attention's output map and
+in the experts' down projections. So hidden states are exactly the base's, and at first only these have a gradient.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_blocks(decoder: DecoderConfig, count: int) -> None:
 
 
 def fresh_blocks(arrays: Mapping[str, jax.Array], *, config: ModelConfig, name: str) -> dict[str, jax.Array]:
-    """Leaves of the blocks `name` as training starts from them, from those of the base's layers (`read_by_blocks`)."""
+    """Initial leaves of the blocks `name`, made from those of the base's layers (`read_by_blocks`)."""
     blocks = config.blocks[name]
     made = nnx.eval_shape(lambda: make_blocks(config.decoder, blocks, rngs=nnx.Rngs(0), dtype=config.train_dtype))
     layers = jnp.array(blocks.sources(config.decoder)) - config.decoder.routed.start
@@ -61,5 +61,5 @@ def fresh_blocks(arrays: Mapping[str, jax.Array], *, config: ModelConfig, name: 
 
 
 def read_by_blocks(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Of a model's leaves those that blocks are copied from."""
+    """Those leaves of a model that blocks are copied from."""
     return {path: leaf for path, leaf in arrays.items() if path.startswith(BASE)}

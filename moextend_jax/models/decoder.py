@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         return logits(self.to_head(hidden_BLD), self.head_DV)
 
     def to_head(self, hidden_BLD: jax.Array) -> jax.Array:
-        """What is multiplied with the head: final hidden states, divided by what logits are to be divided by."""
+        """The input of the head: final hidden states, divided by `logits_divisor`."""
         return hidden_BLD if self.config.logits_divisor == 1 else hidden_BLD / self.config.logits_divisor
 
 
@@ -147,17 +147,17 @@ def run_layers(
     past: KeysValues | None = None,
     real_BL: jax.Array | None = None,
 ) -> Decoded:
-    """Runs each stack of layers in one scan, whose body is compiled once whatever the depth; with blocks one over
-    groups of layers, behind each of which a block of every set runs.
+    """Runs each stack of layers in one scan, whose body is compiled once whatever the depth. With blocks, the scan is
+    over groups of layers, and one block of every set runs behind each group.
 
     Args:
-      blocks: all of the model's, of which those run that `shares` names.
-      adapters: all of the model's, of which those run that `shares` names, in layers that route.
+      blocks: all of the model's; those that `shares` names run.
+      adapters: all of the model's; those that `shares` names run, in layers that route.
       visible: the segments of a batch's rows, or with `past` a mask over both.
-      extensions: all of the model's. Those that `shares` names run; without any the layers run as before them.
-      shares: by name the log of an extension's share [B, L] for every token, None: all of it (`router.route_extended`).
+      extensions: all of the model's; those that `shares` names run. Without any, the layers run as before extension.
+      shares: by name, the log of each token's share [B, L]; None: share 1 for all (`router.route_extended`).
       past: keys and values of earlier positions, stacked over all layers.
-      real_BL: tokens that experts compute, None: all. The others (padding) pass the experts by.
+      real_BL: tokens that experts compute, None: all. Experts skip the others (padding).
     """
     sizes = config.decoder
     check_length(x_BLD.shape[1] + (past.keys_BSKH.shape[2] if past else 0), sizes)
@@ -239,8 +239,8 @@ class _Layers:
         return jax.lax.scan(body, x_BLD, (params, slices))
 
     def scan_above(self, first: int, x_BLD: jax.Array, slices: _Slices) -> tuple[jax.Array, Any]:
-        """The layers that route in two scans, the lower of which, of the layers before `first`, has no backward pass.
-        Weights are read where they lie, since cutting the stacks in two would copy them."""
+        """Runs the layers that route in two scans. The lower one, of the layers before `first`, has no backward pass.
+        Both read weights from the whole stacks, since cutting these in two would copy them."""
         definition, params = nnx.split(self.decoder.layers)
 
         def numbered(slots, x_BLD, own):
@@ -258,8 +258,8 @@ class _Layers:
     def scan_groups(
         self, x_BLD: jax.Array, slices: _Slices, past: KeysValues | None
     ) -> tuple[jax.Array, Any, dict[str, Any]]:
-        """The layers that route in groups, a block of each set behind every group; and by set what its blocks gave.
-        `past` is that of all layers, with the blocks'."""
+        """Runs the layers that route in groups, with a block of each set behind every group. Also returns, by set, what
+        its blocks gave. `past` is that of all layers and blocks."""
         body, params = self._body(self.decoder.layers)
         bodies, own_params = zip(*map(self._body, self.blocks.values()), strict=True)
         (count,) = {self.config.blocks[name].count for name in self.blocks}
@@ -329,7 +329,7 @@ class _Layers:
         return constrain(added(x_BLD, y_BLD, sizes), "BLd"), (routing, present)
 
     def _frozen(self, number: jax.Array, rows: Sequence[jax.Array]) -> tuple[Stacked | None, ...]:
-        """Where the experts of a layer lie that are frozen, pretrained ones, then each extension's."""
+        """A layer's place in the stacks of frozen experts: pretrained ones, then each extension's; None: not frozen."""
         assert self.decoder.layers.moe is not None
         which = self.config.frozen_experts
         pretrained = None if which == "none" else Stacked(self.decoder.layers.moe.experts, number)
@@ -338,7 +338,7 @@ class _Layers:
 
 
 def _of_blocks(past: KeysValues | None, config: ModelConfig, name: str) -> KeysValues | None:
-    """A set's part of what is kept of earlier positions."""
+    """The part of the key/value cache that belongs to a set of blocks."""
     counts = {other: of.count for other, of in config.blocks.items()}
     start = config.decoder.layers + sum(list(counts.values())[: list(counts).index(name)])
     return jax.tree.map(lambda array: array[start : start + counts[name]], past)
@@ -370,8 +370,8 @@ def added(x_BLD: jax.Array, y_BLD: jax.Array, config: DecoderConfig) -> jax.Arra
 def feed_forward(
     x_BLD: jax.Array, layer: DecoderLayers, slots: Sequence[Any], **options: Any
 ) -> tuple[jax.Array, Routing]:
-    """`x_BLD -> (y_BLD, Routing)`: the experts that tokens choose (`mixture`, whose options these are), and the one
-    that they all pass. A dense layer has that one alone, and no routing."""
+    """`x_BLD -> (y_BLD, Routing)`: the experts that tokens choose (`mixture`, which takes `options`), plus the shared
+    expert. A dense layer has only an expert that all tokens pass, and no routing."""
     y_BLD, routing = mixture(x_BLD, layer.moe, slots, **options) if layer.moe is not None else (None, None)
     if layer.shared is not None:
         with jax.named_scope("shared"):
@@ -381,8 +381,8 @@ def feed_forward(
 
 
 def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) -> Routing:
-    """The routing of a model whose extensions `names` alone ran, in the columns of the whole model: those of the others
-    are -inf, and no token has chosen them."""
+    """Routing in which only the extensions `names` ran, widened to the columns of the whole model. Columns of the other
+    extensions are -inf, and no token has chosen them."""
     if names == tuple(config.extensions):
         return routing
     columns = [*range(config.decoder.experts), *(n for name in names for n in config.columns(name))]
@@ -391,7 +391,7 @@ def _numbered(routing: Routing, *, config: ModelConfig, names: tuple[str, ...]) 
         wide = jnp.full((*narrow.shape[:-1], config.outputs), -jnp.inf, narrow.dtype)
         return wide.at[..., jnp.array(columns)].set(narrow)
 
-    number = jnp.array([*columns, config.outputs])  # the last: padding's, which chooses nobody
+    number = jnp.array([*columns, config.outputs])  # the last is the id for "no expert", which padding has
     selection_TO = None if routing.selection_TO is None else widened(routing.selection_TO)
     ids_Tk = number[routing.ids_Tk].astype(routing.ids_Tk.dtype)
     return routing._replace(logits_TO=widened(routing.logits_TO), ids_Tk=ids_Tk, selection_TO=selection_TO)

@@ -67,10 +67,10 @@ def mixture(
       config: its decoder's `Rule`, its dispatch (a row of DISPATCHES), how calibrated weights are guarded and summed.
       extended: for each extension a bool scalar, false on layers that it does not have.
       sources: for each the experts that its own were copied from in this layer [X], which twins need.
-      shares: for each extension the log of its share [B, L] (`route_extended`), None: all of it for every token.
+      shares: for each extension the log of its share [B, L] (`route_extended`), None: share 1 for every token.
       adapted: low-rank updates of the pretrained experts and of their router.
-      stacked: the experts of all layers, for the pretrained ones and for each extension's, where they are frozen: read
-        there if this device uses its part of them as it is stored.
+      stacked: for the pretrained experts, then each extension's: those of all layers, if frozen. They are read from
+        this stack if the device uses its part as stored.
       real_BL: tokens that experts compute, None: all; the others' y is zero. All are routed.
     """
     x_split = shards("BLd", x_BLD.shape)
@@ -85,7 +85,7 @@ def mixture(
         tuple(of_slot["new_experts/w_gate"].over("f") for of_slot in splits[1 : 1 + len(slots)]),
         x_split.over("BL"),
     )
-    # Mesh axes over which an expert stays split in use: where tokens come to the experts, a new one's slices too.
+    # Mesh axes over which experts stay split while they compute; with "gather", new experts stay in slices too.
     kept = {"experts": split.expert + split.tensor}
     kept["new_experts"] = kept["experts"] if config.dispatch == "gather" else split.tensor
     kept |= dict.fromkeys(EXPERTS, kept["experts"])  # maps that are adapted
@@ -153,7 +153,7 @@ def mixture(
 
 
 def _as_stored(experts: Any, dtype: Any, kept: tuple[str, ...]) -> bool:
-    """Whether a device multiplies with what it holds of these: nothing is gathered, nothing is cast."""
+    """Whether a device computes with its part of these experts as stored, without a gather or a cast."""
     arrays, splits = module_shards(experts)
     kinds = {path: element_type(f"experts/{path}", dtype, stored=leaf.dtype) for path, leaf in arrays.items()}
     return all(kinds[path] in (None, leaf.dtype) and {*splits[path].over(splits[path].axes)} <= {*kept}
@@ -161,7 +161,7 @@ def _as_stored(experts: Any, dtype: Any, kept: tuple[str, ...]) -> bool:
 
 
 def _of_real(routing: Routing, real_BL: jax.Array | None) -> Routing:
-    """The choices of tokens that are not real name no expert."""
+    """The routing, in which tokens that are not real choose no expert."""
     if real_BL is None:
         return routing
     nobody = routing.logits_TO.shape[-1]
@@ -250,8 +250,8 @@ DISPATCHES: dict[str, Callable[..., jax.Array]] = {
 
 
 class _Trip(NamedTuple):
-    """Who sends which rows where, seen from one device: to each device q `sizes_q` rows from `starts_q` on, to its
-    place `places_q`; from each device p come `arriving_p`."""
+    """One device's part in an exchange of rows: to each device q it sends `sizes_q` rows from `starts_q` on, to offset
+    `places_q` there; from each device p it gets `arriving_p` rows."""
 
     starts_q: jax.Array
     sizes_q: jax.Array
@@ -266,7 +266,7 @@ class _Trip(NamedTuple):
             (axis,) = axes
             sizes = (self.starts_q, self.sizes_q, self.places_q, self.arriving_p)
             return lax.ragged_all_to_all(x_RD, out_RD, *sizes, axis_name=axis)
-        # The same by hand: of every device's rows take those meant for this one.
+        # The same by hand: gather the rows of all devices, and take those meant for this one.
         rows_pRD, *offsets = (_gathered(array[None], axes) for array in (x_RD, *self[:3]))
         starts_p, sizes_p, places_p = (offset_pq[:, _index(axes)] for offset_pq in offsets)
         row_R1 = jnp.arange(room)[:, None]
@@ -297,8 +297,8 @@ def _new_alone(
 
 
 def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], new: tuple[str, ...]) -> jax.Array:
-    """Where several devices of the group hold the same slice of a new expert, each contributes its part of the sum.
-    `new`: what splits it."""
+    """Where several devices hold the same slice of a new expert, its weights are divided by their number, since outputs
+    are summed over the group. `new`: mesh axes that split it."""
     repeats = _devices(tuple(axis for axis in group if axis not in new))
     return weights_Tk if repeats == 1 else jnp.where(is_new_Tk, weights_Tk / repeats, weights_Tk)
 

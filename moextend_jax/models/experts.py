@@ -59,8 +59,8 @@ class Experts(nnx.Module):
         self.b_gate, self.b_up, self.b_down = made(hidden), made(hidden), made("D")
 
     def weights(self, dtype: Any, stacked: Stacked | None = None) -> Weights:
-        """One layer's arrays, in the dtype of the activations, without the bias behind (`bias_behind`); of what
-        `stacked` holds, the experts of all layers, where they lie."""
+        """One layer's arrays in `dtype`, without the output bias (`bias_behind`). With `stacked`, the experts of all
+        layers, matrices are not copied out of these stacks."""
 
         def matrix(name: str) -> Weight:
             def of(module: Experts) -> jax.Array | FewBits:
@@ -98,9 +98,8 @@ def apply_experts(
     """Sums each token's chosen experts by weight.
 
     Args:
-      ids_Tk: `parts` hold experts 0, 1, ... on from one part to the next; a larger id adds nothing (another device's
-        expert).
-      update: of tokens; what is added to the maps of the only part.
+      ids_Tk: experts are numbered 0, 1, ... through all `parts`; a larger id adds nothing (another device's expert).
+      update: what adapters add to the three maps, by token; with a single part only.
     """
     top_k, experts = ids_Tk.shape[-1], sum(part[0].shape[0] for part in parts)
     with jax.named_scope("dispatch"):
@@ -123,11 +122,11 @@ def swiglu(
     assert update is None or len(parts) == 1
     if platform() == "cpu":
         return blocked_swiglu(x_RD, weights_R1, parts, sizes_O, glu, update)
-    if update is not None:  # factors that all experts share know of no rows that are nobody's
+    if update is not None:  # factors that all experts share would also update rows of no expert
         update = update._replace(rank_weights_Tr=without_rest(update.rank_weights_Tr, sizes_O))
 
     def product(rows_RD: jax.Array, weights: tuple[Weight, ...], name: str) -> jax.Array:
-        """With what adapters add: plain products of factors that all experts share."""
+        """The grouped product plus the update of adapters; factors that all experts share need plain products only."""
         y_RF = grouped_matmul(rows_RD, weights, sizes_O)
         if update is None:
             return y_RF
@@ -150,8 +149,7 @@ def swiglu(
 
 
 def bias_behind(ids_Tk: jax.Array, weights_Tk: jax.Array, b_OD: jax.Array) -> jax.Array:
-    """What the biases behind the chosen experts' last matrices add to a token, [T, D]: weighed as the experts are.
-    Ids past the last expert add nothing."""
+    """The weighted sum of the chosen experts' output biases, [T, D]. Ids past the last expert add nothing."""
     weights_TO = (jax.nn.one_hot(ids_Tk, len(b_OD), dtype=weights_Tk.dtype) * weights_Tk[..., None]).sum(axis=1)
     return weights_TO.astype(b_OD.dtype) @ b_OD
 
@@ -173,8 +171,8 @@ def _rows_of_backward(saved: tuple[jax.Array, jax.Array], dy_RF: jax.Array) -> t
 rows_of.defvjp(lambda b_OF, expert_R: (b_OF[expert_R], (expert_R, b_OF)), _rows_of_backward)
 
 
-# Dispatch and combine are transposes of each other. Said so by hand, the backward pass gathers instead of
-# scattering, which both CPU and TPU do many times faster.
+# Dispatch and combine are transposes of each other. With custom gradients that use this, the backward pass gathers
+# instead of scattering, which both CPU and TPU do many times faster.
 
 
 def _dispatch(top_k: int, x_TD: jax.Array, sorting: Sorting) -> jax.Array:

@@ -43,7 +43,7 @@ SAVED_AS = {
     "shared/up": None,
     "new_experts/gate": "gate",
     "new_experts/up": "up",
-    # A's product is needed for the gradient of B; of the last map's B nothing is.
+    # The gradient of B needs A's product. No gradient needs the product of the down map's B.
     **{f"adapters/{name}/a": None for name in ("query", "key", "value", "out", "gate", "up", "down", "router")},
     **{f"adapters/{name}/b": name for name in ("query", "key", "value", "gate", "up")},
     "adapters/out/b": "middle",
@@ -104,7 +104,7 @@ class Flops(NamedTuple):
 
 
 def of_those(config: ModelConfig, media: frozenset[str]) -> ModelConfig:
-    """With the extensions and rivals that run for a batch with these media."""
+    """The model with only the extensions, adapters and blocks that run for a batch with these media."""
     names = running(config, media)
     return config.with_added(lambda name, of: of if name in names else None)
 
@@ -123,8 +123,8 @@ def step_flops(
     Args:
       trains: path patterns of the trainable leaves.
       rows, length: of the global batch; `items` of each medium per row.
-      new_share: share of an extended layer's picks that go to the new experts of one extension; None is X over E and
-        all new ones, a balanced router.
+      new_share: share of an extended layer's picks that go to the new experts of one extension; None: X / (E + all new
+        experts), as with a balanced router.
     """
     trains, present = tuple(trains), frozenset(name for name, count in items.items() if count)
     config = of_those(config, present)
@@ -150,7 +150,7 @@ def full_training(config: ModelConfig, *, rows: int, length: int, items: Mapping
     plain = dataclasses.replace(config.with_added(lambda *_: None), remat="layer", saved=())
     flops = step_flops(plain, trains=("decoder/*", "media/*"), rows=rows, length=length, items=items)
     for name, phases in flops.parts.items():
-        # 8 x weights x tokens: by definition all of a layer, also its last product.
+        # By definition 8 x weights x tokens: all products of a layer are recomputed, also the last one.
         if name.removeprefix("dense/").startswith(("attention/", "router", "experts/", "shared/")):
             phases["recomputed"] = phases["forward"]
     return flops
@@ -225,7 +225,7 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
         columns = E + sum(other.new_experts for other in config.extensions.values())
         share = added.new_experts / columns if new_share is None else new_share
         picked[name] = len(added.layers) * share
-    # What is added takes nobody's place.
+    # Experts of start "added" take no pick from others.
     taken = sum(share for name, share in picked.items() if config.extensions[name].start != "added")
     old_rows = T * k * (Z - taken)
     layers = "decoder/layers/"
@@ -237,7 +237,7 @@ def _decoder(config: ModelConfig, *, rows: int, length: int, new_share: float | 
     below = above(decoder.routed)
 
     def pairs(layers: Sequence[int]) -> float:
-        """Of a row's queries and the keys that they see, over these layers: half of all pairs, less beyond a window."""
+        """Pairs of a query and a key that it sees, in a row, over these layers: half of all, fewer with a window."""
         window = min(decoder.local_window, length)
         local = sum(decoder.local[layer] for layer in layers) if decoder.local else 0
         return (len(layers) - local) * length**2 / 2 + local * (window * length - window**2 / 2)

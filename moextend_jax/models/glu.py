@@ -26,7 +26,7 @@ class Glu(NamedTuple):
         return GLUS[self.kind](gate_RF, up_RF, self.limit)[0]
 
     def with_pull(self, gate_RF: jax.Array, up_RF: jax.Array) -> tuple[jax.Array, Pull]:
-        """hidden, and what makes the gradients of gate and up from its gradient."""
+        """hidden, and a function from its gradient to those of gate and up."""
         return GLUS[self.kind](gate_RF, up_RF, self.limit)
 
 

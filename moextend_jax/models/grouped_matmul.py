@@ -1,10 +1,9 @@
 """Matrix products of rows sorted by group on TPU and GPU: `x_RD, (w_GDF, ...), sizes -> y_RF`.
 
 The groups of all parts of the weights count on from each other, so pretrained and new experts stay separate arrays;
-rows past the sum of the sizes give zeros. A part in few bits is multiplied out for one product at a time, or, where
-rows are few, by the product itself. XLA's
-`ragged_dot` is dense over the groups on TPU v5e and v6e, on GPU and on CPU: TPUs run megablox, GPUs the kernels of
-grouped_triton.py, and on CPU experts go through blocked_swiglu.py instead.
+rows past the sum of the sizes give zeros. A quantised part is dequantised for one product at a time, or with few rows
+inside the kernel. XLA's `ragged_dot` is dense over the groups on TPU v5e and v6e, on GPU and on CPU. So TPUs run
+megablox, GPUs the kernels of grouped_triton.py, and on CPU experts go through blocked_swiglu.py.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from moextend_jax.models.weights import OfStack, Weight, alone, in_groups, plain
 from moextend_jax.sharding import platform
 
 ROWS, COLUMNS = (512, 256, 128, 64, 32, 16, 8), 1024
-"""Of a megablox tile in bfloat16: rows, the most that divide the buffer, and contracted and output columns. The largest
-takes 9 MB of a TPU core's vector memory."""
+"""Sizes of a megablox tile in bfloat16: rows (the most that divide the buffer), and both contracted and output columns.
+The largest tile takes 9 MB of a TPU core's vector memory."""
 
 
 class Kernels(NamedTuple):
-    """`product(x, parts, sizes, transpose=)` computes the groups' rows alone and leaves others as they are;
-    `gradient(x, dy, sizes, first=, like_GDF=)` is that of the part whose groups count from `first`. `multiplies_out(
-    part, rows=, transpose=)` says whether the product takes a part in few bits as it is."""
+    """`product(x, parts, sizes, transpose=)` writes only rows of groups. `gradient(x, dy, sizes, first=, like_GDF=)` is
+    that of the part whose groups count from `first`. `multiplies_out(part, rows=, transpose=)` says whether the product
+    takes a quantised part as it is stored."""
 
     product: Callable[..., jax.Array]
     gradient: Callable[..., jax.Array]
@@ -74,8 +73,8 @@ def by_kernels(kernels: Kernels, x_RD: jax.Array, w_parts: tuple[Weight, ...], s
 def _product(
     kernels: Kernels, x_RD: jax.Array, w_parts: tuple[Weight, ...], sizes_O: jax.Array, *, transpose: bool
 ) -> jax.Array:
-    """What the kernel does not take in few bits is multiplied out once the rows are there: else the compiler would do
-    it once for the forward and the backward pass, and keep a layer's three matrices side by side."""
+    """Quantised parts that the kernel does not take are dequantised once the rows are there. Otherwise the compiler
+    would dequantise once for forward and backward pass, and keep a layer's three matrices in memory."""
 
     def one(weight: Weight) -> Weight:
         stored = weight.stack if isinstance(weight, OfStack) else weight
@@ -152,18 +151,19 @@ TRITON = Kernels(grouped_triton.grouped_product, grouped_triton.weight_gradient,
 
 
 def _filled(x_RD: jax.Array) -> jax.Array:
-    """With rows of nobody behind, until a tile's rows divide them: tiles of 128 where rows are many."""
+    """Padded with rows of no group to a multiple of a tile's rows: of 128 if there are more, else of 8."""
     more = -len(x_RD) % (128 if len(x_RD) > 128 else 8)
     return jnp.pad(x_RD, ((0, more), (0, 0))) if more else x_RD
 
 
 def _tiles(x_RD: jax.Array, D: int, F: int) -> tuple[int, int, int]:
-    """In float32, which is split into three parts of bfloat16 where precision is the highest, a quarter of the rows."""
+    """A tile's sizes. float32 has a quarter of the rows, since at highest precision it is split into three bfloat16s.
+    """
     wide = x_RD.dtype.itemsize // 2
     rows = next(tile for tile in ROWS if len(x_RD) % tile == 0 and tile <= ROWS[0] // wide**2)
     return rows, min(COLUMNS // wide, D), min(COLUMNS // wide, F)
 
 
 def without_rest(y_RF: jax.Array, sizes_O: jax.Array) -> jax.Array:
-    """Zeros in the rows behind those of all groups, which are nobody's."""
+    """Sets the rows past those of all groups to zero."""
     return jnp.where(jnp.arange(y_RF.shape[0])[:, None] < sizes_O.sum(), y_RF, 0)

@@ -45,9 +45,9 @@ class Schedule(NamedTuple):
 
 LARGE, SMALL = Tile(), Tile(columns=128, stages=2)
 FEW_ROWS = 64
-"""Of each group, on average: from here on multiplying weights out once costs less than in every tile."""
+"""Average rows per group from which dequantising weights once costs less than doing it in every tile."""
 LARGE_SCALES, SMALL_SCALES = 256, 128
-"""Of the weights with one scale, which a program reads at once, the most that fit in shared memory."""
+"""The largest groups of one scale that fit in shared memory; a program reads such a group at once."""
 WRAPS = range(2**31 + 1, 2**32 + 1)
 """Sizes of an array, in bytes of one element each, for which Pallas uses offsets of 32 bits and Triton reads these as
 signed: elements past 2**31 would be read 4 GiB too low. Larger arrays get offsets of 64 bits."""
@@ -62,7 +62,7 @@ def few_rows(rows: int, groups: int) -> Tile:
 
 
 def multiplies_out(weight: Weight, *, rows: int, transpose: bool) -> bool:
-    """Whether `grouped_product` takes such a part in few bits as it is."""
+    """Whether `grouped_product` takes this quantised part as it is stored."""
     G, D, F = weight.shape
     matrices = _read(weight)[0]
     assert isinstance(matrices, FewBits)
@@ -116,7 +116,7 @@ def grouped_product(
 
 
 def _bytes(weight: FewBits) -> tuple[jax.Array, jax.Array]:
-    """Integers of four bits two by two, the first in the lower half, as XLA keeps them, and the scales."""
+    """Integers of four bits, two in a byte with the first in the lower half, as XLA keeps them; and the scales."""
     values = weight.values
     if values.dtype != jnp.int8:
         values = jax.lax.bitcast_convert_type(values.reshape(*values.shape[:-1], -1, 2), jnp.int8)
@@ -182,7 +182,7 @@ def _product(x_ref, w_ref, group_ref, start_ref, end_ref, *refs, transpose: bool
 
 
 def _product_of_few_bits(x_ref, w_ref, scale_ref, group_ref, start_ref, end_ref, *refs, K: int, N: int, tile: Tile):
-    """As `_product`; a piece is what one scale is of. Bytes that hold two columns give two sums."""
+    """As `_product`, in pieces that share one scale. Bytes that hold two columns give two sums."""
     y_ref, per_byte = refs[-1], N // w_ref.shape[-1]
     depth = K // scale_ref.shape[1]
     t = pl.program_id(2) * tile.band + pl.program_id(0)

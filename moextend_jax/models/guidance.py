@@ -1,7 +1,7 @@
 """LLaVA-DyMoE's rules against drifting to new experts (arXiv 2603.27481): router logits of a step that trains in.
 
-Out: which tokens may choose the new experts, and per token what is added to the loss. Neither is there in use: what
-tokens choose then is the router's own. Logits of old experts are those of all columns before the extension that trains.
+Out: which tokens may choose the new experts, and per token what is added to the loss. Neither exists at inference, when
+the router alone decides. Logits of old experts are those of all columns before the extension that trains.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ EPSILON = 1e-6
 
 def may_choose(old_To: jax.Array, new_TX: jax.Array, *, tau: float) -> jax.Array:
     """Token guidance, `[T, 1]`: the best new logit is above the best old one, by more than tau of the larger of their
-    magnitudes. A copied column never is where its source leads: such a start needs another column."""
+    magnitudes. An exact copy of a column is never above its source, so it must start differently."""
     old_T1, new_T1 = old_To.max(axis=-1, keepdims=True), new_TX.max(axis=-1, keepdims=True)
     larger_T1 = jnp.maximum(jnp.abs(old_T1), jnp.abs(new_T1))
     return (new_T1 > old_T1) & (jnp.abs(new_T1 - old_T1) / (larger_T1 + EPSILON) > tau)
 
 
 def exclusivity(old_To: jax.Array, new_TX: jax.Array) -> jax.Array:
-    """g_old g_new `[T]`, the probabilities of all old and of all new experts: least where one of them has all."""
+    """g_old * g_new `[T]`, the total probabilities of old and of new experts; least where one of them is 1."""
     log_old_T, log_new_T = _log_masses(old_To, new_TX)
     return jnp.exp(log_old_T + log_new_T)
 
 
 def specialisation(old_To: jax.Array, new_TX: jax.Array) -> jax.Array:
-    """Binary cross-entropy `[T]` of g_new with 1 - the likeliest old expert's probability, through which no gradient
-    runs: new experts are for tokens of which no old one is sure."""
+    """Binary cross-entropy `[T]` of g_new with the target 1 - (the likeliest old expert's probability), which has no
+    gradient. New experts are for tokens of which no old one is sure."""
     log_old_T, log_new_T = _log_masses(old_To, new_TX)
     all_T = logsumexp(jnp.concatenate([old_To, new_TX], axis=-1), axis=-1)
     target_T = jax.lax.stop_gradient(1 - jnp.exp(old_To.max(axis=-1) - all_T))

@@ -36,7 +36,7 @@ TOWERS: dict[type[TowerConfig], Any] = {VisionConfig: VisionTower, WhisperConfig
 """TABLE of towers by their sizes' class: a call gives features x_nPC. `FeaturesConfig` has none."""
 
 Shares = dict[str, jax.Array | None]
-"""By extension or rival the log of its share for tokens, or rows; None: all of it for all. Others do not run."""
+"""By extension, adapter or block set: the log of its share for tokens, or rows; None: share 1. Others do not run."""
 
 
 class MediumModule(nnx.Module):
@@ -84,7 +84,7 @@ class MoExtend(nnx.Module):
         """Final hidden states of every position; `self.decoder.logits` turns them into logits.
 
         Args:
-          skip_padding: padding costs no expert (`needed`); what comes out there is then not what PyTorch has there.
+          skip_padding: experts skip padding (`needed`), so outputs there differ from PyTorch's.
         """
         return self.decode(
             self.embed(batch),
@@ -182,18 +182,18 @@ def targets(labels_BL: jax.Array) -> jax.Array:
 
 
 def shares(batch: Batch, config: ModelConfig) -> Shares:
-    """The extensions and rivals that tokens of a batch may choose, and the log of each token's share `[B, L]`.
+    """The extensions, adapters and blocks that tokens of a batch may use, with the log of each token's share `[B, L]`.
 
-    With strict text isolation those of the media that a token's conversation, its segment of the row, has; "decoupled"
-    is in `config.ModelConfig.composition`. Which are named follows from the media that the batch has and from nothing
-    else, so that batches of one kind run one program.
+    With strict text isolation, a token may use those of the media in its conversation (its segment of the row). For
+    "decoupled" see `config.ModelConfig.composition`. The names depend only on the media that the batch has, so that
+    batches with the same media run one program.
     """
     strict, open_to = config.text_isolation == "strict", {}
     for name in running(config, batch.names):
         added = config.added[name]
         log_share, tokens = math.log(added.share), _tokens(added)
         inside_BL, is_text_BL = _inside(batch, config, added.medium), jnp.asarray(batch.places_BL) < 0
-        if tokens == "items":  # nobody else's
+        if tokens == "items":  # closed to all others
             open_to[name] = jnp.where(inside_BL, 0.0, -jnp.inf)
         elif tokens == "text":
             open_to[name] = jnp.where(is_text_BL & (not strict or _near(batch, inside_BL)), log_share, -jnp.inf)
@@ -207,7 +207,7 @@ def shares(batch: Batch, config: ModelConfig) -> Shares:
 
 
 def running(config: ModelConfig, media: frozenset[str]) -> list[str]:
-    """The extensions and rivals that tokens of a batch with items of these media may have; the others do not run."""
+    """The extensions, adapters and blocks that run for a batch with items of these media."""
     strict = config.text_isolation == "strict"
     return [name for name, of in config.added.items() if of.share and not (strict and of.medium not in media)]
 
@@ -217,7 +217,7 @@ def _tokens(added: Added) -> str:
 
 
 def shares_of_text(batch: Batch, config: ModelConfig) -> Shares:
-    """The same `[B]` for text that goes on after the only conversation of each row: what is generated."""
+    """`shares` `[B]` for generated text, which continues the only conversation of each row."""
     if config.composition == "decoupled":
         texts = share_of_text(config, batch.names)
         return {name: jnp.full(len(batch.ids_BL), share) for name, share in texts.items() if share is not None}
@@ -229,7 +229,7 @@ def shares_of_text(batch: Batch, config: ModelConfig) -> Shares:
 
 
 def share_of_text(config: ModelConfig, media: frozenset[str]) -> dict[str, float | None]:
-    """The same for text behind items of just these media: a number, -inf where it may not choose the extension."""
+    """`shares` of text behind items of exactly these media, as numbers: -inf if it may not use one; None: share 1."""
     strict, open_to = config.text_isolation == "strict", {}
     for name in running(config, media):
         added = config.added[name]
@@ -272,9 +272,9 @@ def _projector(medium: Medium, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Modul
 
 
 def fresh_projector(config: ModelConfig, key: jax.Array, *, medium: str = IMAGE) -> dict[str, jax.Array]:
-    """A projector's leaves as training starts from them, by their paths in the model ("media/image/projector/first").
+    """A projector's initial leaves, by their paths in the model ("media/image/projector/first").
 
-    Makes nothing else of the model. On a mesh, each device its own part:
+    Nothing else of the model is made. On a mesh, this makes each device's own part there:
     `jax.jit(functools.partial(fresh_projector, config), out_shardings=those of these paths)(key)`.
     """
     leaves = arrays_of(_projector(config.media[medium], config, nnx.Rngs(key)))
@@ -282,8 +282,7 @@ def fresh_projector(config: ModelConfig, key: jax.Array, *, medium: str = IMAGE)
 
 
 def fresh_adapter(key: jax.Array, *, config: ModelConfig, name: str) -> dict[str, jax.Array]:
-    """An adapter's leaves as training starts from them, by their paths in the model; the model computes with them what
-    it does without."""
+    """An adapter's initial leaves, by their paths in the model. They do not change what the model computes."""
     made = Adapter(config.decoder, config.adapters[name], rngs=nnx.Rngs(key), dtype=config.train_dtype)
     return {f"adapters/{name}/{path}": leaf for path, leaf in arrays_of(made).items()}
 

@@ -1,7 +1,7 @@
 """Projectors: states x_nPC of a tower in, tokens x_npD of the decoder out (n items of a medium).
 
-TABLE has one for each `ProjectorConfig.kind`. The paper's (LLaVA-1.5's) is two linear maps with a GELU; of neighbouring
-positions their mean, or all of them side by side, can go into it. Or learnt queries look at all positions
+TABLE has one for each `ProjectorConfig.kind`. The paper's (LLaVA-1.5's) is two linear maps with a GELU. Its input can
+also be the mean of neighbouring positions, or these concatenated. Or learnt queries look at all positions
 (`resampler.py`), as Uni-MoE (2405.11273) and CREMA (2402.05889) have it. Or a later medium adds to the frozen projector
 of an earlier one (`woven.py`).
 """
@@ -48,9 +48,9 @@ def make_projector(config: ProjectorConfig, *, C: int, P: int, D: int, rngs: nnx
 def sizes(config: ProjectorConfig, *, C: int, D: int) -> dict[str, int]:
     """Sizes of the letters of a projector's leaves, behind a tower of width C and before a decoder of width D.
 
-    C becomes what the first map reads: of "stack" the widths of all neighbours together. d is D as an input axis, so
-    that no letter stands twice. Of a resampler J is four times C, and u counts its blocks that attend to the tower. On
-    a trunk c is the width of the trunk's tower, r and h are the rank, i counts earlier media on it, g these and one.
+    C is the input width of the first map, for "stack" that of all neighbours together. d is D as an input axis, so
+    that no letter stands twice. For a resampler, J is four times C, and u counts the blocks with cross-attention. On a
+    trunk, c is the width of the trunk's tower, r and h are the rank, i counts earlier media on it, and g is i + 1.
     """
     letters = {"C": C * config.neighbours if config.kind == "stack" else C, "D": D, "d": D}
     if config.trunk:
@@ -100,7 +100,7 @@ def in_groups(x_nPC: jax.Array, neighbours: int) -> jax.Array:
 
 
 def mean_of_neighbours(x_nPC: jax.Array, neighbours: int) -> jax.Array:
-    """x_npC; in the last group the mean of those that there are."""
+    """x_npC; an incomplete last group is averaged over the positions that it has."""
     groups = in_groups(x_nPC, neighbours)
     counts_p = jnp.minimum(neighbours, x_nPC.shape[1] - neighbours * jnp.arange(groups.shape[1]))
     means_npC = jnp.sum(groups, axis=2, dtype=jnp.float32) / counts_p[None, :, None]
@@ -108,8 +108,8 @@ def mean_of_neighbours(x_nPC: jax.Array, neighbours: int) -> jax.Array:
 
 
 def side_by_side(x_nPC: jax.Array, neighbours: int) -> jax.Array:
-    """[n, p, neighbours * C]: the first neighbour's C numbers, then the second's, ...; what the last group lacks is
-    zeros."""
+    """[n, p, neighbours * C]: the first neighbour's C numbers, then the second's, ...; an incomplete last group is
+    filled with zeros."""
     return einops.rearrange(in_groups(x_nPC, neighbours), "n p k C -> n p (k C)")
 
 

@@ -1,6 +1,6 @@
 """Models that can be asked, whatever folder they lie in: a `Place` in, an `Askable` out.
 
-A place is a work directory and a row of `results.MODELS`, or a checkpoint: anything that `moextend import` accepts.
+A place is a work directory and a model of `results.Table`, or a checkpoint: anything that `moextend import` accepts.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ SIZES = EvaluateSettings(data="", questions=1)
 COMPUTED = (
     "text_isolation", "composition", "expert_storage", "expert_group", "weight_guard", "mass",
 )  # fmt: skip
-"""What of a `ModelConfig` decides answers beside the leaves, their element type and shares."""
+"""Fields of `ModelConfig` that change the answers, besides the leaves, their element type and the shares."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Askable:
     """A model on its mesh, with all that asking it takes.
 
-    name: what its answers are filed under: a row of MODELS, or the name of a checkpoint's folder.
+    name: what its answers are filed under: a model of `results.Table`, or the name of a checkpoint's folder.
     folder: where it came from. recipe: its chat template and how its images are prepared.
     sizes: how large batches of questions are.
     identify, is_plain, read_tokenizer: compute `identity`, `plain` and `tokenizer`, which not everything needs.
@@ -105,9 +105,9 @@ def open_place(place: Place, *, settings: RunSettings | None = None, mesh: Mesh 
     """Opens and reads a model.
 
     Args:
-      settings: of a work directory those that it was run with are the default; of a checkpoint they say its mesh, its
-        element type, how its pretrained experts are stored and the size of batches, and nothing else.
-      mesh: of a checkpoint, instead of that of the settings.
+      settings: for a work directory, the default is the settings of its run. For a checkpoint they give only the mesh,
+        the element type, the storage of the pretrained experts and the batch sizes.
+      mesh: for a checkpoint, replaces the mesh of the settings.
 
     Raises:
       MoextendError: nothing that could be opened is there, or something is wrong with it.
@@ -133,9 +133,10 @@ class Choice(NamedTuple):
 
 
 def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, Choice]:
-    """The models of a folder that can be asked, by name: of a work directory those that are finished, the pretrained
-    parts in memory once for all, one of several names as `place.model` calls it; of a checkpoint it, and the base
-    inside it where it is extended.
+    """The models of a folder that can be asked, by name.
+
+    For a work directory: its finished models, which share the pretrained parts in memory. One with several names is
+    listed once, as `place.model` if that is one of them. For a checkpoint: the model and, if it is extended, its base.
 
     Raises:
       MoextendError: as `open_place`.
@@ -158,7 +159,7 @@ def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, C
 
 
 def _once(open: Callable[[], Askable]) -> Callable[[], Askable]:
-    """Opens a model when it is first asked for; of several threads one, or each would hold its own."""
+    """Opens a model when it is first asked for. Only one thread opens it: else each would hold a copy."""
     opened, lock = functools.cache(open), threading.Lock()
 
     def opened_by_one() -> Askable:
@@ -172,8 +173,8 @@ def _once(open: Callable[[], Askable]) -> Callable[[], Askable]:
 def evaluating(
     place: Place, *, settings: RunSettings | None = None, out: Path | None = None
 ) -> Iterator[tuple[Askable, Path]]:
-    """A model, and the folder for its answers, which nobody else writes meanwhile: `out`; by default WORKDIR/eval, and
-    of a checkpoint, whose folder is left alone, `eval` in the current directory."""
+    """A model and the folder for its answers, locked against other writers: `out`, by default WORKDIR/eval. For a
+    checkpoint, whose folder is not written to, the default is `eval` in the current directory."""
     if place.in_workdir and out is None:
         with working(settings or known_settings(place.folder), place.folder, rows=()) as run:  # batches divide anyhow
             yield askable(run, place.model or "moextend", dtype=place.dtype), place.folder / "eval"
@@ -187,7 +188,7 @@ def evaluating(
 
 
 def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
-    """A row of MODELS of an opened run, computed in `dtype`, else as it was trained."""
+    """A model of an opened run, computed in `dtype`, else as it was trained."""
     model, arrays = models_of.open_model(run, name)
     if dtype is not None:
         model = abstract(dataclasses.replace(model.config, dtype=dtype, train_dtype=dtype))
@@ -210,14 +211,14 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
 
 
 def text_only(opened: Askable) -> Askable:
-    """The model without its eyes."""
+    """The model without media (towers, projectors)."""
     model, arrays = models_of.text_only(models_of.Opened(opened.model, opened.arrays))
     return dataclasses.replace(opened, model=model, arrays=arrays)
 
 
 def not_extended(opened: Askable) -> Askable:
-    """An extended model without what its extension added: the base, where its pretrained leaves are still the base's,
-    and its recipe kept the routers."""
+    """An extended model without what its extension added. This is the base if the pretrained leaves, routers included,
+    are still the base's (`Recipe.routers_kept`)."""
     model = abstract(opened.config.with_added(lambda *_: None))
     arrays = {path: leaf for path, leaf in opened.arrays.items() if path.partition("/")[0] not in ADDITIONS}
     return dataclasses.replace(
@@ -250,7 +251,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         checkpoint.config, weight_guard=recipe.weight_guard, mass=recipe.mass, text_isolation=isolation
     )
     name = absolute(place.folder).name
-    if name == "base" and config.added:  # which the model inside it is called
+    if name == "base" and config.added:  # the model inside it has that name
         name = f"{absolute(place.folder).parent.name}-base"
     trained_over, here = source.record.facts.get("expert_storage"), config.quantised and str(config.quantised)
     if config.added and trained_over != here and distributed.first():
@@ -300,11 +301,11 @@ class HowTrained(NamedTuple):
 
 
 def how_trained(source: Source, *, recipe: str | None, where: Path) -> HowTrained:
-    """How the run that made a checkpoint trained it; of one that does not say, the recipe that is asked for, else that
-    of the code that wrote its layout.
+    """How the run that made a checkpoint trained it. If the checkpoint does not record a recipe: the recipe that is
+    asked for, else that of the code that wrote its layout.
 
     Raises:
-      MoextendError: the checkpoint says a recipe, and another is asked for.
+      MoextendError: the checkpoint records its recipe, and `recipe` is given too.
     """
     facts = source.record.facts
     isolation = build(fields(ModelConfig)["text_isolation"], facts.get("text_isolation", "none"),

@@ -65,8 +65,8 @@ def open_in_step(name: str, *, split: str, **options: Any) -> Source:
     """`open_dataset` in all processes, after process 0 has prepared the data set where it is not yet.
 
     Raises:
-      MoextendError: a process cannot read the same items as process 0, and would skip other conversations: rows of one
-        batch would not be of one order any more.
+      MoextendError: a process cannot read the same items as process 0. It would skip other conversations, and the
+        processes would no longer agree on the rows of a batch.
     """
     with distributed.first_alone(f"open {name} {split}"), preparing(f"preparing data {name} {split}"):
         source = open_dataset(name, split=split, **options)
@@ -84,11 +84,11 @@ Read = Callable[[str, str], Source]
 
 
 def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
-    """The rows of the data set that the table names, without those that are held out for evaluation, of the result's
-    extension or an earlier one.
+    """The rows of the data set that the table names, without the rows held out to evaluate the result's extension or an
+    earlier one.
 
     Args:
-      read: in place of `open_source`, for whoever keeps data sets open.
+      read: replaces `open_source`, for callers that keep data sets open.
     """
     read = functools.cache(read or functools.partial(open_source, run))
     stage = results.stage_of(run.settings, data.of)
@@ -98,7 +98,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     earlier = [unseen_source(run, name, read=read) for name in names[: names.index(extension)]]
     if unseen := [held_out for held_out in (*earlier, own) if held_out is not None]:  # or no row need be read
         left = without(source, *unseen)
-        # What earlier extensions take nothing of stays what it was before they were asked: its fingerprint is recorded.
+        # If earlier extensions hold out none of its rows, keep the source as it is: its fingerprint is recorded.
         source = source if own is None and len(left) == len(source) else left
     if data.part == "all":
         return source
@@ -108,8 +108,8 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
 
 
 def unseen_source(run: Run, extension: str, *, read: Read | None = None) -> Source | None:
-    """The part of an extension's finetune data that no stage trains on and whose pictures none sees:
-    `evaluate.held_out` of it. None where its `evaluate.data` names other data."""
+    """The held-out part of an extension's finetune data (`evaluate.held_out`): no stage trains on its rows or sees its
+    pictures. None if `evaluate.data` names other data."""
     settings, evaluate = run.settings, run.settings.of_extension(extension).evaluate
     if evaluate.data:
         return None
@@ -120,7 +120,7 @@ def unseen_source(run: Run, extension: str, *, read: Read | None = None) -> Sour
 
 
 def held_out_source(run: Run, extension: str) -> Source | None:
-    """Rows that no stage trains on, those of the extension's evaluation; None where a stage trains on them."""
+    """The rows that evaluate the extension; None if a stage trains on them."""
     evaluate = run.settings.of_extension(extension).evaluate
     if not evaluate.data:
         return unseen_source(run, extension)
@@ -131,8 +131,8 @@ def held_out_source(run: Run, extension: str) -> Source | None:
 
 
 def _parts(settings: RunSettings, of: StageSettings | EvaluateSettings) -> set[Path | tuple[str, str]]:
-    """The files that its rows come from. Of data sets of a package family and split: all rows of one are about the same
-    pictures."""
+    """The files that its rows come from; for data of packages (family, split), since all rows of these are about the
+    same pictures."""
     parts = set()
     for name in (part.name for part in parts_of(of.data)):
         if is_packaged(name):
@@ -177,10 +177,10 @@ def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool 
     cache, else what goes into the tower.
 
     Args:
-      data, split: what the source is part of; a cache is of all items of a data set.
-      inputs: nothing is cached (a tower trains).
-      few: no other rows of the data set will be read: where the cache of all its items is not there, one of theirs is
-        made.
+      data, split: the data set that the source is part of; a cache holds all items of a data set.
+      inputs: use no cache (a tower trains).
+      few: no other rows of the data set will be read. If there is no cache of all its items, one with only the items
+        of these rows is made.
     """
     rows = _rows_by_medium(source) if few else {}
     preparation, readers = run.settings.recipe.image_preparation, {}
@@ -203,7 +203,7 @@ def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool 
             else None
             for own, part, first in zip(of_parts, parts_of(data), starts, strict=True)
         ]  # fmt: skip
-        if not any(stores):  # of these rows none shows one
+        if not any(stores):  # none of these rows shows an item of this medium
             readers[name] = reader
             continue
         store = JoinedFeatures(stores=tuple(stores), joined=items.joined) if several else stores[0]
@@ -212,7 +212,7 @@ def readers_of(run: Run, source: Source, *, data: str, split: str, inputs: bool 
 
 
 def _rows_by_medium(source: Source) -> dict[str, list[int]]:
-    """The items that its rows show; media whose spans are of several lengths, which are found by row, left out."""
+    """Rows of the items that it shows, by medium; not of media whose spans vary (`Features.span` needs all rows)."""
     rows: dict[str, set[int]] = {name: set() for name, medium in source.media.items() if not medium.spans}
     for example in source:
         for ref in example.items:
@@ -227,7 +227,7 @@ def _cache(
     """Features of all items of a medium of one data set, or at least of `rows`."""
     prefix = f"media/{name}/tower/"
     tower = {path: leaf for path, leaf in run.pretrained.items() if path.startswith(prefix)}
-    # Side by side: a cache that is made again takes all of its folder away.
+    # Folders side by side, not nested: making a cache again deletes its whole folder.
     folder = run.workdir / "features" / (short_name(data, split) + ("" if name == IMAGE else f".{name}"))
     path = local(folder, what="cache_features: a cache of features")
     tower_is = f"{run.towers.get(name, run.base_hash)} {run.settings.dtype}"

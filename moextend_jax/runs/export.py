@@ -128,7 +128,7 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
     """A model of a run; the base is not cast as the run casts it.
 
     Args:
-      model: a row of `results.MODELS`; None is the furthest: finetuned, else grown, else aligned.
+      model: a model of `results.Table`; None is the furthest: finetuned, else grown, else aligned.
 
     Raises:
       MoextendError: no stage has been run, or one that the model is made of, or the base is not the one that the run

@@ -1,4 +1,4 @@
-"""How results are made: a `Run` and a name of `results.RESULTS` in, WORKDIR/NAME written, once.
+"""How results are made: a `Run` and the name of a result of `results.Table` in, WORKDIR/NAME written, once.
 
 TABLE `MAKERS`: train (any stage), select (the extender), grow. A result that is there already is kept if it was made
 with these settings; one of other settings is an error, before anything is made or remembered.
@@ -75,18 +75,18 @@ def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
 
 
 def check_made(run: Run, names: Iterable[str] = ()) -> None:
-    """Raises a MoextendError where a result that is there was made with another base, or with settings of the run that
-    decide what it computes: with these no model of the work directory is what was trained.
+    """Raises a MoextendError if an existing result was made with another base, or with other run settings that decide
+    what it computes: the models of the work directory would then not be those that were trained.
 
     Args:
-      names: those that must also be of the same settings of their own, whose steps have been counted.
+      names: results whose own settings must be the same too; their steps must have been counted.
     """
     rows, names = results.table(run.settings).results, set(names)
     recorded = {name: train_state.result_facts(run.folder(name) / "result") for name in rows}
     made = {name for name, facts in recorded.items() if facts is not None}  # and not cut off while it was written
     for name, row in rows.items():
         if row.how == "select" and results.named(run.settings, row.extension, "grow") in made:
-            names.add(name)  # what has grown has its layers
+            names.add(name)  # its choice of layers is used already
             if (run.folder(name) / "routing.json").exists():
                 recorded[name] = read_selection(run, row.extension).get("facts")
         if (before := recorded[name]) is not None and made.issuperset(row.parents):
@@ -156,7 +156,7 @@ def train(run: Run, name: str) -> None:
 
 
 def _of_source(source: Source) -> dict[str, Any]:
-    """What a stage that goes on must find as it was. Pictures have a name of their own, as before other media."""
+    """What a resumed stage must find unchanged. Pictures keep the key that they had before other media existed."""
     others = {name: items.fingerprint for name, items in source.items.items() if name != IMAGE and len(items)}
     facts = {"examples": len(source), "data": source.fingerprint, "pictures": source.images.fingerprint}
     return facts | ({"items": others} if others else {})
@@ -188,7 +188,7 @@ def select(run: Run, name: str) -> None:
         rows = rows_of(run, source, stage, data=data, epochs=1, seed=None)
         batches = (place_rows(batch, run.mesh) for batch in rows)
         counts = routing.count_all(opened.model, opened.arrays, batches, recipe=recipe, mesh=run.mesh)
-        # An earlier extension's experts are no sources, and would make the choice another than without it.
+        # An earlier extension's experts cannot be sources, and counting them would change the choice.
         experts = run.config.decoder.experts
         return counts._replace(text_ZO=counts.text_ZO[:, :experts], image_ZO=counts.image_ZO[:, :experts])
 
@@ -196,7 +196,7 @@ def select(run: Run, name: str) -> None:
         before, after = (count(open_model(run, model)) for model in row.models)
         scores_ZE = None
         if settings.source in SCORES:
-            whole = data._replace(feeds="conversation")  # of a question alone no token has a loss
+            whole = data._replace(feeds="conversation")  # a bare question has no labels, hence no loss
             opened, rows = open_model(run, row.models[0]), rows_of(run, source, stage, data=whole, epochs=1, seed=None)
             norms = expert_norms(
                 opened.model, opened.arrays, (place_rows(batch, run.mesh) for batch in rows), recipe=recipe,
@@ -240,13 +240,13 @@ def select(run: Run, name: str) -> None:
 
 
 def counting_stage(settings: RunSettings, name: str = "select") -> StageSettings:
-    """How `select` lays out its rows: as the probe does, in batches of its own size, each computed at once."""
+    """How `select` lays out its rows: as the probe does, but with its own batch size and no micro-batches."""
     probe = results.stage_of(settings, results.laid_out_as(settings, name))
     return dataclasses.replace(probe, batch_size=results.group_of(settings, name).batch_size, accumulate=1)
 
 
 def config_to_grow(run: Run, extension: str) -> ModelConfig:
-    """Of the base with this extension, as the settings have it."""
+    """Sizes of the base with this extension, as the settings define it."""
     config, settings = grown_config(run, [extension]), run.settings.of_extension(extension).grow
     if extension not in config.extensions:  # a rival's
         return config
@@ -315,8 +315,8 @@ def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig, f
 
 
 def seed_of(settings: RunSettings, part: str) -> int:
-    """Of the new leaves of an extension, or of a part of a rival: a run's first has the run's seed, and no two have the
-    same, or their fresh maps would be the same numbers."""
+    """Seed for the new leaves of an extension, or of a part of a rival. The first of a run has the run's seed. No two
+    seeds are equal: fresh maps of the same seed would hold the same numbers."""
     parts = [part for link in settings.links for part in link.parts or (link.name,)]
     number = parts.index(part)
     return int(np.random.SeedSequence([settings.seed, number]).generate_state(1)[0]) if number else settings.seed
@@ -324,7 +324,7 @@ def seed_of(settings: RunSettings, part: str) -> int:
 
 MAKERS: dict[str, Callable[[Run, str], None]] = {"train": train, "select": select, "grow": grow}
 FACTS = {"train": facts_of_training, "select": facts_of_selecting, "grow": facts_of_growing}
-"""TABLE as MAKERS -> all that decides what a result is; one that is there and differs belongs to another run."""
+"""TABLE, keys as in MAKERS -> all that decides what a result is. A result for which it differs is another run's."""
 
 
 def _stage_at(resume_from: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Models of a work directory: a `Run` and a row of `results.MODELS` in, structure and arrays on the run's mesh out."""
+"""Models of a work directory: a `Run` and a model of `results.Table` in, structure and arrays on the run's mesh out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Opened(NamedTuple):
 
 
 def open_model(run: Run, name: str) -> Opened:
-    """A row of MODELS.
+    """A model by its name in `results.Table`.
 
     Raises:
       MoextendError: no such model, or a result that it is made of is not there.
@@ -54,12 +54,12 @@ def open_model(run: Run, name: str) -> Opened:
 
 
 def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) -> Opened:
-    """The pretrained parts with the leaves of these results over them; projectors that none of them has are fresh.
+    """The pretrained parts overlaid with the leaves of these results; projectors that no result has are fresh.
 
     Args:
       trains: patterns of the leaves that are to be trained. These are copied, so that no other model shares their
-        memory, and cast to `train_dtype`. Of the others those of the base, experts and blocks are cast to what they
-        compute in, so that frozen ones cost no more memory than the base's.
+        memory, and cast to `train_dtype`. Frozen leaves of the base, of experts and of blocks are cast to the type that
+        they compute in, so that they cost no more memory than the base's.
     """
     names = tuple(names)
     config = grown_config(run, results.table(run.settings).grown(names))
@@ -82,7 +82,7 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
 
 
 def text_only(opened: Opened) -> Opened:
-    """The model without its eyes."""
+    """The model without media (towers, projectors)."""
     model = abstract(dataclasses.replace(opened.model.config, media=Named()))
     arrays = {path: leaf for path, leaf in opened.arrays.items() if not path.startswith("media/")}
     return Opened(model, arrays)
@@ -100,7 +100,7 @@ def leaves_of(run: Run, name: str) -> Arrays:
 
 
 def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
-    """Of the model with these extensions, each as its `select` has chosen, or as its method has it."""
+    """Sizes of the model with these extensions, each as its `select` has chosen, or as its method defines it."""
     rivals = rivals_of(run.settings, names := tuple(names))
     extensions = {
         name: config_of_extension(
@@ -115,7 +115,7 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
 def config_of_extension(
     settings: RunSettings, name: str, *, chosen: Mapping[str, Any], start: StartName, calibrator: CalibratorName
 ) -> ExtensionConfig:
-    """Of an extension by new experts: `chosen` is what its `select` has written, the rest what its `grow` has made."""
+    """An extension by new experts: `chosen` is what its `select` wrote, `start` and `calibrator` what `grow` made."""
     method = settings.of_extension(name).method
     return ExtensionConfig(
         layers=tuple(chosen["chosen_layers"]),
@@ -131,7 +131,7 @@ def config_of_extension(
 
 
 def rivals_of(settings: RunSettings, names: Iterable[str]) -> dict[str, Named[Any]]:
-    """The fields of `ModelConfig` with those of these extensions that are a rival's: low-rank updates, and blocks."""
+    """`adapters` and `blocks` of `ModelConfig`: those of these extensions that are low-rank updates or blocks."""
     links = {link.name: link for link in settings.links}
     own = [links[name] for name in names]
     return {

@@ -1,4 +1,4 @@
-"""Where a model lies, as options of a command say it: a work directory and a row of `results.MODELS`, or a checkpoint.
+"""Where a model lies, as options of a command say it: a work directory and a model of its table, or a checkpoint.
 
 What is inconsistent is refused here; `askable.open_place` opens it.
 """

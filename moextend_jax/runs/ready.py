@@ -29,8 +29,8 @@ from moextend_jax.runs.run import Run
 from moextend_jax.settings import EvaluateSettings, FaultSettings, RunSettings, StageSettings
 
 LOOKED_AT = 4096
-"""Conversations of each data set that are encoded before the first step, where no length or room depends on all;
-`moextend data check` reads every one."""
+"""Conversations of each data set that are encoded before the first step, if the settings give the row's length and
+items (else all are encoded); `moextend data check` reads every one."""
 
 Check = Callable[[Run], None]
 
@@ -46,7 +46,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     """Looks at the data of results that are to be made, and counts what their settings leave open.
 
     Args:
-      names: rows of `results.RESULTS`.
+      names: of results in `results.Table`.
       checks: further ones, each of which raises a MoextendError for what it finds.
 
     Raises:
@@ -118,7 +118,7 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
     Args:
       rows: for each result that is to be made, by its name, the rows of its data set, each counted once, before
         anything is held out.
-      layers: of the decoder, those that route.
+      layers: number of the decoder's layers that route.
     """
     problems = Problems()
     left = dict(rows)
@@ -131,7 +131,7 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
             evaluate = settings.of_extension(extension).evaluate
             finetune = results.stage_of(settings, results.named(settings, extension, "finetune"))
             if not evaluate.data and results.stage_of(settings, data.of).data == finetune.data:
-                with problems:  # of one data set much the same rows are held out for each
+                with problems:  # extensions on one data set hold out nearly the same rows
                     taken = rows_of_part(evaluate.held_out, rows[name], setting="evaluate.held_out")
                     left[name] = min(left[name], rows[name] - taken)
     for name in left:
@@ -221,7 +221,7 @@ def _data(settings: RunSettings, name: str) -> Data | None:
 
 
 def _stages(settings: RunSettings, names: Iterable[str]) -> list[Stage]:
-    """Those of the results whose rows have sizes of their own: `select` lays its rows out as the probe does."""
+    """The stages that lay out the rows of these results: the probe for `select`, else the result's own."""
     stages = []
     for name in dict.fromkeys(results.laid_out_as(settings, name) for name in names):
         data = _data(settings, name)
@@ -283,7 +283,7 @@ def _refused(measured: Measured, faults: FaultSettings, *, stages: Sequence[str]
 
 
 def _counted(run: Run, stage: Stage, measured: Measured, read: Read) -> tuple[StageSettings, str]:
-    """The settings with numbers for a length, pictures of a row and steps that are left open, and a line about them."""
+    """The stage's settings with length, pictures per row and steps filled in where left open; and a line about them."""
     settings = results.stage_of(run.settings, stage.name)
     sized = measured.filled(settings)
     lines = []

@@ -45,11 +45,11 @@ class Data(NamedTuple):
 class Result:
     """What the folder of a result holds.
 
-    parents: results that it is made from: one that trains starts from the model that they make.
+    parents: results that it is made from; training starts from the model that they make.
     how: a row of `making.MAKERS`. data: what it reads. trains: path patterns of the leaves that it trains, by recipe;
-    all others are frozen. settings: where in `RunSettings` the group is that sets it.
+    all others are frozen. settings: path of its group in `RunSettings`.
     extension: the one that it belongs to. grown: whether its leaves are those of that extension.
-    models: rows of MODELS that it looks at: those whose routing is compared, or the one that is extended.
+    models: models that it looks at: the two whose routing is compared, or the one that is extended.
     optional: a baseline, which `moextend run` makes only if asked to.
     """
 
@@ -66,7 +66,7 @@ class Result:
 
 
 class ModelRow(NamedTuple):
-    """A model of a work directory: the results whose leaves lie, one over the other, over the pretrained parts.
+    """A model of a work directory: the pretrained parts overlaid with the leaves of these results, in order.
 
     title: for tables. sees: False is the pretrained decoder alone, without its media. text_is_bases: nothing that text
     passes through was trained, so its text losses are the base's and are not computed again.
@@ -103,7 +103,7 @@ class Table(NamedTuple):
         return tuple(dict.fromkeys(self.results[name].extension for name in names if self.results[name].grown))
 
     def patterns(self, name: str, *, recipe: Recipe, sees: bool = True) -> tuple[str, ...]:
-        """Path patterns of the leaves that a result trains; of a text model (`sees` False) those of its decoder."""
+        """Path patterns of the leaves that a result trains; for a text model (`sees` False) without those of media."""
         return tuple(p for p in self.result(name).trains(recipe) if sees or not p.startswith("media/"))
 
     def has_trained_tower(self, names: Iterable[str], *, recipe: Recipe) -> bool:
@@ -115,7 +115,7 @@ ANSWERING = ("aligned", "moextend", "full")
 
 
 def table(settings: RunSettings) -> Table:
-    """That of a run."""
+    """The table of a run."""
     return of_links(settings.links, mixture=settings.mixture is not None)
 
 
@@ -134,7 +134,7 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
             media[link.medium] = f"align{last}"
             results[f"align{last}"] = _of_projector(link, "align", last, does="train the projector", parents=aligned)
             aligned += (f"align{last}",)
-        elif link.medium and media[link.medium] not in aligned:  # by one that is apart
+        elif link.medium and media[link.medium] not in aligned:  # aligned by an extension that is apart
             aligned += (media[link.medium],)
         own = _connector if link.connector else _rival if link.rival else _extended
         results |= own(link, last, aligned=aligned)
@@ -174,7 +174,7 @@ def _of_projector(link: Link, stage: str, last: str, *, does: str, parents: tupl
 def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
     """extend, select, grow and finetune of an extension that starts from the model of `aligned`."""
 
-    def captions(recipe: Recipe) -> bool:  # there are none of a task in text
+    def captions(recipe: Recipe) -> bool:  # a task in text has none
         return recipe.probe_data == "captions" and bool(link.medium)
 
     def probe_data(recipe: Recipe) -> Data:
@@ -318,7 +318,7 @@ def group_of(settings: RunSettings, name: str) -> Any:
 
 
 def stage_of(settings: RunSettings, name: str) -> StageSettings:
-    """Those of a result that is trained."""
+    """The settings of a result that is trained."""
     group = group_of(settings, name)
     assert isinstance(group, StageSettings)
     return group
@@ -336,7 +336,7 @@ def laid_out_as(settings: RunSettings, name: str) -> str:
 
 
 def with_stages(settings: RunSettings, stages: Mapping[str, StageSettings]) -> RunSettings:
-    """The settings with those of some results that are trained replaced."""
+    """The settings, with those of these trained results replaced."""
 
     def put(group: Any, keys: Sequence[str], stage: StageSettings) -> Any:
         key, *rest = keys

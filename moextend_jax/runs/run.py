@@ -55,7 +55,7 @@ class Run:
     towers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Hashes of the towers of media other than pictures, whose tower the base's hash covers."""
     resume_from: Path | None = None
-    """A checkpoint of another work directory, for the stage that it is of."""
+    """A checkpoint of another work directory; the stage that it belongs to starts from it."""
 
     def __repr__(self) -> str:
         names = ", ".join(name for name in results.table(self.settings).results if self.has(name)) or "nothing"
@@ -74,7 +74,7 @@ class Run:
         return facts | {"recipe": facts["recipe"] | {"prompt": prompt}, "tags": list(self.tokenizer.tags.ids)}
 
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
-        """What a checkpoint of a result must agree on beyond that: all that decides what it computes."""
+        """What a checkpoint of a result must agree on: `facts`, and all else that decides what it computes."""
         row = results.table(self.settings).result(name)
         medium = self.settings.link(row.extension).medium
         if medium in self.towers:
@@ -144,12 +144,12 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
 
 
 SMALL, LEAST_ROWS = 2**16, 8
-"""Entries of a matrix that cores do not share well, and rows that a device of a CPU has at least: docs/benchmarks.md"""
+"""Entries of a matrix up to which cores share its work badly; fewest rows of a CPU device. See docs/benchmarks.md."""
 
 
 def cpu_devices(settings: RunSettings) -> int:
-    """XLA devices to make of a CPU: what is set, else one per core where the base's experts are small, the mesh splits
-    rows over all devices, and all batches can be split so; else one."""
+    """XLA devices to make of a CPU: the setting, if given. If the base's experts are small and the mesh splits rows
+    over all devices: as many, up to one per core, as divide all batches into LEAST_ROWS rows or more. Else one."""
     if settings.cpu_devices or settings.mesh.get("data") != -1 or not machine.only_cpu():
         return settings.cpu_devices or 1
     path = folder_of(settings.base) / "config.json"
@@ -170,15 +170,15 @@ def cpu_devices(settings: RunSettings) -> int:
 
 
 def hashes_of(source: Source) -> tuple[str, dict[str, str]]:
-    """Of the base, decoder and picture tower, and of the towers of other media by the media's names."""
+    """The hash of the base (decoder and picture tower), and those of the towers of other media, by medium."""
     base, parts = base_hashes(source.leaves)
     names = {f"media/{name}": name for name in source.config.media if name != IMAGE}
     return base, {names[part]: digest for part, digest in parts.items() if part in names}
 
 
 def tokenizer_of_base(settings: RunSettings, source: Source) -> Tokenizer:
-    """That of the opened base `source`; an error where it has no template for the recipe, which is no one
-    conversation's fault."""
+    """The tokenizer of the opened base `source`. A base without a template for the recipe is an error here: it is not
+    the fault of a single conversation."""
     ends = ends_of(source.record.attributes.get("decoder", {}))
     tokenizer = tokenizer_of(tokenizer_folder(settings.base), source.config, ends=ends)
     encoder_of(tokenizer, settings.recipe)
@@ -192,7 +192,7 @@ def working(
     """A run that may write: alone in its work directory, and told when its machine is to be taken away.
 
     Args:
-      rows: those that the mesh must divide; None: all that the settings name, so that nothing is trained in vain.
+      rows: batch sizes that the mesh must divide; None: all that the settings name, checked before anything is trained.
       resume_from: a checkpoint of another work directory.
 
     Raises:
@@ -243,7 +243,7 @@ def rows_of_settings(settings: RunSettings) -> list[Rows]:
 
 
 def evaluation_rows(settings: RunSettings) -> list[Rows]:
-    """Those of `moextend evaluate` alone."""
+    """The batch sizes of `moextend evaluate` alone."""
     names = [results.named(settings, link.name, "evaluate") for link in settings.links]
     rows = [Rows(f"{name}.batch_size", results.group_of(settings, name).batch_size) for name in names]
     return [*rows, Rows("evaluate.text_batch_size", settings.evaluate.text_batch_size)]
@@ -321,7 +321,7 @@ def settings_of(workdir: Path | str) -> RunSettings | None:
 
 
 def known_settings(workdir: Path | str) -> RunSettings:
-    """The same; an error where no stage has been run in the folder."""
+    """As `settings_of`, but an error if no stage has been run in the folder."""
     settings = settings_of(workdir)
     if settings is None:
         raise MoextendError(f"{workdir} is no work directory: run a stage with this --workdir first")
