@@ -3,9 +3,9 @@
 A prompt may come in two pieces. Its head (everything up to its last image, or the context of several continuations) is
 read once for all rows that share it; its tail is read row by row on top of the head's keys and values.
 
-What a row says depends on nothing but the row and the shapes of the batch: an expert's rows, an attention row and a
-softmax are computed alike wherever they stand, as long as a device holds a multiple of `ALIGNED_ROWS` rows (without
-that, CPU products add up their last rows in another order).
+A row's output depends only on the row and on the shapes of the batch: experts, attention and softmax compute a row the
+same way wherever it stands. This needs a multiple of `ALIGNED_ROWS` rows on each device, since otherwise CPU products
+add up their last rows in another order.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Sampling(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What rows have read before their tails.
+    """The cache of what rows have read before their tails.
 
-    past: keys and values `[Z, B, S, K, H]`. length_B: how many of the S a row has.
+    past: keys and values `[Z, B, S, K, H]`. length_B: how many of the S positions a row uses.
     shares: which extensions the text behind each head may choose, `[B]` (`models.moextend.shares_of_text`).
     """
 
@@ -172,8 +172,8 @@ class Generator:
     ) -> Iterator[jax.Array]:
         """The ids of `complete` in pieces `[B, n]` on the devices: the first ids alone, then up to `steps` at a time.
 
-        Nothing here waits for the devices, so pieces come until there are `max_new_tokens`; who wants to stop when all
-        rows have ended looks at the ids."""
+        Nothing here waits for the devices, so pieces come until there are `max_new_tokens`. To stop when all rows have
+        ended, the caller must look at the ids."""
         if max_new_tokens < 1:
             raise MoextendError(f"max_new_tokens = {max_new_tokens} must be at least 1")
         state = self._prefill(
@@ -213,7 +213,7 @@ class Generator:
 
 
 def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress: tuple[int, ...]) -> jax.Array:
-    """The next ids `[B]`. Greedy does not look at the other rows of the batch, nor does a row's draw."""
+    """The next ids `[B]`. A row's id, greedy or drawn, does not depend on the other rows' logits."""
     if sampling.temperature == 0.0:
         return likeliest(logits_BV, suppress=suppress)
     if suppress:
@@ -225,7 +225,7 @@ def choose(logits_BV: jax.Array, key: jax.Array, sampling: Sampling, *, suppress
 
 
 def likeliest(logits_BV: jax.Array, *, suppress: tuple[int, ...] = ()) -> jax.Array:
-    """The id of each row's largest logit but those of `suppress`, `[B]`; the lowest id where several are equal."""
+    """The id of each row's largest logit, `[B]`, ids in `suppress` excluded; the lowest id where several are equal."""
     never_V = np.zeros(logits_BV.shape[1], bool)
     never_V[list(suppress)] = True
     if platform() == "cpu":
@@ -271,7 +271,7 @@ def _read(model: MoExtend, arrays: Arrays, heads: Batch, *, past: KeysValues, ro
 
 
 class _Prefilled(NamedTuple):
-    """What all positions of some prompts became, and the cache after them.
+    """Hidden states of all positions of some prompts, and the cache after them.
 
     past: keys and values `[Z, B, S, K, H]` of heads, then of the prompts, then zeros for new tokens.
     seen_BS: which of these S a row attends to.

@@ -55,13 +55,13 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Devices in the mesh's shape, so that neighbours in it are near each other: a slice's links are fast, and between
-    slices only replicas ("data") talk. GPUs come node by node, so the first axes span nodes."""
+    """Devices in the mesh's shape, so that neighbours in it are near each other. Links within a TPU slice are fast;
+    between slices only replicas ("data") communicate. GPUs come node by node, so the first axes span nodes."""
     if devices[0].platform in GPUS:
         return np.array(devices).reshape(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        # The torus of v5e and v6e has two dimensions, fewer than a mesh, unless one of them may be split.
+        # The torus of v5e and v6e has two dimensions, fewer than a mesh may need, so these may be split.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise MoextendError(f"mesh.data = {shape[0]} must be a multiple of {slices} slices: only replicas span them")
@@ -103,7 +103,7 @@ def row_shards(mesh: Mesh) -> int:
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Of any array whose first axis are a batch's rows."""
+    """Sharding of an array whose first axis is a batch's rows."""
     return NamedSharding(mesh, spec("B"))
 
 
@@ -118,7 +118,7 @@ def own_row_shards(mesh: Mesh, *, process: int | None = None) -> tuple[int, ...]
 
 
 def own_rows(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows, as `place_rows` wants them, of host arrays that every process has whole."""
+    """This process's rows of host arrays that every process has whole, as `place_rows` takes them."""
     parts, shards = own_row_shards(mesh), row_shards(mesh)
 
     def of(array: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ def own_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:
-    """Global arrays of a tree of host arrays that hold this process's rows: those of its `own_row_shards` in order."""
+    """Global arrays from a tree of host arrays with this process's rows, in the order of its `own_row_shards`."""
     sharding, parts, shards = rows_sharding(mesh), own_row_shards(mesh), row_shards(mesh)
 
     def placed(array: Any) -> jax.Array:
@@ -147,7 +147,7 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def place_whole(tree: Any, mesh: Mesh) -> Any:
-    """Global arrays of a tree of host arrays that every process has whole, placed as rows."""
+    """As `place_rows`, from host arrays that every process has whole."""
     return place_rows(own_rows(tree, mesh), mesh)
 
 
@@ -202,11 +202,11 @@ def place_leaves(model: nnx.Module, arrays: Mapping[str, Any], mesh: Mesh) -> di
 
 
 def leaf_maker(model: nnx.Module, make: Callable[..., Mapping[str, Any]], *arguments: Any, mesh: Mesh) -> Program:
-    """`make` as a program that gives leaves of a model by path, each made where it will lie: no process makes another's
-    part.
+    """`make` as a program that gives leaves of a model by path. Each is made on its own devices, so no process makes
+    another's part.
 
-    `model` gives the structure alone; `make` is traced, and may give any of its leaves; it will be called with arrays
-    like `arguments`.
+    `model` gives the structure alone. `make` is traced, and may give any of its leaves. The program is called with
+    arrays like `arguments`.
     """
     shardings = parameter_shardings(model, mesh)
     out_shardings = {path: shardings[path] for path in jax.eval_shape(make, *arguments)}
@@ -216,7 +216,7 @@ def leaf_maker(model: nnx.Module, make: Callable[..., Mapping[str, Any]], *argum
 def make_leaves(
     model: nnx.Module, make: Callable[..., Mapping[str, Any]], *arguments: Any, mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """What a `leaf_maker` that is called once makes."""
+    """The leaves from one call of a `leaf_maker`."""
     return leaf_maker(model, make, *arguments, mesh=mesh)(*arguments)
 
 

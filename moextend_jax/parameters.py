@@ -46,11 +46,11 @@ SCALES = ("/w_gate_scale", "/w_up_scale", "/w_down_scale")
 
 
 def element_type(path: str, dtype: Any, *, stored: Any = None) -> Any:
-    """What a leaf is cast to where a model is cast to `dtype` (None: nothing).
+    """The dtype that a leaf is cast to in a model that is cast to `dtype`; None: it is not cast.
 
-    What only chooses stays in float32, since rounded it chooses others, and routers do that are stored so: some
-    families compute with them so (`DecoderConfig.router_float32`), others cast them where they are used. What is stored
-    in few bits stays that, with its scales.
+    Leaves that only choose experts stay in float32, since rounding would change the choice. Routers that are stored in
+    float32 stay so too: some families compute in float32 (`DecoderConfig.router_float32`), others cast them at use.
+    Quantised matrices and their scales are not cast.
     """
     in_few_bits = path.endswith(SCALES) or (stored is not None and jnp.issubdtype(stored, jnp.integer))
     if dtype is None or in_few_bits:
@@ -63,12 +63,12 @@ _BEFORE = {"vision/": "media/image/tower/", "projector/": "media/image/projector
 
 
 def current_path(path: str) -> str:
-    """A leaf's path today, from what it was called while a model could have one medium and one extension."""
+    """A leaf's present path, from its path in old files, when a model had at most one medium and one extension."""
     return next((now + path.removeprefix(then) for then, now in _BEFORE.items() if path.startswith(then)), path)
 
 
 def lasting_path(path: str) -> str:
-    """What `current_path` is the inverse of: content hashes go by these names, since files hold hashes of before."""
+    """The inverse of `current_path`. Content hashes use these old paths, so that hashes in old files stay valid."""
     return next((then + path.removeprefix(now) for then, now in _BEFORE.items() if path.startswith(now)), path)
 
 

@@ -24,7 +24,7 @@ TABLE: dict[str, tuple[str, ...] | None] = {
     "D": ("fsdp",), "d": None, "C": ("fsdp",), "W": None, "Q": None, "P": None, "A": None, "O": None, "H": None,
     "E": ("expert",), "X": None, "F": ("tensor",), "s": ("tensor",), "j": ("tensor",), "f": ("expert", "tensor"),
     "J": ("tensor",), "N": ("tensor",), "K": ("tensor",), "V": ("tensor",),
-    # groups of D and of F that share a scale: cut where these are
+    # groups of D and of F that share a scale: split as D and F are
     "a": ("fsdp",), "v": ("tensor",),
     # activations; L is the residual stream's sequence, S one that is whole on a device, n images of all rows
     "B": ("data", "fsdp", "expert"), "n": ("data", "fsdp", "expert", "tensor"), "L": ("tensor",), "S": None, "M": None,
@@ -37,11 +37,11 @@ TABLE: dict[str, tuple[str, ...] | None] = {
 
 
 GPUS = ("gpu", "cuda", "rocm")
-"""How JAX and the topologies of its plugins spell that platform."""
+"""Names of the platform "gpu" in JAX and in the topologies of its plugins."""
 
 
 def platform() -> str:
-    """ "cpu", "tpu" or "gpu": what the program is compiled for, which ahead of time is not what runs the compiler."""
+    """ "cpu", "tpu" or "gpu": what the program is compiled for; ahead of time the compiling host may have another."""
     device = _abstract_device()
     name = device.platform if device else jax.default_backend()
     return "gpu" if name in GPUS else name
@@ -66,7 +66,7 @@ def spec(axes: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> P
     entries = [entry or None for entry in _split(axes, shape, mesh)]
     while (
         entries and entries[-1] is None
-    ):  # as programs give their results back: other shardings would be other programs
+    ):  # results of programs have no trailing None; with another sharding, programs would be compiled again
         entries.pop()
     return PartitionSpec(*entries)
 
@@ -115,13 +115,13 @@ def split_rows(array: jax.Array, parts: int) -> jax.Array:
 
 
 class Shards(NamedTuple):
-    """An argument of `map_shards`: arrays of one letter string, and how each of their axes is split there."""
+    """How an argument of `map_shards` is split: its axes' letters, and the mesh axes that split each of them."""
 
     axes: str
     split: tuple[tuple[str, ...], ...]
 
     def without_first(self) -> Shards:
-        """Of one layer of a stack."""
+        """The split of one layer of a stack."""
         return Shards(self.axes[1:], self.split[1:])
 
     def over(self, letters: str) -> tuple[str, ...]:
@@ -139,8 +139,8 @@ def shards(axes: str, shape: tuple[int, ...]) -> Shards:
 
 
 def module_shards(module: nnx.Module) -> tuple[dict[str, jax.Array], dict[str, Shards]]:
-    """A module's arrays by path, and how each is split. Of a module that is one layer of a stack the arrays lack the
-    first of their letters."""
+    """A module's arrays by path, and how each is split. In a module that is one layer of a stack, arrays lack the axis
+    of their first letter."""
     params = by_path(nnx.state(module, nnx.Param))
     arrays = {path: param[...] for path, param in params.items()}
     return arrays, {path: shards(params[path].axes[-array.ndim :], array.shape) for path, array in arrays.items()}
@@ -150,7 +150,7 @@ def map_shards(function: Callable[..., Any], ins: tuple[Any, ...], out: Any) -> 
     """`function` on every device's own part of its arguments, `jax.shard_map` with specs from the table.
 
     Args:
-      ins: for each argument a pytree of `Shards`, or a prefix of one; what is split in no way is the same everywhere.
+      ins: for each argument a pytree of `Shards`, or a prefix of one; what has no split is the same on every device.
       out: `Shards` of the results. The function itself gathers and sums over the mesh where it must (`gather`).
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -166,8 +166,8 @@ def map_shards(function: Callable[..., Any], ins: tuple[Any, ...], out: Any) -> 
 
 
 def gather(array: jax.Array, how: Shards, *, keep: tuple[str, ...] = ()) -> jax.Array:
-    """Inside `map_shards`: the array whole along all mesh axes but `keep`. Its gradient comes back summed over the
-    devices and split as the array was (a reduce-scatter)."""
+    """Inside `map_shards`: all-gathers the array over all mesh axes but `keep`. Its gradient is summed over the devices
+    and split as the array was (a reduce-scatter)."""
     for index, axes in enumerate(how.split):
         wanted = tuple(axis for axis in axes if axis not in keep)
         if wanted:

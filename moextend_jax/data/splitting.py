@@ -1,7 +1,7 @@
 """Splits a data set so that no picture or other item is on both sides: a `Source` and how much of it in, two views out.
 
-Which rows are held out follows from the seed and from the pictures' own names: rows that are added later, or stand in
-another order, move no picture to the other side unless the number that is held out changes.
+Which rows are held out follows from the seed and from the pictures' own names, not from the order of the rows. Rows that
+are added later can change the choice: pictures are taken in the order of their hashes until so many rows are held out.
 """
 
 from __future__ import annotations

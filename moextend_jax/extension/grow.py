@@ -25,7 +25,7 @@ COPIED = {
     "new_experts/b_up": "decoder/layers/moe/experts/b_up",
     "new_experts/b_down": "decoder/layers/moe/experts/b_down",
 }
-"""New leaf <- pretrained leaf it copies the source expert from; the calibrator starts as the identity."""
+"""New leaf -> the pretrained leaf whose source expert it copies. The calibrator is no copy (`router.CALIBRATORS`)."""
 
 MEAN_OF: dict[str, Callable[[list[jax.Array]], jax.Array]] = {
     **dict.fromkeys(("new_experts/w_gate", "new_experts/w_up"), functools.partial(jnp.concatenate, axis=3)),
@@ -33,8 +33,8 @@ MEAN_OF: dict[str, Callable[[list[jax.Array]], jax.Array]] = {
     "new_experts/w_down": lambda parts: jnp.concatenate(parts, axis=2) / len(parts),
     "new_experts/b_down": lambda parts: sum(parts[1:], parts[0]) / len(parts),
 }
-"""TABLE of leaves -> what those of several sources become: hidden units side by side, whose outputs add up, divided by
-their number. Of others (router columns) the first source's."""
+"""TABLE of leaves -> how those of several sources are merged: hidden units are concatenated, so that outputs add up, and
+the down projection is divided by their number. Other leaves (router columns) are the first source's."""
 
 CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
     "copy": {},
@@ -71,9 +71,9 @@ def grow(
     """The leaves of the extension `name` of `config.extensions`, initialised from the pretrained ones.
 
     Each new expert and its router column copy a source expert of the layer (paper Eq. 8); the pretrained arrays are
-    not touched. A wide one has the hidden units of its sources side by side, which adds their outputs up, and a down
-    projection divided by their number: it is their mean, of the size of one. Its column is that of its first source,
-    the most picked, for a mean of columns is chosen by next to nobody.
+    not touched. A wide one has the hidden units of its sources concatenated, which adds up their outputs, and a down
+    projection divided by their number, so its output is their mean. Its column is that of its first source, the most
+    picked, since almost no token would choose a mean of columns.
 
     Args:
       column, expert: rows of COLUMNS and EXPERTS, where they do not start as copies.
@@ -115,5 +115,5 @@ def grow(
 
 
 def read_by_grow(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Of a base's leaves those that new ones are copied from, with their scales where they are in few bits."""
+    """The leaves of a base that new ones are copied from, with the scales of those that are quantised."""
     return {path: leaf for path, leaf in arrays.items() if path.removesuffix("_scale") in COPIED.values()}

@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
 
 def spread(layers: int, count: int) -> list[int]:
-    """`count` of so many layers, the last of each run of `layers` / `count`."""
+    """`count` of `layers` layers, evenly spaced: the last of each run of `layers` / `count`."""
     return [(n + 1) * layers // count - 1 for n in range(count)]
 
 
@@ -50,13 +50,13 @@ LAYERS: dict[str, Callable[[np.ndarray, int, np.random.Generator], Sequence[int]
     "first_interval": lambda shift_Z, count, draw: range(1, len(shift_Z) // 2, 2),
     "every_second": lambda shift_Z, count, draw: range(0, len(shift_Z), 2),
 }
-"""TABLE `select.layers` -> which of the layers that route are extended, by their shifts and how many `select.share` is
-of them (the first three ask). The paper's ablations, and `every_second` from the first on as in MoE-LLaVA."""
+"""TABLE `select.layers` -> which of the layers that route are extended, from their shifts and the number that
+`select.share` gives (the first three rows use it). The paper's ablations, and `every_second` as in MoE-LLaVA."""
 
 
 class Selection(NamedTuple):
-    """shift_Z: d_j of every layer that routes. layers: numbers of the chosen, ascending. sources: experts to copy,
-    `wide` for each of X new ones of each chosen layer, one after another."""
+    """shift_Z: d_j of every layer that routes. layers: numbers of the chosen layers, ascending. sources: experts to
+    copy, one flat list: `wide` for each of the X new experts of each chosen layer."""
 
     shift_Z: np.ndarray
     layers: tuple[int, ...]
@@ -66,8 +66,8 @@ class Selection(NamedTuple):
 def count_picks(
     routing: Routing, batch: Batch, *, recipe: Recipe, top_k: int | None = None, pairs: bool = False
 ) -> Counts:
-    """Counts of one batch, traceable. `least_likely` counts the `top_k` experts that the router likes least, None: as
-    many as a token has; `pairs` are of the experts that were picked under every recipe."""
+    """Counts of one batch, traceable. The recipe `least_likely` counts the `top_k` experts with the lowest scores
+    (None: as many as a token has picks). `pairs` counts pairs of picked experts, under every recipe."""
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
         ids_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k or ids_ZTk.shape[-1])
@@ -179,19 +179,18 @@ def select(
 ) -> Selection:
     """The layers whose routing moved most, and in each the experts picked most (paper section 3.2).
 
-    The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer, and to the lower expert. Each of
-    the `new_experts` X of a layer has other sources: the X most picked are the first of one each, the X after these the
-    second, and so on. `first` is the number of the first layer that routes: counts are of routed layers, the chosen
-    ones are numbered among all.
+    The top floor(share * Z) layers by `shift` are chosen; ties go to the lower layer, and to the lower expert. The X =
+    `new_experts` new experts of a layer have different sources: the X most picked experts are their first sources, the
+    next X their second ones, and so on. `first` is the number of the first layer that routes: counts have only routed
+    layers, and the chosen ones are numbered among all.
 
     Args:
-      layers: a row of LAYERS, of which "random" draws by `seed`.
-      source: picks "before" or "after" the probe, as the recipe says, or "fixed": `expert` before all others.
-      scores_ZE: what decides instead of picks (`saliency.SCORES`); None: picks do.
+      layers: a row of LAYERS; "random" draws with `seed`.
+      source: ranks by picks "before" or "after" the probe, or as the recipe says; "fixed": `expert` before all others.
+      scores_ZE: scores that rank experts instead of picks (`saliency.SCORES`); None: picks do.
 
     Raises:
-      MoextendError: no layer is chosen, there is no such expert, or a layer's shift is no number (nothing was counted
-        there).
+      MoextendError: no layer is chosen, there is no such expert, or a layer's shift is NaN (nothing was counted there).
     """
     with np.errstate(invalid="ignore"):
         shift_Z = shift(before.total_ZO, after.total_ZO)
@@ -212,7 +211,7 @@ def select(
 
 
 def chosen_layers(layers: LayerChoice, shift_Z: np.ndarray, *, share: float, seed: int = 0) -> list[int]:
-    """A row of LAYERS asked, ascending; a MoextendError where it chooses none."""
+    """The layers that a row of LAYERS chooses, ascending. Raises MoextendError if there are none."""
     chosen = sorted(LAYERS[layers](shift_Z, int(share * len(shift_Z)), np.random.default_rng(seed)))
     if not chosen:
         by_share = layers in ("extender", "random", "interval")
@@ -228,7 +227,7 @@ def check_expert(expert: int, *, experts: int) -> None:
 
 
 def check_sources(new_experts: int, wide: int, *, experts: int) -> None:
-    """Raises MoextendError where a layer has fewer experts than there are to be different sources."""
+    """Raises MoextendError where a layer has fewer experts than the different sources that are needed."""
     if new_experts * wide > experts:
         times = "" if wide == 1 else f" times select.wide = {wide}"
         raise MoextendError(

@@ -30,7 +30,7 @@ Leaves = dict[str, jax.Array]
 
 
 class Norms(NamedTuple):
-    """`[Z, E]` each: of W, G and V."""
+    """Norms of W, G and V, `[Z, E]` each."""
 
     weights_ZE: np.ndarray
     gradient_ZE: np.ndarray

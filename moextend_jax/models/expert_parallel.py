@@ -297,8 +297,8 @@ def _new_alone(
 
 
 def _shared(weights_Tk: jax.Array, is_new_Tk: jax.Array, group: tuple[str, ...], new: tuple[str, ...]) -> jax.Array:
-    """Where several devices hold the same slice of a new expert, its weights are divided by their number, since outputs
-    are summed over the group. `new`: mesh axes that split it."""
+    """Where several devices hold the same slice of a new expert, its weights are divided by the number of these
+    devices, since outputs are summed over the group. `new`: mesh axes that split the expert."""
     repeats = _devices(tuple(axis for axis in group if axis not in new))
     return weights_Tk if repeats == 1 else jnp.where(is_new_Tk, weights_Tk / repeats, weights_Tk)
 

@@ -15,7 +15,7 @@ EPSILON = 1e-6
 
 def may_choose(old_To: jax.Array, new_TX: jax.Array, *, tau: float) -> jax.Array:
     """Token guidance, `[T, 1]`: the best new logit is above the best old one, by more than tau of the larger of their
-    magnitudes. An exact copy of a column is never above its source, so it must start differently."""
+    magnitudes. An exact copy of a column is never above its source, so new columns must start differently."""
     old_T1, new_T1 = old_To.max(axis=-1, keepdims=True), new_TX.max(axis=-1, keepdims=True)
     larger_T1 = jnp.maximum(jnp.abs(old_T1), jnp.abs(new_T1))
     return (new_T1 > old_T1) & (jnp.abs(new_T1 - old_T1) / (larger_T1 + EPSILON) > tau)

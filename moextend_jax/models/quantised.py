@@ -1,9 +1,9 @@
-"""Frozen matrices in few bits: integers of a matrix's own shape, and a scale for each group of weights that one output
-column sums over, one after another along the contracted axis.
+"""Frozen matrices in few bits: integers in the matrix's own shape, and a scale for each group of consecutive weights
+along the contracted axis, separately for each output column.
 
-In: float `w_..IO` (I: contracted, O: output). Out: `values_..IO` and `scale_..gO`; a weight as it is used is what its
-integer says times its scale. TABLE of storages. XLA packs two int4 into a byte on every backend; `nbytes` of an array
-does not know it.
+In: float `w_..IO` (I: contracted, O: output). Out: `values_..IO` and `scale_..gO`; a weight is the value that its
+integer stands for, times its scale. TABLE of storages. XLA packs two int4 into a byte on every backend, which `nbytes`
+of an array does not take into account.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 
 class Storage(NamedTuple):
-    """Element types of integers and scales; `scale_of` the weight of largest magnitude in a group; the integer of a
-    weight over its scale (`code`), on the host."""
+    """Dtypes of integers and scales. On the host, `scale_of` maps a group's weight of largest magnitude to its scale,
+    and `code` maps a weight divided by its scale to its integer."""
 
     dtype: Any
     scale_dtype: Any
@@ -28,9 +28,9 @@ class Storage(NamedTuple):
 
 
 def _even(least: int, most: int, dtype: Any) -> Storage:
-    """Integers mean themselves. The weight of largest magnitude becomes the least, whatever its sign, so that the whole
-    range of a signed type is used (as in GGUF's Q4_0): 12 % less error in four bits than from the largest positive
-    one. Scales are float16, rounded away from zero, so that no weight lies beyond what they can say."""
+    """Integers stand for their own values. The weight of largest magnitude becomes the lowest integer, whatever its
+    sign, so that the whole signed range is used (as in GGUF's Q4_0): 12 % less error in four bits than with the largest
+    positive integer. Scales are float16, rounded away from zero, so that no weight lies outside the range."""
 
     def scale_of(extreme: np.ndarray) -> np.ndarray:
         wanted = extreme / np.float32(least)
@@ -42,13 +42,13 @@ def _even(least: int, most: int, dtype: Any) -> Storage:
 
 
 def _power_of_two(extreme: np.ndarray) -> np.ndarray:
-    """So that the largest weight is between 4 and 8 of it."""
+    """The scale of which the largest weight is 4 to 8 times."""
     exponent = np.frexp(extreme)[1] - 3
     return np.where(extreme == 0, 0, np.ldexp(np.float32(1), exponent)).astype(ml_dtypes.bfloat16)
 
 
 def _e2m1(ratio: np.ndarray) -> np.ndarray:
-    """0, 1/2, 1, 3/2, 2, 3, 4, 6 are 0 to 7; of their negatives the integers are eight less. Ties go to even ones."""
+    """Codes 0 to 7 stand for 0, 1/2, 1, 3/2, 2, 3, 4, 6; codes of negatives are eight less. Ties go to even codes."""
     between = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)
     between[1::2] = np.nextafter(between[1::2], np.float32(0))
     return np.searchsorted(between, np.abs(ratio)) - 8 * np.signbit(ratio)
@@ -60,7 +60,7 @@ NF4 = np.array(
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
     np.float32,
 )  # fmt: skip
-"""What -8 to 7 mean in nf4: quantiles of the normal distribution over the largest weight (QLoRA, 2305.14314)."""
+"""Values of codes -8 to 7 in nf4: quantiles of the normal distribution, scaled to at most 1 (QLoRA, 2305.14314)."""
 
 
 def _nearest_of_nf4(ratio: np.ndarray) -> np.ndarray:
@@ -73,9 +73,9 @@ STORAGES = {
     "mxfp4": Storage(np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.bfloat16), _power_of_two, _e2m1),
     "nf4": Storage(np.dtype(ml_dtypes.int4), np.dtype(np.float32), np.abs, _nearest_of_nf4),
 }
-"""TABLE `ModelConfig.expert_storage` -> how weights are stored; "as_is" is none of these. What such files hold stays
-exactly that, if groups are theirs: 32 in GGUF's Q8_0 (int8) and Q4_0 (int4) and in MXFP4 (Open Compute Project's
-Microscaling Formats 1.0)."""
+"""TABLE `ModelConfig.expert_storage` -> how weights are stored; "as_is" is none of these. Weights of files in these
+formats are kept exactly if the group size is the file's: 32 in GGUF's Q8_0 (int8) and Q4_0 (int4) and in MXFP4 (Open
+Compute Project's Microscaling Formats 1.0)."""
 
 
 def scales(w_IO: np.ndarray, kind: str, group: int) -> np.ndarray:
@@ -93,8 +93,8 @@ def quantise(w_IO: np.ndarray, kind: str, group: int) -> tuple[np.ndarray, np.nd
 
 
 def taken(arrays: Mapping[str, jax.Array], path: str, at: Any) -> jax.Array:
-    """Part of a pretrained leaf for a copy of it: `leaf[at]`, of one in few bits the weights that it stands for, so
-    that the copy computes what its source does."""
+    """`leaf[at]` of a pretrained leaf, to be copied. A quantised leaf is dequantised, so that the copy computes what
+    its source does."""
     leaf = arrays[path][at]
     if not jnp.issubdtype(leaf.dtype, jnp.integer):
         return leaf
@@ -110,7 +110,7 @@ def dequantise(values_IO: jax.Array, scale_gO: jax.Array, dtype: Any) -> jax.Arr
 
 
 def multiplied_out(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """What integers stand for, float32; in a kernel too. Shapes broadcast."""
+    """The float32 weights of integers and scales; kernels use it too. Shapes broadcast."""
     values = values.astype(jnp.float32)
     if scale.dtype == jnp.bfloat16:
         size = values + 8 * (values < 0)

@@ -33,9 +33,9 @@ class PostNorm(nnx.Module):
 class Resampler(nnx.Module):
     """`queries_qC` go through U blocks, then a linear map to D: q tokens, however many positions there are.
 
-    A block is self-attention of the queries, in every `cross_every`-th one (the first, ...) attention to the tower's
-    states, and a GELU MLP. Leaves of blocks are stacked over U, those of attention to the tower over the u blocks that
-    have it.
+    A block has self-attention of the queries, then in every `cross_every`-th block, beginning with the first,
+    cross-attention to the tower's states, then a GELU MLP. Leaves are stacked over U, those of cross-attention over the
+    u blocks that have it.
     """
 
     def __init__(self, config: ProjectorConfig, *, sizes: Mapping[str, int], rngs: nnx.Rngs, dtype: str):
@@ -68,7 +68,7 @@ def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
     items = Shards("nPc", (shards("n", x_nPC.shape).split[0], (), ()))
 
     def local(x_nPC, arrays, more):
-        """Every device its own items, with the weights of a part gathered while it runs."""
+        """Each device computes its own items, with the weights of a part gathered while it runs."""
         own = {path: used(path, leaf, splits_of_more[path]) for path, leaf in more.items()}
         x_nPC = x_nPC if of is None else of.enter(x_nPC, own)
 
@@ -77,13 +77,13 @@ def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
             return made if of is None else of.changed(path, made, number, own)
 
         def part(name: str, *number: int) -> Any:
-            """The part of this name; of a stacked one the layer of this number."""
+            """The part of this name; if it is stacked, its layer of this number."""
             paths = [path for path in arrays if path.startswith(name + "/")]
             leaves = {path.removeprefix(name + "/"): leaf(path, *number) for path in paths}
             return with_arrays(getattr(module, name), leaves)
 
         queries_qC, out_Cd, bias_d = leaf("queries"), leaf("out"), leaf("out_bias")
-        # Leaves that train may be wider than the frozen ones that states have passed.
+        # Leaves that train may have a wider dtype than the frozen ones that gave the states.
         x_nPC = x_nPC.astype(jnp.result_type(x_nPC, queries_qC))
         x_nqC = part("norm")(jnp.broadcast_to(queries_qC[None], (x_nPC.shape[0], *queries_qC.shape)))
         for number in range(module.config.layers):

@@ -23,14 +23,14 @@ class Routing(NamedTuple):
     logits_TO: float32 router logits before the scores; O = E, or in an extended model E and the X of every extension;
       -inf in columns that the layer lacks or the token may not choose. The load-balancing loss and every statistic come
       from these.
-    ids_Tk: chosen experts, the best first; ids from E on are new experts. Where extensions start "added", k is wider by
-      their experts, whose ids come after those of the k best; id O is no expert: the token does not use that one.
-    weights_Tk: float32 combine weights, those of experts that compete summing to one where the family has it so (but
-      where `bounded` had to hold them).
-    selection_TO: float32 scores that the k best of were chosen, where these are not in the order of the logits; -inf
-      for whom the token could not choose. Else None.
+    ids_Tk: chosen experts, the best first; ids from E on are new experts. With start "added" the axis also has a place
+      for each of these experts, after the k best. Id O there is no expert: the token does not use that one.
+    weights_Tk: float32 combine weights. Those of experts that compete sum to one if the family normalises them (unless
+      `bounded` had to limit them).
+    selection_TO: float32 scores by which the k best were chosen, -inf for experts that the token could not choose;
+      None where their order is that of the logits.
     lora_TI: by adapter that chooses among I LoRA experts (MoLE), their float32 probabilities.
-    drift_T2: of a step with losses against drift, each token's, and 1 where it may choose what trains, else 0 and 0.
+    drift_T2: in a step with drift losses, each token's loss and 1; both 0 if it may not choose the trained extension.
     """
 
     logits_TO: jax.Array
@@ -64,7 +64,7 @@ class TwoLayers(nnx.Module):
 
 
 class Vector(nnx.Module):
-    """`q -> q + vector`, from zero on, or `multiplied` `q -> q vector`, from one on."""
+    """`q -> q + vector`, starting at zero, or if `multiplied` `q -> q vector`, starting at one."""
 
     def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str, std: float, multiplied: bool = False):
         self.vector = constant("YO", sizes, dtype=dtype, value=1.0 if multiplied else 0.0)
@@ -95,8 +95,8 @@ CALIBRATORS: dict[CalibratorName, Callable[..., Any]] = {
 class NewColumns(nnx.Module):
     """New router columns, with the biases that the base's have, and the calibrator of the extended layers.
 
-    new_gate_bias: of their logits. new_bias: what they are chosen by besides, which no gradient reaches. offset: with
-    start "lowered", what is added to their logits.
+    new_gate_bias: bias of their logits. new_bias: their selection bias, which has no gradient. offset: with start
+    "lowered", what is added to their logits.
     """
 
     def __init__(self, decoder: DecoderConfig, extension: ExtensionConfig, *, rngs: nnx.Rngs, dtype: str, std: float):
@@ -133,17 +133,17 @@ SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def probabilities(logits_TO: jax.Array, scores: str) -> jax.Array:
-    """Scores over their sum: what load balancing and calibrators take, of one size in every family. Of a softmax they
-    are the scores."""
+    """Scores divided by their sum, for load balancing and calibrators: these then have one scale in every family. With
+    softmax they are the scores."""
     scores_TO = SCORES[scores](logits_TO)
     return scores_TO if scores == "softmax" else scores_TO / scores_TO.sum(axis=-1, keepdims=True)
 
 
 def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, experts: int) -> jax.Array | None:
-    """Scores and bias, -inf for whom a token may not choose; None where that is the order of the logits.
+    """Scores plus bias, -inf for experts that a token may not choose; None where the logits have the same order.
 
-    Groups are of the first `experts` columns, and worth their two best experts; columns behind are in none and always
-    may be chosen, so that a new expert does not decide which others are.
+    Only the first `experts` columns are in groups; a group is ranked by the sum of its two best. Later columns may
+    always be chosen, so that a new expert does not decide which groups are chosen.
     """
     if bias_O is None and rule.groups == 1:
         return None
@@ -159,8 +159,8 @@ def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, exp
 
 
 class Gate(NamedTuple):
-    """The router of a layer: its columns, the bias of its logits, what experts are chosen by besides scores, and what
-    an adapter adds to the logits of its tokens (`adapters.router_update`)."""
+    """The router of a layer: its columns, the bias of its logits, the selection bias, and what an adapter adds to the
+    logits of its tokens (`adapters.router_update`)."""
 
     columns_DE: jax.Array
     bias_E: jax.Array | None = None
@@ -189,7 +189,7 @@ class Gate(NamedTuple):
 
 
 def _there(param: nnx.Param | None) -> jax.Array:
-    """Of an extension: it has the biases that its base has."""
+    """An extension's bias, which exists where the base has one."""
     assert param is not None
     return param[...]
 
@@ -221,21 +221,21 @@ def route_extended(
 ) -> Routing:
     """The router of a layer of an extended model (method of the paper, order of the released code).
 
-    Experts are chosen by the uncalibrated scores of all columns, weighted by the calibrated probabilities. Beside
-    others an extension's calibrator corrects what it was trained on, the probabilities that its own columns alone would
-    have, in proportion to what these columns have among all; alone it is the calibrator as trained. Which columns there
-    are depends on how the extensions have started (`starts.STARTS`).
+    Experts are chosen by the uncalibrated scores of all columns, weighted by the calibrated probabilities. With several
+    extensions, each calibrator gets what it was trained on: the probabilities as if its extension were the only one.
+    Its correction is multiplied by the probability that the other extensions' columns leave. With one extension it is
+    the calibrator as trained. Which columns there are depends on the extensions' starts (`starts.STARTS`).
 
     Args:
       slots: the new columns of every extension in this layer, in the order of their experts' numbers.
-      extended: for each, a bool scalar: false on a layer that it does not have, whose columns then are anything.
+      extended: for each, a bool scalar: false if the layer lacks it; its columns then hold arbitrary values.
       shares: for each, the log of its share for every token [T], -inf where a token may not choose it; None: 0 for all.
-        A token that may choose none of them gets `route`'s choice and weights. None: no token is kept from any.
+        A token that may choose none of them gets `route`'s choice and weights. `shares` None: all are open to all.
       sources: for each, the experts [X] that its own were copied from; twins alone need them.
       rule: of the base (`route`). Where its weights do not sum to one, those here sum to what the base's would for the
-        token: else a new column would take from every expert's weight, for tokens that never choose it too.
+        token. Otherwise a new column would lower every expert's weight, even for tokens that never choose it.
       normalise: from calibrated probabilities of the chosen to weights, a row of WEIGHT_GUARDS.
-      mass: "literal" lets it take from them: weights are what the calibrated probabilities say.
+      mass: "literal" lets new columns lower them: weights are the calibrated probabilities.
     """
     gate = gate if isinstance(gate, Gate) else Gate(gate)
     base_TE, E = gate.logits(x_TD, rule), gate.columns_DE.shape[-1]
@@ -251,7 +251,7 @@ def route_extended(
             drift_T2 = _drift(slot.drift, columns.logits(), own_TX, share_T1)
         if slot.guidance:
             own_TX = jnp.where(may_choose(columns.logits(), own_TX, tau=slot.guidance), own_TX, -jnp.inf)
-        # Where nothing has a share nothing is added: it would round.
+        # Without shares nothing is added, since a sum would round.
         own_TX = jnp.where(jnp.isneginf(share_T1), -jnp.inf, own_TX if share_T is None else own_TX + share_T1)
         seats.append(STARTS[slot.start](own_TX, sources_X, first=first, columns=columns))
         columns, first = seats[-1].columns, first + own_TX.shape[-1]
@@ -266,7 +266,7 @@ def route_extended(
         own_TO, mass_T1 = probs_To, jnp.exp(jnp.minimum(share_T1, 0.0))
         if len(slots) > 1 or not seat.competes:
             own_TO = probabilities(seat.alone(columns), rule.scores)
-            # What the others have not: exactly all where they are closed, as without them.
+            # The probability that the others leave: exactly 1 where they are closed, as without them.
             mass_T1 *= seat.left(probs_To)
         correction_TO = slot.calibrator.correction(own_TO) * mass_T1
         calibrated_To = calibrated_To + seat.spread(correction_TO, columns)
@@ -310,7 +310,8 @@ def _drift(coefficient: float, old_To: jax.Array, own_TX: jax.Array, share_T1: j
 
 
 class Beside(NamedTuple):
-    """Whether a token has an extension's expert beside its k picks, its weight there, and what it was chosen by."""
+    """For experts of start "added": whether a token uses one besides its k picks, its weight, and its selection score.
+    """
 
     chosen_TX: jax.Array
     weights_TX: jax.Array
@@ -321,7 +322,8 @@ def _beside(
     seat: Competing, logits_To: jax.Array, picked_Tk: jax.Array, correction_TO: jax.Array, bias_O: jax.Array | None,
     rule: Rule,
 ) -> Beside:  # fmt: skip
-    """Those that reach the last of the picks, with their probability beside the columns that compete."""
+    """Experts whose score reaches that of the k-th pick, weighted by their probability among these and the competing
+    columns."""
     logits_TO, width = jnp.concatenate([logits_To, seat.own_TX], axis=-1), logits_To.shape[-1]
     ranks_TO = selection(logits_TO, rule, bias_O, experts=seat.experts)
     ranks_TO = logits_TO if ranks_TO is None else ranks_TO
@@ -333,7 +335,7 @@ def _beside(
 
 
 def _bias(bias_o: jax.Array | None, slots: Sequence[NewColumns]) -> jax.Array | None:
-    """What columns are chosen by besides, with those of these slots behind."""
+    """The selection bias, with that of the columns of these slots appended."""
     own = [slot.new_bias[...] for slot in slots if slot.new_bias is not None]
     return None if bias_o is None else jnp.concatenate([bias_o, *own])
 
@@ -358,11 +360,12 @@ def over_their_sum(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax
 
 
 LARGEST_WEIGHT = 4.0
-"""Of `bounded`. Calibrators that train well were seen to give -0.56 to 1.56."""
+"""The bound of `bounded`. Calibrators that train well were seen to give weights of -0.56 to 1.56."""
 
 
 def bounded(weights_Tk: jax.Array, to_T1: jax.Array | float = 1.0) -> jax.Array:
-    """`over_their_sum`, bit for bit, unless the weights nearly cancel; then by a sum that leaves none above the bound.
+    """`over_their_sum`, bit for bit, unless the weights nearly cancel. Then the divisor is larger, so that none exceeds
+    `LARGEST_WEIGHT`.
 
     Calibrated probabilities have any sign, so their sum can come near zero: 0.40 and -0.39 would weigh 40 and -39. They
     are divided by 0.79 / 4 instead of 0.01, and weigh 2.03 and -1.97. Weights, and their gradient, stay finite.

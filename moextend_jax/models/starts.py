@@ -8,8 +8,8 @@ columns with these among them, and what its calibrator sees and corrects. TABLE 
     lowered  the same, its logits lower by `offset`, a leaf that starts at -lowered_by and learns
     twin     source and copy exclude each other: of the two the one with the larger logit stands in the source's column.
              No token's function changes, no token has more rows, and everything learns from the first step on
-    added    stands beside the k picks: where its logit reaches the k-th of these, p f is added to what they sum to. It
-             starts with a down projection of zeros, so bit for bit as before
+    added    is used besides the k picks: where its logit reaches the k-th pick's, p f is added to the picks' sum. Its
+             down projection starts at zero, so outputs are as before, bit for bit
 
 Whatever is there already is exactly what a later extension starts from: twins look at the columns as earlier ones have
 left them, and nothing of an added expert enters the others' probabilities.
@@ -24,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 TIE = 1e-4
-"""A copy counts as no less than its source down to so much: in float32 two products round the same sum in two ways."""
+"""A copy's logit may be this much lower and still count as equal to its source's: two float32 products round the same
+sum differently."""
 
 
 class Columns(NamedTuple):
     """What competes for the k picks of tokens: the pretrained experts' columns, then those of extensions.
 
-    base_TE: logits of the first, holders_TE: the expert that stands in each, [E] of NumPy, or [T, E] where twins take
-    places. behind: logits [T, X] of the others, numbers: of their experts.
+    base_TE: logits of the pretrained columns. holders_TE: the expert in each of these, [E] of NumPy, or [T, E] where
+    twins take places. behind: logits [T, X] of each extension's columns. numbers: those of their experts.
     """
 
     base_TE: jax.Array
@@ -73,7 +74,7 @@ class Competing:
       own_TX: their logits, -inf where a token may not choose them.
       sources_X: the pretrained expert that each was copied from; only twins ask.
       first: number of the first of them among all experts.
-      columns: those before it; afterwards `columns` are those with its own among them.
+      columns: those before it. The attribute `columns` has its own among them too.
     """
 
     competes, stands_beside = True, False
@@ -103,7 +104,7 @@ class Competing:
         return 1.0 - before_To.sum(-1, keepdims=True) - behind_To.sum(-1, keepdims=True)
 
     def spread(self, correction_TO: jax.Array, columns: Columns) -> jax.Array:
-        """A correction of the experts of `alone` as one of all columns, [T, o]."""
+        """A correction of the experts in `alone`, spread to all columns, [T, o]."""
         old_TE, own_TX = correction_TO[:, : self.experts], correction_TO[:, self.experts :]
         own_TX = own_TX[:, : self.after - self.at]
         before_T, behind_T = (jnp.zeros((len(old_TE), n)) for n in (self.at - self.experts, columns.width - self.after))
@@ -144,7 +145,7 @@ class Twin(Competing):
 
 
 class Added(Competing):
-    """Experts that compete with nobody, and stand beside the picks that their ranks reach (`router.route_extended`)."""
+    """Experts that do not compete. A token uses them besides its picks if their scores reach those of the picks."""
 
     competes, stands_beside = False, True
 

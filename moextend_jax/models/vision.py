@@ -44,7 +44,7 @@ over heads of 72 XLA's compiler finds no tiles."""
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with biases, of the key too or not: every position of x sees every one of `seen`."""
+    """Multi-head attention with biases (optional for keys): every position of x sees every position of `seen`."""
 
     def __init__(self, stack: str, sizes: Sizes, *, key_bias: bool = True, rngs: nnx.Rngs, dtype: str):
         self.query = weight(stack + "CNH", sizes, rngs=rngs, dtype=dtype)
@@ -57,7 +57,7 @@ class Attention(nnx.Module):
         self.out_bias = constant(stack + "C", sizes, dtype=dtype, value=0.0)
 
     def __call__(self, x_nQC: jax.Array, seen_nPC: jax.Array, *, real: int | None = None) -> jax.Array:
-        """real: so many positions are seen, those behind them are padding; None: all."""
+        """real: only the first `real` positions are seen, later ones are padding; None: all."""
         lengths_n = None if real is None else jnp.full(len(x_nQC), real)
         q_nQNH = jnp.einsum("nQC,CNH->nQNH", x_nQC, self.query[...]) + self.query_bias[None, None]
         k_nPNH = jnp.einsum("nPC,CNH->nPNH", seen_nPC, self.key[...])
@@ -128,9 +128,9 @@ def _times(y_nQC: jax.Array, scale_C: nnx.Param | None) -> jax.Array:
 
 
 def run_layers(tower: Any, inputs: jax.Array, *, axes: str, depth: int) -> jax.Array:
-    """States x_nQC after the first `depth` layers of a tower that has `embed` and `layers`: every device runs its own
-    inputs, which have these axes, with a layer's weights gathered while it runs. Leaves that are wider than the inputs,
-    since they train, compute as these."""
+    """States x_nQC after the first `depth` layers of a tower that has `embed` and `layers`. Every device runs its own
+    inputs, which have these axes, with a layer's weights gathered while it runs. Trained leaves with a wider dtype than
+    the inputs are cast to that of the inputs."""
     arrays, splits = module_shards(tower)
     own = shards(axes, inputs.shape)
 

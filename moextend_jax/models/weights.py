@@ -1,8 +1,8 @@
 """From leaves as they are stored to weights as they are used: the one place that casts and gathers.
 
-A leaf is plain, and is cast to what the activations are in before it travels between devices; or it is a matrix in few
-bits with its scales (`quantised.py`), which travel as they are and are multiplied out by whoever multiplies with them.
-Either may be frozen and part of a stack that is read where it lies.
+A plain leaf is cast to the activations' dtype before it is gathered. A quantised matrix and its scales (`quantised.py`)
+are gathered as stored, and dequantised by the product that uses them. Either may be frozen and read in place from the
+stack of all layers.
 """
 
 from __future__ import annotations
@@ -71,30 +71,30 @@ def weight_of(leaf: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array
 
 
 def in_groups(weight: Weight) -> tuple[jax.Array | FewBits, jax.Array | int]:
-    """Matrices [groups, I, O], in a stack those of all layers, and from which on the weight's own stand there."""
+    """Matrices [groups, I, O], for a stack those of all layers, and the index of the weight's first one."""
     if not isinstance(weight, OfStack):
         return weight, 0
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weight.stack), weight.layer * weight.shape[0]
 
 
 def alone(weight: Weight) -> jax.Array | FewBits:
-    """Taken out of its stack."""
+    """The weight, out of its stack."""
     return _at(weight.stack, weight.layer) if isinstance(weight, OfStack) else weight
 
 
 def reading(weight: Weight) -> Any:
-    """Around a kernel: for plans a compiled program names how much of its operand, a stack, the kernel reads."""
+    """A name scope around a kernel; `plan/hlo.py` reads in it how much of its operand, a stack, the kernel reads."""
     return jax.named_scope(f"one_of_{weight.layers}_layers") if isinstance(weight, OfStack) else nullcontext()
 
 
 def plain(weight: Weight, dtype: Any) -> jax.Array:
-    """Multiplied out."""
+    """The weight, dequantised."""
     weight = alone(weight)
     return dequantise(*weight, dtype) if isinstance(weight, FewBits) else weight.astype(dtype)
 
 
 def one_of(weight: Weight, index: jax.Array, dtype: Any) -> jax.Array:
-    """The matrix of this number along the first axis, multiplied out."""
+    """The matrix of this index along the first axis, dequantised."""
     matrices, first = in_groups(weight)
     return plain(_at(matrices, first + index), dtype)
 
@@ -104,5 +104,5 @@ def _at(weight: jax.Array | FewBits, index: jax.Array) -> jax.Array | FewBits:
 
 
 def is_frozen(weights: Any) -> bool:
-    """Whether there is no gradient of these."""
+    """Whether these weights have no gradient."""
     return any(isinstance(weight, FewBits | OfStack) for weight in weights)

@@ -31,9 +31,9 @@ Leaves = Mapping[str, jax.Array]
 
 
 class Map(nnx.Module):
-    """What a medium has beside one linear map of the trunk. up starts at zero, F at the identity, the gate at zero: the
-    first medium's tokens are then the trunk's, later ones' lie between those of all media before. `random` F, as
-    released, begins with anything."""
+    """A medium's adapter beside one linear map of the trunk. `up` and the gate start at zero, F at the identity. So the
+    first medium starts with the trunk's tokens, later media with tokens between those of all earlier media. With
+    `random` F, as released, they start with arbitrary tokens."""
 
     def __init__(
         self, inputs: str, outputs: str, config: ProjectorConfig, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str
@@ -101,7 +101,7 @@ def woven(name: str, x_npc: jax.Array, own: Leaves, trunk: Leaves, past: Sequenc
 def adapter(
     x_npc: jax.Array, of: Leaves, name: str, *, through: tuple[jax.Array, jax.Array] | None = None
 ) -> jax.Array:
-    """A^i beside a map, or with F_i^m and its bias inside."""
+    """A^i(x), or A^i_m(x) if `through` is F_i^m and its bias."""
     down_npr = x_npc @ of[f"{name}/down"] + of[f"{name}/down_bias"][None, None]
     if through is not None:
         down_npr = down_npr @ through[0] + through[1][None, None]
@@ -137,11 +137,11 @@ class Crema(nnx.Module):
 
 
 UPDATED = ("query", "value")
-"""Of self-attention, what CREMA updates."""
+"""The maps of self-attention that CREMA updates."""
 
 
 class Input(nnx.Module):
-    """From a tower's width to that of the trunk's; nothing where they are alike."""
+    """A linear map from a tower's width to that of the trunk's; none where they are equal."""
 
     def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
         other = sizes["C"] != sizes["c"]
