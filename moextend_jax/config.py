@@ -103,8 +103,7 @@ class Named(dict[str, Value]):
 class YarnConfig:
     """YaRN (arXiv 2309.00071). Rotary frequencies that turn less than `slow` times within `length` positions are
     divided by `factor`. Those that turn more than `fast` times are unchanged. Between them, the two are mixed linearly;
-    `whole` rounds the ends of that ramp to whole indices. Queries and keys are each multiplied by 0.1 ln(factor) + 1.
-    """
+    `whole` rounds the ends of that ramp to integers. Queries and keys are each multiplied by 0.1 ln(factor) + 1."""
 
     factor: float
     length: int

@@ -29,7 +29,7 @@ TRIED: tuple[tuple[dict[str, str], ...], ...] = (
     ({"from": "system", "value": "Be  brief."}, {"from": "human", "value": f"  Here {MARK} and é"}),
 )
 ANSWERED = (*TRIED[1], {"from": "gpt", "value": "Yes."}, {"from": "human", "value": "Why\n\nnot"})
-"""For templates of ours alone: of others, transformers may cut a text otherwise where a prompt and its answer meet."""
+"""Tried on our own templates only: with others transformers may split text differently between prompt and answer."""
 
 
 def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -> str:

@@ -37,7 +37,7 @@ from moextend_jax.folders import folder, local, reading
 from moextend_jax.outside import shown
 
 ASKED = ("weight_guard", "mass", "prompt", "image_preparation")
-"""What of a recipe decides how the finished model computes and is asked, so that all must have it alike."""
+"""Fields of a recipe that decide how the finished model computes and is asked: all deltas must agree on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Delta(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of its extensions."""
+        """Names of its extensions."""
         return list(dict.fromkeys(map(extension_of, self.record.config.added)))
 
     @property
@@ -117,10 +117,10 @@ def open_delta(at: Path) -> Delta:
 
 
 def open_base_of(base: str, deltas: Sequence[Delta], *, towers: Mapping[str, str]) -> Source:
-    """The pretrained leaves that these deltas belong to: of the base, and the towers that it does not bring.
+    """The pretrained leaves that these deltas belong to: those of the base, and of the towers that it does not bring.
 
     Raises:
-      MoextendError: a delta was trained on other weights, or with a tower that is not there; or one is not needed.
+      MoextendError: a delta was trained on other weights or with a tower that is missing; or a tower is not needed.
     """
     media = _union_of_media(deltas)
     for name in towers:
@@ -200,7 +200,7 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
 
 
 def _union_of_media(deltas: Iterable[Delta]) -> dict[str, Medium]:
-    """Media of all, by name; those of one name must be the same, projectors too."""
+    """The media of all deltas, by name; media of one name must be the same, projectors too."""
     media: dict[str, Medium] = {}
     first: dict[str, Delta] = {}
     for part in deltas:
@@ -223,8 +223,8 @@ def _projector(part: Delta, medium: str) -> dict[str, str | None]:
 
 
 def _with_own_pads(media: Mapping[str, Medium], base: Source) -> dict[str, Medium]:
-    """Media trained apart may stand for their items by the same id. Which id it is decides nothing, since what it
-    embeds to is replaced, so that the later one takes another that text does not need."""
+    """Media trained apart may have the same pad id. The later one then gets another id that text does not need. The
+    choice changes nothing, since the embedding of a pad is always replaced."""
     own: dict[str, Medium] = {}
     for name, medium in media.items():
         taken = {id for other in own.values() for id in other.tags.ids}

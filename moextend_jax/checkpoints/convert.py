@@ -182,7 +182,7 @@ def export_source(
     max_shard_bytes: int,
     console: Console | None = None,
 ) -> Cost:
-    """Writes an opened checkpoint in a layout of LAYOUTS; of layout delta `extensions`, else all of them.
+    """Writes an opened checkpoint in a layout of LAYOUTS; for delta and peft only `extensions`, if given.
 
     Raises:
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.

@@ -88,7 +88,7 @@ _KEYS = Table(
     },
 )  # fmt: skip
 MORE_LAYERS = 1000
-"""A file may lack so many of the layers that it says it has, and still hear their names."""
+"""A file that lacks more layers than this gets an error without their names."""
 
 
 def open_gguf(path: Path) -> Opened:

@@ -22,8 +22,8 @@ from moextend_jax.outside import plain_file, said_by, short
 
 VERSIONS = (2, 3)
 MAX_BYTES = 128 << 20
-"""Of all that is read here; a vocabulary of a million words takes a third. As Python objects it is several times
-that."""
+"""Most bytes that are read here; a vocabulary of a million words takes a third. As Python objects they take several
+times that."""
 MAX_AXES = 4
 
 _SCALARS = {

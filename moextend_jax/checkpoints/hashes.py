@@ -38,10 +38,10 @@ from moextend_jax.parameters import lasting_path
 
 NAME, FORMAT = ".moextend-hashes.json", 1
 WORTH = 1 << 28
-"""Bytes. To read fewer again costs less than a file more in somebody's folder (or in the installed package)."""
+"""Bytes from which on a record is written. Reading fewer again costs less than one more file in a user's folder."""
 SETTLED = 2 * 10**9
-"""Nanoseconds since a file's last change. Before, it could change once more within one tick of its file system's clock,
-which nobody would see."""
+"""Nanoseconds that must have passed since a file's last change. Earlier it could change again within one tick of the
+file system's clock, unnoticed."""
 THREADS = 8
 _PRETRAINED = re.compile(r"decoder/|media/[^/]+/tower/")
 
@@ -57,8 +57,8 @@ def is_pretrained(path: str) -> bool:
 class BaseHashes(NamedTuple):
     """Content hashes of pretrained leaves, equal exactly if what is stored is.
 
-    base: of decoder and picture tower together, as files of before have it. parts: of "decoder", and of the tower of
-    each medium that has one by "media/NAME"; what a medium is called is not in a tower's hash.
+    base: of decoder and picture tower together, as in older files. parts: "decoder" -> its hash, "media/NAME" -> the
+    hash of a medium's tower, which does not depend on NAME.
     """
 
     base: str
@@ -71,7 +71,7 @@ def base_hash(leaves: Mapping[str, Leaf]) -> str:
 
 
 def base_hashes(leaves: Mapping[str, Leaf]) -> BaseHashes:
-    """Of the pretrained ones among these leaves.
+    """Hashes of the pretrained ones among these leaves.
 
     Reads all of their bytes, or believes the record beside them. One process of a run should call it.
 
@@ -88,7 +88,7 @@ Hashed = Mapping[str, tuple[np.dtype, tuple[int, ...], str]]
 
 
 def combined(hashes: Hashed) -> BaseHashes:
-    """The same of leaves that are hashed already; all must be pretrained."""
+    """As `base_hashes`, from hashes of leaves; all must be pretrained."""
     parts: dict[str, dict[str, tuple[np.dtype, tuple[int, ...], str]]] = {}
     for path, leaf in hashes.items():
         part, _, inside = path.partition("/tower/") if path.startswith("media/") else path.partition("/")
@@ -105,7 +105,7 @@ def stored_hash(leaves: Mapping[str, Leaf]) -> str:
 
 
 def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
-    """`leaf_hash` of each leaf, from the records where they hold, which are then brought up to date.
+    """`leaf_hash` of each leaf, from the records where they are still valid; then updates the records.
 
     Raises:
       MoextendError: one is not what its folder says it is.
@@ -116,7 +116,7 @@ def leaf_hashes(leaves: Mapping[str, Leaf]) -> dict[str, str]:
             for path, leaf in leaves.items()
             for suffix, part in (leaf.few_bits.parts if leaf.few_bits else {"": leaf}).items()
         }
-        # Of weights before they were quantised there is the claim alone.
+        # The weights before quantising are not in the files: only the claim about them is.
         checked = leaf_hashes(inside)
         return {path: str(leaf.sha256) if leaf.few_bits else checked[path] for path, leaf in leaves.items()}
     started = time.time_ns()
@@ -208,11 +208,11 @@ def _write_record(folder: Path, lines: Mapping[str, Any]) -> None:
 
 
 def content_hash(arrays: Mapping[str, jax.Array | np.ndarray]) -> str:
-    """SHA-256 over paths, element types, shapes and bytes: of arrays that lie alike, equal exactly if all are
-    bit-identical.
+    """SHA-256 over paths, element types, shapes and bytes. For arrays that are sharded alike it is equal exactly if all
+    are bit-identical.
 
-    Arrays lie alike if they are on one mesh in one way; whole ones (on one device, on every device, in NumPy) are all
-    alike. Another way to split an array gives another hash. One shard at a time is on the host, and none stays there.
+    Alike are arrays with one sharding on one mesh, and all unsharded arrays (on one device, replicated, in NumPy).
+    Another sharding gives another hash. One shard at a time is on the host, and none stays there.
     All processes must call it, if any array is spread over several.
     """
     digest = hashlib.sha256()
@@ -237,7 +237,7 @@ def shard_hashes(array: jax.Array | np.ndarray) -> bytes:
 
 
 def _host(array: jax.Array) -> np.ndarray:
-    """A single device's array. JAX keeps the host's copy on the array that it was asked of: here, one made for that."""
+    """A single device's array, on the host. JAX caches the host copy on the array asked: here a temporary one."""
     return np.asarray(jax.make_array_from_single_device_arrays(array.shape, array.sharding, [array]))
 
 

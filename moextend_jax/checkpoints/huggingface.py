@@ -55,8 +55,8 @@ RESAMPLES = {"bilinear": 2, "bicubic": 3}
 
 
 def preprocessor(tower: VisionConfig) -> dict[str, Any]:
-    """What a tower's pictures must be prepared by: its levels in `media.image`. What of a picture is shown, the rest of
-    preprocessor_config.json, is the recipe's choice, unless the tower takes pictures stretched."""
+    """How a tower's pictures must be prepared: by its levels in `media.image`. The rest of preprocessor_config.json,
+    which part of a picture is shown, is the recipe's choice, unless the tower takes pictures stretched."""
     mean_c, std_c = LEVELS[tower.levels]
     return {
         "image_mean": [round(float(mean), 6) for mean in mean_c], "image_std": [round(float(std), 6) for std in std_c],
@@ -111,11 +111,11 @@ def check_picture_size(folder: Path, tower: VisionConfig) -> None:
 
 
 def as_prepared(tower: VisionConfig, folder: Path) -> VisionConfig:
-    """The tower for pictures as they are prepared beside it, where that is said: resized by another filter, or, where
-    positions go with any grid, of another size.
+    """The tower, for pictures as its folder says that they are prepared, if it does: resized by another filter or, if
+    its positions can be resized, of another size.
 
     Raises:
-      MoextendError: that size is none, or smaller than a patch, or so large that its positions would fill a memory.
+      MoextendError: the size is no square, smaller than a patch, or so large that its positions would fill the memory.
     """
     (path, attributes), family = preprocessor_of(folder), TOWERS[tower.family]
     for name, number in RESAMPLES.items():
@@ -177,7 +177,7 @@ def decoder_config(attributes: Mapping[str, Any], *, where: Path) -> DecoderConf
 
 
 def _impossible(config: DecoderConfig) -> str:
-    """What sizes that are possible one by one cannot be together; "" where they can."""
+    """Why sizes that are possible one by one are impossible together; "" if they are possible."""
     in_group, rest = divmod(config.experts, config.groups)
     problems = {
         "all layers are dense, and none routes": config.dense_layers >= config.layers,
@@ -222,10 +222,10 @@ def vision_config(attributes: Mapping[str, Any], *, where: Path, feature_layer: 
 
 
 def at_layer(tower: VisionConfig, feature_layer: int, *, where: Path) -> VisionConfig:
-    """The tower of which another hidden state is read.
+    """The tower, of which another hidden state is read.
 
     Raises:
-      MoextendError: it has no such one; names the folder or file `where`.
+      MoextendError: it has no such hidden state; names the folder or file `where`.
     """
     if not -tower.layers - 1 <= feature_layer < 0:
         raise MoextendError(f"feature layer {feature_layer} is not among the {tower.layers} layers of {where}")

@@ -62,22 +62,22 @@ class Leaf(NamedTuple):
     ours: Callable[[Index], np.ndarray]
     theirs: Callable[[Index], np.ndarray]
     part: Callable[[Index, tuple[slice, ...]], np.ndarray]
-    """Part of a piece in our layout, by first and last of each axis; of a file no more is read than whole rows."""
+    """Part of a piece in our layout, by a slice of each axis; only the rows of the file that it needs are read."""
     where: str
     files: tuple[File, ...] = ()
     """Every file that its bytes lie in as they are; none where they are computed, or not in files."""
     sha256: str | None = None
-    """What an imported folder says its bytes are: a claim, held against them wherever they all pass by."""
+    """SHA-256 that an imported folder claims for its bytes; checked whenever all of them are read."""
     few_bits: FewBits | None = None
-    """What files hold instead, whose own claims are checked; the leaf itself cannot be read."""
+    """The quantised tensors that files hold instead, with claims of their own; the leaf itself cannot be read."""
 
     def indices(self) -> Iterator[Index]:
         return itertools.product(*map(range, self.stacked))
 
 
 class FewBits(NamedTuple):
-    """A leaf's matrices in few bits, as files hold them: integers and scales as they are used, and `parts`, the tensors
-    of the files by how their names end."""
+    """A leaf's matrices in few bits: integers and scales as they are computed with, and `parts`, the tensors of the
+    files by the ends of their names."""
 
     how: Quantised
     values: Leaf
@@ -169,7 +169,7 @@ def _parted(stored: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stor
 
 
 def _every(whole: Stored, place: int, parts: int) -> Stored:
-    """Of the last axis the elements of one part, which come in turn with those of the others."""
+    """The elements of one part, which are interleaved with those of the others on the last axis."""
     shape = (*whole.shape[:-1], whole.shape[-1] // parts)
     return Stored(shape, whole.dtype, lambda: whole.read()[..., place::parts], whole.where)
 
@@ -265,10 +265,10 @@ def leaf_of(
 def _rows_of(
     layout: str, slices: tuple[slice, ...], sizes: Mapping[str, int]
 ) -> tuple[slice, tuple[slice, ...], dict[str, int]]:
-    """What of a file's first axis a part of a piece needs, what to take of the piece that these rows make, and the
-    sizes that are left to give.
+    """For a part of a piece: the rows that it needs of the file's tensor, what to take of the piece that these rows
+    make, and the sizes that einops still needs.
 
-    Of "(N H) D -> D N H" heads 2 and 3 of 8 channels are rows 16 to 31, and of what they make all heads there are.
+    Example: of "(N H) D -> D N H", heads 2 and 3 of 8 channels are rows 16 to 31; of the result all heads are taken.
     """
     file_side, our_side = layout.split(" -> ")
     first = names.groups(file_side)[0]
@@ -385,8 +385,8 @@ def read_sharded(
 
 
 def _together(leaf: Leaf, slices: Mapping[str, Slices]) -> list[list[str]]:
-    """Which shards are read in one go: from a bucket all that make a block, so that no byte is asked for twice; of
-    files one at a time."""
+    """Groups of shards that are read at once: from a bucket all, if they make a block, so that no byte is read twice;
+    from files one at a time."""
     in_bucket = any(is_url(file.path) for file in leaf.files)
     parts = [[range(*a.indices(size)) for a, size in zip(i, leaf.shape, strict=True)] for i in slices.values()]
     box = math.prod(max(a.stop for a in axis) - min(a.start for a in axis) for axis in zip(*parts, strict=True))
@@ -488,7 +488,7 @@ def leaf_hash(leaf: Leaf) -> str:
 
 
 def checking(leaf: Leaf) -> Callable[[np.ndarray], None]:
-    """Hears a leaf's bytes strip by strip, in the order of `leaf_hash`; the last one may be too much for its claim."""
+    """A function that takes a leaf's bytes strip by strip, in the order of `leaf_hash`, and then checks its claim."""
     digest, left = hashlib.sha256(), math.prod(leaf.shape) * leaf.dtype.itemsize
 
     def hear(strip: np.ndarray) -> None:

@@ -271,10 +271,10 @@ def open_tower(name: str, *, medium: str, seconds: int, feature_layer: int) -> t
 
     Args:
       name: its folder; "embedded" is the package's own for that medium's kind.
-      seconds: that Whisper hears. feature_layer: the hidden state that the projector reads, of Whisper always the last.
+      seconds: how long Whisper hears. feature_layer: hidden state that the projector reads; of Whisper always the last.
 
     Raises:
-      MoextendError: there is none.
+      MoextendError: the folder holds none.
     """
     folder = folder_of(name, inside="audio")
     if store.is_imported(folder):
@@ -363,7 +363,7 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
 
 
 def _adapter(folder: Path, wanted: _Wanted) -> Source:
-    """PEFT's files over the base that they belong to, which they do not say: sizes alone can tell."""
+    """PEFT's files over the base that they belong to. They do not name it: only sizes can be checked."""
     if wanted.base is None:
         raise MoextendError(
             f"{folder} holds a LoRA in PEFT's files; name the base that it was trained on with --base DIR"
@@ -425,7 +425,7 @@ def _plain(folder: Path, stored: Mapping[str, Stored], attributes: dict[str, Any
         dtype=wanted.dtype,
     )
     _check_dtypes(matched, attributes, wanted, table=config.decoder.family, config=config, where=at)
-    # What was packed in four bits is not any more.
+    # What was packed in four bits has been unpacked.
     kept = {name: value for name, value in attributes.items() if name != "quantization_config"}
     record = _record(config, config.decoder.family, {"decoder": kept})
     source = Source(matched, record, side_files(folder))
@@ -694,7 +694,7 @@ def _with_projector(source: Source, projector: Path) -> Source:
             f"decoder have {model_widths[0]} and {model_widths[1]}"
         )
     matched = {path: leaf for path, leaf in other.leaves.items() if path.startswith("media/image/projector/")}
-    # Of several kinds the shapes are alike: what it computes stands in its configuration alone.
+    # Several kinds have the same shapes: only the configuration says what a projector computes.
     media = config.media.replacing(IMAGE, dataclasses.replace(config.media[IMAGE], projector=made.projector))
     record = source.record._replace(config=dataclasses.replace(config, media=media), projector=other.record.projector)
     return source._replace(leaves={**source.leaves, **matched}, record=record)
@@ -713,10 +713,10 @@ def _record(config: ModelConfig, layout: str, attributes: dict[str, dict[str, An
 
 
 def side_files(folder: Path, tower: VisionConfig | None = None) -> dict[str, Path]:
-    """Those that are there, by name, beside this tower, CLIP where none is given.
+    """The side files of a folder, by name. Pictures must be prepared as for `tower`; default CLIP.
 
     Raises:
-      MoextendError: one leads out of the folder, or says that pictures must be prepared as they are not here.
+      MoextendError: one leads out of the folder, or asks for pictures prepared in a way that is not done here.
     """
     if not folder.is_dir():
         return {}
@@ -733,7 +733,7 @@ def _projector_table(stored: Mapping[str, Stored]) -> str | None:
 
 
 def _check_kind(stored: Mapping[str, Stored], *, where: Path) -> None:
-    """Of LLaVA's projectors the names tell the kind, which config.json often does not say."""
+    """Refuses LLaVA projectors of other kinds, by their names: config.json often does not say the kind."""
     own = {match[1] for name in stored if (match := re.fullmatch(r"(?:model\.)?(?:visual\.)?mm_projector\.(.*)", name))}
     numbers = sorted({int(match[1]) for name in own if (match := re.fullmatch(r"([0-9]{1,9})\.(weight|bias)", name))})
     if kind := "linear" if "weight" in own else f"mlp{len(numbers)}x_gelu" if len(numbers) > 2 else None:

@@ -14,21 +14,21 @@ from moextend_jax.config import MoextendError
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 VALUES = np.concatenate([VALUES, -VALUES])
-"""By four bits: sign, two of exponent, one of mantissa."""
+"""Value of each four bits: sign, two of exponent, one of mantissa."""
 BIAS = 127
-"""Of the exponents that scales are."""
+"""Bias of the exponents that the scales hold."""
 
 
 def unpack(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """bfloat16 `[..., 32 G]`: every number of these has one of its own there."""
+    """bfloat16 `[..., 32 G]`, which holds every MXFP4 number exactly."""
     halves = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
     numbers = np.ldexp(VALUES[halves], scales[..., None].astype(np.int32) - BIAS)
     return numbers.reshape(*blocks.shape[:-2], -1).astype(ml_dtypes.bfloat16)
 
 
 def unpacked(stored: Mapping[str, Stored], name: str) -> dict[str, Stored]:
-    """The tensors with NAME_blocks and NAME_scales as one: `[E, out, in]` in the file, `[E, in, out]` as NAME, which is
-    how the same weights lie unpacked. `name` is a pattern.
+    """The tensors, with NAME_blocks and NAME_scales joined to NAME: `[E, out, in]` in the file, NAME is `[E, in, out]`,
+    as in unpacked checkpoints. `name` is a pattern.
 
     Raises:
       MoextendError: one of the two is not there, or their shapes do not fit.

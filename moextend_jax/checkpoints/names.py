@@ -168,7 +168,7 @@ whole LLaVA of transformers."""
 
 
 def rows(table: str, config: ModelConfig) -> tuple[Name, ...]:
-    """Of a file layout, for a model of this configuration's families."""
+    """Rows of a file layout, for a model of this configuration's families."""
     tower = config.vision.family if config.vision else "clip"
     return _whole(table, config.decoder.family, tower) if table in TEXT else TABLES[table]
 
@@ -266,8 +266,8 @@ def _leaves_of_extension(decoder: DecoderConfig, start: StartName, calibrator: C
 
 
 def _is_ours(path: str, config: ModelConfig) -> bool:
-    """Whether our own files alone hold a leaf, of a rival or of a projector on a trunk, so that its row follows from
-    the leaf itself."""
+    """Whether only our own files hold a leaf (of a rival, or of a projector on a trunk). Then its row follows from the
+    leaf itself."""
     kind, name, *rest = path.split("/")
     on_trunk = kind == "media" and rest[:1] == ["projector"] and name in config.media
     return kind in RIVALS or (on_trunk and bool(config.media[name].projector.trunk))
@@ -338,7 +338,7 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
       layout: of parts, or a row of PUBLISHED.
 
     Raises:
-      MoextendError: these leaves of a model are more, or others.
+      MoextendError: the model has leaves that such a layout cannot hold.
     """
     parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if not path.startswith("decoder/"))
     known = PUBLISHED.get(layout, PUBLISHED["hf"]._replace(towers=tuple(TOWERS)))

@@ -20,7 +20,7 @@ from moextend_jax.folders import local
 from moextend_jax.outside import plain_file, said_by, short
 
 FREE, TIMES = 64 << 20, 100
-"""Bytes that any file may unpack to, and so many times its own size beyond."""
+"""A file may unpack to FREE bytes plus TIMES its own size."""
 
 _ENDING = ".npy"
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -63,7 +63,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def whole_numbers(array: np.ndarray, *, what: str) -> np.ndarray:
-    """As int32; an error where that would make other numbers of them. `what` names the array in it."""
+    """The array as int32; an error if that would change its numbers. `what` names it in the message."""
     if array.dtype.kind in "biu" and (not array.size or -(1 << 31) <= array.min() <= array.max() < 1 << 31):
         return array.astype(np.int32)
     raise MoextendError(f"{what} ({array.dtype}{list(array.shape)}) must be whole numbers of 32 bits")

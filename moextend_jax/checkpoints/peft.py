@@ -58,7 +58,7 @@ class Factor(NamedTuple):
 
 
 def factors(adapter: AdapterConfig, decoder: DecoderConfig) -> Iterator[Factor]:
-    """All that files of such an adapter hold; of experts that share theirs, each expert its copy.
+    """All tensors in the files of such an adapter. Experts that share factors each have a copy there.
 
     Raises:
       MoextendError: the family's files fuse experts, which then have no names of their own.
@@ -179,7 +179,7 @@ def open_peft(folder: Path, decoder: DecoderConfig) -> Opened:
     alpha: Any = attributes.get("lora_alpha")
     if type(rank) is not int or not 0 < rank <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise MoextendError(f"{at}: r = {shown(rank)} and lora_alpha = {shown(alpha)} are no rank and alpha")
-    scale = math.sqrt(rank) if attributes.get("use_rslora") else 1.0  # alpha over the root of the rank
+    scale = math.sqrt(rank) if attributes.get("use_rslora") else 1.0  # rsLoRA: alpha / sqrt(rank)
     stored = _split(open_tensors(folder / TENSORS), decoder, rank=rank, where=folder)
     rows = _rows(decoder)
     if unknown := [tensor for tensor in stored if tensor not in rows]:
@@ -221,7 +221,7 @@ def _stacked(
     path: str, pieces: Mapping[tuple[int, ...], Factor], stored: Mapping[str, Stored], *, config: ModelConfig,
     where: Path,
 ) -> Leaf:  # fmt: skip
-    """A leaf over the tensors of its layers, and experts; of those that are not there zeros.
+    """A leaf over the tensors of its layers, and experts; missing ones are zeros.
 
     Raises:
       MoextendError: a tensor has another shape.

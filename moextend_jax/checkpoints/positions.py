@@ -33,9 +33,9 @@ def resized(stored: Mapping[str, Stored], before: VisionConfig, after: VisionCon
 
 
 def bicubic(size: int, new: int, *, antialiased: bool) -> np.ndarray:
-    """Weights `[new, size]` of old points for new ones, pixels being squares and edges going on for ever, as PyTorch's
-    `interpolate` has them; antialiased, the kernel is another, as wide as a new pixel, and what it sees beyond an edge
-    does not count."""
+    """Weights `[new, size]` of old points for new ones, as in PyTorch's `interpolate` (align_corners=False; edge values
+    go on beyond the edge). antialiased: another kernel, scaled with the size of new pixels; points beyond an edge do
+    not count."""
     a, scale = (-0.5, max(size / new, 1.0)) if antialiased else (-0.75, 1.0)
     centres = (np.arange(new) + 0.5) * size / new - 0.5
     reach = int(np.ceil(2 * scale)) + 1

@@ -36,7 +36,7 @@ def check(decoder: DecoderConfig, how: Quantised | None, mesh: Any) -> None:
 
 
 def stored(leaves: Mapping[str, Leaf], how: Quantised | None) -> dict[str, Leaf]:
-    """The leaves, each matrix of the pretrained experts as one of integers and one of scales.
+    """The leaves, with a leaf of integers and one of scales for each matrix of the pretrained experts.
 
     Raises:
       MoextendError: files hold them in other bits.
@@ -83,8 +83,8 @@ def _scales(leaf: Leaf, how: Quantised) -> Leaf:
 
 
 def planned(leaf: Leaf, how: Quantised, *, digests: Mapping[str, Any]) -> dict[str, Planned]:
-    """The tensors that files get instead of a matrix, by how their names end; `digests` take their bytes. Two integers
-    of four bits are a byte, of neighbouring rows, the even one below."""
+    """The tensors that files get instead of a matrix, by how their names end; `digests` take their bytes. A byte holds
+    two 4-bit integers of neighbouring rows, that of the even row in the low half."""
     values, scales_ = _values(leaf, how), _scales(leaf, how)
     halves = 1 if values.dtype == np.int8 else 2
     *lead, I, O = leaf.shape  # noqa: E741

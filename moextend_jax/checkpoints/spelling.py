@@ -20,7 +20,7 @@ WRAPPERS = ("_orig_mod.", "module.", "_forward_module.", "_fsdp_wrapped_module."
 """What torch.compile, DistributedDataParallel, Lightning and DeepSpeed, FSDP and PEFT put before every name."""
 
 _IN_A_MODEL = ("model.model.", "model.lm_head.", "model.language_model.model.")
-"""Names that show a `model.` before all names to be a wrapper's: of a model that is the field of another."""
+"""Names that show that the `model.` before all names is a wrapper's: the model is a field of another module."""
 
 _ADAPTER = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\..*")
 
@@ -86,7 +86,7 @@ SPELLINGS = (
 
 _FUSED = re.compile(r"model\.layers\.(\d{1,9})\.mlp\.experts\.(gate_up_proj|down_proj)")
 MOST_EXPERTS = 4096
-"""Of a layer, in a file that claims more of them than anybody has."""
+"""Most experts of a layer that a fused tensor is split into."""
 
 
 def unwrapped(stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], list[str]]:

@@ -92,7 +92,7 @@ def write(
     written: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Writes leaves into an empty folder, cast to `dtype` where it is given, the pretrained experts in the few bits of
-    `storage`: the hashes of a base are still those of what it was before."""
+    `storage`. A base's hashes stay those of the weights before quantising."""
     experts = {path: leaf for path, leaf in matched.items() if storage and path in quantising.MATRICES}
     before = {
         path: (experts[path].dtype, experts[path].shape, sha) for path, sha in hashes.leaf_hashes(experts).items()
@@ -223,7 +223,7 @@ def _in_few_bits(
             raise ValueError(f"few_bits of {shown(path)}, {shown(claim['sha256'])}")
         tensors = {suffix: stored[path + suffix] for suffix in ("", quantising.SCALE)}
         claims = {suffix: listed[path + suffix]["sha256"] for suffix in tensors}
-        # What it was before: of it nothing is read.
+        # The weights before quantising; nothing of them is read.
         weights = Stored(tuple(claim["shape"]), np.dtype(claim["dtype"]), stored[path].read, stored[path].where)
         before = leaves.from_ours(path, weights, config=config, sha256=claim["sha256"])
         if before.shape[-2] % how.group:

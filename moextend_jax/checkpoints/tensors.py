@@ -47,7 +47,7 @@ _OF_TRAINERS = {
     "snapshots": "it is a model of the hub's cache; name the folder that is in {}",
     "*.gguf": "name the file itself: {}",
 }
-"""Folders that hold weights somewhere inside, by what shows them, and what to do."""
+"""Pattern of what a folder holds instead of weights -> what to do, for a message."""
 
 MAX_AXES, MAX_BYTES = 64, 1 << 62
 """Most axes that a NumPy array can have; and what a tensor's axes and offsets are below, so that sizes fit 64 bits."""
@@ -55,8 +55,8 @@ MAX_AXES, MAX_BYTES = 64, 1 << 62
 
 class File(NamedTuple):
     """A file as it was when it was opened: its size in bytes, and when its content (`written`) and its metadata
-    (`changed`) last changed, in nanoseconds; of a bucket's object, which is never changed but replaced, both are the
-    number of this content (microseconds since 1970, when it was put there)."""
+    (`changed`) last changed, in nanoseconds. An object in a bucket is never changed, only replaced: both are then its
+    generation (microseconds since 1970, when it was put there)."""
 
     path: Path
     size: int
@@ -76,8 +76,8 @@ class Stored(NamedTuple):
     """One tensor of a file, not read yet. `read` gives a memory-mapped view where it can; drop it soon.
 
     `where` names it in messages. `file` holds its very bytes; None where they are computed, or not in a file.
-    `run` reads elements first to last (exclusive) of them, and no others; None where there is no way to. `part_of`
-    makes what an index of the first axes picks, where it can be computed alone."""
+    `run` reads only the elements from first to last (exclusive); None if that is impossible. `part_of` computes the
+    part that an index of the first axes picks, if it can be computed alone."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -198,7 +198,7 @@ def open_pickles(path: Path) -> dict[str, Stored]:
             dtype = array(tensor.new_empty(0)).dtype
         except (TypeError, RuntimeError) as error:
             raise MoextendError(f"{file}: {short(name)} of type {tensor.dtype} cannot be read: {error}") from None
-        if tensor.numel() * tensor.element_size() > storage_bytes:  # strides of 0 make any size of a few bytes
+        if tensor.numel() * tensor.element_size() > storage_bytes:  # strides of 0 give a few bytes any size
             raise MoextendError(
                 f"{file}: {short(name)} {list(tensor.shape)} is larger than the {storage_bytes:,} bytes it has"
             )

@@ -42,7 +42,7 @@ def tokenizer_files(folder: Path, tokenizer: Tokenizer, *, sees: bool, apart: st
 
     Args:
       sees: whether the tags are tokens of their own.
-      apart: a text that is tokenised apart from what is before it, where a prompt has it so.
+      apart: a text that is tokenised separately from what is before it, if a prompt needs that.
 
     Raises:
       MoextendError: the tokenizer cannot be written so.

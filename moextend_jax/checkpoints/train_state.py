@@ -228,7 +228,7 @@ def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]
 
 
 def _newest_kept(manager: ocp.CheckpointManager) -> int | None:
-    """That step, without the newer ones, which are deleted: the run makes them again."""
+    """The newest step that is whole. Newer, broken ones are deleted: the run makes them again."""
     good, broken = _newest_good(manager)
     for step in broken:
         manager.delete(step)
@@ -241,8 +241,8 @@ def _check_whole(folder: Path, *, advice: str) -> None:
 
 
 def roll_back(manager: ocp.CheckpointManager, state: Any) -> Any:
-    """The state of the newest checkpoint, in place of `state`, whose arrays are then gone; None where there is none.
-    The data go on from where they are."""
+    """The state of the newest checkpoint, in place of `state`, whose arrays are freed; None where there is none. The
+    place in the data is not rolled back."""
     finish(manager)
     step = _newest_kept(manager)
     if step is None:
@@ -279,7 +279,7 @@ BEFORE: dict[str, Any] = {
     "column": "copy", "extension.expert": "copy", "expert_storage": "as_is", "method": {},
     "settings.new_experts": 1, "settings.layers": "extender", "settings.source": "recipe", "settings.expert": 0,
 }  # fmt: skip
-"""What was done where an older record does not say it, because there was no choice."""
+"""Values of facts that an older record lacks: there was no choice then."""
 NOT_SAID = ("medium",)
 """Facts that an older record lacks and that nothing else tells: they are not compared there."""
 WHOLE = ("multipliers", "weight_decays", "missing", "items_per_row", "parents")

@@ -30,7 +30,7 @@ from moextend_jax.models.router import Rule
 
 CODE = "modeling_moextend.py"
 KEPT = ("max_position_embeddings", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Attributes of the base's config.json that decide nothing here and something there."""
+"""Attributes of the base's config.json that have an effect only in transformers."""
 MODEL_FILES = ("chat_template.jinja", "chat_template.json")
 """Side files of a base that a text model takes along as they are."""
 
@@ -72,7 +72,8 @@ def export_transformers(
 
 
 def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
-    """Of what `source` holds: a LLaVA, extended or not, where there is a projector; else a decoder."""
+    """The folder for what `source` holds: a LLaVA, extended or not, if there are a tower and a
+    projector; else a decoder."""
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
     sees = {"vision", "projector"} <= source.parts
@@ -114,7 +115,7 @@ def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe:
         folder.copies["tokenizer.model"] = source.files["tokenizer.model"]
     if sees:
         template = folder.texts["chat_template.jinja"] = chat_template(tokenizer, recipe, files)
-        if not writes_bos(template, tokenizer, files):  # and so nobody else may write one before a chat
+        if not writes_bos(template, tokenizer, files):  # then the tokenizer must not write one either
             files = files._replace(content=files.content | {"post_processor": None})
             files.settings["add_bos_token"] = False
     elif (at := Path(tokenizer.where) / "tokenizer_config.json").is_file():
@@ -124,7 +125,7 @@ def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe:
 
 
 def _tokenizer(source: Source) -> Tokenizer | None:
-    """None where the checkpoint brings none: ids go in then, as they do here."""
+    """None if the checkpoint brings none: the model then takes ids."""
     if (folder := source.tokenizer_folder) is None:
         return None
     return tokenizer_of(folder, source.config, ends=ends_of(source.record.attributes.get("decoder", {})))

@@ -124,7 +124,7 @@ def upcycle(source: Mapping[str, Stored], *, experts: int, noise: float = 0.0, s
             copy = source[name]._replace(file=None)
             if noise:
                 read = functools.partial(noisy, name, layer, expert, list(_MATRICES).index(matrix))
-                copy = copy._replace(read=read, run=None)  # a run of elements would be of the file
+                copy = copy._replace(read=read, run=None)  # `run` would read the file, without noise
             result[_EXPERT.format(layer=layer, expert=expert, matrix=_MATRICES[matrix])] = copy
     for layer in layers:
         like = source[ffn[layer, "up"]]

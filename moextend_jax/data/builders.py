@@ -110,8 +110,8 @@ def written(fault: Fault) -> list[str]:
 def _noted(
     builder: tfds.core.DatasetBuilder, split: str, rows: Iterable[tuple[dict[str, Any], Fault | None]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows, numbered; `fingerprint`, `faults` (by row), `stored` and `marks`, if there are others than images', of
-    the split go into the metadata when all have passed.
+    """The rows, numbered. After the last one the split's `fingerprint`, `faults` (by row), `stored` and, if there are
+    other marks than that of images, `marks` go into the metadata.
 
     The fingerprint is of contents alone: it is the same wherever the files lie, whenever they were written.
     """
@@ -278,7 +278,7 @@ def _of_family(name: str) -> type[Sounds]:
 
 
 NO_ITEM = ""
-"""The id of the only row of `images` where no entry has one: TFDS refuses an empty split."""
+"""The id of a placeholder row, written if no entry has an item: TFDS refuses an empty split."""
 
 
 class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -370,7 +370,7 @@ def is_built(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def build(builder: tfds.core.DatasetBuilder) -> None:
-    """Where it is not there yet; where another process builds it, once that is done."""
+    """Builds the data set if it is not there yet; waits if another process builds it."""
     if not is_built(builder):
         with alone(Path(builder.data_path)):
             if not is_built(builder):
@@ -401,9 +401,9 @@ def open_built(builder: Any, split: str, *, name: str) -> Built:
 
 
 def build_all(wanted: Iterable[tuple[str, str]], *, data_dir: Path) -> None:
-    """Builds those of these data sets (family and config) that are not there yet, as many at once as there are cores,
-    if sounds of several have to be made: one core takes over a minute for those of `configs/continual.py`. What takes
-    less is left to whoever opens it."""
+    """Builds the missing ones of these data sets (family and config), one per core at a time, if the sounds of two or
+    more must be made: one core takes over a minute for those of `configs/continual.py`. Else nothing is built here:
+    opening a data set builds it."""
 
     def missing(of: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         return [(family, config) for family, config in of if not is_built(packaged(family, config, data_dir))]

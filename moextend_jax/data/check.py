@@ -57,7 +57,7 @@ class Origin(NamedTuple):
 
 
 class BuiltFiles(NamedTuple):
-    """Items of a data set that was built, by what they are and key; `refs` says where each is."""
+    """Items of a data set that was built. refs: (noun, key) of an item -> where it is."""
 
     source: Source
     refs: dict[tuple[str, str], ItemRef]
@@ -131,7 +131,7 @@ class Report:
     reading: Reading
     rows: int = 0
     items: Counter[str] = field(default_factory=Counter)
-    """How many different ones, by mark."""
+    """Number of different items, by mark."""
     counts: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[Named]] = field(default_factory=dict)
     skipped: int = 0
@@ -140,7 +140,7 @@ class Report:
     repeats: float = 1.0
     """How often a mixture has each row in an epoch."""
     mixture: list[Report] = field(default_factory=list, repr=False, compare=False)
-    """Those of all its data sets."""
+    """The reports of all data sets of the mixture."""
 
     @property
     def images(self) -> int:
@@ -151,7 +151,7 @@ class Report:
         return self.error is None and not refused and not self.too_many(faults)
 
     def too_many(self, faults: FaultSettings) -> bool:
-        """Whether training would skip too many conversations, of a mixture in all, or every one."""
+        """Whether training would skip too many conversations, or every one; for a mixture, of all its data sets."""
         of = self.mixture or [self]
         skipped, rows = (sum(getattr(one, count) * one.repeats for one in of) for count in ("skipped", "rows"))
         return 0 < rows == skipped or too_many(skipped, rows, faults)
@@ -159,7 +159,7 @@ class Report:
 
 @dataclass
 class _Items:
-    """Items of one set. places: for each its number in order of appearance; faults: of some, by that number."""
+    """Items of one set. places: item -> its number, in order of appearance; faults: number -> its fault, if any."""
 
     places: dict[ItemName, int] = field(default_factory=dict)
     faults: dict[int, PlacedFault] = field(default_factory=dict)
@@ -228,7 +228,7 @@ def check(
 
 
 def _weigh(data: str, mixture: list[Report]) -> None:
-    """Says of the data sets of a mixture that they are one, and how often its weights repeat each (`mixing.picks`)."""
+    """Fills in `mixture` and `repeats` of the reports of a mixture: how often it repeats each row (`mixing.picks`)."""
     weights = [part.weight for part in parts_of(data)]
     longest = max(report.rows / (weight or 1) for report, weight in zip(mixture, weights, strict=True))
     for report, weight in zip(mixture, weights, strict=True):
@@ -294,7 +294,7 @@ def _tasks(
             if item not in items.places:
                 items.places[item] = len(items.places)
                 new.append(ItemFile(*item, entry.contents.get(item.name)))
-        # Pictures that rows hold go with the items, a few at a time; of others the row's length is known by the file.
+        # Pictures inside rows go with the items, a few at a time. Other items stay: the row's length depends on them.
         contents = {item.name: entry.contents.get(item.name) for item in entry.items if item.mark != IMAGE_MARK}
         entries.append(entry._replace(contents={name: file for name, file in contents.items() if file is not None}))
         if len(new) >= ITEMS:

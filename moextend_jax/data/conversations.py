@@ -32,7 +32,7 @@ from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_te
 from moextend_jax.faults import Fault
 
 MEDIUM = 1 << 24
-"""Between two media in `Encoded.places_L`, before it is known how many items a row holds."""
+"""Distance between two media in `Encoded.places_L`, while it is not known how many items a row holds."""
 
 
 class Encoded(NamedTuple):
@@ -48,8 +48,8 @@ class Encoded(NamedTuple):
 
 
 def in_row(places_L: np.ndarray, *, first: Mapping[str, int], media: Sequence[str]) -> np.ndarray:
-    """Places in a row from those of `Encoded`: the items of each medium, of the names `media` by number, begin at
-    `first`."""
+    """Places in a row, from those of `Encoded`. first: medium -> place where its items begin. media: names of the media
+    by number."""
     if not first:
         return places_L
     numbers_L, own_L = np.divmod(places_L, MEDIUM)

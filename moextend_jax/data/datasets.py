@@ -66,7 +66,7 @@ class Example(NamedTuple):
 
     @property
     def by_medium(self) -> dict[str, tuple[ItemRef, ...]]:
-        """Without media that it has no item of."""
+        """Its items by medium; media without items are left out."""
         return {name: self.of(name) for name in dict.fromkeys(ref.medium for ref in self.items)}
 
     def of(self, medium: str) -> tuple[ItemRef, ...]:
@@ -285,7 +285,7 @@ def _open(
 
 
 def _cuts(medium: Medium, faults: FaultSettings) -> bool:
-    """Whether of an item that is too long the beginning is taken."""
+    """Whether an item that is too long is cut to its beginning."""
     return medium.kind == "audio" and faults.policy("long_sound") == "keep"
 
 
@@ -297,7 +297,7 @@ def _unknown(rows: Built, media: Named[Medium]) -> Iterator[Fault]:
 
 
 def _builder(mark: str | None, *, files: Files, data_dir: Path, split: str, media: Named[Medium]) -> Conversations:
-    """That of the items of a mark, None: of rows. Other files must never find what was built from these."""
+    """The builder of the items of a mark; None: of the rows. Other files must never find what was built from these."""
     marks = []
     for path in files.paths:
         facts: Any = path.stat()
@@ -315,7 +315,7 @@ def _builder(mark: str | None, *, files: Files, data_dir: Path, split: str, medi
 
 
 READS = "items of all media"
-"""What was built before there were any has faults in their place."""
+"""Goes into a folder's hash: older builds have faults in place of items of other media."""
 
 
 def item_folder(files: Files, faults: FaultSettings) -> ItemFolder:
@@ -389,7 +389,7 @@ def check_packages(name: str, *, data_dir: Path | str) -> None:
 
 
 def make_ahead(names: Iterable[str], *, data_dir: Path, media: Named[Medium]) -> None:
-    """Makes what opening these data sets with these media would make for minutes on one core."""
+    """Builds on all cores what opening these data sets would build on one core, in minutes."""
     wanted = []
     for part in (part.name for name in names for part in parts_of(name) if is_packaged(part.name)):
         family, config = family_of(part)
@@ -419,7 +419,7 @@ def family_of(name: str) -> tuple[str, str]:
 
 
 def short_name(data: str, split: str) -> str:
-    """A folder's name for what is kept of a data set's items: a word of it, and what tells it from others."""
+    """A folder's name for the caches of a data set's items: a readable word and, for files, a hash of the name."""
     names = [part.name for part in parts_of(data)]
     if all(map(is_packaged, names)):  # rows of a family's configs are about the same items
         data = "-".join(name.partition("/")[0] for name in names)

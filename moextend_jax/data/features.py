@@ -170,7 +170,7 @@ def _cached_or_made(
     inputs: Preparing, path: Path, compute, fingerprint: dict[str, Any], dtype, batch_size,
     faults: FaultSettings,
 ) -> FeatureStore:  # fmt: skip
-    # Of processes that were killed: none is at work, for this one has its turn.
+    # Remove what killed processes left. No other process is writing, for it is this one's turn.
     for left in path.parent.iterdir() if distributed.first() else ():
         if left.name.startswith(f"{path.name}.unfinished-"):
             shutil.rmtree(left, ignore_errors=True)
@@ -188,7 +188,7 @@ def _cached_or_made(
             shutil.rmtree(path, ignore_errors=True)
             unfinished.rename(path)
     finally:
-        if distributed.first():  # on another host one of this number may still write
+        if distributed.first():  # on another host a process with this id may still write
             shutil.rmtree(unfinished, ignore_errors=True)
     distributed.barrier(f"cached {path}")
     return FeatureStore.open(path)
@@ -203,8 +203,8 @@ def _cached(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> str:
 
 
 def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:
-    """Whether there is a cache of these items, and those noted as faulty in it still are: one that can be read by now
-    needs its features."""
+    """Whether there is a cache of these items, and those noted as faulty in it are still faulty: an item that has been
+    mended needs features."""
     try:
         store = FeatureStore.open(path, fingerprint=fingerprint)
     except MoextendError:
@@ -250,8 +250,8 @@ def _write(
 
 
 def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    """A file as an array of zeros, where there is room for all of it: a disk that is full while the array is written
-    ends the process by a bus error. (To reserve the room takes hours where a network's file system cannot.)"""
+    """A file as an array of zeros, if the disk has room for all of it: a disk that fills up while the array is written
+    ends the process by a bus error. (Reserving the room takes hours on a network file system that cannot do it.)"""
     size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
     if size > free:
         raise MoextendError(

@@ -80,8 +80,8 @@ class PlacedFault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a process needs to know. media: of the model; cut: of a sound that is longer than its medium's the beginning
-    is taken."""
+    """What a process needs to know. media: of the model; cut: whether a sound that is too long is cut to its
+    beginning."""
 
     tokenizer: Tokenizer
     recipe: Recipe
@@ -155,7 +155,7 @@ class Inspector:
             raise Fault(message, "too_long", entry.id)
 
     def _span(self, item: ItemName, entry: Entry, medium: Medium, files: ItemFiles) -> int:
-        """Tokens of an item; as many as can be where its file is faulty, which is told of the file."""
+        """Tokens of an item; the most possible if its file is faulty: that fault is reported for the file."""
         if not medium.spans:
             return medium.tokens
         noun, name = KINDS[medium.kind].noun, item.name

@@ -94,12 +94,12 @@ def read_span(span: Span, noun: str = "image") -> bytes:
 
 
 def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "image", most: int = MOST_BYTES) -> Path:
-    """The file of an item named relative to `folder` or to its folder `images`, or to one in a folder below that the
-    name begins with; nothing is read.
+    """The file of an item. Its name is relative to `folder` or to `folder/images`; a folder `images` may also stand
+    inside the folders that the name begins with. Nothing is read.
 
     Raises:
       Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more bytes than `most`.
-      MoextendError: this process cannot spell the name, and so no name of its kind.
+      MoextendError: this process's encoding of file names cannot write such names.
     """
     _check_name(folder, name, anywhere, noun)
     roots = folder, folder / "images"
@@ -192,7 +192,7 @@ def look(folder: Path, names: Iterable[str], *, anywhere: bool = False, noun: st
 
 
 def _homes(folder: Path, head: str, anywhere: bool) -> list[str]:
-    """Where files of `head/` may be, resolved; none where only `find_file` can tell what is right."""
+    """Resolved folders where files of `head/` may be; none if only `find_file` can decide."""
     if "\0" in head or (not anywhere and (os.path.isabs(head) or ".." in head)):
         return []
     try:

@@ -38,11 +38,10 @@ class DecodedItem(NamedTuple):
 class Items(Sequence[EncodedItem]):
     """Encoded files of one medium by row number; picklable.
 
-    `faults`: what was wrong with some when the data set was opened. `folder` has the files that rows name; None where
-    the rows hold them. `fingerprint` changes when any item does: by the bytes of stored ones, by the names, sizes and
-    times of files in a folder (and the bytes of `SAMPLED` of them), wherever the folder is; and with what is made of
-    them: `upright`, whether pictures are turned as their EXIF orientation says, and `cut`, whether of a longer sound
-    the beginning is taken.
+    `faults`: what was wrong with some when the data set was opened. `folder` has the files that rows name. `upright`:
+    whether pictures are turned as their EXIF orientation says. `cut`: whether a sound that is too long is cut to its
+    beginning. `fingerprint` changes with these two and with any item: with the bytes of items inside rows; with names,
+    sizes and times of files in a folder and the bytes of `SAMPLED` of them, but not with the folder's own place.
     """
 
     rows: Any
@@ -83,8 +82,8 @@ class Items(Sequence[EncodedItem]):
         return DecodedItem(key, KINDS[medium.kind].decode(encoded, name=f"{self.noun} {key}", id=key, **options))
 
     def span(self, row: Any, medium: Medium) -> int:
-        """Tokens of an item. Its file is only looked into, as far as its header, where they depend on it; then a
-        `Fault` is raised as above."""
+        """Tokens of an item. Only if they depend on its file, the file's header is read; then a `Fault` is raised as
+        above."""
         if not medium.spans:
             return medium.span()
         key, encoded = self[row]
@@ -122,12 +121,12 @@ class Chosen(Sequence[Any]):
 NAMES_AT_ONCE, FILES_AT_ONCE = 4096, 16
 """Rows that are read at once, where they hold no files and where they do."""
 SAMPLED = 64
-"""Files whose bytes are in a folder's fingerprint: where archives set all times to one, a folder with other items of
-the same names and sizes still has another."""
+"""Number of files whose bytes are in a folder's fingerprint. Some archives set all times alike: a folder with other
+items of the same names and sizes still gets another fingerprint."""
 
 
 def look_at_items(built: Built, folder: ItemFolder, *, upright: bool, kind: MediumKind, cut: bool = False) -> Items:
-    """The items of the rows, as they are now: one question to the file system for each that is a file, few are
+    """The items of the rows, as they are now. Each item in a file costs one call of the file system; few files are
     read."""
     rows, faults = built.rows, {}
     digest = hashlib.sha256(f"{built.fingerprint} {upright}{' cut' if cut else ''}".encode())

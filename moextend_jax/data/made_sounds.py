@@ -37,7 +37,7 @@ INSTRUMENTS = {
 }  # fmt: skip
 """By their programs."""
 KEYS = range(40, 84)
-"""Of which every fourth is only tested."""
+"""Keys of notes; every fourth is kept for the test."""
 
 _DIGITS = "zero one two three four five six seven eight nine"
 _LETTERS = (
@@ -57,14 +57,14 @@ VOICES = (
 TEST_VOICES = ("en-gb-scotland", "en-gb-scotland+f1", "en-us+m7", "en-gb-x-rp+f1")
 """Not +f2, +f3 or +f5: these sound a little different in every process."""
 NOTES = {"train": 6000, "test": 1000}
-"""Of a split."""
+"""Notes of a split."""
 TAKES = {
     ("spoken_words", "train"): 10, ("spoken_words", "test"): 7, ("spoken_questions", "train"): 2,
     ("spoken_questions", "test"): 1,
 }  # fmt: skip
-"""Of every text by every voice."""
+"""Recordings of every text by every voice."""
 CLIP_SECONDS, QUESTION_SECONDS = 1.0, 2.0
-"""That the longest sound has."""
+"""Length at which sounds are cut."""
 SOUND, SPEECH = "<audio:sound>", "<audio:speech>"
 """Marks: a run calls its media so."""
 
@@ -89,8 +89,8 @@ class Sound(NamedTuple):
 class Family(NamedTuple):
     """A data set.
 
-    labels: of a split, what its sounds are, in order; sounds: the same with the sounds, which takes longer.
-    talks: by config, of a split and its labels. has_pictures: some are about easy-VQA's pictures.
+    labels: split -> what its sounds are, in order; sounds: split -> the same with the sounds, which takes longer.
+    talks: config -> (split, labels) -> talks. has_pictures: some are about easy-VQA's pictures.
     """
 
     mark: str
@@ -203,7 +203,7 @@ def _captions(mark: str, article: str) -> Callable[[str, list[str]], Iterator[Ta
 
 
 def _questions(mark: str, *, what: str, whether: str) -> Callable[[str, list[str]], Iterator[Talk]]:
-    """What each is; in training also whether it is something, which half of them are."""
+    """What each sound is; in training also whether it is a given thing: for about half it is."""
 
     def talks(split: str, labels: list[str]) -> Iterator[Talk]:
         names, rng = [label.split()[-1] for label in labels], _rng(mark, split)

@@ -28,8 +28,8 @@ ROUNDED = 16
 
 
 class Measured(NamedTuple):
-    """Of the sound ones among some conversations: tokens_n of each and its items_n of each medium. refused: the first
-    faults whose policy is `error`, by kind; counts: of these; skipped: how many of the others."""
+    """Sizes of conversations. tokens_n: tokens of each one without a fault; items_n: its items of each medium. refused:
+    the first faults whose policy is `error`, by kind; counts: how many of each; skipped: how many other faults."""
 
     tokens_n: np.ndarray
     items_n: dict[str, np.ndarray]
@@ -76,7 +76,7 @@ def measure(
     """Encodes conversations as `batches.batches` does; a length or a number of items that is 0 limits nothing.
 
     Args:
-      most: look at so many only, at even distances; None: at all.
+      most: look at only so many, evenly spaced; None: at all.
     """
     rows = (
         np.arange(len(source)) if most is None else np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)

@@ -3,7 +3,7 @@
 Goes in: rows and items of each, and weights. Comes out: rows and items with numbers of their own, and for weights the
 rows `picked` of an epoch, in which every row comes at least once.
 
-Of 3 and 8 rows with weights 1 and 1 an epoch has 8 and 8: the first data set is repeated, the two alternate.
+Example: data sets of 3 and 8 rows, weights 1 and 1. An epoch has 8 and 8: the first is repeated, the two alternate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moextend_jax.faults import Fault
 from moextend_jax.media import IMAGE_MARK, PICTURE
 
 MOST_ROWS = 1 << 26
-"""Of an epoch."""
+"""Most rows of an epoch."""
 
 
 @dataclass(frozen=True)

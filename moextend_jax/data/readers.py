@@ -71,7 +71,7 @@ class Inputs:
             return {"width": tower.width, "patches": tower.patches}
         more = {"seconds": self.medium.seconds} if self.medium.kind == "audio" else preparation
         more |= {"frames": self.medium.frames} if self.medium.kind == "video" else {}
-        # What is as of CLIP is left out, so that features cached before there were other towers are found.
+        # Values equal to CLIP's are left out, so that features cached before there were other towers are found.
         for name in ("levels", "resample", "stretched"):
             more |= {name: value} if (value := getattr(tower, name)) != getattr(VisionConfig(), name) else {}
         return {"feature_layer": tower.feature_layer, "size": tower.image_size, **more}
@@ -128,8 +128,8 @@ class Features:
 
 
 Readers = Mapping[str, Inputs | Features]
-"""By medium what reads its items, in the order of `ModelConfig.media`. Items of other media are left out, and their
-marks: that is how the question alone is asked."""
+"""Medium -> what reads its items, in the order of `ModelConfig.media`. Items and marks of media without a reader are
+left out: so a question is asked alone."""
 
 
 def with_items(batch: Batch, readers: Mapping[str, Any], rows: Mapping[str, np.ndarray]) -> Batch:

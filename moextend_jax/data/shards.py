@@ -20,10 +20,10 @@ from moextend_jax.folders import absolute
 from moextend_jax.media import KINDS, plurals
 
 MEMBERS = {suffix: kind for kind in reversed(KINDS) for suffix in KINDS[kind].suffixes}
-"""The key under which a member's file is, by its suffix: of several kinds the first. An animation is a video where the
-row's JSON says so."""
+"""Suffix of a member -> the key of its file; if several kinds have the suffix, the first. An animation is a video if
+the row's JSON says so."""
 NAMING = {kind: plurals(kind)[::-1] for kind in reversed(KINDS)}
-"""Keys of the JSON that may name members, by the key under which these then are; what one has is not taken by later
+"""Key of members -> keys of the JSON that may name them. A member that one key has taken is not taken by later
 ones."""
 UNREAD = {
     **dict.fromkeys(("mp4", "avi", "mov", "webm", "mkv"), "an animation (.webp)"),
@@ -33,8 +33,8 @@ UNREAD = {
 
 
 class Span(NamedTuple):
-    """An item's file inside an archive: `size` bytes of `file` from byte `at` on. below: its folder, from the one on
-    that is above all archives of the data set."""
+    """An item's file inside an archive: `size` bytes of `file` from byte `at` on. below: the archive's folder, relative
+    to the one above all archives of the data set."""
 
     file: str
     at: int

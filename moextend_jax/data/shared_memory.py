@@ -1,6 +1,6 @@
 """Whether this machine lets processes work together: asked before any is started, and where one has died.
 
-Goes in: what to set where not. Comes out: nothing, or an error that names /dev/shm.
+Goes in: advice for the message. Comes out: nothing, or an error that names /dev/shm.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_shared_memory(instead: str) -> None:
 
 @contextlib.contextmanager
 def no_bus_error() -> Iterator[None]:
-    """Inside, a worker whose batch found no room in /dev/shm, which ends it by a bus error, is a MoextendError."""
+    """Inside, a worker's bus error (its batch found no room in /dev/shm) becomes a MoextendError."""
     try:
         yield
     except RuntimeError as error:  # Grain's

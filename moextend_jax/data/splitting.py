@@ -1,7 +1,7 @@
 """Splits a data set so that no picture or other item is on both sides: a `Source` and how much of it in, two views out.
 
-Which rows are held out follows from the seed and from the pictures' own names, not from the order of the rows. Rows that
-are added later can change the choice: pictures are taken in the order of their hashes until so many rows are held out.
+Which rows are held out follows from the seed and from the pictures' own names, not from the order of the rows. Rows
+that are added later can change the choice: pictures are taken in the order of their hashes until there are enough.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moextend_jax.folders import absolute
 
 
 def rows_of_part(part: float, rows: int, *, setting: str) -> int:
-    """How many of `rows` rows a part is: from 1 on it is a number of rows, below a share (of at least one row).
+    """How many of `rows` rows a part is. From 1 on, `part` is a number of rows; below 1, a share (at least one row).
 
     Raises:
       MoextendError: no row would be left; names the setting.
@@ -35,9 +35,9 @@ def rows_of_part(part: float, rows: int, *, setting: str) -> int:
 
 
 def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -> HoldOut:
-    """Splits off `part` of the rows or a few less, with all rows that share a picture on one side; both parts keep the
-    source's order. Rows without a picture are each by themselves. Where every picture has more rows than that, the rows
-    of one are held out. What a mixture repeats counts once, and is held out once.
+    """Holds out `part` of the rows or a few less; all rows that share a picture are on one side. Both parts keep the
+    source's order. A row without a picture is a group of its own. If every group has more rows than `part`, the
+    smallest group is held out. A row that a mixture repeats counts once and is held out once.
 
     Args:
       part: a number of rows or a share, see `rows_of_part`.
@@ -70,16 +70,16 @@ def without(source: Source, *unseen: Source) -> Source:
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """What must not be on both sides: a picture or another item, or a text without any. place: where the item lies,
-    whichever folder its name is relative to; of one that rows hold its name, which is a hash. name: decides the side,
-    so that folders may be moved."""
+    """What must not be on both sides: a picture or another item, or the text of a row without items. place: where the
+    item's file lies; for an item inside a row its name, which is a hash. name: decides the side, so that folders may be
+    moved."""
 
     place: str
     name: str = field(compare=False)
 
 
 def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
-    """Of each row."""
+    """The marks of each row."""
     mark = {name: _mark_of(items) for name, items in source.items.items()}
     for example in source:
         if example.items:
@@ -91,7 +91,7 @@ def marks_of(source: Source) -> Iterator[tuple[Mark, ...]]:
 
 
 def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
-    """From the keys of items to marks, which other data sets' items have too where they are the same."""
+    """A function from the key of an item to its mark; the same item in another data set has the same mark."""
     if isinstance(items, JoinedItems):
         parts = [_mark_of(part) for part in items.parts]
 
@@ -105,7 +105,7 @@ def _mark_of(items: AnyItems) -> Callable[[str], Mark]:
 
 
 def _place(home: str, key: str) -> str:
-    """The same of all names by which `item_files.find_file` finds a file: some leave a folder `images` out."""
+    """Equal for all names by which `item_files.find_file` finds a file: some leave out a folder `images`."""
     parts = os.path.normpath(os.path.join(home, key)).split(os.sep)
     return os.sep.join(part for part in parts if part != "images")
 

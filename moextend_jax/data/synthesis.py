@@ -1,7 +1,8 @@
 """Sounds that installed packages make: a note of an instrument or a sentence in, wave_a (float32, 16 kHz) out.
 
 Instruments are the recordings of a sound font (General MIDI), played by `tinysoundfont`; speech is eSpeak NG's, whose
-library `espeakng-loader` brings. Both give the same samples for the same question, in whatever order they are asked.
+library `espeakng-loader` brings. An instrument gives the same samples for the same note; a `Speaker` does so for the same
+sentences in the same order.
 """
 
 from __future__ import annotations
@@ -88,13 +89,13 @@ _RATE, _PITCH = 1, 3
 
 
 COPIES: list[tempfile.TemporaryDirectory[str]] = []
-"""Of eSpeak's library, for as long as the process lives: each has a state of its own, and one in the place of a deleted
-one would be taken for that."""
+"""Copies of eSpeak's library, one per speaker, each with its own state. They stay while the process lives: a new copy
+at the path of a deleted one would be taken for the deleted one."""
 
 
 class Speaker:
-    """eSpeak NG, which flutters on from one sentence to the next: of two that are asked for the same sentences in the
-    same order all samples are the same."""
+    """eSpeak NG. Its flutter goes on from one sentence to the next: two speakers give the same samples if they say the
+    same sentences in the same order."""
 
     def __init__(self, *, of: str):
         loader = package("espeakng_loader", of=of)

@@ -40,7 +40,7 @@ is where it came from. Keys of one line must not name different ones. Items of a
 stand under its name: `{"audio": {"speech": "a.wav"}}`."""
 KNOWN = frozenset(key for lines in ITEM_KEYS.values() for keys in lines for key in keys)
 FILE_KEYS = ("bytes", "path", "url", "data", "array")
-"""Of an object that is one file, not items by the names of their media."""
+"""Keys of an object that is one file; any other object has items by the names of their media."""
 
 QUESTIONS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "completion", "response", "output")
@@ -50,7 +50,7 @@ CAPTION_QUESTION = {"audio": "Describe the sound.", "features": "Describe this."
 UNREAD_IN_TURNS = frozenset(
     ("tool_calls", "function_call", "weight", "train", *(key for lines in ITEM_KEYS.values() for key in lines[0]))
 )
-"""Keys of a turn that would be missed, unless they say what happens anyway."""
+"""Keys of a turn that are not read: an error, unless they say what is done anyway (`READ_AS_USUAL`)."""
 READ_AS_USUAL: dict[str, tuple[Any, ...]] = {"weight": (None, 1), "train": (None, True)}
 
 
@@ -182,7 +182,7 @@ def _caption(value: Mapping[str, Any], key: str, items: list[Item]) -> NormalTur
 
 
 class Shape(NamedTuple):
-    """keys: the first that a row has is handed on. read: None where the row has not this shape after all."""
+    """keys: the first that a row has is passed to `read`. read: gives None if the row does not have this shape."""
 
     keys: tuple[str, ...]
     read: Callable[[Mapping[str, Any], str, list[Item]], NormalTurns | None]
@@ -237,8 +237,8 @@ SPELLINGS = (("from", "value"), ("role", "content"))
 
 
 def _content(parts: list[Any], in_turns: list[Item], items: list[Item], placed: set[int]) -> str:
-    """A list of texts and items as one text, a line each. Its items go into `in_turns`; of a part that has none of its
-    own one of the row's `items`, whose number goes into `placed`."""
+    """A list of texts and items as one text, a line each. Its items go into `in_turns`. A part without an own item
+    takes one of the row's `items`, whose number goes into `placed`."""
     lines = []
     for part in parts:
         if isinstance(part, str):
@@ -262,7 +262,7 @@ PARTS: dict[str, MediumKind] = {
 }  # fmt: skip
 """Types of parts that are items."""
 PART_KEYS = (*PARTS, "text")
-"""One of which says what a part is that has no type."""
+"""One of these keys says what a part without a type is."""
 
 
 def _own(part: Mapping[str, Any], kind: MediumKind) -> list[Item]:
@@ -285,7 +285,7 @@ def _next(index: Any, kind: MediumKind, items: list[Item], placed: set[int]) -> 
 
 
 def _marked(talk: NormalTurns) -> NormalTurns:
-    """With marks before the first question for its items of each medium that has none at all."""
+    """With marks before the first question for the items of each medium whose mark stands in no question."""
     humans = [n for n, turn in enumerate(talk.turns) if _from(turn) == "human" and isinstance(turn["value"], str)]
     marks = [item.mark for item in talk.items]
     missing = [mark for mark in marks if not any(mark in talk.turns[n]["value"] for n in humans)]

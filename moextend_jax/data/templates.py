@@ -145,8 +145,8 @@ def script(template: Template, shape: Shape) -> Script:
 
 
 def _opens_a_question(template: Template, shape: Shape) -> list[str | Control]:
-    """What a longer conversation has between the last answer and the next question, up to its first control token:
-    with that an answer ends where the template writes nothing behind the last one (GLM-4.5's writes <|user|>)."""
+    """What a longer conversation has between the last answer and the next question, up to its first control token. That
+    token ends an answer if the template writes none after the last one (GLM-4.5's: <|user|>)."""
     longer = _written(template, shape._replace(questions=shape.questions + 1, open=True))
     items = [] if longer is None else _split(longer.fixed[-2], template.control)
     return items[: 1 + next((n for n, item in enumerate(items) if isinstance(item, Control)), -1)]
@@ -183,7 +183,7 @@ BLANK, LEFT, RIGHT = "\x0b", "\ue000", "\ue001"
 
 
 CHECKED = 32
-"""Answers whose prompts are compared; one that is written otherwise only after so many is not looked for."""
+"""Answers whose whole prompts are compared; for later ones only the text just before the answer is."""
 
 
 def _prompt_length(template: Template, shape: Shape, turn: int) -> int:
@@ -239,7 +239,7 @@ def _pattern(names: tuple[str, ...]) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(source: str) -> Any:
-    """As transformers compiles templates, but for the date: today's would make a run that goes on another run."""
+    """As transformers compiles templates, but with a fixed date: with today's, a resumed run would be another run."""
     import datetime
 
     import jinja2

@@ -198,7 +198,7 @@ class Asker:
         for p, part in enumerate(own):
             for row, n in enumerate(work.prompts[part], p * work.rows):
                 length_B[row], full_B[row] = prompts[n].head, True
-        shares = {  # of rows with all of the work's media, and of rows without a prompt
+        shares = {  # -inf in rows without a prompt
             name: None if share is None else place_rows(np.where(full_B, share, -np.inf).astype(np.float32), self.mesh)
             for name, share in share_of_text(self.generator.model.config, frozenset(work.media)).items()
         }

@@ -41,8 +41,8 @@ LOOKED_INTO = ("aligned", "moextend")
 
 
 class _Said(NamedTuple):
-    """What one model gave. answers, and right ones by media, by what was asked; losses of text; picks of the examples.
-    None: it was not computed."""
+    """What one model gave; None: not computed. answers, right: by question set; `right` has per question the media that
+    it was asked with -> whether the answer was right."""
 
     answers: dict[str, list[str]]
     right: dict[str, list[dict[frozenset[str], bool]]]
@@ -52,15 +52,15 @@ class _Said(NamedTuple):
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Evaluates every model the work directory holds and returns accuracies, text losses and, of a held-out part of the
-    finetune data, losses of its answers; of several extensions what each step of the chain learnt and forgot. Writes
-    examples.json and finetune/routing.json.
+    """Evaluates every model the work directory holds. Returns accuracies and text losses; losses of the answers, if the
+    questions are held out of the finetune data; with several extensions, what each step of the chain learnt and forgot.
+    Writes examples.json and finetune/routing.json.
 
     Whatever can be wrong with the data shows before the first model is asked: a faulty conversation is left out, or
     is an error, as training does with it.
     """
     table, extension = results.table(run.settings), run.settings.extension
-    for name in table.model("aligned").results:  # which every run has; said before anything is computed
+    for name in table.model("aligned").results:  # every run has these; checked before anything is computed
         if not run.has(name):
             raise not_run(run.workdir, name)
     if any(not run.settings.of_extension(link.name).evaluate.data for link in run.settings.links):
@@ -136,8 +136,8 @@ def _ask(
     run: Run, asked: Mapping[str, Questions], name: str, todo: Collection[str], *, learnt: Collection[str],
     examples: Sequence[PromptedQuestion], answer_stage: StageSettings | None, bar: Bar,
 ) -> _Said:  # fmt: skip
-    """Opens a model of the run, which is gone when the next is opened (memory need not hold all), and asks it `todo`;
-    of `moextend` the routing over all that it has `learnt` is written."""
+    """Opens a model of the run and asks it the question sets `todo`. It is freed before the next is opened: memory need
+    not hold all. For `moextend` it also writes the routing over the question sets in `learnt`."""
     table, extension = results.table(run.settings), run.settings.extension
     opened, row = askable(run, name), table.model(name)
     pixels = table.has_trained_tower(row.results, recipe=run.settings.recipe)  # which has no cached features
@@ -190,8 +190,8 @@ def _first_name(plan: Iterable[str], name: str, *, models: Mapping[str, ModelRow
 
 
 def _guesses(run: Run, asked: Mapping[str, Questions]) -> Callable[[], dict[str, list[str]]]:
-    """What makes, by what is asked, the answers that can be given without the items, from what the extension was
-    trained on. Its data are opened here, where all processes are."""
+    """A function that returns, by question set, the best answers without the items, from the training data of the
+    extension. The data are opened here: all processes must do that together."""
     known = {
         extension: source_of(run, Data(results.named(run.settings, extension, "finetune")))
         for extension in dict.fromkeys(of.asked.extension for of in asked.values())  # in one order in all processes
@@ -222,8 +222,8 @@ def _chains(
     run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, Mapping[str, float]],
     left_out: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    """What each step learnt and forgot (`evaluate/chains.py`), of MoExtend, called by its text isolation, and of full
-    fine-tuning; and what was asked."""
+    """What each step learnt and forgot (`evaluate/chains.py`): of MoExtend, under "strict" or "open" (its text
+    isolation), and of full fine-tuning; and what was asked."""
     found: dict[str, Any] = {}
     moextend = "strict" if run.settings.text_isolation == "strict" else "open"
     for title, kind in ((moextend, "moextend"), ("full", "full")):
@@ -245,9 +245,9 @@ def _chains(
 
 
 def _composed(run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Questions with several media, asked of all extensions together under every rule of `composing.RULES`, of each
-    alone with its own medium, and after the stage `mixture`; by what is asked. Nothing where no question has several,
-    an extension is not there, or each was trained on top of the earlier ones, not apart.
+    """Accuracy on questions with several media, by question set: of all extensions together under every rule of
+    `composing.RULES`, of each alone with its own medium, and after the stage `mixture`. Empty if no question has
+    several media, an extension is missing, or text isolation is not strict (only then were they trained apart).
     """
     if run.settings.text_isolation != "strict":
         return {}

@@ -18,13 +18,13 @@ from typing import Any
 from rich.table import Table
 
 Right = Mapping[frozenset[str], float]
-"""Of one question: subset of its media to whether the answer was right, 1 or 0, or a score between."""
+"""For one question: subset of its media -> 1 if the answer was right, 0 if not, or a score between."""
 ALONE = "none"
 """What tables and summary.json call the empty subset: the question without any of its media."""
 
 
 def subsets(media: Collection[str]) -> list[frozenset[str]]:
-    """All that a question with these media has to be asked with: nothing first, everything last, in their order."""
+    """All subsets of these media, by size: the empty one first, all media last; each in the order of `media`."""
     return [frozenset(some) for count in range(len(media) + 1) for some in combinations(media, count)]
 
 

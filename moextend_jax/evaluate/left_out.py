@@ -16,7 +16,7 @@ from moextend_jax.settings import LeaveOut
 
 
 class Variant(NamedTuple):
-    """A question by its number, and the media that it is asked with: never all, with which it is asked anyway."""
+    """A question by its number, and the media that it is asked again with: never all, as the first time."""
 
     question: int
     media: frozenset[str]
@@ -44,8 +44,8 @@ def right_by_media(
 
 
 def accuracies_without(tables: Sequence[dict[frozenset[str], bool]], *, media: Sequence[str]) -> dict[str, float]:
-    """Medium -> share of right answers when all questions are asked without it; those that lack it anyway are as they
-    are. Media that no question has are left out."""
+    """Medium -> share of right answers when all questions are asked without it; a question that never had it counts
+    with its own answer. Media that no question has are left out."""
     of_all = [frozenset().union(*table) for table in tables]
     return {
         name: fmean(float(table[names - {name}]) for table, names in zip(tables, of_all, strict=True))

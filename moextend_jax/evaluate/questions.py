@@ -89,19 +89,19 @@ def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Which answers equal the right one but for case, outer spaces and a final full stop."""
+    """Which answers equal the right one but for case, outer spaces and final full stops."""
     return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]
 
 
 def frequent_answers(
     training: Iterable[Example], *, asked: Collection[str], tokenizer: Tokenizer
 ) -> Callable[[str], str]:
-    """The best answer without the image: a question's most frequent one in the training data, and of a question that is
-    not in there the most frequent of all.
+    """The best answer without the image: a question's most frequent answer in the training data; for a question that is
+    not there, the most frequent answer of all.
 
     Args:
       training: conversations; those that training refuses or skips are left out.
-      asked: the questions that there will be; of others no answers are kept.
+      asked: the questions that will be asked; answers to others are not kept.
     """
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()

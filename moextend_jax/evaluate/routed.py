@@ -73,7 +73,7 @@ def routing_of(
         text = encode_conversation(
             [*asked, {"from": "gpt", "value": answer}], example_id="prompt",
             items=read.spans, tokenizer=opened.tokenizer,
-            recipe=dataclasses.replace(opened.recipe, turns="all"),  # it was asked them all, however it was trained
+            recipe=dataclasses.replace(opened.recipe, turns="all"),  # all were asked, even if one was trained on
         )  # fmt: skip
     batch, count = batch_of(opened, text, read), len(text.ids_L)
     batch.segments_BL[0, :count] = text.segments_L

@@ -67,19 +67,19 @@ class Questions(NamedTuple):
 
     @property
     def answers(self) -> list[str]:
-        """The right ones."""
+        """The right answers."""
         return [item.question.answer for item in self.prompted]
 
     @property
     def media(self) -> list[list[str]]:
-        """Of each question, in the model's order."""
+        """The media of each question, in the model's order."""
         return [[name for name in self.readers if name in item.prompt.items] for item in self.prompted]
 
     def accuracy(self, texts: Sequence[str]) -> float:
         return questions.accuracy(self.answers, texts)
 
     def right_by_media(self, texts: Sequence[str], texts_again: Sequence[str]) -> list[dict[frozenset[str], bool]]:
-        """Of each question, which answers were right by the media that it was asked with."""
+        """For each question: the media that it was asked with -> whether the answer was right."""
         wanted = [self.answers[variant.question] for variant in self.again]
         return right_by_media(
             self.media, questions.are_right(self.answers, texts), asked=self.again,
@@ -87,7 +87,7 @@ class Questions(NamedTuple):
         )  # fmt: skip
 
     def left_out(self, right: dict[str, list[dict[frozenset[str], bool]]]) -> dict[str, Any]:
-        """What summary.json gets of that, by model."""
+        """What summary.json gets of `right_by_media`, by model."""
         return left_out_summary(dict(right), media=list(self.readers), leave_out=self.settings.leave_out)
 
 
@@ -105,7 +105,7 @@ def check(run: Run) -> None:
 
 
 def asked_of_all(run: Run) -> dict[str, Asked]:
-    """The rows that are asked of every extension, by its name, further sets as NAME/SET; the same for every run."""
+    """The rows asked about every extension, by its name; further test sets are NAME/SET. The same for every run."""
     asked = {}
     for link in run.settings.links:
         settings = run.settings.of_extension(link.name).evaluate
@@ -116,7 +116,7 @@ def asked_of_all(run: Run) -> dict[str, Asked]:
 
 
 def _asked(run: Run, extension: str, data: str, *, fewer: bool = False) -> Asked:
-    """fewer: of a data set with fewer rows than questions all of them."""
+    """fewer: if there are fewer rows than `evaluate.questions`, take all; else that is an error."""
     settings = run.settings.of_extension(extension).evaluate
     unseen = None if data else unseen_source(run, extension)
     finetune = results.stage_of(run.settings, results.named(run.settings, extension, "finetune"))
@@ -131,8 +131,8 @@ def _asked(run: Run, extension: str, data: str, *, fewer: bool = False) -> Asked
 
 
 def title_of(data: str) -> str:
-    """What tables call a data set: easy-VQA and others of packages by their names, files by theirs without their
-    folders; without weights."""
+    """What tables call a data set: the name of one that comes with a package; for files the file name without folders.
+    Weights are left out."""
     if data.partition("/")[0] == "easy_vqa":
         return "easy-VQA"
     names = [part.name for part in parts_of(data)]
@@ -140,7 +140,7 @@ def title_of(data: str) -> str:
 
 
 def check_unseen(run: Run) -> None:
-    """Raises a MoextendError where a stage was trained on other rows than are left beside those held out now."""
+    """Raises a MoextendError if a stage was trained on rows other than those that are left after holding out now."""
     table, read = results.table(run.settings), functools.cache(functools.partial(open_source, run))
     for name in table.training():
         path, data = run.folder(name) / "stage.json", table.result(name).data

@@ -153,7 +153,7 @@ def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | 
 
 
 def one_each(items: Items) -> dict[str, list[int]]:
-    """Spans by which a question is laid out before its items are read: only their number counts there."""
+    """Placeholder spans to lay out a question before its items are read: only their number matters there."""
     return {name: [1] * len(of) for name, of in items.items()}
 
 

@@ -35,7 +35,7 @@ class Start(NamedTuple):
 
 
 def start_of(run: Run) -> Start:
-    """Of the run's first extension.
+    """What adding the run's first extension has changed.
 
     Raises:
       MoextendError: `align` or `grow` has not been run.

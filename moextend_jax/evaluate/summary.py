@@ -46,8 +46,8 @@ def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | Non
 
 
 def _flops_per_token(run: Run) -> dict[str, float]:
-    """Of the decoder's forward pass over a row with an item of each medium: in the base, and how many times that with
-    what was added, if the routers use all experts alike."""
+    """FLOPs per token of the decoder's forward pass over a row with an item of each medium. `of_base`: the extended
+    model's divided by the base's, if the routers use all experts alike."""
     grown = results.table(run.settings).model("moextend").results
     config = grown_config(run, results.table(run.settings).grown(grown))
     length = run.settings.finetune.length or run.settings.evaluate.text_length
@@ -74,7 +74,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     for name in ("base", *results.ANSWERING):
         if name not in accuracy and name not in kjv:
             continue
-        read = name if name in kjv else "base"  # whose text is the base's
+        read = name if name in kjv else "base"  # its text losses are the base's
         forgotten = (wordnet[read] - wordnet["base"] + kjv[read] - kjv["base"]) / 2
         cells = [f"{accuracy[name]:.3f}" if name in accuracy else ""]
         cells += [f"{answer_loss[name]:.3f}"] if answer_loss else []

@@ -38,7 +38,7 @@ def passages(run: Run, text: str) -> Iterator[Batch]:
 
 
 def answer_stage_of(run: Run, source: Source) -> StageSettings:
-    """How the answers of some rows are read: as finetune trains them, each in a row of its own that holds all of it."""
+    """How the answers of some rows are read: as in finetune, but each conversation whole and in a row of its own."""
     alone = {"length": 0, "images_per_row": 0, "conversations_per_row": 1, "conversation_length": 0, "accumulate": 1}
     rows = run.settings.evaluate.text_batch_size
     stage = dataclasses.replace(run.settings.finetune, batch_size=rows, **alone)
@@ -50,7 +50,7 @@ def answer_stage_of(run: Run, source: Source) -> StageSettings:
 
 
 def answer_loss(run: Run, opened: Askable, source: Source, *, stage: StageSettings, readers: Readers) -> float:
-    """Mean nats per token of the right answers; of a model without `readers` of the text alone."""
+    """Mean nats per token of the right answers; without `readers` the model reads the text alone."""
     rows = batches(
         source, stage=stage, tokenizer=run.tokenizer, recipe=run.settings.recipe, readers=readers,
         share=run.share, seed=None, epochs=1, faults=run.settings.faults,

@@ -69,7 +69,7 @@ def ask_wordings(
         raise MoextendError(f"{exam.name} has no score here{few} to compare wordings by: leave --templates out")
 
     def has(model: str, scores: Mapping[str, float]) -> bool:
-        """Whether a model's answers still lie there: another's of its name would be taken for its."""
+        """Whether these scores are still in the model's files: another model of its name may have replaced them."""
         for name, score in scores.items():
             path = folder_of(out / "wordings" / name, exam.name, split=exam.split, model=model) / "scores.json"
             if not path.exists() or (read_json(path).get("headline") or {}).get("value") != score:

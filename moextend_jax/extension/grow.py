@@ -33,8 +33,8 @@ MEAN_OF: dict[str, Callable[[list[jax.Array]], jax.Array]] = {
     "new_experts/w_down": lambda parts: jnp.concatenate(parts, axis=2) / len(parts),
     "new_experts/b_down": lambda parts: sum(parts[1:], parts[0]) / len(parts),
 }
-"""TABLE of leaves -> how those of several sources are merged: hidden units are concatenated, so that outputs add up, and
-the down projection is divided by their number. Other leaves (router columns) are the first source's."""
+"""TABLE of leaves -> how those of several sources are merged: hidden units are concatenated, so outputs add up, and the
+down projection is divided by their number. Other leaves (router columns) are the first source's."""
 
 CHANGED: dict[StartName, dict[str, Callable[[jax.Array, float], jax.Array]]] = {
     "copy": {},

@@ -203,7 +203,7 @@ def select(
     check_sources(new_experts, wide, experts=decided_ZO.shape[1])
     if source == "fixed":
         check_expert(expert, experts=decided_ZO.shape[1])
-        decided_ZO[:, expert] = np.inf
+        decided_ZO = np.where(np.arange(decided_ZO.shape[1]) == expert, np.inf, decided_ZO)
     by_picks = (np.argsort(-decided_ZO[z], kind="stable")[: wide * new_experts] for z in chosen)
     sources = (experts.reshape(wide, new_experts).T.reshape(-1) for experts in by_picks)
     copied = tuple(int(expert) for experts in sources for expert in experts)

@@ -151,8 +151,7 @@ def on_attention(
 
 
 class Factors(NamedTuple):
-    """A and B of the experts' three maps as they are used: `[in, r]` and `[r, out]`, or with an axis of experts first.
-    """
+    """A and B of the experts' three maps as used: `[in, r]` and `[r, out]`, or with an axis of experts first."""
 
     a_gate: jax.Array
     b_gate: jax.Array

@@ -160,8 +160,7 @@ class _Block(NamedTuple):
 
 
 class _Rows:
-    """Blocks of the sorted rows. A group's last block may reach into the next group, whose blocks overwrite it later.
-    """
+    """Blocks of the sorted rows. A group's last block may reach into the next group, which overwrites it later."""
 
     def __init__(self, sizes_O: jax.Array, R: int, dtype: Any):
         average = 1 << (R // len(sizes_O)).bit_length()

@@ -1,8 +1,8 @@
 """Blocks of LLaMA-Pro (arXiv 2401.02415): whole layers put between the pretrained ones, which stay frozen.
 
 In: the decoder and `BlocksConfig`. Out: a stack of N layers, of which one runs behind every Z/N of the layers that
-route (`decoder.run_layers`). Each starts as a copy of the layer below it, but with zeros in attention's output map and
-in the experts' down projections. So hidden states are exactly the base's, and at first only these have a gradient.
+route (`decoder.run_layers`). Each starts as a copy of the layer below it, but with zeros in the maps whose outputs are
+added to the hidden states, attention's output and the experts' down projections (`SILENT`). So hidden states are exactly the base's, and at first only these have a gradient.
 """
 
 from __future__ import annotations

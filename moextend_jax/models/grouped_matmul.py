@@ -157,8 +157,7 @@ def _filled(x_RD: jax.Array) -> jax.Array:
 
 
 def _tiles(x_RD: jax.Array, D: int, F: int) -> tuple[int, int, int]:
-    """A tile's sizes. float32 has a quarter of the rows, since at highest precision it is split into three bfloat16s.
-    """
+    """A tile's sizes. float32 has a quarter of the rows: at highest precision it is split into three bfloat16 parts."""
     wide = x_RD.dtype.itemsize // 2
     rows = next(tile for tile in ROWS if len(x_RD) % tile == 0 and tile <= ROWS[0] // wide**2)
     return rows, min(COLUMNS // wide, D), min(COLUMNS // wide, F)

@@ -310,8 +310,7 @@ def _drift(coefficient: float, old_To: jax.Array, own_TX: jax.Array, share_T1: j
 
 
 class Beside(NamedTuple):
-    """For experts of start "added": whether a token uses one besides its k picks, its weight, and its selection score.
-    """
+    """For experts of start "added": whether a token uses one besides its k picks, its weight, its selection score."""
 
     chosen_TX: jax.Array
     weights_TX: jax.Array

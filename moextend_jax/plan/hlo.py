@@ -57,14 +57,14 @@ class Instruction(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """Of a kernel: so many layers' weights its largest operand holds, and it reads one's (`weights.reading`)."""
+        """For a kernel: its largest operand holds the weights of so many layers; it reads one's (`weights.reading`)."""
         match = re.search(r"one_of_(\d+)_layers", self.op_name)
         return int(match[1]) if match else 1
 
     @property
     def overlapped(self) -> str:
-        """Of a collective that a TPU computes beside other kernels, as a part of each: "start" in the first of these,
-        "on" in the others; "" of any other."""
+        """For a collective that a TPU overlaps with other kernels, as a part of each: "start" in the first of these,
+        "on" in the others; "" for any other instruction."""
         match = re.search(r'"async_collective_fusion_config":\{[^}]*"flag_start":"(-?\d+)"', self.rest)
         return "" if match is None else "start" if match[1] == "-1" else "on"
 
@@ -92,8 +92,8 @@ class Module(NamedTuple):
 
 
 class Run(NamedTuple):
-    """An instruction that runs `times` per step, in `computation`, which is called `where`. `op_name` is its own, or
-    where the compiler lost it that of the loop or fusion around it."""
+    """An instruction that runs `times` per step, in `computation`, which is called `where`. `op_name` is its own or, if
+    the compiler lost it, that of the loop or fusion around it."""
 
     instruction: Instruction
     computation: Computation

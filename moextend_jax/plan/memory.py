@@ -16,11 +16,11 @@ from moextend_jax.plan.compiling import Compiled
 
 
 class Memory(NamedTuple):
-    """All in bytes of one chip; `host`, which the total does not have, is what its host keeps of the optimizer.
+    """All in bytes of one chip; `host`, not part of the total, is what its host keeps of the optimizer.
 
-    `padding` is what layouts add to the arguments; those that the step does not use, such as extensions of media that
-    its batch has not, lie there all the same. `outputs` less `aliased` are results that do not take the place of a
-    donated argument. The total counts each byte once."""
+    `padding` is what layouts add to the arguments. Arguments that the step does not use (extensions of media that its
+    batch lacks) take memory all the same. `outputs` less `aliased` are results that do not take the place of a donated
+    argument. The total counts each byte once."""
 
     frozen: int
     trainable: int
@@ -44,7 +44,7 @@ def shard_bytes(tree: Any) -> int:
 
 
 def _bits(dtype: Any) -> int:
-    """Of an element in a chip's memory: of int4 NumPy has one in a byte, XLA two."""
+    """Bits of an element in a chip's memory: XLA packs two int4 in a byte, NumPy one."""
     return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else dtype.itemsize * 8
 
 

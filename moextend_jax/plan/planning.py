@@ -107,7 +107,7 @@ SPLIT = {"E": "experts", "N": "heads", "K": "key heads", "F": "columns of an exp
 
 
 def undivided(config: ModelConfig, mesh: Any) -> list[str]:
-    """What of a decoder its mesh axis does not divide, so that every device along it holds and computes all of it."""
+    """Sizes of a decoder that their mesh axis does not divide: every device along it holds and computes all of it."""
     sizes = config.decoder.sizes()
     axis = {letter: (TABLE[letter] or ("",))[0] for letter in SPLIT}
     return [
@@ -131,7 +131,7 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
     extensions = of_those(config, present).extensions.values()
     expert, tensor, k = mesh.shape["expert"], mesh.shape["tensor"], decoder.top_k
     X = sum(added.new_experts for added in extensions)
-    # Of the picks in an extended layer, those that go to one of its new experts.
+    # Share of the picks in an extended layer that go to one new expert.
     one = (
         1 / (decoder.experts + X)
         if new_share is None or not X
@@ -141,14 +141,14 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
     extended = sum(len(added.layers) * added.new_experts for added in extensions) / max(X, 1)
     here = decoder.experts // expert if decoder.experts % expert == 0 else decoder.experts
     picks = local_tokens(run, mesh) * expert * tensor * k
-    # With experts split over devices new ones have rows of their own, of which a token has no more than there are.
+    # With experts split over devices, new ones have a buffer of their own: min(X, k) rows for each token.
     alone = expert > 1 or config.dispatch == "exchange"
 
     def share(kernel: Kernel, times: float) -> float:
         like_pretrained = kernel.groups == here and decoder.hidden // tensor in kernel.matrix and kernel.rows >= picks
         if X and not like_pretrained:
             new = kernel.groups * one
-            # Run in every layer, though only the extended ones have rows for them.
+            # The product runs in every layer, though only the extended ones have rows for it.
             return (new * k / min(X, k) if alone else new) * min(1.0, extended * run.accumulate / times)
         return (1 - gone) * here / decoder.experts
 

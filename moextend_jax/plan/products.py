@@ -131,13 +131,13 @@ def _is_product(one: Instruction) -> bool:
 
 
 ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4, "forward": 2, "query": 3, "key": 4}
-"""TABLE kernel of splash attention or of ours for GPUs -> products over all pairs of positions; gradients' compute the
-scores again."""
+"""TABLE kernel of splash attention or of ours for GPUs -> number of products over all pairs of positions; gradient
+kernels compute the scores again."""
 
 
 def _attention(one: Instruction, computation: Computation) -> float | None:
-    """Of the causal half; query, output and their gradients, [..., heads, S, H] on TPUs and [B, S, heads, H] on GPUs,
-    are its largest arrays."""
+    """FLOPs of the causal half. Its largest arrays are query, output and their gradients: [..., heads, S, H] on TPUs,
+    [B, S, heads, H] on GPUs."""
     match = re.search(r"(splash_\w+?|triton_attention)_(fwd|dq|dkv|forward|query|key)", f"{one.name} {one.op_name}")
     if not match:
         return None
@@ -172,7 +172,7 @@ def _grouped(one: Instruction, computation: Computation) -> Kernel | None:
         return None
     groups, D, F = matrices[0].dims
     groups //= one.layers
-    # Of the two-dimensional arrays' axes, the one that is not the matrix's is the rows.
+    # The rows are the axis of a two-dimensional array that is not an axis of the matrix.
     counts = [array.dims[0] if array.dims[1] in (D, F) else array.dims[1] for array in rows]
     return Kernel(groups, (D, F), max(counts), one.op_name)
 

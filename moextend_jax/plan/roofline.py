@@ -40,12 +40,12 @@ BOUNDS = ("compute", "memory", "network", "host")
 def roofline(
     chip: Chip, mesh: Any, *, flops: float, traffic: float, sent: Iterable[Collective], host: float = 0.0
 ) -> Roofline:
-    """`flops`, `traffic` and `host`, bytes that its host keeps for every step, are of one chip."""
+    """`flops`, `traffic` and `host` (bytes that its host keeps and each step fetches) are of one chip."""
     by_axis: dict[str, float] = {}
     for one in sent:
         name = "+".join(one.axes)
         bandwidth = axis_bandwidth(chip, mesh, one.axes)
-        # Neighbours only: one link, one direction. To everyone: a torus moves a quarter of what a gather moves.
+        # A permute uses one link in one direction. In an all-to-all, a torus moves a quarter of what a gather moves.
         share = {"collective-permute": 2.0, "all-to-all": one.group / 4, "ragged-all-to-all": one.group / 4}
         factor = max(1.0, share.get(one.kind, 1.0)) if chip.platform == "tpu" else 1.0
         by_axis[name] = by_axis.get(name, 0.0) + factor * one.nbytes * one.times / bandwidth
@@ -67,7 +67,7 @@ def axis_bandwidth(chip: Chip, mesh: Any, axes: tuple[str, ...]) -> float:
     spans = [len(set(coords[:, axis])) for axis in range(coords.shape[1])]
     everywhere = np.array([device.coords for device in mesh.devices.flat])
     sides = [len(set(everywhere[:, axis])) for axis in range(everywhere.shape[1])]
-    # A closed ring sends both ways; an open one, which is a part of a side too, ends somewhere, and has one way there.
+    # A closed ring sends both ways. An open one (also a part of a side) has ends, and only one way there.
     closed = all(side % chip.wraps == 0 for side in sides if side > 1)
     ways = [2 if closed and span == side else 1 for span, side in zip(spans, sides, strict=True) if span > 1]
     return chip.link * max(1, sum(ways))

@@ -54,7 +54,7 @@ WHISPERS = {
 
 
 def model_config(settings: RunSettings, *, stage: str, layers: int | None = None) -> ModelConfig:
-    """From grow on the share p of the layers has X new experts, evenly spread.
+    """Sizes for `stage`. From grow on, a share p of the layers, evenly spread, has X new experts each.
 
     Args:
       layers: decoder layers to keep of the base; None: all.
@@ -127,7 +127,7 @@ def _decoder(base: str) -> DecoderConfig:
 
 
 def _sizes(folder: Path) -> DecoderConfig | None:
-    """From config.json alone, so that a folder without weights will do."""
+    """Sizes from config.json alone, so that a folder without weights is enough."""
     path = folder / "config.json"
     if not path.exists() or huggingface.read_json(path).get("model_type") not in FAMILIES:
         return None

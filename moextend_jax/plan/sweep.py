@@ -157,7 +157,7 @@ def _saved(config: ModelConfig, tokens: int, mesh: Mesh) -> int:
     """Bytes on one chip that all layers save for the backward pass of `tokens` positions: inputs, `config.saved`."""
     decoder = config.decoder
     heads, keys = decoder.heads * decoder.head_size, decoder.kv_heads * decoder.head_size
-    rows = decoder.top_k * decoder.hidden * mesh.shape["expert"]  # room for all picks of the group, were they all here
+    rows = decoder.top_k * decoder.hidden * mesh.shape["expert"]  # room for all picks of the group, should all come
     sizes = dict(zip(SAVED, (heads, decoder.width, keys, keys, heads, rows, rows), strict=True))
     return 2 * decoder.layers * tokens * (decoder.width + sum(sizes[name] for name in config.saved))
 

@@ -44,7 +44,7 @@ def _moved(one: Instruction, computation: Computation, module: Module) -> float:
     if one.opcode in FUSIONS:
         return _moved_by_fusion(one, read, module)
     if one.opcode.endswith("-start") and one.shape.startswith("("):
-        return _nbytes(one)  # names what is read beside what is written
+        return _nbytes(one)  # its shape lists what is read and what is written
     largest = max(read, default=0.0)
     return _nbytes(one) + sum(read) - largest + largest / one.layers
 
@@ -56,7 +56,7 @@ def _moved_by_fusion(one: Instruction, read: list[float], module: Module) -> flo
         # The shape of a kernel that is only started names its operands too.
         result = next((line for line in inside.values() if line.root), one) if one.opcode == FUSIONS[1] else one
         written = _nbytes(result)
-    if any(part.overlapped for part in inside.values()):  # what a collective waits with is handed on as it is
+    if any(part.overlapped for part in inside.values()):  # a collective's aliased arrays are only passed on
         written -= sum(_in_memory(one.arrays[output]) for output, _ in one.aliases)
         waiting = {operand for _, operand in one.aliases}
         read = [0.0 if index in waiting else whole for index, whole in enumerate(read)]
@@ -81,8 +81,8 @@ def _parameter(inside: Computation, index: int) -> set[str]:
 
 
 def _read(names: set[str], inside: Computation, module: Module, whole: float) -> float:
-    """Bytes that a fusion reads of an operand of `whole` bytes, which has these names in it; all where nothing is known
-    to take less."""
+    """Bytes that a fusion reads of an operand of `whole` bytes, which has these names inside it: `whole`, unless it is
+    known to take less."""
     users = [one for one in inside.values() if names & set(one.operands)]
     total = 0.0 if users else whole
     for one in users:

@@ -90,7 +90,7 @@ def collect_command(options: CollectOptions) -> None:
     batch_size = -(-options.batch_size // shards) * shards  # empty rows count for nothing
     options = dataclasses.replace(options, batch_size=batch_size)
     rows: list[Batch] = []
-    # Of bfloat16 there is one precision, and kernels for TPUs do not compile for another.
+    # bfloat16 has only one precision, and TPU kernels do not compile with another.
     with jax.default_matmul_precision("highest" if opened.config.dtype == "float32" else "default"):
         batches: Iterable[Batch] = _batches(options, opened)
         if options.ids_out:
@@ -178,8 +178,8 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
 
 
 def _id_batches(path: Path, config: ModelConfig, *, pad: Callable[[], int], batch_size: int) -> Iterator[Batch]:
-    """Rows as they are, with their pictures where the file has some; those short of a batch are filled up with empty
-    ones."""
+    """The file's rows as they are, with their pictures, if it has some; the last batch is filled up with empty
+    rows."""
     arrays = read_npz(path)
     if "input_ids" not in arrays:
         raise MoextendError(f"{path} holds no input_ids; it holds {', '.join(sorted(arrays)) or 'nothing'}")

@@ -21,7 +21,7 @@ class LayerDistance(NamedTuple):
     """One layer, one kind of token. tv: total variation, half the sum of absolute differences. kl: from A to B, nats.
 
     agreement: share of tokens with the same set of picks, ties left out; None where it cannot be said.
-    tied: tokens whose last pick hangs on less than the tie threshold, on either side.
+    tied: tokens whose last pick was decided by less than the tie threshold, in A or in B.
     """
 
     layer: int
@@ -54,8 +54,8 @@ class Taken(NamedTuple):
     """What the new experts of one extended layer get, of one kind of token.
 
     share_X: picks of each / all picks. probs_X: mean probabilities. tokens: share of the tokens that pick one.
-    from_E: of the base experts that such a token picked before and no longer picks, the share of each; None where
-    picks cannot be compared token by token, or none was lost.
+    from_E: of the picks that such tokens gave up, the share of each base expert; None where picks cannot be compared
+    token by token, or none was lost.
     """
 
     layer: int
@@ -91,7 +91,7 @@ def taken(before: Stats, after: Stats) -> list[Taken]:
 
 
 def _lost(before: Stats, after: Stats, layer: int, kind: Kind) -> tuple[float | None, list[float] | None]:
-    """Share of the tokens that pick a new expert; whose picks of before these tokens gave up."""
+    """Share of the tokens that pick a new expert; of the picks that these gave up, the share of each base expert."""
     if after.per_token is None:
         return None, None
     of_T = after.per_token.image_T == (kind == "image")
@@ -156,7 +156,7 @@ def choices(before: Stats, after: Stats, *, share: float) -> list[Choice] | None
     """What the extender would choose for this pair under each recipe; None for a model that is extended already.
 
     Raises:
-      MoextendError: so small a share of the layers is none of them.
+      MoextendError: the share is so small that it gives no layer.
     """
     if (before.outputs_Z != before.experts).any():
         return None

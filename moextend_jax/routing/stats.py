@@ -41,7 +41,7 @@ class Stats(NamedTuple):
     inputs: str
     per_token: PerToken | None
     layers_Z: np.ndarray | None = None
-    """Their numbers among all layers; None: 0, 1, ..."""
+    """Numbers of these layers among all; None: 0, 1, ..."""
 
     @property
     def layers(self) -> list[int]:
@@ -84,8 +84,8 @@ def load_of(stats: Stats, kind: Kind | Literal["all"]) -> Load:
 
 
 def on_shared_columns(stats: Stats) -> Stats:
-    """The pretrained experts' columns alone: of picks those that went to them, of probabilities what each has of what
-    they have together. Single tokens keep their picks and entropies."""
+    """The pretrained experts' columns alone: the picks that went to them, and their probabilities, rescaled to a sum of
+    one. Single tokens keep their picks and entropies."""
     own = slice(0, stats.experts)
 
     def of_all(probs_ZO: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Loss of rows that nothing trains on: batches in, mean nats per labelled token out.
 
-Of text it says what a model forgot, its loss less the base's; while a stage trains, how it does on other rows.
+On text, this loss minus the base's shows what a model forgot. While a stage trains, it is the validation loss.
 """
 
 from __future__ import annotations

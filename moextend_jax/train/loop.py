@@ -62,8 +62,8 @@ def train_loop(
 
     Args:
       model: the structure; rows: this process's batches, on the host.
-      arrays: its leaves by path, on the mesh. Those that are trained are taken over, and are gone afterwards: memory
-        has room for them once.
+      arrays: its leaves by path, on the mesh. Those that are trained are donated, and must not be used afterwards:
+        memory has no room for two copies.
 
     Raises:
       Preempted: the machine is to be taken away; a checkpoint of the last step is on disk.
@@ -127,7 +127,7 @@ def train_loop(
                 jax.block_until_ready(before_last)
                 with tracer.step(count, state), compiling:
                     state, metrics = step(state, frozen, batch._replace(faults_BG=None, examples_Bg=None))
-                watchdog.alive()  # not before the first: it is compiled
+                watchdog.alive()  # from the first step's end on, since that step is also compiled
                 tracer.after(count, metrics)
                 compiling = contextlib.nullcontext()
                 last, before_last = metrics, last

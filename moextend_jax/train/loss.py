@@ -17,12 +17,12 @@ from moextend_jax.models.weights import used
 from moextend_jax.sharding import Shards, map_shards, platform, shards
 
 COLUMNS = 512
-"""Of the head, whose logits are in cache at once on CPU."""
+"""Columns of the head whose logits are in cache at once on CPU."""
 
 
 class Losses(NamedTuple):
-    """total = ce + aux_coefficient * aux (and what balances LoRA experts), ce in nats per labelled token, the number of
-    labelled tokens, and how many tokens chose each expert, by layer."""
+    """total = ce + aux_coefficient * aux, plus the losses of LoRA experts' balance and of drift. ce: nats per labelled
+    token. tokens: the number of labelled tokens. picks_ZO: how many tokens chose each expert, by layer."""
 
     total: jax.Array
     ce: jax.Array
@@ -32,8 +32,8 @@ class Losses(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Per layer: picks_ZO = share of the tokens that may choose the expert that did, probs_ZO = its mean probability
-    among them, counts_ZO = how many they are; 0 where the layer lacks the expert."""
+    """By layer and expert, over the tokens that may choose the expert: picks_ZO = the share that did, probs_ZO = its
+    mean probability, counts_ZO = how many tokens these are; 0 where the layer lacks the expert."""
 
     picks_ZO: jax.Array
     probs_ZO: jax.Array
@@ -71,7 +71,7 @@ def cross_entropy(
 
 
 def labelled_tokens(labels_BL: jax.Array) -> jax.Array:
-    """How many positions are predicted: all that have a label but the first of a row, which nothing comes before."""
+    """How many labels are predicted: all but one on a row's first position, which nothing comes before."""
     return (labels_BL[:, 1:] != IGNORE).sum()
 
 
@@ -97,11 +97,11 @@ def _nats(logits_cV, targets_c):
 
 
 def _nats_without_logits(hidden_cD, head_DV, targets_c, *, gradient: bool) -> tuple[jax.Array, Any]:
-    """The sum of the losses of a chunk, and if asked its gradient to hidden_cD where the head is frozen (else None).
+    """The sum of the losses of a chunk, and with `gradient` its gradient to hidden_cD for a frozen head (else None).
 
-    A position's gradient is the mean of the head's columns under its softmax, less its target's column. So one pass
+    A position's gradient is the mean of the head's columns under its softmax, minus its target's column. So one pass
     over blocks of columns gives both, with FlashAttention's arithmetic for the softmax (Dao et al. 2022): one exp per
-    logit and none of them written.
+    logit, and logits are not written to memory.
     """
     (D, V), c = head_DV.shape, len(targets_c)
     columns = min(COLUMNS, V)
@@ -178,8 +178,8 @@ def _piece(i: jax.Array, chunk: int, *arrays: jax.Array) -> list[jax.Array]:
 
 
 def load(routing: Routing, valid_T: jax.Array, *, scores: str = "softmax") -> Load:
-    """Load of every expert over the tokens where `valid_T` that may choose it (all, of a pretrained expert); arrays of
-    `routing` are stacked over layers (Z), and its logits become `scores`. valid_T: of all layers, or `[Z, T]`."""
+    """Load of every expert over the valid tokens that may choose it (logit not -inf). Arrays of `routing` are stacked
+    over layers (Z). scores: a row of `router.SCORES`. valid_T: one mask for all layers, or `[Z, T]`."""
     outputs, valid_ZT1 = routing.logits_TO.shape[-1], jnp.atleast_2d(valid_T)[..., None]
     may_ZTO = ~jnp.isneginf(routing.logits_TO) & valid_ZT1
     counts_ZO = may_ZTO.sum(axis=1)
@@ -199,9 +199,9 @@ def aux_per_layer(load: Load, *, config: ModelConfig) -> jax.Array:
 
 
 def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
-    """The released code's form: tokens of all layers pooled (Hugging Face), or, in an extended model, the sum over
-    layers times E+X over the number of layers, plain layers included. Shares are of all tokens, whether they may
-    choose or not."""
+    """The released code's form: tokens of all layers are pooled (Hugging Face). In an extended model it is the sum over
+    all layers, plain ones too, times (E+X) / (number of layers). Shares are of all tokens, also of those that may not
+    choose the expert."""
     tokens_Z1 = jnp.maximum(load.counts_ZO.max(axis=-1, keepdims=True), 1)
     product_ZO = load.picks_ZO * load.probs_ZO * (load.counts_ZO / tokens_Z1) ** 2
     if config.extensions:
@@ -210,20 +210,20 @@ def aux_released(load: Load, *, config: ModelConfig) -> jax.Array:
 
 
 def balance_per_layer(probs_ZTI: jax.Array, valid_BL: jax.Array) -> jax.Array:
-    """Of LoRA experts: sum_i (share of tokens whose likeliest is i) * (mean probability of i), the mean over layers; no
-    factor I, so balanced it is 1/I."""
+    """Balance of LoRA experts: the mean over layers of sum_i (share of tokens whose likeliest is i) * (mean probability
+    of i). It has no factor I, so it is 1/I when balanced."""
     return _of_lora_experts(probs_ZTI, valid_BL.reshape(1, -1)).mean()
 
 
 def balance_released(probs_ZTI: jax.Array, valid_BL: jax.Array) -> jax.Array:
-    """The same of each row of the batch with tokens of all layers pooled, the mean over rows: LLaVA-MoLE's code."""
+    """The same sum for each row of the batch, with tokens of all layers pooled; mean over rows (LLaVA-MoLE's code)."""
     probs_BTI = jnp.moveaxis(probs_ZTI.reshape(len(probs_ZTI), *valid_BL.shape, -1), 0, 1)
     probs_BTI = probs_BTI.reshape(len(valid_BL), -1, probs_ZTI.shape[-1])
     return _of_lora_experts(probs_BTI, jnp.tile(valid_BL, (1, len(probs_ZTI)))).mean()
 
 
 def _of_lora_experts(probs_nTI: jax.Array, valid_nT: jax.Array) -> jax.Array:
-    """`[n]`, over the tokens that are valid."""
+    """That sum over valid tokens, `[n]`."""
     valid_nT1 = jnp.broadcast_to(valid_nT, probs_nTI.shape[:2]).astype(jnp.float32)[..., None]
     counts_n1 = jnp.maximum(valid_nT1.sum(axis=1), 1)
     picks_nTI = jax.nn.one_hot(jnp.argmax(probs_nTI, axis=-1), probs_nTI.shape[-1])
@@ -232,7 +232,7 @@ def _of_lora_experts(probs_nTI: jax.Array, valid_nT: jax.Array) -> jax.Array:
 
 
 def drift_per_layer(drift_ZT2: jax.Array, valid_T: jax.Array) -> jax.Array:
-    """The mean over tokens that may choose what trains, then over the layers that have it (`Routing.drift_T2`)."""
+    """The mean over tokens that may choose the trained extension, then over its layers (`Routing.drift_T2`)."""
     sums_Z2 = (drift_ZT2 * valid_T.astype(jnp.float32)[None, :, None]).sum(axis=1)
     means_Z = sums_Z2[:, 0] / jnp.maximum(sums_Z2[:, 1], 1)
     return means_Z.sum() / jnp.maximum((sums_Z2[:, 1] > 0).sum(), 1)
@@ -241,24 +241,24 @@ def drift_per_layer(drift_ZT2: jax.Array, valid_T: jax.Array) -> jax.Array:
 BALANCE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "per_layer": balance_per_layer, "released": balance_released,
 }  # fmt: skip
-"""TABLE `Recipe.aux_loss` -> load balancing of LoRA experts, whose layers have no experts of their own number."""
+"""TABLE `Recipe.aux_loss` -> load balancing of LoRA experts."""
 
 AUX: dict[str, Callable[..., jax.Array]] = {"per_layer": aux_per_layer, "released": aux_released}
 
 
 def _open(valid: jax.Array, share_BL: jax.Array | None) -> jax.Array:
-    """Of the tokens that are valid, `[B, L]` or `[T]`, those that a rival is open to."""
+    """The valid tokens, `[B, L]` or `[T]`, that may use an adapter or a block."""
     return valid if share_BL is None else valid & ~jnp.isneginf(share_BL).reshape(valid.shape)
 
 
 def _by_logits(routing: Routing, *, top_k: int) -> Routing:
-    """As if experts were chosen by their logits: what transformers balances where they are not."""
+    """Routing as if experts were chosen by their logits; transformers balances this even where they are not."""
     return routing._replace(ids_Tk=jax.lax.top_k(routing.logits_TO, top_k)[1])
 
 
 def _of_all(parts: Sequence[Routing]) -> Routing:
-    """Routing of layers and of blocks behind each other. Where experts are added to a token's picks, layers have more
-    of these: nobody, with weight 0, stands in for them."""
+    """Routing of layers, then of blocks. With experts of start "added", layers have more picks for each token, so picks
+    of blocks are filled up with no expert (id O) and weight 0."""
     most, nobody = max(part.ids_Tk.shape[-1] for part in parts), parts[0].logits_TO.shape[-1]
 
     def filled(part: Routing) -> Routing:
@@ -278,7 +278,7 @@ def losses(
 
     Args:
       chunk: labelled positions whose logits exist at a time.
-      tokens: what the sum of the cross-entropy is divided by, below 1 too; None: the labelled tokens, at least 1.
+      tokens: divisor of the summed cross-entropy, may be below 1; None: the number of labelled tokens, at least 1.
     """
     decoded = model(batch, skip_padding=True)
     options = {"recipe": recipe, "aux_coefficient": aux_coefficient, "chunk": chunk, "tokens": tokens}

@@ -29,18 +29,18 @@ class Meter:
         peak = chips.peak_flops(devices[0].device_kind)
         self.peak = None if peak is None else peak * len(devices)
         self.flops = 0.0
-        self.compiles = True  # in the time of the first line is the compiler's
+        self.compiles = True  # the time of the first line includes compilation
         self._restart()
 
     def note(self, batch: Batch, metrics: Mapping[str, Any]) -> None:
-        """A step that has been started: its batch of all processes, and what it returns, which nobody waits for here.
-        Nor is anything summed: on CPU JAX computes small things at once, behind the step."""
+        """Notes a step that has been started: its batch of all processes, and its metrics. It does not wait for these,
+        nor sum them, since on CPU JAX would wait for the step to compute a small sum."""
         self.tokens.append(metrics["tokens"])
         self.flops = self.flops or model_flops(self.config, batch, trains=self.trains)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, time is no step's."""
+        """Time inside is not counted as step time."""
         began = perf_counter()
         yield
         self.other += perf_counter() - began
@@ -67,7 +67,7 @@ class Meter:
 
 
 def model_flops(config: ModelConfig, batch: Batch, *, trains: tuple[str, ...]) -> float:
-    """FLOPs of a step on this batch, nothing counted twice; without the tower's where its features are cached."""
+    """FLOPs of a step on this batch, without recomputation, and without towers whose features are cached."""
     rows, length = batch.ids_BL.shape
     items = {name: array.shape[1] for name, array in (*batch.media.items(), *batch.features.items())}
     flops = step_flops(config, trains=trains, rows=rows, length=length, items=items)
@@ -76,7 +76,7 @@ def model_flops(config: ModelConfig, batch: Batch, *, trains: tuple[str, ...]) -
 
 
 def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[float | None]]:
-    """Of each layer's picks: the share of the busiest expert, how even they are (1: all experts alike, 0: one has them
+    """For each layer: the busiest expert's share of picks, their normalised entropy (1: all experts alike, 0: one has
     all), and in an extended model the share of new experts, None in plain layers."""
     experts, routed = config.decoder.experts, config.decoder.routed
     share_ZO = picks_ZO / np.maximum(picks_ZO.sum(axis=1, keepdims=True), 1e-9)

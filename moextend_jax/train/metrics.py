@@ -27,10 +27,10 @@ class MetricsWriter:
 
     `resume_step` is the step of the checkpoint the run starts from: later lines, left by a run that was cut off,
     are dropped, so that the file equals an uninterrupted run's. 0 starts afresh. Only process 0 writes. Where the
-    directory is a URL, TensorBoard's files arrive at the end. What the disk refuses is a MoextendError.
+    directory is a URL, TensorBoard's files arrive at the end. Errors of the disk become a MoextendError.
 
     Args:
-      sinks: rows of `sinks.SINKS`; name, settings: what the run is called there, and made with.
+      sinks: rows of `sinks.SINKS`; name, settings: the run's name and its settings there.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class MetricsWriter:
         self._lines, self._sinks = None, {}
         if process_index != 0:
             return
-        # A bucket's objects cannot grow: lines are kept here, and sent whole.
+        # Objects of a bucket cannot be appended to: the file is kept here, and sent whole.
         self._away, here = (directory, Path(tempfile.mkdtemp())) if is_url(directory) else (None, directory)
         self._path = path = here / "metrics.jsonl"
         with self._disk_errors():
@@ -99,7 +99,7 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _sink_errors(self, kind: str) -> Iterator[None]:
-        """A tool that fails says so once, and training goes on without it: the lines have everything."""
+        """Reports a tool that fails once, and goes on without it, since metrics.jsonl has everything."""
         try:
             yield
         except Exception as error:
@@ -122,7 +122,7 @@ class MetricsWriter:
         try:
             self.close()
         except MoextendError:
-            if kind is None:  # otherwise what is under way is the better message
+            if kind is None:  # otherwise the exception under way is the better message
                 raise
 
 

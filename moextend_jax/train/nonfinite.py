@@ -51,7 +51,8 @@ class Watch:
         return [seen.step for seen in bad]
 
     def go_back(self) -> None:
-        """The run goes back to an earlier step, whose number comes again with another batch; as many may be bad."""
+        """Notes that the run goes back to an earlier step. Its number comes again with another batch, and the count of
+        written batches starts again."""
         self._written, self._back = 0, self._back + 1
 
     def _write(self, seen: Seen) -> None:

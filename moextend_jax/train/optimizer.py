@@ -1,6 +1,6 @@
-"""The optimizer of a stage: clip by the norm of what trains, then AdamW per group of leaves, for a rate of one.
+"""The optimizer of a stage: clip by the norm of what trains, then AdamW per group, for a learning rate of one.
 
-The step multiplies its updates by the learning rate of the step's number, so a rate is said in one place.
+The step multiplies the updates by its learning rate, so the rate is in one place.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> o
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """Adam's moments and what they make of a gradient, a leaf after another: so of moments that are kept in the host's
-    memory a device never holds more than one leaf's."""
+    """Adam, one leaf after another. So where moments are kept in the host's memory, a device never holds more than
+    those of one leaf."""
     adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.first_moment)
 
     def put(state: Any, space: Any) -> Any:
@@ -86,8 +86,8 @@ def in_float32(tree: Any) -> Any:
 
 
 def _in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """The same with its sums, updates and, if nothing else is said, moments in float32 whatever the leaves are: in
-    eight bits of mantissa a second moment that keeps 0.999 of itself would never shrink."""
+    """`inner` with sums, updates and (unless set otherwise) moments in float32, whatever the leaves' dtype: in
+    bfloat16's eight bits of mantissa, a second moment times 0.999 would never shrink."""
 
     def update(updates, state, params=None, **extra):
         return inner.update(in_float32(updates), state, in_float32(params), **extra)

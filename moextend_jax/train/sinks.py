@@ -25,7 +25,7 @@ PROJECT = "moextend"
 
 
 class Sink(NamedTuple):
-    """`back(step)`: what was logged of later steps is not to be, where the tool can do that."""
+    """`back(step)` drops what was logged of later steps, where the tool can do that."""
 
     log: Callable[[int, Mapping[str, float]], Any]
     close: Callable[[], Any]
@@ -46,7 +46,7 @@ class Kind(NamedTuple):
 
 def _tensorboard(folder: Path, name: str, settings: dict[str, Any], resume_step: int) -> Sink:
     """Event files in FOLDER/tensorboard, written in the caller's thread, so that errors are the caller's too."""
-    with _absent("torch"):  # tensorboardX would import it where it is there: two seconds, for nothing that is used here
+    with _absent("torch"):  # tensorboardX would import it if installed: two seconds, and nothing here uses it
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
@@ -62,7 +62,7 @@ def _tensorboard(folder: Path, name: str, settings: dict[str, Any], resume_step:
         for tag, value in numbers.items():
             write(step, summary=summary.scalar(tag, value))
 
-    def back(step: int) -> None:  # TensorBoard then shows nothing that files so far say of later steps
+    def back(step: int) -> None:  # TensorBoard then hides what earlier files say of later steps
         write(step + 1, session_log=proto.SessionLog(status=proto.SessionLog.START))
 
     back(resume_step)
@@ -92,8 +92,8 @@ def _wandb(folder: Path, name: str, settings: dict[str, Any], resume_step: int) 
     )  # fmt: skip
 
     def log(step: int, numbers: Mapping[str, float]) -> None:
-        # W&B takes no step twice. One that a resumed run does again has the same numbers; of steps that a run has gone
-        # back on it keeps the first, as metrics.jsonl does not.
+        # W&B takes no step twice. A step that a resumed run repeats has the same numbers. After a run goes back, W&B
+        # keeps the first numbers of the repeated steps, but metrics.jsonl has the later ones.
         if step >= run.step:
             run.log(dict(numbers), step=step)
 

@@ -46,8 +46,8 @@ GROUPS: dict[str, Group] = {
 
 
 def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
-    """(trainable, frozen). Every pattern must match something: a stage without its leaves is a mistake. What only
-    chooses is frozen whatever is asked: it has no gradient, and weights that decay would change it."""
+    """(trainable, frozen). Every pattern must match something: a stage without its leaves is a mistake. Leaves that
+    only choose experts are always frozen: they have no gradient, and weight decay would change them."""
     trains = tuple(trains)
     for pattern in trains:
         if not any(fnmatchcase(path, pattern) for path in leaves):
@@ -60,8 +60,8 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
 
 
 def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
-    """The structure of a model whose step trains these leaves: it says what of it has a gradient. A step that trains
-    several extensions has neither guidance nor drift, which are of one alone."""
+    """The model's structure for a step that trains these leaves; its config says which parts have a gradient. Guidance
+    and drift are rules for one extension, so they are off in a step that trains several additions."""
     trainable = tuple(trainable)
     training = {path.split("/")[1] for path in trainable if path.startswith(ADDITIONS)}
     guided = {} if len(training) < 2 else {"guidance": 0.0, "drift": 0.0}

@@ -36,10 +36,10 @@ class TrainState(NamedTuple):
 def init_state(
     trainable: dict[str, jax.Array], optimizer: optax.GradientTransformation, *, shardings: Any = None
 ) -> TrainState:
-    """The state before the first step, which the step takes over, `trainable` and all.
+    """The state before the first step. Steps donate its arrays, also those of `trainable`.
 
     Args:
-      shardings: of `state_shardings`: everything is made where it will lie. None: on the first device.
+      shardings: from `state_shardings`; each array is made on its own devices. None: on the first device.
     """
     if shardings is None:
         return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jnp.int32(0))
@@ -51,8 +51,8 @@ def init_state(
 def state_shardings(
     trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
 ) -> Any:
-    """A `TrainState` of shardings: of `trainable`, real or abstract leaves that have theirs, and of all that comes with
-    them; `moments` as in `OptimizerConfig`."""
+    """A `TrainState` of shardings: those of `trainable`, real or abstract leaves, and those of the optimizer's state
+    and the counts. `moments` is as in `OptimizerConfig`."""
     state = jax.eval_shape(optimizer.init, dict(trainable))
     count: Any = NamedSharding(mesh, spec(""))
     own: Any = {path: leaf.sharding for path, leaf in trainable.items()}
@@ -130,7 +130,7 @@ def make_step(
         updates = jax.tree.map(lambda leaf: rate * leaf, updates)
         trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
         trainable = jax.tree.map(functools.partial(jnp.where, finite), trainable, state.trainable)
-        trainable = placed(trainable)  # as they came, so that the donated buffers take them
+        trainable = placed(trainable)  # with their old shardings, so that donated buffers are reused
         metrics = {
             "loss": losses_.total,
             "ce": losses_.ce,
@@ -192,7 +192,7 @@ def summed(
 
 @jax.custom_vjp
 def _summed_first(leaf: jax.Array) -> jax.Array:
-    """The leaf itself, whose gradient is one value and not added up piece by piece."""
+    """The leaf itself. Its gradient is summed as one value first, not added up in place piece by piece."""
     return leaf
 
 

@@ -1,6 +1,6 @@
 """A trace of some steps, for xprof: `settings.profiled` in, FOLDER/plugins/profile/DATE/HOST.xplane.pb out.
 
-Process 0 traces its own devices and its own Python. In the trace a step is a "train" with its number.
+Process 0 traces its own devices and its own Python. A step is called "train" in the trace, with its number.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class Tracer:
 
     def __init__(self, folder: Path, steps: range):
         self.folder, self.steps = folder, steps if jax.process_index() == 0 else range(0)
-        # JAX writes where it can seek.
+        # JAX needs to seek in the file, so it writes to a disk here.
         self._here = Path(tempfile.mkdtemp()) if is_url(folder) and self.steps else folder
         self._runs = False
 
     def announce(self, name: str, *, after: int, last: int) -> None:
-        """Says where nothing will be traced: the steps after `after` until `last` are those that are done now."""
+        """Prints a line if nothing will be traced; this run does the steps `after` + 1 to `last`."""
         if self.steps and not (self.steps.start <= last and after + 1 < self.steps.stop):
             span = f"{self.steps.start}:{self.steps.stop - 1}"
             print(f"{name}: nothing is traced: profile is {span}, and this goes from step {after + 1} to {last}")
 
     def step(self, count: int, before: Any) -> jax.profiler.StepTraceAnnotation:
-        """To be entered around a step; `before` is what it starts from, which a trace waits for."""
+        """A context around a step; `before` is the step's input, for which a trace waits before it starts."""
         if count in self.steps and not self._runs:
             jax.block_until_ready(before)
             jax.profiler.start_trace(str(self._here))

@@ -1,8 +1,8 @@
 """Ends a process that hangs: a host that waits for ever, for others or for a disk, costs as much as one that works.
 
-In: how long a step may take. Out: past it, where every thread of the process stands on standard error, and exit code 1,
-so that whatever started the run starts it again from its newest checkpoint. Python's own `faulthandler` does both, in a
-thread that needs nothing of the interpreter.
+In: how long a step may take. Out: after that time, the stack of every thread on standard error, and exit code 1, so
+that whatever started the run starts it again from its newest checkpoint. Python's own `faulthandler` does both, in a
+thread that does not need the interpreter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 
 class Watchdog:
-    """Use it in `with`; `alive` after every step. seconds: between two of these; 0: never ends a process."""
+    """Use it in `with`, and call `alive` after every step. seconds: at most between two calls; 0: no limit."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
