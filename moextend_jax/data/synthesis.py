@@ -1,8 +1,8 @@
 """Sounds that installed packages make: a note of an instrument or a sentence in, wave_a (float32, 16 kHz) out.
 
 Instruments are the recordings of a sound font (General MIDI), played by `tinysoundfont`; speech is eSpeak NG's, whose
-library `espeakng-loader` brings. An instrument gives the same samples for the same note; a `Speaker` does so for the same
-sentences in the same order.
+library `espeakng-loader` brings. An instrument gives the same samples for the same note; a `Speaker` does so for the
+same sentences in the same order.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 In: the decoder and `BlocksConfig`. Out: a stack of N layers, of which one runs behind every Z/N of the layers that
 route (`decoder.run_layers`). Each starts as a copy of the layer below it, but with zeros in the maps whose outputs are
-added to the hidden states, attention's output and the experts' down projections (`SILENT`). So hidden states are exactly the base's, and at first only these have a gradient.
+added to the hidden states: attention's output map and the experts' down projections (`SILENT`). So hidden states are
+exactly the base's, and at first only these maps have a gradient.
 """
 
 from __future__ import annotations
