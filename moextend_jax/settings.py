@@ -696,7 +696,7 @@ class RunSettings:
 
     def of_extension(self, extension: str) -> RunSettings | ExtensionSettings:
         """The groups of an extension."""
-        return self if extension == self.extension else self.extensions[extension]
+        return dict(self._groups)[extension]
 
     @property
     def links(self) -> tuple[Link, ...]:

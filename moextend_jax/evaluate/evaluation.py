@@ -45,10 +45,10 @@ class _Said(NamedTuple):
     it was asked with -> whether the answer was right."""
 
     answers: dict[str, list[str]]
-    right: dict[str, list[dict[frozenset[str], bool]]]
-    answer_loss: float | None
-    text_losses: dict[str, float] | None
-    picks: list[Picks] | None
+    right: dict[str, list[dict[frozenset[str], bool]]] = {}
+    answer_loss: float | None = None
+    text_losses: dict[str, float] | None = None
+    picks: list[Picks] | None = None
 
 
 def evaluate(run: Run) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _ask_all(
         guessed = pool.submit(guesses)  # seconds of reading, while programs are compiled
         said = {name: ask(name, of_name, bar=bar) for name, of_name in todo.items()}
     under_all_names = {name: _only(said[first_name[name]], plan[name]) for name in plan}
-    return {"question_only": _Said(guessed.result(), {}, None, None, None), **under_all_names}
+    return {"question_only": _Said(guessed.result()), **under_all_names}
 
 
 def _only(said: _Said, on: Collection[str]) -> _Said:

@@ -124,6 +124,10 @@ class Rule(NamedTuple):
     def of(cls, config: DecoderConfig) -> Rule:
         return cls(*(getattr(config, name) for name in cls._fields))
 
+    def dtype(self, x_TD: jax.Array) -> Any:
+        """What tokens and columns are multiplied in."""
+        return jnp.float32 if self.router_float32 else x_TD.dtype
+
 
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": functools.partial(jax.nn.softmax, axis=-1),
@@ -174,7 +178,7 @@ class Gate(NamedTuple):
 
     def logits(self, x_TD: jax.Array, rule: Rule) -> jax.Array:
         """float32 `[T, E]`."""
-        dtype, precision = (jnp.float32, "highest") if rule.router_float32 else (x_TD.dtype, None)
+        dtype, precision = rule.dtype(x_TD), "highest" if rule.router_float32 else None
         product_TE = jnp.einsum(
             "TD,DE->TE", x_TD.astype(dtype), self.columns_DE.astype(dtype),
             precision=precision, preferred_element_type=jnp.float32,
@@ -348,8 +352,7 @@ def _own_logits(x_TD: jax.Array, gate: Gate, slot: NewColumns, rule: Rule) -> ja
     """Logits of the new columns, [T, X]. They are computed in one matrix product with the base's columns, so that an
     exact copy gets its source's logit; in a product of its own, rounding would decide between the two, differently on
     each mesh. `TIE` covers what the base's own product rounds otherwise."""
-    dtype = jnp.float32 if rule.router_float32 else x_TD.dtype
-    cast = gate._replace(columns_DE=gate.columns_DE.astype(dtype))  # and_columns leaves the update out
+    cast = gate._replace(columns_DE=gate.columns_DE.astype(rule.dtype(x_TD)))  # and_columns leaves the update out
     return cast.and_columns(slot).logits(x_TD, rule)[:, gate.columns_DE.shape[-1] :]
 
 

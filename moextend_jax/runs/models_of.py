@@ -152,7 +152,7 @@ def grown_as(workdir: Path, settings: RunSettings, name: str) -> dict[str, Any]:
 
 def read_selection(run: Run, extension: str) -> dict[str, Any]:
     """The content of an extension's select/routing.json."""
-    name = "select" if extension == run.settings.extension else f"select:{extension}"
+    name = results.named(run.settings, extension, "select")
     path = run.folder(name) / "routing.json"
     if not path.exists():
         raise not_run(run.workdir, name)
