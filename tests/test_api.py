@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_a_pil_image_is_prepared_as_its_file_is(pixels_hwc: np.ndarray, tmp_path
     assert read_picture(Image.open(tmp_path / "turned.png")).size == (20, 50)
     (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:1500])
     for wrong, message in (
-        (Image.open(tmp_path / "cut.png"), "cannot be read: .*truncated"),
+        (Image.open(io.BytesIO((tmp_path / "cut.png").read_bytes())), "cannot be read: .*truncated"),
         (Image.new("RGB", (0, 3)), "no pixels"),
         (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN"),
     ):

@@ -15,6 +15,7 @@ import pytest
 import reference_set
 
 from moextend_jax import cli
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.compare import forward, reference, verdict
 from moextend_jax.config import MoextendError
 
@@ -48,7 +49,7 @@ def changed(text: Path, folder: Path, changes: dict[str, Any]) -> Path:
     """The reference of `text` in another folder, with other arrays in it; None leaves one out."""
     for name in ("batches.npz", "manifest.json"):
         shutil.copy(text / name, folder / name)
-    arrays = dict(np.load(text / "forward_torch.npz")) | changes
+    arrays = read_npz(text / "forward_torch.npz") | changes
     return save(folder / "forward_torch.npz", {name: array for name, array in arrays.items() if array is not None})
 
 
@@ -78,7 +79,7 @@ def test_every_array_of_the_file_has_a_line_and_all_are_equal(derived, text: Pat
 
 def test_ties_of_new_columns_with_their_sources_are_found_and_named(derived, text: Path, tmp_path: Path, capsys):
     theirs = reference_set.forward(derived.models["moextend_init"], derived.batches["text"], derived.pixels["text"])
-    arrays = {name: None for name in np.load(text / "forward_torch.npz")}
+    arrays = {name: None for name in read_npz(text / "forward_torch.npz")}
     arrays |= {f"text/{name}": theirs[name] for name in ("logits", "topk_idx/1", "topk_idx/3")}
     code, record = compare(capsys, derived.folder / "moextend_init", changed(text, tmp_path, arrays))
     assert code == 0
@@ -103,7 +104,7 @@ def test_embeddings_of_a_model_that_sees_went_through_a_tower(derived, text: Pat
 
 
 def test_one_number_beyond_tolerance_is_exit_code_1(derived, text: Path, tmp_path: Path, capsys):
-    arrays = dict(np.load(text / "forward_torch.npz"))
+    arrays = read_npz(text / "forward_torch.npz")
     logits_BLV, picks_Tk = arrays["text/logits"].copy(), arrays["text/topk_idx/2"].copy()
     logits_BLV[1, 2, 3] += 3e-4
     picks_Tk[0] = picks_Tk[0, ::-1]
@@ -154,9 +155,9 @@ def test_a_broken_reference_is_an_error_that_says_what(derived, tmp_path: Path, 
     arrays = change.get("arrays", {"train0/logits": np.zeros((4, 32, reference_set.V), np.float32)})
     save(tmp_path / "forward.npz", arrays)
     if "batches" in change:
-        save(tmp_path / "batches.npz", {**np.load(derived.folder / "batches.npz"), **change["batches"]})
+        save(tmp_path / "batches.npz", {**read_npz(derived.folder / "batches.npz"), **change["batches"]})
     if "images" in change:
-        pixels = {"pixel_values": np.load(derived.folder / "images.npz")["pixel_values"]}
+        pixels = {"pixel_values": read_npz(derived.folder / "images.npz")["pixel_values"]}
         save(tmp_path / "images.npz", pixels | change["images"] if change["images"] else {})
     if "manifest" in change or "spec" in change:
         facts = change.get("manifest") or json.dumps({"spec": {"coef": 0.1, **change["spec"]}})
@@ -186,7 +187,7 @@ def test_a_folder_is_no_file_and_its_files_are_listed(derived):
 
 
 def test_a_file_of_unknown_arrays_alone_has_nothing_to_compare(derived, text: Path, tmp_path: Path):
-    arrays = {name: None for name in np.load(text / "forward_torch.npz")}
+    arrays = {name: None for name in read_npz(text / "forward_torch.npz")}
     file = changed(text, tmp_path, arrays | {"nowhere/logits": np.zeros(3), "text/surprise": np.zeros(3)})
     with pytest.raises(MoextendError, match="nothing in .* could be compared: logits: .* no batch 'nowhere'"):
         cli.call(["compare", *arguments(derived.folder / "moextend_pert", file)])

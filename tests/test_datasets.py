@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -131,6 +132,14 @@ def test_what_another_process_builds_just_before_one_looks_is_opened(tmp_path, m
     early, other = (builders.packaged("easy_vqa", "questions", tmp_path) for _ in range(2))
     builders.build(other)
     assert len(builders.open_built(early, "train", name="easy_vqa").rows) == 3
+
+
+def test_building_and_opening_leave_nothing_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for _ in range(2):
+        open_llava(tmp_path, [{"id": 1, "conversations": TALK}])
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_another_json_file_is_another_data_set(tmp_path):

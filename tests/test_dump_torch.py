@@ -18,6 +18,7 @@ from tiny import few
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.routing import stats as statistics
 
 TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
@@ -140,10 +141,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_any_mixture_whose_routers_transformers_calls_so_is_dumped(families: Path, name: str):
     stats, sizes = statistics.read_stats(families / f"{name}.npz"), FAMILIES[name]
-    real = np.load(families / "ids.npz")["attention_mask"].reshape(-1) > 0
+    real = read_npz(families / "ids.npz")["attention_mask"].reshape(-1) > 0
     assert stats.tokens == {"text": int(real.sum()), "image": 0} and stats.top_k == sizes["num_experts_per_tok"]
     assert stats.per_token is not None and len(np.unique(stats.per_token.ids_ZTk)) == stats.experts
-    layers = np.load(families / f"{name}.npz")["layers"].tolist()
+    layers = read_npz(families / f"{name}.npz")["layers"].tolist()
     assert layers == ([1, 2] if name == "deepseek_v3" else [0, 1, 2])
     if name == "deepseek_v3":  # whose picks are not those of the largest logits
         assert stats.experts == 8
@@ -165,7 +166,7 @@ def published(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="torch is not installed: pip install moextend-jax[torch]")
     root, words = tmp_path_factory.mktemp("published"), []
     for name in PUBLISHED:
-        batch = np.load(shared / "families" / name / "batches.npz")
+        batch = read_npz(shared / "families" / name / "batches.npz")
         ids = {"input_ids": batch["text/input_ids"], "attention_mask": batch["text/attention_mask"]}
         np.savez(root / f"{name} ids.npz", **ids)
         files = ["--ids", str(root / f"{name} ids.npz"), "--out", str(root / f"{name}.npz")]
@@ -177,11 +178,11 @@ def published(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_forms_of_other_families_are_dumped(shared: Path, published: Path, name: str):
-    mask_BL = np.load(published / f"{name} ids.npz")["attention_mask"]
-    wanted = np.load(shared / "families" / name / "forward.npz")
+    mask_BL = read_npz(published / f"{name} ids.npz")["attention_mask"]
+    wanted = read_npz(shared / "families" / name / "forward.npz")
     stats = statistics.read_stats(published / f"{name}.npz")
     assert stats.per_token is not None
-    for z, layer in enumerate(np.load(published / f"{name}.npz")["layers"]):
+    for z, layer in enumerate(read_npz(published / f"{name}.npz")["layers"]):
         picks_Tk = wanted[f"text/topk_idx/{layer}"][mask_BL.reshape(-1) > 0]
         np.testing.assert_array_equal(np.sort(stats.per_token.ids_ZTk[z]), np.sort(picks_Tk))
 

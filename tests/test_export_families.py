@@ -22,6 +22,7 @@ import tiny
 
 from moextend_jax.checkpoints import huggingface, names
 from moextend_jax.checkpoints.loading import Source, open_checkpoint
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.checkpoints.store import Record
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
@@ -144,7 +145,7 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     words = [sys.executable, str(SCRIPT), str(inputs), str(out), *(str(root / case) for case in cases)]
     ran = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=root)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return np.load(out), root
+    return read_npz(out), root
 
 
 def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:

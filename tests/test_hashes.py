@@ -217,12 +217,13 @@ def test_the_hash_of_arrays_is_of_names_types_shapes_and_bytes():
 SHARDED = """
 import jax, sys
 jax.config.update("jax_num_cpu_devices", 4)
+from pathlib import Path
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from moextend_jax.checkpoints import hashes
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 mesh = jax.make_mesh((4,), ("x",))
 rows, columns, copies = (NamedSharding(mesh, P(*axes)) for axes in (("x",), (None, "x"), ()))

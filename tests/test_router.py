@@ -16,6 +16,7 @@ import tiny
 from flax import nnx
 
 from configs.mixtral_8x7b import get_config
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
 from moextend_jax.models.router import (
     CALIBRATORS,
@@ -52,7 +53,7 @@ def new_columns(new_gate_DX, w_in_OA, w_out_AO) -> NewColumns:
 
 @functools.cache
 def layer() -> dict[str, Any]:
-    kept = np.load(oracle.SLICE)
+    kept = read_npz(oracle.SLICE)
     return {name.removeprefix("router/"): kept[name] for name in kept if name.startswith("router/")}
 
 

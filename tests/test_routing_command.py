@@ -14,6 +14,7 @@ import tiny
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface, train_state
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError, with_vision
 from moextend_jax.extension import routing
 from moextend_jax.routing import collect, command, compare
@@ -95,7 +96,7 @@ def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: 
     for name, part in pair[0]._asdict().items():
         np.testing.assert_equal(getattr(again, name), part, err_msg=name)
     assert again.per_token is not None and again.per_token.ids_ZTk.dtype == np.int8
-    arrays = dict(np.load(path))
+    arrays = read_npz(path)
     for change, message in (
         ({"format": np.array("other")}, "no file of routing statistics"),
         ({"picks/text": None}, "lacks picks/text"),
@@ -410,7 +411,7 @@ def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Pat
     # Ids and pictures, written down, are the same rows again.
     given = ("--checkpoint", seeing, "--vision", base / "vision", "--out", tmp_path / "c.npz")
     assert run(*common, *given, "--ids_out", tmp_path / "ids.npz") == 0
-    arrays = np.load(tmp_path / "ids.npz")
+    arrays = read_npz(tmp_path / "ids.npz")
     assert arrays["pixel_values"].shape == (6, 3, 32, 32) and arrays["attention_mask"].any(axis=0).all()
     assert run("collect", *given, "--ids", tmp_path / "ids.npz", "--batch_size", 4) == 0
     again = statistics.read_stats(tmp_path / "c.npz")

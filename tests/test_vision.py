@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from moextend_jax.checkpoints import names
+from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import DecoderConfig, ProjectorConfig, VisionConfig, of_pictures
 from moextend_jax.mesh import make_mesh
 from moextend_jax.models import vision
@@ -94,7 +95,7 @@ def check_parity(tower: VisionTower, oracle: dict[str, np.ndarray]) -> None:
 
 
 def test_parity_with_transformers_three_layers():
-    arrays = dict(np.load(TINY_CLIP))
+    arrays = read_npz(TINY_CLIP)
     names = [name for name in arrays if name.startswith("vision_model.")]
     tensors = {name: arrays.pop(name) for name in names}
     check_parity(load(tensors, clip(json.loads(str(arrays.pop("config"))))), arrays)
@@ -103,7 +104,7 @@ def test_parity_with_transformers_three_layers():
 @pytest.mark.skipif(not CLIP.is_dir(), reason="no oracle folder beside the repository")
 def test_parity_with_the_whole_oracle():
     config = clip(json.loads((CLIP / "config.json").read_text()))
-    check_parity(load(load_file(CLIP / "model.safetensors"), config), dict(np.load(CLIP.with_suffix(".npz"))))
+    check_parity(load(load_file(CLIP / "model.safetensors"), config), read_npz(CLIP.with_suffix(".npz")))
 
 
 TINY = VisionConfig(width=16, hidden=24, layers=3, heads=2, image_size=12, patch_size=4)

@@ -284,7 +284,8 @@ def read_rows(path: Path, model) -> tuple[Rows, np.ndarray]:
     """The rows of an npz file, and their labels."""
     if not path.is_file():
         raise SystemExit(f"{path} does not exist; moextend routing collect --ids_out makes such a file")
-    file = np.load(path, allow_pickle=False)
+    with np.load(path, allow_pickle=False) as stored:
+        file = dict(stored)
     ids = file["input_ids"].astype(np.int64)
     mask = (file["attention_mask"] != 0).astype(np.int64) if "attention_mask" in file else np.ones_like(ids)
     length = 1 + int(np.nonzero(mask.any(0))[0].max())
