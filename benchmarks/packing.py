@@ -202,8 +202,7 @@ def _finetune():
     from moextend_jax.runs.results import FIRST
     from moextend_jax.settings import from_config_dict
     from moextend_jax.train import stages
-    from moextend_jax.train.optimizer import learning_rate, make_optimizer
-    from moextend_jax.train.step import init_state, make_step
+    from moextend_jax.train.step import init_state, stage_step
 
     settings = from_config_dict(get_config())
     finetune = dataclasses.replace(settings.finetune, loss_chunk=512)
@@ -214,12 +213,8 @@ def _finetune():
         for path, param in by_path(nnx.state(model, nnx.Param)).items()
     }
     trainable, frozen = stages.split(arrays, FIRST.patterns("finetune", recipe=settings.recipe))
-    schedule = learning_rate(finetune.optimizer, steps=finetune.steps, recipe=settings.recipe)
-    optimizer = make_optimizer(finetune.optimizer, paths=trainable)
-    step = make_step(
-        model, optimizer=optimizer, schedule=schedule, recipe=settings.recipe,
-        aux_coefficient=settings.aux_coefficient, loss_chunk=finetune.loss_chunk, mesh=make_mesh(settings.mesh),
-    )  # fmt: skip
+    mesh = make_mesh(settings.mesh)
+    step, optimizer, _ = stage_step(model, trainable, stage=finetune, settings=settings, mesh=mesh)
     state = init_state(trainable, optimizer)
 
     def run(batch: Batch) -> None:

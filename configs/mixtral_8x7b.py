@@ -8,7 +8,7 @@ holds LLaVA's JSON files and image folders. Stages but the probe are one epoch: 
 conversations in batches of 128. Arguments:
 
     paper     one conversation a row, as published: more than half of every step is padding
-    packed    the paper's recipe with several conversations a row, about as many a step (benchmarks/packing.py)
+    packed    the paper's recipe with several conversations a row, about as many conversations a step
     released  the released code's recipe and its batch sizes, one conversation a row
     gpus      the paper's on hosts of eight GPUs of 80 GB: layers split over a host's, replicas over hosts
     one_host  the paper's on the eight chips of one TPU host, in parts of 8 rows (v5e: --config.expert_storage=int8)

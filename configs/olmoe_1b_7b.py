@@ -4,8 +4,8 @@
         --base OLMOE_FOLDER --vision SIGLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
 
 The folders are Hugging Face's, as published: OLMoE-1B-7B-0924-Instruct, siglip-so400m-patch14-384. Data and stages
-are `mixtral_8x7b`'s; an extended layer gets 8 new experts beside its 64, an eighth as in the paper. Of the arguments
-there: packed (if none is given) and paper, both for devices in fours, and one_gpu.
+are `mixtral_8x7b`'s; an extended layer gets 8 new experts beside its 64, an eighth as in the paper. Arguments,
+as there: packed (the default) and paper, which need a multiple of four devices, and one_gpu.
 """
 
 from typing import Literal

@@ -4,8 +4,8 @@
         --base QWEN3_FOLDER --vision SIGLIP_FOLDER --config.manual_dir=LLAVA_FOLDER
 
 The folders are Hugging Face's, as published: Qwen3-30B-A3B-Instruct-2507, siglip-so400m-patch14-384. Data and stages
-are `mixtral_8x7b`'s; an extended layer gets 16 new experts beside its 128, an eighth as in the paper. Of the arguments
-there: packed (if none is given) and paper, both for devices in fours, and one_gpu.
+are `mixtral_8x7b`'s; an extended layer gets 16 new experts beside its 128, an eighth as in the paper. Arguments,
+as there: packed (the default) and paper, which need a multiple of four devices, and one_gpu.
 """
 
 from typing import Literal

@@ -4,8 +4,9 @@
 
 `moextend` is the method; everything else is compared with it, seed by seed, after 100 steps of finetune instead of the
 demo's 260. Low-rank updates have LLaVA's alpha/rank of 2; rank 8 is to a model of width 128 about what LLaVA's rank is
-to one of 4096, and `lora_equal` has as many trained parameters as the new experts; a block is the least of its kind.
-`_strict` is under strict text isolation, where every method leaves text exactly as it was and sees as well as without.
+to one of 4096, and `lora_equal` has as many trained parameters as the new experts; one block is the
+fewest that LLaMA-Pro can add. `_strict` is under strict text isolation, where every method leaves text exactly as it
+was and answers about pictures as well as without.
 """
 
 import dataclasses

@@ -87,15 +87,17 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
     from moextend_jax.evaluate.summary import print_table, summarise
     from moextend_jax.report.explorer import write_explorer
     from moextend_jax.report.page import write_report
-    from moextend_jax.runs.making import make_all
+    from moextend_jax.runs import results
+    from moextend_jax.runs.making import make_all, seconds_before
     from moextend_jax.runs.run import remember, working
 
     screen, started = console(), time.perf_counter()
     with working(settings, workdir, resume_from=resume_from) as run:
+        before = sum(seconds_before(run, name) for name in results.table(settings).training())
         for name in make_all(run, checks=[check]):
             remember(run)
             _show(run, name)
-        record = summarise(run, evaluate(run), total_seconds=time.perf_counter() - started)
+        record = summarise(run, evaluate(run), total_seconds=before + time.perf_counter() - started)
         print_table(record, screen)
         if distributed.first():
             # PyTorch's programs know one extension, of pictures, by new experts.

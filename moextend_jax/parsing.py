@@ -196,6 +196,8 @@ def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
         if len(parts) != len(texts):
             raise MoextendError(f"{what} = {text!r} must be {len(parts)} values")
         return tuple(read(part, [text], what=what) for part, text in zip(parts, texts, strict=True))
+    if origin is Mapping:
+        raise MoextendError(f"{what} holds values by name: set them one by one, {what}.NAME=VALUE")
     if kind is RunSettings:  # which is loaded when all that changes it is known
         return text
     if kind is Path:

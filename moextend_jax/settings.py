@@ -354,9 +354,10 @@ class EvaluateSettings:
     sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Further data sets whose questions are asked, by a name for tables."""
     held_out: Part = 0.1
-    """That part: below 1 a share of the rows, from 1 on a number of rows. Rows that show one picture stay together."""
+    """Part of finetune's data that is asked if `data` is "": below 1 a share of the rows, from 1 on a number of rows.
+    Rows that show one picture stay together."""
     questions: Count
-    """So many of them, drawn at random; of a held-out part at most so many."""
+    """Number of questions, drawn at random; of a held-out part at most so many."""
     split: str = "test"
     """Part of the data set."""
     batch_size: Count = 256

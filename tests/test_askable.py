@@ -104,7 +104,8 @@ def test_the_recipe_of_a_released_checkpoint_is_the_released_code_s_unless_an_ex
     recorded = {"recipe": dataclasses.asdict(RECIPES["paper"])}
     (folder / "config.json").write_text(json.dumps(attributes | {"moextend": recorded}))
     assert open_place(Place(checkpoint=folder)).recipe == RECIPES["paper"]
-    with pytest.raises(MoextendError, match="knows its recipe: leave --recipe out"):
+    assert open_place(Place(checkpoint=folder, recipe="paper")).recipe == RECIPES["paper"]
+    with pytest.raises(MoextendError, match="knows its recipe, which is not released: leave --recipe out"):
         open_place(Place(checkpoint=folder, recipe="released"))
     for wrong, message in (({"recipe": {"prompt": "?"}}, "prompt = '?'"), (3, "is not what an export writes"),
                            ({"text_isolation": "some"}, "text_isolation = 'some'")):  # fmt: skip

@@ -251,6 +251,11 @@ def test_a_configuration_that_there_is_not(name: str, message: str, tmp_path: Pa
         load(name)
 
 
+def test_a_setting_that_holds_values_by_name_is_set_one_by_one():
+    with pytest.raises(MoextendError, match=r"--config.evaluate.sets holds values by name: .*sets.NAME=VALUE"):
+        parse(RunOptions, ["demo", "--workdir", "w", "--config.evaluate.sets=x"], command="run", does="")
+
+
 def test_a_file_here_goes_before_one_of_the_package(tmp_path: Path, monkeypatch):
     (tmp_path / "configs").mkdir()
     shutil.copy(configurations.FOLDER / "bench.py", tmp_path / "configs" / "demo.py")

@@ -23,7 +23,7 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import MoextendError, Named
 from moextend_jax.evaluate.summary import summarise
 from moextend_jax.plan.abstract_step import abstract_step
-from moextend_jax.runs.making import FACTS, check_made
+from moextend_jax.runs.making import FACTS, check_made, seconds_before
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, model_with, open_model
 from moextend_jax.runs.results import FIRST
 from moextend_jax.runs.run import Run, open_run, remember, settings_of, write_json
@@ -83,6 +83,18 @@ def test_the_summary_has_every_figure(finished):
     assert all(seconds > 0 for seconds in summary["seconds"].values())
     assert all(0 <= summary["accuracy"][name] <= 1 for name in ("question_only", "aligned", "moextend", "full"))
     assert summary["frozen_unchanged"] is True
+
+
+def test_seconds_are_of_all_starts(finished, tmp_path):
+    """A stage that was cut off keeps what its logged steps took."""
+    shutil.copytree(finished[1], tmp_path / "work")
+    run, stage = open_again((finished[0], tmp_path / "work")), tmp_path / "work" / "align" / "stage.json"
+    seconds = json.loads(stage.read_text())["seconds"]
+    assert seconds_before(run, "align") == seconds > 0
+    stage.unlink()
+    assert 0 < seconds_before(run, "align") < seconds
+    (tmp_path / "work" / "align" / "metrics.jsonl").unlink()
+    assert seconds_before(run, "align") == 0
 
 
 def test_the_questions_are_asked_without_the_image_too(finished):

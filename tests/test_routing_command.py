@@ -16,8 +16,9 @@ from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError, with_vision
+from moextend_jax.data.conversations import text_batch
 from moextend_jax.extension import routing
-from moextend_jax.routing import collect, command, compare
+from moextend_jax.routing import collect, compare
 from moextend_jax.routing import stats as statistics
 from moextend_jax.runs.run import open_run, remember, settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
@@ -417,7 +418,7 @@ def test_collect_runs_a_data_set_of_pictures_through_a_model_that_sees(base: Pat
     again = statistics.read_stats(tmp_path / "c.npz")
     assert again.inputs == stats.inputs and again.tokens == stats.tokens
     assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in compare.distances(stats, again, tie=1e-5))
-    few = dict(arrays) | {"pixel_values": arrays["pixel_values"][1:]}
+    few: dict[str, Any] = arrays | {"pixel_values": arrays["pixel_values"][1:]}
     np.savez(tmp_path / "few.npz", **few)
     with pytest.raises(MoextendError, match=r"few\.npz: pixel_values \[5, 3, 32, 32\] are not one picture"):
         run("collect", *given, "--ids", tmp_path / "few.npz")
@@ -477,7 +478,7 @@ def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, 
                "--out", tmp_path / "a.npz") == 0  # fmt: skip
 
     arrays = tiny.arrays(tiny.BASE_CONFIG, std=0.1) | {"decoder/layers/moe/gate": trained["decoder/layers/moe/gate"]}
-    rows = command.text_batch(ids_BL, np.ones_like(ids_BL))
+    rows = text_batch(ids_BL, np.ones_like(ids_BL))
     expected = collect.collect(tiny.structure(tiny.BASE_CONFIG), arrays, [rows], per_token=True)
     got = statistics.read_stats(tmp_path / "a.npz")
     assert all(row.agreement == 1.0 for row in compare.distances(got, expected, tie=1e-5))

@@ -20,8 +20,7 @@ from tiny import Talk, talks
 from moextend_jax.config import RECIPES, Batch, ModelConfig, Named, with_extension
 from moextend_jax.data.conversations import MEDIUM
 from moextend_jax.evaluate.asking import Asker
-from moextend_jax.evaluate.prompts import Prompt
-from moextend_jax.evaluate.questions import prompt_batch
+from moextend_jax.evaluate.prompts import Prompt, prompt_batch, rooms_of_prompts
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import shares, shares_of_text
 from moextend_jax.parameters import with_arrays
@@ -315,7 +314,9 @@ def until_end(ids: list[int]) -> list[int]:
 
 def in_a_batch(config: ModelConfig, some: list[Prompt]) -> list[list[int]]:
     """Answers to whole prompts, side by side whatever their media, none read apart."""
-    batch = prompt_batch(some, readers=READERS, media=tuple(READERS), rows=16, length=24)  # pyright: ignore
+    rooms = rooms_of_prompts(some, READERS)
+    rows = dict(enumerate(some))
+    batch = prompt_batch(rows, readers=READERS, rooms=rooms, media=tuple(READERS), rows=16, length=24)
     ids_BL = generator(config).complete(lively(config), batch, max_new_tokens=test_asking.NEW)
     return [until_end(ids_L.tolist()) for ids_L in ids_BL[: len(some)]]
 

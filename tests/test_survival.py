@@ -31,6 +31,7 @@ from moextend_jax.config import Batch, MoextendError
 from moextend_jax.lock import locked
 from moextend_jax.runs import run as run_module
 from moextend_jax.train import loop
+from moextend_jax.train import step as step_module
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.nonfinite import Watch, read_batch
 from moextend_jax.train.stages import split
@@ -85,7 +86,7 @@ def train(
     rows = cast(Any, Rows() if rows is None else rows)
     job = tiny.job("align", folder, facts=facts, steps=steps, **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", compiled_once)
+        patch.setattr(step_module, "make_step", compiled_once)
         if expect:
             with pytest.raises(expect):
                 loop.train_loop(tiny.structure(tiny.PLAIN), tiny.arrays(tiny.PLAIN, std=0.1), rows, job)

@@ -17,6 +17,7 @@ from moextend_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moextend_jax.mesh import place_leaves
 from moextend_jax.settings import StageSettings
 from moextend_jax.train import loop
+from moextend_jax.train import step as step_module
 from moextend_jax.train.metrics import read_metrics
 
 FACTS = {"base": "abc", "stage": "align", "recipe": {"turns": "all"}}
@@ -82,7 +83,7 @@ def lines(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_two_steps_are_under_way_at_most(run, tmp_path: Path, monkeypatch):
     """More lock up a CPU of several devices (`train/loop.py`)."""
-    steps, waited, make_step, wait = [], [], loop.make_step, jax.block_until_ready
+    steps, waited, make_step, wait = [], [], step_module.make_step, jax.block_until_ready
 
     def making(*args, **named):
         program = make_step(*args, **named)
@@ -95,7 +96,7 @@ def test_two_steps_are_under_way_at_most(run, tmp_path: Path, monkeypatch):
 
         return step
 
-    monkeypatch.setattr(loop, "make_step", making)
+    monkeypatch.setattr(step_module, "make_step", making)
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(id(tree)) or wait(tree))
     run(tmp_path, log_every=100, checkpoint_every=100)
     assert len(steps) == 6
@@ -117,9 +118,9 @@ def test_a_stage_may_go_on_with_its_moments_elsewhere(run, tmp_path: Path):
 
 @pytest.mark.slow
 def test_cut_off_and_gone_on_equals_uninterrupted(run, tmp_path: Path, arrays, monkeypatch, capsys):
-    programs, make_step = [], loop.make_step
+    programs, make_step = [], step_module.make_step
     monkeypatch.setattr(
-        loop, "make_step", lambda *args, **named: programs.append(make_step(*args, **named)) or programs[-1]
+        step_module, "make_step", lambda *args, **named: programs.append(make_step(*args, **named)) or programs[-1]
     )
     whole, order = run(tmp_path / "whole")
     assert len(order) == 6 and [row["step"] for row in lines(tmp_path / "whole")] == [1, 2, 3, 4, 5, 6]

@@ -17,6 +17,7 @@ import numpy as np
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers
 from moextend_jax.checkpoints.tensors import name_list
 from moextend_jax.config import IGNORE, IMAGE, Batch, ModelConfig, MoextendError
+from moextend_jax.data.conversations import text_batch
 from moextend_jax.folders import local
 from moextend_jax.outside import parse_json, read_small, shown
 
@@ -127,11 +128,7 @@ def check_fits(rows: Rows, config: ModelConfig, *, name: str) -> None:
 
 
 def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> Batch:
-    """Our form of the rows, with room for at least `room` images per row.
-
-    Places where the mask is 0, at an end or in the middle, belong to no segment: nobody sees them, and positions
-    count on across them, as transformers counts when nobody gives it positions.
-    """
+    """Our form of the rows (`text_batch`), with room for at least `room` images per row."""
     B, L = rows.ids_BL.shape
     places_BL = np.full((B, L), -1, np.int32)
     places = image_places(rows.ids_BL, start=start, patches=patches)
@@ -144,9 +141,9 @@ def to_batch(rows: Rows, *, start: int | None, patches: int, room: int = 0) -> B
         places_BL[row, first + 1 : end] = np.arange(patches) + seen[row] * patches
         images_BMhwc[row, seen[row]] = rows.pixels_nhwc[image]
         seen[row] += 1
-    positions_BL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
     media = {} if images_BMhwc is None else {IMAGE: images_BMhwc}
-    return Batch(rows.ids_BL, rows.labels_BL, positions_BL, rows.mask_BL, places_BL, media)
+    text = text_batch(rows.ids_BL, rows.mask_BL)
+    return text._replace(labels_BL=rows.labels_BL, places_BL=places_BL, media=media)
 
 
 def image_places(ids_BL: np.ndarray, *, start: int | None, patches: int) -> list[tuple[int, int, int]]:

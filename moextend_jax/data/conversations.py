@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import IGNORE, IMAGE, MoextendError, Recipe, Rooms
+from moextend_jax.config import IGNORE, IMAGE, Batch, MoextendError, Recipe, Rooms
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_text
 from moextend_jax.faults import Fault
@@ -55,6 +55,13 @@ def in_row(places_L: np.ndarray, *, first: Mapping[str, int], media: Sequence[st
     numbers_L, own_L = np.divmod(places_L, MEDIUM)
     firsts = np.array([first.get(name, 0) for name in media], np.int32)
     return np.where(places_L >= 0, own_L + firsts[np.maximum(numbers_L, 0)], -1).astype(np.int32)
+
+
+def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
+    """Rows of text on the host, with nothing to predict. Where the mask is 0, a token belongs to no segment and nobody
+    sees it; positions count on across such places, as transformers counts when nobody gives it positions."""
+    positions_BL = np.tile(np.arange(ids_BL.shape[1], dtype=np.int32), (len(ids_BL), 1))
+    return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, mask_BL, np.full_like(ids_BL, -1))
 
 
 def encode_conversation(

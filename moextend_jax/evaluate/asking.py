@@ -16,10 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moextend_jax import preemption
-from moextend_jax.config import IGNORE, IMAGE, Batch, Rooms, first_places
-from moextend_jax.data.conversations import in_row
-from moextend_jax.data.readers import with_items
-from moextend_jax.evaluate.prompts import Prompt, Work, plan, rooms_of_prompts
+from moextend_jax.config import IGNORE, IMAGE, Batch, Rooms
+from moextend_jax.data.conversations import text_batch
+from moextend_jax.evaluate.prompts import Prompt, Work, plan, prompt_batch, rooms_of_prompts
 from moextend_jax.generate import Arrays, Generator, Heads
 from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
 from moextend_jax.models.moextend import share_of_text
@@ -167,23 +166,19 @@ class Asker:
     def _heads(self, prompts, work: Work, own: tuple[int, ...], reading: int, rooms: Rooms) -> tuple[Batch, np.ndarray]:
         """The heads of one reading, with their items, as a batch `[n, L]` of this process's parts; and for each row of
         the work, `[B]`, which of its part's n heads it takes, -1 for none of this reading."""
-        first, count, length = reading * work.heads_at_once, work.heads_at_once, work.head_length
-        batch = _empty_batch(count * len(own), length)
-        rows_nM = {name: np.full((count * len(own), room.items), -1, np.int32) for name, room in rooms.items()}
+        first, count = reading * work.heads_at_once, work.heads_at_once
         rows_B = np.full(work.rows * len(own), -1, np.int32)
+        read: dict[int, Prompt] = {}
         for p, part in enumerate(own):
-            for slot, n in enumerate(work.heads[part][first : first + count]):
-                row, prompt = p * count + slot, prompts[n]
-                batch.ids_BL[row, : prompt.head] = prompt.ids_L[: prompt.head]
-                batch.segments_BL[row, : prompt.head] = 1
-                places_L = in_row(prompt.places_L[: prompt.head], first=first_places(rooms), media=self.media)
-                batch.places_BL[row, : prompt.head] = places_L
-                for name, items in prompt.items.items():
-                    rows_nM[name][row, : len(items)] = items
-            for row, head in enumerate(work.head_of[part]):
+            read |= {row: prompts[n] for row, n in enumerate(work.heads[part][first : first + count], p * count)}
+            for row, head in enumerate(work.head_of[part], p * work.rows):
                 if first <= head < first + count:
-                    rows_B[p * work.rows + row] = head - first
-        return with_items(batch, self.readers, rows_nM), rows_B
+                    rows_B[row] = head - first
+        batch = prompt_batch(
+            read, readers=self.readers, rooms=rooms, media=self.media,
+            rows=count * len(own), length=work.head_length, heads=True,
+        )  # fmt: skip
+        return batch, rows_B
 
     def _read(
         self, prompts, work: Work, own: tuple[int, ...], readings: list[tuple[Batch, np.ndarray]]
@@ -206,7 +201,7 @@ class Asker:
 
 
 def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:
-    batch = _empty_batch(work.rows * len(own), work.tail_length)
+    batch = text_batch(*np.zeros((2, work.rows * len(own), work.tail_length), np.int32))
     for p, part in enumerate(own):
         for row, n in enumerate(work.prompts[part], p * work.rows):
             prompt = prompts[n]
@@ -216,12 +211,6 @@ def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch
             if prompt.targets_L is not None:
                 batch.labels_BL[row, : prompt.tail] = prompt.targets_L
     return batch
-
-
-def _empty_batch(rows: int, length: int) -> Batch:
-    ids_BL = np.zeros((rows, length), np.int32)
-    positions_BL = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, np.zeros_like(ids_BL), np.full_like(ids_BL, -1))
 
 
 def _placed(work: Work) -> Iterator[tuple[int, int]]:

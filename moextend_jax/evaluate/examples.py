@@ -13,9 +13,8 @@ import numpy as np
 from moextend_jax.config import IMAGE, Batch
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Readers
-from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.pictures import PIXELS, as_png
-from moextend_jax.evaluate.prompts import bucket
+from moextend_jax.evaluate.prompts import bucket, prompt_batch, rooms_of_prompts
 from moextend_jax.evaluate.routed import by_medium, expert_names, routing_program, token_texts
 from moextend_jax.evaluate.run_questions import PromptedQuestion, Questions, prompt_for
 from moextend_jax.evaluate.text_losses import CORPORA, passages
@@ -152,7 +151,8 @@ def _batches(
     length = settings.length or bucket(max(len(item.prompt.ids_L) for item in prompted))
     for first in range(0, len(prompted), rows):
         prompts = [prompt_for(item, readers) for item in prompted[first : first + rows]]
-        batch = questions.prompt_batch(
-            prompts, readers=readers, media=tuple(run.tokenizer.media), rows=rows, length=length
-        )
+        batch = prompt_batch(
+            dict(enumerate(prompts)), readers=readers, rooms=rooms_of_prompts(prompts, readers),
+            media=tuple(run.tokenizer.media), rows=rows, length=length,
+        )  # fmt: skip
         yield place_whole(batch, run.mesh)

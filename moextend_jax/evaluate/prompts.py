@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import MoextendError, Room, Rooms
+from moextend_jax.config import Batch, MoextendError, Room, Rooms, first_places
+from moextend_jax.data.conversations import in_row, text_batch
+from moextend_jax.data.readers import with_items
 from moextend_jax.generate import ALIGNED_ROWS
 
 SMALLEST = 8
@@ -129,6 +131,24 @@ def rooms_of_prompts(prompts: Sequence[Prompt], readers: Mapping[str, Any]) -> R
     """What rows of these prompts hold of each medium that one of them has."""
     most = {name: max((len(prompt.items.get(name, ())) for prompt in prompts), default=0) for name in readers}
     return {name: Room(most[name], reader.tokens) for name, reader in readers.items() if most[name]}
+
+
+def prompt_batch(
+    prompts: Mapping[int, Prompt], *, readers: Mapping[str, Any], rooms: Rooms, media: Sequence[str],
+    rows: int, length: int, heads: bool = False,
+) -> Batch:  # fmt: skip
+    """Prompts by their row, whole or their `heads` alone, padded on the right to `length`, and to `rows` rows with
+    empty ones. `rooms` holds all their items; media: by number (`conversations.MEDIUM`)."""
+    batch = text_batch(*np.zeros((2, rows, length), np.int32))
+    rows_BM = {name: np.full((rows, room.items), -1, np.int32) for name, room in rooms.items()}
+    for row, prompt in prompts.items():
+        count = prompt.head if heads else len(prompt.ids_L)
+        batch.ids_BL[row, :count] = prompt.ids_L[:count]
+        batch.segments_BL[row, :count] = 1
+        batch.places_BL[row, :count] = in_row(prompt.places_L[:count], first=first_places(rooms), media=media)
+        for name, items in prompt.items.items():
+            rows_BM[name][row, : len(items)] = items
+    return with_items(batch, readers, rows_BM)
 
 
 def _work(shape: tuple[tuple[str, ...], int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:

@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import IGNORE, Batch, MoextendError, Recipe, first_places
-from moextend_jax.data.conversations import Encoded, encode_prompt, in_row
+from moextend_jax.config import MoextendError, Recipe
+from moextend_jax.data.conversations import Encoded, encode_prompt
 from moextend_jax.data.datasets import Example, ItemRef, first_exchange
-from moextend_jax.data.readers import Readers, with_items
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items
-from moextend_jax.evaluate.prompts import Prompt, rooms_of_prompts
+from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.faults import Fault
 
 
@@ -62,25 +61,6 @@ def as_prompt(encoded: Encoded, *, items: Mapping[str, tuple[int, ...]] | None =
     items = {name: rows for name, rows in (items or {}).items() if rows}
     last = int(np.flatnonzero(encoded.places_L >= 0)[-1]) if items else -2
     return Prompt(ids_L=encoded.ids_L, places_L=encoded.places_L, head=last + 2, items=items, where=where)
-
-
-def prompt_batch(prompts: Sequence[Prompt], *, readers: Readers, media: Sequence[str], rows: int, length: int) -> Batch:
-    """Prompts that end where the answer begins, with the media by number (`conversations.MEDIUM`), padded on the right
-    to `length`, and to `rows` rows with empty ones."""
-    ids_BL = np.zeros((rows, length), np.int32)
-    segments_BL, places_BL = np.zeros_like(ids_BL), np.full_like(ids_BL, -1)
-    rooms = rooms_of_prompts(prompts, readers)
-    rows_BM = {name: np.full((rows, room.items), -1, np.int32) for name, room in rooms.items()}
-    for row, prompt in enumerate(prompts):
-        count = len(prompt.ids_L)
-        ids_BL[row, :count] = prompt.ids_L
-        segments_BL[row, :count] = 1
-        places_BL[row, :count] = in_row(prompt.places_L, first=first_places(rooms), media=media)
-        for name, items in prompt.items.items():
-            rows_BM[name][row, : len(items)] = items
-    positions_BL = np.broadcast_to(np.arange(length, dtype=np.int32), ids_BL.shape)
-    batch = Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, segments_BL, places_BL)
-    return with_items(batch, readers, rows_BM)
 
 
 def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:

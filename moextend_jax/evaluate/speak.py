@@ -14,7 +14,7 @@ from PIL import Image
 
 from moextend_jax import distributed
 from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, Room, first_places
-from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row
+from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
@@ -176,7 +176,6 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     """The prompt as row 0 of a batch, on the host; the mesh's other row shards get a row without tokens each."""
     rows, length = row_shards(opened.mesh), -(-len(prompt.ids_L) // BUCKET) * BUCKET
     empty = ((0, rows - 1), (0, length - len(prompt.ids_L)))
-    ids_BL = np.pad(prompt.ids_L[None], empty)
     fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
     for name, items in shown.arrays.items():
         fields[opened.config.media[name].field][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
@@ -185,14 +184,8 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
         for name, items in ((name, shown.arrays[name]) for name in opened.config.media if name in shown.arrays)
     }
     places_L = in_row(prompt.places_L, first=first_places(rooms), media=tuple(opened.tokenizer.media))
-    return Batch(
-        ids_BL=ids_BL,
-        labels_BL=np.full_like(ids_BL, IGNORE),
-        positions_BL=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        segments_BL=np.pad(np.ones_like(prompt.ids_L)[None], empty),
-        places_BL=np.pad(places_L[None], empty, constant_values=-1),
-        **fields,
-    )
+    text = text_batch(*(np.pad(row_L[None], empty) for row_L in (prompt.ids_L, np.ones_like(prompt.ids_L))))
+    return text._replace(places_BL=np.pad(places_L[None], empty, constant_values=-1), **fields)
 
 
 class Shown(NamedTuple):

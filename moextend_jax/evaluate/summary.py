@@ -24,7 +24,9 @@ CHAINS = {
 
 
 def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | None) -> dict[str, Any]:
-    """summary.json: the evaluation, seconds of each stage, sizes, and whether the pretrained weights are untouched."""
+    """summary.json: the evaluation, seconds of each stage, sizes, and whether the pretrained weights are untouched.
+
+    total_seconds: of the whole run over all its starts; None where stages were started one by one."""
     stages = {}
     for name in results.table(run.settings).training():
         path = run.folder(name) / "stage.json"

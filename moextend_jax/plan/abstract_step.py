@@ -24,8 +24,7 @@ from moextend_jax.runs import results
 from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import parameter_shardings
 from moextend_jax.train import stages
-from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import TrainState, abstract_state, make_step
+from moextend_jax.train.step import TrainState, stage_step
 
 
 class AbstractStep(NamedTuple):
@@ -72,19 +71,7 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
     }
     trainable, frozen = stages.split(leaves, trains)
     trainable = {path: leaf.update(dtype=settings.train_dtype) for path, leaf in trainable.items()}
-    schedule = learning_rate(run.optimizer, steps=max(run.steps, 1), recipe=settings.recipe)
-    optimizer = make_optimizer(run.optimizer, paths=trainable)
-    step = make_step(
-        model,
-        optimizer=optimizer,
-        schedule=schedule,
-        recipe=settings.recipe,
-        aux_coefficient=settings.aux_coefficient,
-        loss_chunk=run.loss_chunk,
-        accumulate=run.accumulate,
-        mesh=mesh,
-    )
-    state = abstract_state(trainable, optimizer, mesh=mesh, moments=run.optimizer.moments)
+    step, optimizer, state = stage_step(model, trainable, stage=run, settings=settings, mesh=mesh)
     return AbstractStep(step, optimizer, state, frozen, abstract_batch(config, run, mesh), mesh, run.optimizer.moments)
 
 

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers, write_npz
-from moextend_jax.config import IGNORE, IMAGE, Amount, Batch, Count, ModelConfig, MoextendError
+from moextend_jax.config import IMAGE, Amount, Batch, Count, ModelConfig, MoextendError
+from moextend_jax.data.conversations import text_batch
 from moextend_jax.folders import folder, local
 from moextend_jax.mesh import row_shards
 from moextend_jax.routing.collect import collect
@@ -224,13 +225,6 @@ def _pictures(
     images_BMhwc = np.zeros((len(ids_BL), max(1, counts_B.max()), size, size, 3), np.float32)
     images_BMhwc[np.arange(images_BMhwc.shape[1]) < counts_B[:, None]] = pixels.transpose(0, 2, 3, 1)
     return places_BL, images_BMhwc
-
-
-def text_batch(ids_BL: np.ndarray, mask_BL: np.ndarray) -> Batch:
-    """Rows of text with nothing to predict. Positions count on across places where the mask is 0, as transformers
-    counts when nobody gives it positions."""
-    positions_BL = np.broadcast_to(np.arange(ids_BL.shape[1], dtype=np.int32), ids_BL.shape)
-    return Batch(ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, mask_BL, np.full_like(ids_BL, -1))
 
 
 def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:

@@ -305,7 +305,7 @@ def how_trained(source: Source, *, recipe: str | None, where: Path) -> HowTraine
     asked for, else that of the code that wrote its layout.
 
     Raises:
-      MoextendError: the checkpoint records its recipe, and `recipe` is given too.
+      MoextendError: the checkpoint records another recipe than `recipe`.
     """
     facts = source.record.facts
     isolation = build(fields(ModelConfig)["text_isolation"], facts.get("text_isolation", "none"),
@@ -313,10 +313,11 @@ def how_trained(source: Source, *, recipe: str | None, where: Path) -> HowTraine
     if not isinstance(recorded := facts.get("recipe"), dict):
         usual = "released" if source.record.layout in ("released", "delta") else "paper"
         return HowTrained(RECIPES[recipe or usual], isolation)
-    if recipe is not None:
-        raise MoextendError(f"{where} knows its recipe: leave --recipe out")
     recorded = {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded
-    return HowTrained(build(Recipe, recorded, where=f"{where}: recipe"), isolation)
+    trained = build(Recipe, recorded, where=f"{where}: recipe")
+    if recipe is not None and RECIPES[recipe] != trained:
+        raise MoextendError(f"{where} knows its recipe, which is not {recipe}: leave --recipe out")
+    return HowTrained(trained, isolation)
 
 
 def _has_template(files: Mapping[str, Path]) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 from moextend_jax import preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
+from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import IMAGE, ModelConfig, MoextendError, with_extension
 from moextend_jax.data.datasets import Source
 from moextend_jax.data.shared_memory import no_bus_error
@@ -37,6 +38,7 @@ from moextend_jax.runs.ready import Check, ready
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
 from moextend_jax.settings import RunSettings, SelectSettings, StageSettings
 from moextend_jax.train.loop import Job, train_loop
+from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.stages import split
 
 
@@ -108,13 +110,21 @@ def facts_of_training(run: Run, name: str) -> dict[str, Any]:
     return facts
 
 
+def seconds_before(run: Run, name: str) -> float:
+    """Seconds that earlier starts spent on a training stage; of one that was cut off, until its last logged step."""
+    stage, metrics = run.folder(name) / "stage.json", run.folder(name) / "metrics.jsonl"
+    if stage.exists():
+        return read_json(stage)["seconds"]
+    return sum(row["seconds"] for row in read_metrics(metrics)) if metrics.exists() else 0.0
+
+
 def train(run: Run, name: str) -> None:
     """Trains the leaves of a row from the model of its parents, and writes them as its result."""
     table, settings = results.table(run.settings), results.stage_of(run.settings, name)
     row, facts = table.result(name), facts_of_training(run, name)
     if _is_done(run, name, facts):
         return
-    started = time.perf_counter()
+    started, before = time.perf_counter(), seconds_before(run, name)
     assert row.data is not None
     trains, data = table.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
     opened, source = model_with(run, row.parents, trains=trains), source_of(run, data)
@@ -144,7 +154,7 @@ def train(run: Run, name: str) -> None:
     )
     train_state.save_leaves(run.folder(name) / "result", trained, facts=facts)
     record = {
-        "seconds": time.perf_counter() - started,
+        "seconds": before + time.perf_counter() - started,
         "steps": settings.steps,
         "data": source.fingerprint,
         "frozen_unchanged": content_hash(frozen) == hash_before,

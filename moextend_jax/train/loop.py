@@ -24,8 +24,7 @@ from moextend_jax.train.held_out import loss_step, mean_loss
 from moextend_jax.train.meter import Meter
 from moextend_jax.train.metrics import MetricsWriter
 from moextend_jax.train.nonfinite import Watch
-from moextend_jax.train.optimizer import learning_rate, make_optimizer
-from moextend_jax.train.step import abstract_state, init_state, make_step
+from moextend_jax.train.step import init_state, stage_step
 from moextend_jax.train.tracing import Tracer
 from moextend_jax.train.watchdog import Watchdog
 
@@ -72,19 +71,7 @@ def train_loop(
     stage, settings, folder, mesh = job.stage, job.settings, job.folder, job.mesh
     steps, rollbacks = stage.steps, settings.rollbacks
     trainable, frozen = stages.split(arrays, job.trains)
-    schedule = learning_rate(stage.optimizer, steps=steps, recipe=settings.recipe)
-    optimizer = make_optimizer(stage.optimizer, paths=trainable)
-    step = make_step(
-        model,
-        optimizer=optimizer,
-        schedule=schedule,
-        recipe=settings.recipe,
-        aux_coefficient=settings.aux_coefficient,
-        loss_chunk=stage.loss_chunk,
-        accumulate=stage.accumulate,
-        mesh=mesh,
-    )
-    like = abstract_state(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments)
+    step, optimizer, like = stage_step(model, trainable, stage=stage, settings=settings, mesh=mesh)
     process = jax.process_index()
     validate = loss_step(model, chunk=stage.loss_chunk, mesh=mesh)
     watch = Watch(folder / "nonfinite", most=settings.nonfinite_limit + 1, name_of=job.name_of)

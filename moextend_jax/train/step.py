@@ -17,9 +17,10 @@ from moextend_jax.config import Batch, Recipe
 from moextend_jax.mesh import Program, one_device, optimizer_shardings, place
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.parameters import by_path, with_arrays
+from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import constrain, spec, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
-from moextend_jax.train.optimizer import in_float32
+from moextend_jax.train.optimizer import in_float32, learning_rate, make_optimizer
 from moextend_jax.train.stages import for_training
 
 
@@ -66,6 +67,32 @@ def abstract_state(
     state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), dict(trainable))
     shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=moments)
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
+
+
+class StageStep(NamedTuple):
+    """A stage's jitted step, its optimizer, and the state that they take, as shapes with shardings."""
+
+    step: Program
+    optimizer: optax.GradientTransformationExtraArgs
+    state: TrainState
+
+
+def stage_step(
+    model: MoExtend, trainable: Mapping[str, Any], *, stage: StageSettings, settings: RunSettings, mesh: Mesh
+) -> StageStep:
+    """What trains `trainable`, real or abstract leaves on `mesh`, by these settings: in a run, a plan and a bench."""
+    optimizer = make_optimizer(stage.optimizer, paths=trainable)
+    step = make_step(
+        model,
+        optimizer=optimizer,
+        schedule=learning_rate(stage.optimizer, steps=max(stage.steps, 1), recipe=settings.recipe),
+        recipe=settings.recipe,
+        aux_coefficient=settings.aux_coefficient,
+        loss_chunk=stage.loss_chunk,
+        accumulate=stage.accumulate,
+        mesh=mesh,
+    )
+    return StageStep(step, optimizer, abstract_state(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments))
 
 
 def make_step(
