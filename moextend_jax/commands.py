@@ -412,6 +412,10 @@ class DataOptions:
     """own conversations for every stage: a file or a folder"""
     images: Annotated[str | None, Sets(("images",))] = None
     """folder of their pictures"""
+    base: Annotated[str | None, Sets(("base",))] = None
+    """folder of the language model to extend, whose tokenizer counts"""
+    vision: Annotated[str | None, Sets(("vision",))] = None
+    """folder of the vision tower"""
     processes: Amount = machine.cores()
     """that read and decode; 0: this one"""
     json: bool = False
