@@ -416,8 +416,8 @@ class MediumSettings:
     kind: MediumKind = "audio"
     """What its files are."""
     tower: str = ""
-    """Folder of its frozen tower, for pictures or Whisper's; embedded: the small one of the package; "": of kind
-    features none, of kinds image and video the run's `vision`."""
+    """Folder of its frozen tower, for pictures or Whisper's; embedded: the package's own for sounds, or for
+    pictures; "": of kind features none, of kinds image and video the run's `vision`."""
     projector: ProjectorSettings = dataclasses.field(default_factory=ProjectorSettings)
     """Between its tower and the decoder."""
     seconds: Count = 2
