@@ -26,6 +26,7 @@ from moextend_jax.families.towers import TOWERS
 from moextend_jax.mesh import one_device
 from moextend_jax.models.quantised import STORAGES
 from moextend_jax.options import OneOf
+from moextend_jax.outside import read_object
 from moextend_jax.settings import NotNegative
 
 SHARD = "5GB"
@@ -99,7 +100,7 @@ def import_checkpoint(values: ImportOptions) -> None:
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
     print(f"imported {described(source)} to {values.dst}: {cost}")
-    print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
+    print(f"content hash {read_object(values.dst / store.FILE)['content_hash']}")
 
 
 def _storage(values: ImportOptions) -> Quantised | None:
