@@ -527,6 +527,11 @@ class Quantised(NamedTuple):
         """None for "as_is"."""
         return None if storage == "as_is" else cls(storage, group)
 
+    def check_group(self, what: str) -> None:
+        """Raises MoextendError where a storage cannot have groups of this size; `what` said it."""
+        if self.kind == "mxfp4" and self.group != 32:
+            raise MoextendError(f"{what} = {self.group}: groups of mxfp4 are of 32")
+
     def __str__(self) -> str:
         return f"{self.kind} in groups of {self.group}"
 

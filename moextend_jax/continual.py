@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax import distributed, machine
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.chains import chain_table, learnt_on
 from moextend_jax.evaluate.summary import CHAINS
 from moextend_jax.folders import is_url
+from moextend_jax.outside import read_object
 from moextend_jax.report.page import write_report
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import data_dir_of
@@ -128,7 +128,7 @@ class Beside:
         if self.process.exitcode:
             lines = self.log.read_text(errors="replace").splitlines()
             raise MoextendError(f"chain {self.folder.name}: {lines[-1] if lines else 'failed'} (all of it: {self.log})")
-        return read_json(self.folder / "summary.json")
+        return read_object(self.folder / "summary.json")
 
     def end(self) -> None:
         """Stops it, as on a machine that is taken away."""

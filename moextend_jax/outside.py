@@ -90,6 +90,20 @@ def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
         raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      MoextendError: no such file, or something else in it; names the file.
+    """
+    if not path.exists():
+        raise MoextendError(f"{path} does not exist")
+    value = parse_json(read_small(inside(path)), where=f"{path} cannot be read")
+    if not isinstance(value, dict):
+        raise MoextendError(f"{path} holds no JSON object")
+    return value
+
+
 def parse_json(text: bytes, *, where: str, **hooks: Any) -> Any:
     """A JSON value from UTF-8; `hooks` are those of `json.loads`. `where` starts the message of an error."""
     try:

@@ -416,8 +416,8 @@ class MediumSettings:
     kind: MediumKind = "audio"
     """What its files are."""
     tower: str = ""
-    """Folder of its frozen tower, for pictures or Whisper's; embedded: the small one of the package; "": of kind
-    features none, of kinds image and video the run's `vision`."""
+    """Folder of its frozen tower, for pictures or Whisper's; embedded: the package's own for sounds, or for
+    pictures; "": of kind features none, of kinds image and video the run's `vision`."""
     projector: ProjectorSettings = dataclasses.field(default_factory=ProjectorSettings)
     """Between its tower and the decoder."""
     seconds: Count = 2
@@ -613,8 +613,8 @@ class RunSettings:
                 "text_isolation strict needs routers_kept before: routers that the probe trained change text too"
             )
 
-        if self.expert_storage == "mxfp4" and self.expert_group != 32:
-            raise MoextendError(f"expert_group = {self.expert_group}: groups of mxfp4 are of 32")
+        if self.quantised:
+            self.quantised.check_group("expert_group")
         if self.expert_storage != "as_is" and (self.baseline or "full" in self.chains):
             raise MoextendError(
                 f"expert_storage {self.expert_storage}: full fine-tuning trains the pretrained experts, which then are "

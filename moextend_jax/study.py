@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.estimates import estimate
+from moextend_jax.outside import read_object
 from moextend_jax.parsing import with_words
 from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.run import as_json, cpu_devices, write_json
@@ -127,8 +127,8 @@ def _summary(
     folder = workdir / name / f"seed_{own.seed}"
     done, made_with = folder / "summary.json", folder / "config.json"
     asked = as_json(dataclasses.asdict(own))
-    summary = read_json(done) if done.exists() and made_with.exists() else {}
-    if "start" in summary and read_json(made_with).get("settings") == asked:  # that comes last
+    summary = read_object(done) if done.exists() and made_with.exists() else {}
+    if "start" in summary and read_object(made_with).get("settings") == asked:  # that comes last
         return summary
     for other, settings in points.items():
         there = workdir / other / folder.name

@@ -283,7 +283,7 @@ def test_several_wordings(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "templates.json"),
+        ("[]", "templates.json holds no JSON object"),
         ("{}", "has no templates"),
         ('{"a": "no place"}', "must be a text with {question} in it once"),
         ('{"a": 3}', "must be a text"),

@@ -108,17 +108,17 @@ def test_a_tower_has_one_hash_whatever_it_is_called_and_whichever_folder_it_lies
     alone = hashes.base_hashes(open_source(root / "base").leaves)
     assert known.parts.keys() == {"decoder", "media/image", "media/speech"} and alone.parts.keys() == {"decoder"}
     assert alone.parts["decoder"] == known.parts["decoder"] and alone.base != known.base
-    _, other = open_tower(str(root / "tower of image"), medium="video", seconds=1, feature_layer=-1)
+    _, other = open_tower(str(root / "tower of image"), kind="video", medium="video", seconds=1, feature_layer=-1)
     assert hashes.base_hashes(other).parts == {"media/video": known.parts["media/image"]}
     folder = write_whisper(tmp_path / "whisper")
     for of in (folder, root / "tower of speech"):
-        config, leaves = open_tower(str(of), medium="sound", seconds=2, feature_layer=-1)
+        config, leaves = open_tower(str(of), kind="audio", medium="sound", seconds=2, feature_layer=-1)
         assert config == MEDIA["speech"].tower
         assert hashes.base_hashes(leaves).parts == {"media/sound": known.parts["media/speech"]}
     with pytest.raises(MoextendError, match="hears 2 seconds of sound, not 3"):
-        open_tower(str(root / "tower of speech"), medium="sound", seconds=3, feature_layer=-1)
+        open_tower(str(root / "tower of speech"), kind="audio", medium="sound", seconds=3, feature_layer=-1)
     with pytest.raises(MoextendError, match="holds no tower"):
-        open_tower(str(root / "base"), medium="sound", seconds=1, feature_layer=-1)
+        open_tower(str(root / "base"), kind="audio", medium="sound", seconds=1, feature_layer=-1)
 
 
 def write_whisper(folder: Path) -> Path:

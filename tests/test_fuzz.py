@@ -476,6 +476,14 @@ def test_a_selection_is_held_against_the_base(tmp_path: Path, name: str, value: 
     refused(lambda: read_selection(path, decoder=tiny.DECODER), "routing.json", name)
 
 
+def test_a_file_of_ours_that_is_none_is_not_taken_for_a_models(tmp_path: Path):
+    path = tmp_path / "routing.json"
+    for said in ("does not exist", "holds no JSON object"):
+        with pytest.raises(MoextendError, match=f"routing.json {said}$"):
+            read_selection(path, decoder=tiny.DECODER)
+        path.write_text("[]")
+
+
 # --- torch pickles ----------------------------------------------------------------------------------------------------
 
 

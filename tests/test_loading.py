@@ -17,7 +17,7 @@ import tiny
 import tiny_llama
 
 from moextend_jax import cli, distributed
-from moextend_jax.checkpoints import convert, hashes, huggingface, leaves
+from moextend_jax.checkpoints import compose, convert, hashes, huggingface, leaves
 from moextend_jax.checkpoints.loading import (
     EMBEDDED,
     Source,
@@ -39,6 +39,9 @@ from moextend_jax.config import (
 )
 from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.media import with_media
+from moextend_jax.runs.run import tokenizer_of_base
+from moextend_jax.settings import EvaluateSettings, MediumSettings, RunSettings, StageSettings
 from moextend_jax.sharding import MESH_AXES
 
 TRAINED = {"align": "media/image/projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extensions/image/"}
@@ -380,7 +383,9 @@ def test_a_feature_layer_that_a_tower_does_not_have_is_refused(tmp_path: Path, f
         lambda: open_source(clip, feature_layer=feature_layer),
         lambda: open_source(tmp_path / "imported", feature_layer=feature_layer),
         lambda: open_source(partial, base=tmp_path / "imported", feature_layer=feature_layer),
-        lambda: open_tower(str(tmp_path / "imported"), medium="image", seconds=1, feature_layer=feature_layer),
+        lambda: open_tower(
+            str(tmp_path / "imported"), kind="image", medium="image", seconds=1, feature_layer=feature_layer
+        ),
     ):
         with pytest.raises(MoextendError, match=f"feature layer {feature_layer} is not among the 2 layers"):
             read()
@@ -553,6 +558,21 @@ def test_no_way_in_follows_a_link_out_of_the_folder(tmp_path: Path, way: str):
 def test_a_setting_names_a_folder_or_the_embedded_base():
     assert (folder_of("embedded"), folder_of("embedded", inside="vision")) == (EMBEDDED, EMBEDDED / "vision")
     assert folder_of("some/where", inside="vision") == Path("some/where")
+
+
+@pytest.mark.parametrize(("kind", "inside"), [("image", "vision"), ("video", "vision"), ("audio", "audio")])
+def test_the_embedded_tower_of_a_medium_is_that_of_its_kind(kind: Any, inside: str):
+    stage = StageSettings(data="none", steps=1, batch_size=1, length=160)
+    settings = RunSettings(
+        align=stage, extend=stage, finetune=stage, full=stage, evaluate=EvaluateSettings(data="none", questions=1),
+        media={"other": MediumSettings(kind=kind, tower="embedded")},
+    )  # fmt: skip
+    base = open_base("embedded", "embedded", feature_layer=-2)
+    source = with_media(base, settings, tokenizer_of_base(settings, base))
+    expected = hashes.base_hashes(open_source(EMBEDDED / inside).leaves).parts["media/image"]
+    assert hashes.base_hashes(source.leaves).parts["media/other"] == expected
+    again = compose._tower("other", source.config.media["other"], "embedded")
+    assert hashes.base_hashes(again).parts["media/other"] == expected
 
 
 @pytest.mark.parametrize(

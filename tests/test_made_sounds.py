@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moextend_jax import machine
-from moextend_jax.checkpoints.loading import EMBEDDED, open_tower
+from moextend_jax.checkpoints.loading import open_tower
 from moextend_jax.config import ImageTags, Medium, MoextendError, Named, VisionConfig
 from moextend_jax.configs import continual
 from moextend_jax.data import builders, easy_vqa, made_sounds
@@ -180,9 +180,9 @@ def test_files_of_debian_packages_are_where_xdg_says(monkeypatch, tmp_path):
 
 
 def test_the_tower_for_sounds_comes_with_the_package():
-    config, leaves = open_tower("embedded", medium="sound", seconds=1, feature_layer=-2)
+    config, leaves = open_tower("embedded", kind="audio", medium="sound", seconds=1, feature_layer=-2)
     assert isinstance(config, VisionConfig) and (config.width, config.patches, config.image_size) == (128, 16, 64)
-    pictures = open_tower(str(EMBEDDED / "vision"), medium="sound", seconds=1, feature_layer=-2)
+    pictures = open_tower("embedded", kind="image", medium="sound", seconds=1, feature_layer=-2)
     assert config == pictures[0] and leaves.keys() == pictures[1].keys()
     assert all(path.startswith("media/sound/tower/") for path in leaves)
 

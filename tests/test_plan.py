@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import typing
+from pathlib import Path
 from types import SimpleNamespace
 
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +20,7 @@ import tiny
 from configs.mixtral_8x7b import get_config
 from moextend_jax import chips, cli
 from moextend_jax import settings as settings_module
+from moextend_jax.checkpoints import loading
 from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import AdapterConfig, DecoderConfig, MoextendError, Named, VisionConfig
 from moextend_jax.configurations import load
@@ -26,7 +30,7 @@ from moextend_jax.plan import collectives, compiling, hlo, products, roofline, s
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.command import PlanOptions, plan_command
 from moextend_jax.runs import results
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, from_config_dict
+from moextend_jax.settings import EvaluateSettings, MediumSettings, RunSettings, StageSettings, from_config_dict
 
 TINY = DecoderConfig(vocab_size=512, width=256, hidden=512, layers=4, heads=4, kv_heads=2, head_size=64)
 TOWER = VisionConfig(width=128, hidden=256, layers=2, heads=2, image_size=56, patch_size=14)
@@ -382,16 +386,38 @@ def test_traffic_of_a_scan_reads_each_slice_once():
 # --- counts from sizes ------------------------------------------------------------------------------------------------
 
 
+def imported(folder: Path) -> Path:
+    base = tiny.write_base(folder / "base")
+    cli.call(["import", str(base), str(folder / "both"), f"--vision={base / 'vision'}"])
+    return folder / "both"
+
+
+def without_tower(folder: Path) -> Path:
+    shutil.rmtree(tiny.write_base(folder) / "vision")
+    return folder
+
+
+BASES = {
+    "imported": imported,
+    "tower beside": tiny.write_base,
+    "released": lambda folder: folders.released(folder, config=folders.ALIGNED),
+    "without tower": without_tower,
+}
+
+
 @pytest.mark.parametrize("vision", ["", "embedded", "none", "clip-vit-large-patch14-336"])
-def test_the_tower_is_the_one_that_the_run_has(vision: str, tmp_path):
+@pytest.mark.parametrize("base", BASES)
+def test_the_tower_is_the_one_that_the_run_has(vision: str, base: str, tmp_path: Path):
     """A tower that the base brings goes before the embedded one."""
-    base = tiny.write_base(tmp_path / "base")
-    cli.call(["import", str(base), str(tmp_path / "both"), f"--vision={base / 'vision'}"])
     stage = StageSettings(data="none", steps=1, batch_size=1, length=160)
     settings = RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage, base=str(tmp_path / "both"), vision=vision,
+        align=stage, extend=stage, finetune=stage, full=stage, base=str(BASES[base](tmp_path)), vision=vision,
         evaluate=EvaluateSettings(data="none", questions=1), medium="" if vision == "none" else "image",
     )  # fmt: skip
+    if base == "without tower" and not vision:
+        with pytest.raises(MoextendError, match="has no vision tower of its own"):
+            sizes.model_config(settings, stage="finetune")
+        return
     planned = sizes.model_config(settings, stage="finetune").vision
     if vision.startswith("clip"):
         assert planned == sizes.TOWERS[vision]
@@ -399,9 +425,15 @@ def test_the_tower_is_the_one_that_the_run_has(vision: str, tmp_path):
         opened = open_base(settings.base, vision, feature_layer=settings.recipe.feature_layer).config.vision
         assert planned == opened and (planned is None) == (vision == "none")
     assert sizes.model_config(text_only(settings), stage="finetune").vision is None
-    if not vision:
-        with pytest.raises(MoextendError, match="has no vision tower of its own"):
-            sizes.model_config(dataclasses.replace(settings, base=str(base)), stage="finetune")
+
+
+def test_a_plan_takes_the_embedded_tower_of_a_mediums_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders.clip(tmp_path / "vision")  # of other sizes than the package's for sounds
+    monkeypatch.setattr(loading, "EMBEDDED", tmp_path)
+    media = {"film": MediumSettings(kind="video", tower="embedded")}
+    settings = dataclasses.replace(from_config_dict(get_config()), media=media)
+    tower = sizes.model_config(settings, stage="align").media["film"].tower
+    assert tower == dataclasses.replace(tiny.VISION, feature_layer=settings.recipe.feature_layer)
 
 
 def mixtral(**changes: typing.Any):

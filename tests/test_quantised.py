@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from tiny import few
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import convert, hashes, quantising, train_state
+from moextend_jax.checkpoints import convert, hashes, quantising, train_state, transformers_layout
 from moextend_jax.checkpoints.leaves import read_sharded
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.commands import whole_run
@@ -162,6 +162,11 @@ def test_a_plan_counts_two_int4_to_a_byte():
     assert {kind: shard_bytes(leaf[kind]) for kind in leaf} == {"int4": 8, "int8": 15, "bfloat16": 30}
 
 
+def settings_of(**changes: Any) -> RunSettings:
+    stage, evaluate = StageSettings(data="d", steps=1, batch_size=1, length=8), EvaluateSettings(data="d", questions=1)
+    return RunSettings(align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, **changes)
+
+
 # --- written once -----------------------------------------------------------------------------------------------------
 
 
@@ -179,10 +184,10 @@ def imported(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_imported_in_few_bits_has_the_bits_of_what_is_read_in_few_bits(kind: Any, imported):
-    base, bring_in = imported
-    group = 8
-    folder = bring_in("few", "--storage", kind, "--group", str(group))
+    base, _ = imported
+    group, folder = 8, base.with_name("few")
     how = Quantised(kind, group)
+    convert.import_source(open_source(base), folder, storage=how)  # since the command takes mxfp4 in groups of 32 alone
     ours, theirs = open_source(folder), open_source(base)
     assert hashes.base_hashes(ours.leaves) == hashes.base_hashes(theirs.leaves)
     model = open_checkpoint(folder)
@@ -208,14 +213,15 @@ def test_what_is_in_few_bits_is_refused_as_anything_else(imported, capsys, monke
         open_checkpoint(folder, storage=Quantised("int8", 8))
     with pytest.raises(MoextendError, match=how):
         quantising.stored(open_source(folder).leaves, None)
-    for words in (["export", folder, folder.with_name("out")], ["import", folder, folder.with_name("out")]):
-        with pytest.raises(SystemExit) as exit:
-            cli.main([str(word) for word in words])
-        assert exit.value.code == 2 and how in capsys.readouterr().err
-        assert not folder.with_name("out").exists()
-    with pytest.raises(MoextendError, match=how), monkeypatch.context() as patch:
-        patch.setattr(convert, "watched", lambda *_: pytest.fail("something was to be written"))
-        convert.import_source(open_source(folder), folder.with_name("out"))
+    with monkeypatch.context() as patch:
+        for module in (convert, transformers_layout):
+            patch.setattr(module, "watched", lambda *_: pytest.fail("something was to be written"))
+        for words in (["import"], ["export"], ["export", "--layout=hf"], ["export", "--layout=released"]):
+            with pytest.raises(SystemExit) as exit:
+                cli.main([*words, str(folder), str(folder.with_name("out"))])
+            said = "in int4 in groups of 8, as they were imported, and cannot be exported or imported again: use the"
+            assert exit.value.code == 2 and said in capsys.readouterr().err
+    assert cli.call(["export", str(folder), str(folder.with_name("tower")), "--layout", "clip"]) in (0, None)
     for words, message in (
         (["--storage", "int4", "--dtype", "bfloat16"], "leave --dtype out"),
         (["--group", "8"], "--group goes with --storage"),
@@ -225,6 +231,15 @@ def test_what_is_in_few_bits_is_refused_as_anything_else(imported, capsys, monke
         with pytest.raises(SystemExit) as exit:
             cli.main(["import", str(base), str(folder.with_name("out")), *words])
         assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_groups_of_mxfp4_are_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["import", str(tmp_path / "nowhere"), str(tmp_path / "out"), "--storage", "mxfp4", "--group", "64"]
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    assert "--group = 64: groups of mxfp4 are of 32" in capsys.readouterr().err
+    with pytest.raises(MoextendError, match="expert_group = 64: groups of mxfp4 are of 32"):
+        settings_of(expert_storage="mxfp4", expert_group=64)
 
 
 @pytest.mark.parametrize("suffix", ["", "_scale"])
@@ -308,13 +323,8 @@ def test_a_run_over_experts_in_four_bits(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_full_fine_tuning_is_refused_before_anything_is_read():
-    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
-    evaluate = EvaluateSettings(data="d", questions=1)
     with pytest.raises(MoextendError, match="expert_storage int8: full fine-tuning trains the pretrained experts"):
-        RunSettings(
-            align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, expert_storage="int8",
-            baseline=True,
-        )  # fmt: skip
+        settings_of(expert_storage="int8", baseline=True)
 
 
 def test_integers_do_not_train():

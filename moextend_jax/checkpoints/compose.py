@@ -266,7 +266,8 @@ def _tower(name: str, medium: Medium, at: str) -> dict[str, Leaf]:
     """Leaves of the tower that a medium describes."""
     tower = medium.tower
     seconds = tower.seconds if isinstance(tower, WhisperConfig) else 1
-    config, leaves = open_tower(at, medium=name, seconds=seconds, feature_layer=getattr(tower, "feature_layer", -1))
+    feature_layer = getattr(tower, "feature_layer", -1)
+    config, leaves = open_tower(at, kind=medium.kind, medium=name, seconds=seconds, feature_layer=feature_layer)
     if config != tower:
         raise MoextendError(f"{at} is another tower than the one that {name} was trained with: its sizes differ")
     return leaves

@@ -26,6 +26,7 @@ from moextend_jax.families.towers import TOWERS
 from moextend_jax.mesh import one_device
 from moextend_jax.models.quantised import STORAGES
 from moextend_jax.options import OneOf
+from moextend_jax.outside import read_object
 from moextend_jax.settings import NotNegative
 
 SHARD = "5GB"
@@ -72,6 +73,7 @@ def import_checkpoint(values: ImportOptions) -> None:
     """A PyTorch checkpoint becomes a folder of stacked leaves; with --experts, a dense one (Llama or Mistral, folder or
     GGUF) becomes a mixture of copies of its feed-forward layers."""
     folders.local(values.dst, what="the new folder")
+    storage = _storage(values)
     with tempfile.TemporaryDirectory() as scratch:
         if values.experts is not None:
             source = _upcycled(values, Path(scratch), experts=values.experts)
@@ -94,13 +96,11 @@ def import_checkpoint(values: ImportOptions) -> None:
             )
         for note in source.notes:
             print(f"{values.src}: {note}")
-        cost = import_source(
-            source, values.dst, dtype=values.dtype, storage=_storage(values), console=Console(stderr=True)
-        )
+        cost = import_source(source, values.dst, dtype=values.dtype, storage=storage, console=Console(stderr=True))
     if not_written := source.record.facts.get("tokenizer"):
         print(f"tokenizer {not_written}")
     print(f"imported {described(source)} to {values.dst}: {cost}")
-    print(f"content hash {huggingface.read_json(values.dst / store.FILE)['content_hash']}")
+    print(f"content hash {read_object(values.dst / store.FILE)['content_hash']}")
 
 
 def _storage(values: ImportOptions) -> Quantised | None:
@@ -110,7 +110,9 @@ def _storage(values: ImportOptions) -> Quantised | None:
         return None
     if values.dtype is not None:
         raise MoextendError("--storage leaves all but the experts in the element type of the files: leave --dtype out")
-    return Quantised(values.storage, values.group or (32 if values.storage == "mxfp4" else 64))
+    storage = Quantised(values.storage, values.group or (32 if values.storage == "mxfp4" else 64))
+    storage.check_group("--group")
+    return storage
 
 
 def _upcycled(values: ImportOptions, scratch: Path, *, experts: int) -> Source:
@@ -140,10 +142,10 @@ def import_source(
     console: Console | None = None,
 ) -> Cost:  # fmt: skip
     """Writes an opened checkpoint as a folder of stacked leaves; see store.py for what is in it."""
+    quantising.check_readable(source.leaves)
     check_routers(source)
     if storage and not any(path in quantising.MATRICES for path in source.leaves):
         raise MoextendError("--storage is for pretrained experts, and there are none")
-    quantising.check_readable(source.leaves)
     quantising.check(source.config.decoder, storage, one_device())
     planned = store.tensors_of(source.leaves, dtype=dtype, storage=storage)
     with watched(planned, dst, console) as (meter, written), new_folder(dst) as folder:
@@ -185,14 +187,18 @@ def export_source(
     """Writes an opened checkpoint in a layout of LAYOUTS; for delta and peft only `extensions`, if given.
 
     Raises:
-      MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it.
+      MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it, or
+        its files hold experts, which that layout has, in few bits.
     """
     needed = dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}, "peft": {"extension"}}
     needed["delta"] = {"extension"} if not any("/projector/" in path for path in source.leaves) else set()
-    if missing := needed.get(layout, {"decoder"}) - source.parts:
+    parts = needed.get(layout, {"decoder"})
+    if missing := parts - source.parts:
         raise MoextendError(
             f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"
         )
+    if "decoder" in parts:
+        quantising.check_readable(source.leaves)
     if layout in FAMILIES and layout != source.config.decoder.family:
         raise MoextendError(f"layout {layout} has no place for a decoder of family {source.config.decoder.family}")
     if layout in TOWERS and source.config.vision and layout != source.config.vision.family:

@@ -38,7 +38,7 @@ from moextend_jax.families.attributes import (
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.media.image import LEVELS
 from moextend_jax.models.starts import STARTS
-from moextend_jax.outside import inside, parse_json, read_small, short, shown
+from moextend_jax.outside import read_object, short, shown
 from moextend_jax.parameters import by_path
 
 PUBLISHED_TOWERS = tuple(
@@ -310,17 +310,14 @@ def _why_not(model_type: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The attributes in a model's config.json, or in a file beside it.
 
     Raises:
-      MoextendError: no such file, or something else in it; names the file.
+      MoextendError: as `read_object`.
     """
     if not path.exists():
         raise MoextendError(f"{path} does not exist: not a Hugging Face model folder")
-    attributes = parse_json(read_small(inside(path)), where=f"{path} cannot be read")
-    if not isinstance(attributes, dict):
-        raise MoextendError(f"{path} holds no attributes of a model")
-    return attributes
+    return read_object(path)
 
 
 # --- sizes -> config.json ---------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from moextend_jax.config import (
     IMAGE,
     DecoderConfig,
     ExtensionConfig,
+    MediumKind,
     ModelConfig,
     MoextendError,
     Named,
@@ -232,6 +233,11 @@ def folder_of(name: str, *, inside: str = "") -> Path:
     return EMBEDDED / inside if name == "embedded" else named_folder(name)
 
 
+def tower_folder(name: str, kind: MediumKind) -> Path:
+    """The folder of the tower of a medium of this kind; "embedded" is the package's own for sounds, or for pictures."""
+    return folder_of(name, inside="audio" if kind == "audio" else "vision")
+
+
 def tokenizer_folder(base: str) -> Path:
     """The folder on this machine that has the small files of a base: its own, or copies where it is in a bucket."""
     return local_copy(folder_of(base), SIDE_FILES)
@@ -266,17 +272,20 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     return source._replace(leaves=pretrained)
 
 
-def open_tower(name: str, *, medium: str, seconds: int, feature_layer: int) -> tuple[TowerConfig, dict[str, Leaf]]:
+def open_tower(
+    name: str, *, kind: MediumKind, medium: str, seconds: int, feature_layer: int
+) -> tuple[TowerConfig, dict[str, Leaf]]:
     """The frozen tower of a medium, for pictures or Whisper's; its leaves by their path in the model.
 
     Args:
-      name: its folder; "embedded" is the package's own for that medium's kind.
+      name: its folder, or "embedded" (`tower_folder`).
+      kind, medium: the medium's kind and name.
       seconds: how long Whisper hears. feature_layer: hidden state that the projector reads; of Whisper always the last.
 
     Raises:
       MoextendError: the folder holds none.
     """
-    folder = folder_of(name, inside="audio")
+    folder = tower_folder(name, kind)
     if store.is_imported(folder):
         return _imported_tower(folder, medium=medium, seconds=seconds, feature_layer=feature_layer)
     at = folder / "config.json"

@@ -152,10 +152,13 @@ def opened(leaf: Leaf, how: Quantised, stored: Mapping[str, Stored], claims: Map
 
 
 def check_readable(leaves: Mapping[str, Leaf]) -> None:
-    """Refuses, before anything is written, leaves whose values `opened` does not have."""
+    """Refuses, before anything is written, to write leaves whose values `opened` does not have."""
     for leaf in leaves.values():
         if leaf.few_bits is not None:
-            raise _unreadable(leaf.where, leaf.few_bits.how)
+            raise MoextendError(
+                f"{leaf.where}: the experts are in {leaf.few_bits.how}, as they were imported, and cannot be exported "
+                "or imported again: use the folder that they came from, or of a run --layout delta"
+            )
 
 
 def _unreadable(where: str, how: Quantised) -> MoextendError:

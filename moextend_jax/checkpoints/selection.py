@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import DecoderConfig, MoextendError
-from moextend_jax.outside import shown
+from moextend_jax.outside import read_object, shown
 
 
 def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
     Raises:
       MoextendError: they are not, or are not there; names the file.
     """
-    record = read_json(path)
+    record = read_object(path)
     layers: Any = record.get("chosen_layers")
     sources: Any = record.get("sources")
     if not _below(layers, decoder.layers, decoder.dense_layers) or layers != sorted({*layers}) or not layers:

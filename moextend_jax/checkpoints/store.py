@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from moextend_jax.checkpoints import hashes, leaves, quantising
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.names import PREFIXES
 from moextend_jax.checkpoints.tensors import Planned, Stored, difference, open_safetensors, write_safetensors
@@ -52,7 +51,7 @@ from moextend_jax.families.attributes import MOST, fits
 from moextend_jax.families.towers import TOWERS as PICTURE_TOWERS
 from moextend_jax.media import KINDS, mark_of
 from moextend_jax.models.quantised import STORAGES
-from moextend_jax.outside import shown
+from moextend_jax.outside import read_object, shown
 from moextend_jax.parameters import current_path
 from moextend_jax.settings import build, fields
 
@@ -168,7 +167,7 @@ def read(folder: Path) -> tuple[Record, dict[str, Leaf]]:
       MoextendError: moextend.json is broken or does not fit the tensors beside it.
     """
     where = folder / FILE
-    value = read_json(where)
+    value = read_object(where)
     if value.get("format") not in (1, FORMAT):
         raise MoextendError(
             f"{where} has format {shown(value.get('format'))}; this version reads formats 1 and {FORMAT}"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import huggingface, leaves, names
+from moextend_jax.checkpoints import huggingface, leaves, names, quantising
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.llava import patches_are
@@ -56,8 +56,10 @@ def export_transformers(
     """Writes the folder, whole or not at all.
 
     Raises:
-      MoextendError: a part is missing, or transformers has no way to do what the model does.
+      MoextendError: a part is missing, or transformers has no way to do what the model does, or files hold its experts
+        in few bits.
     """
+    quantising.check_readable(source.leaves)
     folder = folder_of_model(source, recipe=recipe, text_isolation=text_isolation)
     with watched(folder.tensors, dst, console) as (meter, written), new_folder(dst) as new:
         write_safetensors(new, folder.tensors, max_shard_bytes=max_shard_bytes, written=written)

@@ -18,9 +18,9 @@ import numpy as np
 from rich.table import Table
 
 from moextend_jax import distributed
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmark import Exam, benchmark, folder_of
+from moextend_jax.outside import read_object
 from moextend_jax.runs.askable import Askable
 from moextend_jax.runs.run import write_json
 from moextend_jax.terminal import console
@@ -34,7 +34,7 @@ def read_templates(path: Path) -> dict[str, str]:
     """Raises MoextendError where the file is none: not JSON, no names that can be folders, no {question}."""
     if not path.is_file():
         raise MoextendError(f"{path} does not exist: --templates names a JSON file {{NAME: TEMPLATE, ...}}")
-    templates = read_json(path)
+    templates = read_object(path)
     if not templates:
         raise MoextendError(f"{path} has no templates: write {{NAME: TEMPLATE, ...}}")
     for name, template in templates.items():
@@ -72,7 +72,7 @@ def ask_wordings(
         """Whether these scores are still in the model's files: another model of its name may have replaced them."""
         for name, score in scores.items():
             path = folder_of(out / "wordings" / name, exam.name, split=exam.split, model=model) / "scores.json"
-            if not path.exists() or (read_json(path).get("headline") or {}).get("value") != score:
+            if not path.exists() or (read_object(path).get("headline") or {}).get("value") != score:
                 return False
         return True
 
@@ -85,7 +85,7 @@ def ask_wordings(
         record = benchmark(opened, worded(exam, template), out=folder, max_new_tokens=max_new_tokens, template=template)
         headline = json.loads(distributed.text_from_first(lambda record=record: json.dumps(record["headline"])))
         scores[name] = headline["value"]
-    before = read_json(at) if distributed.first() and at.exists() else {}
+    before = read_object(at) if distributed.first() and at.exists() else {}
     asked = {"benchmark": exam.name, "split": exam.split, "limit": exam.limit, "templates": dict(templates)}
     asked |= {"max_new_tokens": max_new_tokens}
     others = before.get("models", {}) if {name: before.get(name) for name in asked} == asked else {}

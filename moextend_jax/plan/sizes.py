@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moextend_jax.checkpoints import huggingface
-from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_source, open_tower
+from moextend_jax.checkpoints.loading import NO_PICTURES, folder_of, open_source, open_tower, tower_folder
 from moextend_jax.config import (
     DecoderConfig,
     FeaturesConfig,
@@ -105,9 +105,9 @@ def _tower_of(name: str, of: MediumSettings, vision: VisionConfig | None, *, fea
         return FeaturesConfig(width=of.width, patches=of.patches)
     if not of.tower and vision is not None and of.kind != "audio":
         return vision
-    folder = folder_of(of.tower, inside="audio")
+    folder = tower_folder(of.tower, of.kind)
     if of.tower and folder.exists():
-        return open_tower(of.tower, medium=name, seconds=of.seconds, feature_layer=feature_layer)[0]
+        return open_tower(of.tower, kind=of.kind, medium=name, seconds=of.seconds, feature_layer=feature_layer)[0]
     if folder.name in TOWERS:
         return dataclasses.replace(TOWERS[folder.name], feature_layer=feature_layer)
     if folder.name in WHISPERS:
@@ -127,9 +127,13 @@ def _decoder(base: str) -> DecoderConfig:
 
 
 def _sizes(folder: Path) -> DecoderConfig | None:
-    """Sizes from config.json alone, so that a folder without weights is enough."""
+    """Sizes from config.json alone, so that a folder without weights is enough; None: it has to be opened.
+
+    One of the released layout has, since its tower is among its tensors, and config.json need not say its sizes.
+    """
     path = folder / "config.json"
-    if not path.exists() or huggingface.read_json(path).get("model_type") not in FAMILIES:
+    attributes = huggingface.read_json(path) if path.exists() else {}
+    if attributes.get("model_type") not in FAMILIES or {"add_layer", "visual"} & attributes.keys():
         return None
     return huggingface.read_decoder_config(folder)
 
@@ -143,10 +147,13 @@ def _vision(settings: RunSettings) -> VisionConfig | None:
     if settings.vision in (NO_PICTURES, TEXT_ONLY):
         return None
     folder, feature_layer = folder_of(settings.base), settings.recipe.feature_layer
-    if settings.vision in ("", "embedded") and folder.exists() and _sizes(folder) is None:
-        source = open_source(folder, feature_layer=feature_layer)
-        if source.config.vision is not None:
-            return source.config.vision
+    if settings.vision in ("", "embedded") and folder.exists():
+        if _sizes(folder) is None:
+            source = open_source(folder, feature_layer=feature_layer)
+            if "vision" in source.parts:
+                return source.config.vision
+        elif (folder / "vision" / "config.json").is_file():
+            return huggingface.read_vision_config(folder / "vision", feature_layer=feature_layer)
     if not settings.vision:
         raise MoextendError(f'{settings.base} has no vision tower of its own, as config.vision = "" has it: name one')
     return _tower(settings.vision, feature_layer=feature_layer)

@@ -19,7 +19,6 @@ import numpy as np
 from moextend_jax import preemption
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
-from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.config import IMAGE, ModelConfig, MoextendError, with_extension
 from moextend_jax.data.datasets import Source
 from moextend_jax.data.shared_memory import no_bus_error
@@ -30,6 +29,7 @@ from moextend_jax.extension.saliency import SCORES, expert_norms
 from moextend_jax.mesh import make_leaves, place_rows
 from moextend_jax.models.blocks import fresh_blocks, read_by_blocks
 from moextend_jax.models.moextend import abstract, fresh_adapter
+from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
@@ -114,7 +114,7 @@ def seconds_before(run: Run, name: str) -> float:
     """Seconds that earlier starts spent on a training stage; of one that was cut off, until its last logged step."""
     stage, metrics = run.folder(name) / "stage.json", run.folder(name) / "metrics.jsonl"
     if stage.exists():
-        return read_json(stage)["seconds"]
+        return read_object(stage)["seconds"]
     return sum(row["seconds"] for row in read_metrics(metrics)) if metrics.exists() else 0.0
 
 

@@ -111,7 +111,8 @@ def _tower(name: str, of: MediumSettings, source: Source, settings: RunSettings)
             raise MoextendError(f"media.{name}.tower must name the folder of its tower")
         own = {path: leaf for path, leaf in source.leaves.items() if path.startswith(f"media/{IMAGE}/tower/")}
         return source.config.vision, {path.replace(IMAGE, name, 1): leaf for path, leaf in own.items()}
-    tower, leaves = open_tower(of.tower, medium=name, seconds=of.seconds, feature_layer=settings.recipe.feature_layer)
+    feature_layer = settings.recipe.feature_layer
+    tower, leaves = open_tower(of.tower, kind=of.kind, medium=name, seconds=of.seconds, feature_layer=feature_layer)
     if not isinstance(tower, KINDS[of.kind].towers):
         raise MoextendError(f"media.{name} is of kind {of.kind}, and {of.tower} is a tower for sound")
     return tower, leaves

@@ -31,6 +31,7 @@ from moextend_jax.folders import folder, is_url, reading
 from moextend_jax.lock import locked
 from moextend_jax.mesh import Rows, check_rows, make_mesh, own_row_shards, row_shards
 from moextend_jax.models.moextend import abstract
+from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.media import with_media
@@ -296,7 +297,7 @@ def remember(run: Run, *, made: Collection[str] | None = None) -> None:
 def remembered(workdir: Path) -> dict[str, Any]:
     """What `remember` wrote; nothing where config.json is a model's, or not there."""
     path = workdir / "config.json"
-    attributes = huggingface.read_json(path) if path.is_file() else {}
+    attributes = read_object(path) if path.is_file() else {}
     return attributes if "settings" in attributes else {}
 
 
