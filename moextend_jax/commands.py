@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from moextend_jax import machine
 from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Range
-from moextend_jax.folders import local
+from moextend_jax.folders import is_url, local
 from moextend_jax.options import Sets
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.results import FIRST
@@ -162,8 +162,9 @@ def _show(run: Any, name: str) -> None:
         return
     from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
 
-    record = read_selection(run, table(run.settings).result(name).extension)
-    routing_picture(record, run.folder(name) / "routing.png")
+    extension = table(run.settings).result(name).extension
+    record = read_selection(run, extension)
+    routing_picture(record, run.folder(name) / "routing.png", medium=run.settings.link(extension).medium)
     print(f"layers to extend: {record['chosen_layers']}, copying experts {record['sources']}")
 
 
@@ -395,6 +396,8 @@ class BenchOptions:
 def bench_command(options: BenchOptions) -> None:
     from moextend_jax.bench import bench
 
+    if options.json and not is_url(options.json):  # now: what cannot be made is said before all is timed
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     figures = bench(options.config, console(), only=options.stage, layers=options.layers)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -19,6 +19,7 @@ from typing import Any, cast, get_args
 from ml_collections import ConfigDict
 
 from moextend_jax.config import MoextendError
+from moextend_jax.folders import folder
 from moextend_jax.settings import RunSettings, fields
 
 FOLDER = Path(__file__).parent / "configs"
@@ -83,7 +84,7 @@ def with_defaults(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _file(name: str) -> Path:
     """A file that is there, or one of the package's: `demo` and `configs/demo.py`, wherever one is."""
-    path = Path(name)
+    path = folder(name)
     if path.suffix == ".py" and path.is_file():
         return path
     inside = FOLDER / f"{path.stem}.py"

@@ -130,11 +130,15 @@ def _summary(
     summary = read_object(done) if done.exists() and made_with.exists() else {}
     if "start" in summary and read_object(made_with).get("settings") == asked:  # that comes last
         return summary
+    made: dict[Path, list[str]] = {}  # by folder of a point that begins alike, what it has of the first stages
     for other, settings in points.items():
         there = workdir / other / folder.name
-        if other != name and there.exists() and _early(settings) == _early(own):
-            share(there, folder, ("align", "extend", *(["select"] * (settings.select == own.select))))
-            break
+        if other != name and _early(settings) == _early(own):
+            early = ("align", "extend", *(["select"] * (settings.select == own.select)))
+            made[there] = [stage for stage in early if (there / stage).exists()]
+    if made:  # of the one with most: a rival method's has `align` alone
+        most = max(made, key=lambda there: len(made[there]))
+        share(most, folder, made[most])
     console().print(f"study: {name}, seed {own.seed}", highlight=False)
     return run(own, folder)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from configs.bench import get_config
 from moextend_jax import bench
+from moextend_jax.commands import BenchOptions, bench_command
 from moextend_jax.config import IGNORE, IMAGE, MoextendError, with_vision
 from moextend_jax.configurations import load
 from moextend_jax.plan.sizes import model_config
@@ -64,6 +65,17 @@ def test_stages_of_other_media_are_refused(settings: RunSettings, monkeypatch: p
         with pytest.raises(MoextendError, match=message):
             bench.bench(chain, Console(), only=only)
     assert asked == ["finetune"]
+
+
+def test_a_file_that_cannot_be_written_is_said_before_all_is_timed(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: {"align/all": {}})
+    bench_command(BenchOptions(settings, json=tmp_path / "new" / "x.json"))
+    assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"align/all": {}}
+    monkeypatch.setattr(bench, "bench", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(OSError, match=r"new/x\.json"):
+        bench_command(BenchOptions(settings, json=tmp_path / "new" / "x.json" / "y.json"))
 
 
 def test_rows_hold_one_image_and_the_labels_they_say(settings: RunSettings):

@@ -25,6 +25,7 @@ from moextend_jax import cli, machine, preemption
 from moextend_jax.checkpoints import sums
 from moextend_jax.chips import GIB, chip
 from moextend_jax.commands import RunOptions
+from moextend_jax.configurations import FOLDER
 from moextend_jax.folders import folder
 from moextend_jax.options import options_of
 from moextend_jax.options import settings_of as settings_listed
@@ -406,7 +407,8 @@ def test_a_result_that_was_cut_off_while_it_was_written_is_not_there(refused, gr
 def test_a_home_that_no_shell_has_put_in(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folder("~/run") == tmp_path / "run" and folder("a~b") == Path("a~b")
-    options = parse(RunOptions, ["--config=demo", "--workdir=~/run"], command="run", does="")
+    shutil.copy(FOLDER / "demo.py", tmp_path / "mine.py")
+    options = parse(RunOptions, ["--config=~/mine.py", "--workdir=~/run"], command="run", does="")
     assert options.workdir == tmp_path / "run"
 
 

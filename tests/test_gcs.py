@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import tempfile
 import threading
 import urllib.request
 from pathlib import Path
@@ -29,7 +30,9 @@ from moextend_jax.data.datasets import open_dataset
 from moextend_jax.routing import command
 from moextend_jax.runs import data_of
 from moextend_jax.runs.run import open_run, settings_of, write_json
+from moextend_jax.train import metrics
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
+from moextend_jax.train.tracing import Tracer
 
 FORMS = (
     "llava",
@@ -139,7 +142,7 @@ def test_results_metrics_and_records(bucket: Path):
         scaled = {path: scale * leaf for path, leaf in leaves.items()}
         train_state.save_leaves(bucket / "align" / "result", scaled, facts={"base": "b"})
     again = train_state.load_leaves(bucket / "align" / "result", facts={"base": "b"})
-    assert again is not None and set(again) == set(leaves)
+    assert again is not None and set(again) == set(leaves) and train_state.steps_in(bucket / "align" / "result") == [2]
     for path, leaf in leaves.items():
         assert np.asarray(again[path]).tobytes() == np.asarray(2 * leaf).tobytes(), path
     with pytest.raises(MoextendError, match="another run"):
@@ -155,6 +158,34 @@ def test_results_metrics_and_records(bucket: Path):
 
     write_json(bucket / "summary.json", {"a": 1})
     assert json.loads((bucket / "summary.json").read_text()) == {"a": 1}
+
+
+def test_what_was_cut_off_in_a_bucket_is_not_there(bucket: Path):
+    """Orbax has a file there that says what is whole, since a bucket renames nothing."""
+    work = bucket.parent / "cut off"
+    result, steps = work / "align" / "result", work / "extend" / "checkpoints"
+    for step in (result / "1", steps / "300", steps / "1200"):
+        (step / "leaves" / "d" / "x").write_bytes(b"x")
+    (steps / "300" / "commit_success.txt").write_text("")
+    assert not train_state.has_step(result) and train_state.steps_in(steps) == [300]
+    (result / "1" / "commit_success.txt").write_text("")
+    assert train_state.has_step(result) and not train_state.has_step(work / "grow" / "result")
+
+
+@pytest.mark.usefixtures("bucket_names")
+def test_what_does_not_begin_leaves_no_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def refused(*_: Any, **__: Any) -> None:
+        raise MoextendError("sinks: wandb does not start: no account")
+
+    there = folders.folder("gs://bucket/align")
+    monkeypatch.setattr(type(there), "exists", lambda path: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics, "open_sinks", refused)
+    with pytest.raises(MoextendError, match="no account"):
+        MetricsWriter(there)
+    with Tracer(there / "profile", range(5, 6)) as tracer:
+        tracer.step(4, ())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

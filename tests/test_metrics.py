@@ -195,6 +195,23 @@ def test_a_tool_gets_scalars_and_a_run_that_goes_on_is_the_same_run_there(tools,
     assert [row["new_share"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [[0.25, None, 0.5]]
 
 
+def test_a_half_written_file_of_ids_makes_another_run_and_is_never_written_half(tools, tmp_path, monkeypatch):
+    write_to("wandb", tmp_path, [1, 2])
+    (tmp_path / "sinks.json").write_text('{"wandb": "12')
+    write_to("wandb", tmp_path, [3], resume_step=2)
+    assert len(tools.logged) == 2
+    ids, write = (tmp_path / "sinks.json").read_text(), Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:9], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MoextendError, match="wandb does not start: .*No space left on device"):
+        sinks.open_sinks(["wandb"], tmp_path, name="demo/align", settings=SETTINGS, resume_step=0)
+    assert (tmp_path / "sinks.json").read_text() == ids
+
+
 def test_a_tool_that_fails_is_left_behind(tools, tmp_path, capsys):
     with MetricsWriter(tmp_path, sinks=("wandb", "tensorboard"), name="demo/align", settings=SETTINGS) as writer:
         tools.broken = True

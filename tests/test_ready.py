@@ -294,6 +294,19 @@ def test_no_later_stage_sees_what_an_earlier_extension_holds_out(llava, tmp_path
         assert "cannot hold out" in row_problems(run.settings, rows={name: 1}, layers=1)[0], name
 
 
+def test_a_rule_that_chooses_no_layer_is_named_as_it_is_set(llava):
+    first = changed(settings(llava), select={"layers": "first_quarter"})
+    stages = {name: getattr(first, name) for name in ("align", "extend", "finetune", "full", "evaluate")}
+    later = ExtensionSettings(**stages, select=SelectSettings(held_out=0.1, layers="interval", share=0.2))
+    both = dataclasses.replace(first, extensions={"task": later})
+    rows = {"select": ROWS, "select:task": ROWS}
+    assert row_problems(both, rows=rows, layers=3) == [
+        "select.layers = first_quarter of 3 layers chooses none",
+        "extensions.task.select.share = 0.2 of 3 layers chooses none; raise it",
+    ]
+    assert row_problems(both, rows=rows, layers=5) == []
+
+
 @pytest.mark.parametrize(
     ("data", "title"),
     [

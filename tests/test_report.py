@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -19,14 +20,15 @@ from tiny import few
 
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
+from moextend_jax.report import page as page_module
 from moextend_jax.report.canvas import OURS, canvas
 from moextend_jax.report.examples import cards
 from moextend_jax.report.page import write_report
 from moextend_jax.report.results_pictures import forgetting
 from moextend_jax.report.routing_pictures import choice_panel, routing_picture, selection_panels, share_panel
-from moextend_jax.report.workdir import parse_selection, read_workdir
+from moextend_jax.report.workdir import KINDS, kind_title, parse_selection, read_workdir
 from moextend_jax.runs.run import as_json
-from moextend_jax.settings import from_config_dict
+from moextend_jax.settings import MediumSettings, from_config_dict
 
 SUMMARY = {
     "data": "easy-VQA",
@@ -306,11 +308,11 @@ def test_a_long_run_of_the_full_model_stays_small_and_quick(tmp_path):
 
 @pytest.mark.slow
 def test_picture_files_are_pictures(tmp_path):
-    routing_picture(selection(), tmp_path / "routing.png")
+    routing_picture(selection(), tmp_path / "routing.png", medium="image")
     with Image.open(tmp_path / "routing.png") as image:
         assert image.format == "PNG" and image.width > 1000
     with pytest.raises(MoextendError, match="routing: 'layers' is missing"):
-        routing_picture({}, tmp_path / "none.png")
+        routing_picture({}, tmp_path / "none.png", medium="image")
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -441,13 +443,31 @@ def test_layers_are_numbered_among_all_where_the_first_are_dense(tmp_path):
         assert [label.get_text() for label in new.get_xticklabels()] == ["3", "5"]
 
 
+def test_tokens_are_named_after_what_they_are_of(tmp_path, monkeypatch):
+    """Files call those of every medium `image`."""
+    settings = tiny.run_settings(media={"sound": MediumSettings(tower="embedded")}, medium="sound")
+    put(fake_workdir(tmp_path) / "config.json", {"settings": as_json(dataclasses.asdict(settings))})
+    found = read_workdir(tmp_path)
+    assert found.selection is not None and found.new_experts is not None and found.loads is not None
+    with canvas(width=4, height=4) as figure:
+        shares, new = figure.subplots(2)
+        selection_panels(found.selection, kind="image", top=1.0, most=1.0)["before"](shares)
+        share_panel(new, found.new_experts)
+        assert shares.get_title(loc="left") == "Sound tokens: before"
+        assert {of.get_text() for of in new.get_legend().get_texts()} >= {"sound tokens", "text tokens"}
+    monkeypatch.setattr(page_module, "picture", lambda draw, label, **_: label)  # drawing takes seconds
+    said = page_module._routing(found.selection) + page_module._new_experts(found.new_experts)
+    assert "Routing of sound tokens, before" in said and "A tall sound bar" in said and "image" not in said
+    assert found.loads.medium == "sound" and [kind_title(kind, medium="") for kind in KINDS] == ["item", "text"]
+
+
 @pytest.mark.parametrize("more", few([{"new_experts": 2}, {"new_experts": 1, "wide": 2}]))
 def test_a_selection_of_two_sources_a_layer(more: dict[str, int], tmp_path):
     record: dict[str, Any] = {**selection(), **more}
     record["sources"] = [expert for layer in record["chosen_layers"] for expert in (layer % 8, (layer + 1) % 8)]
     read = parse_selection(record, where="here")
     assert read.copied == tuple((layer, (layer + n) % 8) for layer in record["chosen_layers"] for n in (0, 1))
-    routing_picture(record, tmp_path / "routing.png")
+    routing_picture(record, tmp_path / "routing.png", medium="image")
     assert (tmp_path / "routing.png").stat().st_size > 1000
     with pytest.raises(MoextendError, match="here: 7 sources for 4 chosen layers"):
         parse_selection(record | {"sources": record["sources"][1:]}, where="here")

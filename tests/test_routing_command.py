@@ -232,7 +232,7 @@ def test_layers_are_numbered_among_all_where_the_first_have_no_router(pair, tmp_
 
 
 def test_too_small_a_share_of_the_layers_is_named_as_the_option_is(pair):
-    with pytest.raises(MoextendError, match=r"--share 0\.01 of \d+ layers is none of them"):
+    with pytest.raises(MoextendError, match=r"^--share = 0\.01 of \d+ layers chooses none; raise it$"):
         compare.choices(*pair, share=0.01)
 
 

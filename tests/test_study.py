@@ -54,7 +54,7 @@ def made_up(calls: list[tuple[RunSettings, Path]], *, dies_at: int | None = None
             "parameters": {"trained": {"align": 9, "finetune": 1000}}, "seconds": {"align": 1.0, "finetune": 10.0},
             "start": {"changed": 0.25, "nats": 0.0}, "flops_per_token": {"base": 4e6, "of_base": 1.044},
         }  # fmt: skip
-        for stage in ("align", "extend", "select"):
+        for stage in ("align", "extend", "select") if settings.method.name == "moextend" else ("align",):
             (workdir / stage).mkdir(parents=True, exist_ok=True)
             (workdir / stage / "made").touch()
         (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings)}))
@@ -88,6 +88,13 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
               run=made_up(calls))  # fmt: skip
     assert not calls
+
+
+def test_what_a_rival_s_run_lacks_is_shared_from_another(tmp_path: Path):
+    points = {"a": ("method.name=lora",), "b": ("grow.column=zero",), "c": ("grow.column=mean",)}
+    run_study(of(points, (0,)), tmp_path, run=made_up([]))
+    links = {stage: (tmp_path / "c/seed_0" / stage / "made").stat().st_nlink for stage in ("align", "extend", "select")}
+    assert links == {"align": 3, "extend": 2, "select": 2}
 
 
 def test_the_picture_is_written_by_what_opens_buckets_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

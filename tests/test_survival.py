@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from moextend_jax.checkpoints import sums, train_state
 from moextend_jax.config import Batch, MoextendError
 from moextend_jax.lock import locked
 from moextend_jax.runs import run as run_module
-from moextend_jax.train import loop
+from moextend_jax.train import loop, meter
 from moextend_jax.train import step as step_module
 from moextend_jax.train.metrics import read_metrics
 from moextend_jax.train.nonfinite import Watch, read_batch
@@ -290,6 +291,21 @@ def test_roll_back_goes_on_with_later_data(tmp_path: Path, capsys):
         train(tmp_path / "none", rows=Poisoned(1), rollbacks=1)
 
 
+def test_going_back_is_no_step_time(tmp_path: Path, monkeypatch):
+    away, roll_back = 0.0, train_state.roll_back
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal away
+        away += 1000
+        return roll_back(*arguments)
+
+    monkeypatch.setattr(meter, "perf_counter", lambda: time.perf_counter() + away)
+    monkeypatch.setattr(train_state, "roll_back", slow)
+    train(tmp_path, rows=Poisoned(4), rollbacks=1, checkpoint_every=3)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[3]["seconds"] > 1000 and rows[3]["step_seconds"] < 100
+
+
 @pytest.mark.slow
 def test_what_trains_is_in_memory_once(tmp_path: Path, monkeypatch):
     """Weights and AdamW's moments, from the second step on: after a first start, a resume, and going back. (On a CPU a
@@ -393,6 +409,17 @@ def test_of_several_processes_a_notice_between_two_stages_stops_the_second(whole
     service.notice()
     with pytest.raises(preemption.Preempted, match="nothing was being trained"):
         preemption.stop_if_told()
+
+
+def test_of_several_processes_a_notice_while_one_goes_back_is_not_lost(tmp_path: Path, monkeypatch):
+    service = Service()
+    service.stops_at = 4
+    monkeypatch.setattr(preemption._Notice, "alone", False)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", service.reached)
+    monkeypatch.setattr(preemption, "_ASKED", itertools.count(1))
+    with pytest.raises(preemption.Preempted, match="align is saved at step 3 of 8"):
+        train(tmp_path, rows=Poisoned(4), rollbacks=1, checkpoint_every=3)
+    assert service.asked == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("signals", [1, 3])

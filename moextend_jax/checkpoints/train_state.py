@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from moextend_jax import distributed, faults
 from moextend_jax.checkpoints import sums
 from moextend_jax.config import MoextendError
-from moextend_jax.folders import absolute
+from moextend_jax.folders import absolute, is_url
 from moextend_jax.parameters import current_path
 
 # What Orbax logs as an error, a traceback for each of its threads, it also raises: `disk_errors` says it in one line.
@@ -325,9 +325,16 @@ def save_leaves(folder: Path, leaves: dict[str, jax.Array], *, facts: dict[str, 
             manager.wait_until_finished()
 
 
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints, or the result, that have been saved in a folder; none where saving was cut off. On a
+    disk Orbax renames what is whole; in a bucket, which cannot, it adds a file."""
+    steps = [child for child in folder.iterdir() if child.name.isdigit()] if folder.exists() else []
+    return [int(step.name) for step in steps if not is_url(folder) or ocp.utils.is_checkpoint_finalized(step)]
+
+
 def has_step(folder: Path) -> bool:
-    """Whether a checkpoint, or a result, has been saved there: where saving was cut off the folder has no step."""
-    return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
+    """Whether a checkpoint, or a result, has been saved there."""
+    return bool(steps_in(folder))
 
 
 def result_facts(folder: Path) -> dict[str, Any] | None:

@@ -19,8 +19,9 @@ from moextend_jax.parameters import with_arrays
 
 
 class Counts(NamedTuple):
-    """Picks of every expert in every layer, text and image tokens apart, and the numbers of those tokens; where asked
-    for, how often two experts were picked by one token (`tally_pairs`)."""
+    """Picks of every expert in every layer, text and other tokens apart, and the numbers of those tokens; where asked
+    for, how often two experts were picked by one token (`tally_pairs`). `image` stands for items of every medium, here
+    and in the files that hold these counts, which are older than the other media."""
 
     text_ZO: Any
     image_ZO: Any
@@ -210,13 +211,16 @@ def select(
     return Selection(shift_Z, tuple(first + z for z in chosen), copied)
 
 
-def chosen_layers(layers: LayerChoice, shift_Z: np.ndarray, *, share: float, seed: int = 0) -> list[int]:
-    """The layers that a row of LAYERS chooses, ascending. Raises MoextendError if there are none."""
+def chosen_layers(
+    layers: LayerChoice, shift_Z: np.ndarray, *, share: float, seed: int = 0, where: str = "select."
+) -> list[int]:
+    """The layers that a row of LAYERS chooses, ascending. Raises MoextendError if there are none; `where` is what
+    stands before `share` and `layers` for whoever sets them."""
     chosen = sorted(LAYERS[layers](shift_Z, int(share * len(shift_Z)), np.random.default_rng(seed)))
     if not chosen:
         by_share = layers in ("extender", "random", "interval")
         asked, mend = (f"share = {share}", "; raise it") if by_share else (f"layers = {layers}", "")
-        raise MoextendError(f"select.{asked} of {len(shift_Z)} layers chooses none{mend}")
+        raise MoextendError(f"{where}{asked} of {len(shift_Z)} layers chooses none{mend}")
     return chosen
 
 

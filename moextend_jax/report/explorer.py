@@ -22,7 +22,7 @@ from moextend_jax.folders import absolute, extra_hint
 from moextend_jax.report.examples import MOST_EXAMPLES, image_data
 from moextend_jax.report.markup import how, section, write_page
 from moextend_jax.report.results_pictures import CORPORA, title_of
-from moextend_jax.report.workdir import Loads, Selection, read_workdir
+from moextend_jax.report.workdir import Loads, Selection, kind_title, read_workdir
 
 EXPLORER = "explorer.html"
 WITHOUT = f"no {EXPLORER}: {extra_hint('web')} adds it"
@@ -59,8 +59,8 @@ def write_explorer(workdir: Path) -> Path | None:
         "first": loads.first if loads else found.selection.first if found.selection else 0,
         "extended": found.new_experts.layers if found.new_experts else [],
         "examples": examples or None,
-        "loads": _named(loads.picks_ZO) if loads else None,
-        "pairs": _named(loads.pairs_ZOO) if loads and loads.pairs_ZOO else None,
+        "loads": _named(loads.picks_ZO, medium=loads.medium) if loads else None,
+        "pairs": _named(loads.pairs_ZOO, medium=loads.medium) if loads and loads.pairs_ZOO else None,
         "choice": _choice(found.selection),
     }
     if not loads:  # which experts are new is not known without them
@@ -117,10 +117,13 @@ def _example(example: Mapping[str, Any], summary: Mapping[str, Any] | None) -> d
     }  # fmt: skip
 
 
-def _named(counts: Mapping[tuple[str, str], np.ndarray]) -> list[dict[str, Any]]:
+def _named(counts: Mapping[tuple[str, str], np.ndarray], *, medium: str) -> list[dict[str, Any]]:
     """What was counted on anything, with names for people."""
     return [
-        {"name": f"{CORPORA.get(data, data)}, {kind} tokens", "counts": of.astype(int).tolist()}
+        {
+            "name": f"{CORPORA.get(data, data)}, {kind_title(kind, medium=medium)} tokens",
+            "counts": of.astype(int).tolist(),
+        }
         for (data, kind), of in counts.items()
         if of.any()
     ]

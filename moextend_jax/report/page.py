@@ -27,7 +27,7 @@ from moextend_jax.report.explorer import EXPLORER
 from moextend_jax.report.headline import table, tiles
 from moextend_jax.report.importance import importance_section
 from moextend_jax.report.markup import beside, picture, pictures, section, write_page
-from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, number, read_workdir
+from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, kind_title, number, read_workdir
 
 
 def write_report(workdir: Path) -> Path:
@@ -132,9 +132,10 @@ def _routing(selection: Selection | None) -> str:
     size = {"width": 3.3, "height": routing_pictures.heatmap_height(len(selection.shift_Z))}
     drawn = []
     for kind in KINDS:
+        title = kind_title(kind, medium=selection.medium)
         panels = routing_pictures.selection_panels(selection, kind=kind, top=top, most=most)
         drawn += [
-            picture(draw, name=f"{kind}-{step}", label=f"Routing of {kind} tokens, {step}", **size)
+            picture(draw, name=f"{kind}-{step}", label=f"Routing of {title} tokens, {step}", **size)
             for step, draw in panels.items()
         ]
     return pictures(
@@ -169,14 +170,15 @@ def _choice(selection: Selection | None) -> str:
 def _new_experts(new: NewExperts | None) -> str:
     if new is None:
         return ""
+    medium = kind_title("image", medium=new.medium)
     drawn = picture(
         lambda ax: routing_pictures.share_panel(ax, new),
-        name="share", label="Share of image and text tokens per new expert",
+        name="share", label=f"Share of {medium} and text tokens per new expert",
         width=_width(new.share_YX["text"].size), height=3.1,
     )  # fmt: skip
     return beside(
         drawn,
-        "A tall image bar beside a short text bar is a new expert that learned to see and leaves text to the "
+        f"A tall {medium} bar beside a short text bar is a new expert that took what is new and leaves text to the "
         "pretrained ones. The dashed line is what it would get if the router knew no difference between experts.",
     )
 

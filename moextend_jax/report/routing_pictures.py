@@ -17,19 +17,19 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, RIVAL, TEXT, canvas
-from moextend_jax.report.workdir import KINDS, NewExperts, Selection, parse_selection
+from moextend_jax.report.workdir import KINDS, NewExperts, Selection, kind_title, parse_selection
 
 KIND_COLOUR = {"image": IMAGE, "text": TEXT}
 NUMBERED_CELLS = 160
 """Heatmaps of at most this many cells print their numbers."""
 
 
-def routing_picture(routing: Mapping[str, Any], path: Path) -> None:
-    """Writes the PNG of `moextend select`: shares before, after and shift for image and text tokens, and d_j.
+def routing_picture(routing: Mapping[str, Any], path: Path, *, medium: str) -> None:
+    """Writes the PNG of `moextend select`: shares before, after and shift for the medium's and text tokens, and d_j.
 
     `routing` is the content of select/routing.json; MoextendError if it is not.
     """
-    selection = parse_selection(routing, where="routing")
+    selection = parse_selection(routing, where="routing", medium=medium)
     top, most = scales(selection)
     layers = len(selection.shift_Z)
     tall = heatmap_height(layers)
@@ -51,7 +51,7 @@ def selection_panels(selection: Selection, *, kind: str, top: float, most: float
     copied = selection.copied
     before_ZE, after_ZE = selection.before_ZE[kind], selection.after_ZE[kind]
     frames = {"before": (), "after": (), selection.source_under: copied}  # of "" none is drawn
-    name = f"{kind.capitalize()} tokens"
+    name = f"{kind_title(kind, medium=selection.medium).capitalize()} tokens"
     shown = partial(routing_panel, top=top, first=selection.first)
     shift_ZE, change = after_ZE - before_ZE, partial(shift_panel, top=most, first=selection.first)
     return {
@@ -104,13 +104,14 @@ def choice_panel(ax: Axes, selection: Selection) -> None:
 
 
 def share_panel(ax: Axes, new: NewExperts) -> None:
-    """Two bars per new expert: share of the image tokens and of the text tokens that pick it."""
+    """Two bars per new expert: share of the medium's tokens and of the text tokens that pick it."""
     new_experts = new.share_YX["text"].shape[1]
     layers = [new.first + row for row in new.layers]
     names = [f"{layer}" if new_experts == 1 else f"{layer}.{x}" for layer in layers for x in range(new_experts)]
     places = np.arange(len(names))
     for kind, offset in zip(KINDS, (-0.2, 0.2), strict=True):
-        ax.bar(places + offset, new.share_YX[kind].ravel(), width=0.4, color=KIND_COLOUR[kind], label=f"{kind} tokens")
+        label = f"{kind_title(kind, medium=new.medium)} tokens"
+        ax.bar(places + offset, new.share_YX[kind].ravel(), width=0.4, color=KIND_COLOUR[kind], label=label)
     ax.axhline(new.fair_share, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="if all experts were used alike")
     ax.set_xticks(places, names)
     ax.set(

@@ -15,12 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.runs import results
 from moextend_jax.runs.run import settings_of
 from moextend_jax.train.metrics import read_metrics
 
 KINDS = ("image", "text")
+
+
+def kind_title(kind: str, *, medium: str) -> str:
+    """What readers call a kind of token: files call those of every medium's items "image". medium: "" of several."""
+    return kind if kind == "text" else medium or "item"
 
 
 class Selection(NamedTuple):
@@ -39,6 +44,8 @@ class Selection(NamedTuple):
     """Whether the layers were chosen whose routing moved most, as the method does."""
     first: int = 0
     """The number that row 0 has among all layers, as in every class here: layers before it are dense."""
+    medium: str = IMAGE
+    """Of the tokens of kind "image", for `kind_title`, as in every class here."""
 
 
 class NewExperts(NamedTuple):
@@ -51,6 +58,7 @@ class NewExperts(NamedTuple):
     of_tokens: bool
     """Shares are of tokens; False: of picks, because the file does not say how many tokens there were."""
     first: int = 0
+    medium: str = IMAGE
 
 
 class Loads(NamedTuple):
@@ -64,6 +72,7 @@ class Loads(NamedTuple):
     pairs_ZOO: dict[tuple[str, str], np.ndarray]
     """How many tokens picked both of two experts; empty where that was not written."""
     first: int = 0
+    medium: str = IMAGE
 
 
 class Workdir(NamedTuple):
@@ -85,20 +94,22 @@ def read_workdir(workdir: Path) -> Workdir:
     """Raises MoextendError if nothing of a run is there, or if a file does not hold what its name says."""
     if not workdir.is_dir():
         raise MoextendError(f"{workdir}: no such directory; give the --workdir of a run")
-    selection = read_json_of(workdir / "select/routing.json", dict)
-    routing = read_json_of(workdir / "finetune/routing.json", dict)
+    chosen, routed = workdir / "select/routing.json", workdir / "finetune/routing.json"
+    selection, routing = (read_json_of(path, dict) for path in (chosen, routed))
     settings = settings_of(workdir)
     stages = (results.FIRST if settings is None else results.table(settings)).training()
     metrics = {stage: results.folder_of(workdir, stage) / "metrics.jsonl" for stage in stages}
     summary = _summary(workdir / "summary.json")
     title = str(summary["data"]) if summary and "data" in summary else "questions"
+    media = [IMAGE] if settings is None else [link.medium for link in settings.links]
+    of_all = media[0] if {*media} <= {media[0], ""} else ""
     contents = Workdir(
         config=read_json_of(workdir / "config.json", dict),
         summary=summary,
         examples=read_json_of(workdir / "examples.json", list),
-        selection=None if selection is None else parse_selection(selection, where=workdir / "select/routing.json"),
-        new_experts=None if routing is None else _new_experts(routing, where=workdir / "finetune/routing.json"),
-        loads=None if routing is None else _loads(routing, title, where=workdir / "finetune/routing.json"),
+        selection=None if selection is None else parse_selection(selection, where=chosen, medium=media[0]),
+        new_experts=None if routing is None else _new_experts(routing, media[0], where=routed),
+        loads=None if routing is None else _loads(routing, title, of_all, where=routed),
         metrics={stage: read_metrics(path) for stage, path in metrics.items() if path.exists()},
     )
     if all(part is None or part == {} for part in contents):
@@ -106,7 +117,7 @@ def read_workdir(workdir: Path) -> Workdir:
     return contents
 
 
-def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selection:
+def parse_selection(routing: Mapping[str, Any], *, where: Path | str, medium: str = IMAGE) -> Selection:
     """The content of select/routing.json; `where` names it in errors."""
     with malformed(where):
         layers, each = int(routing["layers"]), int(routing.get("new_experts", 1)) * int(routing.get("wide", 1))
@@ -127,6 +138,7 @@ def parse_selection(routing: Mapping[str, Any], *, where: Path | str) -> Selecti
             source_under=_source_under(routing),
             by_shift=_asked(routing, "layers", "extender") == "extender",
             first=_first(routing),
+            medium=medium,
         )
 
 
@@ -166,7 +178,7 @@ def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:
     return float(value)
 
 
-def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
+def _new_experts(routing: Mapping[str, Any], medium: str, *, where: Path) -> NewExperts:
     with malformed(where):
         layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
         extended = _routed(routing, "extended_layers")
@@ -185,10 +197,11 @@ def _new_experts(routing: Mapping[str, Any], *, where: Path) -> NewExperts:
             fair_share=top_k / (experts + new),
             of_tokens=tokens is not None,
             first=_first(routing),
+            medium=medium,
         )
 
 
-def _loads(routing: Mapping[str, Any], title: str, *, where: Path) -> Loads:
+def _loads(routing: Mapping[str, Any], title: str, medium: str, *, where: Path) -> Loads:
     """title: of the questions, where no loads by data set were written, but their counts alone."""
     with malformed(where):
         layers, experts, new = (int(routing[name]) for name in ("layers", "experts", "new_experts"))
@@ -202,6 +215,7 @@ def _loads(routing: Mapping[str, Any], title: str, *, where: Path) -> Loads:
             picks_ZO={key: _counts(of, shape) for key, of in _by_kind(loads)},
             pairs_ZOO={key: _counts(of, (*shape, experts + new)) for key, of in _by_kind(routing.get("pairs", {}))},
             first=_first(routing),
+            medium=medium,
         )
 
 

@@ -160,8 +160,7 @@ def choices(before: Stats, after: Stats, *, share: float) -> list[Choice] | None
     """
     if (before.outputs_Z != before.experts).any():
         return None
-    if int(share * len(before.outputs_Z)) < 1:
-        raise MoextendError(f"--share {share} of {len(before.outputs_Z)} layers is none of them; raise it")
+    routing.chosen_layers("extender", np.zeros(len(before.outputs_Z)), share=share, where="--")
     by_recipe = []
     for name, recipe in RECIPES.items():
         counts = [counts_of(stats, recipe.counted_picks) for stats in (before, after)]

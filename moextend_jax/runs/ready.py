@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from moextend_jax import distributed
 from moextend_jax.config import DecoderConfig, MoextendError
 from moextend_jax.data.batches import check_named_media
 from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct, make_ahead
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
-from moextend_jax.extension.routing import check_expert, check_sources
+from moextend_jax.extension.routing import check_expert, check_sources, chosen_layers
 from moextend_jax.extension.saliency import NO_GRADIENT, SCORES
 from moextend_jax.faults import too_many
 from moextend_jax.models.blocks import check_blocks
@@ -141,11 +143,10 @@ def row_problems(settings: RunSettings, *, rows: Mapping[str, int], layers: int)
                 select = settings.of_extension(table.result(name).extension).select
                 rows_of_part(select.held_out, left[name], setting="select.held_out")
     for name in rows:
-        if name.partition(":")[0] != "select":
-            continue
-        select = results.group_of(settings, name)
-        if select.layers in ("extender", "random", "interval") and int(select.share * layers) < 1:
-            problems.note([f"{name}.share = {select.share:g} of {layers} layers chooses none; raise it"])
+        if name.partition(":")[0] == "select":
+            select, where = results.group_of(settings, name), ".".join(table.result(name).settings)
+            with problems:  # what it chooses from is not known yet, but how many
+                chosen_layers(select.layers, np.zeros(layers), share=select.share, where=f"{where}.")
     return problems.messages
 
 

@@ -225,11 +225,10 @@ def left_in(workdir: Path) -> str:
         settings = settings_of(workdir)
     for name in (results.FIRST if settings is None else results.table(settings)).training():
         folder = results.folder_of(workdir, name)
-        numbers = [path.name for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
         if train_state.has_step(folder / "result"):
             standing.append(name)
-        elif numbers:
-            standing.append(f"{name} until step {max(map(int, numbers))}")
+        elif steps := train_state.steps_in(folder / "checkpoints"):
+            standing.append(f"{name} until step {max(steps)}")
     if not standing:
         return f"no stage had saved anything in {workdir}: the same command starts afresh"
     return f"kept in {workdir}: {', '.join(standing)}; the same command goes on from there"

@@ -128,7 +128,7 @@ def train_loop(
                 if logs or saves or leaves:
                     watch.check()  # waits for the step
                     if (skipped := int(state.skipped)) > settings.nonfinite_limit:
-                        with watchdog.paused():
+                        with meter.paused(), watchdog.paused():
                             back = train_state.roll_back(manager, state) if rollbacks else None
                         if back is None:
                             raise MoextendError(
@@ -140,6 +140,8 @@ def train_loop(
                         count = int(state.step)
                         writer.go_back(count)
                         watch.go_back()
+                        if leaves:  # now, since several processes are told once; its checkpoint is on disk
+                            raise preemption.Preempted(f"{job.name} is saved at step {count} of {steps}")
                         continue
                     counts_G = on_host(counts_G + sum(faults_BG.sum(0) for faults_BG in uncounted))
                     uncounted.clear()

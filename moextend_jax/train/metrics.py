@@ -43,7 +43,9 @@ class MetricsWriter:
         # Objects of a bucket cannot be appended to: the file is kept here, and sent whole.
         self._away, here = (directory, Path(tempfile.mkdtemp())) if is_url(directory) else (None, directory)
         self._path = path = here / "metrics.jsonl"
-        with self._disk_errors():
+        with contextlib.ExitStack() as failing, self._disk_errors():
+            if self._away is not None:
+                failing.callback(shutil.rmtree, here)
             here.mkdir(parents=True, exist_ok=True)
             for file in (path, here / IDS):
                 if self._away is not None and (self._away / file.name).exists():
@@ -54,6 +56,7 @@ class MetricsWriter:
             self._lines = path.open("a", buffering=1, encoding="utf-8")
             if self._away is not None and (here / IDS).exists():
                 (self._away / IDS).write_text((here / IDS).read_text())
+            failing.pop_all()
 
     def write(self, step: int, numbers: Mapping[str, Any]) -> None:
         """Writes one line; values are Python numbers, 0-d arrays, or lists by layer (None: not of this layer). JSON has

@@ -190,12 +190,15 @@ def first_line(error: Exception) -> str:
 
 
 def _run_id(folder: Path, kind: str, resume_step: int, create: Callable[[], str]) -> str:
-    """The id of the run that a stage continues, or of a new one where it starts afresh."""
-    path = folder / IDS
-    ids = json.loads(path.read_text()) if path.exists() else {}
+    """The id of the run that a stage continues, or of a new one where it starts afresh or its file is damaged."""
+    path, ids = folder / IDS, {}
+    with contextlib.suppress(ValueError):  # half written, by a machine that failed
+        ids = json.loads(path.read_text()) if path.exists() else {}
     if resume_step == 0 or kind not in ids:
         ids[kind] = create()
-        path.write_text(json.dumps(ids) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(ids) + "\n")
+        os.replace(partial, path)  # never half a file
     return ids[kind]
 
 

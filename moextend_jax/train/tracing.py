@@ -21,9 +21,7 @@ class Tracer:
 
     def __init__(self, folder: Path, steps: range):
         self.folder, self.steps = folder, steps if jax.process_index() == 0 else range(0)
-        # JAX needs to seek in the file, so it writes to a disk here.
-        self._here = Path(tempfile.mkdtemp()) if is_url(folder) and self.steps else folder
-        self._runs = False
+        self._here, self._runs = folder, False
 
     def announce(self, name: str, *, after: int, last: int) -> None:
         """Prints a line if nothing will be traced; this run does the steps `after` + 1 to `last`."""
@@ -35,6 +33,8 @@ class Tracer:
         """A context around a step; `before` is the step's input, for which a trace waits before it starts."""
         if count in self.steps and not self._runs:
             jax.block_until_ready(before)
+            if is_url(self.folder):  # JAX needs to seek in the file, so it writes to a disk here
+                self._here = Path(tempfile.mkdtemp())
             jax.profiler.start_trace(str(self._here))
             self._runs = True
         return jax.profiler.StepTraceAnnotation("train", step_num=count)
