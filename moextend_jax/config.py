@@ -1,24 +1,44 @@
 """Sizes of a model, the recipe of the method, and the legend of letters that every shape uses.
 
-Legend (array names end in their axes, einsum uses the same letters, `sharding.TABLE` gives each a mesh axis):
+Legend (array names end in their axes, einsum uses the same letters, `sharding.TABLE` gives each axis of a parameter or
+a batch its mesh axes; 1 is an axis of size 1):
 
     B batch rows            L sequence length        S key/value length       T tokens = B*L
     D model width           N query heads            K key/value heads        H head size
     E pretrained experts    X new experts per layer  F expert hidden width    k experts per token
     R routed rows = T*k     V vocabulary             A calibrator width       O = E+X router outputs
     o columns among O that compete for a token's k picks (`models/starts.py`)
-    Z routed decoder layers Y extended layers        U vision layers          M images per row
-    f F of new experts      n images = B*M           d model width as an input axis
+    Z routed layers         Y extended layers        U layers of a tower      M items of a medium per row
+    f F of new experts      n items = B*M            d model width as an input axis
     s hidden width of the shared expert   z dense layers before the routed ones   j hidden width of their one expert
-    C vision width          P patches per image      J vision hidden width    W patch pixels (h w channels)
+    C tower width           P patches per image      J tower hidden width     W patch pixels (h w channels)
     Q vision positions = P, or 1+P with a class token, which is first; then r registers, then patches, in hidden states
+    h w c rows, columns and colours of a picture     t frames of a video      p tokens that a projector makes of an item
+    b mel bands   l mel frames   q queries of a resampler   u its blocks that attend to the tower
     G 1 + kinds of faults in data (`faults.py`): conversations read, then those skipped by kind
     g most conversations in a row
-    e extensions of a model, in order   b mel bands   l mel frames   q queries of a resampler
-    u blocks of a resampler that attend to the tower
     i positions of all media of a row, one after another (`Batch.places_BL` counts them)
-    r rank of low-rank updates, of I LoRA experts together
-    a groups of D, v groups of F, whose weights share a scale where experts are stored in few bits
+    I LoRA experts          r rank of low-rank updates, of all I together
+    a groups of D           v groups of F; their weights share a scale where experts are stored in few bits
+
+Other meanings, in these files alone:
+
+    attention, blocked_attention   G query heads of a key head   h half of a head's rotated part   n = B*K
+    blocked_attention, blocked_swiglu   b queries or rows of a block   s keys that a block sees
+    grouped_matmul, grouped_triton, blocked_swiglu   G groups of rows, each with its matrix   S those of all layers
+    grouped_triton   T tiles of rows   K contracted axis   N output columns
+    quantised        I contracted axis   O output columns   g groups of I
+    expert_parallel  p sending, q receiving devices   e experts of a device
+    router           g groups of experts, E of each
+    vision, whisper, resampler, projectors   c = C where it is not split   whisper   w frames under a convolution
+    woven            c tower width of the trunk   h = r as an output axis   i earlier media   g = i+1 gates   w = 1
+    train/loss       c tokens of a chunk   v columns of a block of V   n layers or rows, each balanced by itself
+    generate         l positions, n pieces, of what is scored at a time   b ids of a block, G blocks
+    grow             m sources of a new expert
+    positions        y x rows and columns of patches
+    media/, made_sounds   a samples of a sound   m its channels   f Fourier bins   p patches that a file has
+    data/measure     n conversations   report/results_pictures   n points of a curve
+    wordings         m models   d data sets   j wordings   t the best of these
 
 Nothing here imports the rest of the package.
 """

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import few
 
-from moextend_jax.models import attention_triton, grouped_triton
+from moextend_jax.models import attention, attention_triton, grouped_triton
 from moextend_jax.models.attention import KeysValues, Visible, Window, attend, conversations, segment_mask, splash
 from moextend_jax.models.grouped_matmul import MEGABLOX, TRITON, Kernels, by_kernels, ragged_dot
 from moextend_jax.models.quantised import quantise
@@ -152,8 +152,9 @@ def test_tiles_cover_each_group_once_and_no_two(rows: int, sizes: tuple[int, ...
 
 
 @pytest.mark.slow
-def test_splash_attention_equals_the_masked_one_with_gradients():
-    B, S, N, K, H = 2, 128, 4, 2, 16
+@pytest.mark.parametrize("S", [128, 200])
+def test_splash_attention_equals_the_masked_one_with_gradients(S: int):
+    B, N, K, H = 2, 4, 2, 16
     query, key, value, dy = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H), normal(B, S, N, H)
     segments_BS = np.ones((B, S), np.int32)
     segments_BS[0, 50:] = 2  # two conversations
@@ -177,9 +178,10 @@ def assert_same_with_gradients(plain, ours, *arguments: jax.Array, dy: jax.Array
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("S", few([200, 128]))
 @pytest.mark.parametrize("is_local", few([True, False]))
-def test_so_does_it_with_sinks_and_a_window(is_local: bool):
-    B, S, N, K, H = 2, 128, 4, 2, 16
+def test_so_does_it_with_sinks_and_a_window(S: int, is_local: bool):
+    B, N, K, H = 2, 4, 2, 16
     query, key, value, dy = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H), normal(B, S, N, H)
     segments_BS = np.ones((B, S), np.int32)
     segments_BS[0, 50:], segments_BS[1, 100:] = 2, 0
@@ -194,6 +196,13 @@ def test_so_does_it_with_sinks_and_a_window(is_local: bool):
     _, pull = jax.vjp(by(rows), query, key, value, normal(N))
     seen_S = np.abs(np.asarray(pull(far)[1][0])).max(axis=(1, 2)) > 0
     assert np.flatnonzero(seen_S).tolist() == list(range(22 if is_local else 0, 31))
+
+
+def test_on_a_tpu_it_takes_all_rows_but_those_shorter_than_a_block(monkeypatch: pytest.MonkeyPatch):
+    """A mask is made where XLA attends, which then writes logits of all pairs of positions."""
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    masks = {length: Visible.in_rows(jnp.ones((1, length), jnp.int32)).mask_B1LS for length in (120, 128, 200, 1904)}
+    assert [length for length, mask in masks.items() if mask is not None] == [120]
 
 
 # --- attention for GPUs -----------------------------------------------------------------------------------------------

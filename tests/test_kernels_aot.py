@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moextend_jax.config import Batch, DecoderConfig, ExtensionConfig, ModelConfig, of_pictures
 from moextend_jax.generate import Generator, Sampling
 from moextend_jax.mesh import rows_sharding
+from moextend_jax.models.attention import KeysValues, Visible, attend
 from moextend_jax.models.decoder import Extension, MoE
 from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.grouped_matmul import grouped_matmul
@@ -150,6 +151,28 @@ def test_gradients_of_new_experts_are_split_as_the_experts_are():
     new_experts, x = 3 * D * F * 2, ROWS * LENGTH * D * 2
     assert analysis.output_size_in_bytes == pytest.approx((new_experts + x) / 4, rel=0.05)
     assert np.isfinite(analysis.temp_size_in_bytes)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_rows_of_an_odd_length_take_no_memory_for_all_pairs_of_positions():
+    """Their gradients too: XLA's attention takes 1.5 times the logits of all heads, once they exceed a core's memory."""
+    mesh = topology.make_mesh(topology.parse("v5e:2x2"), dict(zip(MESH_AXES, (4, 1, 1, 1), strict=True)))
+    whole, B, L, N, K, H = NamedSharding(mesh, PartitionSpec()), 4, 1904, 4, 2, 128
+    shapes = ((B, L, N, H), jnp.bfloat16), ((B, L, K, H), jnp.bfloat16), ((B, L), jnp.int32)
+    query, keys, segments = (jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for shape, dtype in shapes)
+
+    def total(query, key, value, segments_BL):
+        y_BLNH = attend(query, KeysValues(key, value), Visible.in_rows(segments_BL))
+        return y_BLNH.astype(jnp.float32).sum()
+
+    specs = {"in_specs": (PartitionSpec(),) * 4, "out_specs": (PartitionSpec(),) * 3, "check_vma": False}
+    gradients = jax.shard_map(jax.grad(total, argnums=(0, 1, 2)), mesh=mesh, **specs)
+    with jax.set_mesh(mesh):
+        analysis = jax.jit(gradients).lower(query, keys, keys, segments).compile().memory_analysis()
+    assert analysis is not None and analysis.temp_size_in_bytes < B * N * L * L * 4 / 8
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

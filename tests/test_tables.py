@@ -16,7 +16,7 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from moextend_jax import sharding
+from moextend_jax import config, sharding
 from moextend_jax.checkpoints import names
 from moextend_jax.config import (
     RECIPES,
@@ -99,6 +99,12 @@ def anywhere() -> dict[str, nnx.Param]:
 
 def size(prefix: str) -> int:
     return sum(int(param.size) for path, param in parameters().items() if path.startswith(prefix))
+
+
+def test_letters_of_the_table_are_in_the_legend():
+    legend, _, _ = (config.__doc__ or "").partition("Other meanings")
+    letters = {letter for entry in re.findall(r" {2,}((?:[A-Za-z] )+)", legend) for letter in entry.split()}
+    assert set(sharding.TABLE) <= letters
 
 
 def test_it_is_the_real_model():

@@ -16,7 +16,7 @@ import test_survival
 import tiny
 
 from moextend_jax import chips
-from moextend_jax.config import MoextendError
+from moextend_jax.config import MoextendError, with_extension
 from moextend_jax.models.flops import step_flops
 from moextend_jax.runs.data_of import held_out_source
 from moextend_jax.runs.run import Run
@@ -25,6 +25,7 @@ from moextend_jax.train import meter
 from moextend_jax.train.loss import load
 from moextend_jax.train.meter import Meter, by_layer, model_flops
 from moextend_jax.train.metrics import read_metrics
+from moextend_jax.train.sinks import scalars
 from moextend_jax.train.tracing import Tracer
 
 HELD_OUT = [tiny.batch(rows=2, seed=90), tiny.batch(rows=2, seed=91)]
@@ -38,6 +39,17 @@ def test_load_by_layer():
         "load_max": [0.2, 0.5, 0.0], "load_entropy": [1.0, 0.5, 0.0], "new_share": [0.2, None, 0.0]
     }  # fmt: skip
     assert "new_share" not in by_layer(picks_ZO[:, :4], config=tiny.PLAIN)
+
+
+def test_layers_have_the_same_numbers_where_the_first_do_not_route():
+    decoder = dataclasses.replace(tiny.DECODER, layers=4, dense_layers=2)
+    extension = dataclasses.replace(tiny.EXTENSION, layers=(3,), sources=(0,))
+    config = with_extension(dataclasses.replace(tiny.PLAIN, decoder=decoder), extension)
+    numbers = by_layer(np.array([[8, 0, 8, 0, 0], [4, 4, 4, 4, 4.0]]), config=config)
+    assert numbers == {
+        "load_max": [None, None, 0.5, 0.2], "load_entropy": [None, None, 0.5, 1.0], "new_share": [None, None, None, 0.2]
+    }  # fmt: skip
+    assert scalars(numbers)["load_max/layer_03"] == 0.2 and "load_max/layer_00" not in scalars(numbers)
 
 
 @pytest.mark.slow

@@ -41,14 +41,14 @@ class Rotation(NamedTuple):
 
 class Visible(NamedTuple):
     """What each position sees: `segments_BL` of whole rows (see `segment_mask`), or a mask over the past and these
-    positions after it. Splash attention reads segments, so on TPU long rows have no mask."""
+    positions after it. Splash attention reads segments, so on TPU rows of SPLASH_BLOCK or more have no mask."""
 
     segments_BL: jax.Array | None
     mask_B1LS: jax.Array | None
 
     @classmethod
     def in_rows(cls, segments_BL: jax.Array) -> Visible:
-        splash = platform() == "tpu" and segments_BL.shape[1] % SPLASH_BLOCK == 0
+        splash = platform() == "tpu" and segments_BL.shape[1] >= SPLASH_BLOCK
         return cls(segments_BL, None if splash else segment_mask(segments_BL))
 
     @classmethod
@@ -218,18 +218,24 @@ def _within(window: Window, visible: Visible) -> jax.Array:
 
 
 SPLASH_BLOCK = 128
-"""Splash attention wants rows of a multiple of this."""
+"""Splash attention wants rows of a multiple of this: longer ones are padded, shorter ones are left to XLA."""
 
 
 def splash(
     query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array, *,
     window: int | None = None, sinks_N: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """JAX's Pallas flash attention for TPU. Every position, hidden ones too, sees what `segment_mask` allows; with a
-    window, only the last `window` positions of that."""
+    """JAX's Pallas flash attention for TPU, of rows of any length. Every position, hidden ones too, sees what
+    `segment_mask` allows; with a window, only the last `window` positions of that."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    length = query_BSNH.shape[1]
+    rest = -length % SPLASH_BLOCK
+    query_BSNH, key_BSKH, value_BSKH = (
+        jnp.pad(array, ((0, 0), (0, rest), (0, 0), (0, 0))) for array in (query_BSNH, key_BSKH, value_BSKH)
+    )
+    segments_BS = jnp.pad(segments_BS, ((0, 0), (0, rest)))  # 0 is hidden
     B, S, N, H = query_BSNH.shape
     K = key_BSKH.shape[2]
     block = next(size for size in (512, 256, SPLASH_BLOCK) if S % size == 0)
@@ -255,7 +261,7 @@ def splash(
     query_BKGSH = (query_BSNH * H**-0.5).reshape(B, S, K, N // K, H).transpose(0, 2, 3, 1, 4)
     key_BKSH, value_BKSH = key_BSKH.transpose(0, 2, 1, 3), value_BSKH.transpose(0, 2, 1, 3)
     y_BKGSH = cast(jax.Array, jax.vmap(one_row)(query_BKGSH, key_BKSH, value_BKSH, *conversations(segments_BS)))
-    return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)
+    return y_BKGSH.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H)[:, :length]
 
 
 def rotation(positions_BL: jax.Array, config: DecoderConfig) -> Rotation:

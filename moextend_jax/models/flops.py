@@ -54,9 +54,9 @@ SAVED_AS = {
 always recomputed.
 
 "attention/scores" is both products of attention. With "attended" kept, kernels run neither again; what they compute
-anew inside their backward pass is not counted. XLA's own attention (rows too short or odd for a kernel, on TPU and CPU)
-does half of it again all the same. The down projection is not here,
-because nothing recomputes it: the combine weight goes in before it, so no gradient needs its output.
+anew inside their backward pass is not counted. XLA's own attention (rows too short for a kernel, on TPU and CPU) does
+half of it again all the same. The down projection is not here, because nothing recomputes it: the combine weight goes
+in before it, so no gradient needs its output.
 """
 
 RECOMPUTED: dict[str, tuple[str, ...]] = {

@@ -76,8 +76,9 @@ def model_flops(config: ModelConfig, batch: Batch, *, trains: tuple[str, ...]) -
 
 
 def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[float | None]]:
-    """For each layer: the busiest expert's share of picks, their normalised entropy (1: all experts alike, 0: one has
-    all), and in an extended model the share of new experts, None in plain layers."""
+    """For each layer, dense ones too: the busiest expert's share of picks, their normalised entropy (1: all experts
+    alike, 0: one has all), and in an extended model the share of new experts. None: the layer does not route, or has no
+    new experts."""
     experts, routed = config.decoder.experts, config.decoder.routed
     share_ZO = picks_ZO / np.maximum(picks_ZO.sum(axis=1, keepdims=True), 1e-9)
     nats_Z = -(share_ZO * np.log(np.maximum(share_ZO, 1e-30))).sum(axis=1)
@@ -90,7 +91,7 @@ def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[flo
     if extended:
         new = _short(share_ZO[:, experts:].sum(axis=1))
         numbers["new_share"] = [new[n] if z in extended else None for n, z in enumerate(routed)]
-    return numbers
+    return {name: [*[None] * routed.start, *values] for name, values in numbers.items()}
 
 
 def _short(values_Z: np.ndarray) -> list[Any]:
