@@ -158,7 +158,7 @@ def test_gradients_of_new_experts_are_split_as_the_experts_are():
 
 @pytest.mark.slow
 def test_rows_of_an_odd_length_take_no_memory_for_all_pairs_of_positions():
-    """Their gradients too: XLA's attention takes 1.5 times the logits of all heads, once they exceed a core's memory."""
+    """Their gradients too: XLA's attention takes 1.5 times the logits of all heads, if these exceed a core's memory."""
     mesh = topology.make_mesh(topology.parse("v5e:2x2"), dict(zip(MESH_AXES, (4, 1, 1, 1), strict=True)))
     whole, B, L, N, K, H = NamedSharding(mesh, PartitionSpec()), 4, 1904, 4, 2, 128
     shapes = ((B, L, N, H), jnp.bfloat16), ((B, L, K, H), jnp.bfloat16), ((B, L), jnp.int32)
