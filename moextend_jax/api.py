@@ -41,7 +41,7 @@ from moextend_jax.runs.askable import Askable, described, open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative, RunSettings, build, from_config_dict
 
-Named = str | os.PathLike[str]
+FolderName = str | os.PathLike[str]
 """The name of a folder."""
 Shows = Mapping[str, Item | Sequence[Item]]
 """What is shown, by medium: an item, or several."""
@@ -179,7 +179,7 @@ def shown(image: Picture | None, items: Shows | None) -> dict[str, Sequence[Any]
 
 
 def open(  # noqa: A001
-    path: Named, *, model: str | None = None, base: Named | None = None, vision: Named | None = None,
+    path: FolderName, *, model: str | None = None, base: FolderName | None = None, vision: FolderName | None = None,
     feature_layer: int | None = None, recipe: str | None = None, dtype: str | None = None,
 ) -> Model:  # fmt: skip
     """A model of a folder: a work directory, or a checkpoint, imported, exported or as published.
@@ -206,8 +206,8 @@ def open(  # noqa: A001
 
 
 def run(
-    config: str | os.PathLike[str] | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: Named,
-    resume_from: Named | None = None, **changes: Any,
+    config: str | os.PathLike[str] | RunSettings | ConfigDict | Mapping[str, Any], *, workdir: FolderName,
+    resume_from: FolderName | None = None, **changes: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """`moextend run`: all stages, evaluation and report; goes on where it stood. Returns what summary.json holds.
 
@@ -231,13 +231,13 @@ def run(
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _folder(named: Named) -> Path:
+def _folder(named: FolderName) -> Path:
     if not isinstance(named, str | os.PathLike):
         raise MoextendError(f"a {type(named).__name__} is no folder's name")
     return folder(os.fspath(named))
 
 
-def _maybe(named: Named | None) -> Path | None:
+def _maybe(named: FolderName | None) -> Path | None:
     return None if named is None else _folder(named)
 
 

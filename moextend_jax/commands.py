@@ -155,7 +155,7 @@ def evaluate(options: RunOptions) -> None:
 def _show(run: Any, name: str) -> None:
     """What there is to see of a result that has just been made."""
     from moextend_jax import distributed
-    from moextend_jax.runs.models_of import read_selection
+    from moextend_jax.runs.models_of import selection_of
     from moextend_jax.runs.results import table
 
     if not name.startswith("select") or not distributed.first():
@@ -163,7 +163,7 @@ def _show(run: Any, name: str) -> None:
     from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
 
     extension = table(run.settings).result(name).extension
-    record = read_selection(run, extension)
+    record = selection_of(run, extension)
     routing_picture(record, run.folder(name) / "routing.png", medium=run.settings.link(extension).medium)
     print(f"layers to extend: {record['chosen_layers']}, copying experts {record['sources']}")
 

@@ -670,6 +670,12 @@ class ModelConfig:
         """O of routing of the whole model: pretrained experts, then those of all extensions."""
         return self.decoder.experts + sum(added.new_experts for added in self.extensions.values())
 
+    @property
+    def outputs_Z(self) -> list[int]:
+        """Router outputs of every layer that routes: E, and the X of every extension that it has."""
+        parts = [(added.layers, added.new_experts) for added in self.extensions.values()]
+        return [self.decoder.experts + sum(new for layers, new in parts if z in layers) for z in self.decoder.routed]
+
     def spans(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
         """For each medium, the token lengths of its count of items, all of maximal length."""
         return {name: [self.media[name].tokens] * count for name, count in counts.items()}

@@ -39,11 +39,11 @@ COMMON = [
 ]
 """Results in which no extension takes part: the same in all chains."""
 
-Run = Callable[[RunSettings, Path], dict[str, Any]]
+MakeRun = Callable[[RunSettings, Path], dict[str, Any]]
 """`commands.whole_run`: what its summary.json holds."""
 
 
-def run_chains(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, Any]:
+def run_chains(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[str, Any]:
     """Makes the chains that `settings.chains` names; goes on where it stood. Returns what summary.json holds: `chains`
     and `text_loss` by their names, `asked` and `seconds` by folder, and `composed` where questions have several media.
 
@@ -108,7 +108,7 @@ class Beside:
     """A chain in a process of its own. It starts when the results that it shares with the chain in `made` are there. It
     ends with the process that started it. `run`, a module-level function (it is pickled), makes the chain."""
 
-    def __init__(self, settings: RunSettings, folder: Path, made: Path, run: Run):
+    def __init__(self, settings: RunSettings, folder: Path, made: Path, run: MakeRun):
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.log.touch()
@@ -136,7 +136,7 @@ class Beside:
         self.process.join()
 
 
-def _run_beside(settings: RunSettings, folder: Path, made: Path, run: Run, log: Path, parent: int) -> None:
+def _run_beside(settings: RunSettings, folder: Path, made: Path, run: MakeRun, log: Path, parent: int) -> None:
     machine.keep_memory()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)

@@ -9,7 +9,7 @@ import json
 import reprlib
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url, read_range, size_and_generation
@@ -88,6 +88,23 @@ def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise MoextendError(f"{path} cannot be read: {said_by(error)}") from None
+
+
+class Bytes:
+    """A place in the bytes of a file, which every read moves on. What is not there is a ValueError."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.at = file, size, 0
+
+    def check(self, count: int) -> None:
+        """Whether so many bytes can follow."""
+        if count > self.size - self.at:
+            raise ValueError(f"it is cut short: {self.size:,} bytes are not all")
+
+    def take(self, count: int) -> bytes:
+        self.check(count)
+        self.at += count
+        return self.file.read(count)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from moextend_jax.runs.sharing import share
 from moextend_jax.settings import RunSettings
 from moextend_jax.terminal import console
 
-Run = Callable[[RunSettings, Path], dict[str, Any]]
+MakeRun = Callable[[RunSettings, Path], dict[str, Any]]
 """`commands.run_and_start`: what its summary.json holds."""
 
 LATER = ("method", "select", "grow", "finetune", "full", "text_isolation", "baseline", "mixture", "extensions")
@@ -77,7 +77,7 @@ FIGURES = {
 """TABLE of what is compared."""
 
 
-def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, Any]:
+def run_study(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[str, Any]:
     """Makes every run that is not there yet, and returns what study.json holds: `points`, by name the settings and by
     seed each figure.
 
@@ -121,7 +121,7 @@ def run_study(settings: RunSettings, workdir: Path, *, run: Run) -> dict[str, An
 
 
 def _summary(
-    own: RunSettings, name: str, workdir: Path, *, points: Mapping[str, RunSettings], run: Run
+    own: RunSettings, name: str, workdir: Path, *, points: Mapping[str, RunSettings], run: MakeRun
 ) -> Mapping[str, Any]:
     """What summary.json holds of a point and seed; the run is not made again if it is there."""
     folder = workdir / name / f"seed_{own.seed}"

@@ -25,7 +25,7 @@ from moextend_jax.evaluate.composing import RULES
 from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs import results
 from moextend_jax.runs.making import seed_of
-from moextend_jax.runs.models_of import open_model, read_selection
+from moextend_jax.runs.models_of import open_model, selection_of
 from moextend_jax.runs.run import Run, working
 from moextend_jax.settings import (
     EvaluateSettings,
@@ -124,7 +124,7 @@ def finished(settings, tmp_path_factory) -> tuple[Run, dict]:
 @pytest.mark.slow
 def test_a_later_extension_is_copied_from_pretrained_experts(finished):
     run, _ = finished
-    record = read_selection(run, "touch")
+    record = selection_of(run, "touch")
     experts = run.config.decoder.experts
     for when in ("before", "after"):
         assert all(len(row) == experts for of in record[when].values() for row in of)

@@ -15,7 +15,7 @@ import tiny
 from moextend_jax.config import RECIPES, MoextendError
 from moextend_jax.extension.saliency import FIRST_MAP, SCORES, expert_norms
 from moextend_jax.runs.making import make
-from moextend_jax.runs.models_of import read_selection
+from moextend_jax.runs.models_of import selection_of
 from moextend_jax.runs.run import open_run
 from moextend_jax.settings import SelectSettings
 from moextend_jax.train.loss import losses
@@ -64,7 +64,7 @@ def test_a_run_copies_the_experts_with_the_largest_scores(tmp_path: Path):
     run = open_run(dataclasses.replace(settings, select=select), tmp_path / "w")
     for name in ("align", "extend", "select"):
         make(run, name)
-    record = read_selection(run, "image")
+    record = selection_of(run, "image")
     scores_ZE = np.array(record["scores"])
     best = [np.argsort(-scores_ZE[layer])[:2].tolist() for layer in record["chosen_layers"]]
     assert record["sources"] == sum(best, []) and (scores_ZE > 0).any(axis=1).all()

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from moextend_jax.checkpoints.tensors import Stored, in_runs, opened, run_at
 from moextend_jax.config import MoextendError
-from moextend_jax.outside import plain_file, said_by, short
+from moextend_jax.outside import Bytes, plain_file, said_by, short
 
 VERSION = 6
 DTYPES = tuple(map(np.dtype, (np.float32, np.int8, np.int16, np.int32, np.float16, ml_dtypes.bfloat16)))
@@ -51,12 +51,7 @@ def open_model(path: Path) -> Opened:
     )
 
 
-class _Bytes:
-    """A place in the file's bytes, which every read moves on."""
-
-    def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.at = file, size, 0
-
+class _Bytes(Bytes):
     def model(self) -> tuple[str, dict[str, tuple[tuple[int, ...], np.dtype, int]]]:
         """The name of the spec; shape, element type and first byte of every variable."""
         if (version := self.number(4)) != VERSION:
@@ -90,15 +85,6 @@ class _Bytes:
         self.at += nbytes
         self.file.seek(self.at)
         return shape, DTYPES[code], offset
-
-    def check(self, count: int) -> None:
-        if count > self.size - self.at:
-            raise ValueError(f"it is cut short: {self.size:,} bytes are not all")
-
-    def take(self, count: int) -> bytes:
-        self.check(count)
-        self.at += count
-        return self.file.read(count)
 
     def number(self, nbytes: int) -> int:
         return int.from_bytes(self.take(nbytes), "little")

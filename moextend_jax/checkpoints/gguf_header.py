@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
@@ -18,7 +18,7 @@ from gguf.constants import GGMLQuantizationType as Kind
 from gguf.constants import GGUFValueType as Type
 
 from moextend_jax.config import MoextendError
-from moextend_jax.outside import plain_file, said_by, short
+from moextend_jax.outside import Bytes, plain_file, said_by, short
 
 VERSIONS = (2, 3)
 MAX_BYTES = 128 << 20
@@ -61,12 +61,7 @@ def read_header(path: Path) -> Header:
         raise MoextendError(f"{path} cannot be read as GGUF: {said_by(error)}") from None
 
 
-class _Bytes:
-    """A place in the file's bytes, which every read moves on."""
-
-    def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.at = file, size, 0
-
+class _Bytes(Bytes):
     def header(self) -> Header:
         if self.take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -90,15 +85,8 @@ class _Bytes:
             described[name] = self.tensor(name)
         return Header(metadata, self.places(described, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
 
-    def take(self, count: int) -> bytes:
-        self.check(count)
-        self.at += count
-        return self.file.read(count)
-
     def check(self, count: int) -> None:
-        """Whether so many bytes can follow."""
-        if count > self.size - self.at:
-            raise ValueError(f"it is cut short: {self.size:,} bytes are not all")
+        super().check(count)
         if count > MAX_BYTES - self.at:
             raise ValueError(f"what stands before its tensors takes more than {MAX_BYTES:,} bytes")
 

@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 from moextend_jax.config import IMAGE, RECIPES, Batch
-from moextend_jax.extension.routing import outputs_Z
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
 from moextend_jax.models.decoder import added, feed_forward, layer_of, rms_norm
@@ -122,7 +121,7 @@ def _sources_of(model: MoExtend, layer: int) -> list[jax.Array | None]:
 
 def _routing(routing: Routing, model: MoExtend) -> dict[str, Any]:
     seen, decoder = {}, model.config.decoder
-    for z, (number, outputs) in enumerate(zip(decoder.routed, outputs_Z(model), strict=True)):
+    for z, (number, outputs) in enumerate(zip(decoder.routed, model.config.outputs_Z, strict=True)):
         logits_TO, ids_Tk = routing.logits_TO[z], routing.ids_Tk[z]
         probs_TO = probabilities(logits_TO, decoder.scores)
         seen |= {

@@ -247,12 +247,3 @@ def shares(counts_ZO: np.ndarray) -> np.ndarray:
 def shift(before_ZO: np.ndarray, after_ZO: np.ndarray) -> np.ndarray:
     """d_j: the sample standard deviation over experts i of the difference of r[i, j] before and after the probe."""
     return np.std(shares(before_ZO) - shares(after_ZO), axis=-1, ddof=1)
-
-
-def outputs_Z(model: MoExtend) -> np.ndarray:
-    """Router outputs of every layer: E, and the X of every extension that it has."""
-    decoder = model.config.decoder
-    widths_Z = np.full(len(decoder.routed), decoder.experts)
-    for extension in model.config.extensions.values():
-        widths_Z[[decoder.routed.index(layer) for layer in extension.layers]] += extension.new_experts
-    return widths_Z

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moextend_jax.config import Batch, MoextendError
-from moextend_jax.extension.routing import count_faulty, least_likely, outputs_Z, refuse_faulty, tally
+from moextend_jax.extension.routing import count_faulty, least_likely, refuse_faulty, tally
 from moextend_jax.mesh import Program, on_host, one_device, place_whole
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.router import probabilities
@@ -72,7 +72,7 @@ def collect(
         source="jax",
         experts=model.config.decoder.experts,
         top_k=model.config.decoder.top_k,
-        outputs_Z=outputs_Z(model),
+        outputs_Z=np.array(model.config.outputs_Z),
         tokens={kind: int(sums[f"tokens/{kind}"]) for kind in KINDS},
         picks_ZO={kind: sums[f"picks/{kind}"] for kind in KINDS},
         least_ZO={kind: sums[f"least/{kind}"] for kind in KINDS},
@@ -80,7 +80,7 @@ def collect(
         entropy_Z={kind: sums[f"entropy/{kind}"] / max(1, sums[f"tokens/{kind}"]) for kind in KINDS},
         inputs=digest.hexdigest(),
         per_token=None if picks is None else _concatenated(picks),
-        layers_Z=dense + np.arange(len(outputs_Z(model))),
+        layers_Z=dense + np.arange(len(model.config.decoder.routed)),
     )
 
 

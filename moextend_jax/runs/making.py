@@ -33,7 +33,7 @@ from moextend_jax.outside import read_object
 from moextend_jax.progress import preparing
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import rows_of, source_of, validation_batches
-from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, read_selection
+from moextend_jax.runs.models_of import Opened, grown_config, leaves_of, model_with, open_model, selection_of
 from moextend_jax.runs.ready import Check, ready
 from moextend_jax.runs.run import Arrays, Run, as_json, write_json
 from moextend_jax.settings import RunSettings, SelectSettings, StageSettings
@@ -90,7 +90,7 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
         if row.how == "select" and results.named(run.settings, row.extension, "grow") in made:
             names.add(name)  # its choice of layers is used already
             if (run.folder(name) / "routing.json").exists():
-                recorded[name] = read_selection(run, row.extension).get("facts")
+                recorded[name] = selection_of(run, row.extension).get("facts")
         if (before := recorded[name]) is not None and made.issuperset(row.parents):
             facts = FACTS[row.how](run, name) if name in names else run.facts_of(name)
             train_state.check_facts(before, facts, where=run.folder(name))
@@ -186,7 +186,7 @@ def select(run: Run, name: str) -> None:
     settings: SelectSettings = results.group_of(run.settings, name)
     new_experts, facts = settings.number(run.config.decoder.experts), facts_of_selecting(run, name)
     if (run.folder(name) / "routing.json").exists():
-        recorded = read_selection(run, row.extension).get("facts")
+        recorded = selection_of(run, row.extension).get("facts")
         if recorded is not None and not train_state.differing(recorded, facts):
             return
     assert row.data is not None

@@ -104,7 +104,7 @@ def grown_config(run: Run, names: Iterable[str]) -> ModelConfig:
     rivals = rivals_of(run.settings, names := tuple(names))
     extensions = {
         name: config_of_extension(
-            run.settings, name, chosen=read_selection(run, name), **grown_as(run.workdir, run.settings, name)
+            run.settings, name, chosen=selection_of(run, name), **grown_as(run.workdir, run.settings, name)
         )
         for name in names
         if not any(name in of for of in rivals.values())
@@ -150,7 +150,7 @@ def grown_as(workdir: Path, settings: RunSettings, name: str) -> dict[str, Any]:
     }
 
 
-def read_selection(run: Run, extension: str) -> dict[str, Any]:
+def selection_of(run: Run, extension: str) -> dict[str, Any]:
     """The content of an extension's select/routing.json."""
     name = results.named(run.settings, extension, "select")
     path = run.folder(name) / "routing.json"
