@@ -128,10 +128,12 @@ def readings_of(settings: RunSettings) -> list[Reading]:
     for link in settings.links:
         evaluate = settings.of_extension(link.name).evaluate
         finetune = results.stage_of(settings, results.named(settings, link.name, "finetune"))
-        asked = evaluate if evaluate.data else finetune
-        for data in (asked.data, *evaluate.sets.values()):
-            questions = Reading(stages=(), data=data, split=asked.split, length=evaluate.length, parts="prompt")
-            names[questions] = (*names.get(questions, ()), results.named(settings, link.name, "evaluate"))
+        name, of = results.named(settings, link.name, "evaluate"), evaluate if evaluate.data else finetune
+        asked = {name: (of.data, of.split)}
+        asked |= {f"{name}/{further}": (data, evaluate.split) for further, data in evaluate.sets.items()}
+        for of_set, (data, split) in asked.items():
+            questions = Reading(stages=(), data=data, split=split, length=evaluate.length, parts="prompt")
+            names[questions] = (*names.get(questions, ()), of_set)
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
 
 

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -141,7 +140,7 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, run: MakeRun, l
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    machine.when_left(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
     while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
         time.sleep(1)
     share(made, folder, COMMON)
@@ -150,13 +149,6 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, run: MakeRun, l
     except MoextendError as error:
         print(error, flush=True)
         sys.exit(2)
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process with its parent, which does not stop its children when it is stopped."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def check_nothing_is_lost(record: Mapping[str, Any], links: Iterable[Link]) -> None:

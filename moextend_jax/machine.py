@@ -9,6 +9,9 @@ import ctypes
 import os
 import resource
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from moextend_jax.chips import GPU_SHARE
@@ -73,6 +76,18 @@ def keep_memory() -> None:
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def when_left(parent: int, then: Callable[[], object]) -> None:
+    """From now on, a thread calls `then` when the process `parent`, which has started this one, is no more: a process
+    that is killed does not end its children."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        then()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_cpu(devices: int) -> str:

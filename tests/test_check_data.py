@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from PIL import Image
 from rich.console import Console
 
@@ -82,9 +83,24 @@ def test_stages_that_read_alike_are_one_reading(folder):
 
 def test_further_sets_of_questions_are_read_too(folder):
     run = settings(folder)
-    run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, sets={"pairs": "llava_pretrain"}))
-    asked = [(one.data, one.split) for one in readings_of(run) if "evaluate" in one.stages]
-    assert asked == [("llava_instruct", "train[6:]"), ("llava_pretrain", "train[6:]")]
+    sets = {"pairs": "llava_pretrain"}
+    run = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, sets=sets))
+    asked = [(one.data, one.split, one.stages) for one in readings_of(run) if one.parts == "prompt"]
+    further = ("llava_pretrain", "train[6:]", ("evaluate/pairs",))
+    assert asked == [("llava_instruct", "train[6:]", ("evaluate",)), further]
+    # Nothing named: rows of finetune are asked, and the sets as if something was.
+    unnamed = dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, data=""))
+    asked = [(one.data, one.split, one.stages) for one in readings_of(unnamed) if one.parts == "prompt"]
+    assert asked == [("llava_instruct", "train", ("evaluate",)), further]
+
+
+def test_questions_of_further_sets_do_not_add_to_those_that_are_asked(folder):
+    run = settings(folder)
+    run = dataclasses.replace(
+        run, evaluate=dataclasses.replace(run.evaluate, questions=19, sets={"pairs": "llava_pretrain"})
+    )
+    reports = [Report(reading=reading, rows=18, items=Counter({"<image>": 1})) for reading in readings_of(run)]
+    assert problems_of(run, reports, layers=8) == ["evaluate.questions = 19, but llava_instruct has 18 rows"]
 
 
 def test_text_alone_needs_no_tower(folder, capsys):
@@ -109,6 +125,18 @@ def test_json_says_what_where_and_whether_it_may_be(folder, capsys):
         first = one["kinds"]["truncated"]["first"]
         assert [(named["entry"], named["id"]) for named in first] == [(5, "5.jpg")] and one["skipped"] == 1
     assert evaluate["ok"] and not evaluate["kinds"]
+
+
+def test_rows_of_one_package_may_show_different_pictures(tmp_path, capsys, monkeypatch):
+    tiny.shorten_easy_vqa(monkeypatch, train=60, test=20)
+    stage = StageSettings(data="easy_vqa/questions", split="train[:20]", steps=1, batch_size=4, length=300)
+    later = dataclasses.replace(stage, split="train[20:]")
+    run = dataclasses.replace(
+        settings(tmp_path), align=stage, extend=later, finetune=later, full=later,
+        evaluate=EvaluateSettings(data="easy_vqa/questions", split="test", questions=4),
+    )  # fmt: skip
+    code, said = checked(run, capsys)
+    assert code == 0 and not any(one["kinds"] or one["error"] for one in said["data"]), said
 
 
 def test_exit_code_follows_policies_and_the_share(folder, capsys):

@@ -269,6 +269,21 @@ def test_the_settings_of_a_run_are_those_it_was_run_with_and_a_model_has_none(tm
         settings_of(tmp_path / "run")
 
 
+def test_what_a_run_has_not_made_yet_is_called_by_its_own_stage(tmp_path: Path, base: Path):
+    """A task in text aligns nothing, and its aligned model is the base."""
+    run_of(tmp_path / "run", base, extended=False)
+    shutil.rmtree(tmp_path / "run" / "align")
+    for medium, model, message in (
+        ("image", None, "align has not been run in"), ("", None, "grow has not been run in"),
+        ("", "aligned", "aligned is the base of"),
+    ):  # fmt: skip
+        record = json.loads((tmp_path / "run" / "config.json").read_text())
+        record["settings"] |= {"medium": medium}
+        (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+        with pytest.raises(MoextendError, match=f"^{message} .*: there is nothing to export"):
+            open_workdir(tmp_path / "run", model=model)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_whose_base_has_changed_is_not_exported(tmp_path: Path, base: Path):
     run_of(tmp_path / "run", base, extended=True)

@@ -232,6 +232,13 @@ def test_processes_that_do_not_read_the_same_files_are_told(tmp_path, monkeypatc
         MoextendError, match=r"not every process can read the same files \(here \d cannot be read, first: miss"
     ):
         open_here()
+    faults = FaultSettings()
+    with pytest.raises(MoextendError, match=r"not every process .* \(here .*no image b.png"):  # it takes part, alone
+        open_here()
+    told.clear()
+    with pytest.raises(MoextendError, match="^(?!.*not every process).*no image b.png"):
+        open_here()  # all are refused the same
+    faults = FaultSettings(policies={"missing": "skip"})
     told.clear()
     assert len(open_here()) in (3, 6)  # all miss the same
 
@@ -281,6 +288,8 @@ def test_hold_out_is_a_random_partition(tmp_path):
 def test_text_is_one_passage_per_line(tmp_path):
     (tmp_path / "text").write_text("one café\n\n two\u2028same \n", encoding="utf-8")
     assert open_text(tmp_path / "text") == ["one café", "two\u2028same"]
+    (tmp_path / "marked").write_text("one\n", encoding="utf-8-sig")  # as Notepad and Excel write it
+    assert open_text(tmp_path / "marked") == ["one"]
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     for name, message in [("none", "cannot read"), ("empty", "no passages"), ("latin", "cannot read")]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from tiny import few
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface
 from moextend_jax.checkpoints.npz import read_npz
+from moextend_jax.config import with_vision
+from moextend_jax.families import FAMILIES as FAMILIES_HERE
 from moextend_jax.routing import stats as statistics
 
 TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
@@ -64,6 +67,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         "released": (derived.folder / "vision", vision),
         "released_extended": (derived.folder / "moextend_pert", vision),
         "nan": (mixtral(folder / "nan", with_nan()), []),
+        **{family: (other(folder / family, family), []) for family in CHOSEN_OTHERWISE},
         "own_code": (folder / "own_code", []),
         "no_ids": (folder / "model", []),
     }
@@ -167,7 +171,7 @@ def published(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, words = tmp_path_factory.mktemp("published"), []
     for name in PUBLISHED:
         batch = read_npz(shared / "families" / name / "batches.npz")
-        ids = {"input_ids": batch["text/input_ids"], "attention_mask": batch["text/attention_mask"]}
+        ids: dict[str, Any] = {"input_ids": batch["text/input_ids"], "attention_mask": batch["text/attention_mask"]}
         np.savez(root / f"{name} ids.npz", **ids)
         files = ["--ids", str(root / f"{name} ids.npz"), "--out", str(root / f"{name}.npz")]
         words.append([str(shared / "families" / name), *files])
@@ -209,6 +213,22 @@ def mixtral(folder: Path, arrays: dict[str, Any]) -> Path:
     return folder
 
 
+def other(folder: Path, family: str) -> Path:
+    """A tiny model of a family in which a bias, and in GLM groups too, choose."""
+    fields: dict[str, Any] = {**FAMILIES_HERE[family].fields, **CHOSEN_OTHERWISE[family]}
+    decoder = dataclasses.replace(tiny.DECODER, family=family, experts=8, top_k=3, dense_hidden=20, shared_experts=1,
+                                  **fields)  # fmt: skip
+    config = with_vision(dataclasses.replace(tiny.PLAIN, decoder=decoder), None)
+    huggingface.write_parameters(folder, tiny.arrays(config), table=family, config=config)
+    huggingface.write_decoder_config(folder, decoder, dtype="float32")
+    return folder
+
+
+CHOSEN_OTHERWISE: dict[str, dict[str, Any]] = {
+    "glm4_moe": {"groups": 4, "top_groups": 2, "head_size": 8}, "ernie4_5_moe": {},
+}  # fmt: skip
+
+
 def with_nan() -> dict[str, Any]:
     gate_ZDE = np.array(tiny.arrays(tiny.PLAIN)["decoder/layers/moe/gate"])
     gate_ZDE[1, 0, 2] = np.nan
@@ -244,9 +264,26 @@ def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_pat
     assert cli.call(["routing", *collect]) == 0
     capsys.readouterr()
     assert cli.call(["routing", "compare", str(tmp_path / "jax.npz"), str(folder / "torch.npz"), "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    assert_alike(json.loads(capsys.readouterr().out))
+
+
+def assert_alike(record: dict[str, Any]) -> None:
     assert record["top_k_agreement_missing"] is None and record["same_source_experts"]
     for row in record["layers"]:
         assert row["agreement"] == 1.0 and row["tied"] == 0
         assert row["tv_picks"] == row["shift"] == row["shift_least"] == 0
         assert row["tv_probs"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe"])
+def test_statistics_are_of_the_logits_whatever_chooses(dumps: dict[str, Dump], family: str, tmp_path: Path, capsys):
+    checkpoint, _, folder = dumps[family]
+    files = [str(tmp_path / "jax.npz"), str(folder / "torch.npz")]
+    words = ["collect", "--checkpoint", str(checkpoint), "--ids", str(folder / "ids.npz"), "--out", files[0]]
+    assert cli.call(["routing", *words]) == 0
+    capsys.readouterr()
+    assert cli.call(["routing", "compare", *files, "--json"]) == 0
+    assert_alike(json.loads(capsys.readouterr().out))
+    ours, theirs = (statistics.read_stats(Path(file)) for file in files)
+    np.testing.assert_allclose(ours.entropy_Z["text"], theirs.entropy_Z["text"], rtol=1e-5)

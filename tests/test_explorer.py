@@ -132,7 +132,7 @@ def test_a_picture_that_is_none_is_refused(tmp_path: Path):
     ("name", "change", "says"),
     [
         ("examples.json", {"weights": [[[1]]]}, r"examples\.json: picks \(8, 70, 2\) and weights \(1, 1, 1\)"),
-        ("examples.json", {"picks": "no"}, r"examples\.json: .*evaluate again"),
+        ("examples.json", {"picks": "no"}, r"examples\.json: .*delete the file"),
         ("finetune/routing.json", {"pairs": {"kjv": {"text": [[1]]}}}, r"routing\.json: counts of shape \(1, 1\)"),
         ("finetune/routing.json", {"names": ["0"]}, r"routing\.json: 1 names of 9 experts"),
     ],

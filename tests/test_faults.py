@@ -286,6 +286,18 @@ def test_questions_are_held_against_the_length_of_a_prompt(sound, faulty):
     assert report.counts == {"too_long": ROWS // 2} and report.ok(SKIP) and not report.ok(STRICT)
 
 
+def test_a_question_is_asked_with_its_own_pictures_alone(tmp_path):
+    """As a run asks it: without those of later questions."""
+
+    def asks_on(one: dict[str, Any], file: Path) -> None:
+        one["image"] = [*([one["image"]] if "image" in one else []), "2.png"]
+        one["conversations"] += [{"from": "human", "value": "and <image>?"}, {"from": "gpt", "value": "so"}]
+
+    folder = write(tmp_path, [Plant("marks", at, asks_on) for at in (0, 1)])
+    report = run_check(folder, parts="prompt", length=LENGTH)
+    assert report.ok(STRICT) and report.rows == ROWS, report.first
+
+
 def test_a_file_that_is_not_json_ends_only_its_own_report(tmp_path):
     (tmp_path / JSON).write_text(json.dumps([entry(1)])[:-2])
     report = run_check(tmp_path)

@@ -398,9 +398,9 @@ def turns_of(mark: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": f"{mark}\nwhat?"}, {"from": "gpt", "value": "a"}]
 
 
-def checked(faulty: Path, to: Path, faults: FaultSettings = SKIP) -> Report:
+def checked(data: Path | str, to: Path, faults: FaultSettings = SKIP) -> Report:
     tokenizer = dataclasses.replace(TOKENIZER, others=WITH_FEATURES)
-    reading = Reading(stages=("finetune",), data=str(faulty / "a.jsonl"), split="train", length=256)
+    reading = Reading(stages=("finetune",), data=str(data), split="train", length=256)
     (report,) = check(
         [reading],
         open_origin=lambda one: open_origin(one, data_dir=to, faults=faults),
@@ -417,7 +417,7 @@ def counts_of(*, without: str = "") -> dict[str, int]:
 
 
 def test_the_check_finds_each_and_its_file(faulty: Path, tmp_path: Path):
-    report = checked(faulty, tmp_path)
+    report = checked(faulty / "a.jsonl", tmp_path)
     assert dict(report.counts) == counts_of() and report.skipped == len(PLANTS)
     assert report.items == {"<audio>": 11, "<video>": 2, "<features>": 4}
     for n, plant in enumerate(PLANTS):
@@ -425,7 +425,7 @@ def test_the_check_finds_each_and_its_file(faulty: Path, tmp_path: Path):
         assert (plant.name or f"bad{n}") in names, plant
     assert "no sound none.wav in" in report.first["missing"][0].message
     keep = dataclasses.replace(SKIP, policies={**SKIP.policies, "long_sound": "keep"})
-    assert dict(checked(faulty, tmp_path, keep).counts) == counts_of(without="long_sound")
+    assert dict(checked(faulty / "a.jsonl", tmp_path, keep).counts) == counts_of(without="long_sound")
 
 
 @pytest.mark.parametrize("policy", ["skip", "keep"])
@@ -476,6 +476,19 @@ def test_sounds_of_packages_are_cut_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert skips.fingerprint == "made" != keeps.fingerprint
     with pytest.raises(Fault, match="more than the 2 that are heard"):
         skips.span(0, SPEECH)
+
+
+def test_the_check_skips_of_a_package_what_a_run_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Rows(list):
+        def __getitems__(self, rows: list[int]) -> list[Any]:
+            return [self[row] for row in rows]
+
+    talk = {"turns": turns_of("<speech>"), "items": [["<speech>", "train/0", 0]]}
+    row = {"id": b"train/0", "conversations": json.dumps(talk), "images": [], "image_rows": []}
+    built = Built(Rows([row]), [], "made", 0, {"<speech>": "train/0"})
+    monkeypatch.setattr("moextend_jax.data.datasets.open_built", lambda *_, **__: built)
+    report = checked("spoken_words", tmp_path)
+    assert (report.error, report.counts, report.skipped) == (None, {"unknown_medium": 1}, 1)
 
 
 def test_items_of_shards_by_their_suffix(tmp_path: Path):

@@ -27,7 +27,7 @@ from moextend_jax.evaluate.prompts import buckets
 from moextend_jax.mesh import make_mesh, place_leaves
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
-from moextend_jax.runs.data_of import held_out_source, readers_of, source_of, unseen_source
+from moextend_jax.runs.data_of import held_out_source, readers_of, rows_of, source_of, unseen_source
 from moextend_jax.runs.making import make_all
 from moextend_jax.runs.models_of import Opened, text_only
 from moextend_jax.runs.ready import Stage, _measure, _reading, ready, row_problems
@@ -108,6 +108,20 @@ def test_the_longest_conversation_and_the_one_with_most_pictures_fit(llava, tmp_
     rewrite(llava, change)
     finetune = ready(open_without_weights(settings(llava), tmp_path), ["finetune"]).settings.finetune
     assert finetune.images_per_row == 3 and 100 < finetune.length <= 128
+
+
+def test_rows_hold_no_pictures_where_no_conversation_has_any(llava, tmp_path):
+    def change(n: int, row: dict) -> dict:
+        row["conversations"][0]["value"] = "what?"
+        return {name: part for name, part in row.items() if name != "image"}
+
+    rewrite(llava, change)
+    run = open_without_weights(settings(llava), tmp_path)
+    filled = ready(run, ["finetune"]).settings.finetune
+    assert (filled.images_per_row, filled.items_per_row) == (0, {})
+    data = Data("finetune")
+    (batch, *_) = rows_of(run, source_of(run, data), filled, data=data, pixels=True, epochs=1)
+    assert not batch.media and not batch.features
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_what_is_wrong_with_a_row(tmp_path: Path, name: str, kind: str, message:
     (tmp_path / "text.array_record").write_text("text")
     with pytest.raises(Fault, match=message) as caught:
         ItemFolder(tmp_path).read(name, "features")
-    assert caught.value.kind == kind
+    assert (caught.value.kind, caught.value.id) == (kind, name)
 
 
 def test_names_keep_their_order_where_rows_and_files_mix(tmp_path: Path):

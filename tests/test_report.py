@@ -8,6 +8,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from tiny import few
 
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
+from moextend_jax.data.items import Items
+from moextend_jax.evaluate.examples import write_examples
 from moextend_jax.report import page as page_module
 from moextend_jax.report.canvas import OURS, canvas
 from moextend_jax.report.examples import cards
@@ -229,6 +232,14 @@ def test_summaries_of_older_versions_are_read(tmp_path):
     put(tmp_path / "summary.json", old | {"easy_vqa": SUMMARY["accuracy"]})
     page = write_report(tmp_path).read_text()
     assert "93.4%" in page and "easy-VQA accuracy" in page
+
+
+def test_examples_of_an_earlier_evaluation_go_with_it(tmp_path):
+    put(tmp_path / "summary.json", SUMMARY)
+    put(tmp_path / "examples.json", [example(0)])
+    run: Any = SimpleNamespace(workdir=tmp_path)
+    write_examples(run, [], {}, {"aligned": []}, Items(()))  # evaluate.examples = 0, or no question with a picture
+    assert "Not run yet: examples.json" in write_report(tmp_path).read_text()
 
 
 def test_one_question_says_little(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -18,8 +20,10 @@ from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError, with_vision
 from moextend_jax.data.conversations import text_batch
 from moextend_jax.extension import routing
-from moextend_jax.routing import collect, compare
+from moextend_jax.parameters import with_arrays
+from moextend_jax.routing import collect, command, compare
 from moextend_jax.routing import stats as statistics
+from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.run import open_run, remember, settings_of
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
@@ -73,6 +77,29 @@ def test_an_extended_model_keeps_columns_that_a_layer_lacks_empty():
         assert (stats.least_ZO[kind].sum(axis=1) == tokens * stats.top_k).all()
         np.testing.assert_allclose(stats.probs_ZO[kind].sum(axis=1), 1, atol=1e-5)
         assert (stats.entropy_Z[kind] < np.log(stats.outputs_Z)).all() and (stats.entropy_Z[kind] > 0).all()
+
+
+def test_statistics_are_of_the_logits_whatever_a_family_chooses_and_weighs_by():
+    """As in GLM-4.5, which weighs by sigmoids, and where a bias chooses."""
+    config = dataclasses.replace(TEXT, decoder=dataclasses.replace(tiny.DECODER, scores="sigmoid", selection_bias=True))
+    model, arrays = tiny.structure(config), tiny.arrays(config)
+    ids_BL = np.random.default_rng(0).integers(3, 61, (4, 12)).astype(np.int32)
+    batch = text_batch(ids_BL, np.ones_like(ids_BL))
+    stats = collect.collect(model, arrays, [batch])
+    decided = jax.jit(lambda arrays, batch: with_arrays(model, arrays)(batch).routing)(arrays, batch)
+    logits_ZTO = np.asarray(decided.logits_TO, np.float64)
+    order_ZTO = np.argsort(logits_ZTO, axis=-1)
+    assert (np.sort(decided.ids_Tk) != np.sort(order_ZTO[..., 2:])).any()
+    probs_ZTO = np.exp(logits_ZTO) / np.exp(logits_ZTO).sum(-1, keepdims=True)
+    np.testing.assert_allclose(stats.probs_ZO["text"], probs_ZTO.mean(1), atol=1e-5)
+    np.testing.assert_allclose(stats.entropy_Z["text"], -(probs_ZTO * np.log(probs_ZTO)).sum(-1).mean(1), atol=1e-5)
+    least_ZO = [np.bincount(least_Tk.reshape(-1), minlength=4) for least_Tk in order_ZTO[..., :2]]
+    np.testing.assert_array_equal(stats.least_ZO["text"], least_ZO)
+    counted = routing.count_picks(decided, batch, recipe=RECIPES["released"])  # which `routing compare` tells of
+    np.testing.assert_array_equal(counted.text_ZO, least_ZO)
+    assert stats.per_token is not None  # ties are of what chooses
+    chosen_by_ZTO = -np.sort(-np.asarray(decided.chosen_by_TO), axis=-1)
+    np.testing.assert_allclose(stats.per_token.gaps_ZT, chosen_by_ZTO[..., 1] - chosen_by_ZTO[..., 2], atol=1e-6)
 
 
 def test_loads_of_even_and_of_one_sided_routing(pair):
@@ -394,6 +421,27 @@ def test_collect_reads_passages_and_writes_their_ids_for_others(base: Path, tmp_
     a, b = (statistics.read_stats(tmp_path / name) for name in ("a.npz", "b.npz"))
     assert a.inputs == b.inputs and a.tokens == b.tokens and a.tokens["text"] > 10
     assert all(row.agreement == 1 and row.tv_probs < 1e-6 for row in compare.distances(a, b, tie=1e-5))
+
+
+@pytest.mark.parametrize("samples", [4, 5, 7])
+def test_samples_of_a_mixture_are_each_counted_once(base: Path, tmp_path: Path, samples: int):
+    """An epoch of it has the one row of b.json four times."""
+    for name, rows in (("a", 4), ("b", 1)):
+        talks = [[{"from": "human", "value": f"{name} {n}?"}, {"from": "gpt", "value": "yes"}] for n in range(rows)]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"id": 0, "conversations": talk} for talk in talks]))
+    options = command.CollectOptions(
+        checkpoint=base, data=f"{tmp_path}/a.json:0.5,{tmp_path}/b.json:0.5", data_dir=str(tmp_path / "built"),
+        samples=samples, length=32, out=tmp_path / "a.npz",
+    )  # fmt: skip
+    batches = list(command._batches(options, open_place(options)))
+    rows = [tuple(row) for batch in batches for row in np.asarray(batch.ids_BL) if row.any()]
+    assert len(rows) == len(set(rows)) == min(samples, 5)
+
+
+def test_a_file_of_ids_without_rows_has_no_batches(tmp_path: Path):
+    size = tiny.VISION.image_size
+    np.savez(tmp_path / "ids.npz", input_ids=np.zeros((0, 9), int), pixel_values=np.zeros((0, 3, size, size), "f4"))
+    assert not list(command._id_batches(tmp_path / "ids.npz", tiny.PLAIN, pad=lambda: 3, batch_size=2))
 
 
 @pytest.mark.slow

@@ -209,6 +209,16 @@ def test_a_spoken_question_of_one_of_two_media_of_sounds():
     assert [*prompts_of("")] == [""]  # and not standard input
 
 
+def test_a_file_that_is_an_image_or_a_video_is_what_the_visitor_says():
+    marks = {"image": Medium(), "film": Medium(kind="video", mark="<video:film>"),
+             "sound": Medium(kind="audio", mark="<audio:sound>")}  # fmt: skip
+    opened: Any = SimpleNamespace(config=SimpleNamespace(media=marks))
+    assert alike(opened) == ["image", "film"]
+    files = [Path("a.gif"), Path("b.jpg"), Path("c.wav")]
+    assert items_of(opened, files, medium="film") == {"film": files[:1], "image": files[1:2], "sound": files[2:]}
+    assert items_of(opened, files) == {"image": files[:2], "sound": files[2:]}
+
+
 def test_options_of_the_page_mean_nothing_to_the_terminal(run: Run, capsys):
     with pytest.raises(SystemExit):
         cli.main(["chat", "--workdir", str(run.workdir), "--host=0.0.0.0", "--port=0"])

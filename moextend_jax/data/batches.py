@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +28,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from moextend_jax import preemption
+from moextend_jax import machine, preemption
 from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Room, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
@@ -225,21 +223,17 @@ def _pipeline(
     check_shared_memory("set workers = 0")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags; our command line has its own
-    return ready.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_the_run)
+    return ready.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=partial(_live_with_the_run, os.getpid())
+    )
 
 
-def _live_with_the_run(*_: int) -> None:
+def _live_with_the_run(parent: int, *_: int) -> None:
     """In a worker: ignores the signals that clusters and terminals send to workers too. The run needs its workers until
     it has saved; then it ends them. A killed run cannot: so workers end when they have lost their parent."""
     for number in (*preemption.SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    machine.when_left(parent, lambda: os._exit(1))
 
 
 @dataclass(frozen=True, kw_only=True)

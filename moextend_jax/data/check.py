@@ -57,7 +57,8 @@ class Origin(NamedTuple):
 
 
 class BuiltFiles(NamedTuple):
-    """Items of a data set that was built. refs: (noun, key) of an item -> where it is."""
+    """Items of a data set that was built. refs: (noun, key) of an item of its rows -> where it is, which is the same in
+    all data sets of one family and split."""
 
     source: Source
     refs: dict[tuple[str, str], ItemRef]
@@ -83,7 +84,7 @@ def open_origin(
         files = files_of(reading.data, split=reading.split, manual_dir=manual_dir, images=images, known=BUILDERS)
         home = item_folder(files, faults)
         return Origin(lambda: read_entries(*files.paths, beside=files.beside), home, f"{home.path} of {files.paths[0]}")
-    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, media=media)
+    source = open_dataset(reading.data, split=reading.split, data_dir=data_dir, media=media, faults=faults)
     nouns = {name: KINDS_OF_MEDIA[medium.kind].noun for name, medium in source.media.items()}
     refs = {(nouns[ref.medium], ref.key): ref for example in source for ref in example.items}
     of_split = f"{family_of(reading.data)[0]} {base_split(reading.split)}"
@@ -205,7 +206,11 @@ def check(
             opened[key][1].append(n)
         except MoextendError as error:
             reports[n].error = str(error)
-    files = {origin.items: origin.files for origin, _ in opened.values()}
+    files: dict[str, Any] = {}
+    for origin, _ in opened.values():
+        if isinstance(origin.files, BuiltFiles) and origin.items in files:
+            origin.files.refs.update(files[origin.items].refs)
+        files[origin.items] = origin.files
     work = replace(work, readings=tuple(readings), files=files, cut=faults.policy("long_sound") == "keep")
     items: dict[str, _Items] = {name: _Items() for name in files}
     gathered = {n: _Rows(reports[n]) for _, which in opened.values() for n in which}

@@ -22,7 +22,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from moextend_jax.config import IGNORE, IMAGE, Batch, MoextendError, Recipe, Roo
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_text
 from moextend_jax.faults import Fault
+
+Item = TypeVar("Item")
 
 MEDIUM = 1 << 24
 """Distance between two media in `Encoded.places_L`, while it is not known how many items a row holds."""
@@ -130,6 +132,12 @@ def talk_of(
     talk = _talk(turns, example_id, tokenizer)
     _check_marks([question for question, _ in talk.pairs], items, tokenizer, example_id, " in the questions")
     return talk
+
+
+def shown_first(question: str, items: Mapping[str, Sequence[Item]], tokenizer: Tokenizer) -> dict[str, Sequence[Item]]:
+    """Of a conversation's items, by medium, those that its first question shows; media without any are left out."""
+    shown = {name: question.count(tokenizer.media[name].mark) for name in items}
+    return {name: of[: shown[name]] for name, of in items.items() if shown[name]}
 
 
 def _check_marks(

@@ -430,9 +430,9 @@ def short_name(data: str, split: str) -> str:
 
 
 def open_text(path: Path | str) -> list[str]:
-    """The lines of a UTF-8 file, one passage each; blank lines are left out."""
+    """The lines of a UTF-8 file, one passage each; blank lines are left out, and so is a byte order mark."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise MoextendError(f"cannot read text {path}: {error}") from error
     if not any(lines):

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from PIL import Image
 
 from moextend_jax.config import IMAGE, Medium, MoextendError, Named, Recipe, Room
-from moextend_jax.data.conversations import encode_prompt, encode_row, talk_of
+from moextend_jax.data.conversations import encode_prompt, encode_row, shown_first, talk_of
 from moextend_jax.data.entries import Content, Entry, ItemName
 from moextend_jax.data.item_files import read_span
 from moextend_jax.data.shards import Span
@@ -141,9 +141,10 @@ class Inspector:
             return
         try:
             talk = talk_of(entry.turns, example_id=entry.id, items=counts, tokenizer=self.work.tokenizer)
+            question = talk.pairs[0][0]
             prompt = encode_prompt(
-                talk.pairs[0][0],
-                items=spans,
+                question,
+                items=shown_first(question, spans, self.work.tokenizer),
                 system=talk.system,
                 tokenizer=self.work.tokenizer,
                 recipe=self.work.recipe,

@@ -64,7 +64,10 @@ class ItemFolder(NamedTuple):
             raise Fault(f"{noun} {name} is in a bucket; ArrayRecord files are read from a disk", "unreadable", name)
         of = row_of(name)
         assert of is not None
-        return find_file(self.path, of.file, anywhere=self.anywhere, noun=noun, most=sys.maxsize)
+        try:
+            return find_file(self.path, of.file, anywhere=self.anywhere, noun=noun, most=sys.maxsize)
+        except Fault as fault:
+            raise Fault(str(fault), fault.kind, name) from fault  # by the row's name: its features are cached under it
 
     def read(self, name: str, noun: str = "image") -> bytes:
         if of := row_of(name):

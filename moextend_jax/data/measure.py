@@ -58,8 +58,8 @@ class Measured(NamedTuple):
         )
 
     def most(self, medium: str) -> int:
-        """Items of the conversation with the most of a medium; of pictures 1 where none has any."""
-        return int(self.items_n[medium].max(initial=int(medium == IMAGE))) if medium in self.items_n else 0
+        """Items of the conversation with the most of a medium; 0 where none has any: then batches hold none of it."""
+        return int(self.items_n[medium].max(initial=0)) if medium in self.items_n else 0
 
 
 def measure(

@@ -97,7 +97,7 @@ class Asker:
             pieces = self.generator.begin(
                 self.arrays, tails, heads=heads, max_new_tokens=max_new_tokens, steps=steps
             )  # fmt: skip
-            begun.append((work, self._until(work, pieces, stop) if stop else list(pieces)))
+            begun.append((work, self._until_enough(work, pieces, stop) if stop else list(pieces)))
             if len(begun) > 1:
                 yield self._completed(*begun.pop(0))
         for work, pieces in begun:
@@ -117,9 +117,11 @@ class Asker:
 
     def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[Completed]:
         ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
-        return [Completed(n, _until(ids_BL[row], self.ends)) for n, row in _placed(work)]
+        return [Completed(n, _before_end(ids_BL[row], self.ends)) for n, row in _placed(work)]
 
-    def _until(self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]) -> list[Any]:
+    def _until_enough(
+        self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]
+    ) -> list[Any]:
         """Ids `[B, n]` in pieces, on the host, until every row has ended or `stop` says that it has enough."""
         seen: list[np.ndarray] = []
         for piece in pieces:
@@ -219,6 +221,6 @@ def _placed(work: Work) -> Iterator[tuple[int, int]]:
         yield from ((n, part * work.rows + row) for row, n in enumerate(indices))
 
 
-def _until(ids_L: np.ndarray, ends: tuple[int, ...]) -> list[int]:
+def _before_end(ids_L: np.ndarray, ends: tuple[int, ...]) -> list[int]:
     ended = np.flatnonzero(np.isin(ids_L, ends))
     return ids_L[: ended[0]].tolist() if len(ended) else ids_L.tolist()

@@ -92,14 +92,13 @@ def evaluate(run: Run) -> dict[str, Any]:
     if len(asked) > 1:
         summary |= _chains(run, asked, accuracy, {on: of.left_out(right[on]) for on, of in asked.items()})
         summary |= _composed(run, asked, accuracy)
-    if examples:
-        predictions = {
-            name: [texts[row] for row in pictured]
-            for name, texts in answers[extension].items()
-            if name in plain and name != "question_only"
-        }
-        picks = {name: of for name in LOOKED_INTO if name in said and (of := said[name].picks) is not None}
-        write_examples(run, examples, picks, predictions, first.asked.source.images)
+    predictions = {
+        name: [texts[row] for row in pictured]
+        for name, texts in answers[extension].items()
+        if name in plain and name != "question_only"
+    }
+    picks = {name: of for name in LOOKED_INTO if name in said and (of := said[name].picks) is not None}
+    write_examples(run, examples, picks, predictions, first.asked.source.images)
     return summary
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moextend_jax import distributed
 from moextend_jax.config import IMAGE, Batch
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Readers
@@ -98,8 +99,14 @@ def write_examples(
     run: Run, prompted: Sequence[PromptedQuestion], picks: Mapping[str, Sequence[Picks]],
     predictions: dict[str, list[str]], images: AnyItems,
 ) -> None:  # fmt: skip
-    """Questions with all answers; for each patch the share of extended layers where it chose a new expert; and for each
-    token what each model's routers picked in every layer, with weights in per cent."""
+    """examples.json: questions with all answers; for each patch the share of extended layers where it chose a new
+    expert; and for each token what each model's routers picked in every layer, with weights in per cent. Without
+    questions none is left of an earlier evaluation."""
+    path = run.workdir / "examples.json"
+    if not prompted:
+        if distributed.first():
+            path.unlink(missing_ok=True)
+        return
     grown = grown_config(run, results.table(run.settings).grown(results.table(run.settings).model("moextend").results))
     experts, names, routed = run.config.decoder.experts, expert_names(grown), run.config.decoder.routed
     layers = sorted({routed.index(layer) for added in grown.extensions.values() for layer in added.layers})
@@ -140,7 +147,7 @@ def write_examples(
                 },
             }
         )
-    write_json(run.workdir / "examples.json", records, indent=None)
+    write_json(path, records, indent=None)
 
 
 def _batches(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,22 +154,29 @@ def average_drop(base: Mapping[str, Any], other: Mapping[str, Any], tasks: Seque
     return sum(drops) / len(drops) if drops else None
 
 
-def print_table(record: Mapping[str, Any]) -> None:
-    names = [name for name in next(iter(record["tasks"].values())) if name != "base"]
-    table = Table(title="What was forgotten of text")
-    for column in ("task", "figure", "base", *(cell for name in names for cell in (name, "drop"))):
-        table.add_column(column, justify="left" if column in ("task", "figure") else "right")
+def lines_of(record: Mapping[str, Any], *, title: Callable[[str], str] = str) -> list[list[str]]:
+    """What forgetting.json holds as lines of cells: the head, one of each task, and the average drop, where there is a
+    model beside the base. title: what a model is called."""
+    names = [name for name in next(iter(record["tasks"].values()), {}) if name != "base"]
+    lines = [["task", "figure", "base", *(cell for name in names for cell in (title(name), "drop"))]]
     for task, of in record["tasks"].items():
         base = of["base"]
-        cells = [task, base["name"], f"{base['value']:.2f}"]
+        sign = 1 if base["higher_is_better"] else -1
+        lines.append([task, base["name"], f"{base['value']:.2f}"])
         for name in names:
-            sign = 1 if base["higher_is_better"] else -1
-            cells += [f"{of[name]['value']:.2f}", f"{sign * (base['value'] - of[name]['value']):+.2f}"]
-        table.add_row(*cells)
+            lines[-1] += [f"{of[name]['value']:.2f}", f"{sign * (base['value'] - of[name]['value']):+.2f}"]
     drops = [record["average_drop"][name] for name in names]
-    cells = [cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")]
-    if names:
-        table.add_row("average drop", "", "", *cells)
+    cells = (cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}"))
+    return [*lines, ["average drop", "", "", *cells]] if names else lines
+
+
+def print_table(record: Mapping[str, Any]) -> None:
+    head, *lines = lines_of(record)
+    table = Table(title="What was forgotten of text")
+    for column in head:
+        table.add_column(column, justify="left" if column in ("task", "figure") else "right")
+    for cells in lines:
+        table.add_row(*cells)
     out = console()
     out.print(table)
     published = ", ".join(f"{name} {drop}" for name, drop in record["published_average_drop"].items())

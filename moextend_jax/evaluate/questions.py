@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.data.conversations import Encoded, encode_prompt
+from moextend_jax.data.conversations import Encoded, encode_prompt, shown_first
 from moextend_jax.data.datasets import Example, ItemRef, first_exchange
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Items
@@ -34,9 +34,7 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
     exchange = first_exchange(example, tokenizer=tokenizer)
     if isinstance(exchange, Fault):
         raise exchange
-    shown = {name: exchange.question.count(tokenizer.media[name].mark) for name in example.by_medium}
-    items = {name: refs[: shown[name]] for name, refs in example.by_medium.items() if shown[name]}
-    return Question(example, *exchange, items)
+    return Question(example, *exchange, shown_first(exchange.question, example.by_medium, tokenizer))
 
 
 def prompt_of(

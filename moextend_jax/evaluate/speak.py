@@ -18,7 +18,7 @@ from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, te
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
-from moextend_jax.media.image import as_rgb, decode_image, turned
+from moextend_jax.media.image import as_rgb, decode_image, is_finite, turned
 from moextend_jax.mesh import place_whole, row_shards
 from moextend_jax.runs.askable import Askable
 
@@ -241,7 +241,7 @@ def picture(image: Any) -> Image.Image:
             image.load()
             if 0 in image.size:
                 raise ValueError("it has no pixels")
-            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            if not is_finite(image):
                 raise ValueError("it has NaN or infinite pixels")
             return as_rgb(turned(image))  # as of a file
         except Exception as error:  # it is read only now, and each of Pillow's decoders has its own way to fail

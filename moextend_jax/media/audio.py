@@ -19,12 +19,10 @@ import soxr
 from moextend_jax.config import Medium, VisionConfig, WhisperConfig
 from moextend_jax.faults import Fault, wrong_size
 from moextend_jax.media.image import Watched, normalised, tower_of
-from moextend_jax.media.mel import log_mel, spectrogram_picture
+from moextend_jax.media.mel import RATE, log_mel, spectrogram_picture
 
 SUFFIXES = ("wav", "flac", "ogg", "opus")
 TOWERS = (VisionConfig, WhisperConfig)
-RATE = 16_000
-"""Samples a second of what towers hear."""
 POSITIONS = 50
 """Of Whisper's encoder, a second."""
 MOST_SECONDS = 3600

@@ -55,9 +55,14 @@ def decode_image(encoded: bytes, *, name: str = "image", id: str = "", upright: 
 
     with pictures(encoded, kind="not_image", what=f"{name} as an image", id=id or name) as (image, fault):
         image.load()
-        if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        if not is_finite(image):
             raise fault("not_finite", "it has NaN or infinite pixels")
         return as_rgb(turned(image) if upright else image)
+
+
+def is_finite(image: Image.Image) -> bool:
+    """Whether no pixel is NaN or infinite, as those of mode F alone can be."""
+    return image.mode != "F" or bool(np.isfinite(np.asarray(image)).all())
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 from moextend_jax.config import MoextendError
 
 RATE = 16_000
-"""Samples a second."""
+"""Samples a second of what towers hear."""
 WINDOW, HOP = 400, 160
 """Samples under a frame (25 ms), and from one of Whisper's to the next."""
 RANGE_DB = 70.0

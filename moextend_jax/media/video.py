@@ -14,7 +14,7 @@ from PIL import Image
 
 from moextend_jax.config import Medium, VisionConfig
 from moextend_jax.faults import Fault
-from moextend_jax.media.image import MOST_PIXELS, as_rgb, pictures, prepare_image, tower_of
+from moextend_jax.media.image import MOST_PIXELS, as_rgb, is_finite, pictures, prepare_image, tower_of
 
 TOWERS = (VisionConfig,)
 SUFFIXES = ("gif", "webp", "png", "apng", "avif", "tif", "tiff")
@@ -52,7 +52,7 @@ def decode(
             if image.width * image.height > size:  # pages of a TIFF need not be alike
                 raise fault("oversized", f"frame {n} has {image.width} x {image.height} pixels, more than the first")
             image.load()
-            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+            if not is_finite(image):
                 raise fault("not_finite", f"frame {n} has NaN or infinite pixels")
             frames[n] = as_rgb(image.copy())
         return tuple(frames[n] for n in chosen)

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moextend_jax.evaluate.forgetting import lines_of
 from moextend_jax.report.examples import small_image
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import TITLES, title_of
@@ -80,26 +81,11 @@ def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any
     if record is None:
         return ""
     with malformed("eval/forgetting.json"):
-        tasks: Mapping[str, Any] = record["tasks"]
-        models = [name for name in next(iter(tasks.values()), {}) if name != "base"]
-        named = [title_of(model, summary) for model in models]
-        heads = ["task", "figure", "base", *(head for name in named for head in (name, "drop"))]
-        lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
-        for task, of in tasks.items():
-            base = of["base"]
-            sign = 1 if base["higher_is_better"] else -1
-            cells = [task, base["name"], f"{base['value']:.2f}"]
-            for model in models:
-                cells += [f"{of[model]['value']:.2f}", f"{sign * (base['value'] - of[model]['value']):+.2f}"]
-            lines.append(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>")
-        drops = [record["average_drop"][model] for model in models]
-        last = [
-            "average drop",
-            "",
-            "",
-            *(cell for drop in drops for cell in ("", "" if drop is None else f"{drop:+.2f}")),
-        ]
-        lines.append(f'<tr class="ours">{"".join(f"<td>{cell}</td>" for cell in last)}</tr>')
+        head, *rows = lines_of(record, title=lambda model: title_of(model, summary))
+        lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
+        for cells in rows:
+            of_average = ' class="ours"' if cells[0] == "average drop" else ""
+            lines.append(f"<tr{of_average}>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>")
         published = ", ".join(f"{escape(str(k))} {v:.2f}" for k, v in record.get("published_average_drop", {}).items())
     return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(
         f"Text benchmarks of lm-eval, in points; a drop is the base less the model, so 0 is perfect. The paper’s "

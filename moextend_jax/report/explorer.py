@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from moextend_jax.config import MoextendError
 from moextend_jax.folders import absolute, extra_hint
 from moextend_jax.report.examples import MOST_EXAMPLES, image_data
 from moextend_jax.report.markup import how, section, write_page
 from moextend_jax.report.results_pictures import CORPORA, title_of
-from moextend_jax.report.workdir import Loads, Selection, kind_title, read_workdir
+from moextend_jax.report.workdir import Loads, Selection, kind_title, malformed, read_workdir
 
 EXPLORER = "explorer.html"
 WITHOUT = f"no {EXPLORER}: {extra_hint('web')} adds it"
@@ -93,10 +92,8 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _examples(examples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What the script draws of each of the first MOST_EXAMPLES that have the picks of their tokens."""
-    try:
+    with malformed("examples.json"):
         return [_example(example, summary) for example in examples[:MOST_EXAMPLES] if "routing" in example]
-    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise MoextendError(f"examples.json: {error}; evaluate again or delete the file") from error
 
 
 def _example(example: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from moextend_jax.config import Batch, MoextendError
 from moextend_jax.extension.routing import count_faulty, least_likely, refuse_faulty, tally
 from moextend_jax.mesh import Program, on_host, one_device, place_whole
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.models.router import probabilities
 from moextend_jax.parameters import with_arrays
 from moextend_jax.routing.stats import KINDS, PerToken, Stats
 
@@ -100,8 +99,9 @@ def _count(model: MoExtend, batch: Batch):
     routing = model(batch).routing
     logits_ZTO = routing.logits_TO
     outputs, top_k = logits_ZTO.shape[-1], routing.ids_Tk.shape[-1]
-    least_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k)
-    probs_ZTO = probabilities(logits_ZTO, model.config.decoder.scores)
+    least_ZTk = least_likely(logits_ZTO, top_k=top_k)
+    # Of the logits whatever a family weighs by: so files of all families, and of PyTorch, say the same.
+    probs_ZTO = jax.nn.softmax(logits_ZTO, axis=-1)
     entropy_ZT = jax.scipy.special.entr(probs_ZTO).sum(axis=-1)
     image_T = (batch.places_BL >= 0).reshape(-1)
     real_T = (batch.segments_BL > 0).reshape(-1)

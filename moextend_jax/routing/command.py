@@ -116,7 +116,7 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         pad = lambda: opened.tokenizer.tags.pad  # noqa: E731  ids of text need no tokenizer
         return _id_batches(options.ids, config, pad=pad, batch_size=options.batch_size)
     from moextend_jax.data.batches import batches, text_batches
-    from moextend_jax.data.datasets import IMAGES_ALONE, hold_out, open_text
+    from moextend_jax.data.datasets import IMAGES_ALONE, distinct, hold_out, open_text
     from moextend_jax.data.readers import Inputs
     from moextend_jax.faults import STRICT
     from moextend_jax.settings import StageSettings
@@ -148,8 +148,10 @@ def _batches(options: CollectOptions, opened: Askable) -> Iterable[Batch]:
         media=config.media or IMAGES_ALONE,
         faults=faults,
     )
-    if options.samples and options.samples < len(source):
-        source = hold_out(source, samples=options.samples, seed=options.seed).held_out
+    if options.samples:  # each row once, also of a mixture that repeats some
+        every = distinct(source)
+        few = options.samples < len(every)
+        source = hold_out(source, samples=options.samples, seed=options.seed).held_out if few else every
     recipe = opened.recipe
     readers = {
         name: Inputs(items=source.items[name], medium=medium, preparation=recipe.image_preparation)
@@ -222,7 +224,7 @@ def _pictures(
             f"tokens (id {pad()}) of a row, of which there are {pads_BL.sum()}"
         )
     places_BL = np.where(pads_BL, np.cumsum(pads_BL, axis=1) - 1, -1).astype(ids_BL.dtype)
-    images_BMhwc = np.zeros((len(ids_BL), max(1, counts_B.max()), size, size, 3), np.float32)
+    images_BMhwc = np.zeros((len(ids_BL), counts_B.max(initial=1), size, size, 3), np.float32)
     images_BMhwc[np.arange(images_BMhwc.shape[1]) < counts_B[:, None]] = pixels.transpose(0, 2, 3, 1)
     return places_BL, images_BMhwc
 

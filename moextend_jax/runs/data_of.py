@@ -65,18 +65,28 @@ def open_in_step(name: str, *, split: str, **options: Any) -> Source:
     """`open_dataset` in all processes, after process 0 has prepared the data set where it is not yet.
 
     Raises:
-      MoextendError: a process cannot read the same items as process 0. It would skip other conversations, and the
-        processes would no longer agree on the rows of a batch.
+      MoextendError: as `open_dataset`; or a process cannot read the same items as process 0. It would skip other
+        conversations, and the processes would no longer agree on the rows of a batch.
     """
-    with distributed.first_alone(f"open {name} {split}"), preparing(f"preparing data {name} {split}"):
-        source = open_dataset(name, split=split, **options)
-    faults = [(of, row, fault.kind) for of, items in source.items.items() for row, fault in items.faults.items()]
+    opened: Source | MoextendError
+    try:
+        with distributed.first_alone(f"open {name} {split}"), preparing(f"preparing data {name} {split}"):
+            opened = open_dataset(name, split=split, **options)
+    except MoextendError as error:
+        opened = error
+    if isinstance(opened, Source):
+        faults = [(of, row, fault.kind) for of, items in opened.items.items() for row, fault in items.faults.items()]
+        found = f"{len(opened)} {hashlib.sha256(json.dumps(faults).encode()).hexdigest()}"
+        here = f"{len(faults)} cannot be read, first: {faults[0][2] if faults else 'none'}"
+    else:  # a process that raised this now, alone, would leave the others waiting here
+        found, here = "refused", str(opened)
     distributed.check_same(
-        f"{len(source)} {hashlib.sha256(json.dumps(faults).encode()).hexdigest()}",
-        f"data set {name}: not every process can read the same files (here {len(faults)} cannot be read, first: "
-        f"{faults[0][2] if faults else 'none'}): give all hosts the same folder",
+        found,
+        f"data set {name}: not every process can read the same files (here {here}): give all hosts the same folder",
     )
-    return source
+    if isinstance(opened, MoextendError):
+        raise opened
+    return opened
 
 
 Read = Callable[[str, str], Source]

@@ -162,7 +162,8 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
         seen = {path: leaf for path, leaf in source.leaves.items() if path.startswith("decoder/")}
         return source._replace(leaves=seen)
     if not trained:
-        raise MoextendError(f"align has not been run in {workdir}: there is nothing to export")
+        why = f"{row.results[0]} has not been run in" if row.results else f"{model} is the base of"
+        raise MoextendError(f"{why} {workdir}: there is nothing to export")
     config = dataclasses.replace(source.config, composition=settings.composition)
     rivals = rivals_of(settings, table.grown(stages))
     config = dataclasses.replace(config, **rivals)

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,11 @@ def items_of(opened: Askable, files: Any, *, medium: str = "") -> dict[str, list
 
 
 def alike(opened: Askable) -> list[str]:
-    """The media of the model that take the same files as another one."""
-    kinds = [of.kind for of in opened.config.media.values()]
-    return [name for name, of in opened.config.media.items() if kinds.count(of.kind) > 1]
+    """The media of the model that take some file, by its suffix, which another one takes too: a GIF is an image and a
+    video."""
+    taken = {name: KINDS[of.kind].suffixes for name, of in opened.config.media.items()}
+    counts = Counter(suffix for suffixes in taken.values() for suffix in suffixes)
+    return [name for name, suffixes in taken.items() if any(counts[suffix] > 1 for suffix in suffixes)]
 
 
 def extended_layers(opened: Askable) -> tuple[int, ...]:
