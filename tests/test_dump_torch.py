@@ -267,23 +267,23 @@ def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_pat
     assert_alike(json.loads(capsys.readouterr().out))
 
 
-def assert_alike(record: dict[str, Any]) -> None:
+def assert_alike(record: dict[str, Any], *, least: bool = True) -> None:
     assert record["top_k_agreement_missing"] is None and record["same_source_experts"]
     for row in record["layers"]:
         assert row["agreement"] == 1.0 and row["tied"] == 0
-        assert row["tv_picks"] == row["shift"] == row["shift_least"] == 0
+        assert row["tv_picks"] == row["shift"] == 0 and (row["shift_least"] == 0 or not least)
         assert row["tv_probs"] < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe"])
-def test_statistics_are_of_the_logits_whatever_chooses(dumps: dict[str, Dump], family: str, tmp_path: Path, capsys):
+def test_probabilities_are_of_the_logits_whatever_chooses(dumps: dict[str, Dump], family: str, tmp_path: Path, capsys):
     checkpoint, _, folder = dumps[family]
     files = [str(tmp_path / "jax.npz"), str(folder / "torch.npz")]
     words = ["collect", "--checkpoint", str(checkpoint), "--ids", str(folder / "ids.npz"), "--out", files[0]]
     assert cli.call(["routing", *words]) == 0
     capsys.readouterr()
     assert cli.call(["routing", "compare", *files, "--json"]) == 0
-    assert_alike(json.loads(capsys.readouterr().out))
+    assert_alike(json.loads(capsys.readouterr().out), least=False)  # which are of what chooses here, of the logits there
     ours, theirs = (statistics.read_stats(Path(file)) for file in files)
     np.testing.assert_allclose(ours.entropy_Z["text"], theirs.entropy_Z["text"], rtol=1e-5)

@@ -79,7 +79,7 @@ def test_an_extended_model_keeps_columns_that_a_layer_lacks_empty():
         assert (stats.entropy_Z[kind] < np.log(stats.outputs_Z)).all() and (stats.entropy_Z[kind] > 0).all()
 
 
-def test_statistics_are_of_the_logits_whatever_a_family_chooses_and_weighs_by():
+def test_probabilities_are_of_the_logits_whatever_a_family_chooses_and_weighs_by():
     """As in GLM-4.5, which weighs by sigmoids, and where a bias chooses."""
     config = dataclasses.replace(TEXT, decoder=dataclasses.replace(tiny.DECODER, scores="sigmoid", selection_bias=True))
     model, arrays = tiny.structure(config), tiny.arrays(config)
@@ -93,11 +93,12 @@ def test_statistics_are_of_the_logits_whatever_a_family_chooses_and_weighs_by():
     probs_ZTO = np.exp(logits_ZTO) / np.exp(logits_ZTO).sum(-1, keepdims=True)
     np.testing.assert_allclose(stats.probs_ZO["text"], probs_ZTO.mean(1), atol=1e-5)
     np.testing.assert_allclose(stats.entropy_Z["text"], -(probs_ZTO * np.log(probs_ZTO)).sum(-1).mean(1), atol=1e-5)
-    least_ZO = [np.bincount(least_Tk.reshape(-1), minlength=4) for least_Tk in order_ZTO[..., :2]]
+    least_ZTk = np.argsort(decided.chosen_by_TO, axis=-1)[..., :2]
+    least_ZO = [np.bincount(least_Tk.reshape(-1), minlength=4) for least_Tk in least_ZTk]
     np.testing.assert_array_equal(stats.least_ZO["text"], least_ZO)
     counted = routing.count_picks(decided, batch, recipe=RECIPES["released"])  # which `routing compare` tells of
     np.testing.assert_array_equal(counted.text_ZO, least_ZO)
-    assert stats.per_token is not None  # ties are of what chooses
+    assert stats.per_token is not None  # these, and ties, are of what chooses
     chosen_by_ZTO = -np.sort(-np.asarray(decided.chosen_by_TO), axis=-1)
     np.testing.assert_allclose(stats.per_token.gaps_ZT, chosen_by_ZTO[..., 1] - chosen_by_ZTO[..., 2], atol=1e-6)
 

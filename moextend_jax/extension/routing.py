@@ -67,11 +67,11 @@ class Selection(NamedTuple):
 def count_picks(
     routing: Routing, batch: Batch, *, recipe: Recipe, top_k: int | None = None, pairs: bool = False
 ) -> Counts:
-    """Counts of one batch, traceable. The recipe `least_likely` counts the `top_k` experts with the lowest logits
+    """Counts of one batch, traceable. The recipe `least_likely` counts the `top_k` experts with the lowest scores
     (None: as many as a token has picks). `pairs` counts pairs of picked experts, under every recipe."""
     ids_ZTk, outputs = routing.ids_Tk, routing.logits_TO.shape[-1]
     if recipe.counted_picks == "least_likely":
-        ids_ZTk = least_likely(routing.logits_TO, top_k=top_k or ids_ZTk.shape[-1])
+        ids_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k or ids_ZTk.shape[-1])
     image_T = (batch.places_BL >= 0).reshape(-1)
     text_T = (batch.segments_BL > 0).reshape(-1) & ~image_T
     text_ZO, image_ZO = (tally(ids_ZTk, of_T, outputs=outputs) for of_T in (text_T, image_T))
@@ -79,9 +79,9 @@ def count_picks(
     return Counts(text_ZO, image_ZO, text_T.sum(), image_T.sum(), *of_pairs)
 
 
-def least_likely(logits_ZTO: jax.Array, *, top_k: int) -> jax.Array:
+def least_likely(chosen_by_ZTO: jax.Array, *, top_k: int) -> jax.Array:
     """The k experts that each token's router likes least, `[Z, T, k]`; a column that a layer lacks (-inf) is none."""
-    return jax.lax.top_k(jnp.where(jnp.isneginf(logits_ZTO), -jnp.inf, -logits_ZTO), top_k)[1]
+    return jax.lax.top_k(jnp.where(jnp.isneginf(chosen_by_ZTO), -jnp.inf, -chosen_by_ZTO), top_k)[1]
 
 
 def tally(ids_ZTk: jax.Array, of_T: jax.Array, *, outputs: int) -> jax.Array:

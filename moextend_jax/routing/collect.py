@@ -99,7 +99,7 @@ def _count(model: MoExtend, batch: Batch):
     routing = model(batch).routing
     logits_ZTO = routing.logits_TO
     outputs, top_k = logits_ZTO.shape[-1], routing.ids_Tk.shape[-1]
-    least_ZTk = least_likely(logits_ZTO, top_k=top_k)
+    least_ZTk = least_likely(routing.chosen_by_TO, top_k=top_k)
     # Of the logits whatever a family weighs by: so files of all families, and of PyTorch, say the same.
     probs_ZTO = jax.nn.softmax(logits_ZTO, axis=-1)
     entropy_ZT = jax.scipy.special.entr(probs_ZTO).sum(axis=-1)
