@@ -284,6 +284,7 @@ def test_probabilities_are_of_the_logits_whatever_chooses(dumps: dict[str, Dump]
     assert cli.call(["routing", *words]) == 0
     capsys.readouterr()
     assert cli.call(["routing", "compare", *files, "--json"]) == 0
-    assert_alike(json.loads(capsys.readouterr().out), least=False)  # which are of what chooses here, of the logits there
+    # What is least likely is by what chooses here, by the logits there.
+    assert_alike(json.loads(capsys.readouterr().out), least=False)
     ours, theirs = (statistics.read_stats(Path(file)) for file in files)
     np.testing.assert_allclose(ours.entropy_Z["text"], theirs.entropy_Z["text"], rtol=1e-5)
