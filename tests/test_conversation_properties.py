@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moextend_jax.config import IGNORE, RECIPES, Room
 from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
-from moextend_jax.data.packing import Item, Shape, pack
+from moextend_jax.data.packing import Sample, Shape, pack
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.data.writing import MARK
 from moextend_jax.faults import Fault
@@ -189,7 +189,7 @@ def test_dropping_turns_keeps_whole_pairs_and_the_limit(talk: Talk, recipe, leng
 @settings(SAME, max_examples=30)
 @given(st.lists(talks(), min_size=1, max_size=6))
 def test_packed_rows_hold_each_conversation_whole(some: list[Talk]):
-    items = [Item(encoded(talk._replace(patches=2)), {"image": [7] * talk.images}, n) for n, talk in enumerate(some)]
+    items = [Sample(encoded(talk._replace(patches=2)), {"image": [7] * talk.images}, n) for n, talk in enumerate(some)]
     length, room = max(len(item.encoded.ids_L) for item in items), max(len(item.rows["image"]) for item in items)
     rows = pack(items, shape=Shape(length, {"image": Room(room, 2)}), conversations_per_row=0)
     placed = [(row, place) for row in rows for place in row.places]

@@ -33,7 +33,7 @@ from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Room, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
-from moextend_jax.data.packing import Item, Place, Row, Shape, empty_row, pack, take_out
+from moextend_jax.data.packing import Place, Row, Sample, Shape, empty_row, pack, take_out
 from moextend_jax.data.readers import Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
@@ -172,7 +172,7 @@ def text_batches(
 
 def _pipeline(
     source: Sequence[Any],
-    encode: Callable[[Any], Item],
+    encode: Callable[[Any], Sample],
     *,
     stage: StageSettings,
     readers: Readers,
@@ -239,8 +239,8 @@ def _live_with_the_run(parent: int, *_: int) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _WindowToRows(grain.experimental.FlatMapTransform):
     source: Sequence[Any]
-    encode: Callable[..., Item]
-    pack: Callable[[list[Item]], list[Row]]
+    encode: Callable[..., Sample]
+    pack: Callable[[list[Sample]], list[Row]]
     seed: int | None
     missing: Mapping[str, float]
     faults: FaultSettings
@@ -283,7 +283,7 @@ class _WindowToRows(grain.experimental.FlatMapTransform):
 def encode_example(
     example: Example, *, stage: StageSettings, tokenizer: Tokenizer, readers: Readers, faults: FaultSettings,
     out: Collection[str] = (), **options: Any,
-) -> Item:  # fmt: skip
+) -> Sample:  # fmt: skip
     """A conversation as a stage reads it, without its items of the media in `out` and of those that have no reader."""
     if example.fault is not None and faults.policy(example.fault.kind) != "keep":
         raise example.fault.again()
@@ -305,11 +305,11 @@ def encode_example(
         too_long=stage.too_long,
         **options,
     )
-    return Item(encoded, {name: rows[name][:count] for name, count in encoded.items.items()})
+    return Sample(encoded, {name: rows[name][:count] for name, count in encoded.items.items()})
 
 
-def _encode_piece(ids_L: np.ndarray, *, out: Collection[str] = ()) -> Item:
-    return Item(Encoded(ids_L, ids_L, np.full_like(ids_L, -1), np.ones_like(ids_L), {}), {})
+def _encode_piece(ids_L: np.ndarray, *, out: Collection[str] = ()) -> Sample:
+    return Sample(Encoded(ids_L, ids_L, np.full_like(ids_L, -1), np.ones_like(ids_L), {}), {})
 
 
 NOTHING = _encode_piece(np.zeros(0, np.int32))
@@ -383,7 +383,7 @@ def _skip(row: Row, place: Place, kind: str) -> Row:
     return copy
 
 
-def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Item], readers: Readers) -> None:
+def _check_any_good(source: Sequence[Any], encode: Callable[[Any], Sample], readers: Readers) -> None:
     """Raises MoextendError where none of up to `MOST_TRIED` random conversations can be read."""
     tried = np.random.default_rng(0).permutation(len(source))[:MOST_TRIED]
     counts_G = counts(read=len(tried))

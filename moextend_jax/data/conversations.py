@@ -28,7 +28,7 @@ import numpy as np
 
 from moextend_jax.config import IGNORE, IMAGE, Batch, MoextendError, Recipe, Rooms
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.data.writing import Items, Part, Talk, encoder_of, released_text
+from moextend_jax.data.writing import Part, Spans, Talk, encoder_of, released_text
 from moextend_jax.faults import Fault
 
 Item = TypeVar("Item")
@@ -70,7 +70,7 @@ def encode_conversation(
     turns: Sequence[dict[str, Any]],
     *,
     example_id: str,
-    items: Items,
+    items: Spans,
     tokenizer: Tokenizer,
     recipe: Recipe,
     length: int | None = None,
@@ -157,7 +157,7 @@ def encode_row(
     turns: Sequence[dict[str, Any]],
     *,
     example_id: str,
-    items: Items,
+    items: Spans,
     tokenizer: Tokenizer,
     recipe: Recipe,
     length: int,
@@ -189,7 +189,7 @@ def encode_row(
 
 
 def encode_prompt(
-    question: str, *, items: Items | None = None, system: str = "", tokenizer: Tokenizer, recipe: Recipe,
+    question: str, *, items: Spans | None = None, system: str = "", tokenizer: Tokenizer, recipe: Recipe,
 ) -> Encoded:  # fmt: skip
     """Ids that end where the answer begins, for generation; without any mark of a medium its items go first."""
     items = items or {}
@@ -210,7 +210,7 @@ def encode_prompt(
 
 
 def encode_dialogue(
-    turns: Sequence[dict[str, Any]], *, items: Items | None = None, tokenizer: Tokenizer, recipe: Recipe,
+    turns: Sequence[dict[str, Any]], *, items: Spans | None = None, tokenizer: Tokenizer, recipe: Recipe,
 ) -> Encoded:  # fmt: skip
     """Turns that end in a question: ids that end where its answer begins, as training has them before it.
 
@@ -226,7 +226,7 @@ def encode_dialogue(
     return _asking(asked, tokenizer=tokenizer, recipe=recipe, items=items)
 
 
-def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, items: Items) -> Encoded:
+def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, items: Spans) -> Encoded:
     parts = encoder_of(tokenizer, recipe)(talk, tokenizer, items)
     ids = [id for part in parts for id in part.ids]
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, items)
@@ -236,7 +236,7 @@ def encode_bare_question(
     turns: Sequence[dict[str, Any]],
     *,
     example_id: str,
-    items: Items,
+    items: Spans,
     tokenizer: Tokenizer,
     recipe: Recipe,
     length: int | None = None,
@@ -293,7 +293,7 @@ def _talk(turns: Sequence[dict[str, Any]], example_id: str, tokenizer: Tokenizer
 
 
 def _encoded(
-    ids: list[int], labels: list[int], tokenizer: Tokenizer, recipe: Recipe, items: Items,
+    ids: list[int], labels: list[int], tokenizer: Tokenizer, recipe: Recipe, items: Spans,
 ) -> Encoded:  # fmt: skip
     ids_L = np.array(ids, np.int32)
     places_L, counts = np.full_like(ids_L, -1), {}

@@ -17,7 +17,7 @@ from moextend_jax.data.batches import WINDOW, encode_example
 from moextend_jax.data.conversations import Encoded
 from moextend_jax.data.datasets import CHUNK, Source
 from moextend_jax.data.inspector import UNLIMITED
-from moextend_jax.data.packing import Item, Shape, pack
+from moextend_jax.data.packing import Sample, Shape, pack
 from moextend_jax.data.readers import Inputs
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import Fault
@@ -139,7 +139,7 @@ def rows_per_conversation(measured: Measured, *, stage: StageSettings, media: Na
     return rows / len(items)
 
 
-def _blank(tokens: int, items: dict[str, int]) -> Item:
+def _blank(tokens: int, items: dict[str, int]) -> Sample:
     ids_L = np.zeros(tokens, np.int32)
     nowhere_L = np.full_like(ids_L, -1)
-    return Item(Encoded(ids_L, ids_L, nowhere_L, ids_L, items), {name: [0] * count for name, count in items.items()})
+    return Sample(Encoded(ids_L, ids_L, nowhere_L, ids_L, items), {name: [0] * count for name, count in items.items()})

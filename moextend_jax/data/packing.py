@@ -20,7 +20,7 @@ from moextend_jax.config import IGNORE, IMAGE, Rooms, first_places
 from moextend_jax.data.conversations import Encoded, in_row
 
 
-class Item(NamedTuple):
+class Sample(NamedTuple):
     """A conversation; of each medium the rows that its items are read from; `example` is its row in the data set."""
 
     encoded: Encoded
@@ -58,26 +58,26 @@ class Shape(NamedTuple):
     media: Sequence[str] = (IMAGE,)
 
 
-def pack(items: Sequence[Item], *, shape: Shape, conversations_per_row: int) -> list[Row]:
-    """Rows that hold every item once; each must fit an empty row. `conversations_per_row` 0 is as many as fit.
+def pack(samples: Sequence[Sample], *, shape: Shape, conversations_per_row: int) -> list[Row]:
+    """Rows that hold every sample once; each must fit an empty row. `conversations_per_row` 0 is as many as fit.
 
     With one conversation per row the order is kept.
     """
     if conversations_per_row == 1:
-        return [_row([item], shape) for item in items]
-    # What a row has of each kind, and what an item takes of it.
+        return [_row([sample], shape) for sample in samples]
+    # What a row has of each kind, and what a sample takes of it.
     of_media = [room.items for room in shape.rooms.values()]
     room, limited = np.array([conversations_per_row, *of_media, shape.length]), int(conversations_per_row > 0)
     takes = [
-        np.array([limited, *(len(item.rows.get(name, ())) for name in shape.rooms), len(item.encoded.ids_L)])
-        for item in items
+        np.array([limited, *(len(sample.rows.get(name, ())) for name in shape.rooms), len(sample.encoded.ids_L)])
+        for sample in samples
     ]
-    left = sorted(range(len(items)), key=lambda n: takes[n][-1])
+    left = sorted(range(len(samples)), key=lambda n: takes[n][-1])
     rows = []
     while left:
         first, *left = left
         chosen = _best_fill([takes[n] for n in left], room - takes[first])
-        rows.append(_row([items[n] for n in (first, *(left[k] for k in chosen))], shape))
+        rows.append(_row([samples[n] for n in (first, *(left[k] for k in chosen))], shape))
         left = [n for k, n in enumerate(left) if k not in chosen]
     return rows
 
@@ -112,13 +112,13 @@ def empty_row(shape: Shape) -> Row:
     return _row([], shape)
 
 
-def _row(items: Sequence[Item], shape: Shape) -> Row:
+def _row(samples: Sequence[Sample], shape: Shape) -> Row:
     ids_L, positions_L, segments_L = (np.zeros(shape.length, np.int32) for _ in range(3))
     labels_L, places_L = np.full(shape.length, IGNORE, np.int32), np.full(shape.length, -1, np.int32)
     item_rows_M = {name: np.full(room.items, -1, np.int32) for name, room in shape.rooms.items()}
     start, next_slot, first = 0, dict.fromkeys(shape.rooms, 0), first_places(shape.rooms)
     places = []
-    for segment, (encoded, rows, example) in enumerate(items, 1):
+    for segment, (encoded, rows, example) in enumerate(samples, 1):
         here = slice(start, start + len(encoded.ids_L))
         ids_L[here] = encoded.ids_L
         labels_L[here] = encoded.labels_L

@@ -19,7 +19,7 @@ from moextend_jax.data.tokenizer import Marked, Tokenizer
 
 MARK = f"<{IMAGE}>"
 
-Items = Mapping[str, Sequence[int]]
+Spans = Mapping[str, Sequence[int]]
 """By medium the tokens of each of a conversation's items, in the order of the marks."""
 
 
@@ -82,10 +82,10 @@ def template_identity(tokenizer: Tokenizer, recipe: Recipe) -> str:
 # --- templates --------------------------------------------------------------------------------------------------------
 
 
-class _Spans:
+class _Marks:
     """Writes the next item of a medium, in ids, where its mark stands."""
 
-    def __init__(self, tokenizer: Tokenizer, items: Items):
+    def __init__(self, tokenizer: Tokenizer, items: Spans):
         self._by_mark: dict[str, tuple[Marked, Iterator[int]]] = {
             marked.mark: (marked, iter(items.get(name, ()))) for name, marked in tokenizer.media.items()
         }
@@ -97,8 +97,8 @@ class _Spans:
         return [marked.tags.start, *[marked.tags.pad] * next(tokens), marked.tags.end]
 
 
-def _mixtral(talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
-    parts, spans = [Part([*tokenizer.prefix], False)], _Spans(tokenizer, items)
+def _mixtral(talk: Talk, tokenizer: Tokenizer, items: Spans) -> list[Part]:
+    parts, spans = [Part([*tokenizer.prefix], False)], _Marks(tokenizer, items)
     for question, answer in talk.folded:
         text = f"[INST] {question.strip()} [/INST]"
         parts.append(Part(_with_items(text, tokenizer, spans, continued=False), False))
@@ -107,8 +107,8 @@ def _mixtral(talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
     return parts
 
 
-def _released(talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
-    parts, spans = [Part([*tokenizer.prefix], True)], _Spans(tokenizer, items)
+def _released(talk: Talk, tokenizer: Tokenizer, items: Spans) -> list[Part]:
+    parts, spans = [Part([*tokenizer.prefix], True)], _Marks(tokenizer, items)
     for question, answer in talk.folded:
         texts = ("[INST]", question, "[/INST]")
         parts.append(Part([id for text in texts for id in _released_text(text, tokenizer, spans)], False))
@@ -118,12 +118,12 @@ def _released(talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
     return [*parts, Part([tokenizer.eos], True)]
 
 
-def released_text(text: str, tokenizer: Tokenizer, items: Items) -> list[int]:
+def released_text(text: str, tokenizer: Tokenizer, items: Spans) -> list[int]:
     """A space goes before the text, and with `legacy` once more before it and after every special token."""
-    return _released_text(text, tokenizer, _Spans(tokenizer, items))
+    return _released_text(text, tokenizer, _Marks(tokenizer, items))
 
 
-def _released_text(text: str, tokenizer: Tokenizer, spans: _Spans) -> list[int]:
+def _released_text(text: str, tokenizer: Tokenizer, spans: _Marks) -> list[int]:
     special = {"<s>": [*tokenizer.prefix], "</s>": [tokenizer.eos], "<unk>": [0]}
     marks = [marked.mark for marked in tokenizer.media.values()]
     encode = tokenizer.encode if tokenizer.legacy else tokenizer.encode_continued
@@ -136,7 +136,7 @@ def _released_text(text: str, tokenizer: Tokenizer, spans: _Spans) -> list[int]:
     return ids
 
 
-def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, items: Items) -> list[Part]:
+def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, items: Spans) -> list[Part]:
     """A conversation or a prompt as a Jinja template writes it.
 
     Raises:
@@ -150,7 +150,7 @@ def _by_template(template: Template, talk: Talk, tokenizer: Tokenizer, items: It
     texts = [talk.system] * system + [text for pair in pairs for text in pair if text is not None]
     _check_written(template, shape._replace(system=system), texts, written)
     parts: list[Part] = []
-    media = _Spans(tokenizer, items)
+    media = _Marks(tokenizer, items)
     before: Control | Literal["nothing", "text"] = "nothing"
     for span in written.spans:
         ids: list[int] = []
@@ -186,12 +186,12 @@ def _outer(text: str, place: Place) -> str:
     return text.rstrip() if place.right else text
 
 
-Encoder = Callable[[Talk, Tokenizer, Items], list[Part]]
+Encoder = Callable[[Talk, Tokenizer, Spans], list[Part]]
 TEMPLATES: dict[str, Encoder] = {"mixtral": _mixtral, "released": _released}
 """Those that no Jinja template writes."""
 
 
-def _with_items(text: str, tokenizer: Tokenizer, spans: _Spans, *, continued: bool) -> list[int]:
+def _with_items(text: str, tokenizer: Tokenizer, spans: _Marks, *, continued: bool) -> list[int]:
     # A space before an item would be a token of its own that says nothing.
     first, *rest = spans.split.split(text) if "<" in text else [text]
     ids = tokenizer.encode_continued(first) if continued else tokenizer.encode(first)

@@ -13,7 +13,7 @@ from moextend_jax.config import MoextendError, Recipe
 from moextend_jax.data.conversations import Encoded, encode_prompt, shown_first
 from moextend_jax.data.datasets import Example, ItemRef, first_exchange
 from moextend_jax.data.tokenizer import Tokenizer
-from moextend_jax.data.writing import Items
+from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.faults import Fault
 
@@ -38,7 +38,7 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
 
 
 def prompt_of(
-    text: str, *, items: Mapping[str, tuple[int, ...]], spans: Items, tokenizer: Tokenizer,
+    text: str, *, items: Mapping[str, tuple[int, ...]], spans: Spans, tokenizer: Tokenizer,
     recipe: Recipe, where: str, system: str = "",
 ) -> Prompt:  # fmt: skip
     """The chat template around a question; its head is everything up to the last item.

@@ -15,6 +15,7 @@ from PIL import Image
 from moextend_jax import distributed
 from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, Room, first_places
 from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
+from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.running import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
@@ -31,7 +32,6 @@ Picture = str | Path | bytes | Image.Image | np.ndarray
 Item = Any
 """Of a medium: a file's name or content, of pictures any `Picture`."""
 Items = Mapping[str, Sequence[Item]]
-Spans = Mapping[str, Sequence[int]]
 
 
 def speak(
