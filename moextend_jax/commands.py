@@ -394,12 +394,13 @@ class BenchOptions:
 
 
 def bench_command(options: BenchOptions) -> None:
+    from moextend_jax import distributed
     from moextend_jax.bench import bench
 
     if options.json and not is_url(options.json):  # now: what cannot be made is said before all is timed
         options.json.parent.mkdir(parents=True, exist_ok=True)
     figures = bench(options.config, console(), only=options.stage, layers=options.layers)
-    if options.json:
+    if options.json and distributed.first():
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 

@@ -57,7 +57,8 @@ def start(*, cpu_devices: int = 1) -> None:
         raise MoextendError(f"the processes of this run do not find each other: {error}") from error
     preemption.pass_on()
     # Gloo writes to the file of standard output whenever processes first talk: only Python's own prints go on there.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # What NCCL writes there, if NCCL_DEBUG asks for it, is wanted: with the errors.
+    os.dup2(os.open(os.devnull, os.O_WRONLY) if machine.only_cpu() else 2, 1)
     sys.stdout = os.fdopen(printed, "w", buffering=1)
 
 

@@ -90,6 +90,13 @@ def size_and_generation(path: Path) -> tuple[int, int]:
         return int(facts["size"]), int(facts["generation"])
 
 
+def object_checksum(path: Path) -> str:
+    """The CRC-32C that a bucket keeps of an object's content, in base64, without reading it."""
+    with reading(path):
+        files, name = _file_system(path)
+        return files.info(name)["crc32c"]
+
+
 def read_range(path: Path, begin: int, end: int) -> bytes:
     """Bytes begin to end (exclusive) of an object, and no others."""
     starts = list(range(begin, end, BLOCK))

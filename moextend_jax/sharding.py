@@ -6,6 +6,7 @@ from here. No PartitionSpec is written anywhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,6 +93,24 @@ def _dividing(mesh_axes: tuple[str, ...], size: int, mesh: Any) -> tuple[str, ..
         if mesh.shape[axis] > 1:
             kept.append(axis)
     return tuple(kept)
+
+
+def items_to_add(rows: int, items: int) -> int:
+    """How many empty items each of `rows` rows should have beside its own, on the mesh of `jax.set_mesh`, so that a
+    tower's work is split over all of it. For instance 16 rows of 6 pictures are 12 for each 8th of 8 x 8 devices, all
+    of which every device of that 8th would compute; with 8 pictures a row each device computes 2."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or mesh.manual_axes or mesh.empty:
+        return 0
+    devices = math.prod(mesh.shape[axis] for axis in TABLE["n"] or ())
+    even = devices // math.gcd(rows, devices)  # multiples of it, times rows, are multiples of all devices
+    whole = -(-items // even) * even
+
+    def on_each(count: int) -> int:
+        split = _dividing(TABLE["n"] or (), rows * count, mesh)
+        return rows * count // math.prod(mesh.shape[axis] for axis in split)
+
+    return whole - items if on_each(whole) < on_each(items) else 0
 
 
 def parameter_shardings(model: nnx.Module, mesh: Mesh) -> dict[str, NamedSharding]:

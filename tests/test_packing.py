@@ -17,7 +17,7 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, Room
 from moextend_jax.data import batches
 from moextend_jax.data.conversations import Encoded
 from moextend_jax.data.features import FeatureStore
-from moextend_jax.data.packing import Item, Row, Shape, _best_fill, pack
+from moextend_jax.data.packing import Row, Sample, Shape, _best_fill, pack
 from moextend_jax.data.readers import Features
 from moextend_jax.extension.routing import count_picks
 from moextend_jax.parameters import with_arrays
@@ -45,10 +45,10 @@ def conversation(rng: np.random.Generator, *, text: int, images: int, first_imag
     if hidden_end:
         segments_L[-1] = 0
     encoded = Encoded(ids_L, labels_L, np.array(patches, np.int32), segments_L, {"image": images})
-    return Item(encoded, {"image": range(first_image, first_image + images)})
+    return Sample(encoded, {"image": range(first_image, first_image + images)})
 
 
-def conversations(count: int = 9, *, seed: int = 0, hidden_end: bool = False) -> list[Item]:
+def conversations(count: int = 9, *, seed: int = 0, hidden_end: bool = False) -> list[Sample]:
     """With 0, 1 and 2 images in turn."""
     rng = np.random.default_rng(seed)
     made, image = [], 0
@@ -60,16 +60,16 @@ def conversations(count: int = 9, *, seed: int = 0, hidden_end: bool = False) ->
     return made
 
 
-def lengths(items: list[Item]) -> np.ndarray:
+def lengths(items: list[Sample]) -> np.ndarray:
     return np.array([len(item.encoded.ids_L) for item in items])
 
 
-def fake(lengths_n, images_n) -> list[Item]:
+def fake(lengths_n, images_n) -> list[Sample]:
     """Conversations of which only the sizes matter."""
     made = []
     for n, m in zip(lengths_n, images_n, strict=True):
         ids_L = np.ones(n, np.int32)
-        made.append(Item(Encoded(ids_L, ids_L, -ids_L, ids_L, {"image": m}), {"image": [0] * m}))
+        made.append(Sample(Encoded(ids_L, ids_L, -ids_L, ids_L, {"image": m}), {"image": [0] * m}))
     return made
 
 
@@ -77,7 +77,7 @@ def shape_of(length: int = L, images_per_row: int = M) -> Shape:
     return Shape(length, {"image": Room(images_per_row, P)})
 
 
-def rows_of(items: list[Item], *, alone: bool = False, length: int = L, images_per_row: int = M) -> list[Row]:
+def rows_of(items: list[Sample], *, alone: bool = False, length: int = L, images_per_row: int = M) -> list[Row]:
     return pack(items, shape=shape_of(length, images_per_row), conversations_per_row=int(alone))
 
 

@@ -35,7 +35,7 @@ from moextend_jax.data.batches import batches, rooms_of
 from moextend_jax.data.conversations import Encoded, encode_conversation, encode_prompt
 from moextend_jax.data.datasets import Source, open_dataset
 from moextend_jax.data.measure import measure, rows_per_conversation
-from moextend_jax.data.packing import Item, Row, Shape, pack, take_out
+from moextend_jax.data.packing import Row, Sample, Shape, pack, take_out
 from moextend_jax.data.readers import Inputs
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.faults import KINDS, STRICT, Fault
@@ -191,7 +191,7 @@ def test_a_video_has_all_of_its_frames_tokens_whatever_spans_there_are():
 def test_places_leave_room_for_the_longest_span():
     """Item m of a medium begins at m * P, however short the ones before it are."""
     got = encode(BOTH, image=[4, 4], features=[2, 5])
-    (row,) = pack([Item(got, {"image": [8, 9], "features": [3, 4]})], shape=shape(60), conversations_per_row=0)
+    (row,) = pack([Sample(got, {"image": [8, 9], "features": [3, 4]})], shape=shape(60), conversations_per_row=0)
     first = first_places(shape(60).rooms)
     assert first == {"image": 0, "features": 3 * 4}
     assert [(name, row.places_L[here].tolist()) for name, here in spans_of(row.ids_L)] == [
@@ -207,7 +207,7 @@ def shape(length: int, *, images: int = 3, touched: int = 2) -> Shape:
     return Shape(length, {name: room for name, room in rooms.items() if room.items}, tuple(TOKENIZER.media))
 
 
-def conversations(counts: list[tuple[int, int]]) -> list[Item]:
+def conversations(counts: list[tuple[int, int]]) -> list[Sample]:
     """With so many images and so much that is touched; each item is a row of its own."""
     rng, items, image_rows, feature_rows = np.random.default_rng(0), [], count(100), count(500)
     for n, (images, touched) in enumerate(counts):
@@ -215,11 +215,11 @@ def conversations(counts: list[tuple[int, int]]) -> list[Item]:
         question = " and ".join(str(mark) for mark in rng.permutation(marks)) + f" {'word ' * (n % 4)}?"
         spans = rng.choice([2, 5], touched).tolist()
         rows = {"image": list(islice(image_rows, images)), "features": list(islice(feature_rows, touched))}
-        items.append(Item(encode(talk(question, f"a {n}"), image=[4] * images, features=spans), rows, n))
+        items.append(Sample(encode(talk(question, f"a {n}"), image=[4] * images, features=spans), rows, n))
     return items
 
 
-def check_rows(rows: list[Row], items: list[Item], of: Shape) -> None:
+def check_rows(rows: list[Row], items: list[Sample], of: Shape) -> None:
     """Every conversation once and whole, and each token of an item leads to its own item and place in it."""
     first = first_places(of.rooms)
     assert sorted(place.example for row in rows for place in row.places) == list(range(len(items)))
@@ -307,7 +307,7 @@ def test_any_conversations_of_two_media_are_whole_in_any_row(some, recipe):
         assert got.items == {name: len(of) for name, of in spans.items() if of}
         answers = properties.runs(got.labels_L != IGNORE)[int(recipe is not PAPER) :]
         assert len(answers) == len(turns) // 2
-        items.append(Item(got, {name: [10 * n + k for k in range(len(of))] for name, of in spans.items()}, n))
+        items.append(Sample(got, {name: [10 * n + k for k in range(len(of))] for name, of in spans.items()}, n))
     most = [max(len(item.rows[name]) for item in items) for name in MEDIA]
     of = shape(max(len(item.encoded.ids_L) for item in items) + 20, images=most[0] or 1, touched=most[1] or 1)
     check_rows(pack(items, shape=of, conversations_per_row=0), items, of)

@@ -23,7 +23,7 @@ from moextend_jax.mesh import make_mesh, one_device, place_rows
 from moextend_jax.models import blocked_attention
 from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import OptimizerConfig
-from moextend_jax.sharding import MESH_AXES, parameter_shardings
+from moextend_jax.sharding import MESH_AXES, items_to_add, parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import make_optimizer
@@ -212,6 +212,22 @@ def test_positions_that_do_not_divide_go_to_every_device(stage: str, shape, rows
     np.testing.assert_allclose(got[0], expected[0], atol=1e-5)
     for path, gradient in expected[1].items():
         np.testing.assert_allclose(got[1][path], gradient, atol=1e-5, rtol=0, err_msg=path)
+
+
+def test_items_that_fill_up_a_tower_s_work_change_nothing():
+    """4 rows of 3 pictures are 3 for each 4th of 8 devices, which both of its devices compute, or with an empty one in
+    each row 2 for each device."""
+    batch = tiny.batch(rows=4, pixels=True)
+    batch = batch._replace(media={"image": np.repeat(np.asarray(batch.media["image"]), 3, axis=1)})
+    assert batch.media["image"].shape[:2] == (4, 3)
+    structure, given = tiny.structure(MODEL), tiny.arrays(MODEL)
+    embed = jax.jit(lambda arrays, batch: with_arrays(structure, arrays).embed(batch))
+    expected = embed(given, batch)
+    mesh, arrays = sharded((2, 2, 1, 2))
+    with jax.set_mesh(mesh):
+        assert items_to_add(*batch.media["image"].shape[:2]) == 1
+        got = embed(arrays, place_rows(batch, mesh))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

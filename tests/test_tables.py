@@ -11,10 +11,11 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from moextend_jax import config, sharding
 from moextend_jax.checkpoints import names
@@ -37,6 +38,7 @@ from moextend_jax.config import (
     with_extension,
     with_vision,
 )
+from moextend_jax.mesh import MESH_AXES
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path
 from moextend_jax.runs.results import FIRST
@@ -194,6 +196,23 @@ def test_an_unknown_letter_and_a_mesh_axis_used_twice_are_errors():
         sharding.spec("DD")
     with pytest.raises(ValueError, match="fsdp"):
         sharding.spec("BD")
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "items", "more"),
+    [
+        ((1, 8, 1, 8), 16, 6, 2),  # a pod's packed rows: 2 pictures on each device instead of 12
+        ((1, 8, 1, 8), 16, 1, 3),  # 1 instead of 2
+        ((1, 8, 1, 8), 64, 6, 0),
+        ((1, 8, 1, 1), 8, 1, 0),
+        ((1, 1, 1, 3), 2, 1, 0),  # 2 on each device either way
+        ((1, 1, 1, 1), 5, 1, 0),
+    ],
+)
+def test_a_tower_s_items_are_filled_up_where_that_splits_its_work(shape, rows: int, items: int, more: int):
+    with jax.sharding.use_abstract_mesh(AbstractMesh(shape, MESH_AXES)):
+        assert sharding.items_to_add(rows, items) == more
+    assert sharding.items_to_add(rows, items) == 0  # on one device
 
 
 def test_the_experts_of_the_big_model_are_split_by_expert_width_and_hidden():

@@ -63,7 +63,8 @@ def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
         max_to_keep=keep,
         create=True,
         cleanup_tmp_directories=True,  # of a run that was killed while it saved
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=add_sums),
+        # Other processes wait so long for the checksums: those of a whole Mixtral take minutes on a slow disk.
+        async_options=ocp.options.AsyncOptions(timeout_secs=3600, post_finalization_callback=add_sums),
     )
     manager = _Manager(root, options=options)
     with _quiet_threads():

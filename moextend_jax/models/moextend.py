@@ -30,7 +30,7 @@ from moextend_jax.models.projectors import join_frames, make_projector
 from moextend_jax.models.vision import VisionTower
 from moextend_jax.models.whisper import WhisperTower
 from moextend_jax.parameters import arrays_of
-from moextend_jax.sharding import constrain
+from moextend_jax.sharding import constrain, items_to_add
 
 TOWERS: dict[type[TowerConfig], Any] = {VisionConfig: VisionTower, WhisperConfig: WhisperTower}
 """TABLE of towers by their sizes' class: a call gives features x_nPC. `FeaturesConfig` has none."""
@@ -109,15 +109,16 @@ class MoExtend(nnx.Module):
     def project(self, batch: Batch, name: str) -> jax.Array:
         """Tokens `[B, M*P, D]` of the rows' items of a medium."""
         medium, module = self.config.media[name], self.media[name]
-        features_BMPC = batch.features.get(name)
-        if features_BMPC is None:
-            items = batch.media[name]
-            B, M = items.shape[:2]
+        given = batch.features[name] if name in batch.features else batch.media[name]
+        B, M = given.shape[:2]
+        more = items_to_add(B, M)
+        features_BMPC = items = jnp.pad(given, ((0, 0), (0, more), *[(0, 0)] * (given.ndim - 2))) if more else given
+        if name not in batch.features:
             with jax.named_scope(name):
-                items = items.reshape(B * M, *items.shape[2:])
+                items = items.reshape(-1, *items.shape[2:])
                 features_nPC = tower_features(module.tower, medium, items, self.config.dtype)
-            features_BMPC = features_nPC.reshape(B, M, *features_nPC.shape[1:])
-        B, M, P, C = features_BMPC.shape
+            features_BMPC = features_nPC.reshape(B, M + more, *features_nPC.shape[1:])
+        P, C = features_BMPC.shape[2:]
         frames = medium.frames
         with jax.named_scope("projector"):
             features_nPC = features_BMPC.reshape(-1, P // frames, C).astype(self.config.dtype)
@@ -125,7 +126,8 @@ class MoExtend(nnx.Module):
             tokens_npD = module.projector(features_nPC, *others)
             tokens_npD = join_frames(tokens_npD, frames=frames, join=medium.join)
         # The projector computes in its own dtype.
-        return constrain(tokens_npD.astype(self.config.dtype).reshape(B, -1, tokens_npD.shape[-1]), "BSd")
+        tokens_BMpD = tokens_npD.astype(self.config.dtype).reshape(B, M + more, *tokens_npD.shape[1:])[:, :M]
+        return constrain(tokens_BMpD.reshape(B, -1, tokens_BMpD.shape[-1]), "BSd")
 
     def decode(
         self,

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -341,3 +342,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
         if unfinished != path:
             unfinished.rename(path)
     distributed.barrier(f"wrote {path}")
+    until = time.monotonic() + 60
+    while not is_url(path) and not path.exists() and time.monotonic() < until:
+        os.listdir(path.parent)  # on NFS another host may still believe that the file is not there
+        time.sleep(0.5)

@@ -68,11 +68,19 @@ class MetricsWriter:
             if self._away is None and not _is_open_here(self._lines, self._path):
                 raise OSError("it is gone: somebody has moved or deleted the work directory")
             self._lines.write(json.dumps({"step": int(step), **_finite(plain)}) + "\n")
-            if self._away is not None:
-                (self._away / self._path.name).write_text(self._path.read_text())
+            self._copy_away()
             for kind in list(self._sinks):
                 with self._sink_errors(kind):
                     self._sinks[kind].log(int(step), scalars(plain))
+
+    def _copy_away(self) -> None:
+        """What a bucket's library raises ends no run: the next line, or the end, copies the whole file again."""
+        if self._away is None:
+            return
+        try:
+            (self._away / self._path.name).write_text(self._path.read_text())
+        except Exception as error:
+            print(f"metrics: {self._away} did not take them now: {first_line(error)}", file=sys.stderr, flush=True)
 
     def go_back(self, step: int) -> None:
         """Drops the lines of later steps: the run does them again."""
@@ -94,6 +102,7 @@ class MetricsWriter:
             for kind in list(self._sinks):
                 with self._sink_errors(kind):
                     self._sinks[kind].close()
+            self._copy_away()
             if self._away is not None:
                 (self._away / "tensorboard").mkdir(parents=True, exist_ok=True)
                 for file in (self._path.parent / "tensorboard").glob("*"):
