@@ -170,7 +170,6 @@ def test_a_task_runs_unchanged_and_makes_the_table(
 
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=with_its_own)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [{"question": context, "choices": choices, "answer": n} for context, choices, n in QUESTIONS]
     tasks = write_tasks(tmp_path, lines)
     known = read_tasks(tasks, include_path=tmp_path)
