@@ -121,18 +121,20 @@ def bucket():
         said = server._process.stderr
         reading = threading.Thread(target=said.read)
         reading.start()
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        made = urllib.request.Request(
-            f"{server.url}/storage/v1/b?project=none",
-            data=json.dumps({"name": "bucket"}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        urllib.request.urlopen(made).close()
-        yield folders.folder("gs://bucket/run dir")
-        server.stop()
-        reading.join()
-        said.close()
+        try:
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+            patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+            made = urllib.request.Request(
+                f"{server.url}/storage/v1/b?project=none",
+                data=json.dumps({"name": "bucket"}).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            urllib.request.urlopen(made).close()
+            yield folders.folder("gs://bucket/run dir")
+        finally:
+            server.stop()
+            reading.join()
+            said.close()
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from children import alive, ended
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -494,15 +495,17 @@ def test_the_command_line_saves_when_told_to_stop(tmp_path: Path, capsys, number
         stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     lines = tmp_path / "w" / "align" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (lines.exists() and lines.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with pytest.raises(SystemExit) as second:
-        cli.main(words)
-    assert second.value.code == 2 and f"is in use by process {process.pid}" in capsys.readouterr().err
-    for _ in range(1 if number == signal.SIGINT else 2):
-        process.send_signal(number)
-    _, message = process.communicate(timeout=120)
+    with ended(process):
+        deadline = time.monotonic() + 120
+        while not (lines.exists() and lines.stat().st_size) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(SystemExit) as second:
+            cli.main(words)
+        assert second.value.code == 2 and f"is in use by process {process.pid}" in capsys.readouterr().err
+        for _ in range(1 if number == signal.SIGINT else 2):
+            process.send_signal(number)
+        _, message = process.communicate(timeout=120)
     assert process.returncode == code, message
     (step,) = re.findall(rf"{why}: align is saved at step (\d+) of 400; the same command goes on", message)
     saved = max(int(path.name) for path in (tmp_path / "w" / "align" / "checkpoints").iterdir())
@@ -524,13 +527,10 @@ def test_a_work_directory_has_one_run(tmp_path: Path):
         assert other.returncode and f"in use by process {os.getpid()} on " in other.stderr
     # a holder that dies leaves nothing behind
     holder = subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert holder.stdout and holder.stdin and holder.stdout.readline() == "alone\n"
-    with pytest.raises(MoextendError, match=f"in use by process {holder.pid} "), locked(tmp_path / "w"):
-        pass
-    holder.kill()
-    holder.wait()
-    holder.stdin.close()
-    holder.stdout.close()
+    with ended(holder):
+        assert holder.stdout and holder.stdout.readline() == "alone\n"
+        with pytest.raises(MoextendError, match=f"in use by process {holder.pid} "), locked(tmp_path / "w"):
+            pass
     with locked(tmp_path / "w"):
         pass
 
@@ -633,7 +633,7 @@ def test_workers_of_a_killed_run_end(tmp_path: Path):
     workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
     assert done.returncode == -signal.SIGKILL and len(workers) >= 2
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+    while any(map(alive, workers)):
         assert time.monotonic() < deadline, workers
         time.sleep(0.2)
 
