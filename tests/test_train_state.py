@@ -72,12 +72,9 @@ def run(source, tokenizer, arrays, monkeypatch):
     return train
 
 
-TIMES = {"seconds", "tokens_per_second", "step_seconds", "tflops_per_second", "peak_memory_gb"}
-
-
 def lines(folder: Path) -> list[dict]:
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [{name: value for name, value in row.items() if name not in tiny.TIMES} for row in rows]
 
 
 @pytest.mark.slow
