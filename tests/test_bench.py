@@ -50,7 +50,7 @@ def test_finetune_is_measured_whole_and_by_parts(settings: RunSettings, monkeypa
     assert all(seconds > 0 for seconds in row["parts"].values())
 
 
-def test_stages_of_other_media_are_refused(settings: RunSettings, monkeypatch: pytest.MonkeyPatch):
+def test_stages_of_other_media_are_refused(monkeypatch: pytest.MonkeyPatch):
     """Batches have pictures and text, so that what those stages train would not run."""
     chain, asked = from_config_dict(load("continual:strict")), []
 

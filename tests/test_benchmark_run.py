@@ -151,7 +151,7 @@ def test_a_model_that_computes_something_else_has_another_name(base, tmp_path, o
     assert changed.identity != opened.identity
 
 
-def test_labels_are_looked_for_before_anything_is_asked(base, tmp_path):
+def test_labels_are_looked_for_before_anything_is_asked(tmp_path):
     write_mmvet(tmp_path)
     with pytest.raises(MoextendError, match="mmvet has no score here to compare wordings by"):
         ask_wordings(cast(Any, None), read_exam("mmvet", data=tmp_path), {"a": "{question}"}, out=tmp_path)

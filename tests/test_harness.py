@@ -24,9 +24,6 @@ from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.run import open_run
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
-# lm-eval's own imports, and data sets' caches, warn about what is theirs.
-pytestmark = [pytest.mark.filterwarnings("ignore")]
-
 QUESTIONS = [
     ("In the beginning God created the", ["heaven and the earth", "green", "a of the", "seven"], 0),
     ("Which of these is a shape?", ["blue", "a circle", "to eat"], 1),

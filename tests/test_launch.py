@@ -322,7 +322,7 @@ def test_a_task_of_skypilot_runs_a_command_of_ours(noted, name: str, tmp_path: P
         (["local.py", "--processes=0"], "at least 1"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(words: list[str], said: str):
+def test_mistakes_are_the_last_line_and_exit_code_2(words: list[str], said: str):
     told = launch(*words, moextend=[] if words == ["slurm.py"] else MOEXTEND, code=2)
     assert said in told.strip().splitlines()[-1] and "Traceback" not in told
 
