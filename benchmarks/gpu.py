@@ -14,7 +14,8 @@ In: one GPU; weights are random. Out: OUT/gpu.json, and OUT/gpu.md, the same as 
     answers   a token of an answer, by rows at once, beside the time to read every weight once
     profile   where the time of one int4 step goes, by kernel
 
-A part that fails is noted with its last line and the rest goes on; so is one that the minutes leave no time for.
+A part that fails is noted with its last line and the rest goes on; so is one that the minutes leave no time for, and
+so are errors of checks above their limit. Where any is noted, the exit code is 1.
 `--tiny` runs the same on a CPU in minutes, kernels interpreted, to see that all of it works.
 """
 
@@ -106,6 +107,22 @@ def checks(size: str) -> dict[str, Any]:
     for what, options in ATTENTIONS.items():
         found |= {f"{what}, {of}": far for of, far in attention_errors(sizes, **options)}
     return found
+
+
+LIMITS = {"multiplied out": 0.0, "order in a byte": 0.0, "float32": 1e-6, "": 1e-2}
+"""Of relative errors, by words in the name of a check: the first that is in it. What is left is computed in 16 bits."""
+TF32 = 1e-3
+"""Instead of that of float32, on GPUs: JAX multiplies there in tf32."""
+
+
+def too_far(errors: dict[str, float], device: str) -> str:
+    """The checks whose errors are above their limits, or no numbers; empty if there are none."""
+    limits = LIMITS if device == "cpu" else LIMITS | {"float32": TF32}
+
+    def limit(name: str) -> float:
+        return next(limit for word, limit in limits.items() if word in name)
+
+    return ", ".join(f"{name} {far:.3g}" for name, far in errors.items() if not far <= limit(name))
 
 
 def error(got: Any, expected: Any) -> float:
@@ -274,12 +291,22 @@ def kernels(size: str) -> dict[str, Any]:
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
+UNTIL: float | None = None
+"""When the minutes end, in seconds of `time.perf_counter`."""
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A process with these environment variables; MoextendError where the minutes end before it does."""
+    left = UNTIL and max(1.0, UNTIL - time.perf_counter())
+    try:
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=left)
+    except subprocess.TimeoutExpired:
+        raise MoextendError("the minutes ended before it did") from None
+
+
 def apart(part: str, *words: Any) -> Any:
     """A part in a process of its own, with the whole GPU to itself; MoextendError with the line that says why not."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--apart", json.dumps([part, *words])], capture_output=True, text=True,
-        env={**os.environ, "JAX_TRACEBACK_FILTERING": "off"},
-    )  # fmt: skip
+    done = run(sys.executable, __file__, "--apart", json.dumps([part, *words]), JAX_TRACEBACK_FILTERING="off")
     *printed, last = done.stdout.splitlines() or [""]
     print("\n".join(printed), flush=True)
     if done.returncode:
@@ -311,10 +338,10 @@ def planned(config: str, *options: str, layers: int | None) -> Any:
     """What `moextend plan` says of the same step for an H100, compiled on this machine's CPU."""
     words = ["plan", config, "--stage", "finetune", "--topology", "h100:1", "--json", *options]
     words += ["--layers", str(layers)] if layers else []
-    done = subprocess.run(
-        [sys.executable, "-m", "moextend_jax", *words], capture_output=True, text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    try:
+        done = run(sys.executable, "-m", "moextend_jax", *words, JAX_PLATFORMS="cpu")
+    except MoextendError as error:
+        return {"failed": str(error)}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]}
     figures = json.loads(done.stdout)
@@ -500,7 +527,9 @@ def main() -> None:
         return in_a_process(options.apart)
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    global UNTIL
     began, options.out = time.perf_counter(), options.out.resolve()
+    UNTIL = began + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "device": "nothing was measured",
@@ -513,7 +542,7 @@ def main() -> None:
         """The part's results under `part`, or under its name; kept after each, for whoever is cut off."""
         if not re.search(options.match, name):
             return
-        if time.perf_counter() - began > 60 * options.minutes:
+        if time.perf_counter() > began + 60 * options.minutes:
             found["failed"][name] = "no time was left"
         else:
             try:
@@ -522,8 +551,11 @@ def main() -> None:
                 found.setdefault(part, {}).update(made if name == part else {name: made})
                 if why := made.get("measured", {}).get("failed"):
                     found["failed"][name] = why
+                if part == "checks" and (wrong := too_far(made, found["device"])):
+                    found["failed"][name] = f"errors above their limits: {wrong}"
             except Exception as error:
-                found["failed"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                line, *_ = str(error).splitlines() or [""]
+                found["failed"][name] = f"{type(error).__name__}: {line[:300]}"
                 print(f"{name}: {found['failed'][name]}", flush=True)
         found["seconds"] = time.perf_counter() - began
         (options.out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")

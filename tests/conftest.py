@@ -10,9 +10,21 @@ import gc
 import importlib.util
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
+# What would change what is printed, make a test one process of several, or lead past HF_HOME.
+ELSEWHERE = (
+    "FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE",
+)  # fmt: skip
+for name in [*os.environ]:
+    if name in ELSEWHERE or name.startswith("SLURM_"):
+        del os.environ[name]
+# Nothing is written into the user's home: caches of data sets and of models' code, of this process and those it starts.
+HOME = tempfile.TemporaryDirectory(prefix="moextend-tests-", ignore_cleanup_errors=True)
+os.environ["HF_HOME"] = HOME.name
 # Read when the libraries are imported, so set before any test module imports them.
 # MOEXTEND_TEST_PLATFORM=cuda runs them on a GPU (docs/benchmarks.md says which).
 os.environ["JAX_PLATFORMS"] = os.environ.get("MOEXTEND_TEST_PLATFORM", "cpu")
@@ -78,6 +90,10 @@ def cpu_program() -> None:
     """For tests that look into the program as it is compiled for CPUs."""
     if jax.default_backend() != "cpu":
         pytest.skip("looks into the program for CPUs")
+
+
+def pytest_unconfigure() -> None:
+    HOME.cleanup()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -43,13 +43,12 @@ from moextend_jax.train import loop  # noqa: E402
 from moextend_jax.train.metrics import read_metrics  # noqa: E402
 
 STEPS, EVERY = 11, 3
-TIMES = ("seconds", "tokens_per_second", "tokens", "step_seconds", "tflops_per_second", "peak_memory_gb")
 WRITING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate")
 """Audited operations that change the disk, beside opening for writing."""
 
 
 def stage(folder: Path, llava: Path, *, workers: int = 0) -> str:
-    """Trains align on packed rows, keeps the result, and returns a hash of parameters, losses and the order of data."""
+    """Trains align on packed rows, keeps the result, and returns a hash of parameters and of what each step logged."""
     source = open_dataset("llava_instruct", data_dir=llava / "built", manual_dir=llava)
     rows = batches(
         source,
@@ -83,7 +82,7 @@ def counted(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
 
 
 def end_of(folder: Path, trained: dict[str, Any]) -> str:
-    lines = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "metrics.jsonl")]
+    lines = [{k: v for k, v in row.items() if k not in tiny.TIMES} for row in read_metrics(folder / "metrics.jsonl")]
     said = f"{content_hash(trained)} {json.dumps(lines, sort_keys=True)}"
     return hashlib.sha256(said.encode()).hexdigest()
 

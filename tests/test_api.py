@@ -28,8 +28,6 @@ from moextend_jax.routing.stats import read_stats
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.run import Run
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's own
-
 QUESTION, NEW = "Which is it?", 6
 
 

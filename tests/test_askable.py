@@ -34,8 +34,6 @@ from moextend_jax.runs.askable import Askable, _once, askable, choices, evaluati
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run, open_run
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's own
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 import tiny
+from children import ended
 from PIL import Image
 from test_processes import launch
 
@@ -150,7 +151,7 @@ def test_a_model_that_computes_something_else_has_another_name(base, tmp_path, o
     assert changed.identity != opened.identity
 
 
-def test_labels_are_looked_for_before_anything_is_asked(base, tmp_path):
+def test_labels_are_looked_for_before_anything_is_asked(tmp_path):
     write_mmvet(tmp_path)
     with pytest.raises(MoextendError, match="mmvet has no score here to compare wordings by"):
         ask_wordings(cast(Any, None), read_exam("mmvet", data=tmp_path), {"a": "{question}"}, out=tmp_path)
@@ -211,26 +212,19 @@ here.answer(here.open_run(here.settings(Path({base!r})), Path({workdir!r})))
 
 
 @pytest.mark.slow
-def test_killed_wherever_it_stands(base, whole, tmp_path):
+def test_killed_once_it_has_begun_it_goes_on(base, whole, tmp_path):
     """SIGKILL once the first answers are written; the next one finishes."""
     aligned(tmp_path, base)
-    path, kills = path_of(tmp_path), 0
+    path, deadline = path_of(tmp_path), time.monotonic() + 300
     script = PROCESS.format(tests=str(Path(__file__).parent), base=str(base), workdir=str(tmp_path))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    while True:
-        had = len(path.read_bytes().splitlines()) if path.exists() else 0
-        process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
-            if path.exists() and len(path.read_bytes().splitlines()) > had and kills < 1:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                break
+    command, environment = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    with ended(process):
+        while not path.exists() or not path.stat().st_size:
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.001)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-    assert kills > 0
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True, timeout=300)
     assert by_id(path) == by_id(whole)
 
 

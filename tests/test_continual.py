@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import alive
 
 from moextend_jax import continual
 from moextend_jax.commands import whole_run
@@ -69,6 +70,6 @@ def test_a_chain_ends_with_the_command_that_started_it(tmp_path: Path):
         [sys.executable, tmp_path / "start.py", tmp_path], env=environment, capture_output=True, text=True, timeout=120
     )
     pid, ended = int(said.stdout.split()[-1]), time.monotonic() + 60
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < ended:
+    while alive(pid) and time.monotonic() < ended:
         time.sleep(0.2)
-    assert not Path(f"/proc/{pid}").exists()
+    assert not alive(pid)

@@ -141,7 +141,7 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     pixels = np.asarray(given.media["image"])[:, 0].transpose(0, 3, 1, 2)
     np.savez(inputs, ids_BL=given.ids_BL.astype(np.int64), pixel_values=pixels)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     words = [sys.executable, str(SCRIPT), str(inputs), str(out), *(str(root / case) for case in cases)]
     ran = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=root)
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -211,7 +211,7 @@ def stock(folders: dict[str, Path], picture: Path, tmp_path_factory: pytest.Temp
     }  # fmt: skip
     (root / "spec.json").write_text(json.dumps(spec))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     words = [sys.executable, str(SCRIPT), str(root / "spec.json"), str(root / "out.npz")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -367,7 +367,7 @@ def dumped(folders: dict[str, Path], base: Path, picture: Path, tmp_path_factory
         for name, more in (("aligned", []), ("strict", ["--trust_remote_code"]))
     ]  # fmt: skip
     words = [sys.executable, "-c", LOOP, str(TOOL), json.dumps(lines)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "GB before compression" in done.stdout
@@ -448,9 +448,7 @@ def test_a_text_model_is_a_mixtral_and_shards_have_an_index(folders: dict[str, P
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
 @pytest.mark.parametrize("name", ["base", "moextend", pytest.param("strict", marks=pytest.mark.long)])
-def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
-    folders: dict[str, Path], name: str, tmp_path: Path, monkeypatch
-):
+def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(folders: dict[str, Path], name: str, tmp_path: Path):
     for package in ("torch", "accelerate", "lm_eval"):
         pytest.importorskip(package, reason="lm-eval's model `hf` needs torch and accelerate")
     from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
@@ -462,7 +460,6 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(
     from moextend_jax.runs.askable import open_place
     from moextend_jax.runs.place import Place
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [
         {"question": f"In the beginning {n} was", "choices": ["light", "the sea and all", f"a {n} é"], "answer": n % 3}
         for n in range(12)

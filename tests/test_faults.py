@@ -278,7 +278,7 @@ def test_the_check_keeps_to_the_split(faulty):
     assert "no split" in (run_check(faulty, split="test").error or "")
 
 
-def test_questions_are_held_against_the_length_of_a_prompt(sound, faulty):
+def test_questions_are_held_against_the_length_of_a_prompt(sound):
     text = len(TOKENIZER.encode("[INST] what is it? [/INST]")) + 1
     shown = len(TOKENIZER.encode_continued("\nwhat is it? [/INST]")) + len(TOKENIZER.encode("[INST]")) + 1 + PATCHES + 2
     assert run_check(sound, parts="prompt", length=shown).ok(STRICT) and shown > text

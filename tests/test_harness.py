@@ -24,9 +24,6 @@ from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.run import open_run
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
-# lm-eval's own imports, and data sets' caches, warn about what is theirs.
-pytestmark = [pytest.mark.filterwarnings("ignore")]
-
 QUESTIONS = [
     ("In the beginning God created the", ["heaven and the earth", "green", "a of the", "seven"], 0),
     ("Which of these is a shape?", ["blue", "a circle", "to eat"], 1),
@@ -170,7 +167,6 @@ def test_a_task_runs_unchanged_and_makes_the_table(
 
     manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=with_its_own)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     lines = [{"question": context, "choices": choices, "answer": n} for context, choices, n in QUESTIONS]
     tasks = write_tasks(tmp_path, lines)
     known = read_tasks(tasks, include_path=tmp_path)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from folders import assert_same
 from safetensors.numpy import load_file, save_file
 
 from moextend_jax.checkpoints import huggingface, names
@@ -41,10 +42,7 @@ def test_written_and_read_again_every_bit_is_the_same(table: str, tmp_path: Path
     arrays = half(config, table)
     huggingface.write_parameters(tmp_path, arrays, table=table, config=config)
     again = huggingface.read_parameters(tmp_path, tiny.structure(config), table=table, config=config)
-    assert set(again) == set(arrays)
-    for path, array in arrays.items():
-        assert again[path].dtype == array.dtype
-        assert again[path].tobytes() == array.tobytes(), path
+    assert_same(again, arrays)
 
 
 def test_a_tied_head_is_not_in_the_file(tmp_path: Path):
@@ -65,7 +63,7 @@ def test_several_files_are_one_model(tmp_path: Path):
         some = {name: tensors[name] for name in sorted(tensors)[n::2]}
         save_file(some, tmp_path / f"model-0000{n + 1}-of-00002.safetensors")
     again = huggingface.read_parameters(tmp_path, tiny.structure(config), table="mixtral", config=config)
-    assert all(again[path].tobytes() == array.tobytes() for path, array in arrays.items())
+    assert_same(again, arrays)
 
 
 # --- mistakes in files ------------------------------------------------------------------------------------------------

@@ -20,6 +20,13 @@ from moextend_jax.models.weights import FewBits, OfStack, plain
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def drawn_anew() -> None:
+    """What a test draws does not depend on which tests ran before."""
+    global RNG
+    RNG = np.random.default_rng(0)
+
+
 def normal(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_docs import slugs
 
 REASON = "is not installed: pip install 'moextend-jax[notebooks]'"
 nbformat = pytest.importorskip("nbformat", reason=f"nbformat {REASON}")
@@ -48,11 +49,7 @@ def test_links_lead_somewhere(path: Path):
     for link in links:
         file, _, heading = link.partition("#")
         page = (path.parent / file).read_text()
-        slugs = [
-            re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-")
-            for line in re.findall("^#+ (.*)", page, re.M)
-        ]
-        assert not heading or heading in slugs, link
+        assert not heading or heading in slugs(page), link
 
 
 def texts_of(output: Any) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -136,7 +137,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is built: nothing is written into the checkout."""
     source = tmp_path_factory.mktemp("source")
     for name in ("moextend_jax", "configs"):  # as they are: one has a link to the other
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source / name)], check=True)
+        # Without byte code, which other tests write meanwhile.
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     return source

@@ -19,6 +19,7 @@ import process_of_a_run as one
 import pytest
 import tiny
 import torus
+from children import ended
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
@@ -316,12 +317,13 @@ def test_ctrl_c_reaches_each_process_once(tmp_path: Path):
         [sys.executable, str(ROOT / "launch" / "local.py"), f"--script={script}", "--", str(tmp_path)],
         start_new_session=True,
     )
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.wait(timeout=30) == 130
+    with ended(launcher):
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(launcher.pid, signal.SIGINT)
+        assert launcher.wait(timeout=30) == 130
     assert [(tmp_path / name).read_text() for name in "01"] == ["1", "1"]
 
 
@@ -406,4 +408,5 @@ distributed.leave(75)
         )
         for index in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [75, 75]
+    with ended(*processes):
+        assert [process.wait(timeout=120) for process in processes] == [75, 75]

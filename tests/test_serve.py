@@ -78,7 +78,7 @@ def server(folder: Path, *, trust: bool, home: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     words = ["serve", str(folder), "--port", str(port), "--device", "cpu", *(["--trust-remote-code"] if trust else [])]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "transformers.cli.transformers", *words]
     log = home / "log.txt"
     with log.open("w") as output:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_asking
 import tiny
+from folders import assert_same
 from jax.extend.core import jaxprs_in_params
 from tiny import Talk, talks
 
@@ -69,12 +70,6 @@ def gradient(config: ModelConfig, batch: Batch, *, of: tuple[str, ...]) -> dict[
     return jax.tree.map(np.asarray, run(trainable, frozen, batch))
 
 
-def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys() and one
-    for path in one:
-        assert one[path].tobytes() == other[path].tobytes(), path
-
-
 # --- isolation --------------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +87,7 @@ def test_a_batch_of_one_medium_is_that_of_its_extension_alone(name: str, talk: T
     assert (alone.ids_Tk >= E).any()
     trained = (f"extensions/{name}/", "media/", "decoder/embed")
     slope = gradient(STRICT, batch, of=trained)
-    assert_same_bits(slope, gradient(ALONE[name], batch, of=trained))
+    assert_same(slope, gradient(ALONE[name], batch, of=trained))
     assert all(leaf.any() for path, leaf in slope.items() if path.startswith(trained[0]))
 
 
@@ -105,7 +100,7 @@ def test_a_batch_of_text_is_the_base_s():
     np.testing.assert_array_equal(routing.ids_Tk, base.ids_Tk)
     slope = gradient(STRICT, batch, of=("extensions/", "decoder/embed"))
     assert not any(slope.pop(path).any() for path in list(slope) if path.startswith("extensions/"))
-    assert_same_bits(slope, gradient(BASE, batch, of=("decoder/embed",)))
+    assert_same(slope, gradient(BASE, batch, of=("decoder/embed",)))
 
 
 def test_conversations_of_all_media_in_a_batch_are_each_as_alone():

@@ -137,7 +137,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(parts: int, labels: str)
 @pytest.mark.parametrize("remat", ["none", "layer"])
 @pytest.mark.parametrize("dense_layers", [1, 0])
 def test_below_the_lowest_layer_that_trains_there_is_no_backward_pass_and_the_gradient_is_the_same(
-    remat: str, dense_layers: int, monkeypatch: pytest.MonkeyPatch
+    remat: str, dense_layers: int
 ):
     plain = dataclasses.replace(tiny.PLAIN, remat=remat)
     if dense_layers:
@@ -261,7 +261,7 @@ def test_a_step_in_bfloat16_on_cpu(monkeypatch: pytest.MonkeyPatch):
     whole, state, frozen = compiled("finetune")
     _, expected = whole(jax.tree.map(lambda leaf: leaf.copy(), state), frozen, tiny.batch())
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=2e-2)
-    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=0.3)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=5e-2)
 
 
 def test_activations_keep_the_dtype_of_the_model():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_survival
 import tiny
+from folders import assert_same
 
 from moextend_jax import chips
 from moextend_jax.config import MoextendError, with_extension
@@ -117,9 +118,9 @@ def test_chips_by_the_names_that_jax_gives_them():
 def test_validation_changes_nothing_and_resumes(tmp_path: Path):
     plain = test_survival.train(tmp_path / "plain")
     watched: Any = {"validate_every": 3, "held_out": HELD_OUT}
-    assert test_survival.same(test_survival.train(tmp_path / "watched", **watched), plain)
+    assert_same(test_survival.train(tmp_path / "watched", **watched), plain)
     test_survival.train(tmp_path / "cut", rows=DiesAt(7), **watched, expect=KeyboardInterrupt)
-    assert test_survival.same(test_survival.train(tmp_path / "cut", **watched), plain)
+    assert_same(test_survival.train(tmp_path / "cut", **watched), plain)
     losses = validation_losses(tmp_path / "watched")
     assert [step for step, _ in losses] == [3, 6, 8] and validation_losses(tmp_path / "cut") == losses
     assert losses[-1][1] != losses[0][1] and not validation_losses(tmp_path / "plain")

@@ -19,6 +19,7 @@ import media_files as files
 import numpy as np
 import pytest
 import random_run
+from children import ended
 from PIL import Image
 
 from moextend_jax import cli
@@ -31,8 +32,6 @@ from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Run
 from moextend_jax.web.experts import MEAN, Frame, Seen, chosen, render, share_of_new
 from moextend_jax.web.page import NOTHING, Page, alike, blocks, frames_of, items_of
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # Orbax's and gradio's own
 
 QUESTION, NEW = "Which is it?", 6
 
@@ -291,14 +290,11 @@ def served(workdir: Path, *, new: int = NEW) -> Iterator[str]:
          f"--max-new-tokens={new}"],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    try:
+    with ended(process):
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("http")), "")
         assert line, "the page was not served"
         yield line.split()[0]
-    finally:
-        process.kill()
-        process.wait()
 
 
 def ask(visitor: Any, text: str, file: Path | None = None) -> None:

@@ -71,6 +71,8 @@ BOTH = dataclasses.replace(
 """Two extensions of two media; the first layer has one of them, the second the other, the third both."""
 
 ASSETS = Path(__file__).parents[1] / "moextend_jax" / "assets"
+TIMES = {"seconds", "tokens_per_second", "step_seconds", "tflops_per_second", "peak_memory_gb"}
+"""What runs log that is not the same when they are run again."""
 
 
 structure = abstract

@@ -1,32 +1,37 @@
 """Where reference numbers of other methods lie.
 
-    MOEXTEND_METHODS=FOLDER pytest tests/parity
+    MOEXTEND_METHODS=FOLDER pytest tests/parity       (several folders: with os.pathsep between them)
 
-In: a file's name, such as "compose.npz". Out: its path in the folder of MOEXTEND_METHODS, in the layout of
-../shared/methods_oracle; else in that folder. What is not there is skipped. Sizes are read from the arrays.
+In: a file's name, such as "compose.npz". Out: its path in the first folder of MOEXTEND_METHODS that has it, in the
+layout of ../shared/methods_oracle; else in that folder. What is not there is skipped. Sizes are read from the arrays.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-NAMED = os.environ.get("MOEXTEND_METHODS", "")
-FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[3] / "shared" / "methods_oracle"
+from parity.sets import arrays, folders_of
+
+NAMED = folders_of("MOEXTEND_METHODS")
+FOLDERS = [*map(Path, NAMED)] or [Path(__file__).parents[3] / "shared" / "methods_oracle"]
+
+
+def there(folder: Path) -> Path:
+    if NAMED and not folder.is_dir():
+        pytest.fail(f"MOEXTEND_METHODS: {folder} is no folder of reference numbers")
+    return folder
 
 
 def methods_file(name: str) -> Path:
-    if NAMED and not FOLDER.is_dir():
-        pytest.fail(f"MOEXTEND_METHODS: {FOLDER} is no folder of reference numbers")
-    if not (FOLDER / name).is_file():
-        pytest.skip(f"no reference values: {FOLDER} holds no {name}")
-    return FOLDER / name
+    for folder in map(there, FOLDERS):
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"no reference values: {' and '.join(map(str, FOLDERS))} holds no {name}")
 
 
 def methods_arrays(name: str) -> dict[str, np.ndarray]:
     """All of NAME.npz."""
-    with np.load(methods_file(f"{name}.npz"), allow_pickle=False) as file:
-        return dict(file)
+    return arrays(methods_file(f"{name}.npz").parent, name)

@@ -30,7 +30,13 @@ from moextend_jax.compare.reference import (
 )
 from moextend_jax.config import IGNORE, RECIPES, Batch, ModelConfig
 
-NAMES = [name for name in os.environ.get("MOEXTEND_ORACLE", "").split(os.pathsep) if name] or ["shared", "derived"]
+
+def folders_of(variable: str) -> list[str]:
+    """The folders that an environment variable names, with os.pathsep between them."""
+    return [name for name in os.environ.get(variable, "").split(os.pathsep) if name]
+
+
+NAMES = folders_of("MOEXTEND_ORACLE") or ["shared", "derived"]
 """Folders to check (conftest.py)."""
 LEFT = ["derived"] if oracle.FOLDER.is_dir() else []
 FOLDERS = [pytest.param(name, marks=pytest.mark.slow) if name in LEFT else name for name in NAMES]

@@ -33,6 +33,7 @@ from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.models.quantised import dequantise
 from moextend_jax.parameters import with_arrays
 from moextend_jax.train.loss import losses
+from parity import sets
 
 NAMED = os.environ.get("MOEXTEND_FAMILIES", "")
 FOLDER = Path(NAMED) if NAMED else Path(__file__).parents[3] / "shared" / "families"
@@ -72,11 +73,6 @@ def opened(name: Path | None) -> Loaded:
     return Loaded(folder, abstract(found.config), found.arrays, found.config)
 
 
-def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
-    with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
-        return dict(file)
-
-
 @pytest.mark.parametrize("attributes", few(CONFIGS, CONFIGS[0]))
 @pytest.mark.parametrize("name", FORWARDS, ids=str)
 def test_every_array_of_a_forward_pass(name: Path | None, attributes: str, tmp_path: Path, capsys):
@@ -95,7 +91,7 @@ def test_every_array_of_a_forward_pass(name: Path | None, attributes: str, tmp_p
     )
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert code == 0
-    assert {f"{row['batch']}/{row['quantity']}" for row in rows} == set(arrays_of(folder, "forward"))
+    assert {f"{row['batch']}/{row['quantity']}" for row in rows} == set(sets.arrays(folder, "forward"))
     assert {row["verdict"] for row in rows} == {"ok"}
     assert {row["agreement"] for row in rows if row["quantity"].startswith("topk_idx/")} <= {1.0}
 
@@ -117,9 +113,9 @@ def test_gradients_of_routers_and_of_what_a_projector_gives(name: Path | None):
 
     none_BLD = jnp.zeros((*batch.ids_BL.shape, config.decoder.width))
     gradient, of_embeddings_BLD = jax.jit(jax.grad(total, argnums=(0, 1)))(trained, none_BLD)
-    theirs = arrays_of(folder, "embeds_grad")["text/embeds_grad"]
+    theirs = sets.arrays(folder, "embeds_grad")["text/embeds_grad"]
     np.testing.assert_allclose(of_embeddings_BLD, theirs, atol=ATOL, rtol=0)
-    stage = {key.removeprefix("grad/"): array for key, array in arrays_of(folder, "stage_extend").items()}
+    stage = {key.removeprefix("grad/"): array for key, array in sets.arrays(folder, "stage_extend").items()}
     tensors = [t for t in names.tensors(config.decoder.family, config) if t.path in trained]
     assert {tensor.file for tensor in tensors} == set(stage)
     for tensor in tensors:
@@ -130,7 +126,7 @@ def test_gradients_of_routers_and_of_what_a_projector_gives(name: Path | None):
 @pytest.mark.parametrize("name", few(WHOLE, *FAST), ids=str)
 def test_greedy_tokens_and_the_logits_that_chose_them(name: Path | None):
     loaded = opened(name)
-    theirs = arrays_of(loaded.folder, "generate")
+    theirs = sets.arrays(loaded.folder, "generate")
     prompt, written = theirs["prompt"], theirs["tokens_cache"]
     np.testing.assert_array_equal(theirs["tokens_nocache"], written)
     new = written.shape[1] - prompt.shape[1]
@@ -182,7 +178,7 @@ def test_and_can_stay_in_four_bits(name: Path | None):
 @pytest.mark.parametrize("name", EXAMPLES, ids=str)
 def test_several_blocks_to_a_row(name: Path | None):
     folder = folder_of(name)
-    example = arrays_of(folder, "mxfp4_example")
+    example = sets.arrays(folder, "mxfp4_example")
     ours = np.swapaxes(mxfp4.unpack(example["blocks"], example["scales"]), -1, -2)
     np.testing.assert_array_equal(ours.astype(np.float32), example["weights"])
 
@@ -206,7 +202,7 @@ def test_every_state_of_a_picture_tower_that_was_imported(name: Path | None, att
     arrays = {path.removeprefix("media/image/tower/"): jnp.asarray(array) for path, array in whole.items()}
     shapes: Any = abstract(source.config).media["image"].tower
     tower = with_arrays(shapes, arrays)
-    theirs = arrays_of(folder, "siglip")
+    theirs = dict(sets.arrays(folder, "siglip"))  # which others read too
     images_nhwc = jnp.asarray(theirs.pop("pixel_values").transpose(0, 2, 3, 1))
     assert images_nhwc.shape[1:] == (source.config.vision.image_size, source.config.vision.image_size, 3)
     del theirs["pooler_output"]  # of the head, which no projector reads
@@ -222,7 +218,7 @@ def test_every_state_of_a_picture_tower_that_was_imported(name: Path | None, att
 
 
 def _batch(folder: Path, name: str) -> Batch:
-    holder = Reference(folder / "batches.npz", {}, {"batches": arrays_of(folder, "batches"), "images": {}}, {})
+    holder = Reference(folder / "batches.npz", {}, {"batches": sets.arrays(folder, "batches"), "images": {}}, {})
     return jax.tree.map(jnp.asarray, to_batch(rows_of(holder, name, start=None), start=None, patches=0, room=0))
 
 

@@ -9,7 +9,6 @@ from the arrays. What a folder lacks is skipped.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,20 @@ from moextend_jax.media.mel import log_mel, slaney_filters
 from moextend_jax.models.projectors import Resampler, join_frames, make_projector
 from moextend_jax.models.whisper import WhisperTower
 from moextend_jax.parameters import with_arrays
+from parity import sets
+from parity.methods import FOLDERS, there
 from parity.sets import COMPOSED, SIMPLE
 
-FOLDERS = [name for name in os.environ.get("MOEXTEND_METHODS", "").split(os.pathsep) if name] or ["shared"]
 
-
-@pytest.fixture(scope="module", params=FOLDERS)
+@pytest.fixture(scope="module", params=FOLDERS, ids=str)
 def folder(request: pytest.FixtureRequest) -> Path:
     """One folder of reference numbers of methods."""
-    if request.param == "shared":
-        return request.getfixturevalue("shared") / "methods_oracle"
-    if not Path(request.param).is_dir():
-        pytest.fail(f"{request.param} is no folder of reference numbers")
-    return Path(request.param)
+    return there(request.param)
 
 
 def arrays(folder: Path, name: str) -> dict[str, np.ndarray]:
     """All of NAME.npz, float32."""
-    if not (folder / f"{name}.npz").is_file():
-        pytest.skip(f"{folder} holds no {name}.npz")
-    with np.load(folder / f"{name}.npz", allow_pickle=False) as file:
-        return {key: np.asarray(array, np.float32) for key, array in file.items()}
+    return {key: np.asarray(array, np.float32) for key, array in sets.arrays(folder, name).items()}
 
 
 def test_whisper_states(folder: Path, tmp_path: Path):
