@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("name", type=label, help="of the workload: lower case letters, digits and dashes")
     parser.add_argument("--image", required=True)
     parser.add_argument("--slices", type=int, default=1, help="TPU slices")
+    parser.add_argument("--restarts", type=int, default=4, help="a run goes on from its last checkpoint")
     xpk = parser.add_argument_group("xpk")
     for name in ("cluster", "zone", "project", "tpu-type"):
         xpk.add_argument(f"--{name}")
@@ -44,7 +45,6 @@ def main(argv: Sequence[str]) -> int:
     jobset.add_argument("--gpu", type=gpu, metavar="ACCELERATOR:GPUS_PER_NODE")
     jobset.add_argument("--nodes", type=int, default=1, help="GPU nodes")
     jobset.add_argument("--claim", type=claim, metavar="NAME:/MOUNT", help="a PersistentVolumeClaim for all pods")
-    jobset.add_argument("--restarts", type=int, default=4, help="a run goes on from its last checkpoint")
     options, moextend = commands.parse(parser, argv)
     idle = ("tpu", "gpu", "claim") if options.how == "xpk" else ("cluster", "zone", "project", "tpu_type")
     if given := [f"--{name.replace('_', '-')}" for name in idle if getattr(options, name)]:
@@ -62,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
         "xpk", "workload", "create", f"--workload={options.name}", f"--cluster={options.cluster}",
         f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else []),
         f"--tpu-type={options.tpu_type}", f"--num-slices={options.slices}", f"--docker-image={options.image}",
+        # Its own defaults are 30 seconds, no restart, and none after this exit code.
+        f"--termination-grace-period-seconds={GRACE}", f"--max-restarts={options.restarts}",
+        f"--restart-on-exit-codes={PREEMPTED}",
         f"--command=MOEXTEND_PROCESSES=auto moextend {shlex.join(moextend)}",
     ]  # fmt: skip
     return commands.run(command, dry_run=options.dry_run)

@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
         f"--cpus-per-task={options.cpus_per_task}",
         f"--time={options.time}",
         "--requeue",
-        f"--signal=TERM@{NOTICE}",
+        "--open-mode=append",  # a job that was put back goes on with its log
+        f"--signal=TERM@{NOTICE}",  # without B: for the steps alone; slurm_job.sh relies on it
         *options.sbatch,
         str(commands.ROOT / "launch" / "slurm_job.sh"),
         options.python, "-m", "moextend_jax.cli", *moextend,

@@ -1,6 +1,6 @@
 """Launchers: what they show is what they run, words arrive as they were given, manifests and shell files are valid.
 
-The programs they call (sbatch, gcloud, xpk, kubectl) are stand-ins that note their words; no cluster is needed.
+The programs they call (sbatch, gcloud, xpk, kubectl, uv) are stand-ins that note their words; no cluster is needed.
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moextend_jax import preemption
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 MOEXTEND = ["run", "--config", "my configs/it's.py:paper", "--workdir", "/d/a b", '--config.base=a "b" $(c) $HOME \\ *']
@@ -91,12 +94,19 @@ def test_slurm(noted):
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=8", "--partition=big"} <= set(
         flags
     )
+    # The notice is for the steps alone: the batch shell takes SIGTERM for a cancelled job.
+    assert {"--requeue", "--open-mode=append", "--signal=TERM@300"} <= set(flags)
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, ["requeue", "12"]), (2, []), (0, [])])
-def test_slurm_puts_a_preempted_job_back(tmp_path: Path, code: int, requeued: list[str]):
+@pytest.mark.parametrize(
+    ("code", "cancelled", "requeued"),
+    [(75, False, ["requeue", "12"]), (75, True, []), (2, False, []), (0, False, [])],
+)
+def test_slurm_puts_a_preempted_job_back(tmp_path: Path, code: int, cancelled: bool, requeued: list[str]):
     # With that option srun kills the other tasks when the first has ended with 75, and says 137.
     srun = f'case "$SRUN_CPUS_PER_TASK $* " in "4 --kill-on-bad-exit=0 --wait="*) exit {code};; *) exit 137;; esac'
+    if cancelled:
+        srun = f'kill -TERM "$PPID"\n{srun}'
     for name, text in {"srun": srun, "scontrol": f'printf "%s\\n" "$@" > "{tmp_path}/asked"'}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -136,6 +146,29 @@ def test_tpu_pod_life(noted):
     assert archived[0] == "git" and copied[4] == "scp" and unpacked[4] == "ssh"
 
 
+@pytest.mark.parametrize("with_uv", [False, True])
+def test_a_tpu_host_with_python_3_10_alone_takes_uv(noted, tmp_path: Path, with_uv: bool):
+    script = tmp_path / "launch" / "tpu_setup.sh"
+    script.parent.mkdir()
+    shutil.copy(LAUNCH / "tpu_setup.sh", script)
+    home, host = tmp_path / "home" / ".local" / "bin", tmp_path / "host"
+    uv = noted.add("uv", at=home if with_uv else tmp_path)
+    python = noted.add("python3 of the host")
+    # Asked for its version it says that it is too old; asked for uv it brings it.
+    noted.add("python3", at=host, text=f'#!/bin/sh\n[ "$1" != -c ] || exit 1\n"{python}" "$@"\nmv "{uv}" "{home}"\n')
+    for name in ("dirname", "mv"):
+        (host / name).symlink_to(str(shutil.which(name)))
+    pip = noted.add("pip")
+    noted.add("python", at=tmp_path / ".venv" / "bin", text=f'#!/bin/sh\n[ "$1" = -c ] && echo 1.2 || "{pip}" "$@"\n')
+    home.mkdir(parents=True, exist_ok=True)
+    environment = {"PATH": str(host), "HOME": str(tmp_path / "home")}
+    subprocess.run(["/bin/sh", str(script)], env=environment, check=True)
+    *before, made, ours, jax = map(json.loads, noted.file.read_text().splitlines())
+    assert before == ([] if with_uv else [["python3 of the host", "-m", "pip", "install", "-qq", "--user", "uv"]])
+    assert made == ["uv", "venv", "-q", "--allow-existing", "--seed", "--python", "3.12", ".venv"]
+    assert ours[-2:] == ["-e", ".[gcs]"] and jax[-1] == "jax[tpu]==1.2"
+
+
 def test_xpk(noted):
     noted.add("xpk")
     noted.add("moextend")
@@ -143,6 +176,9 @@ def test_xpk(noted):
     ((_, *words),) = both_ways(noted, "gke.py", *options)
     assert words[:2] == ["workload", "create"]
     assert {"--workload=job-1", "--num-slices=2", "--docker-image=i:1", "--tpu-type=v5p-128"} <= set(words)
+    # As the JobSet's.
+    assert {"--termination-grace-period-seconds=300", "--max-restarts=4"} <= set(words)
+    assert f"--restart-on-exit-codes={preemption.EXIT_CODE}" in words
     (line,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
     assert noted.run(["sh", "-c", line]) == [["moextend", *MOEXTEND]]
 
@@ -277,7 +313,7 @@ def test_gpu_pods_know_each_other():
 def test_a_task_of_skypilot_runs_a_command_of_ours(noted, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import yaml
 
-    from moextend_jax import distributed, preemption
+    from moextend_jax import distributed
     from moextend_jax.commands import RunOptions
     from moextend_jax.parsing import parse
 
@@ -286,14 +322,16 @@ def test_a_task_of_skypilot_runs_a_command_of_ours(noted, name: str, tmp_path: P
     subprocess.run(["bash", "-n"], input=task["setup"], text=True, check=True)
     noted.add("moextend", at=tmp_path / ".venv" / "bin", text=NOTE_ENVIRONMENT.format(python=sys.executable))
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.9", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
-    environment = {"PATH": os.environ["PATH"], **task["envs"], **nodes}
+    envs = {name: value.replace("BUCKET", "mine") for name, value in task["envs"].items()}  # as by --env
+    environment = {"PATH": os.environ["PATH"], **envs, **nodes}
     subprocess.run(["bash", "-e"], input=task["run"], text=True, check=True, cwd=tmp_path, env=environment)
     words, told = json.loads((tmp_path / "noted.json").read_text())
     assert words[0] == "run"
     options = parse(RunOptions, words[1:], command="run", does="")
-    assert isinstance(options, RunOptions) and os.fspath(options.workdir) == task["envs"]["WORKDIR"]
+    assert isinstance(options, RunOptions) and os.fspath(options.workdir) == envs["WORKDIR"]
+    # Pictures behind a mounted bucket are looked at one by one, those of a gs:// path by thousands.
     read = (options.config.base, options.config.vision, options.config.manual_dir)
-    assert all(str(path).startswith(tuple(f"{mount}/" for mount in task["file_mounts"])) for path in read)
+    assert all(str(path).startswith("gs://mine/") for path in read) and "file_mounts" not in task
     for variable, value in told.items():
         monkeypatch.setenv(variable, value)
     found = distributed.arguments()  # how the process finds the others
