@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from moextend_jax.config import IGNORE, IMAGE, Batch, Room  # noqa: E402
 from moextend_jax.data.batches import WINDOW  # noqa: E402
 from moextend_jax.data.conversations import Encoded  # noqa: E402
-from moextend_jax.data.packing import Item, Row, Shape, pack  # noqa: E402
+from moextend_jax.data.packing import Row, Sample, Shape, pack  # noqa: E402
 
 PATCHES, LIMIT = 576, 2048
 
@@ -69,7 +69,7 @@ def draw(parts: tuple[Part, ...], *, samples: int, rng: np.random.Generator) -> 
     return np.minimum(1 + images_n * (PATCHES + 2) + text_n, LIMIT).astype(int), images_n
 
 
-def items_of(lengths_n: np.ndarray, images_n: np.ndarray, *, patches: int) -> list[Item]:
+def items_of(lengths_n: np.ndarray, images_n: np.ndarray, *, patches: int) -> list[Sample]:
     """Conversations of these sizes: BOS, image spans, text of which the second half has labels."""
     rng, items = np.random.default_rng(1), []
     for length, images in zip(lengths_n.tolist(), images_n.tolist(), strict=True):
@@ -81,11 +81,11 @@ def items_of(lengths_n: np.ndarray, images_n: np.ndarray, *, patches: int) -> li
         text = length - 1 - images * (patches + 2)
         labels_L = np.where(np.arange(length) >= length - text // 2, ids_L, IGNORE)
         encoded = Encoded(ids_L, labels_L, places_L, np.ones(length, np.int32), {IMAGE: images})
-        items.append(Item(encoded, {IMAGE: [0] * images}))
+        items.append(Sample(encoded, {IMAGE: [0] * images}))
     return items
 
 
-def packed(items: list[Item], *, length: int, images_per_row: int) -> list[Row]:
+def packed(items: list[Sample], *, length: int, images_per_row: int) -> list[Row]:
     """Rows as the pipeline makes them, a window at a time."""
     shape = Shape(length, {IMAGE: Room(images_per_row, PATCHES)})
     windows = [items[start : start + WINDOW] for start in range(0, len(items), WINDOW)]

@@ -29,7 +29,7 @@ P, L, M = tiny.VISION.patches, 40, 4
 MODEL, ARRAYS = tiny.structure(tiny.EXTENDED), tiny.arrays(tiny.EXTENDED)
 
 
-def conversation(rng: np.random.Generator, *, text: int, images: int, first_image: int, hidden_end: bool) -> Item:
+def conversation(rng: np.random.Generator, *, text: int, images: int, first_image: int, hidden_end: bool) -> Sample:
     """Random text around `images` spans of tag, patches, tag; labels on the last third of the text, and on its end
     even where that is hidden from attention, as in the released template."""
     cuts = np.sort(rng.integers(1, text // 2, images))
