@@ -21,7 +21,7 @@ import tiny
 
 import moextend_jax as mx
 from moextend_jax import check_data, cli, folders
-from moextend_jax.checkpoints import convert, hashes, leaves, tensors, train_state
+from moextend_jax.checkpoints import convert, hashes, leaves, sums, tensors, train_state
 from moextend_jax.checkpoints.loading import EMBEDDED, open_base, open_source, tokenizer_folder
 from moextend_jax.checkpoints.transformers_layout import folder_of_model
 from moextend_jax.config import RECIPES, MoextendError
@@ -135,6 +135,21 @@ def bucket():
             server.stop()
             reading.join()
             said.close()
+
+
+@pytest.mark.slow
+def test_checksums_are_those_that_the_bucket_keeps(bucket: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nobody reads what was written to find them, nor what is there to compare it with them."""
+    monkeypatch.setattr(sums, "hashlib", None)
+    train_state.save_leaves(bucket / "extend" / "result", dict(tiny.arrays(tiny.EXTENDED)), facts={})
+    monkeypatch.undo()
+    (step,) = train_state.steps_in(bucket / "extend" / "result")
+    folder = bucket / "extend" / "result" / str(step)
+    lines = (folder / sums.NAME).read_text().splitlines()
+    assert lines and all(line.startswith("CRC32C=") for line in lines) and sums.fault(folder) is None
+    name = lines[0].partition("  ")[2]
+    (folder / name).write_bytes((folder / name).read_bytes() + b"x")
+    assert f"1 of its {len(lines)} files are not what was written, for instance {name}" in (sums.fault(folder) or "")
 
 
 @pytest.mark.slow
