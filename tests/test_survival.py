@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_skipped(whole, tmp_path: Path, capsys, how: str
 def test_a_checkpoint_that_cannot_be_read_now_is_not_thrown_away(whole, tmp_path: Path, monkeypatch):
     """A disk or a network may be at fault, and be well again."""
 
-    def refuses(*_: object) -> None:
+    def refuses(*_: object, **_named: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
     shutil.copytree(whole.folder, tmp_path / "run")
