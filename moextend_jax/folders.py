@@ -81,20 +81,23 @@ def _copied(url: str, names: tuple[str, ...]) -> Path:
 
 def size_and_generation(path: Path) -> tuple[int, int]:
     """Bytes of an object, and the number that its bucket gave to this content of it, as no other."""
+    facts = _facts(path)
+    return int(facts["size"]), int(facts["generation"])
+
+
+def object_checksum(path: Path) -> str:
+    """The CRC-32C that a bucket keeps of an object's content, in base64, without reading it."""
+    return _facts(path)["crc32c"]
+
+
+def _facts(path: Path) -> dict[str, Any]:
     with reading(path):
         files, name = _file_system(path)
         files.invalidate_cache()  # a listing from before may tell of other content
         facts = files.info(name)
         if facts["type"] != "file":
             raise MoextendError(f"{os.fspath(path)} cannot be read: it is no file")
-        return int(facts["size"]), int(facts["generation"])
-
-
-def object_checksum(path: Path) -> str:
-    """The CRC-32C that a bucket keeps of an object's content, in base64, without reading it."""
-    with reading(path):
-        files, name = _file_system(path)
-        return files.info(name)["crc32c"]
+        return facts
 
 
 def read_range(path: Path, begin: int, end: int) -> bytes:

@@ -14,6 +14,7 @@ from moextend_jax.data.conversations import Encoded, encode_prompt, shown_first
 from moextend_jax.data.datasets import Example, ItemRef, first_exchange
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Spans
+from moextend_jax.evaluate.benchmarks.scores import are_right
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.faults import Fault
 
@@ -66,11 +67,6 @@ def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:
     return sum(are_right(right, answers)) / len(right)
 
 
-def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Which answers equal the right one but for case, outer spaces and final full stops."""
-    return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]
-
-
 def frequent_answers(
     training: Iterable[Example], *, asked: Collection[str], tokenizer: Tokenizer
 ) -> Callable[[str], str]:
@@ -92,7 +88,3 @@ def frequent_answers(
     if not overall:
         raise MoextendError("no conversation of the training data has a question and an answer")
     return lambda text: (by_question.get(text) or overall).most_common(1)[0][0]
-
-
-def _plain(text: str) -> str:
-    return text.strip().rstrip(".").lower()

@@ -25,6 +25,7 @@ from moextend_jax.data.forms import parts_of
 from moextend_jax.data.missing import without_marks
 from moextend_jax.data.readers import Readers
 from moextend_jax.evaluate import questions
+from moextend_jax.evaluate.benchmarks.scores import are_right
 from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
 from moextend_jax.evaluate.prompts import Prompt, buckets
 from moextend_jax.faults import Fault
@@ -82,8 +83,8 @@ class Questions(NamedTuple):
         """For each question: the media that it was asked with -> whether the answer was right."""
         wanted = [self.answers[variant.question] for variant in self.again]
         return right_by_media(
-            self.media, questions.are_right(self.answers, texts), asked=self.again,
-            right_then=questions.are_right(wanted, texts_again),
+            self.media, are_right(self.answers, texts), asked=self.again,
+            right_then=are_right(wanted, texts_again),
         )  # fmt: skip
 
     def left_out(self, right: dict[str, list[dict[frozenset[str], bool]]]) -> dict[str, Any]:

@@ -109,10 +109,11 @@ class MoExtend(nnx.Module):
     def project(self, batch: Batch, name: str) -> jax.Array:
         """Tokens `[B, M*P, D]` of the rows' items of a medium."""
         medium, module = self.config.media[name], self.media[name]
-        given = batch.features[name] if name in batch.features else batch.media[name]
-        B, M = given.shape[:2]
-        more = items_to_add(B, M)
-        features_BMPC = items = jnp.pad(given, ((0, 0), (0, more), *[(0, 0)] * (given.ndim - 2))) if more else given
+        items = batch.features[name] if name in batch.features else batch.media[name]
+        B, M = items.shape[:2]
+        if more := items_to_add(B, M):
+            items = jnp.pad(items, ((0, 0), (0, more), *[(0, 0)] * (items.ndim - 2)))
+        features_BMPC = items  # cached ones, or else:
         if name not in batch.features:
             with jax.named_scope(name):
                 items = items.reshape(-1, *items.shape[2:])

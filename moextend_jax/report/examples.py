@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moextend_jax.evaluate.questions import are_right
+from moextend_jax.evaluate.benchmarks.scores import are_right
 from moextend_jax.report.markup import how
 from moextend_jax.report.results_pictures import title_of
 from moextend_jax.report.workdir import malformed

@@ -11,7 +11,7 @@ from pathlib import Path
 from moextend_jax.data.easy_vqa import asked, pictures
 from moextend_jax.evaluate.benchmarks.llava_questions import by_id
 from moextend_jax.evaluate.benchmarks.question import Answered, Question
-from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, by_group, percent
+from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, are_right, by_group, percent
 
 
 def read(home: Path, split: str) -> list[Question]:
@@ -31,14 +31,9 @@ def read(home: Path, split: str) -> list[Question]:
     ]
 
 
-def plain(text: str) -> str:
-    """As `evaluate.questions.accuracy` compares: case, outer spaces and final full stops do not count; that
-    module needs JAX, and scoring does not."""
-    return text.strip().rstrip(".").lower()
-
-
 def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
-    points = [float(plain(text) == plain(question.answer or "")) for question, text in answered]
+    right = [question.answer or "" for question, _ in answered]
+    points = [float(is_right) for is_right in are_right(right, [text for _, text in answered])]
     overall = percent(points)
-    rows = [*by_group([question.answer or "" for question, _ in answered], points), ("all", len(points), overall)]
+    rows = [*by_group(right, points), ("all", len(points), overall)]
     return Scores(Headline("accuracy", overall), ("right answer", "questions", "accuracy %"), rows, points)

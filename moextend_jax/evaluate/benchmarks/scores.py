@@ -35,3 +35,12 @@ def by_group(groups: Sequence[str], points: Sequence[float]) -> list[tuple[str, 
     for group, point in zip(groups, points, strict=True):
         of.setdefault(group, []).append(point)
     return [(group, len(some), percent(some)) for group, some in of.items()]
+
+
+def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
+    """Which answers equal the right one but for case, outer spaces and final full stops."""
+    return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").lower()
