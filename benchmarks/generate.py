@@ -49,10 +49,8 @@ def main() -> None:
     opened = open_place(Place(workdir=args.workdir))
     assert opened.config.vision is not None
     questions = table.read("easy_vqa", None)[: args.questions]
-    pictures = QuestionPictures(
-        questions, tower=opened.config.vision, tokens=opened.patches,
-        preparation=opened.recipe.image_preparation,
-    )  # fmt: skip
+    medium, preparation = opened.config.media["image"], opened.recipe.image_preparation
+    pictures = QuestionPictures(questions, medium=medium, preparation=preparation)
     prompts = [
         prompt_of(
             question.text, items={"image": images}, spans=opened.config.spans({"image": len(images)}),

@@ -275,8 +275,7 @@ class _Shown:
     """Items `[n, ...]` of a medium that an `Asker` reads by row."""
 
     def __init__(self, medium: Medium, arrays: np.ndarray):
-        self.field = medium.field
-        self.tokens, self._arrays = medium.tokens, arrays
+        self.medium, self.field, self._arrays = medium, medium.field, arrays
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
         arrays = self._arrays[np.maximum(rows_BM, 0)]

@@ -325,7 +325,8 @@ class ProjectorConfig:
     in `layers` blocks of width C with `heads` heads and cross-attention in every `cross_every`-th, then a linear map.
     weave, crema: updates of rank `rank` on the frozen projector of the medium `trunk`: two linear maps for weave, a
     resampler for crema (`models/woven.py`). `width`: channels of the trunk's tower. Weave alone has `past`, the media
-    woven into the same trunk before, and `inner`, how its maps inside their adapters start.
+    woven into the same trunk before, and `inner`, how its maps inside their adapters start. Crema alone has `fusion`:
+    its tokens are added to those of the trunk's items and take no positions (`Batch.fused`).
     """
 
     kind: Literal["linear", "pool", "stack", "resampler", "weave", "crema"] = "linear"
@@ -339,6 +340,7 @@ class ProjectorConfig:
     width: int = 0
     past: tuple[str, ...] = ()
     inner: Literal["identity", "random"] = "identity"
+    fusion: bool = False
 
     def tokens(self, positions: int) -> int:
         """How many tokens `positions` of a tower become; a last group of neighbours may be incomplete."""
@@ -410,6 +412,15 @@ class Medium:
     def tokens(self) -> int:
         """Tokens of an item at most: P of arrays of tokens."""
         return self.projector.tokens(self.tower.patches) * (self.frames if self.join == "each" else 1)
+
+    def room(self, items: int) -> Room:
+        """Of so many items."""
+        return Room(items, self.tokens, bool(self.onto))
+
+    @property
+    def onto(self) -> str:
+        """The medium to whose items its own are added; "": they have positions of their own."""
+        return self.projector.trunk if self.projector.fusion else ""
 
     def span(self, positions: int | None = None) -> int:
         """Tokens of an item with `positions` tower positions that are not padding; None: all positions."""
@@ -804,10 +815,11 @@ IGNORE = -100
 
 
 class Room(NamedTuple):
-    """What a row can hold of a medium: at most M items of at most P tokens each."""
+    """What a row can hold of a medium: at most M items of at most P tokens each. fused: as `Medium.onto` says."""
 
     items: int
     tokens: int
+    fused: bool = False
 
 
 Rooms = Mapping[str, Room]
@@ -830,6 +842,8 @@ class Batch(NamedTuple):
     the conversations, tokens see only their own segment, and `positions_BL` restart with each.
     `places_BL` is -1 on text; on a pad token of a medium it is the index into the row's tokens of all media (letter i):
     those of the first medium of `ModelConfig.media` that the batch has, M items of P tokens, then those of the next.
+    `fused` has such an index `[B, L]` for each medium of the batch that adds to another's tokens (`Medium.onto`): where
+    that one's token gets one of its own. It is -1 elsewhere, and where a conversation has no item of it.
     For each medium of the batch, `media` holds its tower's input, [B, M, ...] (an image's [h, w, c], float and
     normalised), or `features` holds a frozen tower's output, [B, M, P, C]; both are empty for text. Only the host reads
     the last two: `faults_BG` counts the conversations behind a row (None where nothing can be skipped); `examples_Bg`
@@ -843,6 +857,7 @@ class Batch(NamedTuple):
     places_BL: Any
     media: Mapping[str, Any] = {}
     features: Mapping[str, Any] = {}
+    fused: Mapping[str, Any] = {}
     faults_BG: Any = None
     examples_Bg: Any = None
 

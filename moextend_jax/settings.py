@@ -404,9 +404,14 @@ class ProjectorSettings:
     """Of weave and crema: the medium whose projector it is."""
     inner: Literal["identity", "random"] = "identity"
     """Of weave: its maps inside the adapters of earlier media start as the identity, or at random as released."""
+    fusion: bool = False
+    """Of crema: its tokens are added to those of the trunk's items and take no positions. A conversation has an item of
+    it for each of the trunk's, or one for all of them."""
 
     def __post_init__(self):
         _check(self)
+        if self.fusion and self.kind != "crema":
+            raise MoextendError(f"projector.fusion is of kind crema alone, and the kind is {self.kind}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

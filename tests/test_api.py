@@ -89,7 +89,7 @@ def asked(opened: Askable, picture: Path) -> str:
     """By an `Asker`, as benchmarks are."""
 
     class Shown:
-        field, tokens = "media", opened.patches
+        field, medium = "media", opened.config.media["image"]
 
         def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
             return np.where(

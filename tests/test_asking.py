@@ -27,7 +27,7 @@ P = tiny.VISION.patches
 class Pictures:
     """Features of nine images, and which of them were read."""
 
-    field, tokens = "features", P
+    field, medium = "features", tiny.EXTENDED.media["image"]
 
     def __init__(self):
         self.of = np.random.default_rng(5).normal(size=(9, P, tiny.VISION.width)).astype(np.float32)

@@ -85,10 +85,14 @@ class Talk(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Reads items whose features are their own number and one more."""
+    """Reads items of so many tokens, whose features are their own number and one more."""
 
     tokens: int
     field: str = "features"
+
+    @property
+    def medium(self) -> Medium:
+        return Medium(kind="features", tower=FeaturesConfig(width=2, patches=self.tokens))
 
     def row(self, ref: int) -> int:
         return ref

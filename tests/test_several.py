@@ -259,10 +259,9 @@ class Reader:
     field = "features"
 
     def __init__(self, name: str):
-        medium = tiny.BOTH.media[name]
-        self.tokens = medium.tokens
+        self.medium = tiny.BOTH.media[name]
         rng = np.random.default_rng(len(name))
-        self.of = rng.normal(size=(9, medium.tokens, medium.tower.sizes()["C"])).astype(np.float32)
+        self.of = rng.normal(size=(9, self.medium.tokens, self.medium.tower.sizes()["C"])).astype(np.float32)
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
         return np.where((rows_BM >= 0)[..., None, None], self.of[np.maximum(rows_BM, 0)], 0)
@@ -280,7 +279,7 @@ def prompts(count: int = 12) -> list[Prompt]:
         head = [int(id) for id in rng.integers(10, 60, 2)] if media else []
         places = [-1] * len(head)
         for name in media:
-            number, tokens = list(tiny.BOTH.media).index(name), READERS[name].tokens
+            number, tokens = list(tiny.BOTH.media).index(name), READERS[name].medium.tokens
             head += [3] * tokens + [6]
             places += [number * MEDIUM + token for token in range(tokens)] + [-1]
         tail = rng.integers(10, tiny.DECODER.vocab_size, 1 + n % 8)

@@ -137,7 +137,7 @@ def test_a_trunk_must_be_trained_before(settings):
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("kind", ["weave", "crema"])
 def test_tokens_and_gradients_do_not_depend_on_the_mesh(kind: str):
-    """A tower of another width than the trunk's; of weave one medium before."""
+    """A tower of another width than the trunk's; of weave one medium before, of crema the map of its fusion."""
 
     def build(kind: str, C: int, **more: Any) -> nnx.Module:
         config = ProjectorConfig(kind=kind, heads=2, queries=3, rank=2, **more)  # pyright: ignore[reportArgumentType]
@@ -147,7 +147,7 @@ def test_tokens_and_gradients_do_not_depend_on_the_mesh(kind: str):
 
     trunk = build("linear" if kind == "weave" else "resampler", 16)
     past = [build("weave", 16, trunk="image", width=16)] if kind == "weave" else []
-    own = build(kind, 8, trunk="image", width=16, past=("before",) * len(past))
+    own = build(kind, 8, trunk="image", width=16, past=("before",) * len(past), fusion=kind == "crema")
     modules, rng = [own, trunk, *past], np.random.default_rng(0)
     arrays = [
         {path: jnp.asarray(rng.normal(0, 0.1, param.shape), jnp.float32) for path, param in

@@ -158,7 +158,7 @@ def talks(*rows: Sequence[Talk], length: int = 16) -> Batch:
         for name in names
     }
     features = {
-        name: np.zeros((len(rows), *room, BOTH.media[name].tower.sizes()["C"]), np.float32)
+        name: np.zeros((len(rows), room.items, room.tokens, BOTH.media[name].tower.sizes()["C"]), np.float32)
         for name, room in rooms.items()
     }
     ids_BL, positions_BL, segments_BL = (np.zeros((len(rows), length), np.int32) for _ in range(3))

@@ -304,6 +304,9 @@ def _check_trunk(name: str, projector: ProjectorConfig, config: ModelConfig) -> 
     trunk = config.media.get(projector.trunk)
     if trunk is None or trunk.projector.kind != TRUNKS[projector.kind] or trunk.tower.sizes()["C"] != projector.width:
         raise ValueError(f"the projector of {name} is on that of {shown(projector.trunk)}, which does not fit it")
+    onto = config.media[name].onto
+    if onto and (projector.kind != "crema" or config.media[onto].tokens % config.media[name].tokens):
+        raise ValueError(f"tokens of {name} cannot be added to those of {onto}")
     for other in projector.past:
         of = config.media[other].projector if other in config.media else ProjectorConfig()
         if (of.kind, of.trunk, of.rank) != (projector.kind, projector.trunk, projector.rank) or other == name:

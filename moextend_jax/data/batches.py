@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 from moextend_jax import machine, preemption
-from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Room, Rooms
+from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
@@ -66,7 +66,7 @@ class Share(NamedTuple):
 
 def rooms_of(readers: Readers, stage: StageSettings) -> Rooms:
     """What a stage's rows hold of each medium; media of which they hold nothing are left out."""
-    rooms = {name: Room(stage.room(name), reader.tokens) for name, reader in readers.items()}
+    rooms = {name: reader.medium.room(stage.room(name)) for name, reader in readers.items()}
     return {name: room for name, room in rooms.items() if room.items}
 
 
@@ -288,7 +288,7 @@ def encode_example(
     if example.fault is not None and faults.policy(example.fault.kind) != "keep":
         raise example.fault.again()
     turns, refs_of = example.conversations, example.by_medium
-    if out := [name for name in tokenizer.media if name not in readers or name in out]:
+    if out := tokenizer.with_fused({*out, *(tokenizer.media.keys() - readers.keys())}):
         marks = {name: marked.mark for name, marked in tokenizer.media.items()}
         turns, refs_of = without_media(turns, refs_of, marks=marks, out=out)
     rows = {
@@ -301,7 +301,7 @@ def encode_example(
         items={name: [readers[name].span(row) if name in readers else 1 for row in of] for name, of in rows.items()},
         tokenizer=tokenizer,
         length=min(stage.length, stage.conversation_length or stage.length),
-        rooms={name: Room(stage.room(name), reader.tokens) for name, reader in readers.items()},
+        rooms={name: reader.medium.room(stage.room(name)) for name, reader in readers.items()},
         too_long=stage.too_long,
         **options,
     )
@@ -355,7 +355,8 @@ def _batch(
     ids_BL, labels_BL, positions_BL, segments_BL, places_BL = (
         np.stack(column) for column in zip(*(row[:5] for row in rows), strict=True)
     )
-    batch = given(Batch(ids_BL, labels_BL, positions_BL, segments_BL, places_BL), readers, arrays)
+    fused = {name: np.stack([row.fused_L[name] for row in rows]) for name in empty.fused_L}
+    batch = given(Batch(ids_BL, labels_BL, positions_BL, segments_BL, places_BL, fused=fused), readers, arrays)
     if examples:
         examples_Bg = np.full((len(rows), examples), -1, np.int32)
         for b, row in enumerate(rows):
@@ -375,6 +376,7 @@ def _skip(row: Row, place: Place, kind: str) -> Row:
     text = {name: array.copy() for name, array in zip(Row._fields[:5], row[:5], strict=True)}
     copy = row._replace(
         **text,
+        fused_L={name: array.copy() for name, array in row.fused_L.items()},
         item_rows_M={name: rows_M.copy() for name, rows_M in row.item_rows_M.items()},
         places=tuple(other for other in row.places if other is not place),
         faults_G=row.faults_G + counts([kind]),

@@ -3,7 +3,8 @@
 Goes in: turns `[{"from": "system" | "human" | "gpt", "value": text}, ...]`, a system turn first, if any, with an
 `<image>` mark where an image stands, and other media's marks likewise (`Tokenizer.media`). Comes out: `Encoded`, arrays
 of one conversation's length L. An item of a medium costs its tokens + 2 positions: the start tag, one pad tag per
-token, the end tag; a span is never cut.
+token, the end tag; a span is never cut. An item that is added to those of another medium (`Medium.onto`) costs none:
+the ids are those of the conversation without its mark and the line break behind it.
 
 `recipe.prompt` picks the template:
   checkpoint  the base's own (`data/templates.py`), or that of the family which its tokens show; `mixtral` for
@@ -27,6 +28,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from moextend_jax.config import IGNORE, IMAGE, Batch, MoextendError, Recipe, Rooms
+from moextend_jax.data.missing import without_marks
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Part, Spans, Talk, encoder_of, released_text
 from moextend_jax.faults import Fault
@@ -40,13 +42,15 @@ MEDIUM = 1 << 24
 class Encoded(NamedTuple):
     """One conversation; `places_L` is -1 on text; on token p of item m of medium number n of `Tokenizer.media`, whose
     longest item has P tokens, it is n * MEDIUM + m*P + p. `segments_L` is 1, and 0 where a token is hidden from
-    attention (released template only); `items` counts those in use by medium, without media that it has none of."""
+    attention (released template only); `items` counts those in use by medium, without media that it has none of.
+    `fused`: of media in use that are added to another's items, such a place for each token of these, and -1."""
 
     ids_L: np.ndarray
     labels_L: np.ndarray
     places_L: np.ndarray
     segments_L: np.ndarray
     items: Mapping[str, int]
+    fused: Mapping[str, np.ndarray] = {}
 
 
 def in_row(places_L: np.ndarray, *, first: Mapping[str, int], media: Sequence[str]) -> np.ndarray:
@@ -89,7 +93,7 @@ def encode_conversation(
     talk = talk_of(turns, example_id=example_id, items=counts, tokenizer=tokenizer)
     if recipe.turns == "first":
         talk = talk._replace(pairs=talk.pairs[:1])
-    encode = encoder_of(tokenizer, recipe)
+    talk, encode = _without_fused(talk, tokenizer), encoder_of(tokenizer, recipe)
 
     def parts_of(pairs: int) -> list[Part]:
         return encode(talk._replace(pairs=talk.pairs[:pairs]), tokenizer, items)
@@ -151,6 +155,26 @@ def _check_marks(
     if unknown := [name for name, count in items.items() if count and name not in tokenizer.media]:
         known = ", ".join(tokenizer.media)
         raise Fault(f"example {example_id}: an item of {unknown[0]}, and the media are {known}", "marks", example_id)
+    if wrong := _wrong_fusion(items, tokenizer):
+        raise Fault(f"example {example_id}: {wrong}", "marks", example_id)
+
+
+def _wrong_fusion(items: Mapping[str, int], tokenizer: Tokenizer) -> str:
+    """What is wrong with the numbers of items that are added to others; "": nothing."""
+    for name, marked in tokenizer.media.items():
+        count, others = items.get(name, 0), items.get(marked.onto, 0)
+        if marked.onto and count and (count not in (1, others) or not others):
+            return (
+                f"{count} items of {name}, which are added to those of {marked.onto}, and {others} of these; there "
+                "must be one for each, or one for all"
+            )
+    return ""
+
+
+def _without_fused(talk: Talk, tokenizer: Tokenizer) -> Talk:
+    """What is said without the marks of items that have no positions."""
+    marks = [marked.mark for marked in tokenizer.media.values() if marked.onto]
+    return talk._replace(pairs=[(without_marks(question, marks), answer) for question, answer in talk.pairs])
 
 
 def encode_row(
@@ -205,6 +229,8 @@ def encode_prompt(
         if marked.mark in question and not items.get(name):
             count = question.count(marked.mark)
             raise MoextendError(f"prompt: {count} {marked.mark} marks but 0 {_called(name)}: {question[:60]!r}")
+    if wrong := _wrong_fusion({name: len(of) for name, of in items.items()}, tokenizer):
+        raise MoextendError(f"prompt: {wrong}")
     talk = Talk(system, [(question, None)])
     return _asking(talk, tokenizer=tokenizer, recipe=recipe, items=items)
 
@@ -227,7 +253,7 @@ def encode_dialogue(
 
 
 def _asking(talk: Talk, *, tokenizer: Tokenizer, recipe: Recipe, items: Spans) -> Encoded:
-    parts = encoder_of(tokenizer, recipe)(talk, tokenizer, items)
+    parts = encoder_of(tokenizer, recipe)(_without_fused(talk, tokenizer), tokenizer, items)
     ids = [id for part in parts for id in part.ids]
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, items)
 
@@ -242,11 +268,11 @@ def encode_bare_question(
     length: int | None = None,
 ) -> Encoded:
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
-    question, _ = _talk(turns, example_id, tokenizer).pairs[0]
+    talk = _talk(turns, example_id, tokenizer)
     counts = {name: len(tokens) for name, tokens in items.items()}
-    _check_marks([question], counts, tokenizer, example_id)
+    _check_marks([talk.pairs[0][0]], counts, tokenizer, example_id)
     try:
-        ids = [*tokenizer.prefix, *released_text(question, tokenizer, items)]
+        ids = [*tokenizer.prefix, *released_text(_without_fused(talk, tokenizer).pairs[0][0], tokenizer, items)]
     except MoextendError as error:
         raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
     if length is not None and len(ids) > length:
@@ -298,7 +324,7 @@ def _encoded(
     ids_L = np.array(ids, np.int32)
     places_L, counts = np.full_like(ids_L, -1), {}
     for number, (name, marked) in enumerate(tokenizer.media.items()):
-        if not items.get(name):
+        if not items.get(name) or marked.onto:
             continue
         # Text can not produce the pad tag, so every one of them is a token of an item, in order.
         pads = np.flatnonzero(ids_L == marked.tags.pad)
@@ -310,7 +336,27 @@ def _encoded(
         places_L[pads] = number * MEDIUM + item * P + within
         if used:
             counts[name] = used
+    fused = _fused(places_L, counts, tokenizer, items)
+    # One item goes to all of the other medium's; of several one to each.
+    counts |= {name: min(len(items[name]), counts[tokenizer.media[name].onto]) for name in fused}
     segments_L = np.ones_like(ids_L)
     if recipe.prompt == "released":
         segments_L[ids_L == tokenizer.eos] = 0
-    return Encoded(ids_L, np.array(labels, np.int32), places_L, segments_L, counts)
+    return Encoded(ids_L, np.array(labels, np.int32), places_L, segments_L, counts, fused)
+
+
+def _fused(
+    places_L: np.ndarray, counts: Mapping[str, int], tokenizer: Tokenizer, items: Spans
+) -> dict[str, np.ndarray]:
+    """`Encoded.fused`, from the places and the numbers of the items that have positions. An item with fewer tokens than
+    the one it is added to, a video's frames, begins anew behind its last."""
+    numbers, fused = {name: number for number, name in enumerate(tokenizer.media)}, {}
+    for name, marked in tokenizer.media.items():
+        if not items.get(name) or not counts.get(marked.onto):
+            continue
+        onto, P = tokenizer.media[marked.onto], marked.tokens or max(items[name])
+        item_L, token_L = np.divmod(places_L - numbers[marked.onto] * MEDIUM, onto.tokens or max(items[marked.onto]))
+        item_L = 0 * item_L if len(items[name]) == 1 else item_L
+        own_L = numbers[name] * MEDIUM + item_L * P + token_L % P
+        fused[name] = np.where(places_L // MEDIUM == numbers[marked.onto], own_L, -1).astype(np.int32)
+    return fused

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from PIL import Image
 
-from moextend_jax.config import IMAGE, Medium, MoextendError, Named, Recipe, Room
+from moextend_jax.config import IMAGE, Medium, MoextendError, Named, Recipe
 from moextend_jax.data.conversations import encode_prompt, encode_row, shown_first, talk_of
 from moextend_jax.data.entries import Content, Entry, ItemName
 from moextend_jax.data.item_files import read_span
@@ -134,7 +134,7 @@ class Inspector:
             tokenizer=self.work.tokenizer,
             recipe=self.work.recipe,
             length=(0 if prompt_only else reading.length) or UNLIMITED,
-            rooms={name: Room(most.get(name) or count, self.work.media[name].tokens) for name, count in counts.items()},
+            rooms={name: self.work.media[name].room(most.get(name) or count) for name, count in counts.items()},
             too_long=reading.too_long,
         )
         if not prompt_only:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import IMAGE, Medium, Named, Recipe, Room
+from moextend_jax.config import IMAGE, Medium, Named, Recipe
 from moextend_jax.data.batches import WINDOW, encode_example
 from moextend_jax.data.conversations import Encoded
 from moextend_jax.data.datasets import CHUNK, Source
@@ -130,7 +130,7 @@ def rows_per_conversation(measured: Measured, *, stage: StageSettings, media: Na
         _blank(int(measured.tokens_n[n]), {name: int(items_n[n]) for name, items_n in measured.items_n.items()})
         for n in order
     ]
-    rooms = {name: Room(stage.room(name), medium.tokens) for name, medium in media.items()}
+    rooms = {name: medium.room(stage.room(name)) for name, medium in media.items()}
     shape = Shape(stage.length, {name: room for name, room in rooms.items() if room.items}, tuple(media))
     rows = sum(
         len(pack(items[first : first + WINDOW], shape=shape, conversations_per_row=stage.conversations_per_row))

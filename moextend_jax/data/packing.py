@@ -37,14 +37,15 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """As in `config.Batch`, for one row; `item_rows_M` of a medium is -1 on empty slots. `places` are the row's
-    conversations, in order; `faults_G` is None where nothing can be skipped."""
+    """As in `config.Batch`, for one row; `fused_L` and `item_rows_M` are by medium, and `item_rows_M` is -1 on empty
+    slots. `places` are the row's conversations, in order; `faults_G` is None where nothing can be skipped."""
 
     ids_L: np.ndarray
     labels_L: np.ndarray
     positions_L: np.ndarray
     segments_L: np.ndarray
     places_L: np.ndarray
+    fused_L: dict[str, np.ndarray]
     item_rows_M: dict[str, np.ndarray]
     places: tuple[Place, ...]
     faults_G: np.ndarray | None = None
@@ -115,6 +116,7 @@ def empty_row(shape: Shape) -> Row:
 def _row(samples: Sequence[Sample], shape: Shape) -> Row:
     ids_L, positions_L, segments_L = (np.zeros(shape.length, np.int32) for _ in range(3))
     labels_L, places_L = np.full(shape.length, IGNORE, np.int32), np.full(shape.length, -1, np.int32)
+    fused_L = {name: np.full_like(places_L, -1) for name, room in shape.rooms.items() if room.fused}
     item_rows_M = {name: np.full(room.items, -1, np.int32) for name, room in shape.rooms.items()}
     start, next_slot, first = 0, dict.fromkeys(shape.rooms, 0), first_places(shape.rooms)
     places = []
@@ -127,6 +129,8 @@ def _row(samples: Sequence[Sample], shape: Shape) -> Row:
         segments_L[here] = encoded.segments_L * segment
         begin = {name: first[name] + next_slot[name] * room.tokens for name, room in shape.rooms.items()}
         places_L[here] = in_row(encoded.places_L, first=begin, media=shape.media)
+        for name, of_L in encoded.fused.items():
+            fused_L[name][here] = in_row(of_L, first=begin, media=shape.media)
         slots = {}
         for name in shape.rooms:
             of_medium = rows.get(name, ())
@@ -135,13 +139,14 @@ def _row(samples: Sequence[Sample], shape: Shape) -> Row:
             next_slot[name] = slots[name].stop
         places.append(Place(here, slots, example))
         start = here.stop
-    return Row(ids_L, labels_L, positions_L, segments_L, places_L, item_rows_M, tuple(places))
+    return Row(ids_L, labels_L, positions_L, segments_L, places_L, fused_L, item_rows_M, tuple(places))
 
 
 def take_out(row: Row, place: Place) -> None:
     """Makes the place of a conversation empty, in the row's own arrays."""
     for array_L, empty in ((row.ids_L, 0), (row.labels_L, IGNORE), (row.positions_L, 0), (row.segments_L, 0)):
         array_L[place.positions] = empty
-    row.places_L[place.positions] = -1
+    for array_L in (row.places_L, *row.fused_L.values()):
+        array_L[place.positions] = -1
     for name, slots in place.slots.items():
         row.item_rows_M[name][slots] = -1

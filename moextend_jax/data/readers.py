@@ -43,11 +43,6 @@ class Inputs:
     def field(self) -> Literal["media", "features"]:
         return self.medium.field
 
-    @property
-    def tokens(self) -> int:
-        """Of the longest item (P)."""
-        return self.medium.tokens
-
     def row(self, ref) -> int:
         """The row of an item; raises the `Fault` that it had when the data set was opened."""
         self.items.check(ref.row)
@@ -103,11 +98,6 @@ class Features:
     items: AnyItems | None = None
 
     field = "features"
-
-    @property
-    def tokens(self) -> int:
-        """Of the longest item (P)."""
-        return self.medium.tokens
 
     def row(self, ref) -> int:
         """The row of an item in the cache; raises its `Fault` where it could not be read when the cache was made."""

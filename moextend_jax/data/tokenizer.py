@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,13 @@ from moextend_jax.data.templates import FAMILIES, Template, end_of, is_mixtral
 
 class Marked(NamedTuple):
     """What stands for a medium: its mark in a text, and the tags around an item in ids. tokens: of its longest item
-    (P); 0: all of a conversation's items have as many as the longest of them."""
+    (P); 0: all of a conversation's items have as many as the longest of them. onto: as `Medium.onto`; then a mark
+    stands for no ids."""
 
     mark: str
     tags: ImageTags
     tokens: int = 0
+    onto: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +60,14 @@ class Tokenizer:
         tokens = self.others[IMAGE].tokens if IMAGE in self.others else 0
         pictures = {IMAGE: Marked(f"<{IMAGE}>", self.tags, tokens)}
         return pictures | {
-            name: Marked(medium.mark, medium.tags, medium.tokens)
+            name: Marked(medium.mark, medium.tags, medium.tokens, medium.onto)
             for name, medium in self.others.items()
             if name != IMAGE
         }
+
+    def with_fused(self, media: Collection[str]) -> frozenset[str]:
+        """These media, and those that are added to their items (`Medium.onto`), which cannot be without them."""
+        return frozenset(name for name, marked in self.media.items() if name in media or marked.onto in media)
 
     @functools.cached_property
     def tag_ids(self) -> frozenset[int]:

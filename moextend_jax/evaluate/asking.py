@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moextend_jax import preemption
-from moextend_jax.config import IGNORE, IMAGE, Batch, Rooms
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, Rooms
 from moextend_jax.data.conversations import text_batch
 from moextend_jax.evaluate.prompts import Prompt, Work, plan, prompt_batch, rooms_of_prompts
 from moextend_jax.generate import Arrays, Generator, Heads
@@ -36,9 +36,7 @@ class Reader(Protocol):
         ...
 
     @property
-    def tokens(self) -> int:
-        """Of the longest item (P)."""
-        ...
+    def medium(self) -> Medium: ...
 
     def read(self, rows_BM: np.ndarray, /) -> np.ndarray:
         """Arrays `[B, M, ...]` of items by row number, zeros for -1."""

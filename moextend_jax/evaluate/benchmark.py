@@ -188,8 +188,8 @@ def _pictures(opened: Askable, questions: Sequence[Question]) -> QuestionPicture
     """The pictures of some questions, all of which can be read; None of a model that does not see."""
     if opened.config.vision is None:
         return None
-    tower, preparation = opened.config.vision, opened.recipe.image_preparation
-    pictures = QuestionPictures(questions, tower=tower, tokens=opened.patches, preparation=preparation)
+    medium, preparation = opened.config.media[IMAGE], opened.recipe.image_preparation
+    pictures = QuestionPictures(questions, medium=medium, preparation=preparation)
     if len(pictures):
         with counting("images", len(pictures), unit="images") as bar:
             pictures.check(lambda: bar.add(1))

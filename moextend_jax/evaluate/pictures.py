@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from moextend_jax.config import MoextendError, VisionConfig
+from moextend_jax.config import Medium, MoextendError
 from moextend_jax.evaluate.benchmarks.question import Mistakes, Question, check_images, image_bytes
-from moextend_jax.media.image import decode_image, prepare_image
+from moextend_jax.media.image import decode_image, prepare_image, tower_of
 
 THREADS = 8
 PIXELS = 256
@@ -34,10 +34,8 @@ class QuestionPictures:
 
     field = "media"
 
-    def __init__(
-        self, questions: Sequence[Question], *, tower: VisionConfig, tokens: int, preparation: Literal["pad", "crop"]
-    ):
-        self._tower, self.tokens = tower, tokens
+    def __init__(self, questions: Sequence[Question], *, medium: Medium, preparation: Literal["pad", "crop"]):
+        self.medium, self._tower = medium, tower_of(medium)
         self._preparation: Literal["pad", "crop"] = preparation
         self._questions: list[Question] = []  # by picture number: the first that asks about it
         numbers: dict[Hashable, int] = {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moextend_jax.config import Batch, MoextendError, Room, Rooms, first_places
+from moextend_jax.config import Batch, MoextendError, Rooms, first_places
 from moextend_jax.data.conversations import in_row, text_batch
 from moextend_jax.data.readers import with_items
 from moextend_jax.generate import ALIGNED_ROWS
@@ -28,7 +28,7 @@ class Prompt:
     """Token ids `[L]`: first the `head`, which is read once for all prompts that have the same `ids_L[:head]` and
     `items`, then the tail.
 
-    places_L: as in `Encoded`, of these items, all of which lie in the head.
+    places_L, fused: as in `Encoded`, of these items, all of which lie in the head.
     items: by medium rows of what the asker reads them from; media of which there is none are left out.
     targets_L: for each position of the tail, the id that should come after it (scoring); -100 for none.
     where: names the prompt in messages.
@@ -38,6 +38,7 @@ class Prompt:
     places_L: np.ndarray
     head: int = 0
     items: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     targets_L: np.ndarray | None = None
     where: str = "prompt"
 
@@ -130,7 +131,7 @@ def rows_of(length: int, *, rows: int, tokens: int) -> int:
 def rooms_of_prompts(prompts: Sequence[Prompt], readers: Mapping[str, Any]) -> Rooms:
     """What rows of these prompts hold of each medium that one of them has."""
     most = {name: max((len(prompt.items.get(name, ())) for prompt in prompts), default=0) for name in readers}
-    return {name: Room(most[name], reader.tokens) for name, reader in readers.items() if most[name]}
+    return {name: reader.medium.room(most[name]) for name, reader in readers.items() if most[name]}
 
 
 def prompt_batch(
@@ -140,15 +141,19 @@ def prompt_batch(
     """Prompts by their row, whole or their `heads` alone, padded on the right to `length`, and to `rows` rows with
     empty ones. `rooms` holds all their items; media: by number (`conversations.MEDIUM`)."""
     batch = text_batch(*np.zeros((2, rows, length), np.int32))
+    first = first_places(rooms)
+    fused = {name: np.full_like(batch.places_BL, -1) for name, room in rooms.items() if room.fused}
     rows_BM = {name: np.full((rows, room.items), -1, np.int32) for name, room in rooms.items()}
     for row, prompt in prompts.items():
         count = prompt.head if heads else len(prompt.ids_L)
         batch.ids_BL[row, :count] = prompt.ids_L[:count]
         batch.segments_BL[row, :count] = 1
-        batch.places_BL[row, :count] = in_row(prompt.places_L[:count], first=first_places(rooms), media=media)
+        batch.places_BL[row, :count] = in_row(prompt.places_L[:count], first=first, media=media)
+        for name, of_L in prompt.fused.items():
+            fused[name][row, :count] = in_row(of_L[:count], first=first, media=media)
         for name, items in prompt.items.items():
             rows_BM[name][row, : len(items)] = items
-    return with_items(batch, readers, rows_BM)
+    return with_items(batch._replace(fused=fused), readers, rows_BM)
 
 
 def _work(shape: tuple[tuple[str, ...], int, int], items: list[tuple[int, int]], *, parts: int, rows: int) -> Work:

@@ -59,7 +59,9 @@ def as_prompt(encoded: Encoded, *, items: Mapping[str, tuple[int, ...]] | None =
     """What was encoded with these items; its head is everything up to the last of them."""
     items = {name: rows for name, rows in (items or {}).items() if rows}
     last = int(np.flatnonzero(encoded.places_L >= 0)[-1]) if items else -2
-    return Prompt(ids_L=encoded.ids_L, places_L=encoded.places_L, head=last + 2, items=items, where=where)
+    return Prompt(
+        ids_L=encoded.ids_L, places_L=encoded.places_L, head=last + 2, items=items, fused=encoded.fused, where=where
+    )
 
 
 def accuracy(right: Sequence[str], answers: Sequence[str]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -95,10 +95,12 @@ def routing_of(
 def _with_ids(text: Encoded, ids: Sequence[int]) -> Encoded:
     """The text, and behind it ids of words."""
     more = {"ids_L": ids, "labels_L": IGNORE, "places_L": -1, "segments_L": 1}
-    return text._replace(**{
-        name: np.concatenate([getattr(text, name), np.broadcast_to(np.int32(of), len(ids))])
-        for name, of in more.items()
-    })  # fmt: skip
+
+    def followed(array_L: np.ndarray, of: Any) -> np.ndarray:
+        return np.concatenate([array_L, np.broadcast_to(np.int32(of), len(ids))])
+
+    fused = {name: followed(of_L, -1) for name, of_L in text.fused.items()}
+    return text._replace(**{name: followed(getattr(text, name), of) for name, of in more.items()}, fused=fused)
 
 
 @functools.lru_cache(maxsize=4)

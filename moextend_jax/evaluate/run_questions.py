@@ -217,10 +217,10 @@ def asked_with(run: Run, item: PromptedQuestion, readers: Readers, *, media: Col
 def _prompt_with(
     run: Run, question: questions.Question, readers: Readers, *, media: Collection[str], where: str
 ) -> Prompt:
-    items = {name: rows for name, rows in _rows(question, readers).items() if name in media}
-    left_out = [marked.mark for name, marked in run.tokenizer.media.items() if name in question.items.keys() - media]
+    left_out = run.tokenizer.with_fused(question.items.keys() - media)
+    items = {name: rows for name, rows in _rows(question, readers).items() if name not in left_out}
     return questions.prompt_of(
-        without_marks(question.text, left_out),
+        without_marks(question.text, [run.tokenizer.media[name].mark for name in left_out]),
         items=items,
         spans={name: [readers[name].span(row) for row in rows] for name, rows in items.items()},
         system=question.system,

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from moextend_jax import distributed
-from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, Room, first_places
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, first_places
 from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
 from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.running import generator_of
@@ -179,13 +179,16 @@ def batch_of(opened: Askable, prompt: Encoded, shown: Shown) -> Batch:
     fields: dict[str, dict[str, np.ndarray]] = {"media": {}, "features": {}}
     for name, items in shown.arrays.items():
         fields[opened.config.media[name].field][name] = np.pad(items[None], ((0, rows - 1), *[(0, 0)] * items.ndim))
-    rooms = {
-        name: Room(len(items), opened.config.media[name].tokens)
-        for name, items in ((name, shown.arrays[name]) for name in opened.config.media if name in shown.arrays)
-    }
-    places_L = in_row(prompt.places_L, first=first_places(rooms), media=tuple(opened.tokenizer.media))
+    media = opened.config.media
+    rooms = {name: media[name].room(len(shown.arrays[name])) for name in media if name in shown.arrays}
+
+    def placed(places_L: np.ndarray) -> np.ndarray:
+        own_L = in_row(places_L, first=first_places(rooms), media=tuple(opened.tokenizer.media))
+        return np.pad(own_L[None], empty, constant_values=-1)
+
     text = text_batch(*(np.pad(row_L[None], empty) for row_L in (prompt.ids_L, np.ones_like(prompt.ids_L))))
-    return text._replace(places_BL=np.pad(places_L[None], empty, constant_values=-1), **fields)
+    fused = {name: placed(of_L) for name, of_L in prompt.fused.items()}
+    return text._replace(places_BL=placed(prompt.places_L), fused=fused, **fields)
 
 
 class Shown(NamedTuple):

@@ -187,7 +187,7 @@ def _medium(inside: str, medium: Medium, trained, *, n: int, width: int) -> list
 
 def _woven(inside: str, medium: Medium, *, n: int, width: int) -> list[Part]:
     """What a medium adds to its trunk: a map to the trunk's width, and two thin products beside each of the trunk's
-    maps, of its own adapter and of those before it. Crema's updates count as its map alone."""
+    maps, of its own adapter and of those before it. Of crema its map and its fusion; its updates are small."""
     projector, C, n = medium.projector, medium.tower.sizes()["C"], n * medium.frames
     c, parts = projector.width, []
     if projector.trunk and c != C:
@@ -196,6 +196,9 @@ def _woven(inside: str, medium: Medium, *, n: int, width: int) -> list[Part]:
         tokens, adapters = n * projector.tokens(medium.tower.patches), len(projector.past) + 1
         flops = 2.0 * tokens * projector.rank * adapters * ((c + width) + (width + width))
         parts += [Part(inside + "adapters", flops, (inside + "first/up",), True)]
+    if projector.fusion:
+        flops = 2.0 * n * projector.queries * width * width
+        parts += [Part(inside + "fuse", flops, (inside + "fuse",), True)]
     return parts
 
 

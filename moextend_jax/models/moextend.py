@@ -29,6 +29,7 @@ from moextend_jax.models.decoder import Decoded, Decoder, Extension, run_layers
 from moextend_jax.models.projectors import join_frames, make_projector
 from moextend_jax.models.vision import VisionTower
 from moextend_jax.models.whisper import WhisperTower
+from moextend_jax.models.woven import fused
 from moextend_jax.parameters import arrays_of
 from moextend_jax.sharding import constrain, items_to_add
 
@@ -95,14 +96,16 @@ class MoExtend(nnx.Module):
         )
 
     def embed(self, batch: Batch) -> jax.Array:
-        """Token embeddings `[B, L, D]` with projected features in the places that `places_BL` names."""
+        """Token embeddings `[B, L, D]` with projected features in the places that `places_BL` names, and added where
+        `fused` does."""
         x_BLD = jnp.take(self.decoder.embed[...], batch.ids_BL, axis=0).astype(self.config.dtype)
         if batch.names:
             tokens = [self.project(batch, name) for name in self.config.media if name in batch.names]
             tokens_BiD = tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens, axis=1)
-            index_BL1 = jnp.maximum(batch.places_BL, 0)[..., None]
-            spliced_BLD = jnp.take_along_axis(tokens_BiD, index_BL1, axis=1)
-            x_BLD = jnp.where((batch.places_BL >= 0)[..., None], spliced_BLD, x_BLD)
+            x_BLD = jnp.where((batch.places_BL >= 0)[..., None], _at(tokens_BiD, batch.places_BL), x_BLD)
+            added = [jnp.where((at >= 0)[..., None], _at(tokens_BiD, at), 0) for at in batch.fused.values()]
+            if added:
+                x_BLD = fused(x_BLD, sum(added[1:], start=added[0]))
         factor = self.config.decoder.embed_factor
         return x_BLD if factor == 1 else x_BLD * factor
 
@@ -243,8 +246,15 @@ def share_of_text(config: ModelConfig, media: frozenset[str]) -> dict[str, float
     return open_to
 
 
+def _at(tokens_BiD: jax.Array, places_BL: jax.Array) -> jax.Array:
+    """The token in each place `[B, L, D]`; any where there is none."""
+    return jnp.take_along_axis(tokens_BiD, jnp.maximum(places_BL, 0)[..., None], axis=1)
+
+
 def _inside(batch: Batch, config: ModelConfig, medium: str) -> jax.Array:
-    """`[B, L]`: whether a token is one of an item of this medium."""
+    """`[B, L]`: whether a token is one of an item of this medium, or one that such a token is added to."""
+    if medium in batch.fused:
+        return jnp.asarray(batch.fused[medium]) >= 0
     first = 0
     for name, of_medium in config.media.items():
         if name not in batch.names:

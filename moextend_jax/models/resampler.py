@@ -60,8 +60,8 @@ def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
 
     Args:
       of: hooks of another medium that uses this resampler as its trunk (CREMA), None: none. With its own leaves `own`,
-        `enter(x, own)` is applied to the input, and `changed(path, leaf, number, own)` gives a leaf of the resampler
-        (of a stacked leaf one layer's) as that medium uses it.
+        `enter(x, own)` is applied to the input, `leave(x, own)` to the output, and `changed(path, leaf, number, own)`
+        gives a leaf of the resampler (of a stacked leaf one layer's) as that medium uses it.
     """
     arrays, splits = module_shards(module)
     more, splits_of_more = ({}, {}) if of is None else module_shards(of)
@@ -91,7 +91,8 @@ def resample(module: Resampler, x_nPC: jax.Array, of: Any = None) -> jax.Array:
             if number % module.config.cross_every == 0:
                 x_nqC = part("cross_attention", number // module.config.cross_every)(x_nqC, x_nPC)
             x_nqC = part("mlp", number)(x_nqC)
-        return jnp.einsum("nqC,Cd->nqd", x_nqC, out_Cd) + bias_d[None, None]
+        x_nqd = jnp.einsum("nqC,Cd->nqd", x_nqC, out_Cd) + bias_d[None, None]
+        return x_nqd if of is None else of.leave(x_nqd, own)
 
     with jax.named_scope("resampler"):
         return map_shards(local, (items, splits, splits_of_more), items)(x_nPC, arrays, more)

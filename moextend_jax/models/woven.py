@@ -8,8 +8,15 @@ of rank r; inside the frozen adapter A^i of every earlier medium i it has a map 
     y        = x w + sum_{i<m} g_i A^i_m(x) + g_m A^m(x),    g = softmax(x G^m);    of the first y = x w + A^0(x)
 
 `crema` is CREMA's (arXiv 2402.05889) on a resampler: queries and an output map of its own, and low-rank updates of
-self-attention's queries and values, without alpha. Both first bring their tower's width to the trunk's, where they
-differ. The decoder and the trunk stay as they are, so that whatever was learnt before is kept bit for bit.
+self-attention's queries and values, without alpha. With `fusion`, tokens x^m of assisting media are added to the
+trunk's x, and take no positions:
+
+    u = sum_m (x^m w_m + b_m),    x + sigmoid(u) u    (`fused`)
+
+where w and b start at zero, so that nothing is added; released code starts them at random.
+
+Both first bring their tower's width to the trunk's, where they differ. The decoder and the trunk stay as they are, so
+that whatever was learnt before is kept bit for bit.
 """
 
 from __future__ import annotations
@@ -119,12 +126,17 @@ class Crema(nnx.Module):
             setattr(self, f"{name}_b", constant("UrNH", sizes, dtype=dtype, value=0.0))
         self.out = weight("cd", sizes, rngs=rngs, dtype=dtype, std=(3 * sizes["c"]) ** -0.5)
         self.out_bias = constant("d", sizes, dtype=dtype, value=0.0)
+        self.fuse = constant("dD", sizes, dtype=dtype, value=0.0) if config.fusion else None
+        self.fuse_bias = constant("D", sizes, dtype=dtype, value=0.0) if config.fusion else None
 
     def __call__(self, x_nPC: jax.Array, trunk: Resampler) -> jax.Array:
         return resample(trunk, x_nPC, self)
 
     def enter(self, x_nPC: jax.Array, own: Leaves) -> jax.Array:
         return entered(x_nPC, own)
+
+    def leave(self, x_nqd: jax.Array, own: Leaves) -> jax.Array:
+        return jnp.einsum("nqd,dD->nqD", x_nqd, own["fuse"]) + own["fuse_bias"][None, None] if "fuse" in own else x_nqd
 
     def changed(self, path: str, leaf: jax.Array, number: tuple[int, ...], own: Leaves) -> jax.Array:
         """A leaf of the trunk as this medium has it."""
@@ -138,6 +150,11 @@ class Crema(nnx.Module):
 
 UPDATED = ("query", "value")
 """The maps of self-attention that CREMA updates."""
+
+
+def fused(x_BLD: jax.Array, u_BLD: jax.Array) -> jax.Array:
+    """Tokens, and what the sum u of all assisting media's tokens adds to them."""
+    return x_BLD + jax.nn.sigmoid(u_BLD) * u_BLD
 
 
 class Input(nnx.Module):

@@ -85,7 +85,8 @@ def abstract_batch(config: ModelConfig, run: StageSettings, mesh: Mesh) -> Batch
             shape = (run.batch_size, room, *KINDS[medium.kind].input_shape(medium))
             items[medium.field][name] = jax.ShapeDtypeStruct(shape, jnp.float32)
     check_rows([Rows("batch_size", run.batch_size, run.accumulate)], mesh)
-    batch = Batch(rows, rows, rows, rows, rows, **items)
+    fused = {name: rows for name, medium in config.media.items() if medium.onto and run.room(name)}
+    batch = Batch(rows, rows, rows, rows, rows, fused=fused, **items)
     return jax.tree.map(lambda array: array.update(sharding=rows_sharding(mesh)), batch)
 
 

@@ -72,6 +72,11 @@ def medium_of(
     )
     if of.spans and of.spans[-1] > medium.tokens:
         raise MoextendError(f"media.{name}.spans = {of.spans}: an item has {medium.tokens} tokens at most")
+    if medium.onto and before[medium.onto].tokens % medium.tokens:
+        raise MoextendError(
+            f"media.{name}.projector.fusion: its items have {medium.tokens} tokens, no divisor of the "
+            f"{before[medium.onto].tokens} of those of {medium.onto}, to which they are added; give {name} fewer frames"
+        )
     return medium
 
 
@@ -84,7 +89,8 @@ def projector_of(name: str, settings: RunSettings, before: Mapping[str, Medium])
     of = settings.media[name]
     asked = dataclasses.asdict(of.projector)
     if (kind := TRUNKS.get(of.projector.kind)) is None:
-        return ProjectorConfig(**{field: asked[field] for field in asked if field not in ("rank", "trunk", "inner")})
+        on_trunk = ("rank", "trunk", "inner", "fusion")
+        return ProjectorConfig(**{field: asked[field] for field in asked if field not in on_trunk})
     trunk = before.get(of.projector.trunk)
     if trunk is None or trunk.projector.kind != kind:
         there = ", ".join(f"{name} {medium.projector.kind}" for name, medium in before.items()) or "none"

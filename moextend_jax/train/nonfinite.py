@@ -81,7 +81,7 @@ class Watch:
 
 def read_batch(path: Path) -> Batch:
     """A batch that `Watch` wrote."""
-    fields: dict[str, Any] = {"media": {}, "features": {}}
+    fields: dict[str, Any] = {"media": {}, "features": {}, "fused": {}}
     with np.load(path, allow_pickle=False) as arrays:
         for path_in_batch in arrays.files:
             field, _, medium = path_in_batch.partition("/")

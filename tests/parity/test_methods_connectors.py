@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ from flax import nnx
 from moextend_jax.config import ProjectorConfig
 from moextend_jax.models.projectors import make_projector
 from moextend_jax.models.resampler import Resampler
-from moextend_jax.models.woven import Crema, woven
+from moextend_jax.models.woven import Crema, fused, woven
 from moextend_jax.parameters import with_arrays
 from parity.methods import methods_arrays
-from parity.test_methods_towers import loss_of_fusion, resampler
+from parity.test_methods_towers import resampler
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -58,7 +59,8 @@ def check_path(theirs: dict[str, np.ndarray], m: int) -> None:
 
 @pytest.mark.slow
 def test_crema_on_a_frozen_resampler():
-    """Each medium's tokens, and the gradients of all that it trains, as its own leaves beside the trunk's."""
+    """Each medium's tokens, and the gradients of all that it trains, as its own leaves beside the trunk's; the fusion's
+    map within the projectors of the media that are added."""
     theirs = methods_arrays("crema")
     given = {name: np.asarray(array, np.float32) for name, array in theirs.items()}
     trunk, leaves_of = resampler(given)
@@ -66,31 +68,47 @@ def test_crema_on_a_frozen_resampler():
     M, B, t, S, c = given["features_mBtSc"].shape
     C, rank, D = *given["a_query_mCr"].shape[1:], given["project_mCD"].shape[2]
     N, H = trunk.config.heads, C // trunk.config.heads
-    # Its cross-attention reads the towers' width, so that no map stands before it.
-    config = ProjectorConfig(kind="crema", trunk="image", width=C, rank=rank, queries=trunk.config.queries, layers=1,
-                             heads=N)  # fmt: skip
-    module = nnx.eval_shape(lambda: make_projector(config, C=C, P=S, D=D, rngs=nnx.Rngs(0), dtype="float32"))
-    assert isinstance(module, Crema) and c
+
+    def module(**more: Any) -> Crema:
+        """Its cross-attention reads the towers' width, so that no map stands before it."""
+        config = ProjectorConfig(kind="crema", trunk="image", width=C, rank=rank, queries=trunk.config.queries,
+                                 layers=1, heads=N, **more)  # fmt: skip
+        made = nnx.eval_shape(lambda: make_projector(config, C=C, P=S, D=D, rngs=nnx.Rngs(0), dtype="float32"))
+        assert isinstance(made, Crema) and c
+        return made
+
+    of_media = module(), *(module(fusion=True) for _ in range(M - 1))
     plain = {name: array * (name[:2] not in ("a_", "b_")) for name, array in given.items()}
     base = with_arrays(trunk, {path: jnp.asarray(leaf) for path, leaf in leaves_of(plain, 0).items()})
     trained = {name.removeprefix("d_"): jnp.asarray(given[name.removeprefix("d_")]) for name in given
                if name.startswith("d_")}  # fmt: skip
 
-    def tokens(w: dict[str, jax.Array]) -> jax.Array:
+    def tokens(w: dict[str, jax.Array], *, fused: bool) -> jax.Array:
+        """With `fused`, those of assisting media as they are added up."""
         made = []
         for m in range(M):
+            module = of_media[m if fused else 0]
             own = {
                 "queries": w["queries_mqC"][m], "out": w["project_mCD"][m], "out_bias": w["project_bias_mD"][m],
                 **{f"{part}_a": w[f"a_{part}_mCr"][m][None] for part in ("query", "value")},
                 **{f"{part}_b": w[f"b_{part}_mrC"][m].reshape(1, rank, N, H) for part in ("query", "value")},
             }  # fmt: skip
+            if module.config.fusion:
+                own |= {"fuse": w["fuse_mDd"][m - 1], "fuse_bias": w["fuse_bias_d"] * (m == 1)}
             made.append(with_arrays(module, own)(given["features_mBtSc"][m].reshape(B * t, S, c), base))
         return jnp.stack(made).reshape(M, B, t, *made[0].shape[1:])
 
-    np.testing.assert_allclose(jax.jit(tokens)(trained), theirs["tokens_mBtqD"], **CLOSE)
+    alone = jax.jit(functools.partial(tokens, fused=False))
+    np.testing.assert_allclose(alone(trained), theirs["tokens_mBtqD"], **CLOSE)
+
+    def added(trained: dict[str, jax.Array]) -> jax.Array:
+        main, *assisting, last = tokens(trained, fused=True)  # the last one's clips are fused as their mean
+        return fused(main, sum(assisting, jnp.mean(last, axis=1, keepdims=True)))
+
+    np.testing.assert_allclose(jax.jit(added)(trained), theirs["added_BtqD"], **CLOSE)
 
     def loss(trained: dict[str, jax.Array]) -> jax.Array:
-        return loss_of_fusion(tokens(trained), trained, given["cotangent_BtqD"])
+        return (added(trained) * given["cotangent_BtqD"]).sum()
 
     for name, gradient in jax.jit(jax.grad(loss))(trained).items():
         np.testing.assert_allclose(gradient, theirs[f"d_{name}"], err_msg=name, **CLOSE)

@@ -25,6 +25,7 @@ from moextend_jax.config import ProjectorConfig, WhisperConfig
 from moextend_jax.media.mel import log_mel, slaney_filters
 from moextend_jax.models.projectors import Resampler, join_frames, make_projector
 from moextend_jax.models.whisper import WhisperTower
+from moextend_jax.models.woven import fused
 from moextend_jax.parameters import with_arrays
 from parity import sets
 from parity.methods import FOLDERS, there
@@ -122,10 +123,9 @@ def resampler(given: dict[str, np.ndarray]) -> tuple[Resampler, Any]:
 def loss_of_fusion(tokens_mBtqD: jax.Array, trained: dict[str, Any], cotangent_BtqD: np.ndarray) -> jax.Array:
     """Of CREMA's fusion: the other modalities' tokens, gated by themselves, added to the first one's."""
     main, *assisting, last = tokens_mBtqD
-    assisting = [*assisting, jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)]
-    fused = sum(x @ w for x, w in zip(assisting, trained["fuse_mDd"], strict=True))
-    fused = fused + trained["fuse_bias_d"][None, None, None]
-    return ((main + jax.nn.sigmoid(fused) * fused) * cotangent_BtqD).sum()
+    assisting = jnp.stack([*assisting, jnp.broadcast_to(last.mean(axis=1, keepdims=True), last.shape)])
+    u_BtqD = jnp.einsum("mBtqD,mDd->Btqd", assisting, trained["fuse_mDd"]) + trained["fuse_bias_d"][None, None, None]
+    return (fused(main, u_BtqD) * cotangent_BtqD).sum()
 
 
 @pytest.mark.slow
