@@ -12,6 +12,8 @@ import pytest
 import tiny
 from flax import nnx
 from test_chain import groups
+from test_several_media import talk
+from test_woven import CONNECTOR
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import store
@@ -37,10 +39,9 @@ from moextend_jax.models.woven import fused
 from moextend_jax.plan.abstract_step import abstract_batch
 from moextend_jax.runs.models_of import leaves_of, open_model
 from moextend_jax.runs.run import open_run
-from moextend_jax.settings import ExtensionSettings, MediumSettings, MethodSettings, ProjectorSettings, RunSettings
+from moextend_jax.settings import ExtensionSettings, MediumSettings, ProjectorSettings, RunSettings
 from moextend_jax.sharding import MESH_AXES
 
-BASE = Path(__file__).parents[1] / "moextend_jax" / "assets" / "base"
 ASKING = ProjectorConfig(kind="resampler", queries=3, heads=2, layers=1)
 ADDED = dataclasses.replace(ASKING, kind="crema", trunk="film", width=6, rank=2, fusion=True)
 FILM = Medium(
@@ -52,16 +53,15 @@ TOUCH = Medium(
     projector=ADDED,
 )  # fmt: skip
 MEDIA: Named[Medium] = Named({"touch": TOUCH, "film": FILM})  # that it stands before its trunk changes nothing
-TOKENIZER = dataclasses.replace(load_tokenizer(BASE), others=MEDIA)
+TOKENIZER = dataclasses.replace(load_tokenizer(tiny.ASSETS / "base"), others=MEDIA)
 TOKENS, OWN = FILM.tokens, TOUCH.tokens
 assert (TOKENS, OWN) == (6, 3)
 
 
 def encode(*texts: str, recipe: Any = "paper", films: int = 0, touched: int = 0, **more: Any) -> Encoded:
-    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
     items = {"film": [TOKENS] * films, "touch": [OWN] * touched}
     options = {"example_id": "ex7", "tokenizer": TOKENIZER, "recipe": RECIPES[recipe]}
-    return encode_conversation(turns, items=items, **options, **more)
+    return encode_conversation(talk(*texts), items=items, **options, **more)
 
 
 def own_places(encoded: Encoded) -> list[int]:
@@ -193,8 +193,6 @@ def test_flops_of_the_fusion():
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
-
-CONNECTOR = MethodSettings(name="connector")
 
 
 def write_both(folder: Path, *, rows: int = 24) -> Path:
