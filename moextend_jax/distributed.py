@@ -13,12 +13,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
 from moextend_jax import compile_cache, machine, preemption
@@ -56,6 +58,7 @@ def start(*, cpu_devices: int = 1) -> None:
     except (RuntimeError, ValueError) as error:
         raise MoextendError(f"the processes of this run do not find each other: {error}") from error
     preemption.pass_on()
+    threading.Thread(target=_end_after_another, daemon=True).start()
     # Gloo writes to the file of standard output whenever processes first talk: only Python's own prints go on there.
     # What NCCL writes there, if NCCL_DEBUG asks for it, is wanted: with the errors.
     os.dup2(os.open(os.devnull, os.O_WRONLY) if machine.only_cpu() else 2, 1)
@@ -146,11 +149,41 @@ def end_together() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process that has failed, at once: JAX's threads may still compute, on which Python's own way out crashes,
-    and the other processes may be waiting for this one."""
+    """Ends a process that has failed: JAX's threads may still compute, on which Python's own way out crashes. The other
+    processes, which may be waiting for this one, are told, and end with the same code."""
     sys.stdout.flush()
     sys.stderr.flush()
+    _leaving.acquire()  # the first of this process's threads
+    if (client := _service()) is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first; a process does not answer
+            client.key_value_set(FAILED, str(code))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.wait_at_barrier(FAILED, 1000 * TOLD)
+        if jax_distributed.global_state.process_id == 0:  # in which the service runs: the others leave before it
+            time.sleep(1)
     os._exit(code)
+
+
+def _end_after_another() -> None:
+    """Ends this process when another has failed, wherever it stands. JAX would do so only after about 100 seconds, or
+    when process 0 is gone, and with exit code 134, after which some launchers start a run again that cannot succeed."""
+    while (client := _service()) is not None:
+        try:
+            leave(int(client.key_value_try_get(FAILED)))
+        except jax.errors.JaxRuntimeError:  # none has failed yet, or the service is gone
+            time.sleep(1)
+
+
+def _service() -> Any:
+    """JAX's client of the service in process 0 that all processes talk to; None where there is none, or no more. It has
+    no public name; Orbax uses the same."""
+    return jax_distributed.global_state.client
+
+
+_leaving = threading.Lock()
+FAILED, TOLD = "moextend/failed", 10
+"""Under what the service holds the exit code of the first process that fails, and how many seconds a process that ends
+waits for the others to know it."""
 
 
 # --- in step ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -32,8 +33,9 @@ from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_d
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.inspector import ItemFile, Reading, Work
-from moextend_jax.data.item_files import Facts, find_file, read_file
+from moextend_jax.data.item_files import Facts, StorageError, find_file, read_file
 from moextend_jax.data.readers import Features
+from moextend_jax.data.shards import Span
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.faults import KINDS, STRICT, Fault, check_share, counts, named
@@ -668,6 +670,32 @@ def test_a_worker_that_finds_no_room_in_shared_memory_is_one_line():
         raise RuntimeError(grains.format(-signal.SIGBUS))
     with pytest.raises(RuntimeError, match="-9"), no_bus_error():
         raise RuntimeError(grains.format(-signal.SIGKILL))
+
+
+@pytest.mark.parametrize("inside", ["a folder", "an archive"])
+def test_a_file_system_that_fails_is_asked_again_and_is_no_fault_of_a_file(tmp_path, monkeypatch, inside: str):
+    """One host alone would skip the row, and a cache of features would leave the picture out for good."""
+    (tmp_path / "a.png").write_bytes(picture(1))
+    span = Span(str(tmp_path / "a.png"), 0, len(picture(1)), "a.png")
+    read = (lambda: read_file(tmp_path, "a.png")) if inside == "a folder" else lambda: item_files.read_span(span)
+    opened, pauses, errors = Path.open, [], []
+
+    def fails(path: Path, *words: Any, **named: Any):
+        if errors:
+            raise errors.pop()
+        return opened(path, *words, **named)
+
+    monkeypatch.setattr(Path, "open", fails)
+    monkeypatch.setattr(item_files.time, "sleep", pauses.append)
+    errors += [OSError(errno.ESTALE, "Stale file handle")] * 3
+    assert read() == picture(1)
+    assert len(pauses) == 3
+    errors += [OSError(errno.EIO, "Input/output error")] * 4
+    with pytest.raises(StorageError, match="a.png.*Input/output error"):
+        read()
+    errors += [OSError(errno.EACCES, "Permission denied")]
+    with pytest.raises(Fault, match="a.png.*Permission denied"):
+        read()
 
 
 def test_a_large_file_is_never_read_whole(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import tiny
 
 from moextend_jax.config import MoextendError
 from moextend_jax.runs.run import working
-from moextend_jax.train import sinks
+from moextend_jax.train import metrics, sinks
 from moextend_jax.train.metrics import MetricsWriter, read_metrics
 
 HERE = Path(__file__).parent
@@ -246,6 +247,7 @@ def test_mlflow_s_own_file_cannot_be_in_a_bucket(monkeypatch):
 
 REAL = """
 import sys
+import threading
 from pathlib import Path
 from moextend_jax.train.metrics import MetricsWriter
 kind, folder = sys.argv[1], Path(sys.argv[2]) / "demo" / "align"
@@ -295,3 +297,22 @@ def test_the_real_mlflow(real, tmp_path):
     assert [line.split()[1:] for line in losses.read_text().splitlines()][:2] == [["1.0", "1"], ["0.5", "2"]]
     assert (losses.parents[1] / "params" / "seed").read_text() == "3"
     assert len(list(tmp_path.glob("mlruns/*/*/metrics"))) == 1
+
+
+def test_a_slow_bucket_does_not_hold_up_training(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(metrics, "is_url", lambda path: True)
+    write_text, sent, may_send = Path.write_text, [], threading.Event()
+
+    def slow(path: Path, text: str, **named: Any) -> int:
+        if path == tmp_path / "metrics.jsonl":
+            sent.append(text.count("\n"))
+            assert may_send.wait(30)
+        return write_text(path, text, **named)
+
+    monkeypatch.setattr(Path, "write_text", slow)
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": step})
+        may_send.set()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len(sent) == 2 and sent[-1] == 3  # what came meanwhile went all at once

@@ -391,8 +391,6 @@ sys.exit(3)
 @pytest.mark.slow
 def test_a_process_that_ends_later_ends_with_the_same_code(monkeypatch: pytest.MonkeyPatch):
     """One that still closes its files after process 0 is done, where the service runs that tells of lost processes."""
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    local = importlib.import_module("local")
     script = """
 import sys, time
 from moextend_jax import distributed
@@ -401,6 +399,32 @@ time.sleep(0 if distributed.first() else 3)
 distributed.end_together()
 distributed.leave(75)
 """
+    assert _codes_of_two(script, monkeypatch) == [75, 75]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_mistake_of_one_process_is_the_exit_code_of_all(monkeypatch: pytest.MonkeyPatch, process: int):
+    """JAX would end the other with 134, after which XPK starts the run again."""
+    script = f"""
+from moextend_jax import cli, distributed
+from moextend_jax.config import MoextendError
+
+def work(words):
+    distributed.start()
+    if distributed.first() == {process == 0}:
+        raise MoextendError("only here")
+    distributed.barrier("waits for ever")
+
+cli.call = work
+cli.main()
+"""
+    assert _codes_of_two(script, monkeypatch) == [2, 2]
+
+
+def _codes_of_two(script: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    local = importlib.import_module("local")
     port = str(local.free_port())
     processes = [
         subprocess.Popen(
@@ -409,4 +433,4 @@ distributed.leave(75)
         for index in range(2)
     ]
     with ended(*processes):
-        assert [process.wait(timeout=120) for process in processes] == [75, 75]
+        return [process.wait(timeout=120) for process in processes]

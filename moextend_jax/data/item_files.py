@@ -8,12 +8,15 @@ link, leads out of the folder, unless the user says so (`anywhere`). `noun` is w
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import itertools
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,17 +80,49 @@ class ItemFolder(NamedTuple):
         return read_file(self.path, name, anywhere=self.anywhere, noun=noun)
 
 
+class StorageError(MoextendError):
+    """The file system fails, and not a file. It is no `Fault`, which would be skipped: another host reads the file, and
+    holds another batch then; and a cache of features would leave the item out for ever."""
+
+
+def _refused(error: Exception, what: str, name: str) -> MoextendError:
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_FILES:
+        return StorageError(f"cannot read {what}: {error}; if it stays so, take it out of the data")
+    return Fault(f"cannot read {what}: {error}", "unreadable", name)
+
+
+OF_FILES = frozenset({
+    errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOENT, errno.ENOTDIR,
+    errno.EINVAL, errno.EILSEQ, errno.ENXIO, errno.ENODEV, errno.EOVERFLOW,
+})  # fmt: skip
+"""What is wrong with a file or its name, for whoever asks."""
+PAUSES = (0.2, 2.0, 10.0)
+"""Seconds before another try, after a file system has failed."""
+
+
+def _patiently(read: Callable[[], bytes]) -> bytes:
+    for pause in PAUSES:
+        with contextlib.suppress(StorageError):
+            return read()
+        time.sleep(pause)
+    return read()
+
+
 def read_span(span: Span, noun: str = "image") -> bytes:
     """An item inside an archive."""
     _check_size(span.size, f"{noun} {span.name}", id=span.name)
-    try:
-        with folder(span.file).open("rb") as file:
-            file.seek(span.at)
-            encoded = file.read(span.size)
-    except OSError as error:
-        raise Fault(f"cannot read {noun} {span.name}: {error}", "unreadable", span.name) from error
-    except Exception as error:  # a bucket's
-        raise unreadable(Path(span.file), error) from error
+
+    def read() -> bytes:
+        try:
+            with folder(span.file).open("rb") as file:
+                file.seek(span.at)
+                return file.read(span.size)
+        except OSError as error:
+            raise _refused(error, f"{noun} {span.name}", span.name) from error
+        except Exception as error:  # a bucket's
+            raise unreadable(Path(span.file), error) from error
+
+    encoded = _patiently(read)
     if len(encoded) < span.size:
         raise Fault(f"{noun} {span.name} ends with its archive", "truncated", span.name)
     return encoded
@@ -102,7 +137,7 @@ def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "i
 
     Raises:
       Fault: it is a URL, leaves the folder, is not there, is no file, is empty, or has more bytes than `most`.
-      MoextendError: this process's encoding of file names cannot write such names.
+      MoextendError: this process's encoding of file names cannot write such names; the file system fails.
     """
     _check_name(folder, name, anywhere, noun)
     roots = folder, folder / "images"
@@ -120,7 +155,7 @@ def find_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "i
                 f"{noun} {name!a}: names of files are {encoding} here, which cannot spell it; set PYTHONUTF8=1"
             ) from error
         except (OSError, ValueError, RuntimeError) as error:  # no permission; a name no file can have; a loop of links
-            raise Fault(f"cannot read {noun} {name} in {folder}: {error}", "unreadable", name) from error
+            raise _refused(error, f"{noun} {name} in {folder}", name) from error
         if not anywhere and not any(path.is_relative_to(root.resolve()) for root in roots):
             raise Fault(
                 f"{noun} {name} is a link out of {folder}, to {path}; only the folder images itself may be a link, "
@@ -222,11 +257,15 @@ def _sound_file(homes: Iterable[str], name: str) -> os.stat_result | None:
 
 def read_file(folder: Path, name: str, *, anywhere: bool = False, noun: str = "image") -> bytes:
     """Its bytes; raises as `find_file`, also where reading fails."""
-    try:
-        with find_file(folder, name, anywhere=anywhere, noun=noun, most=MOST_BYTES).open("rb") as file:
-            encoded = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise Fault(f"cannot read {noun} {name} in {folder}: {error}", "unreadable", name) from error
+
+    def read() -> bytes:
+        try:
+            with find_file(folder, name, anywhere=anywhere, noun=noun, most=MOST_BYTES).open("rb") as file:
+                return file.read(MOST_BYTES + 1)
+        except OSError as error:
+            raise _refused(error, f"{noun} {name} in {folder}", name) from error
+
+    encoded = _patiently(read)
     if len(encoded) > MOST_BYTES:  # it grew
         raise Fault(f"{noun} {name} in {folder} has more than {MOST_BYTES} bytes", "oversized", name)
     return encoded

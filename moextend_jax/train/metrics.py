@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,7 +41,9 @@ class MetricsWriter:
         self._lines, self._sinks = None, {}
         if process_index != 0:
             return
-        # Objects of a bucket cannot be appended to: the file is kept here, and sent whole.
+        # Objects of a bucket cannot be appended to: the file is kept here, and sent whole, while training goes on.
+        self._sender, self._sent = ThreadPoolExecutor(1), Future[None]()
+        self._sent.set_result(None)
         self._away, here = (directory, Path(tempfile.mkdtemp())) if is_url(directory) else (None, directory)
         self._path = path = here / "metrics.jsonl"
         with contextlib.ExitStack() as failing, self._disk_errors():
@@ -68,15 +71,16 @@ class MetricsWriter:
             if self._away is None and not _is_open_here(self._lines, self._path):
                 raise OSError("it is gone: somebody has moved or deleted the work directory")
             self._lines.write(json.dumps({"step": int(step), **_finite(plain)}) + "\n")
-            self._copy_away()
+            # A bucket takes an object about once a second: what comes meanwhile goes with the next line.
+            if self._away is not None and self._sent.done():
+                self._sent = self._sender.submit(self._copy_away)
             for kind in list(self._sinks):
                 with self._sink_errors(kind):
                     self._sinks[kind].log(int(step), scalars(plain))
 
     def _copy_away(self) -> None:
         """What a bucket's library raises ends no run: the next line, or the end, copies the whole file again."""
-        if self._away is None:
-            return
+        assert self._away is not None
         try:
             (self._away / self._path.name).write_text(self._path.read_text())
         except Exception as error:
@@ -102,8 +106,9 @@ class MetricsWriter:
             for kind in list(self._sinks):
                 with self._sink_errors(kind):
                     self._sinks[kind].close()
-            self._copy_away()
+            self._sender.shutdown()
             if self._away is not None:
+                self._copy_away()
                 (self._away / "tensorboard").mkdir(parents=True, exist_ok=True)
                 for file in (self._path.parent / "tensorboard").glob("*"):
                     (self._away / "tensorboard" / file.name).write_bytes(file.read_bytes())
