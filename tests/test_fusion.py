@@ -245,9 +245,15 @@ def test_a_run(settings: RunSettings, tmp_path: Path, capsys: pytest.CaptureFixt
         assert leaves[path].ours(()).tobytes() == np.asarray(leaf).tobytes(), path
     files = settings.align.data.removesuffix("llava_v1_5_mix665k.json")
     shown = ["--image", f"{files}1.png", "--show", f"touch={files}1.npz"]
+    base = [settings.base, str(tmp_path / "out"), str(tmp_path / "whole"), "--vision", f"{settings.vision}"]
+    cli.main(["compose", *base, "--text", "shared"])
     capsys.readouterr()
-    cli.main(["generate", "--workdir", str(run.workdir), *shown, "--prompt", "Which is it?", "--max-new-tokens", "2"])
-    assert capsys.readouterr().out
+    asked = [*shown, "--prompt", "Which is it?", "--max-new-tokens", "8"]
+    answers = []
+    for model in (["--workdir", str(run.workdir)], ["--checkpoint", str(tmp_path / "whole")]):
+        cli.main(["generate", *model, *asked])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] and answers[0] == answers[1]
 
 
 def test_of_another_kind_it_is_refused(settings: RunSettings, tmp_path: Path):
