@@ -10,8 +10,12 @@ from typing import NamedTuple
 from moextend_jax.config import MoextendError
 
 GIB = 2**30
-GPU_SHARE = 0.95
-"""Of a GPU's memory, what a run takes for its arrays (`machine.whole_gpu`): the rest is for CUDA and its libraries."""
+
+
+def gpu_share(gpus: int) -> float:
+    """Of each GPU's memory, what a run on so many takes for its arrays (`machine.whole_gpu`). The rest is for CUDA and
+    its libraries: NCCL takes 0.7 to 1.6 GB for each group of GPUs that send to one another, and a mesh has several."""
+    return 0.95 if gpus == 1 else 0.9
 
 
 SHARED, LEAST_SHARED = {"9": 232448, "10": 232448}, 101376
@@ -20,7 +24,7 @@ on."""
 
 
 class Chip(NamedTuple):
-    """`hbm` is what a program may use: the memory less what the runtime keeps for itself.
+    """`hbm` is the memory, of a TPU less what its runtime keeps for itself.
 
     `link` is what one chip sends over one link of its torus in one direction per second (a GPU has one link, to all
     others of its node); `network` the same to chips of another node, where there are nodes. `dimensions` of the torus;
@@ -39,16 +43,20 @@ class Chip(NamedTuple):
     shared: int = 0
     host: float = 0.0
 
+    def usable(self, chips: int) -> int:
+        """Bytes of memory that a program on so many chips may use on each."""
+        return self.hbm if self.platform == "tpu" else int(gpu_share(chips) * self.hbm)
+
 
 CHIPS = {
     "v5p": Chip("tpu", 459e12, int(95.74 * GIB), 2765e9, 90e9, 3, 4),
     "v5e": Chip("tpu", 197e12, int(15.75 * GIB), 819e9, 45e9, 2, 16),
     "v6e": Chip("tpu", 918e12, int(31.25 * GIB), 1640e9, 90e9, 2, 16),
     # 80 GB as CUDA counts them
-    "h100": Chip("gpu", 989e12, int(GPU_SHARE * 79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, SHARED["9"], 64e9),
-    "h200": Chip("gpu", 989e12, int(GPU_SHARE * 139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, SHARED["9"], 64e9),
+    "h100": Chip("gpu", 989e12, int(79.1 * GIB), 3350e9, 450e9, 1, 0, 50e9, SHARED["9"], 64e9),
+    "h200": Chip("gpu", 989e12, int(139.8 * GIB), 4800e9, 450e9, 1, 0, 50e9, SHARED["9"], 64e9),
     # 24 GB, on PCIe alone
-    "rtx4090": Chip("gpu", 165.2e12, int(GPU_SHARE * 23.5 * GIB), 1008e9, 32e9, 1, 0, 3e9, LEAST_SHARED, 32e9),
+    "rtx4090": Chip("gpu", 165.2e12, int(23.5 * GIB), 1008e9, 32e9, 1, 0, 3e9, LEAST_SHARED, 32e9),
 }
 
 

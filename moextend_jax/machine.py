@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moextend_jax.chips import GPU_SHARE
+from moextend_jax.chips import gpu_share
 
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -56,7 +56,15 @@ def whole_gpu() -> None:
     Who has said how much, or that nothing is to be taken beforehand, is not overruled."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
     if accelerator() == "gpu" and not any(name in os.environ for name in names):
-        os.environ[names[0]] = str(GPU_SHARE)
+        os.environ[names[0]] = str(gpu_share(_gpus_of_run()))
+
+
+def _gpus_of_run() -> int:
+    """At most: those that CUDA shows this process, or that the machine has, by the number of processes."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = len(visible.split(",")) if visible else len([*Path("/dev").glob("nvidia[0-9]*")])
+    processes = (os.environ.get(name) or "1" for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "MOEXTEND_PROCESSES"))
+    return max(here, 1) if {*processes} == {"1"} else 2
 
 
 def only_cpu() -> bool:

@@ -362,11 +362,18 @@ def test_a_run_may_use_as_much_of_a_gpu_as_plans_count_on(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     for accelerator, value in (("", None), ("tpu", None), ("gpu", "0.95")):
         monkeypatch.setattr(machine, "accelerator", lambda accelerator=accelerator: accelerator)
         machine.whole_gpu()
         assert os.environ.get(share) == value
-    assert chip("h100").hbm == int(float(os.environ[share]) * 79.1 * GIB)
+    assert chip("h100").usable(1) == int(float(os.environ[share]) * 79.1 * GIB)
+    for name, value in (("CUDA_VISIBLE_DEVICES", "0,1"), ("JAX_NUM_PROCESSES", "8")):  # NCCL needs memory of its own
+        monkeypatch.delenv(share)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            machine.whole_gpu()
+        assert chip("h100").usable(8) == int(float(os.environ[share]) * 79.1 * GIB) == int(0.9 * 79.1 * GIB)
     monkeypatch.delenv(share)
     monkeypatch.setenv(old, "0.4")  # JAX refuses both
     machine.whole_gpu()

@@ -53,7 +53,7 @@ def plan(
     flops = step_flops(config, trains=patterns(settings, stage=stage), new_share=new_share, **shape)
     full = full_training(config, **shape)
     figures: dict[str, Any] = {
-        "fits": compiled.memory is not None and chip_bytes.total <= place.chip.hbm,
+        "fits": compiled.memory is not None and chip_bytes.total <= place.chip.usable(place.chips),
         "stage": stage,
         "topology": place.name,
         "chips": place.chips,
@@ -65,7 +65,7 @@ def plan(
         "items": items,
         "remat": settings.remat,
         "saved": list(settings.saved),
-        "bytes_per_chip": {**chip_bytes._asdict(), "limit": place.chip.hbm},
+        "bytes_per_chip": {**chip_bytes._asdict(), "limit": place.chip.usable(place.chips)},
         "flops_per_step": {
             "total": flops.total,
             "full_training": full.total,

@@ -57,7 +57,7 @@ def sweep(
       MoextendError: no candidate can fit, or none that was tried could be compiled.
     """
     place = topology.parse(topology_name)
-    limit = place.chip.hbm if within is None else int(within * 2**30)
+    limit = place.chip.usable(place.chips) if within is None else int(within * 2**30)
     possible: list[list[Candidate]] = []
     for _, group in itertools.groupby(choices(settings, stage=stage, place=place), key=lambda choice: choice.mesh):
         on_mesh = list(group)
