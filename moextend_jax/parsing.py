@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
@@ -167,6 +168,13 @@ def _words(kind: Any) -> int:
     return len(get_args(kind)) if get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis else 1
 
 
+def _parts(text: str) -> list[str]:
+    """Those of a,b or ("a", "b"); in NAME=VALUE a comma begins a new part only before another NAME=."""
+    inner = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    parts = re.split(r",(?=[^,=]*=)" if "=" in inner else ",", inner)
+    return [part.strip(" '\"") for part in parts if part.strip()]
+
+
 def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
     """The value of a type that texts stand for: several those of a tuple, which may be one text with commas, too.
 
@@ -190,14 +198,17 @@ def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
             raise MoextendError(f"{what} = {text!r} is not one of {', '.join(choices)}{meant(text, choices)}")
         return choices[text]
     if origin is tuple:
-        if len(texts) == 1:  # a,b or ("a", "b")
-            texts = [part.strip(" '\"") for part in text.strip("()[] ").split(",") if part.strip()]
+        if len(texts) == 1:
+            texts = _parts(text.strip())
         parts = arguments[:1] * len(texts) if arguments[-1] is Ellipsis else arguments
         if len(parts) != len(texts):
             raise MoextendError(f"{what} = {text!r} must be {len(parts)} values")
         return tuple(read(part, [text], what=what) for part, text in zip(parts, texts, strict=True))
     if origin is Mapping:
-        raise MoextendError(f"{what} holds values by name: set them one by one, {what}.NAME=VALUE")
+        if text.strip() == "{}":
+            return {}
+        option = what.rpartition(" ")[2]
+        raise MoextendError(f"{what} holds values by name: set them one by one, {option}.NAME=VALUE, or {option}={{}}")
     if kind is RunSettings:  # which is loaded when all that changes it is known
         return text
     if kind is Path:

@@ -127,8 +127,8 @@ def test_a_list_by_place_takes_all_that_leave_one_for_each_other():
         ("a b c d", "a", "b c", "d"), ("a b,1 d", "a", "b,1", "d"), ("--out d a b c", "a", "b c", "d"),
         ("b c d --base a", "a", "b c", "d"),
     ):  # fmt: skip
-        options = parse(Several, [*words.split(), "--share=x=1,y", "--share", "z"], command="put", does="")
-        assert options == Several(base, tuple(map(Path, parts.split())), Path(out), share=("x=1", "y", "z"))
+        options = parse(Several, [*words.split(), "--share=x=1,y=a,b (2)", "--share", "z"], command="put", does="")
+        assert options == Several(base, tuple(map(Path, parts.split())), Path(out), share=("x=1", "y=a,b (2)", "z"))
     with pytest.raises(MoextendError, match="put needs --parts: what of"):
         parse(Several, ["a", "d"], command="put", does="")
     assert parse(Several, ["--help"], command="put", does="").startswith("moextend put BASE PARTS ... OUT [--OPTION")
@@ -252,7 +252,10 @@ def test_a_configuration_that_there_is_not(name: str, message: str, tmp_path: Pa
 
 
 def test_a_setting_that_holds_values_by_name_is_set_one_by_one():
-    with pytest.raises(MoextendError, match=r"--config.evaluate.sets holds values by name: .*sets.NAME=VALUE"):
+    words = ["demo", "--workdir", "w", "--config.evaluate.sets.more=easy_vqa", "--config.evaluate.sets={}"]
+    options = parse(RunOptions, words, command="run", does="")
+    assert isinstance(options, RunOptions) and options.config is not None and options.config.evaluate.sets == {}
+    with pytest.raises(MoextendError, match=r"sets holds values by name: .*, --config.evaluate.sets.NAME=VALUE, or"):
         parse(RunOptions, ["demo", "--workdir", "w", "--config.evaluate.sets=x"], command="run", does="")
 
 
