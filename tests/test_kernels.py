@@ -12,7 +12,16 @@ import pytest
 from tiny import few
 
 from moextend_jax.models import attention, attention_triton, grouped_triton
-from moextend_jax.models.attention import KeysValues, Visible, Window, attend, conversations, segment_mask, splash
+from moextend_jax.models.attention import (
+    KeysValues,
+    Visible,
+    Window,
+    attend,
+    conversations,
+    segment_mask,
+    splash,
+    splash_block,
+)
 from moextend_jax.models.grouped_matmul import MEGABLOX, TRITON, Kernels, by_kernels, ragged_dot
 from moextend_jax.models.quantised import quantise
 from moextend_jax.models.weights import FewBits, OfStack, plain
@@ -158,8 +167,13 @@ def test_tiles_cover_each_group_once_and_no_two(rows: int, sizes: tuple[int, ...
     assert len(schedule.group_T) % tile.band == 0
 
 
+def test_rows_of_any_length_have_the_largest_blocks_that_pad_little():
+    blocks = {128: 128, 200: 256, 300: 128, 512: 512, 640: 128, 1152: 256, 1904: 512, 2048: 512}
+    assert {length: splash_block(length) for length in blocks} == blocks
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("S", [128, 200])
+@pytest.mark.parametrize("S", [128, 200, 300])
 def test_splash_attention_equals_the_masked_one_with_gradients(S: int):
     B, N, K, H = 2, 4, 2, 16
     query, key, value, dy = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H), normal(B, S, N, H)

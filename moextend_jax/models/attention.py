@@ -221,6 +221,14 @@ SPLASH_BLOCK = 128
 """Splash attention wants rows of a multiple of this: longer ones are padded, shorter ones are left to XLA."""
 
 
+def splash_block(length: int) -> int:
+    """How many positions splash attention takes at a time, in rows that are padded to a multiple of it. The larger the
+    faster, as long as padding stays below an eighth of the row or is the same anyway."""
+    padded = {size: length + -length % size for size in (512, 256, SPLASH_BLOCK)}
+    most = max(1.125 * length, min(padded.values()))
+    return next(size for size, whole in padded.items() if whole <= most)
+
+
 def splash(
     query_BSNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BS: jax.Array, *,
     window: int | None = None, sinks_N: jax.Array | None = None,
@@ -231,14 +239,14 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length = query_BSNH.shape[1]
-    rest = -length % SPLASH_BLOCK
+    block = splash_block(length)
+    rest = -length % block
     query_BSNH, key_BSKH, value_BSKH = (
         jnp.pad(array, ((0, 0), (0, rest), (0, 0), (0, 0))) for array in (query_BSNH, key_BSKH, value_BSKH)
     )
     segments_BS = jnp.pad(segments_BS, ((0, 0), (0, rest)))  # 0 is hidden
     B, S, N, H = query_BSNH.shape
     K = key_BSKH.shape[2]
-    block = next(size for size in (512, 256, SPLASH_BLOCK) if S % size == 0)
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
