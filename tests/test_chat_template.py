@@ -52,9 +52,11 @@ def test_a_chat_has_the_ids_of_training(name: str, tmp_path: Path):
         tiny_tokens.write_byte_level(tmp_path, template=template, bos=bos, pre="llama3" if bos else "gpt-2")
     ours = load_tokenizer(tmp_path)
     theirs: Any = exported(tmp_path, ours)
+    again = load_tokenizer(tmp_path / "out", tags=ours.tags)
     for first in (0, 1):  # with a system turn and without one
         turns = TALK[first:]
         wanted = encode_dialogue(turns, items={"image": [1]}, tokenizer=ours, recipe=PAPER).ids_L.tolist()
+        assert encode_dialogue(turns, items={"image": [1]}, tokenizer=again, recipe=PAPER).ids_L.tolist() == wanted
         messages: list[Any] = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
         said = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert said == wanted

@@ -408,6 +408,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[st
     for words, message in (
         ([run, "--model", "probed"], "extend has not been run"),
         ([base, "--model", "aligned"], "is one model, not a run"),
+        ([tmp_path / "nowhere", "--model", "aligned"], "does not exist"),
         ([run, "--recipe", "released"], "knows its recipe"),
         ([tmp_path / "blind"], "an extended model without a tower and a projector"),
         ([base / "vision"], "layout hf needs a decoder"),

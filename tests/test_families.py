@@ -102,6 +102,15 @@ def test_gpt_oss_has_plain_positions_only_where_its_file_says_so(tmp_path: Path)
     assert config.rope_parameters["rope_type"] == "default"
 
 
+def test_a_gpt_oss_whose_file_says_no_size_of_heads_is_refused(tmp_path: Path):
+    """Its class takes 64 then, whatever the width: an even share of it would be another model."""
+    huggingface.write_decoder_config(tmp_path, DECODERS["gpt-oss-20b"], dtype="bfloat16")
+    attributes = huggingface.read_json(tmp_path / "config.json")
+    del attributes["head_dim"]
+    with pytest.raises(MoextendError, match="head_dim must be one positive number, not None"):
+        read(tmp_path, attributes)
+
+
 def read(folder: Path, attributes: dict) -> DecoderConfig:
     (folder / "config.json").write_text(json.dumps(attributes))
     return huggingface.read_decoder_config(folder)

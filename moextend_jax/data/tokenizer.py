@@ -19,6 +19,8 @@ from moextend_jax.data.pieces import JsonPieces, Pieces, SentencePieces
 from moextend_jax.data.tags import TAG_NAMES, byte_pieces, check_tags, image_tags, spare_ids
 from moextend_jax.data.templates import FAMILIES, Template, end_of, is_mixtral
 
+PICTURES = Path(__file__).parents[1] / "assets" / "hf" / "pictures.jinja"
+
 
 class Marked(NamedTuple):
     """What stands for a medium: its mark in a text, and the tags around an item in ids. tokens: of its longest item
@@ -178,7 +180,9 @@ def load_tokenizer(
     busy = _busy(files, every_end, templates)
     if tags is None:
         tags = image_tags(pieces, rows=rows, busy=busy, where=directory)
-    check_tags(tags, pieces, busy=busy, where=directory)
+    # An exported model's files name its pad so, which `image_tags` leaves alone: its choice must not depend on that.
+    image = pieces.piece_to_id(files.roles.get("image_token", ""))
+    check_tags(tags, pieces, busy={id for id in busy if id != image}, where=directory)
     return Tokenizer(
         pieces=pieces,
         tags=tags,
@@ -209,7 +213,7 @@ class _Files(NamedTuple):
 
 def _read(folder: Path) -> _Files:
     config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
-    template = _chat_template(folder, config)
+    template = _without_pictures(_chat_template(folder, config))
     named = {name: _text_of(value) for name, value in config.items() if name.endswith("_token")}
     roles = {name: text for name, text in named.items() if text}
     pieces = _pieces(folder, config, roles=roles, template=template)
@@ -288,6 +292,16 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ValueError("its chat_template is no text")
     return template
+
+
+def _without_pictures(source: str | None) -> str | None:
+    """Of a template that `export --layout hf` wrote (`checkpoints/chat_template.py`), the base's own: what comes
+    first there puts tags into the text, which are put among the ids here."""
+    _, ours, own = (source or "").partition(PICTURES.read_text(encoding="utf-8"))
+    if not ours:
+        return source
+    inner, spaced, _ = own.removeprefix("{%- set written %}").rpartition("{%- endset %}\n{{- (written | ")
+    return inner if spaced else own
 
 
 def _probe(source: str | None, roles: Mapping[str, str]) -> str:

@@ -82,7 +82,8 @@ FAMILY = Family(
         | {"attention_bias": (True,), "swiglu_alpha": (1.702,)},
         # What counts in rope_scaling, and another name of num_experts_per_tok.
         harmless=OF_ANY_MODEL | {"initial_context_length", "experts_per_token", "quantization_config"},
-        optional={"head_dim", "tie_word_embeddings", "swiglu_limit"},
+        # Not head_dim: the class takes 64 where it is not there, and an even share of the width where it is null.
+        optional={"tie_word_embeddings", "swiglu_limit"},
         aliases={"num_experts": "num_local_experts"},
         ours={"layer_types": _local, "rope_scaling": _yarn},
         theirs={"layer_types": _layer_types, "rope_scaling": _rope_scaling},

@@ -75,10 +75,10 @@ def export(values: ExportOptions) -> None:
         if values.base or values.vision:
             raise MoextendError(f"{values.src} is a run and knows its base; leave --base and --vision out")
         source = open_workdir(values.src, model=values.model)
-    elif values.model:
-        raise MoextendError(f"{values.src} is one model, not a run: leave --model out")
     else:
         source = open_source(values.src, base=values.base, vision=values.vision)
+        if values.model:
+            raise MoextendError(f"{values.src} is one model, not a run: leave --model out")
     layout = values.layout or default_layout(source)
     screen = Console(stderr=True)
     if values.recipe and layout != HF:
