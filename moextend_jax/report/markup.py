@@ -6,7 +6,7 @@ from outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -37,6 +37,20 @@ def picture(draw: Callable[[Axes], None], *, name: str, label: str, width: float
     with canvas(width=width, height=height) as figure:
         draw(figure.add_subplot())
         return f"<figure>{inline_svg(figure, name=name, label=label)}</figure>"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, ours: str | None = None) -> str:
+    """A line per row; the one whose first cell is `ours` stands out."""
+    lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
+    for cells in rows:
+        marked = ' class="ours"' if cells[0] == ours else ""
+        lines.append(f"<tr{marked}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, ours: str | None = None) -> str:
+    """The same of cells that are text, not markup."""
+    return table([*map(escape, heads)], ([*map(escape, cells)] for cells in rows), ours=ours)
 
 
 def how(text: str) -> str:
