@@ -1,4 +1,4 @@
-"""What may come from anybody, and is not believed: a path or text in, a plain file or a JSON value out.
+"""What may come from anybody, and is not believed: a path or text in, a plain file, a JSON value or a header out.
 
 Everything that is wrong is a `MoextendError` of one line, however long or odd what stands in the file is.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import reprlib
 import stat
+import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+import numpy as np
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url, read_range, size_and_generation
@@ -105,6 +108,16 @@ class Bytes:
         self.check(count)
         self.at += count
         return self.file.read(count)
+
+
+def npy_header(file: IO[bytes], *, most: int = 10_000) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and element type of the array that a file begins with, as its header of at most `most` bytes says, even
+    below 0. Raises whatever NumPy does."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy's, about headers as no program writes them today
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file, max_header_size=most)
+    return shape, dtype
 
 
 def read_object(path: Path) -> dict[str, Any]:
