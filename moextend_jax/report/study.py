@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from moextend_jax.evaluate.estimates import Estimate, estimate
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
 from moextend_jax.report.markup import how, picture, section, text_table, write_page
-from moextend_jax.study import lines_of
+from moextend_jax.study import Estimate, estimate, lines_of
 
 Seeds = Mapping[Any, Mapping[str, float]]
 
