@@ -164,6 +164,10 @@ class FaultSettings:
         return self.policy(fault.kind) == "skip"
 
 
+Parts = Literal["conversation", "bare_question"]
+"""What of a conversation is fed: all of it, or its first question as it is."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of training. `data` is a name or a path (docs/data.md), or several of them with weights,
