@@ -80,11 +80,11 @@ def inside(path: Path) -> Path:
     return path
 
 
-def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
-    """The bytes of a plain file, or of an object in a bucket, that is no larger than `most`."""
+def read_small(path: Path) -> bytes:
+    """The bytes of a plain file, or of an object in a bucket, that is no larger than MAX_JSON."""
     size = size_and_generation(path)[0] if is_url(path) else plain_file(path)
-    if size > most:
-        raise MoextendError(f"{path} cannot be read: {size:,} bytes are too many for a file of its kind ({most:,})")
+    if size > MAX_JSON:
+        raise MoextendError(f"{path} cannot be read: {size:,} bytes are too many for a file of its kind ({MAX_JSON:,})")
     if is_url(path):
         return read_range(path, 0, size)
     try:
