@@ -53,19 +53,6 @@ def test_a_tied_head_is_not_in_the_file(tmp_path: Path):
     assert "decoder/head" not in again
 
 
-def test_several_files_are_one_model(tmp_path: Path):
-    config = TABLES["mixtral"]
-    arrays = half(config, "mixtral")
-    huggingface.write_parameters(tmp_path, arrays, table="mixtral", config=config)
-    tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    for n in range(2):
-        some = {name: tensors[name] for name in sorted(tensors)[n::2]}
-        save_file(some, tmp_path / f"model-0000{n + 1}-of-00002.safetensors")
-    again = huggingface.read_parameters(tmp_path, table="mixtral", config=config)
-    assert_same(again, arrays)
-
-
 # --- mistakes in files ------------------------------------------------------------------------------------------------
 
 
@@ -83,32 +70,6 @@ def read(folder: Path) -> dict[str, np.ndarray]:
 
 
 NORM = "model.layers.1.input_layernorm.weight"
-EXPERT = "model.layers.2.block_sparse_moe.experts.3.w2.weight"
-
-
-def test_a_missing_and_a_surplus_tensor_are_both_named(folder: Path):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.extra.weight"] = tensors.pop(NORM)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(MoextendError, match=rf"Missing: {NORM}\. Not asked for: model\.layers\.1\.extra\.weight"):
-        read(folder)
-
-
-@pytest.mark.parametrize("name", [NORM, EXPERT, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
-def test_a_tensor_of_another_shape_is_named(folder: Path, name: str):
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = np.ascontiguousarray(tensors[name][..., :-1])
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(MoextendError, match=name):
-        read(folder)
-
-
-def test_a_vector_where_a_matrix_is_expected_is_named(folder: Path):
-    tensors = load_file(folder / "model.safetensors")
-    tensors[EXPERT] = np.ascontiguousarray(tensors[EXPERT].reshape(-1))
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(MoextendError, match=EXPERT):
-        read(folder)
 
 
 def test_old_buffers_are_ignored(folder: Path):
