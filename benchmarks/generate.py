@@ -38,10 +38,10 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     sys.path.insert(0, str(ROOT))
 
+    from moextend_jax.evaluate.asking import asker_of
     from moextend_jax.evaluate.benchmarks import table
     from moextend_jax.evaluate.pictures import QuestionPictures
     from moextend_jax.evaluate.questions import prompt_of
-    from moextend_jax.evaluate.running import asker_of
     from moextend_jax.runs.askable import open_place
     from moextend_jax.runs.export import ExportOptions, export
     from moextend_jax.runs.place import Place

@@ -19,9 +19,9 @@ from PIL import Image
 
 from moextend_jax import configurations, preemption
 from moextend_jax.config import IMAGE, Amount, Count, Medium, ModelConfig, MoextendError
+from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.evaluate.questions import as_prompt
 from moextend_jax.evaluate.routed import Routing, routing_of
-from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.speak import (
     Item,
     Items,

@@ -21,14 +21,14 @@ from moextend_jax.checkpoints.loading import open_base
 from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_none
-from moextend_jax.data.inspector import UNLIMITED, Reading, Work
+from moextend_jax.data.inspector import Reading, Work
 from moextend_jax.faults import KINDS, LEAST_READ, FaultSettings
 from moextend_jax.media import IMAGE_MARK
 from moextend_jax.runs import results
 from moextend_jax.runs.media import with_media
 from moextend_jax.runs.ready import row_problems, too_many_questions
 from moextend_jax.runs.run import tokenizer_of_base
-from moextend_jax.settings import RunSettings, StageSettings
+from moextend_jax.settings import RunSettings
 
 
 def check_command(
@@ -122,8 +122,7 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         row = table.result(name)
         assert row.data is not None
         of = results.stage_of(settings, row.data(settings.recipe).of)
-        stage = results.stage_of(settings, name)
-        reading = _reading(dataclasses.replace(stage, data=of.data, split=of.split))
+        reading = Reading.of(results.stage_of(settings, name), of, parts="conversation")
         names[reading] = (*names.get(reading, ()), name)
     for link in settings.links:
         evaluate = settings.of_extension(link.name).evaluate
@@ -132,21 +131,9 @@ def readings_of(settings: RunSettings) -> list[Reading]:
         asked = {name: (of.data, of.split)}
         asked |= {f"{name}/{further}": (data, evaluate.split) for further, data in evaluate.sets.items()}
         for of_set, (data, split) in asked.items():
-            questions = Reading(stages=(), data=data, split=split, length=evaluate.length, parts="prompt")
+            questions = Reading(data=data, split=split, length=evaluate.length, parts="prompt")
             names[questions] = (*names.get(questions, ()), of_set)
     return [dataclasses.replace(reading, stages=stages) for reading, stages in names.items()]
-
-
-def _reading(stage: StageSettings) -> Reading:
-    return Reading(
-        stages=(),
-        data=stage.data,
-        split=stage.split,
-        length=min(stage.length or UNLIMITED, stage.conversation_length or UNLIMITED) % UNLIMITED,
-        images_per_row=stage.images_per_row,
-        items_per_row=tuple(sorted(stage.items_per_row.items())),
-        too_long=stage.too_long,
-    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""One run at a time in a work directory.
+"""One run at a time in a work directory, one process at a time in a file.
 
 The lock is the kernel's (flock on WORKDIR/.lock), so that a run that dies in any way gives it back. Buckets and some
 file systems have no such lock: there nothing is refused.
@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from moextend_jax.config import MoextendError
 from moextend_jax.distributed import first
@@ -38,7 +37,7 @@ def locked(workdir: Path) -> Iterator[None]:
     # "a": whoever is refused must not empty what the holder wrote.
     with (workdir / NAME).open("a+") as file:
         try:
-            _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file.fileno(), workdir / NAME, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another run"
@@ -70,21 +69,29 @@ def alone(path: Path) -> Iterator[None]:
     """The same of every process by itself, of whichever run it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f"{path.name}{NAME}").open("a") as file:
-        _lock(file, fcntl.LOCK_EX)
+        _lock(file.fileno(), path, fcntl.LOCK_EX)
         yield
+
+
+def keep(descriptor: int, path: Path) -> None:
+    """The file itself, which is open, for this process alone until it closes it; another that has it is an error."""
+    try:
+        _lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MoextendError(f"another process is writing {path}; wait for it, or stop it") from None
 
 
 WITHOUT = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What file systems without such locks say: Lustre as it is often mounted, some of FUSE, NFS without its daemon."""
 
 
-def _lock(file: IO[str], how: int) -> None:
+def _lock(descriptor: int, path: Path, how: int) -> None:
     try:
-        fcntl.flock(file, how)
+        fcntl.flock(descriptor, how)
     except OSError as error:
         if error.errno not in WITHOUT:
             raise
-        print(f"moextend: {file.name}: no locks there ({error.strerror}), so that a second run is not noticed",
+        print(f"moextend: {path}: no locks there ({error.strerror}), so that a second run is not noticed",
               file=sys.stderr)  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What may come from anybody, and is not believed: a path or text in, a plain file or a JSON value out.
+"""What may come from anybody, and is not believed: a path or text in, a plain file, a JSON value or a header out.
 
 Everything that is wrong is a `MoextendError` of one line, however long or odd what stands in the file is.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import reprlib
 import stat
+import warnings
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+import numpy as np
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url, read_range, size_and_generation
@@ -77,11 +80,11 @@ def inside(path: Path) -> Path:
     return path
 
 
-def read_small(path: Path, *, most: int = MAX_JSON) -> bytes:
-    """The bytes of a plain file, or of an object in a bucket, that is no larger than `most`."""
+def read_small(path: Path) -> bytes:
+    """The bytes of a plain file, or of an object in a bucket, that is no larger than MAX_JSON."""
     size = size_and_generation(path)[0] if is_url(path) else plain_file(path)
-    if size > most:
-        raise MoextendError(f"{path} cannot be read: {size:,} bytes are too many for a file of its kind ({most:,})")
+    if size > MAX_JSON:
+        raise MoextendError(f"{path} cannot be read: {size:,} bytes are too many for a file of its kind ({MAX_JSON:,})")
     if is_url(path):
         return read_range(path, 0, size)
     try:
@@ -105,6 +108,16 @@ class Bytes:
         self.check(count)
         self.at += count
         return self.file.read(count)
+
+
+def npy_header(file: IO[bytes], *, most: int = 10_000) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and element type of the array that a file begins with, as its header of at most `most` bytes says, even
+    below 0. Raises whatever NumPy does."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # NumPy's, about headers as no program writes them today
+        shape, _, dtype = read[np.lib.format.read_magic(file)](file, max_header_size=most)
+    return shape, dtype
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -164,6 +164,10 @@ class FaultSettings:
         return self.policy(fault.kind) == "skip"
 
 
+Parts = Literal["conversation", "bare_question"]
+"""What of a conversation is fed: all of it, or its first question as it is."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of training. `data` is a name or a path (docs/data.md), or several of them with weights,
@@ -481,8 +485,8 @@ class Link(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExtensionSettings:
-    """A further extension of a run: the groups of `RunSettings` once more."""
+class ExtensionGroups:
+    """What every extension of a run has settings for."""
 
     align: StageSettings
     extend: StageSettings
@@ -492,6 +496,12 @@ class ExtensionSettings:
     select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
     grow: GrowSettings = dataclasses.field(default_factory=GrowSettings)
     method: MethodSettings = dataclasses.field(default_factory=MethodSettings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtensionSettings(ExtensionGroups):
+    """A further extension of a run."""
+
     medium: str = ""
     """The medium that it is for; "": a task in text."""
     apart: bool = False
@@ -512,17 +522,9 @@ MESH = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
+class RunSettings(ExtensionGroups):
     """Everything a run needs; `base` and `vision` are Hugging Face folders, "embedded" the small real model inside."""
 
-    align: StageSettings
-    extend: StageSettings
-    finetune: StageSettings
-    full: StageSettings
-    evaluate: EvaluateSettings
-    select: SelectSettings = dataclasses.field(default_factory=SelectSettings)
-    grow: GrowSettings = dataclasses.field(default_factory=GrowSettings)
-    method: MethodSettings = dataclasses.field(default_factory=MethodSettings)
     extension: str = IMAGE
     """What the extension of the groups above is called."""
     medium: str = IMAGE
@@ -700,7 +702,7 @@ class RunSettings:
         """The extensions in order, each with its groups of settings."""
         return [(self.extension, self), *self.extensions.items()]
 
-    def of_extension(self, extension: str) -> RunSettings | ExtensionSettings:
+    def of_extension(self, extension: str) -> ExtensionGroups:
         """The groups of an extension."""
         return dict(self._groups)[extension]
 

@@ -9,17 +9,17 @@ or, if there is none, with the first by name: seed by seed, since a seed moves a
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.estimates import estimate
 from moextend_jax.outside import read_object
 from moextend_jax.parsing import with_words
 from moextend_jax.runs.data_of import data_dir_of
@@ -33,6 +33,26 @@ MakeRun = Callable[[RunSettings, Path], dict[str, Any]]
 
 LATER = ("method", "select", "grow", "finetune", "full", "text_isolation", "baseline", "mixture", "extensions")
 """Settings that the first stages do not read, except to know which rows they must not train on."""
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and half of its 95 % interval (Student's t); None of a single seed."""
+
+    mean: float
+    half: float | None
+
+    def text(self, digits: int, *, sign: bool = False) -> str:
+        mean = f"{self.mean:{'+' if sign else ''},.{digits}f}"
+        return mean if self.half is None else f"{mean} ± {self.half:,.{digits}f}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    if len(values) < 2:
+        return Estimate(values[0], None)
+    from scipy.stats import t  # half a second to import
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Estimate(fmean(values), half)
 
 
 class Figure(NamedTuple):

@@ -24,8 +24,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moextend_jax import bench, cli, mesh
 from moextend_jax.config import DecoderConfig, VisionConfig, with_vision
+from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.evaluate.prompts import Prompt
-from moextend_jax.evaluate.running import asker_of
 from moextend_jax.plan import topology
 from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.place import Place

@@ -37,7 +37,6 @@ from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.npz import read_npz
-from moextend_jax.checkpoints.selection import read_selection
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.compare import reference
@@ -50,6 +49,7 @@ from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
 from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS
 from moextend_jax.routing import stats as routing_stats
+from moextend_jax.runs.models_of import read_selection
 
 Rng = np.random.Generator
 LONGEST = 2000

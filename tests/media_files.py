@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -18,6 +21,16 @@ SEEN = Medium(kind="audio", mark="<audio>", tower=VISION, seconds=2)
 WATCHED = Medium(kind="video", mark="<video>", tower=VISION, frames=4)
 TOUCHED = Medium(kind="features", mark="<features>", tower=FeaturesConfig(width=6, patches=5))
 PICTURED = Medium(tower=VISION)
+
+
+def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A tar file of these members, of which two may have one name."""
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
 
 
 def wave(seconds: float, *, rate: int = RATE, channels: int = 1, pitch: float = 440.0) -> np.ndarray:

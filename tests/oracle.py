@@ -50,7 +50,7 @@ def load(name: str, *, folder: Path = FOLDER, remat: Any = "none") -> Loaded:
         tags=ImageTags(start=start, end=start + 1, pad=start + 2),
     )
     model = structure(config)
-    arrays = huggingface.read_parameters(folder / name, model, table="released", config=config)
+    arrays = huggingface.read_parameters(folder / name, table="released", config=config)
     return Loaded(model, {path: jnp.asarray(array) for path, array in arrays.items()}, config)
 
 

@@ -18,7 +18,6 @@ from tiny import few
 from moextend_jax.checkpoints import quantising, train_state
 from moextend_jax.config import RECIPES, AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named
 from moextend_jax.evaluate.composing import RULES, composed
-from moextend_jax.mesh import make_mesh, place_leaves, place_rows
 from moextend_jax.models.flops import step_flops
 from moextend_jax.models.moextend import abstract, shares, shares_of_text
 from moextend_jax.models.quantised import dequantise, quantise
@@ -29,7 +28,6 @@ from moextend_jax.runs.making import make
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, open_model
 from moextend_jax.runs.run import open_run, remember
 from moextend_jax.settings import Link, MethodSettings
-from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.loss import losses
 from moextend_jax.train.stages import group
 
@@ -48,18 +46,6 @@ def with_adapters(config: ModelConfig, *names: str) -> ModelConfig:
     return dataclasses.replace(config, adapters=Named({name: ADAPTERS[name] for name in names}))
 
 
-def loss_and_gradient(config: ModelConfig, arrays, batch):
-    model = abstract(config)
-    own = {path: leaf for path, leaf in arrays.items() if path.startswith("adapters/")}
-    rest = {path: leaf for path, leaf in arrays.items() if path not in own}
-
-    def loss(own):
-        made = with_arrays(model, {**rest, **own})
-        return losses(made, batch, recipe=RECIPES["paper"], aux_coefficient=0.01, chunk=8)[0].total
-
-    return jax.jit(jax.value_and_grad(loss))(own)
-
-
 @pytest.mark.parametrize("name", few(ADAPTERS, "lora"))
 def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
     config, batch = with_adapters(tiny.PLAIN, name), tiny.batch()
@@ -71,7 +57,7 @@ def test_nothing_changes_at_the_start_and_then_only_b_has_a_gradient(name: str):
     before = with_arrays(abstract(tiny.PLAIN), plain)(batch)
     after = with_arrays(abstract(config), arrays)(batch)
     np.testing.assert_array_equal(after.hidden_BLD, before.hidden_BLD)
-    _, gradient = loss_and_gradient(config, arrays, batch)
+    _, gradient = tiny.loss_and_gradient(config, arrays, batch, of="adapters/")
     for path, leaf in gradient.items():
         assert bool(jnp.any(leaf)) == (path.endswith("/b") or "/choice/" in path), path
 
@@ -185,12 +171,14 @@ def test_over_a_base_in_few_bits():
         few_bits |= {path: values, f"{path}_scale": scale}
         stands_for[path] = dequantise(values, scale, jnp.float32)
     stored = dataclasses.replace(config, expert_storage="int4", expert_group=4)
-    expected, d_expected = loss_and_gradient(config, stands_for, batch)
-    value, gradient = loss_and_gradient(stored, few_bits, batch)
-    np.testing.assert_allclose(value, expected, atol=1e-5)
+    models = ((config, stands_for), (stored, few_bits), (config, arrays))
+    (expected, d_expected), (got, gradient), (otherwise, _) = (
+        tiny.loss_and_gradient(*model, batch, of="adapters/") for model in models
+    )
+    np.testing.assert_allclose(got.total, expected.total, atol=1e-5)
     for path, leaf in d_expected.items():
         np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, err_msg=path)
-    assert abs(value - loss_and_gradient(config, arrays, batch)[0]) > 1e-4
+    assert abs(got.total - otherwise.total) > 1e-4
 
 
 @pytest.mark.usefixtures("eight_devices")
@@ -205,15 +193,7 @@ def test_over_a_base_in_few_bits():
 )
 def test_sharded_is_unsharded(shape: tuple[int, ...], dispatch, names: tuple[str, ...]):
     config = dataclasses.replace(with_adapters(tiny.EXTENDED, *names), dispatch=dispatch)
-    arrays, batch = tiny.arrays(config, std=0.2), tiny.batch(rows=8)
-    expected, d_expected = loss_and_gradient(config, arrays, batch)
-    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
-    with jax.set_mesh(mesh):
-        placed = place_leaves(abstract(config), arrays, mesh)
-        value, gradient = loss_and_gradient(config, placed, place_rows(batch, mesh))
-    np.testing.assert_allclose(value, expected, atol=1e-5)
-    for path, leaf in d_expected.items():
-        np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
+    tiny.check_sharded_is_unsharded(config, of="adapters/", shape=shape)
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from PIL import Image
 import moextend_jax as mx
 from moextend_jax import cli, commands, preemption
 from moextend_jax.api import shown
+from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.evaluate.questions import prompt_of
-from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.speak import picture as read_picture
 from moextend_jax.evaluate.speak import show, speak
 from moextend_jax.routing.stats import read_stats

@@ -24,7 +24,6 @@ from moextend_jax.config import (
     with_extension,
 )
 from moextend_jax.generate import Generator
-from moextend_jax.mesh import make_mesh, place_leaves, place_rows
 from moextend_jax.models.blocks import SILENT, fresh_blocks
 from moextend_jax.models.flops import step_flops
 from moextend_jax.models.moextend import abstract
@@ -34,7 +33,6 @@ from moextend_jax.runs.making import make, make_all
 from moextend_jax.runs.models_of import frozen_unchanged, leaves_of, open_model
 from moextend_jax.runs.run import open_run, remember
 from moextend_jax.settings import MethodSettings
-from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.loss import losses
 from moextend_jax.train.stages import group
 
@@ -48,21 +46,6 @@ def hidden(config: ModelConfig, arrays, batch) -> np.ndarray:
     return np.asarray(with_arrays(abstract(config), own)(batch).hidden_BLD)
 
 
-def loss_and_gradient(config: ModelConfig, arrays, batch, part: str = "blocks/", *, coefficient: float = 0.01):
-    own = {path: leaf for path, leaf in arrays.items() if path.startswith(part)}
-
-    def loss(own):
-        made = with_arrays(abstract(config), {**arrays, **own})
-        return losses(made, batch, recipe=RECIPES["paper"], aux_coefficient=coefficient, chunk=8)[0]
-
-    def total(own):
-        found = loss(own)
-        return found.total, found.aux
-
-    (value, aux), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(own)
-    return value, aux, gradient
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "layer"])
 def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(remat):
@@ -74,7 +57,7 @@ def test_at_the_start_they_are_silent_and_what_silences_them_has_the_gradient(re
     assert config.blocks["own"].sources(FOUR) == (1, 3)
     path = "attention/query"
     np.testing.assert_array_equal(arrays[f"blocks/own/{path}"], arrays[f"decoder/layers/{path}"][jnp.array([1, 3])])
-    _, _, gradient = loss_and_gradient(config, arrays, batch, coefficient=0.0)
+    _, gradient = tiny.loss_and_gradient(config, arrays, batch, of="blocks/", coefficient=0.0)
     moving = {path for path, leaf in gradient.items() if jnp.any(leaf)}
     assert moving == {f"blocks/own/{path}" for path in SILENT} & gradient.keys()
 
@@ -96,14 +79,13 @@ def test_what_blocks_are_closed_to_is_not_balanced():
     arrays, batch = tiny.arrays(config), tiny.batch()
     text_B1 = (batch.places_BL < 0).all(axis=1, keepdims=True)
     other = batch._replace(ids_BL=np.where(text_B1, np.roll(batch.ids_BL, 3, axis=1), batch.ids_BL))
+    gate = "blocks/own/moe/gate"
     before, after = (
-        loss_and_gradient(
-            config, arrays, of._replace(labels_BL=np.full_like(of.labels_BL, -100)), "blocks/own/moe/gate"
-        )[2]["blocks/own/moe/gate"]
-        for of in (batch, other)
+        tiny.loss_and_gradient(config, arrays, rows._replace(labels_BL=np.full_like(rows.labels_BL, -100)), of=gate)[1]
+        for rows in (batch, other)
     )
-    assert text_B1.any() and not text_B1.all() and np.any(before)
-    np.testing.assert_array_equal(before, after)
+    assert text_B1.any() and not text_B1.all() and np.any(before[gate])
+    np.testing.assert_array_equal(before[gate], after[gate])
 
 
 @pytest.mark.slow
@@ -118,8 +100,9 @@ def test_each_stands_behind_its_group():
             block = arrays[path.replace("decoder/layers/", "blocks/own/")]
             plain[path] = jnp.concatenate([leaf[:2], block[:1], leaf[2:], block[1:]])
     np.testing.assert_allclose(hidden(config, arrays, batch), hidden(deeper, plain, batch), atol=1e-5)
-    found, expected = (loss_and_gradient(c, a, batch, "media/") for c, a in ((config, arrays), (deeper, plain)))
-    np.testing.assert_allclose(found[:2], expected[:2], rtol=1e-5)
+    models = ((config, arrays), (deeper, plain))
+    found, expected = (tiny.loss_and_gradient(*model, batch, of="media/")[0] for model in models)
+    np.testing.assert_allclose((found.total, found.aux), (expected.total, expected.aux), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -165,16 +148,7 @@ def test_a_cached_answer_is_the_whole_model_s(isolation):
 @pytest.mark.usefixtures("eight_devices")
 @pytest.mark.parametrize("dispatch", ["exchange", pytest.param("gather", marks=pytest.mark.long)])
 def test_sharded_is_unsharded(dispatch):
-    config = dataclasses.replace(BLOCKS, dispatch=dispatch)
-    arrays, batch = tiny.arrays(config, std=0.2), tiny.batch(rows=8)
-    expected, _, d_expected = loss_and_gradient(config, arrays, batch)
-    mesh = make_mesh(dict(zip(MESH_AXES, (1, 2, 2, 2), strict=True)))
-    with jax.set_mesh(mesh):
-        placed = place_leaves(abstract(config), arrays, mesh)
-        value, _, gradient = loss_and_gradient(config, placed, place_rows(batch, mesh))
-    np.testing.assert_allclose(value, expected, atol=1e-5)
-    for path, leaf in d_expected.items():
-        np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
+    tiny.check_sharded_is_unsharded(dataclasses.replace(BLOCKS, dispatch=dispatch), of="blocks/")
 
 
 @pytest.mark.slow

@@ -37,8 +37,8 @@ def test_it_loads_and_reads_text_better_than_it_could_guess():
     )
     model = abstract(config)
     arrays = {
-        **huggingface.read_parameters(EMBEDDED, model, table="mixtral", config=config),
-        **huggingface.read_parameters(EMBEDDED / "vision", model, table="clip", config=config),
+        **huggingface.read_parameters(EMBEDDED, table="mixtral", config=config),
+        **huggingface.read_parameters(EMBEDDED / "vision", table="clip", config=config),
     }
     arrays = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in arrays.items()}
     assert config.vision is not None

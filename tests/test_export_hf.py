@@ -456,8 +456,8 @@ def test_lm_eval_s_own_model_gives_our_adapter_s_numbers(folders: dict[str, Path
     from lm_eval.models import huggingface as theirs_of  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
+    from moextend_jax.evaluate.asking import asker_of
     from moextend_jax.evaluate.harness import HarnessModel
-    from moextend_jax.evaluate.running import asker_of
     from moextend_jax.runs.askable import open_place
     from moextend_jax.runs.place import Place
 

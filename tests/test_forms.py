@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import pickle
-import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from media_files import tar
 from PIL import Image
 
 from moextend_jax.config import RECIPES, MoextendError
@@ -147,14 +147,11 @@ def hub_folder(folder: Path) -> Path:
 def shards(folder: Path) -> Path:
     folder.mkdir()
     for shard, rows in enumerate((ROWS[:3], ROWS[3:])):
-        with tarfile.open(folder / f"x-{shard:03d}.tar", "w") as tar:
-            for n in rows:
-                members = {f"{k}.png": data for k, data in enumerate(encoded(n))}
-                members |= {"json": json.dumps({"conversations": turns(n)}).encode()}
-                for kind, data in members.items():
-                    info = tarfile.TarInfo(f"row{n}.{kind}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        members = []
+        for n in rows:
+            members += [(f"row{n}.{k}.png", data) for k, data in enumerate(encoded(n))]
+            members.append((f"row{n}.json", json.dumps({"conversations": turns(n)}).encode()))
+        tar(folder / f"x-{shard:03d}.tar", members)
     return folder
 
 
@@ -466,15 +463,6 @@ def write_arrow(data: pa.Table, path: Path) -> None:
         writer.write_table(data)
 
 
-def tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as file:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_rows_of_shards(tmp_path: Path):
     """A caption beside a picture; keys as members; pictures in the order in which the JSON names them."""
     ordered = {"conversations": talk("<image><image>", "b"), "images": ["d/0.r.png", "0.l.png"]}
@@ -484,7 +472,7 @@ def test_rows_of_shards(tmp_path: Path):
             "a.jpg": picture(0), "a.txt": b"a cat\n", "b.question.txt": b"q", "b.answer.txt": b"a",
             "d/0.l.png": picture(1), "d/0.r.png": picture(2), "d/0.json": json.dumps(ordered).encode(),
             "e.json": b"{", "f.mp4": b"", "g.txt": b"caf\xe9", "h.cls": b"7", "a.png": b"",
-        },
+        }.items(),
     )  # fmt: skip
     entries = list(read_entries(path))
     assert [entry.fault and entry.fault.kind for entry in entries] == [
@@ -500,12 +488,10 @@ def test_rows_of_shards(tmp_path: Path):
 
 
 def test_one_picture_of_two_members_of_a_name(tmp_path: Path):
-    with tarfile.open(tmp_path / "a.tar", "w") as file:
-        for n in (1, 2):
-            for name, data in (("x.png", picture(n)), ("x.txt", b"%d" % n), ("y.txt", b"")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                file.addfile(info, io.BytesIO(data))
+    tar(
+        tmp_path / "a.tar",
+        [(name, data) for n in (1, 2) for name, data in (("x.png", picture(n)), ("x.txt", b"%d" % n), ("y.txt", b""))],
+    )
     (tmp_path / "b.json").write_text("[]")
     skip = FaultSettings(policies={"entry": "skip"})
     source = open_dataset(str(tmp_path / "a.tar"), data_dir=tmp_path / "built", faults=skip)
@@ -516,7 +502,8 @@ def test_shards_of_one_name_in_two_folders_hold_two_pictures(tmp_path: Path):
     home, images = tmp_path / "all", [b"no picture", picture(1)[:10]]
     for folder, image in zip(("cc", "laion"), images, strict=True):
         (home / folder).mkdir(parents=True)
-        tar(home / folder / "0.tar", {"0.png": image, "0.json": json.dumps({"id": folder, "text": "a"}).encode()})
+        row = json.dumps({"id": folder, "text": "a"}).encode()
+        tar(home / folder / "0.tar", [("0.png", image), ("0.json", row)])
     source = open_dataset(str(home), data_dir=tmp_path / "built")
     assert [shown for *_, shown in read(source)] == [[image] for image in images]
     keys = [ref.key for row in source for ref in row.images]
@@ -817,7 +804,7 @@ def test_the_check_names_bad_pictures_wherever_they_are(tmp_path: Path, processe
     members = {}
     for n in ROWS:
         members |= {f"row{n}.png": row(n)["image"], f"row{n}.txt": b"c"}
-    tar(tmp_path / "a.tar", members)
+    tar(tmp_path / "a.tar", members.items())
     reports = checked(f"{tmp_path}/a.parquet:1,{tmp_path}/a.tar:2", processes=processes)
     assert [report.reading.data for report in reports] == [f"{tmp_path}/a.parquet", f"{tmp_path}/a.tar"]
     for report in reports:

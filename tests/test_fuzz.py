@@ -32,10 +32,10 @@ from moextend_jax.checkpoints.gguf_header import read_header
 from moextend_jax.checkpoints.huggingface import read_json
 from moextend_jax.checkpoints.loading import open_source
 from moextend_jax.checkpoints.npz import FREE, read_npz
-from moextend_jax.checkpoints.selection import read_selection
 from moextend_jax.checkpoints.tensors import open_pickles, open_safetensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import MoextendError
+from moextend_jax.runs.models_of import read_selection
 
 CASES = 100
 SECONDS, BYTES = 20, 256 << 20

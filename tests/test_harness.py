@@ -17,8 +17,8 @@ from local_tasks import write_tasks
 
 from moextend_jax.config import IGNORE, Batch, MoextendError
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.evaluate.forgetting import average_drop, base_and, figure, forgetting, read_tasks
-from moextend_jax.evaluate.running import asker_of
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.askable import Askable, askable
 from moextend_jax.runs.run import open_run

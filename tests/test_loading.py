@@ -210,6 +210,7 @@ def test_big_transpositions_are_exact():
 
 GATE = "model.layers.2.block_sparse_moe.gate_vision.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+NORM = "model.layers.1.input_layernorm.weight"
 
 
 def test_a_partial_save_needs_its_base(tmp_path: Path):
@@ -260,6 +261,8 @@ def test_layers_of_the_files_and_of_config_json_must_agree(tmp_path: Path):
     ("changes", "said"),
     [
         ({EXPERT: lambda old: old[:-1]}, rf"{EXPERT} has shape \[39, 24\], expected \[40, 24\]"),
+        ({EXPERT: np.ravel}, rf"{EXPERT} has shape \[960\], expected \[40, 24\]"),
+        ({NORM: lambda old: old[:-1]}, rf"{NORM} has shape \[23\], expected \[24\]"),
         (
             {EXPERT: lambda old: old.astype(np.float16)},
             rf"{EXPERT} has element type float16, .* siblings have bfloat16",

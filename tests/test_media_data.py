@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import pickle
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -138,17 +136,13 @@ def parquet_of_bytes(to: Path) -> Path:
 
 
 def shard(to: Path) -> Path:
-    with tarfile.open(to / "a.tar", "w") as tar:
-        for n, (named, items) in enumerate(ROWS):
-            members = {f"row{n}.{name}": FILES[name] for _, name in items}
-            renamed = json.loads(json.dumps(named).replace('"0.', f'"row{n}.0.').replace('"1.', f'"row{n}.1.')
-                                 .replace('"2.', f'"row{n}.2.'))  # fmt: skip
-            members[f"row{n}.json"] = json.dumps({"conversations": turns(n), **renamed}).encode()
-            for name, data in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return to / "a.tar"
+    members = {}
+    for n, (named, items) in enumerate(ROWS):
+        members |= {f"row{n}.{name}": FILES[name] for _, name in items}
+        renamed = json.loads(json.dumps(named).replace('"0.', f'"row{n}.0.').replace('"1.', f'"row{n}.1.')
+                             .replace('"2.', f'"row{n}.2.'))  # fmt: skip
+        members[f"row{n}.json"] = json.dumps({"conversations": turns(n), **renamed}).encode()
+    return files.tar(to / "a.tar", members.items())
 
 
 FORMS: dict[str, Callable[[Path], Path]] = {
@@ -500,12 +494,7 @@ def test_items_of_shards_by_their_suffix(tmp_path: Path):
         "d.mp4": b"", "e.mp3": b"", "f.json": b"[" * 900 + b"]" * 900,
         "g.wav": FILES["0.wav"], "g.json": b'{"audio": {"a": ' * 300 + b"1" + b"}" * 600, "g.txt": b"x",
     }  # fmt: skip
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    entries = dict(zip("abcdefg", read_entries(tmp_path / "a.tar"), strict=True))
+    entries = dict(zip("abcdefg", read_entries(files.tar(tmp_path / "a.tar", members.items())), strict=True))
     marks = {id: [item.mark for item in entry.items] for id, entry in entries.items()}
     assert marks["a"] == ["<audio>"] and marks["b"] == ["<features>"] and marks["c"] == ["<video>"]
     assert entries["a"].turns[0]["value"] == "<audio>\nDescribe the sound."

@@ -162,11 +162,6 @@ def test_a_plan_counts_two_int4_to_a_byte():
     assert {kind: shard_bytes(leaf[kind]) for kind in leaf} == {"int4": 8, "int8": 15, "bfloat16": 30}
 
 
-def settings_of(**changes: Any) -> RunSettings:
-    stage, evaluate = StageSettings(data="d", steps=1, batch_size=1, length=8), EvaluateSettings(data="d", questions=1)
-    return RunSettings(align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluate, **changes)
-
-
 # --- written once -----------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +232,7 @@ def test_groups_of_mxfp4_are_refused_before_anything_is_read(tmp_path: Path, cap
         cli.main(words)
     assert "--group = 64: groups of mxfp4 are of 32" in capsys.readouterr().err
     with pytest.raises(MoextendError, match="expert_group = 64: groups of mxfp4 are of 32"):
-        settings_of(expert_storage="mxfp4", expert_group=64)
+        tiny.run_settings(expert_storage="mxfp4", expert_group=64)
 
 
 @pytest.mark.parametrize("suffix", ["", "_scale"])
@@ -322,7 +317,7 @@ def test_a_run_over_experts_in_four_bits(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_full_fine_tuning_is_refused_before_anything_is_read():
     with pytest.raises(MoextendError, match="expert_storage int8: full fine-tuning trains the pretrained experts"):
-        settings_of(expert_storage="int8", baseline=True)
+        tiny.run_settings(expert_storage="int8", baseline=True)
 
 
 def test_integers_do_not_train():

@@ -16,10 +16,9 @@ from moextend_jax.commands import run_and_start
 from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load
 from moextend_jax.evaluate.chains import score_matrix
-from moextend_jax.evaluate.estimates import Estimate, estimate
 from moextend_jax.parsing import with_words
 from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings, StudySettings, from_config_dict
-from moextend_jax.study import FIGURES, run_study, study_table
+from moextend_jax.study import FIGURES, Estimate, estimate, run_study, study_table
 
 STAGE = StageSettings(data="d", steps=1, batch_size=1, length=8)
 PLAIN = RunSettings(

@@ -30,11 +30,9 @@ from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import RECIPES, DecoderConfig, MoextendError, VisionConfig, of_pictures
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.media.image import prepare_image
-from moextend_jax.mesh import make_mesh
 from moextend_jax.models.vision import VisionTower
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.plan import sizes
-from moextend_jax.sharding import MESH_AXES, parameter_shardings
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 SIZES = {
@@ -260,15 +258,8 @@ def test_pixels_beyond_the_last_whole_patch_are_not_seen():
 @pytest.mark.parametrize("family", ["siglip", "dinov2_with_registers"])
 def test_features_do_not_depend_on_the_mesh(family: str):
     config = config_of(family)
-    arrays, tower = drawn(config), structure(config)
     images_nhwc = np.random.default_rng(2).normal(size=(8, 14, 14, 3)).astype(np.float32)
-    run = jax.jit(lambda arrays, images_nhwc: with_arrays(tower, arrays)(images_nhwc))
-    expected = run(arrays, images_nhwc)
-    mesh = make_mesh(dict(zip(MESH_AXES, (1, 2, 2, 2), strict=True)))
-    shardings = parameter_shardings(tower, mesh)
-    with jax.set_mesh(mesh):
-        got = run({path: jax.device_put(leaf, shardings[path]) for path, leaf in arrays.items()}, images_nhwc)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    tiny.check_same_on_a_mesh(structure(config), drawn(config), images_nhwc)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

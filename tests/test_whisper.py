@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from moextend_jax.checkpoints import ctranslate2, hashes, names, tensors, whisper
@@ -24,10 +25,8 @@ from moextend_jax.checkpoints.leaves import Leaf, read_slice
 from moextend_jax.checkpoints.whisper import read_whisper, whisper_attributes, whisper_config
 from moextend_jax.config import MoextendError, WhisperConfig
 from moextend_jax.media.mel import log_mel
-from moextend_jax.mesh import make_mesh
 from moextend_jax.models.whisper import WhisperTower, sizes_of
 from moextend_jax.parameters import arrays_of, by_path, with_arrays
-from moextend_jax.sharding import MESH_AXES, parameter_shardings
 
 TINY = WhisperConfig(width=16, hidden=24, layers=3, heads=4, bands=8, seconds=2)
 MEL_nbl = np.random.default_rng(0).normal(size=(2, TINY.bands, TINY.frames)).astype(np.float32)
@@ -144,15 +143,8 @@ def test_bfloat16_stays_bfloat16_and_close(folder: Path):
 
 @pytest.mark.usefixtures("eight_devices")
 def test_states_do_not_depend_on_the_mesh(folder: Path):
-    leaves, tower = values(read_whisper(folder).leaves), structure(TINY)
     mel_nbl = np.random.default_rng(2).normal(size=(8, TINY.bands, TINY.frames)).astype(np.float32)
-    run = jax.jit(lambda arrays, mel_nbl: with_arrays(tower, arrays)(mel_nbl))
-    expected = run(leaves, mel_nbl)
-    mesh = make_mesh(dict(zip(MESH_AXES, (1, 2, 2, 2), strict=True)))
-    shardings = parameter_shardings(tower, mesh)
-    with jax.set_mesh(mesh):
-        got = run({path: jax.device_put(leaf, shardings[path]) for path, leaf in leaves.items()}, mel_nbl)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    tiny.check_same_on_a_mesh(structure(TINY), values(read_whisper(folder).leaves), mel_nbl)
 
 
 # --- Hugging Face's files ---------------------------------------------------------------------------------------------

@@ -43,12 +43,14 @@ from moextend_jax.config import (
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Inputs
 from moextend_jax.evaluate import text_losses
-from moextend_jax.mesh import make_mesh
+from moextend_jax.mesh import make_mesh, place_leaves, place_rows
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.runs import results
 from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings, StageSettings
+from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.loop import Job
+from moextend_jax.train.loss import Losses, losses
 
 DECODER = DecoderConfig(
     vocab_size=61, width=24, hidden=40, layers=3, heads=4, kv_heads=2, head_size=6, experts=4, rope_theta=1e4
@@ -212,6 +214,41 @@ def job(
         settings=run_settings(**settings),
         mesh=mesh or make_mesh({"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}),
     )  # fmt: skip
+
+
+def loss_and_gradient(config: ModelConfig, leaves: Any, rows: Batch, *, of: str, coefficient: float = 0.01) -> Any:
+    """A batch's losses, and the gradient of their total by the leaves whose paths begin with `of`."""
+    own = {path: leaf for path, leaf in leaves.items() if path.startswith(of)}
+
+    def total(own: dict[str, jax.Array]) -> tuple[jax.Array, Losses]:
+        model = with_arrays_of(config, {**leaves, **own})
+        made = losses(model, rows, recipe=RECIPES["paper"], aux_coefficient=coefficient, chunk=8)[0]
+        return made.total, made
+
+    (_, made), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(own)
+    return made, gradient
+
+
+def check_sharded_is_unsharded(config: ModelConfig, *, of: str, shape: Sequence[int] = (1, 2, 2, 2)) -> None:
+    """`loss_and_gradient` over a mesh of this shape is that of one device."""
+    leaves, rows = arrays(config, std=0.2), batch(rows=8)
+    expected, d_expected = loss_and_gradient(config, leaves, rows, of=of)
+    mesh = make_mesh(dict(zip(MESH_AXES, shape, strict=True)))
+    with jax.set_mesh(mesh):
+        placed = place_leaves(structure(config), leaves, mesh)
+        got, gradient = loss_and_gradient(config, placed, place_rows(rows, mesh), of=of)
+    np.testing.assert_allclose(got.total, expected.total, atol=1e-5)
+    for path, leaf in d_expected.items():
+        np.testing.assert_allclose(gradient[path], leaf, atol=1e-5, rtol=1e-4, err_msg=path)
+
+
+def check_same_on_a_mesh(module: Any, leaves: dict[str, Any], inputs: np.ndarray) -> None:
+    """What a module makes of its inputs over a mesh is what it makes on one device."""
+    run = jax.jit(lambda leaves, inputs: with_arrays(module, leaves)(inputs))
+    mesh = make_mesh(dict(zip(MESH_AXES, (1, 2, 2, 2), strict=True)))
+    with jax.set_mesh(mesh):
+        got = run(place_leaves(module, leaves, mesh), inputs)
+    np.testing.assert_allclose(got, run(leaves, inputs), atol=1e-5)
 
 
 def few(cases: Iterable[Any], *fast: Any) -> list[Any]:

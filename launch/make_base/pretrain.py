@@ -98,7 +98,7 @@ def main() -> None:
     model = nnx.merge(*model())
     arrays = arrays_of(model)
     if arguments.start:
-        read = read_parameters(arguments.start, model, table="mixtral", config=MODEL)
+        read = read_parameters(arguments.start, table="mixtral", config=MODEL)
         arrays = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in read.items()}
     recipe, settings = RECIPES["paper"], OptimizerConfig(learning_rate=phase.peak, warmup_share=0.05, b2=0.98)
     arrays = jax.device_put(arrays, parameter_shardings(model, mesh))

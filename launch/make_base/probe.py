@@ -41,7 +41,7 @@ def load_tower(folder: Path) -> VisionTower:
     config = read_vision_config(folder, feature_layer=-2)
     tower = nnx.eval_shape(lambda: VisionTower(config, rngs=nnx.Rngs(0), dtype="float32"))
     whole = of_pictures(decoder=DecoderConfig(), vision=config)
-    arrays = read_parameters(folder, nnx.Dict(media=nnx.Dict(image=nnx.Dict(tower=tower))), table="clip", config=whole)
+    arrays = read_parameters(folder, table="clip", config=whole)
     float32 = {
         path.removeprefix("media/image/tower/"): jnp.asarray(array, jnp.float32) for path, array in arrays.items()
     }

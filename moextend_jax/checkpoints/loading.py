@@ -143,7 +143,6 @@ def open_checkpoint(
     feature_layer: int | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
-    remat: Any = "none",
     storage: Quantised | None = None,
 ) -> Checkpoint:
     """Opens and reads a whole model. A tower that no projector reads is left out: that model sees no images.
@@ -165,7 +164,7 @@ def open_checkpoint(
     config = dataclasses.replace(config, media=Named({name: m for name, m in config.media.items() if name in read}))
     matched = {path: leaf for path, leaf in matched.items() if names.row_of(path, config)}
     kind = dtype or str(matched["decoder/embed"].dtype)
-    config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat=remat)
+    config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat="none")
     storage = storage or quantising.storage_of(matched)
     if storage is not None:
         config = dataclasses.replace(config, expert_storage=cast(Any, storage.kind), expert_group=storage.group)

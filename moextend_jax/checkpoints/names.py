@@ -59,36 +59,24 @@ class Tensor(NamedTuple):
     layout: str
 
 
-EXTENSION = (
-    Name("extensions/image/router/new_gate", "model.layers.{Y}.block_sparse_moe.gate_vision.weight", "X D -> D X"),
-    Name("extensions/image/router/new_gate_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.bias", "X -> X"),
-    Name("extensions/image/router/new_bias", "model.layers.{Y}.block_sparse_moe.gate_vision.selection", "X -> X"),
-    Name("extensions/image/router/offset", "model.layers.{Y}.block_sparse_moe.gate_vision.offset", "X -> X"),
-    Name(
-        "extensions/image/router/calibrator/w_in",
-        "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.0.weight",
-        "A O -> O A",
-    ),
-    Name(
-        "extensions/image/router/calibrator/w_out",
-        "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.2.weight",
-        "O A -> A O",
-    ),
-    Name(
-        "extensions/image/router/calibrator/vector",
-        "model.layers.{Y}.block_sparse_moe.weight_scale.weight_scale.vector",
-        "O -> O",
-    ),
-    Name(
-        "extensions/image/new_experts/w_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.weight", "f D -> D f"
-    ),
-    Name("extensions/image/new_experts/w_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.weight", "f D -> D f"),
-    Name(
-        "extensions/image/new_experts/w_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.weight", "D f -> f D"
-    ),
-    Name("extensions/image/new_experts/b_gate", "model.layers.{Y}.block_sparse_moe.experts.{X}.w1.bias", "f -> f"),
-    Name("extensions/image/new_experts/b_up", "model.layers.{Y}.block_sparse_moe.experts.{X}.w3.bias", "f -> f"),
-    Name("extensions/image/new_experts/b_down", "model.layers.{Y}.block_sparse_moe.experts.{X}.w2.bias", "D -> D"),
+_EXTENDED = "model.layers.{Y}.block_sparse_moe."
+EXTENSION = tuple(
+    Name(f"extensions/{IMAGE}/{ours}", _EXTENDED + theirs, layout)
+    for ours, theirs, layout in (
+        ("router/new_gate", "gate_vision.weight", "X D -> D X"),
+        ("router/new_gate_bias", "gate_vision.bias", "X -> X"),
+        ("router/new_bias", "gate_vision.selection", "X -> X"),
+        ("router/offset", "gate_vision.offset", "X -> X"),
+        ("router/calibrator/w_in", "weight_scale.weight_scale.0.weight", "A O -> O A"),
+        ("router/calibrator/w_out", "weight_scale.weight_scale.2.weight", "O A -> A O"),
+        ("router/calibrator/vector", "weight_scale.weight_scale.vector", "O -> O"),
+        ("new_experts/w_gate", "experts.{X}.w1.weight", "f D -> D f"),
+        ("new_experts/w_up", "experts.{X}.w3.weight", "f D -> D f"),
+        ("new_experts/w_down", "experts.{X}.w2.weight", "D f -> f D"),
+        ("new_experts/b_gate", "experts.{X}.w1.bias", "f -> f"),
+        ("new_experts/b_up", "experts.{X}.w3.bias", "f -> f"),
+        ("new_experts/b_down", "experts.{X}.w2.bias", "D -> D"),
+    )
 )
 
 
@@ -189,7 +177,7 @@ def _whole(table: str, family: str, tower: str) -> tuple[Name, ...]:
 def _extension_of(block: str) -> Iterator[Name]:
     """Rows of EXTENSION as our class for transformers has them."""
     for row in EXTENSION:
-        name = row.file.removeprefix("model.layers.{Y}.block_sparse_moe.")
+        name = row.file.removeprefix(_EXTENDED)
         theirs = next(theirs for theirs in IN_TRANSFORMERS if name.startswith(theirs))
         ours = IN_TRANSFORMERS[theirs] + name.removeprefix(theirs)
         yield row._replace(file=f"{TEXT['transformers']}model.layers.{{Y}}.{block}.extension.{ours}")

@@ -7,7 +7,6 @@ header that may ask for any size. Both are added up before anything is unpacked.
 from __future__ import annotations
 
 import math
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import local
-from moextend_jax.outside import plain_file, said_by, short
+from moextend_jax.outside import npy_header, plain_file, said_by, short
 
 FREE, TIMES = 64 << 20, 100
 """A file may unpack to FREE bytes plus TIMES its own size."""
@@ -73,13 +72,8 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     name = short(member.filename)
     if not name.endswith(_ENDING) or member.compress_type not in _METHODS:
         raise ValueError(f"{name} is no array as NumPy writes it")
-    with archive.open(member) as file, warnings.catch_warnings():
-        warnings.simplefilter("error")  # NumPy's, about headers as no program writes them today
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[np.lib.format.read_magic(file)]
-        shape, _, dtype = read_header(file)
+    with archive.open(member) as file:
+        shape, dtype = npy_header(file)
         if dtype.kind not in "biufU":
             raise ValueError(f"{name} has element type {dtype}: neither numbers nor text")
         # Text of no letters takes no bytes, however many there are.

@@ -61,13 +61,12 @@ class Whisper(NamedTuple):
     leaves: dict[str, Leaf]
 
 
-def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int = -1, dtype: Any = None) -> Whisper:
+def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int = -1) -> Whisper:
     """Opens an encoder, checking every name, shape and element type; no tensor is read.
 
     Args:
       seconds: how long it is to hear, if less than it was made for (30): then only its first positions are taken.
       feature_layer: hidden state that the projector reads.
-      dtype: element type that the pieces of a leaf are cast to where they have several; None: that is an error.
 
     Raises:
       MoextendError: anything that is not as it should be; names it.
@@ -83,12 +82,10 @@ def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int
     if seconds is not None and not 1 <= seconds <= config.seconds:
         raise MoextendError(f"{folder} hears 1 to {config.seconds} seconds of sound, not {seconds}")
     shortened = dataclasses.replace(config, seconds=seconds or config.seconds, feature_layer=feature_layer)
-    return Whisper(shortened, _match(stored, config, positions=shortened.patches, where=folder, dtype=dtype))
+    return Whisper(shortened, _match(stored, config, positions=shortened.patches, where=folder))
 
 
-def _match(
-    stored: Mapping[str, Stored], config: WhisperConfig, *, positions: int, where: Path, dtype: Any
-) -> dict[str, Leaf]:
+def _match(stored: Mapping[str, Stored], config: WhisperConfig, *, positions: int, where: Path) -> dict[str, Leaf]:
     """Leaves over the encoder's tensors, by their names in WHISPER, with the first rows of its positions."""
     if config.layers > len(stored):  # before so many names are made
         raise MoextendError(f"{where} holds {len(stored)} tensors, which are not those of {config.layers:,} layers")
@@ -96,9 +93,9 @@ def _match(
     if unequal := difference((tensor.file for pieces in rows.values() for tensor in pieces.values()), stored):
         raise MoextendError(f"{where}: the tensors are not those of this encoder.{unequal}")
     letters = sizes_of(config)
-    leaf = {path: leaf_of(path, pieces, stored, letters=letters, dtype=dtype) for path, pieces in rows.items()}
+    leaf = {path: leaf_of(path, pieces, stored, letters=letters) for path, pieces in rows.items()}
     first = {**stored, "embed_positions.weight": stored["embed_positions.weight"].part((), slice(0, positions))}
-    short = leaf_of("position", rows["position"], first, letters={**letters, "P": positions}, dtype=dtype)
+    short = leaf_of("position", rows["position"], first, letters={**letters, "P": positions})
     return {**leaf, "position": short}
 
 

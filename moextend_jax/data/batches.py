@@ -22,7 +22,7 @@ import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -38,7 +38,7 @@ from moextend_jax.data.readers import Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import STRICT, Fault, counts, described
-from moextend_jax.settings import FaultSettings, StageSettings
+from moextend_jax.settings import FaultSettings, Parts, StageSettings
 
 WINDOW = 256
 """Conversations that are read and packed together. A window's last rows stay partly empty (docs/benchmarks.md), and a
@@ -92,7 +92,7 @@ def batches(
     seed: int | None = 0,
     epochs: int | None = None,
     workers: int = 0,
-    parts: Literal["conversation", "bare_question"] = "conversation",
+    parts: Parts = "conversation",
     faults: FaultSettings = STRICT,
 ) -> grain.IterDataset[Batch]:
     """Batches of `stage.batch_size` rows of `stage.length` tokens with room for `stage.room(name)` items of each

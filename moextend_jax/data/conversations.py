@@ -32,6 +32,7 @@ from moextend_jax.data.missing import without_marks
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Part, Spans, Talk, encoder_of, released_text
 from moextend_jax.faults import Fault
+from moextend_jax.settings import Parts
 
 Item = TypeVar("Item")
 
@@ -187,7 +188,7 @@ def encode_row(
     length: int,
     rooms: Rooms,
     too_long: Literal["error", "drop_turns"] = "error",
-    parts: Literal["conversation", "bare_question"] = "conversation",
+    parts: Parts = "conversation",
 ) -> Encoded:
     """What a stage feeds of an example: the conversation, or its bare question; it fits a row, or is a `Fault`."""
     encode = encode_bare_question if parts == "bare_question" else partial(encode_conversation, too_long=too_long)

@@ -23,6 +23,7 @@ from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import Fault, unknown_medium
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import check_scaled, tower_of
+from moextend_jax.settings import Parts, StageSettings
 
 UNLIMITED = 1 << 30
 """A length that everything fits."""
@@ -30,17 +31,30 @@ UNLIMITED = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How stages of a run read a data set. `parts` is `prompt` for questions that are only asked. A length or a number
-    of images that is 0 is found in the data, so that all fit."""
+    """How stages of a run read a data set; what several read alike is looked at once. `parts` is `prompt` for questions
+    that are only asked. A length or a number of images that is 0 is found in the data, so that all fit."""
 
-    stages: tuple[str, ...]
+    stages: tuple[str, ...] = ()
     data: str
     split: str
     length: int
     images_per_row: int = 1
     items_per_row: tuple[tuple[str, int], ...] = ()
     too_long: Literal["error", "drop_turns"] = "error"
-    parts: Literal["conversation", "prompt"] = "conversation"
+    parts: Parts | Literal["prompt"] = "conversation"
+
+    @classmethod
+    def of(cls, stage: StageSettings, data: StageSettings, *, parts: Parts) -> Reading:
+        """Of a stage that reads the data of a stage, perhaps another one."""
+        return cls(
+            data=data.data,
+            split=data.split,
+            length=min(stage.length or UNLIMITED, stage.conversation_length or UNLIMITED) % UNLIMITED,
+            images_per_row=stage.images_per_row,
+            items_per_row=tuple(sorted(stage.items_per_row.items())),
+            too_long=stage.too_long,
+            parts=parts,
+        )
 
 
 class ItemFiles(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from moextend_jax.data.packing import Sample, Shape, pack
 from moextend_jax.data.readers import Inputs
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import Fault
-from moextend_jax.settings import FaultSettings, StageSettings
+from moextend_jax.settings import FaultSettings, Parts, StageSettings
 
 ROUNDED = 16
 """Lengths that are not set are multiples of it."""
@@ -70,7 +70,7 @@ def measure(
     recipe: Recipe,
     media: Named[Medium],
     faults: FaultSettings,
-    parts: Literal["conversation", "bare_question"] = "conversation",
+    parts: Parts = "conversation",
     most: int | None = None,
 ) -> Measured:
     """Encodes conversations as `batches.batches` does; a length or a number of items that is 0 limits nothing.

@@ -63,8 +63,8 @@ class Band:
         self.synth: Any = package("tinysoundfont", of=of, install=TINYSOUNDFONT).Synth(samplerate=RATE)
         self.font = self.synth.sfload(str(font))
 
-    def note(self, program: int, *, key: int, velocity: int, seconds: float, after: float = 0.1) -> np.ndarray:
-        """A note that is held for `seconds`, and what sounds for `after` more.
+    def note(self, program: int, *, key: int, velocity: int, seconds: float) -> np.ndarray:
+        """A note that is held for `seconds`, and what sounds for a tenth of one more.
 
         Args:
           program: of General MIDI, from 0. key: 60 is the middle C. velocity: how hard it is struck, 1 to 127.
@@ -76,7 +76,7 @@ class Band:
         synth.noteon(0, key, velocity)
         held = self._samples(seconds)
         synth.noteoff(0, key)
-        return np.concatenate([held, self._samples(after)])
+        return np.concatenate([held, self._samples(0.1)])
 
     def _samples(self, seconds: float) -> np.ndarray:
         both_ac = np.frombuffer(bytes(self.synth.generate(round(seconds * RATE))), np.float32).reshape(-1, 2)

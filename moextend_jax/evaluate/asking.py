@@ -1,4 +1,4 @@
-"""One model, asked in batches: `Prompt`s in; new ids or log-likelihoods of each, batch by batch, out.
+"""One model, asked in batches: an `Askable` and `Prompt`s in; new ids or log-likelihoods of each, batch by batch, out.
 
 Several processes ask together: each reads the pictures of its own devices' rows and computes those, and all get all
 answers. The next batch is made and started while the last one's answers are fetched.
@@ -7,6 +7,7 @@ answers. The next batch is made and started while the last one's answers are fet
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
@@ -16,13 +17,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moextend_jax import preemption
-from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, Rooms
+from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, ModelConfig, Rooms
 from moextend_jax.data.conversations import text_batch
 from moextend_jax.evaluate.prompts import Prompt, Work, plan, prompt_batch, rooms_of_prompts
 from moextend_jax.generate import Arrays, Generator, Heads
 from moextend_jax.mesh import on_host, own_row_shards, place_rows, row_shards
-from moextend_jax.models.moextend import share_of_text
+from moextend_jax.models.moextend import abstract, share_of_text
+from moextend_jax.runs.askable import Askable
 
+ROW = 256
+"""Tokens of a row by which batches are measured where no length is set."""
 LOOK = 32
 """New tokens between two looks at the answers, where their text decides when to stop."""
 
@@ -198,6 +202,31 @@ class Asker:
             for name, share in share_of_text(self.generator.model.config, frozenset(work.media)).items()
         }
         return Heads(past, place_rows(length_B, self.mesh), shares)
+
+
+def generator_of(opened: Askable) -> Generator:
+    """Models of one structure share what is compiled."""
+    tokenizer = opened.tokenizer
+    suppress = tokenizer.unspeakable(opened.config.decoder.vocab_size)
+    return _generator(opened.config, tokenizer.ends, suppress, opened.mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def _generator(config: ModelConfig, ends: tuple[int, ...], suppress: tuple[int, ...], mesh: Mesh) -> Generator:
+    return Generator(abstract(config), eos=ends[0], ends=ends, suppress=suppress, mesh=mesh)
+
+
+def asker_of(opened: Askable, *, readers: Mapping[str, Reader] | None = None) -> Asker:
+    """Batches are as large as `sizes.batch_size` rows of `sizes.length` tokens, or of `ROW` where that is 0."""
+    return Asker(
+        generator=generator_of(opened),
+        arrays=opened.arrays,
+        ends=opened.tokenizer.ends,
+        rows=opened.sizes.batch_size,
+        tokens=opened.sizes.batch_size * (opened.sizes.length or ROW),
+        media=tuple(opened.tokenizer.media),
+        readers=readers or {},
+    )
 
 
 def _tails(prompts: Sequence[Prompt], work: Work, own: tuple[int, ...]) -> Batch:

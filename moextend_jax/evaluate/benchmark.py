@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from moextend_jax import distributed
 from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.evaluate.benchmarks import answers, table
 from moextend_jax.evaluate.benchmarks.command import as_json, print_scores
 from moextend_jax.evaluate.benchmarks.question import Answered, Question, check_images, image_bytes
 from moextend_jax.evaluate.pictures import PIXELS, QuestionPictures, as_png
 from moextend_jax.evaluate.questions import prompt_of
-from moextend_jax.evaluate.running import asker_of
 from moextend_jax.media.image import decode_image
 from moextend_jax.progress import counting
 from moextend_jax.runs.askable import Askable

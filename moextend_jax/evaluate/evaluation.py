@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from moextend_jax.config import IMAGE
 from moextend_jax.data.readers import Readers
 from moextend_jax.evaluate import chains, questions
-from moextend_jax.evaluate.asking import Asker
+from moextend_jax.evaluate.asking import Asker, asker_of
 from moextend_jax.evaluate.composing import RULES, composed
 from moextend_jax.evaluate.examples import Picks, picks_of, write_examples, write_routing
 from moextend_jax.evaluate.prompts import Prompt
@@ -25,7 +25,6 @@ from moextend_jax.evaluate.run_questions import (
     prompt_for,
     questions_of,
 )
-from moextend_jax.evaluate.running import asker_of
 from moextend_jax.evaluate.text_losses import CORPORA, answer_loss, answer_stage_of, text_losses
 from moextend_jax.models.moextend import abstract
 from moextend_jax.progress import Bar, counting

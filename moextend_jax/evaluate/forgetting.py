@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.running import asker_of
+from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.folders import is_url
 from moextend_jax.runs.askable import Askable, text_only
 from moextend_jax.runs.run import write_json

@@ -16,7 +16,7 @@ from moextend_jax import distributed
 from moextend_jax.config import IGNORE, IMAGE, Batch, Medium, MoextendError, first_places
 from moextend_jax.data.conversations import Encoded, encode_dialogue, in_row, text_batch
 from moextend_jax.data.writing import Spans
-from moextend_jax.evaluate.running import generator_of
+from moextend_jax.evaluate.asking import generator_of
 from moextend_jax.generate import Sampling
 from moextend_jax.media import KINDS
 from moextend_jax.media.image import as_rgb, decode_image, is_finite, turned

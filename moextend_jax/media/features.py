@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 import zipfile
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from moextend_jax.config import FeaturesConfig, Medium, MoextendError
 from moextend_jax.faults import Fault, wrong_size
+from moextend_jax.outside import npy_header
 
 SUFFIXES = ("npz", "npy")
 TOWERS = (FeaturesConfig,)
@@ -98,7 +97,7 @@ MAGIC = b"\x93NUMPY"
 
 
 def _array(file: io.BytesIO, size: int, medium: Medium, fault: Callable[..., Fault], header: bool) -> np.ndarray:
-    shape, dtype = _npy_header(file)
+    shape, dtype = npy_header(file, most=HEADER)
     if dtype.name not in TYPES:
         raise fault("not_features", f"its element type is {dtype}, not {' or '.join(TYPES)}"[:200])
     patches, width = input_shape(medium)
@@ -112,13 +111,3 @@ def _array(file: io.BytesIO, size: int, medium: Medium, fault: Callable[..., Fau
         return np.broadcast_to(np.zeros((), dtype), shape)
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False, max_header_size=HEADER)
-
-
-def _npy_header(file: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # NumPy's, about headers as no program writes them today
-        shape, _, dtype = read[np.lib.format.read_magic(file)](file, max_header_size=HEADER)
-    if min(shape, default=0) < 0:
-        raise ValueError("a negative size")
-    return shape, dtype

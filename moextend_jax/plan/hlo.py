@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BYTES = {
@@ -228,7 +228,7 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     start = computation.get(loop.operands[0])
     init = start.operands if start and start.opcode == "tuple" else ()
 
-    def constant(name: str, inside: Computation, parameters: Mapping[int, str] | None = None) -> int | None:
+    def constant(name: str, inside: Computation) -> int | None:
         """The value of a scalar of the condition, or of what the loop starts with."""
         one = inside.get(name)
         while one and one.opcode in ("copy", "bitcast", "convert"):

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.chains import columns, learnt_on, score_matrix
-from moextend_jax.report.canvas import LINE, MUTED, OURS, RIVAL
+from moextend_jax.report.canvas import LINE, MUTED, OURS, RIVAL, heatmap
 from moextend_jax.report.markup import how, picture, pictures
 
 CHAIN_TITLES = {
@@ -72,26 +72,18 @@ def matrix_panel(ax: Axes, chain: Mapping[str, Any]) -> None:
     """A heat map with its numbers, on a scale from 0 to 1, wider where scores are; untested cells stay empty."""
     rows, tested = list(chain["scores"]), columns(chain)
     values = np.array([[chain["scores"][after].get(on, np.nan) for on in tested] for after in rows])
-    edges = np.arange(len(tested) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
+
+    def text(row: int, column: int, value: float) -> str:
+        extension = learnt_on(tested[column])
+        own = chain["scores"].get(extension, {}).get(tested[column])
+        later = extension in rows and row > rows.index(extension)
+        return f"{value:.3f}" + (f"\n{value - own:+.3f}" if later and own is not None else "")
+
     low, high = min(0.0, np.nanmin(values)), max(1.0, np.nanmax(values))
-    mesh = ax.pcolormesh(
-        *edges, np.ma.masked_invalid(values), cmap="cividis", vmin=low, vmax=high, edgecolor="face", linewidth=0.3
-    )
-    ax.invert_yaxis()
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
+    heatmap(ax, values, colours="cividis", low=low, high=high, text=text)
     ax.set(ylabel="after")
     ax.set_xticks(range(len(tested)), [on.replace("/", "\n").replace("$", r"\$") for on in tested])
     ax.set_yticks(range(len(rows)), [after.replace("$", r"\$") for after in rows])
-    for (row, column), value in np.ndenumerate(values):
-        if np.isnan(value):
-            continue
-        red, green, blue, _ = mesh.cmap(mesh.norm(value))
-        ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-        own = chain["scores"].get(learnt_on(tested[column]), {}).get(tested[column])
-        later = row > rows.index(learnt_on(tested[column])) if learnt_on(tested[column]) in rows else False
-        text = f"{value:.3f}" + (f"\n{value - own:+.3f}" if later and own is not None else "")
-        ax.text(column, row, text, ha="center", va="center", fontsize=8.5, color=ink)
 
 
 def bars_panel(ax: Axes, chain: Mapping[str, Any]) -> None:

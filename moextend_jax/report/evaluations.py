@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from moextend_jax.evaluate.forgetting import lines_of
 from moextend_jax.report.examples import small_image
-from moextend_jax.report.markup import how
+from moextend_jax.report.markup import how, text_table
 from moextend_jax.report.results_pictures import TITLES, title_of
 from moextend_jax.report.workdir import malformed, read_json_of
 
@@ -58,7 +58,7 @@ def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] 
         models = [*(model for model in TITLES if model in evaluated), *sorted(evaluated - TITLES.keys())]
         others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
         heads = ["benchmark", "figure", *(title_of(model, summary) for model in models), *others, "questions"]
-        lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+        rows = []
         for name in dict.fromkeys(benchmark.name for benchmark in benchmarks):
             of = {benchmark.model: benchmark.record for benchmark in benchmarks if benchmark.name == name}
             first_record = next(iter(of.values()))
@@ -66,14 +66,14 @@ def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] 
             cells = [name, figure, *(_headline(of.get(model)) for model in models)]
             cells += [_published(first_record, other) for other in others]
             cells.append("/".join(dict.fromkeys(f"{record['answered']:,}" for record in of.values())))
-            lines.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+            rows.append(cells)
     note = "Each figure by the benchmark’s own rule (docs/evaluation.md)."
     if others:
         note += (
             " Published: the paper’s MoExtend and the row of LLaVA-1.5 beside it; of another base model, so a scale "
             "more than a rival."
         )
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(note)
+    return text_table(heads, rows) + how(note)
 
 
 def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any] | None = None) -> str:
@@ -81,13 +81,10 @@ def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any
     if record is None:
         return ""
     with malformed("eval/forgetting.json"):
-        head, *rows = lines_of(record, title=lambda model: title_of(model, summary))
-        lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
-        for cells in rows:
-            of_average = ' class="ours"' if cells[0] == "average drop" else ""
-            lines.append(f"<tr{of_average}>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>")
+        lines = lines_of(record, title=lambda model: title_of(model, summary))
+        head, *rows = [[*map(str, cells)] for cells in lines]
         published = ", ".join(f"{escape(str(k))} {v:.2f}" for k, v in record.get("published_average_drop", {}).items())
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' + how(
+    return text_table(head, rows, ours="average drop") + how(
         f"Text benchmarks of lm-eval, in points; a drop is the base less the model, so 0 is perfect. The paper’s "
         f"average drop: {published}."
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from moextend_jax.report.markup import how
+from moextend_jax.report.markup import how, table
 from moextend_jax.report.results_pictures import CORPORA, duration, forgetting, title_of
 from moextend_jax.report.workdir import data_title, number
 from moextend_jax.runs.results import ANSWERING, FIRST
@@ -38,7 +38,7 @@ def tiles(summary: Mapping[str, Any] | None) -> str:
     return f'<div class="tiles">{cells}</div>' if shown else ""
 
 
-def table(summary: Mapping[str, Any] | None) -> str:
+def models_table(summary: Mapping[str, Any] | None) -> str:
     """Accuracy, and loss with what it gained over the base, of every model; a model that was not run says so. Several
     chains have these in reports of their own."""
     if summary is None:
@@ -57,10 +57,6 @@ def table(summary: Mapping[str, Any] | None) -> str:
             nats = number(summary, "answer_loss", model)
             rows[-1].append("" if nats is None else f"{nats:.3f}")
         rows[-1] += [_loss(summary, corpus, model) for corpus in CORPORA]
-    lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
-    for row in rows:
-        ours = ' class="ours"' if row[0] == title_of("moextend", summary) else ""
-        lines.append(f"<tr{ours}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
     asked = (
         ""
         if questions is None
@@ -68,7 +64,7 @@ def table(summary: Mapping[str, Any] | None) -> str:
     )
     right = "Loss of answers is in nats per token of the right ones. " if answers else ""
     return (
-        f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        table(heads, rows, ours=title_of("moextend", summary))
         + how(
             f"Accuracy is the share of answers that match exactly{asked}. {right}"
             "Loss of text is in nats per token of held-out text; what it gains over the base model is what was "

@@ -6,15 +6,14 @@ returned}. Out: a panel on an Axes, and HTML; "" where no question was asked wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, PLAIN, RIVAL, TEXT
-from moextend_jax.report.markup import beside, how, picture
+from moextend_jax.report.markup import beside, how, picture, text_table
 from moextend_jax.report.results_pictures import title_of
 from moextend_jax.report.workdir import number
 
@@ -37,7 +36,7 @@ def _without(summary: Mapping[str, Any] | None) -> str:
     for name in media:
         cells = (_percent(number(summary, "without", name, model)) for model in models)
         rows.append([f"without {name}", *cells])
-    return _table(["", *(title_of(model, summary) for model in models)], rows) + how(
+    return text_table(["", *(title_of(model, summary) for model in models)], rows) + how(
         "Share of right answers when the same questions are asked without one of their media."
     )
 
@@ -88,15 +87,9 @@ def _subsets(summary: Mapping[str, Any] | None, models: list[str]) -> str:
         ]
         counts = "/".join(dict.fromkeys(f"{count:,.0f}" for count in of[1] if count is not None))
         rows.append([some.replace("+", " + "), *map(_percent, of[0]), counts])
-    return _table(["asked with", *(title_of(model, summary) for model in models), "questions"], rows) + how(
+    return text_table(["asked with", *(title_of(model, summary) for model in models), "questions"], rows) + how(
         "Share of right answers of questions that have these media, asked with these alone; none: the question alone."
     )
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in rows]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
 def _percent(accuracy: float | None) -> str:

@@ -6,15 +6,17 @@ from outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from moextend_jax.report.canvas import canvas
+from moextend_jax.report.canvas import COLOURS, canvas
 from moextend_jax.report.style import CSS
-from moextend_jax.report.svg import inline_svg
 
 
 def write_page(path: Path, parts: Sequence[str], *, title: str, head: str = "") -> None:
@@ -37,6 +39,50 @@ def picture(draw: Callable[[Axes], None], *, name: str, label: str, width: float
     with canvas(width=width, height=height) as figure:
         draw(figure.add_subplot())
         return f"<figure>{inline_svg(figure, name=name, label=label)}</figure>"
+
+
+def inline_svg(figure: Figure, *, name: str, label: str) -> str:
+    """A figure in the light colours of `COLOURS` as SVG that lives inside a page, without XML header, fonts or
+    identifiers that could clash. Its text has the page's font, its named colours the page's light or dark scheme.
+
+    Args:
+      name: unique in the page; prefixes identifiers. label: is read out instead of the picture.
+    """
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<style type="text/css">.*?</style>', "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg).replace('href="#', f'href="#{name}-')
+    # matplotlib writes the font in short form, `font: bold 10px 'DejaVu Sans', ...`: keep weight and size only
+    svg = re.sub(r"font: (?:(\d+|bold) )?([\d.]+px) [^;\"]*", _size, svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for colour, (light, _) in COLOURS.items():
+        svg = svg.replace(light, f"var(--{colour})")
+    width = figure.get_figwidth() * 96 * 1.2  # may grow a little to fill its column
+    opening = f'<svg role="img" aria-label="{escape(label)}" style="max-width:{width:.0f}px" '
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda m: f"{opening}{m[1]}>", svg, count=1)
+    return re.sub(r"\n\s*", "\n", svg.replace("xlink:href", "href"))
+
+
+def _size(match: re.Match[str]) -> str:
+    return f"font-size: {match[2]}" + (f"; font-weight: {match[1]}" if match[1] else "")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, ours: str | None = None) -> str:
+    """A line per row; the one whose first cell is `ours` stands out."""
+    lines = [f"<tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"]
+    for cells in rows:
+        marked = ' class="ours"' if cells[0] == ours else ""
+        lines.append(f"<tr{marked}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, ours: str | None = None) -> str:
+    """The same of cells that are text, not markup."""
+    return table([*map(escape, heads)], ([*map(escape, cells)] for cells in rows), ours=ours)
 
 
 def how(text: str) -> str:

@@ -24,7 +24,7 @@ from moextend_jax.report.evaluations import (
 )
 from moextend_jax.report.examples import cards
 from moextend_jax.report.explorer import EXPLORER
-from moextend_jax.report.headline import table, tiles
+from moextend_jax.report.headline import models_table, tiles
 from moextend_jax.report.importance import importance_section
 from moextend_jax.report.markup import beside, picture, pictures, section, write_page
 from moextend_jax.report.workdir import KINDS, NewExperts, Selection, Workdir, kind_title, number, read_workdir
@@ -47,7 +47,7 @@ def _of_run(found: Workdir, workdir: Path) -> list[str]:
         f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
         _explorer(workdir),
         tiles(found.summary),
-        _section("Accuracy and forgetting", table(found.summary), missing="summary.json"),
+        _section("Accuracy and forgetting", models_table(found.summary), missing="summary.json"),
         _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
         *_optional(
             {
@@ -74,7 +74,7 @@ def _of_chains(found: Workdir) -> list[str]:
     return [
         f'<p class="lead">several chains, each with a report of its own: {links}</p>',
         tiles(found.summary),
-        section("Pretrained weights", table(found.summary)),
+        section("Pretrained weights", models_table(found.summary)),
         section("Extension after extension", chains_section(found.summary)),
         section("Time", _seconds(found.summary)),
     ]

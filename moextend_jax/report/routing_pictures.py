@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, RIVAL, TEXT, canvas
+from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, RIVAL, TEXT, canvas, heatmap
 from moextend_jax.report.workdir import KINDS, NewExperts, Selection, kind_title, parse_selection
 
 KIND_COLOUR = {"image": IMAGE, "text": TEXT}
@@ -123,24 +123,14 @@ def share_panel(ax: Axes, new: NewExperts) -> None:
 
 
 def _heatmap(ax: Axes, values_ZE: np.ndarray, *, title: str, colours: str, low: float, high: float, first: int) -> None:
-    layers, experts = values_ZE.shape
-    edges = np.arange(experts + 1) - 0.5, np.arange(layers + 1) - 0.5 + first
-    # Edges in the colour of the face close the hairlines that SVG viewers leave between cells.
-    mesh = ax.pcolormesh(*edges, values_ZE, cmap=colours, vmin=low, vmax=high, edgecolor="face", linewidth=0.3)
-    ax.invert_yaxis()
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
+    def text(row: int, column: int, value: float) -> str:
+        return f"{'+' if low < 0 and round(100 * value) > 0 else ''}{round(100 * value)}"
+
+    numbered = text if values_ZE.size <= NUMBERED_CELLS else None
+    mesh = heatmap(ax, values_ZE, colours=colours, low=low, high=high, first=first, size=7.5, text=numbered)
     ax.set(title=title, xlabel="expert", ylabel="layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
-    if layers * experts <= NUMBERED_CELLS:
-        for (row, expert), value in np.ndenumerate(values_ZE):
-            red, green, blue, _ = mesh.cmap(mesh.norm(value))
-            bright = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
-            sign = "+" if low < 0 and round(100 * value) > 0 else ""
-            text = f"{sign}{round(100 * value)}"
-            inside = {"ha": "center", "va": "center", "in_layout": False}  # laying out text is most of the time
-            ax.text(expert, first + row, text, fontsize=7.5, color="#000" if bright else "#fff", **inside)
     percent = PercentFormatter(1, decimals=0)
     bar = ax.figure.colorbar(mesh, ax=ax, location="bottom", aspect=40, pad=0.02, format=percent)
     bar.outline.set_visible(False)

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
-from moextend_jax.evaluate.estimates import Estimate, estimate
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
-from moextend_jax.report.markup import how, picture, section, write_page
-from moextend_jax.study import lines_of
+from moextend_jax.report.markup import how, picture, section, text_table, write_page
+from moextend_jax.study import Estimate, estimate, lines_of
 
 Seeds = Mapping[Any, Mapping[str, float]]
 
@@ -51,9 +50,6 @@ def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
         for name, axis in AGAINST.items()
     }  # fmt: skip
     headings, *rows = lines_of(record)
-    markup = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    for row in rows:
-        markup += "</tr><tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row)
     set_by = "".join(
         f"<li>{escape(name)}: <code>{escape(' '.join(point['settings']) or 'nothing')}</code></li>"
         for name, point in record["points"].items()
@@ -62,7 +58,7 @@ def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
     reading = "Means over seeds ± half of the 95 % interval (Student’s t); differences are taken seed by seed."
     parts = [
         f"<h1>{escape(title)}</h1>",
-        section("Points", f'<div class="wide"><table><tr>{markup}</tr></table></div>' + how(reading)),
+        section("Points", text_table(headings, rows) + how(reading)),
         *(section(f"Accuracy against {name}", of) for name, of in drawn.items()),
         section("What each point sets", f"<ul>{set_by}</ul>"),
     ]

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from moextend_jax.checkpoints import hashes, huggingface, leaves, selection, train_state
+from moextend_jax.checkpoints import hashes, huggingface, leaves, train_state
 from moextend_jax.checkpoints.convert import (
     HF,
     LAYOUTS,
@@ -39,7 +39,7 @@ from moextend_jax.parameters import current_path
 from moextend_jax.runs import results
 from moextend_jax.runs.askable import how_trained
 from moextend_jax.runs.media import with_media
-from moextend_jax.runs.models_of import config_of_extension, grown_as, rivals_of
+from moextend_jax.runs.models_of import config_of_extension, grown_as, read_selection, rivals_of
 from moextend_jax.runs.run import facts_of_base, not_run, remembered, settings_of, tokenizer_of_base
 
 
@@ -169,7 +169,7 @@ def open_workdir(workdir: Path, *, model: str | None = None) -> Source:
     config = dataclasses.replace(config, **rivals)
     for name in (name for name in table.grown(stages) if name not in config.added):
         where = results.folder_of(workdir, results.named(settings, name, "select"))
-        chosen = selection.read_selection(where / "routing.json", decoder=config.decoder)
+        chosen = read_selection(where / "routing.json", decoder=config.decoder)
         extension = config_of_extension(settings, name, chosen=chosen, **grown_as(workdir, settings, name))
         if w_in := trained.get(f"extensions/{name}/router/calibrator/w_in"):
             extension = dataclasses.replace(extension, calibrator_width=w_in.shape[-1])

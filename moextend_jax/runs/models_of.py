@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from moextend_jax.checkpoints import selection, train_state
+from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import (
     IMAGE,
     RIVALS,
     CalibratorName,
+    DecoderConfig,
     ExtensionConfig,
     ModelConfig,
     MoextendError,
@@ -27,6 +28,7 @@ from moextend_jax.config import (
 )
 from moextend_jax.mesh import Program, leaf_maker, place_leaves
 from moextend_jax.models.moextend import MoExtend, abstract, fresh_projector
+from moextend_jax.outside import read_object, shown
 from moextend_jax.parameters import only_chooses
 from moextend_jax.runs import results
 from moextend_jax.runs.run import Arrays, Run, not_run
@@ -156,10 +158,46 @@ def selection_of(run: Run, extension: str) -> dict[str, Any]:
     path = run.folder(name) / "routing.json"
     if not path.exists():
         raise not_run(run.workdir, name)
-    record = selection.read_selection(path, decoder=run.config.decoder)
+    record = read_selection(path, decoder=run.config.decoder)
     if record["base"] != run.base_hash:
         raise MoextendError(f"{path} was made with another base model; run `moextend {name}` again")
     return record
+
+
+def read_selection(path: Path, *, decoder: DecoderConfig) -> dict[str, Any]:
+    """What `moextend select` chose, from routing.json, held against the base's sizes before anything is made of it:
+    `chosen_layers` ascend and are layers of the decoder, `sources` are experts of it, `wide` for each of `new_experts`,
+    all different in a layer; `base` is text.
+
+    Raises:
+      MoextendError: they are not, or are not there; names the file.
+    """
+    record = read_object(path)
+    layers: Any = record.get("chosen_layers")
+    sources: Any = record.get("sources")
+    if not _below(layers, decoder.layers, decoder.dense_layers) or layers != sorted({*layers}) or not layers:
+        of = f"layers below {decoder.layers}" + (f" from {decoder.dense_layers} on" if decoder.dense_layers else "")
+        raise MoextendError(f"{path}: chosen_layers = {shown(layers)} is no ascending list of {of}")
+    new: Any = record.get("new_experts", 1)
+    if type(new) is not int or not 1 <= new <= decoder.experts:
+        raise MoextendError(f"{path}: new_experts = {shown(new)} is no number of experts up to {decoder.experts}")
+    wide: Any = record.get("wide", 1)
+    if type(wide) is not int or not 1 <= wide <= decoder.experts:
+        raise MoextendError(f"{path}: wide = {shown(wide)} is no number of experts up to {decoder.experts}")
+    each = new * wide
+    of_layers = [sources[n : n + each] for n in range(0, len(sources), each)] if isinstance(sources, list) else []
+    if not _below(sources, decoder.experts) or [len({*some}) for some in of_layers] != [each] * len(layers):
+        told = "one per layer" if each == 1 else f"{each} different ones per layer"
+        raise MoextendError(
+            f"{path}: sources = {shown(sources)} are not {each * len(layers)} experts below {decoder.experts}, {told}"
+        )
+    if not isinstance(record.get("base"), str):
+        raise MoextendError(f"{path}: base = {shown(record.get('base'))} is no content hash")
+    return record
+
+
+def _below(values: Any, most: int, least: int = 0) -> bool:
+    return isinstance(values, list) and all(type(value) is int and least <= value < most for value in values)
 
 
 def projector_of_seed(run: Run, medium: str = IMAGE) -> Arrays:

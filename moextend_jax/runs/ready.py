@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from moextend_jax import distributed
 from moextend_jax.config import DecoderConfig, MoextendError
 from moextend_jax.data.batches import check_named_media
 from moextend_jax.data.datasets import Source, check_packages, check_shows, distinct, make_ahead
+from moextend_jax.data.inspector import Reading
 from moextend_jax.data.measure import Measured, measure, rows_per_conversation
 from moextend_jax.data.splitting import rows_of_part
 from moextend_jax.extension.routing import check_expert, check_sources, chosen_layers
@@ -76,10 +77,9 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     rows = {name: len(distinct(source)) for name, source in sources.items()}
     problems.note(row_problems(settings, rows=rows, layers=len(run.config.decoder.routed)))
     problems.note(extension_problems(settings, names, decoder=run.config.decoder))
-    measured = functools.cache(functools.partial(_measure, run, read))
-    readers: dict[Reading, list[str]] = {}
+    readers: dict[Reading, list[Stage]] = {}
     for stage in (stage for stage in stages if stage.name in sources):
-        readers.setdefault(_reading(settings, stage), []).append(stage.name)
+        readers.setdefault(_reading(settings, stage), []).append(stage)
         with problems:
             check_named_media(results.stage_of(settings, stage.name), run.config.media, where=f"{stage.name}.")
         with problems:
@@ -87,15 +87,16 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
             if results.is_aligning(trains):
                 medium = trains[0].split("/")[1]
                 check_shows(sources[stage.name], medium=medium, stage=stage.name)
-    for reading, of_stages in readers.items():
-        problems.note(_refused(measured(reading), settings.faults, stages=of_stages))
+    measured = {reading: _measure(run, of, sources[of[0].name]) for reading, of in readers.items()}
+    for reading, of in readers.items():
+        problems.note(_refused(measured[reading], settings.faults, stages=[stage.name for stage in of]))
     for check in checks:
         with problems:
             check(run)
     problems.raise_any()
     filled = {}
     for stage in stages:
-        counted, line = _counted(run, stage, measured(_reading(settings, stage)), read)
+        counted, line = _counted(run, stage, measured[_reading(settings, stage)], read)
         filled[stage.name] = counted
         with problems:
             check_length(counted.length, run.config.decoder)
@@ -231,41 +232,24 @@ def _stages(settings: RunSettings, names: Iterable[str]) -> list[Stage]:
     return stages
 
 
-class Reading(NamedTuple):
-    """How a stage reads its data: stages that read alike are measured once."""
-
-    data: str
-    split: str
-    length: int
-    conversation_length: int
-    images_per_row: int
-    items_per_row: tuple[tuple[str, int], ...]
-    too_long: Literal["error", "drop_turns"]
-    feeds: Literal["conversation", "bare_question"]
-
-
 def _reading(settings: RunSettings, stage: Stage) -> Reading:
-    own, of = results.stage_of(settings, stage.name), results.stage_of(settings, stage.data.of)
-    items = tuple(sorted(own.items_per_row.items()))
-    sizes = (own.length, own.conversation_length, own.images_per_row, items, own.too_long)
-    return Reading(of.data, of.split, *sizes, stage.data.feeds)
+    own, data = results.stage_of(settings, stage.name), results.stage_of(settings, stage.data.of)
+    return Reading.of(own, data, parts=stage.data.feeds)
 
 
-def _measure(run: Run, read: Read, reading: Reading) -> Measured:
-    fields = reading._asdict()
-    feeds, items = fields.pop("feeds"), dict(fields.pop("items_per_row"))
-    source = read(reading.data, reading.split)
-    stage = StageSettings(steps=1, batch_size=1, items_per_row=items, **fields)
-    rooms = (stage.room(name) for name, shown in source.items.items() if len(shown))
+def _measure(run: Run, stages: Sequence[Stage], source: Source) -> Measured:
+    """Of stages that read alike."""
+    own = [results.stage_of(run.settings, stage.name) for stage in stages]
+    rooms = (own[0].room(name) for name, shown in source.items.items() if len(shown))
     return measure(
         source,
-        stage=stage,
+        stage=own[0],
         tokenizer=run.tokenizer,
         recipe=run.settings.recipe,
         media=run.config.media,
         faults=run.settings.faults,
-        parts=feeds,
-        most=LOOKED_AT if reading.length and all(rooms) else None,
+        parts=stages[0].data.feeds,
+        most=LOOKED_AT if all(stage.length for stage in own) and all(rooms) else None,
     )
 
 

@@ -22,6 +22,7 @@ from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.configurations import meant
 from moextend_jax.settings import (
     Link,
+    Parts,
     RunSettings,
     StageSettings,
 )
@@ -38,7 +39,7 @@ class Data(NamedTuple):
 
     of: str
     part: Literal["all", "held_out", "rest"] = "all"
-    feeds: Literal["conversation", "bare_question"] = "conversation"
+    feeds: Parts = "conversation"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

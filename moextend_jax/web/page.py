@@ -275,8 +275,8 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
-    """Serves the page, and returns its address; `wait`: when it is closed with Ctrl-C.
+def serve(page: Page, *, host: str, port: int) -> None:
+    """Serves the page until it is closed with Ctrl-C.
 
     Raises:
       MoextendError: gradio is not installed, or the port is taken.
@@ -298,6 +298,4 @@ def serve(page: Page, *, host: str, port: int, wait: bool = True) -> str:
     except OSError as error:
         raise MoextendError(f"{host}:{port} cannot be served: {error}; name another with --port") from None
     print(f"{address}  (Ctrl-C ends it)", flush=True)
-    if wait:
-        threading.Event().wait()
-    return address
+    threading.Event().wait()

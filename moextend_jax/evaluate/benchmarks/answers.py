@@ -10,7 +10,6 @@ cut off on opening, and its question is asked again. A machine that dies loses a
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks.lines import json_object, value
 from moextend_jax.evaluate.benchmarks.lines import read as read_bytes
 from moextend_jax.evaluate.benchmarks.question import Key, Mistakes, Question
@@ -28,8 +26,6 @@ from moextend_jax.folders import local
 FLUSH_SECONDS = 5.0
 START = b'{"question_id":'
 """Of every line, ours and LLaVA's."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""File systems without locks: there the lock, which only guards against a mistake of use, is done without."""
 
 
 class Answers:
@@ -102,11 +98,13 @@ def open_answers(
       MoextendError: the file holds other questions, other prompts, another model's answers or lines that are none;
         or another process is writing it.
     """
+    from moextend_jax.lock import keep  # it imports JAX, which scoring does without
+
     path = local(path, what="a file of answers")
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        _lock(descriptor, path)
+        keep(descriptor, path)
         encoded = read_bytes(path)
         whole = _whole(encoded)
         found = _parse(encoded, path, questions=questions, key=key)
@@ -222,13 +220,3 @@ def _same_run(
         elif entry.get("model_id") != model_id:
             mistakes.add(where, f"an answer of model {entry.get('model_id')!r}, not of {model_id!r}")
     mistakes.check(f"Move {path} away to answer everything anew")
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise MoextendError(f"another process is writing {path}; wait for it, or stop it") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise

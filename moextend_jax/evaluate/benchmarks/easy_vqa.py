@@ -11,7 +11,7 @@ from pathlib import Path
 from moextend_jax.data.easy_vqa import asked, pictures
 from moextend_jax.evaluate.benchmarks.llava_questions import by_id
 from moextend_jax.evaluate.benchmarks.question import Answered, Question
-from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, are_right, by_group, percent
+from moextend_jax.evaluate.benchmarks.scores import Scores, accuracy_by, are_right
 
 
 def read(home: Path, split: str) -> list[Question]:
@@ -34,6 +34,4 @@ def read(home: Path, split: str) -> list[Question]:
 def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
     right = [question.answer or "" for question, _ in answered]
     points = [float(is_right) for is_right in are_right(right, [text for _, text in answered])]
-    overall = percent(points)
-    rows = [*by_group(right, points), ("all", len(points), overall)]
-    return Scores(Headline("accuracy", overall), ("right answer", "questions", "accuracy %"), rows, points)
+    return accuracy_by("right answer", right, points)

@@ -37,6 +37,13 @@ def by_group(groups: Sequence[str], points: Sequence[float]) -> list[tuple[str, 
     return [(group, len(some), percent(some)) for group, some in of.items()]
 
 
+def accuracy_by(what: str, groups: Sequence[str], points: Sequence[float]) -> Scores:
+    """The share of points, of each group and of all; `what` heads the column of the groups."""
+    overall = percent(points)
+    rows = [*by_group(groups, points), ("all", len(points), overall)]
+    return Scores(Headline("accuracy", overall), (what, "questions", "accuracy %"), rows, points)
+
+
 def are_right(right: Sequence[str], answers: Sequence[str]) -> list[bool]:
     """Which answers equal the right one but for case, outer spaces and final full stops."""
     return [_plain(a) == _plain(b) for a, b in zip(right, answers, strict=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from moextend_jax.evaluate.benchmarks.lines import first_file, json_entries, value
 from moextend_jax.evaluate.benchmarks.llava_questions import SHORT, by_id, llava_questions
 from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes, Question
-from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, by_group, percent
+from moextend_jax.evaluate.benchmarks.scores import Scores, accuracy_by
 from moextend_jax.evaluate.benchmarks.vqa_text import agreement, normalise, normalise_m4c
 from moextend_jax.evaluate.benchmarks.vqav2 import SERVER, people_of
 
@@ -52,9 +52,7 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
     if split == "test":
         return Scores(None, notes=[SERVER])
     points = [agreement(normalise(normalise_m4c(text)), question.fields["people"]) for question, text in answered]
-    overall = percent(points)
-    rows = [*by_group([question.category for question, _ in answered], points), ("all", len(points), overall)]
-    return Scores(Headline("accuracy", overall), ("answers", "questions", "accuracy %"), rows, points)
+    return accuracy_by("answers", [question.category for question, _ in answered], points)
 
 
 def submission(answered: Sequence[Answered], home: Path, split: str) -> str:

@@ -15,7 +15,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks.lines import first_file, json_value, value
 from moextend_jax.evaluate.benchmarks.llava_questions import SHORT, by_id, llava_questions
 from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes, Question
-from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, by_group, percent
+from moextend_jax.evaluate.benchmarks.scores import Scores, accuracy_by
 from moextend_jax.evaluate.benchmarks.vqa_text import normalise_m4c, vqa_accuracy
 
 FILES = {
@@ -70,9 +70,7 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
     mistakes.check()
     of = [labels[question.question_id] for question, _ in answered]
     points = [vqa_accuracy(normalise_m4c(text), people) for (_, text), (people, _) in zip(answered, of, strict=True)]
-    overall = percent(points)
-    rows = [*by_group([kind for _, kind in of], points), ("all", len(points), overall)]
-    return Scores(Headline("accuracy", overall), ("answers", "questions", "accuracy %"), rows, points)
+    return accuracy_by("answers", [kind for _, kind in of], points)
 
 
 def submission(answered: Sequence[Answered], home: Path, split: str) -> str:
