@@ -153,4 +153,4 @@ def unknown_medium(id: str, marks: Iterable[str], media: Mapping[str, Medium], *
         return None
     having = f"there are {', '.join(f'{name} {medium.mark}' for name, medium in media.items())}"
     message = f"{where or f'example {id}'} has an item {unknown!a:.80}, and the run has no such medium; {having}"
-    return Fault(message, "unknown_medium", id)
+    return Fault(f"{message}; `media` of a configuration adds one, as own:sounds has <audio>", "unknown_medium", id)
