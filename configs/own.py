@@ -1,7 +1,8 @@
-"""One's own pictures: the demo's small base learns from a file of conversations, six of them or sixty thousand.
+"""One's own pictures, or sounds: the demo's small base learns from a file of conversations, six or sixty thousand.
 
 moextend run --config own --data own.jsonl --images pictures --workdir work/own
 moextend run --config own --data own.jsonl --images pictures --workdir work/own --config.finetune.epochs=10
+moextend run --config own:sounds --data sounds.json --images sounds --workdir work/sounds
 
 Nothing need be counted: lengths and numbers of steps follow from the data, and a tenth of it is held out for the table
 at the end (docs/own_data.md).
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from moextend_jax.config import RECIPES
 from moextend_jax.settings import (
     EvaluateSettings,
+    MediumSettings,
     OptimizerConfig,
     RunSettings,
     SelectSettings,
@@ -22,7 +24,7 @@ from moextend_jax.settings import (
 )
 
 
-def get_config(arg: Literal["paper", "released"] = "paper") -> ConfigDict:
+def get_config(arg: Literal["paper", "released", "sounds"] = "paper") -> ConfigDict:
     def stage(*, epochs: float, least_steps: int, learning_rate: float) -> StageSettings:
         return StageSettings(
             data="",  # --data
@@ -36,9 +38,16 @@ def get_config(arg: Literal["paper", "released"] = "paper") -> ConfigDict:
             optimizer=OptimizerConfig(learning_rate=learning_rate, multipliers={"calibrators": 0.02}),
         )
 
+    sounds = {
+        "extension": "audio",
+        "medium": "audio",
+        "media": {"audio": MediumSettings(kind="audio", tower="embedded", seconds=5)},
+        "vision": "none",
+    }
     return to_config_dict(
         RunSettings(
-            recipe=RECIPES[arg],
+            **(sounds if arg == "sounds" else {}),
+            recipe=RECIPES["paper" if arg == "sounds" else arg],
             align=stage(epochs=1, least_steps=60, learning_rate=1e-2),
             extend=stage(epochs=0.5, least_steps=20, learning_rate=3e-3),
             finetune=stage(epochs=3, least_steps=120, learning_rate=4e-3),

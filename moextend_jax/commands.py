@@ -102,9 +102,10 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         if distributed.first():
             # PyTorch's programs know one extension, of pictures, by new experts.
             known = [(link.name, link.medium, link.rival) for link in settings.links] == [(IMAGE, IMAGE, None)]
+            media = list(run.config.media)
             words = NEXT.format(
                 workdir=shlex.quote(str(run.workdir)),
-                image="--image FILE " if IMAGE in run.config.media else "",
+                image="--image FILE " if IMAGE in media else f"--show {media[-1]}=FILE " if media else "",
                 layout="hf" if known else "delta",
             ).splitlines()
             write_explorer(run.workdir)

@@ -111,10 +111,12 @@ def too_many(skipped: float, read: float, settings: FaultSettings) -> bool:
     return skipped > settings.most_skipped * max(read, LEAST_READ)
 
 
-def check_share(counts_G: Any, settings: FaultSettings) -> None:
-    """Raises where more was skipped than `most_skipped` of the conversations read so far."""
+def check_share(counts_G: Any, settings: FaultSettings, *, conversations: int = 0) -> None:
+    """Raises where more was skipped than `most_skipped` of the conversations read so far. Of `conversations` that are
+    fewer than LEAST_READ each reading may skip as many as the first, which `moextend data check` has judged."""
     read, skipped = int(counts_G[0]), int(sum(counts_G[1:]))
-    if too_many(skipped, read, settings):
+    readings = max(1, -(-read // conversations)) if conversations else 1
+    if too_many(skipped, max(read, readings * LEAST_READ), settings):
         raise MoextendError(
             f"{skipped} of {read} conversations were skipped ({described(counts_G)}), more than most_skipped = "
             f"{settings.most_skipped:g} allows; `moextend data check` names them, raise most_skipped to go on without"
@@ -153,4 +155,4 @@ def unknown_medium(id: str, marks: Iterable[str], media: Mapping[str, Medium], *
         return None
     having = f"there are {', '.join(f'{name} {medium.mark}' for name, medium in media.items())}"
     message = f"{where or f'example {id}'} has an item {unknown!a:.80}, and the run has no such medium; {having}"
-    return Fault(message, "unknown_medium", id)
+    return Fault(f"{message}; `media` of a configuration adds one, as own:sounds has <audio>", "unknown_medium", id)

@@ -837,6 +837,11 @@ def test_the_share_has_a_limit():
     for kinds, read in [(["truncated"] * 11, 12), (["truncated"] * 50 + ["roles"], 5000)]:
         with pytest.raises(MoextendError, match=f"{len(kinds)} of {read} conversations were skipped"):
             check_share(counts(kinds, read=read), settings)
+    # 24 conversations, 10 of them damaged, which the check lets pass, may be read for ever; with 11 the first time not.
+    for read in range(1, 241):
+        check_share(counts(["truncated"] * min(read, 10 * -(-read // 24)), read=read), settings, conversations=24)
+    with pytest.raises(MoextendError, match="110 of 240 conversations were skipped"):
+        check_share(counts(["truncated"] * 110, read=240), settings, conversations=24)
     assert named(counts(["truncated", "roles", "roles"], read=9)) == {
         "skipped": 3, "skipped/truncated": 1, "skipped/roles": 2,
     }  # fmt: skip

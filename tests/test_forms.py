@@ -334,9 +334,21 @@ def test_a_row_of_every_usual_shape(tmp_path: Path, row: dict[str, Any], turns: 
     assert entry.id == "0"
 
 
+def test_columns_of_a_text_alone_are_not_taken_for_pictures(tmp_path: Path):
+    row = {"question": "a?", "answer": "b", "image_id": "7", "img_ids": ["7"], "Feature": "x", "Image": "", "vides": 3}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    (entry,) = read_entries(tmp_path / "a.jsonl")
+    assert entry.fault is None and not entry.images
+
+
 NOT_READ: list[tuple[Any, str, str]] = [
     ({"question": "a?", "choices": ["b"]}, "entry", "this is no conversation: .* its keys are question, choices"),
     ({"caption": "a cat"}, "entry", "no image with a caption; its keys are caption"),
+    ({"Question": "a?", "anwser": "b"}, "entry", "is Question meant as question.; is anwser meant as answer"),
+    ({"imgae": "x.png", "question": "a?", "answer": "b"}, "entry", "imgae is not read; is it meant as image"),
+    ({"image": "x.png", "question": "a?", "answer": ""}, "empty_answer", "its answer is empty"),
+    ({"image": "x.png", "question": None, "answer": "b"}, "entry", "its question is empty"),
+    ({"image": "x.png", "caption": ""}, "empty_answer", "its caption is empty"),
     ([1], "entry", "this is not an object with keys"),
     ({"messages": [part(type="file", file="a.pdf"), SAID]}, "entry", "a part of a turn, 'file', is neither text nor"),
     ({"messages": [part(type="audio"), SAID], "image": "x.png"}, "marks", "it shows more audio than it has"),
@@ -368,7 +380,7 @@ def test_what_of_a_row_is_not_read_is_named(tmp_path: Path, row: Any, kind: str,
     good, entry = read_entries(tmp_path / "a.jsonl")
     assert good.fault is None and entry.fault is not None and not entry.images and not entry.turns
     assert entry.fault.kind == kind
-    with pytest.raises(Fault, match=f"a.jsonl: entry 1 .id 1, byte 36.: .*{message}"):
+    with pytest.raises(Fault, match=f"a.jsonl: entry 1 .id 1, line 2, byte 36.: .*{message}"):
         raise entry.fault
 
 
@@ -410,7 +422,11 @@ def parquet_bytes() -> bytes:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a', "is not JSON: the entry at byte 9"),
+        ("a.jsonl", '{"a": 1}\n{"a', "is not JSON: line 2, in the entry at byte 9: "),
+        ("a.json", '[{"question": "a",\n "answer": "b"\n "id": 1}]', "is not JSON: line 3, in the entry at byte 1: "),
+        ("a.json", '[{"a": 1}\n{"a": 1}]', "is not JSON: line 2, byte 10: there is no , or ]"),
+        ("a.json", '[{"a": 1}]'.encode("utf-16"), "a.json is UTF-16: save it as UTF-8"),
+        ("a.csv", "question,answer\na,b\n".encode("utf-16"), "a.csv is UTF-16: save it as UTF-8"),
         ("a.jsonl", "", "holds no entries"),
         ("a.csv", "", "holds no entries"),
         ("a.csv", "question,question\na,b\n", "two columns of one name"),
@@ -456,6 +472,13 @@ def test_rows_of_tables_that_are_wrong_are_faults(tmp_path: Path):
         entries = list(read_entries(tmp_path / name))
         assert [entry.fault and entry.fault.kind for entry in entries] == [None, "encoding", None], name
         assert "entry 1 (id 1, row 1): not UTF-8" in str(entries[1].fault)
+
+
+def test_tables_as_spreadsheets_and_people_write_them(tmp_path: Path):
+    """Empty lines below the last row, and spaces behind the commas."""
+    for text in ("image;question;answer\n1.png;a;b\n;;\n;;\n", "image, question, answer\n1.png, a, b\n"):
+        (entry,) = read_entries(write(tmp_path / "a.csv", text))
+        assert (entry.fault, entry.images, entry.turns) == (None, ("1.png",), talk("<image>\na", "b"))
 
 
 def write_arrow(data: pa.Table, path: Path) -> None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from moextend_jax import cli
 from moextend_jax.config import MoextendError
@@ -36,6 +38,20 @@ def moextend(*words: str, folder: Path) -> str:
 def test_another_recipe_is_asked_for_by_name():
     with pytest.raises(MoextendError, match="paper.*released"):
         cli.call(["plan", "--config", "own:foo"])
+
+
+def test_own_sounds_are_checked_by_one_command(tmp_path, capsys):
+    for name, samples in (("a b.wav", 9000), ("c.wav", 0), ("d.wav", 9000)):
+        soundfile.write(tmp_path / name, np.zeros((samples, 2)), 8000, subtype="PCM_24")
+    rows = [{"audio": f"{name}.wav", "question": "what?", "answer": "nothing"} for name in ("a b", "c", "d")]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--data", str(tmp_path / "s.jsonl"), "--data_dir", str(tmp_path / "data"), "--processes", "0", "--json"]
+    assert cli.call(["data", "check", "own:sounds", *words]) == 0
+    for read in json.loads(capsys.readouterr().out)["data"]:
+        assert {kind: found["count"] for kind, found in read["kinds"].items()} == {"empty_file": 1}
+    assert cli.call(["data", "check", "own", *words]) == 1
+    first = json.loads(capsys.readouterr().out)["data"][0]["kinds"]["unknown_medium"]["first"][0]
+    assert "own:sounds has <audio>" in first["message"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ Goes in: a list `[{...}, ...]`, or JSON Lines (`{...}` after `{...}`, with or wi
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ SPACE = " \t\r\n"
 class Row(NamedTuple):
     """A row of a file, before anything is known of what it says.
 
-    path, place: where it stands ("byte 17", "line 3"). invalid: places in the file of bytes that are not UTF-8.
+    path, place: where it stands ("line 2, byte 17", "line 3"). invalid: places in the file of bytes that are not UTF-8.
     fault: why the file's reader could not make anything of this row.
     """
 
@@ -48,17 +49,22 @@ def read_json(path: Path) -> Iterator[Row]:
             return
         else:
             raise MoextendError(f"{path} is not JSON: it begins with neither [ nor {{")
-        for start, value, invalid in values:
-            yield Row(path, f"byte {start}", value, invalid)
+        for place, value, invalid in values:
+            yield Row(path, place, value, invalid)
 
 
 def open_file(path: Path) -> Any:
     """For reading bytes; the caller closes it."""
     try:
         file = path.open("rb")
-        return io.BufferedReader(cast(Any, file), BLOCK) if is_url(path) else file
+        file = io.BufferedReader(cast(Any, file), BLOCK) if is_url(path) else file
+        utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     except Exception as error:  # buckets have errors of their own
         raise unreadable(path, error) from error
+    if utf16:  # as spreadsheets and PowerShell write
+        file.close()
+        raise MoextendError(f"{path} is UTF-16: save it as UTF-8")
+    return file
 
 
 def unreadable(path: Path, error: Exception) -> MoextendError:
@@ -71,8 +77,8 @@ def one_line(error: Exception) -> str:
     return "".join(character if character.isprintable() else "?" for character in why)
 
 
-Value = tuple[int, Any, list[int]]
-"""Where it begins (bytes), the value, and the places of bytes in it that are not UTF-8."""
+Value = tuple[str, Any, list[int]]
+"""Where it begins, the value, and the places of bytes in it that are not UTF-8."""
 
 
 def _list(text: _Text, decoder: json.JSONDecoder) -> Iterator[Value]:
@@ -89,11 +95,11 @@ def _list(text: _Text, decoder: json.JSONDecoder) -> Iterator[Value]:
             if mark == "]":
                 break
             if mark != ",":
-                raise MoextendError(f"{text.path} is not JSON: at byte {text.byte - 1} stands no , or ]")
+                raise MoextendError(f"{text.path} is not JSON: {text.place(-1)}: there is no , or ]")
             text.skip(SPACE)
     text.skip(SPACE)
     if text.peek():
-        raise MoextendError(f"{text.path} is not JSON: something follows its end at byte {text.byte}")
+        raise MoextendError(f"{text.path} is not JSON: something follows its end, {text.place()}")
 
 
 def _lines(text: _Text, decoder: json.JSONDecoder) -> Iterator[Value]:
@@ -108,7 +114,10 @@ class _Text:
 
     def __init__(self, file: Any, path: Path):
         self.file, self.path = file, path
-        self.left, self.text, self.at, self.byte, self.ended = b"", "", 0, 0, False
+        self.left, self.text, self.at, self.byte, self.line, self.ended = b"", "", 0, 0, 1, False
+
+    def place(self, on: int = 0) -> str:
+        return f"line {self.line}, byte {self.byte + on}"
 
     def more(self, size: int = BLOCK) -> bool:
         """Reads on; False at the end of the file."""
@@ -141,6 +150,7 @@ class _Text:
     def take(self, count: int) -> str:
         taken = self.text[self.at : self.at + count]
         self.byte += len(taken.encode("utf-8", errors="surrogateescape"))
+        self.line += taken.count("\n")
         self.at += count
         return taken
 
@@ -159,11 +169,16 @@ class _Text:
             except (ValueError, RecursionError) as caught:
                 error = caught
             if self.ended or len(self.text) - self.at > MOST_ENTRY:
-                reason = str(error).split(": line")[0] if error else "it has no end"
-                raise MoextendError(f"{self.path} is not JSON: the entry at byte {self.byte}: {reason}")
+                reason, down = str(error).split(": line")[0] if error else "it has no end", 0
+                if isinstance(error, json.JSONDecodeError):
+                    down = self.text.count("\n", self.at, error.pos)
+                raise MoextendError(
+                    f"{self.path} is not JSON: line {self.line + down}, in the entry at byte {self.byte}: {reason}"
+                )
             self.more(max(BLOCK, len(self.text) - self.at))  # twice as much each time
-        start, taken = self.byte, self.take(end - self.at)
-        return start, value, [] if taken.isascii() else invalid_bytes(taken, start)
+        start, place = self.byte, self.place()
+        taken = self.take(end - self.at)
+        return place, value, [] if taken.isascii() else invalid_bytes(taken, start)
 
 
 def invalid_bytes(taken: str, start: int) -> list[int]:

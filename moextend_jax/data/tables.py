@@ -40,9 +40,11 @@ def read_csv(path: Path) -> Iterator[Row]:
             header = next(csv.reader([first], delimiter=delimiter), [])
             if len(set(header)) < len(header):
                 raise MoextendError(f"{path} has two columns of one name: {', '.join(header)[:300]!a}")
-            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            padded = bool(header[1:]) and all(name.startswith(" ") for name in header[1:])  # `a, b, c`
+            header = [name.strip() for name in header]
+            rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=padded)
             for cells in rows:
-                if not cells:  # a blank line
+                if not any(cells):  # a blank line, also `;;;` below the last row of a spreadsheet
                     continue
                 places, why = invalid[:], ""
                 invalid.clear()

@@ -11,8 +11,10 @@ are encoded (`data/conversations.py`); one that has no such form is passed on as
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from moextend_jax.config import MediumKind
@@ -39,6 +41,8 @@ ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {kind: _keys(kind) fo
 is where it came from. Keys of one line must not name different ones. Items of a medium that is not called as its kind
 stand under its name: `{"audio": {"speech": "a.wav"}}`."""
 KNOWN = frozenset(key for lines in ITEM_KEYS.values() for keys in lines for key in keys)
+PLAIN_KEYS = tuple(sorted(key for key in KNOWN - {*plurals("features")} if "_" not in key))
+"""Those that no usual column of a text alone is like."""
 FILE_KEYS = ("bytes", "path", "url", "data", "array")
 """Keys of an object that is one file; any other object has items by the names of their media."""
 
@@ -80,7 +84,11 @@ def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
         if key is not None and (talk := shape.read(value, key, items)) is not None:
             break
     else:
-        raise Fault(f"this is no {WANTED}; its keys are {', '.join(map(str, value))}"[:400], "entry")
+        raise _shapeless(value, items)
+    if not talk.items:  # else a picture whose key is misspelt would be lost, and the question asked without it
+        for key, content in value.items():
+            if content and not isinstance(content, int | float) and (like := _like(f"{key}", PLAIN_KEYS)):
+                raise Fault(f"{key} is not read; is it meant as {like}?", "entry")
     system = value.get("system")
     if isinstance(system, str) and system.strip() and not any(_from(turn) == "system" for turn in talk.turns):
         talk = talk._replace(turns=[{"from": "system", "value": system}, *talk.turns])
@@ -88,6 +96,26 @@ def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
 
 
 WANTED = "conversation: no conversations, no messages, no question and answer, no image with a caption"
+
+
+def _shapeless(value: Mapping[str, Any], items: list[Item]) -> Fault:
+    """What is wrong with a row that has none of `SHAPES`: a cell that was left empty, or keys of other names."""
+    pair = [[key for key in keys if key in value] for keys in (QUESTIONS, ANSWERS)]
+    for key in [key for keys in pair for key in keys] if all(pair) else CAPTIONS if items else ():
+        if key in value and value[key] in (None, ""):
+            return Fault(f"its {key} is empty", "entry" if key in QUESTIONS else "empty_answer")
+    names = [key for shape in SHAPES for key in shape.keys] + [*ANSWERS, *KNOWN]
+    meant = {key: like for key in map(str, value) if (like := _like(key, tuple(names)))}
+    hints = "".join(f"; is {key} meant as {like}?" for key, like in meant.items())
+    return Fault(f"this is no {WANTED}; its keys are {', '.join(map(str, value))}"[:400] + hints[:200], "entry")
+
+
+@functools.lru_cache(maxsize=1024)
+def _like(key: str, names: tuple[str, ...]) -> str:
+    """The name that a key misspells, or ""."""
+    if key in names or "_" in key:  # image_id is no image
+        return ""
+    return next(iter(get_close_matches(key.strip().lower(), names, n=1, cutoff=0.8)), "")
 
 
 # --- items of a row ---------------------------------------------------------------------------------------------------

@@ -147,6 +147,7 @@ def train(run: Run, name: str) -> None:
             facts=facts | _of_source(source),
             resume_from=run.resume_from if run.resume_from and _stage_at(run.resume_from) == name else None,
             name_of=lambda row: source[row].id,
+            conversations=len(source),
             held_out=validation_batches(run, settings, extension=row.extension, pixels=pixels)
             if run.settings.validate_every
             else (),

@@ -38,6 +38,7 @@ class Job:
     resume_from: a folder of checkpoints, or one of them, to start from where `folder` has none of its own.
     name_of: gives the id of a row of the data set, for the record of a bad step.
     held_out: this process's part, on the host, of batches whose loss is computed every `settings.validate_every` steps.
+    conversations: of the data set, which are read again and again; 0: not known.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job:
     resume_from: Path | None = None
     name_of: Callable[[int], str] = str
     held_out: Sequence[Batch] = ()
+    conversations: int = 0
 
 
 def train_loop(
@@ -145,7 +147,7 @@ def train_loop(
                         continue
                     counts_G = on_host(counts_G + sum(faults_BG.sum(0) for faults_BG in uncounted))
                     uncounted.clear()
-                    faults.check_share(counts_G, settings.faults)
+                    faults.check_share(counts_G, settings.faults, conversations=job.conversations)
                 if logs:
                     numbers = meter.numbers(metrics)
                     numbers |= {"nonfinite_steps": int(state.skipped), **faults.named(counts_G)}
