@@ -25,16 +25,16 @@ def main(inputs: str, out: str, *folders: str) -> None:
         options = {"trust_remote_code": True} if (folder / "modeling_moextend.py").exists() else {}
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         assert not any(report.values()), report
-        more = {"pixel_values": pixels} if sees else {}
-        made = {"logits": model(input_ids=ids, **more).logits}
-        made["answer"] = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **more)[:, ids.shape[1] :]
+        seen = {"pixel_values": pixels} if sees else {}
+        made = {"logits": model(input_ids=ids, **seen).logits}
+        made["answer"] = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **seen)[:, ids.shape[1] :]
         half = kind.from_pretrained(folder, dtype=torch.bfloat16, **options)
-        more = {name: value.bfloat16() for name, value in more.items()}
-        made["half"] = half(input_ids=ids, **more).logits.float()
+        rounded = {name: value.bfloat16() for name, value in seen.items()}
+        made["half"] = half(input_ids=ids, **rounded).logits.float()
         arrays |= {f"{folder.name}/{key}": value.numpy() for key, value in made.items()}
         arrays[f"{folder.name}/names"] = names_of(model)
         if options:  # weights that are brought when a module is called, as device_map="auto" does on a small GPU
-            there = cpu_offload(model, execution_device="cpu")(input_ids=ids, pixel_values=pixels).logits
+            there = cpu_offload(model, execution_device="cpu")(input_ids=ids, **seen).logits
             assert (there.numpy() == arrays[f"{folder.name}/logits"]).all()
     assert not any(module.startswith("moextend_jax") for module in sys.modules)
     np.savez(out, **arrays)

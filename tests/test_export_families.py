@@ -36,6 +36,7 @@ from moextend_jax.config import (
     VisionConfig,
     YarnConfig,
     of_pictures,
+    with_extension,
 )
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
@@ -78,6 +79,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
     **{f"{family}-literal": (family, "clip", "two", "literal") for family in ("olmoe", "glm4_moe", "ernie4_5_moe")},
     **{f"olmoe-{tower}": ("olmoe", tower, "two", "base") for tower in ("siglip", "dinov2")},
     **{f"{family}-text": (family, "", "", "base") for family in FAMILIES},
+    **{f"{family}-task": (family, "", "two", "base") for family in FAMILIES},  # in text
 }  # fmt: skip
 
 
@@ -85,15 +87,16 @@ def config_of(case: str) -> ModelConfig:
     family, tower, start, mass = CASES[case]
     fields = {**FAMILIES[family].fields, **MORE.get(family, {})}
     decoder = DecoderConfig(family=family, **{**SIZES, **fields})
+    added = {"layers": LAYERS, "sources": (1, 3), "calibrator_width": 5, **STARTS.get(start, {})}
+    extension = ExtensionConfig(**added, medium="image" if tower else "") if start else None
     if not tower:
-        return dataclasses.replace(of_pictures(decoder=decoder), dtype="float32", remat="none")
+        plain = dataclasses.replace(of_pictures(decoder=decoder), dtype="float32", remat="none")
+        return with_extension(plain, extension, name="sums")
     vision = dataclasses.replace(
         VisionConfig(family=tower, **TOWERS[tower].fields),
         **{"width": 16, "hidden": 32, "layers": 2, "heads": 2, "image_size": 8, "patch_size": 4, "norm_eps": 1e-6},
         activation="gelu_pytorch_tanh" if tower == "siglip" else "gelu",
     )
-    added = {"layers": LAYERS, "sources": (1, 3), "calibrator_width": 5, **STARTS.get(start, {})}
-    extension = ExtensionConfig(**added) if start else None
     tags = ImageTags(start=58, end=59, pad=PAD)
     config = of_pictures(decoder=decoder, vision=vision, extension=extension, tags=tags)
     return dataclasses.replace(config, dtype="float32", remat="none", mass=mass)
@@ -163,7 +166,7 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     tensors = folders.read(folder)
     assert sorted(tensors) == list(theirs[f"{case}/names"])
     opened = open_checkpoint(folder)
-    assert opened.layout == ("hf" if config.media else config.decoder.family)
+    assert opened.layout == ("hf" if config.media or config.extensions else config.decoder.family)
     assert opened.config.extensions == config.extensions
     assert opened.config.decoder == config.decoder
     folders.assert_same(opened.arrays, {path: np.asarray(leaf) for path, leaf in arrays.items()})
@@ -171,7 +174,7 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
 
 BY_HAND = {
     case for case in CASES
-    if case.endswith(("-text", "-twin")) and not case.startswith(("mixtral-", "glm4_moe-", "gpt_oss-"))
+    if case.endswith(("-text", "-task", "-twin")) and not case.startswith(("mixtral-", "glm4_moe-", "gpt_oss-"))
 } | {"gpt_oss-wide", "glm4_moe-added", "mixtral-lowered", "glm4_moe-two", "ernie4_5_moe-literal"}  # fmt: skip
 """What the same families with a picture, and the same start of two other families, show too."""
 

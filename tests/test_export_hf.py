@@ -24,8 +24,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import hashes, huggingface, train_state
-from moextend_jax.checkpoints.loading import open_source
+from moextend_jax.checkpoints import convert, hashes, huggingface, train_state
+from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import (
     IGNORE,
@@ -38,7 +38,7 @@ from moextend_jax.config import (
     with_extension,
     with_vision,
 )
-from moextend_jax.data.conversations import encode_prompt
+from moextend_jax.data.conversations import encode_dialogue, encode_prompt
 from moextend_jax.data.tokenizer import load_tokenizer
 from moextend_jax.media.image import prepare_image
 from moextend_jax.models.moextend import abstract
@@ -410,12 +410,38 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(folders: dict[st
         ([base, "--model", "aligned"], "is one model, not a run"),
         ([tmp_path / "nowhere", "--model", "aligned"], "does not exist"),
         ([run, "--recipe", "released"], "knows its recipe"),
-        ([tmp_path / "blind"], "an extended model without a tower and a projector"),
+        ([tmp_path / "blind"], "is for the medium image, and there is no tower and no projector for it"),
         ([base / "vision"], "layout hf needs a decoder"),
     ):
         with pytest.raises(MoextendError, match=message):
             export([words[0], tmp_path / "out", "--layout", "hf", *words[1:]])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "medium"), [("sums", ""), ("pets", "image")])
+def test_an_extension_comes_back_under_its_name(base: Path, tmp_path: Path, capsys, name: str, medium: str):
+    """A task in text too, whose template has no place for pictures."""
+    source = open_source(base)
+    config = source.config if medium else with_vision(source.config, None)
+    config = with_extension(config, dataclasses.replace(EXTENSION, medium=medium), name=name)
+    kept = {path: leaf for path, leaf in source.leaves.items() if medium or path.startswith("decoder/")}
+    more = {path: leaf for path, leaf in tiny.arrays(config).items() if path not in kept}
+    record = source.record._replace(config=config, facts={"recipe": dataclasses.asdict(PAPER)})
+    source = source._replace(leaves=kept | huggingface.from_arrays(more, config=config), record=record)
+    convert.export_source(source, tmp_path / "delta", layout="delta", max_shard_bytes=1 << 30)
+    layout = ["--layout", "hf"] if medium else []
+    export([str(tmp_path / "delta"), str(tmp_path / "out"), "--base", str(base), *layout])
+    assert ("ForCausalLM" if not medium else "ForImageTextToText") in capsys.readouterr().out
+    opened = open_checkpoint(tmp_path / "out")
+    assert opened.config.extensions == config.extensions
+    for path, array in more.items():
+        np.testing.assert_array_equal(opened.arrays[path], array)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert ("<image>" in tokenizer.chat_template) or not medium
+    words = tokenizer.apply_chat_template([{"role": "user", "content": "add 1 and 2"}], add_generation_prompt=True)
+    here = load_tokenizer(base)
+    turns = [{"from": "human", "value": "add 1 and 2"}]
+    assert words["input_ids"] == encode_dialogue(turns, items={}, tokenizer=here, recipe=PAPER).ids_L.tolist()
 
 
 def test_the_chat_template_of_a_text_model_goes_out_wherever_it_lies(base: Path, tmp_path: Path):

@@ -1,13 +1,14 @@
 """The chat template of an exported folder: Jinja that, with its tokenizer.json, gives the ids that a model was taught.
 
 In: the tokenizer and the recipe of a model, and the tokenizer's files as they are exported. Out: the template's text,
-tried on conversations with a picture, a system turn and several questions: what cannot be written so is refused.
+tried on conversations with a picture (if the model sees), a system turn and several questions: what cannot be written
+so is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -
     encoder_of(tokenizer, recipe)  # says what is wrong where there is none
     name = str(prompt_of(tokenizer, recipe))
     tried = (*TRIED, ANSWERED) if name in TEMPLATES else TRIED
+    if not files.tags:
+        tried = [[{**turn, "value": turn["value"].replace(MARK, "this")} for turn in turns] for turns in tried]
     pieces = tokenizers.Tokenizer.from_str(json.dumps(files.content))
-    pad = files.tags["pad"]
 
-    def ids(source: str, turns: tuple[dict[str, str], ...]) -> list[int]:
+    def ids(source: str, turns: Sequence[dict[str, str]]) -> list[int]:
         """As transformers does it, with two tokens per picture."""
-        text = _rendered(source, turns, tokenizer, files).replace(pad, 2 * pad)
+        text = _rendered(source, turns, tokenizer, files)
+        if pad := files.tags.get("pad"):
+            text = text.replace(pad, 2 * pad)
         return pieces.encode(text, add_special_tokens=False).ids
 
     for source in _candidates(name, tokenizer, files):
@@ -71,7 +75,7 @@ def _candidates(name: str, tokenizer: Tokenizer, files: TokenizerFiles) -> Itera
         return
     template = tokenizer.templates[name]
     folded = script(template, Shape(1, system=True, open=True)).folded
-    prefix = _variables(files, folded=folded) + turns + _asset("pictures")
+    prefix = _variables(files, folded=folded) + turns + (_asset("pictures") if files.tags else "")
     yield prefix + template.source
     yield f"{prefix}{{%- set written %}}{template.source}{{%- endset %}}\n{_spaced(template)}"
 
@@ -85,7 +89,7 @@ def _spaced(template: Template) -> str:
 
 
 def _variables(files: TokenizerFiles, **more: Any) -> str:
-    values = {"tags": "".join(files.tags[name] for name in ("start", "pad", "end")), **more}
+    values = {"tags": "".join(files.tags.get(name, "") for name in ("start", "pad", "end")), **more}
     return "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in values.items())
 
 
@@ -97,13 +101,13 @@ def _asset(name: str) -> str:
     return (ASSETS / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def _taught(turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
+def _taught(turns: Sequence[dict[str, str]], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
     images = sum(turn["value"].count(MARK) for turn in turns)
     items = {IMAGE: [2] * images} if images else {}
     return encode_dialogue(turns, items=items, tokenizer=tokenizer, recipe=recipe).ids_L.tolist()
 
 
-def _rendered(source: str, turns: tuple[dict[str, str], ...], tokenizer: Tokenizer, files: TokenizerFiles) -> str:
+def _rendered(source: str, turns: Sequence[dict[str, str]], tokenizer: Tokenizer, files: TokenizerFiles) -> str:
     names = {"system": "system", "human": "user", "gpt": "assistant"}
     roles = {
         name: value for name, value in files.settings.items() if name.endswith("_token") and isinstance(value, str)

@@ -168,7 +168,9 @@ def default_layout(source: Source) -> str:
     if source.config.adapters or source.config.blocks:
         return "delta"
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
-        return "released" if source.config.decoder.family in names.PUBLISHED["released"].families else HF
+        media = [added.medium for added in source.config.extensions.values()]
+        released = source.config.decoder.family in names.PUBLISHED["released"].families and (not media or any(media))
+        return "released" if released else HF
     if "decoder" in source.parts:
         return source.config.decoder.family
     vision = source.config.vision
@@ -205,7 +207,7 @@ def export_source(
         raise MoextendError(f"layout {layout} has no place for a tower of family {source.config.vision.family}")
     if layout in FAMILIES and "extension" in source.parts:
         raise MoextendError(
-            f"an extended model has no place in layout {layout}: export it with --layout released or delta"
+            f"an extended model has no place in layout {layout}: export it with --layout hf, released or delta"
         )
     if layout == "delta":
         return export_delta(source, dst, extensions=extensions, console=console)

@@ -1,7 +1,8 @@
 """A whole LLaVA of transformers (decoder, tower and projector in one folder) as what the layout `released` holds.
 
 In: config.json and names as `LlavaForConditionalGeneration` writes them, in files and in memory, and as our own
-modeling_moextend.py does, which adds experts. Out: attributes and names of the released layout.
+modeling_moextend.py does, which adds experts, to a decoder without eyes too. Out: attributes and names of the released
+layout.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from moextend_jax.families.attributes import OF_ANY_MODEL, Table, fits, read_fie
 from moextend_jax.families.towers import CLIP, TOWERS
 from moextend_jax.outside import shown
 
-MODEL_TYPES = ("llava", "moextend")
+TEXT = "moextend_text"
+"""The type of an extended model without eyes."""
+MODEL_TYPES = ("llava", "moextend", TEXT)
 
 _TOWER = r"vision_tower\.(?:vision_model\.)?(.*)"
 
@@ -76,7 +79,8 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
       MoextendError: names what this code does not compute.
     """
     read_fields(attributes, _TABLE, where=where)
-    text, tower = attributes.get("text_config"), attributes.get("vision_config")
+    blind = attributes["model_type"] == TEXT
+    text, tower = attributes.get("text_config"), {} if blind else attributes.get("vision_config")
     if not isinstance(text, dict) or not isinstance(tower, dict):
         raise MoextendError(f"{where}: a LLaVA without text_config and vision_config has no sizes that are known")
     text = {"model_type": "mixtral"} | text
@@ -94,7 +98,7 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     feature_layer = _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)
     if facts := _facts(attributes, feature_layer):
         text["moextend"] = facts
-    return text | {"vision_config": tower}, feature_layer
+    return text | ({} if blind else {"vision_config": tower}), feature_layer
 
 
 def tower_of(attributes: Mapping[str, Any], *, where: Path) -> str:
@@ -127,7 +131,7 @@ def patches_are(tower: str) -> str:
 
 def _facts(attributes: Mapping[str, Any], feature_layer: int) -> Any:
     """How a run made the model: all of it where it is written down, of an extended model what its own code needs."""
-    if "moextend" in attributes or attributes.get("model_type") != "moextend":
+    if "moextend" in attributes or attributes.get("model_type") == "llava":
         return attributes.get("moextend")
     recipe = {"weight_guard": attributes.get("weight_guard", "bounded"), "feature_layer": feature_layer}
     return {"recipe": recipe, "text_isolation": attributes.get("text_isolation", "none")}

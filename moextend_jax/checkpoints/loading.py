@@ -575,9 +575,25 @@ def _released(
     _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
+    name = str(facts.pop("extension", IMAGE))
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
-    return Source({**elsewhere, **own}, record, files, below.notes if below else ())
+    source = Source({**elsewhere, **own}, record, files, below.notes if below else ())
+    blind = bool(attributes) and attributes.get("vision_config") is None and layout == "hf"
+    return with_extension_called(name, source, medium="" if blind else IMAGE) if extension else source
+
+
+def with_extension_called(name: str, source: Source, *, medium: str) -> Source:
+    """The same with its one extension under another name. Files know one for pictures, called IMAGE; in layout hf,
+    config.json says what it is."""
+    ((called, added),) = source.config.extensions.items()
+    config = dataclasses.replace(source.config, extensions=Named({name: dataclasses.replace(added, medium=medium)}))
+    before, after = f"extensions/{called}/", f"extensions/{name}/"
+    renamed = (
+        leaf._replace(path=after + path.removeprefix(before)) if path.startswith(before) else leaf
+        for path, leaf in source.leaves.items()
+    )
+    return source._replace(leaves={leaf.path: leaf for leaf in renamed}, record=source.record._replace(config=config))
 
 
 def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
@@ -585,8 +601,10 @@ def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     facts = attributes.get("moextend", {})
     if not isinstance(facts, dict):
         raise MoextendError(f"{where}: moextend = {shown(facts)} is not what an export writes there")
-    kinds = {"recipe": Recipe, "text_isolation": fields(ModelConfig)["text_isolation"]}
+    kinds = {"recipe": Recipe, "text_isolation": fields(ModelConfig)["text_isolation"], "extension": str}
     read = {name: build(kinds[name], facts[name], where=f"{where}: moextend.{name}") for name in kinds if name in facts}
+    if not store.NAME.fullmatch(read.get("extension", IMAGE)):
+        raise MoextendError(f"{where}: moextend.extension = {shown(read['extension'])} is no name")
     return read | ({"recipe": dataclasses.asdict(read["recipe"])} if "recipe" in read else {})
 
 

@@ -335,7 +335,7 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
     for kind, name in parts:
         if kind in RIVALS:
             others.append(f"{kind} {name}")
-        elif name != IMAGE:
+        elif name != IMAGE and not (layout == "hf" and kind == "extensions" and len(config.extensions) == 1):
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
         elif kind == "media" and family not in known.towers:
             others.append(f"a tower of family {family}")
@@ -348,9 +348,10 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others += [f"the calibrator {added.calibrator!r} of extension {name}"] * (added.calibrator != "two_layers")
             others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1 and not known.wide)
     if others:
+        called = "" if layout == "hf" else f" called {IMAGE}"
         raise MoextendError(
             f"layout {layout} holds a decoder of family {' or '.join(known.families)}, pictures behind a tower of "
-            f"family {' or '.join(known.towers)} and two linear maps, and one extension called {IMAGE}, and this model "
+            f"family {' or '.join(known.towers)} and two linear maps, and one extension{called}, and this model "
             f"has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back onto its base"
         )
 

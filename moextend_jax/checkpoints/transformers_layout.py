@@ -2,7 +2,8 @@
 
 In: an opened checkpoint and the recipe that it was trained by. Out: `Folder`, what to write; nothing is read of the
 weights yet. A model that sees is transformers' own LLaVA over its decoder; an extended one, and one whose logits LLaVA
-would not divide, is of the class of assets/hf/modeling_moextend.py, which goes along; one without eyes is a decoder.
+would not divide, is of the class of assets/hf/modeling_moextend.py, which goes along; one without eyes is a decoder, or
+an extended one of that file.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from moextend_jax.checkpoints import huggingface, leaves, names, quantising
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.llava import patches_are
-from moextend_jax.checkpoints.loading import Source
+from moextend_jax.checkpoints.loading import Source, with_extension_called
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
-from moextend_jax.config import ExtensionConfig, ModelConfig, MoextendError, Recipe, with_vision
+from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe, with_vision
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.families import FAMILIES
 from moextend_jax.media.image import LEVELS
@@ -74,48 +75,64 @@ def export_transformers(
 
 
 def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
-    """The folder for what `source` holds: a LLaVA, extended or not, if there are a tower and a
-    projector; else a decoder."""
+    """The folder for what `source` holds: a LLaVA, extended or not, if there are a tower and a projector; else a
+    decoder, extended by a task in text or not."""
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
-    sees = {"vision", "projector"} <= source.parts
-    if "extension" in source.parts and not sees:
-        raise MoextendError(
-            "an extended model without a tower and a projector is no model of transformers; export it with "
-            "--layout released, or name its --vision"
-        )
+    sees, extended = {"vision", "projector"} <= source.parts, "extension" in source.parts
+    if sees or extended:
+        names.check_published(source.leaves, source.config, layout="hf")
+    extension, called = source.config.extension, IMAGE
+    if extended and extension is not None:
+        if extension.medium and not sees:
+            raise MoextendError(
+                f"the extension is for the medium {extension.medium}, and there is no tower and no projector for it: "
+                "name its --vision, or export it with --layout delta"
+            )
+        called = next(iter(source.config.extensions))
+        source = with_extension_called(IMAGE, source, medium=extension.medium)
     tokenizer = _tokenizer(source)
     text = _text_attributes(source)
-    if not sees:
-        config = with_vision(source.config, None)
-        table = config.decoder.family
-        attributes = {"architectures": [FAMILIES[table].architecture], **text}
-    else:
-        names.check_published(source.leaves, source.config, layout="hf")
+    if sees:
         config = with_vision(source.config, source.config.vision, tags=tokenizer.tags if tokenizer else None)
-        attributes, table = _llava_attributes(source, config, text, recipe, text_isolation), "transformers"
+        attributes, table = _llava_attributes(config, text), "transformers"
+    else:
+        config = with_vision(source.config, None)
+        table = "transformers" if extended else config.decoder.family
+        whole = {"dtype": text["dtype"], "text_config": text, "tie_word_embeddings": config.decoder.tied_head}
+        attributes = whole if extended else {"architectures": [FAMILIES[table].architecture], **text}
+    if extended or (sees and config.decoder.logits_divisor != 1):
+        attributes |= _own_class(sees=sees)
+    if sees or extended:
+        attributes["moextend"] = {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation}
+    if extended:
+        attributes |= _extension_attributes(config, recipe, text_isolation)
+        attributes["moextend"] |= {"extension": called}
     folder = Folder(
         tensors=leaves.plan_theirs(source.leaves, table=table, config=config),
         json_files={"config.json": attributes, "generation_config.json": _generation(source, config, tokenizer)},
         texts={},
-        copies={name: path for name, path in source.files.items() if name in MODEL_FILES and not sees},
+        copies={name: path for name, path in source.files.items() if name in MODEL_FILES and not (sees or extended)},
     )
-    if attributes["model_type"] == "moextend":
+    if "auto_map" in attributes:
         folder.copies[CODE] = ASSETS / CODE
     if sees:
         folder.json_files.update(_processor(config, recipe))
     if tokenizer is not None:
-        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees)
+        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees, taught=sees or extended)
     return folder
 
 
-def _add_tokenizer(folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool) -> None:
+def _add_tokenizer(
+    folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool, taught: bool
+) -> None:
+    """taught: whether the model was trained here, and is asked by the recipe."""
     # The released code tokenises its question apart from what follows: a space at its end stays one.
-    apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if sees and recipe.prompt == "released" else ""
+    apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if taught and recipe.prompt == "released" else ""
     files = tokenizer_files(Path(tokenizer.where), tokenizer, sees=sees, apart=apart)
     if "tokenizer.model" in source.files:
         folder.copies["tokenizer.model"] = source.files["tokenizer.model"]
-    if sees:
+    if taught:
         template = folder.texts["chat_template.jinja"] = chat_template(tokenizer, recipe, files)
         if not writes_bos(template, tokenizer, files):  # then the tokenizer must not write one either
             files = files._replace(content=files.content | {"post_processor": None})
@@ -146,12 +163,10 @@ def _text_attributes(source: Source) -> dict[str, Any]:
     }
 
 
-def _llava_attributes(
-    source: Source, config: ModelConfig, text: Mapping[str, Any], recipe: Recipe, text_isolation: str
-) -> dict[str, Any]:
-    vision, extension, decoder = config.vision, config.extension, config.decoder
+def _llava_attributes(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:
+    vision = config.vision
     assert vision is not None
-    attributes = {
+    return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "dtype": text["dtype"],
         "text_config": dict(text),
         "vision_config": {
@@ -161,29 +176,26 @@ def _llava_attributes(
         "vision_feature_layer": vision.feature_layer,
         "vision_feature_select_strategy": patches_are(vision.family),
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
-        "tie_word_embeddings": decoder.tied_head,
+        "tie_word_embeddings": config.decoder.tied_head,
         "image_tags": dataclasses.asdict(config.tags),
-        "moextend": {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation},
     }  # fmt: skip
-    if extension is None and decoder.logits_divisor == 1:
-        return attributes
-    name = "MoExtendForConditionalGeneration"
-    model_class = f"{CODE.removesuffix('.py')}.{name}"
-    attributes |= {
-        "architectures": [name], "model_type": "moextend",
-        "auto_map": {
-            "AutoConfig": f"{CODE.removesuffix('.py')}.MoExtendConfig",
-            "AutoModelForImageTextToText": model_class, "AutoModelForMultimodalLM": model_class,
-            "AutoModelForCausalLM": model_class,
-        },
-    }  # fmt: skip
-    return attributes | (_extension_attributes(config, extension, recipe, text_isolation) if extension else {})
 
 
-def _extension_attributes(
-    config: ModelConfig, extension: ExtensionConfig, recipe: Recipe, text_isolation: str
-) -> dict[str, Any]:
-    decoder = config.decoder
+def _own_class(*, sees: bool) -> dict[str, Any]:
+    """Attributes by which transformers finds our class."""
+    module, autos = CODE.removesuffix(".py"), ["AutoModelForCausalLM"]
+    if sees:
+        config, model, model_type = "MoExtendConfig", "MoExtendForConditionalGeneration", "moextend"
+        autos += ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+    else:
+        config, model, model_type = "MoExtendTextConfig", "MoExtendForCausalLM", "moextend_text"
+    auto_map = {"AutoConfig": f"{module}.{config}", **dict.fromkeys(autos, f"{module}.{model}")}
+    return {"architectures": [model], "model_type": model_type, "auto_map": auto_map}
+
+
+def _extension_attributes(config: ModelConfig, recipe: Recipe, text_isolation: str) -> dict[str, Any]:
+    decoder, extension = config.decoder, config.extension
+    assert extension is not None
     router = {"experts": decoder.experts, **Rule.of(decoder)._asdict()}
     return {
         "add_layer": list(extension.layers), "sources": list(extension.sources), "start": extension.start,

@@ -116,6 +116,7 @@ def _how_to_load(folder: Path) -> str:
         **dict.fromkeys(FAMILIES, ("AutoModelForCausalLM", "")),
         "llava": ("AutoModelForImageTextToText", ""),
         "moextend": ("AutoModelForImageTextToText", ", trust_remote_code=True"),
+        "moextend_text": ("AutoModelForCausalLM", ", trust_remote_code=True"),
     }[attributes["model_type"]]
     return f"in PyTorch: transformers.{name}.from_pretrained({str(folder)!r}{more})"
 

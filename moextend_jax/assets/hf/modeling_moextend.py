@@ -1,6 +1,7 @@
 """An extended model (MoExtend) for transformers 5: LLaVA over a mixture of experts, new experts in some of its layers.
 
-`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)` finds this file by FOLDER's config.json.
+`AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)` finds this file by FOLDER's config.json;
+so does `AutoModelForCausalLM`, where the extension is a task in text.
 Needs torch and transformers alone, and works for every family whose router gives (logits, weights, ids) and whose
 experts take (hidden states, ids, weights), as those of transformers do.
 """
@@ -8,10 +9,10 @@ experts take (hidden states, ids, weights), as those of transformers do.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-from transformers.models.llava.modeling_llava import LlavaModel
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 
 
 class MoExtendConfig(LlavaConfig):
@@ -38,6 +39,12 @@ class MoExtendConfig(LlavaConfig):
     text_isolation: str = "none"
     router: dict | None = None
     expert: dict | None = None
+
+
+class MoExtendTextConfig(MoExtendConfig):
+    """The same of a model without eyes; what it says of pictures is read by nobody."""
+
+    model_type = "moextend_text"
 
 
 TIE = 1e-4
@@ -246,11 +253,14 @@ class MoExtendModel(LlavaModel):
 
     def __init__(self, config: MoExtendConfig):
         super().__init__(config)
-        layers = config.add_layer or []
-        each = len(config.sources or ()) // max(1, len(layers))
+        self._extend_layers()
+
+    def _extend_layers(self) -> None:
+        layers, sources = self.config.add_layer or [], list(self.config.sources or ())
+        each = len(sources) // max(1, len(layers))
         for n, layer in enumerate(layers):
-            sources = list(config.sources or ())[n * each : (n + 1) * each]
-            extend(block_of(self.language_model.layers[layer]), Extension(config, sources))
+            extension = Extension(self.config, sources[n * each : (n + 1) * each])
+            extend(block_of(self.language_model.layers[layer]), extension)
         self.post_init()
 
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
@@ -292,6 +302,13 @@ class MoExtendModel(LlavaModel):
         return here | before.to(here.device).repeat_interleave(len(here) // len(before))
 
 
+class MoExtendTextModel(MoExtendModel):
+    def __init__(self, config: MoExtendTextConfig):
+        LlavaPreTrainedModel.__init__(self, config)  # without a tower and a projector
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._extend_layers()
+
+
 def restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
     """Whether a row holds several conversations: positions fall within it, where the mask [rows, length] keeps both."""
     if position_ids is None or position_ids.dim() != 2:
@@ -314,19 +331,32 @@ class DividedHead(nn.Linear):
 
 class MoExtendForConditionalGeneration(LlavaForConditionalGeneration):
     config_class = MoExtendConfig
+    decoder_class = MoExtendModel
     _keep_in_fp32_modules_strict = ["calibrator", "extension.selection_bias", "extension.offset"]
 
     def __init__(self, config: MoExtendConfig):
-        super().__init__(config)
-        self.model = MoExtendModel(config)
+        LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would make a model that is not extended first
+        self.model = self.decoder_class(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         divisor = getattr(config.text_config, "logits_scaling", 1.0)
         if divisor != 1.0:  # which LLaVA's own head knows nothing of
             self.lm_head.__class__ = type("DividedHead", (DividedHead,), {"divisor": divisor})
         self.post_init()
 
 
+class MoExtendForCausalLM(MoExtendForConditionalGeneration):
+    config_class = MoExtendTextConfig
+    decoder_class = MoExtendTextModel
+    input_modalities = ("text",)
+
+
 # Files name tensors as transformers' own LLaVA does; classes that it does not know are told so by name.
-for ours, theirs in (("MoExtendForConditionalGeneration", "llava"), ("MoExtendModel", "LlavaModel")):
+for ours, theirs in (
+    ("MoExtendForConditionalGeneration", "llava"),
+    ("MoExtendForCausalLM", "llava"),
+    ("MoExtendModel", "LlavaModel"),
+    ("MoExtendTextModel", "LlavaModel"),
+):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
 # `transformers serve` looks here for what takes images.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MoExtendConfig.model_type] = MoExtendForConditionalGeneration.__name__
