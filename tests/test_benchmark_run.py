@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import tiny
 from children import ended
@@ -24,7 +25,7 @@ from moextend_jax.checkpoints import train_state
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmark import benchmark, read_exam
 from moextend_jax.evaluate.benchmarks.answers import Answers
-from moextend_jax.evaluate.wordings import ask_wordings, read_templates
+from moextend_jax.evaluate.wordings import ask_wordings, measures, read_templates
 from moextend_jax.models.moextend import abstract
 from moextend_jax.runs.askable import askable
 from moextend_jax.runs.run import Run, open_run, remember
@@ -237,6 +238,11 @@ def test_processes_share_the_questions(base, whole, tmp_path, processes, devices
     said = launch(*words, processes=processes, devices=devices).stdout
     assert said.count("questions answered") == 1
     assert by_id(path_of(tmp_path)) == by_id(whole)
+
+
+def test_wordings_gain_nothing_where_no_question_was_answered_rightly():
+    found = measures(np.zeros((2, 1, 3)))
+    assert not found["gain_of_instruction_jd"].any() and not found["gain_of_model_md"].any()
 
 
 @pytest.mark.slow

@@ -123,17 +123,21 @@ def measures(results_mdj: np.ndarray, *, top: int = TOP) -> dict[str, np.ndarray
     stability_*: population standard deviations, over wordings or over models. hits_mj: of a model, the share of its
     `top` best wordings of all data sets that wording j is, in per cent; of equal ones the later counts as better.
     """
-    mean_md1 = results_mdj.mean(axis=2, keepdims=True) + 1e-6
-    mean_1dj = results_mdj.mean(axis=0, keepdims=True) + 1e-6
     _, d, j = results_mdj.shape
     ranked_mdj = j - 1 - np.argsort(-results_mdj[:, :, ::-1], axis=2, kind="stable")
     best_mdt = ranked_mdj[:, :, :top]
     hits_mj = np.array([np.bincount(best_dt.reshape(-1), minlength=j) for best_dt in best_mdt])
     return {
         "best_md": results_mdj.max(axis=2),
-        "gain_of_model_md": (100 * (results_mdj - mean_1dj) / mean_1dj).mean(axis=2),
-        "gain_of_instruction_jd": (100 * (results_mdj - mean_md1) / mean_md1).mean(axis=0).T,
+        "gain_of_model_md": _gain(results_mdj, axis=0).mean(axis=2),
+        "gain_of_instruction_jd": _gain(results_mdj, axis=2).mean(axis=0).T,
         "stability_of_model_md": results_mdj.std(axis=2),
         "stability_of_instruction_jd": results_mdj.std(axis=0).T,
         "hits_mj": 100 * hits_mj / (top * d),
     }
+
+
+def _gain(results_mdj: np.ndarray, *, axis: int) -> np.ndarray:
+    """In per cent of the mean, to which MM-BigBench adds 1e-6; where nobody scored, none instead of its -100 %."""
+    mean = results_mdj.mean(axis=axis, keepdims=True)
+    return np.where(mean == 0, 0.0, 100 * (results_mdj - (mean + 1e-6)) / (mean + 1e-6))
