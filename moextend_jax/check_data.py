@@ -18,7 +18,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moextend_jax.checkpoints.loading import open_base
-from moextend_jax.config import IMAGE, MoextendError
+from moextend_jax.config import IMAGE
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_none
 from moextend_jax.data.inspector import Reading, Work
@@ -41,8 +41,6 @@ def check_command(
       processes: how many processes read and decode; 0: this one does all.
       console: for the progress, and the table unless `as_json`, which prints to standard output.
     """
-    if processes < 0:
-        raise MoextendError(f"processes = {processes} must not be negative")
     faults, manual_dir = settings.faults, settings.manual_dir or None
     base = open_base(settings.base, settings.vision, feature_layer=settings.recipe.feature_layer)
     tokenizer = tokenizer_of_base(settings, base)

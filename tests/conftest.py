@@ -1,6 +1,6 @@
 """What every test shares: JAX on the CPU with strict broadcasting, quiet logs, and paths.
 
-In: the environment, before JAX starts. Out: the fixtures `shared`, `workdir` and `eight_devices`;
+In: the environment, before JAX starts. Out: the fixtures `shared`, `workdir`, `picture` and `eight_devices`;
 the order of files.
 """
 
@@ -48,7 +48,9 @@ os.environ.setdefault("XLA_FLAGS", CHEAP)
 DEVICES = int(os.environ.get("MOEXTEND_TEST_DEVICES", "1"))
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What one test or run of the tests has compiled, the next reads. Processes that tests start do without: some are
@@ -137,6 +139,14 @@ def short_texts(tmp_path_factory: pytest.TempPathFactory) -> None:
     import tiny
 
     tiny.shorten_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wider than high and of no round size, so that padding, scaling and cutting all show."""
+    path = tmp_path_factory.mktemp("picture") / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 57, 3)).astype(np.uint8)).save(path)
+    return path
 
 
 @pytest.fixture

@@ -41,16 +41,9 @@ def model(run: Run) -> mx.Model:
     return mx.open(run.workdir)
 
 
-@pytest.fixture(scope="module")
-def pixels_hwc() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 255, (20, 50, 3)).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def picture(pixels_hwc: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "a.png"
-    Image.fromarray(pixels_hwc).save(path)
-    return path
+@pytest.fixture
+def pixels_hwc(picture: Path) -> np.ndarray:
+    return np.asarray(Image.open(picture))
 
 
 @pytest.mark.slow
@@ -109,7 +102,7 @@ def test_a_picture_may_be_a_file_its_bytes_an_image_or_an_array(model: mx.Model,
     for same in (str(picture), picture.read_bytes(), Image.fromarray(pixels_hwc), pixels_hwc):
         assert model.generate(QUESTION, same, max_new_tokens=NEW) == expected
     for wrong, message in (
-        (pixels_hwc / 255, r"uint8 \[height, width, 3\] .* not float64\[20, 50, 3\]"),
+        (pixels_hwc / 255, r"uint8 \[height, width, 3\] .* not float64\[40, 57, 3\]"),
         (picture.with_name("none.png"), "none.png cannot be read: No such file"),
         (3, "a int is no picture"),
         ([picture], "one text has one image"),
@@ -128,7 +121,7 @@ def test_a_pil_image_is_prepared_as_its_file_is(pixels_hwc: np.ndarray, tmp_path
     for name in ("turned.png", "deep.png"):
         opened = Image.open(tmp_path / name)
         np.testing.assert_array_equal(np.asarray(read_picture(opened)), np.asarray(read_picture(tmp_path / name)))
-    assert read_picture(Image.open(tmp_path / "turned.png")).size == (20, 50)
+    assert read_picture(Image.open(tmp_path / "turned.png")).size == (40, 57)
     (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:1500])
     for wrong, message in (
         (Image.open(io.BytesIO((tmp_path / "cut.png").read_bytes())), "cannot be read: .*truncated"),

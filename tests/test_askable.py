@@ -46,15 +46,6 @@ def trained(run: Run) -> Askable:
     return askable(run, "moextend")
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not square, so that padding and cutting give other pixels."""
-    path = tmp_path_factory.mktemp("picture") / "a.png"
-    rng = np.random.default_rng(0)
-    speak.picture(rng.integers(0, 255, (20, 50, 3)).astype(np.uint8)).save(path)
-    return path
-
-
 def said(opened: Askable, picture: Path | None = None) -> str:
     images = () if picture is None else (picture,)
     return "".join(speak.speak(opened, "Which is it?", items={"image": images}, max_new_tokens=6))

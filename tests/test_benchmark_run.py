@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import random_run
 import tiny
 from children import ended
 from PIL import Image
@@ -29,23 +30,13 @@ from moextend_jax.evaluate.wordings import ask_wordings, measures, read_template
 from moextend_jax.models.moextend import abstract
 from moextend_jax.runs.askable import askable
 from moextend_jax.runs.run import Run, open_run, remember
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 QUESTIONS = 60
 
 
-def settings(base: Path) -> RunSettings:
-    stage = StageSettings(data="easy_vqa/questions", steps=1, batch_size=4, length=48)
-    return RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage,
-        evaluate=EvaluateSettings(data="easy_vqa/questions", questions=4, batch_size=16, length=64, max_new_tokens=3),
-        base=str(base), vision=str(base / "vision"), dtype="float32", remat="none",
-    )  # fmt: skip
-
-
 def aligned(workdir: Path, base: Path, *, seed: int = 0) -> Run:
     """A run whose projector is random."""
-    run = open_run(settings(base), workdir)
+    run = open_run(random_run.settings(base), workdir)
     leaves = {
         path: leaf
         for path, leaf in tiny.arrays(run.config, seed=seed).items()
@@ -208,7 +199,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_benchmark_run as here
-here.answer(here.open_run(here.settings(Path({base!r})), Path({workdir!r})))
+here.answer(here.open_run(here.random_run.settings(Path({base!r})), Path({workdir!r})))
 """
 
 

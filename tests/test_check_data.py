@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from moextend_jax.check_data import check_command, problems_of, readings_of
-from moextend_jax.config import RECIPES, MoextendError
+from moextend_jax.config import RECIPES
 from moextend_jax.data.check import Report
 from moextend_jax.settings import (
     EvaluateSettings,
@@ -162,8 +162,6 @@ def test_a_file_that_cannot_be_read_does_not_end_the_check_of_the_others(folder,
     code, said = checked(settings(folder, faults=skipping(most_skipped=0.2)), capsys)
     assert code == 1 and "is not JSON" in said["data"][0]["error"]
     assert said["data"][1]["ok"] and said["data"][1]["rows"] == ROWS
-    with pytest.raises(MoextendError, match="processes = -1"):
-        check_command(settings(folder), data_dir=None, processes=-1, as_json=True, console=Console())
 
 
 def test_what_a_run_would_refuse_of_sound_data_is_said_too(folder, capsys):

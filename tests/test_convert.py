@@ -24,7 +24,6 @@ from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.config import RECIPES, ExtensionConfig, ModelConfig, MoextendError, with_extension, with_vision
 from moextend_jax.runs.export import is_workdir, open_workdir
 from moextend_jax.runs.run import settings_of
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,17 +141,7 @@ def run_of(
     workdir: Path, base: Path, *, extended: bool, recipe: str = "paper", changed: bool = False
 ) -> dict[str, Any]:
     """A work directory as the stages leave it; returns the trained leaves."""
-    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
-    settings = RunSettings(
-        align=stage,
-        extend=stage,
-        finetune=stage,
-        full=stage,
-        evaluate=EvaluateSettings(data="d", questions=1),
-        recipe=RECIPES[recipe],
-        base=str(base),
-        vision=str(base / "vision"),
-    )
+    settings = tiny.run_settings(recipe=RECIPES[recipe], base=str(base), vision=str(base / "vision"))
     found = hashes.base_hash(open_source(base).leaves)
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": found}))

@@ -44,7 +44,6 @@ from moextend_jax.media.image import prepare_image
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.run import facts_of_base
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 TOOL = Path(__file__).parents[1] / "tools" / "dump_torch_routing.py"
 LOOP = """
@@ -130,11 +129,7 @@ def config_of(recipe: Recipe) -> ModelConfig:
 
 def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
     """A work directory as the stages leave it."""
-    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
-    settings = RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage, evaluate=EvaluateSettings(data="d", questions=1),
-        recipe=recipe, base=str(base), vision=str(base / "vision"), **more,
-    )  # fmt: skip
+    settings = tiny.run_settings(recipe=recipe, base=str(base), vision=str(base / "vision"), **more)
     base_hash = hashes.base_hash(open_source(base).leaves)
     (workdir / "select").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": base_hash}))
@@ -185,14 +180,6 @@ def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         export([str(runs[key]), str(root / name), "--layout", "hf", *case.options])
     export([str(runs[True, "none"]), str(root / "base"), "--layout", "hf", "--model", "base"])
     return {name: root / name for name in (*CASES, "base")}
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wider than high and of no round size, so that padding, scaling and cutting all show."""
-    path = tmp_path_factory.mktemp("pictures") / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 57, 3)).astype(np.uint8)).save(path)
-    return path
 
 
 @pytest.fixture(scope="module")

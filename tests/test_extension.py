@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from moextend_jax.config import RECIPES, ExtensionConfig, MoextendError, Named, with_extension
+from moextend_jax.config import RECIPES, MoextendError, Named, with_extension
 from moextend_jax.extension import routing
 from moextend_jax.extension.grow import grow
 from moextend_jax.parameters import by_path, with_arrays
@@ -210,14 +210,6 @@ def test_new_leaves_have_the_training_dtype():
         leaves["extensions/image/new_experts/w_up"][0, 0].astype(jnp.bfloat16),
         arrays["decoder/layers/moe/experts/w_up"][0, 1],
     )
-
-
-def test_growing_without_a_selection_or_beyond_the_last_layer_is_an_error():
-    with pytest.raises(MoextendError, match="select"):
-        grow(tiny.arrays(tiny.PLAIN), config=tiny.PLAIN, recipe=PAPER, seed=0)
-    beyond = with_extension(tiny.PLAIN, ExtensionConfig(layers=(1, 3), sources=(0, 0)))
-    with pytest.raises(MoextendError, match=r"layers \[3\], but of the base layers 0 to 2 route"):
-        grow(tiny.arrays(tiny.PLAIN), config=beyond, recipe=PAPER, seed=0)
 
 
 def _params(config):

@@ -4,7 +4,6 @@ before the extension, bit for bit."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError, with_visi
 from moextend_jax.generate import Generator
 from moextend_jax.models.moextend import shares
 from moextend_jax.parameters import with_arrays
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
 
 STRICT = dataclasses.replace(tiny.EXTENDED, text_isolation="strict")
 ROWS, LENGTH = 1000, 16
@@ -101,11 +99,8 @@ def test_gradients_of_text_do_not_reach_the_extension(arrays):
 
 
 def test_trained_routers_cannot_be_isolated():
-    stage = StageSettings(data="none", steps=1, batch_size=1, length=8)
-    parts: dict[str, Any] = dict(align=stage, extend=stage, finetune=stage, full=stage)
-    evaluate = EvaluateSettings(data="none", questions=1)
     with pytest.raises(MoextendError, match="routers_kept"):
-        RunSettings(**parts, evaluate=evaluate, recipe=RECIPES["released"], text_isolation="strict")
+        tiny.run_settings(recipe=RECIPES["released"], text_isolation="strict")
 
 
 @pytest.mark.slow

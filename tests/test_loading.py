@@ -41,7 +41,7 @@ from moextend_jax.mesh import make_mesh
 from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.media import with_media
 from moextend_jax.runs.run import tokenizer_of_base
-from moextend_jax.settings import EvaluateSettings, MediumSettings, RunSettings, StageSettings
+from moextend_jax.settings import MediumSettings
 from moextend_jax.sharding import MESH_AXES
 
 TRAINED = {"align": "media/image/projector/", "extend": "decoder/layers/moe/gate$", "finetune": "extensions/image/"}
@@ -565,11 +565,7 @@ def test_a_setting_names_a_folder_or_the_embedded_base():
 
 @pytest.mark.parametrize(("kind", "inside"), [("image", "vision"), ("video", "vision"), ("audio", "audio")])
 def test_the_embedded_tower_of_a_medium_is_that_of_its_kind(kind: Any, inside: str):
-    stage = StageSettings(data="none", steps=1, batch_size=1, length=160)
-    settings = RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage, evaluate=EvaluateSettings(data="none", questions=1),
-        media={"other": MediumSettings(kind=kind, tower="embedded")},
-    )  # fmt: skip
+    settings = tiny.run_settings(media={"other": MediumSettings(kind=kind, tower="embedded")})
     base = open_base("embedded", "embedded", feature_layer=-2)
     source = with_media(base, settings, tokenizer_of_base(settings, base))
     expected = hashes.base_hashes(open_source(EMBEDDED / inside).leaves).parts["media/image"]

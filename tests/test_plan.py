@@ -30,7 +30,7 @@ from moextend_jax.plan import collectives, compiling, hlo, products, roofline, s
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.command import PlanOptions, plan_command
 from moextend_jax.runs import results
-from moextend_jax.settings import EvaluateSettings, MediumSettings, RunSettings, StageSettings, from_config_dict
+from moextend_jax.settings import MediumSettings, RunSettings, from_config_dict
 
 TINY = DecoderConfig(vocab_size=512, width=256, hidden=512, layers=4, heads=4, kv_heads=2, head_size=64)
 TOWER = VisionConfig(width=128, hidden=256, layers=2, heads=2, image_size=56, patch_size=14)
@@ -409,11 +409,8 @@ BASES = {
 @pytest.mark.parametrize("base", BASES)
 def test_the_tower_is_the_one_that_the_run_has(vision: str, base: str, tmp_path: Path):
     """A tower that the base brings goes before the embedded one."""
-    stage = StageSettings(data="none", steps=1, batch_size=1, length=160)
-    settings = RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage, base=str(BASES[base](tmp_path)), vision=vision,
-        evaluate=EvaluateSettings(data="none", questions=1), medium="" if vision == "none" else "image",
-    )  # fmt: skip
+    medium = "" if vision == "none" else "image"
+    settings = tiny.run_settings(base=str(BASES[base](tmp_path)), vision=vision, medium=medium)
     if base == "without tower" and not vision:
         with pytest.raises(MoextendError, match="has no vision tower of its own"):
             sizes.model_config(settings, stage="finetune")

@@ -25,7 +25,7 @@ from moextend_jax.routing import collect, command, compare
 from moextend_jax.routing import stats as statistics
 from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.run import open_run, remember, settings_of
-from moextend_jax.settings import EvaluateSettings, RunSettings, StageSettings
+from moextend_jax.settings import RunSettings
 
 TEXT = with_vision(tiny.PLAIN, None)
 
@@ -509,12 +509,7 @@ def pipeline_settings(workdir: Path) -> RunSettings:
 
 @pytest.mark.usefixtures("eight_devices")
 def test_collect_opens_the_probed_model_of_a_run_on_several_devices(base: Path, tmp_path: Path):
-    stage = StageSettings(data="d", steps=1, batch_size=1, length=8)
-    evaluated = EvaluateSettings(data="d", questions=1)
-    settings = RunSettings(
-        align=stage, extend=stage, finetune=stage, full=stage, evaluate=evaluated, dtype="float32", base=str(base),
-        vision=str(base / "vision"),
-    )  # fmt: skip
+    settings = tiny.run_settings(dtype="float32", base=str(base), vision=str(base / "vision"))
     opened = open_run(settings, tmp_path)
     trained = tiny.arrays(tiny.BASE_CONFIG, seed=1, std=0.1)
     for name, prefix in (("align", "media/image/projector/"), ("extend", "decoder/layers/moe/gate")):

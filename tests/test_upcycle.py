@@ -124,20 +124,6 @@ def test_half_precision_stays_half_precision(source: dict[str, Stored]):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"experts": 0}, "at least 1"),
-        ({"experts": 4, "noise": -0.1}, "noise is -0.1"),
-        ({"experts": 4, "noise": float("nan")}, "noise is nan"),
-        ({"experts": 4, "seed": -1}, "seed is -1"),
-    ],
-)
-def test_an_impossible_mixture_is_refused(source: dict[str, Stored], changes: dict[str, Any], said: str):
-    with pytest.raises(MoextendError, match=said):
-        upcycle(source, **changes)
-
-
 def test_more_experts_per_token_than_there_are_is_refused():
     with pytest.raises(MoextendError, match="4 experts each token cannot take 5"):
         upcycled_config(llama.DENSE, experts=4, top_k=5)

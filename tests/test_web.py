@@ -46,13 +46,6 @@ def page(run: Run) -> Page:
     return Page(models=choices(Place(workdir=run.workdir)), start="moextend", max_new_tokens=NEW)
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 50, 3)).astype(np.uint8)).save(path)
-    return path
-
-
 @pytest.fixture
 def seen() -> Seen:
     """Two layers, layer 1 extended; three patches of four, then two words."""

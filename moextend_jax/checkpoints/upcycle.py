@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,12 +96,6 @@ def upcycle(source: Mapping[str, Stored], *, experts: int, noise: float = 0.0, s
       noise: standard deviation of what is added to each copy, in units of the matrix's own root mean square; drawn
         from (seed, layer, expert, matrix), in float32, then rounded to the matrix's dtype. 0: exact copies.
     """
-    if experts < 1:
-        raise MoextendError(f"a mixture of {experts} experts is none; give at least 1")
-    if not (math.isfinite(noise) and noise >= 0):
-        raise MoextendError(f"noise is {noise}; give a standard deviation, 0 or more")
-    if seed < 0:
-        raise MoextendError(f"seed is {seed}; give 0 or more")
     if already := [name for name in source if ".block_sparse_moe." in name]:
         raise MoextendError(f"{source[already[0]].where} is a mixture of experts already ({already[0]})")
     ffn = {(int(match["layer"]), match["matrix"]): name for name in source if (match := _FFN.fullmatch(name))}

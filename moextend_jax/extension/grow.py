@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moextend_jax.config import IMAGE, ColumnStart, ExpertStart, ModelConfig, MoextendError, Recipe, StartName
+from moextend_jax.config import IMAGE, ColumnStart, ExpertStart, ModelConfig, Recipe, StartName
 from moextend_jax.models.decoder import Extension
 from moextend_jax.models.quantised import taken
 from moextend_jax.parameters import arrays_of
@@ -78,14 +78,7 @@ def grow(
     Args:
       column, expert: rows of COLUMNS and EXPERTS, where they do not start as copies.
     """
-    extension = config.extensions.get(name)
-    if extension is None:
-        raise MoextendError("grow needs the layers to extend: run `moextend select` first")
-    routed = config.decoder.routed
-    if beyond := [layer for layer in extension.layers if layer not in routed]:
-        raise MoextendError(
-            f"the selection extends layers {beyond}, but of the base layers {routed.start} to {routed.stop - 1} route"
-        )
+    extension, routed = config.extensions[name], config.decoder.routed
     fresh = Extension(
         config.decoder, extension, rngs=nnx.Rngs(seed), dtype=config.train_dtype, std=recipe.calibrator_std
     )
