@@ -290,9 +290,7 @@ def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Picture]]:
     if role not in tuple(ROLES):
         raise MoextendError(f"chat: role {role!r} is none of {', '.join(ROLES)}")
     try:
-        parts: list[dict[str, Any]] = (
-            [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-        )
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         images: list[Picture] = [part["image"] for part in parts if part["type"] == "image"]
         text = "\n".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
     except (KeyError, TypeError):
