@@ -113,9 +113,11 @@ def test_a_command_that_would_be_refused_is_not_sent(words: str, message: str):
     launch("local.py", "--script=own.py", "--dry-run", moextend=words.split())
 
 
-def test_a_command_for_a_bucket_and_with_a_file_that_is_only_there_is_sent():
-    for words in ("run mixtral_8x7b:packed --workdir gs://b/w --base gs://b/m", "run --config=/there/own.py:x --no 1"):
-        assert launch("slurm.py", "--dry-run", moextend=words.split()).endswith(f"{words}\n")
+@pytest.mark.parametrize(
+    "words", ["run mixtral_8x7b:packed --workdir gs://b/w --base gs://b/m", "run --config=/there/own.py:x --no 1"]
+)
+def test_a_command_for_a_bucket_and_with_a_file_that_is_only_there_is_sent(words: str):
+    assert launch("slurm.py", "--dry-run", moextend=words.split()).endswith(f"{words}\n")
 
 
 @pytest.mark.parametrize(

@@ -187,9 +187,9 @@ def _in_our_order(ours: dict[str, Any], theirs: dict[str, np.ndarray]) -> dict[s
     ordered = {}
     for quantity, ids_Tk in theirs.items():
         head, _, index = quantity.partition("/")
-        mine_Tk, chosen_by_TO = ours.get(quantity), ours.get(f"chosen_by/{index}")
-        if head != "topk_idx" or mine_Tk is None or mine_Tk.shape != ids_Tk.shape:
+        if head != "topk_idx" or quantity not in ours or ours[quantity].shape != ids_Tk.shape:
             continue
+        chosen_by_TO = ours[f"chosen_by/{index}"]
         ids_Tk = np.clip(ids_Tk.astype(np.int64), 0, chosen_by_TO.shape[1] - 1)
         order_Tk = np.argsort(-np.take_along_axis(chosen_by_TO, ids_Tk, axis=-1), axis=-1, kind="stable")
         for name in (f"{part}/{index}" for part in ("topk_idx", "topk_prob", "topk_weight", "topk_calibrated")):
