@@ -7,6 +7,8 @@ quotes in paths and values survive.
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import shlex
 import subprocess
 import sys
@@ -35,7 +37,28 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str], *, needed: bool = 
     options, moextend = made.parse_args(argv[:cut]), argv[cut + 1 :]
     if needed and not moextend:
         made.error("say what to run after --, e.g. -- run --config demo --workdir work/demo")
+    if moextend and not getattr(options, "script", None):
+        check(moextend)
     return options, moextend
+
+
+def check(moextend: list[str]) -> None:
+    """Ends with the message that the command would end with over there, where it may have waited hours for its turn."""
+    named = [word.removeprefix("--config=") for before, word in itertools.pairwise(moextend)
+             if word.startswith("--config=") or before == "--config" or before == moextend[0]]  # fmt: skip
+    if any(re.search(r"[/.]", name) and not Path(re.sub(r":\w*$", "", name)).is_file() for name in named):
+        return  # a file of settings that is only there
+    sys.path.insert(0, str(ROOT))
+    try:
+        from moextend_jax import cli
+        from moextend_jax.config import MoextendError
+    except ImportError:  # a machine that only starts runs
+        return
+    try:
+        cli.check([word.replace("gs://", "/") for word in moextend])  # buckets need a package that is there
+    except MoextendError as error:
+        print(f"launch: moextend would refuse this: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run(command: Sequence[str], *, dry_run: bool, stdin: str | None = None) -> int:

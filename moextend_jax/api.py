@@ -286,13 +286,12 @@ def _turn(message: Mapping[str, Any]) -> tuple[Turn, list[Picture]]:
     """A message as a turn, and its pictures."""
     if not isinstance(message, Mapping):
         raise MoextendError(f"chat: a message is a {type(message).__name__}, not a role with its content")
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
+    content: Any = message.get("content")
     if role not in tuple(ROLES):
         raise MoextendError(f"chat: role {role!r} is none of {', '.join(ROLES)}")
     try:
-        parts: list[dict[str, Any]] = (
-            [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-        )
+        parts: list[dict[str, Any]] = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         images: list[Picture] = [part["image"] for part in parts if part["type"] == "image"]
         text = "\n".join("<image>" if part["type"] == "image" else part["text"] for part in parts)
     except (KeyError, TypeError):

@@ -147,22 +147,40 @@ def call(words: list[str]) -> int:
     if words[0] in ("-V", "--version", "version"):
         return _tell(f"moextend_jax {__version__}")
     _check_names([*words, os.getcwd()])
-    stage, _, extension = words[0].partition(":")
-    if extension and stage in FIRST.results:  # of a later extension
-        name, command = words[0], COMMANDS[stage]._replace(arguments=(words[0],))
-    else:
-        name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
-        if name is None:
-            return _no_command(words)
-        command = COMMANDS[name]
+    named = command_of(words)
+    if named is None:
+        return _no_command(words)
+    name, command = named
     if command.group in (RUNS, STAGES):
         keep_memory()
+    options = options_in(words, name, command)
+    return _tell(options) if isinstance(options, str) else resolve(command.function)(options, *command.arguments) or 0
+
+
+def command_of(words: list[str]) -> tuple[str, Command] | None:
+    """The command that they begin with, and its name as they spell it."""
+    stage, _, extension = words[0].partition(":")
+    if extension and stage in FIRST.results:  # of a later extension
+        return words[0], COMMANDS[stage]._replace(arguments=(words[0],))
+    name = next((name for n in (2, 1) if (name := " ".join(words[:n])) in COMMANDS), None)
+    return None if name is None else (name, COMMANDS[name])
+
+
+def options_in(words: list[str], name: str, command: Command) -> Any:
+    """What its function is called with; its help, a text, where they ask for it."""
     function = resolve(command.function)
     kind = next(iter(get_type_hints(function).values()))
-    options = parse(
-        kind, [*command.words, *words[len(name.split()) :]], command=name, does=(function.__doc__ or command.does)
-    )
-    return _tell(options) if isinstance(options, str) else function(options, *command.arguments) or 0
+    words = [*command.words, *words[len(name.split()) :]]
+    return parse(kind, words, command=name, does=(function.__doc__ or command.does))
+
+
+def check(words: list[str]) -> None:
+    """Raises what `call` would raise of these words before it does anything."""
+    named = command_of(words)
+    if named is None:
+        _no_command(words)
+    else:
+        options_in(words, *named)
 
 
 def _tell(text: str) -> int:

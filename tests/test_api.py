@@ -158,6 +158,7 @@ def test_every_wrong_argument_is_a_line(model: mx.Model, run: Run, picture: Path
         ("messages are no list", lambda: any_model.chat(hi)),
         ("a message is a str", lambda: any_model.chat(["Hi"])),
         ("content is neither", lambda: model.chat([{"role": "user", "content": 3}])),
+        ("content is neither", lambda: model.chat([{"role": "user", "contents": "Hi"}])),
         ("a int is no folder's name", lambda: any_mx.open(3)),
         ("model = 3 is not of type str", lambda: any_mx.open(run.workdir, model=3)),
         ("feature_layer = 'x' is not of type int", lambda: any_mx.open(run.settings.base, feature_layer="x")),

@@ -248,7 +248,7 @@ def test_what_the_tool_needs_besides_is_one_line(dumps: dict[str, Dump]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", few(["released_extended", "huggingface", "released"]))
+@pytest.mark.parametrize("layout", few(["released_extended", "huggingface", "released", *CHOSEN_OTHERWISE]))
 def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_path: Path, capsys):
     checkpoint, options, folder = dumps[layout]
     opened = ["--checkpoint", str(checkpoint), *options]
@@ -264,7 +264,8 @@ def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_pat
     assert cli.call(["routing", *collect]) == 0
     capsys.readouterr()
     assert cli.call(["routing", "compare", str(tmp_path / "jax.npz"), str(folder / "torch.npz"), "--json"]) == 0
-    assert_alike(json.loads(capsys.readouterr().out))
+    # What is least likely is by what chooses here, by the logits there.
+    assert_alike(json.loads(capsys.readouterr().out), least=layout not in CHOSEN_OTHERWISE)
 
 
 def assert_alike(record: dict[str, Any], *, least: bool = True) -> None:

@@ -99,6 +99,28 @@ def test_slurm(noted):
 
 
 @pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("runn --config demo --workdir w", "there is no command 'runn'; did you mean run"),
+        ("run --config mixtral_8x7c --workdir w", "there is no configuration mixtral_8x7c"),
+        ("run mixtral_8x7b:packed", "run needs --workdir"),
+        ("run demo --workdir gs://b/w --config.finetune.step=3", "no option --config.finetune.step; did you mean"),
+    ],
+)
+def test_a_command_that_would_be_refused_is_not_sent(words: str, message: str):
+    said = launch("slurm.py", "--dry-run", moextend=words.split(), code=2)
+    assert said.startswith("launch: moextend would refuse this: ") and message in said and said.count("\n") == 1
+    launch("local.py", "--script=own.py", "--dry-run", moextend=words.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["run mixtral_8x7b:packed --workdir gs://b/w --base gs://b/m", "run --config=/there/own.py:x --no 1"]
+)
+def test_a_command_for_a_bucket_and_with_a_file_that_is_only_there_is_sent(words: str):
+    assert launch("slurm.py", "--dry-run", moextend=words.split()).endswith(f"{words}\n")
+
+
+@pytest.mark.parametrize(
     ("code", "cancelled", "requeued"),
     [(75, False, ["requeue", "12"]), (75, True, []), (2, False, []), (0, False, [])],
 )

@@ -239,12 +239,16 @@ def forward(model, rows, labels: np.ndarray, *, coefficient: float) -> dict:
 
     arrays = {"logits": shown(logits)} | {f"hidden_states/{i}": shown(x) for i, x in enumerate(seen["hidden"])}
     loads = []
-    for z, (router, weights, picks) in enumerate(seen["router"]):
-        probs = router.softmax(-1)
+    for z, (part, (router, weights, picks)) in enumerate(zip(routers(model).values(), seen["router"], strict=True)):
+        # DeepSeek-V3's and GLM-4.5's routers score by sigmoids; moextend compares these over their sum.
+        scores = router.sigmoid() if hasattr(part, "e_score_correction_bias") else router.softmax(-1)
+        probs = scores / scores.sum(-1, keepdim=True)
         parts = {"router_logits": router, "topk_idx": picks.int(), "topk_weight": weights,
                  "topk_prob": probs.gather(-1, picks), "moe_in": seen["moe"][z][0], "moe_out": seen["moe"][z][1],
                  "topk_calibrated": seen["calibrated"][z]}  # fmt: skip
         arrays |= {f"{name}/{layers_of(model)[z]}": shown(part) for name, part in parts.items() if part is not None}
+        if not new_experts(model):  # transformers balances the largest logits, whatever chooses
+            picks = router.topk(picks.shape[-1]).indices
         share = F.one_hot(picks, router.shape[-1]).sum(1).float()[valid].mean(0)
         loads.append((share, probs[valid].mean(0)))
     outputs = max(len(share) for share, _ in loads)

@@ -144,6 +144,8 @@ def _judge(
 ) -> list[Row]:
     where = defined(rows)
     where_T = where.where_BL.reshape(-1)
+    if chosen_otherwise(config):
+        theirs = {**theirs, **_in_our_order(ours, theirs)}
     verdicts = []
     for quantity, array in theirs.items():
         head, _, index = quantity.partition("/")
@@ -177,6 +179,23 @@ def _judge(
         else:
             verdicts.append(close(name, quantity, mine, array, atol=0 if head == "img_pos" else atol))
     return verdicts
+
+
+def _in_our_order(ours: dict[str, Any], theirs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Their `topk_*`, each token's experts by what they are chosen by here: where that is not the logits, programs
+    order them in other ways. What does not fit is left for `_picks` to refuse."""
+    ordered = {}
+    for quantity, ids_Tk in theirs.items():
+        head, _, index = quantity.partition("/")
+        if head != "topk_idx" or quantity not in ours or ours[quantity].shape != ids_Tk.shape:
+            continue
+        chosen_by_TO = ours[f"chosen_by/{index}"]
+        ids_Tk = np.clip(ids_Tk.astype(np.int64), 0, chosen_by_TO.shape[1] - 1)
+        order_Tk = np.argsort(-np.take_along_axis(chosen_by_TO, ids_Tk, axis=-1), axis=-1, kind="stable")
+        for name in (f"{part}/{index}" for part in ("topk_idx", "topk_prob", "topk_weight", "topk_calibrated")):
+            if name in theirs and theirs[name].shape == order_Tk.shape:
+                ordered[name] = np.take_along_axis(theirs[name], order_Tk, axis=-1)
+    return ordered
 
 
 def _picks(
