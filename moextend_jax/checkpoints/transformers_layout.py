@@ -183,10 +183,11 @@ def _llava_attributes(config: ModelConfig, text: Mapping[str, Any]) -> dict[str,
 
 def _own_class(*, sees: bool) -> dict[str, Any]:
     """Attributes by which transformers finds our class."""
-    module, autos = CODE.removesuffix(".py"), ["AutoModelForCausalLM"]
+    # The last is what `transformers serve` loads.
+    module, autos = CODE.removesuffix(".py"), ["AutoModelForCausalLM", "AutoModelForMultimodalLM"]
     if sees:
         config, model, model_type = "MoExtendConfig", "MoExtendForConditionalGeneration", "moextend"
-        autos += ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"]
+        autos.append("AutoModelForImageTextToText")
     else:
         config, model, model_type = "MoExtendTextConfig", "MoExtendForCausalLM", "moextend_text"
     auto_map = {"AutoConfig": f"{module}.{config}", **dict.fromkeys(autos, f"{module}.{model}")}

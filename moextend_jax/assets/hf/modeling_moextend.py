@@ -358,5 +358,6 @@ for ours, theirs in (
     ("MoExtendTextModel", "LlavaModel"),
 ):
     register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
-# `transformers serve` looks here for what takes images.
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MoExtendConfig.model_type] = MoExtendForConditionalGeneration.__name__
+# `transformers serve` looks here for what is no class of its own; whether it takes images, its processor says.
+for model in (MoExtendForConditionalGeneration, MoExtendForCausalLM):
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model.config_class.model_type] = model.__name__
