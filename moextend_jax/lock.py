@@ -33,7 +33,10 @@ def locked(workdir: Path) -> Iterator[None]:
     if is_url(workdir) or not first():
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise MoextendError(f"{workdir} is or lies below a file: give a folder as --workdir") from None
     # "a": whoever is refused must not empty what the holder wrote.
     with (workdir / NAME).open("a+") as file:
         try:

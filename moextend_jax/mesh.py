@@ -50,7 +50,10 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     known = math.prod(size for size in sizes.values() if size != -1)
     shape = {axis: devices // max(known, 1) if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES}
     if list(sizes.values()).count(-1) > 1 or math.prod(shape.values()) != devices:
-        raise MoextendError(f"a mesh of {dict(sizes)} does not cover {devices} devices")
+        raise MoextendError(
+            f"a mesh of {dict(sizes)} does not cover {devices} devices: the product of its sizes must be {devices}, "
+            "and one of them may be -1, which takes all that are left (--config.mesh.fsdp=-1)"
+        )
     return shape
 
 

@@ -17,6 +17,13 @@ from moextend_jax.doctor import Finding
 from moextend_jax.lock import locked
 
 
+def test_a_work_directory_that_is_a_file_is_one_line(tmp_path: Path):
+    (tmp_path / "w").write_text("")
+    for workdir in (tmp_path / "w", tmp_path / "w" / "x"):
+        with pytest.raises(MoextendError, match="is or lies below a file: give a folder"), locked(workdir):
+            pass
+
+
 def test_a_file_system_without_locks_is_said_once_and_used(tmp_path: Path, monkeypatch, capsys):
     def flock(*_: object):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -583,6 +583,12 @@ def test_images_are_looked_for_beside_the_file_or_where_the_setting_says(tmp_pat
     assert both[0].images.fingerprint != both[1].images.fingerprint
 
 
+def test_a_folder_of_images_that_is_not_there_is_named(tmp_path: Path):
+    own = as_json(tmp_path / "a.json", lambda n: {"image": names(n), "conversations": turns(n)})
+    with pytest.raises(MoextendError, match="there is no folder .*pictrues of images; --images names it"):
+        open_dataset(str(own), data_dir=tmp_path / "built", images=tmp_path / "pictrues")
+
+
 def test_images_are_looked_for_beside_each_of_several_files(tmp_path: Path):
     """As Hugging Face's ImageFolder has them; where the setting says, names are below its folder alone."""
     home, data = tmp_path / "train", str(tmp_path / "train")

@@ -231,7 +231,7 @@ def test_items_that_fill_up_a_tower_s_work_change_nothing():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(MoextendError, match="does not cover 8 devices"):
+    with pytest.raises(MoextendError, match="does not cover 8 devices: the product of its sizes must be 8"):
         make_mesh({"data": 3, "fsdp": 1, "expert": 1, "tensor": 1})
 
 

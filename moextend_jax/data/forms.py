@@ -19,7 +19,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.data.json_values import Row, read_json
 from moextend_jax.data.shards import read_tar
 from moextend_jax.data.tables import read_arrow, read_csv, read_parquet
-from moextend_jax.folders import folder, reading
+from moextend_jax.folders import folder, is_url, reading
 
 
 class Form(NamedTuple):
@@ -144,6 +144,8 @@ def files_of(
     for path in chosen:
         form_of(path)
     home = folder(os.fspath(images)) if images else folder_above(chosen)
+    if images and not is_url(home) and not home.is_dir():
+        raise MoextendError(f"there is no folder {images} of images; --images names it")
     return Files(tuple(chosen), home, upright, beside=not images)
 
 
