@@ -336,6 +336,7 @@ def test_a_row_of_every_usual_shape(tmp_path: Path, row: dict[str, Any], turns: 
 
 def test_columns_of_a_text_alone_are_not_taken_for_pictures(tmp_path: Path):
     row = {"question": "a?", "answer": "b", "image_id": "7", "img_ids": ["7"], "Feature": "x", "Image": "", "vides": 3}
+    row |= {"audit": "passed", "round": "2", "fileName": "a.py"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     (entry,) = read_entries(tmp_path / "a.jsonl")
     assert entry.fault is None and not entry.images

@@ -32,6 +32,7 @@ def check(decoder: DecoderConfig, how: Quantised | None, mesh: Any) -> None:
             raise MoextendError(
                 f"expert_group = {how.group}: it does not divide the experts' {what} of {size}"
                 + (f" on a tensor axis of {parts}" if parts > 1 else "")
+                + " (`moextend import` calls it --group)"
             )
 
 

@@ -41,7 +41,7 @@ ITEM_KEYS: dict[MediumKind, tuple[tuple[str, ...], ...]] = {kind: _keys(kind) fo
 is where it came from. Keys of one line must not name different ones. Items of a medium that is not called as its kind
 stand under its name: `{"audio": {"speech": "a.wav"}}`."""
 KNOWN = frozenset(key for lines in ITEM_KEYS.values() for keys in lines for key in keys)
-PLAIN_KEYS = tuple(sorted(key for key in KNOWN - {*plurals("features")} if "_" not in key))
+PLAIN_KEYS = tuple(sorted(key for key in KNOWN - {*plurals("features"), "filename"} if "_" not in key))
 """Those that no usual column of a text alone is like."""
 FILE_KEYS = ("bytes", "path", "url", "data", "array")
 """Keys of an object that is one file; any other object has items by the names of their media."""
@@ -87,7 +87,8 @@ def normal_turns(value: Mapping[str, Any]) -> NormalTurns:
         raise _shapeless(value, items)
     if not talk.items:  # else a picture whose key is misspelt would be lost, and the question asked without it
         for key, content in value.items():
-            if content and not isinstance(content, int | float) and (like := _like(f"{key}", PLAIN_KEYS)):
+            like = _like(f"{key}", PLAIN_KEYS) if content and not isinstance(content, int | float) else ""
+            if like and _misspells(f"{key}", like):
                 raise Fault(f"{key} is not read; is it meant as {like}?", "entry")
     system = value.get("system")
     if isinstance(system, str) and system.strip() and not any(_from(turn) == "system" for turn in talk.turns):
@@ -116,6 +117,13 @@ def _like(key: str, names: tuple[str, ...]) -> str:
     if key in names or "_" in key:  # image_id is no image
         return ""
     return next(iter(get_close_matches(key.strip().lower(), names, n=1, cutoff=0.8)), "")
+
+
+def _misspells(key: str, name: str) -> bool:
+    """Whether one letter more or less, or letters in another order, make the name; another letter makes another word:
+    round is no sound, audit no audio."""
+    key = key.strip().lower()
+    return len(key) != len(name) or sorted(key) == sorted(name)
 
 
 # --- items of a row ---------------------------------------------------------------------------------------------------
