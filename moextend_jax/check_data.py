@@ -193,8 +193,9 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
         for kind, count in report.counts.items():
             first = "\n".join(f"entry {named.entry}: {named.id}" for named in report.first[kind][:3])
             policy = faults.policy(kind)
-            meaning = f"{KINDS[kind].means}: {report.first[kind][0].message}"
-            table.add_row(kind, policy, f"{count:,}", escape(first), escape(meaning[:400]))
+            messages = list(dict.fromkeys(named.message[:400] for named in report.first[kind]))
+            shown = messages[: 1 if KINDS[kind].file else 3]  # files of one kind differ by their names alone
+            table.add_row(kind, policy, f"{count:,}", escape(first), escape("\n".join([KINDS[kind].means, *shown])))
         console.print(table)
     elif not report.error:
         console.print(escape(f"{title}: {size}, no faults"))
