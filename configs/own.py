@@ -1,14 +1,16 @@
-"""One's own pictures, or sounds: the demo's small base learns from a file of conversations, six or sixty thousand.
+"""One's own pictures, sounds or questions: the demo's small base learns from a file of conversations, six or sixty
+thousand.
 
 moextend run --config own --data own.jsonl --images pictures --workdir work/own
 moextend run --config own --data own.jsonl --images pictures --workdir work/own --config.finetune.epochs=10
 moextend run --config own:sounds --data sounds.json --images sounds --workdir work/sounds
+moextend run --config own:text --data questions.csv --workdir work/text      a task in text, which shows nothing
 
 Nothing need be counted: lengths and numbers of steps follow from the data, and a tenth of it is held out for the table
 at the end (docs/own_data.md).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -24,7 +26,7 @@ from moextend_jax.settings import (
 )
 
 
-def get_config(arg: Literal["paper", "released", "sounds"] = "paper") -> ConfigDict:
+def get_config(arg: Literal["paper", "released", "sounds", "text"] = "paper") -> ConfigDict:
     def stage(*, epochs: float, least_steps: int, learning_rate: float) -> StageSettings:
         return StageSettings(
             data="",  # --data
@@ -38,16 +40,19 @@ def get_config(arg: Literal["paper", "released", "sounds"] = "paper") -> ConfigD
             optimizer=OptimizerConfig(learning_rate=learning_rate, multipliers={"calibrators": 0.02}),
         )
 
-    sounds = {
-        "extension": "audio",
-        "medium": "audio",
-        "media": {"audio": MediumSettings(kind="audio", tower="embedded", seconds=5)},
-        "vision": "none",
+    others: dict[str, dict[str, Any]] = {
+        "sounds": {
+            "extension": "audio",
+            "medium": "audio",
+            "media": {"audio": MediumSettings(kind="audio", tower="embedded", seconds=5)},
+            "vision": "none",
+        },
+        "text": {"extension": "task", "medium": "", "vision": "none"},
     }
     return to_config_dict(
         RunSettings(
-            **(sounds if arg == "sounds" else {}),
-            recipe=RECIPES["paper" if arg == "sounds" else arg],
+            **others.get(arg, {}),
+            recipe=RECIPES["released" if arg == "released" else "paper"],
             align=stage(epochs=1, least_steps=60, learning_rate=1e-2),
             extend=stage(epochs=0.5, least_steps=20, learning_rate=3e-3),
             finetune=stage(epochs=3, least_steps=120, learning_rate=4e-3),

@@ -1,4 +1,4 @@
-"""Six own pictures and a file about them, by the command of docs/own_data.md: trained, evaluated, learnt."""
+"""Six own pictures and a file about them, sounds, questions: the commands of docs/own_data.md train, ask and evaluate."""
 
 from __future__ import annotations
 
@@ -52,6 +52,23 @@ def test_own_sounds_are_checked_by_one_command(tmp_path, capsys):
     assert cli.call(["data", "check", "own", *words]) == 1
     first = json.loads(capsys.readouterr().out)["data"][0]["kinds"]["unknown_medium"]["first"][0]
     assert "own:sounds has <audio>" in first["message"]
+
+
+@pytest.mark.slow
+def test_a_task_in_text_by_one_command(tmp_path):
+    rows = [{"question": f"add {a} and 2", "answer": f"{a + 2}"} for a in range(20)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["own:text", "--data", "sums.jsonl"]
+    assert "no faults" in moextend("data", "check", *words, folder=tmp_path)
+    table = moextend("run", *words, "--workdir", "w", *FEWER, folder=tmp_path)
+    assert "aligned only" not in table and "pretrained weights bit-identical: yes" in table
+    moextend("export", "w", "out", folder=tmp_path)
+    asked = ["--prompt", "add 3 and 2", "--max-new-tokens", "4"]
+    answers = [moextend("generate", *place, *asked, folder=tmp_path)
+               for place in (("--workdir", "w"), ("--checkpoint", "out"))]  # fmt: skip
+    assert answers[0].strip() and answers[0] == answers[1]
+    attributes = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert attributes["architectures"] == ["MoExtendForCausalLM"] and attributes["moextend"]["extension"] == "task"
 
 
 @pytest.mark.slow

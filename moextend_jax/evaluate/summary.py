@@ -73,7 +73,11 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     wordnet, kjv = losses["wordnet"], losses["kjv"]
     titles = {name: row.title for name, row in results.FIRST.models.items()}
     titles["moextend"] = summary.get("method", titles["moextend"])
-    for name in ("base", *results.ANSWERING):
+    rows = ["base", *results.ANSWERING]
+    if summary["seconds"].get("align") is None:  # of a task in text, for which nothing is aligned
+        rows.remove("base")
+        titles["aligned"] = titles["base"]
+    for name in rows:
         if name not in accuracy and name not in kjv:
             continue
         read = name if name in kjv else "base"  # its text losses are the base's
