@@ -1,4 +1,4 @@
-"""Six own pictures and a file about them, sounds, questions: the commands of docs/own_data.md train, ask and evaluate."""
+"""Six own pictures and a file about them, sounds, questions: commands of docs/own_data.md train, ask and evaluate."""
 
 from __future__ import annotations
 
