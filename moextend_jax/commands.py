@@ -100,8 +100,9 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         record = summarise(run, evaluate(run), total_seconds=before + time.perf_counter() - started)
         print_table(record, screen)
         if distributed.first():
-            # PyTorch's programs know one extension, of pictures, by new experts.
-            known = [(link.name, link.medium, link.rival) for link in settings.links] == [(IMAGE, IMAGE, None)]
+            # PyTorch's programs know one extension, of pictures or text, by new experts.
+            (link, *more) = settings.links
+            known = not (more or link.rival or link.connector) and link.medium in (IMAGE, "")
             media = list(run.config.media)
             words = NEXT.format(
                 workdir=shlex.quote(str(run.workdir)),
