@@ -21,7 +21,7 @@ import pytest
 import tiny
 from local_tasks import write_tasks
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from moextend_jax import cli
 from moextend_jax.checkpoints import convert, hashes, huggingface, train_state
@@ -423,7 +423,7 @@ def test_an_extension_comes_back_under_its_name(base: Path, tmp_path: Path, caps
     assert opened.config.extensions == config.extensions
     for path, array in more.items():
         np.testing.assert_array_equal(opened.arrays[path], array)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")  # AutoTokenizer would import torch
     assert ("<image>" in tokenizer.chat_template) or not medium
     words = tokenizer.apply_chat_template([{"role": "user", "content": "add 1 and 2"}], add_generation_prompt=True)
     here = load_tokenizer(base)
