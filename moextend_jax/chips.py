@@ -12,10 +12,11 @@ from moextend_jax.config import MoextendError
 GIB = 2**30
 
 
-def gpu_share(gpus: int) -> float:
-    """Of each GPU's memory, what a run on so many takes for its arrays (`machine.whole_gpu`). The rest is for CUDA and
-    its libraries: NCCL takes 0.7 to 1.6 GB for each group of GPUs that send to one another, and a mesh has several."""
-    return 0.95 if gpus == 1 else 0.9
+def gpu_share(*, several: bool) -> float:
+    """Of a GPU's memory, what a run on it, or on several, takes for its arrays (`machine.whole_gpu`). The rest is for
+    CUDA and its libraries: NCCL takes 0.7 to 1.6 GB for each group of GPUs that send to one another, and a mesh has
+    several groups."""
+    return 0.9 if several else 0.95
 
 
 SHARED, LEAST_SHARED = {"9": 232448, "10": 232448}, 101376
@@ -45,7 +46,7 @@ class Chip(NamedTuple):
 
     def usable(self, chips: int) -> int:
         """Bytes of memory that a program on so many chips may use on each."""
-        return self.hbm if self.platform == "tpu" else int(gpu_share(chips) * self.hbm)
+        return self.hbm if self.platform == "tpu" else int(gpu_share(several=chips > 1) * self.hbm)
 
 
 CHIPS = {

@@ -90,7 +90,6 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_libtpu()
-    whole_gpu()
     code = _code_of(words)
     if code and "moextend_jax.distributed" in sys.modules:
         import jax
@@ -107,6 +106,7 @@ def _code_of(words: list[str]) -> int:
     """The exit code of a command; what went wrong is a line on standard error."""
     try:
         with not_lost():
+            whole_gpu()
             return call(words)
     except MoextendError as error:
         line = " ".join(str(error).split())  # which may quote a file that is not to be trusted

@@ -291,7 +291,7 @@ def chat(options: ChatOptions) -> None:
 
         from moextend_jax import distributed
 
-        name = distributed.several()
+        name = machine.several()
         if name == "MOEXTEND_PROCESSES":  # how many there are is known when they are together
             distributed.start()
             name = name if jax.process_count() > 1 else None

@@ -55,7 +55,7 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[st
             f"chains = {','.join(settings.chains)} needs several extensions, and strict or open among it"
         )
     began, records, first = time.perf_counter(), {}, workdir / kinds[0]
-    several = machine.only_cpu() and not distributed.several() and machine.cores() > 1
+    several = machine.only_cpu() and not machine.several() and machine.cores() > 1
     several = several and len(kinds) > 1 and not is_url(workdir)
     own = {
         kind: dataclasses.replace(

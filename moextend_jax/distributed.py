@@ -50,7 +50,7 @@ def start(*, cpu_devices: int = 1) -> None:
         return
     if joining is None:
         return
-    seconds = _number("MOEXTEND_WAIT", default=WAIT)
+    seconds = machine.number("MOEXTEND_WAIT", default=WAIT)
     try:
         with _waiting(seconds):
             jax.distributed.initialize(**joining, initialization_timeout=seconds + WAIT)
@@ -73,7 +73,7 @@ def split_cpu(devices: int) -> None:
 
 def arguments() -> dict[str, Any] | None:
     """How to call `jax.distributed.initialize`, or None where this process is alone."""
-    name = several()
+    name = machine.several()
     if name != "JAX_NUM_PROCESSES":
         return None if name is None else {}
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -82,32 +82,10 @@ def arguments() -> dict[str, Any] | None:
     # All is said: JAX need not look for a cluster, which in Kubernetes takes another package.
     return {
         "coordinator_address": os.environ[names[0]],
-        "num_processes": _number(names[1]),
-        "process_id": _number(names[2]),
+        "num_processes": machine.number(names[1]),
+        "process_id": machine.number(names[2]),
         "cluster_detection_method": "deactivate",
     }
-
-
-def several() -> str | None:
-    """The environment variable that says that this process is one of several; None where it is alone."""
-    if "JAX_NUM_PROCESSES" in os.environ:
-        return None if _number("JAX_NUM_PROCESSES") == 1 else "JAX_NUM_PROCESSES"
-    if (setting := os.environ.get("MOEXTEND_PROCESSES", "")) not in ("", "auto"):
-        raise MoextendError(f"MOEXTEND_PROCESSES = {setting!r}: it can only be auto")
-    if setting:
-        return "MOEXTEND_PROCESSES"
-    if "SLURM_STEP_NODELIST" in os.environ and _number("SLURM_NTASKS", default=1) > 1:
-        return "SLURM_NTASKS"
-    if _number("MEGASCALE_NUM_SLICES", default=1) > 1:
-        return "MEGASCALE_NUM_SLICES"
-    return "TPU_WORKER_HOSTNAMES" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
-
-
-def _number(name: str, *, default: int = 0) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise MoextendError(f"{name} = {text!r} is no number")
-    return int(text)
 
 
 WAIT, QUIET = 300, 15
@@ -118,7 +96,7 @@ WAIT, QUIET = 300, 15
 def _waiting(seconds: int) -> Iterator[None]:
     """Inside, a thread says what is waited for, and ends the process after `seconds`: JAX's client, which gives no
     signal a chance meanwhile, would abort it with a stack."""
-    name = several() or ""
+    name = machine.several() or ""
     value = os.environ.get(name, "")
     others = f"{int(value) - 1} more of {value} processes" if value.isdecimal() else "the other processes"
     mend = f"({name} = {value}): start all of them, or go alone by `env -u {name} moextend ...`"

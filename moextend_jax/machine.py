@@ -1,4 +1,5 @@
-"""What this machine has, by its device files and without JAX; and what is wrong where JAX finds no devices.
+"""What this machine has, by its device files and without JAX, and whether this process is one of several; and what is
+wrong where JAX finds no devices.
 
 In: /dev and the environment. Out: names of platforms, variables for libtpu, one line of an error.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moextend_jax.chips import gpu_share
+from moextend_jax.config import MoextendError
 
 NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -56,15 +58,32 @@ def whole_gpu() -> None:
     Who has said how much, or that nothing is to be taken beforehand, is not overruled."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE")
     if accelerator() == "gpu" and not any(name in os.environ for name in names):
-        os.environ[names[0]] = str(gpu_share(_gpus_of_run()))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        here = visible.split(",") if visible else [*Path("/dev").glob("nvidia[0-9]*")]
+        os.environ[names[0]] = str(gpu_share(several=len(here) > 1 or several() is not None))
 
 
-def _gpus_of_run() -> int:
-    """At most: those that CUDA shows this process, or that the machine has, by the number of processes."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    here = len(visible.split(",")) if visible else len([*Path("/dev").glob("nvidia[0-9]*")])
-    processes = (os.environ.get(name) or "1" for name in ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "MOEXTEND_PROCESSES"))
-    return max(here, 1) if {*processes} == {"1"} else 2
+def several() -> str | None:
+    """The environment variable that says that this process is one of several; None where it is alone."""
+    if "JAX_NUM_PROCESSES" in os.environ:
+        return None if number("JAX_NUM_PROCESSES") == 1 else "JAX_NUM_PROCESSES"
+    if (setting := os.environ.get("MOEXTEND_PROCESSES", "")) not in ("", "auto"):
+        raise MoextendError(f"MOEXTEND_PROCESSES = {setting!r}: it can only be auto")
+    if setting:
+        return "MOEXTEND_PROCESSES"
+    if "SLURM_STEP_NODELIST" in os.environ and number("SLURM_NTASKS", default=1) > 1:
+        return "SLURM_NTASKS"
+    if number("MEGASCALE_NUM_SLICES", default=1) > 1:
+        return "MEGASCALE_NUM_SLICES"
+    return "TPU_WORKER_HOSTNAMES" if "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") else None
+
+
+def number(name: str, *, default: int = 0) -> int:
+    """What an environment variable holds."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise MoextendError(f"{name} = {text!r} is no number")
+    return int(text)
 
 
 def only_cpu() -> bool:

@@ -80,16 +80,16 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
     sees, extended = {"vision", "projector"} <= source.parts, "extension" in source.parts
-    if sees or extended:
+    taught = sees or extended  # here, so that it is asked by the recipe
+    if taught:
         names.check_published(source.leaves, source.config, layout="hf")
-    extension, called = source.config.extension, IMAGE
-    if extended and extension is not None:
+    called, extension = next(iter(source.config.extensions.items()), (IMAGE, None))
+    if extension is not None:
         if extension.medium and not sees:
             raise MoextendError(
                 f"the extension is for the medium {extension.medium}, and there is no tower and no projector for it: "
                 "name its --vision, or export it with --layout delta"
             )
-        called = next(iter(source.config.extensions))
         source = with_extension_called(IMAGE, source, medium=extension.medium)
     tokenizer = _tokenizer(source)
     text = _text_attributes(source)
@@ -103,7 +103,7 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
         attributes = whole if extended else {"architectures": [FAMILIES[table].architecture], **text}
     if extended or (sees and config.decoder.logits_divisor != 1):
         attributes |= _own_class(sees=sees)
-    if sees or extended:
+    if taught:
         attributes["moextend"] = {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation}
     if extended:
         attributes |= _extension_attributes(config, recipe, text_isolation)
@@ -112,21 +112,20 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
         tensors=leaves.plan_theirs(source.leaves, table=table, config=config),
         json_files={"config.json": attributes, "generation_config.json": _generation(source, config, tokenizer)},
         texts={},
-        copies={name: path for name, path in source.files.items() if name in MODEL_FILES and not (sees or extended)},
+        copies={name: path for name, path in source.files.items() if name in MODEL_FILES and not taught},
     )
     if "auto_map" in attributes:
         folder.copies[CODE] = ASSETS / CODE
     if sees:
         folder.json_files.update(_processor(config, recipe))
     if tokenizer is not None:
-        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees, taught=sees or extended)
+        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees, taught=taught)
     return folder
 
 
 def _add_tokenizer(
     folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool, taught: bool
 ) -> None:
-    """taught: whether the model was trained here, and is asked by the recipe."""
     # The released code tokenises its question apart from what follows: a space at its end stays one.
     apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if taught and recipe.prompt == "released" else ""
     files = tokenizer_files(Path(tokenizer.where), tokenizer, sees=sees, apart=apart)
@@ -182,8 +181,7 @@ def _llava_attributes(config: ModelConfig, text: Mapping[str, Any]) -> dict[str,
 
 
 def _own_class(*, sees: bool) -> dict[str, Any]:
-    """Attributes by which transformers finds our class."""
-    # The last is what `transformers serve` loads.
+    """Attributes by which transformers finds our class; `transformers serve` loads it as AutoModelForMultimodalLM."""
     module, autos = CODE.removesuffix(".py"), ["AutoModelForCausalLM", "AutoModelForMultimodalLM"]
     if sees:
         config, model, model_type = "MoExtendConfig", "MoExtendForConditionalGeneration", "moextend"

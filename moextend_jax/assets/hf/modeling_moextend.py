@@ -254,6 +254,7 @@ class MoExtendModel(LlavaModel):
     def __init__(self, config: MoExtendConfig):
         super().__init__(config)
         self._extend_layers()
+        self.post_init()
 
     def _extend_layers(self) -> None:
         layers, sources = self.config.add_layer or [], list(self.config.sources or ())
@@ -261,7 +262,6 @@ class MoExtendModel(LlavaModel):
         for n, layer in enumerate(layers):
             extension = Extension(self.config, sources[n * each : (n + 1) * each])
             extend(block_of(self.language_model.layers[layer]), extension)
-        self.post_init()
 
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
         sighted = None
@@ -307,6 +307,7 @@ class MoExtendTextModel(MoExtendModel):
         LlavaPreTrainedModel.__init__(self, config)  # without a tower and a projector
         self.language_model = AutoModel.from_config(config.text_config)
         self._extend_layers()
+        self.post_init()
 
 
 def restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
