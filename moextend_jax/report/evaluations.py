@@ -30,26 +30,26 @@ class Benchmark(NamedTuple):
     examples: Sequence[Mapping[str, Any]]
 
 
-class Evaluations(NamedTuple):
-    benchmarks: Sequence[Benchmark] = ()
-    forgetting: Mapping[str, Any] | None = None
-
-
-def read_evaluations(workdir: Path) -> Evaluations:
-    """What is in WORKDIR/eval; raises MoextendError for a file that does not hold what its name says."""
+def evaluations(workdir: Path, summary: Mapping[str, Any] | None) -> dict[str, str]:
+    """HTML of what is in WORKDIR/eval, by title; raises MoextendError for a file that does not hold what its name
+    says."""
     folder, benchmarks = workdir / "eval", []
     if not folder.is_dir():
-        return Evaluations()
+        return {}
     for name in sorted(child for child in folder.iterdir() if child.is_dir()):
         for model in sorted(child for child in name.iterdir() if (child / "scores.json").exists()):
             scores, examples = (
                 read_json_of(model / file, kind) for file, kind in (("scores.json", dict), ("examples.json", list))
             )
             benchmarks.append(Benchmark(name.name, model.name, scores, examples or ()))
-    return Evaluations(benchmarks, read_json_of(folder / "forgetting.json", dict))
+    return {
+        "Benchmarks": _benchmark_table(benchmarks, summary),
+        "What was forgotten of text": _forgetting_table(read_json_of(folder / "forgetting.json", dict), summary),
+        "Questions of the benchmarks": _question_cards(benchmarks, summary),
+    }
 
 
-def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None = None) -> str:
+def _benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None) -> str:
     """HTML: a line per benchmark, with the figure of each of our models, then the published ones."""
     if not benchmarks:
         return ""
@@ -61,10 +61,10 @@ def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] 
         rows = []
         for name in dict.fromkeys(benchmark.name for benchmark in benchmarks):
             of = {benchmark.model: benchmark.record for benchmark in benchmarks if benchmark.name == name}
-            first_record = next(iter(of.values()))
+            published = next(iter(of.values())).get("published", {})
             figure = next((record["headline"]["name"] for record in of.values() if record["headline"]), "to be judged")
             cells = [name, figure, *(_headline(of.get(model)) for model in models)]
-            cells += [_published(first_record, other) for other in others]
+            cells += [f"{published[other]:.1f}" if other in published else "" for other in others]
             cells.append("/".join(dict.fromkeys(f"{record['answered']:,}" for record in of.values())))
             rows.append(cells)
     note = "Each figure by the benchmark’s own rule (docs/evaluation.md)."
@@ -76,7 +76,7 @@ def benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] 
     return text_table(heads, rows) + how(note)
 
 
-def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any] | None = None) -> str:
+def _forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any] | None) -> str:
     """HTML: a line per task, with the figure of the base, then of every other model with its drop, in points."""
     if record is None:
         return ""
@@ -90,7 +90,7 @@ def forgetting_table(record: Mapping[str, Any] | None, summary: Mapping[str, Any
     )
 
 
-def question_cards(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None = None) -> str:
+def _question_cards(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] | None) -> str:
     """HTML: some questions of each benchmark, with picture, right answer and the model's."""
     parts = []
     with malformed("eval/*/examples.json"):
@@ -118,8 +118,3 @@ def _headline(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return "not run"
     return "–" if record["headline"] is None else f"{record['headline']['value']:.1f}"
-
-
-def _published(record: Mapping[str, Any], other: str) -> str:
-    value = record.get("published", {}).get(other)
-    return "" if value is None else f"{value:.1f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from html import escape
+from statistics import fmean
 from typing import Any
 
 from moextend_jax.report.markup import how, table
@@ -24,9 +25,9 @@ def tiles(summary: Mapping[str, Any] | None) -> str:
         against = "" if alone is None else f"; the question alone gives {alone:.1%}"
         shown.append((f"{ours:.1%}", f"{escape(data_title(summary))} accuracy{against}"))
     lost, rival = (forgetting(summary, model=model) for model in ("moextend", "full"))
-    if lost is not None:
-        against = "" if rival is None else f"; full tuning {rival.mean:+.3f}"
-        shown.append((f"{lost.mean:+.3f}", f"nats of text loss gained (forgetting){against}"))
+    if lost:
+        against = f"; full tuning {fmean(rival):+.3f}" if rival else ""
+        shown.append((f"{fmean(lost):+.3f}", f"nats of text loss gained (forgetting){against}"))
     unchanged = _unchanged(summary)
     if unchanged is not None:
         mark = '<i class="good">✓ identical</i>' if unchanged else '<i class="bad">✗ changed</i>'

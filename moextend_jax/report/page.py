@@ -15,13 +15,7 @@ from typing import Any
 from moextend_jax.folders import absolute
 from moextend_jax.report import results_pictures, routing_pictures
 from moextend_jax.report.chains import chains_section
-from moextend_jax.report.evaluations import (
-    Evaluations,
-    benchmark_table,
-    forgetting_table,
-    question_cards,
-    read_evaluations,
-)
+from moextend_jax.report.evaluations import evaluations
 from moextend_jax.report.examples import cards
 from moextend_jax.report.explorer import EXPLORER
 from moextend_jax.report.headline import models_table, tiles
@@ -56,7 +50,7 @@ def _of_run(found: Workdir, workdir: Path) -> list[str]:
             }
         ),
         _section("What it sees", cards(found.examples, found.summary), missing="examples.json"),
-        *_evaluations(read_evaluations(workdir), found.summary),
+        *_optional(evaluations(workdir, found.summary)),  # a run does not do that by itself
         _section("Routing before and after the probe", _routing(found.selection), missing="select/routing.json"),
         _section("Which layers were extended", _choice(found.selection), missing="select/routing.json"),
         _section("What the new experts get", _new_experts(found.new_experts), missing="finetune/routing.json"),
@@ -84,17 +78,6 @@ def _explorer(workdir: Path) -> str:
     if not (workdir / EXPLORER).exists():
         return ""
     return f'<p><a href="{EXPLORER}">Routing explorer</a>: every token of the examples, layer by layer.</p>'
-
-
-def _evaluations(found: Evaluations, summary: Mapping[str, Any] | None) -> list[str]:
-    """Nothing where no benchmark was run: a run does not do that by itself."""
-    return _optional(
-        {
-            "Benchmarks": benchmark_table(found.benchmarks, summary),
-            "What was forgotten of text": forgetting_table(found.forgetting, summary),
-            "Questions of the benchmarks": question_cards(found.benchmarks, summary),
-        }
-    )
 
 
 def _optional(parts: Mapping[str, str]) -> list[str]:

@@ -7,7 +7,8 @@ one by one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,24 +36,10 @@ CURVE_POINTS = 400
 """Points a loss curve is thinned to."""
 
 
-class Forgetting(NamedTuple):
-    """Nats of held-out text loss gained over the base model, by corpus."""
-
-    by_corpus: dict[str, float]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.by_corpus.values()) / len(self.by_corpus)
-
-
-def forgetting(summary: Mapping[str, Any] | None, *, model: str) -> Forgetting | None:
-    """None where the model or the base was not evaluated on any text."""
-    gained = {}
-    for corpus in CORPORA:
-        after, base = number(summary, "text_loss", corpus, model), number(summary, "text_loss", corpus, "base")
-        if after is not None and base is not None:
-            gained[corpus] = after - base
-    return Forgetting(gained) if gained else None
+def forgetting(summary: Mapping[str, Any] | None, *, model: str) -> list[float]:
+    """Nats of held-out text loss that the model gained over the base, for each corpus on which both were evaluated."""
+    losses = [[number(summary, "text_loss", corpus, name) for name in (model, "base")] for corpus in CORPORA]
+    return [after - base for after, base in losses if after is not None and base is not None]
 
 
 def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
@@ -65,15 +52,15 @@ def trade_panel(ax: Axes, summary: Mapping[str, Any]) -> None:
             ha="right", color=MUTED,
         )  # fmt: skip
     for model in results.ANSWERING:
-        accuracy, lost = number(summary, "accuracy", model), forgetting(summary, model=model)
+        accuracy, gained = number(summary, "accuracy", model), forgetting(summary, model=model)
         if results.FIRST.models[model].text_is_bases:
-            lost = Forgetting({"both": 0.0})
-        if accuracy is None or lost is None:
+            gained = [0.0]
+        if accuracy is None or not gained:
             continue
-        colour, gained = MODEL_COLOUR[model], lost.by_corpus.values()
+        colour, mean = MODEL_COLOUR[model], fmean(gained)
         ax.plot([min(gained), max(gained)], [accuracy] * 2, color=colour, linewidth=2, alpha=0.5)
-        ax.plot(lost.mean, accuracy, "o", markersize=9, color=colour)
-        ax.annotate(title_of(model, summary), (lost.mean, accuracy), (7, 6), textcoords="offset points", color=colour)
+        ax.plot(mean, accuracy, "o", markersize=9, color=colour)
+        ax.annotate(title_of(model, summary), (mean, accuracy), (7, 6), textcoords="offset points", color=colour)
     ax.axvline(0, color=MUTED, linewidth=0.8)
     ax.set(xlabel="forgetting: text loss gained (nats)", ylabel="accuracy")
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moextend_jax.report.canvas import IMAGE, MUTED, TEXT, canvas
 from moextend_jax.report.markup import picture, pictures, section, write_page
-from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, share_panel, shift_panel
+from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, share_panel
 from moextend_jax.report.workdir import NewExperts
 from moextend_jax.routing.compare import is_extension_of, taken
 from moextend_jax.routing.stats import KINDS, Kind, Load, Stats, load_of, on_shared_columns
@@ -112,14 +112,14 @@ def _panels(values: list[np.ndarray], names: list[str], *, what: str, kind: Kind
     top = max(float(value_ZO.max()) for value_ZO in values) or 1e-6
     titles = [f"{name}: {what}, {kind}" for name in names]
     panels: list[Panel] = [
-        (f"{title} tokens", partial(routing_panel, share_ZE=value_ZO, title=title, top=top, first=first))
+        (f"{title} tokens", partial(routing_panel, values_ZE=value_ZO, title=title, top=top, first=first))
         for title, value_ZO in zip(titles, values, strict=True)
     ]
     if len(values) == 2:
-        shift_ZO = values[1] - values[0]
+        shift_ZO, title = values[1] - values[0], f"difference of {what}, {kind}"
         most = max(float(np.abs(shift_ZO).max()), 1e-6)
-        title = f"difference of {what}, {kind}"
-        panels.append((f"{title} tokens", partial(shift_panel, shift_ZE=shift_ZO, title=title, top=most, first=first)))
+        draw = partial(routing_panel, values_ZE=shift_ZO, title=title, top=most, first=first, shift=True)
+        panels.append((f"{title} tokens", draw))
     return panels
 
 

@@ -52,12 +52,11 @@ def selection_panels(selection: Selection, *, kind: str, top: float, most: float
     before_ZE, after_ZE = selection.before_ZE[kind], selection.after_ZE[kind]
     frames = {"before": (), "after": (), selection.source_under: copied}  # of "" none is drawn
     name = f"{kind_title(kind, medium=selection.medium).capitalize()} tokens"
-    shown = partial(routing_panel, top=top, first=selection.first)
-    shift_ZE, change = after_ZE - before_ZE, partial(shift_panel, top=most, first=selection.first)
+    panel = partial(routing_panel, first=selection.first)
     return {
-        "before": partial(shown, share_ZE=before_ZE, title=f"{name}: before", marked=frames["before"]),
-        "after": partial(shown, share_ZE=after_ZE, title=f"{name}: after", marked=frames["after"]),
-        "shift": partial(change, shift_ZE=shift_ZE, title=f"{name}: shift"),
+        "before": partial(panel, values_ZE=before_ZE, title=f"{name}: before", top=top, marked=frames["before"]),
+        "after": partial(panel, values_ZE=after_ZE, title=f"{name}: after", top=top, marked=frames["after"]),
+        "shift": partial(panel, values_ZE=after_ZE - before_ZE, title=f"{name}: shift", top=most, shift=True),
     }
 
 
@@ -74,19 +73,29 @@ def heatmap_height(layers: int) -> float:
 
 
 def routing_panel(
-    ax: Axes, share_ZE: np.ndarray, *, title: str, top: float, marked: Sequence[tuple[int, int]] = (), first: int = 0
-) -> None:
-    """Shares per layer and expert on a scale from 0 to `top`; `marked` (row, expert) cells get a frame. `first` is the
-    layer of row 0."""
-    _heatmap(ax, share_ZE, title=title, colours="cividis", low=0, high=top, first=first)
+    ax: Axes, values_ZE: np.ndarray, *, title: str, top: float, marked: Sequence[tuple[int, int]] = (), first: int = 0,
+    shift: bool = False,
+) -> None:  # fmt: skip
+    """Shares per layer and expert on a scale from 0 to `top`, or with `shift` changes of shares, from -`top`, where no
+    change is white. `marked` (row, expert) cells get a frame. `first` is the layer of row 0."""
+
+    def text(row: int, column: int, value: float) -> str:
+        return f"{'+' if shift and round(100 * value) > 0 else ''}{round(100 * value)}"
+
+    numbered = text if values_ZE.size <= NUMBERED_CELLS else None
+    colours, low = ("PuOr_r", -top) if shift else ("cividis", 0)
+    mesh = heatmap(ax, values_ZE, colours=colours, low=low, high=top, first=first, size=7.5, text=numbered)
+    ax.set(title=title, xlabel="expert", ylabel="layer")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
+    percent = PercentFormatter(1, decimals=0)
+    bar = ax.figure.colorbar(mesh, ax=ax, location="bottom", aspect=40, pad=0.02, format=percent)
+    bar.outline.set_visible(False)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    bar.ax.tick_params(length=0, labelsize=8)
     for row, expert in marked:
         frame = Rectangle((expert - 0.5, first + row - 0.5), 1, 1, fill=False, edgecolor=RIVAL, linewidth=2.2)
         ax.add_patch(frame)
-
-
-def shift_panel(ax: Axes, shift_ZE: np.ndarray, *, title: str, top: float, first: int = 0) -> None:
-    """Change of share per layer and expert; white is no change, `top` the end of the scale on both sides."""
-    _heatmap(ax, shift_ZE, title=title, colours="PuOr_r", low=-top, high=top, first=first)
 
 
 def choice_panel(ax: Axes, selection: Selection) -> None:
@@ -120,19 +129,3 @@ def share_panel(ax: Axes, new: NewExperts) -> None:
     )
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=3, fontsize=8.5, handlelength=1.2, columnspacing=1)
-
-
-def _heatmap(ax: Axes, values_ZE: np.ndarray, *, title: str, colours: str, low: float, high: float, first: int) -> None:
-    def text(row: int, column: int, value: float) -> str:
-        return f"{'+' if low < 0 and round(100 * value) > 0 else ''}{round(100 * value)}"
-
-    numbered = text if values_ZE.size <= NUMBERED_CELLS else None
-    mesh = heatmap(ax, values_ZE, colours=colours, low=low, high=high, first=first, size=7.5, text=numbered)
-    ax.set(title=title, xlabel="expert", ylabel="layer")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
-    percent = PercentFormatter(1, decimals=0)
-    bar = ax.figure.colorbar(mesh, ax=ax, location="bottom", aspect=40, pad=0.02, format=percent)
-    bar.outline.set_visible(False)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    bar.ax.tick_params(length=0, labelsize=8)
