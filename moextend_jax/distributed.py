@@ -197,11 +197,6 @@ def any_process(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
-def from_first(number: int) -> int:
-    """Process 0's number, in all processes."""
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
 def text_from_first(compute: Callable[[], str]) -> str:
     """What process 0 computes, in all processes; a mistake that it finds there is raised in all of them."""
     if jax.process_count() == 1:
@@ -213,7 +208,7 @@ def text_from_first(compute: Callable[[], str]) -> str:
         except MoextendError as error:
             outcome = {"error": str(error)}
     encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
-    length = from_first(len(encoded))
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
     encoded = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(encoded, length)))
     outcome = json.loads(encoded.tobytes())
     if "error" in outcome:

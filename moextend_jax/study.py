@@ -26,7 +26,7 @@ from moextend_jax.runs.data_of import data_dir_of
 from moextend_jax.runs.run import as_json, cpu_devices, write_json
 from moextend_jax.runs.sharing import share
 from moextend_jax.settings import RunSettings
-from moextend_jax.terminal import console
+from moextend_jax.terminal import console, table_of
 
 MakeRun = Callable[[RunSettings, Path], dict[str, Any]]
 """`commands.run_and_start`: what its summary.json holds."""
@@ -171,15 +171,10 @@ def _early(settings: RunSettings) -> dict[str, Any]:
 
 def study_table(record: Mapping[str, Any]) -> Table:
     """A line per point: means over seeds, and the difference from the first in accuracy."""
-    points = {name: of["seeds"] for name, of in record["points"].items()}
-    seeds = next(iter(points.values()))
-    table = Table(title=f"{record['data']}, {len(seeds)} seeds: mean ± half of the 95 % interval", title_justify="left")
+    seeds = next(iter(record["points"].values()))["seeds"]
+    title = f"{record['data']}, {len(seeds)} seeds: mean ± half of the 95 % interval"
     headings, *rows = lines_of(record)
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return table_of(headings, rows, title=title, title_justify="left")
 
 
 def lines_of(record: Mapping[str, Any]) -> list[list[str]]:

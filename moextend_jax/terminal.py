@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 
 def lines_of_stdin() -> Iterator[str]:
@@ -20,3 +22,13 @@ def console(*, stderr: bool = False) -> Console:
     """As wide as the terminal; a log or a pipe has no width, and rich would cut tables to 80 columns."""
     made = Console(stderr=stderr)
     return made if made.is_terminal else Console(stderr=stderr, width=160)
+
+
+def table_of(headings: Sequence[str], rows: Iterable[Sequence[str]] = (), *, left: int = 1, **options: Any) -> Table:
+    """A table whose first `left` columns hold words, and the others numbers, at the right. options: rich's."""
+    table = Table(**options)
+    for n, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if n < left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 from rich.table import Table
@@ -33,13 +33,6 @@ from moextend_jax.terminal import console
 
 TOWER = "clip"
 """Folder beside the reference that is taken where no option names the vision tower's."""
-
-
-class Comparison(NamedTuple):
-    """rows: one per array of the file. notes: what the reader must know of how it was made."""
-
-    rows: list[Row]
-    notes: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +91,11 @@ def compare_command(options: CompareOptions) -> int:
     return 1 if differing else 0
 
 
-def compare(reference: Reference, options: CompareOptions) -> Comparison:
+def compare(reference: Reference, options: CompareOptions) -> tuple[list[Row], list[str]]:
+    """A row per array of the file, and notes: what the reader must know of the model."""
     folder = options.checkpoint
-    attributes = _attributes(folder)
+    at = folder / "config.json"  # the released code alone keeps the coefficient and the start tag there
+    attributes = read_json(at) if at.is_file() else {}
     place = Place(
         checkpoint=folder,
         base=options.base,
@@ -131,7 +126,7 @@ def compare(reference: Reference, options: CompareOptions) -> Comparison:
         f"layer {layer}: router columns {a} and {b} are equal, so rounding decides between these experts"
         for layer, a, b in equal_columns(opened.arrays, opened.config)
     ]
-    return Comparison(rows, notes)
+    return rows, notes
 
 
 def _tower_beside(reference: Reference, folder: Path) -> Path | None:
@@ -139,12 +134,6 @@ def _tower_beside(reference: Reference, folder: Path) -> Path | None:
     beside = reference.folder / TOWER
     complete = store.is_imported(folder) or (folder / "vision" / "config.json").is_file()
     return beside if beside.is_dir() and not complete else None
-
-
-def _attributes(folder: Path) -> dict[str, Any]:
-    """config.json as it is, for what only the released code keeps there."""
-    at = folder / "config.json"
-    return read_json(at) if at.is_file() else {}
 
 
 def _coefficient(reference: Reference, options: CompareOptions, attributes: dict[str, Any]) -> float:

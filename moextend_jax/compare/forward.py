@@ -87,7 +87,8 @@ def compare_forward(
         places = image_places(rows[name].ids_BL, start=tag, patches=patches)
         pictured = rows[name]
         if pictured.pixels_nhwc is None and room:  # one compiled program serves batches with and without images
-            pictured = pictured._replace(pixels_nhwc=_any_pixels(rows))
+            some = next(batch.pixels_nhwc for batch in rows.values() if batch.pixels_nhwc is not None)
+            pictured = pictured._replace(pixels_nhwc=some)
         ours = observe(arrays, to_batch(pictured, start=tag, patches=patches, room=room))
         _add_what_is_given(ours, pictured, places, room=room)
         verdicts += _judge(name, ours, theirs, rows[name], config=config, tolerances=tolerances)
@@ -263,7 +264,3 @@ def _add_what_is_given(ours: dict[str, Any], rows: Rows, places: list[tuple[int,
     ours["img_pos"] = np.asarray(places, np.int32).reshape(-1, 3)
     if rows.pixels_nhwc is not None:
         ours["pixel_values"] = rows.pixels_nhwc[list(rows.images)].transpose(0, 3, 1, 2)
-
-
-def _any_pixels(rows: dict[str, Rows]) -> np.ndarray:
-    return next(batch.pixels_nhwc for batch in rows.values() if batch.pixels_nhwc is not None)

@@ -24,6 +24,7 @@ from typing import Any
 from rich.table import Table
 
 from moextend_jax.config import MoextendError
+from moextend_jax.terminal import table_of
 
 ScoreMatrix = Mapping[str, Mapping[str, float]]
 """after -> on -> score."""
@@ -65,11 +66,8 @@ def learnt_on(on: str) -> str:
 
 def chain_table(title: str, chain: Mapping[str, Any]) -> Table:
     """Prints what `score_matrix` returned: a line per extension learnt, its scores, transfer and forgetting."""
-    table = Table(title=title, title_justify="left")
     tested = columns(chain)
-    table.add_column("after")
-    for name in (*tested, "transfer", "forgetting"):
-        table.add_column(name, justify="right")
+    table = table_of(["after", *tested, "transfer", "forgetting"], title=title, title_justify="left")
     for after, row in chain["scores"].items():
         cells = [f"{row[on]:.3f}" if on in row else "" for on in tested]
         table.add_row(after, *cells, f"{chain['transfer'][after]:.3f}", f"{chain['forgetting'][after]:+.3f}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.config import MoextendError
@@ -21,7 +20,7 @@ from moextend_jax.evaluate.asking import asker_of
 from moextend_jax.folders import is_url
 from moextend_jax.runs.askable import Askable, text_only
 from moextend_jax.runs.run import write_json
-from moextend_jax.terminal import console
+from moextend_jax.terminal import console, table_of
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "mbpp", "mmlu", "gsm8k")
 """The paper's text benchmarks, by lm-eval's names."""
@@ -172,13 +171,8 @@ def lines_of(record: Mapping[str, Any], *, title: Callable[[str], str] = str) ->
 
 def print_table(record: Mapping[str, Any]) -> None:
     head, *lines = lines_of(record)
-    table = Table(title="What was forgotten of text")
-    for column in head:
-        table.add_column(column, justify="left" if column in ("task", "figure") else "right")
-    for cells in lines:
-        table.add_row(*cells)
     out = console()
-    out.print(table)
+    out.print(table_of(head, lines, left=2, title="What was forgotten of text"))
     published = ", ".join(f"{name} {drop}" for name, drop in record["published_average_drop"].items())
     out.print(f"published average drop over {', '.join(TASKS)}: {published}", markup=False)
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from rich.table import Table
 
+from moextend_jax.terminal import table_of
+
 Right = Mapping[frozenset[str], float]
 """For one question: subset of its media -> 1 if the answer was right, 0 if not, or a score between."""
 ALONE = "none"
@@ -85,10 +87,8 @@ def label(some: Collection[str], *, media: Sequence[str]) -> str:
 
 def importance_table(title: str, measured: Mapping[str, Any]) -> Table:
     """Prints what `importance` returned: a line per medium, then one per subset that was asked."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("medium, or media asked with")
-    for name in ("importance", "helps", "hurts", "accuracy", "questions"):
-        table.add_column(name, justify="right")
+    headings = ("medium, or media asked with", "importance", "helps", "hurts", "accuracy", "questions")
+    table = table_of(headings, title=title, title_justify="left")
     for name, of in measured["media"].items():
         cells = (f"{of['importance']:+.3f}", str(of["helps"]), str(of["hurts"]), "", str(of["questions"]))
         table.add_row(name, *cells)

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from moextend_jax.config import ModelConfig
 from moextend_jax.evaluate import chains
@@ -15,6 +14,7 @@ from moextend_jax.models.flops import step_flops
 from moextend_jax.runs import results
 from moextend_jax.runs.models_of import frozen_unchanged, grown_config
 from moextend_jax.runs.run import Run, write_json
+from moextend_jax.terminal import table_of
 
 CHAINS = {
     "strict": "an extension for each medium, strict text isolation",
@@ -64,11 +64,9 @@ def _flops_per_token(run: Run) -> dict[str, float]:
 
 def print_table(summary: dict[str, Any], console: Console) -> None:
     accuracy, losses, answer_loss = summary["accuracy"], summary["text_loss"], summary.get("answer_loss")
-    table = Table(title="What was learned, what was forgotten")
     of_answers = ["answer loss (nats)"] if answer_loss else []
-    columns = ["", f"{summary['data']} accuracy", *of_answers, "WordNet loss (nats)", "King James loss (nats)"]
-    for column in (*columns, "forgetting"):
-        table.add_column(column, justify="left" if not column else "right")
+    headings = ["", f"{summary['data']} accuracy", *of_answers, "WordNet loss (nats)", "King James loss (nats)"]
+    table = table_of([*headings, "forgetting"], title="What was learned, what was forgotten")
     table.add_row("question only", f"{accuracy['question_only']:.3f}")
     wordnet, kjv = losses["wordnet"], losses["kjv"]
     titles = {name: row.title for name, row in results.FIRST.models.items()}
@@ -92,10 +90,8 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     for name, measured in summary.get("importance", {}).items():
         console.print(importance_table(f"{titles[name]}: what each medium is worth", measured))
     for on, scores in summary.get("composed", {}).items():
-        rows = Table("", "accuracy", title=f"{on}: extensions put together")
-        for name, score in scores.items():
-            rows.add_row(name, f"{score:.3f}")
-        console.print(rows)
+        rows = ([name, f"{score:.3f}"] for name, score in scores.items())
+        console.print(table_of(["", "accuracy"], rows, left=2, title=f"{on}: extensions put together"))
     for title, chain in summary.get("chains", {}).items():
         console.print(chains.chain_table(CHAINS[title], chain))
     console.print(

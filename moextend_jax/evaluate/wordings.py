@@ -23,7 +23,7 @@ from moextend_jax.evaluate.benchmark import Exam, benchmark, folder_of
 from moextend_jax.outside import read_object
 from moextend_jax.runs.askable import Askable
 from moextend_jax.runs.run import write_json
-from moextend_jax.terminal import console
+from moextend_jax.terminal import console, table_of
 
 QUESTION = "{question}"
 TOP = 3
@@ -102,9 +102,8 @@ def wordings_table(record: Mapping[str, Any]) -> Table:
     models, wordings = record["models"], list(record["templates"])
     found = measures(np.array([[[of[name] for name in wordings]] for of in models.values()]))
     several = len(models) > 1
-    table = Table(title=f"{record['benchmark']} in {len(wordings)} wordings", title_justify="left")
-    for heading in ("", *wordings, "best", "mean", "spread", *(["gain %"] * several)):
-        table.add_column(heading, justify="right" if heading else "left")
+    headings = ["", *wordings, "best", "mean", "spread", *(["gain %"] * several)]
+    table = table_of(headings, title=f"{record['benchmark']} in {len(wordings)} wordings", title_justify="left")
     for m, (model, of) in enumerate(models.items()):
         cells = [of[name] for name in wordings]
         gain = [f"{found['gain_of_model_md'][m, 0]:+.1f}"] * several

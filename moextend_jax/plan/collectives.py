@@ -100,12 +100,20 @@ def parse_groups(text: str, devices: int) -> np.ndarray:
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*(?:,\s*device_ids=(\(.*?\))\s*)?\{('[^}]*)\}", text):
         return _by_mesh(match[1], match[2], match[3])
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
-        assert shape is not None and dims is not None
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+        return _transposed(match[2], match[3]).reshape(_numbers(match[1]))
     match = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
     listed = re.findall(r"\{([\d,]+)\}", match[1]) if match else []
-    return np.array([[int(n) for n in group.split(",")] for group in listed] or [list(range(devices))])
+    return np.array([_numbers(group) for group in listed] or [list(range(devices))])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _transposed(dims: str, order: str | None) -> np.ndarray:
+    """All numbers in an array of these sizes, its axes in another order."""
+    sizes = _numbers(dims)
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(_numbers(order) if order else None)
 
 
 def _by_mesh(axes: str, device_ids: str | None, grouped: str) -> np.ndarray:
@@ -120,14 +128,8 @@ def _by_mesh(axes: str, device_ids: str | None, grouped: str) -> np.ndarray:
             inside.append(len(dims) + (1 if part else 0))
         dims += pieces
     outside = [axis for axis in range(len(dims)) if axis not in inside]
-    devices = np.arange(math.prod(dims)) if device_ids is None else _device_ids(device_ids)
+    devices = np.arange(math.prod(dims))
+    if device_ids is not None:  # ([2,4]T(1,0)), transposed, or (0,2,1,3), listed
+        match = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids)
+        devices = _transposed(match[1], match[2]) if match else np.array(_numbers(device_ids))
     return devices.reshape(dims).transpose([*outside, *inside]).reshape(-1, math.prod(dims[axis] for axis in inside))
-
-
-def _device_ids(text: str) -> np.ndarray:
-    """([2,4]T(1,0)): all numbers in that shape, transposed; (0,2,1,3): listed."""
-    if match := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
-        assert dims is not None
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1)
-    return np.array([int(n) for n in re.findall(r"\d+", text)])

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from moextend_jax import distributed
 from moextend_jax.checkpoints.npz import read_npz, whole_numbers, write_npz
@@ -41,7 +40,7 @@ from moextend_jax.runs.data_of import data_dir_of, open_in_step
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
 from moextend_jax.settings import LayerShare, NotNegative
-from moextend_jax.terminal import console
+from moextend_jax.terminal import console, table_of
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 
@@ -245,9 +244,8 @@ def _write_ids(path: Path, batches: list[Batch], *, patches: int) -> None:
 
 
 def _print_loads(stats: Stats, *, title: str) -> None:
-    table = Table(title=title, caption="balance 1 and entropy of the mean = ln(experts) are even")
-    for name in ("layer", "tokens", "balance", "max/mean load", "busiest expert", "entropy of mean", "of tokens"):
-        table.add_column(name, justify="right")
+    names = ("layer", "tokens", "balance", "max/mean load", "busiest expert", "entropy of mean", "of tokens")
+    table = table_of(names, left=0, title=title, caption="balance 1 and entropy of the mean = ln(experts) are even")
     for kind in KINDS:
         if not stats.tokens[kind]:
             continue
@@ -329,11 +327,10 @@ def _same(chosen: dict[str, list[Choice] | None]) -> dict[str, bool] | None:
 
 
 def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) -> None:
-    table = Table(title=title, caption="TV total variation, KL in nats; d_j standard deviation over experts")
     names = ["layer", "tokens", "top-k equal", "tied", "TV picks", "KL picks", "TV probs", "KL probs", "d_j",
              "d_j least", "source a", "source b"]  # fmt: skip
-    for name in names:
-        table.add_column(name, justify="right")
+    caption = "TV total variation, KL in nats; d_j standard deviation over experts"
+    table = table_of(names, left=0, title=title, caption=caption)
     kinds = {row.kind for row in rows}
     for row in rows:
         if row.kind == "all" and len(kinds) == 2:  # the same numbers again
@@ -350,9 +347,9 @@ def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) 
 
 
 def _print_taken(rows: list[Taken], *, title: str) -> None:
-    table = Table(title=title, caption="from: experts that tokens with a new expert picked before and no longer pick")
-    for name in ("layer", "tokens", "share of picks", "mean probability", "tokens that pick one", "from"):
-        table.add_column(name, justify="right")
+    names = ("layer", "tokens", "share of picks", "mean probability", "tokens that pick one", "from")
+    caption = "from: experts that tokens with a new expert picked before and no longer pick"
+    table = table_of(names, left=0, title=title, caption=caption)
     for row in rows:
         shares, probs = (" ".join(f"{100 * x:.1f} %" for x in part) for part in (row.share_X, row.probs_X))
         tokens = "" if row.tokens is None else f"{100 * row.tokens:.1f} %"
