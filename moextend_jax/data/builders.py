@@ -67,24 +67,30 @@ class _Info(tfds.core.DatasetInfo):
         """Nothing: no data of ours have published facts, and each look for them leaves an empty folder in /tmp."""
 
 
-def _info(builder: tfds.core.DatasetBuilder) -> tfds.core.DatasetInfo:
-    # Text features hold raw bytes without any TensorFlow.
-    if holds_items(_config(builder)):
-        features = {name: tfds.features.Text() for name in ("id", "image", "span")}
-    else:
-        features = {
-            "id": tfds.features.Text(),
-            "conversations": tfds.features.Text(),
-            "images": tfds.features.Sequence(tfds.features.Text()),
-            "image_rows": tfds.features.Sequence(np.int64),
-        }
-    # Row numbers of items must be the order in which they were generated; the pipeline shuffles later.
-    return _Info(
-        builder=builder,
-        features=tfds.features.FeaturesDict(features),
-        disable_shuffling=True,
-        metadata=tfds.core.MetadataDict(),
-    )
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What all builders share. url_infos: nothing is downloaded; TFDS's own search for checksums needs an undeclared
+    package."""
+
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Text features hold raw bytes without any TensorFlow.
+        if holds_items(_config(self)):
+            features = {name: tfds.features.Text() for name in ("id", "image", "span")}
+        else:
+            features = {
+                "id": tfds.features.Text(),
+                "conversations": tfds.features.Text(),
+                "images": tfds.features.Sequence(tfds.features.Text()),
+                "image_rows": tfds.features.Sequence(np.int64),
+            }
+        # Row numbers of items must be the order in which they were generated; the pipeline shuffles later.
+        return _Info(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
 
 
 def _row(
@@ -163,20 +169,16 @@ def _configs(**described: str) -> list[tfds.core.BuilderConfig]:
     return [tfds.core.BuilderConfig(name=name, description=text) for name, text in described.items()]
 
 
-class EasyVqa(tfds.core.GeneratorBasedBuilder):
+class EasyVqa(_Builder):
     """Questions on pictures of one coloured shape, from the `easy_vqa` package (MIT licence)."""
 
     VERSION = tfds.core.Version("1.2.0")
-    url_infos = None  # nothing is downloaded; TFDS's own search for checksums needs an undeclared package
     BUILDER_CONFIGS = _configs(
         questions="one row per question",
         conversations="one row per image, with all its questions as turns",
         captions="one row per image, with a description of it",
         **{name: f"of the questions those with answers {', '.join(sorted(of))}" for name, of in easy_vqa.KINDS.items()},
     )
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _info(self)
 
     def check_packages(self) -> None:
         """Raises a MoextendError where what it is made of is not installed."""
@@ -235,15 +237,11 @@ def _easy_captions(turns, refs) -> Iterator[dict[str, Any]]:
             yield _row(refs[number].key, _talk("<image>\nDescribe the image.", caption), [refs[number]])
 
 
-class Sounds(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Sounds(_Builder, skip_registration=True):
     """Conversations about sounds that packages make: a row of `made_sounds.FAMILIES`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = None
     family = ""
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _info(self)
 
     def check_packages(self) -> None:
         """Raises a MoextendError where what it is made of is not installed."""
@@ -286,20 +284,16 @@ NO_ITEM = ""
 """The id of a placeholder row, written if no entry has an item: TFDS refuses an empty split."""
 
 
-class Conversations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Conversations(_Builder, skip_registration=True):
     """Conversations of one split in files of any form, one row per entry; the config of a `mark` has one row per item
     of it that they name or hold. `paths` and `beside` (`Files`) are wanted only until it is built."""
 
     VERSION = tfds.core.Version("1.2.0")
-    url_infos = None
     BUILDER_CONFIGS = _configs(conversations="one row per entry")
     paths: tuple[Path, ...] = ()
     beside = True
     split = "train"
     mark = IMAGE_MARK
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _info(self)
 
     def _split_generators(self, dl_manager):
         return {self.split: self._generate_examples(read_entries(*self.paths, beside=self.beside))}

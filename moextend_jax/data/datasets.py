@@ -108,8 +108,12 @@ class Source(Sequence[Example]):
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
         """Many rows at once, at a fraction of the cost per row."""
+        return [self._example(item) for item in self.built(indices)]
+
+    def built(self, indices: Sequence[int] | np.ndarray) -> list[Mapping[str, Any]]:
+        """The same as they were built."""
         rows = np.asarray(indices) if self.picked is None else self.picked[indices]
-        return [self._example(item) for item in self.rows.__getitems__([int(row) for row in rows])]
+        return self.rows.__getitems__([int(row) for row in rows])
 
     def __iter__(self) -> Iterator[Example]:
         """All in order, a chunk at a time in memory."""
@@ -171,31 +175,15 @@ def mix(sources: Sequence[Source], *, weights: Sequence[float] | None = None, na
     media = sources[0].media
     items = {name: JoinedItems([source.items[name] for source in sources]) for name in media}
     of_marks = {medium.mark: items[name].parts for name, medium in media.items()}
-    views = [_View(source) for source in sources]
-    picked = None if weights is None else picks([len(view) for view in views], weights, names)
+    picked = None if weights is None else picks(list(map(len, sources)), weights, names)
     identity = [[source.fingerprint for source in sources], None if weights is None else list(weights)]
     return Source(
-        rows=JoinedRows(views, of_marks), items=items, media=media, picked=picked, fingerprint=fingerprint_of(identity)
+        rows=JoinedRows(sources, of_marks),
+        items=items,
+        media=media,
+        picked=picked,
+        fingerprint=fingerprint_of(identity),
     )
-
-
-@dataclass(frozen=True)
-class _View:
-    """The picked rows of a source, as built rows."""
-
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def _row(self, index: int) -> int:
-        return int(index if self.source.picked is None else self.source.picked[index])
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        return self.source.rows[self._row(index)]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-        return self.source.rows.__getitems__([self._row(index) for index in indices])
 
 
 def open_dataset(

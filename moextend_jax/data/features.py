@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from moextend_jax.faults import STRICT, Fault, refuse
 from moextend_jax.lock import in_turn
 from moextend_jax.progress import counting
 from moextend_jax.settings import FaultSettings
+
+if TYPE_CHECKING:  # it reads what is cached here
+    from moextend_jax.data.readers import Inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,32 +110,12 @@ class JoinedFeatures:
         return features
 
 
-class Preparing(Protocol):
-    """`data.readers.Inputs`."""
-
-    @property
-    def items(self) -> Any: ...
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one item's array."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the arrays beside the items."""
-        ...
-
-    def prepared(self, row: int, /) -> Any:
-        """Key and array of an item, or its `Fault` raised."""
-        ...
-
-
 def cache_features(
-    inputs: Preparing,
+    inputs: Inputs,
     *,
     path: Path | str,
     compute: Callable[[np.ndarray], Any],
     tower: str,
-    dtype: Literal["float32", "float16"] = "float32",
     batch_size: int = 64,
     faults: FaultSettings = STRICT,
 ) -> FeatureStore:
@@ -141,8 +124,8 @@ def cache_features(
 
     Args:
       compute: arrays `[n, ...]` (always `batch_size` of them) to `features_nPC`.
-      tower: hash of the tower's weights. Together with the facts of `inputs`, `dtype` and the items' fingerprint it is
-        the cache's fingerprint; a cache with another one is made again.
+      tower: hash of the tower's weights. Together with the facts of `inputs` and the items' fingerprint it is the
+        cache's fingerprint; a cache with another one is made again.
       faults: an item whose fault is skipped is noted in the cache; conversations that show it are then skipped.
 
     Raises:
@@ -150,26 +133,25 @@ def cache_features(
     """
     if not len(inputs.items):
         raise MoextendError(f"no items to cache features of in {path}")
-    path, fingerprint = Path(path), fingerprint_of(inputs, tower=tower, dtype=dtype)
+    path = Path(path)
     with in_turn(path):  # two chains of `continual` want the same at the same time
-        return _cached_or_made(inputs, path, compute, fingerprint, dtype, batch_size, faults)
+        return _cached_or_made(inputs, path, compute, fingerprint_of(inputs, tower=tower), batch_size, faults)
 
 
-def fingerprint_of(inputs: Preparing, *, tower: str, dtype: str = "float32") -> dict[str, Any]:
+def fingerprint_of(inputs: Inputs, *, tower: str) -> dict[str, Any]:
     """What a cache of these items must have been made of; the arguments are those of `cache_features`."""
-    return {"tower": tower, "dtype": dtype, "images": inputs.items.fingerprint} | inputs.facts()
+    return {"tower": tower, "dtype": "float32", "images": inputs.items.fingerprint} | inputs.facts()
 
 
-def is_cached(inputs: Preparing, *, path: Path, tower: str) -> bool:
+def is_cached(inputs: Inputs, *, path: Path, tower: str) -> bool:
     """Whether `cache_features` would find these items' features, in `path` or beside it."""
     fingerprint = fingerprint_of(inputs, tower=tower)
     return bool(distributed.text_from_first(lambda: _cached(path, fingerprint, inputs)))
 
 
 def _cached_or_made(
-    inputs: Preparing, path: Path, compute, fingerprint: dict[str, Any], dtype, batch_size,
-    faults: FaultSettings,
-) -> FeatureStore:  # fmt: skip
+    inputs: Inputs, path: Path, compute, fingerprint: dict[str, Any], batch_size, faults: FaultSettings
+) -> FeatureStore:
     # Remove what killed processes left. No other process is writing, for it is this one's turn.
     for left in path.parent.iterdir() if distributed.first() else ():
         if left.name.startswith(f"{path.name}.unfinished-"):
@@ -181,7 +163,7 @@ def _cached_or_made(
         return store
     unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     try:
-        keys, bad = _write(unfinished, inputs, compute, dtype, batch_size, faults)
+        keys, bad = _write(unfinished, inputs, compute, batch_size, faults)
         if distributed.first():
             facts = {"fingerprint": fingerprint, "keys": keys, "faults": bad}
             (unfinished / "cache.json").write_text(json.dumps(facts))
@@ -194,7 +176,7 @@ def _cached_or_made(
     return FeatureStore.open(path)
 
 
-def _cached(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> str:
+def _cached(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> str:
     """The folder beside `path`, or its own name, that has these features; "" where none has."""
     if _fits(path, fingerprint, inputs):
         return path.name
@@ -202,7 +184,7 @@ def _cached(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> str:
     return next((other.name for other in sorted(others) if _fits(other, fingerprint, inputs)), "")
 
 
-def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:
+def _fits(path: Path, fingerprint: dict[str, Any], inputs: Inputs) -> bool:
     """Whether there is a cache of these items, and those noted as faulty in it are still faulty: an item that has been
     mended needs features."""
     try:
@@ -213,7 +195,7 @@ def _fits(path: Path, fingerprint: dict[str, Any], inputs: Preparing) -> bool:
 
 
 def _write(
-    folder: Path, inputs: Preparing, compute, dtype, batch_size, faults: FaultSettings
+    folder: Path, inputs: Inputs, compute, batch_size, faults: FaultSettings
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of items with zero rows. All
     processes compute, on one mesh; the first writes."""
@@ -235,12 +217,12 @@ def _write(
                 else:
                     keys.append(item.key)
                     arrays[n] = item.array
-            features_nPC = np.asarray(compute(arrays))[: len(prepared)].astype(dtype)
+            features_nPC = np.asarray(compute(arrays))[: len(prepared)].astype(np.float32)
             features_nPC[[isinstance(item, Fault) for item in prepared]] = 0
             if out_nPC is None and distributed.first():
                 folder.mkdir(parents=True)
                 shape = (count, *features_nPC.shape[1:])
-                out_nPC = _mapped(folder / "features.npy", dtype, shape)
+                out_nPC = _mapped(folder / "features.npy", shape)
             if out_nPC is not None:
                 out_nPC[first : first + len(prepared)] = features_nPC
             bar.update(len(keys))
@@ -249,19 +231,19 @@ def _write(
     return keys, bad
 
 
-def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """A file as an array of zeros, if the disk has room for all of it: a disk that fills up while the array is written
     ends the process by a bus error. (Reserving the room takes hours on a network file system that cannot do it.)"""
-    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    size, free = math.prod(shape) * np.dtype(np.float32).itemsize, shutil.disk_usage(path.parent).free
     if size > free:
         raise MoextendError(
             f"features take {size:,} bytes, and {path.parent.parent} has room for {free:,}: make room there, or set "
             "cache_features = false"
         )
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
 
-def _prepare(inputs: Preparing, row: int) -> Any:
+def _prepare(inputs: Inputs, row: int) -> Any:
     try:
         return inputs.prepared(row)
     except Fault as fault:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,16 +156,16 @@ def _font(family: str) -> Path:
 
 def _spoken(family: str, split: str) -> list[tuple[str, str]]:
     """Texts and voices, each word or question by each of the voices about equally often."""
-    voices = VOICES if split == "train" else TEST_VOICES
-    texts = list(WORDS) if family == "spoken_words" else _all_questions()
+    voices, texts = VOICES if split == "train" else TEST_VOICES, list(WORDS)
+    if family == "spoken_questions":  # test pictures are asked no others than those of training
+        of_pictures = easy_vqa.asked("train", of=family).values()
+        texts = sorted({question for turns in of_pictures for question, _ in turns})
     pairs = [(text, voice) for text in texts for voice in voices for _ in range(TAKES[family, split])]
     return [pairs[n] for n in _rng(family, split).permutation(len(pairs))]
 
 
-def _all_questions() -> list[str]:
-    """Test pictures are asked no others."""
-    of_pictures = easy_vqa.asked("train", of="spoken_questions").values()
-    return sorted({question for turns in of_pictures for question, _ in turns})
+def _texts(family: str, split: str) -> list[str]:
+    return [text for text, _ in _spoken(family, split)]
 
 
 def _spoken_sounds(family: str, split: str) -> Iterator[Sound]:
@@ -194,10 +195,10 @@ def without_silence(wave_a: np.ndarray) -> np.ndarray:
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def _captions(mark: str, article: str) -> Callable[[str, list[str]], Iterator[Talk]]:
+def _captions(mark: str, answer: str, *, ask: str = "Describe the sound.") -> Callable[..., Iterator[Talk]]:
     def talks(split: str, labels: list[str]) -> Iterator[Talk]:
         for row, label in enumerate(labels):
-            yield Talk(f"{split}/{row}", f"{mark}\nDescribe the sound.", f"{article} {label}", row)
+            yield Talk(f"{split}/{row}", f"{mark}\n{ask}", answer.format(label), row)
 
     return talks
 
@@ -219,11 +220,6 @@ def _questions(mark: str, *, what: str, whether: str) -> Callable[[str, list[str
                 )
 
     return talks
-
-
-def _transcripts(split: str, labels: list[str]) -> Iterator[Talk]:
-    for row, label in enumerate(labels):
-        yield Talk(f"{split}/{row}", f"{SPEECH}\nRepeat it.", label, row)
 
 
 def _asked(split: str, labels: list[str]) -> Iterator[tuple[int, str, int]]:
@@ -260,11 +256,11 @@ def _of_instruments(family: str, splits: tuple[str, ...]) -> Family:
     return Family(
         mark=SOUND,
         splits=splits,
-        labels=lambda split: _note_labels(family, split),
-        sounds=lambda split: _note_sounds(family, split),
+        labels=partial(_note_labels, family),
+        sounds=partial(_note_sounds, family),
         talks={
             "questions": _questions(SOUND, what="what is this sound?", whether="is this a {}?"),
-            "captions": _captions(SOUND, "a"),
+            "captions": _captions(SOUND, "a {}"),
         },
     )
 
@@ -279,30 +275,28 @@ def _of_words(
         sounds=sounds,
         talks={
             "questions": _questions(SPEECH, what="what word is this?", whether="is this the word {}?"),
-            "captions": _captions(SPEECH, "the word"),
+            "captions": _captions(SPEECH, "the word {}"),
         },
     )
-
-
-def _texts(pairs: Iterable[tuple[str, str]]) -> list[str]:
-    return [text for text, _ in pairs]
 
 
 FAMILIES: Mapping[str, Family] = {
     "instruments": _of_instruments("instruments", ("train", "test")),
     "instruments_fluid": _of_instruments("instruments_fluid", ("test",)),
     "spoken_words": _of_words(
-        ("train", "test"),
-        lambda split: _texts(_spoken("spoken_words", split)),
-        lambda split: _spoken_sounds("spoken_words", split),
+        ("train", "test"), partial(_texts, "spoken_words"), partial(_spoken_sounds, "spoken_words")
     ),
     "recorded_words": _of_words(("test",), lambda _: list(WORDS), _recorded),
     "spoken_questions": Family(
         mark=SPEECH,
         splits=("train", "test"),
-        labels=lambda split: _texts(_spoken("spoken_questions", split)),
-        sounds=lambda split: _spoken_sounds("spoken_questions", split),
-        talks={"pictures": _pictures, "descriptions": _descriptions, "transcripts": _transcripts},
+        labels=partial(_texts, "spoken_questions"),
+        sounds=partial(_spoken_sounds, "spoken_questions"),
+        talks={
+            "pictures": _pictures,
+            "descriptions": _descriptions,
+            "transcripts": _captions(SPEECH, "{}", ask="Repeat it."),
+        },
         has_pictures=True,
     ),
 }

@@ -49,8 +49,8 @@ class Joined:
 
 
 class JoinedRows:
-    """Built rows of several data sets; rows and keys of items are numbered through, as `JoinedItems` are. `items` has
-    by mark those of each data set."""
+    """Built rows of several data sets, `datasets.Source` each; rows and keys of items are numbered through, as
+    `JoinedItems` are. `items` has by mark those of each data set."""
 
     def __init__(self, parts: Sequence[Any], items: Mapping[str, Sequence[Sequence[Any]]]):
         self.parts = tuple(parts)
@@ -61,8 +61,7 @@ class JoinedRows:
         return len(self.joined)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        n, row = self.joined.place(index)
-        return self._renumbered(n, self.parts[n][row])
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         places = [self.joined.place(index) for index in indices]
@@ -70,7 +69,7 @@ class JoinedRows:
         for n, part in enumerate(self.parts):
             mine = [at for at, (which, _) in enumerate(places) if which == n]
             if mine:
-                read = part.__getitems__([places[at][1] for at in mine])
+                read = part.built([places[at][1] for at in mine])
                 items |= {at: self._renumbered(n, item) for at, item in zip(mine, read, strict=True)}
         return [items[at] for at in range(len(places))]
 

@@ -124,10 +124,6 @@ class Tokenizer:
         return frozenset((control - {self.pieces.unknown}) | self.tag_ids)
 
 
-def has_tokenizer(directory: Path | str) -> bool:
-    return any((Path(directory) / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
-
-
 def tokenizer_of(directory: Path | str, config: ModelConfig, *, ends: Sequence[int] = ()) -> Tokenizer:
     """The tokenizer that a model's inputs are made with: it has the image tags that the checkpoint names, else its own.
 
@@ -164,7 +160,7 @@ def load_tokenizer(
       MoextendError: no tokenizer, one that cannot be read, or tags that are something else in its vocabulary.
     """
     folder = Path(directory)
-    if not has_tokenizer(folder):
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise MoextendError(f"no tokenizer.model or tokenizer.json in {directory}: copy those of the base there")
     try:
         files = _read(folder)
