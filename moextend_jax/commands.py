@@ -37,11 +37,11 @@ NEXT = """next:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class GivenOptions:
+    """A configuration, and the settings that have options of their own."""
+
     config: RunSettings
     _: KW_ONLY
-    workdir: Path
-    """folder of the run, made where it is not there; the same command goes on in it"""
     data: Annotated[str | None, TrainingData] = None
     """own conversations for every stage: a file or a folder"""
     images: Annotated[str | None, Sets(("images",))] = None
@@ -50,6 +50,12 @@ class RunOptions:
     """folder of the language model to extend"""
     vision: Annotated[str | None, Sets(("vision",))] = None
     """folder of the vision tower"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(GivenOptions):
+    workdir: Path
+    """folder of the run, made where it is not there; the same command goes on in it"""
     profile: Annotated[str | None, Sets(("profile",))] = None
     """steps to trace for xprof, FIRST:LAST, as 100:103"""
     resume_from: Path | None = None
@@ -406,22 +412,12 @@ def bench_command(options: BenchOptions) -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    config: RunSettings
-    _: KW_ONLY
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(GivenOptions):
     workdir: Path | None = None
     """folder of the run, for its data"""
     data_dir: Path | None = None
     """folder of prepared data sets"""
-    data: Annotated[str | None, TrainingData] = None
-    """own conversations for every stage: a file or a folder"""
-    images: Annotated[str | None, Sets(("images",))] = None
-    """folder of their pictures"""
-    base: Annotated[str | None, Sets(("base",))] = None
-    """folder of the language model to extend, whose tokenizer counts"""
-    vision: Annotated[str | None, Sets(("vision",))] = None
-    """folder of the vision tower"""
     processes: Amount = machine.cores()
     """that read and decode; 0: this one"""
     json: bool = False

@@ -74,34 +74,35 @@ def changed(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
 
 def _options(kind: Any, words: Sequence[str], *, command: str) -> Iterator[tuple[str, Any]]:
     """(name, value) of every option and setting that is given, in order."""
-    kinds = _Kinds(_kinds(kind))
+    kinds = _kinds(kind)
     rest, seen, placed = list(words), set(), []
     while rest:
         word = rest.pop(0)
         name, equals, text = word.partition("=")
         name = name.removeprefix("--").replace("-", "_")
+        of, positive = _kind_of(name, kinds), name.removeprefix("no_")
         if word in ("-h", "--help"):
             yield "help", True
             continue
         if not word.startswith("-") or word == "-":
             placed.append(word)
             continue
-        if name not in kinds and kinds_of(kinds.get(name.removeprefix("no_"))) == [bool] and not equals:
-            name, texts = name.removeprefix("no_"), ["false"]
-        elif not word.startswith("--") or name not in kinds:
+        if of is None and kinds_of(_kind_of(positive, kinds)) == [bool] and not equals:
+            name, of, texts = positive, _kind_of(positive, kinds), ["false"]
+        elif not word.startswith("--") or of is None:
             hint = meant(f"--{name}", [f"--{known}" for known in kinds]) or f"; see `moextend {command} --help`"
             raise MoextendError(f"{command}: there is no option {word.partition('=')[0]}{hint}")
         elif equals:
             texts = [text]
-        elif kinds_of(kinds[name]) == [bool]:
+        elif kinds_of(of) == [bool]:
             texts = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
         else:
-            count = _words(kinds[name])
+            count = _words(of)
             texts, rest = rest[:count], rest[count:]
             if len(texts) < count or any(text.startswith("--") for text in texts):
                 raise MoextendError(f"{command}: --{name} needs {'a value' if count == 1 else f'{count} values'}")
         seen.add(name)
-        yield name, read(kinds[name], texts, what=f"{command}: --{name}")
+        yield name, read(of, texts, what=f"{command}: --{name}")
     free = [place for place in places(kind) if place not in seen]
     for name, texts in _by_place(free, placed, kinds).items():
         if not name:
@@ -134,30 +135,22 @@ def _kinds(kind: Any) -> dict[str, Any]:
     return kinds
 
 
-class _Kinds(dict[str, Any]):
-    """Types by name; also of settings inside a table whose names a configuration chooses, as
-    `config.extensions.NAME.finetune.steps`."""
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or self.get(str(name)) is not None
-
-    def __getitem__(self, name: str) -> Any:
-        return super().__getitem__(name) if dict.__contains__(self, name) else self.get(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        if dict.__contains__(self, name) or not name.startswith("config.") or "config" not in dict.keys(self):
-            return super().get(name, default)
-        kind, path = RunSettings, "config"
-        for part in name.split(".")[1:]:
-            # A table that has names by default has no others.
-            if get_origin(kind) is Mapping and not any(known.startswith(f"{path}.") for known in dict.keys(self)):
-                kind = get_args(kind)[1]
-            elif dataclasses.is_dataclass(kind) and part in fields(cast(type, kind)):
-                kind = kinds_of(fields(cast(type, kind))[part])[0]
-            else:
-                return default
-            path = f"{path}.{part}"
-        return default if dataclasses.is_dataclass(kind) or get_origin(kind) is Mapping else kind
+def _kind_of(name: str, kinds: Mapping[str, Any]) -> Any:
+    """The type of an option or a setting, also inside a table whose names a configuration chooses, as
+    `config.extensions.NAME.finetune.steps`; None where there is none of that name."""
+    if name in kinds or not name.startswith("config.") or "config" not in kinds:
+        return kinds.get(name)
+    kind, path = RunSettings, "config"
+    for part in name.split(".")[1:]:
+        # A table that has names by default has no others.
+        if get_origin(kind) is Mapping and not any(known.startswith(f"{path}.") for known in kinds):
+            kind = get_args(kind)[1]
+        elif dataclasses.is_dataclass(kind) and part in fields(cast(type, kind)):
+            kind = kinds_of(fields(cast(type, kind))[part])[0]
+        else:
+            return None
+        path = f"{path}.{part}"
+    return None if dataclasses.is_dataclass(kind) or get_origin(kind) is Mapping else kind
 
 
 def _words(kind: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
+from moextend_jax.evaluate.importance import Variant, left_out_summary, right_by_media, variants
 
 pytestmark = pytest.mark.smoke
 

@@ -1,6 +1,7 @@
-"""How much each medium of a question helps to answer it: the question is asked with every subset of its media.
+"""How much each medium of a question helps to answer it: the question is asked again without some of its media.
 
-In: for every question, subset of its media -> answered rightly. Out: importance per question, and over all of them a
+In: the media that each question has, in the model's order (all processes ask alike), and of the answers which are
+right. Out: the `Variant`s to ask, accuracies without each medium, and where every subset was asked its importance: a
 plain dict for summary.json and a table to print. `report/importance.py` draws it.
 
 The importance of m is the share of right answers over the subsets with m, less that over the non-empty ones without it
@@ -13,16 +14,71 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from moextend_jax.settings import LeaveOut
 from moextend_jax.terminal import table_of
 
 Right = Mapping[frozenset[str], float]
 """For one question: subset of its media -> 1 if the answer was right, 0 if not, or a score between."""
 ALONE = "none"
 """What tables and summary.json call the empty subset: the question without any of its media."""
+
+
+class Variant(NamedTuple):
+    """A question by its number, and the media that it is asked again with: never all, as the first time."""
+
+    question: int
+    media: frozenset[str]
+
+
+def variants(media_of: Sequence[Sequence[str]], *, leave_out: LeaveOut) -> list[Variant]:
+    """What to ask of questions with these media (`EvaluateSettings.leave_out`)."""
+    asked: list[Variant] = []
+    for question, names in enumerate(media_of):
+        fewer = subsets(names)[:-1]
+        if leave_out == "each":
+            fewer = [some for some in fewer if len(some) == len(names) - 1]
+        asked += [Variant(question, some) for some in fewer if leave_out != "none"]
+    return asked
+
+
+def right_by_media(
+    media_of: Sequence[Sequence[str]], right: Sequence[bool], *, asked: Sequence[Variant], right_then: Sequence[bool]
+) -> list[dict[frozenset[str], bool]]:
+    """Per question: the media that it was asked with, all first, to whether the answer was right."""
+    tables = [{frozenset(names): answer} for names, answer in zip(media_of, right, strict=True)]
+    for variant, answer in zip(asked, right_then, strict=True):
+        tables[variant.question][variant.media] = answer
+    return tables
+
+
+def accuracies_without(tables: Sequence[dict[frozenset[str], bool]], *, media: Sequence[str]) -> dict[str, float]:
+    """Medium -> share of right answers when all questions are asked without it; a question that never had it counts
+    with its own answer. Media that no question has are left out."""
+    of_all = [frozenset().union(*table) for table in tables]
+    return {
+        name: fmean(float(table[names - {name}]) for table, names in zip(tables, of_all, strict=True))
+        for name in media
+        if any(name in names for names in of_all)
+    }
+
+
+def left_out_summary(
+    tables: Mapping[str, Sequence[dict[frozenset[str], bool]]], *, media: Sequence[str], leave_out: LeaveOut
+) -> dict[str, Any]:
+    """What summary.json gets of every model's tables: `without` {medium: {model: accuracy}}, and where every subset was
+    asked `importance` {model: ...}."""
+    if leave_out == "none":
+        return {}
+    without = {model: accuracies_without(of, media=media) for model, of in tables.items()}
+    names = [name for name in media if any(name in of for of in without.values())]
+    summary: dict[str, Any] = {"without": {name: {model: of[name] for model, of in without.items()} for name in names}}
+    if leave_out == "subsets":
+        summary["importance"] = {model: importance(of, media=media) for model, of in tables.items()}
+    return summary
 
 
 def subsets(media: Collection[str]) -> list[frozenset[str]]:

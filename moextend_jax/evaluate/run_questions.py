@@ -26,7 +26,7 @@ from moextend_jax.data.missing import without_marks
 from moextend_jax.data.readers import Readers
 from moextend_jax.evaluate import questions
 from moextend_jax.evaluate.benchmarks.scores import are_right
-from moextend_jax.evaluate.left_out import Variant, left_out_summary, right_by_media, variants
+from moextend_jax.evaluate.importance import Variant, left_out_summary, right_by_media, variants
 from moextend_jax.evaluate.prompts import Prompt, buckets
 from moextend_jax.faults import Fault
 from moextend_jax.models.decoder import check_length

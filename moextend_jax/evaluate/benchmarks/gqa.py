@@ -13,15 +13,14 @@ from typing import Any
 
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks.lines import first_file, json_value
-from moextend_jax.evaluate.benchmarks.llava_questions import llava_questions
-from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes, Question
+from moextend_jax.evaluate.benchmarks.llava_questions import reader
+from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes
 from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, by_group, percent
 
 LABELS = "testdev_balanced_questions.json"
 
 
-def read(home: Path, split: str) -> list[Question]:
-    return llava_questions(first_file(home, "llava_gqa_testdev_balanced.jsonl"), home / "data" / "images")
+read = reader("llava_gqa_testdev_balanced.jsonl", "data/images")
 
 
 def converted(text: str) -> str:
@@ -59,7 +58,8 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
         ("all", len(right), percent(right)),
     ]
     asked = {str(question.question_id) for question, _ in answered}
-    missed = sum(1 for name, label in labels.items() if name not in asked and _balanced(label))
+    left = (label for name, label in labels.items() if name not in asked)
+    missed = sum(isinstance(label, dict) and bool(label.get("isBalanced")) for label in left)
     notes = [f"{missed} balanced questions of {path} have no answer here: GQA's own script refuses that"]
     return Scores(
         Headline("accuracy", percent(right)), ("questions of", "questions", "accuracy %"), rows, points,
@@ -77,7 +77,3 @@ def submission(answered: Sequence[Answered], home: Path, split: str) -> str:
 def _text(types: dict[str, Any], name: str) -> str:
     found = types.get(name)
     return found if isinstance(found, str) else "none"
-
-
-def _balanced(label: Any) -> bool:
-    return isinstance(label, dict) and bool(label.get("isBalanced"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.benchmarks.lines import json_lines, value
+from moextend_jax.evaluate.benchmarks.lines import first_file, json_lines, value
 from moextend_jax.evaluate.benchmarks.question import Key, Mistakes, Question
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -26,6 +26,13 @@ def by_id(entry: dict[str, Any]) -> Key:
 def by_prompt(entry: dict[str, Any]) -> Key:
     """The key of one whose ids name images: the question belongs to it."""
     return (entry["question_id"], entry["prompt"])
+
+
+def reader(
+    file: str, images: str, *, key: Callable[[dict[str, Any]], Key] = by_id
+) -> Callable[[Path, str], list[Question]]:
+    """`read` of a benchmark whose splits are one file, with its images in a folder beside it."""
+    return lambda home, split: llava_questions(first_file(home, file), home / images, key=key)
 
 
 def llava_questions(path: Path, images: Path, *, key: Callable[[dict[str, Any]], Key] = by_id) -> list[Question]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.benchmarks.lines import decoded, first_file
+from moextend_jax.evaluate.benchmarks.lines import decoded
 from moextend_jax.evaluate.benchmarks.lines import read as read_bytes
-from moextend_jax.evaluate.benchmarks.llava_questions import SHORT, by_prompt, llava_questions
+from moextend_jax.evaluate.benchmarks.llava_questions import SHORT, by_prompt, reader
 from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes, Question
 from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, percent
 
@@ -23,8 +23,7 @@ RELEASE = "MME_Benchmark_release_version"
 YES_OR_NO = "Please answer yes or no."
 
 
-def read(home: Path, split: str) -> list[Question]:
-    return llava_questions(first_file(home, "llava_mme.jsonl"), home / RELEASE, key=by_prompt)
+read = reader("llava_mme.jsonl", RELEASE, key=by_prompt)
 
 
 def verdict(text: str) -> str:

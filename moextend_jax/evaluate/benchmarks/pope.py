@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moextend_jax.evaluate.benchmarks.lines import first_file, json_lines, value
-from moextend_jax.evaluate.benchmarks.llava_questions import llava_questions
+from moextend_jax.evaluate.benchmarks.llava_questions import reader
 from moextend_jax.evaluate.benchmarks.question import Answered, Mistakes, Question
 from moextend_jax.evaluate.benchmarks.scores import Headline, Scores
 
 FILE = "llava_pope_test.jsonl"
 
 
-def read(home: Path, split: str) -> list[Question]:
-    return llava_questions(first_file(home, FILE), home / "val2014")
+read = reader(FILE, "val2014")
 
 
 def says_yes(text: str) -> bool:

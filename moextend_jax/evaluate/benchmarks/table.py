@@ -102,11 +102,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
     "mmvet": Benchmark(
         title="MM-Vet", folders=("mmvet", "mm-vet"), splits=("test",), max_new_tokens=1024,
-        read=open_ended.read_mmvet, score=open_ended.score_mmvet, submission=open_ended.submission_mmvet,
+        read=llava_questions.reader("llava-mm-vet.jsonl", "images"), score=open_ended.judged(open_ended.MMVET),
+        submission=open_ended.submission_mmvet,
     ),
     "llava_bench": Benchmark(
         title="LLaVA-Bench", folders=("llava-bench-in-the-wild",), splits=("test",), max_new_tokens=1024,
-        read=open_ended.read_llava_bench, score=open_ended.score_llava_bench,
+        read=llava_questions.reader("questions.jsonl", "images"), score=open_ended.judged(open_ended.LLAVA_BENCH),
     ),
     "mcub": Benchmark(
         title="MCUB", folders=("mcub", "MCUB"), splits=mcub.SPLITS, max_new_tokens=128,

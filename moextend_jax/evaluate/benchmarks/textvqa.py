@@ -15,17 +15,12 @@ from typing import Any
 
 from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.benchmarks.lines import first_file, json_value, value
-from moextend_jax.evaluate.benchmarks.llava_questions import llava_questions
-from moextend_jax.evaluate.benchmarks.question import Answered, Key, Mistakes, Question
+from moextend_jax.evaluate.benchmarks.llava_questions import reader
+from moextend_jax.evaluate.benchmarks.question import Answered, Key, Mistakes
 from moextend_jax.evaluate.benchmarks.scores import Headline, Scores, percent
 from moextend_jax.evaluate.benchmarks.vqa_text import agreement, normalise_m4c
 
 PEOPLE = 10
-
-
-def read(home: Path, split: str) -> list[Question]:
-    path = first_file(home, "llava_textvqa_val_v051_ocr.jsonl")
-    return llava_questions(path, home / "train_images", key=key)
 
 
 def key(entry: dict[str, Any]) -> Key:
@@ -47,6 +42,9 @@ def question_of(prompt: str) -> str:
     if len(lines) == 2:
         return lines[0].lower()
     raise ValueError("its prompt is not question, OCR tokens and instruction on a line each")
+
+
+read = reader("llava_textvqa_val_v051_ocr.jsonl", "train_images", key=key)
 
 
 def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
