@@ -1,8 +1,9 @@
-"""Standard input and output, whether or not they are a terminal: lines in, tables that fit out."""
+"""Standard input and output, whether or not they are a terminal: lines in, tables that fit and JSON out."""
 
 from __future__ import annotations
 
 import io
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -32,3 +33,14 @@ def table_of(headings: Sequence[str], rows: Iterable[Sequence[str]] = (), *, lef
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def as_json(value: Any) -> Any:
+    """What JSON can say of a value: NamedTuples as objects, null for a number that is not finite."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -92,7 +92,7 @@ def test_backward_and_recomputed_products_are_told_apart():
 
     text = compiled(jax.grad(loss), jnp.ones((32, 32)), jnp.ones((8, 32)))
     one = 2 * 8 * 32 * 32
-    phases = products.products(text, unknown=once).by_phase()
+    phases = products.products(text, unknown=once).by_phase
     assert phases == {"forward": 6 * one, "recomputed": 6 * one, "backward": 2 * 6 * one}
 
 

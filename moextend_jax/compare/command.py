@@ -29,7 +29,7 @@ from moextend_jax.outside import shown
 from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative
-from moextend_jax.terminal import console
+from moextend_jax.terminal import as_json, console
 
 TOWER = "clip"
 """Folder beside the reference that is taken where no option names the vision tower's."""
@@ -83,7 +83,7 @@ def compare_command(options: CompareOptions) -> int:
             "not_compared": len(rows) - len(compared),
             "seconds": round(seconds, 3),
             "notes": notes,
-            "rows": [row.as_json() for row in rows],
+            "rows": as_json(rows),  # a difference that is no number is null, and its verdict says that it differs
         }
         print(json.dumps(record, indent=1, allow_nan=False))
     else:

@@ -40,13 +40,6 @@ class Row(NamedTuple):
     tolerance: float | None = None
     note: str = ""
 
-    def as_json(self) -> dict[str, Any]:
-        # JSON has no NaN: a difference that is no number is null, and its verdict says that it differs.
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self._asdict().items()
-        }
-
 
 def close(batch: str, quantity: str, ours: Any, theirs: Any, *, atol: float, note: str = "", where: Any = None) -> Row:
     """Largest difference of two arrays, of their leading places `where` alone if given (bool, leading axes). `note`

@@ -31,7 +31,6 @@ class Collective(NamedTuple):
     nbytes: float
     times: float
     phase: str
-    op_name: str
 
 
 def collectives(module: Module, mesh: Any, *, unknown: Callable[[Instruction], float]) -> list[Collective]:
@@ -49,7 +48,7 @@ def collectives(module: Module, mesh: Any, *, unknown: Callable[[Instruction], f
         operands = one.operands[:1] if kind.startswith("ragged") else one.operands  # the others are offsets and sizes
         given = [array for name in operands for array in computation[name].arrays]
         nbytes = _received(kind, sum(array.nbytes for array in given), group)
-        found.append(Collective(kind, axes_of(groups, mesh), group, nbytes, times, phase(op_name), op_name))
+        found.append(Collective(kind, axes_of(groups, mesh), group, nbytes, times, phase(op_name)))
     return found
 
 

@@ -18,7 +18,7 @@ from moextend_jax.plan import collectives, hlo, topology
 from moextend_jax.plan.abstract_step import abstract_step, patterns, stage_settings
 from moextend_jax.plan.compiling import compile_step
 from moextend_jax.plan.memory import memory
-from moextend_jax.plan.products import Kernel, Products, products
+from moextend_jax.plan.products import Kernel, products
 from moextend_jax.plan.roofline import BOUNDS, Roofline, roofline
 from moextend_jax.plan.sizes import model_config
 from moextend_jax.plan.traffic import traffic
@@ -92,7 +92,12 @@ def plan(
     sent = collectives.collectives(module, mesh, unknown=unknown)
     moved = traffic(module, unknown=unknown)
     line = roofline(place.chip, mesh, flops=done.flops, traffic=moved, sent=sent, host=chip_bytes.host)
-    figures["flops_per_step"] |= _compiled_flops(done, chips=place.chips, analytic=flops.total)
+    figures["flops_per_step"] |= {
+        "compiled": done.flops * place.chips,
+        "compiled_over_analytic": done.flops * place.chips / flops.total,
+        "compiled_by_phase": {phase: of * place.chips for phase, of in done.by_phase.items()},
+        "uncounted_kernels": done.uncounted,
+    }
     figures["collective_bytes_per_chip"] = collectives.by_axis(sent)
     figures["collective_bytes_per_chip_by_phase"] = {
         phase: collectives.by_axis([collective for collective in sent if collective.phase == phase])
@@ -153,15 +158,6 @@ def _share(config: ModelConfig, run: StageSettings, mesh: Any, new_share: float 
         return (1 - gone) * here / decoder.experts
 
     return share
-
-
-def _compiled_flops(done: Products, *, chips: int, analytic: float) -> dict[str, Any]:
-    return {
-        "compiled": done.flops * chips,
-        "compiled_over_analytic": done.flops * chips / analytic,
-        "compiled_by_phase": {phase: flops * chips for phase, flops in done.by_phase().items()},
-        "uncounted_kernels": done.uncounted,
-    }
 
 
 def _times(line: Roofline, run: StageSettings, model_flops: float, place: topology.Topology) -> dict[str, Any]:

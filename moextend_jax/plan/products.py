@@ -25,38 +25,21 @@ class Kernel(NamedTuple):
     groups: int
     matrix: tuple[int, int]
     rows: int
-    op_name: str
-
-
-class Product(NamedTuple):
-    """FLOPs of one execution, executions per step, and in which phase: forward, recomputed or backward."""
-
-    name: str
-    op_name: str
-    flops: float
-    times: float
-    phase: str
 
 
 class Products(NamedTuple):
-    """`uncounted` are kernels of which nobody knows the FLOPs."""
+    """FLOPs per step by phase: forward, recomputed, backward. `uncounted`: kernels of which nobody knows the FLOPs."""
 
-    products: list[Product]
+    by_phase: dict[str, float]
     uncounted: list[str]
 
     @property
     def flops(self) -> float:
-        return sum(one.flops * one.times for one in self.products)
-
-    def by_phase(self) -> dict[str, float]:
-        phases = {"forward": 0.0, "recomputed": 0.0, "backward": 0.0}
-        for one in self.products:
-            phases[one.phase] += one.flops * one.times
-        return phases
+        return sum(self.by_phase.values())
 
 
 def products(module: Module, *, unknown: Callable[[Instruction], float], share: Share | None = None) -> Products:
-    found, uncounted = [], []
+    phases, uncounted = {"forward": 0.0, "recomputed": 0.0, "backward": 0.0}, []
     for one, computation, times, _, op_name in runs(module, unknown=unknown):
         if one.opcode == "dot":
             flops = _dot(one, computation)
@@ -69,9 +52,8 @@ def products(module: Module, *, unknown: Callable[[Instruction], float], share: 
                 continue
         else:
             continue
-        if flops:
-            found.append(Product(one.name, op_name, flops, times, phase(op_name)))
-    return Products(found, uncounted)
+        phases[phase(op_name)] += flops * times
+    return Products(phases, uncounted)
 
 
 def phase(op_name: str) -> str:
@@ -174,7 +156,7 @@ def _grouped(one: Instruction, computation: Computation) -> Kernel | None:
     groups //= one.layers
     # The rows are the axis of a two-dimensional array that is not an axis of the matrix.
     counts = [array.dims[0] if array.dims[1] in (D, F) else array.dims[1] for array in rows]
-    return Kernel(groups, (D, F), max(counts), one.op_name)
+    return Kernel(groups, (D, F), max(counts))
 
 
 def _is_float(array: Array) -> bool:

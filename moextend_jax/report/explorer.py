@@ -21,7 +21,7 @@ from moextend_jax.folders import absolute, extra_hint
 from moextend_jax.report.examples import MOST_EXAMPLES, image_data
 from moextend_jax.report.markup import how, section, write_page
 from moextend_jax.report.results_pictures import CORPORA, title_of
-from moextend_jax.report.workdir import Loads, Selection, kind_title, malformed, read_workdir
+from moextend_jax.report.workdir import Loads, kind_title, malformed, read_workdir
 
 EXPLORER = "explorer.html"
 WITHOUT = f"no {EXPLORER}: {extra_hint('web')} adds it"
@@ -49,18 +49,20 @@ def write_explorer(workdir: Path) -> Path | None:
     except ImportError:
         return None
     found = read_workdir(workdir)
-    examples, loads = _examples(found.examples or (), found.summary), found.loads
+    loads, selection, some = found.loads, found.selection, (found.examples or ())[:MOST_EXAMPLES]
+    with malformed("examples.json"):
+        examples = [_example(example, found.summary) for example in some if "routing" in example]
     models = [(name, title_of(name, found.summary)) for name in MODELS]
     data = {
         "models": models,
         "names": loads.names if loads else examples[0]["names"] if examples else [],
         "base": loads.base if loads else 0,
-        "first": loads.first if loads else found.selection.first if found.selection else 0,
+        "first": loads.first if loads else selection.first if selection else 0,
         "extended": found.new_experts.layers if found.new_experts else [],
         "examples": examples or None,
         "loads": _named(loads.picks_ZO, medium=loads.medium) if loads else None,
         "pairs": _named(loads.pairs_ZOO, medium=loads.medium) if loads and loads.pairs_ZOO else None,
-        "choice": _choice(found.selection),
+        "choice": {"shift": selection.shift_Z.tolist(), "copied": selection.copied} if selection else None,
     }
     if not loads:  # which experts are new is not known without them
         data["examples"] = None
@@ -90,13 +92,8 @@ def _policy(scripts: Sequence[str]) -> str:
     return f'<meta http-equiv="Content-Security-Policy" content="{rules}">\n'
 
 
-def _examples(examples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """What the script draws of each of the first MOST_EXAMPLES that have the picks of their tokens."""
-    with malformed("examples.json"):
-        return [_example(example, summary) for example in examples[:MOST_EXAMPLES] if "routing" in example]
-
-
 def _example(example: Mapping[str, Any], summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the script draws of an example that has the picks of its tokens."""
     routing = example["routing"]
     names, tokens = ([str(text) for text in routing[name]] for name in ("experts", "tokens"))
     patches = [int(patch) for patch in routing["patches"]]
@@ -124,10 +121,6 @@ def _named(counts: Mapping[tuple[str, str], np.ndarray], *, medium: str) -> list
         for (data, kind), of in counts.items()
         if of.any()
     ]
-
-
-def _choice(selection: Selection | None) -> dict[str, Any] | None:
-    return None if selection is None else {"shift": selection.shift_Z.tolist(), "copied": selection.copied}
 
 
 # --- markup ---

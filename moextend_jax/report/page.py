@@ -7,7 +7,7 @@ from outside (questions, answers, configuration) is escaped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def _of_run(found: Workdir, workdir: Path) -> list[str]:
     about = [f"{name} {config[name]}" for name in ("recipe", "seed") if isinstance(config.get(name), str | int)]
     return [
         f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
-        _explorer(workdir),
+        EXPLORER_LINK if (workdir / EXPLORER).exists() else "",
         tiles(found.summary),
         _section("Accuracy and forgetting", models_table(found.summary), missing="summary.json"),
         _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
@@ -74,10 +74,7 @@ def _of_chains(found: Workdir) -> list[str]:
     ]
 
 
-def _explorer(workdir: Path) -> str:
-    if not (workdir / EXPLORER).exists():
-        return ""
-    return f'<p><a href="{EXPLORER}">Routing explorer</a>: every token of the examples, layer by layer.</p>'
+EXPLORER_LINK = f'<p><a href="{EXPLORER}">Routing explorer</a>: every token of the examples, layer by layer.</p>'
 
 
 def _optional(parts: Mapping[str, str]) -> list[str]:
@@ -167,10 +164,14 @@ def _new_experts(new: NewExperts | None) -> str:
 
 
 def _curves(found: Workdir) -> str:
-    drawn = []
-    for stage, rows in found.metrics.items():
-        if any(isinstance(row.get("loss"), int | float) for row in rows):
-            drawn.append(_curve(rows, stage=stage))
+    drawn = [
+        picture(
+            lambda ax, rows=rows, stage=stage: results_pictures.curve_panel(ax, rows, stage=stage),
+            name=f"loss-{stage}", label=f"Loss of stage {stage}", width=4.9, height=2.7,
+        )
+        for stage, rows in found.metrics.items()
+        if any(isinstance(row.get("loss"), int | float) for row in rows)
+    ]  # fmt: skip
     if not drawn:
         return ""
     return pictures(
@@ -179,13 +180,6 @@ def _curves(found: Workdir) -> str:
         "different data, so only shapes compare. Very high first steps are cut off.",
         columns="pictures two",
     )
-
-
-def _curve(rows: Sequence[Mapping[str, Any]], *, stage: str) -> str:
-    return picture(
-        lambda ax: results_pictures.curve_panel(ax, rows, stage=stage),
-        name=f"loss-{stage}", label=f"Loss of stage {stage}", width=4.9, height=2.7,
-    )  # fmt: skip
 
 
 def _seconds(summary: Mapping[str, Any] | None) -> str:

@@ -54,18 +54,23 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
     png, page = (prefix.with_name(f"{prefix.name}.{ending}") for ending in ("png", "html"))
     _png(png, heatmaps, [*new, *lines], layers=layers)
     title = f"Routing: {' and '.join(name for name, _ in named)}"
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(_about(named))}</p>']
+    about = " · ".join(
+        f"{name}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens, {stats.experts} experts, "
+        f"top-{stats.top_k}, from {stats.source}"
+        for name, stats in named
+    )
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(about)}</p>']
+
+    def add(title: str, name: str, panels: Sequence[Panel], note: str, columns: str, **size: float) -> None:
+        drawn = [picture(draw, name=f"{name}-{n}", label=label, **size) for n, (label, draw) in enumerate(panels)]
+        parts.append(section(title, pictures(drawn, note, columns=columns)))
+
     for kind, rows in heatmaps.items():
-        size = {"width": 3.3, "height": heatmap_height(layers)}
-        drawn = enumerate(panel for row in rows for panel in row)
-        figures = [picture(draw, name=f"{kind}-{n}", label=label, **size) for n, (label, draw) in drawn]
-        parts.append(section(f"{kind.capitalize()} tokens", pictures(figures, _CELLS)))
-    size = {"width": 4.9, "height": 2.9}
+        panels, size = sum(rows, []), {"width": 3.3, "height": heatmap_height(layers)}
+        add(f"{kind.capitalize()} tokens", kind, panels, _CELLS, "pictures", **size)
     if new:
-        figures = [picture(draw, name=f"new-{n}", label=label, **size) for n, (label, draw) in enumerate(new)]
-        parts.append(section("New experts", pictures(figures, _NEW, columns="pictures two")))
-    figures = [picture(draw, name=f"line-{n}", label=label, **size) for n, (label, draw) in enumerate(lines)]
-    parts.append(section("Evenness", pictures(figures, _EVENNESS, columns="pictures two")))
+        add("New experts", "new", new, _NEW, "pictures two", width=4.9, height=2.9)
+    add("Evenness", "line", lines, _EVENNESS, "pictures two", width=4.9, height=2.9)
     write_page(page, parts, title=title)
     return png, page
 
@@ -160,11 +165,3 @@ def _png(path: Path, heatmaps: dict[str, list[list[Panel]]], lines: list[Panel],
         for n, (_, draw) in enumerate(lines):
             draw(figure.add_subplot(grid[len(rows) + n // 2, 3 * (n % 2) : 3 * (n % 2) + 3]))
         figure.savefig(path, dpi=130)
-
-
-def _about(named: Sequence[tuple[str, Stats]]) -> str:
-    return " · ".join(
-        f"{name}: {stats.tokens['text']} text and {stats.tokens['image']} image tokens, {stats.experts} experts, "
-        f"top-{stats.top_k}, from {stats.source}"
-        for name, stats in named
-    )

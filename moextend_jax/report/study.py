@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 
 from moextend_jax.report.canvas import MUTED, OURS, PLAIN, canvas
 from moextend_jax.report.markup import how, picture, section, text_table, write_page
-from moextend_jax.study import Estimate, estimate, lines_of
+from moextend_jax.study import estimate, lines_of
 
 Seeds = Mapping[Any, Mapping[str, float]]
 
@@ -70,7 +71,7 @@ def write_study(record: Mapping[str, Any], workdir: Path) -> Path:
 def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> None:
     """A dot for every point at its means over seeds, with 95 % intervals; the first point has its own colour."""
     for place, (name, seeds) in enumerate(points.items()):
-        across, accuracy = _estimate(seeds, axis.of), _estimate(seeds, lambda seed: seed["accuracy"])
+        across, accuracy = (estimate(list(map(of, seeds.values()))) for of in (axis.of, itemgetter("accuracy")))
         ax.errorbar(
             across.mean, accuracy.mean, xerr=across.half, yerr=accuracy.half, fmt="o",
             color=PLAIN if place else OURS, linewidth=1,
@@ -80,7 +81,3 @@ def _panel(ax: Axes, points: Mapping[str, Seeds], axis: Axis, *, data: str) -> N
     ax.set_xscale(axis.scale)
     ax.set_xlabel(axis.label)
     ax.set_ylabel(f"accuracy on {data}")
-
-
-def _estimate(seeds: Seeds, of: Callable[[Mapping[str, float]], float]) -> Estimate:
-    return estimate([of(seed) for seed in seeds.values()])

@@ -26,7 +26,6 @@ from moextend_jax.routing.compare import (
     Choice,
     LayerDistance,
     Taken,
-    as_json,
     check_same_shape,
     choices,
     distances,
@@ -40,7 +39,7 @@ from moextend_jax.runs.data_of import data_dir_of, open_in_step
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import known_settings
 from moextend_jax.settings import LayerShare, NotNegative
-from moextend_jax.terminal import console, table_of
+from moextend_jax.terminal import as_json, console, table_of
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ added per expert, so that an expert that one side never picked does not make a d
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -203,12 +203,3 @@ def _kl(p_O: np.ndarray, q_O: np.ndarray) -> float:
     where = p_O > 0
     with np.errstate(divide="ignore"):  # a router never gives exactly 0, but float32 can
         return float(max(0.0, (p_O[where] * np.log(p_O[where] / q_O[where])).sum()))
-
-
-def as_json(value: Any) -> Any:
-    """NamedTuples as objects, numbers that are none as null."""
-    if hasattr(value, "_asdict"):
-        return {name: as_json(part) for name, part in value._asdict().items()}
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from typing import Any, TextIO
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url
+from moextend_jax.terminal import as_json
 from moextend_jax.train.sinks import IDS, SINKS, first_line, open_sinks, scalars
 
 
@@ -70,7 +70,7 @@ class MetricsWriter:
         with self._disk_errors():
             if self._away is None and not _is_open_here(self._lines, self._path):
                 raise OSError("it is gone: somebody has moved or deleted the work directory")
-            self._lines.write(json.dumps({"step": int(step), **_finite(plain)}) + "\n")
+            self._lines.write(json.dumps({"step": int(step), **as_json(plain)}) + "\n")
             # A bucket takes an object about once a second: what comes meanwhile goes with the next line.
             if self._away is not None and self._sent.done():
                 self._sent = self._sender.submit(self._copy_away)
@@ -155,15 +155,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             raise MoextendError(f"{path}:{number}: not a line of metrics ({error}); mend or delete the file") from error
     return rows
-
-
-def _finite(value: Any) -> Any:
-    """What JSON can say: null for a float that is not finite, in lists and groups too."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_open_here(file: TextIO, path: Path) -> bool:

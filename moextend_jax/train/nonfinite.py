@@ -46,7 +46,10 @@ class Watch:
         bad = [seen for seen in self._seen if not bool(seen.metrics["finite"])]
         self._seen = []
         for seen in bad[: max(0, self.most - self._written)]:
-            self._write(seen)
+            try:
+                self._write(seen)
+            except OSError as error:  # the run does not need it, and other processes would wait for this one
+                print(f"moextend: the batch of step {seen.step} is not written: {error}", file=sys.stderr)
             self._written += 1
         return [seen.step for seen in bad]
 
@@ -56,12 +59,6 @@ class Watch:
         self._written, self._back = 0, self._back + 1
 
     def _write(self, seen: Seen) -> None:
-        try:
-            self._write_files(seen)
-        except OSError as error:  # the run does not need them, and other processes would wait for this one
-            print(f"moextend: the batch of step {seen.step} is not written: {error}", file=sys.stderr)
-
-    def _write_files(self, seen: Seen) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{seen.step:07d}-process_{jax.process_index()}" + (f"-back_{self._back}" if self._back else "")
         leaves = jax.tree_util.tree_leaves_with_path(seen.batch)

@@ -6,7 +6,6 @@ of a patch or a token while the mouse is over it. All text is escaped: it is wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -123,17 +122,16 @@ def _tokens(seen: Seen, layer: int, share_T: np.ndarray) -> str:
     chips = []
     for token in shown[-MOST_TOKENS:]:
         text = seen.routing.tokens[token].replace("\n", "⏎") or " "
-        under = "" if layer == MEAN else f"<small>{escape(' '.join(_short(chosen(seen, layer, token))))}</small>"
+        under = ""
+        if layer != MEAN:
+            picks = " ".join(name.replace("new ", "n") for name, _ in chosen(seen, layer, token))
+            under = f"<small>{escape(picks)}</small>"
         chips.append(
             f'<span class="token" style="background:rgb(255 90 0 / {0.8 * share_T[token]:.2f})" '
             f'title="{escape(_numbers(seen, layer, token, repr(seen.routing.tokens[token])))}">'
             f"<b>{escape(text)}</b>{under}</span>"
         )
     return f'<div class="tokens">{"".join(chips)}</div>'
-
-
-def _short(picked: Sequence[tuple[str, float]]) -> list[str]:
-    return [name.replace("new ", "n") for name, _ in picked]
 
 
 def _numbers(seen: Seen, layer: int, token: int, what: str) -> str:
