@@ -29,7 +29,7 @@ from moextend_jax.config import IGNORE, RECIPES, Batch, MoextendError
 from moextend_jax.data import item_files, json_values
 from moextend_jax.data.batches import Share, batches
 from moextend_jax.data.check import _Pool, check, open_origin
-from moextend_jax.data.datasets import Example, Exchange, first_exchange, open_dataset
+from moextend_jax.data.datasets import Example, open_dataset
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.features import cache_features
 from moextend_jax.data.inspector import ItemFile, Reading, Work
@@ -38,6 +38,7 @@ from moextend_jax.data.readers import Features
 from moextend_jax.data.shards import Span
 from moextend_jax.data.shared_memory import no_bus_error
 from moextend_jax.data.tokenizer import load_tokenizer
+from moextend_jax.evaluate.questions import question_of
 from moextend_jax.faults import KINDS, STRICT, Fault, check_share, counts, named
 from moextend_jax.media.image import decode_image, prepare_image
 from moextend_jax.settings import POLICIES, FaultSettings, Policy, StageSettings
@@ -523,15 +524,18 @@ def test_a_cache_notes_bad_images_and_a_mended_one_is_made_again(tmp_path):
 def test_what_training_skips_is_not_asked_either(faulty):
     """Whatever is wrong with a conversation, but for its length; pictures are looked at where they are read."""
     source = open_folder(faulty, SKIP)
-    exchanges = [first_exchange(example, tokenizer=TOKENIZER) for example in source]
-    kinds = {n: exchange.kind for n, exchange in enumerate(exchanges) if isinstance(exchange, Fault)}
+    kinds = {}
+    for n, example in enumerate(source):
+        try:
+            question_of(example, tokenizer=TOKENIZER)
+        except Fault as fault:
+            kinds[n] = fault.kind
     late = ("too_long", "too_many_images", "duplicate_id")
     assert kinds == {plant.at: plant.kind for plant in PLANTS if not KINDS[plant.kind].file and plant.kind not in late}
-    sound = exchanges[4]
-    assert isinstance(sound, Exchange)
-    assert [sound.question, sound.answer] == [turn["value"] for turn in source[4].conversations]
+    sound = question_of(source[4], tokenizer=TOKENIZER)
+    assert [sound.text, sound.answer] == [turn["value"] for turn in source[4].conversations]
     longer = [{"from": role, "value": text} for role, text in zip(("human", "gpt") * 2, "abcd", strict=True)]
-    assert first_exchange(Example("x", longer, ()), tokenizer=TOKENIZER) == Exchange("a", "b")
+    assert question_of(Example("x", longer, ()), tokenizer=TOKENIZER) == ("a", "b", "", {})
 
 
 @pytest.mark.parametrize("kind", ["pixels", "features"])

@@ -269,7 +269,7 @@ def test_only_the_first_question_s_pictures_are_asked_about(llava, tmp_path):
     (asked,) = run_questions.asked_of_all(run).values()
     readers = readers_of(run, asked.source, data="", split="", inputs=True)
     prompted, _ = run_questions.prompted_questions(run, asked, readers)
-    by_id = {item.question.example.id: item for item in prompted}
+    by_id = {item.prompt.where.removeprefix("question "): item for item in prompted}
     first, second = (by_id[row.id] for row in source_of(run, Data("finetune")) if len(row.conversations) > 2)
     assert (first.question.text, first.question.answer) == ("hello", "hi") and not first.prompt.items
     assert [*second.prompt.items] == ["image"] and len(second.prompt.items["image"]) == 1

@@ -35,16 +35,14 @@ from moextend_jax.data.builders import (
     packaged,
     scan,
 )
-from moextend_jax.data.conversations import talk_of
 from moextend_jax.data.forms import LLAVA, Files, base_split, files_of, parts_of
 from moextend_jax.data.item_files import ItemFolder
 from moextend_jax.data.items import Items, look_at_items
 from moextend_jax.data.mixing import JoinedItems, JoinedRows, fingerprint_of, picks
-from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.faults import STRICT, Fault, refuse, unknown_medium
 from moextend_jax.folders import absolute, is_url
 from moextend_jax.media import IMAGE_MARK, IMAGES_ALONE
-from moextend_jax.settings import KEEPABLE, FaultSettings
+from moextend_jax.settings import FaultSettings
 
 
 class ItemRef(NamedTuple):
@@ -314,43 +312,6 @@ def item_folder(files: Files, faults: FaultSettings) -> ItemFolder:
 HINT = "; `moextend data check` names all"
 CHUNK = 4096
 """Rows that are read at once."""
-
-
-class Exchange(NamedTuple):
-    """The first question of a conversation, its right answer, and what a system turn says before it."""
-
-    question: str
-    answer: str
-    system: str = ""
-
-
-def first_exchange(example: Example, *, tokenizer: Tokenizer) -> Exchange | Fault:
-    """What can be asked of an example, or the fault for which training refuses or skips it, whatever its length.
-
-    It costs little: texts are only encoded where they have control characters, which may stand for images.
-    """
-    if example.fault is not None and example.fault.kind not in KEEPABLE:
-        return example.fault.again()
-    try:
-        talk = talk_of(
-            example.conversations,
-            example_id=example.id,
-            items={name: len(refs) for name, refs in example.by_medium.items()},
-            tokenizer=tokenizer,
-        )
-        texts = (talk.system, *(text for pair in talk.pairs for text in pair if text is not None))
-        for text in filter(CONTROL.search, texts):
-            tokenizer.encode(text)
-    except Fault as fault:
-        return fault
-    except MoextendError as error:
-        return Fault(f"example {example.id}: {error}", "reserved", example.id)
-    question, answer = talk.pairs[0]
-    assert answer is not None
-    return Exchange(question, answer, talk.system)
-
-
-CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
 
 
 def check_shows(source: Source, *, medium: str, stage: str) -> None:

@@ -148,12 +148,9 @@ def folder_of(out: Path, name: str, *, split: str | None, model: str) -> Path:
 def _answer(opened: Askable, exam: Exam, path: Path, *, model_id: str, max_new_tokens: int) -> dict[str, Any]:
     """Appends answers to the exam's questions that the file at `path` lacks. Returns how many were answered now, and
     how fast."""
-    with contextlib.ExitStack() as stack:
-        written = (
-            stack.enter_context(table.open_answers(exam.name, path, questions=exam.every, model_id=model_id))
-            if distributed.first()
-            else None
-        )
+    first = distributed.first()
+    opening = table.open_answers(exam.name, path, questions=exam.every, model_id=model_id) if first else None
+    with opening or contextlib.nullcontext() as written:
         distributed.barrier(f"opened {path}")  # from here to the first batch nobody writes: all read the same
         key = table.benchmark(exam.name).key
         done = written.done if written else set(answers.read_answers(path, questions=exam.every, key=key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,32 +11,48 @@ from typing import NamedTuple
 import numpy as np
 
 from moextend_jax.config import MoextendError, Recipe
-from moextend_jax.data.conversations import Encoded, encode_prompt, shown_first
-from moextend_jax.data.datasets import Example, ItemRef, first_exchange
+from moextend_jax.data.conversations import Encoded, encode_prompt, shown_first, talk_of
+from moextend_jax.data.datasets import Example, ItemRef
 from moextend_jax.data.tokenizer import Tokenizer
 from moextend_jax.data.writing import Spans
 from moextend_jax.evaluate.benchmarks.scores import are_right
 from moextend_jax.evaluate.prompts import Prompt
 from moextend_jax.faults import Fault
+from moextend_jax.settings import KEEPABLE
 
 
 class Question(NamedTuple):
     """The first question of a conversation, with its right answer and what a system turn says before it; by medium the
     items that it shows, without those of later questions."""
 
-    example: Example
     text: str
     answer: str
     system: str
     items: Mapping[str, Sequence[ItemRef]]
 
 
+CONTROL = re.compile("[\0-\x08\x0e-\x1f]")
+
+
 def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
-    """Raises the `Fault` for which training would refuse the conversation."""
-    exchange = first_exchange(example, tokenizer=tokenizer)
-    if isinstance(exchange, Fault):
-        raise exchange
-    return Question(example, *exchange, shown_first(exchange.question, example.by_medium, tokenizer))
+    """Raises the `Fault` for which training refuses or skips the conversation, whatever its length.
+
+    It costs little: texts are only encoded where they have control characters, which may stand for images.
+    """
+    if example.fault is not None and example.fault.kind not in KEEPABLE:
+        raise example.fault.again()
+    refs_of = example.by_medium
+    counts = {name: len(refs) for name, refs in refs_of.items()}
+    talk = talk_of(example.conversations, example_id=example.id, items=counts, tokenizer=tokenizer)
+    try:
+        for text in (talk.system, *(text for pair in talk.pairs for text in pair)):
+            if text is not None and CONTROL.search(text):
+                tokenizer.encode(text)
+    except MoextendError as error:
+        raise Fault(f"example {example.id}: {error}", "reserved", example.id) from error
+    question, answer = talk.pairs[0]
+    assert answer is not None
+    return Question(question, answer, talk.system, shown_first(question, refs_of, tokenizer))
 
 
 def prompt_of(

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from moextend_jax.config import MoextendError
 from moextend_jax.evaluate.chains import columns, learnt_on, score_matrix
 from moextend_jax.report.canvas import LINE, MUTED, OURS, RIVAL, heatmap
 from moextend_jax.report.markup import how, picture, pictures
+from moextend_jax.report.workdir import malformed
 
 CHAIN_TITLES = {
     "strict": "Extensions under strict isolation",
@@ -32,7 +32,9 @@ def chains_section(summary: Mapping[str, Any] | None) -> str:
     if not chains:
         return ""
     parts = []
-    for n, (name, chain) in enumerate(parse_chains(chains).items()):
+    with malformed("summary.json: its chains"):
+        chains = {str(name): score_matrix(of["scores"]) for name, of in chains.items()}
+    for n, (name, chain) in enumerate(chains.items()):
         title = CHAIN_TITLES.get(name, name)
         rows, tested = len(chain["scores"]), len(columns(chain))
         drawn = [
@@ -55,17 +57,6 @@ def chains_section(summary: Mapping[str, Any] | None) -> str:
         "forgetting the mean of what all earlier ones have lost by then, so that 0 is perfect; backward transfer is "
         "what the earlier ones gained by the end. Test sets are averaged first, then extensions; the formulas are ours."
     )
-
-
-def parse_chains(chains: Any) -> dict[str, dict[str, Any]]:
-    """Name -> chain, computed anew from its scores; what else a chain records is left aside."""
-    try:
-        scores = {
-            str(name): {str(after): dict(row) for after, row in of["scores"].items()} for name, of in chains.items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MoextendError(f"summary.json: its chains are not {{name: {{'scores': ...}}}}: {error!r}") from error
-    return {name: score_matrix(of) for name, of in scores.items()}
 
 
 def matrix_panel(ax: Axes, chain: Mapping[str, Any]) -> None:
