@@ -3,7 +3,7 @@ import json
 import threading
 import time
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ from PIL import Image
 from moextend_jax.config import MoextendError, VisionConfig
 from moextend_jax.data.datasets import AnyItems, Items, open_dataset
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features
-from moextend_jax.data.items import Chosen
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.faults import Fault
 from moextend_jax.media.image import decode_image, prepare_image
@@ -42,11 +41,13 @@ def tower(images_nhwc):
     return images_nhwc.reshape(n, 4, h * h // 4, 3)[:, :, 0]
 
 
-def make(path, *, images: AnyItems = IMAGES, compute=tower, preparation: Any = "pad", feature_layer=-2, **more):
+def make(
+    path, *, images: AnyItems = IMAGES, compute=tower, preparation: Any = "pad", feature_layer=-2, few=None, **more
+):
     inputs = tiny.pictures(images, preparation=preparation)
     assert isinstance(inputs.medium.tower, VisionConfig)
     read = dataclasses.replace(inputs.medium.tower, feature_layer=feature_layer)
-    inputs = dataclasses.replace(inputs, medium=dataclasses.replace(inputs.medium, tower=read))
+    inputs = dataclasses.replace(inputs, medium=dataclasses.replace(inputs.medium, tower=read), few=few)
     return cache_features(inputs, path=path, compute=compute, **({"tower": "t1", "batch_size": 2} | more))
 
 
@@ -145,11 +146,11 @@ def test_features_of_several_data_sets_are_one_after_another(tmp_path):
 
 
 def test_some_items_are_cached_as_if_there_were_no_others(tmp_path):
-    chosen = Chosen(IMAGES, (1, 3))
-    store, whole = make(tmp_path / "two", images=cast(Any, chosen)), make(tmp_path / "five")
+    store, whole = make(tmp_path / "two", few=(1, 3)), make(tmp_path / "five")
     assert store.rows == {"k1": 0, "k3": 1} and len(store.features_nPC) == 2
     np.testing.assert_array_equal(store["k3"], whole["k3"])
-    assert Chosen(IMAGES, (1, 2)).fingerprint != chosen.fingerprint != IMAGES.fingerprint
+    others = make(tmp_path / "others", few=(1, 2))
+    assert len({cache.fingerprint["images"] for cache in (store, whole, others)}) == 3
     with pytest.raises(MoextendError, match="image k0 is not in"):
         store["k0"]
 

@@ -171,7 +171,7 @@ def _judge(
             chosen_by_TO = ours[f"chosen_by/{index}"] if chosen_otherwise(config) else logits_TO
             tied_T = ties(chosen_by_TO, top_k=config.decoder.top_k, noise=tolerances.tie)
             if head == "topk_idx":
-                scores_TO = chosen_by_TO if chosen_otherwise(config) else _softmax(ours[key])
+                scores_TO = chosen_by_TO if chosen_otherwise(config) else np.asarray(jax.nn.softmax(ours[key], axis=-1))
                 row = _picks(name, quantity, mine, array, scores_TO, where_T=where_T, tied_T=tied_T, atol=atol)
             else:
                 note = _tied_note(tied_T & where_T, where_T)
@@ -218,10 +218,6 @@ def _picks(
     agreement = float(same_T.mean()) if same_T.size else None
     row = row._replace(agreement=agreement, note=_tied_note(tied_T & where_T, where_T))
     return row if agreement in (None, 1.0) else row._replace(verdict="differs")
-
-
-def _softmax(logits_TO: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.softmax(logits_TO.astype(np.float32), axis=-1))
 
 
 def _tied_note(tied_T: np.ndarray, where_T: np.ndarray) -> str:

@@ -131,7 +131,7 @@ def cache_features(
     Raises:
       Fault: an item that cannot be read and is not to be skipped, now or when the cache was made.
     """
-    if not len(inputs.items):
+    if not len(inputs):
         raise MoextendError(f"no items to cache features of in {path}")
     path = Path(path)
     with in_turn(path):  # two chains of `continual` want the same at the same time
@@ -140,7 +140,7 @@ def cache_features(
 
 def fingerprint_of(inputs: Inputs, *, tower: str) -> dict[str, Any]:
     """What a cache of these items must have been made of; the arguments are those of `cache_features`."""
-    return {"tower": tower, "dtype": "float32", "images": inputs.items.fingerprint} | inputs.facts()
+    return {"tower": tower, "dtype": "float32", "images": inputs.fingerprint} | inputs.facts()
 
 
 def is_cached(inputs: Inputs, *, path: Path, tower: str) -> bool:
@@ -200,7 +200,7 @@ def _write(
     """Writes features.npy; returns the keys of its rows, and by key the faults (for JSON) of items with zero rows. All
     processes compute, on one mesh; the first writes."""
     prepare = partial(_prepare, inputs)
-    count = len(inputs.items)
+    count = len(inputs)
     keys, bad, out_nPC = [], {}, None
     with ThreadPoolExecutor(1) as pool, counting("features", count, unit="images", quick=False) as bar:
         coming = pool.map(prepare, range(min(batch_size, count)))

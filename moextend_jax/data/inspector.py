@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -57,12 +57,6 @@ class Reading:
         )
 
 
-class ItemFiles(Protocol):
-    """Where a data set's items come from, by name; `noun` for messages."""
-
-    def read(self, name: str, noun: str) -> bytes: ...
-
-
 class ItemFile(NamedTuple):
     """An item to look at, of the medium whose mark is `mark`. content: where its row holds it; None where it is one of
     the data set's files."""
@@ -71,7 +65,8 @@ class ItemFile(NamedTuple):
     name: str
     content: Content | None = None
 
-    def read(self, files: ItemFiles, noun: str) -> bytes:
+    def read(self, files: Any, noun: str) -> bytes:
+        """files: of `Work`. noun: what messages call the item."""
         if isinstance(self.content, Span):
             return read_span(self.content, noun)
         return files.read(self.name, noun) if self.content is None else self.content
@@ -102,7 +97,7 @@ class Work:
     media: Named[Medium]
     readings: tuple[Reading, ...]
     files: dict[str, Any]
-    """`ItemFiles` by the name of a set of items."""
+    """By the name of a set of items what reads them by their names, `item_files.ItemFolder` or `check.BuiltFiles`."""
     cut: bool = False
 
 
@@ -133,7 +128,7 @@ class Inspector:
                 faults.append(PlacedFault(place, "entry", f"example {entry.id}: {type(error).__name__}: {error}"))
         return faults
 
-    def _encode(self, entry: Entry, reading: Reading, files: ItemFiles) -> None:
+    def _encode(self, entry: Entry, reading: Reading, files: Any) -> None:
         prompt_only = reading.parts == "prompt"
         spans: dict[str, list[int]] = {}
         for item in entry.items:
@@ -169,7 +164,7 @@ class Inspector:
             message = f"question {entry.id}: a prompt of {len(prompt.ids_L)} tokens does not fit {reading.length}"
             raise Fault(message, "too_long", entry.id)
 
-    def _span(self, item: ItemName, entry: Entry, medium: Medium, files: ItemFiles) -> int:
+    def _span(self, item: ItemName, entry: Entry, medium: Medium, files: Any) -> int:
         """Tokens of an item; the most possible if its file is faulty: that fault is reported for the file."""
         if not medium.spans:
             return medium.tokens

@@ -91,33 +91,6 @@ class Items(Sequence[EncodedItem]):
         return medium.span(KINDS[medium.kind].span_of_file(encoded, name=f"{self.noun} {key}", id=key, **options))
 
 
-@dataclass(frozen=True)
-class Chosen(Sequence[Any]):
-    """Some of the items of a data set, as the only ones there are."""
-
-    items: Items
-    rows: tuple[int, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps([self.items.fingerprint, self.rows]).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def check(self, row: int) -> None:
-        self.items.check(self.rows[row])
-
-    def __getitem__(self, row: Any) -> EncodedItem:
-        return self.items[self.rows[row]]
-
-    def decoded(self, row: Any, medium: Medium = PICTURE) -> DecodedItem:
-        return self.items.decoded(self.rows[row], medium)
-
-    def span(self, row: Any, medium: Medium) -> int:
-        return self.items.span(self.rows[row], medium)
-
-
 NAMES_AT_ONCE, FILES_AT_ONCE = 4096, 16
 """Rows that are read at once, where they hold no files and where they do."""
 SAMPLED = 64

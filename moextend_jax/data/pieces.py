@@ -112,7 +112,8 @@ class JsonPieces:
     def _load(self) -> None:
         described = json.loads(self._text)
         self._pieces = _opened(self._text)
-        without = _without_prefix(described)
+        # For text that goes on after something else, before which no space is put.
+        without = {**described, **{part: _plain(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
         self._pieces_no_prefix = self._pieces if without == described else _opened(json.dumps(without))
         tokens = self._pieces.get_added_tokens_decoder()
         self.control = {
@@ -192,11 +193,6 @@ def _opened(text: str) -> tokenizers.Tokenizer:
     pieces = tokenizers.Tokenizer.from_str(text)
     pieces.encode_special_tokens = True
     return pieces
-
-
-def _without_prefix(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for text that goes on after something else: it puts no space before it."""
-    return {**described, **{part: _plain(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
 
 
 def _plain(step: Any) -> Any:

@@ -5,6 +5,8 @@ TABLE of two: `Inputs` decodes and prepares for the tower, `Features` has what c
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,7 +16,6 @@ import numpy as np
 from moextend_jax.config import Batch, FeaturesConfig, Medium, VisionConfig, WhisperConfig
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.features import FeatureStore, JoinedFeatures
-from moextend_jax.data.items import Chosen
 from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS
 
@@ -33,11 +34,22 @@ class Prepared(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Items of a medium decoded and prepared for its tower, in the worker processes."""
+    """Items of a medium decoded and prepared for its tower, in the worker processes. few: rows of the items of a cache
+    that has these alone; row n is then the nth of them."""
 
-    items: AnyItems | Chosen
+    items: AnyItems
     medium: Medium
     preparation: Literal["pad", "crop"]
+    few: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.items if self.few is None else self.few)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the items."""
+        own = self.items.fingerprint
+        return own if self.few is None else hashlib.sha256(json.dumps([own, self.few]).encode()).hexdigest()
 
     @property
     def field(self) -> Literal["media", "features"]:
@@ -73,7 +85,7 @@ class Inputs:
 
     def prepared(self, row: int) -> Prepared:
         """An item as its tower takes it; raises a `Fault` where it cannot be read."""
-        key, item = self.items.decoded(row, self.medium)
+        key, item = self.items.decoded(row if self.few is None else self.few[row], self.medium)
         prepare = KINDS[self.medium.kind].prepare
         return Prepared(key, prepare(item, medium=self.medium, preparation=self.preparation, id=key))
 

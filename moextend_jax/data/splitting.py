@@ -48,7 +48,11 @@ def hold_out_pictures(source: Source, *, part: float, seed: int, setting: str) -
     """
     once = distinct(source)
     wanted = rows_of_part(part, len(once), setting=setting)
-    groups = sorted(_groups(marks_of(once)), key=lambda group: _order(group[0], seed))
+
+    def order(group: tuple[Mark, list[int]]) -> str:
+        return hashlib.sha256(f"{seed} {group[0].name}".encode(errors="surrogateescape")).hexdigest()
+
+    groups = sorted(_groups(marks_of(once)), key=order)
     chosen = np.zeros(len(once), bool)
     for _, rows in groups:
         if chosen.sum() + len(rows) <= wanted:
@@ -129,7 +133,3 @@ def _groups(marks: Iterable[tuple[Mark, ...]]) -> list[tuple[Mark, list[int]]]:
     for row, mark in enumerate(first):
         rows[root(mark)].append(row)
     return list(rows.items())
-
-
-def _order(mark: Mark, seed: int) -> str:
-    return hashlib.sha256(f"{seed} {mark.name}".encode(errors="surrogateescape")).hexdigest()

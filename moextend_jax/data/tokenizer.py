@@ -210,8 +210,9 @@ class _Files(NamedTuple):
 def _read(folder: Path) -> _Files:
     config = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     template = _without_pictures(_chat_template(folder, config))
-    named = {name: _text_of(value) for name, value in config.items() if name.endswith("_token")}
-    roles = {name: text for name, text in named.items() if text}
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    roles = {name: text for name, text in texts.items() if text and isinstance(text, str)}
     pieces = _pieces(folder, config, roles=roles, template=template)
     for name, id in (("bos_token", pieces.first), ("eos_token", pieces.last)):
         if id is not None and (piece := pieces.id_to_piece(id)):
@@ -226,11 +227,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} is no object")
     return value
-
-
-def _text_of(token: Any) -> str | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str], template: str | None) -> Pieces:

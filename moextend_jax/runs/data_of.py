@@ -23,7 +23,6 @@ from moextend_jax.data.batches import batches
 from moextend_jax.data.datasets import Source, distinct, hold_out, is_packaged, open_dataset, short_name
 from moextend_jax.data.features import FeatureStore, JoinedFeatures, cache_features, is_cached
 from moextend_jax.data.forms import base_split, files_of, parts_of
-from moextend_jax.data.items import Chosen, Items
 from moextend_jax.data.mixing import JoinedItems
 from moextend_jax.data.readers import Features, Inputs, Readers
 from moextend_jax.data.splitting import hold_out_pictures, rows_of_part, without
@@ -244,9 +243,8 @@ def _cache(
     if rows is not None and len(rows) < len(reader.items) and not is_cached(reader, path=path, tower=tower_is):
         if not rows:
             return None
-        chosen = Chosen(cast(Items, reader.items), tuple(rows))
-        reader = dataclasses.replace(reader, items=chosen)
-        path = path.with_name(f"{path.name}-{chosen.fingerprint[:8]}")
+        reader = dataclasses.replace(reader, few=tuple(rows))
+        path = path.with_name(f"{path.name}-{reader.fingerprint[:8]}")
     return cache_features(
         reader,
         path=path,

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from moextend_jax.checkpoints import train_state
 from moextend_jax.checkpoints.hashes import content_hash
 from moextend_jax.config import (
-    IMAGE,
     RIVALS,
     CalibratorName,
     DecoderConfig,
@@ -70,7 +69,7 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
         arrays |= leaves_of(run, name)
     for medium in config.media:
         if not any(path.startswith(f"media/{medium}/projector/") for path in arrays):
-            arrays |= projector_of_seed(run, medium)
+            arrays |= _projector_maker(run.config, medium, run.mesh)(jax.random.key(run.settings.seed))
     trainable, _ = split(arrays, trains)
     for path, leaf in arrays.items():
         if path in trainable:
@@ -200,14 +199,10 @@ def _below(values: Any, most: int, least: int = 0) -> bool:
     return isinstance(values, list) and all(type(value) is int and least <= value < most for value in values)
 
 
-def projector_of_seed(run: Run, medium: str = IMAGE) -> Arrays:
-    """Leaves of a projector that starts from the seed, each made where it will lie."""
-    return _projector_maker(run.config, medium, run.mesh)(jax.random.key(run.settings.seed))
-
-
 @functools.lru_cache(maxsize=16)
 def _projector_maker(config: ModelConfig, medium: str, mesh: Mesh) -> Program:
-    """Kept, since every model that is opened before a medium's projector is trained needs one."""
+    """From a seed to the leaves of a projector, each made where it will lie. Kept, since every model that is opened
+    before a medium's projector is trained needs one."""
     leaves = functools.partial(fresh_projector, config, medium=medium)
     return leaf_maker(abstract(config), leaves, jax.random.key(0), mesh=mesh)
 

@@ -251,11 +251,6 @@ def _open(valid: jax.Array, share_BL: jax.Array | None) -> jax.Array:
     return valid if share_BL is None else valid & ~jnp.isneginf(share_BL).reshape(valid.shape)
 
 
-def _by_logits(routing: Routing, *, top_k: int) -> Routing:
-    """Routing as if experts were chosen by their logits; transformers balances this even where they are not."""
-    return routing._replace(ids_Tk=jax.lax.top_k(routing.logits_TO, top_k)[1])
-
-
 def _of_all(parts: Sequence[Routing]) -> Routing:
     """Routing of layers, then of blocks. With experts of start "added", layers have more picks for each token, so picks
     of blocks are filled up with no expert (id O) and weight 0."""
@@ -304,7 +299,9 @@ def losses_of(
         rows = [(len(decoded.routing.ids_Tk), valid_T), *((count, _open(valid_T, share)) for count, share in sets)]
         valid = jnp.concatenate([jnp.broadcast_to(open_T, (count, *open_T.shape)) for count, open_T in rows])
     if recipe.aux_loss == "released" and balanced.selection_TO is not None:
-        balanced = _by_logits(balanced, top_k=model.config.decoder.top_k)
+        # As if experts were chosen by their logits; transformers balances this even where they are not.
+        by_logits_Tk = jax.lax.top_k(balanced.logits_TO, model.config.decoder.top_k)[1]
+        balanced = balanced._replace(ids_Tk=by_logits_Tk)
     if balanced is not decoded.routing:
         counted = load(balanced, valid, scores=model.config.decoder.scores)
     aux = AUX[recipe.aux_loss](counted, config=model.config)

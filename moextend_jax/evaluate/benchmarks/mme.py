@@ -36,7 +36,8 @@ def score(answered: Sequence[Answered], home: Path, split: str) -> Scores:
     labels = _labels(home / RELEASE)
     mistakes, points, others = Mistakes(), [], 0
     for question, text in answered:
-        label = labels.get((_task(question), _stem(question), _bare(question.recorded)))
+        stem = str(question.question_id).split("/")[-1].split(".")[0]
+        label = labels.get((_task(question), stem, _bare(question.recorded)))
         if label is None:
             mistakes.add(question.where, f"the question is not in {home / RELEASE / _task(question)}")
             continue
@@ -106,10 +107,6 @@ def _labels(release: Path) -> dict[tuple[str, str, str], str]:
 
 def _task(question: Question) -> str:
     return str(question.question_id).split("/")[0]
-
-
-def _stem(question: Question) -> str:
-    return str(question.question_id).split("/")[-1].split(".")[0]
 
 
 def _bare(text: str) -> str:

@@ -31,11 +31,9 @@ what's what've when's where'd where's where've who'd who'd've who'll who's who'v
 wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
 
 
-def _without_one(word: str) -> list[str]:
-    return [word[:n] + word[n + 1 :] for n, letter in enumerate(word) if letter == "'"]
-
-
-APOSTROPHES = {bare: word for word in CONTRACTED.split() for bare in _without_one(word)} | {"somebody'd": "somebodyd"}
+APOSTROPHES = {
+    word[:n] + word[n + 1 :]: word for word in CONTRACTED.split() for n, letter in enumerate(word) if letter == "'"
+} | {"somebody'd": "somebodyd"}
 """A contraction that lacks one of its apostrophes, to the whole one; the last entry is the official list's own slip."""
 
 
