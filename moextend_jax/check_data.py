@@ -49,8 +49,6 @@ def check_command(
         tokenizer=dataclasses.replace(tokenizer, others=base.config.media),
         recipe=settings.recipe,
         media=base.config.media,
-        readings=(),
-        files={},
     )
     with contextlib.ExitStack() as stack:
         folder = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -100,11 +98,9 @@ def problems_of(
     rows = {name: counts[of] for name, of in laid_out.items() if of in counts}
     problems = row_problems(settings, rows=rows, layers=layers)
     for name in read.keys() & table.results.keys():
-        trains = table.patterns(name, recipe=settings.recipe)
-        if results.is_aligning(trains):
-            medium = trains[0].split("/")[1]
-            if not any(report.items[marks[medium]] for report in read[name]):
-                problems.append(str(shows_none(name, counts[name], medium=medium)))
+        medium = results.aligned_medium(table.patterns(name, recipe=settings.recipe))
+        if medium and not any(report.items[marks[medium]] for report in read[name]):
+            problems.append(str(shows_none(name, counts[name], medium=medium)))
     for link in settings.links:
         evaluate, asked = settings.of_extension(link.name).evaluate, results.named(settings, link.name, "evaluate")
         if evaluate.data and counts.get(asked, evaluate.questions) < evaluate.questions:

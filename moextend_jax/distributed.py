@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,8 @@ from jax.experimental import multihost_utils
 
 from moextend_jax import compile_cache, machine, preemption
 from moextend_jax.config import MoextendError
+
+Value = TypeVar("Value")
 
 # --- starting and ending ----------------------------------------------------------------------------------------------
 
@@ -197,14 +199,15 @@ def any_process(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
-def text_from_first(compute: Callable[[], str]) -> str:
-    """What process 0 computes, in all processes; a mistake that it finds there is raised in all of them."""
+def from_first(compute: Callable[[], Value]) -> Value:
+    """What process 0 computes, in all processes: a value of JSON, whose tuples may come as lists. A mistake that it
+    finds there is raised in all of them."""
     if jax.process_count() == 1:
         return compute()
     outcome = {}
     if first():
         try:
-            outcome = {"text": compute()}
+            outcome = {"value": compute()}
         except MoextendError as error:
             outcome = {"error": str(error)}
     encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
@@ -213,12 +216,12 @@ def text_from_first(compute: Callable[[], str]) -> str:
     outcome = json.loads(encoded.tobytes())
     if "error" in outcome:
         raise MoextendError(outcome["error"])
-    return outcome["text"]
+    return outcome["value"]
 
 
 def check_same(found: str, message: str) -> None:
     """Raises `message` in all processes where one of them has found something else than process 0."""
-    if any_process(text_from_first(lambda: found) != found):
+    if any_process(from_first(lambda: found) != found):
         raise MoextendError(message)
 
 

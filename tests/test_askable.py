@@ -240,7 +240,7 @@ def test_prompts_come_from_standard_input_and_answers_as_json(run: Run, trained:
 
 def test_prompts_of_several_processes_are_those_of_the_first(trained: Askable, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(speak.distributed, "text_from_first", lambda _: '["of the first"]')
+    monkeypatch.setattr(speak.distributed, "from_first", lambda _: ["of the first"])
     monkeypatch.setattr(speak, "speak", lambda opened, prompt, **_: [prompt.upper()])
     speak.generate_command(trained, iter(()), items={})
     assert capsys.readouterr().out == "OF THE FIRST\n"

@@ -225,7 +225,7 @@ def test_processes_that_do_not_read_the_same_files_are_told(tmp_path, monkeypatc
             faults=faults,
         )  # fmt: skip
 
-    monkeypatch.setattr(distributed, "text_from_first", of_first)
+    monkeypatch.setattr(distributed, "from_first", of_first)
     assert open_here().fingerprint == open_here().fingerprint
     (tmp_path / "images" / "b.png").unlink()
     with pytest.raises(

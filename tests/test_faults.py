@@ -239,7 +239,7 @@ def planted(*kinds: str) -> dict[str, int]:
 
 
 def run_check(folder: Path, *, processes: int = 0, faults: FaultSettings = SKIP, **change: Any):
-    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], media=tiny.seeing(), readings=(), files={})
+    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], media=tiny.seeing())
     reading: dict[str, Any] = {
         "stages": ("finetune",), "data": "llava_instruct", "split": "train", "length": LENGTH,
         "images_per_row": IMAGES_PER_ROW,
@@ -323,7 +323,7 @@ def test_a_decoder_that_crashes_is_a_fault_of_the_image():
     from moextend_jax.data.check import Task
 
     found = []
-    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], media=tiny.seeing(), readings=(), files={"f": Deadly()})
+    work = Work(tokenizer=TOKENIZER, recipe=RECIPES["paper"], media=tiny.seeing(), files={"f": Deadly()})
     names = [[ItemFile("<image>", name) for name in task] for task in (["a"], ["b", "deadly", "c"])]
     with _Pool(work, 1) as pool:
         pool.run(

@@ -798,7 +798,7 @@ def checked(data: str, **more: Any) -> list[Report]:
     return check(
         [reading],
         open_origin=lambda one: open_origin(one, data_dir=Path("none"), images=more.get("images")),
-        work=Work(tokenizer=load_tokenizer(BASE), recipe=RECIPES["paper"], media=tiny.seeing(), readings=(), files={}),
+        work=Work(tokenizer=load_tokenizer(BASE), recipe=RECIPES["paper"], media=tiny.seeing()),
         faults=STRICT,
         processes=more.get("processes", 0),
     )

@@ -402,10 +402,10 @@ def test_process_0_alone_reads_the_base_of_a_delta(tmp_path: Path, monkeypatch: 
     base = folders.released(tmp_path / "base", config=folders.ALIGNED)
     convert.export_delta(open_source(folders.released(tmp_path / "whole")), tmp_path / "delta")
     said: list[str] = []
-    monkeypatch.setattr(distributed, "text_from_first", lambda compute: said.append(compute()) or said[0])
+    monkeypatch.setattr(distributed, "from_first", lambda compute: said.append(compute()) or said[0])
     parts = open_source(tmp_path / "delta", base=base).record.parts
     assert parts and len(said) == 1
-    monkeypatch.setattr(distributed, "text_from_first", lambda compute: said[0])  # as in the others
+    monkeypatch.setattr(distributed, "from_first", lambda compute: said[0])  # as in the others
     monkeypatch.setattr(hashes, "base_hashes", None)
     assert open_source(tmp_path / "delta", base=base).record.parts == parts
 

@@ -398,7 +398,7 @@ def checked(data: Path | str, to: Path, faults: FaultSettings = SKIP) -> Report:
     (report,) = check(
         [reading],
         open_origin=lambda one: open_origin(one, data_dir=to, faults=faults),
-        work=Work(tokenizer=tokenizer, recipe=RECIPES["paper"], media=WITH_FEATURES, readings=(), files={}),
+        work=Work(tokenizer=tokenizer, recipe=RECIPES["paper"], media=WITH_FEATURES),
         faults=faults,
         processes=0,
     )

@@ -30,7 +30,7 @@ from moextend_jax.parameters import with_arrays
 from moextend_jax.runs.data_of import held_out_source, readers_of, rows_of, source_of, unseen_source
 from moextend_jax.runs.making import make_all
 from moextend_jax.runs.models_of import Opened, text_only
-from moextend_jax.runs.ready import Stage, _measure, ready, row_problems
+from moextend_jax.runs.ready import _measure, ready, row_problems
 from moextend_jax.runs.results import FIRST, Data
 from moextend_jax.runs.run import Run, left_in
 from moextend_jax.settings import EvaluateSettings, ExtensionSettings, RunSettings, SelectSettings, StageSettings
@@ -133,7 +133,7 @@ def test_few_rows_are_looked_at_only_where_no_room_depends_on_all(llava, tmp_pat
     monkeypatch.setattr("moextend_jax.runs.ready.measure", lambda *_, most, **__: most)
     sound = {} if room is None else {"sound": shown}
     source: Any = SimpleNamespace(items={"image": "abc"} | sound)
-    assert _measure(run, [Stage("finetune", Data("finetune"))], source) == looked_at
+    assert _measure(run, ["finetune"], source) == looked_at
 
 
 @pytest.mark.parametrize("setting", ["missing", "items_per_row"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -177,7 +176,7 @@ def open_checkpoint(
     return Checkpoint(
         config=config,
         arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or distributed.text_from_first(lambda: hashes.base_hash(source.leaves)),
+        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hash(source.leaves)),
         layout=source.record.layout,
         source=source,
     )
@@ -356,8 +355,7 @@ def _imported(folder: Path, wanted: _Wanted) -> Source:
     if base is None:
         raise MoextendError(f"{folder} is a delta; name its base with --base DIR")
     below = _open_source(base, wanted._replace(base=None))
-    read = lambda: json.dumps(hashes.base_hashes(below.leaves))  # noqa: E731
-    known = hashes.BaseHashes(*json.loads(distributed.text_from_first(read)))  # they are many bytes
+    known = hashes.BaseHashes(*distributed.from_first(lambda: hashes.base_hashes(below.leaves)))  # of many bytes
     delta.check_base(record, known, decoder=below.config.decoder, where=folder, base=base)
     hashes.leaf_hashes(matched)  # refuses a delta that is not what was written
     vision_config = below.config.vision if feature_layer is not None else record.config.vision

@@ -211,15 +211,15 @@ def _newest_good(manager: ocp.CheckpointManager) -> tuple[int | None, list[int]]
     """
     steps = sorted(manager.all_steps(), reverse=True)
 
-    def count() -> str:
+    def count() -> int:
         for number, step in enumerate(steps):
             checkpoint = cast(Path, manager.directory / str(step))  # perhaps in a bucket, which a Path cannot name
             if (wrong := sums.fault(checkpoint)) is None:
-                return str(number)
+                return number
             print(f"moextend: checkpoint {checkpoint} is skipped: {wrong}", file=sys.stderr)
-        return str(len(steps))
+        return len(steps)
 
-    broken = int(distributed.text_from_first(count))
+    broken = distributed.from_first(count)
     if steps and broken == len(steps):
         raise MoextendError(
             f"no checkpoint in {manager.directory} is whole. Bring one back from a copy, or delete the folder to begin "
@@ -237,7 +237,7 @@ def _newest_kept(manager: ocp.CheckpointManager) -> int | None:
 
 
 def _check_whole(folder: Path, *, advice: str) -> None:
-    if wrong := distributed.text_from_first(lambda: sums.fault(folder) or ""):
+    if wrong := distributed.from_first(lambda: sums.fault(folder)):
         raise MoextendError(f"{folder} is broken: {wrong}. {advice}")
 
 

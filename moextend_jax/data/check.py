@@ -189,7 +189,6 @@ def check(
     with an `error`.
 
     Args:
-      work: its readings and files are filled in here.
       processes: 0 works in this one.
       tell: called with a data set's name, and the rows and items done so far.
     """

@@ -146,7 +146,7 @@ def fingerprint_of(inputs: Inputs, *, tower: str) -> dict[str, Any]:
 def is_cached(inputs: Inputs, *, path: Path, tower: str) -> bool:
     """Whether `cache_features` would find these items' features, in `path` or beside it."""
     fingerprint = fingerprint_of(inputs, tower=tower)
-    return bool(distributed.text_from_first(lambda: _cached(path, fingerprint, inputs)))
+    return bool(distributed.from_first(lambda: _cached(path, fingerprint, inputs)))
 
 
 def _cached_or_made(
@@ -157,7 +157,7 @@ def _cached_or_made(
         if left.name.startswith(f"{path.name}.unfinished-"):
             shutil.rmtree(left, ignore_errors=True)
     # Process 0's look decides: on another host the files may have other times.
-    if name := distributed.text_from_first(lambda: _cached(path, fingerprint, inputs)):
+    if name := distributed.from_first(lambda: _cached(path, fingerprint, inputs)):
         store = FeatureStore.open(path.with_name(name))
         refuse(store.faults.values(), faults, where=f"feature cache {path}")
         return store

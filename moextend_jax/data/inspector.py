@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from PIL import Image
@@ -89,14 +89,14 @@ class PlacedFault(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a process needs to know. media: of the model; cut: whether a sound that is too long is cut to its
-    beginning."""
+    """What a process needs to know; `check.check` fills in readings and files. media: of the model; cut: whether a
+    sound that is too long is cut to its beginning."""
 
     tokenizer: Tokenizer
     recipe: Recipe
     media: Named[Medium]
-    readings: tuple[Reading, ...]
-    files: dict[str, Any]
+    readings: tuple[Reading, ...] = ()
+    files: dict[str, Any] = field(default_factory=dict)
     """By the name of a set of items what reads them by their names, `item_files.ItemFolder` or `check.BuiltFiles`."""
     cut: bool = False
 

@@ -138,7 +138,8 @@ def _ask(
     not hold all. For `moextend` it also writes the routing over the question sets in `learnt`."""
     table, extension = results.table(run.settings), run.settings.extension
     opened, row = askable(run, name), table.model(name)
-    pixels = table.has_trained_tower(row.results, recipe=run.settings.recipe)  # which has no cached features
+    recipe = run.settings.recipe  # a tower that a result has trained has no cached features:
+    pixels = any(results.trains_tower(table.patterns(of, recipe=recipe)) for of in row.results)
 
     def readers(on: str) -> Readers:
         return inputs_of(run, asked[on]) if pixels else asked[on].readers

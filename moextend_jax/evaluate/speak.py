@@ -94,7 +94,7 @@ def generate_command(
     """
     if jax.process_count() > 1:
         of_first = prompts
-        prompts = json.loads(distributed.text_from_first(lambda: json.dumps([*of_first])))
+        prompts = distributed.from_first(lambda: [*of_first])
     for prompt in prompts:
         pieces = speak(opened, prompt, items=items, **options)
         if as_json:

@@ -8,7 +8,6 @@ asked in the same wordings. The measures are MM-BigBench's (arXiv 2310.09036).
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,8 +82,7 @@ def ask_wordings(
             console().print(f"wording {name}: {template!r}", highlight=False, markup=False)
         folder = out / "wordings" / name
         record = benchmark(opened, worded(exam, template), out=folder, max_new_tokens=max_new_tokens, template=template)
-        headline = json.loads(distributed.text_from_first(lambda record=record: json.dumps(record["headline"])))
-        scores[name] = headline["value"]
+        scores[name] = distributed.from_first(lambda record=record: record["headline"]["value"])
     before = read_object(at) if distributed.first() and at.exists() else {}
     asked = {"benchmark": exam.name, "split": exam.split, "limit": exam.limit, "templates": dict(templates)}
     asked |= {"max_new_tokens": max_new_tokens}

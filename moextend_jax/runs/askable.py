@@ -263,7 +263,7 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
         )
 
     def identify() -> str:
-        stored = distributed.text_from_first(lambda: hashes.stored_hash(source.leaves))
+        stored = distributed.from_first(lambda: hashes.stored_hash(source.leaves))
         tokenizer = opened.tokenizer
         asks = [template_identity(tokenizer, recipe), tokenizer.prefix, tokenizer.ends]
         asks_as = hashlib.sha256(repr(asks).encode()).hexdigest()[:8]
@@ -295,14 +295,9 @@ def _of_checkpoint(checkpoint: Checkpoint, place: Place, *, mesh: Mesh, sizes: E
     return opened
 
 
-class HowTrained(NamedTuple):
-    recipe: Recipe
-    text_isolation: str
-
-
-def how_trained(source: Source, *, recipe: str | None, where: Path) -> HowTrained:
-    """How the run that made a checkpoint trained it. If the checkpoint does not record a recipe: the recipe that is
-    asked for, else that of the code that wrote its layout.
+def how_trained(source: Source, *, recipe: str | None, where: Path) -> tuple[Recipe, str]:
+    """Recipe and text isolation of the run that made a checkpoint. If the checkpoint does not record a recipe: the one
+    that is asked for, else that of the code that wrote its layout.
 
     Raises:
       MoextendError: the checkpoint records another recipe than `recipe`.
@@ -312,12 +307,12 @@ def how_trained(source: Source, *, recipe: str | None, where: Path) -> HowTraine
                       where=f"{where}: text_isolation")  # fmt: skip
     if not isinstance(recorded := facts.get("recipe"), dict):
         usual = "released" if source.record.layout in ("released", "delta") else "paper"
-        return HowTrained(RECIPES[recipe or usual], isolation)
+        return RECIPES[recipe or usual], isolation
     recorded = {"weight_guard": train_state.BEFORE["weight_guard"]} | recorded
     trained = build(Recipe, recorded, where=f"{where}: recipe")
     if recipe is not None and RECIPES[recipe] != trained:
         raise MoextendError(f"{where} knows its recipe, which is not {recipe}: leave --recipe out")
-    return HowTrained(trained, isolation)
+    return trained, isolation
 
 
 def _has_template(files: Mapping[str, Path]) -> bool:

@@ -88,8 +88,10 @@ def export(values: ExportOptions) -> None:
     if values.extension and layout not in ("delta", "peft"):
         raise MoextendError(f"--extension {','.join(values.extension)} goes with --layout delta or peft")
     if layout == HF:
-        how = how_trained(source, recipe=values.recipe, where=values.src)
-        cost = export_transformers(source, values.dst, **how._asdict(), max_shard_bytes=shard, console=screen)
+        recipe, isolation = how_trained(source, recipe=values.recipe, where=values.src)
+        cost = export_transformers(
+            source, values.dst, recipe=recipe, text_isolation=isolation, max_shard_bytes=shard, console=screen
+        )
     else:
         cost = export_source(
             source,

@@ -281,14 +281,19 @@ def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
 
 
 def grow(run: Run, name: str) -> None:
-    """The aligned model plus the selection -> leaves of the extended one (and the probe's routers, if released)."""
-    row, recipe = results.table(run.settings).result(name), run.settings.recipe
-    config, settings = config_to_grow(run, row.extension), run.settings.of_extension(row.extension).grow
-    facts = facts_of_growing(run, name)
-    if row.extension not in config.extensions:
-        return _grow_rival(run, name, row, config, facts)
+    """Writes the leaves that an extension or a rival adds, and the probe's routers, if the recipe keeps those."""
+    facts, extension = facts_of_growing(run, name), results.table(run.settings).result(name).extension
     if _is_done(run, name, facts):
         return
+    config = config_to_grow(run, extension)
+    leaves = (_extension_leaves if extension in config.extensions else _rival_leaves)(run, name, config)
+    train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
+
+
+def _extension_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:
+    """Made of the aligned model and the selection."""
+    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+    settings = run.settings.of_extension(row.extension).grow
     leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
     arrays = {**open_model(run, row.models[0]).arrays, **leaves}
     copied = read_by_grow(arrays)
@@ -302,19 +307,16 @@ def grow(run: Run, name: str) -> None:
         column=settings.column,
         expert=settings.expert,
     )
-    leaves |= make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
-    train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
+    return leaves | make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
 
 
-def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig, facts: dict[str, Any]) -> None:
-    """Fresh leaves of low-rank updates or of blocks, each made where it will lie."""
-    link = run.settings.link(row.extension)
-    if _is_done(run, name, facts):
-        return
+def _rival_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:
+    """Fresh ones of low-rank updates or of blocks, each made where it will lie."""
+    row = results.table(run.settings).result(name)
     for parent in row.parents:
         leaves_of(run, parent)  # not made without them
     leaves: Arrays = {}
-    for part in link.parts:
+    for part in run.settings.link(row.extension).parts:
         make, read = (
             (fresh_blocks, read_by_blocks(run.pretrained))
             if part in config.blocks
@@ -322,7 +324,7 @@ def _grow_rival(run: Run, name: str, row: results.Result, config: ModelConfig, f
         )
         fresh = functools.partial(make, config=config, name=part)
         leaves |= make_leaves(abstract(config), fresh, read, mesh=run.mesh)
-    train_state.save_leaves(run.folder(name) / "result", leaves, facts=facts)
+    return leaves
 
 
 def seed_of(settings: RunSettings, part: str) -> int:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -38,13 +37,6 @@ items (else all are encoded); `moextend data check` reads every one."""
 Check = Callable[[Run], None]
 
 
-class Stage(NamedTuple):
-    """A result that is trained, and the data that it reads."""
-
-    name: str
-    data: Data
-
-
 def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Run:
     """Looks at the data of results that are to be made, and counts what their settings leave open.
 
@@ -56,10 +48,10 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
       MoextendError: says all that is wrong: data that cannot be read, rows that are refused, too few of them for what
         is held out, no picture to align on, what `checks` say.
     """
-    names, settings = list(names), run.settings
+    names, checks, settings = list(names), list(checks), run.settings
     problems = Problems()
     read = functools.cache(functools.partial(open_source, run))
-    stages, checks = _stages(settings, names), list(checks)
+    stages = _stages(settings, names)
     opened = list(_data_names(settings, stages, evaluated=bool(checks)))
     with preparing("looking for packages"):
         for data in opened:
@@ -69,7 +61,7 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     with distributed.first_alone("make data"), preparing("preparing data of packages"):
         make_ahead(opened, data_dir=data_dir_of(run.settings, run.workdir), media=run.config.media)
     sources: dict[str, Source] = {}
-    for name in dict.fromkeys([*names, *(stage.name for stage in stages)]):
+    for name in dict.fromkeys([*names, *stages]):
         if (data := _data(settings, name)) is not None:
             of = results.stage_of(settings, data.of)
             with problems:
@@ -77,38 +69,39 @@ def ready(run: Run, names: Iterable[str], *, checks: Iterable[Check] = ()) -> Ru
     rows = {name: len(distinct(source)) for name, source in sources.items()}
     problems.note(row_problems(settings, rows=rows, layers=len(run.config.decoder.routed)))
     problems.note(extension_problems(settings, names, decoder=run.config.decoder))
-    readers: dict[Reading, list[Stage]] = {}
-    for stage in (stage for stage in stages if stage.name in sources):
-        readers.setdefault(_reading(settings, stage), []).append(stage)
+    readings = {
+        name: Reading.of(results.stage_of(settings, name), results.stage_of(settings, data.of), parts=data.feeds)
+        for name, data in stages.items()
+    }
+    readers: dict[Reading, list[str]] = {}
+    for name in (name for name in stages if name in sources):
+        readers.setdefault(readings[name], []).append(name)
         with problems:
-            check_named_media(results.stage_of(settings, stage.name), run.config.media, where=f"{stage.name}.")
+            check_named_media(results.stage_of(settings, name), run.config.media, where=f"{name}.")
         with problems:
-            trains = results.table(settings).patterns(stage.name, recipe=settings.recipe)
-            if results.is_aligning(trains):
-                medium = trains[0].split("/")[1]
-                check_shows(sources[stage.name], medium=medium, stage=stage.name)
-    measured = {reading: _measure(run, of, sources[of[0].name]) for reading, of in readers.items()}
+            if medium := results.aligned_medium(results.table(settings).patterns(name, recipe=settings.recipe)):
+                check_shows(sources[name], medium=medium, stage=name)
+    measured = {reading: _measure(run, of, sources[of[0]]) for reading, of in readers.items()}
     for reading, of in readers.items():
-        problems.note(_refused(measured[reading], settings.faults, stages=[stage.name for stage in of]))
+        problems.note(_refused(measured[reading], settings.faults, stages=of))
     for check in checks:
         with problems:
             check(run)
     problems.raise_any()
     filled = {}
-    for stage in stages:
-        counted, line = _counted(run, stage, measured[_reading(settings, stage)], read)
-        filled[stage.name] = counted
+    for name, data in stages.items():
+        filled[name], line = _counted(run, name, data, measured[readings[name]], read)
         with problems:
-            check_length(counted.length, run.config.decoder)
-        if line and stage.name in names and distributed.first():
-            print(f"{stage.name}: {line}")
+            check_length(filled[name].length, run.config.decoder)
+        if line and name in names and distributed.first():
+            print(f"{name}: {line}")
     problems.raise_any()
     return dataclasses.replace(run, settings=results.with_stages(settings, filled))
 
 
-def _data_names(settings: RunSettings, stages: Iterable[Stage], *, evaluated: bool) -> Iterable[str]:
+def _data_names(settings: RunSettings, stages: Mapping[str, Data], *, evaluated: bool) -> Iterable[str]:
     """What is going to be opened, each once."""
-    names = [results.stage_of(settings, stage.data.of).data for stage in stages]
+    names = [results.stage_of(settings, data.of).data for data in stages.values()]
     for link in settings.links if evaluated else ():
         evaluate = settings.of_extension(link.name).evaluate
         names += [evaluate.data, *evaluate.sets.values()]
@@ -222,24 +215,18 @@ def _data(settings: RunSettings, name: str) -> Data | None:
     return None if row.data is None else row.data(settings.recipe)
 
 
-def _stages(settings: RunSettings, names: Iterable[str]) -> list[Stage]:
-    """The stages that lay out the rows of these results: the probe for `select`, else the result's own."""
-    stages = []
-    for name in dict.fromkeys(results.laid_out_as(settings, name) for name in names):
-        data = _data(settings, name)
-        if data is not None:
-            stages.append(Stage(name, data))
-    return stages
+def _stages(settings: RunSettings, names: Iterable[str]) -> dict[str, Data]:
+    """The stages that lay out the rows of these results, the probe for `select`, else the result's own; and the data
+    that each of them reads."""
+    data = {stage: _data(settings, stage) for stage in (results.laid_out_as(settings, name) for name in names)}
+    return {stage: of for stage, of in data.items() if of is not None}
 
 
-def _reading(settings: RunSettings, stage: Stage) -> Reading:
-    own, data = results.stage_of(settings, stage.name), results.stage_of(settings, stage.data.of)
-    return Reading.of(own, data, parts=stage.data.feeds)
-
-
-def _measure(run: Run, stages: Sequence[Stage], source: Source) -> Measured:
+def _measure(run: Run, stages: Sequence[str], source: Source) -> Measured:
     """Of stages that read alike."""
-    own = [results.stage_of(run.settings, stage.name) for stage in stages]
+    own = [results.stage_of(run.settings, name) for name in stages]
+    data = _data(run.settings, stages[0])
+    assert data is not None
     rooms = (own[0].room(name) for name, shown in source.items.items() if len(shown))
     return measure(
         source,
@@ -248,7 +235,7 @@ def _measure(run: Run, stages: Sequence[Stage], source: Source) -> Measured:
         recipe=run.settings.recipe,
         media=run.config.media,
         faults=run.settings.faults,
-        parts=stages[0].data.feeds,
+        parts=data.feeds,
         most=LOOKED_AT if all(stage.length for stage in own) and all(rooms) else None,
     )
 
@@ -267,13 +254,13 @@ def _refused(measured: Measured, faults: FaultSettings, *, stages: Sequence[str]
         )
 
 
-def _counted(run: Run, stage: Stage, measured: Measured, read: Read) -> tuple[StageSettings, str]:
-    """The stage's settings with length, pictures per row and steps filled in where left open; and a line about them."""
-    settings = results.stage_of(run.settings, stage.name)
+def _counted(run: Run, name: str, data: Data, measured: Measured, read: Read) -> tuple[StageSettings, str]:
+    """A stage's settings with length, pictures per row and steps filled in where left open; and a line about them."""
+    settings = results.stage_of(run.settings, name)
     sized = measured.filled(settings)
     lines = []
     if sized.epochs:
-        conversations = len(source_of(run, stage.data, read=read))
+        conversations = len(source_of(run, data, read=read))
         each = rows_per_conversation(measured, stage=sized, media=run.config.media)
         steps = max(math.ceil(sized.epochs * conversations * each / sized.batch_size), sized.least_steps, 1)
         epochs = steps * sized.batch_size / each / conversations

@@ -20,12 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from moextend_jax.config import IMAGE, MoextendError, Recipe
 from moextend_jax.configurations import meant
-from moextend_jax.settings import (
-    Link,
-    Parts,
-    RunSettings,
-    StageSettings,
-)
+from moextend_jax.settings import Link, Parts, RunSettings, StageSettings
 
 Row = TypeVar("Row")
 
@@ -107,10 +102,6 @@ class Table(NamedTuple):
         """Path patterns of the leaves that a result trains; for a text model (`sees` False) without those of media."""
         return tuple(p for p in self.result(name).trains(recipe) if sees or not p.startswith("media/"))
 
-    def has_trained_tower(self, names: Iterable[str], *, recipe: Recipe) -> bool:
-        """Whether one of these results holds a trained tower."""
-        return any(trains_tower(self.results[name].trains(recipe)) for name in names)
-
 
 ANSWERING = ("aligned", "moextend", "full")
 
@@ -137,8 +128,12 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
             aligned += (f"align{last}",)
         elif link.medium and media[link.medium] not in aligned:  # aligned by an extension that is apart
             aligned += (media[link.medium],)
-        own = _connector if link.connector else _rival if link.rival else _extended
-        results |= own(link, last, aligned=aligned)
+        if link.connector:  # which adds nothing to the decoder: its medium's projector goes on
+            only = _of_projector(link, "finetune", last, does="train the projector alone", parents=aligned)
+            results[f"finetune{last}"] = only
+        else:
+            results |= (_rival if link.rival else _extended)(link, last, aligned=aligned)
+            results[f"finetune{last}"] = _finetune(link, last, parents=(*aligned, f"grow{last}"))
         moextend = (*aligned, *(f"{stage}{last}" for stage in ("grow", "finetune") if f"{stage}{last}" in results))
         tuned += tuple(name for name in media.values() if name not in tuned)
         results[f"full{last}"] = _full(link, last, parents=tuned, media=tuple(media))
@@ -173,7 +168,7 @@ def _of_projector(link: Link, stage: str, last: str, *, does: str, parents: tupl
 
 
 def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
-    """extend, select, grow and finetune of an extension that starts from the model of `aligned`."""
+    """extend, select and grow of an extension that starts from the model of `aligned`."""
 
     def captions(recipe: Recipe) -> bool:  # a task in text has none
         return recipe.probe_data == "captions" and bool(link.medium)
@@ -185,10 +180,6 @@ def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, R
         if captions(recipe):
             return Data(f"align{last}", "held_out", "bare_question")
         return Data(f"finetune{last}", "held_out")
-
-    def finetuned(recipe: Recipe) -> tuple[str, ...]:
-        projector = recipe.finetune_trains == "extension_and_projector" and link.medium
-        return (f"extensions/{link.name}/*", *((f"media/{link.medium}/projector/*",) if projector else ()))
 
     rows = {
         "extend": Result(
@@ -211,13 +202,6 @@ def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, R
             models=(f"aligned{last}",),
             grown=True,
         ),
-        "finetune": Result(
-            does="train what was added",
-            parents=(*aligned, f"grow{last}"),
-            data=lambda _: Data(f"finetune{last}"),
-            trains=finetuned,
-            grown=True,
-        ),
     }  # fmt: skip
     return {
         f"{name}{last}": dataclasses.replace(
@@ -231,15 +215,7 @@ def _extended(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, R
 
 
 def _rival(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
-    """grow and finetune of an extension by low-rank updates or blocks: there is nothing to probe and to select."""
-
-    def trains(recipe: Recipe) -> tuple[str, ...]:
-        projector = recipe.finetune_trains == "extension_and_projector" and link.medium
-        return (
-            *(f"{link.kind}/{part}/*" for part in link.parts),
-            *((f"media/{link.medium}/projector/*",) if projector else ()),
-        )
-
+    """grow of an extension by low-rank updates or blocks: there is nothing to probe and to select."""
     grow = Result(
         does=f"add {'low-rank updates to' if link.kind == 'adapters' else 'blocks between'} layers{_of(last)}",
         how="grow",
@@ -247,22 +223,26 @@ def _rival(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Resu
         grown=True,
         extension=link.name,
     )
-    finetune = Result(
+    return {f"grow{last}": grow}
+
+
+def _finetune(link: Link, last: str, *, parents: tuple[str, ...]) -> Result:
+    def trains(recipe: Recipe) -> tuple[str, ...]:
+        projector = recipe.finetune_trains == "extension_and_projector" and link.medium
+        return (
+            *(f"{link.kind}/{part}/*" for part in link.parts or (link.name,)),
+            *((f"media/{link.medium}/projector/*",) if projector else ()),
+        )
+
+    return Result(
         does=f"train what was added{_of(last)}",
-        parents=(*aligned, f"grow{last}"),
+        parents=parents,
         data=lambda _: Data(f"finetune{last}"),
         trains=trains,
         grown=True,
         settings=_group(last, "finetune"),
         extension=link.name,
     )
-    return {f"grow{last}": grow, f"finetune{last}": finetune}
-
-
-def _connector(link: Link, last: str, *, aligned: tuple[str, ...]) -> dict[str, Result]:
-    """finetune of an extension that adds nothing to the decoder: its medium's projector goes on."""
-    finetune = _of_projector(link, "finetune", last, does="train the projector alone", parents=aligned)
-    return {f"finetune{last}": finetune}
 
 
 def _full(link: Link, last: str, *, parents: tuple[str, ...], media: tuple[str, ...]) -> Result:
@@ -361,9 +341,10 @@ def trains_tower(trains: Iterable[str]) -> bool:
     return any(pattern.startswith("media/") and "/projector/" not in pattern for pattern in trains)
 
 
-def is_aligning(trains: Iterable[str]) -> bool:
-    """Whether these path patterns are of projectors alone."""
-    return all(pattern.startswith("media/") and "/projector/" in pattern for pattern in trains)
+def aligned_medium(trains: Sequence[str]) -> str:
+    """The medium of path patterns that are of projectors alone, the first where there are several; "" of others."""
+    aligning = all(pattern.startswith("media/") and "/projector/" in pattern for pattern in trains)
+    return trains[0].split("/")[1] if aligning else ""
 
 
 def _row(table: Mapping[str, Row], name: str, *, kind: str) -> Row:

@@ -132,7 +132,7 @@ def open_run(settings: RunSettings, workdir: Path | str) -> Run:
         leaves = quantising.stored(source.leaves, config.quantised)
         pretrained = read_sharded(leaves, parameter_shardings(abstract(config), mesh), dtype=settings.dtype)
     with preparing(f"hashing {settings.base}"):
-        digest, towers = json.loads(distributed.text_from_first(lambda: json.dumps(hashes_of(source))))
+        digest, towers = distributed.from_first(lambda: hashes_of(source))
     return Run(
         settings=settings,
         workdir=workdir,
