@@ -33,7 +33,6 @@ from moextend_jax.evaluate.speak import (
     speak,
     text_before,
     told,
-    words,
 )
 from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
@@ -160,7 +159,7 @@ class Model:
         readers = {name: _Shown(opened.config.media[name], np.stack(of)) for name, of in arrays.items() if of}
         for completed in asker_of(opened, readers=readers).complete(prompts, max_new_tokens=most):
             for index, ids in completed:
-                answers[index] = words(opened, ids, after=earlier[index])
+                answers[index] = opened.tokenizer.decode(ids, after=earlier[index])
         return answers
 
 

@@ -314,10 +314,10 @@ def chat(options: ChatOptions) -> None:
         return
     if idle := [f"--{name}" for name in ("host", "port") if name in given(options)]:
         raise MoextendError(f"{', '.join(idle)} goes with --web")
-    from moextend_jax.evaluate.chat import chat_command
+    from moextend_jax.evaluate.chat import Conversation, chat_command
     from moextend_jax.runs.askable import open_place
 
-    chat_command(open_place(options, settings=options.config), **said)
+    chat_command(Conversation(opened=open_place(options, settings=options.config), **said))
 
 
 @dataclass(frozen=True, kw_only=True)

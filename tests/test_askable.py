@@ -380,10 +380,10 @@ def test_routing_is_of_all_that_was_said_also_where_training_takes_first_questio
 def test_chat_answers_as_generate_does_and_a_base_is_not_chatted_with(run, trained, picture, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", iter([f"/image {picture}\n", "Which is it?\n"]), raising=False)
     monkeypatch.setattr(chat, "_typed", lambda: __import__("sys").stdin)
-    chat.chat_command(trained, max_new_tokens=6)
+    chat.chat_command(chat.Conversation(opened=trained, max_new_tokens=6))
     assert capsys.readouterr().out == f"{said(trained, picture)}\n"
     with pytest.raises(MoextendError, match="the base model continues text"):
-        chat.chat_command(askable(run, "base"))
+        chat.chat_command(chat.Conversation(opened=askable(run, "base")))
 
 
 def test_models_of_one_structure_share_what_is_compiled(run: Run, trained: Askable):

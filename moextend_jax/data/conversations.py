@@ -21,7 +21,7 @@ the ids are those of the conversation without its mark and the line break behind
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -90,8 +90,7 @@ def encode_conversation(
       Fault: names the example; wrong turns or roles, an empty answer, text that is no Unicode or stands for images,
         marks that do not match the items, or more tokens than `length`.
     """
-    counts = {name: len(tokens) for name, tokens in items.items()}
-    talk = talk_of(turns, example_id=example_id, items=counts, tokenizer=tokenizer)
+    talk = talk_of(turns, example_id=example_id, items=items, tokenizer=tokenizer)
     if recipe.turns == "first":
         talk = talk._replace(pairs=talk.pairs[:1])
     talk, encode = _without_fused(talk, tokenizer), encoder_of(tokenizer, recipe)
@@ -128,9 +127,9 @@ def _called(medium: str) -> str:
 
 
 def talk_of(
-    turns: Sequence[dict[str, Any]], *, example_id: str, items: Mapping[str, int], tokenizer: Tokenizer
+    turns: Sequence[dict[str, Any]], *, example_id: str, items: Mapping[str, Sized], tokenizer: Tokenizer
 ) -> Talk:
-    """What is said in a conversation: at least one question with its answer.
+    """What is said in a conversation that has these items, by medium: at least one question with its answer.
 
     Raises a `Fault` as `encode_conversation`, but for what only the ids show: length, and text that stands for images.
     """
@@ -146,24 +145,24 @@ def shown_first(question: str, items: Mapping[str, Sequence[Item]], tokenizer: T
 
 
 def _check_marks(
-    texts: Sequence[str], items: Mapping[str, int], tokenizer: Tokenizer, example_id: str, where: str = ""
+    texts: Sequence[str], items: Mapping[str, Sized], tokenizer: Tokenizer, example_id: str, where: str = ""
 ) -> None:
     for name, marked in tokenizer.media.items():
-        marks = sum(text.count(marked.mark) for text in texts)
-        if marks != items.get(name, 0):
-            has = f"{items.get(name, 0)} images" if name == IMAGE else f"{items.get(name, 0)} items of {name}"
+        marks, count = sum(text.count(marked.mark) for text in texts), len(items.get(name, ()))
+        if marks != count:
+            has = f"{count} images" if name == IMAGE else f"{count} items of {name}"
             raise Fault(f"example {example_id}: {marks} {marked.mark} marks{where} but {has}", "marks", example_id)
-    if unknown := [name for name, count in items.items() if count and name not in tokenizer.media]:
+    if unknown := [name for name, of in items.items() if len(of) and name not in tokenizer.media]:
         known = ", ".join(tokenizer.media)
         raise Fault(f"example {example_id}: an item of {unknown[0]}, and the media are {known}", "marks", example_id)
     if wrong := _wrong_fusion(items, tokenizer):
         raise Fault(f"example {example_id}: {wrong}", "marks", example_id)
 
 
-def _wrong_fusion(items: Mapping[str, int], tokenizer: Tokenizer) -> str:
+def _wrong_fusion(items: Mapping[str, Sized], tokenizer: Tokenizer) -> str:
     """What is wrong with the numbers of items that are added to others; "": nothing."""
     for name, marked in tokenizer.media.items():
-        count, others = items.get(name, 0), items.get(marked.onto, 0)
+        count, others = len(items.get(name, ())), len(items.get(marked.onto, ()))
         if marked.onto and count and (count not in (1, others) or not others):
             return (
                 f"{count} items of {name}, which are added to those of {marked.onto}, and {others} of these; there "
@@ -230,7 +229,7 @@ def encode_prompt(
         if marked.mark in question and not items.get(name):
             count = question.count(marked.mark)
             raise MoextendError(f"prompt: {count} {marked.mark} marks but 0 {_called(name)}: {question[:60]!r}")
-    if wrong := _wrong_fusion({name: len(of) for name, of in items.items()}, tokenizer):
+    if wrong := _wrong_fusion(items, tokenizer):
         raise MoextendError(f"prompt: {wrong}")
     talk = Talk(system, [(question, None)])
     return _asking(talk, tokenizer=tokenizer, recipe=recipe, items=items)
@@ -245,9 +244,8 @@ def encode_dialogue(
       Fault: as `encode_conversation`.
     """
     items = items or {}
-    counts = {name: len(tokens) for name, tokens in items.items()}
     answered = [*turns, {"from": "gpt", "value": "."}]
-    talk = talk_of(answered, example_id="prompt", items=counts, tokenizer=tokenizer)
+    talk = talk_of(answered, example_id="prompt", items=items, tokenizer=tokenizer)
     (question, _) = talk.pairs[-1]
     asked = talk._replace(pairs=[*talk.pairs[:-1], (question, None)])
     return _asking(asked, tokenizer=tokenizer, recipe=recipe, items=items)
@@ -270,8 +268,7 @@ def encode_bare_question(
 ) -> Encoded:
     """BOS and the first human turn alone, no template, no answer: what the released code feeds to count routing."""
     talk = _talk(turns, example_id, tokenizer)
-    counts = {name: len(tokens) for name, tokens in items.items()}
-    _check_marks([talk.pairs[0][0]], counts, tokenizer, example_id)
+    _check_marks([talk.pairs[0][0]], items, tokenizer, example_id)
     try:
         ids = [*tokenizer.prefix, *released_text(_without_fused(talk, tokenizer).pairs[0][0], tokenizer, items)]
     except MoextendError as error:

@@ -134,7 +134,6 @@ class Inspector:
         for item in entry.items:
             name = self.names[item.mark]
             spans.setdefault(name, []).append(self._span(item, entry, self.work.media[name], files))
-        counts = {name: len(of) for name, of in spans.items()}
         most = {} if prompt_only else {IMAGE: reading.images_per_row, **dict(reading.items_per_row)}
         encode_row(
             entry.turns,
@@ -143,13 +142,13 @@ class Inspector:
             tokenizer=self.work.tokenizer,
             recipe=self.work.recipe,
             length=(0 if prompt_only else reading.length) or UNLIMITED,
-            rooms={name: self.work.media[name].room(most.get(name) or count) for name, count in counts.items()},
+            rooms={name: self.work.media[name].room(most.get(name) or len(of)) for name, of in spans.items()},
             too_long=reading.too_long,
         )
         if not prompt_only:
             return
         try:
-            talk = talk_of(entry.turns, example_id=entry.id, items=counts, tokenizer=self.work.tokenizer)
+            talk = talk_of(entry.turns, example_id=entry.id, items=spans, tokenizer=self.work.tokenizer)
             question = talk.pairs[0][0]
             prompt = encode_prompt(
                 question,

@@ -94,10 +94,12 @@ class Tokenizer:
         """Ids of a text that goes on after something else, e.g. an image: no space goes before it."""
         return self._checked(self.pieces.encode_continued(text), text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; control tokens, image tags and ids that no piece has are left out."""
+    def decode(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> str:
+        """Text of the ids; control tokens, image tags and ids that no piece has are left out. after: ids whose text
+        they continue: decoded alone they would lose a space at the beginning."""
         silent = {*self.prefix, *self.ends, *self.tag_ids}
-        return self.pieces.decode([int(id) for id in ids if int(id) not in silent])
+        before, every = ([int(id) for id in of if int(id) not in silent] for of in (after, [*after, *ids]))
+        return self.pieces.decode(every)[len(self.pieces.decode(before)) :]
 
     def unspeakable(self, rows: int) -> tuple[int, ...]:
         """Ids that an answer may not have, of a model with so many rows in its vocabulary: the tags, and rows that no

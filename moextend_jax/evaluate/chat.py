@@ -101,14 +101,7 @@ def chat(conversation: Conversation, lines: Iterable[str], *, show: Callable[[st
             show("\n")
 
 
-def chat_command(
-    opened: Askable,
-    *,
-    system: str | None = None,
-    max_new_tokens: int = 512,
-    sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
-    seed: int = 0,
-) -> None:
+def chat_command(conversation: Conversation) -> None:
     """`moextend chat` on standard input and output.
 
     Raises:
@@ -116,14 +109,11 @@ def chat_command(
     """
     if jax.process_count() > 1:
         raise MoextendError("chat is for one process: others would not hear what is typed")
-    if opened.plain:
+    if conversation.opened.plain:
         raise MoextendError(
-            f"the {opened.name} model continues text, it was not taught to answer: choose another, or "
+            f"the {conversation.opened.name} model continues text, it was not taught to answer: choose another, or "
             "`moextend generate`"
         )
-    conversation = Conversation(
-        opened=opened, system=system, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
-    )
     chat(conversation, _typed(), show=lambda text: print(text, end="", flush=True))
 
 

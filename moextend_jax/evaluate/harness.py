@@ -141,9 +141,7 @@ class HarnessModel(TemplateLM):
         prompts = [Prompt(ids_L=np.array(ids, np.int32), places_L=np.full(len(ids), -1, np.int32)) for ids in contexts]
 
         def text(index: int, ids: list[int]) -> str:
-            """What the ids add to the context: decoded alone they would lose a space at the beginning."""
-            last = contexts[index][-1:]
-            return self.text.decode(last + ids)[len(self.text.decode(last)) :]
+            return self.text.decode(ids, after=contexts[index][-1:])
 
         def enough(index: int, ids: list[int]) -> bool:
             so_far = text(index, ids)

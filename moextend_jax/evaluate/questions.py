@@ -42,8 +42,7 @@ def question_of(example: Example, *, tokenizer: Tokenizer) -> Question:
     if example.fault is not None and example.fault.kind not in KEEPABLE:
         raise example.fault.again()
     refs_of = example.by_medium
-    counts = {name: len(refs) for name, refs in refs_of.items()}
-    talk = talk_of(example.conversations, example_id=example.id, items=counts, tokenizer=tokenizer)
+    talk = talk_of(example.conversations, example_id=example.id, items=refs_of, tokenizer=tokenizer)
     try:
         for text in (talk.system, *(text for pair in talk.pairs for text in pair)):
             if text is not None and CONTROL.search(text):

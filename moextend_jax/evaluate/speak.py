@@ -73,12 +73,12 @@ def speak(
         if ids_B[0] in opened.tokenizer.ends:
             break
         ids.append(int(ids_B[0]))
-        text = words(opened, ids, after=before)
+        text = opened.tokenizer.decode(ids, after=before)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             continue  # half of a character: its other bytes come next
         yield text[len(printed) :]
         printed = text
-    if rest := words(opened, ids, after=before)[len(printed) :]:  # half a character, where the tokens ran out
+    if rest := opened.tokenizer.decode(ids, after=before)[len(printed) :]:  # half a character, where the tokens ran out
         yield rest
 
 
@@ -140,11 +140,6 @@ def is_plain(opened: Askable, plain: bool | None) -> bool:
 def text_before(opened: Askable, asked: Encoded, *, plain: bool | None) -> list[int]:
     """The ids that the new text goes on from: the last one of a text that is continued; an answer begins anew."""
     return asked.ids_L[-1:].tolist() if is_plain(opened, plain) else []
-
-
-def words(opened: Askable, ids: Sequence[int], *, after: Sequence[int]) -> str:
-    """What ids add to the text of others: decoded alone they would lose a space at the beginning."""
-    return opened.tokenizer.decode([*after, *ids])[len(opened.tokenizer.decode(after)) :]
 
 
 def told(opened: Askable, system: str | None, text: str, spans: Spans) -> str | list[Turn]:

@@ -25,7 +25,7 @@ IMAGE_PIXELS = 256
 """Examples shown, and the longest side of their images: what keeps the file small."""
 
 
-def cards(examples: Sequence[Mapping[str, Any]] | None, summary: Mapping[str, Any] | None = None) -> str:
+def cards(examples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None = None) -> str:
     """One card per example, the first MOST_EXAMPLES of them; MoextendError if one is malformed or its image is none."""
     if not examples:
         return ""

@@ -1,6 +1,6 @@
 """The first thing a reader wants: accuracy, forgetting and whether the pretrained weights are untouched.
 
-In: summary.json. Out: HTML of the tiles and of the table; "" where there is no summary.
+In: summary.json. Out: HTML of the tiles and of the table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from moextend_jax.report.markup import how, table
 from moextend_jax.report.results_pictures import CORPORA, duration, forgetting, title_of
-from moextend_jax.report.workdir import data_title, number
+from moextend_jax.report.workdir import data_title, number, value_at
 from moextend_jax.runs.results import ANSWERING, FIRST
 
 
@@ -39,11 +39,9 @@ def tiles(summary: Mapping[str, Any] | None) -> str:
     return f'<div class="tiles">{cells}</div>' if shown else ""
 
 
-def models_table(summary: Mapping[str, Any] | None) -> str:
+def models_table(summary: Mapping[str, Any]) -> str:
     """Accuracy, and loss with what it gained over the base, of every model; a model that was not run says so. Several
     chains have these in reports of their own."""
-    if summary is None:
-        return ""
     if "accuracy" not in summary:
         return _frozen(summary)
     questions = number(summary, "accuracy", "questions")
@@ -115,7 +113,7 @@ def _frozen(summary: Mapping[str, Any]) -> str:
 
 def _trained(summary: Mapping[str, Any]) -> str:
     total = number(summary, "parameters", "total")
-    trained = (summary.get("parameters") or {}).get("trained")
+    trained = value_at(summary, "parameters", "trained")
     if total is None or not isinstance(trained, Mapping):
         return ""
     counts = {name: number(summary, "parameters", "trained", name) or 0.0 for name in trained}

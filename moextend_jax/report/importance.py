@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from moextend_jax.report.canvas import IMAGE, LINE, MUTED, OURS, PLAIN, RIVAL, TEXT
 from moextend_jax.report.markup import beside, how, picture, text_table
 from moextend_jax.report.results_pictures import title_of
-from moextend_jax.report.workdir import number
+from moextend_jax.report.workdir import number, value_at
 
 MEDIUM_COLOURS = (IMAGE, OURS, TEXT, RIVAL, PLAIN)
 """Of media in order; a sixth has the first one's again."""
@@ -98,7 +98,5 @@ def _percent(accuracy: float | None) -> str:
 
 def _names(summary: Mapping[str, Any] | None, *path: str) -> list[str]:
     """The keys of the mapping at `path`; none where there is no mapping."""
-    content: Any = summary
-    for name in path:
-        content = content.get(name) if isinstance(content, Mapping) else None
+    content = value_at(summary, *path)
     return [str(name) for name in content] if isinstance(content, Mapping) else []

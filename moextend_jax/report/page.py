@@ -7,7 +7,8 @@ from outside (questions, answers, configuration) is escaped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -41,22 +42,22 @@ def _of_run(found: Workdir, workdir: Path) -> list[str]:
         f'<p class="lead">{escape(" · ".join(about) or "configuration not recorded")}</p>',
         EXPLORER_LINK if (workdir / EXPLORER).exists() else "",
         tiles(found.summary),
-        _section("Accuracy and forgetting", models_table(found.summary), missing="summary.json"),
-        _section("Accuracy against forgetting", _trade(found.summary), missing="summary.json"),
+        _section("Accuracy and forgetting", models_table, found.summary, missing="summary.json"),
+        _section("Accuracy against forgetting", _trade, found.summary, missing="summary.json"),
         *_optional(
             {
                 "Extension after extension": chains_section(found.summary),
                 "What each medium is worth": importance_section(found.summary),
             }
         ),
-        _section("What it sees", cards(found.examples, found.summary), missing="examples.json"),
+        _section("What it sees", partial(cards, summary=found.summary), found.examples, missing="examples.json"),
         *_optional(evaluations(workdir, found.summary)),  # a run does not do that by itself
-        _section("Routing before and after the probe", _routing(found.selection), missing="select/routing.json"),
-        _section("Which layers were extended", _choice(found.selection), missing="select/routing.json"),
-        _section("What the new experts get", _new_experts(found.new_experts), missing="finetune/routing.json"),
-        _section("Loss of each stage", _curves(found), missing="STAGE/metrics.jsonl"),
-        _section("Time", _seconds(found.summary), missing="summary.json"),
-        _section("Configuration, versions, seeds", _configuration(found.config), missing="config.json"),
+        _section("Routing before and after the probe", _routing, found.selection, missing="select/routing.json"),
+        _section("Which layers were extended", _choice, found.selection, missing="select/routing.json"),
+        _section("What the new experts get", _new_experts, found.new_experts, missing="finetune/routing.json"),
+        _section("Loss of each stage", _curves, found.metrics, missing="STAGE/metrics.jsonl"),
+        _section("Time", _seconds, found.summary, missing="summary.json"),
+        _section("Configuration, versions, seeds", _configuration, found.config, missing="config.json"),
     ]
 
 
@@ -82,8 +83,10 @@ def _optional(parts: Mapping[str, str]) -> list[str]:
     return [section(title, body) for title, body in parts.items() if body]
 
 
-def _section(title: str, body: str, *, missing: str) -> str:
-    return section(title, body or f'<p class="missing">Not run yet: {missing} is not there.</p>')
+def _section(title: str, body: Callable[[Any], str], of: Any, *, missing: str) -> str:
+    """The body made of a part of the work directory, or that the part is not there."""
+    drawn = "" if of is None else body(of)
+    return section(title, drawn or f'<p class="missing">Not run yet: {missing} is not there.</p>')
 
 
 def _width(bars: int) -> float:
@@ -91,9 +94,7 @@ def _width(bars: int) -> float:
     return 5.4 if bars <= 16 else 8.0
 
 
-def _trade(summary: Mapping[str, Any] | None) -> str:
-    if summary is None:
-        return ""
+def _trade(summary: Mapping[str, Any]) -> str:
     drawn = picture(
         lambda ax: results_pictures.trade_panel(ax, summary),
         name="trade", label="Accuracy against forgetting of each model", width=5.4, height=3.2,
@@ -105,9 +106,7 @@ def _trade(summary: Mapping[str, Any] | None) -> str:
     )
 
 
-def _routing(selection: Selection | None) -> str:
-    if selection is None:
-        return ""
+def _routing(selection: Selection) -> str:
     top, most = routing_pictures.scales(selection)
     size = {"width": 3.3, "height": routing_pictures.heatmap_height(len(selection.shift_Z))}
     drawn = []
@@ -126,9 +125,7 @@ def _routing(selection: Selection | None) -> str:
     )
 
 
-def _choice(selection: Selection | None) -> str:
-    if selection is None:
-        return ""
+def _choice(selection: Selection) -> str:
     drawn = picture(
         lambda ax: routing_pictures.choice_panel(ax, selection),
         name="choice", label="Shift of routing per layer and the chosen layers",
@@ -147,9 +144,7 @@ def _choice(selection: Selection | None) -> str:
     )
 
 
-def _new_experts(new: NewExperts | None) -> str:
-    if new is None:
-        return ""
+def _new_experts(new: NewExperts) -> str:
     medium = kind_title("image", medium=new.medium)
     drawn = picture(
         lambda ax: routing_pictures.share_panel(ax, new),
@@ -163,13 +158,13 @@ def _new_experts(new: NewExperts | None) -> str:
     )
 
 
-def _curves(found: Workdir) -> str:
+def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     drawn = [
         picture(
             lambda ax, rows=rows, stage=stage: results_pictures.curve_panel(ax, rows, stage=stage),
             name=f"loss-{stage}", label=f"Loss of stage {stage}", width=4.9, height=2.7,
         )
-        for stage, rows in found.metrics.items()
+        for stage, rows in metrics.items()
         if any(isinstance(row.get("loss"), int | float) for row in rows)
     ]  # fmt: skip
     if not drawn:
@@ -182,8 +177,8 @@ def _curves(found: Workdir) -> str:
     )
 
 
-def _seconds(summary: Mapping[str, Any] | None) -> str:
-    stages = (summary or {}).get("seconds")
+def _seconds(summary: Mapping[str, Any]) -> str:
+    stages = summary.get("seconds")
     if not isinstance(stages, Mapping):
         return ""
     timed = {str(stage): number(summary, "seconds", stage) for stage in stages if stage != "total"}
@@ -197,9 +192,7 @@ def _seconds(summary: Mapping[str, Any] | None) -> str:
     return beside(drawn, f"Wall time of each stage, compilation included.{whole}")
 
 
-def _configuration(config: Mapping[str, Any] | None) -> str:
-    if config is None:
-        return ""
+def _configuration(config: Mapping[str, Any]) -> str:
     versions = config.get("versions")
     named = versions if isinstance(versions, Mapping) else {}
     listed = ", ".join(f"{escape(str(name))} {escape(str(version))}" for name, version in named.items())

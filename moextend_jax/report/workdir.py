@@ -166,11 +166,17 @@ def data_title(summary: Mapping[str, Any] | None) -> str:
     return str((summary or {}).get("data", "data not recorded"))
 
 
-def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:
-    """The number at `path` of nested mappings; None if it, or anything on the way, is absent or null."""
+def value_at(summary: Mapping[str, Any] | None, *path: str) -> Any:
+    """What is at `path` of nested mappings; None if it, or anything on the way, is absent or null."""
     value: Any = summary
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def number(summary: Mapping[str, Any] | None, *path: str) -> float | None:
+    """The same, which must be a number."""
+    value = value_at(summary, *path)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
