@@ -6,7 +6,6 @@ This is what stays as it is from version to version; docs/python.md describes it
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from moextend_jax.folders import folder
 from moextend_jax.generate import Sampling
 from moextend_jax.runs.askable import Askable, described, open_place
 from moextend_jax.runs.place import Place
-from moextend_jax.settings import NotNegative, RunSettings, build, from_config_dict
+from moextend_jax.settings import NotNegative, RunSettings, as_mapping, build, from_config_dict
 
 FolderName = str | os.PathLike[str]
 """The name of a folder."""
@@ -216,13 +215,11 @@ def run(
     """
     from moextend_jax.commands import whole_run
 
-    if isinstance(config, str | os.PathLike):
-        config = configurations.load(os.fspath(config))
-    elif isinstance(config, RunSettings):
-        config = dataclasses.asdict(config)
-    if not isinstance(config, Mapping | ConfigDict):
+    named = isinstance(config, str | os.PathLike)
+    given = configurations.load(os.fspath(config)) if named else as_mapping(config)
+    if not isinstance(given, Mapping):
         raise MoextendError(f"a {type(config).__name__} is no configuration: give its name, its file, or settings")
-    settings = from_config_dict(_changed(config.to_dict() if isinstance(config, ConfigDict) else config, changes))
+    settings = from_config_dict(_changed(given, changes))
     with _own_signals():
         return whole_run(settings, _folder(workdir), resume_from=_maybe(resume_from))
 

@@ -141,7 +141,7 @@ def run_and_start(settings: RunSettings, workdir: Path) -> dict[str, Any]:
 
     summary = whole_run(settings, workdir)
     with working(settings, workdir) as run:
-        summary["start"] = start_of(run)._asdict()
+        summary["start"] = start_of(run)
     write_json(workdir / "summary.json", summary)
     return summary
 

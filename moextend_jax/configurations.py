@@ -16,11 +16,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from ml_collections import ConfigDict
-
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import folder
-from moextend_jax.settings import RunSettings, fields
+from moextend_jax.settings import RunSettings, as_mapping, fields
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -45,11 +43,7 @@ def load(text: str) -> dict[str, Any]:
         spec.loader.exec_module(module)
         get_config = module.get_config
         _check_argument(get_config, [argument] if given else [], what=text)
-        config = get_config(argument) if given else get_config()
-        if isinstance(config, ConfigDict):
-            config = config.to_dict()
-        elif isinstance(config, RunSettings):
-            config = dataclasses.asdict(config)
+        config = as_mapping(get_config(argument) if given else get_config())
         if not isinstance(config, Mapping):
             raise MoextendError(f"{path}: get_config returns no settings, but {config!r:.80}")
         return with_defaults(RunSettings, config)

@@ -757,7 +757,14 @@ def to_config_dict(settings: RunSettings) -> ConfigDict:
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> RunSettings:
     """Checks names, types and ranges; a mistake is an error that names the field."""
-    return build(RunSettings, config.to_dict() if isinstance(config, ConfigDict) else config, where="config")
+    return build(RunSettings, as_mapping(config), where="config")
+
+
+def as_mapping(config: Any) -> Any:
+    """Settings in whatever form they come as a mapping; anything else as it is."""
+    if isinstance(config, ConfigDict):
+        return config.to_dict()
+    return dataclasses.asdict(config) if isinstance(config, RunSettings) else config
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ def asked(opened: Askable, picture: Path) -> str:
         QUESTION, items={"image": (0,)}, spans={"image": [opened.patches]}, tokenizer=opened.tokenizer,
         recipe=opened.recipe, where="here",
     )  # fmt: skip
-    ((completed,),) = asker_of(opened, readers={"image": Shown()}).complete([prompt], max_new_tokens=NEW)
-    return opened.tokenizer.decode(completed.ids)
+    (((_, ids),),) = asker_of(opened, readers={"image": Shown()}).complete([prompt], max_new_tokens=NEW)
+    return opened.tokenizer.decode(ids)
 
 
 def test_a_picture_may_be_a_file_its_bytes_an_image_or_an_array(model: mx.Model, picture: Path, pixels_hwc: np.ndarray):

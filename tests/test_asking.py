@@ -238,15 +238,15 @@ def test_scores_are_those_of_the_whole_model():
         return model.decoder.logits(model(batch).hidden_BLD)[0]
 
     found = sorted(one for batch in who.score(some) for one in batch)
-    assert [one.index for one in found] == list(range(len(some)))
-    for one, prompt in zip(found, some, strict=True):
+    assert [index for index, _, _ in found] == list(range(len(some)))
+    for (_, nats, greedy), prompt in zip(found, some, strict=True):
         batch = whole(prompt)
         logits_LV = np.asarray(logits(batch), np.float64)
         nats_LV = logits_LV - np.log(np.exp(logits_LV).sum(axis=-1, keepdims=True))
         labels_L = np.asarray(batch.labels_BL[0])
         at = np.flatnonzero(labels_L != IGNORE)
-        np.testing.assert_allclose(one.nats, nats_LV[at, labels_L[at]].sum(), atol=1e-4, rtol=0)
-        assert one.greedy == bool((logits_LV[at].argmax(axis=-1) == labels_L[at]).all())
+        np.testing.assert_allclose(nats, nats_LV[at, labels_L[at]].sum(), atol=1e-4, rtol=0)
+        assert greedy == bool((logits_LV[at].argmax(axis=-1) == labels_L[at]).all())
 
 
 def test_greedy_is_true_of_what_the_model_says():
@@ -265,7 +265,7 @@ def asked(sizes: dict[str, int], *, rows: int) -> tuple[list[list[int]], list[fl
     """What a mesh says, of prompts of one length, and log-likelihoods."""
     who = asker(rows=rows, mesh=sizes)
     scores = sorted(score for batch in who.score(short(scored_prompts())) for score in batch)
-    return said(who, short(prompts())), [score.nats for score in scores]
+    return said(who, short(prompts())), [nats for _, nats, _ in scores]
 
 
 def short(some: Sequence[Prompt]) -> list[Prompt]:

@@ -50,19 +50,19 @@ def test_answers_are_llavas_lines_and_go_on_where_they_stopped(tmp_path: Path):
     pope(tmp_path)
     questions, path = table.read("pope", tmp_path), tmp_path / "deep" / "answers.jsonl"
     with opened(tmp_path, path) as some:
-        assert some.done == set()
+        assert some.texts == {}
         some.append(questions[3], "No\nway \ud800é")
         some.append(questions[0], "")
-        assert some.done == {questions[3].key, questions[0].key}
+        assert some.texts.keys() == {questions[3].key, questions[0].key}
         with pytest.raises(ValueError, match="has its answer"):
             some.append(questions[3], "Yes")
     entries = [json.loads(one) for one in path.read_text().splitlines()]
     assert list(entries[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert entries[0]["prompt"] == "Q3?\nAnswer" and entries[0]["text"] == "No\nway \ud800é"
     with opened(tmp_path, path) as rest:
-        assert rest.done == {questions[3].key, questions[0].key}
+        assert rest.texts.keys() == {questions[3].key, questions[0].key}
         for question in questions:
-            if question.key not in rest.done:
+            if question.key not in rest.texts:
                 rest.append(question, "No")
     answered = table.read_answered("pope", path, questions=questions)
     assert [one.text for one in answered] == ["", "No", "No", "No\nway \ud800é", "No"]
@@ -87,7 +87,7 @@ def test_mmbench_answers_have_llavas_further_fields(tmp_path: Path):
     assert entry["prompt"] == "Q?\nA. one\nB. two"  # without the instruction, as LLaVA has it
     assert entry["options"] == ["one", "two"] and entry["option_char"] == ["A", "B"] and entry["round_id"] == 0
     with opened(tmp_path, path, name="mmbench") as some:
-        assert len(some.done) == 1
+        assert len(some.texts) == 1
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 90])
@@ -102,7 +102,7 @@ def test_a_torn_last_line_is_dropped_and_asked_again(tmp_path: Path, cut: int):
     kept = 2 if cut == 1 else 1  # without its line break alone, the last line is whole
     assert len(table.read_answered("pope", path, questions=questions, partial=True)) == kept
     with opened(tmp_path, path) as some:
-        assert len(some.done) == kept
+        assert len(some.texts) == kept
         for question in questions[kept:]:
             some.append(question, "No")
     assert path.read_bytes().startswith(whole) and len(path.read_bytes().splitlines()) == NUMBER
@@ -129,9 +129,9 @@ def test_killed_anywhere_no_answer_is_lost_or_doubled(tmp_path: Path):
         folder, path = Path(sys.argv[1]), Path(sys.argv[2])
         questions = table.read("pope", folder)
         with table.open_answers("pope", path, questions=questions, model_id="m") as some:
-            print(len(some.done), flush=True)
+            print(len(some.texts), flush=True)
             for question in questions:
-                if question.key not in some.done:
+                if question.key not in some.texts:
                     some.append(question, f"No {question.question_id} " + "x" * 2000)
         """
     )

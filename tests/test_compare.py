@@ -211,10 +211,10 @@ def test_what_left_padding_leaves_undefined():
     labels_BL = np.array([[-100, -100, 5, 5], [5, 5, -100, -100]], np.int32)
     ids_BL = np.zeros_like(labels_BL)
     rows = reference.Rows(ids_BL, labels_BL, np.array([[0, 1, 0, 1], [1, 1, 1, 0]], np.int32), (), None)
-    where = forward.defined(rows)
-    assert where.where_BL.tolist() == [[False, True, False, True], [True] * 4]
-    assert not where.ce  # row 0 predicts its last label from a place that nothing defines
-    assert forward.defined(rows._replace(mask_BL=np.ones_like(ids_BL))).ce
+    where_BL, ce_defined = forward.defined(rows)
+    assert where_BL.tolist() == [[False, True, False, True], [True] * 4]
+    assert not ce_defined  # row 0 predicts its last label from a place that nothing defines
+    assert forward.defined(rows._replace(mask_BL=np.ones_like(ids_BL)))[1]
 
 
 def test_ties_are_gaps_below_noise_at_the_boundary_or_within_the_picks():

@@ -8,7 +8,7 @@ not compared.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,13 +35,6 @@ _PER_POSITION = {"logits", "logits_eager", "hidden_states", "moe_in", "moe_out"}
 
 
 UNKNOWN = "no such quantity is known here"
-
-
-class Defined(NamedTuple):
-    """Places whose values the attention mask defines, [B, L]; whether the cross-entropy reads only such places."""
-
-    where_BL: np.ndarray
-    ce: bool
 
 
 def is_inside(reference: Reference) -> bool:
@@ -126,12 +119,13 @@ def ties(logits_TO: np.ndarray, *, top_k: int, noise: float) -> np.ndarray:
     return np.any(-np.diff(ordered_TO[:, : top_k + 1], axis=-1) < noise, axis=-1)
 
 
-def defined(rows: Rows) -> Defined:
-    """A row that begins with padding has positions that see nothing: there only its real tokens count."""
+def defined(rows: Rows) -> tuple[np.ndarray, bool]:
+    """Places whose values the attention mask defines, [B, L], and whether the cross-entropy reads only such places. A
+    row that begins with padding has positions that see nothing: there only its real tokens count."""
     real_BL = rows.mask_BL > 0
     where_BL = real_BL | (rows.mask_BL[:, :1] > 0)
     labelled_BL = rows.labels_BL[:, 1:] != IGNORE
-    return Defined(real_BL if rows.masked else where_BL, bool(where_BL[:, :-1][labelled_BL].all()))
+    return real_BL if rows.masked else where_BL, bool(where_BL[:, :-1][labelled_BL].all())
 
 
 def _judge(
@@ -143,8 +137,8 @@ def _judge(
     config: ModelConfig,
     tolerances: Tolerances,
 ) -> list[Row]:
-    where = defined(rows)
-    where_T = where.where_BL.reshape(-1)
+    where_BL, ce_defined = defined(rows)
+    where_T = where_BL.reshape(-1)
     if chosen_otherwise(config):
         theirs = {**theirs, **_in_our_order(ours, theirs)}
     verdicts = []
@@ -154,12 +148,12 @@ def _judge(
         atol = tolerances.simple if head in _SIMPLE or embedded else tolerances.composed
         if head not in FORWARD:
             verdicts.append(left_out(name, quantity, UNKNOWN))
-        elif why := _no_value(quantity, array, where, config):
+        elif why := _no_value(quantity, array, config, everywhere=bool(where_BL.all()), ce_defined=ce_defined):
             verdicts.append(left_out(name, quantity, why))
         elif (mine := ours.get("logits" if head == "logits_eager" else quantity)) is None:
             verdicts.append(left_out(name, quantity, _why_absent(name, quantity, config)))
         elif head in _PER_POSITION:
-            verdicts.append(close(name, quantity, mine, array, atol=atol, where=where.where_BL))
+            verdicts.append(close(name, quantity, mine, array, atol=atol, where=where_BL))
         elif head in ("router_logits", "topk_prob"):  # probabilities are sorted: no matter whose they are
             verdicts.append(close(name, quantity, mine, array, atol=atol, where=where_T))
         elif head.startswith("topk_"):
@@ -224,11 +218,11 @@ def _tied_note(tied_T: np.ndarray, where_T: np.ndarray) -> str:
     return f"{tied_T.sum()} of {where_T.sum()} tokens tied: picks not compared" if tied_T.any() else ""
 
 
-def _no_value(quantity: str, array: np.ndarray, where: Defined, config: ModelConfig) -> str:
-    if quantity in ("loss_ce", "loss_total") and not where.ce:
+def _no_value(quantity: str, array: np.ndarray, config: ModelConfig, *, everywhere: bool, ce_defined: bool) -> str:
+    if quantity in ("loss_ce", "loss_total") and not ce_defined:
         return "a label follows left padding, whose logits no mask defines"
     if quantity == "loss_aux_nomask":
-        if not where.where_BL.all():
+        if not everywhere:
             return "counts left padding, whose routing no mask defines"
         if config.extension and not array.any():
             return "the released code returns 0 for an extended model without a mask"

@@ -33,7 +33,7 @@ from moextend_jax.config import IMAGE, Batch, MoextendError, Recipe, Rooms
 from moextend_jax.data.conversations import Encoded, encode_row
 from moextend_jax.data.datasets import Example, Source
 from moextend_jax.data.missing import media_left_out, without_media
-from moextend_jax.data.packing import Place, Row, Sample, Shape, empty_row, pack, take_out
+from moextend_jax.data.packing import Place, Row, Sample, Shape, pack, row_of, take_out
 from moextend_jax.data.readers import Readers, given
 from moextend_jax.data.shared_memory import check_shared_memory
 from moextend_jax.data.tokenizer import Tokenizer
@@ -333,7 +333,7 @@ def _batch(
       check: called where every conversation of the batch was skipped.
       examples: most conversations of a row (g of `examples_Bg`); 0: the batch does not say which it holds.
     """
-    empty = empty_row(shape)
+    empty = row_of([], shape)
     rows = [rows[b] if b < len(rows) else empty for b in share.of_rows(stage.batch_size)]
     arrays = {}
     for name in shape.rooms:

@@ -65,7 +65,7 @@ def pack(samples: Sequence[Sample], *, shape: Shape, conversations_per_row: int)
     With one conversation per row the order is kept.
     """
     if conversations_per_row == 1:
-        return [_row([sample], shape) for sample in samples]
+        return [row_of([sample], shape) for sample in samples]
     # What a row has of each kind, and what a sample takes of it.
     of_media = [room.items for room in shape.rooms.values()]
     room, limited = np.array([conversations_per_row, *of_media, shape.length]), int(conversations_per_row > 0)
@@ -78,7 +78,7 @@ def pack(samples: Sequence[Sample], *, shape: Shape, conversations_per_row: int)
     while left:
         first, *left = left
         chosen = _best_fill([takes[n] for n in left], room - takes[first])
-        rows.append(_row([samples[n] for n in (first, *(left[k] for k in chosen))], shape))
+        rows.append(row_of([samples[n] for n in (first, *(left[k] for k in chosen))], shape))
         left = [n for k, n in enumerate(left) if k not in chosen]
     return rows
 
@@ -109,11 +109,8 @@ def _best_fill(takes: list[np.ndarray], room: np.ndarray) -> list[int]:
     return chosen[::-1]
 
 
-def empty_row(shape: Shape) -> Row:
-    return _row([], shape)
-
-
-def _row(samples: Sequence[Sample], shape: Shape) -> Row:
+def row_of(samples: Sequence[Sample], shape: Shape) -> Row:
+    """These samples, one after another; of none an empty row."""
     ids_L, positions_L, segments_L = (np.zeros(shape.length, np.int32) for _ in range(3))
     labels_L, places_L = np.full(shape.length, IGNORE, np.int32), np.full(shape.length, -1, np.int32)
     fused_L = {name: np.full_like(places_L, -1) for name, room in shape.rooms.items() if room.fused}

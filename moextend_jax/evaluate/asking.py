@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -47,21 +47,6 @@ class Reader(Protocol):
         ...
 
 
-class Completed(NamedTuple):
-    """ids: the model's answer to prompt `index`, without what ends it."""
-
-    index: int
-    ids: list[int]
-
-
-class Scored(NamedTuple):
-    """nats: log-likelihood of all targets of prompt `index`; greedy: whether each of them is the likeliest id."""
-
-    index: int
-    nats: float
-    greedy: bool
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asker:
     """A model on its generator's mesh. A batch has at most `rows` rows and about `tokens` positions over all devices;
@@ -86,8 +71,9 @@ class Asker:
         *,
         max_new_tokens: int,
         stop: Callable[[int, list[int]], bool] | None = None,
-    ) -> Iterator[list[Completed]]:
-        """Greedy answers of up to `max_new_tokens` ids, a batch at a time, in the order of the plan.
+    ) -> Iterator[list[tuple[int, list[int]]]]:
+        """Greedy answers of up to `max_new_tokens` ids, a batch at a time, in the order of the plan: a prompt's index,
+        and ids without what ends them.
 
         Args:
           stop: called every `LOOK` tokens with a prompt's index and its ids so far; True where they are enough. A batch
@@ -105,8 +91,9 @@ class Asker:
         for work, pieces in begun:
             yield self._completed(work, pieces)
 
-    def score(self, prompts: Sequence[Prompt]) -> Iterator[list[Scored]]:
-        """Log-likelihoods of the prompts' targets, a batch at a time, in the order of the plan."""
+    def score(self, prompts: Sequence[Prompt]) -> Iterator[list[tuple[int, float, bool]]]:
+        """Scores of the prompts' targets, a batch at a time, in the order of the plan: a prompt's index, the
+        log-likelihood of all its targets in nats, and whether each of them is the likeliest id."""
         begun: list[tuple[Work, jax.Array, jax.Array]] = []
         for work, tails, heads in self._started(prompts, room=0):
             begun.append((work, *self.generator.score(self.arrays, tails, heads=heads)))
@@ -117,9 +104,9 @@ class Asker:
 
     # --- results ------------------------------------------------------------------------------------------------------
 
-    def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[Completed]:
+    def _completed(self, work: Work, pieces: Sequence[jax.Array]) -> list[tuple[int, list[int]]]:
         ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
-        return [Completed(n, _before_end(ids_BL[row], self.ends)) for n, row in _placed(work)]
+        return [(n, _before_end(ids_BL[row], self.ends)) for n, row in _placed(work)]
 
     def _until_enough(
         self, work: Work, pieces: Iterator[jax.Array], stop: Callable[[int, list[int]], bool]
@@ -133,7 +120,9 @@ class Asker:
                 break
         return seen
 
-    def _scored(self, prompts: Sequence[Prompt], work: Work, nats: jax.Array, likeliest: jax.Array) -> list[Scored]:
+    def _scored(
+        self, prompts: Sequence[Prompt], work: Work, nats: jax.Array, likeliest: jax.Array
+    ) -> list[tuple[int, float, bool]]:
         nats_BL, likeliest_BL = on_host(nats).astype(np.float64), on_host(likeliest)
         scores = []
         for n, row in _placed(work):
@@ -141,7 +130,7 @@ class Asker:
             assert targets_L is not None
             labelled_L = targets_L != IGNORE
             greedy = bool(likeliest_BL[row, : len(labelled_L)][labelled_L].all())
-            scores.append(Scored(n, float(nats_BL[row].sum()), greedy))
+            scores.append((n, float(nats_BL[row].sum()), greedy))
         return scores
 
     # --- batches ------------------------------------------------------------------------------------------------------

@@ -153,7 +153,7 @@ def _answer(opened: Askable, exam: Exam, path: Path, *, model_id: str, max_new_t
     with opening or contextlib.nullcontext() as written:
         distributed.barrier(f"opened {path}")  # from here to the first batch nobody writes: all read the same
         key = table.benchmark(exam.name).key
-        done = written.done if written else set(answers.read_answers(path, questions=exam.every, key=key))
+        done = written.texts if written else answers.read_answers(path, questions=exam.every, key=key)
         left = [question for question in exam.questions if question.key not in done]
         if not left:
             return {"answered_now": 0, "questions_per_second": None}

@@ -1,4 +1,4 @@
-"""What adding an extension has changed before it is trained: a run whose `grow` is made in, a `Start` out.
+"""What adding an extension has changed before it is trained: a run whose `grow` is made in, two numbers out.
 
 The aligned model and the grown one read the first batch of the data that `finetune` will train on. Of an exact start
 (a low-rank update whose B is zero, a twin) nothing changes; a copied expert changes most tokens a little.
@@ -7,7 +7,6 @@ The aligned model and the grown one read the first batch of the data that `finet
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +26,9 @@ CHANGED = 1e-3
 float32 rounds far below."""
 
 
-class Start(NamedTuple):
-    """changed: share of a batch's tokens whose final hidden state is another. nats: what that adds to its loss."""
-
-    changed: float
-    nats: float
-
-
-def start_of(run: Run) -> Start:
-    """What adding the run's first extension has changed.
+def start_of(run: Run) -> dict[str, float]:
+    """What adding the run's first extension has changed: `changed`, the share of a batch's tokens whose final hidden
+    state is another, and `nats`, what that adds to its loss.
 
     Raises:
       MoextendError: `align` or `grow` has not been run.
@@ -65,4 +58,5 @@ def start_of(run: Run) -> Start:
     after_BLD, nats_after = read(model_with(run, row.parents, trains=trains))
     moved_BL = jnp.abs(after_BLD - before_BLD).max(axis=-1) > CHANGED
     real_BL = placed.segments_BL > 0
-    return Start(float((moved_BL & real_BL).sum() / real_BL.sum()), float(nats_after - nats_before))
+    changed = float((moved_BL & real_BL).sum() / real_BL.sum())
+    return {"changed": changed, "nats": float(nats_after - nats_before)}

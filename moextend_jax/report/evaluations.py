@@ -17,9 +17,6 @@ from moextend_jax.report.markup import how, text_table
 from moextend_jax.report.results_pictures import TITLES, title_of
 from moextend_jax.report.workdir import malformed, read_json_of
 
-MOST_QUESTIONS = 6
-"""Questions that are shown of each benchmark and model."""
-
 
 class Benchmark(NamedTuple):
     """One benchmark, or a split of one, as one model answered it."""
@@ -96,7 +93,7 @@ def _question_cards(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any] 
     with malformed("eval/*/examples.json"):
         for benchmark in benchmarks:
             if benchmark.examples:
-                drawn = "".join(_card(example) for example in benchmark.examples[:MOST_QUESTIONS])
+                drawn = "".join(_card(example) for example in benchmark.examples)
                 title = f"{benchmark.name}, {title_of(benchmark.model, summary)}"
                 parts.append(f'<h3>{escape(title)}</h3><div class="cards">{drawn}</div>')
     return "".join(parts)

@@ -29,7 +29,7 @@ START = b'{"question_id":'
 
 
 class Answers:
-    """An answers file being written. `done`: keys of the questions that have their answer in it.
+    """An answers file being written. `texts`: the answers that are in it, by the key of their question.
 
     Use it as a context manager, or call `close`. One process writes a file: of several hosts the first.
     """
@@ -39,19 +39,14 @@ class Answers:
         path: Path,
         *,
         descriptor: int,
-        done: dict[Key, str],
+        texts: dict[Key, str],
         model_id: str,
         more: Callable[[Question], dict[str, Any]] | None,
     ):
         self.path = path
-        self.texts = done
-        """What has been answered: key to text."""
+        self.texts = texts
         self._descriptor, self._model_id, self._more = descriptor, model_id, more
         self._flushed = time.monotonic()
-
-    @property
-    def done(self) -> set[Key]:
-        return set(self.texts)
 
     def append(self, question: Question, text: str) -> None:
         """Writes one answer. A question that has one already is the caller's error: ValueError."""
@@ -116,8 +111,8 @@ def open_answers(
     except BaseException:
         os.close(descriptor)
         raise
-    done = {of: entry["text"] for of, (_, entry) in found.items()}
-    return Answers(path, descriptor=descriptor, done=done, model_id=model_id, more=more)
+    texts = {of: entry["text"] for of, (_, entry) in found.items()}
+    return Answers(path, descriptor=descriptor, texts=texts, model_id=model_id, more=more)
 
 
 def read_answers(

@@ -149,7 +149,7 @@ def read(name: str, folder: Path | None, split: str | None = None) -> list[Quest
 
 
 def open_answers(name: str, path: Path, *, questions: Sequence[Question], model_id: str) -> Answers:
-    """An answers file to append to: `.done` are the keys of questions answered already, `.append(question, text)`
+    """An answers file to append to: `.texts` are the answers so far, by key, `.append(question, text)`
     adds one. Use as a context manager; see `answers.open_answers`."""
     found = benchmark(name)
     return answers.open_answers(path, questions=questions, key=found.key, model_id=model_id, more=found.recorded)
