@@ -20,7 +20,7 @@ from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import open_tensors
 from moextend_jax.checkpoints.transformers_layout import export_transformers
-from moextend_jax.config import RECIPES, ImageTags, MoextendError, Named, with_extension
+from moextend_jax.config import RECIPES, ImageTags, MoextendError, with_extension
 from moextend_jax.runs.run import open_run
 
 ATTRIBUTES = huggingface.decoder_attributes(tiny.DECODER, dtype="bfloat16")
@@ -200,19 +200,10 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory:
     folders.assert_same(folders.read(tmp_path / "out"), folders.files("released", folders.RELEASED))
 
 
-CHAIN = dataclasses.replace(
-    folders.ALIGNED,
-    extensions=Named(
-        pets=tiny.EXTENSION,
-        items=dataclasses.replace(tiny.EXTENSION, medium="", layers=(1,), sources=(0, 3), new_experts=2),
-    ),
-)
-
-
 @pytest.mark.parametrize("saved", ["files", "memory", "earlier"])
 def test_extensions_are_read_however_transformers_saves_them(tmp_path: Path, saved: str):
     """By our own class: as it is exported, by its names in memory, and as the version wrote it that knew one."""
-    config = CHAIN if saved != "earlier" else with_extension(folders.ALIGNED, tiny.EXTENSION, name="pets")
+    config = folders.CHAIN if saved != "earlier" else with_extension(folders.ALIGNED, tiny.EXTENSION, name="pets")
     export_transformers(folders.source_of(config), tmp_path / "hf", recipe=RECIPES["paper"], max_shard_bytes=1 << 30)
     tensors, at = folders.read(tmp_path / "hf"), tmp_path / "hf" / "config.json"
     attributes = json.loads(at.read_text())
@@ -248,6 +239,7 @@ def test_extensions_are_read_however_transformers_saves_them(tmp_path: Path, sav
         ({"vision_config": {"model_type": "dinov2_with_registers"}}, "'dinov2_with_registers' cannot be honoured"),
         ({"vision_config": {"model_type": "pixtral"}}, "'pixtral' cannot be honoured"),
         ({"quantization_config": {}}, "quantization_config: weights quantised by"),
+        ({"moextend": {"recipe": {"prompt": "x" * 9000}}}, "moextend.recipe.prompt = 'xxxx.{,200}$"),
         ({"extensions": {}}, "extensions: {} is no list of extensions"),
         ({"extensions": [{"name": "a", "layers": [9], "sources": [0]}]}, r"extensions: extended layers \(9,\)"),
         ({"extensions": [{"name": "a", "layers": [0]}]}, "extensions: a: sources must be set"),

@@ -596,7 +596,12 @@ def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise MoextendError(f"{where}: moextend = {shown(facts)} is not what an export writes there")
     kinds = {"recipe": Recipe, "text_isolation": fields(ModelConfig)["text_isolation"], "extension": str}
-    read = {name: build(kinds[name], facts[name], where=f"{where}: moextend.{name}") for name in kinds if name in facts}
+    try:
+        read = {
+            name: build(kind, facts[name], where=f"moextend.{name}") for name, kind in kinds.items() if name in facts
+        }
+    except MoextendError as error:  # which may be as long as what stands in the file
+        raise MoextendError(f"{where}: {short(str(error))}") from None
     if not store.NAME.fullmatch(read.get("extension", IMAGE)):
         raise MoextendError(f"{where}: moextend.extension = {shown(read['extension'])} is no name")
     return read | ({"recipe": dataclasses.asdict(read["recipe"])} if "recipe" in read else {})
