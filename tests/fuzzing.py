@@ -38,6 +38,7 @@ from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
 from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
+from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.compare import reference
 from moextend_jax.config import RECIPES, ModelConfig, MoextendError
@@ -355,6 +356,12 @@ def _llava(folder: Path) -> None:
     folders.llava(folder, config=folders.RELEASED, memory=True)
 
 
+def _chain(folder: Path) -> None:
+    """Two extensions in layout hf."""
+    options: dict[str, Any] = {"recipe": RECIPES["paper"], "max_shard_bytes": 1 << 30}
+    export_transformers(folders.source_of(folders.CHAIN), folder / "model", **options)
+
+
 def _imported(folder: Path) -> None:
     folders.released(folder / "source")
     convert.import_source(open_source(folder / "source"), folder / "model")
@@ -596,6 +603,9 @@ READERS: dict[str, Reader] = {
     ),
     "header: LLaVA, fused": Reader(
         _llava, "model.safetensors", lambda folder: _read_source(open_source(folder)), change_safetensors
+    ),
+    "config.json: extensions": Reader(
+        _chain, "model/config.json", lambda folder: _read_source(open_source(folder / "model")), change_json
     ),
     "config.json: Llama": Reader(
         lambda folder: llama.write_folder(folder / "model"), "model/config.json", _upcycled, change_json
