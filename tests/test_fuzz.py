@@ -6,6 +6,7 @@ those that somebody who knows the format would try. All under a limit of time an
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import io
@@ -26,6 +27,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_llama as llama
+from sentencepiece import sentencepiece_model_pb2
 
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_header import read_header
@@ -482,6 +484,77 @@ def test_a_file_of_ours_that_is_none_is_not_taken_for_a_models(tmp_path: Path):
         with pytest.raises(MoextendError, match=f"routing.json {said}$"):
             read_selection(path, decoder=tiny.DECODER)
         path.write_text("[]")
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def sequence(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+def written(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def charsmap(size: int, rest: bytes) -> dict[str, Any]:
+    table = base64.b64encode(struct.pack("<I", size) + rest).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": table}
+
+
+def template(special: str, sequence: str, **ids: list[int]) -> dict[str, Any]:
+    single = [{"SpecialToken": {"id": special, "type_id": 0}}, {"Sequence": {"id": sequence, "type_id": 0}}]
+    tokens = {name: {"id": name, "ids": numbers, "tokens": [name]} for name, numbers in ids.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
+
+
+WORDS = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "?"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # Rust's panics, when the file is read and when a text is
+        ({"model": {"continuing_subword_prefix": "#" * 50}}, "out of range"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "precompiled_charsmap"),
+        ({"normalizer": charsmap(4, b"\xff\xff\xff\x9fabc\0")}, "out of bounds"),
+        ({"normalizer": written("aa", String="")}, "out of bounds"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"),
+        ({"post_processor": template("x", "A")}, "no entry"),
+        ({"post_processor": template("x", "B", x=[1])}, "out of bounds"),
+        ({"decoder": {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}}, "out of bounds"),
+        # its errors, of a text alone
+        ({"model": WORDS}, "Missing [UNK] token"),
+        # what would fill the memory, or end the process
+        ({"normalizer": charsmap(2**32 - 1, b"")}, "cut short"),
+        ({"normalizer": charsmap(0, b"x" * 5000)}, "1000 times longer"),
+        ({"normalizer": sequence("normalizers", *[written("x" * 10, Regex=".")] * 9)}, "1000 times longer"),
+        ({"normalizer": sequence("normalizers", *[written("x", Regex="")] * 40)}, "1000 times longer"),
+        ({"normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "x" * 10**6})}, "1000 times longer"),
+        ({"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel"}] * 40)}, "1000 times longer"),
+        ({"decoder": sequence("decoders", *[written("x" * 1000, String="a")] * 3)}, "1000 times longer"),
+        # other ids of the same text each time
+        ({"model": {"dropout": 0.5}}, "dropout"),
+    ],
+)
+def test_a_tokenizer_json_neither_ends_the_process_nor_fills_the_memory(
+    tmp_path: Path, changes: dict[str, Any], said: str
+):
+    opened = fuzzing.open_reader("tokenizer.json", tmp_path / "f")
+    described = json.loads(opened.whole)
+    model = changes.get("model", {})
+    described |= changes | {"model": model if "vocab" in model else described["model"] | model}
+    (tmp_path / "f" / "tokenizer.json").write_text(json.dumps(described))
+    refused(lambda: opened.reader.read(tmp_path / "f"), str(tmp_path / "f"), said)
+
+
+def test_a_tokenizer_model_knows_what_is_unknown(tmp_path: Path):
+    opened = fuzzing.open_reader("tokenizer.model", tmp_path / "f")
+    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    model.ParseFromString(opened.whole)
+    next(piece for piece in model.pieces if piece.type == piece.UNKNOWN).type = model.pieces[0].NORMAL
+    (tmp_path / "f" / "tokenizer.model").write_bytes(model.SerializeToString())
+    refused(lambda: opened.reader.read(tmp_path / "f"), str(tmp_path / "f"), "no piece for what is unknown")
 
 
 # --- torch pickles ----------------------------------------------------------------------------------------------------
