@@ -37,6 +37,7 @@ from moextend_jax.checkpoints.npz import FREE, read_npz
 from moextend_jax.checkpoints.tensors import open_pickles, open_safetensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import MoextendError
+from moextend_jax.data.entries import read_entries
 from moextend_jax.runs.models_of import read_selection
 
 CASES = 100
@@ -484,6 +485,24 @@ def test_a_file_of_ours_that_is_none_is_not_taken_for_a_models(tmp_path: Path):
         with pytest.raises(MoextendError, match=f"routing.json {said}$"):
             read_selection(path, decoder=tiny.DECODER)
         path.write_text("[]")
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_values_as_deep_as_the_parser_follows_are_faults_of_their_entry(tmp_path: Path):
+    """Some levels below its limit everything else that goes through a value ends at it first."""
+    path, turns = tmp_path / "a.json", '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]'
+    faults = set()
+    for levels in range(700, 1000):
+        deep = "[" * levels + "]" * levels
+        path.write_text(f'[{{"image": {deep}, "images": {deep}, "conversations": {turns}}}]')
+        try:
+            (entry,) = read_entries(path)
+            faults.add(str(entry.fault).rpartition(": ")[2])
+        except MoextendError as error:
+            assert "recursion" in str(error)
+    assert "it is nested too deep" in faults
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
