@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
+
+from moextend_jax.outside import short
 
 
 def lines_of_stdin() -> Iterator[str]:
@@ -20,3 +23,8 @@ def console(*, stderr: bool = False) -> Console:
     """As wide as the terminal; a log or a pipe has no width, and rich would cut tables to 80 columns."""
     made = Console(stderr=stderr)
     return made if made.is_terminal else Console(stderr=stderr, width=160)
+
+
+def quoted(text: str) -> str:
+    """What a file says, for a table: rich obeys no markup in it (and raises none), and the terminal no letter."""
+    return escape(short(text))

@@ -487,6 +487,29 @@ def test_a_file_of_ours_that_is_none_is_not_taken_for_a_models(tmp_path: Path):
         path.write_text("[]")
 
 
+NINES = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("reader", "old", "new", "came"),
+    [
+        ("mmbench: mmbench_dev_20230712.tsv", "\n1\t", f"\n{NINES}\t", "refused"),
+        ("scienceqa: problems.json", "grade3", f"grade{NINES}", "read"),
+        ("header: PEFT", "layers.0.block_sparse_moe.gate.", f"layers.{NINES}.mlp.gate.", "refused"),
+        ("adapter_config.json", '"lora_alpha": 256.0', f'"lora_alpha": 1{NINES[:400]}', "refused"),
+    ],
+)
+def test_numbers_of_more_digits_than_python_takes(tmp_path: Path, reader: str, old: str, new: str, came: str):
+    opened = fuzzing.open_reader(reader, tmp_path / "f")
+    made = opened.whole.replace(old.encode(), new.encode())
+    assert made != opened.whole
+    if reader.startswith("header"):
+        length = int.from_bytes(made[:8], "little") + len(made) - len(opened.whole)
+        made = length.to_bytes(8, "little") + made[8:]
+    with limits():
+        assert fuzzing.judge(opened, made) == came
+
+
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
