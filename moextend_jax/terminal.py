@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.markup import escape
 
-from moextend_jax.outside import short
-
 
 def lines_of_stdin() -> Iterator[str]:
     """Bytes that are no text stay in them, so that the tokenizer names them; else reading would end in a traceback."""
@@ -26,5 +24,5 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def quoted(text: str) -> str:
-    """What a file says, for a table: rich obeys no markup in it (and raises none), and the terminal no letter."""
-    return escape(short(text))
+    """What a file says, for a screen: no markup of rich's is found in it, and no letter moves the cursor."""
+    return escape("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text[:2000]))
