@@ -24,6 +24,8 @@ from typing import Any
 import folders
 import fuzzing
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import tiny_llama as llama
@@ -526,6 +528,16 @@ def test_values_as_deep_as_the_parser_follows_are_faults_of_their_entry(tmp_path
         except MoextendError as error:
             assert "recursion" in str(error)
     assert "it is nested too deep" in faults
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 20 << 20), (20, 5 << 20)])
+def test_a_parquet_file_that_unpacks_to_much_more_than_it_is_is_refused(tmp_path: Path, rows: int, size: int):
+    """The second has one value, in its dictionary, of which each of 16 rows at once would have a copy."""
+    table = pa.table({"question": ["q"] * rows, "answer": pa.array(["a" * size]).take([0] * rows)})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    del table
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    refused(lambda: [*read_entries(tmp_path / "a.parquet")], "a.parquet", "bytes would unpack to")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
