@@ -587,6 +587,8 @@ WORDS = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "?
         ({"normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "x" * 10**6})}, "1000 times longer"),
         ({"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel"}] * 40)}, "1000 times longer"),
         ({"decoder": sequence("decoders", *[written("x" * 1000, String="a")] * 3)}, "1000 times longer"),
+        # what an export writes again as it is
+        ({"added_tokens": [{"id": 0, "content": "<|end|>", "special": 0}]}, "expected a boolean"),
         # other ids of the same text each time
         ({"model": {"dropout": 0.5}}, "dropout"),
     ],

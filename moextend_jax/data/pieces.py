@@ -122,7 +122,8 @@ class JsonPieces:
         self._where = f"{where}"
         named = set(control)
         added = [
-            token | {"special": token["special"] or token["content"] in named} for token in described["added_tokens"]
+            token | {"special": True} if token["special"] is False and token["content"] in named else token
+            for token in described["added_tokens"]
         ]
         self._text = json.dumps({**described, "added_tokens": added, "truncation": None, "padding": None})
         self._load()
