@@ -59,7 +59,9 @@ def everything(folder: Path) -> None:
     }
     table_of = "index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n1\tQ?\th\ta\tb\t\t\tA\taGk=\n"
     texts = {"mmbench/mmbench_dev_20230712.tsv": table_of}
-    texts["MME/MME_Benchmark_release_version/OCR/a.txt"] = "Q? Please answer yes or no.\tYes\n"
+    texts["MME/MME_Benchmark_release_version/OCR/a.txt"] = (
+        "Q? Please answer yes or no.\tYes\n" + 9 * "Another? Yes or no.\tNo\n"
+    )
     for name, content in {**lines, **whole, **texts}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
