@@ -1,6 +1,6 @@
 """Fuzzes every reader of files from elsewhere, each in a process of its own under limits of time and memory.
 
-python benchmarks/fuzz.py                        all readers (half an hour on two busy cores)
+python benchmarks/fuzz.py                        all readers (hours; with --cases 1000 half an hour on a busy core)
 python benchmarks/fuzz.py --cases 200 gguf       fewer cases, some readers
 
 In: nothing; tests/fuzzing.py writes valid files and changes them by seeds 0, 1, ... Out: a table, and what went wrong

@@ -72,7 +72,7 @@ RUNS = [
     *(Run("published", "h100:8", stage, (1, 8, 1, 1), accumulate=4, saved="") for stage in STAGES),
 ]
 INT8, INT4 = ("--config.expert_storage=int8",), ("--config.expert_storage=int4",)
-FOUR_ROWS, ROW_BY_ROW = ("--config.finetune.accumulate=32",), ("--config.finetune.accumulate=128",)
+EIGHT_ROWS, ROW_BY_ROW = ("--config.finetune.accumulate=16",), ("--config.finetune.accumulate=128",)
 ONE_EXPERT = ("--config.select.new_experts=1", *ROW_BY_ROW)
 GPT_OSS = ("--config.base=gpt-oss-20b", "--config.expert_storage=mxfp4", "--config.expert_group=32")
 PARTS = ("--config.finetune.batch_size=32", "--config.finetune.accumulate=4")
@@ -81,10 +81,10 @@ RUNS += [
     for config, lines in {
         "mixtral_8x7b:one_host": (
             ("v5e:2x4", INT8),
+            ("v5e:2x4", (*INT8, *EIGHT_ROWS)),
             ("v5e:2x4", INT4),
             ("v6e:2x4", ()),
             ("v5p:2x2x1", ()),
-            ("v5p:2x2x1", FOUR_ROWS),
         ),
         "mixtral_8x7b:one_gpu": (("h100:1", ()), ("h100:1", ROW_BY_ROW)),
         "qwen3_30b_a3b": (("h100:8", PARTS), ("v6e:2x4", PARTS), ("v5p:2x2x1", PARTS), ("v5e:2x4", (*PARTS, *INT8))),

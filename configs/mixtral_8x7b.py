@@ -11,7 +11,7 @@ conversations in batches of 128. Arguments:
     packed    the paper's recipe with several conversations a row, about as many conversations a step
     released  the released code's recipe and its batch sizes, one conversation a row
     gpus      the paper's on hosts of eight GPUs of 80 GB: layers split over a host's, replicas over hosts
-    one_host  the paper's on the eight chips of one TPU host, in parts of 8 rows (v5e: --config.expert_storage=int8)
+    one_host  the paper's on the chips of one TPU host, in parts of 4 rows (v5e: docs/one_gpu.md)
     one_gpu   the paper's on one GPU of 80 GB, in parts of 4 rows, the frozen experts in four bits, AdamW's first moment
               in bfloat16
 """
@@ -43,18 +43,20 @@ MACHINES: dict[str, dict[str, Any]] = {
     "one_host": {"mesh": {"data": 1, "fsdp": 1, "expert": 1, "tensor": -1}},
     "one_gpu": {"mesh": {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1}, "expert_storage": "int4"},
 }
-ROWS = {"one_host": 8, "one_gpu": 4}
-"""Of a part of a batch; parts cost no memory, so that batches are the paper's there too."""
+ROWS = 4
+"""Of a part of a batch on one machine; parts cost no memory, so that batches are the paper's there too."""
+ASKED = {"one_host": 64, "one_gpu": 32}
+"""Questions at a time."""
 
 
 def get_config(arg: Literal["paper", "packed", "released", "gpus", "one_host", "one_gpu"] = "paper") -> ConfigDict:
-    recipe, rows = RECIPES["released" if arg == "released" else "paper"], ROWS.get(arg, 0)
+    recipe, asked = RECIPES["released" if arg == "released" else "paper"], ASKED.get(arg, 256)
     align_batch, instruct_batch = recipe.global_batch
     captions: dict[str, Any] = {"batch_size": align_batch, "length": 1024, "epochs": 1}
     instructions: dict[str, Any] = {"batch_size": instruct_batch, "length": 2048}
     captions["accumulate"] = instructions["accumulate"] = 4 if arg == "gpus" else 2
-    if rows:
-        captions["accumulate"], instructions["accumulate"] = align_batch // rows, instruct_batch // rows
+    if arg in ASKED:
+        captions["accumulate"], instructions["accumulate"] = align_batch // ROWS, instruct_batch // ROWS
     if arg == "packed":
         captions |= {"batch_size": align_batch // 2, "length": 1280, "conversation_length": 1024}
         captions |= {"conversations_per_row": 0, "images_per_row": 2}
@@ -78,13 +80,13 @@ def get_config(arg: Literal["paper", "packed", "released", "gpus", "one_host", "
             extend=instruct(steps=1000, learning_rate=1e-3),
             finetune=finetune,
             full=finetune,
-            select=SelectSettings(held_out=10_000, share=0.5, batch_size=rows or 32),
+            select=SelectSettings(held_out=10_000, share=0.5, batch_size=asked // 8),
             evaluate=EvaluateSettings(
                 data="easy_vqa/questions",
                 questions=1000,
                 length=704,
-                batch_size=8 * rows or 256,
-                text_batch_size=4 * rows or 64,
+                batch_size=asked,
+                text_batch_size=min(asked // 2, 64),
             ),  # fmt: skip
             # Scraped conversations; `moextend data check` says how many. Damaged images are skipped in any case.
             faults=FaultSettings(policies={"order": "skip", "empty_answer": "skip"}),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from moextend_jax.runs.media import with_media
 from moextend_jax.runs.ready import row_problems, too_many_questions
 from moextend_jax.runs.run import tokenizer_of_base
 from moextend_jax.settings import RunSettings
+from moextend_jax.terminal import quoted
 
 
 def check_command(
@@ -77,7 +77,7 @@ def check_command(
         for report in reports:
             print_report(report, faults, console)
         for problem in problems:
-            console.print(escape(f"a run would be refused: {problem}"))
+            console.print(quoted(f"a run would be refused: {problem}"))
     return 0 if fine else 1
 
 
@@ -183,7 +183,7 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
     others = "".join(f", {n:,} of {mark}" for mark, n in sorted(report.items.items()) if mark != IMAGE_MARK)
     size = f"{report.rows:,} conversations, {report.images:,} images{others}"
     if report.counts:
-        table = Table(title=escape(f"{title}: {size}"), title_justify="left")
+        table = Table(title=quoted(f"{title}: {size}"), title_justify="left")
         for column in ("kind", "policy", "count", "first", "what is wrong"):
             table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for kind, count in report.counts.items():
@@ -191,13 +191,13 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
             policy = faults.policy(kind)
             messages = list(dict.fromkeys(named.message[:400] for named in report.first[kind]))
             shown = messages[: 1 if KINDS[kind].file else 3]  # files of one kind differ by their names alone
-            table.add_row(kind, policy, f"{count:,}", escape(first), escape("\n".join([KINDS[kind].means, *shown])))
+            table.add_row(kind, policy, f"{count:,}", quoted(first), quoted("\n".join([KINDS[kind].means, *shown])))
         console.print(table)
     elif not report.error:
-        console.print(escape(f"{title}: {size}, no faults"))
+        console.print(quoted(f"{title}: {size}, no faults"))
     if report.skipped:
         share = f"{report.skipped:,} conversations ({report.skipped / report.rows:.2%}) would be skipped"
         limit = f"{faults.most_skipped:.2%} of at least {LEAST_READ:,} may be, but not all"
         console.print(f"  {share}, {'too many' if report.too_many(faults) else 'few enough'}: {limit}")
     if report.error:
-        console.print(escape(f"{title}: cannot be read: {report.error}"))
+        console.print(quoted(f"{title}: cannot be read: {report.error}"))

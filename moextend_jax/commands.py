@@ -106,9 +106,8 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
         record = summarise(run, evaluate(run), total_seconds=before + time.perf_counter() - started)
         print_table(record, screen)
         if distributed.first():
-            # PyTorch's programs know one extension, of pictures or text, by new experts.
-            (link, *more) = settings.links
-            known = not (more or link.rival or link.connector) and link.medium in (IMAGE, "")
+            # PyTorch's programs know extensions for pictures or text, by new experts.
+            known = all(of.medium in (IMAGE, "") and not (of.rival or of.connector) for of in settings.links)
             media = list(run.config.media)
             words = NEXT.format(
                 workdir=shlex.quote(str(run.workdir)),

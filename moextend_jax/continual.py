@@ -28,7 +28,8 @@ from moextend_jax.outside import read_object
 from moextend_jax.report.page import write_report
 from moextend_jax.runs import results
 from moextend_jax.runs.data_of import data_dir_of
-from moextend_jax.runs.run import write_json
+from moextend_jax.runs.making import make
+from moextend_jax.runs.run import working, write_json
 from moextend_jax.runs.sharing import share
 from moextend_jax.settings import Link, RunSettings
 from moextend_jax.terminal import console
@@ -104,8 +105,8 @@ def run_chains(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[st
 
 
 class Beside:
-    """A chain in a process of its own. It starts when the results that it shares with the chain in `made` are there. It
-    ends with the process that started it. `run`, a module-level function (it is pickled), makes the chain."""
+    """A chain in a process of its own. Each of its stages starts when what it shares with the chain in `made` is there.
+    It ends with the process that started it. `run`, a module-level function (it is pickled), makes the chain."""
 
     def __init__(self, settings: RunSettings, folder: Path, made: Path, run: MakeRun):
         self.folder, self.log = folder, folder.with_name(f"{folder.name}.log")
@@ -141,14 +142,23 @@ def _run_beside(settings: RunSettings, folder: Path, made: Path, run: MakeRun, l
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     machine.when_left(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    while not (made / "finetune").exists():  # the first stage that belongs to one chain alone
-        time.sleep(1)
-    share(made, folder, COMMON)
     try:
+        if settings.baseline:  # it starts from what `align` makes, so it need not wait for the choice of layers
+            _wait_for(made / "extend")
+            share(made, folder, ["align"])
+            with working(settings, folder) as alone:
+                make(alone, "full")
+        _wait_for(made / "finetune")  # the first stage that belongs to one chain alone
+        share(made, folder, COMMON)
         run(settings, folder)
     except MoextendError as error:
         print(error, flush=True)
         sys.exit(2)
+
+
+def _wait_for(folder: Path) -> None:
+    while not folder.exists():
+        time.sleep(1)
 
 
 def check_nothing_is_lost(record: Mapping[str, Any], links: Iterable[Link]) -> None:

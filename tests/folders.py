@@ -36,6 +36,14 @@ HALF = np.dtype(ml_dtypes.bfloat16)
 TEXT = with_vision(tiny.PLAIN, None)
 RELEASED = with_vision(tiny.EXTENDED, tiny.VISION, tags=ImageTags(start=40, end=41, pad=42))
 ALIGNED = with_extension(RELEASED, None)
+CHAIN = dataclasses.replace(
+    ALIGNED,
+    extensions=Named(
+        pets=tiny.EXTENSION,
+        items=dataclasses.replace(tiny.EXTENSION, medium="", layers=(1,), sources=(0, 3), new_experts=2),
+    ),
+)
+"""Two extensions, for pictures and for a task in text."""
 
 
 def arrays(config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) -> dict[str, np.ndarray]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import os
 import shutil
 import struct
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import benchmark_files
 import folders
 import gguf
 import media_files
@@ -31,23 +34,30 @@ import safetensors.numpy
 import tiny
 import tiny_llama as llama
 import tiny_tokens
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from moextend_jax.checkpoints import convert
+from moextend_jax.checkpoints import convert, names
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_tokenizer import write_tokenizer
+from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.loading import Source, open_source
 from moextend_jax.checkpoints.npz import read_npz
+from moextend_jax.checkpoints.peft import open_peft
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
+from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.checkpoints.upcycle import open_upcycled
+from moextend_jax.checkpoints.whisper import read_whisper, whisper_attributes
 from moextend_jax.compare import reference
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError
+from moextend_jax.config import RECIPES, AdapterConfig, ModelConfig, MoextendError, Named
 from moextend_jax.data.conversations import encode_conversation
 from moextend_jax.data.entries import read_entries
 from moextend_jax.data.item_files import read_span
+from moextend_jax.data.records import read_row
 from moextend_jax.data.shards import Span
 from moextend_jax.data.tokenizer import load_tokenizer, tokenizer_of
 from moextend_jax.faults import Fault
 from moextend_jax.media import KINDS
+from moextend_jax.models.whisper import sizes_of
 from moextend_jax.routing import stats as routing_stats
 from moextend_jax.runs.models_of import read_selection
 
@@ -355,6 +365,12 @@ def _llava(folder: Path) -> None:
     folders.llava(folder, config=folders.RELEASED, memory=True)
 
 
+def _chain(folder: Path) -> None:
+    """Two extensions in layout hf."""
+    options: dict[str, Any] = {"recipe": RECIPES["paper"], "max_shard_bytes": 1 << 30}
+    export_transformers(folders.source_of(folders.CHAIN), folder / "model", **options)
+
+
 def _imported(folder: Path) -> None:
     folders.released(folder / "source")
     convert.import_source(open_source(folder / "source"), folder / "model")
@@ -372,6 +388,28 @@ def _delta(folder: Path) -> None:
     folders.clip(folder / "base" / "vision")
     convert.export_source(open_source(folder / "whole"), folder / "delta", layout="delta", max_shard_bytes=1 << 30)
     shutil.rmtree(folder / "whole")
+
+
+def _peft(folder: Path) -> None:
+    adapter = AdapterConfig(rank=2, router=True, experts="per_expert", medium="")
+    source = folders.source_of(ModelConfig(decoder=tiny.DECODER, adapters=Named({"a": adapter})))
+    convert.export_source(source, folder / "lora", layout="peft", max_shard_bytes=1 << 30)
+
+
+def _whisper(folder: Path) -> None:
+    config = media_files.WHISPER
+    shapes = {row.file: names.shape(row.layout.split(" -> ")[0], sizes_of(config)) for row in names.WHISPER}
+    arrays = {f"model.encoder.{name.format(U=0)}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    folders.write(folder, arrays, whisper_attributes(config))
+    sounds = {"sampling_rate": 16_000, "n_fft": 400, "hop_length": 160, "feature_size": config.bands}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sounds))
+
+
+def _records(folder: Path) -> None:
+    writer = ArrayRecordWriter(os.fspath(folder / "a.array_record"), "group_size:1")
+    for row in range(4):
+        writer.write(bytes([row]) * (row + 1))
+    writer.close()
 
 
 def _selection(folder: Path) -> None:
@@ -468,9 +506,22 @@ def _read_stats(folder: Path) -> None:
 
 
 def _read_source(source: Source) -> None:
-    for leaf in source.leaves.values():
+    _read_leaves(source.leaves)
+
+
+def _read_leaves(leaves: Mapping[str, Leaf]) -> None:
+    for leaf in leaves.values():
         for index in leaf.indices():
             leaf.ours(index)
+
+
+def _read_whisper(folder: Path) -> None:
+    _read_leaves(read_whisper(folder, seconds=1).leaves)
+
+
+def _read_records(folder: Path) -> None:
+    for row in range(4):
+        read_row(folder / "a.array_record", row, name=f"image {folder.name}", noun="image")
 
 
 def _data_rows() -> list[dict[str, Any]]:
@@ -491,6 +542,11 @@ def _data_lines(folder: Path) -> None:
     rows = [row | {"images": ["a.png"] * len(row["images"])} for row in _data_rows()]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "data.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _data_json(folder: Path) -> None:
+    rows = [row | {"images": ["a.png"] * len(row["images"])} for row in _data_rows()]
+    (folder / "data.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def _data_csv(folder: Path) -> None:
@@ -515,6 +571,7 @@ def _data_tar(folder: Path) -> None:
 
 
 DATA: dict[str, Callable[[Path], None]] = {
+    "json": _data_json,
     "jsonl": _data_lines,
     "csv": _data_csv,
     "parquet": lambda folder: pq.write_table(pa.Table.from_pylist(_data_rows()), folder / "data.parquet"),
@@ -566,6 +623,35 @@ def change_line(data: bytes, rng: Rng) -> bytes:
     return b"\n".join(lines)
 
 
+def change_table(data: bytes, rng: Rng) -> bytes:
+    """Another value in one of the cells."""
+    if rng.random() < 0.4:
+        return change_bytes(data, rng)
+    lines = [line.split(b"\t") for line in data.split(b"\n")]
+    cells = pick(rng, lines)
+    cells[int(rng.integers(len(cells)))] = f"{pick(rng, (*VALUES, '9' * 5000))}".encode(errors="replace")
+    return b"\n".join(map(b"\t".join, lines))
+
+
+def _benchmark(name: str, split: str | None) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        benchmark_files.everything(folder)
+        benchmark_files.answer(folder, name, split)
+
+    return make
+
+
+BENCHMARKS = {
+    f"{name}: {Path(file).name}": Reader(
+        _benchmark(name, split), file, functools.partial(benchmark_files.score, name=name, split=split),
+        change_json if Path(file).suffix.startswith(".json") else change_table,
+    )
+    for (name, split), files in benchmark_files.RUNS.items()
+    for file in (*files, "answers.jsonl")
+}  # fmt: skip
+"""Each file that scores are made of."""
+
+
 def _upcycled(folder: Path) -> None:
     _read_source(open_upcycled(folder / "model", experts=2, tokenizer_folder=folder / "tokenizer"))
 
@@ -597,6 +683,9 @@ READERS: dict[str, Reader] = {
     "header: LLaVA, fused": Reader(
         _llava, "model.safetensors", lambda folder: _read_source(open_source(folder)), change_safetensors
     ),
+    "config.json: extensions": Reader(
+        _chain, "model/config.json", lambda folder: _read_source(open_source(folder / "model")), change_json
+    ),
     "config.json: Llama": Reader(
         lambda folder: llama.write_folder(folder / "model"), "model/config.json", _upcycled, change_json
     ),
@@ -616,6 +705,17 @@ READERS: dict[str, Reader] = {
         _delta, "delta/moextend.json",
         lambda folder: _read_source(open_source(folder / "delta", base=folder / "base")), change_json,
     ),
+    "adapter_config.json": Reader(
+        _peft, "lora/adapter_config.json", lambda folder: _read_leaves(open_peft(folder / "lora", tiny.DECODER).leaves),
+        change_json,
+    ),
+    "header: PEFT": Reader(
+        _peft, "lora/adapter_model.safetensors",
+        lambda folder: _read_leaves(open_peft(folder / "lora", tiny.DECODER).leaves), change_safetensors,
+    ),
+    "config.json: Whisper": Reader(_whisper, "config.json", _read_whisper, change_json),
+    "preprocessor_config.json": Reader(_whisper, "preprocessor_config.json", _read_whisper, change_json),
+    "header: Whisper": Reader(_whisper, "model.safetensors", _read_whisper, change_safetensors),
     "routing.json": Reader(
         _selection, "routing.json", lambda folder: read_selection(folder / "routing.json", decoder=tiny.DECODER),
         change_json,
@@ -623,6 +723,7 @@ READERS: dict[str, Reader] = {
     **{f"data: {form}": Reader(make, f"data.{form}", _read_data, change_bytes) for form, make in DATA.items()},
     "data: messages": Reader(DATA["jsonl"], "data.jsonl", _read_data, change_line),
     **{f"media: {name}": Reader(_item(name), "item", _read_item(name), change_bytes) for name in media_files.FILES},
+    "rows of ArrayRecord": Reader(_records, "a.array_record", _read_records, change_bytes),
     "media: npz, header": Reader(_item("npz"), "item", _read_item("npz"), change_npz),
     "tokenizer.model": Reader(_tokenizer, "tokenizer.model", load_tokenizer, change_bytes),
     "tokenizer_config.json": Reader(_tokenizer, "tokenizer_config.json", load_tokenizer, change_json),
@@ -630,6 +731,7 @@ READERS: dict[str, Reader] = {
     "tokenizer_config.json: chat": Reader(_byte_level, "tokenizer_config.json", _read_chat, change_json),
     "generation_config.json": Reader(_byte_level, "generation_config.json", _read_chat, change_json),
     "chat_template.jinja": Reader(_byte_level, "chat_template.jinja", _read_chat, change_bytes),
+    **BENCHMARKS,
 }  # fmt: skip
 
 GGUF_NUMBERS: list[tuple[int, int]] = []

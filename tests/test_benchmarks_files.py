@@ -10,10 +10,10 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import benchmark_files
 import pytest
 
 from moextend_jax import cli
@@ -326,111 +326,18 @@ def test_score_prints_a_table_and_writes_submissions(tmp_path: Path, capsys):
         command("--answers", path)
 
 
+def test_what_a_file_calls_its_groups_is_printed_as_it_is(tmp_path: Path, capsys):
+    """Rich takes [/x] for the end of a style that never began, and a terminal an escape for an order."""
+    benchmark_files.everything(tmp_path)
+    benchmark_files.answer(tmp_path, "vqav2", "val")
+    labels = tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"
+    labels.write_text(labels.read_text().replace('"other"', r'"[/x] \u001b[2J"'))
+    said = tmp_path / "answers.jsonl"
+    assert command("--benchmark", "vqav2", "--split", "val", "--answers", said, "--data", tmp_path) == 0
+    assert r"[/x] \x1b[2J" in capsys.readouterr().out
+
+
 def test_no_jax_is_needed():
     program = "import sys; from moextend_jax.evaluate.benchmarks import command; sys.exit('jax' in sys.modules)"
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[1]))
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
-
-
-# --- random damage ----------------------------------------------------------------------------------------------------
-
-VALUES = (None, True, 0, -1, 10**400, 1.5, "", "x", "\ud800", "\0", [], [1], ["a"], {}, {"answer": 1}, "No", "A")
-
-
-def damaged(value: Any, draw: random.Random) -> Any:
-    """A JSON value with one place of it replaced, left out, or doubled."""
-    if draw.random() < 0.25 or not isinstance(value, dict | list) or not value:
-        return draw.choice(VALUES)
-    if isinstance(value, dict):
-        name = draw.choice(list(value))
-        if draw.random() < 0.2:
-            return {one: of for one, of in value.items() if one != name}
-        return value | {name: damaged(value[name], draw)}
-    place = draw.randrange(len(value))
-    return [*value[:place], damaged(value[place], draw), *value[place + draw.randrange(2) :]]
-
-
-def everything(folder: Path) -> dict[str, list[Path]]:
-    """A tiny correct folder of every benchmark; the files of each."""
-    text = "Q?\nReference OCR token: A\nAnswer the question using a single word or phrase."
-    people = [{"answer": "a", "answer_id": n} for n in range(10)]
-    said = [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A"}]
-    entry = {"question_id": 1, "image": "a.jpg", "text": text, "category": "random"}
-    lines = {
-        "pope/llava_pope_test.jsonl": entry,
-        "pope/coco_pope_random.json": {"image": "a.jpg", "text": "Q?", "label": "yes"},
-        "gqa/llava_gqa_testdev_balanced.jsonl": entry,
-        "textvqa/llava_textvqa_val_v051_ocr.jsonl": entry | {"question_id": "a"},
-        "MME/llava_mme.jsonl": entry | {"question_id": "OCR/a.jpg", "text": "Q?"},
-        "mmvet/llava-mm-vet.jsonl": entry,
-        "vizwiz/llava_test.jsonl": entry,
-    }
-    problem = {"subject": "natural science", "grade": "grade3", "hint": "h", "image": None}
-    label = {"answer": "a", "isBalanced": True, "types": {"structural": "query", "semantic": "obj"}}
-    whole = {
-        "gqa/testdev_balanced_questions.json": {"1": label},
-        "textvqa/TextVQA_0.5.1_val.json": {"data": [{"image_id": "a", "question": "Q?", "answers": ["a"] * 10}]},
-        "scienceqa/llava_test_CQM-A.json": [{"id": "1", "image": "1.png", "conversations": said}],
-        "scienceqa/problems.json": {"1": problem},
-        "vqav2/v2_OpenEnded_mscoco_val2014_questions.json": {
-            "questions": [{"question_id": 1, "image_id": 1, "question": "Q?"}]
-        },
-        "vqav2/v2_mscoco_val2014_annotations.json": {
-            "annotations": [{"question_id": 1, "answer_type": "other", "answers": people}]
-        },
-        "vizwiz/val.json": [{"image": "a.jpg", "question": "Q?", "answer_type": "other", "answers": people}],
-    }
-    table_of = "index\tquestion\thint\tA\tB\tC\tD\tanswer\timage\n1\tQ?\th\ta\tb\t\t\tA\taGk=\n"
-    texts = {"mmbench/mmbench_dev_20230712.tsv": table_of}
-    texts["MME/MME_Benchmark_release_version/OCR/a.txt"] = "Q? Please answer yes or no.\tYes\n"
-    files: dict[str, list[Path]] = {}
-    for name, content in {**lines, **whole, **texts}.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content) + "\n")
-        files.setdefault(name.split("/")[0], []).append(path)
-    return files
-
-
-RUNS = [("pope", None), ("gqa", None), ("textvqa", None), ("mme", None), ("mmvet", None), ("vizwiz", None)]
-RUNS += [("vizwiz", "val"), ("vqav2", "val"), ("scienceqa", None), ("mmbench", None)]
-
-
-@pytest.mark.parametrize(("name", "split"), RUNS)
-def test_random_damage_gives_scores_or_a_message(tmp_path: Path, name: str, split: str | None):
-    files = everything(tmp_path)["MME" if name == "mme" else name]
-    said = tmp_path / "answers.jsonl"
-    draw = random.Random(name)
-
-    def attempt() -> bool:
-        """Whether it scored; whatever else than a message must not happen."""
-        try:
-            questions = table.read(name, tmp_path, split)
-            answered = table.read_answered(name, said, questions=questions, partial=True)
-            table.score(name, answered, tmp_path, split)
-            if table.benchmark(name).submission:
-                table.submission(name, answered, tmp_path, split)
-        except MoextendError as error:
-            assert str(error)
-            return False
-        return True
-
-    questions = table.read(name, tmp_path, split)
-    with table.open_answers(name, said, questions=questions, model_id="m") as some:
-        for question in questions:
-            some.append(question, "A")
-    assert attempt()
-    refused = 0
-    damage: list[Callable[[bytes], bytes]] = [
-        lambda content: json.dumps(damaged(json.loads(content), draw)).encode(),
-        lambda content: content[: draw.randrange(len(content))],
-        lambda content: bytes(draw.randrange(256) if draw.random() < 0.03 else byte for byte in content),
-    ]
-    for path in [*files, said]:
-        right = path.read_bytes()
-        for _ in range(60):
-            how = draw.choice(damage[1:] if path.suffix in (".tsv", ".txt") else damage)
-            path.write_bytes(how(right))
-            refused += not attempt()
-        path.write_bytes(right)
-    assert attempt() and refused > 20

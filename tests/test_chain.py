@@ -316,6 +316,8 @@ def test_chains_side_by_side_then_trained_together(settings, tmp_path, monkeypat
     assert {"image alone", "sound alone", "trained together", *two_rules} <= set(scores)
     assert (tmp_path / "w" / "strict" / "mixture" / "result").exists()
     assert not (tmp_path / "w" / "open" / "mixture").exists() and (tmp_path / "w" / "report.html").exists()
+    full, finetune = (tmp_path / "w" / "open" / name / "stage.json" for name in ("full", "finetune"))
+    assert full.stat().st_mtime < finetune.stat().st_mtime  # made before the other chain had chosen layers
 
 
 @pytest.mark.parametrize(

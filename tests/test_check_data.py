@@ -157,6 +157,13 @@ def test_the_table_names_the_first(folder, capsys):
     assert f"2 conversations (10.00%) would be skipped, too many: {limit}" in text
 
 
+def test_names_in_data_move_no_cursor(folder, capsys):
+    for path in folder.glob("*.json"):
+        path.write_text(path.read_text().replace('"3.jpg"', r'"\u001b[2J[/x].jpg"'))
+    _, text = checked(settings(folder, faults=skipping()), capsys, as_json=False)
+    assert r"\x1b[2J[/x].jpg" in text and "\x1b" not in text
+
+
 def test_a_file_that_cannot_be_read_does_not_end_the_check_of_the_others(folder, capsys):
     (folder / "blip_laion_cc_sbu_558k.json").write_text('[{"id": 1')
     code, said = checked(settings(folder, faults=skipping(most_skipped=0.2)), capsys)

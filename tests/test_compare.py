@@ -16,7 +16,7 @@ import reference_set
 
 from moextend_jax import cli
 from moextend_jax.checkpoints.npz import read_npz
-from moextend_jax.compare import forward, reference, verdict
+from moextend_jax.compare import command, forward, reference, verdict
 from moextend_jax.config import MoextendError
 
 
@@ -191,6 +191,13 @@ def test_a_file_of_unknown_arrays_alone_has_nothing_to_compare(derived, text: Pa
     file = changed(text, tmp_path, arrays | {"nowhere/logits": np.zeros(3), "text/surprise": np.zeros(3)})
     with pytest.raises(MoextendError, match="nothing in .* could be compared: logits: .* no batch 'nowhere'"):
         cli.call(["compare", *arguments(derived.folder / "moextend_pert", file)])
+
+
+def test_what_a_file_calls_its_batches_is_printed_as_it_is(capsys):
+    rows = [verdict.Row("[/x]", "\x1b[2Jlogits", "not compared", note="[/y]")]
+    command._print(reference.Reference(Path("x.npz"), {}, {}, {}), rows, ["[/z]"], seconds=0.0)
+    printed = capsys.readouterr().out
+    assert all(said in printed for said in ("[/x]", r"\x1b[2Jlogits", "[/y]", "[/z]"))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

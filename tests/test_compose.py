@@ -157,7 +157,9 @@ def test_layouts_of_one_extension_refuse_more_in_a_line(root: Path, tmp_path: Pa
 
 def test_two_new_experts_of_different_sources_go_through_published_layouts(tmp_path: Path):
     two = ExtensionConfig(layers=(0, 2), sources=(1, 3, 0, 2), new_experts=2, calibrator_width=5)
-    config = dataclasses.replace(CONFIG, media=Named(image=MEDIA["image"]), extensions=Named(image=two))
+    config = dataclasses.replace(
+        CONFIG, media=Named(image=MEDIA["image"]), extensions=Named(image=two), composition="shared"
+    )
     recipe = dataclasses.replace(RECIPES["paper"], feature_layer=-1)
     source = source_of(config, recipe=dataclasses.asdict(recipe))
     convert.export_source(source, tmp_path / "released", layout="released", max_shard_bytes=1 << 30)
@@ -490,8 +492,26 @@ def test_a_chain_is_exported_as_one_delta_or_extension_by_extension(root: Path, 
     folders.assert_same(opened.arrays, decoder | expected)
     with pytest.raises(MoextendError, match="--extension touch goes with --layout delta"):
         cli.call(["export", str(workdir), str(tmp_path / "x"), "--layout", "hf", "--extension", "touch"])
-    with pytest.raises(MoextendError, match="layout released holds .*, and this model has medium touch, ext"):
+    with pytest.raises(MoextendError, match="layout hf holds .*, and this model has medium touch, ext.*--layout delta"):
         cli.call(["export", str(workdir), str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize("layout", ["hf", "released"])
+def test_what_transformers_does_not_compute_is_refused_by_name(tmp_path: Path, layout: str):
+    of_pictures = dataclasses.replace(
+        CONFIG, media=Named(image=MEDIA["image"]), extensions=Named(image=EXTENSIONS["image"])
+    )
+    for config, told in (
+        (CONFIG, "extension speech.*, extension touch.*, medium speech, medium touch"),
+        (of_pictures, "the composition 'decoupled' of extensions: export it with --layout delta"),
+    ):
+        options: dict[str, Any] = {"max_shard_bytes": 1 << 30}
+        with pytest.raises(MoextendError, match=f"layout {layout} holds .* this model has .*{told}"):
+            if layout == "hf":
+                export_transformers(source_of(config), tmp_path / "out", recipe=RECIPES["paper"], **options)
+            else:
+                convert.export_source(source_of(config), tmp_path / "out", layout=layout, **options)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ those that somebody who knows the format would try. All under a limit of time an
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
 import io
@@ -23,9 +24,12 @@ from typing import Any
 import folders
 import fuzzing
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import tiny_llama as llama
+from sentencepiece import sentencepiece_model_pb2
 
 from moextend_jax.checkpoints.gguf import open_gguf
 from moextend_jax.checkpoints.gguf_header import read_header
@@ -35,6 +39,7 @@ from moextend_jax.checkpoints.npz import FREE, read_npz
 from moextend_jax.checkpoints.tensors import open_pickles, open_safetensors
 from moextend_jax.checkpoints.upcycle import open_upcycled
 from moextend_jax.config import MoextendError
+from moextend_jax.data.entries import read_entries
 from moextend_jax.runs.models_of import read_selection
 
 CASES = 100
@@ -482,6 +487,130 @@ def test_a_file_of_ours_that_is_none_is_not_taken_for_a_models(tmp_path: Path):
         with pytest.raises(MoextendError, match=f"routing.json {said}$"):
             read_selection(path, decoder=tiny.DECODER)
         path.write_text("[]")
+
+
+NINES = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("reader", "old", "new", "came"),
+    [
+        ("mmbench: mmbench_dev_20230712.tsv", "\n1\t", f"\n{NINES}\t", "refused"),
+        ("scienceqa: problems.json", "grade3", f"grade{NINES}", "read"),
+        ("header: PEFT", "layers.0.block_sparse_moe.gate.", f"layers.{NINES}.mlp.gate.", "refused"),
+        ("adapter_config.json", '"lora_alpha": 256.0', f'"lora_alpha": 1{NINES[:400]}', "refused"),
+    ],
+)
+def test_numbers_of_more_digits_than_python_takes(tmp_path: Path, reader: str, old: str, new: str, came: str):
+    opened = fuzzing.open_reader(reader, tmp_path / "f")
+    made = opened.whole.replace(old.encode(), new.encode())
+    assert made != opened.whole
+    if reader.startswith("header"):
+        length = int.from_bytes(made[:8], "little") + len(made) - len(opened.whole)
+        made = length.to_bytes(8, "little") + made[8:]
+    with limits():
+        assert fuzzing.judge(opened, made) == came
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_values_as_deep_as_the_parser_follows_are_faults_of_their_entry(tmp_path: Path):
+    """Some levels below its limit everything else that goes through a value ends at it first."""
+    path, turns = tmp_path / "a.json", '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]'
+    faults = set()
+    for levels in range(700, 1000):
+        deep = "[" * levels + "]" * levels
+        path.write_text(f'[{{"image": {deep}, "images": {deep}, "conversations": {turns}}}]')
+        try:
+            (entry,) = read_entries(path)
+            faults.add(str(entry.fault).rpartition(": ")[2])
+        except MoextendError as error:
+            assert "recursion" in str(error)
+    assert "it is nested too deep" in faults
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 20 << 20), (20, 5 << 20)])
+def test_a_parquet_file_that_unpacks_to_much_more_than_it_is_is_refused(tmp_path: Path, rows: int, size: int):
+    """The second has one value, in its dictionary, of which each of 16 rows at once would have a copy."""
+    table = pa.table({"question": ["q"] * rows, "answer": pa.array(["a" * size]).take([0] * rows)})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    del table
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    refused(lambda: [*read_entries(tmp_path / "a.parquet")], "a.parquet", "bytes would unpack to")
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def sequence(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(steps)}
+
+
+def written(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def charsmap(size: int, rest: bytes) -> dict[str, Any]:
+    table = base64.b64encode(struct.pack("<I", size) + rest).decode()
+    return {"type": "Precompiled", "precompiled_charsmap": table}
+
+
+def template(special: str, sequence: str, **ids: list[int]) -> dict[str, Any]:
+    single = [{"SpecialToken": {"id": special, "type_id": 0}}, {"Sequence": {"id": sequence, "type_id": 0}}]
+    tokens = {name: {"id": name, "ids": numbers, "tokens": [name]} for name, numbers in ids.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": tokens}
+
+
+WORDS = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "c": 2}, "unk_token": "?"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # Rust's panics, when the file is read and when a text is
+        ({"model": {"continuing_subword_prefix": "#" * 50}}, "out of range"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "precompiled_charsmap"),
+        ({"normalizer": charsmap(4, b"\xff\xff\xff\x9fabc\0")}, "out of bounds"),
+        ({"normalizer": written("aa", String="")}, "out of bounds"),
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"),
+        ({"post_processor": template("x", "A")}, "no entry"),
+        ({"post_processor": template("x", "B", x=[1])}, "out of bounds"),
+        ({"decoder": {"type": "Strip", "content": "a", "start": 10**9, "stop": 10**9}}, "out of bounds"),
+        # its errors, of a text alone
+        ({"model": WORDS}, "Missing [UNK] token"),
+        # what would fill the memory, or end the process
+        ({"normalizer": charsmap(2**32 - 1, b"")}, "cut short"),
+        ({"normalizer": charsmap(0, b"x" * 5000)}, "1000 times longer"),
+        ({"normalizer": sequence("normalizers", *[written("x" * 10, Regex=".")] * 9)}, "1000 times longer"),
+        ({"normalizer": sequence("normalizers", *[written("x", Regex="")] * 40)}, "1000 times longer"),
+        ({"normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "x" * 10**6})}, "1000 times longer"),
+        ({"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel"}] * 40)}, "1000 times longer"),
+        ({"decoder": sequence("decoders", *[written("x" * 1000, String="a")] * 3)}, "1000 times longer"),
+        # what an export writes again as it is
+        ({"added_tokens": [{"id": 0, "content": "<|end|>", "special": 0}]}, "expected a boolean"),
+        # other ids of the same text each time
+        ({"model": {"dropout": 0.5}}, "dropout"),
+    ],
+)
+def test_a_tokenizer_json_neither_ends_the_process_nor_fills_the_memory(
+    tmp_path: Path, changes: dict[str, Any], said: str
+):
+    opened = fuzzing.open_reader("tokenizer.json", tmp_path / "f")
+    described = json.loads(opened.whole)
+    model = changes.get("model", {})
+    described |= changes | {"model": model if "vocab" in model else described["model"] | model}
+    (tmp_path / "f" / "tokenizer.json").write_text(json.dumps(described))
+    refused(lambda: opened.reader.read(tmp_path / "f"), str(tmp_path / "f"), said)
+
+
+def test_a_tokenizer_model_knows_what_is_unknown(tmp_path: Path):
+    opened = fuzzing.open_reader("tokenizer.model", tmp_path / "f")
+    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    model.ParseFromString(opened.whole)
+    next(piece for piece in model.pieces if piece.type == piece.UNKNOWN).type = model.pieces[0].NORMAL
+    (tmp_path / "f" / "tokenizer.model").write_bytes(model.SerializeToString())
+    refused(lambda: opened.reader.read(tmp_path / "f"), str(tmp_path / "f"), "no piece for what is unknown")
 
 
 # --- torch pickles ----------------------------------------------------------------------------------------------------

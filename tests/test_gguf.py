@@ -263,6 +263,10 @@ def test_text_is_cut_as_the_file_says(tmp_path: Path):
         ({"merges": ["q"]}, "merges that do not fit"),
         ({"eos_token_id": 999}, "264 tokens, but .*999"),
         ({"model": "llama"}, "264 tokens and 0 scores"),
+        (
+            {"tokens": ["<|end|>", "a:b", *byte_level()["tokenizer.ggml.tokens"][2:]], "add_bos_token": True},
+            "begins texts with 'a:b', which",
+        ),
     ],
 )
 def test_a_tokenizer_that_cannot_be_written_is_refused(tmp_path: Path, changes: dict[str, Any], said: str):

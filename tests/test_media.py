@@ -186,6 +186,9 @@ def test_a_header_that_says_more_than_there_is():
     refused(flac_of(8001), HEARD, "truncated", "cut off|8000 of 8001")
     cut = files.sound()[:-100]
     refused(cut, HEARD, "truncated", "ends before its header says")
+    refused(wav_header(samples=36000 * 8000, data=bytes(1000)), HEARD, "truncated", "ends before its header says")
+    titled = b"LIST" + struct.pack("<I", 5) + b"INFOa\0data"  # an odd length, and a byte behind it
+    refused(wav_header(samples=99, data=bytes(9)).replace(b"data", titled), HEARD, "truncated", "ends before")
     piped = bytearray(files.sound())  # by a program that could not go back to the beginning
     piped[4:8] = piped[40:44] = b"\xff" * 4
     np.testing.assert_array_equal(decode(bytes(piped), HEARD), decode(files.sound(), HEARD))

@@ -62,6 +62,7 @@ def test_a_task_in_text_by_one_command(tmp_path):
     assert "no faults" in moextend("data", "check", *words, folder=tmp_path)
     table = moextend("run", *words, "--workdir", "w", *FEWER, folder=tmp_path)
     assert "aligned only" not in table and "pretrained weights bit-identical: yes" in table
+    assert "Base" in (report := (tmp_path / "w" / "report.html").read_text()) and "Aligned only" not in report
     moextend("export", "w", "out", folder=tmp_path)
     asked = ["--prompt", "add 3 and 2", "--max-new-tokens", "4"]
     answers = [moextend("generate", *place, *asked, folder=tmp_path)

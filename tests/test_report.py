@@ -245,10 +245,11 @@ def test_one_question_says_little(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rival_s_run_is_called_by_its_method(tmp_path):
+@pytest.mark.parametrize("own", [{"titles": {"moextend": "LoRA"}}, {"method": "LoRA"}], ids=["now", "older"])
+def test_a_rival_s_run_is_called_by_its_method(tmp_path, own):
     """In tables, cards and pictures; the page itself is this tool's."""
     workdir = fake_workdir(tmp_path)
-    put(workdir / "summary.json", {**SUMMARY, "method": "LoRA"})
+    put(workdir / "summary.json", {**SUMMARY, **own})
     page = write_report(workdir).read_text()
     assert "<span>LoRA</span>" in page and not re.search(r">\s*MoExtend\s*<", page)
 

@@ -19,7 +19,8 @@ from moextend_jax.checkpoints import hashes, huggingface, leaves, names
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source
 from moextend_jax.checkpoints.spelling import unwrapped
 from moextend_jax.checkpoints.tensors import open_tensors
-from moextend_jax.config import ImageTags, MoextendError
+from moextend_jax.checkpoints.transformers_layout import export_transformers
+from moextend_jax.config import RECIPES, ImageTags, MoextendError, with_extension
 from moextend_jax.runs.run import open_run
 
 ATTRIBUTES = huggingface.decoder_attributes(tiny.DECODER, dtype="bfloat16")
@@ -199,6 +200,31 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory:
     folders.assert_same(folders.read(tmp_path / "out"), folders.files("released", folders.RELEASED))
 
 
+@pytest.mark.parametrize("saved", ["files", "memory", "earlier"])
+def test_extensions_are_read_however_transformers_saves_them(tmp_path: Path, saved: str):
+    """By our own class: as it is exported, by its names in memory, and as the version wrote it that knew one."""
+    config = folders.CHAIN if saved != "earlier" else with_extension(folders.ALIGNED, tiny.EXTENSION, name="pets")
+    export_transformers(folders.source_of(config), tmp_path / "hf", recipe=RECIPES["paper"], max_shard_bytes=1 << 30)
+    tensors, at = folders.read(tmp_path / "hf"), tmp_path / "hf" / "config.json"
+    attributes = json.loads(at.read_text())
+    if saved == "memory":
+        before = "language_model."
+        text = {name.removeprefix(before): tensor for name, tensor in tensors.items() if name.startswith(before)}
+        own = {name.replace("block_sparse_moe", "mlp"): t for name, t in text.items() if ".extensions." in name}
+        fused = (folders.fused(text) | own).items()
+        text = {n if n.startswith("lm_head") else n.replace("model.", "model.language_model."): t for n, t in fused}
+        tensors = {f"model.{name}": t for name, t in tensors.items() if not name.startswith(before)} | text
+    elif saved == "earlier":
+        (own,) = attributes.pop("extensions")
+        attributes["moextend"]["extension"] = own.pop("name")
+        attributes |= {("add_layer" if name == "layers" else name): value for name, value in own.items()
+                       if name not in ("medium", "share", "calibrator")}  # fmt: skip
+        tensors = {name.replace(".extensions.0.", ".extension."): tensor for name, tensor in tensors.items()}
+    opened = open_checkpoint(folders.write(tmp_path / "hf", tensors, attributes), dtype="float32")
+    assert [*opened.config.extensions.items()] == [*config.extensions.items()]
+    folders.assert_same(opened.arrays, folders.arrays(config, dtype=np.float32))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -213,6 +239,11 @@ def test_an_extended_model_in_transformers_names_is_read(tmp_path: Path, memory:
         ({"vision_config": {"model_type": "dinov2_with_registers"}}, "'dinov2_with_registers' cannot be honoured"),
         ({"vision_config": {"model_type": "pixtral"}}, "'pixtral' cannot be honoured"),
         ({"quantization_config": {}}, "quantization_config: weights quantised by"),
+        ({"moextend": {"recipe": {"prompt": "x" * 9000}}}, "moextend.recipe.prompt = 'xxxx.{,200}$"),
+        ({"extensions": {}}, "extensions: {} is no list of extensions"),
+        ({"extensions": [{"name": "a", "layers": [9], "sources": [0]}]}, r"extensions: extended layers \(9,\)"),
+        ({"extensions": [{"name": "a", "layers": [0]}]}, "extensions: a: sources must be set"),
+        ({"extensions": [{"name": "a", "layers": [0], "sources": [0]}] * 2}, "extensions: 'a' is no name"),
         ({"add_layer": [0], "new_experts": -3}, "new_experts = -3"),
         ({"add_layer": [0], "new_experts": 1 << 30}, "new_experts = 1073741824 is impossible"),
         ({"add_layer": [0], "wide": 1 << 30}, "wide = 1073741824 is impossible"),

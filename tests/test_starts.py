@@ -472,11 +472,13 @@ def test_twins_go_through_the_layout_of_transformers(tmp_path: Path):
     folders.assert_same(opened.arrays, folders.arrays(config, dtype=np.float32))
     at = tmp_path / "hf" / "config.json"
     written = json.loads(at.read_text())
-    for wrong in (
-        {"sources": [1, 3, 0, 9]}, {"sources": [1, 3]}, {"sources": [1, 3, 0, -1]}, {"start": "other"}, {"wide": 0},
+    for wrong, told in (
+        ({"sources": [1, 3, 0, 9]}, r"sources \(1, 3, 0, 9\) are"), ({"sources": [1, 3]}, "2 layers copy 2 experts"),
+        ({"sources": [1, 3, 0, -1]}, "twins of sources"), ({"start": "other"}, "image.start = 'other' is not"),
+        ({"wide": 0}, "has 0 sources of an expert"), ({"name": "A b"}, "'A b' is no name"),
     ):  # fmt: skip
-        at.write_text(json.dumps(written | wrong))
-        with pytest.raises(MoextendError, match=r"config\.json: (sources|start|wide) = "):
+        at.write_text(json.dumps(written | {"extensions": [written["extensions"][0] | wrong]}))
+        with pytest.raises(MoextendError, match=rf"config\.json: extensions: .*{told}"):
             open_checkpoint(tmp_path / "hf", dtype="float32")
 
 
@@ -491,50 +493,84 @@ def modeling() -> Any:
     return module
 
 
+TWINS: dict[str, Any] = {"start": "twin", "sources": (2, 5, 2)}
+CHAINS: dict[str, tuple[dict[str, Any], ...]] = {
+    "twins": (TWINS,),  # two of the three of one source
+    "all": (
+        TWINS, {"layer": 1, "sources": (0,)}, {"sources": (1, 3)}, {"start": "added", "sources": (4, 6), "share": 0.5},
+        {"start": "twin", "sources": (5,)}, {"start": "lowered", "sources": (7,), "share": 0.9},
+        {"start": "added", "sources": (0,)},
+    ),
+}  # fmt: skip
+"""Extensions of one model, all but one of layer 0."""
+
+
 @pytest.mark.parametrize("sighted", [False, True])
-def test_the_code_that_goes_along_excludes_twins_as_we_do(sighted: bool):
-    """In PyTorch on our leaves, trained calibrator, two of the three of one source."""
+@pytest.mark.parametrize(
+    ("chain", "rule"),
+    [
+        ("twins", Rule(2)),
+        ("all", Rule(3)),
+        ("all", Rule(3, "sigmoid", routed_factor=2.5, groups=4, top_groups=2)),
+    ],
+    ids=["twins", "all", "biased"],
+)
+def test_the_code_that_goes_along_chooses_as_we_do(chain: str, rule: Rule, sighted: bool):
+    """In PyTorch on our leaves, trained calibrators; each extension is open to tokens of its own."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    theirs = modeling()
-    rng, sources = np.random.default_rng(5), (2, 5, 2)
-    x_TD, gate_DE, w_in_OA, w_out_AO = (
-        rng.normal(size=size, scale=scale).astype(np.float32)
-        for size, scale in (((400, 6), 1), ((6, 8), 1), ((11, 4), 1), ((4, 11), 0.1))
-    )
-    new_DX = gate_DE[:, sources] + rng.normal(size=(6, 3), scale=0.3).astype(np.float32)
-    text = transformers.MixtralConfig(hidden_size=6, num_local_experts=8, num_experts_per_tok=2)
-    rule = {"experts": 8, **Rule(2)._asdict(), "bias": False, "selection_bias": False}
+    theirs, rng, of_chain, biased = modeling(), np.random.default_rng(5), CHAINS[chain], rule.scores == "sigmoid"
+
+    def drawn(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return rng.normal(size=shape, scale=scale).astype(np.float32)
+
+    x_TD, gate_DE, bias_E = drawn(400, 6), drawn(6, 8), drawn(8, scale=0.1) if biased else None
+    sizes = {"name": "", "medium": "image", "share": 1.0, "start": "copy", "wide": 1, "calibrator_width": 4}
+    listed = [{**sizes, "layers": [own.get("layer", 0)], "new_experts": len(own["sources"]), **own} for own in of_chain]
+    text = transformers.MixtralConfig(hidden_size=6, num_local_experts=8, num_experts_per_tok=rule.top_k)
+    router = {"experts": 8, **rule._asdict(), "bias": False, "selection_bias": biased}
     expert = {"width": 2, "bias": False, "glu": "silu", "glu_limit": 7.0}
-    config = theirs.MoExtendConfig(
-        text_config=text, new_experts=3, calibrator_width=4, start="twin", sources=list(sources), router=rule,
-        expert=expert,
-    )  # fmt: skip
-    extension = theirs.Extension(config, list(sources))
-    leaves = {"gate.weight": new_DX, "calibrator.0.weight": w_in_OA, "calibrator.2.weight": w_out_AO}
-    extension.load_state_dict({name: torch.tensor(leaf.T.copy()) for name, leaf in leaves.items()}, strict=False)
-    open_T = rng.random(400) < 0.5 if sighted else np.ones(400, bool)
-    extension.sighted = torch.tensor(open_T) if sighted else None
+    config = theirs.MoExtendConfig(text_config=text, extensions=listed, router=router, expert=expert)
+    extensions, slots, shares = theirs.Extensions(config, 0), [], []
+    for n, own in enumerate(listed):
+        X = own["new_experts"]
+        new_DX = gate_DE[:, own["sources"]] + drawn(6, X, scale=0.3)
+        bias_X = drawn(X, scale=0.1) if biased else None
+        w_in_OA, w_out_AO = drawn(8 + X, 4), drawn(4, 8 + X, scale=0.1)
+        open_T = rng.random(400) < 0.5 if sighted else np.ones(400, bool)
+        slot = one_layer(
+            jnp.asarray(new_DX), start=own["start"], width=4, offset=-0.3,
+            bias_X=None if bias_X is None else jnp.asarray(bias_X),
+        )  # fmt: skip
+        slot.calibrator.w_in[...], slot.calibrator.w_out[...] = jnp.asarray(w_in_OA), jnp.asarray(w_out_AO)
+        slots.append(slot)
+        shares.append(jnp.where(open_T, np.log(own["share"]), -jnp.inf))
+        if str(n) not in extensions:
+            continue
+        leaves = {"gate.weight": new_DX, "calibrator.0.weight": w_in_OA, "calibrator.2.weight": w_out_AO}
+        leaves |= {} if bias_X is None else {"selection_bias": bias_X}
+        leaves |= {"offset": np.full(X, -0.3, np.float32)} if own["start"] == "lowered" else {}
+        state = {name: torch.tensor(leaf.T.copy()) for name, leaf in leaves.items()}
+        extensions[str(n)].load_state_dict(state, strict=False)
+        extensions[str(n)].sighted = torch.tensor(open_T) if sighted else None
     with torch.no_grad():
-        x, old = torch.tensor(x_TD), torch.tensor(x_TD @ gate_DE)
-        logits, weights, ids = (array.numpy() for array in extension(x, old, None))
-    columns = one_layer(jnp.asarray(new_DX), start="twin", width=4)
-    columns = with_arrays(
-        columns,
-        {
-            "new_gate": jnp.asarray(new_DX),
-            "calibrator/w_in": jnp.asarray(w_in_OA),
-            "calibrator/w_out": jnp.asarray(w_out_AO),
-        },
-    )
+        bias = None if bias_E is None else torch.tensor(bias_E)
+        given = torch.tensor(x_TD), torch.tensor(x_TD @ gate_DE), bias
+        logits, weights, ids = (array.numpy() for array in extensions(*given))
     ours = route_extended(
-        jnp.asarray(x_TD), jnp.asarray(gate_DE), [columns], rule=Rule(2), normalise=bounded,
-        sources=[jnp.array(sources)], shares=[jnp.where(open_T, 0.0, -jnp.inf)] if sighted else None,
+        jnp.asarray(x_TD), Gate(jnp.asarray(gate_DE), None, None if bias_E is None else jnp.asarray(bias_E)), slots,
+        rule=rule, normalise=bounded, sources=[jnp.array(own["sources"]) for own in listed], shares=shares,
+        extended=[0 in own["layers"] for own in listed],
     )  # fmt: skip
     np.testing.assert_allclose(logits, ours.logits_TO, atol=1e-5)
-    np.testing.assert_array_equal(ids, ours.ids_Tk)
     np.testing.assert_allclose(weights, ours.weights_Tk, atol=1e-5)
-    assert {8, 9, 10} <= {*ids.flat} and np.isin(ids[~open_T], [8, 9, 10]).sum() == 0
+    chosen = weights != 0
+    np.testing.assert_array_equal(ids[chosen], np.asarray(ours.ids_Tk)[chosen])
+    columns = [n for n, own in enumerate(listed) for _ in own["sources"]]
+    there = [8 + o for o, n in enumerate(columns) if str(n) in extensions]
+    assert {*there} <= {*ids[chosen].flat} <= {*range(8), *there}
+    closed = np.isneginf([shares[int(n)] for n in extensions]).all(axis=0)
+    assert closed.any() == sighted and (ids[closed][chosen[closed]] < 8).all()
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -161,11 +161,13 @@ def _sorted(logits, weights, picks):
 
 
 def new_experts(model) -> int:
-    """How many of an extended layer's experts are new; 0 for a model that has none."""
+    """How many of an extended layer's experts are new, with all extensions; 0 for a model that has none."""
     gates = [router for router in routers(model).values() if isinstance(router, ExtendedTopKRouter)]
     if gates:
         return len(gates[0].gate_vision)
-    return model.config.new_experts if getattr(model.config, "add_layer", None) else 0
+    if getattr(model.config, "add_layer", None):  # of earlier versions, which knew one extension
+        return model.config.new_experts
+    return sum(own["new_experts"] for own in getattr(model.config, "extensions", None) or ())
 
 
 def statistics(model, rows, *, batch_size: int, per_token: bool | None) -> dict:

@@ -20,7 +20,7 @@ from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, 
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.loading import Source, check_routers, open_source
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
-from moextend_jax.config import Amount, Count, MoextendError, Quantised, Range, with_vision
+from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Quantised, Range, with_vision
 from moextend_jax.families import FAMILIES
 from moextend_jax.families.towers import TOWERS
 from moextend_jax.mesh import one_device
@@ -168,8 +168,8 @@ def default_layout(source: Source) -> str:
     if source.config.adapters or source.config.blocks:
         return "delta"
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
-        media = [added.medium for added in source.config.extensions.values()]
-        released = source.config.decoder.family in names.PUBLISHED["released"].families and (not media or any(media))
+        pictures = all(name == of.medium == IMAGE for name, of in source.config.extensions.items())
+        released = source.config.decoder.family in names.PUBLISHED["released"].families and pictures
         return "released" if released else HF
     if "decoder" in source.parts:
         return source.config.decoder.family

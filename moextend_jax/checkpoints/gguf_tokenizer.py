@@ -113,9 +113,14 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in added if kind == _USER_DEFINED])
     if bos is not None:
         first = tokens[bos]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, bos)]
-        )
+        try:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, bos)]
+            )
+        except ValueError:  # a blank or a colon has a meaning there
+            raise MoextendError(
+                f"the GGUF's tokenizer begins texts with {shown(first)}, which no tokenizer.json can name"
+            ) from None
     return tokenizer
 
 

@@ -48,8 +48,9 @@ def spellings(tower: str) -> tuple[Spelling, ...]:
     )
 
 
-ADDED = ("add_layer", "sources", "start", "wide")
-"""What says which layers have new experts, and what those are."""
+ADDED = ("extensions", "add_layer", "sources", "start", "wide")
+"""What says which layers have new experts, and what those are; all but the first of earlier versions, which knew one
+extension."""
 
 _TABLE = Table(
     sizes={},

@@ -59,7 +59,7 @@ from moextend_jax.folders import folder as named_folder
 from moextend_jax.folders import local_copy, reading
 from moextend_jax.mesh import one_device
 from moextend_jax.models.moextend import abstract
-from moextend_jax.outside import inside, shown
+from moextend_jax.outside import inside, short, shown
 from moextend_jax.parameters import only_chooses
 from moextend_jax.settings import build, fields
 from moextend_jax.sharding import parameter_shardings
@@ -509,11 +509,17 @@ def _released(
                 f"{base} cannot be the base of {folder}, which knows pictures behind two linear maps and nothing else: "
                 "it has other media, or a projector of another kind"
             )
-    extension = _extension_in(stored)
+    listed = (attributes or {}).get("extensions") if layout == "hf" else None
+    extension, extensions = (_extension_in(stored) if listed is None else None), dict[str, ExtensionConfig]()
     if attributes is not None:
         ours = ("moextend", "new_experts", *llava.ADDED)
         plain = {name: value for name, value in attributes.items() if name not in ours}
         decoder = huggingface.decoder_config(plain, where=at)
+        if listed is not None:
+            try:
+                extensions = store.extensions_in(listed, decoder)
+            except ValueError as error:
+                raise MoextendError(f"{at}: extensions: {short(str(error))}") from None
         configured = huggingface.extension_config(attributes, where=at)
         if configured and layout == "released":  # where new experts are counted among the others
             decoder = dataclasses.replace(decoder, experts=decoder.experts - (extension or configured).new_experts)
@@ -534,13 +540,16 @@ def _released(
         decoder = below.config.decoder
     else:
         raise MoextendError(f"{at} does not exist: not a Hugging Face model folder")
+    if extension:  # which files know by another name only in layout hf of earlier versions
+        blind = bool(attributes) and attributes.get("vision_config") is None and layout == "hf"
+        extensions = {str(facts.pop("extension", IMAGE)): dataclasses.replace(extension, medium="" if blind else IMAGE)}
     if below is not None:
-        delta.check_layers([extension] if extension else [], below.config.decoder, where=folder, base=base)
+        delta.check_layers(extensions.values(), below.config.decoder, where=folder, base=base)
         if decoder != below.config.decoder:
             raise MoextendError(
                 f"{folder} and its base {base} differ: {delta.differing(decoder, below.config.decoder)}"
             )
-    delta.check_layers([extension] if extension else [], decoder, where=folder, base=folder)
+    delta.check_layers(extensions.values(), decoder, where=folder, base=folder)
     tower, tower_attributes = _tower_sizes(
         folder,
         stored,
@@ -554,7 +563,7 @@ def _released(
             f"{folder} holds a tower of family {tower.family}, where this layout has a CLIP: give it apart"
         )
     tags = huggingface.image_tags(attributes) if attributes is not None else below and below.config.tags
-    config = of_pictures(decoder=decoder, vision=tower, extension=extension, tags=tags)
+    config = dataclasses.replace(of_pictures(decoder=decoder, vision=tower, tags=tags), extensions=Named(extensions))
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
         elsewhere |= open_source(vision, feature_layer=feature_layer, dtype=dtype).leaves
@@ -572,26 +581,11 @@ def _released(
     )
     _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
+    decoder_attributes = {name: value for name, value in decoder_attributes.items() if name != "extensions"}
     record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
-    name = str(facts.pop("extension", IMAGE))
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
-    source = Source({**elsewhere, **own}, record, files, below.notes if below else ())
-    blind = bool(attributes) and attributes.get("vision_config") is None and layout == "hf"
-    return with_extension_called(name, source, medium="" if blind else IMAGE) if extension else source
-
-
-def with_extension_called(name: str, source: Source, *, medium: str) -> Source:
-    """The same with its one extension under another name. Files know one for pictures, called IMAGE; in layout hf,
-    config.json says what it is."""
-    ((called, added),) = source.config.extensions.items()
-    config = dataclasses.replace(source.config, extensions=Named({name: dataclasses.replace(added, medium=medium)}))
-    before, after = f"extensions/{called}/", f"extensions/{name}/"
-    renamed = (
-        leaf._replace(path=after + path.removeprefix(before)) if path.startswith(before) else leaf
-        for path, leaf in source.leaves.items()
-    )
-    return source._replace(leaves={leaf.path: leaf for leaf in renamed}, record=source.record._replace(config=config))
+    return Source({**elsewhere, **own}, record, files, below.notes if below else ())
 
 
 def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
@@ -600,7 +594,12 @@ def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise MoextendError(f"{where}: moextend = {shown(facts)} is not what an export writes there")
     kinds = {"recipe": Recipe, "text_isolation": fields(ModelConfig)["text_isolation"], "extension": str}
-    read = {name: build(kinds[name], facts[name], where=f"{where}: moextend.{name}") for name in kinds if name in facts}
+    try:
+        read = {
+            name: build(kind, facts[name], where=f"moextend.{name}") for name, kind in kinds.items() if name in facts
+        }
+    except MoextendError as error:  # which may be as long as what stands in the file
+        raise MoextendError(f"{where}: {short(str(error))}") from None
     if not store.NAME.fullmatch(read.get("extension", IMAGE)):
         raise MoextendError(f"{where}: moextend.extension = {shown(read['extension'])} is no name")
     return read | ({"recipe": dataclasses.asdict(read["recipe"])} if "recipe" in read else {})

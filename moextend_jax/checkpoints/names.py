@@ -5,8 +5,8 @@ axes: "{Z}" counts the decoder's layers that route, "{z}" the dense ones before 
 files are those among all layers), "{E}" pretrained experts, "{X}" new experts (numbered on from E), "{U}" layers of a
 tower or blocks of a resampler, "{u}" those of them that attend to the tower.
 
-Published files know one medium and one extension, pictures, both called "image" in the rows. Leaves of others take the
-same rows: `row_of`.
+Published files know one medium, pictures, called "image" in the rows, and layout released one extension, called so
+too. Leaves of others take the same rows: `row_of`.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ IN_TRANSFORMERS = {
     "gate_vision.selection": "selection_bias", "gate_vision.offset": "offset", "gate_vision.weight": "gate.weight",
     "gate_vision.bias": "gate.bias", "weight_scale.weight_scale.": "calibrator.", "experts.": "ffn.",
 }  # fmt: skip
-"""How names of an extension begin in a block of experts, in released checkpoints -> in the `extension` of a block of
-assets/hf/modeling_moextend.py."""
+"""How names of an extension begin in a block of experts, in released checkpoints -> in one of the `extensions` of a
+block of assets/hf/modeling_moextend.py."""
 
 TEXT = {"released": "", "transformers": "language_model."}
 """File layouts of whole models -> what they write before a decoder's names: the method's released checkpoints, and a
@@ -158,29 +158,41 @@ whole LLaVA of transformers."""
 def rows(table: str, config: ModelConfig) -> tuple[Name, ...]:
     """Rows of a file layout, for a model of this configuration's families."""
     tower = config.vision.family if config.vision else "clip"
-    return _whole(table, config.decoder.family, tower) if table in TEXT else TABLES[table]
+    return _whole(table, config.decoder.family, tower, tuple(config.extensions)) if table in TEXT else TABLES[table]
 
 
 @functools.cache
-def _whole(table: str, family: str, tower: str) -> tuple[Name, ...]:
+def _whole(table: str, family: str, tower: str, extensions: tuple[str, ...]) -> tuple[Name, ...]:
     decoder, pictures = FAMILIES[family].names, TOWERS[tower].names
     text = tuple(row._replace(file=TEXT[table] + row.file) for row in decoder)
     if table == "released":
         projector = _projector("model.visual.mm_projector.0", "model.visual.mm_projector.2")
         seen = (row._replace(file="model.visual.vision_tower." + row.file) for row in pictures)
-        return (*text, *EXTENSION, *projector, *seen)
+        return (*text, *_extensions(extensions, _of_released), *projector, *seen)
     seen = (row._replace(file="vision_tower." + row.file) for row in pictures)
     block = next(row.file for row in text if row.path == "decoder/layers/moe/gate").split("{Z}.")[1].split(".")[0]
-    return (*text, *_extension_of(block), *TABLES["llava_hf"], *seen)
+    return (*text, *_extensions(extensions, functools.partial(_of_transformers, block)), *TABLES["llava_hf"], *seen)
 
 
-def _extension_of(block: str) -> Iterator[Name]:
-    """Rows of EXTENSION as our class for transformers has them."""
-    for row in EXTENSION:
-        name = row.file.removeprefix(_EXTENDED)
-        theirs = next(theirs for theirs in IN_TRANSFORMERS if name.startswith(theirs))
-        ours = IN_TRANSFORMERS[theirs] + name.removeprefix(theirs)
-        yield row._replace(file=f"{TEXT['transformers']}model.layers.{{Y}}.{block}.extension.{ours}")
+def _extensions(names: Iterable[str], called: Callable[[int, str], str]) -> Iterator[Name]:
+    """Rows of EXTENSION for each of these extensions; `called` gives a file's name for the number of one, from what
+    EXTENSION has behind the block."""
+    for number, name in enumerate(names):
+        for row in EXTENSION:
+            path = row.path.replace(f"extensions/{IMAGE}/", f"extensions/{name}/")
+            yield row._replace(path=path, file=called(number, row.file.removeprefix(_EXTENDED)))
+
+
+def _of_released(number: int, theirs: str) -> str:
+    """Such a checkpoint holds one. Further ones are called so when a folder of layout hf is read (`spelling`)."""
+    return _EXTENDED + (f"extensions.{number}." if number else "") + theirs
+
+
+def _of_transformers(block: str, number: int, theirs: str) -> str:
+    """As our class for transformers has it."""
+    begins = next(begins for begins in IN_TRANSFORMERS if theirs.startswith(begins))
+    ours = IN_TRANSFORMERS[begins] + theirs.removeprefix(begins)
+    return f"{TEXT['transformers']}model.layers.{{Y}}.{block}.extensions.{number}.{ours}"
 
 
 PREFIXES = {"llava": "model.", "llava_hf": "model."}
@@ -309,18 +321,19 @@ class Published(NamedTuple):
     families: tuple[str, ...]
     towers: tuple[str, ...]
     starts: tuple[str, ...]
-    wide: bool
+    ours: bool
+    """Whether our own code computes it: extensions of any number, name, width and share."""
 
 
 PUBLISHED = {
-    "released": Published(families=("mixtral",), towers=("clip",), starts=("copy",), wide=False),
+    "released": Published(families=("mixtral",), towers=("clip",), starts=("copy",), ours=False),
     # LLaVA takes one position before the patches away, or none.
-    "hf": Published(families=tuple(FAMILIES), towers=("clip", "siglip", "dinov2"), starts=tuple(STARTS), wide=True),
+    "hf": Published(families=tuple(FAMILIES), towers=("clip", "siglip", "dinov2"), starts=tuple(STARTS), ours=True),
 }
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
-    """Published layouts of whole models hold pictures behind two linear maps, and one extension.
+    """Published layouts of whole models hold pictures behind two linear maps, and extensions for these or for text.
 
     Args:
       layout: of parts, or a row of PUBLISHED.
@@ -329,13 +342,13 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
       MoextendError: the model has leaves that such a layout cannot hold.
     """
     parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if not path.startswith("decoder/"))
-    known = PUBLISHED.get(layout, PUBLISHED["hf"]._replace(towers=tuple(TOWERS)))
+    known = PUBLISHED.get(layout, PUBLISHED["hf"]._replace(towers=tuple(TOWERS), ours=False))
     family = config.vision.family if config.vision else "clip"
     others = [] if config.decoder.family in known.families else [f"a decoder of family {config.decoder.family}"]
     for kind, name in parts:
         if kind in RIVALS:
             others.append(f"{kind} {name}")
-        elif name != IMAGE and not (layout == "hf" and kind == "extensions" and len(config.extensions) == 1):
+        elif name != IMAGE and not (known.ours and kind == "extensions"):
             others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
         elif kind == "media" and family not in known.towers:
             others.append(f"a tower of family {family}")
@@ -343,15 +356,18 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others.append(f"a projector of kind {config.media[name].projector.kind}")
         elif kind == "extensions":
             added = config.extensions[name]
-            others += [f"a share of {added.share} of extension {name}"] * (added.share != 1)
+            others += [f"extension {name} for the medium {added.medium}"] * (added.medium not in (IMAGE, ""))
+            others += [f"a share of {added.share} of extension {name}"] * (added.share != 1 and not known.ours)
             others += [f"the start {added.start!r} of extension {name}"] * (added.start not in known.starts)
             others += [f"the calibrator {added.calibrator!r} of extension {name}"] * (added.calibrator != "two_layers")
-            others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1 and not known.wide)
+            others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1 and not known.ours)
+    if layout in PUBLISHED and config.extensions and config.media and config.composition != "shared":
+        others.append(f"the composition {config.composition!r} of extensions")
     if others:
-        called = "" if layout == "hf" else f" called {IMAGE}"
+        extensions = "extensions for pictures or text" if known.ours else f"one extension called {IMAGE}"
         raise MoextendError(
             f"layout {layout} holds a decoder of family {' or '.join(known.families)}, pictures behind a tower of "
-            f"family {' or '.join(known.towers)} and two linear maps, and one extension{called}, and this model "
+            f"family {' or '.join(known.towers)} and two linear maps, and {extensions}, and this model "
             f"has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back onto its base"
         )
 

@@ -177,7 +177,7 @@ def open_peft(folder: Path, decoder: DecoderConfig) -> Opened:
             raise MoextendError(f"{at}: {setting} = {shown(attributes[setting])} is not read (only {values[0]!r})")
     rank: Any = attributes.get("r")
     alpha: Any = attributes.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if type(rank) is not int or not 0 < rank <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < 1e30:
         raise MoextendError(f"{at}: r = {shown(rank)} and lora_alpha = {shown(alpha)} are no rank and alpha")
     scale = math.sqrt(rank) if attributes.get("use_rslora") else 1.0  # rsLoRA: alpha / sqrt(rank)
     stored = _split(open_tensors(folder / TENSORS), decoder, rank=rank, where=folder)
@@ -257,7 +257,7 @@ def _stacked(
 
 
 FUSED = re.compile(
-    rf"(?P<stem>{re.escape(PREFIX)}model\.layers\.(?P<layer>\d+)\.\w+\.experts)(\.base_layer)?\.lora_A\.weight"
+    rf"(?P<stem>{re.escape(PREFIX)}model\.layers\.(?P<layer>\d{{1,9}})\.\w+\.experts)(\.base_layer)?\.lora_A\.weight"
 )
 """lora_A of a fused parameter: PEFT nests two of one module, in either order."""
 
@@ -297,7 +297,7 @@ def _split(tensors: Mapping[str, Stored], decoder: DecoderConfig, *, rank: int, 
                 stem = PREFIX + row.file.format(Z=int(match["layer"]), E=e).removesuffix(".weight")
                 found[f"{stem}.lora_A.weight"] = _cut(a, lambda of, e=e: of[e * rank : (e + 1) * rank])
                 found[f"{stem}.lora_B.weight"] = _cut(b, lambda of, e=e, half=half: of[half, e::E])
-    router_now = re.compile(rf"({re.escape(PREFIX)}model\.layers\.(\d+))\.mlp\.gate\.(lora_[AB]\.weight)")
+    router_now = re.compile(rf"({re.escape(PREFIX)}model\.layers\.(\d{{1,9}}))\.mlp\.gate\.(lora_[AB]\.weight)")
     for name, tensor in tensors.items():
         if name in taken:
             continue

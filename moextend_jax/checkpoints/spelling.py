@@ -62,13 +62,14 @@ SPELLINGS = (
             ("o", "output.dense"),
         )
     ),
-    # our own modeling_moextend.py
+    # our own modeling_moextend.py; earlier versions knew one extension, called `extension`
     *(
         Spelling(
-            rf"{_LAYER}(?:mlp|block_sparse_moe)\.extension\.{re.escape(ours)}(.*)",
-            rf"\1.block_sparse_moe.{theirs}\2",
+            rf"{_LAYER}(?:mlp|block_sparse_moe)\.{number}\.{re.escape(ours)}(?P<rest>.*)",
+            rf"\1.block_sparse_moe.{further}{theirs}\g<rest>",
             r"(?!)",  # these names are nobody else's
         )
+        for number, further in ((r"extension(?:s\.0)?", ""), (r"(extensions\.[1-9]\d{0,3})", r"\2."))
         for theirs, ours in IN_TRANSFORMERS.items()
     ),
     # the same until version 0.1, whose experts were the pretrained ones' neighbours
@@ -126,7 +127,7 @@ def published(stored: Mapping[str, Stored], family: str = "mixtral") -> tuple[di
     fused = {name: match for name in tensors if (match := _FUSED.fullmatch(name)) and _divides(name, tensors[name])}
     other = "its names are those of transformers 5 or of modeling_moextend.py; they were read as the published ones"
     notes = [other] if tensors.keys() != stored.keys() else []
-    if not fused or any(re.fullmatch(f"{_BLOCK}|{_OTHER_FAMILY}", name) and ".experts." in name for name in tensors):
+    if not fused or any(re.fullmatch(f"{_BLOCK}|{_OTHER_FAMILY}", name) and ".experts." in name for name in stored):
         return tensors, notes
     split = {name: tensor for name, tensor in tensors.items() if name not in fused}
     for name, match in fused.items():

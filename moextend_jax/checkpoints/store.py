@@ -313,6 +313,26 @@ def _check_trunk(name: str, projector: ProjectorConfig, config: ModelConfig) -> 
             raise ValueError(f"the projector of {name} stands beside that of {shown(other)}, which does not fit it")
 
 
+def extensions_in(listed: Any, decoder: DecoderConfig) -> dict[str, ExtensionConfig]:
+    """By name, from a list of `extension_attributes` with their names, as config.json of layout hf holds it.
+
+    Raises:
+      ValueError: it is none, or one of them is impossible.
+    """
+    if not isinstance(listed, list) or not all(
+        isinstance(of, dict) and isinstance(of.get("name"), str) for of in listed
+    ):
+        raise ValueError(f"{shown(listed)} is no list of extensions, each with its name")
+    found: dict[str, ExtensionConfig] = {}
+    for attributes in listed:
+        own = dict(attributes)
+        if not NAME.fullmatch(name := own.pop("name")) or name in found:
+            raise ValueError(f"{shown(name)} is no name of an extension, or of two")
+        found[name] = _built(ExtensionConfig, own, where=name)
+        _check_extension(name, found[name], decoder)
+    return found
+
+
 def _check_extension(name: str, extension: ExtensionConfig, decoder: DecoderConfig) -> None:
     layers, sources = extension.layers, extension.sources
     if list(layers) != sorted({*layers}) or not layers or not all(layer in decoder.routed for layer in layers):

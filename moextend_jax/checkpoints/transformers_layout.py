@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import huggingface, leaves, names, quantising
+from moextend_jax.checkpoints import huggingface, leaves, names, quantising, store
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.llava import patches_are
-from moextend_jax.checkpoints.loading import Source, with_extension_called
+from moextend_jax.checkpoints.loading import Source
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
-from moextend_jax.config import IMAGE, ModelConfig, MoextendError, Recipe, with_vision
+from moextend_jax.config import ModelConfig, MoextendError, Recipe, with_vision
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.families import FAMILIES
 from moextend_jax.media.image import LEVELS
@@ -76,21 +76,19 @@ def export_transformers(
 
 def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
     """The folder for what `source` holds: a LLaVA, extended or not, if there are a tower and a projector; else a
-    decoder, extended by a task in text or not."""
+    decoder, extended by tasks in text or not."""
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
     sees, extended = {"vision", "projector"} <= source.parts, "extension" in source.parts
     taught = sees or extended  # here, so that it is asked by the recipe
     if taught:
         names.check_published(source.leaves, source.config, layout="hf")
-    called, extension = next(iter(source.config.extensions.items()), (IMAGE, None))
-    if extension is not None:
+    for name, extension in source.config.extensions.items():
         if extension.medium and not sees:
             raise MoextendError(
-                f"the extension is for the medium {extension.medium}, and there is no tower and no projector for it: "
-                "name its --vision, or export it with --layout delta"
+                f"extension {name} is for the medium {extension.medium}, and there is no tower and no projector for "
+                "it: name its --vision, or export it with --layout delta"
             )
-        source = with_extension_called(IMAGE, source, medium=extension.medium)
     tokenizer = _tokenizer(source)
     text = _text_attributes(source)
     if sees:
@@ -107,7 +105,6 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
         attributes["moextend"] = {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation}
     if extended:
         attributes |= _extension_attributes(config, recipe, text_isolation)
-        attributes["moextend"] |= {"extension": called}
     folder = Folder(
         tensors=leaves.plan_theirs(source.leaves, table=table, config=config),
         json_files={"config.json": attributes, "generation_config.json": _generation(source, config, tokenizer)},
@@ -193,17 +190,15 @@ def _own_class(*, sees: bool) -> dict[str, Any]:
 
 
 def _extension_attributes(config: ModelConfig, recipe: Recipe, text_isolation: str) -> dict[str, Any]:
-    decoder, extension = config.decoder, config.extension
-    assert extension is not None
+    decoder = config.decoder
     router = {"experts": decoder.experts, **Rule.of(decoder)._asdict()}
     return {
-        "add_layer": list(extension.layers), "sources": list(extension.sources), "start": extension.start,
-        "new_experts": extension.new_experts, "wide": extension.wide, "calibrator_width": extension.calibrator_width,
+        # A list, since their order numbers the experts, and transformers sorts names.
+        "extensions": [{"name": n, **store.extension_attributes(added)} for n, added in config.extensions.items()],
         "weight_guard": recipe.weight_guard, "mass": recipe.mass, "text_isolation": text_isolation,
         "router": router | {"bias": decoder.router_bias, "selection_bias": decoder.selection_bias},
         "expert": {
-            "width": extension.wide * decoder.hidden, "bias": decoder.expert_bias, "glu": decoder.glu,
-            "glu_limit": decoder.glu_limit,
+            "width": decoder.hidden, "bias": decoder.expert_bias, "glu": decoder.glu, "glu_limit": decoder.glu_limit,
         },
     }  # fmt: skip
 

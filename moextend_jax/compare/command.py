@@ -29,7 +29,7 @@ from moextend_jax.outside import shown
 from moextend_jax.runs.askable import open_place
 from moextend_jax.runs.place import Place
 from moextend_jax.settings import NotNegative
-from moextend_jax.terminal import as_json, console
+from moextend_jax.terminal import as_json, console, quoted
 
 TOWER = "clip"
 """Folder beside the reference that is taken where no option names the vision tower's."""
@@ -159,14 +159,14 @@ def _print(reference: Reference, rows: list[Row], notes: list[str], *, seconds: 
         table.add_column(name, justify="left" if name in ("batch", "quantity", "verdict", "note") else "right")
     colour = {"ok": "green", "differs": "bold red"}
     for row in rows:
-        cells = [row.quantity, _small(row.max_abs), _small(row.max_rel)]
+        cells = [quoted(row.quantity), _small(row.max_abs), _small(row.max_rel)]
         cells += ([_share(row.agreement)] if agreements else []) + [_small(row.tolerance)]
         verdict = f"[{colour.get(row.verdict, 'yellow')}]{row.verdict}[/]"
-        table.add_row(*([row.batch] if batches else []), *cells, verdict, row.note)
+        table.add_row(*([quoted(row.batch)] if batches else []), *cells, verdict, quoted(row.note))
     screen = console()
     screen.print(table)
     for note in notes:
-        screen.print(note, highlight=False)
+        screen.print(note, highlight=False, markup=False)
     screen.print(f"{seconds:.1f} s", highlight=False)
 
 

@@ -96,7 +96,8 @@ def _entry(number: int, row: Row, seen: dict[str, int], above: Path, beside: boo
         items = tuple(ItemName(item.mark, _named(item, contents, below, beside)) for item in talk.items)
         if broken or not _utf8(*(text for item in items for text in item)):
             raise Fault("an id or an image path that is not UTF-8", "encoding")
-    except Fault as fault:
+    except (Fault, RecursionError) as error:
+        fault = error if isinstance(error, Fault) else Fault("it is nested too deep", "entry")
         return Entry(number, id, (), [], Fault(f"{where}: {fault}", fault.kind, id))
     first = seen.setdefault(id, number)
     again = Fault(f"{where} has the id of entry {first}", "duplicate_id", id) if first != number else None

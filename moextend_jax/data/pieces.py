@@ -6,13 +6,23 @@ tokens are control tokens. Text never gives the id of a control token, however i
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
+
+from moextend_jax.config import MoextendError
+from moextend_jax.outside import said_by
+
+MOST_GROWTH = 1000
+"""How many times longer a tokenizer.json may make a text. That of XLNet, which does most of all that we know, writes up
+to 33 bytes for a character, and other quotation marks."""
 
 _CONTROL, _UNKNOWN = 3, 2  # SentencePiece's types of pieces
 
@@ -42,6 +52,8 @@ class SentencePieces:
         self._pieces = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         proto.normalizer_spec.add_dummy_prefix = False
         self._pieces_no_prefix = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        if self._pieces.unk_id() < 0:
+            raise ValueError("it has no piece for what is unknown")
         self.legacy, self.count = legacy, self._pieces.vocab_size()
         added = {piece: id for piece, id in added.items() if id >= self.count}
         self.size = 1 + max(self.count - 1, *added.values(), -1)
@@ -96,21 +108,42 @@ class JsonPieces:
 
     Args:
       described: what is in the file.
+      where: its folder, for messages.
       control: added tokens that are control tokens besides those that the file calls special.
     """
 
     kind = "tokenizer.json"
 
-    def __init__(self, described: Mapping[str, Any], *, control: Iterable[str] = ()):
+    def __init__(self, described: Mapping[str, Any], *, where: object, control: Iterable[str] = ()):
+        if described["model"].get("dropout"):
+            raise ValueError("its dropout would give the same text other ids each time")
+        if max(_growth(described.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder")) > MOST_GROWTH:
+            raise ValueError(f"it can make a text more than {MOST_GROWTH} times longer")
+        self._where = f"{where}"
         named = set(control)
         added = [
-            token | {"special": token["special"] or token["content"] in named} for token in described["added_tokens"]
+            token | {"special": True} if token["special"] is False and token["content"] in named else token
+            for token in described["added_tokens"]
         ]
         self._text = json.dumps({**described, "added_tokens": added, "truncation": None, "padding": None})
         self._load()
 
+    @contextlib.contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Around what the library does: it finds much of what is wrong in a file only when it has a text, and its
+        panics are no `Exception`."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise MoextendError(f"the tokenizer.json in {self._where} cannot be used: {said_by(error)}") from None
+
     def _load(self) -> None:
-        described = json.loads(self._text)
+        with self._asked():
+            self._open(json.loads(self._text))
+
+    def _open(self, described: dict[str, Any]) -> None:
         self._pieces = _opened(self._text)
         # For text that goes on after something else, before which no space is put.
         without = {**described, **{part: _plain(described.get(part)) for part in ("normalizer", "pre_tokenizer")}}
@@ -140,20 +173,23 @@ class JsonPieces:
         return ids[1:] == self.encode("a")
 
     def __getstate__(self) -> dict[str, Any]:  # a pickled Tokenizer forgets what it was told
-        return {"_text": self._text}
+        return {"_text": self._text, "_where": self._where}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._text = state["_text"]
+        self._text, self._where = state["_text"], state["_where"]
         self._load()
 
     def encode(self, text: str) -> list[int]:
-        return self._pieces.encode(text, add_special_tokens=False).ids
+        with self._asked():
+            return self._pieces.encode(text, add_special_tokens=False).ids
 
     def encode_continued(self, text: str) -> list[int]:
-        return self._pieces_no_prefix.encode(text, add_special_tokens=False).ids
+        with self._asked():
+            return self._pieces_no_prefix.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._pieces.decode([id for id in ids if 0 <= id < self.size], skip_special_tokens=True)
+        with self._asked():
+            return self._pieces.decode([id for id in ids if 0 <= id < self.size], skip_special_tokens=True)
 
     def id_to_piece(self, id: int) -> str | None:
         return self._pieces.id_to_token(id) if 0 <= id < self.size else None
@@ -207,3 +243,25 @@ def _plain(step: Any) -> Any:
     if "add_prefix_space" in step:
         changes["add_prefix_space"] = False
     return {**step, **changes}
+
+
+def _growth(step: Any) -> float:
+    """How many times longer a normalizer, a pre-tokenizer or a decoder can make a text."""
+    if not isinstance(step, dict):
+        return 1.0
+    own, kind = 1.0, step.get("type")
+    if kind == "ByteLevel":
+        own = 2.0
+    elif kind == "Prepend":
+        own += len(step["prepend"])
+    elif kind == "Replace":
+        sought = step["pattern"].get("String")  # a regular expression may match nothing, between any two letters
+        own = len(step["content"]) / len(sought) if sought else own + len(step["content"])
+    elif kind == "Precompiled":
+        table = base64.b64decode(step["precompiled_charsmap"])
+        size = int.from_bytes(table[:4], "little")
+        if size > len(table) - 4:
+            raise ValueError("its precompiled_charsmap is cut short")
+        own = max(map(len, table[4 + size :].split(b"\0")))
+    inner = (step.get(several) or () for several in ("normalizers", "pretokenizers", "decoders"))
+    return math.prod((_growth(one) for several in inner for one in several), start=max(1.0, own))

@@ -23,6 +23,8 @@ from moextend_jax.folders import is_url
 
 AT_ONCE = 16
 """Rows that are taken out of a Parquet file together."""
+FREE, TIMES = MOST_ENTRY // AT_ONCE, 100
+"""A Parquet file may unpack to FREE bytes plus TIMES its own size."""
 BUFFER = 1 << 20
 """Bytes of a column that are read ahead, where a row group may have gigabytes of pictures."""
 
@@ -78,6 +80,10 @@ def read_parquet(path: Path) -> Iterator[Row]:
     # Columns are read piece by piece, not a row group at once.
     options = {"buffer_size": BUFFER, "pre_buffer": False}
     with open_file(path) as file, _refusing(path), pq.ParquetFile(file, **options) as parquet:
+        groups = (parquet.metadata.row_group(n) for n in range(parquet.metadata.num_row_groups))
+        size, total = file.seek(0, os.SEEK_END), sum(group.total_byte_size for group in groups)
+        if total > FREE + TIMES * size:
+            raise ValueError(f"its {size:,} bytes would unpack to {total:,}")
         yield from _rows(path, parquet.iter_batches(batch_size=AT_ONCE))
 
 

@@ -166,6 +166,8 @@ def load_tokenizer(
         raise MoextendError(f"no tokenizer.model or tokenizer.json in {directory}: copy those of the base there")
     try:
         files = _read(folder)
+    except MoextendError:
+        raise
     except Exception as error:  # protobuf, sentencepiece, tokenizers and json each raise their own
         words = f"no {error} in it" if isinstance(error, KeyError) else f"{str(error):.300}"
         raise MoextendError(f"cannot read the tokenizer in {directory}: {words}") from error
@@ -247,7 +249,7 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
     written = _probe(template, roles)
     families = (token for family in FAMILIES.values() for token in family.tokens)
     control = {*roles.values(), *families, *(token for token in added if token in written)}
-    return JsonPieces(described, control=control)
+    return JsonPieces(described, where=folder, control=control)
 
 
 def _own_piece(pieces: SentencePieces, id: int) -> str | None:

@@ -83,8 +83,9 @@ def evaluate(run: Run) -> dict[str, Any]:
         "accuracy": own | {"questions": len(first.prompted)},
         "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in CORPORA},
     }
-    if (title := table.model("moextend").title) != "MoExtend":
-        summary["method"] = title
+    titles = {name: table.model(name).title for name in plan if name in plain}
+    if titles := {name: title for name, title in titles.items() if title != results.FIRST.models[name].title}:
+        summary["titles"] = titles
     if answer_losses:
         summary["answer_loss"] = answer_losses
     summary |= first.left_out({name: of for name, of in right[extension].items() if name in plain})

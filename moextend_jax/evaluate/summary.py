@@ -69,12 +69,8 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     table = table_of([*headings, "forgetting"], title="What was learned, what was forgotten")
     table.add_row("question only", f"{accuracy['question_only']:.3f}")
     wordnet, kjv = losses["wordnet"], losses["kjv"]
-    titles = {name: row.title for name, row in results.FIRST.models.items()}
-    titles["moextend"] = summary.get("method", titles["moextend"])
-    rows = ["base", *results.ANSWERING]
-    if summary["seconds"].get("align") is None:  # of a task in text, for which nothing is aligned
-        rows.remove("base")
-        titles["aligned"] = titles["base"]
+    titles = results.titles_of(summary)
+    rows = [name for name in ("base", *results.ANSWERING) if name != "base" or titles["aligned"] != titles["base"]]
     for name in rows:
         if name not in accuracy and name not in kjv:
             continue

@@ -171,10 +171,18 @@ UNKNOWN = 0x7FFF0000
 
 
 def _is_cut(encoded: bytes) -> bool:
-    """WAV says how long it is, and the last page of OGG that it is the last; libsndfile takes what there is."""
+    """WAV says how long it is, and its samples are, and the last page of OGG that it is the last; libsndfile takes what
+    there is."""
     if encoded.startswith(b"RIFF"):
-        length = int.from_bytes(encoded[4:8], "little")
-        return len(encoded) + 1 < 8 + length < UNKNOWN  # a last byte of padding may be missing
+
+        def end_of(chunk: int) -> int:
+            return chunk + 8 + int.from_bytes(encoded[chunk + 4 : chunk + 8], "little")
+
+        at = 12
+        while at < len(encoded) and not encoded.startswith(b"data", at):
+            at = end_of(at) + end_of(at) % 2
+        chunks = (0, at) if at < len(encoded) else (0,)
+        return any(len(encoded) + 1 < end_of(chunk) < UNKNOWN for chunk in chunks)  # the last may lack its padding
     if encoded.startswith(b"OggS"):
         page = encoded[encoded.rindex(b"OggS") :]
         sizes = page[27 : 27 + page[26]] if len(page) > 27 else b""

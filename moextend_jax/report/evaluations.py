@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from moextend_jax.evaluate.forgetting import lines_of
 from moextend_jax.report.examples import small_image
 from moextend_jax.report.markup import how, text_table
-from moextend_jax.report.results_pictures import TITLES, title_of
+from moextend_jax.report.results_pictures import MODELS, title_of
 from moextend_jax.report.workdir import malformed, read_json_of
 
 
@@ -52,7 +52,7 @@ def _benchmark_table(benchmarks: Sequence[Benchmark], summary: Mapping[str, Any]
         return ""
     with malformed("eval/*/scores.json"):
         evaluated = {benchmark.model for benchmark in benchmarks}
-        models = [*(model for model in TITLES if model in evaluated), *sorted(evaluated - TITLES.keys())]
+        models = [*(model for model in MODELS if model in evaluated), *sorted(evaluated.difference(MODELS))]
         others = list(dict.fromkeys(name for benchmark in benchmarks for name in benchmark.record.get("published", {})))
         heads = ["benchmark", "figure", *(title_of(model, summary) for model in models), *others, "questions"]
         rows = []

@@ -49,7 +49,8 @@ def models_table(summary: Mapping[str, Any]) -> str:
     heads = ["", "accuracy", *["answers<br>loss"] * answers]
     heads += [f"{name}<br>loss / gained" for name in CORPORA.values()]
     rows = []
-    for model in ("base", "question_only", *ANSWERING):
+    aligned_is_base = title_of("aligned", summary) == title_of("base", summary)  # one line says it of a task in text
+    for model in ("base", "question_only", *ANSWERING)[aligned_is_base:]:
         title = "Base model, text only" if model == "base" else title_of(model, summary)
         rows.append([title, "" if model == "base" else _accuracy(number(summary, "accuracy", model), questions)])
         if answers:

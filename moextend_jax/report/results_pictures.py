@@ -18,19 +18,17 @@ from moextend_jax.report.canvas import MUTED, OURS, PLAIN, RIVAL
 from moextend_jax.report.workdir import number
 from moextend_jax.runs import results
 
-TITLES = {"question_only": "Question only"} | {
-    name: row.title[0].upper() + row.title[1:] for name, row in results.FIRST.models.items()
-}
-"""Of models in pictures and tables."""
+MODELS = ("question_only", *results.FIRST.models)
+"""The order of models in pictures and tables."""
 
 
 def title_of(model: str, summary: Mapping[str, Any] | None = None) -> str:
-    """As `TITLES`, the extended model by its method; others by their own names."""
-    method = (summary or {}).get("method")
-    return method if model == "moextend" and isinstance(method, str) else str(TITLES.get(model, model))
+    """A model's title in pictures and tables; of one that is no run's its name."""
+    titles = {"question_only": "question only"} | results.titles_of(summary or {})
+    return title[:1].upper() + title[1:] if (title := str(titles.get(model, ""))) else model
 
 
-MODEL_COLOUR = dict.fromkeys(TITLES, PLAIN) | {"moextend": OURS, "full": RIVAL}
+MODEL_COLOUR = dict.fromkeys(MODELS, PLAIN) | {"moextend": OURS, "full": RIVAL}
 CORPORA = {"wordnet": "WordNet", "kjv": "King James Bible"}
 CURVE_POINTS = 400
 """Points a loss curve is thinned to."""

@@ -148,7 +148,9 @@ def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, C
             found["base"] = Choice("base", _once(opened.open_base))
         return found
     run = open_run(settings or known_settings(place.folder), place.folder)
-    rows = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
+    models = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
+    # "aligned" is the base, if nothing is aligned for a task in text.
+    rows = {name: row for name, row in models.items() if row.results or name in ("base", place.model)}
     finished = {(row.results, row.sees): name for name, row in rows.items() if all(map(run.has, row.results))}
     if (asked := rows.get(place.model or "")) and (asked.results, asked.sees) in finished:
         finished[asked.results, asked.sees] = str(place.model)

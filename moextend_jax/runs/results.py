@@ -139,7 +139,8 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
         results[f"full{last}"] = _full(link, last, parents=tuned, media=tuple(media))
         tuned += (f"full{last}",)
         exact = not before
-        models[f"aligned{last}"] = ModelRow(f"aligned only{of}", aligned, text_is_bases=exact)
+        title = "aligned only" if aligned else "base"  # of a task in text, for which nothing is aligned
+        models[f"aligned{last}"] = ModelRow(f"{title}{of}", aligned, text_is_bases=exact)
         if f"extend{last}" in results:
             models[f"probed{last}"] = ModelRow(f"probed{of}", (*aligned, f"extend{last}"))
         models[f"moextend:{link.name}"] = ModelRow(f"{link.title}{of}", moextend)
@@ -153,6 +154,13 @@ def of_links(links: tuple[Link, ...], *, mixture: bool = False) -> Table:
     models["moextend"] = ModelRow(" and ".join(titles) or "MoExtend", before)
     models["full"] = ModelRow("full fine-tuning", tuned)
     return Table(results, models)
+
+
+def titles_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What models are called, from a run's summary.json: most as in any run, others as its `titles` says."""
+    method = {"moextend": str(summary["method"])} if "method" in summary else {}  # of an older version
+    titles = summary.get("titles")
+    return {name: row.title for name, row in FIRST.models.items()} | (titles if isinstance(titles, dict) else method)
 
 
 def _of_projector(link: Link, stage: str, last: str, *, does: str, parents: tuple[str, ...]) -> Result:

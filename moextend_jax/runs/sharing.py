@@ -12,21 +12,21 @@ from moextend_jax.folders import is_url
 
 
 def share(made: Path, folder: Path, names: Iterable[str]) -> None:
-    """Links these results of the work directory `made`, those that are there, into `folder` if that is not there yet;
+    """Links these results of the work directory `made`, those that are there, into `folder`, which keeps its own;
     cached features lie in one folder for both."""
-    if not distributed.first() or folder.exists() or is_url(folder):
+    if not distributed.first() or is_url(folder):
         return
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     for name in names:
-        if (made / name).exists():
-            shutil.copytree(made / name, unfinished / name, copy_function=_link)
-    if unfinished.exists():
-        features = (made / "features").resolve()
-        features.mkdir(exist_ok=True)
-        at = os.path.relpath(features, unfinished.resolve())
-        (unfinished / "features").symlink_to(at, target_is_directory=True)
-        unfinished.rename(folder)
+        if not (made / name).exists() or (folder / name).exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (own := folder / "features").exists():
+            (features := (made / "features").resolve()).mkdir(exist_ok=True)
+            own.symlink_to(os.path.relpath(features, folder.resolve()), target_is_directory=True)
+        unfinished = folder / f"{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(made / name, unfinished, copy_function=_link)
+        unfinished.rename(folder / name)
 
 
 def _link(source: str, to: str) -> str:

@@ -29,9 +29,8 @@ def loss_step(model: MoExtend, *, chunk: int, mesh: Mesh | None = None) -> Progr
 
     def step(arrays: dict[str, jax.Array], batch: Batch):
         loaded = with_arrays(model, arrays)
-        return cross_entropy(
-            loaded.decoder.to_head(loaded(batch).hidden_BLD), loaded.decoder.head_DV, batch.labels_BL, chunk=chunk
-        )
+        hidden_BLD = loaded.decoder.to_head(loaded(batch, skip_padding=True).hidden_BLD)
+        return cross_entropy(hidden_BLD, loaded.decoder.head_DV, batch.labels_BL, chunk=chunk)
 
     return Program(step, mesh=mesh or one_device())
 

@@ -16,24 +16,23 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 
 
 class MoExtendConfig(LlavaConfig):
-    """LLaVA's, and: `add_layer`, the layers with `new_experts` more experts; `sources`, the experts that they were
-    copied from, one layer after another; `start`, how they stand among the others (below); `calibrator_width`;
-    `weight_guard`, "bounded" or "none"; `mass`, "base" or "literal": whether weights sum to what the base's would;
-    `text_isolation`, "none" or "strict" (only conversations with an image may choose new experts); `router`, how the
-    base decides: experts, top_k, scores ("softmax" or "sigmoid"), normalised, routed_factor, groups, top_groups, bias,
-    selection_bias; `expert`, what a new one is: width, bias, glu ("silu" or "clamped"), glu_limit.
+    """LLaVA's, and: `extensions`, a list of dicts; `weight_guard`, "bounded" or "none"; `mass`, "base" or "literal":
+    whether weights sum to what the base's would; `text_isolation`, "none" or "strict" (an extension is open only to
+    conversations with an item of its medium); `router`, how the base decides: experts, top_k, scores ("softmax" or
+    "sigmoid"), normalised, routed_factor, groups, top_groups, bias, selection_bias; `expert`, what a pretrained one is:
+    width, bias, glu ("silu" or "clamped"), glu_limit.
+
+    An extension: `name`; `medium`, "image", or "" for a task in text; `layers`, those with `new_experts` more experts,
+    each `wide` times as wide as a pretrained one; `sources`, the experts that they were copied from, one layer after
+    another; `start`, how they stand among the others (below); `calibrator_width`; `share`, whose log its logits get.
+    Experts are numbered in the order of the list.
 
     Starts: "copy" competes for the k picks; "lowered" with an offset on its logits; "twin" stands in the column of its
     source wherever its own logit is no smaller; "added" stands beside the picks where it reaches the last of them.
     """
 
     model_type = "moextend"
-    add_layer: list[int] | None = None
-    sources: list[int] | None = None
-    start: str = "copy"
-    new_experts: int = 1
-    wide: int = 1
-    calibrator_width: int = 16
+    extensions: list[dict] | None = None
     weight_guard: str = "bounded"
     mass: str = "base"
     text_isolation: str = "none"
@@ -106,74 +105,123 @@ class NewExpert(nn.Module):
 
 
 class Extension(nn.Module):
-    """What a layer has more: columns of its router, a calibrator, and experts, numbered on from the pretrained ones."""
+    """One of a layer's extensions: columns of its router, a calibrator, and experts, numbered from `first` on."""
 
-    def __init__(self, config: MoExtendConfig, sources: list[int]):
+    def __init__(self, config: MoExtendConfig, own: dict, layer: int, first: int):
         super().__init__()
-        self.config, self.rule, self.sources = config, config.router, sources
-        size, new, old = config.text_config.hidden_size, config.new_experts, config.router["experts"]
-        self.old = old
-        self.gate = Product(size, new, bias=self.rule["bias"])
+        rule, size, new = config.router, config.text_config.hidden_size, own["new_experts"]
+        both, expert = rule["experts"] + new, {**config.expert, "width": own["wide"] * config.expert["width"]}
+        at, each = own["layers"].index(layer), new * own["wide"]
+        self.sources = own["sources"][at * each : (at + 1) * each]
+        self.start, self.medium, self.share, self.first = own["start"], own["medium"], own["share"], first
+        self.gate = Product(size, new, bias=rule["bias"])
         self.calibrator = nn.Sequential(
-            Product(old + new, config.calibrator_width), nn.GELU(), Product(config.calibrator_width, old + new)
+            Product(both, own["calibrator_width"]), nn.GELU(), Product(own["calibrator_width"], both)
         )
-        self.ffn = nn.ModuleDict({str(old + x): NewExpert(size, **config.expert) for x in range(new)})
-        self.selection_bias = nn.Parameter(torch.zeros(new)) if self.rule["selection_bias"] else None
-        self.offset = nn.Parameter(torch.zeros(new)) if config.start == "lowered" else None
+        self.ffn = nn.ModuleDict({str(first + x): NewExpert(size, **expert) for x in range(new)})
+        self.selection_bias = nn.Parameter(torch.zeros(new)) if rule["selection_bias"] else None
+        self.offset = nn.Parameter(torch.zeros(new)) if self.start == "lowered" else None
         self.sighted = None
-        """Which tokens may choose new experts, [tokens] bool; None: all. The model sets it before each pass."""
+        """Which tokens may choose its experts, [tokens] bool; None: all. The model sets it before each pass."""
+
+    @property
+    def competes(self) -> bool:
+        return self.start in ("copy", "lowered")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Of tokens [T, D]: logits [T, X], -inf for tokens that may not choose it; each token's share of it [T, 1]; the
+        bias that its experts are chosen by besides."""
+        share = torch.full((len(x), 1), self.share, dtype=x.dtype, device=x.device)
+        share = share if self.sighted is None else share.where(self.sighted.to(x.device)[:, None], 0.0)
+        new = self.gate(x) if self.offset is None else self.gate(x) + self.offset.float()
+        return new + share.log(), share, None if self.selection_bias is None else self.selection_bias.float()
+
+
+class Extensions(nn.ModuleDict):
+    """A layer's, by their place in the list of the model's."""
+
+    def __init__(self, config: MoExtendConfig, layer: int):
+        super().__init__()
+        self.config, self.rule, self.old = config, config.router, config.router["experts"]
+        self.outputs = self.old
+        for n, own in enumerate(config.extensions):
+            if layer in own["layers"]:
+                self[str(n)] = Extension(config, own, layer, self.outputs)
+            self.outputs += own["new_experts"]
 
     def forward(self, x: torch.Tensor, old: torch.Tensor, bias: torch.Tensor | None):
         """From tokens [T, D], the base's logits and what it chooses by besides: the router's (logits [T, O], weights
-        [T, k], ids [T, k]); k is wider by the new experts with start "added".
+        [T, k], ids [T, k]). O: all experts of the model, -inf for those that the layer lacks. k is wider by the new
+        experts with start "added".
 
         In float32, also where the model is in bfloat16: a rounded logit is another choice. Experts are chosen by the
-        scores over old and new ones and weighed by the calibrated ones.
+        scores over all columns and weighed by the calibrated ones. Each calibrator sees the columns as if there were
+        no other extension, and its correction counts as much as the others leave.
         """
-        new = self.gate(x)
-        new = new if self.offset is None else new + self.offset.float()
-        sighted = None if self.sighted is None else self.sighted.to(x.device)[:, None]
-        new = new if sighted is None else new.masked_fill(~sighted, -torch.inf)
-        both = bias if bias is None else torch.cat([bias, self.selection_bias.float()])
-        columns, experts = self.columns(old, new)
-        ranks = self.ranks(columns, bias if columns.shape == old.shape else both)
-        picked = ranks.topk(self.rule["top_k"], dim=-1).indices
+        parts = [(extension, *extension(x)) for extension in self.values()]
+        competing = [part for part in parts if part[0].competes]
+        held, holders = self.held(old, parts)
+        columns = torch.cat([held, *(new for _, new, _, _ in competing)], dim=-1)
+        experts = torch.cat([holders, *(self.numbers(extension, new) for extension, new, _, _ in competing)], dim=-1)
+        both = bias if bias is None else torch.cat([bias, *(own for _, _, _, own in competing)])
+        picked = self.ranks(columns, both).topk(self.rule["top_k"], dim=-1).indices
         chosen = experts.gather(-1, picked)
-        logits = torch.full((len(x), self.old + new.shape[-1]), -torch.inf, device=x.device)
-        logits = logits.scatter(-1, experts, columns)
-        added = self.config.start == "added"
-        seen = torch.cat([old, new], dim=-1) if added else logits
-        probs, corrected = self.probabilities(logits), self.calibrator(self.probabilities(seen))
-        weights = (probs + corrected).gather(-1, chosen)
+        logits = torch.full((len(x), self.outputs), -torch.inf, device=x.device).scatter(-1, experts, columns)
+        probs, behind, beside = self.probabilities(columns), self.old, []
+        calibrated = probs.clone()
+        for extension, new, share, own_bias in parts:
+            first, width = extension.first, new.shape[-1]
+            if extension.start == "added":
+                logits[:, first : first + width] = new
+            place = holders - first
+            holds = (place >= 0) & (place < width)
+            alone = torch.cat([held.masked_fill(holds, -torch.inf), logits[:, first : first + width]], dim=-1)
+            after = behind + width * extension.competes
+            others = probs[:, self.old : behind].sum(-1, keepdim=True) + probs[:, after:].sum(-1, keepdim=True)
+            correction = extension.calibrator(self.probabilities(alone)) * share * (1 - others)
+            of_old, of_new = correction[:, : self.old], correction[:, self.old :]
+            calibrated[:, : self.old] += of_new.gather(-1, place.clamp(0, width - 1)).where(holds, of_old)
+            calibrated[:, behind:after] += of_new[:, : after - behind]
+            behind = after
+            if extension.start == "added":
+                seen, seen_bias = (
+                    torch.cat([columns, new], dim=-1),
+                    both if both is None else torch.cat([both, own_bias]),
+                )
+                beside.append((self.numbers(extension, new), self.beside(seen, seen_bias, picked, of_new)))
+        weights = calibrated.gather(-1, picked)
         plain_ids, plain = self.plain(old, bias)
         if self.rule["normalised"] or self.config.mass == "base":
             weights = WEIGHT_GUARDS[self.config.weight_guard](weights) * plain.sum(dim=-1, keepdim=True)
         else:
             total = 1.0 if self.rule["scores"] == "softmax" else self.scores(columns).sum(dim=-1, keepdim=True)
             weights = weights * total * self.rule["routed_factor"]
-        if sighted is not None:
-            chosen, weights = torch.where(sighted, chosen, plain_ids), torch.where(sighted, weights, plain)
-        if added:
-            ranks = self.ranks(seen, both)
-            reaches = ranks[:, self.old :] >= ranks.gather(-1, picked[:, -1:]) - TIE
-            beside = (self.probabilities(seen) + corrected)[:, self.old :] * self.rule["routed_factor"]
-            numbers = torch.arange(self.old, logits.shape[-1], device=x.device).expand_as(beside)
-            chosen = torch.cat([chosen, numbers], dim=-1)
-            weights = torch.cat([weights, beside.where(reaches, 0.0)], dim=-1)
-        return seen, weights, chosen
+        is_open = torch.cat([share for _, _, share, _ in parts], dim=-1).amax(dim=-1, keepdim=True) > 0
+        chosen, weights = torch.where(is_open, chosen, plain_ids), torch.where(is_open, weights, plain)
+        chosen = torch.cat([chosen, *(numbers for numbers, _ in beside)], dim=-1)
+        return logits, torch.cat([weights, *(own for _, own in beside)], dim=-1), chosen
 
-    def columns(self, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of what competes for the k picks, and the expert in each column."""
-        start, columns = self.config.start, torch.cat([old, new], dim=-1)
-        experts = torch.arange(columns.shape[-1], device=old.device).expand_as(columns)
-        if start in ("copy", "lowered"):
-            return columns, experts
-        held, experts = old.clone(), experts[:, : self.old].clone()
-        for x, source in enumerate(self.sources if start == "twin" else ()):
-            wins = new[:, x] >= held[:, source] - TIE
-            held[:, source] = torch.where(wins, new[:, x], held[:, source])
-            experts[:, source] = torch.where(wins, self.old + x, experts[:, source])
-        return held, experts
+    def held(self, old: torch.Tensor, parts: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits in the pretrained experts' columns, and the expert in each: twins take those of their sources."""
+        held, holders = old.clone(), torch.arange(self.old, device=old.device).repeat(len(old), 1)
+        for extension, new, _, _ in parts:
+            for x, source in enumerate(extension.sources if extension.start == "twin" else ()):
+                wins = new[:, x] >= held[:, source] - TIE
+                held[:, source] = torch.where(wins, new[:, x], held[:, source])
+                holders[:, source] = torch.where(wins, extension.first + x, holders[:, source])
+        return held, holders
+
+    def beside(self, seen: torch.Tensor, bias: torch.Tensor | None, picked: torch.Tensor, of_new: torch.Tensor):
+        """Weights of experts that stand beside the picks, 0 where they do not reach them. `seen`: logits of what
+        competes, and theirs; `of_new`: how their probabilities are corrected."""
+        width, ranks = of_new.shape[-1], self.ranks(seen, bias)
+        reaches = ranks[:, -width:] >= ranks.gather(-1, picked[:, -1:]) - TIE
+        weights = (self.probabilities(seen)[:, -width:] + of_new) * self.rule["routed_factor"]
+        return weights.where(reaches, 0.0)
+
+    def numbers(self, extension: Extension, new: torch.Tensor) -> torch.Tensor:
+        """Of its experts, for each token."""
+        return torch.arange(extension.first, extension.first + new.shape[-1], device=new.device).expand_as(new)
 
     def ranks(self, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What the k best are of; columns behind the pretrained experts' are in no group and always may be chosen."""
@@ -205,9 +253,10 @@ class Extension(nn.Module):
 
     def add_experts(self, y: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`y`, and what new experts make of the tokens that have chosen them."""
-        for number, expert in self.ffn.items():
-            token, pick = torch.where((ids == int(number)) & (weights != 0))
-            y = y.index_add(0, token, (expert(x[token]) * weights[token, pick, None]).to(y.dtype))
+        for extension in self.values():
+            for number, expert in extension.ffn.items():
+                token, pick = torch.where((ids == int(number)) & (weights != 0))
+                y = y.index_add(0, token, (expert(x[token]) * weights[token, pick, None]).to(y.dtype))
         return y
 
 
@@ -221,26 +270,26 @@ def selection_bias_of(gate: nn.Module) -> torch.Tensor | None:
 
 class ExtendedRouter:
     def forward(self, hidden_states):
-        (extension,) = self.of_block
+        (extensions,) = self.of_block
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).float()
-        return extension(x, product(x, self.weight, getattr(self, "bias", None)), selection_bias_of(self))
+        return extensions(x, product(x, self.weight, getattr(self, "bias", None)), selection_bias_of(self))
 
 
 class ExtendedExperts:
     def forward(self, hidden_states, ids, weights):
-        (extension,) = self.of_block
-        pretrained = ids < extension.old
+        (extensions,) = self.of_block
+        pretrained = ids < extensions.old
         y = super().forward(hidden_states, ids.where(pretrained, 0), weights.where(pretrained, 0.0))
-        return extension.add_experts(y, hidden_states, ids, weights)
+        return extensions.add_experts(y, hidden_states, ids, weights)
 
 
-def extend(block: nn.Module, extension: Extension) -> None:
-    """Gives a block of experts an extension: its router and experts keep their parameters, names and classes."""
-    block.extension = extension
+def extend(block: nn.Module, extensions: Extensions) -> None:
+    """Gives a block of experts its extensions: its router and experts keep their parameters, names and classes."""
+    block.extensions = extensions
     router = "gate" if hasattr(block, "gate") else "router"
     for name, mixin in ((router, ExtendedRouter), ("experts", ExtendedExperts)):
         part = getattr(block, name)
-        part.of_block = (extension,)  # in a tuple, so that its parameters are the block's alone
+        part.of_block = (extensions,)  # in a tuple, so that its parameters are the block's alone
         part.__class__ = type(f"Extended{type(part).__name__}", (mixin, type(part)), {})
 
 
@@ -257,11 +306,9 @@ class MoExtendModel(LlavaModel):
         self.post_init()
 
     def _extend_layers(self) -> None:
-        layers, sources = self.config.add_layer or [], list(self.config.sources or ())
-        each = len(sources) // max(1, len(layers))
-        for n, layer in enumerate(layers):
-            extension = Extension(self.config, sources[n * each : (n + 1) * each])
-            extend(block_of(self.language_model.layers[layer]), extension)
+        self.extended = sorted({layer for own in self.config.extensions or () for layer in own["layers"]})
+        for layer in self.extended:
+            extend(block_of(self.language_model.layers[layer]), Extensions(self.config, layer))
 
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
         sighted = None
@@ -271,9 +318,10 @@ class MoExtendModel(LlavaModel):
                 raise ValueError("strict text isolation knows a conversation by its row: give each a row of its own")
             sighted = self._sighted(input_ids, pixel_values, past_key_values, inputs_embeds)
         length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-        for layer in self.config.add_layer or ():
-            extension = block_of(self.language_model.layers[layer]).extension
-            extension.sighted = None if sighted is None else sighted.repeat_interleave(length)
+        for layer in self.extended:
+            for extension in block_of(self.language_model.layers[layer]).extensions.values():
+                rows = None if sighted is None else sighted & bool(extension.medium)
+                extension.sighted = None if rows is None else rows.repeat_interleave(length)
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -333,7 +381,7 @@ class DividedHead(nn.Linear):
 class MoExtendForConditionalGeneration(LlavaForConditionalGeneration):
     config_class = MoExtendConfig
     decoder_class = MoExtendModel
-    _keep_in_fp32_modules_strict = ["calibrator", "extension.selection_bias", "extension.offset"]
+    _keep_in_fp32_modules_strict = ["calibrator", "extensions.*.selection_bias", "extensions.*.offset"]
 
     def __init__(self, config: MoExtendConfig):
         LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would make a model that is not extended first

@@ -16,7 +16,7 @@ from rich.table import Table
 from moextend_jax.evaluate.benchmarks import table
 from moextend_jax.evaluate.benchmarks.scores import Scores
 from moextend_jax.options import OneOf
-from moextend_jax.terminal import console
+from moextend_jax.terminal import console, quoted
 
 MODELS = ("MoExtend", "LLaVA-1.5-13B")
 PUBLISHED = {
@@ -94,7 +94,7 @@ def print_scores(name: str, scores: Scores, record: dict[str, Any]) -> None:
             number = all(not isinstance(row[n], str) or not row[n] for row in scores.rows)
             shown.add_column(column, justify="right" if number else "left")
         for row in scores.rows:
-            shown.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
+            shown.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else quoted(str(cell)) for cell in row))
         out.print(shown)
     if scores.headline:
         said = f"{scores.headline.name} {scores.headline.value:.2f}"

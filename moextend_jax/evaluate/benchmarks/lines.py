@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from moextend_jax.config import MoextendError
-from moextend_jax.evaluate.benchmarks.question import Mistakes
+from moextend_jax.evaluate.benchmarks.question import Mistakes, is_file
+from moextend_jax.outside import short
 
 
 def first_file(home: Path, *names: str) -> Path:
     """The first of several places where a file may lie; an error that names them."""
     for name in names:
-        if (home / name).is_file():
+        if is_file(home / name):
             return home / name
-    places = " or ".join(str(home / name) for name in names)
+    places = " or ".join(f"{home}/{short(name)}" for name in names)
     raise MoextendError(f"no file {places}; docs/evaluation.md says where each benchmark's files come from")
 
 

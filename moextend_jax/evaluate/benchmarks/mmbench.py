@@ -15,6 +15,7 @@ import binascii
 import csv
 import dataclasses
 import io
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def read(home: Path, split: str) -> list[Question]:
         if absent:
             mistakes.add(where, f"no column {', '.join(absent)}")
             break  # it is the header that lacks them
-        if not row["index"].isascii() or not row["index"].isdigit():
+        if not re.fullmatch("[0-9]{1,18}", row["index"]):  # Python makes no number of thousands of digits
             mistakes.add(where, f"index {row['index']!r} is not a whole number")
             continue
         index = int(row["index"])

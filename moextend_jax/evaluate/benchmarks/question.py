@@ -51,13 +51,14 @@ class Answered(NamedTuple):
 class Mistakes:
     """Collects mistakes by place, so that a user sees several at once."""
 
-    shown = 3
+    shown, longest = 3, 400
+    """Mistakes of a message, and characters of one: what it quotes comes from the file."""
 
     def __init__(self):
         self.found: list[str] = []
 
     def add(self, where: str, what: str) -> None:
-        self.found.append(f"{where}: {what}")
+        self.found.append(f"{where}: {what if len(what) <= self.longest else what[: self.longest] + '...'}")
 
     def check(self, then: str = "") -> None:
         """Raises what was found: the first few in full and how many more. `then` says what to do about it."""
@@ -75,7 +76,7 @@ def check_images(questions: Sequence[Question]) -> None:
         path = question.image
         if isinstance(path, Path):
             if path not in there:
-                there[path] = _is_file(path)
+                there[path] = is_file(path)
             if not there[path]:
                 mistakes.add(question.where, f"no image {path}")
     mistakes.check("Download the benchmark's images to that folder; docs/evaluation.md says where from")
@@ -91,7 +92,7 @@ def image_bytes(question: Question) -> bytes | None:
         raise MoextendError(f"{question.where}: image {question.image} cannot be read: {error}") from None
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or no name at all

@@ -98,7 +98,7 @@ def _by_problem(answered: Sequence[Answered], points: Sequence[float], home: Pat
 
 def _groups(problem: dict[str, Any]) -> list[str]:
     hint, image = bool(problem.get("hint")), bool(problem.get("image"))
-    grade = re.fullmatch(r"grade(\d+)", str(problem.get("grade")))
+    grade = re.fullmatch(r"grade(\d{1,9})", str(problem.get("grade")))
     return [
         *(name for name, subject in SUBJECTS.items() if problem.get("subject") == subject),
         *(["TXT"] if hint else []),
