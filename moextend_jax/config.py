@@ -682,10 +682,14 @@ class ModelConfig:
         return self.decoder.experts + sum(added.new_experts for added in self.extensions.values())
 
     @property
-    def outputs_Z(self) -> list[int]:
-        """Router outputs of every layer that routes: E, and the X of every extension that it has."""
+    def has_ZO(self) -> list[list[bool]]:
+        """Which of all `outputs` each layer that routes has: the pretrained experts, and those of its extensions;
+        between these there may be some that it lacks."""
         parts = [(added.layers, added.new_experts) for added in self.extensions.values()]
-        return [self.decoder.experts + sum(new for layers, new in parts if z in layers) for z in self.decoder.routed]
+        return [
+            [True] * self.decoder.experts + [z in layers for layers, new in parts for _ in range(new)]
+            for z in self.decoder.routed
+        ]
 
     def spans(self, counts: Mapping[str, int]) -> dict[str, list[int]]:
         """For each medium, the token lengths of its count of items, all of maximal length."""

@@ -355,7 +355,7 @@ def _stats(folder: Path) -> None:
                                        np.arange(12) < 6)  # fmt: skip
     entropy: dict[str, Any] = {kind: rng.random(2) for kind in routing_stats.KINDS}
     stats = routing_stats.Stats(
-        "jax", 4, 2, np.array([4, 4]), tokens, by_kind, by_kind, floats, entropy, "00", per_token
+        "jax", 4, 2, np.ones((2, 4), bool), tokens, by_kind, by_kind, floats, entropy, "00", per_token
     )
     routing_stats.write_stats(folder / "stats.npz", stats)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference_set
+import tiny
 
 from moextend_jax import cli
 from moextend_jax.checkpoints.npz import read_npz
@@ -88,6 +89,15 @@ def test_ties_of_new_columns_with_their_sources_are_found_and_named(derived, tex
     assert "tokens tied: picks not compared" in rows["text/topk_idx/3"]["note"]
     assert "tied" not in rows["text/topk_idx/1"]["note"]  # a plain layer
     assert rows["text/logits"]["verdict"] == "ok"  # whoever computes them
+
+
+def test_equal_columns_of_several_extensions_have_the_numbers_of_their_experts():
+    arrays = {path: np.array(leaf) for path, leaf in tiny.arrays(tiny.BOTH).items()}
+    gate_ZDE, new_YDX = (arrays[f"{of}gate"] for of in ("decoder/layers/moe/", "extensions/sound/router/new_"))
+    new_YDX[0, :, 1] = gate_ZDE[1, :, 3]  # in layer 1, which lacks expert 4
+    new_YDX[1, :, 0] = arrays["extensions/image/router/new_gate"][1, :, 0]
+    held: dict[str, Any] = arrays
+    assert forward.equal_columns(held, tiny.BOTH) == [(1, 3, 6), (2, 4, 5)]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import reference_set
+import test_export_families
 import tiny
 from tiny import few
 
@@ -68,9 +69,12 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
         "released_extended": (derived.folder / "moextend_pert", vision),
         "nan": (mixtral(folder / "nan", with_nan()), []),
         **{family: (other(folder / family, family), []) for family in CHOSEN_OTHERWISE},
+        **{chain: (folder / chain, []) for chain in (*CHAINS, "mixtral-starts")},
         "own_code": (folder / "own_code", []),
         "no_ids": (folder / "model", []),
     }
+    for chain in (*CHAINS, "mixtral-starts"):
+        test_export_families.export(chain, folder / chain)
     (folder / "own_code").mkdir()
     (folder / "own_code" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
     rng, mask = np.random.default_rng(0), np.ones((5, 12), np.int64)
@@ -79,13 +83,15 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Dump]:
     for name, (checkpoint, options) in checkpoints.items():
         dumped[name] = Dump(checkpoint, options, folder / f"{name}.dump")
         dumped[name].folder.mkdir()
-        ids_BL = rng.integers(3, tiny.PLAIN.decoder.vocab_size, mask.shape)
+        ids_BL = rng.integers(3, 58, mask.shape)  # behind these are tags of pictures
         if name != "no_ids":
             np.savez(dumped[name].folder / "ids.npz", input_ids=ids_BL, attention_mask=mask)
         at = {option: str(dumped[name].folder / file) for option, file in FILES.items()}
-        words.append([str(checkpoint), *(word for pair in at.items() for word in pair), "--batch_size", "2"])
+        trust = [] if name == "own_code" else ["--trust_remote_code"]
+        files = [word for pair in at.items() for word in pair]
+        words.append([str(checkpoint), *files, "--batch_size", "2", *trust])
     for name, message in zip(dumped, messages_of_tool(words), strict=True):
-        assert bool(message) == (name in ("nan", "own_code", "no_ids")), message
+        assert bool(message) == (name in ("nan", "own_code", "no_ids", "mixtral-starts")), message
         (dumped[name].folder / "message").write_text(message)
     return dumped
 
@@ -229,6 +235,10 @@ CHOSEN_OTHERWISE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+CHAINS = ("mixtral-tasks", "glm4_moe-seen", "mixtral-seen-strict")
+"""Models with several extensions of other layers; the last layer of the first lacks its first extension."""
+
+
 def with_nan() -> dict[str, Any]:
     gate_ZDE = np.array(tiny.arrays(tiny.PLAIN)["decoder/layers/moe/gate"])
     gate_ZDE[1, 0, 2] = np.nan
@@ -245,10 +255,11 @@ def test_a_router_that_has_become_nan_is_named_and_nothing_is_written(dumps: dic
 def test_what_the_tool_needs_besides_is_one_line(dumps: dict[str, Dump]):
     assert "--trust_remote_code runs" in (dumps["own_code"].folder / "message").read_text()
     assert "ids.npz does not exist; moextend" in (dumps["no_ids"].folder / "message").read_text()
+    assert "an extension adds experts beside" in (dumps["mixtral-starts"].folder / "message").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", few(["released_extended", "huggingface", "released", *CHOSEN_OTHERWISE]))
+@pytest.mark.parametrize("layout", few(["released_extended", "huggingface", "released", *CHOSEN_OTHERWISE, *CHAINS]))
 def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_path: Path, capsys):
     checkpoint, options, folder = dumps[layout]
     opened = ["--checkpoint", str(checkpoint), *options]
@@ -265,7 +276,11 @@ def test_pytorch_and_we_route_alike(dumps: dict[str, Dump], layout: str, tmp_pat
     capsys.readouterr()
     assert cli.call(["routing", "compare", str(tmp_path / "jax.npz"), str(folder / "torch.npz"), "--json"]) == 0
     # What is least likely is by what chooses here, by the logits there.
-    assert_alike(json.loads(capsys.readouterr().out), least=layout not in CHOSEN_OTHERWISE)
+    assert_alike(json.loads(capsys.readouterr().out), least=layout.split("-")[0] not in CHOSEN_OTHERWISE)
+    ours, theirs = (statistics.read_stats(path) for path in (tmp_path / "jax.npz", folder / "torch.npz"))
+    np.testing.assert_array_equal(ours.has_ZO, theirs.has_ZO)
+    if layout == "mixtral-tasks":
+        assert not ours.has_ZO[-1, 8] and ours.picks_ZO["text"][-1, 9:].all()
 
 
 def assert_alike(record: dict[str, Any], *, least: bool = True) -> None:

@@ -110,6 +110,7 @@ def test_the_page_holds_what_was_counted(tmp_path: Path):
         *zip(selection["chosen_layers"], selection["sources"], strict=True)
     ]
     assert (data["base"], data["names"], data["extended"]) == (8, NAMES, list(EXTENDED))
+    assert data["has"] == [[True] * 8 + [layer in EXTENDED] for layer in range(8)]
 
 
 def test_texts_from_outside_cannot_end_the_data_or_begin_markup(tmp_path: Path):

@@ -373,6 +373,7 @@ def test_few_questions_and_data_that_training_skips_are_evaluated(finished, tmp_
     assert routing["tokens"]["image"] == 5 * 4  # every question once, and no row that only fills a batch
     assert sum(routing["counts"]["text"][0]) == 2 * routing["tokens"]["text"]
     assert routing["loads"]["llava_instruct"] == routing["counts"]
+    assert [all(has_O) for has_O in routing["has"]] == [z in routing["extended_layers"] for z in range(3)]
     assert {data: [*kinds] for data, kinds in routing["pairs"].items()} == {
         "llava_instruct": ["text", "image"], "wordnet": ["text"], "kjv": ["text"],
     }  # fmt: skip

@@ -266,7 +266,7 @@ def test_new_experts_are_measured_in_tokens(tmp_path):
     put(tmp_path / "finetune/routing.json", {**routing, "counts": {"text": counts, "image": counts}})
     new = read_workdir(tmp_path).new_experts
     assert new is not None and new.share_YX["image"].tolist() == [[0.75]]  # 60 of 80 tokens
-    assert new.fair_share == pytest.approx(2 / 3) and new.of_tokens
+    assert new.fair_Y == pytest.approx([2 / 3]) and new.of_tokens
 
 
 @pytest.mark.parametrize(
@@ -422,6 +422,22 @@ def test_new_experts_that_are_added_to_the_others_get_their_share_of_tokens(tmp_
     new = read_workdir(tmp_path).new_experts
     assert new is not None and new.of_tokens
     assert {kind: share_YX.tolist() for kind, share_YX in new.share_YX.items()} == {"text": [[0.0]], "image": [[1.0]]}
+
+
+def test_experts_that_a_layer_lacks_are_no_bars_of_it(tmp_path):
+    """Expert 2 is of an extension of layer 0, expert 3 of one of layer 1."""
+    counts, has = [[60, 60, 40, 0], [40, 40, 0, 80]], [[True, True, True, False], [True, True, False, True]]
+    put(tmp_path / "finetune/routing.json", {
+        "layers": 2, "experts": 2, "new_experts": 2, "extended_layers": [0, 1], "has": has,
+        "counts": {"text": counts, "image": counts}, "tokens": {"text": 80, "image": 80},
+    })  # fmt: skip
+    found = read_workdir(tmp_path)
+    assert found.new_experts is not None and found.loads is not None and found.loads.has_ZO.tolist() == has
+    assert found.new_experts.fair_Y == pytest.approx([2 / 3, 2 / 3])
+    with canvas(width=4, height=4) as figure:
+        share_panel(ax := figure.subplots(), found.new_experts)
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["0.0", "1.1"]
+        assert [bar.get_height() for bar in ax.patches if isinstance(bar, Rectangle)] == [0.5, 1.0] * 2
 
 
 def test_copied_experts_are_framed_in_the_routing_that_named_them():

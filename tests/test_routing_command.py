@@ -17,7 +17,7 @@ import tiny
 from moextend_jax import cli
 from moextend_jax.checkpoints import huggingface, train_state
 from moextend_jax.checkpoints.npz import read_npz
-from moextend_jax.config import RECIPES, ModelConfig, MoextendError, with_vision
+from moextend_jax.config import RECIPES, ModelConfig, MoextendError, Named, with_vision
 from moextend_jax.data.conversations import text_batch
 from moextend_jax.extension import routing
 from moextend_jax.parameters import with_arrays
@@ -79,6 +79,60 @@ def test_an_extended_model_keeps_columns_that_a_layer_lacks_empty():
         assert (stats.entropy_Z[kind] < np.log(stats.outputs_Z)).all() and (stats.entropy_Z[kind] > 0).all()
 
 
+def with_layers(image: tuple[int, ...], sound: tuple[int, ...]) -> ModelConfig:
+    """`tiny.BOTH` with experts 4 in some layers and 5 and 6 in others."""
+    one, two = tiny.BOTH.extensions.values()
+    return dataclasses.replace(
+        tiny.BOTH,
+        extensions=Named({
+            "image": dataclasses.replace(one, layers=image, sources=(1,) * len(image)),
+            "sound": dataclasses.replace(two, layers=sound, sources=(0, 2) * len(sound)),
+        }),
+    )  # fmt: skip
+
+
+APART = with_layers((0,), (1,))
+"""No layer has both extensions, and the second lacks the first one."""
+
+
+@pytest.mark.parametrize("config", [tiny.BOTH, APART])
+@pytest.mark.parametrize("older", [False, True])
+def test_experts_of_a_layer_that_lacks_an_earlier_extension_keep_their_numbers(
+    config: ModelConfig, older: bool, pair, tmp_path: Path
+):
+    path = tmp_path / "chain.npz"
+    statistics.write_stats(path, collected(config))
+    if older:
+        arrays: dict[str, Any] = {name: array for name, array in read_npz(path).items() if name != "has"}
+        np.savez(path, **arrays)
+    stats = statistics.read_stats(path)
+    has = {tiny.BOTH: [[4], [5, 6], [4, 5, 6]], APART: [[4], [5, 6], []]}[config]
+    assert stats.has_ZO.tolist() == [[True] * 4 + [n in new for n in (4, 5, 6)] for new in has]
+    for kind in statistics.KINDS:
+        share_ZO = statistics.load_of(stats, kind).share_ZO
+        rows = [row for row in compare.taken(pair[0], stats) if row.kind == kind]
+        assert [(row.layer, row.experts) for row in rows] == [(z, new) for z, new in enumerate(has) if new]
+        for row in rows:
+            np.testing.assert_array_equal(row.share_X, share_ZO[row.layer, row.experts])
+            assert row.share_X[-1] > 0 or kind == "image"
+    rng = np.random.default_rng(0)
+    moved = {kind: np.where(stats.has_ZO, rng.permuted(of, axis=1), 0) for kind, of in stats.picks_ZO.items()}
+    other = stats._replace(picks_ZO=moved, per_token=None)
+    for row in compare.distances(stats, other, tie=0):
+        if row.kind == "text":
+            p, q = (of["text"][row.layer][stats.has_ZO[row.layer]] for of in (stats.picks_ZO, moved))
+            assert row.tv_picks == pytest.approx(np.abs(p / p.sum() - q / q.sum()).sum() / 2) and row.tv_picks > 0
+            assert row.shift == pytest.approx(np.std(p / p.sum() - q / q.sum(), ddof=1))
+
+
+def test_as_many_experts_of_other_numbers_are_not_the_same_sizes(pair):
+    swapped = collected(APART)._replace(has_ZO=collected(APART).has_ZO[:, [0, 1, 2, 3, 5, 4, 6]])
+    with pytest.raises(
+        MoextendError, match=r"new experts per layer \[\[4\], \[5, 6\], \[\]\] and \[\[5\], \[4, 6\], \[\]\]"
+    ):
+        compare.check_same_shape(collected(APART), swapped, names=("a", "b"))
+
+
 def test_probabilities_are_of_the_logits_whatever_a_family_chooses_and_weighs_by():
     """As in GLM-4.5, which weighs by sigmoids, and where a bias chooses."""
     config = dataclasses.replace(TEXT, decoder=dataclasses.replace(tiny.DECODER, scores="sigmoid", selection_bias=True))
@@ -108,7 +162,7 @@ def test_loads_of_even_and_of_one_sided_routing(pair):
         picks_ZO, probs_ZO = np.array([picks_O]), np.array([probs_O], float)
         nothing = np.zeros_like(picks_ZO)
         return pair[0]._replace(
-            outputs_Z=np.array([4]), tokens={"text": 8, "image": 0}, picks_ZO={"text": picks_ZO, "image": nothing},
+            has_ZO=np.ones((1, 4), bool), tokens={"text": 8, "image": 0}, picks_ZO={"text": picks_ZO, "image": nothing},
             probs_ZO={"text": probs_ZO, "image": nothing}, entropy_Z={"text": np.zeros(1), "image": np.zeros(1)},
         )  # fmt: skip
 
@@ -133,6 +187,7 @@ def test_the_file_holds_everything_and_mistakes_in_it_are_named(pair, tmp_path: 
         ({"picks/text": arrays["picks/text"] + 1}, "are not 2 per token"),
         ({"gaps": None}, "holds ids but lacks gaps"),
         ({"ids": arrays["ids"][:, 1:]}, "ids has shape"),
+        ({"has": ~arrays["has"]}, "outputs and has must say which of 4 experts"),
     ):
         changed: dict[str, Any] = {name: array for name, array in (arrays | change).items() if array is not None}
         np.savez(path, **changed)

@@ -67,11 +67,12 @@ def load(folder: Path, *, trust_remote_code: bool = False):
         file = safe_open(path, "pt")
         files |= dict.fromkeys(file.keys(), file)
     if not any(".gate_vision." in name or name.startswith("model.visual.") for name in files):
-        if "auto_map" in json.loads((folder / "config.json").read_text()) and not trust_remote_code:
+        written = json.loads((folder / "config.json").read_text())
+        if "auto_map" in written and not trust_remote_code:
             raise SystemExit(f"{folder} brings Python of its own, for its auto_map; --trust_remote_code runs that")
         trust = {"trust_remote_code": trust_remote_code}
         config = AutoConfig.from_pretrained(folder, **trust)
-        sees = getattr(config, "image_token_id", None) is not None and hasattr(config, "vision_config")
+        sees = getattr(config, "image_token_id", None) is not None and "vision_config" in written
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         model, report = kind.from_pretrained(folder, **options, **trust)
@@ -170,8 +171,24 @@ def new_experts(model) -> int:
     return sum(own["new_experts"] for own in getattr(model.config, "extensions", None) or ())
 
 
+def columns_of(router, outputs: int, width: int) -> np.ndarray:
+    """Which of `width` experts a layer has: all that its router has outputs for, but for those of extensions of other
+    layers, whose columns modeling_moextend.py leaves free."""
+    extensions = getattr(router, "of_block", [None])[0]
+    has = np.arange(width) < outputs
+    if hasattr(extensions, "outputs"):  # that of earlier versions knew one extension
+        own = [int(number) for extension in extensions.values() for number in extension.ffn]
+        has[extensions.old :] = False
+        has[own] = True
+    return has
+
+
 def statistics(model, rows, *, batch_size: int, per_token: bool | None) -> dict:
     """The arrays of a file of routing statistics."""
+    extensions = getattr(model.config, "extensions", None) or [{"start": getattr(model.config, "start", "")}]
+    if any(own["start"] == "added" for own in extensions):
+        raise SystemExit("an extension adds experts beside those that a token picks; statistics are of as many picks "
+                         "of every token: take a model without it")  # fmt: skip
     sums, kept, top_k = [], [], 0
     for some in rows.batches(batch_size):
         real, image = (torch.tensor(part).reshape(-1) for part in (some.mask > 0, some.image))
@@ -187,14 +204,16 @@ def statistics(model, rows, *, batch_size: int, per_token: bool | None) -> dict:
         kept.append([(part.pop("ids"), part.pop("gaps")) for part in counted])
         sums = [{name: part[name] + (before[name] if before else 0) for name in part}
                 for part, before in zip(counted, sums or [None] * len(counted), strict=True)]  # fmt: skip
-    outputs_Z = np.array([len(layer["picks/text"]) for layer in sums])
+    widths = [len(layer["picks/text"]) for layer in sums]
+    own = zip(routers(model).values(), widths, strict=True)
+    has = np.stack([columns_of(router, outputs, max(widths)) for router, outputs in own])
     arrays = {
-        "format": np.array("moextend-routing/1"), "source": np.array("torch"), "outputs": outputs_Z,
-        "experts": np.int64(outputs_Z.max() - new_experts(model)), "top_k": np.int64(top_k),
+        "format": np.array("moextend-routing/1"), "source": np.array("torch"), "outputs": has.sum(1), "has": has,
+        "experts": np.int64(max(widths) - new_experts(model)), "top_k": np.int64(top_k),
         "inputs": np.array(rows.digest()), "layers": np.array(layers_of(model)),
     }  # fmt: skip
     for name in sums[0]:
-        parts = [np.pad(layer[name], (0, outputs_Z.max() - len(layer[name]))) if layer[name].ndim else layer[name]
+        parts = [np.pad(layer[name], (0, max(widths) - len(layer[name]))) if layer[name].ndim else layer[name]
                  for layer in sums]  # fmt: skip
         arrays[name] = np.stack(parts)
     real_BL = rows.mask > 0
@@ -205,7 +224,7 @@ def statistics(model, rows, *, batch_size: int, per_token: bool | None) -> dict:
             arrays[name] = arrays[name] / max(1, tokens)
     if per_token or (per_token is None and real_BL.sum() <= FEW):
         ids, gaps = ([np.concatenate([batch[z][part] for batch in kept]) for z in range(len(sums))] for part in (0, 1))
-        arrays["ids"] = np.stack(ids).astype(np.int8 if outputs_Z.max() < 128 else np.int16)
+        arrays["ids"] = np.stack(ids).astype(np.int8 if max(widths) < 128 else np.int16)
         arrays |= {"gaps": np.stack(gaps), "image": rows.image[real_BL]}
     return arrays
 
@@ -249,9 +268,8 @@ def forward(model, rows, labels: np.ndarray, *, coefficient: float) -> dict:
                  "topk_prob": probs.gather(-1, picks), "moe_in": seen["moe"][z][0], "moe_out": seen["moe"][z][1],
                  "topk_calibrated": seen["calibrated"][z]}  # fmt: skip
         arrays |= {f"{name}/{layers_of(model)[z]}": shown(part) for name, part in parts.items() if part is not None}
-        if not new_experts(model):  # transformers balances the largest logits, whatever chooses
-            picks = router.topk(picks.shape[-1]).indices
-        share = F.one_hot(picks, router.shape[-1]).sum(1).float()[valid].mean(0)
+        largest = router.topk(picks.shape[-1]).indices  # which transformers balances, whatever chooses
+        share = F.one_hot(largest, router.shape[-1]).sum(1).float()[valid].mean(0)
         loads.append((share, probs[valid].mean(0)))
     outputs = max(len(share) for share, _ in loads)
     if new_experts(model):  # the released code's form

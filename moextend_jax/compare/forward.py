@@ -91,16 +91,15 @@ def compare_forward(
 def equal_columns(arrays: dict[str, jax.Array], config: ModelConfig) -> list[tuple[int, int, int]]:
     """(layer, expert, expert) of router columns that are bitwise equal, as a new column is when it is made."""
     gate_ZDE = np.asarray(arrays["decoder/layers/moe/gate"])
-    layers = config.extension.layers if config.extension else ()
     twins = []
     for z, gate_DE in zip(config.decoder.routed, gate_ZDE, strict=True):
-        columns = list(gate_DE.T)
-        if z in layers:
-            columns += list(
-                np.asarray(arrays[f"extensions/{next(iter(config.extensions))}/router/new_gate"])[layers.index(z)].T
-            )
+        columns = list(enumerate(gate_DE.T))
+        for name, of in config.extensions.items():
+            if z in of.layers:
+                new_YDX = np.asarray(arrays[f"extensions/{name}/router/new_gate"])
+                columns += zip(config.columns(name), new_YDX[of.layers.index(z)].T, strict=True)
         first: dict[bytes, int] = {}
-        for o, column in enumerate(columns):
+        for o, column in columns:
             twin = first.setdefault(np.ascontiguousarray(column, np.float32).tobytes(), o)
             if twin != o:
                 twins.append((z, twin, o))
@@ -224,7 +223,7 @@ def _no_value(quantity: str, array: np.ndarray, config: ModelConfig, *, everywhe
     if quantity == "loss_aux_nomask":
         if not everywhere:
             return "counts left padding, whose routing no mask defines"
-        if config.extension and not array.any():
+        if config.extensions and not array.any():
             return "the released code returns 0 for an extended model without a mask"
     return ""
 
@@ -234,10 +233,10 @@ def _why_absent(name: str, quantity: str, config: ModelConfig) -> str:
         return "the checkpoint has no vision tower"
     if config.adapters or config.blocks:
         return "layers are not looked into where low-rank updates or blocks stand beside them"
-    extended = config.extension.layers if config.extension else ()
+    extended = sorted({layer for of in config.extensions.values() for layer in of.layers})
     raise MoextendError(
         f"the reference holds {name}/{quantity}, but this model has {config.decoder.layers} layers, extended "
-        f"ones {list(extended)}: the checkpoint is not the one that the reference was made with"
+        f"ones {extended}: the checkpoint is not the one that the reference was made with"
     )
 
 

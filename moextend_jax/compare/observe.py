@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moextend_jax.config import IMAGE, RECIPES, Batch
+from moextend_jax.config import IMAGE, RECIPES, Batch, ExtensionConfig
 from moextend_jax.mesh import Program, one_device
 from moextend_jax.models.attention import Visible, rotation
-from moextend_jax.models.decoder import added, feed_forward, layer_of, rms_norm
+from moextend_jax.models.decoder import Extension, added, feed_forward, layer_of, rms_norm
 from moextend_jax.models.moextend import MoExtend, shares
 from moextend_jax.models.router import Routing, probabilities
 from moextend_jax.parameters import with_arrays
@@ -29,7 +29,7 @@ Arrays = dict[str, jax.Array]
 
 
 class Layer(NamedTuple):
-    """One layer seen from inside. in_BLD: its input. calibrated_Tk: None in a plain layer."""
+    """One layer seen from inside. in_BLD: its input. calibrated_Tk: of a layer with one extension, else None."""
 
     in_BLD: jax.Array
     moe_in_BLD: jax.Array
@@ -83,45 +83,43 @@ def layer_by_layer(model: MoExtend, batch: Batch) -> Iterator[Layer]:
         attended_BLD, _ = this.attention(normed_BLD, turns, visible, is_local=config.local[z] if config.local else None)
         between_BLD = added(x_BLD, attended_BLD, config)
         moe_in_BLD = rms_norm(between_BLD, this.moe_norm[...], eps=config.norm_eps)
-        new = _extension_of(model, z) if open_to else None
+        here = {name: of for name, of in model.config.extensions.items() if name in open_to and z in of.layers}
+        slots = [_of_layer(model.extensions[name], of, z) for name, of in here.items()]
         moe_out_BLD, routing = feed_forward(
             moe_in_BLD,
             this,
-            [new] if new else [],
+            slots,
             config=model.config,
-            extended=[True] if new else [],
-            sources=_sources_of(model, z) if new else [],
-            shares=list(open_to.values()) if new else [],
+            extended=[True] * len(here),
+            sources=[_sources(of, z) for of in here.values()],
+            shares=[open_to[name] for name in here],
         )
         calibrated_Tk = None
-        if new is not None:
+        if len(slots) == 1:
             probs_TO = probabilities(routing.logits_TO, config.scores)
-            probs_TO = probs_TO + new.router.calibrator.correction(probs_TO)
+            probs_TO = probs_TO + slots[0].router.calibrator.correction(probs_TO)
             calibrated_Tk = jnp.take_along_axis(probs_TO, routing.ids_Tk, axis=-1)
         yield Layer(x_BLD, moe_in_BLD, moe_out_BLD, calibrated_Tk)
         x_BLD = added(between_BLD, moe_out_BLD, config)
 
 
-def _extension_of(model: MoExtend, layer: int):
-    extension = model.config.extension
-    if extension is None or layer not in extension.layers:
-        return None
-    (module,) = model.extensions.values()
+def _of_layer(module: Extension, extension: ExtensionConfig, layer: int) -> Extension:
     definition, state = nnx.split(module)
     y = extension.layers.index(layer)
     return nnx.merge(definition, jax.tree.map(lambda leaf: leaf[y], state))
 
 
-def _sources_of(model: MoExtend, layer: int) -> list[jax.Array | None]:
-    extension = model.config.extension
-    if extension is None or extension.start != "twin":
-        return [None]
-    return [jnp.array(extension.sources).reshape(len(extension.layers), -1)[extension.layers.index(layer)]]
+def _sources(extension: ExtensionConfig, layer: int) -> jax.Array | None:
+    if extension.start != "twin":
+        return None
+    return jnp.array(extension.sources).reshape(len(extension.layers), -1)[extension.layers.index(layer)]
 
 
 def _routing(routing: Routing, model: MoExtend) -> dict[str, Any]:
+    """A plain layer's columns are those of the pretrained experts, an extended layer's those of the whole model."""
     seen, decoder = {}, model.config.decoder
-    for z, (number, outputs) in enumerate(zip(decoder.routed, model.config.outputs_Z, strict=True)):
+    for z, (number, has_O) in enumerate(zip(decoder.routed, model.config.has_ZO, strict=True)):
+        outputs = len(has_O) if any(has_O[decoder.experts :]) else decoder.experts
         logits_TO, ids_Tk = routing.logits_TO[z], routing.ids_Tk[z]
         probs_TO = probabilities(logits_TO, decoder.scores)
         seen |= {

@@ -58,6 +58,7 @@ def write_routing(run: Run, opened: Askable, asked: Mapping[str, tuple[Questions
         "experts": run.config.decoder.experts,
         "new_experts": sum(added.new_experts for added in extensions),
         "names": names,
+        "has": opened.model.config.has_ZO,
         "extended_layers": sorted({layer for added in extensions for layer in added.layers}),
         "tokens": {"text": int(first.text_tokens), "image": int(first.image_tokens)},
         "counts": {"text": first.text_ZO.tolist(), "image": first.image_ZO.tolist()},

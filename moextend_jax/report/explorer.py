@@ -57,6 +57,7 @@ def write_explorer(workdir: Path) -> Path | None:
         "models": models,
         "names": loads.names if loads else examples[0]["names"] if examples else [],
         "base": loads.base if loads else 0,
+        "has": loads.has_ZO.tolist() if loads else [],
         "first": loads.first if loads else selection.first if selection else 0,
         "extended": found.new_experts.layers if found.new_experts else [],
         "examples": examples or None,

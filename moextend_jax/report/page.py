@@ -149,7 +149,7 @@ def _new_experts(new: NewExperts) -> str:
     drawn = picture(
         lambda ax: routing_pictures.share_panel(ax, new),
         name="share", label=f"Share of {medium} and text tokens per new expert",
-        width=_width(new.share_YX["text"].size), height=3.1,
+        width=_width(int(new.has_YX.sum())), height=3.1,
     )  # fmt: skip
     return beside(
         drawn,

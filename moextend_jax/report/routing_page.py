@@ -50,7 +50,7 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
     shared = [(name, on_shared_columns(stats)) for name, stats in named] if grown else named
     heatmaps, lines = _heatmaps(shared), _lines(named)
     new = _new_panels(named[0][1], named[1][1]) if grown else []
-    layers = len(named[0][1].outputs_Z)
+    layers = len(named[0][1].has_ZO)
     png, page = (prefix.with_name(f"{prefix.name}.{ending}") for ending in ("png", "html"))
     _png(png, heatmaps, [*new, *lines], layers=layers)
     title = f"Routing: {' and '.join(name for name, _ in named)}"
@@ -79,10 +79,9 @@ def _new_panels(before: Stats, after: Stats) -> list[Panel]:
     """What the new experts get, and where tokens can be compared, whose picks they took, by kind of token."""
     extended = np.flatnonzero(after.outputs_Z > after.experts)
     layers = [after.layers[z] for z in extended]
-    most = slice(after.experts, int(after.outputs_Z.max()))
-    share_YX = {kind: load_of(after, kind).share_ZO[extended, most] for kind in KINDS}
-    fair = 1 / int(after.outputs_Z.max())
-    new = NewExperts(tuple(layers), share_YX, fair, of_tokens=False)
+    has_YX = after.has_ZO[extended, after.experts :]
+    share_YX = {kind: load_of(after, kind).share_ZO[extended, after.experts :] for kind in KINDS}
+    new = NewExperts(tuple(layers), has_YX, share_YX, 1 / after.outputs_Z[extended], of_tokens=False)
     panels: list[Panel] = [("share of picks of new experts", partial(share_panel, new=new))]
     for kind in KINDS:
         from_YE = [row.from_E or [0.0] * after.experts for row in taken(before, after) if row.kind == kind]

@@ -114,14 +114,15 @@ def choice_panel(ax: Axes, selection: Selection) -> None:
 
 def share_panel(ax: Axes, new: NewExperts) -> None:
     """Two bars per new expert: share of the medium's tokens and of the text tokens that pick it."""
-    new_experts = new.share_YX["text"].shape[1]
-    layers = [new.first + row for row in new.layers]
-    names = [f"{layer}" if new_experts == 1 else f"{layer}.{x}" for layer in layers for x in range(new_experts)]
+    new_experts, (at, x) = new.has_YX.shape[1], np.nonzero(new.has_YX)
+    layers = new.first + np.array(new.layers, int)[at]
+    names = [f"{layer}" if new_experts == 1 else f"{layer}.{n}" for layer, n in zip(layers, x, strict=True)]
     places = np.arange(len(names))
     for kind, offset in zip(KINDS, (-0.2, 0.2), strict=True):
         label = f"{kind_title(kind, medium=new.medium)} tokens"
-        ax.bar(places + offset, new.share_YX[kind].ravel(), width=0.4, color=KIND_COLOUR[kind], label=label)
-    ax.axhline(new.fair_share, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="if all experts were used alike")
+        ax.bar(places + offset, new.share_YX[kind][new.has_YX], width=0.4, color=KIND_COLOUR[kind], label=label)
+    dashed: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
+    ax.hlines(new.fair_Y[at], places - 0.5, places + 0.5, **dashed, label="if all experts were used alike")
     ax.set_xticks(places, names)
     ax.set(
         xlabel="extended layer" if new_experts == 1 else "extended layer . new expert",

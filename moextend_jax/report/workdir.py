@@ -52,9 +52,11 @@ class NewExperts(NamedTuple):
     """How much of each kind of token the new experts of the grown model get."""
 
     layers: tuple[int, ...]
+    has_YX: np.ndarray
+    """Which of the new experts of all extensions each of these layers has."""
     share_YX: dict[str, np.ndarray]
-    fair_share: float
-    """Share of an expert if all were used alike."""
+    fair_Y: np.ndarray
+    """Share of an expert if all of its layer were used alike."""
     of_tokens: bool
     """Shares are of tokens; False: of picks, because the file does not say how many tokens there were."""
     first: int = 0
@@ -68,6 +70,8 @@ class Loads(NamedTuple):
     """Of the experts: those of the base, then new ones."""
     base: int
     """How many of these are the base's."""
+    has_ZO: np.ndarray
+    """Which of them each layer has."""
     picks_ZO: dict[tuple[str, str], np.ndarray]
     pairs_ZOO: dict[tuple[str, str], np.ndarray]
     """How many tokens picked both of two experts; empty where that was not written."""
@@ -190,6 +194,7 @@ def _new_experts(routing: Mapping[str, Any], medium: str, *, where: Path) -> New
         extended = _routed(routing, "extended_layers")
         if not all(0 <= layer < layers for layer in extended):
             raise ValueError(f"extended_layers do not fit {layers} layers")
+        has_YX = _has(routing, (layers, experts + new))[list(extended), experts:]
         share_ZO = {kind: _shares(routing["counts"][kind], (layers, experts + new)) for kind in KINDS}
         tokens, top_k = routing.get("tokens"), 1.0
         if tokens is not None:
@@ -199,8 +204,9 @@ def _new_experts(routing: Mapping[str, Any], medium: str, *, where: Path) -> New
             top_k = max(float(of.sum(axis=1).max()) for of in share_ZO.values())
         return NewExperts(
             layers=extended,
+            has_YX=has_YX,
             share_YX={kind: share_ZO[kind][list(extended), experts:] for kind in KINDS},
-            fair_share=top_k / (experts + new),
+            fair_Y=top_k / (experts + has_YX.sum(axis=1)),
             of_tokens=tokens is not None,
             first=_first(routing),
             medium=medium,
@@ -218,6 +224,7 @@ def _loads(routing: Mapping[str, Any], title: str, medium: str, *, where: Path) 
         return Loads(
             names=tuple(map(str, names)),
             base=experts,
+            has_ZO=_has(routing, shape),
             picks_ZO={key: _counts(of, shape) for key, of in _by_kind(loads)},
             pairs_ZOO={key: _counts(of, (*shape, experts + new)) for key, of in _by_kind(routing.get("pairs", {}))},
             first=_first(routing),
@@ -232,6 +239,13 @@ def _by_kind(loads: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[tuple[str
 def _routed(routing: Mapping[str, Any], name: str) -> tuple[int, ...]:
     """Layers that a file names, counted from the first that routes, as its counts are."""
     return tuple(int(layer) - _first(routing) for layer in routing[name])
+
+
+def _has(routing: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
+    """Which experts each layer has; in a file from before `has`, an extended layer has them all."""
+    extended = np.isin(np.arange(shape[0]), _routed(routing, "extended_layers"))
+    whole_ZO = (np.arange(shape[1]) < int(routing["experts"])) | extended[:, None]
+    return _counts(routing.get("has", whole_ZO), shape) > 0
 
 
 def _first(routing: Mapping[str, Any]) -> int:

@@ -71,7 +71,7 @@ def collect(
         source="jax",
         experts=model.config.decoder.experts,
         top_k=model.config.decoder.top_k,
-        outputs_Z=np.array(model.config.outputs_Z),
+        has_ZO=np.array(model.config.has_ZO),
         tokens={kind: int(sums[f"tokens/{kind}"]) for kind in KINDS},
         picks_ZO={kind: sums[f"picks/{kind}"] for kind in KINDS},
         least_ZO={kind: sums[f"least/{kind}"] for kind in KINDS},

@@ -249,7 +249,7 @@ def _print_loads(stats: Stats, *, title: str) -> None:
         if not stats.tokens[kind]:
             continue
         load = load_of(stats, kind)
-        for z in range(len(stats.outputs_Z)):
+        for z in range(len(stats.has_ZO)):
             numbers = (load.balance_Z[z], load.busiest_Z[z], load.entropy_Z[z], load.token_entropy_Z[z])
             balance, busiest, entropy, own = (f"{number:.3f}" for number in numbers)
             table.add_row(f"{stats.layers[z]}", kind, balance, busiest, f"{load.share_ZO[z].argmax()}", entropy, own)
@@ -346,7 +346,7 @@ def _print_distances(rows: list[LayerDistance], *, title: str, why: str | None) 
 
 
 def _print_taken(rows: list[Taken], *, title: str) -> None:
-    names = ("layer", "tokens", "share of picks", "mean probability", "tokens that pick one", "from")
+    names = ("layer", "tokens", "experts", "share of picks", "mean probability", "tokens that pick one", "from")
     caption = "from: experts that tokens with a new expert picked before and no longer pick"
     table = table_of(names, left=0, title=title, caption=caption)
     for row in rows:
@@ -354,7 +354,7 @@ def _print_taken(rows: list[Taken], *, title: str) -> None:
         tokens = "" if row.tokens is None else f"{100 * row.tokens:.1f} %"
         most = sorted(enumerate(row.from_E or ()), key=lambda pair: -pair[1])[:3]
         losers = ", ".join(f"{expert}: {100 * share:.0f} %" for expert, share in most if share)
-        table.add_row(f"{row.layer}", row.kind, shares, probs, tokens, losers)
+        table.add_row(f"{row.layer}", row.kind, " ".join(map(str, row.experts)), shares, probs, tokens, losers)
     console().print(table)
 
 

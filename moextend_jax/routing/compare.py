@@ -53,13 +53,14 @@ class Choice(NamedTuple):
 class Taken(NamedTuple):
     """What the new experts of one extended layer get, of one kind of token.
 
-    share_X: picks of each / all picks. probs_X: mean probabilities. tokens: share of the tokens that pick one.
-    from_E: of the picks that such tokens gave up, the share of each base expert; None where picks cannot be compared
-    token by token, or none was lost.
+    experts: their numbers. share_X: picks of each / all picks. probs_X: mean probabilities. tokens: share of the tokens
+    that pick one. from_E: of the picks that such tokens gave up, the share of each base expert; None where picks cannot
+    be compared token by token, or none was lost.
     """
 
     layer: int
     kind: str
+    experts: list[int]
     share_X: list[float]
     probs_X: list[float]
     tokens: float | None
@@ -80,13 +81,12 @@ def taken(before: Stats, after: Stats) -> list[Taken]:
         if not after.tokens[kind]:
             continue
         load = load_of(after, kind)
-        for z in np.flatnonzero(after.outputs_Z > after.experts).tolist():
-            new = slice(after.experts, int(after.outputs_Z[z]))
+        for z, new in enumerate(_new(after)):
+            if not new:
+                continue
             tokens, from_E = _lost(before, after, z, kind)
-            layer = after.layers[z]
-            rows.append(
-                Taken(layer, kind, load.share_ZO[z, new].tolist(), load.probs_ZO[z, new].tolist(), tokens, from_E)
-            )
+            shares, probs = (of_ZO[z, new].tolist() for of_ZO in (load.share_ZO, load.probs_ZO))
+            rows.append(Taken(after.layers[z], kind, new, shares, probs, tokens, from_E))
     return rows
 
 
@@ -112,12 +112,18 @@ def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
         ("picks per token", a.top_k, b.top_k),
         ("numbers of layers", a.layers, b.layers),
         ("router outputs per layer", a.outputs_Z.tolist(), b.outputs_Z.tolist()),
+        ("new experts per layer", _new(a), _new(b)),
     ):
         if x != y:
             hint = ""
             if is_extension_of(b, a):
                 hint = f"; to see what the extension did, name {names[1]}, the model before it, first"
             raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {x} and {y}{hint}")
+
+
+def _new(stats: Stats) -> list[list[int]]:
+    """The numbers of every layer's new experts."""
+    return [(stats.experts + np.flatnonzero(new_X)).tolist() for new_X in stats.has_ZO[:, stats.experts :]]
 
 
 def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
@@ -129,8 +135,7 @@ def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:
         loads = [load_of(stats, kind) for stats in (a, b)]
         picks = [_counts(stats.picks_ZO, kind) for stats in (a, b)]
         least = [_counts(stats.least_ZO, kind) for stats in (a, b)]
-        for z, outputs in enumerate(a.outputs_Z):
-            own = slice(0, int(outputs))
+        for z, own in enumerate(a.has_ZO):
             agreement, tied = _agreement(a, b, z, kind, tie=tie)
             smoothed = [counts_ZO[z, own] + 0.5 for counts_ZO in picks]
             rows.append(

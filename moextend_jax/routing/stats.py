@@ -1,7 +1,8 @@
 """Routing statistics and the npz file that holds them, whoever wrote it: `collect.py` or tools/dump_torch_routing.py.
 
 In: `Stats`, or a file. Out: a file without pickles, or `Stats`; what its counts say, layer by layer. docs/routing.md
-describes the arrays of the file. Columns that a layer does not have hold 0.
+describes the arrays of the file. Column o is of expert o of the whole model, also where a layer lacks some before it.
+Columns that a layer lacks hold 0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Stats(NamedTuple):
     source: str
     experts: int
     top_k: int
-    outputs_Z: np.ndarray
+    has_ZO: np.ndarray
     tokens: dict[str, int]
     picks_ZO: dict[str, np.ndarray]
     least_ZO: dict[str, np.ndarray]
@@ -44,8 +45,13 @@ class Stats(NamedTuple):
     """Numbers of these layers among all; None: 0, 1, ..."""
 
     @property
+    def outputs_Z(self) -> np.ndarray:
+        """How many experts each layer has."""
+        return self.has_ZO.sum(axis=1)
+
+    @property
     def layers(self) -> list[int]:
-        return list(range(len(self.outputs_Z))) if self.layers_Z is None else self.layers_Z.tolist()
+        return list(range(len(self.has_ZO))) if self.layers_Z is None else self.layers_Z.tolist()
 
 
 class Load(NamedTuple):
@@ -92,7 +98,7 @@ def on_shared_columns(stats: Stats) -> Stats:
         return probs_ZO[:, own] / np.maximum(probs_ZO[:, own].sum(axis=1, keepdims=True), 1e-300)
 
     return stats._replace(
-        outputs_Z=np.minimum(stats.outputs_Z, stats.experts),
+        has_ZO=stats.has_ZO[:, own],
         picks_ZO={kind: picks_ZO[:, own] for kind, picks_ZO in stats.picks_ZO.items()},
         least_ZO={kind: least_ZO[:, own] for kind, least_ZO in stats.least_ZO.items()},
         probs_ZO={kind: of_all(probs_ZO) for kind, probs_ZO in stats.probs_ZO.items()},
@@ -112,6 +118,7 @@ def write_stats(path: Path, stats: Stats) -> None:
         "experts": np.int64(stats.experts),
         "top_k": np.int64(stats.top_k),
         "outputs": stats.outputs_Z.astype(np.int64),
+        "has": stats.has_ZO,
         "layers": np.array(stats.layers, np.int64),
         "inputs": np.array(stats.inputs),
     }
@@ -147,7 +154,7 @@ def read_stats(path: Path) -> Stats:
     outputs_Z = whole_numbers(arrays["outputs"], what=f"{path}: outputs")
     if outputs_Z.ndim != 1 or not outputs_Z.size or outputs_Z.min() < 1:
         raise MoextendError(f"{path}: outputs must be one positive number per layer")
-    layers, most = len(outputs_Z), int(outputs_Z.max())
+    layers, most = len(outputs_Z), max(int(outputs_Z.max()), *arrays["picks/text"].shape[-1:])
     numbers_Z = whole_numbers(arrays.get("layers", np.arange(layers)), what=f"{path}: layers")
     if numbers_Z.shape != (layers,):
         raise MoextendError(f"{path}: layers must be one number per layer, as outputs is")
@@ -166,11 +173,18 @@ def read_stats(path: Path) -> Stats:
         if (arrays[f"picks/{kind}"].sum(axis=1) != arrays[f"tokens/{kind}"] * top_k).any():
             raise MoextendError(f"{path}: picks/{kind} are not {top_k} per token in every layer")
     kinds = {name: {kind: arrays[f"{name}/{kind}"] for kind in KINDS} for name in by_kind}
+    experts, probs_ZO = int(arrays["experts"]), np.sum([*kinds["probs"].values()], axis=0)
+    has_ZO = arrays.get("has", _had(outputs_Z, probs_ZO, experts=experts))
+    fits = has_ZO.dtype == bool and has_ZO.shape == (layers, most) and (has_ZO.sum(axis=1) == outputs_Z).all()
+    if not fits or not has_ZO[:, :experts].all() or not has_ZO[:, -1].any():
+        raise MoextendError(
+            f"{path}: outputs and has must say which of {most} experts each layer has, the first {experts} among them"
+        )
     return Stats(
         source=str(arrays["source"]),
-        experts=int(arrays["experts"]),
+        experts=experts,
         top_k=top_k,
-        outputs_Z=arrays["outputs"],
+        has_ZO=has_ZO,
         tokens={kind: int(kinds["tokens"][kind]) for kind in KINDS},
         picks_ZO=kinds["picks"],
         least_ZO=kinds["least"],
@@ -180,6 +194,13 @@ def read_stats(path: Path) -> Stats:
         per_token=_per_token(path, arrays, layers, top_k),
         layers_Z=numbers_Z,
     )
+
+
+def _had(outputs_Z: np.ndarray, probs_ZO: np.ndarray, *, experts: int) -> np.ndarray:
+    """What `has` would be in a file from before it: the pretrained experts, then those with the largest probabilities,
+    as absent ones have none."""
+    worth_ZO = np.where(np.arange(probs_ZO.shape[1]) < experts, np.inf, probs_ZO)
+    return np.argsort(np.argsort(-worth_ZO, axis=1, kind="stable"), axis=1) < outputs_Z[:, None]
 
 
 def _check_finite(array: np.ndarray, *, what: str) -> None:

@@ -83,7 +83,10 @@ def by_layer(picks_ZO: np.ndarray, *, config: ModelConfig) -> dict[str, list[flo
     share_ZO = picks_ZO / np.maximum(picks_ZO.sum(axis=1, keepdims=True), 1e-9)
     nats_Z = -(share_ZO * np.log(np.maximum(share_ZO, 1e-30))).sum(axis=1)
     extended = {z for added in config.extensions.values() for z in added.layers}
-    numbers = {"load_max": _short(share_ZO.max(axis=1)), "load_entropy": _short(nats_Z / np.log(config.outputs_Z))}
+    numbers = {
+        "load_max": _short(share_ZO.max(axis=1)),
+        "load_entropy": _short(nats_Z / np.log(np.sum(config.has_ZO, axis=1))),
+    }
     if extended:
         new = _short(share_ZO[:, experts:].sum(axis=1))
         numbers["new_share"] = [new[n] if z in extended else None for n, z in enumerate(routed)]

@@ -115,9 +115,8 @@ function drawTokens(id, example, model, layer) {
 
 function drawLoads() {
   const { counts } = DATA.loads[chosen("load-data")];
-  const has = (layer, expert) => expert < DATA.base || DATA.extended.includes(layer);
   const totals = counts.map((row) => row.reduce((a, b) => a + b, 0));
-  const z = counts.map((row, layer) => row.map((count, expert) => (has(layer, expert) ? percent(count, totals[layer]) : null)));
+  const z = counts.map((row, layer) => row.map((count, expert) => (DATA.has[layer][expert] ? percent(count, totals[layer]) : null)));
   const hover = z.map((row, layer) => row.map((share, expert) =>
     `layer ${layer + DATA.first}, expert ${plain(DATA.names[expert])}<br>${(share ?? 0).toFixed(1)} % of ${totals[layer].toLocaleString("en")} picks`));
   shares("loads", z, hover, { x: nameAxis(DATA.names), y: layerAxis(z.length), xtitle: "expert", ytitle: "layer" });
