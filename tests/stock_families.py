@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import cpu_offload
 from stock_script import names_of
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -33,9 +34,14 @@ def main(inputs: str, out: str, *folders: str) -> None:
         made["half"] = half(input_ids=ids, **rounded).logits.float()
         arrays |= {f"{folder.name}/{key}": value.numpy() for key, value in made.items()}
         arrays[f"{folder.name}/names"] = names_of(model)
-        if options:  # weights that are brought when a module is called, as device_map="auto" does on a small GPU
-            there = cpu_offload(model, execution_device="cpu")(input_ids=ids, **seen).logits
-            assert (there.numpy() == arrays[f"{folder.name}/logits"]).all()
+        if options:
+            padded = {"input_ids": F.pad(ids, (3, 0)), "attention_mask": F.pad(torch.ones_like(ids), (3, 0))}
+            there = model.generate(**padded, **seen, max_new_tokens=4, do_sample=False)
+            assert (there[:, -4:] == made["answer"]).all()
+            # Weights that are brought when a module is called, as device_map="auto" does on a small GPU.
+            embeds, brought = model.get_input_embeddings()(ids), cpu_offload(model, execution_device="cpu")
+            for tokens in ({"input_ids": ids}, {"inputs_embeds": embeds}):
+                assert (brought(**tokens, **seen).logits == made["logits"]).all()
     assert not any(module.startswith("moextend_jax") for module in sys.modules)
     np.savez(out, **arrays)
 

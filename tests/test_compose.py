@@ -501,10 +501,10 @@ def test_what_transformers_does_not_compute_is_refused_by_name(tmp_path: Path, l
     of_pictures = dataclasses.replace(
         CONFIG, media=Named(image=MEDIA["image"]), extensions=Named(image=EXTENSIONS["image"])
     )
-    for config, told in (
-        (CONFIG, "extension speech.*, extension touch.*, medium speech, medium touch"),
-        (of_pictures, "the composition 'decoupled' of extensions: export it with --layout delta"),
-    ):
+    cases = [(CONFIG, "extension speech.*, extension touch.*, medium speech, medium touch")]
+    if layout == "released":
+        cases.append((of_pictures, "the composition 'decoupled' of extensions: export it with --layout delta"))
+    for config, told in cases:
         options: dict[str, Any] = {"max_shard_bytes": 1 << 30}
         with pytest.raises(MoextendError, match=f"layout {layout} holds .* this model has .*{told}"):
             if layout == "hf":
@@ -512,6 +512,23 @@ def test_what_transformers_does_not_compute_is_refused_by_name(tmp_path: Path, l
             else:
                 convert.export_source(source_of(config), tmp_path / "out", layout=layout, **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_how_extensions_were_composed_goes_to_transformers_and_comes_back(root: Path, tmp_path: Path):
+    out, hf = composed(root, tmp_path / "out", deltas=("image",)), tmp_path / "hf"
+    cli.call(["export", str(out), str(hf)])
+    at = hf / "config.json"
+    written = json.loads(at.read_text())
+    assert (written["model_type"], written["composition"]) == ("moextend", "decoupled")
+    opened = open_checkpoint(hf, dtype="float32")
+    assert opened.config.composition == "decoupled" and opened.source.record.facts["text_isolation"] == "strict"
+    cli.call(["export", str(hf), str(tmp_path / "again")])
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == written
+    at.write_text(json.dumps({name: value for name, value in written.items() if name != "composition"}))
+    assert open_checkpoint(hf, dtype="float32").config.composition == "shared"
+    at.write_text(json.dumps(written | {"composition": "sum"}))
+    with pytest.raises(MoextendError, match=r"config\.json: extensions: composition = 'sum' is not one of 'shared', "):
+        open_checkpoint(hf, dtype="float32")
 
 
 @pytest.mark.slow

@@ -88,6 +88,11 @@ CHAINS: dict[str, dict[str, dict[str, Any]]] = {
         "cars": {"start": "twin", "layers": (2,), "sources": (6,)},
         "days": {"medium": "", "start": "lowered"},
     },
+    "pictures": {
+        "pets": {"share": 0.5},
+        "cars": {"share": 0.25, "layers": (2,), "new_experts": 2, "sources": (0, 6)},
+        "dogs": {"share": 0.0},
+    },
 }
 """Several extensions of one model, of other layers, sizes, media and starts."""
 CASES: dict[str, tuple[str, str, str, str]] = {
@@ -105,6 +110,10 @@ CASES: dict[str, tuple[str, str, str, str]] = {
        for family in ("mixtral", "glm4_moe", "gpt_oss") for chain in ("seen", "starts")},
     **{f"{family}-{chain}-strict": (family, "clip", chain, "base")
        for family in ("mixtral", "glm4_moe", "olmoe") for chain in ("seen", "starts")},
+    **{f"{family}-{chain}-decoupled{text}": (family, "clip", chain, "base")
+       for family in ("mixtral", "glm4_moe", "olmoe") for chain in ("pictures", "seen", "starts")
+       for text in ("", "-strict")},
+    "mixtral-tasks-decoupled": ("mixtral", "", "tasks", "base"),
     "olmoe-starts": ("olmoe", "clip", "starts", "literal"),
 }  # fmt: skip
 
@@ -117,7 +126,7 @@ def config_of(case: str) -> ModelConfig:
     one = {"image" if tower else "sums": {"medium": "image" if tower else "", **STARTS.get(start, {})}} if start else {}
     extensions = {name: ExtensionConfig(**added | own) for name, own in CHAINS.get(start, one).items()}
     more: dict[str, Any] = {"extensions": Named(extensions), "dtype": "float32", "remat": "none", "mass": mass}
-    more["text_isolation"] = isolation_of(case)
+    more |= {"text_isolation": isolation_of(case), "composition": "decoupled" if "-decoupled" in case else "shared"}
     if not tower:
         return dataclasses.replace(of_pictures(decoder=decoder), **more)
     vision = dataclasses.replace(
@@ -207,7 +216,7 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     assert sorted(tensors) == list(theirs[f"{case}/names"])
     opened = open_checkpoint(folder)
     assert opened.layout == ("hf" if config.media or config.extensions else config.decoder.family)
-    assert opened.config.extensions == config.extensions
+    assert (opened.config.extensions, opened.config.composition) == (config.extensions, config.composition)
     assert opened.config.decoder == config.decoder
     folders.assert_same(opened.arrays, {path: np.asarray(leaf) for path, leaf in arrays.items()})
 
@@ -218,11 +227,13 @@ BY_HAND = {
 } | {
     "gpt_oss-wide", "glm4_moe-added", "mixtral-lowered", "glm4_moe-two", "ernie4_5_moe-literal", "gpt_oss-tasks",
     "glm4_moe-tasks", "mixtral-starts", "glm4_moe-seen", "gpt_oss-seen", "olmoe-seen-strict", "mixtral-starts-strict",
+    "mixtral-seen-decoupled", "mixtral-seen-decoupled-strict", "mixtral-starts-decoupled-strict",
+    "glm4_moe-starts-decoupled", "olmoe-starts-decoupled-strict", "mixtral-tasks-decoupled",
 }  # fmt: skip
 """What the same families with a picture, and the same start of two other families, show too."""
 
 
-FAST = {"mixtral-seen-strict"}
+FAST = {"mixtral-seen-strict", "mixtral-pictures-decoupled-strict", "mixtral-starts-decoupled"}
 
 
 @pytest.mark.parametrize(

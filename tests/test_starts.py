@@ -552,7 +552,7 @@ def test_the_code_that_goes_along_chooses_as_we_do(chain: str, rule: Rule, sight
         leaves |= {"offset": np.full(X, -0.3, np.float32)} if own["start"] == "lowered" else {}
         state = {name: torch.tensor(leaf.T.copy()) for name, leaf in leaves.items()}
         extensions[str(n)].load_state_dict(state, strict=False)
-        extensions[str(n)].sighted = torch.tensor(open_T) if sighted else None
+        extensions[str(n)].shares = torch.tensor(open_T * own.get("share", 1.0)) if sighted else None
     with torch.no_grad():
         bias = None if bias_E is None else torch.tensor(bias_E)
         given = torch.tensor(x_TD), torch.tensor(x_TD @ gate_DE), bias

@@ -169,6 +169,7 @@ def default_layout(source: Source) -> str:
         return "delta"
     if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
         pictures = all(name == of.medium == IMAGE for name, of in source.config.extensions.items())
+        pictures = pictures and source.config.composition == "shared"
         released = source.config.decoder.family in names.PUBLISHED["released"].families and pictures
         return "released" if released else HF
     if "decoder" in source.parts:

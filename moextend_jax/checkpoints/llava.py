@@ -48,9 +48,9 @@ def spellings(tower: str) -> tuple[Spelling, ...]:
     )
 
 
-ADDED = ("extensions", "add_layer", "sources", "start", "wide")
-"""What says which layers have new experts, and what those are; all but the first of earlier versions, which knew one
-extension."""
+ADDED = ("extensions", "composition", "add_layer", "sources", "start", "wide")
+"""What says which layers have new experts, and what those are; all but the first two of earlier versions, which knew
+one extension."""
 
 _TABLE = Table(
     sizes={},

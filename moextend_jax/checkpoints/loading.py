@@ -509,7 +509,7 @@ def _released(
                 f"{base} cannot be the base of {folder}, which knows pictures behind two linear maps and nothing else: "
                 "it has other media, or a projector of another kind"
             )
-    listed = (attributes or {}).get("extensions") if layout == "hf" else None
+    listed, composition = (attributes or {}).get("extensions") if layout == "hf" else None, "shared"
     extension, extensions = (_extension_in(stored) if listed is None else None), dict[str, ExtensionConfig]()
     if attributes is not None:
         ours = ("moextend", "new_experts", *llava.ADDED)
@@ -518,7 +518,9 @@ def _released(
         if listed is not None:
             try:
                 extensions = store.extensions_in(listed, decoder)
-            except ValueError as error:
+                rule = attributes.get("composition", composition)
+                composition = build(fields(ModelConfig)["composition"], rule, where="composition")
+            except (ValueError, MoextendError) as error:
                 raise MoextendError(f"{at}: extensions: {short(str(error))}") from None
         configured = huggingface.extension_config(attributes, where=at)
         if configured and layout == "released":  # where new experts are counted among the others
@@ -563,7 +565,8 @@ def _released(
             f"{folder} holds a tower of family {tower.family}, where this layout has a CLIP: give it apart"
         )
     tags = huggingface.image_tags(attributes) if attributes is not None else below and below.config.tags
-    config = dataclasses.replace(of_pictures(decoder=decoder, vision=tower, tags=tags), extensions=Named(extensions))
+    config = of_pictures(decoder=decoder, vision=tower, tags=tags)
+    config = dataclasses.replace(config, extensions=Named(extensions), composition=composition)
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
         elsewhere |= open_source(vision, feature_layer=feature_layer, dtype=dtype).leaves
@@ -581,7 +584,9 @@ def _released(
     )
     _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
-    decoder_attributes = {name: value for name, value in decoder_attributes.items() if name != "extensions"}
+    decoder_attributes = {
+        name: value for name, value in decoder_attributes.items() if name not in ("extensions", "composition")
+    }
     record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}

@@ -322,7 +322,7 @@ class Published(NamedTuple):
     towers: tuple[str, ...]
     starts: tuple[str, ...]
     ours: bool
-    """Whether our own code computes it: extensions of any number, name, width and share."""
+    """Whether our own code computes it: extensions of any number, name, width and share, by either composition."""
 
 
 PUBLISHED = {
@@ -361,7 +361,8 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
             others += [f"the start {added.start!r} of extension {name}"] * (added.start not in known.starts)
             others += [f"the calibrator {added.calibrator!r} of extension {name}"] * (added.calibrator != "two_layers")
             others += [f"experts {added.wide} times as wide in extension {name}"] * (added.wide != 1 and not known.ours)
-    if layout in PUBLISHED and config.extensions and config.media and config.composition != "shared":
+    composed = config.extensions and config.media and config.composition != "shared"
+    if layout in PUBLISHED and composed and not known.ours:
         others.append(f"the composition {config.composition!r} of extensions")
     if others:
         extensions = "extensions for pictures or text" if known.ours else f"one extension called {IMAGE}"

@@ -196,6 +196,7 @@ def _extension_attributes(config: ModelConfig, recipe: Recipe, text_isolation: s
         # A list, since their order numbers the experts, and transformers sorts names.
         "extensions": [{"name": n, **store.extension_attributes(added)} for n, added in config.extensions.items()],
         "weight_guard": recipe.weight_guard, "mass": recipe.mass, "text_isolation": text_isolation,
+        "composition": config.composition,
         "router": router | {"bias": decoder.router_bias, "selection_bias": decoder.selection_bias},
         "expert": {
             "width": decoder.hidden, "bias": decoder.expert_bias, "glu": decoder.glu, "glu_limit": decoder.glu_limit,

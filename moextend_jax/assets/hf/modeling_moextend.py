@@ -18,9 +18,10 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 class MoExtendConfig(LlavaConfig):
     """LLaVA's, and: `extensions`, a list of dicts; `weight_guard`, "bounded" or "none"; `mass`, "base" or "literal":
     whether weights sum to what the base's would; `text_isolation`, "none" or "strict" (an extension is open only to
-    conversations with an item of its medium); `router`, how the base decides: experts, top_k, scores ("softmax" or
-    "sigmoid"), normalised, routed_factor, groups, top_groups, bias, selection_bias; `expert`, what a pretrained one is:
-    width, bias, glu ("silu" or "clamped"), glu_limit.
+    conversations with an item of its medium); `composition`, "shared", or "decoupled" (tokens of an item choose its
+    medium's extensions alone, with share 1; text chooses none with strict isolation, else all); `router`, how the base
+    decides: experts, top_k, scores ("softmax" or "sigmoid"), normalised, routed_factor, groups, top_groups, bias,
+    selection_bias; `expert`, what a pretrained one is: width, bias, glu ("silu" or "clamped"), glu_limit.
 
     An extension: `name`; `medium`, "image", or "" for a task in text; `layers`, those with `new_experts` more experts,
     each `wide` times as wide as a pretrained one; `sources`, the experts that they were copied from, one layer after
@@ -36,6 +37,7 @@ class MoExtendConfig(LlavaConfig):
     weight_guard: str = "bounded"
     mass: str = "base"
     text_isolation: str = "none"
+    composition: str = "shared"
     router: dict | None = None
     expert: dict | None = None
 
@@ -121,8 +123,9 @@ class Extension(nn.Module):
         self.ffn = nn.ModuleDict({str(first + x): NewExpert(size, **expert) for x in range(new)})
         self.selection_bias = nn.Parameter(torch.zeros(new)) if rule["selection_bias"] else None
         self.offset = nn.Parameter(torch.zeros(new)) if self.start == "lowered" else None
-        self.sighted = None
-        """Which tokens may choose its experts, [tokens] bool; None: all. The model sets it before each pass."""
+        self.shares = None
+        """Each token's share of it, [tokens], 0 where its experts may not be chosen; None: `share` for all. The model
+        sets it before each pass."""
 
     @property
     def competes(self) -> bool:
@@ -131,8 +134,7 @@ class Extension(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Of tokens [T, D]: logits [T, X], -inf for tokens that may not choose it; each token's share of it [T, 1]; the
         bias that its experts are chosen by besides."""
-        share = torch.full((len(x), 1), self.share, dtype=x.dtype, device=x.device)
-        share = share if self.sighted is None else share.where(self.sighted.to(x.device)[:, None], 0.0)
+        share = torch.full_like(x[:, :1], self.share) if self.shares is None else self.shares.to(x)[:, None]
         new = self.gate(x) if self.offset is None else self.gate(x) + self.offset.float()
         return new + share.log(), share, None if self.selection_bias is None else self.selection_bias.float()
 
@@ -311,17 +313,19 @@ class MoExtendModel(LlavaModel):
             extend(block_of(self.language_model.layers[layer]), Extensions(self.config, layer))
 
     def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
-        sighted = None
-        if self.config.text_isolation == "strict":
+        items = sighted = None
+        strict, decoupled = self.config.text_isolation == "strict", self.config.composition == "decoupled"
+        if strict or decoupled:
+            images = pixel_values is not None or bool(kwargs.get("mm_encoder_outputs"))
+            items = self._items(input_ids, inputs_embeds, images=images)
+        if strict and not decoupled:
             packed = restarts(kwargs.get("position_ids"), kwargs.get("attention_mask"))
             if packed or kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("strict text isolation knows a conversation by its row: give each a row of its own")
-            sighted = self._sighted(input_ids, pixel_values, past_key_values, inputs_embeds)
-        length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            sighted = self._sighted(items, past_key_values)
         for layer in self.extended:
             for extension in block_of(self.language_model.layers[layer]).extensions.values():
-                rows = None if sighted is None else sighted & bool(extension.medium)
-                extension.sighted = None if rows is None else rows.repeat_interleave(length)
+                extension.shares = None if items is None else self._shares(extension, items, sighted).flatten()
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -333,15 +337,29 @@ class MoExtendModel(LlavaModel):
             output.past_key_values.sighted = sighted
         return output
 
-    def _sighted(self, input_ids, pixel_values, past_key_values, inputs_embeds) -> torch.Tensor:
-        """Rows with an image [rows], in these tokens or in those that the cache holds."""
+    def _shares(self, extension: Extension, items: torch.Tensor, sighted: torch.Tensor | None) -> torch.Tensor:
+        """Each token's share of an extension [rows, length]. `items`: which tokens are an image's; `sighted`: rows with
+        one, where the composition is "shared"."""
+        sees, share = bool(extension.medium), extension.share
+        if sighted is not None:
+            return (sighted & sees)[:, None].expand_as(items) * share
+        # A share of 0 takes an extension out, also of its own medium's items.
+        return torch.where(items, float(sees and share > 0), 0.0 if self.config.text_isolation == "strict" else share)
+
+    def _items(self, input_ids, inputs_embeds, *, images: bool) -> torch.Tensor:
+        """Which tokens are an image's [rows, length]: none where no image is given, as when an answer is written."""
+        given, pad = inputs_embeds if input_ids is None else input_ids, self.config.image_token_id
+        if not images:
+            if input_ids is None and hasattr(self, "vision_tower"):
+                raise ValueError("images are told from text by input_ids: give them, or pixel_values too")
+            return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
         if input_ids is not None:
-            here = (input_ids == self.config.image_token_id).any(dim=1)
-        elif pixel_values is not None:
-            pad = self.get_input_embeddings().weight[self.config.image_token_id]
-            here = (inputs_embeds == pad).all(dim=-1).any(dim=1)
-        else:
-            raise ValueError("strict text isolation tells images by input_ids; give them instead of inputs_embeds")
+            return input_ids == pad
+        return (inputs_embeds == self.get_input_embeddings()(torch.tensor(pad, device=given.device))).all(dim=-1)
+
+    def _sighted(self, items: torch.Tensor, past_key_values) -> torch.Tensor:
+        """Rows with an image [rows], in these tokens or in those that the cache holds."""
+        here = items.any(dim=1)
         before = getattr(past_key_values, "sighted", None)
         if before is None or not past_key_values.get_seq_length():
             return here
