@@ -458,7 +458,7 @@ def test_a_chain_is_exported_as_one_delta_or_extension_by_extension(root: Path, 
         recipe=dataclasses.replace(RECIPES["paper"], feature_layer=-1),
     )  # fmt: skip
     base = open_source(root / "base", vision=root / "tower of image", feature_layer=-1)
-    base_hash, workdir = hashes.base_hash(base.leaves), tmp_path / "run"
+    base_hash, workdir = hashes.base_hashes(base.leaves).base, tmp_path / "run"
     workdir.mkdir()
     record = {"settings": as_json(dataclasses.asdict(settings)), "base_hash": base_hash}
     (workdir / "config.json").write_text(json.dumps(record))

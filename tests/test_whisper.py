@@ -296,7 +296,7 @@ def test_a_model_bin_that_is_broken_is_refused_in_a_line(tmp_path: Path):
     for place in rng.integers(0, len(content), 300):
         at.write_bytes(content[:place] + bytes(rng.integers(0, 256, 4, np.uint8)) + content[place + 4 :])
         try:
-            for variable in ctranslate2.open_model(at).variables.values():
+            for variable in ctranslate2.open_model(at).values():
                 assert variable.read().shape == variable.shape
         except MoextendError as error:
             refused += "\n" not in str(error)
@@ -322,7 +322,7 @@ def test_tiny_en_of_the_package_gives_the_states_of_transformers():
     assert opened.config == WhisperConfig()
     leaves = values(opened.leaves)
     encoder = transformers.WhisperModel(transformers.WhisperConfig(decoder_layers=1)).encoder.eval()
-    at = ctranslate2.open_model(Path(spec.origin).parent / "model" / "model.bin").variables
+    at = ctranslate2.open_model(Path(spec.origin).parent / "model" / "model.bin")
 
     def theirs(name: str) -> Any:
         return torch.from_numpy(np.array(at["encoder/" + name].read(), np.float32))

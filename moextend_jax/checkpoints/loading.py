@@ -176,7 +176,7 @@ def open_checkpoint(
     return Checkpoint(
         config=config,
         arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hash(source.leaves)),
+        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hashes(source.leaves).base),
         layout=source.record.layout,
         source=source,
     )

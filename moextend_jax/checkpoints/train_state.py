@@ -29,16 +29,9 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.EFBIG,
-    errno.EIO,
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EFBIG, errno.EIO,
     errno.ESTALE,
-)
+)  # fmt: skip
 """What a file system says when it refuses; TensorStore hides it in a page of its own settings."""
 
 
@@ -138,13 +131,6 @@ def disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-class Started(NamedTuple):
-    """The state to go on from, and what of the data was skipped before it (`faults.py`)."""
-
-    state: Any
-    counts_G: np.ndarray
-
-
 def start(
     manager: ocp.CheckpointManager,
     like: Any,
@@ -153,9 +139,10 @@ def start(
     facts: dict[str, Any],
     resume_from: Path | None,
     where: Path,
-) -> Started | None:
-    """The newest whole checkpoint, else the one at `resume_from`, else None. `rows` goes to its place in the data,
-    which is the same for any mesh and number of processes.
+) -> tuple[Any, np.ndarray] | None:
+    """The state to go on from and what of the data was skipped before it (`faults.py`): of the newest whole checkpoint,
+    else the one at `resume_from`, else None. `rows` goes to its place in the data, which is the same for any mesh and
+    number of processes.
 
     Args:
       like: the state as shapes with shardings.
@@ -259,13 +246,15 @@ def free(arrays: Any) -> None:
         array.delete()
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: Any, rows, *, facts, where: Path) -> Started:
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: Any, rows, *, facts, where: Path
+) -> tuple[Any, np.ndarray]:
     args = ocp.args.Composite(facts=ocp.args.JsonRestore(), rows=ocp.args.JsonRestore())
     restored_items = manager.restore(step, args=args)
     check_facts(restored_items["facts"], facts, where=where)
     restored = _state(manager, step, like)
     rows.set_state(restored_items["rows"]["place"])
-    return Started(restored, faults.restored(restored_items["rows"]["faults"]))
+    return restored, faults.restored(restored_items["rows"]["faults"])
 
 
 def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:

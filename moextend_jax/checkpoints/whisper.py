@@ -166,7 +166,7 @@ def _ctranslate2(path: Path) -> tuple[WhisperConfig, dict[str, Stored]]:
             "folder of Whisper (config.json, model.safetensors)"
         )
     tensors = {}
-    for name, tensor in ctranslate2.open_model(path).variables.items():
+    for name, tensor in ctranslate2.open_model(path).items():
         if name.startswith("encoder/") and tensor.shape:  # what has no axes is a setting
             tensors |= _spelled(name, tensor)
     return PINNED[digest], tensors
