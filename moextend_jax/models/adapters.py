@@ -37,6 +37,9 @@ class Pair(nnx.Module):
         self.a = uniform(stack + inputs + "r", sizes, rngs=rngs, dtype=dtype, bound=bound)
         self.b = constant(stack + "r" + outputs, sizes, dtype=dtype, value=0.0)
 
+    def cast(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        return self.a[...].astype(dtype), self.b[...].astype(dtype)
+
 
 class Choice(nnx.Module):
     """The router over LoRA experts, `x_TD -> u_TI`; starts as torch's linear layers do."""
@@ -203,7 +206,7 @@ def update_of(
             chosen.append(block.choice(x_TD))
             weights_TI = GATINGS[config.gating](chosen[-1]).astype(x_TD.dtype)
         if config.of_experts:
-            leaves = (leaf[...].astype(x_TD.dtype) for name in EXPERTS for leaf in _pair(getattr(block, name)))
+            leaves = (leaf for name in EXPERTS for leaf in getattr(block, name).cast(x_TD.dtype))
             parts.append(Factors(*leaves))
             weights.append(jnp.repeat(weights_TI * scale_T1, config.columns // weights_TI.shape[-1], axis=-1))
     if not parts:
@@ -216,14 +219,9 @@ def router_update(blocks: Sequence[tuple[AdapterConfig, OfBlock, jax.Array]], x_
     update_TE = None
     for _, block, scale_T1 in blocks:
         if block.router is not None:
-            a_Dr, b_rE = (leaf[...].astype(x_TD.dtype) for leaf in _pair(block.router))
-            own_TE = low_rank(x_TD, a_Dr, b_rE, scale_T1).astype(jnp.float32)
+            own_TE = low_rank(x_TD, *block.router.cast(x_TD.dtype), scale_T1).astype(jnp.float32)
             update_TE = own_TE if update_TE is None else update_TE + own_TE
     return update_TE
-
-
-def _pair(pair: Any) -> tuple[nnx.Param, nnx.Param]:
-    return pair.a, pair.b
 
 
 def _side_by_side(parts: list[Factors]) -> Factors:
