@@ -172,11 +172,14 @@ def facts_at(path: Path) -> dict[str, Any]:
     """What the checkpoints at a path that `start` takes as `resume_from` belong to."""
     root, step = _checkpoint_at(absolute(path))
     with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
         for number in sorted(manager.all_steps(), reverse=True) if step is None else [step]:
             with contextlib.suppress(Exception):  # damaged; `start` says so, and takes an older one
-                return manager.restore(number, args=args)["facts"]
+                return _facts(manager, number)
     raise MoextendError(f"resume_from {path}: no checkpoint there can be read")
+
+
+def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
 
 
 def _checkpoint_at(path: Path) -> tuple[Path, int | None]:
@@ -336,8 +339,7 @@ def result_facts(folder: Path) -> dict[str, Any] | None:
         step = manager.latest_step()
         if step is None:
             return None
-        facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-        return {**facts, "identity": sums.identity(absolute(folder) / str(step))}
+        return {**_facts(manager, step), "identity": sums.identity(absolute(folder) / str(step))}
 
 
 class Result(NamedTuple):
@@ -361,8 +363,7 @@ def open_result(folder: Path, *, facts: Mapping[str, Any]) -> Iterator[Result | 
             yield None
             return
         _check_whole(absolute(folder) / str(step), advice="Delete it and run its stage again")
-        saved = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-        check_facts(saved, facts, where=folder)
+        check_facts(_facts(manager, step), facts, where=folder)
         yield Result(manager, step, dict(manager.item_metadata(step)["leaves"]))
 
 

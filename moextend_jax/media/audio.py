@@ -189,8 +189,7 @@ def _is_cut(encoded: bytes) -> bool:
 
 
 class _Sound(Watched):
-    """Places that no file has are where it stands: an error would be printed, not raised, by those who call it from
-    C."""
+    """Ignores seeks to places that no file has: libsndfile calls it from C, where an error is printed, not raised."""
 
     def readinto(self, buffer: Any, /) -> int:
         data = self.read(len(buffer))

@@ -107,7 +107,7 @@ CUT = ("truncated", "not enough", "but only got", "end of file", "unexpected end
 
 
 class Watched(io.BytesIO):
-    """Knows whether more was asked for than there was."""
+    """Notes whether a read asked for more than there was."""
 
     ended = False
 
