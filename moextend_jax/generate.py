@@ -280,7 +280,7 @@ def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: i
         decoded = loaded.decode(
             loaded.embed(prompts),
             positions_BL=prompts.positions_BL,
-            visible=Visible.by_mask(mask_B1LS),
+            visible=Visible(mask_B1LS=mask_B1LS),
             past=heads.past,
             real_BL=real_BL,
             shares=_over_tokens(shares, L),
@@ -357,7 +357,7 @@ def _decode(loaded: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.
     decoded = loaded.decode(
         loaded.embed(token),
         positions_BL=position_B1,
-        visible=Visible.by_mask(mask_BS[:, None, None, :]),
+        visible=Visible(mask_B1LS=mask_BS[:, None, None, :]),
         past=state.past,
         real_BL=real_B1,
         shares=_over_tokens(state.shares, 1),
