@@ -93,7 +93,7 @@ class Generator:
         mesh: Mesh | None = None,
     ):  # fmt: skip
         self.model = model = abstract(dataclasses.replace(model.config, frozen_experts="all"))
-        self.mesh, self._eos = mesh or one_device(), eos
+        self.mesh = mesh or one_device()
         self._ends = ends = tuple(dict.fromkeys((eos, *ends)))
         self.programs: Counter[str] = Counter()
         self._read = self._compiled(functools.partial(_read, model), donate_argnames="past")
@@ -137,28 +137,6 @@ class Generator:
 
     # --- tails --------------------------------------------------------------------------------------------------------
 
-    def complete(
-        self,
-        arrays: Arrays,
-        prompts: Batch,
-        *,
-        heads: Heads | None = None,
-        max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
-        seed: int = 0,
-    ) -> np.ndarray:
-        """New ids `[B, max_new_tokens]`; a row that has ended is filled up with EOS, as is one without tokens.
-
-        Args:
-          prompts: whole prompts, or tails whose positions go on where their heads end.
-        """
-        pieces = self.begin(
-            arrays, prompts, heads=heads, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-            steps=max_new_tokens,
-        )  # fmt: skip
-        ids_BL = np.concatenate([on_host(piece) for piece in pieces], axis=1)
-        return np.pad(ids_BL, ((0, 0), (0, max_new_tokens - ids_BL.shape[1])), constant_values=self._eos)
-
     def begin(
         self,
         arrays: Arrays,
@@ -170,15 +148,18 @@ class Generator:
         sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
         seed: int = 0,
     ) -> Iterator[jax.Array]:
-        """The ids of `complete` in pieces `[B, n]` on the devices: the first ids alone, then up to `steps` at a time.
+        """New ids in pieces `[B, n]` on the devices: the first ids alone, then up to `steps` at a time. A row that has
+        ended is filled up with EOS, as is one without tokens.
 
         Nothing here waits for the devices, so pieces come until there are `max_new_tokens`. To stop when all rows have
-        ended, the caller must look at the ids."""
+        ended, the caller must look at the ids.
+
+        Args:
+          prompts: whole prompts, or tails whose positions go on where their heads end.
+        """
         if max_new_tokens < 1:
             raise MoextendError(f"max_new_tokens = {max_new_tokens} must be at least 1")
-        state = self._prefill(
-            arrays, prompts, heads, jax.random.key(seed), room=max_new_tokens - 1, sampling=sampling
-        )  # fmt: skip
+        state = self._prefill(arrays, prompts, heads, jax.random.key(seed), room=max_new_tokens - 1, sampling=sampling)
         yield state.newest_B[:, None]
         left = max_new_tokens - 1
         while left > 0:
@@ -299,7 +280,7 @@ def _prefilled(loaded: MoExtend, prompts: Batch, heads: Heads | None, *, room: i
         decoded = loaded.decode(
             loaded.embed(prompts),
             positions_BL=prompts.positions_BL,
-            visible=Visible.by_mask(mask_B1LS),
+            visible=Visible(mask_B1LS=mask_B1LS),
             past=heads.past,
             real_BL=real_BL,
             shares=_over_tokens(shares, L),
@@ -376,7 +357,7 @@ def _decode(loaded: MoExtend, state: State) -> tuple[jax.Array, KeysValues, jax.
     decoded = loaded.decode(
         loaded.embed(token),
         positions_BL=position_B1,
-        visible=Visible.by_mask(mask_BS[:, None, None, :]),
+        visible=Visible(mask_B1LS=mask_BS[:, None, None, :]),
         past=state.past,
         real_BL=real_B1,
         shares=_over_tokens(state.shares, 1),

@@ -86,13 +86,8 @@ class Program:
         with jax.set_mesh(self.mesh):
             return self._jitted(*arguments, **named)
 
-    def trace(self, *arguments: Any, **named: Any) -> jax.stages.Traced:
-        """Traced for arguments, which may be `jax.ShapeDtypeStruct`s on devices that are not here."""
-        with jax.set_mesh(self.mesh):
-            return self._jitted.trace(*arguments, **named)
-
     def lower(self, *arguments: Any, **named: Any) -> jax.stages.Lowered:
-        """The same, and lowered."""
+        """Lowered for arguments, which may be `jax.ShapeDtypeStruct`s on devices that are not here."""
         with jax.set_mesh(self.mesh):
             return self._jitted.lower(*arguments, **named)
 

@@ -50,6 +50,15 @@ def arrays(config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) -> dict[str
     return {path: np.asarray(leaf).astype(dtype) for path, leaf in tiny.arrays(config, seed=seed).items()}
 
 
+def whisper_attributes(config: WhisperConfig) -> dict[str, Any]:
+    """A config.json of Whisper's encoder alone."""
+    return {
+        "architectures": ["WhisperEncoder"], "model_type": "whisper", "activation_function": "gelu",
+        "d_model": config.width, "encoder_ffn_dim": config.hidden, "encoder_layers": config.layers,
+        "encoder_attention_heads": config.heads, "num_mel_bins": config.bands, "max_source_positions": config.patches,
+    }  # fmt: skip
+
+
 def files(table: str, config: ModelConfig, *, dtype: Any = HALF, seed: int = 0) -> dict[str, np.ndarray]:
     """Tensors by file name, written down with plain transpositions instead of the code under test."""
     made = arrays(config, dtype=dtype, seed=seed)

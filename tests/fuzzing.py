@@ -46,7 +46,7 @@ from moextend_jax.checkpoints.peft import open_peft
 from moextend_jax.checkpoints.tensors import Stored, open_tensors
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.checkpoints.upcycle import open_upcycled
-from moextend_jax.checkpoints.whisper import read_whisper, whisper_attributes
+from moextend_jax.checkpoints.whisper import read_whisper
 from moextend_jax.compare import reference
 from moextend_jax.config import RECIPES, AdapterConfig, ModelConfig, MoextendError, Named
 from moextend_jax.data.conversations import encode_conversation
@@ -400,7 +400,7 @@ def _whisper(folder: Path) -> None:
     config = media_files.WHISPER
     shapes = {row.file: names.shape(row.layout.split(" -> ")[0], sizes_of(config)) for row in names.WHISPER}
     arrays = {f"model.encoder.{name.format(U=0)}": np.ones(shape, np.float32) for name, shape in shapes.items()}
-    folders.write(folder, arrays, whisper_attributes(config))
+    folders.write(folder, arrays, folders.whisper_attributes(config))
     sounds = {"sampling_rate": 16_000, "n_fft": 400, "hop_length": 160, "feature_size": config.bands}
     (folder / "preprocessor_config.json").write_text(json.dumps(sounds))
 

@@ -116,7 +116,7 @@ def test_a_batch_says_what_each_prompt_says_alone_and_whole():
     lengths = {len(ids) for ids in together()}
     assert len(lengths) > 1 and len({tuple(ids) for ids in together()}) > 10  # worth comparing
     for n in (0, 1, 2, 17, 33):
-        ids_L = generator().complete(arrays(), whole(prompts()[n]), max_new_tokens=NEW)[0].tolist()
+        ids_L = tiny.complete(generator(), arrays(), whole(prompts()[n]), max_new_tokens=NEW)[0].tolist()
         assert (ids_L[: ids_L.index(EOS)] if EOS in ids_L else ids_L) == together()[n]
 
 

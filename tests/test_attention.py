@@ -93,7 +93,7 @@ def test_a_hidden_token_reads_its_own_conversation_and_nobody_reads_it():
 
 def test_grouped_heads_equal_a_loop():
     this, mask = attention(), np.asarray(segment_mask(SEGMENTS_BL))
-    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), Visible.by_mask(jnp.asarray(mask)))
+    y_BLD, _ = this(X_BLD, turn(POSITIONS_BL), Visible(mask_B1LS=jnp.asarray(mask)))
     x_BLD = np.asarray(X_BLD)
     q, k, v = (np.einsum("bld,dnh->blnh", x_BLD, np.asarray(w[...])) for w in (this.query, this.key, this.value))
     q, k = (np.asarray(rotate(jnp.asarray(one), turn(POSITIONS_BL))) for one in (q, k))
@@ -115,7 +115,7 @@ def test_one_position_at_a_time_after_its_past():
     for at in range(L):
         seen_B11S = jnp.broadcast_to(jnp.append(jnp.arange(L) < at, True), (B, 1, 1, L + 1))
         x_B1D, turn_B1 = X_BLD[:, at : at + 1], turn(jnp.full((B, 1), at))
-        y_B1D, present = this(x_B1D, turn_B1, Visible.by_mask(seen_B11S), past)
+        y_B1D, present = this(x_B1D, turn_B1, Visible(mask_B1LS=seen_B11S), past)
         np.testing.assert_allclose(y_B1D[:, 0], whole_BLD[:, at], atol=1e-5, rtol=0)
         past = KeysValues(*(old.at[:, at].set(new[:, 0]) for old, new in zip(past, present, strict=True)))
     np.testing.assert_allclose(past.keys_BSKH, whole.keys_BSKH, atol=1e-5, rtol=0)

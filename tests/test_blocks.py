@@ -129,7 +129,7 @@ def test_a_cached_answer_is_the_whole_model_s(isolation):
     """The first token comes of the prompt, the others of what is kept; the last row is text."""
     config = dataclasses.replace(BLOCKS, text_isolation=isolation)
     arrays, batch = tiny.arrays(config), tiny.batch(rows=2)
-    answer_BL = Generator(abstract(config), eos=-1).complete(arrays, batch, max_new_tokens=4)
+    answer_BL = tiny.complete(Generator(abstract(config), eos=-1), arrays, batch, max_new_tokens=4)
     whole = with_arrays(abstract(config), arrays)
     for row, ids in enumerate(answer_BL):
         alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch)

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from moextend_jax import cli
-from moextend_jax.checkpoints import convert, delta, hashes, names, store, train_state, whisper
+from moextend_jax.checkpoints import convert, delta, hashes, names, store, train_state
 from moextend_jax.checkpoints.loading import open_checkpoint, open_source, open_tower
 from moextend_jax.checkpoints.transformers_layout import export_transformers
 from moextend_jax.config import (
@@ -133,7 +133,7 @@ def write_whisper(folder: Path) -> Path:
     save_file(tensors, folder / "model.safetensors")
     tower = MEDIA["speech"].tower
     assert isinstance(tower, WhisperConfig)
-    (folder / "config.json").write_text(json.dumps(whisper.whisper_attributes(tower)))
+    (folder / "config.json").write_text(json.dumps(folders.whisper_attributes(tower)))
     return folder
 
 
@@ -458,7 +458,7 @@ def test_a_chain_is_exported_as_one_delta_or_extension_by_extension(root: Path, 
         recipe=dataclasses.replace(RECIPES["paper"], feature_layer=-1),
     )  # fmt: skip
     base = open_source(root / "base", vision=root / "tower of image", feature_layer=-1)
-    base_hash, workdir = hashes.base_hash(base.leaves), tmp_path / "run"
+    base_hash, workdir = hashes.base_hashes(base.leaves).base, tmp_path / "run"
     workdir.mkdir()
     record = {"settings": as_json(dataclasses.asdict(settings)), "base_hash": base_hash}
     (workdir / "config.json").write_text(json.dumps(record))

@@ -142,7 +142,7 @@ def run_of(
 ) -> dict[str, Any]:
     """A work directory as the stages leave it; returns the trained leaves."""
     settings = tiny.run_settings(recipe=RECIPES[recipe], base=str(base), vision=str(base / "vision"))
-    found = hashes.base_hash(open_source(base).leaves)
+    found = hashes.base_hashes(open_source(base).leaves).base
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": found}))
     facts = {"base": found, "recipe": dataclasses.asdict(RECIPES[recipe]) | {"global_batch": None}}
@@ -195,7 +195,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
     cli.call(["export", str(tmp_path / "run"), str(tmp_path / "delta"), "--layout=delta"])
     folders.assert_same(folders.read(tmp_path / "delta"), trained)
     said = json.loads((tmp_path / "delta" / "moextend.json").read_text())
-    assert said["base_hash"] == hashes.base_hash(open_source(base).leaves)
+    assert said["base_hash"] == hashes.base_hashes(open_source(base).leaves).base
     assert said["facts"]["recipe"]["calibrator_std"] == RECIPES[recipe].calibrator_std
 
     cli.call(["import", str(base), str(tmp_path / "imported")])
@@ -214,7 +214,7 @@ def test_a_delta_of_a_run_goes_back_onto_its_base_and_no_other(tmp_path: Path, b
     assert json.loads((tmp_path / "again" / "moextend.json").read_text())["base_hash"] == said["base_hash"]
 
     other = base_of(tmp_path / "other", seed=9)
-    found = hashes.base_hash(open_source(other).leaves)
+    found = hashes.base_hashes(open_source(other).leaves).base
     with pytest.raises(MoextendError, match=rf"content hash {said['base_hash']}, but {other} has {found}"):
         open_checkpoint(tmp_path / "delta", base=other)
     small = dataclasses.replace(BASE, decoder=dataclasses.replace(BASE.decoder, layers=2))

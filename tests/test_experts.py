@@ -18,7 +18,8 @@ from tiny import few
 from moextend_jax.config import RECIPES
 from moextend_jax.models import blocked_swiglu, experts
 from moextend_jax.models.adapters import Factors, Update
-from moextend_jax.models.decoder import Extension, MoE, mixture
+from moextend_jax.models.decoder import Extension, MoE
+from moextend_jax.models.expert_parallel import mixture
 from moextend_jax.models.experts import Experts, apply_experts, combine, dispatch, rows_of, sort_by_expert
 from moextend_jax.models.moextend import MoExtend
 from moextend_jax.models.router import Routing

@@ -131,7 +131,7 @@ def config_of(recipe: Recipe) -> ModelConfig:
 def run_of(workdir: Path, base: Path, *, recipe: Recipe, **more: Any) -> Path:
     """A work directory as the stages leave it."""
     settings = tiny.run_settings(recipe=recipe, base=str(base), vision=str(base / "vision"), **more)
-    base_hash = hashes.base_hash(open_source(base).leaves)
+    base_hash = hashes.base_hashes(open_source(base).leaves).base
     (workdir / "select").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(settings), "base_hash": base_hash}))
     chosen = {"chosen_layers": list(EXTENSION.layers), "sources": list(EXTENSION.sources), "base": base_hash}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -218,8 +219,8 @@ def test_a_window_counts_tokens_and_not_places_of_a_cache():
         labels_BL, places_BL = np.full_like(ids_BL, IGNORE), np.full_like(ids_BL, -1)
         return jax.tree.map(jnp.asarray, Batch(ids_BL, labels_BL, place_BL * segments_BL, segments_BL, places_BL))
 
-    both = generator.complete(arrays, rows(ids, [9, 5]), max_new_tokens=6)
-    alone = generator.complete(arrays, rows(ids[1:, :5], [5]), max_new_tokens=6)
+    both = tiny.complete(generator, arrays, rows(ids, [9, 5]), max_new_tokens=6)
+    alone = tiny.complete(generator, arrays, rows(ids[1:, :5], [5]), max_new_tokens=6)
     np.testing.assert_array_equal(both[1:], alone)
     whole = np.concatenate([ids[1:, :5], alone], axis=1)
     model = with_arrays(abstract(config), jax.tree.map(jnp.asarray, arrays))

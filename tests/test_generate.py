@@ -49,7 +49,7 @@ def padded(batch: Batch, by: int) -> Batch:
 
 @functools.cache
 def greedy() -> np.ndarray:
-    return generator().complete(model()[1], prompts(), max_new_tokens=NEW)
+    return tiny.complete(generator(), model()[1], prompts(), max_new_tokens=NEW)
 
 
 def test_the_answers_are_worth_comparing():
@@ -87,8 +87,8 @@ def test_streaming_says_the_same():
 
 def test_a_row_depends_neither_on_the_others_nor_on_padding():
     one = jax.tree.map(lambda array: array[1:2], prompts())
-    np.testing.assert_array_equal(generator().complete(model()[1], one, max_new_tokens=NEW)[0], greedy()[1])
-    wider = generator().complete(model()[1], padded(prompts(), 7), max_new_tokens=NEW)
+    np.testing.assert_array_equal(tiny.complete(generator(), model()[1], one, max_new_tokens=NEW)[0], greedy()[1])
+    wider = tiny.complete(generator(), model()[1], padded(prompts(), 7), max_new_tokens=NEW)
     np.testing.assert_array_equal(wider, greedy())
 
 
@@ -97,7 +97,7 @@ def test_a_row_that_ended_is_filled_with_eos_and_the_others_go_on():
     firsts = [int(np.flatnonzero(row == eos)[0]) if (row == eos).any() else NEW for row in greedy()]
     expected = np.array([[*row[: first + 1], *[eos] * NEW][:NEW] for row, first in zip(greedy(), firsts, strict=True)])
     assert max(firsts) > firsts[0]
-    np.testing.assert_array_equal(generator(eos).complete(model()[1], prompts(), max_new_tokens=NEW), expected)
+    np.testing.assert_array_equal(tiny.complete(generator(eos), model()[1], prompts(), max_new_tokens=NEW), expected)
     said = np.stack(list(generator(eos).stream(model()[1], prompts(), max_new_tokens=NEW)), axis=1)
     np.testing.assert_array_equal(said, expected[:, : said.shape[1]])
 
@@ -110,14 +110,14 @@ def test_each_of_several_ends_ends_a_row():
     expected = np.array([[*row[: first + 1], *[NEVER] * NEW][:NEW] for row, first in rows])
     assert len(set(greedy()[range(3), firsts])) > 1
     of = generator(NEVER, ends=ends)
-    np.testing.assert_array_equal(of.complete(model()[1], prompts(), max_new_tokens=NEW), expected)
+    np.testing.assert_array_equal(tiny.complete(of, model()[1], prompts(), max_new_tokens=NEW), expected)
     said = list(of.stream(model()[1], prompts(), max_new_tokens=NEW))
     assert len(said) == max(firsts) + 1
 
 
 def test_no_new_tokens_are_refused():
     with pytest.raises(MoextendError, match="max_new_tokens = 0 must be at least 1"):
-        generator().complete(model()[1], prompts(), max_new_tokens=0)
+        tiny.complete(generator(), model()[1], prompts(), max_new_tokens=0)
 
 
 def test_streaming_stops_when_every_row_has_ended():
@@ -130,7 +130,7 @@ def test_streaming_stops_when_every_row_has_ended():
 
 def test_suppressed_tokens_are_never_said():
     banned = tuple(sorted({int(token) for token in greedy()[:, 0]}))
-    said = generator(NEVER, banned).complete(model()[1], prompts(), max_new_tokens=NEW)
+    said = tiny.complete(generator(NEVER, banned), model()[1], prompts(), max_new_tokens=NEW)
     assert not np.isin(said, banned).any()
 
 
@@ -164,8 +164,8 @@ def test_suppressed_tokens_are_never_drawn_and_leave_room_for_others():
 
 def test_the_same_seed_draws_the_same_tokens_and_another_one_others():
     def sampled(seed: int) -> list[list[int]]:
-        said = generator().complete(
-            model()[1], prompts(), max_new_tokens=NEW, sampling=Sampling(temperature=3.0), seed=seed
+        said = tiny.complete(
+            generator(), model()[1], prompts(), max_new_tokens=NEW, sampling=Sampling(temperature=3.0), seed=seed
         )
         return said.tolist()
 

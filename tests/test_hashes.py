@@ -39,7 +39,7 @@ def base_of(tmp_path: Path) -> Path:
 
 
 def opened_hash(folder: Path) -> str:
-    return hashes.base_hash(open_source(folder).leaves)
+    return hashes.base_hashes(open_source(folder).leaves).base
 
 
 def test_a_base_is_read_once(tmp_path: Path, reads: list[str]):
@@ -80,7 +80,7 @@ def test_a_file_that_changed_since_it_was_opened_is_not_recorded(tmp_path: Path,
     base = folders.mixtral(tmp_path / "base")
     opened = open_source(base).leaves
     swap_bytes(base / "model.safetensors")
-    hashes.base_hash(opened)
+    hashes.base_hashes(opened)
     assert reads and not (base / hashes.NAME).exists()
 
 
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_to_stays_as_it_is(tmp_path: Path, reads
 
 def test_small_folders_and_fresh_files_get_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = sorted(EMBEDDED.rglob("*"))
-    hashes.base_hash(open_base("embedded", "embedded", feature_layer=-2).leaves)  # installed long ago, but small
+    hashes.base_hashes(open_base("embedded", "embedded", feature_layer=-2).leaves)  # installed long ago, but small
     assert sorted(EMBEDDED.rglob("*")) == before
     base = folders.mixtral(tmp_path / "base")
     monkeypatch.setattr(hashes, "WORTH", 1)

@@ -170,7 +170,7 @@ def test_a_step_holds_no_extension_for_every_layer():
     step = make_step(
         model, optimizer=optimizer, schedule=lambda _: 1e-3, recipe=RECIPES["paper"], aux_coefficient=0.01, loss_chunk=5
     )
-    traced = step.trace(init_state(trainable, optimizer), frozen, talks([EACH], [IMAGE, TEXT]))
+    traced = tiny.traced(step, init_state(trainable, optimizer), frozen, talks([EACH], [IMAGE, TEXT]))
     computed = set(shapes_of(traced.jaxpr.jaxpr))
 
     def of_layers(name: str) -> set[tuple[int, ...]]:
@@ -311,7 +311,7 @@ def in_a_batch(config: ModelConfig, some: list[Prompt]) -> list[list[int]]:
     rooms = rooms_of_prompts(some, READERS)
     rows = dict(enumerate(some))
     batch = prompt_batch(rows, readers=READERS, rooms=rooms, media=tuple(READERS), rows=16, length=24)
-    ids_BL = generator(config).complete(lively(config), batch, max_new_tokens=test_asking.NEW)
+    ids_BL = tiny.complete(generator(config), lively(config), batch, max_new_tokens=test_asking.NEW)
     return [until_end(ids_L.tolist()) for ids_L in ids_BL[: len(some)]]
 
 

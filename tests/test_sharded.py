@@ -27,7 +27,7 @@ from moextend_jax.sharding import MESH_AXES, items_to_add, parameter_shardings
 from moextend_jax.train import stages
 from moextend_jax.train.loss import losses
 from moextend_jax.train.optimizer import make_optimizer
-from moextend_jax.train.step import TrainState, init_state, make_step, state_shardings
+from moextend_jax.train.step import TrainState, abstract_state, init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 
@@ -85,7 +85,10 @@ def three_steps(
         aux_coefficient=0.01, loss_chunk=5, mesh=mesh,
     )  # fmt: skip
     counts = routing.count_all(tiny.structure(model), arrays, iter(batches), recipe=RECIPES["paper"], mesh=mesh)
-    shardings = None if mesh is None else state_shardings(trainable, optimizer, mesh=mesh, moments=moments)
+    shardings = None
+    if mesh is not None:
+        like = abstract_state(trainable, optimizer, mesh=mesh, moments=moments)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     copy = jax.tree.map(lambda leaf: leaf.copy(), trainable)
     state, seen, first = init_state(copy, optimizer, shardings=shardings), [], None
     for batch in batches:

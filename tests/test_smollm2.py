@@ -120,7 +120,7 @@ def test_the_greedy_answer_is_that_of_transformers_llama(mixture, tokenizer):
     structure = tiny.structure(ModelConfig(decoder=config, dtype="float32", remat="none"))
     prompt = llama.text_batch(np.array([tokenizer(CHAT).input_ids], np.int32))
     generator = Generator(structure, eos=tokenizer.eos_token_id)
-    ids = generator.complete(arrays, jax.tree.map(jnp.asarray, prompt), max_new_tokens=NEW_TOKENS)[0].tolist()
+    ids = tiny.complete(generator, arrays, jax.tree.map(jnp.asarray, prompt), max_new_tokens=NEW_TOKENS)[0].tolist()
     assert ids == CONTINUATION
     assert tokenizer.decode(ids).startswith(ANSWER)
 

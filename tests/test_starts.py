@@ -347,7 +347,7 @@ def test_a_cached_answer_equals_running_the_whole_model_for_each_token(start: St
 
     prompt = tiny.batch(rows=1)
     prompt = jax.tree.map(jnp.asarray, prompt._replace(labels_BL=np.full_like(prompt.labels_BL, IGNORE)))
-    answer = Generator(structure, eos=-1).complete(arrays, prompt, max_new_tokens=5)[0]
+    answer = tiny.complete(Generator(structure, eos=-1), arrays, prompt, max_new_tokens=5)[0]
     assert len({*answer}) > 2
     length = prompt.ids_BL.shape[1]
     ids_L = np.concatenate([np.asarray(prompt.ids_BL)[0], answer]).astype(np.int32)

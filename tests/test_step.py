@@ -96,7 +96,7 @@ def test_the_loss_falls():
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_no_parameter_is_a_constant_of_the_program(stage: str):
     step, state, frozen = compiled(stage)
-    jaxpr = step.trace(state, frozen, tiny.batch()).jaxpr
+    jaxpr = tiny.traced(step, state, frozen, tiny.batch()).jaxpr
     assert max((np.size(const) for const in jaxpr.consts), default=0) <= tiny.DECODER.layers
     arguments = {leaf.aval.shape for leaf in jaxpr.jaxpr.invars}
     for path, leaf in frozen.items():
@@ -256,7 +256,7 @@ def test_a_step_in_bfloat16_on_cpu(monkeypatch: pytest.MonkeyPatch):
     for train_dtype in ("float32", "bfloat16"):
         step, state, frozen = built("finetune", config=dataclasses.replace(config, train_dtype=train_dtype))
         assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim} == {jnp.dtype("float32")}
-        assert dtypes(step.trace(state, frozen, tiny.batch()).out_info[0]) == dtypes(state)
+        assert dtypes(tiny.traced(step, state, frozen, tiny.batch()).out_info[0]) == dtypes(state)
     _, metrics = step(state, frozen, tiny.batch())
     whole, state, frozen = compiled("finetune")
     _, expected = whole(jax.tree.map(lambda leaf: leaf.copy(), state), frozen, tiny.batch())

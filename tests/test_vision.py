@@ -70,6 +70,11 @@ def with_feature_layer(tower: VisionTower, feature_layer: int) -> VisionTower:
     return copy
 
 
+def pooled(tower: VisionTower, images_nhwc: jax.Array) -> jax.Array:
+    """The class token of the last layer after the final norm, x_nC: what CLIP's contrastive training reads."""
+    return tower.post_norm(tower.hidden_state(images_nhwc, layer=-1)[:, :1])[:, 0]
+
+
 def check_parity(tower: VisionTower, oracle: dict[str, np.ndarray]) -> None:
     last = with_feature_layer(tower, -1)
 
@@ -79,7 +84,7 @@ def check_parity(tower: VisionTower, oracle: dict[str, np.ndarray]) -> None:
         depths = range(tower.config.layers + 1)
         hidden = {f"hidden_states/{u}": tower.hidden_state(pixels_nhwc, layer=u) for u in depths}
         features = {"patch_m1": last(pixels_nhwc), "patch_m2": tower(pixels_nhwc)}
-        return hidden | features | {"pooler_output": tower.pooled(pixels_nhwc)}
+        return hidden | features | {"pooler_output": pooled(tower, pixels_nhwc)}
 
     if "patch_m1" not in oracle:
         depth = tower.config.layers
@@ -144,7 +149,7 @@ def test_rank_promotion_is_explicit():
     @nnx.jit
     def run(tower: VisionTower, projector: Projector, images_nhwc: jax.Array) -> tuple[jax.Array, ...]:
         x_nPC = tower(images_nhwc)
-        return tower.pooled(images_nhwc), x_nPC, projector(x_nPC)
+        return pooled(tower, images_nhwc), x_nPC, projector(x_nPC)
 
     with jax.numpy_rank_promotion("raise"):
         pooled_nC, x_nPC, x_nPD = run(tiny(), projector, jnp.asarray(IMAGES_nhwc))

@@ -43,7 +43,8 @@ from moextend_jax.config import (
 from moextend_jax.data.datasets import AnyItems
 from moextend_jax.data.readers import Inputs
 from moextend_jax.evaluate import text_losses
-from moextend_jax.mesh import make_mesh, place_leaves, place_rows
+from moextend_jax.generate import Generator
+from moextend_jax.mesh import Program, make_mesh, place_leaves, place_rows
 from moextend_jax.models.moextend import abstract
 from moextend_jax.parameters import by_path, with_arrays
 from moextend_jax.runs import results
@@ -51,6 +52,21 @@ from moextend_jax.settings import EvaluateSettings, OptimizerConfig, RunSettings
 from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.loop import Job
 from moextend_jax.train.loss import Losses, losses
+
+
+def traced(program: Program, *arguments: Any) -> jax.stages.Traced:
+    """A program's trace, of which its jaxpr can be read."""
+    with jax.set_mesh(program.mesh):
+        return program._jitted.trace(*arguments)
+
+
+def complete(
+    generator: Generator, arrays: Any, prompts: Batch, *, max_new_tokens: int, **options: Any
+) -> np.ndarray:  # fmt: skip
+    """New ids `[B, max_new_tokens]`."""
+    pieces = generator.begin(arrays, prompts, max_new_tokens=max_new_tokens, steps=max_new_tokens, **options)
+    return np.concatenate([np.asarray(piece) for piece in pieces], axis=1)
+
 
 DECODER = DecoderConfig(
     vocab_size=61, width=24, hidden=40, layers=3, heads=4, kv_heads=2, head_size=6, experts=4, rope_theta=1e4

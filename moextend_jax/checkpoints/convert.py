@@ -33,6 +33,8 @@ SHARD = "5GB"
 HF = "hf"
 """The layout of `transformers_layout`, a whole model beside those of LAYOUTS."""
 LAYOUTS = (*FAMILIES, *TOWERS, "llava", "released", "delta", "peft")
+_ONE_PART = dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}, "peft": {"extension"}}
+"""Layouts that hold a single part of a model."""
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -193,9 +195,8 @@ def export_source(
       MoextendError: the checkpoint lacks a part of that layout, or is extended and the layout has no place for it, or
         its files hold experts, which that layout has, in few bits.
     """
-    needed = dict.fromkeys(TOWERS, {"vision"}) | {"llava": {"projector"}, "peft": {"extension"}}
-    needed["delta"] = {"extension"} if not any("/projector/" in path for path in source.leaves) else set()
-    parts = needed.get(layout, {"decoder"})
+    of_delta = {"extension"} if not any("/projector/" in path for path in source.leaves) else set()
+    parts = of_delta if layout == "delta" else _ONE_PART.get(layout, {"decoder"})
     if missing := parts - source.parts:
         raise MoextendError(
             f"layout {layout} needs this part: {name_list(missing)}; there is only {name_list(source.parts)}"
@@ -298,9 +299,7 @@ def export_delta(
     return meter.cost()
 
 
-def _export_peft(
-    source: Source, dst: Path, *, extensions: Collection[str] | None = None, console: Console | None = None
-) -> Cost:
+def _export_peft(source: Source, dst: Path, *, extensions: Collection[str] | None, console: Console | None) -> Cost:
     """Writes one LoRA in PEFT's files.
 
     Raises:
@@ -325,11 +324,9 @@ def _export_peft(
 
 def parts_of(layout: str, source: Source) -> set[str]:
     parts = (
-        dict.fromkeys(FAMILIES, {"decoder", "vision"})
-        | dict.fromkeys(TOWERS, {"vision"})
-        | {"llava": {"projector"}, "peft": {"extension"}}
-    )
-    return parts.get(layout, source.parts)  # a delta has decoder and towers by their hashes
+        {"decoder", "vision"} if layout in FAMILIES else source.parts
+    )  # a delta has decoder and towers by their hashes
+    return _ONE_PART.get(layout, parts)
 
 
 def _copy_files(files: Any, folder: Path) -> None:

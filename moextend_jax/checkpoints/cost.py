@@ -44,8 +44,8 @@ class Meter:
     """
 
     def __init__(self, planned: Mapping[str, Planned]):
-        sizes: dict[str, int] = {name: tensor.nbytes for name, tensor in planned.items()}
-        self.total, self.largest = sum(sizes.values()), max(sizes.values(), default=0)
+        sizes = [tensor.nbytes for tensor in planned.values()]
+        self.total, self.largest = sum(sizes), max(sizes, default=0)
         self.started, self.before = time.perf_counter(), None
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -22,15 +21,9 @@ DTYPES = tuple(map(np.dtype, (np.float32, np.int8, np.int16, np.int32, np.float1
 MAX_AXES = 8
 
 
-class Opened(NamedTuple):
-    """spec: what the model calls itself, e.g. "WhisperSpec"; variables: tensors by the names that stand there."""
-
-    spec: str
-    variables: dict[str, Stored]
-
-
-def open_model(path: Path) -> Opened:
-    """Variables of a `model.bin`, each a byte range of it. Its aliases (second names of variables) are not taken.
+def open_model(path: Path) -> dict[str, Stored]:
+    """Variables of a `model.bin` by their names there, each a byte range of it. Its aliases (second names of variables)
+    are not taken.
 
     Raises:
       MoextendError: no such file, of another version, cut short, or one that contradicts itself.
@@ -39,24 +32,21 @@ def open_model(path: Path) -> Opened:
     at = opened(path)
     try:
         with path.open("rb") as file:
-            spec, placed = _Bytes(file, size).model()
+            placed = _Bytes(file, size).model()
     except (ValueError, OSError) as error:  # ValueError: also of text that is not UTF-8
         raise MoextendError(f"{path} cannot be read as CTranslate2's model.bin: {said_by(error)}") from None
-    return Opened(
-        spec,
-        {
-            name: in_runs(shape, dtype, run_at(path, dtype, offset), where=str(path), file=at)
-            for name, (shape, dtype, offset) in placed.items()
-        },
-    )
+    return {
+        name: in_runs(shape, dtype, run_at(path, dtype, offset), where=str(path), file=at)
+        for name, (shape, dtype, offset) in placed.items()
+    }
 
 
 class _Bytes(Bytes):
-    def model(self) -> tuple[str, dict[str, tuple[tuple[int, ...], np.dtype, int]]]:
-        """The name of the spec; shape, element type and first byte of every variable."""
+    def model(self) -> dict[str, tuple[tuple[int, ...], np.dtype, int]]:
+        """Shape, element type and first byte of every variable."""
         if (version := self.number(4)) != VERSION:
             raise ValueError(f"it is of version {version}; only {VERSION} is known")
-        spec, _revision, count = self.string(), self.number(4), self.number(4)
+        _spec, _revision, count = self.string(), self.number(4), self.number(4)
         placed: dict[str, tuple[tuple[int, ...], np.dtype, int]] = {}
         for _ in range(count):
             name = self.string()
@@ -69,7 +59,7 @@ class _Bytes(Bytes):
                 raise ValueError(f"{short(alias)} is no second name of the variable {short(name)}")
         if self.at != self.size:
             raise ValueError(f"{self.size - self.at:,} bytes come after its last name")
-        return spec, placed
+        return placed
 
     def variable(self, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
         axes = self.number(1)

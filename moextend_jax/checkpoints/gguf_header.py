@@ -42,12 +42,7 @@ class Placed(NamedTuple):
     nbytes: int
 
 
-class Header(NamedTuple):
-    metadata: dict[str, Any]
-    tensors: dict[str, Placed]
-
-
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Placed]]:
     """Numbers, booleans, strings, and lists of them, by key; and the tensors, whose bytes are all there.
 
     Raises:
@@ -62,7 +57,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Bytes(Bytes):
-    def header(self) -> Header:
+    def header(self) -> tuple[dict[str, Any], dict[str, Placed]]:
         if self.take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         version = self.number("<u4")
@@ -83,7 +78,7 @@ class _Bytes(Bytes):
             if name in described:
                 raise ValueError(f"tensor {short(name)} stands twice")
             described[name] = self.tensor(name)
-        return Header(metadata, self.places(described, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)))
+        return metadata, self.places(described, metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT))
 
     def check(self, count: int) -> None:
         super().check(count)

@@ -65,11 +65,6 @@ class BaseHashes(NamedTuple):
     parts: dict[str, str]
 
 
-def base_hash(leaves: Mapping[str, Leaf]) -> str:
-    """The content hash of decoder and picture tower; see `base_hashes`."""
-    return base_hashes(leaves).base
-
-
 def base_hashes(leaves: Mapping[str, Leaf]) -> BaseHashes:
     """Hashes of the pretrained ones among these leaves.
 

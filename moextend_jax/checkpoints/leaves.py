@@ -42,7 +42,7 @@ CAST = "; --dtype bfloat16 (or another) of `moextend import` stores all of it in
 """What to do about several element types, for a message."""
 
 MORE_TENSORS = 2000
-"""So many more tensors than there are may be asked for, of one parameter, and each be named that is missing."""
+"""Where a parameter asks for so many more tensors than there are, the message counts them instead of naming each."""
 
 Index = tuple[int, ...]
 

@@ -176,7 +176,7 @@ def open_checkpoint(
     return Checkpoint(
         config=config,
         arrays=leaves.read_sharded(matched, shardings, dtype=dtype),
-        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hash(source.leaves)),
+        base_hash=source.record.base or distributed.from_first(lambda: hashes.base_hashes(source.leaves).base),
         layout=source.record.layout,
         source=source,
     )
@@ -213,8 +213,8 @@ def _open_source(folder: Path, wanted: _Wanted) -> Source:
     base, vision, projector = wanted.base, wanted.vision, wanted.projector
     if not folder.exists():
         raise MoextendError(f"{folder} does not exist: give the folder of a model, as published or imported")
-    kinds = ((store.is_imported, _imported), (peft.is_adapter, _adapter), (lambda _: True, _foreign))
-    source = next(read for is_one, read in kinds if is_one(folder))(folder, wanted)
+    read = _imported if store.is_imported(folder) else _adapter if peft.is_adapter(folder) else _foreign
+    source = read(folder, wanted)
     if vision and "vision" not in source.parts:
         source = _with_tower(source, vision, wanted)
     elif vision and base is None and (store.is_imported(folder) or source.record.layout != "released"):
@@ -553,12 +553,7 @@ def _released(
             )
     delta.check_layers(extensions.values(), decoder, where=folder, base=folder)
     tower, tower_attributes = _tower_sizes(
-        folder,
-        stored,
-        attributes,
-        below=below,
-        vision=vision,
-        feature_layer=feature_layer,
+        folder, stored, attributes, below=below, vision=vision, feature_layer=feature_layer
     )
     if layout == "released" and has_tower and tower and tower.family != "clip":
         raise MoextendError(

@@ -103,10 +103,6 @@ class Stored(NamedTuple):
         first = int(place) * math.prod(self.shape[len(index) :]) + start * math.prod(shape[1:])
         return in_runs(shape, self.dtype, lambda a, b: run(first + a, first + b), where=self.where, file=self.file)
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def in_runs(
     shape: tuple[int, ...], dtype: np.dtype, run: Callable[[int, int], np.ndarray], *, where: str, file: File | None

@@ -29,16 +29,9 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.EFBIG,
-    errno.EIO,
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EFBIG, errno.EIO,
     errno.ESTALE,
-)
+)  # fmt: skip
 """What a file system says when it refuses; TensorStore hides it in a page of its own settings."""
 
 
@@ -138,13 +131,6 @@ def disk_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-class Started(NamedTuple):
-    """The state to go on from, and what of the data was skipped before it (`faults.py`)."""
-
-    state: Any
-    counts_G: np.ndarray
-
-
 def start(
     manager: ocp.CheckpointManager,
     like: Any,
@@ -153,9 +139,10 @@ def start(
     facts: dict[str, Any],
     resume_from: Path | None,
     where: Path,
-) -> Started | None:
-    """The newest whole checkpoint, else the one at `resume_from`, else None. `rows` goes to its place in the data,
-    which is the same for any mesh and number of processes.
+) -> tuple[Any, np.ndarray] | None:
+    """The state to go on from and what of the data was skipped before it (`faults.py`): of the newest whole checkpoint,
+    else the one at `resume_from`, else None. `rows` goes to its place in the data, which is the same for any mesh and
+    number of processes.
 
     Args:
       like: the state as shapes with shardings.
@@ -185,11 +172,14 @@ def facts_at(path: Path) -> dict[str, Any]:
     """What the checkpoints at a path that `start` takes as `resume_from` belong to."""
     root, step = _checkpoint_at(absolute(path))
     with ocp.CheckpointManager(root, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
         for number in sorted(manager.all_steps(), reverse=True) if step is None else [step]:
             with contextlib.suppress(Exception):  # damaged; `start` says so, and takes an older one
-                return manager.restore(number, args=args)["facts"]
+                return _facts(manager, number)
     raise MoextendError(f"resume_from {path}: no checkpoint there can be read")
+
+
+def _facts(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
 
 
 def _checkpoint_at(path: Path) -> tuple[Path, int | None]:
@@ -259,13 +249,15 @@ def free(arrays: Any) -> None:
         array.delete()
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: Any, rows, *, facts, where: Path) -> Started:
+def _restore(
+    manager: ocp.CheckpointManager, step: int, like: Any, rows, *, facts, where: Path
+) -> tuple[Any, np.ndarray]:
     args = ocp.args.Composite(facts=ocp.args.JsonRestore(), rows=ocp.args.JsonRestore())
     restored_items = manager.restore(step, args=args)
     check_facts(restored_items["facts"], facts, where=where)
     restored = _state(manager, step, like)
     rows.set_state(restored_items["rows"]["place"])
-    return Started(restored, faults.restored(restored_items["rows"]["faults"]))
+    return restored, faults.restored(restored_items["rows"]["faults"])
 
 
 def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
@@ -347,8 +339,7 @@ def result_facts(folder: Path) -> dict[str, Any] | None:
         step = manager.latest_step()
         if step is None:
             return None
-        facts = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-        return {**facts, "identity": sums.identity(absolute(folder) / str(step))}
+        return {**_facts(manager, step), "identity": sums.identity(absolute(folder) / str(step))}
 
 
 class Result(NamedTuple):
@@ -372,8 +363,7 @@ def open_result(folder: Path, *, facts: Mapping[str, Any]) -> Iterator[Result | 
             yield None
             return
         _check_whole(absolute(folder) / str(step), advice="Delete it and run its stage again")
-        saved = manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore()))["facts"]
-        check_facts(saved, facts, where=folder)
+        check_facts(_facts(manager, step), facts, where=folder)
         yield Result(manager, step, dict(manager.item_metadata(step)["leaves"]))
 
 

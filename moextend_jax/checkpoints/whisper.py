@@ -30,12 +30,11 @@ _BEFORE = re.compile(r"(model\.)?encoder\.")
 _BESIDE = re.compile(r"(model\.)?decoder\..*|proj_out\.weight")
 """Tensors of the model whose encoder this is."""
 
-_SIZES = {
-    "d_model": "width", "encoder_ffn_dim": "hidden", "encoder_layers": "layers", "encoder_attention_heads": "heads",
-    "num_mel_bins": "bands", "max_source_positions": "positions",
-}  # fmt: skip
 _TABLE = Table(
-    sizes=_SIZES,
+    sizes={
+        "d_model": "width", "encoder_ffn_dim": "hidden", "encoder_layers": "layers",
+        "encoder_attention_heads": "heads", "num_mel_bins": "bands", "max_source_positions": "positions",
+    },
     must_be={"activation_function": ("gelu",), "scale_embedding": (False,)},
     harmless=OF_ANY_MODEL | {
         # the decoder's, and what only training does
@@ -61,12 +60,11 @@ class Whisper(NamedTuple):
     leaves: dict[str, Leaf]
 
 
-def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int = -1) -> Whisper:
+def read_whisper(folder: Path, *, seconds: int | None = None) -> Whisper:
     """Opens an encoder, checking every name, shape and element type; no tensor is read.
 
     Args:
       seconds: how long it is to hear, if less than it was made for (30): then only its first positions are taken.
-      feature_layer: hidden state that the projector reads.
 
     Raises:
       MoextendError: anything that is not as it should be; names it.
@@ -77,11 +75,9 @@ def read_whisper(folder: Path, *, seconds: int | None = None, feature_layer: int
         config = whisper_config(huggingface.read_json(folder / "config.json"), where=folder / "config.json")
         check_front_end(folder, config)
         stored = _encoder(unwrapped(open_tensors(folder))[0])
-    if not -config.layers - 1 <= feature_layer < 0:
-        raise MoextendError(f"feature layer {feature_layer} is not among the {config.layers} layers of {folder}")
     if seconds is not None and not 1 <= seconds <= config.seconds:
         raise MoextendError(f"{folder} hears 1 to {config.seconds} seconds of sound, not {seconds}")
-    shortened = dataclasses.replace(config, seconds=seconds or config.seconds, feature_layer=feature_layer)
+    shortened = dataclasses.replace(config, seconds=seconds or config.seconds)
     return Whisper(shortened, _match(stored, config, positions=shortened.patches, where=folder))
 
 
@@ -124,14 +120,6 @@ def whisper_config(attributes: Mapping[str, Any], *, where: Path) -> WhisperConf
     if config.width % config.heads:
         raise MoextendError(f"{where}: encoder_attention_heads must divide d_model")
     return config
-
-
-def whisper_attributes(config: WhisperConfig) -> dict[str, Any]:
-    """A config.json that `whisper_config` reads back, of the encoder alone."""
-    values = {**dataclasses.asdict(config), "positions": config.patches}
-    return {theirs: values[ours] for theirs, ours in _SIZES.items()} | {
-        "architectures": ["WhisperEncoder"], "model_type": "whisper", "activation_function": "gelu",
-    }  # fmt: skip
 
 
 def check_front_end(folder: Path, config: WhisperConfig) -> None:
@@ -178,7 +166,7 @@ def _ctranslate2(path: Path) -> tuple[WhisperConfig, dict[str, Stored]]:
             "folder of Whisper (config.json, model.safetensors)"
         )
     tensors = {}
-    for name, tensor in ctranslate2.open_model(path).variables.items():
+    for name, tensor in ctranslate2.open_model(path).items():
         if name.startswith("encoder/") and tensor.shape:  # what has no axes is a setting
             tensors |= _spelled(name, tensor)
     return PINNED[digest], tensors

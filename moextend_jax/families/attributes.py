@@ -48,8 +48,8 @@ OF_ANY_MODEL = {
 class Table(NamedTuple):
     """sizes: their name -> our field. must_be: what changes the computation, with the only values that this code
     computes. harmless: what says nothing about it. optional: sizes that may be left out. aliases: their other names.
-    ours, theirs: of a size whose values are something else here, what makes ours of theirs, and back; a value that
-    `ours` cannot read it leaves as it is."""
+    ours, theirs: functions from a file's value of a size to ours and back, where the two differ; `ours` returns a value
+    that it cannot read as it is."""
 
     sizes: Mapping[str, str]
     must_be: Mapping[str, tuple[Any, ...]]
@@ -122,9 +122,9 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
     for of in (VisionConfig, DecoderConfig)
     for field in dataclasses.fields(of)
 }
-"""Of sizes: their type, and their default, which if it is 0 says that they may be."""
+"""Type and default of each size. A default of 0 says that the size may be 0."""
 _COUNT = int, 1
-"""So it is of what is no field there: sizes of other towers, and what sizes are computed from."""
+"""Those of what is no field there: sizes of other towers, and what sizes are computed from."""
 
 
 def fits(field: str, value: Any) -> bool:

@@ -70,7 +70,7 @@ SIZES = {
 
 
 class Every(tuple[Any, ...]):
-    """Of an attribute that is a list: all that its items may be."""
+    """The allowed items of an attribute that is a list."""
 
     def __contains__(self, value: object) -> bool:
         return value is None or (isinstance(value, list) and all(super(Every, self).__contains__(v) for v in value))

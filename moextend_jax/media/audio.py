@@ -26,7 +26,7 @@ TOWERS = (VisionConfig, WhisperConfig)
 POSITIONS = 50
 """Of Whisper's encoder, a second."""
 MOST_SECONDS = 3600
-"""Of a file: who names ten hours in a conversation means something else."""
+"""Of a file; a longer one in a conversation is a mistake."""
 RATES = (1_000, 768_000)
 """Samples a second of a file."""
 MOST_SAMPLES = 2**25
@@ -37,7 +37,7 @@ LOUDEST = 1e6
 FORMATS = ("WAV", "WAVEX", "FLAC", "OGG")
 MAGIC = (b"RIFF", b"fLaC", b"OggS")
 RIFFS = (b"RIFFWEBP", b"RIFFAVI ", b"RIFFACON", b"RIFFRMID")
-"""What else is packed as WAV is."""
+"""Other formats whose files begin with RIFF, as WAV does."""
 OTHERS = {
     b"ID3": "MP3", b"\xff\xfb": "MP3", b"\xff\xf3": "MP3", b"\xff\xf2": "MP3", b"\xff\xf1": "AAC", b"\xff\xf9": "AAC",
     b"FORM": "AIFF", b".snd": "AU", b"RF64": "RF64", b"caff": "CAF",
@@ -64,7 +64,6 @@ def decode(
       name: for the error message; id: for its `Fault`.
       cut: of a longer sound its first `seconds_of(medium)`; else that is a fault.
     """
-    del upright
     wave_am, (_, rate) = _read(encoded, name=name, id=id, medium=medium, cut=cut, samples=True)
     assert wave_am is not None
     with np.errstate(over="ignore", invalid="ignore"):
@@ -80,7 +79,6 @@ def decode(
 def prepare(item: np.ndarray, *, medium: Medium, preparation: str = "pad", id: str = "") -> np.ndarray:
     """[b, l] of Whisper, or [h, w, c] of a picture tower; a sound that is shorter is followed by silence."""
     tower = medium.tower
-    del preparation, id
     if isinstance(tower, WhisperConfig):
         return log_mel(item, bands=tower.bands, seconds=tower.seconds)
     picture = spectrogram_picture(item, size=tower_of(medium).image_size, seconds=medium.seconds)
@@ -191,8 +189,7 @@ def _is_cut(encoded: bytes) -> bool:
 
 
 class _Sound(Watched):
-    """Places that no file has are where it stands: an error would be printed, not raised, by those who call it from
-    C."""
+    """Ignores seeks to places that no file has: libsndfile calls it from C, where an error is printed, not raised."""
 
     def readinto(self, buffer: Any, /) -> int:
         data = self.read(len(buffer))

@@ -29,7 +29,6 @@ def decode(
     encoded: bytes, *, name: str = "features", id: str = "", medium: Medium, upright: bool = True, cut: bool = False
 ) -> np.ndarray:
     """`features_pC`."""
-    del upright, cut
     features_pC = _read(encoded, name=name, id=id, medium=medium, header=False)
     if not np.isfinite(features_pC).all():
         raise Fault(f"cannot read {name} as features: it has NaN or infinite numbers", "not_finite", id or name)
@@ -38,14 +37,12 @@ def decode(
 
 def prepare(item: np.ndarray, *, medium: Medium, preparation: str = "pad", id: str = "") -> np.ndarray:
     """`features_PC`."""
-    del preparation, id
     features_PC = np.zeros(input_shape(medium), np.float32)
     features_PC[: len(item)] = item
     return features_PC
 
 
 def positions(item: np.ndarray, medium: Medium) -> int:
-    del medium
     return len(item)
 
 
@@ -61,7 +58,7 @@ def span_of_file(encoded: bytes, *, name: str = "features", id: str = "", medium
 
 
 def _read(encoded: bytes, *, name: str, id: str, medium: Medium, header: bool) -> np.ndarray:
-    """The array; of its header alone one of its shape that holds nothing."""
+    """The array; with `header` only its header is read, and the array is zeros of that shape, which take no memory."""
 
     def fault(kind: str, why: object) -> Fault:
         return Fault(f"cannot read {name} as features: {why}", kind, id or name)

@@ -107,7 +107,7 @@ CUT = ("truncated", "not enough", "but only got", "end of file", "unexpected end
 
 
 class Watched(io.BytesIO):
-    """Knows whether more was asked for than there was."""
+    """Notes whether a read asked for more than there was."""
 
     ended = False
 
@@ -229,7 +229,6 @@ def _crop(image: Image.Image, size: int, tower: VisionConfig) -> Image.Image:
 def decode(
     encoded: bytes, *, name: str = "image", id: str = "", medium: Medium, upright: bool = True, cut: bool = False
 ) -> Image.Image:
-    del medium, cut
     return decode_image(encoded, name=name, id=id, upright=upright)
 
 
@@ -239,7 +238,6 @@ def prepare(item: Image.Image, *, medium: Medium, preparation: Literal["pad", "c
 
 
 def positions(item: Image.Image, medium: Medium) -> int:
-    del item
     return tower_of(medium).patches
 
 
@@ -249,7 +247,6 @@ def input_shape(medium: Medium) -> tuple[int, ...]:
 
 
 def span_of_file(encoded: bytes, *, medium: Medium, **_: object) -> int:
-    del encoded
     return tower_of(medium).patches
 
 

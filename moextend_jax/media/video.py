@@ -30,14 +30,13 @@ def decode(
     encoded: bytes, *, name: str = "video", id: str = "", medium: Medium, upright: bool = True, cut: bool = False
 ) -> tuple[Image.Image, ...]:
     """`medium.frames` pictures as RGB."""
-    del upright, cut  # animations have no orientation
     what = f"{name} as a video"
     if film := _film(encoded):
         advice = "convert it to an animation, for example with ffmpeg -i IN -vf fps=2,scale=336:-1 OUT.webp"
         raise Fault(f"cannot read {what}: it is {film}, which is not read; {advice}", "not_video", id or name)
     with pictures(encoded, kind="not_video", what=what, id=id or name) as (image, fault):
         first, count = _frames(image)
-        # Of those two forms a file that is cut off behind a frame is read as one of fewer.
+        # Pillow reads a GIF or APNG that is cut off behind a frame as one of fewer frames.
         if (image.format == "GIF" and cast(Any, image).fp.ended) or (image.format == "PNG" and b"IEND" not in encoded):
             raise fault("truncated", f"it ends after frame {count}, not as such a file ends")
         if count > MOST_FRAMES:
@@ -97,7 +96,6 @@ def prepare(
 
 
 def positions(item: object, medium: Medium) -> int:
-    del item
     return medium.positions
 
 
@@ -107,5 +105,4 @@ def input_shape(medium: Medium) -> tuple[int, ...]:
 
 
 def span_of_file(encoded: bytes, *, medium: Medium, **_: object) -> int:
-    del encoded
     return medium.positions

@@ -37,8 +37,11 @@ class Pair(nnx.Module):
         self.a = uniform(stack + inputs + "r", sizes, rngs=rngs, dtype=dtype, bound=bound)
         self.b = constant(stack + "r" + outputs, sizes, dtype=dtype, value=0.0)
 
+    def cast(self, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        return self.a[...].astype(dtype), self.b[...].astype(dtype)
 
-class Choice(nnx.Module):
+
+class LoraRouter(nnx.Module):
     """The router over LoRA experts, `x_TD -> u_TI`; starts as torch's linear layers do."""
 
     def __init__(self, sizes: dict[str, int], *, rngs: nnx.Rngs, dtype: str):
@@ -53,8 +56,9 @@ class Choice(nnx.Module):
         return jax.nn.softmax(logits_TI + self.bias[...].astype(jnp.float32)[None], axis=-1)
 
 
-class OfBlock(nnx.Module):
-    """What an adapter has for the feed-forward block: pairs of the experts, of the router, and the choice."""
+class BlockAdapter(nnx.Module):
+    """What an adapter has for the feed-forward block: pairs of the experts, of the router, and the router over
+    LoRA experts."""
 
     def __init__(self, decoder: DecoderConfig, config: AdapterConfig, *, rngs: nnx.Rngs, dtype: str):
         sizes, options = config.sizes(decoder), {"rngs": rngs, "dtype": dtype}
@@ -62,7 +66,7 @@ class OfBlock(nnx.Module):
         for name, (inputs, outputs) in EXPERTS.items():
             setattr(self, name, Pair(inputs, outputs, sizes, stack=stack, **options) if config.of_experts else None)
         self.router = Pair("D", "E", {**sizes, "r": config.rank}, **options) if config.router else None
-        self.choice = Choice(sizes, **options) if config.method == "mole" else None
+        self.choice = LoraRouter(sizes, **options) if config.method == "mole" else None
 
 
 class Adapter(nnx.Module):
@@ -72,7 +76,7 @@ class Adapter(nnx.Module):
         sizes = {**config.sizes(decoder), "r": config.rank}  # attention has one LoRA in every method
         pairs = {name: Pair(*axes, sizes, rngs=rngs, dtype=dtype) for name, axes in ATTENTION.items()}
         self.attention = nnx.Dict(pairs if config.attention else {})
-        self.block = OfBlock(decoder, config, rngs=rngs, dtype=dtype)
+        self.block = BlockAdapter(decoder, config, rngs=rngs, dtype=dtype)
 
 
 class Adapted(NamedTuple):
@@ -114,7 +118,7 @@ def self_activated(
     return weights_BLr.astype(z_BLr.dtype)
 
 
-class OnAttention(NamedTuple):
+class AttentionUpdate(NamedTuple):
     """What is added to attention's maps: A and B by path ("query/a"), the scale of each token, `[B, L, r]` or
     `[B, L, 1]`, and `weigh(x A, scale)`, which gives what is multiplied with B."""
 
@@ -125,14 +129,14 @@ class OnAttention(NamedTuple):
 
 def on_attention(
     configs: Sequence[AdapterConfig], leaves: Sequence[dict[str, jax.Array]], scales: Sequence[jax.Array]
-) -> list[OnAttention]:
+) -> list[AttentionUpdate]:
     """Adapters as attention computes them. Atoms of all MoRAM adapters are joined, since they compete."""
     those, atoms = [], []
     for config, own, scale_BL1 in zip(configs, leaves, scales, strict=True):
         if config.method == "moram":
             atoms.append((config, own, jnp.repeat(scale_BL1, config.rank, axis=-1)))
         elif own:
-            those.append(OnAttention(own, scale_BL1, jnp.multiply))
+            those.append(AttentionUpdate(own, scale_BL1, jnp.multiply))
     if atoms:
         (*_, newest), parts, wide = zip(*atoms, strict=True)
         joined = {
@@ -146,7 +150,7 @@ def on_attention(
                 threshold=None if training else newest.threshold,
             )  # fmt: skip
 
-        those.append(OnAttention(joined, jnp.concatenate(wide, axis=-1), weigh))
+        those.append(AttentionUpdate(joined, jnp.concatenate(wide, axis=-1), weigh))
     return those
 
 
@@ -188,7 +192,7 @@ the probabilities of all experts, as the released checkpoint runs."""
 
 
 def update_of(
-    blocks: Sequence[tuple[AdapterConfig, OfBlock, jax.Array]], x_TD: jax.Array
+    blocks: Sequence[tuple[AdapterConfig, BlockAdapter, jax.Array]], x_TD: jax.Array
 ) -> tuple[Update | None, list[jax.Array]]:
     """The updates of several adapters to the experts, joined along the rank into one; and for each adapter that has a
     router over LoRA experts, their probabilities `[T, I]`.
@@ -203,7 +207,7 @@ def update_of(
             chosen.append(block.choice(x_TD))
             weights_TI = GATINGS[config.gating](chosen[-1]).astype(x_TD.dtype)
         if config.of_experts:
-            leaves = (leaf[...].astype(x_TD.dtype) for name in EXPERTS for leaf in _pair(getattr(block, name)))
+            leaves = (leaf for name in EXPERTS for leaf in getattr(block, name).cast(x_TD.dtype))
             parts.append(Factors(*leaves))
             weights.append(jnp.repeat(weights_TI * scale_T1, config.columns // weights_TI.shape[-1], axis=-1))
     if not parts:
@@ -211,19 +215,14 @@ def update_of(
     return Update(_side_by_side(parts), jnp.concatenate(weights, axis=-1)), chosen
 
 
-def router_update(blocks: Sequence[tuple[AdapterConfig, OfBlock, jax.Array]], x_TD: jax.Array) -> jax.Array | None:
+def router_update(blocks: Sequence[tuple[AdapterConfig, BlockAdapter, jax.Array]], x_TD: jax.Array) -> jax.Array | None:
     """float32 `[T, E]`: what adapters add to the logits of the pretrained router."""
     update_TE = None
     for _, block, scale_T1 in blocks:
         if block.router is not None:
-            a_Dr, b_rE = (leaf[...].astype(x_TD.dtype) for leaf in _pair(block.router))
-            own_TE = low_rank(x_TD, a_Dr, b_rE, scale_T1).astype(jnp.float32)
+            own_TE = low_rank(x_TD, *block.router.cast(x_TD.dtype), scale_T1).astype(jnp.float32)
             update_TE = own_TE if update_TE is None else update_TE + own_TE
     return update_TE
-
-
-def _pair(pair: Any) -> tuple[nnx.Param, nnx.Param]:
-    return pair.a, pair.b
 
 
 def _side_by_side(parts: list[Factors]) -> Factors:

@@ -43,17 +43,13 @@ class Visible(NamedTuple):
     """What each position sees: `segments_BL` of whole rows (see `segment_mask`), or a mask over the past and these
     positions after it. Splash attention reads segments, so on TPU rows of SPLASH_BLOCK or more have no mask."""
 
-    segments_BL: jax.Array | None
-    mask_B1LS: jax.Array | None
+    segments_BL: jax.Array | None = None
+    mask_B1LS: jax.Array | None = None
 
     @classmethod
     def in_rows(cls, segments_BL: jax.Array) -> Visible:
         splash = platform() == "tpu" and segments_BL.shape[1] >= SPLASH_BLOCK
         return cls(segments_BL, None if splash else segment_mask(segments_BL))
-
-    @classmethod
-    def by_mask(cls, mask_B1LS: jax.Array) -> Visible:
-        return cls(None, mask_B1LS)
 
 
 class Attention(nnx.Module):

@@ -458,6 +458,3 @@ def _slots(extension: Extension, config: ExtensionConfig, routed: range) -> _Slo
     here_Z = jnp.where(extended_Z, rows_Z, 0)
     sources_ZX = jnp.array(config.sources).reshape(Y, -1)[here_Z] if config.start == "twin" else None
     return _Slots(definition, state, _Scanned(extended_Z, here_Z, sources_ZX))
-
-
-__all__ = ["Decoded", "Decoder", "Extension", "Rotation", "logits", "mixture", "rms_norm", "run_layers"]

@@ -91,11 +91,11 @@ def mixture(
     kept |= dict.fromkeys(EXPERTS, kept["experts"])  # maps that are adapted
     scales = [of.scale_BL1(x_BLD) for of in adapted]
     names = ("experts", *("new_experts" for _ in slots))
-    lying = [
+    in_stacks = [
         of if of is not None and _as_stored(of.module, x_BLD.dtype, kept[name]) else None
         for name, of in zip(names, stacked or [None] * len(names), strict=True)
     ]
-    stacks, of_stacks = zip(*(({}, {}) if of is None else module_shards(of.module) for of in lying), strict=True)
+    stacks, of_stacks = zip(*(({}, {}) if of is None else module_shards(of.module) for of in in_stacks), strict=True)
 
     # For example a group of expert 2 x tensor 2, E = 8, 128 tokens on each device. Device (1, 0) holds the first half
     # of the hidden width of experts 4 to 7 and the third quarter of a new expert's. With "gather" it sees the group's
@@ -118,7 +118,7 @@ def mixture(
         experts = [this.experts, *(slot.new_experts for slot in added)]
         all_layers = [
             None if of is None else Stacked(with_arrays(of.module, stack), layer)
-            for of, stack, layer in zip(lying, stacks, layers, strict=True)
+            for of, stack, layer in zip(in_stacks, stacks, layers, strict=True)
         ]
         parts = [own.weights(x_TD.dtype, whole) for own, whole in zip(experts, all_layers, strict=True)]
         computed = _of_real(routing, real_BL)
@@ -146,7 +146,7 @@ def mixture(
     tokens = Shards("BL", x_split.split[:2])
     everywhere = Shards("", ())
     ins = (x_split, splits, of_stacks, everywhere, everywhere, everywhere, tokens, tokens, tokens)
-    layers = [None if of is None else of.layer for of in lying]
+    layers = [None if of is None else of.layer for of in in_stacks]
     given = (x_BLD, arrays, stacks, layers, list(extended), list(sources), real_BL, list(shares), scales)
     y_BLD, routing = map_shards(local, ins, x_split)(*given)
     return y_BLD, jax.tree.map(lambda leaf_BLk: leaf_BLk.reshape(-1, leaf_BLk.shape[-1]), routing)
@@ -225,8 +225,8 @@ def exchange_rows(
     counts_pqe = _gathered(sorting.sizes_O[None], split.expert).reshape(devices, devices, here)
     rows_pq = counts_pqe.sum(axis=-1)
     before_p, before_q = _before(rows_pq, axis=0), _before(rows_pq, axis=1)
-    there = _Trip(before_q[me], rows_pq[me], before_p[me], rows_pq[:, me])
-    back = _Trip(before_p[:, me], rows_pq[:, me], before_q[:, me], rows_pq[me])
+    there = _Exchange(before_q[me], rows_pq[me], before_p[me], rows_pq[:, me])
+    back = _Exchange(before_p[:, me], rows_pq[:, me], before_q[:, me], rows_pq[me])
     room = devices * len(x_RD)
     arrived_RD, arrived_weights_R1 = (there.send(array, room, split.expert) for array in (x_RD, weights_R1))
 
@@ -243,13 +243,10 @@ def exchange_rows(
     return _summed(y_TD, split.tensor, together)
 
 
-DISPATCHES: dict[str, Callable[..., jax.Array]] = {
-    "gather": gather_tokens,
-    "exchange": exchange_rows,
-}
+DISPATCHES: dict[str, Callable[..., jax.Array]] = {"gather": gather_tokens, "exchange": exchange_rows}
 
 
-class _Trip(NamedTuple):
+class _Exchange(NamedTuple):
     """One device's part in an exchange of rows: to each device q it sends `sizes_q` rows from `starts_q` on, to offset
     `places_q` there; from each device p it gets `arriving_p` rows."""
 

@@ -177,10 +177,6 @@ class VisionTower(nnx.Module):
     def __call__(self, images_nhwc: jax.Array) -> jax.Array:
         return self.hidden_state(images_nhwc, layer=self.config.feature_layer)[:, -self.config.patches :]
 
-    def pooled(self, images_nhwc: jax.Array) -> jax.Array:
-        """The class token of the last layer after the final norm, x_nC: what CLIP's contrastive training reads."""
-        return self.post_norm(self.hidden_state(images_nhwc, layer=-1)[:, :1])[:, 0]
-
     def hidden_state(self, images_nhwc: jax.Array, *, layer: int) -> jax.Array:
         """Hidden state x_nQC, registers between class token and patches: 0 is the input of the first layer, U or -1 the
         last output, which has not passed the final norm; layers above do not run."""

@@ -82,9 +82,7 @@ def train_loop(
         train_state.open_manager(folder / "checkpoints", keep=settings.checkpoints_kept) as manager,
         contextlib.closing(iter(rows)) as iterator,
     ):
-        saved = train_state.start(
-            manager, like, iterator, facts=job.facts, resume_from=job.resume_from, where=folder
-        )  # fmt: skip
+        saved = train_state.start(manager, like, iterator, facts=job.facts, resume_from=job.resume_from, where=folder)
         if saved is None:
             state = init_state(trainable, optimizer, shardings=jax.tree.map(lambda leaf: leaf.sharding, like))
             counts_G = faults.counts()

@@ -19,8 +19,9 @@ from typing import Any, TextIO
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import is_url
+from moextend_jax.outside import said_by
 from moextend_jax.terminal import as_json
-from moextend_jax.train.sinks import IDS, SINKS, first_line, open_sinks, scalars
+from moextend_jax.train.sinks import IDS, SINKS, open_sinks, scalars
 
 
 class MetricsWriter:
@@ -84,7 +85,7 @@ class MetricsWriter:
         try:
             (self._away / self._path.name).write_text(self._path.read_text())
         except Exception as error:
-            print(f"metrics: {self._away} did not take them now: {first_line(error)}", file=sys.stderr, flush=True)
+            print(f"metrics: {self._away} did not take them now: {said_by(error)}", file=sys.stderr, flush=True)
 
     def go_back(self, step: int) -> None:
         """Drops the lines of later steps: the run does them again."""
@@ -123,7 +124,7 @@ class MetricsWriter:
             if not SINKS[kind].elsewhere:
                 raise
             del self._sinks[kind]
-            print(f"sinks: {kind} failed and gets no more: {first_line(error)}", file=sys.stderr, flush=True)
+            print(f"sinks: {kind} failed and gets no more: {said_by(error)}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:

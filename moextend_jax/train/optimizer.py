@@ -51,7 +51,9 @@ def make_optimizer(config: OptimizerConfig, *, paths: Mapping[str, object]) -> o
         )
 
     groups: dict[Hashable, optax.GradientTransformation] = {name: adamw(name) for name in sorted(set(labels.values()))}
-    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels)))
+    return _computed_in_float32(
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.partition(groups, labels))
+    )
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +87,7 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
-def _in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+def _computed_in_float32(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """`inner` with sums, updates and (unless set otherwise) moments in float32, whatever the leaves' dtype: in
     bfloat16's eight bits of mantissa, a second moment times 0.999 would never shrink."""
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import extra_hint, is_url
+from moextend_jax.outside import said_by
 
 IDS = "sinks.json"
 PROJECT = "moextend"
@@ -170,7 +171,7 @@ def open_sinks(
         except Exception as error:
             if not SINKS[kind].elsewhere:
                 raise
-            raise MoextendError(f"sinks: {kind} does not start: {first_line(error)}") from error
+            raise MoextendError(f"sinks: {kind} does not start: {said_by(error)}") from error
     return opened
 
 
@@ -183,10 +184,6 @@ def scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
         else:
             flat[name] = value
     return flat
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _run_id(folder: Path, kind: str, resume_step: int, create: Callable[[], str]) -> str:

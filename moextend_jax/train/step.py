@@ -40,7 +40,7 @@ def init_state(
     """The state before the first step. Steps donate its arrays, also those of `trainable`.
 
     Args:
-      shardings: from `state_shardings`; each array is made on its own devices. None: on the first device.
+      shardings: a `TrainState` of them; each array is made on its own devices. None: on the first device.
     """
     if shardings is None:
         return TrainState(trainable, optimizer.init(trainable), jnp.int32(0), jnp.int32(0))
@@ -49,38 +49,24 @@ def init_state(
     return TrainState(trainable, make(trainable), *counts)
 
 
-def state_shardings(
-    trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
-) -> Any:
-    """A `TrainState` of shardings: those of `trainable`, real or abstract leaves, and those of the optimizer's state
-    and the counts. `moments` is as in `OptimizerConfig`."""
-    state = jax.eval_shape(optimizer.init, dict(trainable))
-    count: Any = NamedSharding(mesh, spec(""))
-    own: Any = {path: leaf.sharding for path, leaf in trainable.items()}
-    return TrainState(own, optimizer_shardings(state, trainable, mesh, moments=moments), count, count)
-
-
 def abstract_state(
     trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, *, mesh: Mesh, moments: str
 ) -> TrainState:
-    """What `init_state` would make, as shapes with shardings."""
+    """What `init_state` would make, as shapes with shardings: those of `trainable`, real or abstract leaves, and those
+    of the optimizer's state and the counts. `moments` is as in `OptimizerConfig`."""
     state = jax.eval_shape(lambda leaves: init_state(leaves, optimizer), dict(trainable))
-    shardings = state_shardings(trainable, optimizer, mesh=mesh, moments=moments)
+    count: Any = NamedSharding(mesh, spec(""))
+    own: Any = {path: leaf.sharding for path, leaf in trainable.items()}
+    of_optimizer = optimizer_shardings(state.optimizer, trainable, mesh, moments=moments)
+    shardings = TrainState(own, of_optimizer, count, count)
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
-
-
-class StageStep(NamedTuple):
-    """A stage's jitted step, its optimizer, and the state that they take, as shapes with shardings."""
-
-    step: Program
-    optimizer: optax.GradientTransformationExtraArgs
-    state: TrainState
 
 
 def stage_step(
     model: MoExtend, trainable: Mapping[str, Any], *, stage: StageSettings, settings: RunSettings, mesh: Mesh
-) -> StageStep:
-    """What trains `trainable`, real or abstract leaves on `mesh`, by these settings: in a run, a plan and a bench."""
+) -> tuple[Program, optax.GradientTransformationExtraArgs, TrainState]:
+    """What trains `trainable`, real or abstract leaves on `mesh`, by these settings, in a run, a plan and a bench: the
+    jitted step, its optimizer, and the state that they take, as shapes with shardings."""
     optimizer = make_optimizer(stage.optimizer, paths=trainable)
     step = make_step(
         model,
@@ -92,7 +78,7 @@ def stage_step(
         accumulate=stage.accumulate,
         mesh=mesh,
     )
-    return StageStep(step, optimizer, abstract_state(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments))
+    return step, optimizer, abstract_state(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments)
 
 
 def make_step(

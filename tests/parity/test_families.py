@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from tiny import few
 
 from moextend_jax import cli
@@ -131,7 +132,7 @@ def test_greedy_tokens_and_the_logits_that_chose_them(name: Path | None):
     np.testing.assert_array_equal(theirs["tokens_nocache"], written)
     new = written.shape[1] - prompt.shape[1]
     generator = Generator(loaded.structure, eos=-1)
-    completed = generator.complete(loaded.arrays, _of_ids(prompt), max_new_tokens=new)
+    completed = tiny.complete(generator, loaded.arrays, _of_ids(prompt), max_new_tokens=new)
     np.testing.assert_array_equal(np.concatenate([prompt, completed], axis=1), written)
     if "logits_last" in theirs:
         model = with_arrays(loaded.structure, loaded.arrays)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from moextend_jax.config import Batch
 from moextend_jax.generate import Generator
@@ -30,7 +31,7 @@ def test_greedy_tokens_and_the_logits_that_chose_them(folder: Path):
         return jax.tree.map(jnp.asarray, sets.batch(folder, rows))
 
     generator = Generator(structure, eos=-1, suppress=suppress)
-    completed = generator.complete(arrays, batch(prompt), max_new_tokens=new)
+    completed = tiny.complete(generator, arrays, batch(prompt), max_new_tokens=new)
     np.testing.assert_array_equal(np.concatenate([prompt, completed], axis=1), written)
 
     @jax.jit

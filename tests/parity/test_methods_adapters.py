@@ -25,7 +25,7 @@ from moextend_jax.config import (
     Named,
 )
 from moextend_jax.models import experts
-from moextend_jax.models.adapters import Adapted, OfBlock, low_rank, router_update, self_activated, update_of
+from moextend_jax.models.adapters import Adapted, BlockAdapter, low_rank, router_update, self_activated, update_of
 from moextend_jax.models.experts import apply_experts
 from moextend_jax.models.moextend import shares
 from moextend_jax.models.router import Gate, Rule, route
@@ -52,8 +52,8 @@ def output(
     base = [jnp.asarray(theirs[f"w_{name}"])[: 1 if ffn else None] for name in ("gate_EDF", "up_EDF", "down_EFD")]
     E, D, F = base[0].shape
     decoder = DecoderConfig(width=D, hidden=F, experts=E, layers=1)
-    made = nnx.eval_shape(lambda: OfBlock(decoder, config, rngs=nnx.Rngs(0), dtype="float32"))
-    block = cast(OfBlock, with_arrays(made, leaves))
+    made = nnx.eval_shape(lambda: BlockAdapter(decoder, config, rngs=nnx.Rngs(0), dtype="float32"))
+    block = cast(BlockAdapter, with_arrays(made, leaves))
     blocks = [(config, block, jnp.full((len(x_TD), 1), config.scale))]
     gate = Gate(jnp.asarray(theirs["gate_DE"])[:, :E], update_TE=router_update(blocks, x_TD))
     routing = route(x_TD, gate, rule=Rule(k))

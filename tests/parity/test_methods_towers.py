@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import folders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from flax import nnx
 
 from moextend_jax.checkpoints.leaves import read_slice
 from moextend_jax.checkpoints.tensors import Planned, write_safetensors
-from moextend_jax.checkpoints.whisper import read_whisper, whisper_attributes
+from moextend_jax.checkpoints.whisper import read_whisper
 from moextend_jax.config import ProjectorConfig, WhisperConfig
 from moextend_jax.media.mel import log_mel, slaney_filters
 from moextend_jax.models.projectors import Resampler, join_frames, make_projector
@@ -56,7 +57,7 @@ def test_whisper_states(folder: Path, tmp_path: Path):
     file["embed_positions.weight"] = np.pad(file["embed_positions.weight"], ((0, 50 * seconds - S), (0, 0)))
     planned = {f"model.encoder.{n}": Planned(a.shape, a.dtype, lambda a=a: [a]) for n, a in file.items()}
     write_safetensors(tmp_path, planned, max_shard_bytes=1 << 30)
-    (tmp_path / "config.json").write_text(json.dumps(whisper_attributes(config)))
+    (tmp_path / "config.json").write_text(json.dumps(folders.whisper_attributes(config)))
     opened = read_whisper(tmp_path)
     assert opened.config == config
     leaves = {path: read_slice(leaf, (slice(None),) * len(leaf.shape)) for path, leaf in opened.leaves.items()}

@@ -41,7 +41,7 @@ def test_hidden_states_and_features(folder: Path):
         states = [model.hidden_state(images_nhwc, layer=layer) for layer in range(tower.config.layers + 1)]
         ours = {f"hidden_states/{layer}": state for layer, state in enumerate(states)}
         ours |= {f"patch_m{back}": states[-back][:, 1:] for back in range(1, len(states) + 1)}
-        return ours | {"last_hidden_state": states[-1], "pooler_output": model.pooled(images_nhwc)}
+        return ours | {"last_hidden_state": states[-1], "pooler_output": model.post_norm(states[-1][:, :1])[:, 0]}
 
     pixels_nchw = [theirs.pop("pixel_values") for theirs in groups.values()]
     ours = run(arrays, to_nhwc(np.concatenate(pixels_nchw)))  # at once: one compiled program
