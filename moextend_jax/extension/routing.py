@@ -121,18 +121,25 @@ def refuse_faulty(faulty_ZO: np.ndarray, *, first: int) -> None:
 
 
 def count_all(
-    model: MoExtend, arrays: dict[str, jax.Array], batches: Iterable[Batch], *, recipe: Recipe, mesh: Mesh | None = None
+    model: MoExtend,
+    arrays: dict[str, jax.Array],
+    batches: Iterable[Batch],
+    *,
+    recipe: Recipe,
+    mesh: Mesh | None = None,
+    pairs: bool = False,
 ) -> Counts:
     """Counts over batches, summed in 64 bits on the host.
 
     Args:
       model: the structure; arrays: its parameters.
       mesh: where these and the batches are; None: on one device.
+      pairs: count these too.
 
     Raises:
       MoextendError: there is no batch, or a router gives NaN or infinity.
     """
-    program, total = _counter(model, recipe, mesh or one_device()), None
+    program, total = _counter(model, recipe, pairs, mesh or one_device()), None
     for batch in batches:
         counts, faulty_ZO = program(arrays, batch)
         refuse_faulty(on_host(faulty_ZO), first=model.config.decoder.dense_layers)
@@ -144,13 +151,13 @@ def count_all(
 
 
 @functools.lru_cache(maxsize=8)
-def _counter(model: MoExtend, recipe: Recipe, mesh: Mesh) -> Program:
+def _counter(model: MoExtend, recipe: Recipe, pairs: bool, mesh: Mesh) -> Program:
     """`(arrays, batch) -> (counts, faulty logits)`; before and after a probe it is the same program."""
 
     def count(arrays: dict[str, jax.Array], batch: Batch) -> tuple[Counts, jax.Array]:
         routing = with_arrays(model, arrays)(batch).routing
         real_T = (batch.segments_BL > 0).reshape(-1)
-        counts = count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k)
+        counts = count_picks(routing, batch, recipe=recipe, top_k=model.config.decoder.top_k, pairs=pairs)
         return counts, count_faulty(routing.logits_TO, real_T)
 
     return Program(count, mesh=mesh)
