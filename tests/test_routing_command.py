@@ -411,6 +411,30 @@ def test_before_and_after_extension_the_shared_experts_are_compared(pair, grown,
         run("compare", tmp_path / "moextend.npz", tmp_path / "aligned.npz")
 
 
+def test_a_chain_before_and_after_its_second_extension(grown, tmp_path: Path, capsys):
+    both = collected(tiny.BOTH)
+    assert compare.is_extension_of(grown, both) and not compare.is_extension_of(both, grown)
+    assert not compare.is_extension_of(grown, collected(APART))  # whose first extension is in other layers
+    for name, stats in (("image", grown), ("sound", both)):
+        statistics.write_stats(tmp_path / f"{name}.npz", stats)
+    assert run("compare", tmp_path / "image.npz", tmp_path / "sound.npz", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [(row["layer"], row["experts"]) for row in record["new_experts"]] == [(1, [5, 6]), (2, [5, 6])] * 2
+    for row in record["new_experts"]:
+        assert (
+            row["share_X"]
+            == (both.picks_ZO[row["kind"]] / both.picks_ZO[row["kind"]].sum(-1, keepdims=True))[
+                row["layer"], 5:
+            ].tolist()
+        )
+        assert row["from_E"] is None or len(row["from_E"]) == 5
+    assert any(row["from_E"] for row in record["new_experts"])
+    for row in record["layers"]:
+        p, q = ((of.picks_ZO["text"] + of.picks_ZO["image"])[row["layer"], :5] for of in (grown, both))
+        assert row["kind"] != "all" or row["tv_picks"] == pytest.approx(np.abs(p / p.sum() - q / q.sum()).sum() / 2)
+    assert run("plot", tmp_path / "image.npz", tmp_path / "sound.npz", "--out", tmp_path / "drawn") == 0
+
+
 @pytest.mark.slow
 def test_before_and_after_extension_are_drawn(pair, grown, tmp_path: Path):
     statistics.write_stats(tmp_path / "aligned.npz", pair[0])

@@ -19,7 +19,7 @@ from moextend_jax.report.markup import picture, pictures, section, write_page
 from moextend_jax.report.routing_pictures import heatmap_height, routing_panel, share_panel
 from moextend_jax.report.workdir import NewExperts
 from moextend_jax.routing.compare import is_extension_of, taken
-from moextend_jax.routing.stats import KINDS, Kind, Load, Stats, load_of, on_shared_columns
+from moextend_jax.routing.stats import KINDS, Kind, Load, Stats, load_of, on_first_columns
 
 Panel = tuple[str, Callable[[Axes], None]]
 """What the picture is called when it is read out, and the function that draws it."""
@@ -47,7 +47,7 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
     prefix.parent.mkdir(parents=True, exist_ok=True)
     named = [(name if len(name) <= NAME else f"…{name[1 - NAME :]}", stats) for name, stats in named]
     grown = len(named) == 2 and is_extension_of(named[0][1], named[1][1])
-    shared = [(name, on_shared_columns(stats)) for name, stats in named] if grown else named
+    shared = [(name, on_first_columns(stats, named[0][1].columns)) for name, stats in named] if grown else named
     heatmaps, lines = _heatmaps(shared), _lines(named)
     new = _new_panels(named[0][1], named[1][1]) if grown else []
     layers = len(named[0][1].has_ZO)
@@ -77,14 +77,15 @@ def write_routing_page(named: Sequence[tuple[str, Stats]], prefix: Path) -> tupl
 
 def _new_panels(before: Stats, after: Stats) -> list[Panel]:
     """What the new experts get, and where tokens can be compared, whose picks they took, by kind of token."""
-    extended = np.flatnonzero(after.outputs_Z > after.experts)
+    first = before.columns
+    extended = np.flatnonzero(after.has_ZO[:, first:].any(axis=1))
     layers = [after.layers[z] for z in extended]
-    has_YX = after.has_ZO[extended, after.experts :]
-    share_YX = {kind: load_of(after, kind).share_ZO[extended, after.experts :] for kind in KINDS}
+    has_YX = after.has_ZO[extended, first:]
+    share_YX = {kind: load_of(after, kind).share_ZO[extended, first:] for kind in KINDS}
     new = NewExperts(tuple(layers), has_YX, share_YX, 1 / after.outputs_Z[extended], of_tokens=False)
     panels: list[Panel] = [("share of picks of new experts", partial(share_panel, new=new))]
     for kind in KINDS:
-        from_YE = [row.from_E or [0.0] * after.experts for row in taken(before, after) if row.kind == kind]
+        from_YE = [row.from_E or [0.0] * first for row in taken(before, after) if row.kind == kind]
         if np.any(from_YE):
             draw = partial(_from_panel, from_YE=np.array(from_YE), layers=layers, title=f"whose picks, {kind} tokens")
             panels.append((f"whose picks new experts took, {kind} tokens", draw))

@@ -33,7 +33,7 @@ from moextend_jax.routing.compare import (
     taken,
     why_no_agreement,
 )
-from moextend_jax.routing.stats import KINDS, Stats, load_of, on_shared_columns, read_stats, write_stats
+from moextend_jax.routing.stats import KINDS, Stats, load_of, on_first_columns, read_stats, write_stats
 from moextend_jax.runs.askable import Askable, open_place
 from moextend_jax.runs.data_of import data_dir_of, open_in_step
 from moextend_jax.runs.place import Place
@@ -284,7 +284,7 @@ def compare_command(options: CompareOptions) -> None:
     new = taken(a, b) if is_extension_of(a, b) and not options.after else []
     if not new:
         check_same_shape(a, b, names=names)
-    rows = distances(a, on_shared_columns(b) if new else b, tie=options.tie)
+    rows = distances(a, on_first_columns(b, a.columns) if new else b, tie=options.tie)
     why = why_no_agreement(a, b)
     chosen: dict[str, list[Choice] | None] = {}
     if new:
@@ -310,7 +310,7 @@ def compare_command(options: CompareOptions) -> None:
     if options.json:
         print(json.dumps(record, indent=1, allow_nan=False))
         return
-    shared = f", the {a.experts} experts that both have" if new else ""
+    shared = f", the {a.columns} experts that both have" if new else ""
     _print_distances(rows, title=f"{options.a} and {options.b}{shared}", why=why)
     if new:
         _print_taken(new, title=f"new experts of {options.b}")

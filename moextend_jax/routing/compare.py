@@ -54,8 +54,8 @@ class Taken(NamedTuple):
     """What the new experts of one extended layer get, of one kind of token.
 
     experts: their numbers. share_X: picks of each / all picks. probs_X: mean probabilities. tokens: share of the tokens
-    that pick one. from_E: of the picks that such tokens gave up, the share of each base expert; None where picks cannot
-    be compared token by token, or none was lost.
+    that pick one. from_E: of the picks that such tokens gave up, the share of each expert that `before` has; None where
+    picks cannot be compared token by token, or none was lost.
     """
 
     layer: int
@@ -68,20 +68,19 @@ class Taken(NamedTuple):
 
 
 def is_extension_of(a: Stats, b: Stats) -> bool:
-    """Whether `b` has all that `a` has, and new experts besides."""
-    plain = (a.outputs_Z == a.experts).all()
-    alike = (a.experts, a.top_k, len(a.outputs_Z)) == (b.experts, b.top_k, len(b.outputs_Z))
-    return bool(plain and alike and (b.outputs_Z >= b.experts).all() and (b.outputs_Z > b.experts).any())
+    """Whether `b` has the experts that `a` has, and a further extension's behind them."""
+    alike = (a.experts, a.top_k) == (b.experts, b.top_k) and a.columns < b.columns
+    return alike and np.array_equal(a.has_ZO, b.has_ZO[:, : a.columns])
 
 
 def taken(before: Stats, after: Stats) -> list[Taken]:
-    """What every new expert of `after` gets, and which experts of `before` lost it."""
+    """What every expert of `after` that `before` lacks gets, and which experts of `before` lost it."""
     rows = []
     for kind in KINDS:
         if not after.tokens[kind]:
             continue
         load = load_of(after, kind)
-        for z, new in enumerate(_new(after)):
+        for z, new in enumerate(_new(after, before.columns)):
             if not new:
                 continue
             tokens, from_E = _lost(before, after, z, kind)
@@ -91,19 +90,19 @@ def taken(before: Stats, after: Stats) -> list[Taken]:
 
 
 def _lost(before: Stats, after: Stats, layer: int, kind: Kind) -> tuple[float | None, list[float] | None]:
-    """Share of the tokens that pick a new expert; of the picks that these gave up, the share of each base expert."""
+    """Share of the tokens that pick a new expert; of the picks that these gave up, the share of each expert before."""
     if after.per_token is None:
         return None, None
     of_T = after.per_token.image_T == (kind == "image")
     after_Tk = after.per_token.ids_ZTk[layer][of_T]
-    new_T = (after_Tk >= after.experts).any(axis=-1)
+    new_T = (after_Tk >= before.columns).any(axis=-1)
     share = float(new_T.mean()) if new_T.size else None
     if before.per_token is None or why_no_agreement(before, after):
         return share, None
     before_Tk = before.per_token.ids_ZTk[layer][of_T][new_T]
     lost_Tk = ~(before_Tk[:, :, None] == after_Tk[new_T][:, None, :]).any(axis=-1)
-    counts_E = np.bincount(before_Tk[lost_Tk], minlength=before.experts)
-    return share, (counts_E / counts_E.sum()).tolist() if counts_E.sum() else None
+    counts_O = np.bincount(before_Tk[lost_Tk], minlength=before.columns)
+    return share, (counts_O / counts_O.sum()).tolist() if counts_O.sum() else None
 
 
 def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
@@ -112,7 +111,7 @@ def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
         ("picks per token", a.top_k, b.top_k),
         ("numbers of layers", a.layers, b.layers),
         ("router outputs per layer", a.outputs_Z.tolist(), b.outputs_Z.tolist()),
-        ("new experts per layer", _new(a), _new(b)),
+        ("new experts per layer", _new(a, a.experts), _new(b, b.experts)),
     ):
         if x != y:
             hint = ""
@@ -121,9 +120,9 @@ def check_same_shape(a: Stats, b: Stats, *, names: tuple[str, str]) -> None:
             raise MoextendError(f"{names[0]} and {names[1]} are not of the same sizes: {what} {x} and {y}{hint}")
 
 
-def _new(stats: Stats) -> list[list[int]]:
-    """The numbers of every layer's new experts."""
-    return [(stats.experts + np.flatnonzero(new_X)).tolist() for new_X in stats.has_ZO[:, stats.experts :]]
+def _new(stats: Stats, first: int) -> list[list[int]]:
+    """The numbers from `first` on of every layer's experts."""
+    return [(first + np.flatnonzero(new_X)).tolist() for new_X in stats.has_ZO[:, first:]]
 
 
 def distances(a: Stats, b: Stats, *, tie: float) -> list[LayerDistance]:

@@ -45,6 +45,11 @@ class Stats(NamedTuple):
     """Numbers of these layers among all; None: 0, 1, ..."""
 
     @property
+    def columns(self) -> int:
+        """All experts of the model, which a layer may lack some of."""
+        return self.has_ZO.shape[1]
+
+    @property
     def outputs_Z(self) -> np.ndarray:
         """How many experts each layer has."""
         return self.has_ZO.sum(axis=1)
@@ -89,10 +94,10 @@ def load_of(stats: Stats, kind: Kind | Literal["all"]) -> Load:
     )
 
 
-def on_shared_columns(stats: Stats) -> Stats:
-    """The pretrained experts' columns alone: the picks that went to them, and their probabilities, rescaled to a sum of
-    one. Single tokens keep their picks and entropies."""
-    own = slice(0, stats.experts)
+def on_first_columns(stats: Stats, columns: int) -> Stats:
+    """The first columns alone: the picks that went to their experts, and the probabilities of these, rescaled to a sum
+    of one. Single tokens keep their picks and entropies."""
+    own = slice(0, columns)
 
     def of_all(probs_ZO: np.ndarray) -> np.ndarray:
         return probs_ZO[:, own] / np.maximum(probs_ZO[:, own].sum(axis=1, keepdims=True), 1e-300)
