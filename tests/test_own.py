@@ -69,7 +69,7 @@ def test_a_task_in_text_by_one_command(tmp_path):
                for place in (("--workdir", "w"), ("--checkpoint", "out"))]  # fmt: skip
     assert answers[0].strip() and answers[0] == answers[1]
     attributes = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert attributes["architectures"] == ["MoExtendForCausalLM"] and attributes["moextend"]["extension"] == "task"
+    assert attributes["architectures"] == ["MoExtendForCausalLM"] and attributes["extensions"][0]["name"] == "task"
 
 
 @pytest.mark.slow
