@@ -323,10 +323,9 @@ def _export_peft(source: Source, dst: Path, *, extensions: Collection[str] | Non
 
 
 def parts_of(layout: str, source: Source) -> set[str]:
-    parts = (
-        {"decoder", "vision"} if layout in FAMILIES else source.parts
-    )  # a delta has decoder and towers by their hashes
-    return _ONE_PART.get(layout, parts)
+    if layout in FAMILIES:
+        return {"decoder", "vision"}
+    return _ONE_PART.get(layout, source.parts)  # a delta has decoder and towers by their hashes
 
 
 def _copy_files(files: Any, folder: Path) -> None:

@@ -186,10 +186,8 @@ class Extensions(nn.ModuleDict):
             calibrated[:, behind:after] += of_new[:, : after - behind]
             behind = after
             if extension.start == "added":
-                seen, seen_bias = (
-                    torch.cat([columns, new], dim=-1),
-                    both if both is None else torch.cat([both, own_bias]),
-                )
+                seen = torch.cat([columns, new], dim=-1)
+                seen_bias = both if both is None else torch.cat([both, own_bias])
                 beside.append((self.numbers(extension, new), self.beside(seen, seen_bias, picked, of_new)))
         weights = calibrated.gather(-1, picked)
         plain_ids, plain = self.plain(old, bias)
