@@ -18,6 +18,7 @@ from flax import nnx
 from configs.mixtral_8x7b import get_config
 from moextend_jax.checkpoints.npz import read_npz
 from moextend_jax.config import DecoderConfig, ExtensionConfig, with_extension
+from moextend_jax.families import FAMILIES
 from moextend_jax.models.router import (
     CALIBRATORS,
     LARGEST_WEIGHT,
@@ -386,6 +387,35 @@ def test_a_new_expert_with_its_sources_bias_changes_those_tokens_alone_that_chos
     if groups == 1:  # in groups the copy may be let in where the source was not
         np.testing.assert_array_equal(ours.ids_Tk[~chose_T], base.ids_Tk[~chose_T])
         np.testing.assert_allclose(ours.weights_Tk[~chose_T], base.weights_Tk[~chose_T], rtol=1e-6)
+
+
+@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_change_those_tokens_alone_that_chose_a_source(family: str, new: int):
+    """By every family's rule, at the numbers of experts of a published model."""
+    own = FAMILIES[family]
+    config = DecoderConfig(**{**own.fields, **next(iter(own.published.values())), "width": 6})
+    rng, E, rule = np.random.default_rng(0), config.experts, Rule.of(config)
+    drawn = {"x": (300, 6), "gate": (6, E), "bias": (E,), "selection": (E,)}
+    given = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in drawn.items()}
+    chooses_E = given["selection"] / E if config.selection_bias else None  # enough to make other choices
+    gate = Gate(given["gate"], given["bias"] if config.router_bias else None, chooses_E)
+    base = route(given["x"], gate, rule=rule)
+    sources = np.bincount(np.asarray(base.ids_Tk).reshape(-1), minlength=E).argsort()[::-1][:new]
+    extension = ExtensionConfig(layers=(0,), sources=tuple(map(int, sources)), new_experts=new, calibrator_width=3)
+    made = NewColumns(config, extension, rngs=nnx.Rngs(0), dtype="float32", std=1.0)
+    leaves = {path: leaf[0] for path, leaf in by_path(nnx.state(made)).items()}
+    leaves |= {"new_gate": given["gate"][:, sources], "calibrator/w_out": jnp.zeros((3, E + new))}
+    for name, bias_E in (("new_gate_bias", gate.bias_E), ("new_bias", chooses_E)):
+        leaves |= {} if bias_E is None else {name: bias_E[sources]}
+    ours = route_extended(given["x"], gate, [with_arrays(made, leaves)], rule=rule, normalise=over_their_sum)
+    without_T = ~np.isin(base.ids_Tk, sources).any(axis=1)
+    assert 20 < without_T.sum() < 290 and (np.asarray(ours.ids_Tk) >= E).any()
+    np.testing.assert_array_equal(ours.ids_Tk[without_T], base.ids_Tk[without_T])
+    np.testing.assert_allclose(ours.weights_Tk[without_T], base.weights_Tk[without_T], rtol=1e-5)
+    if chooses_E is not None:
+        plain = route(given["x"], gate._replace(selection_E=None), rule=rule)
+        assert (np.asarray(plain.ids_Tk) != np.asarray(base.ids_Tk)).any()
 
 
 def test_a_new_expert_whose_bias_is_minus_infinity_is_not_there():

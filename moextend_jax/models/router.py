@@ -146,12 +146,18 @@ def probabilities(logits_TO: jax.Array, scores: str) -> jax.Array:
 def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, experts: int) -> jax.Array | None:
     """Scores plus bias, -inf for experts that a token may not choose; None where the logits have the same order.
 
-    Only the first `experts` columns are in groups; a group is ranked by the sum of its two best. Later columns may
-    always be chosen, so that a new expert does not decide which groups are chosen.
+    Of a softmax these are scores over the sum of the first `experts` columns alone, the pretrained ones: a bias is added
+    to them, and over a larger sum it would weigh more, so that a new column changed the order of the others. Only these
+    columns are in groups; a group is ranked by the sum of its two best. Later columns may always be chosen, so that a
+    new expert does not decide which groups are chosen.
     """
     if bias_O is None and rule.groups == 1:
         return None
-    scores_TO = SCORES[rule.scores](logits_TO)
+    if rule.scores == "softmax":
+        powers_TO = jnp.exp(logits_TO - logits_TO[:, :experts].max(axis=-1, keepdims=True))
+        scores_TO = powers_TO / powers_TO[:, :experts].sum(axis=-1, keepdims=True)
+    else:
+        scores_TO = SCORES[rule.scores](logits_TO)
     chosen_by_TO = scores_TO if bias_O is None else scores_TO + bias_O[None]
     if rule.groups > 1:
         grouped_TgE = chosen_by_TO[:, :experts].reshape(len(logits_TO), rule.groups, -1)

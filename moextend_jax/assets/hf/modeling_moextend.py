@@ -228,7 +228,11 @@ class Extensions(nn.ModuleDict):
         groups, closed = self.rule["groups"], torch.isneginf(logits)
         if bias is None and groups == 1:
             return logits
-        ranks = self.scores(logits) if bias is None else self.scores(logits) + bias
+        ranks = self.scores(logits)
+        if self.rule["scores"] == "softmax":  # over the pretrained experts' sum: of another a bias would weigh more
+            powers = (logits - logits[:, : self.old].amax(dim=-1, keepdim=True)).exp()
+            ranks = powers / powers[:, : self.old].sum(dim=-1, keepdim=True)
+        ranks = ranks if bias is None else ranks + bias
         if groups > 1:
             grouped = ranks[:, : self.old].reshape(len(ranks), groups, -1)
             best = grouped.topk(2, dim=-1).values.sum(dim=-1).topk(self.rule["top_groups"], dim=-1).indices
