@@ -39,6 +39,8 @@ ADAPTERS = {
     "lora": LORA,
     "shared": dataclasses.replace(LORA, experts="shared", router=False),
     "mole": MOLE,
+    "items": dataclasses.replace(LORA, method="damc", experts="shared", router=False, tokens="items"),
+    "text": dataclasses.replace(LORA, method="damc", experts="shared", router=False, tokens="text"),
 }
 
 
@@ -189,6 +191,8 @@ def test_over_a_base_in_few_bits():
         pytest.param((1, 2, 2, 2), "exchange", ("lora", "mole"), marks=pytest.mark.long),
         pytest.param((1, 1, 4, 2), "gather", ("shared", "mole"), marks=pytest.mark.slow),
         ((1, 1, 4, 2), "exchange", ("lora", "moram")),
+        pytest.param((1, 1, 4, 2), "gather", ("moram", "items", "text"), marks=pytest.mark.slow),
+        pytest.param((1, 2, 2, 2), "exchange", ("items", "text"), marks=pytest.mark.slow),
     ],
 )
 def test_sharded_is_unsharded(shape: tuple[int, ...], dispatch, names: tuple[str, ...]):
@@ -246,10 +250,16 @@ COUNTS = {
     "lora, every expert": (AdapterConfig(experts="per_expert"), 1_920_991_232, 4.4),
     "and the router": (AdapterConfig(experts="per_expert", router=True), 1_937_801_216, 4.5),
     "attention": (AdapterConfig(experts="none"), 109_051_904, 0.9),
+    "as many as new experts": (AdapterConfig(rank=186, experts="per_expert"), 2_791_440_384, 6.4),
     "shared": (AdapterConfig(), 335_544_320, 4.4),
     "qlora": (AdapterConfig(rank=64, alpha=16.0, experts="per_expert"), 960_495_616, 2.2),
     "moram": (AdapterConfig(method="moram", rank=8, experts="none"), 6_815_744, 0.05),
     "mole": (AdapterConfig(method="mole", rank=32, alpha=64.0, lora_experts=3), 197_525_600, 2.9),
+    "mole, every expert": (
+        AdapterConfig(method="mole", rank=32, alpha=64.0, lora_experts=3, experts="per_expert"),
+        1_386_610_784,
+        2.9,
+    ),
 }
 """At Mixtral-8x7B's sizes: parameters, and what a token's forward pass costs more, in per cent."""
 

@@ -18,18 +18,20 @@ from moextend_jax.settings import MethodSettings
 from moextend_jax.train import loop
 
 METHODS = {
-    "mole": MethodSettings(name="mole", rank=2, gating="top1_prob"),
-    "moram": MethodSettings(name="moram", rank=4, experts="none", top_k=2),
-    "blocks": MethodSettings(name="blocks", blocks=1),
+    "mole": (MethodSettings(name="mole", rank=2, gating="top1_prob"), "slow"),
+    "moram": (MethodSettings(name="moram", rank=4, experts="none", top_k=2), "long"),
+    "blocks": (MethodSettings(name="blocks", blocks=1), "slow"),
+    "lora": (MethodSettings(name="lora", rank=2, experts="per_expert"), "long"),
+    "damc": (MethodSettings(name="damc", rank=2), "long"),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "moram" else pytest.mark.slow) for name in METHODS]
+    "name", [pytest.param(name, marks=getattr(pytest.mark, of[1])) for name, of in METHODS.items()]
 )
 def test_cut_off_and_gone_on_equals_uninterrupted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tiny.shorten_easy_vqa(monkeypatch)
-    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name], checkpoint_every=2)
+    settings = random_run.settings(tiny.write_base(tmp_path / "base"), method=METHODS[name][0], checkpoint_every=2)
     settings = dataclasses.replace(settings, finetune=dataclasses.replace(settings.finetune, steps=4))
     place, left = loop.place_rows, [0]
 

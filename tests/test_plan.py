@@ -16,19 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from configs.mixtral_8x7b import get_config
 from moextend_jax import chips, cli
 from moextend_jax import settings as settings_module
 from moextend_jax.checkpoints import loading
 from moextend_jax.checkpoints.loading import open_base
-from moextend_jax.config import AdapterConfig, DecoderConfig, MoextendError, Named, VisionConfig
+from moextend_jax.config import AdapterConfig, DecoderConfig, ModelConfig, MoextendError, Named, VisionConfig
 from moextend_jax.configurations import load
 from moextend_jax.mesh import mesh_shape
 from moextend_jax.models import flops
+from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import by_path
 from moextend_jax.plan import collectives, compiling, hlo, products, roofline, sizes, sweep, topology, traffic
 from moextend_jax.plan.abstract_step import text_only
 from moextend_jax.plan.command import PlanOptions, plan_command
+from moextend_jax.plan.planning import undivided
 from moextend_jax.runs import results
 from moextend_jax.settings import MediumSettings, RunSettings, from_config_dict
 
@@ -537,6 +541,17 @@ def test_a_plan_compiled_for_a_tpu(small: RunSettings, capsys: pytest.CaptureFix
     assert counted["total"] < counted["full_training"]
     assert figures["step_seconds"] > 0 and 0 < figures["mfu"] < 1 and figures["compile_seconds"] > 0
     assert figures["collective_bytes_per_chip"]["all-gather"]["fsdp"] > 0
+    leaves = by_path(nnx.state(abstract(sizes.model_config(small, stage="finetune"))))
+    new = [leaf.size for path, leaf in leaves.items() if path.startswith("extensions/")]
+    assert figures["trained_parameters"] == sum(new) > 0
+
+
+def test_what_a_mesh_does_not_divide_is_said():
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 1, "expert": 8, "tensor": 1})
+    config = ModelConfig(decoder=sizes.DECODERS["Qwen1.5-MoE-A2.7B"])
+    assert undivided(config, mesh) == ["60 experts on an axis expert of 8"]
+    whole = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, experts=64))
+    assert undivided(whole, mesh) == []
 
 
 def test_a_sweep_tries_only_what_divides(small: RunSettings):

@@ -146,10 +146,10 @@ def probabilities(logits_TO: jax.Array, scores: str) -> jax.Array:
 def selection(logits_TO: jax.Array, rule: Rule, bias_O: jax.Array | None, *, experts: int) -> jax.Array | None:
     """Scores plus bias, -inf for experts that a token may not choose; None where the logits have the same order.
 
-    Of a softmax these are scores over the sum of the first `experts` columns alone, the pretrained ones: a bias is added
-    to them, and over a larger sum it would weigh more, so that a new column changed the order of the others. Only these
-    columns are in groups; a group is ranked by the sum of its two best. Later columns may always be chosen, so that a
-    new expert does not decide which groups are chosen.
+    A softmax is taken over the sum of the first `experts` columns, the pretrained ones: beside scores over a larger sum
+    a bias would weigh more, so that a new column changed the order of the others. Only these columns are in groups; a
+    group is ranked by the sum of its two best. Later columns may always be chosen, so that a new expert does not decide
+    which groups are chosen.
     """
     if bias_O is None and rule.groups == 1:
         return None

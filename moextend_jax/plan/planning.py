@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 from jax.sharding import NamedSharding
 
 from moextend_jax.checkpoints import quantising
@@ -65,6 +66,7 @@ def plan(
         "items": items,
         "remat": settings.remat,
         "saved": list(settings.saved),
+        "trained_parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.state.trainable)),
         "bytes_per_chip": {**chip_bytes._asdict(), "limit": place.chip.usable(place.chips)},
         "flops_per_step": {
             "total": flops.total,

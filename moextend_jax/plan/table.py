@@ -75,8 +75,10 @@ def print_plan(figures: dict[str, Any], console: Console) -> None:
         + f"{', what the host sends not counted' if held['host'] and not line['host'] else ''}); at most "
         f"{figures['tokens_per_second']:,.0f} tokens/s, MFU {figures['mfu']:.1%}"
     )
-    console.print(f"{flops['share_of_full_training']:.1%} of the FLOPs of full training; "
-                  f"compiled in {figures['compile_seconds']:.0f} s")  # fmt: skip
+    console.print(
+        f"{figures['trained_parameters']:,} parameters are trained, at {flops['share_of_full_training']:.1%} of the "
+        f"FLOPs of full training; compiled in {figures['compile_seconds']:.0f} s"
+    )
 
 
 def print_ranking(ranked: Sequence[dict[str, Any]], console: Console) -> None:
