@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_names
 import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -33,11 +34,13 @@ DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 
 
 def rows() -> list[str]:
-    """The docs' table."""
-    lines = []
+    """The docs' table; in bold, models of whose sizes `test_names` matches every tensor."""
+    lines, mixtrals = [], (test_names.M8X7B, test_names.M8X22B, test_names.M8X22B_INSTRUCT)
+    matched = [*(DECODERS[name] for name in (*test_names.OTHERS, *test_names.FUSED)), *mixtrals]
     for name, family in FAMILIES.items():
         fields = ", ".join(f"`{field} = {value}`" for field, value in family.fields.items()) or "none"
-        lines.append(f"| `{name}` | {family.architecture} | {fields} | {', '.join(family.published)} |")
+        models = ", ".join(f"**{model}**" if DECODERS[model] in matched else model for model in family.published)
+        lines.append(f"| `{name}` | {family.architecture} | {fields} | {models} |")
     return lines
 
 
