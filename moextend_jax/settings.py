@@ -277,9 +277,18 @@ class GrowSettings:
     """A new expert's router column: its source's, zeros, the mean of the layer's columns, or random."""
     expert: ExpertStart = "copy"
     """A new expert: its source's weights, these with a down projection of zeros, or random ones."""
+    selection_bias: Literal["copy", "closed"] = "copy"
+    """Where a bias chooses experts (GLM-4.5, ERNIE), a new one's: its source's, or closed: so low that no token chooses
+    the expert at the start, while finetune raises it to its source's."""
+    opens_by: Positive = 1e-3
+    """Of selection_bias closed: by how much in a step in which the expert has fewer picks than its layer's mean."""
 
     def __post_init__(self):
         _check(self)
+        if self.start == "twin" and self.selection_bias == "closed":
+            raise MoextendError(
+                "grow.selection_bias closed: a twin stands in its source's column, with that one's bias"
+            )
         if self.start == "twin" and (self.column, self.expert) != ("copy", "copy"):
             raise MoextendError("grow.start twin starts from copies: leave grow.column and grow.expert out")
 
@@ -452,13 +461,14 @@ class MediumSettings:
 
 class Link(NamedTuple):
     """An extension in a run: its name, the medium that it is for ("": a task in text), whether it is trained apart from
-    those before it, on the base, and its method: a rival's, None: new experts."""
+    those before it, on the base, and its method: a rival's, None: new experts. closed: these open in finetune."""
 
     name: str = IMAGE
     medium: str = IMAGE
     apart: bool = False
     rival: AdapterConfig | BlocksConfig | None = None
     connector: bool = False
+    closed: bool = False
 
     @property
     def kind(self) -> Literal["extensions", "adapters", "blocks"]:
@@ -716,6 +726,7 @@ class RunSettings(ExtensionGroups):
                 apart=getattr(of, "apart", False),
                 rival=of.method.rival(of.medium),
                 connector=of.method.name == "connector",
+                closed=of.method.name == "moextend" and of.grow.selection_bias == "closed",
             )
             for name, of in self._groups
         )

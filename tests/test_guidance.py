@@ -13,7 +13,12 @@ import pytest
 import tiny
 
 from moextend_jax.config import RECIPES, AdapterConfig, ModelConfig, MoextendError, Named, with_extension
+from moextend_jax.extension.grow import grow
+from moextend_jax.families import FAMILIES
 from moextend_jax.models.moextend import abstract
+from moextend_jax.parameters import with_arrays
+from moextend_jax.runs.ready import extension_problems
+from moextend_jax.runs.results import FIRST, table
 from moextend_jax.settings import GrowSettings, MethodSettings
 from moextend_jax.train.loss import losses
 from moextend_jax.train.stages import for_training, split
@@ -31,6 +36,55 @@ def step_of(config: ModelConfig, trains: str) -> tuple[dict[str, jax.Array], Any
     state = init_state(jax.tree.map(jnp.copy, trainable), optimizer)
     state, metrics = step(state, frozen, tiny.batch())
     return trainable, state.trainable, metrics
+
+
+def biased(**options: Any) -> ModelConfig:
+    """A tiny model in which a bias chooses experts, as in GLM-4.5, with an extension."""
+    fields = {**FAMILIES["glm4_moe"].fields, "dense_layers": 0, "rotary_share": 1.0}
+    decoder = dataclasses.replace(tiny.PLAIN.decoder, family="glm4_moe", shared_experts=1, **fields)
+    return with_extension(
+        dataclasses.replace(tiny.PLAIN, decoder=decoder), dataclasses.replace(tiny.EXTENSION, **options)
+    )
+
+
+def test_a_closed_expert_is_not_there_and_opens_up_to_its_source():
+    config, name = biased(), "extensions/image/router/new_bias"
+    base = {path: leaf for path, leaf in tiny.arrays(config).items() if not path.startswith("extensions/")}
+    grown = {how: base | grow(base, config=config, recipe=RECIPES["paper"], seed=0, closed=how == "closed")
+             for how in ("copy", "closed")}  # fmt: skip
+    plain = dataclasses.replace(config, extensions=Named())
+    logits = {how: with_arrays(abstract(config), leaves)(tiny.batch()) for how, leaves in grown.items()}
+    expected = with_arrays(abstract(plain), base)(tiny.batch())
+    np.testing.assert_array_equal(logits["closed"].routing.ids_Tk, expected.routing.ids_Tk)
+    np.testing.assert_allclose(logits["closed"].hidden_BLD, expected.hidden_BLD, atol=1e-5)
+    assert np.abs(logits["copy"].hidden_BLD - expected.hidden_BLD).max() > 1e-3
+
+    trains = ("extensions/image/*", name)
+    trainable, frozen = split(grown["closed"], trains)
+    optimizer = optax.with_extra_args_support(optax.chain(optax.scale(-1.0), optax.identity()))
+    step = make_step(
+        abstract(config), optimizer=optimizer, schedule=lambda _: 0.0, recipe=RECIPES["paper"], aux_coefficient=0.0,
+        loss_chunk=8, opens_by={name: 0.25},
+    )  # fmt: skip
+    state, biases = init_state(jax.tree.map(jnp.copy, trainable), optimizer), []
+    for _ in range(40):
+        state, _ = step(state, frozen, tiny.batch())
+        biases.append(np.asarray(state.trainable[name]))
+    closed, copied = (np.asarray(grown[how][name]) for how in ("closed", "copy"))
+    np.testing.assert_allclose(biases[0], closed + 0.25, atol=1e-6)
+    assert (biases[-1] <= copied).all() and (biases[-1] > closed + 0.5).all()
+    assert name not in split(grown["closed"], trains[:1])[0]
+
+
+def test_what_cannot_be_closed_is_refused():
+    with pytest.raises(MoextendError, match="a twin stands in its source's column"):
+        GrowSettings(start="twin", selection_bias="closed")
+    settings = tiny.run_settings(grow=GrowSettings(selection_bias="closed"))
+    assert FIRST.patterns("finetune", recipe=RECIPES["paper"]) == ("extensions/image/*",)
+    assert table(settings).patterns("finetune", recipe=RECIPES["paper"])[1:] == ("extensions/image/router/new_bias",)
+    (problem,) = extension_problems(settings, ["grow"], decoder=tiny.DECODER)
+    assert "no bias chooses experts in a mixtral" in problem
+    assert not extension_problems(settings, ["grow"], decoder=biased().decoder)
 
 
 def guided(**options: Any) -> ModelConfig:

@@ -67,6 +67,7 @@ def grow(
     lowered_by: float = 0.0,
     column: ColumnStart = "copy",
     expert: ExpertStart = "copy",
+    closed: bool = False,
 ) -> dict[str, jax.Array]:
     """The leaves of the extension `name` of `config.extensions`, initialised from the pretrained ones.
 
@@ -77,6 +78,8 @@ def grow(
 
     Args:
       column, expert: rows of COLUMNS and EXPERTS, where they do not start as copies.
+      closed: the selection bias starts 1, more than any score, below the lowest of the layer's pretrained experts: no
+        token chooses a new one.
     """
     extension, routed = config.extensions[name], config.decoder.routed
     fresh = Extension(
@@ -101,6 +104,9 @@ def grow(
     for new in (f"new_experts/{matrix}" for matrix in EXPERTS[expert]):
         if new in leaves:
             leaves[new] = jnp.zeros_like(leaves[new])
+    if closed:
+        lowest_Y1 = arrays[COPIED["router/new_bias"]][layers_Y1[:, 0]].min(axis=-1, keepdims=True) - 1
+        leaves["router/new_bias"] = jnp.broadcast_to(lowest_Y1, leaves["router/new_bias"].shape)
     for new, changed in CHANGED[extension.start].items():
         if new in leaves:
             leaves[new] = changed(leaves[new], lowered_by)

@@ -104,8 +104,9 @@ def facts_of_training(run: Run, name: str) -> dict[str, Any]:
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
     facts = run.facts_of(name, settings=as_json(decisive))
     if row.grown:
-        method = run.settings.of_extension(row.extension).method
-        facts["method"] = {"guidance": method.guidance, "drift": method.drift}
+        group = run.settings.of_extension(row.extension)
+        opens_by = group.grow.opens_by if group.grow.selection_bias == "closed" else 0.0
+        facts["method"] = {"guidance": group.method.guidance, "drift": group.method.drift, "opens_by": opens_by}
     facts["run"] |= {"workers": run.settings.workers, "cache_features": run.settings.cache_features}
     return facts
 
@@ -277,7 +278,8 @@ def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
     made = {field: getattr(added, field) for field in decisive}
     if settings.start == "lowered":
         made["lowered_by"] = settings.lowered_by
-    return run.facts_of(name, extension=as_json(made) | {"column": settings.column, "expert": settings.expert})
+    asked = ("column", "expert", "selection_bias")
+    return run.facts_of(name, extension=as_json(made) | {field: getattr(settings, field) for field in asked})
 
 
 def grow(run: Run, name: str) -> None:
@@ -306,6 +308,7 @@ def _extension_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:
         lowered_by=settings.lowered_by,
         column=settings.column,
         expert=settings.expert,
+        closed=settings.selection_bias == "closed",
     )
     return leaves | make_leaves(abstract(config), new_leaves, copied, mesh=run.mesh)
 

@@ -171,6 +171,8 @@ def extension_problems(settings: RunSettings, names: Iterable[str], *, decoder: 
         select, grow = settings.of_extension(row.extension).select, settings.of_extension(row.extension).grow
         with problems:
             check_sources(select.number(decoder.experts), select.wide, experts=decoder.experts)
+        if grow.selection_bias == "closed" and not decoder.selection_bias:
+            problems.note([f"grow.selection_bias closed: no bias chooses experts in a {decoder.family}; leave it out"])
         if grow.start == "twin" and select.wide > 1:
             problems.note([WIDE_TWIN.format(select.wide)])
         if select.source in SCORES and settings.quantised:

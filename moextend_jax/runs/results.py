@@ -239,6 +239,7 @@ def _finetune(link: Link, last: str, *, parents: tuple[str, ...]) -> Result:
         projector = recipe.finetune_trains == "extension_and_projector" and link.medium
         return (
             *(f"{link.kind}/{part}/*" for part in link.parts or (link.name,)),
+            *((f"extensions/{link.name}/router/new_bias",) if link.closed else ()),
             *((f"media/{link.medium}/projector/*",) if projector else ()),
         )
 

@@ -12,7 +12,11 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from moextend_jax.config import ADDITIONS, ExtensionConfig, MoextendError
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moextend_jax.config import ADDITIONS, ExtensionConfig, ModelConfig, MoextendError
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.parameters import SCALES, only_chooses
 from moextend_jax.settings import Group
@@ -47,13 +51,14 @@ GROUPS: dict[str, Group] = {
 
 def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """(trainable, frozen). Every pattern must match something: a stage without its leaves is a mistake. Leaves that
-    only choose experts are always frozen: they have no gradient, and weight decay would change them."""
+    only choose experts are frozen unless a pattern is their path: they have no gradient, and a step that opens closed
+    experts changes theirs by a rule (`opening`)."""
     trains = tuple(trains)
     for pattern in trains:
         if not any(fnmatchcase(path, pattern) for path in leaves):
             raise MoextendError(f"this model has no parameters {pattern!r}, which the stage trains")
     asked = {path: leaf for path, leaf in leaves.items() if any(fnmatchcase(path, p) for p in trains)}
-    trainable = {path: leaf for path, leaf in asked.items() if not only_chooses(path)}
+    trainable = {path: leaf for path, leaf in asked.items() if path in trains or not only_chooses(path)}
     if path := next((path for path in trainable if path.endswith(SCALES)), None):
         raise MoextendError(f"the stage trains what {path} is the scale of, integers: set expert_storage as_is")
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
@@ -75,6 +80,26 @@ def for_training(model: MoExtend, trainable: Iterable[str]) -> MoExtend:
     frozen = "none" if base else "pretrained"
     config = dataclasses.replace(config, gradient_from=config.lowest_trained(trainable), frozen_experts=frozen)
     return model if config == model.config else abstract(config)
+
+
+def opening(
+    bias_YX: jax.Array, path: str, by: float, frozen: Mapping[str, jax.Array], *, picks_ZO: jax.Array,
+    config: ModelConfig,
+) -> jax.Array:  # fmt: skip
+    """The selection bias of an extension's experts after a step, by the rule with which DeepSeek-V3 (2412.19437,
+    section 2.1.2) balances experts: `by` more where an expert had fewer picks than the mean of its layer, and less
+    where it had more. It never exceeds the source's, which a copy has: then the expert is open.
+
+    Args:
+      path: of the leaf. picks_ZO: how many tokens chose each expert in this step, by layer that routes.
+    """
+    name = path.split("/")[1]
+    extension = config.extensions[name]
+    own_Y = np.array(extension.layers) - config.decoder.routed.start
+    sources_YX = np.array(extension.sources).reshape(*bias_YX.shape, extension.wide)[..., 0]
+    mean_Y1 = picks_ZO[own_Y].sum(axis=1, keepdims=True) / np.sum(config.has_ZO, axis=1)[own_Y, None]
+    fewer_YX = jnp.sign(mean_Y1 - picks_ZO[own_Y][:, np.array(config.columns(name))])
+    return jnp.minimum(bias_YX + by * fewer_YX, frozen["decoder/layers/moe/selection_bias"][own_Y[:, None], sources_YX])
 
 
 def group(path: str) -> Group:

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 from moextend_jax.config import Batch, Recipe
 from moextend_jax.mesh import Program, one_device, optimizer_shardings, place
 from moextend_jax.models.moextend import MoExtend
-from moextend_jax.parameters import by_path, with_arrays
+from moextend_jax.parameters import by_path, only_chooses, with_arrays
 from moextend_jax.settings import RunSettings, StageSettings
 from moextend_jax.sharding import constrain, spec, split_rows
 from moextend_jax.train.loss import labelled_tokens, losses
 from moextend_jax.train.optimizer import in_float32, learning_rate, make_optimizer
-from moextend_jax.train.stages import for_training
+from moextend_jax.train.stages import for_training, opening
 
 
 class TrainState(NamedTuple):
@@ -76,6 +76,9 @@ def stage_step(
         aux_coefficient=settings.aux_coefficient,
         loss_chunk=stage.loss_chunk,
         accumulate=stage.accumulate,
+        opens_by={
+            path: settings.of_extension(path.split("/")[1]).grow.opens_by for path in trainable if only_chooses(path)
+        },
         mesh=mesh,
     )
     return step, optimizer, abstract_state(trainable, optimizer, mesh=mesh, moments=stage.optimizer.moments)
@@ -90,6 +93,7 @@ def make_step(
     aux_coefficient: float,
     loss_chunk: int,
     accumulate: int = 1,
+    opens_by: Mapping[str, float] | None = None,
     mesh: Mesh | None = None,
 ) -> Program:
     """The jitted step. `model` gives the structure only; its arrays come as `state.trainable` and `frozen`.
@@ -103,6 +107,7 @@ def make_step(
       schedule: the learning rate of a step by its number, from 0 on.
       accumulate: parts the batch's rows are computed in, one after another, with one update at the end. The loss is
         the whole batch's mean over labelled tokens all the same; load balancing is the mean over the parts.
+      opens_by: by the path of a trainable selection bias, what a step adds to it (`stages.opening`).
       mesh: where the leaves and the batch are; None: on one device.
     """
     axes = {path: param.axes for path, param in by_path(nnx.state(model, nnx.Param)).items()}
@@ -142,6 +147,10 @@ def make_step(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable, finite=finite)
         updates = jax.tree.map(lambda leaf: rate * leaf, updates)
         trainable = cast(dict[str, jax.Array], optax.apply_updates(state.trainable, updates))
+        trainable |= {
+            path: opening(state.trainable[path], path, by, frozen, picks_ZO=losses_.picks_ZO, config=model.config)
+            for path, by in (opens_by or {}).items()
+        }
         trainable = jax.tree.map(functools.partial(jnp.where, finite), trainable, state.trainable)
         trainable = placed(trainable)  # with their old shardings, so that donated buffers are reused
         metrics = {
