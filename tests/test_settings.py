@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_orig
 import pytest
 from ml_collections import ConfigDict
 
-from moextend_jax.config import RECIPES, MoextendError, Range
+from moextend_jax.config import RECIPES, MoextendError, Range, Recipe
 from moextend_jax.faults import KINDS
 from moextend_jax.settings import (
     KEEPABLE,
@@ -290,11 +290,18 @@ def test_every_configuration_in_the_repository_is_valid(path: Path):
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert from_config_dict(module.get_config()).recipe == RECIPES["paper"]
+
+    def check(config: ConfigDict, recipe: Recipe) -> None:
+        """LoRA also trains the projector in finetune."""
+        trains = {recipe.finetune_trains, "extension_and_projector" if path.stem == "mixtral_methods" else "extension"}
+        found = from_config_dict(config).recipe
+        assert found == dataclasses.replace(recipe, finetune_trains=found.finetune_trains)
+        assert found.finetune_trains in trains
+
+    check(module.get_config(), RECIPES["paper"])
     for arg in inspect.signature(module.get_config, eval_str=True).parameters.values():
         for kind in get_args(arg.annotation):
-            recipe = RECIPES["released" if kind == "released" else "paper"]
-            assert from_config_dict(module.get_config(kind)).recipe == recipe
+            check(module.get_config(kind), RECIPES["released" if kind == "released" else "paper"])
 
 
 @pytest.mark.parametrize("change", [{"kind": "features", "width": 2, "patches": 3}, {"tower": "x"}, {"spans": (3, 5)}])
