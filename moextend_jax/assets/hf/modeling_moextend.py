@@ -1,7 +1,8 @@
-"""An extended model (MoExtend) for transformers 5: LLaVA over a mixture of experts, new experts in some of its layers.
+"""An extended model (MoExtend) for transformers 5: LLaVA over a mixture of experts, new experts in some of its layers,
+and Whisper's encoder with a projector of its own where it hears.
 
 `AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)` finds this file by FOLDER's config.json;
-so does `AutoModelForCausalLM`, where the extension is a task in text.
+so does `AutoModelForCausalLM`, where the model sees nothing: it hears, or its extension is a task in text.
 Needs torch and transformers alone, and works for every family whose router gives (logits, weights, ids) and whose
 experts take (hidden states, ids, weights), as those of transformers do.
 """
@@ -9,10 +10,12 @@ experts take (hidden states, ids, weights), as those of transformers do.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, WhisperConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 
 class MoExtendConfig(LlavaConfig):
@@ -23,10 +26,14 @@ class MoExtendConfig(LlavaConfig):
     decides: experts, top_k, scores ("softmax" or "sigmoid"), normalised, routed_factor, groups, top_groups, bias,
     selection_bias; `expert`, what a pretrained one is: width, bias, glu ("silu" or "clamped"), glu_limit.
 
-    An extension: `name`; `medium`, "image", or "" for a task in text; `layers`, those with `new_experts` more experts,
-    each `wide` times as wide as a pretrained one; `sources`, the experts that they were copied from, one layer after
-    another; `start`, how they stand among the others (below); `calibrator_width`; `share`, whose log its logits get.
-    Experts are numbered in the order of the list.
+    A model that hears has `audio_config`, a WhisperConfig's, `audio_feature_layer`, the hidden state that its projector
+    reads, and `sounds`: `name` of the medium; `tags`, whose `pad` is the id of a sound's tokens; `projector`, of kind
+    "linear", "pool" or "stack" over so many `neighbours`.
+
+    An extension: `name`; `medium`, "image", that of the sounds, or "" for a task in text; `layers`, those with
+    `new_experts` more experts, each `wide` times as wide as a pretrained one; `sources`, the experts that they were
+    copied from, one layer after another; `start`, how they stand among the others (below); `calibrator_width`; `share`,
+    whose log its logits get. Experts are numbered in the order of the list.
 
     Starts: "copy" competes for the k picks; "lowered" with an offset on its logits; "twin" stands in the column of its
     source wherever its own logit is no smaller; "added" stands beside the picks where it reaches the last of them.
@@ -40,6 +47,9 @@ class MoExtendConfig(LlavaConfig):
     composition: str = "shared"
     router: dict | None = None
     expert: dict | None = None
+    sounds: dict | None = None
+    audio_config: dict | None = None
+    audio_feature_layer: int = -1
 
 
 class MoExtendTextConfig(MoExtendConfig):
@@ -301,11 +311,52 @@ def block_of(layer: nn.Module) -> nn.Module:
     return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
 
 
+class AudioProjector(nn.Module):
+    """Two linear maps with a GELU, of each state of a tower [n, P, C] ("linear"), of the mean of each group of
+    neighbours ("pool"; an incomplete last group's is over those that it has), or of these side by side ("stack"; zeros
+    fill the last group)."""
+
+    def __init__(self, size: int, out: int, kind: str, neighbours: int):
+        super().__init__()
+        self.kind, self.neighbours = kind, neighbours
+        self.linear_1 = nn.Linear(size * neighbours if kind == "stack" else size, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, positions = self.neighbours, x.shape[1]
+        groups = F.pad(x, (0, 0, 0, -positions % k)).unflatten(1, (-1, k))
+        if self.kind == "pool":
+            counts = (positions - k * torch.arange(groups.shape[1], device=x.device)).clamp(max=k)
+            x = (groups.float().sum(dim=2) / counts[:, None]).to(x.dtype)
+        elif self.kind == "stack":
+            x = groups.flatten(2)
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+def begins(here: torch.Tensor) -> torch.Tensor:
+    """Which of these places [rows, length] are the first of a run: each run is an item."""
+    return here & ~F.pad(here, (1, 0))[:, :-1]
+
+
 class MoExtendModel(LlavaModel):
     config: MoExtendConfig
+    told = None
+    """The ids of a pass, by which items are told from text also where embeddings have come in their place: other tokens
+    may have the same ones."""
 
     def __init__(self, config: MoExtendConfig):
         super().__init__(config)
+        self.pads = {"image": config.image_token_id}
+        self._extend()
+
+    def _extend(self) -> None:
+        """Gives it ears and new experts. `pads`: by medium the id of the tokens of its items."""
+        if (sounds := self.config.sounds) is not None:
+            self.audio_tower = WhisperEncoder(WhisperConfig(**self.config.audio_config))
+            size, out = self.config.audio_config["d_model"], self.config.text_config.hidden_size
+            how = sounds["projector"]
+            self.audio_projector = AudioProjector(size, out, how["kind"], how["neighbours"])
+            self.pads[sounds["name"]] = sounds["tags"]["pad"]
         self._extend_layers()
         self.post_init()
 
@@ -314,20 +365,32 @@ class MoExtendModel(LlavaModel):
         for layer in self.extended:
             extend(block_of(self.language_model.layers[layer]), Extensions(self.config, layer))
 
-    def forward(self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, **kwargs):
-        items = sighted = None
+    def forward(
+        self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, input_features=None, **kwargs
+    ):
+        """As LLaVA's. `input_features`: sounds as the feature extractor makes them [n, bands, frames], in the order of
+        their tokens: each run of these is one sound, and gets its first tokens."""
+        items, near, self.told = None, None, input_ids
         strict, decoupled = self.config.text_isolation == "strict", self.config.composition == "decoupled"
-        if strict or decoupled:
-            images = pixel_values is not None or bool(kwargs.get("mm_encoder_outputs"))
-            items = self._items(input_ids, inputs_embeds, images=images)
+        if strict or decoupled or input_features is not None:
+            items = self._items(
+                input_ids,
+                inputs_embeds,
+                images=pixel_values is not None or bool(kwargs.get("mm_encoder_outputs")),
+                sounds=input_features is not None,
+            )
+        if input_features is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            inputs_embeds = self._with_sounds(inputs_embeds, items[self.config.sounds["name"]], input_features)
+            input_ids = None
         if strict and not decoupled:
             packed = restarts(kwargs.get("position_ids"), kwargs.get("attention_mask"))
             if packed or kwargs.get("cu_seq_lens_q") is not None:
                 raise ValueError("strict text isolation knows a conversation by its row: give each a row of its own")
-            sighted = self._sighted(items, past_key_values)
+            near = self._near(items, past_key_values)
         for layer in self.extended:
             for extension in block_of(self.language_model.layers[layer]).extensions.values():
-                extension.shares = None if items is None else self._shares(extension, items, sighted).flatten()
+                extension.shares = self._shares(extension, items, near).flatten() if strict or decoupled else None
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -335,47 +398,75 @@ class MoExtendModel(LlavaModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        if sighted is not None and output.past_key_values is not None:
-            output.past_key_values.sighted = sighted
+        if near is not None and output.past_key_values is not None:
+            output.past_key_values.near = near
         return output
 
-    def _shares(self, extension: Extension, items: torch.Tensor, sighted: torch.Tensor | None) -> torch.Tensor:
-        """Each token's share of an extension [rows, length]. `items`: which tokens are an image's; `sighted`: rows with
-        one, where the composition is "shared"."""
-        sees, share = bool(extension.medium), extension.share
-        if sighted is not None:
-            return (sighted & sees)[:, None].expand_as(items) * share
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
+        return super().get_placeholder_mask(
+            self.told if input_ids is None else input_ids, inputs_embeds, image_features
+        )
+
+    def _with_sounds(self, embeds: torch.Tensor, here: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """`embeds` [rows, length, size] with the tokens of sounds where these are `here` [rows, length]."""
+        features = features.to(self.audio_tower.dtype)
+        states = self.audio_tower(features, output_hidden_states=True).hidden_states[self.config.audio_feature_layer]
+        tokens = self.audio_projector(states).to(embeds)
+        first, numbers = begins(here), torch.arange(here.shape[1], device=here.device).expand_as(here)
+        sound = first.flatten().cumsum(0).view_as(here)[here] - 1
+        place = (numbers - numbers.where(first, 0).cummax(dim=1).values)[here]
+        if first.sum() != len(tokens) or (place >= tokens.shape[1]).any():
+            raise ValueError(f"{len(tokens)} sounds of {tokens.shape[1]} tokens at most are not those of input_ids")
+        return embeds.masked_scatter(here[..., None], tokens[sound, place])
+
+    def _shares(self, extension: Extension, items: dict, near: dict | None) -> torch.Tensor:
+        """Each token's share of an extension [rows, length]. `items`: by medium the tokens that are an item's; `near`:
+        by medium the rows with one, where the composition is "shared"."""
+        own, share = items[extension.medium], extension.share
+        if near is not None:
+            return near[extension.medium][:, None].expand_as(own) * share
+        is_text = ~torch.stack([*items.values()]).any(dim=0)
         # A share of 0 takes an extension out, also of its own medium's items.
-        return torch.where(items, float(sees and share > 0), 0.0 if self.config.text_isolation == "strict" else share)
+        return own * float(share > 0) + is_text * (0.0 if self.config.text_isolation == "strict" else share)
 
-    def _items(self, input_ids, inputs_embeds, *, images: bool) -> torch.Tensor:
-        """Which tokens are an image's [rows, length]: none where no image is given, as when an answer is written."""
-        given, pad = inputs_embeds if input_ids is None else input_ids, self.config.image_token_id
-        if not images:
-            if input_ids is None and hasattr(self, "vision_tower"):
-                raise ValueError("images are told from text by input_ids: give them, or pixel_values too")
-            return torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
-        if input_ids is not None:
-            return input_ids == pad
-        return (inputs_embeds == self.get_input_embeddings()(torch.tensor(pad, device=given.device))).all(dim=-1)
+    def _items(self, input_ids, inputs_embeds, *, images: bool, sounds: bool) -> dict[str, torch.Tensor]:
+        """By medium which tokens are an item's [rows, length], "" for none: none where no item is given, as when an
+        answer is written."""
+        given = inputs_embeds if input_ids is None else input_ids
+        if self.pads and input_ids is None and not (images or sounds):
+            raise ValueError("items are told from text by input_ids: give them, or pixel_values or input_features too")
+        none = torch.zeros(given.shape[:2], dtype=torch.bool, device=given.device)
+        items = {"": none, **dict.fromkeys(self.pads, none)}
+        for medium, pad in self.pads.items():
+            if not (images if medium == "image" else sounds):
+                continue
+            if input_ids is not None:
+                items[medium] = input_ids == pad
+            else:
+                of_pad = self.get_input_embeddings()(torch.tensor(pad, device=given.device))
+                items[medium] = (inputs_embeds == of_pad).all(dim=-1)
+        return items
 
-    def _sighted(self, items: torch.Tensor, past_key_values) -> torch.Tensor:
-        """Rows with an image [rows], in these tokens or in those that the cache holds."""
-        here = items.any(dim=1)
-        before = getattr(past_key_values, "sighted", None)
+    def _near(self, items: dict[str, torch.Tensor], past_key_values) -> dict[str, torch.Tensor]:
+        """By medium the rows with an item [rows], in these tokens or in those that the cache holds."""
+        here = {medium: own.any(dim=1) for medium, own in items.items()}
+        before = getattr(past_key_values, "near", None)
         if before is None or not past_key_values.get_seq_length():
             return here
-        if len(here) % len(before):
-            raise ValueError(f"the cache is of {len(before)} rows, the tokens of {len(here)}")
-        return here | before.to(here.device).repeat_interleave(len(here) // len(before))
+        for medium, rows in here.items():
+            earlier = before[medium].to(rows.device)
+            if len(rows) % len(earlier):
+                raise ValueError(f"the cache is of {len(earlier)} rows, the tokens of {len(rows)}")
+            here[medium] = rows | earlier.repeat_interleave(len(rows) // len(earlier))
+        return here
 
 
 class MoExtendTextModel(MoExtendModel):
     def __init__(self, config: MoExtendTextConfig):
         LlavaPreTrainedModel.__init__(self, config)  # without a tower and a projector
         self.language_model = AutoModel.from_config(config.text_config)
-        self._extend_layers()
-        self.post_init()
+        self.pads = {}
+        self._extend()
 
 
 def restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> bool:
@@ -406,11 +497,26 @@ class MoExtendForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: MoExtendConfig):
         LlavaPreTrainedModel.__init__(self, config)  # LLaVA's own would make a model that is not extended first
         self.model = self.decoder_class(config)
+        if config.sounds is not None:
+            self.input_modalities = (*self.input_modalities, "audio")
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         divisor = getattr(config.text_config, "logits_scaling", 1.0)
         if divisor != 1.0:  # which LLaVA's own head knows nothing of
             self.lm_head.__class__ = type("DividedHead", (DividedHead,), {"divisor": divisor})
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, input_features=None, **kwargs):
+        # Named, as `generate` refuses what neither this nor LLaVA's forward names.
+        return super().prepare_inputs_for_generation(input_ids, input_features=input_features, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, input_features=None, **kwargs):
+        """All sounds of a row go along with each of its copies."""
+        if input_features is not None and input_ids is not None:
+            here = input_ids == self.config.sounds["tags"]["pad"]
+            rows = input_features.split(begins(here).sum(dim=1).tolist())
+            input_features = torch.cat([row.repeat(expand_size, 1, 1) for row in rows])
+        copies, kwargs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **kwargs)
+        return copies, {**kwargs, "input_features": input_features}
 
 
 class MoExtendForCausalLM(MoExtendForConditionalGeneration):
@@ -426,7 +532,10 @@ for ours, theirs in (
     ("MoExtendModel", "LlavaModel"),
     ("MoExtendTextModel", "LlavaModel"),
 ):
-    register_checkpoint_conversion_mapping(ours, get_checkpoint_conversion_mapping(theirs), overwrite=True)
+    names = get_checkpoint_conversion_mapping(theirs)
+    if theirs == "llava":
+        names = [*names, *(WeightRenaming(f"^{part}", f"model.{part}") for part in ("audio_tower", "audio_projector"))]
+    register_checkpoint_conversion_mapping(ours, names, overwrite=True)
 # `transformers serve` looks here for what is no class of its own; whether it takes images, its processor says.
 for model in (MoExtendForConditionalGeneration, MoExtendForCausalLM):
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model.config_class.model_type] = model.__name__
