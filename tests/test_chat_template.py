@@ -29,7 +29,7 @@ ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 def exported(folder: Path, tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """As transformers opens what is written."""
-    files = tokenizer_files(folder, tokenizer, sees=True)
+    files = tokenizer_files(folder, tokenizer, media=["image"])
     out = folder / "out"
     out.mkdir()
     (out / "tokenizer.json").write_text(json.dumps(files.content))
@@ -80,6 +80,6 @@ def test_a_vocabulary_of_scores_goes_out_where_no_tags_are_asked_for(tmp_path: P
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "unk_token": "<unk>"}))
     ours = load_tokenizer(tmp_path, rows=20)
-    assert tokenizer_files(tmp_path, ours, sees=False).content["model"]["vocab"][2] == ["▁", -2.0]
+    assert tokenizer_files(tmp_path, ours, media=[]).content["model"]["vocab"][2] == ["▁", -2.0]
     with pytest.raises(MoextendError, match="Unigram has no place for image tags"):
-        tokenizer_files(tmp_path, ours, sees=True)
+        tokenizer_files(tmp_path, ours, media=["image"])

@@ -1,14 +1,14 @@
 """The chat template of an exported folder: Jinja that, with its tokenizer.json, gives the ids that a model was taught.
 
 In: the tokenizer and the recipe of a model, and the tokenizer's files as they are exported. Out: the template's text,
-tried on conversations with a picture (if the model sees), a system turn and several questions: what cannot be written
-so is refused.
+tried on conversations with a picture or a sound (if the model sees, if it hears), a system turn and several questions:
+what cannot be written so is refused.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +43,20 @@ def chat_template(tokenizer: Tokenizer, recipe: Recipe, files: TokenizerFiles) -
     name = str(prompt_of(tokenizer, recipe))
     tried = (*TRIED, ANSWERED) if name in TEMPLATES else TRIED
     if not files.tags:
-        tried = [[{**turn, "value": turn["value"].replace(MARK, "this")} for turn in turns] for turns in tried]
+        tried = _with_marks(tried, "this")
+    for sounds in _sounds(files):
+        mark = tokenizer.media[sounds].mark
+        tried = [*tried, *_with_marks(tried, mark), *_with_marks(tried, f"{mark} {MARK}{mark}")]
     pieces = tokenizers.Tokenizer.from_str(json.dumps(files.content))
 
     def ids(source: str, turns: Sequence[dict[str, str]]) -> list[int]:
-        """As transformers does it, with two tokens per picture."""
+        """As transformers does it, with two tokens for each item."""
         text = _rendered(source, turns, tokenizer, files)
-        if pad := files.tags.get("pad"):
-            text = text.replace(pad, 2 * pad)
+        for tags in files.tags.values():
+            text = text.replace(tags["pad"], 2 * tags["pad"])
         return pieces.encode(text, add_special_tokens=False).ids
 
-    for source in _candidates(name, tokenizer, files):
+    for source in (_with_sounds(source, tokenizer, files) for source in _candidates(name, tokenizer, files)):
         if all(ids(source, turns) == _taught(turns, tokenizer, recipe) for turns in tried):
             return source
     raise MoextendError(
@@ -80,6 +83,24 @@ def _candidates(name: str, tokenizer: Tokenizer, files: TokenizerFiles) -> Itera
     yield f"{prefix}{{%- set written %}}{template.source}{{%- endset %}}\n{_spaced(template)}"
 
 
+def _sounds(files: TokenizerFiles) -> list[str]:
+    """The medium of sounds, if there is one."""
+    return [medium for medium in files.tags if medium != IMAGE]
+
+
+def _with_sounds(source: str, tokenizer: Tokenizer, files: TokenizerFiles) -> str:
+    """The same of a model that hears: sounds go through the template of pictures."""
+    for sounds in _sounds(files):
+        own = {"sound_tags": _together(files.tags[sounds]), "sound_mark": tokenizer.media[sounds].mark}
+        source = _variables(files, **own) + _asset("sounds") + source + _asset("sounds_end")
+    return source
+
+
+def _with_marks(talks: Iterable[Sequence[dict[str, str]]], mark: str) -> list[list[dict[str, str]]]:
+    """The conversations with something else in the place of a picture's mark."""
+    return [[{**turn, "value": turn["value"].replace(MARK, mark)} for turn in turns] for turns in talks]
+
+
 def _spaced(template: Template) -> str:
     """Writes `written` with a space after every control token that a text follows."""
     names = [name for name in template.control if name]
@@ -89,8 +110,12 @@ def _spaced(template: Template) -> str:
 
 
 def _variables(files: TokenizerFiles, **more: Any) -> str:
-    values = {"tags": "".join(files.tags.get(name, "") for name in ("start", "pad", "end")), **more}
+    values = {"tags": _together(files.tags.get(IMAGE, {})), **more}
     return "".join(f"{{%- set {name} = {_literal(value)} %}}\n" for name, value in values.items())
+
+
+def _together(tags: Mapping[str, str]) -> str:
+    return "".join(tags.get(name, "") for name in ("start", "pad", "end"))
 
 
 def _literal(value: Any) -> str:
@@ -102,8 +127,8 @@ def _asset(name: str) -> str:
 
 
 def _taught(turns: Sequence[dict[str, str]], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
-    images = sum(turn["value"].count(MARK) for turn in turns)
-    items = {IMAGE: [2] * images} if images else {}
+    marks = {name: sum(turn["value"].count(marked.mark) for turn in turns) for name, marked in tokenizer.media.items()}
+    items = {name: [2] * count for name, count in marks.items() if count}
     return encode_dialogue(turns, items=items, tokenizer=tokenizer, recipe=recipe).ids_L.tolist()
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from moextend_jax import folders
 from moextend_jax.checkpoints import delta, hashes, huggingface, leaves, names, peft, quantising, store
 from moextend_jax.checkpoints.cost import Cost, watched
-from moextend_jax.checkpoints.loading import Source, check_routers, open_source
+from moextend_jax.checkpoints.loading import Source, check_routers, open_source, with_what_is_read
 from moextend_jax.checkpoints.tensors import Planned, name_list, new_folder, write_safetensors
 from moextend_jax.config import IMAGE, Amount, Count, MoextendError, Quantised, Range, with_vision
 from moextend_jax.families import FAMILIES
@@ -169,9 +169,11 @@ def import_source(
 def default_layout(source: Source) -> str:
     if source.config.adapters or source.config.blocks:
         return "delta"
-    if source.parts & {"extension"} or {"projector", "decoder"} <= source.parts:
+    reads = any(path.startswith("media/") and "/projector/" in path for path in source.leaves)
+    if "extension" in source.parts or (reads and "decoder" in source.parts):
         pictures = all(name == of.medium == IMAGE for name, of in source.config.extensions.items())
         pictures = pictures and source.config.composition == "shared"
+        pictures = pictures and source.parts <= {"decoder", "vision", "projector", "extension"}
         released = source.config.decoder.family in names.PUBLISHED["released"].families and pictures
         return "released" if released else HF
     if "decoder" in source.parts:
@@ -325,6 +327,8 @@ def _export_peft(source: Source, dst: Path, *, extensions: Collection[str] | Non
 def parts_of(layout: str, source: Source) -> set[str]:
     if layout in FAMILIES:
         return {"decoder", "vision"}
+    if layout == HF:
+        return {"decoder", "vision", "projector", "extension", *with_what_is_read(source.config, source.leaves).media}
     return _ONE_PART.get(layout, source.parts)  # a delta has decoder and towers by their hashes
 
 

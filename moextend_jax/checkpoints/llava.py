@@ -1,8 +1,8 @@
 """A whole LLaVA of transformers (decoder, tower and projector in one folder) as what the layout `released` holds.
 
 In: config.json and names as `LlavaForConditionalGeneration` writes them, in files and in memory, and as our own
-modeling_moextend.py does, which adds experts, to a decoder without eyes too. Out: attributes and names of the released
-layout.
+modeling_moextend.py does, which adds experts and ears, to a decoder without eyes too. Out: attributes and names of the
+released layout, beside which sounds keep theirs.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ def spellings(tower: str) -> tuple[Spelling, ...]:
         Spelling(r"model\." + _TOWER, seen, r"(vision_tower|model\.visual)\..*"),
         Spelling(r"model\.multi_modal_projector\.linear_1\.(.*)", r"model.visual.mm_projector.0.\1", r"multi_modal.*"),
         Spelling(r"model\.multi_modal_projector\.linear_2\.(.*)", r"model.visual.mm_projector.2.\1", r"multi_modal.*"),
+        Spelling(r"model\.(audio_(?:tower|projector)\..*)", r"\1", r"audio_(tower|projector)\..*"),
     )
 
 
 ADDED = ("extensions", "composition", "add_layer", "sources", "start", "wide")
 """What says which layers have new experts, and what those are; all but the first two of earlier versions, which knew
 one extension."""
+
+SOUNDS = ("sounds", "audio_config", "audio_feature_layer")
+"""What says how a model hears."""
 
 _TABLE = Table(
     sizes={},
@@ -59,7 +63,7 @@ _TABLE = Table(
     },
     harmless=OF_ANY_MODEL
     | {"text_config", "vision_config", "vision_feature_layer", "image_token_index", "image_token_id"}
-    | {"image_seq_length", "ignore_index", "image_tags", *ADDED, "new_experts", "calibrator_width"}
+    | {"image_seq_length", "ignore_index", "image_tags", *ADDED, *SOUNDS, "new_experts", "calibrator_width"}
     | {"weight_guard", "mass", "router", "expert", "text_isolation", "moextend", "vision_feature_select_strategy"},
 )  # fmt: skip
 
@@ -93,7 +97,7 @@ def released_attributes(attributes: Mapping[str, Any], *, where: Path) -> tuple[
     for name in ("torch_dtype", "dtype"):
         if name in attributes:
             text.setdefault(name, attributes[name])
-    for name in ("image_tags", "new_experts", *ADDED):
+    for name in ("image_tags", "new_experts", *ADDED, *SOUNDS):
         if name in attributes:
             text[name] = attributes[name]
     feature_layer = _feature_layer(attributes.get("vision_feature_layer", -2), tower, where)

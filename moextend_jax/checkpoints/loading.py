@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -35,7 +35,7 @@ from moextend_jax.checkpoints import (
 )  # fmt: skip
 from moextend_jax.checkpoints.leaves import Leaf
 from moextend_jax.checkpoints.tensors import Stored, name_list, open_tensors
-from moextend_jax.checkpoints.whisper import read_whisper
+from moextend_jax.checkpoints.whisper import check_front_end, read_whisper, whisper_config
 from moextend_jax.config import (
     ADDITIONS,
     IMAGE,
@@ -159,8 +159,7 @@ def open_checkpoint(
     matched, config = source.leaves, source.config
     if "decoder" not in source.parts:
         raise MoextendError(f"{folder} holds no decoder, only {', '.join(sorted(source.parts))}")
-    read = {path.split("/")[1] for path in matched if path.startswith("media/") and "/projector/" in path}
-    config = dataclasses.replace(config, media=Named({name: m for name, m in config.media.items() if name in read}))
+    config = with_what_is_read(config, matched)
     matched = {path: leaf for path, leaf in matched.items() if names.row_of(path, config)}
     kind = dtype or str(matched["decoder/embed"].dtype)
     config = dataclasses.replace(config, dtype=kind, train_dtype=dtype or "float32", remat="none")
@@ -180,6 +179,12 @@ def open_checkpoint(
         layout=source.record.layout,
         source=source,
     )
+
+
+def with_what_is_read(config: ModelConfig, paths: Iterable[str]) -> ModelConfig:
+    """The model without media that no projector among the leaves of these paths reads."""
+    read = {path.split("/")[1] for path in paths if path.startswith("media/") and "/projector/" in path}
+    return dataclasses.replace(config, media=Named({name: m for name, m in config.media.items() if name in read}))
 
 
 def open_source(
@@ -512,7 +517,7 @@ def _released(
     listed, composition = (attributes or {}).get("extensions") if layout == "hf" else None, "shared"
     extension, extensions = (_extension_in(stored) if listed is None else None), dict[str, ExtensionConfig]()
     if attributes is not None:
-        ours = ("moextend", "new_experts", *llava.ADDED)
+        ours = ("moextend", "new_experts", *llava.ADDED, *llava.SOUNDS)
         plain = {name: value for name, value in attributes.items() if name not in ours}
         decoder = huggingface.decoder_config(plain, where=at)
         if listed is not None:
@@ -561,6 +566,8 @@ def _released(
         )
     tags = huggingface.image_tags(attributes) if attributes is not None else below and below.config.tags
     config = of_pictures(decoder=decoder, vision=tower, tags=tags)
+    if layout == "hf" and "sounds" in (attributes or {}):
+        config = _with_sounds(config, attributes or {}, where=at)
     config = dataclasses.replace(config, extensions=Named(extensions), composition=composition)
     elsewhere = dict(below.leaves) if below else {}
     if vision is not None and not has_tower and below is None:
@@ -580,8 +587,9 @@ def _released(
     _check_dtypes(own, attributes or {}, wanted, table="released", config=config, where=at)
     decoder_attributes = attributes or (below.record.attributes.get("decoder") if below else None) or {}
     decoder_attributes = {
-        name: value for name, value in decoder_attributes.items() if name not in ("extensions", "composition")
-    }
+        name: value
+        for name, value in decoder_attributes.items() if name not in ("extensions", "composition", *llava.SOUNDS)
+    }  # fmt: skip
     record = _record(config, layout, {"decoder": decoder_attributes, "vision": tower_attributes})
     record = record._replace(facts=facts)
     files = {**(below.files if below else {}), **side_files(folder, config.vision)}
@@ -603,6 +611,21 @@ def _facts(attributes: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
     if not store.NAME.fullmatch(read.get("extension", IMAGE)):
         raise MoextendError(f"{where}: moextend.extension = {shown(read['extension'])} is no name")
     return read | ({"recipe": dataclasses.asdict(read["recipe"])} if "recipe" in read else {})
+
+
+def _with_sounds(config: ModelConfig, attributes: Mapping[str, Any], *, where: Path) -> ModelConfig:
+    """The model with the medium of sounds that config.json of layout hf describes."""
+    try:
+        own, heard = dict(attributes["sounds"]), dict(attributes["audio_config"])
+        name, layer = own.pop("name"), attributes.get("audio_feature_layer", -1)
+        tower = dataclasses.replace(whisper_config(heard, where=where), feature_layer=layer)
+        medium = store.checked_medium(name, own | {"tower": dataclasses.asdict(tower)})
+        if (why := names.unheard(medium)) or name in config.media or medium.tags.pad == config.tags.pad:
+            raise ValueError(f"{name}{why or ' is called, or has the tags, as pictures have'}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise MoextendError(f"{where}: sounds: {short(str(error))}") from None
+    check_front_end(where.parent, tower)
+    return dataclasses.replace(config, media=config.media.replacing(name, medium))
 
 
 def _is_released(stored: Mapping[str, Stored], attributes: Mapping[str, Any] | None) -> bool:
@@ -779,7 +802,7 @@ def _check_dtypes(
     if wanted.dtype is not None:
         return
     configured = attributes.get("torch_dtype") or attributes.get("dtype")
-    for part in ("decoder/", "media/image/tower/"):
+    for part in ("decoder/", *(f"media/{name}/tower/" for name in config.media)):
         own = {
             path: leaf
             for path, leaf in matched.items()

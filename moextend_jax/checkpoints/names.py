@@ -157,14 +157,21 @@ whole LLaVA of transformers."""
 
 def rows(table: str, config: ModelConfig) -> tuple[Name, ...]:
     """Rows of a file layout, for a model of this configuration's families."""
+    if table not in TEXT:
+        return TABLES[table]
     tower = config.vision.family if config.vision else "clip"
-    return _whole(table, config.decoder.family, tower, tuple(config.extensions)) if table in TEXT else TABLES[table]
+    sounds = tuple(name for name, medium in config.media.items() if isinstance(medium.tower, WhisperConfig))
+    return _whole(table, config.decoder.family, tower, tuple(config.extensions), sounds)
 
 
 @functools.cache
-def _whole(table: str, family: str, tower: str, extensions: tuple[str, ...]) -> tuple[Name, ...]:
+def _whole(
+    table: str, family: str, tower: str, extensions: tuple[str, ...], sounds: tuple[str, ...]
+) -> tuple[Name, ...]:
     decoder, pictures = FAMILIES[family].names, TOWERS[tower].names
     text = tuple(row._replace(file=TEXT[table] + row.file) for row in decoder)
+    # Released files hold no sounds; a whole one of transformers is read by their names (`checkpoints/llava.py`).
+    text += tuple(row for name in sounds for row in _heard(name))
     if table == "released":
         projector = _projector("model.visual.mm_projector.0", "model.visual.mm_projector.2")
         seen = (row._replace(file="model.visual.vision_tower." + row.file) for row in pictures)
@@ -172,6 +179,14 @@ def _whole(table: str, family: str, tower: str, extensions: tuple[str, ...]) -> 
     seen = (row._replace(file="vision_tower." + row.file) for row in pictures)
     block = next(row.file for row in text if row.path == "decoder/layers/moe/gate").split("{Z}.")[1].split(".")[0]
     return (*text, *_extensions(extensions, functools.partial(_of_transformers, block)), *TABLES["llava_hf"], *seen)
+
+
+def _heard(name: str) -> Iterator[Name]:
+    """Rows of a medium of sounds, as our class for transformers has them."""
+    for row in WHISPER:
+        yield row._replace(path=f"media/{name}/tower/{row.path}", file=f"audio_tower.{row.file}")
+    for row in _projector("audio_projector.linear_1", "audio_projector.linear_2"):
+        yield row._replace(path=row.path.replace(IMAGE, name, 1))
 
 
 def _extensions(names: Iterable[str], called: Callable[[int, str], str]) -> Iterator[Name]:
@@ -322,7 +337,8 @@ class Published(NamedTuple):
     towers: tuple[str, ...]
     starts: tuple[str, ...]
     ours: bool
-    """Whether our own code computes it: extensions of any number, name, width and share, by either composition."""
+    """Whether our own code computes it: sounds, and extensions of any number, name, width and share, by either
+    composition."""
 
 
 PUBLISHED = {
@@ -333,7 +349,8 @@ PUBLISHED = {
 
 
 def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -> None:
-    """Published layouts of whole models hold pictures behind two linear maps, and extensions for these or for text.
+    """Published layouts of whole models hold pictures behind two linear maps, and extensions for these or for text; hf
+    also one medium of sounds behind Whisper's encoder.
 
     Args:
       layout: of parts, or a row of PUBLISHED.
@@ -344,19 +361,25 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
     parts = dict.fromkeys(tuple(path.split("/")[:2]) for path in paths if not path.startswith("decoder/"))
     known = PUBLISHED.get(layout, PUBLISHED["hf"]._replace(towers=tuple(TOWERS), ours=False))
     family = config.vision.family if config.vision else "clip"
+    media = config.media.items() if known.ours else ()
+    heard = [name for name, medium in media if ("media", name) in parts and not unheard(medium)][:1]
     others = [] if config.decoder.family in known.families else [f"a decoder of family {config.decoder.family}"]
     for kind, name in parts:
         if kind in RIVALS:
             others.append(f"{kind} {name}")
-        elif name != IMAGE and not (known.ours and kind == "extensions"):
-            others.append(f"{'medium' if kind == 'media' else 'extension'} {name}")
+        elif kind == "media" and name in heard:
+            continue
+        elif kind == "media" and name != IMAGE:
+            others.append(f"medium {name}" + (unheard(config.media[name]) or " too") * known.ours)
+        elif name != IMAGE and not known.ours:
+            others.append(f"extension {name}")
         elif kind == "media" and family not in known.towers:
             others.append(f"a tower of family {family}")
         elif kind == "media" and config.media[name].projector != ProjectorConfig():
             others.append(f"a projector of kind {config.media[name].projector.kind}")
         elif kind == "extensions":
             added = config.extensions[name]
-            others += [f"extension {name} for the medium {added.medium}"] * (added.medium not in (IMAGE, ""))
+            others += [f"extension {name} for the medium {added.medium}"] * (added.medium not in (IMAGE, "", *heard))
             others += [f"a share of {added.share} of extension {name}"] * (added.share != 1 and not known.ours)
             others += [f"the start {added.start!r} of extension {name}"] * (added.start not in known.starts)
             others += [f"the calibrator {added.calibrator!r} of extension {name}"] * (added.calibrator != "two_layers")
@@ -365,12 +388,25 @@ def check_published(paths: Iterable[str], config: ModelConfig, *, layout: str) -
     if layout in PUBLISHED and composed and not known.ours:
         others.append(f"the composition {config.composition!r} of extensions")
     if others:
-        extensions = "extensions for pictures or text" if known.ours else f"one extension called {IMAGE}"
+        rest = f", and one extension called {IMAGE}"
+        if known.ours:
+            rest = (
+                ", one medium of sounds behind Whisper's encoder and a projector of kind linear, pool or stack, and "
+                "extensions for these or for text"
+            )
         raise MoextendError(
             f"layout {layout} holds a decoder of family {' or '.join(known.families)}, pictures behind a tower of "
-            f"family {' or '.join(known.towers)} and two linear maps, and {extensions}, and this model "
+            f"family {' or '.join(known.towers)} and two linear maps{rest}, and this model "
             f"has {', '.join(others)}: export it with --layout delta, which `moextend compose` puts back onto its base"
         )
+
+
+def unheard(medium: Medium) -> str:
+    """Why layout hf does not hold a medium beside pictures; "" for sounds that it does."""
+    if not isinstance(medium.tower, WhisperConfig):
+        return f" of kind {medium.kind}" + " behind a picture tower" * (medium.kind == "audio")
+    kind = medium.projector.kind
+    return "" if kind in ("linear", "pool", "stack") else f" with a projector of kind {kind}"
 
 
 def tensors(table: str, config: ModelConfig) -> Iterator[Tensor]:

@@ -410,6 +410,18 @@ def medium_of(attributes: Mapping[str, Any], *, where: str) -> Medium:
     return dataclasses.replace(_built(Medium, rest, where=where), tower=tower)
 
 
+def checked_medium(name: str, attributes: Mapping[str, Any]) -> Medium:
+    """`medium_of` attributes that somebody else may have written; raises as that, or ValueError if impossible."""
+    medium = medium_of(attributes, where=name)
+    for field, value in dataclasses.asdict(medium.tower).items():
+        if not fits(field, value):
+            raise ValueError(f"{field} = {shown(value)} is impossible")
+    if not NAME.fullmatch(name):
+        raise ValueError(f"{shown(name)} is no name of a medium")
+    _check_medium(name, medium)
+    return medium
+
+
 def _built(kind: Any, value: Any, *, where: str) -> Any:
     try:
         return build(kind, value, where=where)

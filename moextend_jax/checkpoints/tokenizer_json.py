@@ -1,7 +1,7 @@
-"""A model's tokenizer as the `tokenizer.json` that Hugging Face's tokenizers read, with the image tags as tokens.
+"""A model's tokenizer as the `tokenizer.json` that Hugging Face's tokenizers read, with the tags of media as tokens.
 
 In: a folder with `tokenizer.model` or `tokenizer.json`, and what it is read as. Out: the file's content, that of
-`tokenizer_config.json`, and what the image tags are called there. Text gets the ids of `data.tokenizer`: of a
+`tokenizer_config.json`, and what the tags are called there. Text gets the ids of `data.tokenizer`: of a
 SentencePiece model a space goes before a text's beginning, also where it begins with one (transformers' own conversion
 adds none there), and none after a token.
 
@@ -15,13 +15,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
-from moextend_jax.config import MoextendError
+from moextend_jax.config import IMAGE, MoextendError
 from moextend_jax.data.pieces import SentencePieces
 from moextend_jax.data.tags import TAG_NAMES
 from moextend_jax.data.tokenizer import Tokenizer
@@ -30,33 +30,34 @@ SPACE = "▁"
 
 
 class TokenizerFiles(NamedTuple):
-    """tags: what the image tags are called: start, end, pad; empty for a model without eyes."""
+    """tags: by medium what its tags are called: start, end, pad; empty for a model of text."""
 
     content: dict[str, Any]
     settings: dict[str, Any]
-    tags: dict[str, str]
+    tags: dict[str, dict[str, str]]
 
 
-def tokenizer_files(folder: Path, tokenizer: Tokenizer, *, sees: bool, apart: str = "") -> TokenizerFiles:
+def tokenizer_files(
+    folder: Path, tokenizer: Tokenizer, *, media: Collection[str], apart: str = ""
+) -> TokenizerFiles:  # fmt: skip
     """What lies beside the weights as `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
-      sees: whether the tags are tokens of their own.
+      media: of the model. If there are any, their tags are tokens of their own, and so are those of pictures.
       apart: a text that is tokenised separately from what is before it, if a prompt needs that.
 
     Raises:
       MoextendError: the tokenizer cannot be written so.
     """
     pieces = tokenizer.pieces
-    tags = {}
-    if sees:
-        control = {token.id: piece for piece, token in pieces.control.items()}
-        tags = {tag: control.get(getattr(tokenizer.tags, tag), name) for tag, name in TAG_NAMES.items()}
-        ids = {id: tags[tag] for tag, id in dataclasses.asdict(tokenizer.tags).items()}
-        if taken := [name for id, name in ids.items() if pieces.piece_to_id(name) not in (None, pieces.unknown, id)]:
-            raise MoextendError(f"the tokenizer in {folder} has pieces called {', '.join(taken)}, like the image tags")
-    else:
-        ids = {}
+    tags, ids = {}, {}
+    control = {token.id: piece for piece, token in pieces.control.items()}
+    for medium, marked in tokenizer.media.items() if media else ():
+        names = TAG_NAMES | {"pad": marked.mark}
+        tags[medium] = {tag: control.get(getattr(marked.tags, tag), name) for tag, name in names.items()}
+        ids |= {id: tags[medium][tag] for tag, id in dataclasses.asdict(marked.tags).items()}
+    if taken := [name for id, name in ids.items() if pieces.piece_to_id(name) not in (None, pieces.unknown, id)]:
+        raise MoextendError(f"the tokenizer in {folder} has pieces called {', '.join(taken)}, like the image tags")
     if isinstance(pieces, SentencePieces):
         content = _from_sentencepiece(folder / "tokenizer.model", tokenizer, tags=ids, apart=apart)
     else:
@@ -70,8 +71,9 @@ def tokenizer_files(folder: Path, tokenizer: Tokenizer, *, sees: bool, apart: st
         "model_max_length": int(1e30),
     }  # fmt: skip
     if tags:
-        extra = {f"image_{tag}_token" if tag != "pad" else "image_token": name for tag, name in tags.items()}
-        settings |= {"image_token": tags["pad"], "extra_special_tokens": extra}
+        extra = {f"image_{tag}_token" if tag != "pad" else "image_token": name for tag, name in tags[IMAGE].items()}
+        pads = {"image_token" if medium == IMAGE else "audio_token": own["pad"] for medium, own in tags.items()}
+        settings |= {**pads, "extra_special_tokens": extra | pads}
     return TokenizerFiles(content, settings, tags)
 
 

@@ -1,35 +1,45 @@
 """A whole model as the folder that transformers 5 loads: weights, config.json, tokenizer, processor, chat template.
 
 In: an opened checkpoint and the recipe that it was trained by. Out: `Folder`, what to write; nothing is read of the
-weights yet. A model that sees is transformers' own LLaVA over its decoder; an extended one, and one whose logits LLaVA
-would not divide, is of the class of assets/hf/modeling_moextend.py, which goes along; one without eyes is a decoder, or
-an extended one of that file.
+weights yet. A model that sees is transformers' own LLaVA over its decoder; one that is extended or hears, and one whose
+logits LLaVA would not divide, is of the class of assets/hf/modeling_moextend.py, which goes along; one without eyes and
+ears is a decoder, or an extended one of that file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from moextend_jax.checkpoints import huggingface, leaves, names, quantising, store
+from moextend_jax.checkpoints import huggingface, leaves, names, quantising, store, whisper
 from moextend_jax.checkpoints.chat_template import ASSETS, chat_template, writes_bos
 from moextend_jax.checkpoints.cost import Cost, watched
 from moextend_jax.checkpoints.llava import patches_are
-from moextend_jax.checkpoints.loading import Source
+from moextend_jax.checkpoints.loading import Source, with_what_is_read
 from moextend_jax.checkpoints.tensors import Planned, new_folder, write_safetensors
 from moextend_jax.checkpoints.tokenizer_json import tokenizer_files
-from moextend_jax.config import ModelConfig, MoextendError, Recipe, with_vision
+from moextend_jax.config import (
+    IMAGE,
+    FeaturesConfig,
+    Medium,
+    ModelConfig,
+    MoextendError,
+    Named,
+    Recipe,
+    WhisperConfig,
+    with_vision,
+)
 from moextend_jax.data.tokenizer import Tokenizer, ends_of, tokenizer_of
 from moextend_jax.families import FAMILIES
 from moextend_jax.media.image import LEVELS
 from moextend_jax.models.router import Rule
 
-CODE = "modeling_moextend.py"
+CODE, PROCESSOR = "modeling_moextend.py", "processing_moextend.py"
 KEPT = ("max_position_embeddings", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
 """Attributes of the base's config.json that have an effect only in transformers."""
 MODEL_FILES = ("chat_template.jinja", "chat_template.json")
@@ -76,35 +86,39 @@ def export_transformers(
 
 def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "none") -> Folder:
     """The folder for what `source` holds: a LLaVA, extended or not, if there are a tower and a projector; else a
-    decoder, extended by tasks in text or not."""
+    decoder, extended by tasks in text or not. Either may hear too."""
     if "decoder" not in source.parts:
         raise MoextendError(f"layout hf needs a decoder; there is only {', '.join(sorted(source.parts))}")
-    sees, extended = {"vision", "projector"} <= source.parts, "extension" in source.parts
-    taught = sees or extended  # here, so that it is asked by the recipe
+    config, extended = _of_what_is_there(source), "extension" in source.parts
+    sees, taught = IMAGE in config.media, extended or bool(config.media)  # taught here: it is asked by the recipe
     if taught:
-        names.check_published(source.leaves, source.config, layout="hf")
-    for name, extension in source.config.extensions.items():
-        if extension.medium and not sees:
+        kept = [path for path in source.leaves if not path.startswith("media/") or path.split("/")[1] in config.media]
+        names.check_published(kept, config, layout="hf")
+    for name, extension in config.extensions.items():
+        if extension.medium and extension.medium not in config.media:
             raise MoextendError(
                 f"extension {name} is for the medium {extension.medium}, and there is no tower and no projector for "
                 "it: name its --vision, or export it with --layout delta"
             )
-    tokenizer = _tokenizer(source)
+    hears = next((name for name, medium in config.media.items() if isinstance(medium.tower, WhisperConfig)), None)
+    tokenizer = _tokenizer(source, config)
     text = _text_attributes(source)
+    table = "transformers" if taught else config.decoder.family
     if sees:
-        config = with_vision(source.config, source.config.vision, tags=tokenizer.tags if tokenizer else None)
-        attributes, table = _llava_attributes(config, text), "transformers"
+        config = with_vision(config, config.vision, tags=tokenizer.tags if tokenizer else None)
+        attributes = _llava_attributes(config, text)
+    elif taught:
+        attributes = {"dtype": text["dtype"], "text_config": text, "tie_word_embeddings": config.decoder.tied_head}
     else:
-        config = with_vision(source.config, None)
-        table = "transformers" if extended else config.decoder.family
-        whole = {"dtype": text["dtype"], "text_config": text, "tie_word_embeddings": config.decoder.tied_head}
-        attributes = whole if extended else {"architectures": [FAMILIES[table].architecture], **text}
-    if extended or (sees and config.decoder.logits_divisor != 1):
+        attributes = {"architectures": [FAMILIES[table].architecture], **text}
+    if extended or hears or (sees and config.decoder.logits_divisor != 1):
         attributes |= _own_class(sees=sees)
     if taught:
         attributes["moextend"] = {"recipe": dataclasses.asdict(recipe), "text_isolation": text_isolation}
     if extended:
         attributes |= _extension_attributes(config, recipe, text_isolation)
+    if hears:
+        attributes |= _sound_attributes(hears, config.media[hears])
     folder = Folder(
         tensors=leaves.plan_theirs(source.leaves, table=table, config=config),
         json_files={"config.json": attributes, "generation_config.json": _generation(source, config, tokenizer)},
@@ -115,17 +129,30 @@ def folder_of_model(source: Source, *, recipe: Recipe, text_isolation: str = "no
         folder.copies[CODE] = ASSETS / CODE
     if sees:
         folder.json_files.update(_processor(config, recipe))
+    if hears:
+        own = folder.json_files.get("processor_config.json", {})
+        folder.json_files["processor_config.json"] = own | _sound_processor(config.media[hears], sees=sees)
+        folder.copies[PROCESSOR] = ASSETS / PROCESSOR
     if tokenizer is not None:
-        _add_tokenizer(folder, source, tokenizer, recipe, sees=sees, taught=taught)
+        _add_tokenizer(folder, source, tokenizer, recipe, media=[*config.media], taught=taught)
     return folder
 
 
+def _of_what_is_there(source: Source) -> ModelConfig:
+    """The model with the media that have a projector, and a tower if they need one: in a chain, those that are not
+    learnt yet have a tower alone."""
+    config = with_what_is_read(source.config, source.leaves)
+    towers = {path.split("/")[1] for path in source.leaves if path.startswith("media/") and "/tower/" in path}
+    there = {name: m for name, m in config.media.items() if name in towers or isinstance(m.tower, FeaturesConfig)}
+    return dataclasses.replace(config, media=Named(there))
+
+
 def _add_tokenizer(
-    folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, sees: bool, taught: bool
+    folder: Folder, source: Source, tokenizer: Tokenizer, recipe: Recipe, *, media: Sequence[str], taught: bool
 ) -> None:
     # The released code tokenises its question apart from what follows: a space at its end stays one.
     apart = f"{' ' * (1 + tokenizer.legacy)}[/INST]" if taught and recipe.prompt == "released" else ""
-    files = tokenizer_files(Path(tokenizer.where), tokenizer, sees=sees, apart=apart)
+    files = tokenizer_files(Path(tokenizer.where), tokenizer, media=media, apart=apart)
     if "tokenizer.model" in source.files:
         folder.copies["tokenizer.model"] = source.files["tokenizer.model"]
     if taught:
@@ -139,11 +166,13 @@ def _add_tokenizer(
     folder.json_files.update({"tokenizer.json": files.content, "tokenizer_config.json": files.settings})
 
 
-def _tokenizer(source: Source) -> Tokenizer | None:
+def _tokenizer(source: Source, config: ModelConfig) -> Tokenizer | None:
     """None if the checkpoint brings none: the model then takes ids."""
     if (folder := source.tokenizer_folder) is None:
         return None
-    return tokenizer_of(folder, source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
+    tokenizer = tokenizer_of(folder, source.config, ends=ends_of(source.record.attributes.get("decoder", {})))
+    others = Named({name: medium for name, medium in config.media.items() if name != IMAGE})
+    return dataclasses.replace(tokenizer, others=others)
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------
@@ -204,6 +233,15 @@ def _extension_attributes(config: ModelConfig, recipe: Recipe, text_isolation: s
     }  # fmt: skip
 
 
+def _sound_attributes(name: str, medium: Medium) -> dict[str, Any]:
+    own = {key: value for key, value in store.medium_attributes(medium).items() if key != "tower"}
+    assert isinstance(medium.tower, WhisperConfig)
+    return {
+        "sounds": {"name": name, **own},
+        "audio_config": whisper.whisper_attributes(medium.tower), "audio_feature_layer": medium.tower.feature_layer,
+    }  # fmt: skip
+
+
 def _generation(source: Source, config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Every id that ends an answer, and those that none may have."""
     recorded = source.record.attributes.get("decoder", {})
@@ -212,7 +250,7 @@ def _generation(source: Source, config: ModelConfig, tokenizer: Tokenizer | None
     pad = tokenizer.pieces.unknown if tokenizer else None
     pad = ends[0] if pad is None and ends else pad
     generation = {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": pad, "do_sample": False}
-    if tokenizer is not None and config.vision is not None:
+    if tokenizer is not None and config.media:
         generation["suppress_tokens"] = sorted(tokenizer.unspeakable(config.decoder.vocab_size))
     return {name: value for name, value in generation.items() if value not in (None, [])}
 
@@ -239,3 +277,14 @@ def _processor(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, Any]]
         "vision_feature_select_strategy": patches_are(vision.family),
     }  # fmt: skip
     return {"preprocessor_config.json": pictures, "processor_config.json": processor}
+
+
+def _sound_processor(medium: Medium, *, sees: bool) -> dict[str, Any]:
+    """Attributes of the processor of assets/hf/processing_moextend.py, which prepares sounds as `media.audio` does."""
+    name = "MoExtendProcessor" if sees else "MoExtendAudioProcessor"
+    assert isinstance(medium.tower, WhisperConfig)
+    return {
+        "processor_class": name, "auto_map": {"AutoProcessor": f"{PROCESSOR.removesuffix('.py')}.{name}"},
+        "feature_extractor": whisper.front_end(medium.tower), "neighbours": medium.projector.neighbours,
+        "spans": list(medium.spans),
+    }  # fmt: skip

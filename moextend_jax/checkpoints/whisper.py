@@ -122,6 +122,19 @@ def whisper_config(attributes: Mapping[str, Any], *, where: Path) -> WhisperConf
     return config
 
 
+def whisper_attributes(config: WhisperConfig) -> dict[str, Any]:
+    """The inverse of `whisper_config`, for the encoder alone."""
+    sizes = {name: getattr(config, field) for name, field in _TABLE.sizes.items() if field != "positions"}
+    must_be = {name: values[0] for name, values in _TABLE.must_be.items()}
+    return {"model_type": "whisper", **sizes, "max_source_positions": config.patches, **must_be}
+
+
+def front_end(config: WhisperConfig) -> dict[str, Any]:
+    """How transformers prepares sounds for it, as `media.mel.log_mel` does."""
+    own = {"feature_extractor_type": "WhisperFeatureExtractor", "return_attention_mask": False}
+    return {**own, **FRONT_END, "feature_size": config.bands, "chunk_length": config.seconds}
+
+
 def check_front_end(folder: Path, config: WhisperConfig) -> None:
     """Refuses sounds prepared as other spectrograms than those that `media.mel.log_mel` makes."""
     path, attributes = huggingface.preprocessor_of(folder, "feature_extractor")

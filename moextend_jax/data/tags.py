@@ -15,7 +15,8 @@ and 6 are [INST] and its like."""
 VISION_PIECES = {"start": "<|vision_start|>", "end": "<|vision_end|>", "pad": "<|image_pad|>"}
 """Qwen's text models have them, and no use for them."""
 TAG_NAMES = {"start": "<image_start>", "end": "<image_end>", "pad": "<image>"}
-"""What `moextend export --layout hf` calls tags that have no name; `<image>` is what LLaVA's processor multiplies."""
+"""What `moextend export --layout hf` calls tags that have no name; `<image>` is what LLaVA's processor multiplies. The
+pad of another medium is called as its mark."""
 
 
 def image_tags(pieces: Pieces, *, rows: int | None, busy: Collection[int], where: Path | str) -> ImageTags:

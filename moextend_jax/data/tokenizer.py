@@ -19,7 +19,8 @@ from moextend_jax.data.pieces import JsonPieces, Pieces, SentencePieces
 from moextend_jax.data.tags import TAG_NAMES, byte_pieces, check_tags, image_tags, spare_ids
 from moextend_jax.data.templates import FAMILIES, Template, end_of, is_mixtral
 
-PICTURES = Path(__file__).parents[1] / "assets" / "hf" / "pictures.jinja"
+_ASSETS = Path(__file__).parents[1] / "assets" / "hf"
+PICTURES, SOUNDS_END = _ASSETS / "pictures.jinja", _ASSETS / "sounds_end.jinja"
 
 
 class Marked(NamedTuple):
@@ -242,7 +243,8 @@ def _pieces(folder: Path, config: Mapping[str, Any], *, roles: Mapping[str, str]
         added |= {token["content"]: int(id) for id, token in decoder.items()}
         pieces = SentencePieces(model.read_bytes(), added=added, legacy=config.get("legacy", True) is not False)
         if not described or all(
-            piece in (_own_piece(pieces, id), *TAG_NAMES.values()) for piece, id in _vocabulary(described)
+            piece in (_own_piece(pieces, id), *TAG_NAMES.values(), roles.get("audio_token"))
+            for piece, id in _vocabulary(described)
         ):
             return pieces
     added = [token["content"] for token in described["added_tokens"]]
@@ -296,6 +298,7 @@ def _without_pictures(source: str | None) -> str | None:
     _, ours, own = (source or "").partition(PICTURES.read_text(encoding="utf-8"))
     if not ours:
         return source
+    own = own.removesuffix(SOUNDS_END.read_text(encoding="utf-8"))
     inner, spaced, _ = own.removeprefix("{%- set written %}").rpartition("{%- endset %}\n{{- (written | ")
     return inner if spaced else own
 
