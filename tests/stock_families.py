@@ -1,8 +1,8 @@
 """What a stranger makes of exported folders of ids and pixels: transformers alone. Run by test_export_families.py.
 
-In: an npz file with ids_BL, pixel_values and mask_BL (which rows have the picture), and folders. Out: an npz file with
-each folder's logits ("NAME/logits"), greedy tokens behind the rows ("NAME/answer"), the names of tensors that
-transformers would save ("NAME/names"), and the logits as the folder is loaded in bfloat16 ("NAME/half").
+In: an npz file with ids_BL and pixel_values, for folders that hear with heard_BL and input_features too, and folders.
+Out: an npz file with each folder's logits ("NAME/logits"), greedy tokens behind the rows ("NAME/answer"), the names of
+tensors that transformers would save ("NAME/names"), and the logits as the folder is loaded in bfloat16 ("NAME/half").
 """
 
 import sys
@@ -19,14 +19,16 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 @torch.no_grad()
 def main(inputs: str, out: str, *folders: str) -> None:
     given, arrays = np.load(inputs), {}
-    ids, pixels = torch.tensor(given["ids_BL"]), torch.tensor(given["pixel_values"])
+    pixels, sounds = torch.tensor(given["pixel_values"]), torch.tensor(given["input_features"])
     for folder in map(Path, folders):
-        sees = "vision_config" in (folder / "config.json").read_text()
+        sees, hears = (part in (folder / "config.json").read_text() for part in ("vision_config", "audio_config"))
+        ids = torch.tensor(given["heard_BL" if hears else "ids_BL"])
         kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         options = {"trust_remote_code": True} if (folder / "modeling_moextend.py").exists() else {}
         model, report = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
         assert not any(report.values()), report
         seen = {"pixel_values": pixels} if sees else {}
+        seen |= {"input_features": sounds} if hears else {}
         made = {"logits": model(input_ids=ids, **seen).logits}
         made["answer"] = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, **seen)[:, ids.shape[1] :]
         half = kind.from_pretrained(folder, dtype=torch.bfloat16, **options)

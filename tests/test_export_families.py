@@ -1,6 +1,6 @@
 """`--layout hf` of every family, tower and start: stock PyTorch makes of the folder what JAX makes of the model.
 
-Tiny models with random weights, no tokenizer: ids and pixels go in on both sides.
+Tiny models with random weights, no tokenizer: ids, pixels and spectrograms go in on both sides.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ from moextend_jax.config import (
     DecoderConfig,
     ExtensionConfig,
     ImageTags,
+    Medium,
     ModelConfig,
     Named,
+    ProjectorConfig,
     VisionConfig,
+    WhisperConfig,
     YarnConfig,
     of_pictures,
 )
@@ -45,6 +48,11 @@ from moextend_jax.parameters import with_arrays
 
 SCRIPT = Path(__file__).with_name("stock_families.py")
 PAD = 60
+SPEECH = Medium(
+    kind="audio", mark="<audio:speech>", tags=ImageTags(start=58, end=59, pad=57), spans=(3, 7),
+    tower=WhisperConfig(width=16, hidden=24, layers=2, heads=2, bands=8, seconds=1),
+    projector=ProjectorConfig(kind="pool", neighbours=8),
+)  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "width": 24, "hidden": 16, "layers": 3, "heads": 4, "kv_heads": 2, "head_size": 8, "experts": 8,
     "top_k": 3,
@@ -93,6 +101,7 @@ CHAINS: dict[str, dict[str, dict[str, Any]]] = {
         "cars": {"share": 0.25, "layers": (2,), "new_experts": 2, "sources": (0, 6)},
         "dogs": {"share": 0.0},
     },
+    "heard": {"image": {}, "talk": {"medium": "speech", "start": "twin", "layers": (2,), "sources": (6,)}},
 }
 """Several extensions of one model, of other layers, sizes, media and starts."""
 CASES: dict[str, tuple[str, str, str, str]] = {
@@ -114,6 +123,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
        for family in ("mixtral", "glm4_moe", "olmoe") for chain in ("pictures", "seen", "starts")
        for text in ("", "-strict")},
     "mixtral-tasks-decoupled": ("mixtral", "", "tasks", "base"),
+    **{f"{family}-heard-strict": (family, "clip", "heard", "base") for family in ("granitemoe", "glm4_moe", "gpt_oss")},
     "olmoe-starts": ("olmoe", "clip", "starts", "literal"),
 }  # fmt: skip
 
@@ -134,8 +144,9 @@ def config_of(case: str) -> ModelConfig:
         **{"width": 16, "hidden": 32, "layers": 2, "heads": 2, "image_size": 8, "patch_size": 4, "norm_eps": 1e-6},
         activation="gelu_pytorch_tanh" if tower == "siglip" else "gelu",
     )
-    tags = ImageTags(start=58, end=59, pad=PAD)
-    return dataclasses.replace(of_pictures(decoder=decoder, vision=vision, tags=tags), **more)
+    seeing = of_pictures(decoder=decoder, vision=vision, tags=ImageTags(start=58, end=59, pad=PAD))
+    media = {**seeing.media, "speech": SPEECH} if start == "heard" else seeing.media
+    return dataclasses.replace(seeing, media=Named(media), **more)
 
 
 def isolation_of(case: str) -> Any:
@@ -154,18 +165,21 @@ def export(case: str, folder: Path) -> None:
     export_transformers(source, folder, recipe=recipe, text_isolation=isolation_of(case), max_shard_bytes=1 << 30)
 
 
-def batch() -> Batch:
-    """Two rows have the picture, in other places, and the last has none."""
+def batch(*, heard: bool = False) -> Batch:
+    """Two rows have the picture, in other places, and the last has none; `heard`: the last two have a sound."""
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(7, 50, (3, 12)).astype(np.int32)
     places_BL = np.full_like(ids_BL, -1)
     for row, at in enumerate((1, 4)):
         places_BL[row, at : at + 4] = np.arange(4)
     ids_BL[places_BL >= 0] = PAD
+    for row, here in ((1, slice(9, 12)), (2, slice(2, 9))) if heard else ():
+        ids_BL[row, here], places_BL[row, here] = SPEECH.tags.pad, 4 + np.arange(here.stop - here.start)
     positions_BL = np.broadcast_to(np.arange(12, dtype=np.int32), ids_BL.shape)
     pixels = rng.normal(size=(3, 1, 8, 8, 3)).astype(np.float32)
     arrays = ids_BL, np.full_like(ids_BL, IGNORE), positions_BL, np.ones_like(ids_BL), places_BL
-    return Batch(*arrays, media={"image": pixels})
+    sounds = {"speech": rng.normal(size=(3, 1, 8, 100)).astype(np.float32)} if heard else {}
+    return Batch(*arrays, media={"image": pixels, **sounds})
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +196,9 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         export(case, root / case)
     given, inputs, out = batch(), root / "inputs.npz", root / "outputs.npz"
     pixels = np.asarray(given.media["image"])[:2, 0].transpose(0, 3, 1, 2)
-    np.savez(inputs, ids_BL=given.ids_BL.astype(np.int64), pixel_values=pixels)
+    heard = batch(heard=True)
+    sounds = {"heard_BL": heard.ids_BL.astype(np.int64), "input_features": np.asarray(heard.media["speech"])[1:, 0]}
+    np.savez(inputs, ids_BL=given.ids_BL.astype(np.int64), pixel_values=pixels, **sounds)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     words = [sys.executable, str(SCRIPT), str(inputs), str(out), *(str(root / case) for case in cases)]
@@ -192,7 +208,8 @@ def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
-    config, given, answer_BN = config_of(case), batch(), theirs[f"{case}/answer"]
+    config, answer_BN = config_of(case), theirs[f"{case}/answer"]
+    given = batch(heard="speech" in config.media)
     length = given.ids_BL.shape[1]
     # With the answer behind: each token of it is the likeliest after those before.
     longer = {name: np.pad(getattr(given, name), ((0, 0), (0, answer_BN.shape[1])), constant_values=filled)
@@ -217,6 +234,7 @@ def check(case: str, theirs: Mapping[str, Any], folder: Path) -> None:
     opened = open_checkpoint(folder)
     assert opened.layout == ("hf" if config.media or config.extensions else config.decoder.family)
     assert (opened.config.extensions, opened.config.composition) == (config.extensions, config.composition)
+    assert opened.config.media.get("speech") == config.media.get("speech")
     assert opened.config.decoder == config.decoder
     folders.assert_same(opened.arrays, {path: np.asarray(leaf) for path, leaf in arrays.items()})
 
@@ -229,6 +247,7 @@ BY_HAND = {
     "glm4_moe-tasks", "mixtral-starts", "glm4_moe-seen", "gpt_oss-seen", "olmoe-seen-strict", "mixtral-starts-strict",
     "mixtral-seen-decoupled", "mixtral-seen-decoupled-strict", "mixtral-starts-decoupled-strict",
     "glm4_moe-starts-decoupled", "olmoe-starts-decoupled-strict", "mixtral-tasks-decoupled",
+    "glm4_moe-heard-strict", "gpt_oss-heard-strict",
 }  # fmt: skip
 """What the same families with a picture, and the same start of two other families, show too."""
 
