@@ -169,8 +169,9 @@ def import_source(
 def default_layout(source: Source) -> str:
     if source.config.adapters or source.config.blocks:
         return "delta"
-    reads = any(path.startswith("media/") and "/projector/" in path for path in source.leaves)
-    if "extension" in source.parts or (reads and "decoder" in source.parts):
+    read = with_what_is_read(source.config, source.leaves).media.values()
+    taught = "projector" in source.parts or any(not names.unheard(medium) for medium in read)
+    if "extension" in source.parts or (taught and "decoder" in source.parts):
         pictures = all(name == of.medium == IMAGE for name, of in source.config.extensions.items())
         pictures = pictures and source.config.composition == "shared"
         pictures = pictures and source.parts <= {"decoder", "vision", "projector", "extension"}
