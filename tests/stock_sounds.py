@@ -1,9 +1,10 @@
 """What a stranger makes of exported folders that hear: transformers alone. Run by test_export_sounds.py.
 
-In: a JSON file {"folders": {name: path}, "chats": {name: [[message, ...], ...]}, "new": tokens}. Out: an npz file with
-what each folder's processor and model make of its chats, one by one ("NAME/N/...") and together ("NAME/all/..."), the
-names that transformers would save the tensors under ("NAME/names"), and the logits of the first chat as the folder is
-loaded in bfloat16 ("NAME/half").
+In: a JSON file {"folders": {name: path}, "chats": {name: [[message, ...], ...]}, "marked": text, "new": tokens}. Out:
+an npz file with what each folder's processor and model make of its chats, one by one ("NAME/N/...") and together
+("NAME/all/..."), the ids of the text that says where its sound of 0.15 seconds stands ("NAME/marked"), the names that
+transformers would save the tensors under ("NAME/names"), and the logits of all chats as the folder is loaded in
+bfloat16 ("NAME/half").
 """
 
 import json
@@ -25,6 +26,16 @@ def main(spec_path: str, out: str) -> None:
         model, report = load(folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True)
         assert not any(report.values()), report
         assert "audio" in model.input_modalities
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": spec["marked"]}], add_generation_prompt=True
+        )
+        marked = processor(text=prompt, audio=[np.zeros(2400, np.float32)], add_special_tokens=False)
+        arrays[f"{name}/marked"] = np.array(marked["input_ids"][0])
+        try:
+            processor(text=prompt, audio=[np.zeros(16001, np.float32)])
+            raise AssertionError("a sound that is too long was cut")
+        except ValueError as error:
+            assert "1.00 seconds, more than the 1 that are heard" in str(error)
         chats = spec["chats"][name]
         for row, chosen in {**{str(n): [chat] for n, chat in enumerate(chats)}, "all": chats}.items():
             inputs = processor.apply_chat_template(

@@ -58,6 +58,7 @@ SCRIPT = Path(__file__).with_name("stock_sounds.py")
 BASE = dataclasses.replace(tiny.BASE_CONFIG, decoder=dataclasses.replace(tiny.BASE_CONFIG.decoder, rope_theta=1e4))
 TOWER = WhisperConfig(width=16, hidden=24, layers=2, heads=2, bands=8, seconds=1)
 MARK, NEW, LENGTH = "<audio:speech>", 5, 192
+MARKED = f"left  {MARK} or right"
 PROJECTORS: dict[str, tuple[ProjectorConfig, tuple[int, ...]]] = {
     "linear": (ProjectorConfig(), (10, 25, 50)),
     "pool": (ProjectorConfig(kind="pool", neighbours=4), (3, 13)),  # of 50 positions: the last group has two
@@ -190,7 +191,7 @@ def stock(world: World, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str
     pytest.importorskip("accelerate")
     root = tmp_path_factory.mktemp("stock")
     chats = {name: [messages_of(chat, world) for chat in CHATS[case.sees]] for name, case in CASES.items()}
-    spec = {"folders": {name: str(world.folders[name]) for name in CASES}, "chats": chats, "new": NEW}
+    spec = {"folders": {name: str(world.folders[name]) for name in CASES}, "chats": chats, "marked": MARKED, "new": NEW}
     (root / "spec.json").write_text(json.dumps(spec))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "HF_HOME": str(root)}
@@ -295,8 +296,12 @@ def test_a_stock_script_hears_and_answers_as_jax_does(stock, world: World, name:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_tensors_are_named_as_transformers_names_them_and_rounded_models_run(stock, world: World, name: str):
+def test_marks_are_read_tensors_named_and_models_rounded_as_they_should_be(stock, world: World, name: str):
     assert sorted(folders.read(world.folders[name])) == list(stock[f"{name}/names"])
+    tokenizer, span = world.tokenizer(name), world.config(name).media["speech"].span(8)  # of 0.15 seconds
+    turns, recipe = [{"from": "human", "value": MARKED}], CASES[name].recipe
+    marked = encode_dialogue(turns, items={"speech": [span]}, tokenizer=tokenizer, recipe=recipe)
+    np.testing.assert_array_equal(stock[f"{name}/marked"], marked.ids_L)
     exact, half = stock[f"{name}/all/logits"], stock[f"{name}/half"]
     assert np.median(np.abs(half - exact)) < 0.03 * np.abs(exact).max()
 
