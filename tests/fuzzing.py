@@ -367,8 +367,18 @@ def _llava(folder: Path) -> None:
 
 def _chain(folder: Path) -> None:
     """Two extensions in layout hf."""
+    _transformers(folder, folders.CHAIN)
+
+
+def _hears(folder: Path) -> None:
+    """Pictures and sounds in layout hf."""
+    media = {name: medium for name, medium in folders.MANY.media.items() if name in ("image", "speech")}
+    _transformers(folder, ModelConfig(decoder=tiny.DECODER, media=Named(media)))
+
+
+def _transformers(folder: Path, config: ModelConfig) -> None:
     options: dict[str, Any] = {"recipe": RECIPES["paper"], "max_shard_bytes": 1 << 30}
-    export_transformers(folders.source_of(folders.CHAIN), folder / "model", **options)
+    export_transformers(folders.source_of(config), folder / "model", **options)
 
 
 def _imported(folder: Path) -> None:
@@ -685,6 +695,9 @@ READERS: dict[str, Reader] = {
     ),
     "config.json: extensions": Reader(
         _chain, "model/config.json", lambda folder: _read_source(open_source(folder / "model")), change_json
+    ),
+    "config.json: sounds": Reader(
+        _hears, "model/config.json", lambda folder: _read_source(open_source(folder / "model")), change_json
     ),
     "config.json: Llama": Reader(
         lambda folder: llama.write_folder(folder / "model"), "model/config.json", _upcycled, change_json
