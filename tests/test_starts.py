@@ -507,24 +507,26 @@ CHAINS: dict[str, tuple[dict[str, Any], ...]] = {
 
 @pytest.mark.parametrize("sighted", [False, True])
 @pytest.mark.parametrize(
-    ("chain", "rule"),
+    ("chain", "rule", "bias"),
     [
-        ("twins", Rule(2)),
-        ("all", Rule(3)),
-        ("all", Rule(3, "sigmoid", routed_factor=2.5, groups=4, top_groups=2)),
+        ("twins", Rule(2), 0.0),
+        ("all", Rule(3), 0.0),
+        ("all", Rule(3), 0.02),
+        ("all", Rule(3, "sigmoid", routed_factor=2.5, groups=4, top_groups=2), 0.1),
     ],
-    ids=["twins", "all", "biased"],
+    ids=["twins", "all", "softmax, biased", "biased"],
 )
-def test_the_code_that_goes_along_chooses_as_we_do(chain: str, rule: Rule, sighted: bool):
-    """In PyTorch on our leaves, trained calibrators; each extension is open to tokens of its own."""
+def test_the_code_that_goes_along_chooses_as_we_do(chain: str, rule: Rule, bias: float, sighted: bool):
+    """In PyTorch on our leaves, trained calibrators; each extension is open to tokens of its own. bias: the spread of
+    that which chooses experts."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    theirs, rng, of_chain, biased = modeling(), np.random.default_rng(5), CHAINS[chain], rule.scores == "sigmoid"
+    theirs, rng, of_chain, biased = modeling(), np.random.default_rng(5), CHAINS[chain], bias > 0
 
     def drawn(*shape: int, scale: float = 1.0) -> np.ndarray:
         return rng.normal(size=shape, scale=scale).astype(np.float32)
 
-    x_TD, gate_DE, bias_E = drawn(400, 6), drawn(6, 8), drawn(8, scale=0.1) if biased else None
+    x_TD, gate_DE, bias_E = drawn(400, 6), drawn(6, 8), drawn(8, scale=bias) if biased else None
     sizes = {"name": "", "medium": "image", "share": 1.0, "start": "copy", "wide": 1, "calibrator_width": 4}
     listed = [{**sizes, "layers": [own.get("layer", 0)], "new_experts": len(own["sources"]), **own} for own in of_chain]
     text = transformers.MixtralConfig(hidden_size=6, num_local_experts=8, num_experts_per_tok=rule.top_k)
@@ -535,7 +537,7 @@ def test_the_code_that_goes_along_chooses_as_we_do(chain: str, rule: Rule, sight
     for n, own in enumerate(listed):
         X = own["new_experts"]
         new_DX = gate_DE[:, own["sources"]] + drawn(6, X, scale=0.3)
-        bias_X = drawn(X, scale=0.1) if biased else None
+        bias_X = drawn(X, scale=bias) if biased else None
         w_in_OA, w_out_AO = drawn(8 + X, 4), drawn(4, 8 + X, scale=0.1)
         open_T = rng.random(400) < 0.5 if sighted else np.ones(400, bool)
         slot = one_layer(
@@ -554,8 +556,7 @@ def test_the_code_that_goes_along_chooses_as_we_do(chain: str, rule: Rule, sight
         extensions[str(n)].load_state_dict(state, strict=False)
         extensions[str(n)].shares = torch.tensor(open_T * own.get("share", 1.0)) if sighted else None
     with torch.no_grad():
-        bias = None if bias_E is None else torch.tensor(bias_E)
-        given = torch.tensor(x_TD), torch.tensor(x_TD @ gate_DE), bias
+        given = torch.tensor(x_TD), torch.tensor(x_TD @ gate_DE), None if bias_E is None else torch.tensor(bias_E)
         logits, weights, ids = (array.numpy() for array in extensions(*given))
     ours = route_extended(
         jnp.asarray(x_TD), Gate(jnp.asarray(gate_DE), None, None if bias_E is None else jnp.asarray(bias_E)), slots,
