@@ -19,7 +19,8 @@ Data, batches, schedule and mesh are those of `mixtral_8x7b`, so that methods di
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -36,39 +37,51 @@ from moextend_jax.settings import (
 )
 
 Name = Literal["lora", "qlora", "mole", "moram", "damc", "blocks", "dymoe", "upcycling", "pathweave", "crema"]
-METHODS: dict[str, MethodSettings] = {
-    "lora": MethodSettings(name="lora", rank=128, alpha=256, experts="per_expert"),
-    "qlora": MethodSettings(name="lora", rank=64, alpha=16, experts="per_expert"),
-    "mole": MethodSettings(name="mole", rank=32, alpha=64, lora_experts=3, gating="top1"),
-    "moram": MethodSettings(name="moram", rank=8, alpha=16, top_k=8, tau=0.03, threshold=0.2, experts="none"),
-    "damc": MethodSettings(name="damc", rank=128, alpha=256),
-    "blocks": MethodSettings(name="blocks", blocks=2),
-    "dymoe": MethodSettings(guidance=0.2, drift=0.01),
-}
-LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "mole": 2e-5, "moram": 5e-4, "damc": 2e-4, "blocks": 2e-4}
-PROJECTOR_TOO = ("lora", "qlora", "damc")
-"""Those that train it in finetune, at 2e-5."""
-OTHERWISE: dict[str, dict[str, Any]] = {
-    "qlora": {"expert_storage": "int4"},
-    "dymoe": {"grow": GrowSettings(column="mean")},
-    "upcycling": {"select": SelectSettings(held_out=10_000, share=0.5, source="saliency")},
+
+
+class Method(NamedTuple):
+    """learning_rate: of finetune. projector: finetune trains it too, at 2e-5. otherwise: settings of other groups."""
+
+    settings: MethodSettings
+    learning_rate: float = 2e-5
+    projector: bool = False
+    otherwise: Mapping[str, Any] = {}
+
+
+METHODS = {
+    "lora": Method(MethodSettings(name="lora", rank=128, alpha=256, experts="per_expert"), 2e-4, projector=True),
+    "qlora": Method(
+        MethodSettings(name="lora", rank=64, alpha=16, experts="per_expert"),
+        2e-4,
+        projector=True,
+        otherwise={"expert_storage": "int4"},
+    ),
+    "mole": Method(MethodSettings(name="mole", rank=32, alpha=64, lora_experts=3, gating="top1")),
+    "moram": Method(
+        MethodSettings(name="moram", rank=8, alpha=16, top_k=8, tau=0.03, threshold=0.2, experts="none"), 5e-4
+    ),
+    "damc": Method(MethodSettings(name="damc", rank=128, alpha=256), 2e-4, projector=True),
+    "blocks": Method(MethodSettings(name="blocks", blocks=2), 2e-4),
+    "dymoe": Method(MethodSettings(guidance=0.2, drift=0.01), otherwise={"grow": GrowSettings(column="mean")}),
+    "upcycling": Method(
+        MethodSettings(), otherwise={"select": SelectSettings(held_out=10_000, share=0.5, source="saliency")}
+    ),
 }
 
 
 def get_config(arg: Name = "lora") -> ConfigDict:
     if arg in ("pathweave", "crema"):
         return to_config_dict(_connector(arg))
-    settings = from_config_dict(mixtral_8x7b.get_config())
-    settings = dataclasses.replace(settings, method=METHODS.get(arg, MethodSettings()), **OTHERWISE.get(arg, {}))
-    if rate := LEARNING_RATES.get(arg):
-        multipliers = {}
-        if arg in PROJECTOR_TOO:
-            recipe = dataclasses.replace(settings.recipe, finetune_trains="extension_and_projector")
-            settings, multipliers = dataclasses.replace(settings, recipe=recipe), {"projector": 2e-5 / rate}
-        finetune = settings.finetune
-        optimizer = dataclasses.replace(finetune.optimizer, learning_rate=rate, multipliers=multipliers)
-        settings = dataclasses.replace(settings, finetune=dataclasses.replace(finetune, optimizer=optimizer))
-    return to_config_dict(settings)
+    method, settings = METHODS[arg], from_config_dict(mixtral_8x7b.get_config())
+    optimizer, recipe = settings.finetune.optimizer, settings.recipe
+    if method.projector:
+        recipe = dataclasses.replace(recipe, finetune_trains="extension_and_projector")
+        optimizer = dataclasses.replace(optimizer, multipliers={"projector": 2e-5 / method.learning_rate})
+    optimizer = dataclasses.replace(optimizer, learning_rate=method.learning_rate)
+    finetune = dataclasses.replace(settings.finetune, optimizer=optimizer)
+    return to_config_dict(
+        dataclasses.replace(settings, method=method.settings, recipe=recipe, finetune=finetune, **method.otherwise)
+    )
 
 
 def _connector(arg: Literal["pathweave", "crema"]) -> RunSettings:

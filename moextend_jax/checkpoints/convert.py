@@ -172,10 +172,12 @@ def default_layout(source: Source) -> str:
     read = with_what_is_read(source.config, source.leaves).media.values()
     taught = "projector" in source.parts or any(not names.unheard(medium) for medium in read)
     if "extension" in source.parts or (taught and "decoder" in source.parts):
-        pictures = all(name == of.medium == IMAGE for name, of in source.config.extensions.items())
-        pictures = pictures and source.config.composition == "shared"
-        pictures = pictures and source.parts <= {"decoder", "vision", "projector", "extension"}
-        released = source.config.decoder.family in names.PUBLISHED["released"].families and pictures
+        released = (
+            source.config.decoder.family in names.PUBLISHED["released"].families
+            and source.parts <= {"decoder", "vision", "projector", "extension"}
+            and all(name == of.medium == IMAGE for name, of in source.config.extensions.items())
+            and source.config.composition == "shared"
+        )
         return "released" if released else HF
     if "decoder" in source.parts:
         return source.config.decoder.family

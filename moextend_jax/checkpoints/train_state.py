@@ -269,7 +269,7 @@ def _state(manager: ocp.CheckpointManager, step: int, like: Any) -> Any:
 BEFORE: dict[str, Any] = {
     "weight_guard": "none", "tags": [5, 6, 3], "mass": "base", "start": "copy", "wide": 1, "first_moment": "float32",
     "calibrator": "two_layers", "tokens": "all", "composition": "shared", "guidance": 0.0, "drift": 0.0,
-    "column": "copy", "extension.expert": "copy", "selection_bias": "copy", "opens_by": 0.0,
+    "column": "copy", "extension.expert": "copy", "extension.selection_bias": "copy", "opens_by": 0.0,
     "expert_storage": "as_is", "method": {},
     "settings.new_experts": 1, "settings.layers": "extender", "settings.source": "recipe", "settings.expert": 0,
 }  # fmt: skip

@@ -357,13 +357,10 @@ class MoExtendModel(LlavaModel):
             how = sounds["projector"]
             self.audio_projector = AudioProjector(size, out, how["kind"], how["neighbours"])
             self.pads[sounds["name"]] = sounds["tags"]["pad"]
-        self._extend_layers()
-        self.post_init()
-
-    def _extend_layers(self) -> None:
         self.extended = sorted({layer for own in self.config.extensions or () for layer in own["layers"]})
         for layer in self.extended:
             extend(block_of(self.language_model.layers[layer]), Extensions(self.config, layer))
+        self.post_init()
 
     def forward(
         self, input_ids=None, pixel_values=None, past_key_values=None, inputs_embeds=None, input_features=None, **kwargs
