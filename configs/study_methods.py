@@ -4,9 +4,9 @@
 
 `moextend` is the method; everything else is compared with it, seed by seed, after 100 steps of finetune instead of the
 demo's 260. Low-rank updates have LLaVA's alpha/rank of 2; rank 8 is to a model of width 128 about what LLaVA's rank is
-to one of 4096, and `lora_equal` has as many trained parameters as the new experts; one block is the
-fewest that LLaMA-Pro can add. `_strict` is under strict text isolation, where every method leaves text exactly as it
-was and answers about pictures as well as without.
+to one of 4096. `_equal` has about as many trained parameters as the new experts (at most 2 % fewer): DAMC and QLoRA stand
+at these alone. One block, twice as many, is the fewest that LLaMA-Pro can add. `_strict` is under strict text isolation,
+where every method leaves text exactly as it was.
 """
 
 import dataclasses
@@ -23,17 +23,26 @@ def _points(name: str, *, rank: int) -> tuple[str, ...]:
 
 STRICT = ("text_isolation=strict",)
 LORA_EQUAL = _points("lora", rank=24)
+MORAM = ("method.experts=none", "method.top_k=8")
+DYMOE = ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01")
+BLOCKS = ("method.name=blocks", "method.blocks=1")
+EQUAL: dict[str, tuple[str, ...]] = {
+    "lora_equal": LORA_EQUAL,
+    "mole_equal": _points("mole", rank=11),
+    "moram_equal": (*_points("moram", rank=55), *MORAM),
+    "damc_equal": _points("damc", rank=12),
+}
 POINTS: dict[str, tuple[str, ...]] = {
     "moextend": (),
-    "moextend_strict": STRICT,
-    "dymoe": ("grow.column=mean", "method.guidance=0.2", "method.drift=0.01"),
+    "dymoe": DYMOE,
     "lora": _points("lora", rank=8),
-    "lora_equal": LORA_EQUAL,
-    "lora_equal_strict": (*LORA_EQUAL, *STRICT),
     "mole": _points("mole", rank=8),
-    "moram": (*_points("moram", rank=8), "method.experts=none", "method.top_k=8"),
-    "blocks": ("method.name=blocks", "method.blocks=1"),
+    "moram": (*_points("moram", rank=8), *MORAM),
+    "blocks": BLOCKS,
+    **EQUAL,
+    "qlora_equal": (*LORA_EQUAL, "expert_storage=int4"),
 }
+POINTS |= {f"{name}_strict": (*POINTS[name], *STRICT) for name in ("moextend", "dymoe", "blocks", *EQUAL)}
 
 
 def get_config() -> ConfigDict:
