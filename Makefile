@@ -15,8 +15,9 @@ VENV ?= .venv
 WORKDIR ?= work/demo
 JOBS ?= 2
 # Files of tests whole, since theirs share what is compiled, in the order of conftest.py. Most of
-# those for eight devices are in one file: they are shared out one by one.
-PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# those for eight devices are in one file: they are shared out one by one. A process that crashes ends the run with the
+# name of its test: with one started in its place, pytest-xdist 3.8 waits for ever.
+PYTEST = $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 CHOSEN = not long$(if $(SLOW),, and not slow)
 RUN := "$(VENV)/bin/python"
 

@@ -9,6 +9,7 @@ or, if there is none, with the first by name: seed by seed, since a seed moves a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import jax
 from rich.table import Table
 
 from moextend_jax import distributed
@@ -121,11 +123,13 @@ def run_study(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[str
         )
     figures: dict[str, dict[int, dict[str, float]]] = {name: {} for name in points}
     started = time.perf_counter()
-    for seed in seeds:
-        for name, own in points.items():
-            summary = _summary(dataclasses.replace(own, seed=seed), name, workdir, points=points, run=run)
-            rows = {figure: row for figure, row in FIGURES.items() if not row.chain or "chains" in summary}
-            figures[name][seed] = {figure: float(row.of(summary)) for figure, row in rows.items()}
+    for done, (seed, (name, own)) in enumerate(itertools.product(seeds, points.items()), start=1):
+        place = f"{done} of {len(seeds) * len(points)}: {name}, seed {seed}"
+        summary = _summary(dataclasses.replace(own, seed=seed), name, workdir, place=place, points=points, run=run)
+        rows = {figure: row for figure, row in FIGURES.items() if not row.chain or "chains" in summary}
+        figures[name][seed] = {figure: float(row.of(summary)) for figure, row in rows.items()}
+        if done % len(points):
+            continue  # of this seed there are more
         record = {
             "data": summary["data"],
             "points": {name: {"settings": list(words[name]), "seeds": of} for name, of in figures.items()},
@@ -141,7 +145,7 @@ def run_study(settings: RunSettings, workdir: Path, *, run: MakeRun) -> dict[str
 
 
 def _summary(
-    own: RunSettings, name: str, workdir: Path, *, points: Mapping[str, RunSettings], run: MakeRun
+    own: RunSettings, name: str, workdir: Path, *, place: str, points: Mapping[str, RunSettings], run: MakeRun
 ) -> Mapping[str, Any]:
     """What summary.json holds of a point and seed; the run is not made again if it is there."""
     folder = workdir / name / f"seed_{own.seed}"
@@ -159,8 +163,10 @@ def _summary(
     if made:  # of the one with most: a rival method's has `align` alone
         most = max(made, key=lambda there: len(made[there]))
         share(most, folder, made[most])
-    console().print(f"study: {name}, seed {own.seed}", highlight=False)
-    return run(own, folder)
+    console().print(f"study: {place}", highlight=False)
+    summary = run(own, folder)
+    jax.clear_caches()  # on a CPU each program holds pieces of memory that Linux maps, 65,530 at most in a process
+    return summary
 
 
 def _early(settings: RunSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it starts in the background
@@ -136,6 +137,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no reference values: {SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """On a CPU each compiled program holds pieces of memory that Linux maps, 65,530 at most in a process: the next
+    compilation is a segmentation fault. What a file of tests has compiled goes when there are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)

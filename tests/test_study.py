@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import tiny
 from matplotlib.figure import Figure
@@ -82,7 +83,8 @@ def test_points_and_seeds_go_on_where_they_stood(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "study.html").read_text()
     assert page.count("<svg") == 2 and "<td>+0.100 ± 0.000</td>" in page and "select.layers=all" in page
-    assert "study.json" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "study: 5 of 6: all, seed 1" in out and "study.json" in out
     calls.clear()
     run_study(dataclasses.replace(settings, study=StudySettings(points={"paper": ()}, seeds=(0, 1))), tmp_path,
               run=made_up(calls))  # fmt: skip
@@ -178,7 +180,22 @@ def test_so_are_those_of_methods(name: str):
     assert later == [2 * (name == "study_sequence")] * len(made)
     for point, own in made.items():
         methods = {own.method.name, *(of.method.name for of in own.extensions.values())}
-        assert methods == {point.partition("_")[0] if point != "dymoe" else "moextend"}
+        first = point.partition("_")[0]
+        assert methods == {{"dymoe": "moextend", "qlora": "lora"}.get(first, first)}
+
+
+def test_programs_of_a_run_are_let_go(tmp_path: Path):
+    """On a CPU a process can hold some ten thousand."""
+    double = jax.jit(lambda x: 2 * x)
+    small = made_up([])
+
+    def run(settings: RunSettings, workdir: Path) -> dict[str, Any]:
+        assert double._cache_size() == 0
+        double(1.0)
+        return small(settings, workdir)
+
+    run_study(of({"a": (), "b": ("grow.column=zero",)}), tmp_path, run=run)
+    assert double._cache_size() == 0
 
 
 @pytest.mark.slow
