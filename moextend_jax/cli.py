@@ -225,7 +225,7 @@ def _check_names(words: list[str]) -> None:
         if any("\udc80" <= letter <= "\udcff" for letter in name):
             encoding = sys.getfilesystemencoding()
             mend = "export PYTHONUTF8=1" if encoding != "utf-8" else "rename it"
-            raise MoextendError(f"{name} is no {encoding}, which Python takes names for here; {mend}")
+            raise MoextendError(f"{name} is not {encoding}, in which Python reads names here; {mend}")
 
 
 if __name__ == "__main__":

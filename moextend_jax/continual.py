@@ -180,5 +180,6 @@ def check_nothing_is_lost(record: Mapping[str, Any], links: Iterable[Link]) -> N
     if lost:
         told = ", ".join(f"{name} {amount:+g}" for name, amount in lost.items())
         raise MoextendError(
-            f"text_isolation strict changed what it must keep exactly: {told}; this is a fault of the program"
+            f"text_isolation strict changed what it must keep exactly: {told}; this is an error in the program, please "
+            "report it"
         )

@@ -65,7 +65,14 @@ def arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         # The torus of v5e and v6e has two dimensions, fewer than a mesh may need, so these may be split.
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except (ValueError, NotImplementedError) as error:
+            sizes = ", ".join(f"mesh.{axis} = {size}" for axis, size in zip(MESH_AXES, shape, strict=True) if size > 1)
+            raise MoextendError(
+                f"JAX cannot lay a mesh of {sizes} over these {len(devices)} chips ({error}); change its sizes, as "
+                "--config.mesh.tensor=4, or take another shape of chips"
+            ) from None
     if shape[0] % slices:
         raise MoextendError(f"mesh.data = {shape[0]} must be a multiple of {slices} slices: only replicas span them")
     within = (shape[0] // slices, *shape[1:])

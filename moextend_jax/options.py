@@ -126,7 +126,12 @@ def describe(kind: Any, settings: Mapping[str, Any] | None, *, command: str, doe
     placed = [option for option in options if option.name in places(kind)]
     usage = [option.name.upper() + (" ..." if is_list(option.kind) else "") for option in placed]
     usage = [name if option.default is MISSING else f"[{name}]" for name, option in zip(usage, placed, strict=True)]
-    lines = [" ".join(["moextend", command, *usage, "[--OPTION VALUE ...]"]), "", *row("", does, indent=0), ""]
+    lines = [
+        " ".join(["moextend", command, *usage, "[--OPTION VALUE ...]"]),
+        "",
+        *row("", " ".join(does.split()), indent=0),
+        "",
+    ]
     for option in options:
         nothing = any(option.default is value for value in (None, False, ()))
         lines += _rows(option, needed="needed", default="" if nothing else f"default {as_written(option.default)}")

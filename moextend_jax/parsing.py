@@ -17,7 +17,7 @@ from moextend_jax.config import MoextendError
 from moextend_jax.configurations import load, meant
 from moextend_jax.folders import folder
 from moextend_jax.options import MISSING, Sets, describe, is_list, kinds_of, options_of, places, settings_of
-from moextend_jax.settings import RunSettings, fields, from_config_dict
+from moextend_jax.settings import NOUNS, RunSettings, fields, from_config_dict
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -209,4 +209,4 @@ def read(kind: Any, texts: Sequence[str], *, what: str) -> Any:
     try:
         return BOOLS[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise MoextendError(f"{what} = {text!r} is not of type {kind.__name__}") from None
+        raise MoextendError(f"{what} = {text!r} must be {NOUNS.get(kind, kind.__name__)}") from None

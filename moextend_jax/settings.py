@@ -793,6 +793,10 @@ def _check_part(part: float, *, name: str, of: str) -> None:
         raise MoextendError(f"{name} = {part:g} is neither a share, below 1, nor a whole number of {of}")
 
 
+NOUNS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""How messages call the types of settings."""
+
+
 @functools.cache
 def fields(kind: type) -> dict[str, Any]:
     """The type of each field, with its range."""
@@ -833,7 +837,7 @@ def build(kind: Any, value: Any, *, where: str) -> Any:
             raise MoextendError(f"{where} is too large a number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise MoextendError(f"{where} = {value!r} is not of type {kind.__name__}")
+        raise MoextendError(f"{where} = {value!r} must be {NOUNS.get(kind, kind.__name__)}")
     return value
 
 

@@ -283,7 +283,7 @@ def test_a_run_takes_an_imported_folder_with_its_own_tower_as_base(run: Run, tmp
     text = tiny.write_base(tmp_path / "text")
     shutil.rmtree(text / "vision")
     settings = dataclasses.replace(run.settings, base=str(text), vision="")
-    with pytest.raises(MoextendError, match='text has no vision tower of its own, as config.vision = ""'):
+    with pytest.raises(MoextendError, match='text has no vision tower of its own, which config.vision = ""'):
         open_run(settings, tmp_path / "work")
 
 

@@ -233,7 +233,7 @@ def test_a_number_of_a_tool_outside_its_range(refused, words: str):
 
 def test_a_name_that_python_cannot_read(refused, ground, tmp_path):
     name = os.fsdecode(b"caf\xe9")  # in ASCII's locale any letter beyond it is like this
-    assert "caf\\udce9 is no utf-8" in refused("align", *ground.arguments(tmp_path / name))
+    assert "caf\\udce9 is not utf-8" in refused("align", *ground.arguments(tmp_path / name))
     assert not list(tmp_path.iterdir())
 
 

@@ -71,6 +71,13 @@ def test_mesh_sizes_fill_and_must_cover():
         mesh_shape({**sizes_, "expert": 3}, 64)
 
 
+def test_a_mesh_that_jax_cannot_lay_over_the_chips_is_a_mistake_of_the_user():
+    pytest.importorskip("libtpu", reason="plans for TPUs need libtpu")
+    sizes_ = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 8}
+    with pytest.raises(MoextendError, match="cannot lay a mesh of mesh.fsdp = 10, mesh.tensor = 8 over these 80 chips"):
+        topology.make_mesh(topology.parse("v5p:4x4x5"), sizes_)
+
+
 # --- compiled programs ------------------------------------------------------------------------------------------------
 
 

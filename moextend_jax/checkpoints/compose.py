@@ -167,7 +167,7 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
     if unknown := sorted(shares.keys() - extensions.keys()):
         raise MoextendError(f"--share {unknown[0]}: there is no such extension; there are {', '.join(extensions)}")
     if len(counts := {blocks.count for blocks in kinds["blocks"].values()}) > 1:
-        raise MoextendError(f"deltas of {' and '.join(map(str, counts))} blocks cannot stand in one model")
+        raise MoextendError(f"the deltas have {' and '.join(map(str, counts))} blocks: in one model all have as many")
     media = _with_own_pads(_union_of_media(deltas), base)
     for name, added in extensions.items():
         if added.medium and added.medium not in media:
@@ -177,7 +177,9 @@ def composed(base: Source, deltas: Sequence[Delta], *, rule: Any, text: str, sha
     changed = [(part, path) for part in deltas for path in part.leaves if hashes.is_pretrained(path)]
     if changed and len(deltas) > 1:
         part, path = changed[0]
-        raise MoextendError(f"{part.folder} changes {path} of its base, which others were trained with as it was")
+        raise MoextendError(
+            f"{part.folder} changes {path} of its base, which the other deltas need unchanged: leave it out"
+        )
     added_parts: dict[str, Any] = {kind: Named(own) for kind, own in kinds.items()}
     config = ModelConfig(
         decoder=base.config.decoder,
@@ -238,12 +240,14 @@ def _other_tags(tags: ImageTags, taken: set[int], media: Mapping[str, Medium], b
     every = taken | {id for medium in media.values() for id in medium.tags.ids}
     if base.tokenizer_folder is None:
         raise MoextendError(
-            f"the tags of {name} are those of another medium too, and the base brings no tokenizer to choose others by"
+            f"{name} has the tags of another medium, and without a tokenizer no others can be chosen: give the base one"
         )
     spare = tokenizer_of(base.tokenizer_folder, base.config).spare
     free = next((id for id in spare if id not in every), None)
     if free is None:
-        raise MoextendError(f"the vocabulary has no more ids that text does not need, and {name} needs one of its own")
+        raise MoextendError(
+            f"{name} needs an id that text does not use, and the vocabulary has no more: leave a medium out"
+        )
     return dataclasses.replace(tags, pad=free)
 
 

@@ -265,7 +265,9 @@ def open_base(base: str, vision: str, *, feature_layer: int) -> Source:
     tower = None if vision in ("", "embedded") else named_folder(vision)
     source = open_source(folder, vision=tower, feature_layer=feature_layer)
     if "vision" not in source.parts and not vision:
-        raise MoextendError(f'{folder} has no vision tower of its own, as config.vision = "" has it: name one there')
+        raise MoextendError(
+            f'{folder} has no vision tower of its own, which config.vision = "" asks for: name a tower with --vision'
+        )
     if "vision" not in source.parts:
         source = _with_tower(source, EMBEDDED / "vision", _Wanted(None, None, None, feature_layer, None))
     if "decoder" not in source.parts or "extension" in source.parts:

@@ -158,7 +158,7 @@ def check_readable(leaves: Mapping[str, Leaf]) -> None:
         if leaf.few_bits is not None:
             raise MoextendError(
                 f"{leaf.where}: the experts are in {leaf.few_bits.how}, as they were imported, and cannot be exported "
-                "or imported again: use the folder that they came from, or of a run --layout delta"
+                "or imported again: use the folder that they came from; a run over them goes out with --layout delta"
             )
 
 

@@ -146,7 +146,10 @@ def _coefficient(reference: Reference, options: CompareOptions, attributes: dict
 def _weight_guard(reference: Reference) -> Any:
     guard = reference.spec.get("weight_guard", "none")
     if not isinstance(guard, str) or guard not in WEIGHT_GUARDS:
-        raise MoextendError(f"{reference.folder / 'manifest.json'}: weight_guard {shown(guard)} is none of ours")
+        raise MoextendError(
+            f"{reference.folder / 'manifest.json'}: weight_guard {shown(guard)} is unknown; known are "
+            f"{', '.join(WEIGHT_GUARDS)}"
+        )
     return guard
 
 

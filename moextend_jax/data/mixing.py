@@ -142,8 +142,8 @@ def picks(sizes: Sequence[int], weights: Sequence[float], names: Sequence[str]) 
     longest = int(np.argmax(lengths))
     if lengths[longest] > MOST_ROWS:
         raise MoextendError(
-            f"data: {names[longest]} has {sizes[longest]} rows and a share of {share[longest]:.2g}, so that all its "
-            f"rows come once in {lengths[longest]:.3g}; give it a larger weight, or take a slice of it"
+            f"data: {names[longest]} has {sizes[longest]} rows and a share of {share[longest]:.2g}: an epoch with all "
+            f"its rows would have {lengths[longest]:.3g}; give it a larger weight, or take a slice of it"
         )
     starts = np.cumsum([0, *sizes[:-1]])
     rows, when = [], []

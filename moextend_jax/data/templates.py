@@ -41,6 +41,7 @@ FAMILIES: dict[str, Family] = {
     "llama3": Family(LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
 }
 """For checkpoints without a template of their own, known by their tokens. Mixtral's is in `writing.py`."""
+OTHERS = f"set recipe.prompt to {', '.join(FAMILIES)} or mixtral, or give the base another template"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +118,7 @@ def script(template: Template, shape: Shape) -> Script:
     if written is None and shape.system:
         return script(template, shape._replace(system=False))._replace(folded=True)
     if written is None:
-        raise MoextendError(f"{template.where} does not write every turn once, in order")
+        raise MoextendError(f"{template.where} does not write every turn once, in order: {OTHERS}")
     spans: list[Span] = []
     question: list[str | Place | Control] = []
     fixed, places = written
@@ -134,7 +135,7 @@ def script(template: Template, shape: Shape) -> Script:
             after = _opens_a_question(template, shape)
         end = next((n for n, item in enumerate(after, 1) if isinstance(item, Control)), None)
         if end is None:
-            raise MoextendError(f"{template.where} ends an answer with no control token")
+            raise MoextendError(f"{template.where} ends an answer with no control token: {OTHERS}")
         spans.append(Span((*question, *prompt), answer=False))
         spans.append(Span((*started, place, *after[:end]), answer=True))
         question, between = [], after[end:]
@@ -198,7 +199,7 @@ def _prompt_length(template: Template, shape: Shape, turn: int) -> int:
     if prompt is None or not alike:
         raise MoextendError(
             f"{template.where}: the prompt for answer {number + 1} is not what stands before it in the conversation; "
-            f"set recipe.prompt to {', '.join(FAMILIES)} or mixtral, or give the base another template"
+            f"{OTHERS}"
         )
     return len(prompt.fixed[-1])
 

@@ -138,7 +138,7 @@ def figure(results: Mapping[str, Any], task: str) -> Figure:
         if isinstance(value, int | float) and not isinstance(value, bool) and "," in name and "_stderr" not in name
     }
     if not figures:
-        raise MoextendError(f"lm-eval task {task} has no figure")
+        raise MoextendError(f"lm-eval gave no number for task {task}: leave it out of --tasks")
     rank = {name: FIGURES.index(head) if (head := name.split(",")[0]) in FIGURES else len(FIGURES) for name in figures}
     name = min(figures, key=rank.__getitem__)
     better = results.get("higher_is_better", {}).get(task, {}).get(name.split(",")[0], True)

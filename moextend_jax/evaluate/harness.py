@@ -85,7 +85,7 @@ class HarnessModel(TemplateLM):
             raise MoextendError(f"lm-eval asks for a text without tokens: {request!r:.200}")
         if len(continuation) > self.max_length:
             raise MoextendError(
-                f"lm-eval asks for a continuation of {len(continuation)} tokens, --max_length is {self.max_length}"
+                f"lm-eval asks for {len(continuation)} tokens after a text, --max_length is {self.max_length}; raise it"
             )
         ids = (context + continuation)[-(self.max_length + 1) : -1]
         tail = len(continuation)
@@ -122,7 +122,9 @@ class HarnessModel(TemplateLM):
         for n, request in enumerate(requests):
             options: Any = generating.normalize_gen_kwargs(request.args[1], NEW_TOKENS)
             if options.get("do_sample") and options.get("temperature"):
-                raise MoextendError("a task asks for sampled text, but here text is generated greedily")
+                raise MoextendError(
+                    "a task asks for sampled text, but here text is generated greedily: leave it out of --tasks"
+                )
             stops = generating.handle_stop_sequences(options["until"], eos=None)
             alike[options["max_gen_toks"], tuple(stops)].append(n)
         with counting("generating", len(requests), unit="requests") as bar:

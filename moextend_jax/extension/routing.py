@@ -116,7 +116,8 @@ def refuse_faulty(faulty_ZO: np.ndarray, *, first: int) -> None:
         layers = (first + rows).tolist()
         raise MoextendError(
             f"router logits are NaN or infinite in layers {layers}, first in layer {layers[0]} for experts "
-            f"{np.flatnonzero(faulty_ZO[rows[0]]).tolist()}: picks mean nothing there; look at the weights up to it"
+            f"{np.flatnonzero(faulty_ZO[rows[0]]).tolist()}: picks mean nothing there; check the "
+            "weights of that layer and of those before it"
         )
 
 
@@ -197,7 +198,7 @@ def select(
         shift_Z = shift(before.total_ZO, after.total_ZO)
     if not np.isfinite(shift_Z).all():
         without = (first + np.flatnonzero(~np.isfinite(shift_Z))).tolist()
-        raise MoextendError(f"no layer can be chosen: the shift of layers {without} is no number, without picks")
+        raise MoextendError(f"no layer can be chosen: no picks were counted in layers {without}")
     chosen = chosen_layers(layers, shift_Z, share=share, seed=seed)
     decided_under = source if source in ("before", "after") else recipe.source_under
     decided_ZO = shares((before if decided_under == "before" else after).total_ZO) if scores_ZE is None else scores_ZE

@@ -48,7 +48,7 @@ def positions(item: np.ndarray, medium: Medium) -> int:
 
 def input_shape(medium: Medium) -> tuple[int, ...]:
     if not isinstance(medium.tower, FeaturesConfig):
-        raise MoextendError("a medium of the kind features has no tower, but a width and patches")
+        raise MoextendError("a medium of kind features has no tower: set its width and patches, and leave tower out")
     return medium.tower.patches, medium.tower.width
 
 

@@ -402,8 +402,8 @@ def check_length(length: int, sizes: DecoderConfig) -> None:
     if sizes.window is not None and length > sizes.window:
         raise MoextendError(
             f"rows of {length} tokens: the model was made for a sliding window of {sizes.window} (sliding_window in "
-            "its config.json), and here every token sees all before it, which up to that length is the same; take "
-            "shorter rows, or where the window is a mistake, as in early Mixtral files, write null there"
+            "its config.json), which is not computed here: up to that length it makes no difference. Set shorter rows, "
+            "or if the window is a mistake, as in early Mixtral files, write null there"
         )
 
 

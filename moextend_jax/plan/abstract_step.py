@@ -59,8 +59,8 @@ def abstract_step(settings: RunSettings, config: ModelConfig, *, stage: str, mes
     run = stage_settings(settings, stage)
     if not run.length or (config.media and not any(run.room(name) for name in config.media)):
         raise MoextendError(
-            f"{stage}.length and images_per_row (or items_per_row) are found in the data, which is not read here: "
-            "set both"
+            f"{stage}.length or images_per_row (or items_per_row) is 0: a run finds it in the data, which is not read "
+            f"here; set both, as --config.{stage}.length=2048 --config.{stage}.images_per_row=1"
         )
     trains, model = patterns(settings, stage=stage), structure(config)
     model = stages.for_training(model, stages.split(by_path(nnx.state(model, nnx.Param)), trains)[0])

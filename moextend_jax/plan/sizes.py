@@ -155,7 +155,9 @@ def _vision(settings: RunSettings) -> VisionConfig | None:
         elif (folder / "vision" / "config.json").is_file():
             return huggingface.read_vision_config(folder / "vision", feature_layer=feature_layer)
     if not settings.vision:
-        raise MoextendError(f'{settings.base} has no vision tower of its own, as config.vision = "" has it: name one')
+        raise MoextendError(
+            f'{settings.base} has no vision tower of its own, which config.vision = "" asks for: name one with --vision'
+        )
     return _tower(settings.vision, feature_layer=feature_layer)
 
 

@@ -264,7 +264,7 @@ class CompareOptions:
     a: Path
     """file of statistics"""
     b: Path
-    """another"""
+    """second file of statistics"""
     _: dataclasses.KW_ONLY
     after: tuple[Path, Path] | None = None
     """A2 B2: the same two models after the probe"""
@@ -387,7 +387,7 @@ class PlotOptions:
     stats: Path
     """file of statistics"""
     other: Path | None = None
-    """another, whose difference is drawn"""
+    """second file of statistics: the difference of the two is drawn"""
     _: dataclasses.KW_ONLY
     out: Path
     """PREFIX of PREFIX.png and PREFIX.html"""

@@ -37,7 +37,7 @@ def with_media(source: Source, settings: RunSettings, tokenizer: Tokenizer) -> S
     if len(others) > len(tokenizer.spare):
         raise MoextendError(
             f"{len(others)} media beside pictures need as many ids that text does not use, and the vocabulary in "
-            f"{tokenizer.where} has {len(tokenizer.spare)}"
+            f"{tokenizer.where} has {len(tokenizer.spare)}: leave media out, or append rows to the base's vocabulary"
         )
     for name, of in settings.media.items():
         if name == IMAGE:

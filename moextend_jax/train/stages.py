@@ -60,7 +60,7 @@ def split(leaves: Mapping[str, Leaf], trains: Iterable[str]) -> tuple[dict[str, 
     asked = {path: leaf for path, leaf in leaves.items() if any(fnmatchcase(path, p) for p in trains)}
     trainable = {path: leaf for path, leaf in asked.items() if path in trains or not only_chooses(path)}
     if path := next((path for path in trainable if path.endswith(SCALES)), None):
-        raise MoextendError(f"the stage trains what {path} is the scale of, integers: set expert_storage as_is")
+        raise MoextendError(f"the stage trains experts that are stored as integers ({path}): set expert_storage=as_is")
     return trainable, {path: leaf for path, leaf in leaves.items() if path not in trainable}
 
 
