@@ -121,7 +121,9 @@ def encoded(opened: Askable, prompt: str | Sequence[Turn], *, spans: Spans, plai
             raise MoextendError(f"prompt: text that is not UTF-8: {error}") from None
         ids_L = np.array([*opened.tokenizer.prefix, *opened.tokenizer.encode(prompt)], np.int32)
         if not len(ids_L):
-            raise MoextendError("prompt: it is empty, and the model has no token that texts begin with: give some text")
+            raise MoextendError(
+                "prompt: a prompt without tokens, and the model has none that texts begin with: give some text"
+            )
         return Encoded(ids_L, np.full_like(ids_L, IGNORE), np.full_like(ids_L, -1), np.ones_like(ids_L), {})
     turns = [question(opened, prompt, spans)] if isinstance(prompt, str) else prompt
     return encode_dialogue(turns, items=spans, tokenizer=opened.tokenizer, recipe=opened.recipe)

@@ -198,7 +198,9 @@ def select(
         shift_Z = shift(before.total_ZO, after.total_ZO)
     if not np.isfinite(shift_Z).all():
         without = (first + np.flatnonzero(~np.isfinite(shift_Z))).tolist()
-        raise MoextendError(f"no layer can be chosen: no picks were counted in layers {without}")
+        raise MoextendError(
+            f"no layer can be chosen: the shift of layers {without} is no number, as no picks were counted there"
+        )
     chosen = chosen_layers(layers, shift_Z, share=share, seed=seed)
     decided_under = source if source in ("before", "after") else recipe.source_under
     decided_ZO = shares((before if decided_under == "before" else after).total_ZO) if scores_ZE is None else scores_ZE

@@ -133,8 +133,8 @@ def train_loop(
                         if back is None:
                             raise MoextendError(
                                 f"{job.name}: {skipped} steps until step {count} had a loss or gradient that is not "
-                                f"finite, {settings.nonfinite_limit} are allowed (nonfinite_limit); their batches are "
-                                f"in {watch.folder}, and a lower learning rate may help"
+                                f"finite, {settings.nonfinite_limit} are allowed; their batches are in {watch.folder}. "
+                                "Look at them, lower the learning rate, or raise nonfinite_limit"
                             )
                         state, rollbacks = back, rollbacks - 1
                         print(f"{job.name}: step {count} goes back to step {int(state.step)}, with later data")
