@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 from children import alive, ended
@@ -580,6 +582,24 @@ def test_a_full_disk(whole, small_disk: Path):
     finished = [path for path in (small_disk / "checkpoints").iterdir() if path.name.isdigit()]
     assert finished and all(sums.fault(path) is None for path in finished)
     goes_on(small_disk, whole, after=max(int(path.name) for path in finished))
+
+
+@OF_ORBAX
+@pytest.mark.usefixtures("failed_saves")
+def test_a_process_that_cannot_save_does_not_wait_for_the_others(tmp_path: Path, monkeypatch):
+    """They wait elsewhere for it, and would with it for an hour; when it leaves, it tells them."""
+    waited: list[str] = []
+    for module in (ocp.multihost, importlib.import_module("orbax.checkpoint._src.multihost.multihost")):
+        monkeypatch.setattr(module, "get_barrier_sync_fn", lambda **_: lambda key, timeout_ms: waited.append(key))
+
+    def full(folder: Path) -> None:
+        waited.append("failed")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sums, "write_sums", full)
+    with pytest.raises(MoextendError, match="No space left on device"):
+        train_state.save_leaves(tmp_path / "result", {"leaf": jax.numpy.ones(3)}, facts={})
+    assert len(waited) > 1 and waited[-1] == "failed"
 
 
 @OF_ORBAX

@@ -52,12 +52,23 @@ def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
             if checkpoint.is_dir() and not (checkpoint / sums.NAME).exists():
                 sums.write_sums(checkpoint)
 
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def together(*, key: str, timeout_ms: int) -> None:
+        # Orbax comes here also where this process has failed to save. The others then wait elsewhere, for this process:
+        # all of them for an hour.
+        if (failed := sys.exc_info()[1]) is not None:
+            raise failed
+        wait(key=key, timeout_ms=timeout_ms)
+
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
         cleanup_tmp_directories=True,  # of a run that was killed while it saved
         # Other processes wait so long for the checksums: those of a whole Mixtral take minutes on a slow disk.
-        async_options=ocp.options.AsyncOptions(timeout_secs=3600, post_finalization_callback=add_sums),
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=3600, barrier_sync_fn=together, post_finalization_callback=add_sums
+        ),
     )
     manager = _Manager(root, options=options)
     with _quiet_threads():
