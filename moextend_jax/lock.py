@@ -52,10 +52,10 @@ def locked(workdir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            file.truncate(0)
-            if [path.name for path in workdir.iterdir()] == [NAME]:  # refused before it wrote anything
-                (workdir / NAME).unlink()
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it may be gone; what the run ends with says so, or is something else
+                file.truncate(0)
+                if [path.name for path in workdir.iterdir()] == [NAME]:  # refused before it wrote anything
+                    (workdir / NAME).unlink()
                     workdir.rmdir()
 
 

@@ -533,6 +533,12 @@ def test_a_work_directory_has_one_run(tmp_path: Path):
         pass
 
 
+def test_a_work_directory_that_is_gone_hides_no_notice(tmp_path: Path):
+    with pytest.raises(preemption.Preempted, match="saved"), locked(tmp_path / "w"):
+        (tmp_path / "w").rename(tmp_path / "moved")
+        raise preemption.Preempted("align is saved")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system of 400 kB, where this user may mount one."""
