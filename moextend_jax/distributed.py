@@ -234,6 +234,9 @@ def check_shared(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text("")
     barrier(f"marked {folder}")
+    # On NFS a host that has looked for it too early believes for a minute that there is none, but asks when it is to
+    # make it.
+    folder.mkdir(parents=True, exist_ok=True)
     missing = any_process(not mark.exists())
     if first():
         mark.unlink()

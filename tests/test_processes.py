@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -12,9 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import process_of_a_run as one
 import pytest
 import tiny
@@ -22,9 +26,10 @@ import torus
 from children import ended
 
 from moextend_jax import distributed
+from moextend_jax.checkpoints import train_state
 from moextend_jax.config import MoextendError
 from moextend_jax.runs.models_of import open_model
-from moextend_jax.runs.run import open_run, settings_of
+from moextend_jax.runs.run import open_run, settings_of, write_json
 from moextend_jax.settings import RunSettings
 from moextend_jax.sharding import MESH_AXES
 from moextend_jax.train.metrics import read_metrics
@@ -284,6 +289,59 @@ def finished(workdir: Path) -> tuple[RunSettings, dict[str, Any]]:
     assert settings is not None
     run = open_run(settings, workdir)
     return settings, open_model(run, "moextend").arrays
+
+
+# --- file systems -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that process 0 has made, and this one, on another host, has looked for before: on NFS this host believes
+    that there is none, for as long as it believes what it knows of the folder above (nfs(5), lookupcache)."""
+    folder, believed = tmp_path / "point" / "seed_0", {tmp_path / "point", tmp_path / "point" / "seed_0"}
+    folder.mkdir(parents=True)
+    (folder / "routing.json").touch()
+
+    def believing(call: Any, makes: bool = False) -> Any:
+        def asked(path: Any, *rest: Any, **more: Any) -> Any:
+            if not isinstance(path, int):
+                above = Path(path).parents if makes else (Path(path), *Path(path).parents)
+                if not believed.isdisjoint(above):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+                if makes:
+                    believed.discard(Path(path))
+            return call(path, *rest, **more)
+
+        return asked
+
+    for name in ("stat", "listdir", "mkdir"):
+        monkeypatch.setattr(os, name, believing(getattr(os, name), makes=name == "mkdir"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "any_process", lambda here: here)
+    assert not folder.exists()
+    return folder
+
+
+def test_a_work_directory_is_shared_though_another_host_has_looked_for_it(other_host: Path, monkeypatch):
+    monkeypatch.setattr(distributed, "barrier", lambda name: (other_host / ".seen-by-all-processes").touch())
+    distributed.check_shared(other_host)
+
+
+def test_what_is_written_once_is_seen_by_a_host_that_has_looked_for_it(other_host: Path, monkeypatch):
+    monkeypatch.setattr(distributed, "barrier", lambda name: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    write_json(other_host / "routing.json", {})
+
+
+def test_a_folder_of_checkpoints_is_seen_by_a_host_that_has_looked_for_it(other_host: Path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        train_state, "_Manager", lambda root, **_: seen.append(root.exists()) or SimpleNamespace(close=int)
+    )
+    monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: None)
+    with train_state.open_manager(other_host, keep=1):
+        assert seen == [True]
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------

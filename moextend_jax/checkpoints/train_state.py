@@ -46,6 +46,8 @@ def open_manager(folder: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
     """A manager of the checkpoints in `folder`, of which the newest `keep` stay. It saves in threads, atomically and
     with checksums; at the end it waits for what is being saved."""
     root = absolute(folder)
+    if not is_url(root):  # where Orbax would make it in process 0 alone (`distributed.check_shared`)
+        root.mkdir(parents=True, exist_ok=True)
 
     def add_sums() -> None:  # Orbax calls this when all files are there and the checkpoint is not yet committed
         for checkpoint in root.iterdir():

@@ -344,5 +344,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
     distributed.barrier(f"wrote {path}")
     until = time.monotonic() + 60
     while not is_url(path) and not path.exists() and time.monotonic() < until:
-        os.listdir(path.parent)  # on NFS another host may still believe that the file is not there
+        # On NFS another host may still believe that the folder is not there, or the file.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.listdir(path.parent)
         time.sleep(0.5)
