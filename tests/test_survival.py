@@ -338,13 +338,14 @@ def test_batches_of_good_steps_are_let_go(tmp_path: Path):
     assert watch.check() == [3] and {path.name for path in tmp_path.glob("*.npz")} == {"step_0000003-process_0.npz"}
 
 
-def test_a_full_disk_does_not_end_a_run_for_a_bad_batch(tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("503 of a bucket")])
+def test_a_full_disk_does_not_end_a_run_for_a_bad_batch(tmp_path: Path, monkeypatch, capsys, error: Exception):
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(np, "savez", full)
     train(tmp_path, rows=Poisoned(3), steps=4, nonfinite_limit=1)
-    assert "the batch of step 3 is not written: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert f"the batch of step 3 is not written: {error}" in capsys.readouterr().err
 
 
 # --- being told to stop -----------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Watch:
         for seen in bad[: max(0, self.most - self._written)]:
             try:
                 self._write(seen)
-            except OSError as error:  # the run does not need it, and other processes would wait for this one
+            except Exception as error:  # a disk's or a bucket's; the run does not need it
                 print(f"moextend: the batch of step {seen.step} is not written: {error}", file=sys.stderr)
             self._written += 1
         return [seen.step for seen in bad]
