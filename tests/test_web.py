@@ -238,6 +238,7 @@ def test_an_answer_ends_with_forget_and_mistakes_leave_the_page_usable(page: Pag
         return blocks(page, after=done)
 
     built = asyncio.run(build())  # outside a running event loop, gradio leaves new ones unclosed
+    assert built.delete_cache  # else the files of all visitors stay until the machine ends
     submit = next(event for event in built.fns.values() if event.name == "submit")
     resets = {event.targets[0]: n for n, event in built.fns.items() if event.name == "reset"}
     stops = {event.targets[0]: n for n, event in built.fns.items() if event.cancels == [submit._id]}

@@ -228,7 +228,8 @@ def blocks(page: Page, *, after: threading.Thread) -> Any:
     def reset() -> tuple[Any, ...]:
         return [], None, [], "", "", gr.MultimodalTextbox(interactive=True)
 
-    with gr.Blocks(title="moextend", analytics_enabled=False, fill_width=True) as built:
+    forgotten = (3600, 24 * 3600)  # every hour files that visitors have sent more than a day ago
+    with gr.Blocks(title="moextend", analytics_enabled=False, fill_width=True, delete_cache=forgotten) as built:
         talk, seen = gr.State(None), gr.State([])
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
