@@ -114,7 +114,8 @@ class _Text:
 
     def __init__(self, file: Any, path: Path):
         self.file, self.path = file, path
-        self.left, self.text, self.at, self.byte, self.line, self.ended = b"", "", 0, 0, 1, False
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # blocks end inside of characters
+        self.text, self.at, self.byte, self.line, self.ended = "", 0, 0, 1, False
 
     def place(self, on: int = 0) -> str:
         return f"line {self.line}, byte {self.byte + on}"
@@ -126,18 +127,7 @@ class _Text:
         except Exception as error:
             raise unreadable(self.path, error) from error
         self.ended = not block
-        data = self.left + block
-        # A character may be cut at the end of a block: at most its last three bytes wait for the rest.
-        keep = 0
-        if block:
-            for back in range(1, min(4, len(data) + 1)):
-                if data[-back] >= 0xC0:
-                    keep = back if back < (2 + (data[-back] >= 0xE0) + (data[-back] >= 0xF0)) else 0
-                    break
-                if data[-back] < 0x80:
-                    break
-        self.left = data[len(data) - keep :] if keep else b""
-        self.text = self.text[self.at :] + data[: len(data) - keep].decode("utf-8", errors="surrogateescape")
+        self.text = self.text[self.at :] + self.utf8.decode(block, final=self.ended)
         self.at = 0
         return bool(block)
 
