@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from moextend_jax.config import MoextendError
 from moextend_jax.folders import extra_hint, is_url
 from moextend_jax.outside import said_by
@@ -123,7 +125,7 @@ def _mlflow(folder: Path, name: str, settings: dict[str, Any], resume_step: int)
         experiment = client.get_experiment_by_name(title)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(title)
         run = client.create_run(experiment_id, run_name=name)
-        params = [Param(key, str(value)) for key, value in _flat(settings).items()]
+        params = [Param(key, str(value)) for key, value in flatten_dict(settings, sep=".").items()]
         for start in range(0, len(params), 100):  # the most that MLflow takes at once
             client.log_batch(run.info.run_id, params=params[start : start + 100])
         return run.info.run_id
@@ -197,12 +199,3 @@ def _run_id(folder: Path, kind: str, resume_step: int, create: Callable[[], str]
         partial.write_text(json.dumps(ids) + "\n")
         os.replace(partial, path)  # never half a file
     return ids[kind]
-
-
-def _flat(settings: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `align.optimizer.clip_norm` and so on."""
-    flat = {}
-    for name, value in settings.items():
-        group = _flat(value, prefix=f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-        flat |= group
-    return flat
