@@ -20,7 +20,6 @@ METADATA = "_CHECKPOINT_METADATA"
 """Orbax's own file. It is written again after the checksums, so it has none and `fault` only parses it."""
 KEPT = "CRC32C="
 THREADS = 8
-BLOCK = 2**22
 
 
 def write_sums(folder: Path) -> None:
@@ -92,11 +91,8 @@ def _digests(folder: Path, names: list[str], *, kept: bool) -> dict[str, str]:
     def digest(name: str) -> str:
         if kept:
             return KEPT + object_checksum(folder / name)
-        sha256 = hashlib.sha256()
         with (folder / name).open("rb") as file:
-            while block := file.read(BLOCK):
-                sha256.update(block)
-        return sha256.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))
