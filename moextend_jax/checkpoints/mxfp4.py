@@ -12,9 +12,8 @@ import numpy as np
 from moextend_jax.checkpoints.tensors import Stored
 from moextend_jax.config import MoextendError
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-VALUES = np.concatenate([VALUES, -VALUES])
-"""Value of each four bits: sign, two of exponent, one of mantissa."""
+VALUES = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+"""Value of each four bits."""
 BIAS = 127
 """Bias of the exponents that the scales hold."""
 
