@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -445,9 +445,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise MoextendError(f"{path} exists already: name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent))
+    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    hidden.mkdir()
     try:
-        hidden.chmod(0o777 & ~_umask())
         yield hidden
         for folder in (hidden, *(entry for entry in hidden.rglob("*") if entry.is_dir())):
             _sync(folder)
@@ -464,12 +464,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # --- lists in messages ------------------------------------------------------------------------------------------------
