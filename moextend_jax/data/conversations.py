@@ -108,18 +108,19 @@ def encode_conversation(
             pairs = bisect_right(range(1, pairs), length, key=lambda pairs: total(parts_of(pairs))) or 1
             parts = parts_of(pairs)
     except MoextendError as error:
-        raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
+        raise _fault(example_id, "reserved", error) from error
     if length is not None and total(parts) > length:
         hint = "raise the sequence length" + (" or drop turns that do not fit" if pairs > 1 else "")
         spans = ", ".join(f"{len(of)} {_called(name)} of {max(of) + 2}" for name, of in items.items() if of)
-        raise Fault(
-            f"example {example_id}: {total(parts)} tokens ({spans or '0 images'}) do not fit a row of {length}; {hint}",
-            "too_long",
-            example_id,
-        )
+        message = f"{total(parts)} tokens ({spans or '0 images'}) do not fit a row of {length}; {hint}"
+        raise _fault(example_id, "too_long", message)
     ids = [id for part in parts for id in part.ids]
     labels = [id for part in parts for id in (part.ids if part.label else [IGNORE] * len(part.ids))]
     return _encoded(ids, labels, tokenizer, recipe, items)
+
+
+def _fault(example_id: str, kind: str, message: object) -> Fault:
+    return Fault(f"example {example_id}: {message}", kind, example_id)
 
 
 def _called(medium: str) -> str:
@@ -151,12 +152,12 @@ def _check_marks(
         marks, count = sum(text.count(marked.mark) for text in texts), len(items.get(name, ()))
         if marks != count:
             has = f"{count} images" if name == IMAGE else f"{count} items of {name}"
-            raise Fault(f"example {example_id}: {marks} {marked.mark} marks{where} but {has}", "marks", example_id)
+            raise _fault(example_id, "marks", f"{marks} {marked.mark} marks{where} but {has}")
     if unknown := [name for name, of in items.items() if len(of) and name not in tokenizer.media]:
         known = ", ".join(tokenizer.media)
-        raise Fault(f"example {example_id}: an item of {unknown[0]}, and the media are {known}", "marks", example_id)
+        raise _fault(example_id, "marks", f"an item of {unknown[0]}, and the media are {known}")
     if wrong := _wrong_fusion(items, tokenizer):
-        raise Fault(f"example {example_id}: {wrong}", "marks", example_id)
+        raise _fault(example_id, "marks", wrong)
 
 
 def _wrong_fusion(items: Mapping[str, Sized], tokenizer: Tokenizer) -> str:
@@ -204,11 +205,8 @@ def encode_row(
             what, setting = (
                 ("images", "images_per_row") if name == IMAGE else (f"items of {name}", f"items_per_row.{name}")
             )
-            raise Fault(
-                f"example {example_id}: {count} {what}, but a row holds {rooms[name].items}; raise {setting}",
-                "too_many_images",
-                example_id,
-            )
+            message = f"{count} {what}, but a row holds {rooms[name].items}; raise {setting}"
+            raise _fault(example_id, "too_many_images", message)
     return encoded
 
 
@@ -272,17 +270,14 @@ def encode_bare_question(
     try:
         ids = [*tokenizer.prefix, *released_text(_without_fused(talk, tokenizer).pairs[0][0], tokenizer, items)]
     except MoextendError as error:
-        raise Fault(f"example {example_id}: {error}", "reserved", example_id) from error
+        raise _fault(example_id, "reserved", error) from error
     if length is not None and len(ids) > length:
-        message = f"example {example_id}: a question of {len(ids)} tokens does not fit a row of {length}"
-        raise Fault(message, "too_long", example_id)
+        raise _fault(example_id, "too_long", f"a question of {len(ids)} tokens does not fit a row of {length}")
     return _encoded(ids, [IGNORE] * len(ids), tokenizer, recipe, items)
 
 
 def _talk(turns: Sequence[dict[str, Any]], example_id: str, tokenizer: Tokenizer) -> Talk:
-    def fault(kind: str, what: str) -> Fault:
-        return Fault(f"example {example_id}: {what}", kind, example_id)
-
+    fault = partial(_fault, example_id)
     try:
         roles, texts = [turn["from"] for turn in turns], [turn["value"] for turn in turns]
     except (KeyError, TypeError) as error:
