@@ -17,7 +17,6 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moextend_jax.checkpoints.loading import open_base
-from moextend_jax.config import IMAGE
 from moextend_jax.data.check import Report, check, open_origin
 from moextend_jax.data.datasets import shows_none
 from moextend_jax.data.inspector import Reading, Work
@@ -82,11 +81,10 @@ def check_command(
 
 
 def problems_of(
-    settings: RunSettings, reports: Sequence[Report], *, layers: int, marks: Mapping[str, str] | None = None
+    settings: RunSettings, reports: Sequence[Report], *, layers: int, marks: Mapping[str, str]
 ) -> list[str]:
     """What `moextend run` would refuse before its first step though every row is sound: too few of them, no picture.
     `marks`: of the media, by name."""
-    marks = marks or {IMAGE: IMAGE_MARK}
     read: dict[str, list[Report]] = {}  # of each that reads: a mixture has a report for each of its data sets
     for report in reports:
         for name in report.reading.stages:

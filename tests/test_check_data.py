@@ -100,7 +100,9 @@ def test_questions_of_further_sets_do_not_add_to_those_that_are_asked(folder):
         run, evaluate=dataclasses.replace(run.evaluate, questions=19, sets={"pairs": "llava_pretrain"})
     )
     reports = [Report(reading=reading, rows=18, items=Counter({"<image>": 1})) for reading in readings_of(run)]
-    assert problems_of(run, reports, layers=8) == ["evaluate.questions = 19, but llava_instruct has 18 rows"]
+    assert problems_of(run, reports, layers=8, marks={"image": "<image>"}) == [
+        "evaluate.questions = 19, but llava_instruct has 18 rows"
+    ]
 
 
 def test_text_alone_needs_no_tower(folder, capsys):
@@ -205,7 +207,7 @@ def test_samples_are_the_probes_rows_whatever_an_extension_is_called(folder):
     )  # fmt: skip
     run = dataclasses.replace(run, extensions={"extended": again})
     reports = [Report(reading=reading, rows=18, items=Counter({"<image>": 1})) for reading in readings_of(run)]
-    assert problems_of(run, reports, layers=8) == [
+    assert problems_of(run, reports, layers=8, marks={"image": "<image>"}) == [
         "select.held_out = 18: cannot hold out 18 of 18 rows; at most 17 can be, or a share such as 0.1"
     ]
 

@@ -20,6 +20,7 @@ from moextend_jax.data.features import FeatureStore
 from moextend_jax.data.packing import Row, Sample, Shape, _best_fill, pack
 from moextend_jax.data.readers import Features
 from moextend_jax.extension.routing import count_picks
+from moextend_jax.faults import STRICT
 from moextend_jax.parameters import with_arrays
 from moextend_jax.settings import StageSettings
 from moextend_jax.train import stages
@@ -173,7 +174,10 @@ def batch_of(rows: list[Row], *, size: int, pixels: bool = False) -> Batch:
     store = FeatureStore(path=Path(), rows={}, features_nPC=features_nPC, fingerprint={})
     stage = StageSettings(data="", steps=1, length=L, batch_size=size, images_per_row=M)
     readers = {"image": Features(store=store, medium=tiny.PLAIN.media["image"])}
-    batch = batches._batch(rows, stage=stage, shape=shape_of(), readers=readers)
+    batch = batches._batch(
+        rows, stage=stage, shape=shape_of(), readers=readers, share=batches.Share(), faults=STRICT,
+        check=lambda: None, examples=0,
+    )  # fmt: skip
     if not pixels:
         return batch
     images_BMhwc = images_nhwc[np.maximum(np.stack([row.item_rows_M["image"] for row in rows]), 0)]

@@ -322,10 +322,10 @@ def _batch(
     stage: StageSettings,
     shape: Shape,
     readers: Readers,
-    share: Share = Share(),  # noqa: B008
-    faults: FaultSettings = STRICT,
-    check: Callable[[], None] = lambda: None,
-    examples: int = 0,
+    share: Share,
+    faults: FaultSettings,
+    check: Callable[[], None],
+    examples: int,
 ) -> Batch:
     """This process's rows of a batch, from the `rows` of all processes (empty ones fill it up).
 

@@ -233,15 +233,12 @@ def encode_prompt(
     return _asking(talk, tokenizer=tokenizer, recipe=recipe, items=items)
 
 
-def encode_dialogue(
-    turns: Sequence[dict[str, Any]], *, items: Spans | None = None, tokenizer: Tokenizer, recipe: Recipe,
-) -> Encoded:  # fmt: skip
+def encode_dialogue(turns: Sequence[dict[str, Any]], *, items: Spans, tokenizer: Tokenizer, recipe: Recipe) -> Encoded:
     """Turns that end in a question: ids that end where its answer begins, as training has them before it.
 
     Raises:
       Fault: as `encode_conversation`.
     """
-    items = items or {}
     answered = [*turns, {"from": "gpt", "value": "."}]
     talk = talk_of(answered, example_id="prompt", items=items, tokenizer=tokenizer)
     (question, _) = talk.pairs[-1]

@@ -71,9 +71,9 @@ def prompt_of(
     return as_prompt(encoded, items=items, where=where)
 
 
-def as_prompt(encoded: Encoded, *, items: Mapping[str, tuple[int, ...]] | None = None, where: str = "prompt") -> Prompt:
+def as_prompt(encoded: Encoded, *, items: Mapping[str, tuple[int, ...]], where: str = "prompt") -> Prompt:
     """What was encoded with these items; its head is everything up to the last of them."""
-    items = {name: rows for name, rows in (items or {}).items() if rows}
+    items = {name: rows for name, rows in items.items() if rows}
     last = int(np.flatnonzero(encoded.places_L >= 0)[-1]) if items else -2
     return Prompt(
         ids_L=encoded.ids_L, places_L=encoded.places_L, head=last + 2, items=items, fused=encoded.fused, where=where

@@ -30,7 +30,7 @@ FAMILY = Family(
     architecture="Ernie4_5_MoeForCausalLM",
     names=(
         *_LAYERS,
-        *dense(_LAYERS, "mlp"),
+        *dense(_LAYERS),
         *shared_expert("mlp.shared_experts"),
         Name("decoder/layers/moe/selection_bias", "model.layers.{Z}.mlp.moe_statics.e_score_correction_bias",
              "1 E -> E"),

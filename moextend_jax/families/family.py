@@ -127,14 +127,14 @@ def shared_expert(block: str, *, stack: str = "layers", counter: str = "Z", widt
     )
 
 
-def dense(names: Iterable[Name], block: str) -> tuple[Name, ...]:
+def dense(names: Iterable[Name]) -> tuple[Name, ...]:
     """Names of the layers before those that route: of their attention and norms as in `names`, of their only expert
-    as in a `block` of a dense model."""
+    as in the `mlp` of a dense model."""
     layers, ours = "decoder/layers/", "decoder/dense/"
     alike = (name for name in names if name.path.startswith(layers) and "/moe/" not in name.path)
     return (
         *(Name(name.path.replace(layers, ours), name.file.replace("{Z}", "{z}"), name.layout) for name in alike),
-        *shared_expert(block, stack="dense", counter="z", width="j"),
+        *shared_expert("mlp", stack="dense", counter="z", width="j"),
     )
 
 

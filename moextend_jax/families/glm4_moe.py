@@ -17,7 +17,7 @@ FAMILY = Family(
     architecture="Glm4MoeForCausalLM",
     names=(
         *_LAYERS,
-        *dense(_LAYERS, "mlp"),
+        *dense(_LAYERS),
         *shared_expert("mlp.shared_experts"),
         Name("decoder/layers/moe/selection_bias", "model.layers.{Z}.mlp.gate.e_score_correction_bias", "E -> E"),
     ),

@@ -183,7 +183,7 @@ def prepare_image(
     return normalised(framed(image, size=size, preparation=preparation, tower=tower, id=id), tower)
 
 
-def normalised(image: Image.Image | np.ndarray, tower: VisionConfig = CLIP) -> np.ndarray:
+def normalised(image: Image.Image | np.ndarray, tower: VisionConfig) -> np.ndarray:
     """`image_hwc` float32 of a picture's levels 0..255."""
     mean_c, std_c = LEVELS[tower.levels]
     return (np.asarray(image, np.float32) / np.float32(255) - mean_c) / std_c
