@@ -21,6 +21,7 @@ from moextend_jax.config import (
     TowerConfig,
     VisionConfig,
     WhisperConfig,
+    first_places,
 )
 from moextend_jax.models.adapters import Adapter
 from moextend_jax.models.attention import KeysValues, Visible
@@ -255,17 +256,12 @@ def _inside(batch: Batch, config: ModelConfig, medium: str) -> jax.Array:
     """`[B, L]`: whether a token is one of an item of this medium, or one that such a token is added to."""
     if medium in batch.fused:
         return jnp.asarray(batch.fused[medium]) >= 0
-    first = 0
-    for name, of_medium in config.media.items():
-        if name not in batch.names:
-            continue
-        array = batch.media[name] if name in batch.media else batch.features[name]
-        after = first + array.shape[1] * of_medium.tokens
-        if name == medium:
-            places_BL = jnp.asarray(batch.places_BL)
-            return (places_BL >= first) & (places_BL < after)
-        first = after
-    return jnp.zeros(batch.ids_BL.shape, bool)
+    items = {**batch.media, **batch.features}
+    rooms = {name: of.room(items[name].shape[1]) for name, of in config.media.items() if name in items}
+    if medium not in rooms:
+        return jnp.zeros(batch.ids_BL.shape, bool)
+    first, places_BL = first_places(rooms)[medium], jnp.asarray(batch.places_BL)
+    return (places_BL >= first) & (places_BL < first + rooms[medium].items * rooms[medium].tokens)
 
 
 def _near(batch: Batch, inside_BL: jax.Array) -> jax.Array:
