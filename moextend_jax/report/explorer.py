@@ -21,7 +21,7 @@ from moextend_jax.folders import absolute, extra_hint
 from moextend_jax.report.examples import MOST_EXAMPLES, image_data
 from moextend_jax.report.markup import how, section, write_page
 from moextend_jax.report.results_pictures import CORPORA, title_of
-from moextend_jax.report.workdir import Loads, kind_title, malformed, read_workdir
+from moextend_jax.report.workdir import kind_title, malformed, read_workdir
 
 EXPLORER = "explorer.html"
 WITHOUT = f"no {EXPLORER}: {extra_hint('web')} adds it"
@@ -55,25 +55,23 @@ def write_explorer(workdir: Path) -> Path | None:
     models = [(name, title_of(name, found.summary)) for name in MODELS]
     data = {
         "models": models,
-        "names": loads.names if loads else examples[0]["names"] if examples else [],
+        "names": loads.names if loads else [],
         "base": loads.base if loads else 0,
         "has": loads.has_ZO.tolist() if loads else [],
         "first": loads.first if loads else selection.first if selection else 0,
         "extended": found.new_experts.layers if found.new_experts else [],
-        "examples": examples or None,
+        "examples": examples if loads and examples else None,  # without loads nobody knows which experts are new
         "loads": _named(loads.picks_ZO, medium=loads.medium) if loads else None,
         "pairs": _named(loads.pairs_ZOO, medium=loads.medium) if loads and loads.pairs_ZOO else None,
         "choice": {"shift": selection.shift_Z.tolist(), "copied": selection.copied} if selection else None,
     }
-    if not loads:  # which experts are new is not known without them
-        data["examples"] = None
     title = f"Routing explorer: {absolute(workdir).name}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         '<p class="lead"><a href="report.html">Report of the run</a></p>',
         section("One question, token by token", _example_panel(data, models)),
-        section("Experts by data set", _load_panel(data, loads)),
-        section("Experts picked together", _pair_panel(data, loads)),
+        section("Experts by data set", _load_panel(data)),
+        section("Experts picked together", _pair_panel(data)),
         section("Which layers were extended", _choice_panel(data)),
     ]
     scripts = get_plotlyjs(), SCRIPT.read_text(encoding="utf-8")
@@ -137,7 +135,7 @@ def _example_panel(data: Mapping[str, Any], models: Sequence[tuple[str, str]]) -
     )
     tokens = "".join(f'<div id="tokens-{n}"></div>' for n in range(len(models)))
     return (
-        _controls(_select("Example", "example"), _slider("Layer", "layer", layers), _select("Tint by expert", "expert"))
+        _controls(_select("Example", "example"), _slider("layer", layers), _select("Tint by expert", "expert"))
         + '<p><b id="question"></b><br><span id="answers"></span></p>'
         + f'<div class="pictures">{pictures}</div>'
         + how(
@@ -152,10 +150,10 @@ def _example_panel(data: Mapping[str, Any], models: Sequence[tuple[str, str]]) -
     )
 
 
-def _load_panel(data: Mapping[str, Any], loads: Loads | None) -> str:
-    if not data["loads"] or loads is None:
+def _load_panel(data: Mapping[str, Any]) -> str:
+    if not data["loads"]:
         return _missing("finetune/routing.json is not there: run <code>moextend evaluate</code>.")
-    old = "" if loads.pairs_ZOO or len(data["loads"]) > 2 else (
+    old = "" if data["pairs"] or len(data["loads"]) > 2 else (
         " Loads on texts are not stored: run <code>moextend evaluate</code> again."
     )  # fmt: skip
     return (
@@ -165,7 +163,7 @@ def _load_panel(data: Mapping[str, Any], loads: Loads | None) -> str:
     )
 
 
-def _pair_panel(data: Mapping[str, Any], loads: Loads | None) -> str:
+def _pair_panel(data: Mapping[str, Any]) -> str:
     if not data["pairs"]:
         return _missing(
             "Pairs are not stored: run <code>moextend evaluate</code> again (it leaves them out where layers have "
@@ -173,7 +171,7 @@ def _pair_panel(data: Mapping[str, Any], loads: Loads | None) -> str:
         )
     layers = len(data["pairs"][0]["counts"])
     return (
-        _controls(_select("Data set", "pair-data"), _slider("Layer", "pair-layer", layers))
+        _controls(_select("Data set", "pair-data"), _slider("pair-layer", layers))
         + '<div id="pairs"></div>'
         + how("Of the tokens that picked the expert of the row, the share, in per cent, that also picked the column’s.")
     )
@@ -200,8 +198,8 @@ def _select(label: str, name: str) -> str:
     return f'<label>{label} <select id="{name}"></select></label>'
 
 
-def _slider(label: str, name: str, layers: int) -> str:
+def _slider(name: str, layers: int) -> str:
     return (
-        f'<label>{label} <input type="range" id="{name}" min="0" max="{layers - 1}" value="0"> '
+        f'<label>Layer <input type="range" id="{name}" min="0" max="{layers - 1}" value="0"> '
         f'<output id="{name}-name"></output></label>'
     )
