@@ -93,13 +93,12 @@ def whole_run(settings: RunSettings, workdir: Path, *, resume_from: Path | None 
     from moextend_jax.evaluate.summary import print_table, summarise
     from moextend_jax.report.explorer import write_explorer
     from moextend_jax.report.page import write_report
-    from moextend_jax.runs import results
     from moextend_jax.runs.making import make_all, seconds_before
     from moextend_jax.runs.run import remember, working
 
     screen, started = console(), time.perf_counter()
     with working(settings, workdir, resume_from=resume_from) as run:
-        before = sum(seconds_before(run, name) for name in results.table(settings).training())
+        before = sum(seconds_before(run, name) for name in run.table.training())
         for name in make_all(run, checks=[check]):
             remember(run)
             _show(run, name)
@@ -163,13 +162,12 @@ def _show(run: Any, name: str) -> None:
     """What there is to see of a result that has just been made."""
     from moextend_jax import distributed
     from moextend_jax.runs.models_of import selection_of
-    from moextend_jax.runs.results import table
 
     if not name.startswith("select") or not distributed.first():
         return
     from moextend_jax.report.routing_pictures import routing_picture  # matplotlib takes a second to import
 
-    extension = table(run.settings).result(name).extension
+    extension = run.table.result(name).extension
     record = selection_of(run, extension)
     routing_picture(record, run.folder(name) / "routing.png", medium=run.settings.link(extension).medium)
     print(f"layers to extend: {record['chosen_layers']}, copying experts {record['sources']}")

@@ -165,7 +165,8 @@ def test_a_later_extension_may_answer_questions_with_its_own_medium_otherwise():
 def test_what_is_learnt_behind_an_extension_that_is_apart_goes_on_from_those_before_it(settings):
     touch = settings.extensions["touch"]
     later = {"alone": dataclasses.replace(touch, apart=True), "touch": touch}
-    run: Any = SimpleNamespace(settings=dataclasses.replace(settings, extensions=later), has=lambda name: True)
+    settings = dataclasses.replace(settings, extensions=later)
+    run: Any = SimpleNamespace(settings=settings, table=results.table(settings), has=lambda name: True)
     asked: Any = {"image": None, "alone": None, "touch": None}
     plan = evaluation._plan(run, asked)
     assert plan["moextend:alone"] == ["alone"] and plan["moextend:touch"] == ["image", "touch"]

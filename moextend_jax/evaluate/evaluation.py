@@ -58,8 +58,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     Whatever can be wrong with the data shows before the first model is asked: a faulty conversation is left out, or
     is an error, as training does with it.
     """
-    table, extension = results.table(run.settings), run.settings.extension
-    for name in table.model("aligned").results:  # every run has these; checked before anything is computed
+    extension = run.settings.extension
+    for name in run.table.model("aligned").results:  # every run has these; checked before anything is computed
         if not run.has(name):
             raise not_run(run.workdir, name)
     if any(not run.settings.of_extension(link.name).evaluate.data for link in run.settings.links):
@@ -83,7 +83,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "accuracy": own | {"questions": len(first.prompted)},
         "text_loss": {text: {name: of[text] for name, of in losses.items()} for text in CORPORA},
     }
-    titles = {name: table.model(name).title for name in plan if name in plain}
+    titles = {name: run.table.model(name).title for name in plan if name in plain}
     if titles := {name: title for name, title in titles.items() if title != results.FIRST.models[name].title}:
         summary["titles"] = titles
     if answer_losses:
@@ -106,7 +106,7 @@ def _ask_all(
     run: Run, asked: Mapping[str, Questions], plan: Mapping[str, list[str]], examples: Sequence[PromptedQuestion]
 ) -> dict[str, _Said]:
     """What every model of the plan says, and `question_only`. A model of two names is asked once."""
-    models = results.table(run.settings).models
+    models = run.table.models
     first_name = {name: _first_name(plan, name, models=models) for name in plan}
     todo: dict[str, list[str]] = {name: [] for name in first_name.values()}
     for name, of_name in plan.items():
@@ -137,10 +137,10 @@ def _ask(
 ) -> _Said:  # fmt: skip
     """Opens a model of the run and asks it the question sets `todo`. It is freed before the next is opened: memory need
     not hold all. For `moextend` it also writes the routing over the question sets in `learnt`."""
-    table, extension = results.table(run.settings), run.settings.extension
-    opened, row = askable(run, name), table.model(name)
+    extension = run.settings.extension
+    opened, row = askable(run, name), run.table.model(name)
     recipe = run.settings.recipe  # a tower that a result has trained has no cached features:
-    pixels = any(results.trains_tower(table.patterns(of, recipe=recipe)) for of in row.results)
+    pixels = any(results.trains_tower(run.table.patterns(of, recipe=recipe)) for of in row.results)
 
     def readers(on: str) -> Readers:
         return inputs_of(run, asked[on]) if pixels else asked[on].readers
@@ -167,10 +167,10 @@ def _ask(
 
 def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
     """The models that there are, and which questions each is asked: in a chain, those of all that it has learnt."""
-    table, first = results.table(run.settings), run.settings.extension
+    first = run.settings.extension
     plan: dict[str, list[str]] = {"base": []}
     for name in results.ANSWERING:
-        if name == "aligned" or all(map(run.has, table.model(name).results)):
+        if name == "aligned" or all(map(run.has, run.table.model(name).results)):
             plan[name] = [on for on in asked if on.partition("/")[0] == first]
     if len(run.settings.links) > 1:
         for kind in ("moextend", "full"):
@@ -178,7 +178,7 @@ def _plan(run: Run, asked: Mapping[str, Questions]) -> dict[str, list[str]]:
             for link in run.settings.links:
                 name, known = f"{kind}:{link.name}", [link.name] if link.apart else [*learnt, link.name]
                 learnt = learnt if link.apart else known
-                if all(map(run.has, table.model(name).results)):
+                if all(map(run.has, run.table.model(name).results)):
                     plan[name] = [on for on in asked if on.partition("/")[0] in known]
     return plan
 
@@ -251,10 +251,10 @@ def _composed(run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, M
     """
     if run.settings.text_isolation != "strict":
         return {}
-    table, links = results.table(run.settings), [link for link in run.settings.links if not link.apart]
+    links = [link for link in run.settings.links if not link.apart]
     several = {on: of for on, of in asked.items() if any(len(media) > 1 for media in of.media)}
     last = f"moextend:{links[-1].name}"
-    if not several or not all(map(run.has, table.model(last).results)):
+    if not several or not all(map(run.has, run.table.model(last).results)):
         return {}
     scores: dict[str, dict[str, float]] = {on: dict(accuracy[on]) for on in several}
 
@@ -276,6 +276,6 @@ def _composed(run: Run, asked: Mapping[str, Questions], accuracy: Mapping[str, M
     for name, rule in RULES.items():
         model = abstract(composed(opened.model.config, rule))
         ask(name, dataclasses.replace(opened, model=model))
-    if "mixture" in table.results and run.has("mixture"):
+    if "mixture" in run.table.results and run.has("mixture"):
         ask("trained together", askable(run, "moextend"))
     return {"composed": scores}

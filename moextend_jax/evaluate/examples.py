@@ -22,7 +22,6 @@ from moextend_jax.evaluate.text_losses import CORPORA, passages
 from moextend_jax.extension import routing
 from moextend_jax.media.image import framed, tower_of
 from moextend_jax.mesh import on_host, place_whole, row_shards
-from moextend_jax.runs import results
 from moextend_jax.runs.askable import Askable
 from moextend_jax.runs.models_of import grown_config
 from moextend_jax.runs.run import Run, write_json
@@ -108,7 +107,7 @@ def write_examples(
         if distributed.first():
             path.unlink(missing_ok=True)
         return
-    grown = grown_config(run, results.table(run.settings).grown(results.table(run.settings).model("moextend").results))
+    grown = grown_config(run, run.table.grown(run.table.model("moextend").results))
     experts, names, routed = run.config.decoder.experts, expert_names(grown), run.config.decoder.routed
     layers = sorted({routed.index(layer) for added in grown.extensions.values() for layer in added.layers})
     tower = tower_of(run.config.media[IMAGE])

@@ -142,9 +142,9 @@ def title_of(data: str) -> str:
 
 def check_unseen(run: Run) -> None:
     """Raises a MoextendError if a stage was trained on rows other than those that are left after holding out now."""
-    table, read = results.table(run.settings), functools.cache(functools.partial(open_source, run))
-    for name in table.training():
-        path, data = run.folder(name) / "stage.json", table.result(name).data
+    read = functools.cache(functools.partial(open_source, run))
+    for name in run.table.training():
+        path, data = run.folder(name) / "stage.json", run.table.result(name).data
         if data is None or not path.exists():
             continue
         if json.loads(path.read_text()).get("data") != source_of(run, data(run.settings.recipe), read=read).fingerprint:

@@ -34,7 +34,7 @@ def start_of(run: Run) -> dict[str, float]:
       MoextendError: `align` or `grow` has not been run.
     """
     run = ready(run, ["finetune"])
-    row = results.table(run.settings).result("finetune")
+    row = run.table.result("finetune")
     assert row.data is not None
     data, stage = row.data(run.settings.recipe), results.stage_of(run.settings, "finetune")
     stage = dataclasses.replace(stage, accumulate=1)

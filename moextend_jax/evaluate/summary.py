@@ -28,7 +28,7 @@ def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | Non
 
     total_seconds: of the whole run over all its starts; None where stages were started one by one."""
     stages = {}
-    for name in results.table(run.settings).training():
+    for name in run.table.training():
         path = run.folder(name) / "stage.json"
         if path.exists():
             stages[name] = json.loads(path.read_text())
@@ -50,8 +50,7 @@ def summarise(run: Run, evaluated: dict[str, Any], *, total_seconds: float | Non
 def _flops_per_token(run: Run) -> dict[str, float]:
     """FLOPs per token of the decoder's forward pass over a row with an item of each medium. `of_base`: the extended
     model's divided by the base's, if the routers use all experts alike."""
-    grown = results.table(run.settings).model("moextend").results
-    config = grown_config(run, results.table(run.settings).grown(grown))
+    config = grown_config(run, run.table.grown(run.table.model("moextend").results))
     length = run.settings.finetune.length or run.settings.evaluate.text_length
 
     def forward(config: ModelConfig) -> float:

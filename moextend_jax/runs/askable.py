@@ -29,7 +29,7 @@ from moextend_jax.mesh import make_mesh
 from moextend_jax.models.moextend import MoExtend, abstract
 from moextend_jax.outside import read_small
 from moextend_jax.parameters import element_type
-from moextend_jax.runs import models_of, results
+from moextend_jax.runs import models_of
 from moextend_jax.runs.place import Place
 from moextend_jax.runs.run import Arrays, Run, cpu_devices, known_settings, open_run, working
 from moextend_jax.settings import MESH, EvaluateSettings, RunSettings, build, fields
@@ -148,7 +148,7 @@ def choices(place: Place, *, settings: RunSettings | None = None) -> dict[str, C
             found["base"] = Choice("base", _once(opened.open_base))
         return found
     run = open_run(settings or known_settings(place.folder), place.folder)
-    models = {name: row for name, row in results.table(run.settings).models.items() if not name.startswith("probed")}
+    models = {name: row for name, row in run.table.models.items() if not name.startswith("probed")}
     # "aligned" is the base, if nothing is aligned for a task in text.
     rows = {name: row for name, row in models.items() if row.results or name in ("base", place.model)}
     finished = {(row.results, row.sees): name for name, row in rows.items() if all(map(run.has, row.results))}
@@ -204,7 +204,7 @@ def askable(run: Run, name: str, *, dtype: str | None = None) -> Askable:
         arrays=arrays,
         mesh=run.mesh,
         recipe=run.settings.recipe,
-        is_plain=lambda: not results.table(run.settings).model(name).sees,
+        is_plain=lambda: not run.table.model(name).sees,
         sizes=run.settings.evaluate,
         identify=lambda: identity if dtype is None else f"{identity}-{dtype}",
         read_tokenizer=lambda: run.tokenizer,

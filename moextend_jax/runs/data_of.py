@@ -101,7 +101,7 @@ def source_of(run: Run, data: Data, *, read: Read | None = None) -> Source:
     """
     read = functools.cache(read or functools.partial(open_source, run))
     stage = results.stage_of(run.settings, data.of)
-    extension = results.table(run.settings).result(data.of).extension
+    extension = run.table.result(data.of).extension
     source, own = read(stage.data, stage.split), unseen_source(run, extension, read=read)
     names = [link.name for link in run.settings.links]
     earlier = [unseen_source(run, name, read=read) for name in names[: names.index(extension)]]
@@ -133,7 +133,7 @@ def held_out_source(run: Run, extension: str) -> Source | None:
     evaluate = run.settings.of_extension(extension).evaluate
     if not evaluate.data:
         return unseen_source(run, extension)
-    names, asked = results.table(run.settings).training(), _parts(run.settings, evaluate)
+    names, asked = run.table.training(), _parts(run.settings, evaluate)
     if any(not _parts(run.settings, results.stage_of(run.settings, name)).isdisjoint(asked) for name in names):
         return None
     return open_source(run, evaluate.data, evaluate.split)

@@ -49,7 +49,7 @@ def make(run: Run, name: str) -> None:
       MoextendError: a parent is missing, the result that is there is of other settings, `resume_from` is of another
         stage, or whatever making it refuses.
     """
-    row = results.table(run.settings).result(name)
+    row = run.table.result(name)
     how = row.how
     if how == "train" and run.resume_from is not None and (stage := _stage_at(run.resume_from)) != name:
         raise MoextendError(f"--resume_from {run.resume_from} is a checkpoint of {stage}, not of {name}")
@@ -62,7 +62,7 @@ def make(run: Run, name: str) -> None:
 def make_all(run: Run, *, checks: Iterable[Check] = ()) -> Iterator[str]:
     """Makes every result in order, and the baselines if the settings want them; yields the name of each when it is
     there. Raises before the first where the data, or one of `checks`, would make any of them fail."""
-    rows = results.table(run.settings).results
+    rows = run.table.results
     names = [name for name, row in rows.items() if run.settings.baseline or not row.optional]
     if run.resume_from is not None and (stage := _stage_at(run.resume_from)) not in names:
         raise MoextendError(
@@ -83,7 +83,7 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
     Args:
       names: results whose own settings must be the same too; their steps must have been counted.
     """
-    rows, names = results.table(run.settings).results, set(names)
+    rows, names = run.table.results, set(names)
     recorded = {name: train_state.result_facts(run.folder(name) / "result") for name in rows}
     made = {name for name, facts in recorded.items() if facts is not None}  # and not cut off while it was written
     for name, row in rows.items():
@@ -98,7 +98,7 @@ def check_made(run: Run, names: Iterable[str] = ()) -> None:
 
 def facts_of_training(run: Run, name: str) -> dict[str, Any]:
     """All that decides what a stage makes."""
-    settings, row = results.stage_of(run.settings, name), results.table(run.settings).result(name)
+    settings, row = results.stage_of(run.settings, name), run.table.result(name)
     undecisive = ("loss_chunk", "epochs", "least_steps")  # steps says it
     decisive = {field: value for field, value in dataclasses.asdict(settings).items() if field not in undecisive}
     del decisive["optimizer"]["moments"]  # the same bits wherever they lie
@@ -121,13 +121,13 @@ def seconds_before(run: Run, name: str) -> float:
 
 def train(run: Run, name: str) -> None:
     """Trains the leaves of a row from the model of its parents, and writes them as its result."""
-    table, settings = results.table(run.settings), results.stage_of(run.settings, name)
-    row, facts = table.result(name), facts_of_training(run, name)
+    row, settings = run.table.result(name), results.stage_of(run.settings, name)
+    facts = facts_of_training(run, name)
     if _is_done(run, name, facts):
         return
     started, before = time.perf_counter(), seconds_before(run, name)
     assert row.data is not None
-    trains, data = table.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
+    trains, data = run.table.patterns(name, recipe=run.settings.recipe), row.data(run.settings.recipe)
     opened, source = model_with(run, row.parents, trains=trains), source_of(run, data)
     _, frozen = split(opened.arrays, trains)
     with preparing("hashing the frozen weights"):
@@ -184,7 +184,7 @@ def facts_of_selecting(run: Run, name: str) -> dict[str, Any]:
 def select(run: Run, name: str) -> None:
     """Counts routing before and after the probe on S_e, and writes NAME/routing.json; anew where the settings have
     changed and nothing has grown."""
-    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+    row, recipe = run.table.result(name), run.settings.recipe
     settings: SelectSettings = results.group_of(run.settings, name)
     new_experts, facts = settings.number(run.config.decoder.experts), facts_of_selecting(run, name)
     if (run.folder(name) / "routing.json").exists():
@@ -268,7 +268,7 @@ def config_to_grow(run: Run, extension: str) -> ModelConfig:
 
 def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
     """All that decides the new leaves."""
-    extension = results.table(run.settings).result(name).extension
+    extension = run.table.result(name).extension
     config, settings = config_to_grow(run, extension), run.settings.of_extension(extension).grow
     added = config.added[extension]
     if extension in config.blocks or extension in config.adapters:
@@ -284,7 +284,7 @@ def facts_of_growing(run: Run, name: str) -> dict[str, Any]:
 
 def grow(run: Run, name: str) -> None:
     """Writes the leaves that an extension or a rival adds, and the probe's routers, if the recipe keeps those."""
-    facts, extension = facts_of_growing(run, name), results.table(run.settings).result(name).extension
+    facts, extension = facts_of_growing(run, name), run.table.result(name).extension
     if _is_done(run, name, facts):
         return
     config = config_to_grow(run, extension)
@@ -294,7 +294,7 @@ def grow(run: Run, name: str) -> None:
 
 def _extension_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:
     """Made of the aligned model and the selection."""
-    row, recipe = results.table(run.settings).result(name), run.settings.recipe
+    row, recipe = run.table.result(name), run.settings.recipe
     settings = run.settings.of_extension(row.extension).grow
     leaves: Arrays = leaves_of(run, row.parents[-1]) if recipe.routers_kept == "after" else {}  # the probe's routers
     arrays = {**open_model(run, row.models[0]).arrays, **leaves}
@@ -315,7 +315,7 @@ def _extension_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:
 
 def _rival_leaves(run: Run, name: str, config: ModelConfig) -> Arrays:
     """Fresh ones of low-rank updates or of blocks, each made where it will lie."""
-    row = results.table(run.settings).result(name)
+    row = run.table.result(name)
     for parent in row.parents:
         leaves_of(run, parent)  # not made without them
     leaves: Arrays = {}
@@ -355,4 +355,4 @@ def _is_done(run: Run, name: str, facts: Mapping[str, Any]) -> bool:
         return False
     train_state.check_facts(recorded, facts, where=folder)
     # stage.json is written last: without it the stage was cut off while it ended.
-    return results.table(run.settings).result(name).how != "train" or (folder / "stage.json").exists()
+    return run.table.result(name).how != "train" or (folder / "stage.json").exists()

@@ -49,7 +49,7 @@ def open_model(run: Run, name: str) -> Opened:
     Raises:
       MoextendError: no such model, or a result that it is made of is not there.
     """
-    row = results.table(run.settings).model(name)
+    row = run.table.model(name)
     opened = model_with(run, row.results)
     return opened if row.sees else text_only(opened)
 
@@ -63,7 +63,7 @@ def model_with(run: Run, names: Iterable[str], *, trains: Iterable[str] = ()) ->
         they compute in, so that they cost no more memory than the base's.
     """
     names = tuple(names)
-    config = grown_config(run, results.table(run.settings).grown(names))
+    config = grown_config(run, run.table.grown(names))
     arrays = dict(run.pretrained)
     for name in names:
         arrays |= leaves_of(run, name)
@@ -91,8 +91,7 @@ def text_only(opened: Opened) -> Opened:
 
 def leaves_of(run: Run, name: str) -> Arrays:
     """Leaves that a result holds; an error that says what to run where it is not there."""
-    table = results.table(run.settings)
-    config = grown_config(run, table.grown([*table.result(name).parents, name]))
+    config = grown_config(run, run.table.grown([*run.table.result(name).parents, name]))
     shardings = parameter_shardings(abstract(config), run.mesh)
     leaves = train_state.load_leaves(run.folder(name) / "result", facts=run.facts, shardings=shardings)
     if leaves is None:
@@ -209,7 +208,7 @@ def _projector_maker(config: ModelConfig, medium: str, mesh: Mesh) -> Program:
 
 def identity(run: Run, name: str) -> str:
     """Names a model by what it is made of: answers of two identities must not be mixed."""
-    stages = {stage: run.result_identity(stage) for stage in results.table(run.settings).model(name).results}
+    stages = {stage: run.result_identity(stage) for stage in run.table.model(name).results}
     digest = hashlib.sha256(json.dumps([run.base_hash, stages, run.settings.dtype]).encode())
     return f"{name}-{digest.hexdigest()[:12]}"
 
@@ -219,8 +218,8 @@ def frozen_unchanged(run: Run) -> bool:
 
     The released recipe keeps the probe's routers (`routers_kept`): those are not frozen there, all others are.
     """
-    arrays, table = open_model(run, "moextend").arrays, results.table(run.settings)
-    grown = [name for name in table.model("moextend").results if name.startswith("grow")]
+    arrays = open_model(run, "moextend").arrays
+    grown = [name for name in run.table.model("moextend").results if name.startswith("grow")]
     frozen = run.pretrained.keys() - {path for name in grown for path in leaves_of(run, name)}
     return content_hash({path: arrays[path] for path in frozen}) == content_hash(
         {path: run.pretrained[path] for path in frozen}

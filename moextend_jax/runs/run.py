@@ -60,8 +60,13 @@ class Run:
     """A checkpoint of another work directory; the stage that it belongs to starts from it."""
 
     def __repr__(self) -> str:
-        names = ", ".join(name for name in results.table(self.settings).results if self.has(name)) or "nothing"
+        names = ", ".join(name for name in self.table.results if self.has(name)) or "nothing"
         return f"Run({str(self.workdir)!r}, base={self.settings.base!r}, made: {names})"
+
+    @property
+    def table(self) -> results.Table:
+        """What the run can hold, and its models."""
+        return results.table(self.settings)
 
     @property
     def share(self) -> Share:
@@ -77,7 +82,7 @@ class Run:
 
     def facts_of(self, name: str, **more: Any) -> dict[str, Any]:
         """What a checkpoint of a result must agree on: `facts`, and all else that decides what it computes."""
-        row = results.table(self.settings).result(name)
+        row = self.table.result(name)
         medium = self.settings.link(row.extension).medium
         if medium in self.towers:
             more = {"tower": self.towers[medium], **more}
@@ -85,8 +90,7 @@ class Run:
             of = as_json(dataclasses.asdict(self.config.media[medium]))
             more = {"medium": {field: of[field] for field in ("projector", "frames", "join", "seconds")}, **more}
         decisive = ["seed", "aux_coefficient", "dtype", "train_dtype", "expert_storage"]
-        table = results.table(self.settings)
-        if (row.grown and row.how == "train") or table.grown(row.parents):  # else there is no extension yet
+        if (row.grown and row.how == "train") or self.table.grown(row.parents):  # else there is no extension yet
             decisive += ["text_isolation", "composition"]
         if self.settings.expert_storage != "as_is":
             decisive.append("expert_group")
