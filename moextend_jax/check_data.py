@@ -168,7 +168,7 @@ def described(report: Report, faults: FaultSettings) -> dict[str, Any]:
             kind: {
                 "count": count,
                 "policy": faults.policy(kind),
-                "first": [named._asdict() for named in report.first[kind]],
+                "first": [fault._asdict() for fault in report.first[kind]],
             }
             for kind, count in report.counts.items()
         },
@@ -185,9 +185,9 @@ def print_report(report: Report, faults: FaultSettings, console: Console) -> Non
         for column in ("kind", "policy", "count", "first", "what is wrong"):
             table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
         for kind, count in report.counts.items():
-            first = "\n".join(f"entry {named.entry}: {named.id}" for named in report.first[kind][:3])
+            first = "\n".join(f"entry {fault.entry}: {fault.id}" for fault in report.first[kind][:3])
             policy = faults.policy(kind)
-            messages = list(dict.fromkeys(named.message[:400] for named in report.first[kind]))
+            messages = list(dict.fromkeys(fault.message[:400] for fault in report.first[kind]))
             shown = messages[: 1 if KINDS[kind].file else 3]  # files of one kind differ by their names alone
             table.add_row(kind, policy, f"{count:,}", quoted(first), quoted("\n".join([KINDS[kind].means, *shown])))
         console.print(table)

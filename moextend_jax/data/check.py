@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from moextend_jax import config
-from moextend_jax.config import MoextendError
+from moextend_jax.config import Medium, MoextendError, Named
 from moextend_jax.data import inspector
 from moextend_jax.data.builders import BUILDERS
 from moextend_jax.data.datasets import ItemRef, Source, family_of, is_packaged, item_folder, open_dataset
@@ -74,7 +73,7 @@ def open_origin(
     data_dir: Path,
     manual_dir: Path | str | None = None,
     images: Path | str | None = None,
-    media: config.Named[config.Medium] = IMAGES_ALONE,
+    media: Named[Medium] = IMAGES_ALONE,
     faults: FaultSettings = STRICT,
 ) -> Origin:
     """Files are read where they are, so that nothing need be built to check them. A mixture has an origin for each of
@@ -117,8 +116,9 @@ def _wanted(reading: Reading, origin: Origin) -> Callable[[int], bool]:
 # --- what was found ---------------------------------------------------------------------------------------------------
 
 
-class Named(NamedTuple):
-    """A fault for a report: number and id of its entry; of an item, the first entry that has it, and its name."""
+class ReportedFault(NamedTuple):
+    """A fault as a report names it: the number and the id of its entry; of an item, the number of the first entry that
+    has it, and the item's name as `id`."""
 
     entry: int
     id: str
@@ -134,7 +134,7 @@ class Report:
     items: Counter[str] = field(default_factory=Counter)
     """Number of different items, by mark."""
     counts: Counter[str] = field(default_factory=Counter)
-    first: dict[str, list[Named]] = field(default_factory=dict)
+    first: dict[str, list[ReportedFault]] = field(default_factory=dict)
     skipped: int = 0
     error: str | None = None
     """Why the rest could not be read."""
@@ -314,15 +314,15 @@ def _take_rows(rows: _Rows, ids: list[tuple[int, str]]) -> Callable[[list[Placed
         for place, kind, message in faults:
             number, id = ids[place]
             rows.report.counts[kind] += 1
-            _note(rows.report, kind, Named(number, id, message))
+            _note(rows.report, kind, ReportedFault(number, id, message))
             rows.faulty.setdefault(number, set()).add(kind)
 
     return take
 
 
-def _note(report: Report, kind: str, named: Named) -> None:
+def _note(report: Report, kind: str, fault: ReportedFault) -> None:
     """Keeps the first few in order of entries: chunks come back in any order."""
-    report.first[kind] = sorted([*report.first.get(kind, []), named])[:SHOWN]
+    report.first[kind] = sorted([*report.first.get(kind, []), fault])[:SHOWN]
 
 
 def _finish(rows: _Rows, items: _Items, faults: FaultSettings) -> None:
@@ -336,7 +336,7 @@ def _finish(rows: _Rows, items: _Items, faults: FaultSettings) -> None:
     for item in faulty:
         _, kind, message = items.faults[item]
         report.counts[kind] += 1
-        _note(report, kind, Named(by_item[item], names[item].name, message))
+        _note(report, kind, ReportedFault(by_item[item], names[item].name, message))
     for number, item in shows[np.isin(shows[:, 1], faulty)]:
         rows.faulty.setdefault(int(number), set()).add(items.faults[int(item)].kind)
     report.skipped = sum(any(faults.policy(kind) == "skip" for kind in kinds) for kinds in rows.faulty.values())
