@@ -122,7 +122,7 @@ class StudySettings:
     """What each run sets otherwise, by its name: SETTING=VALUE as on the command line. The others are compared with the
     one that sets nothing."""
     seeds: tuple[Amount, ...] = (0, 1, 2, 3, 4)
-    """Of every point."""
+    """Seeds that every point is run with."""
 
     def __post_init__(self):
         _check(self)
@@ -180,7 +180,7 @@ class StageSettings:
     epochs: NotNegative = 0.0
     """How often every conversation is seen; the steps are counted before the first."""
     least_steps: Amount = 0
-    """Of `epochs`: as many steps at least, however few conversations there are."""
+    """With `epochs`: the fewest steps, however few conversations there are."""
     batch_size: Count
     """Rows per step, on all devices together; where the data set has fewer, they are repeated."""
     length: Amount
@@ -190,16 +190,16 @@ class StageSettings:
     images_per_row: Amount = 1
     """Images of a row at most; 0: as many as the conversation with the most has."""
     items_per_row: Mapping[str, Amount] = dataclasses.field(default_factory=dict)
-    """The same of other media, by name; 0, and of media not named here: as many as the conversation with the most
-    has."""
+    """Items of other media in a row at most, by the medium's name; 0, or a medium that is not named: as many as the
+    conversation with the most has."""
     missing: Mapping[str, Share] = dataclasses.field(default_factory=dict)
-    """Share of the conversations, by medium, that are fed without their items of it."""
+    """By medium, the share of the conversations that are fed without their items of that medium."""
     conversations_per_row: Amount = 1
     """Conversations packed into a row at most; 0 packs as many as fit."""
     conversation_length: Amount = 0
     """Most tokens of one conversation in a packed row; 0 is the row's length."""
     too_long: Literal["error", "drop_turns"] = "error"
-    """What is done about a conversation longer than that: stop, or leave its last turns out."""
+    """What is done about a conversation longer than `conversation_length`: stop, or leave its last turns out."""
     loss_chunk: Count = 1024
     """Labelled positions that go through the head at once on a device."""
     accumulate: Count = 1
@@ -233,23 +233,23 @@ class SelectSettings:
     share: LayerShare = 0.5
     """Share of the layers to extend."""
     new_experts: Part = 1 / 8
-    """New experts of such a layer, copied from so many different experts, the most picked first: below 1 a share of the
-    pretrained ones, one at least, from 1 on a number."""
+    """New experts of an extended layer, each copied from another expert, the most picked first: from 1 on a number;
+    below 1 a share of the pretrained experts, but one at least."""
     layers: LayerChoice = "extender"
     """Which layers: those whose routing moved most in the probe (the paper), or one of its ablations: `random` ones or
     `interval`, evenly spread, as many as `share` says; all, first_half, second_half, first_quarter, first_interval
     (every second of the first half), every_second."""
     source: SourceChoice = "recipe"
-    """What decides which experts are copied: picks before or after the probe, as the recipe has it; fixed; or before
-    the probe a score of `extension/saliency.SCORES`, of their weights and gradients."""
+    """What ranks the experts to copy: their picks before or after the probe; recipe: one of these, as the recipe says;
+    fixed: see `expert`; or a score of their weights and gradients before it (`extension/saliency.SCORES`)."""
     expert: Amount = 0
-    """With source fixed: the number of the expert to copy; of several new experts in a layer the first one's, and the
-    others are the most picked."""
+    """With source fixed: the number of the expert that a layer's first new expert copies; further ones copy the most
+    picked."""
     wide: Count = 1
     """How many pretrained experts each new one is made from: their hidden units stand side by side in it, so that its
     output at the start is their mean."""
     batch_size: Count = 64
-    """Rows at once."""
+    """Rows whose routing is counted at once."""
 
     def __post_init__(self):
         _check(self)
@@ -269,10 +269,10 @@ class GrowSettings:
     """copy: as the paper, a copy of its source beside it. twin: source and copy exclude each other, so that nothing
     changes at the start. lowered: a copy whose logits begin lower. added: beside the chosen experts, from zero on."""
     lowered_by: NotNegative = 2.0
-    """Of start lowered: by how much."""
+    """With start lowered: what is subtracted from the logits of new experts."""
     calibrator: CalibratorName = "two_layers"
-    """What corrects the weights of chosen experts: two layers, added, from zero (the paper), or of its ablations these
-    multiplied, a learnt vector, added from zero or multiplied from one, or nothing."""
+    """What corrects the weights of chosen experts: two layers, whose output is added and starts at zero (the paper).
+    Its ablations: that output multiplied; a learnt vector, added from zero, or multiplied from one; nothing."""
     column: ColumnStart = "copy"
     """A new expert's router column: its source's, zeros, the mean of the layer's columns, or random."""
     expert: ExpertStart = "copy"
@@ -281,7 +281,8 @@ class GrowSettings:
     """Where a bias chooses experts (GLM-4.5, ERNIE), a new one's: its source's, or closed: so low that no token chooses
     the expert at the start, while finetune raises it to its source's."""
     opens_by: Positive = 1e-3
-    """Of selection_bias closed: by how much in a step in which the expert has fewer picks than its layer's mean."""
+    """With selection_bias closed: how much a new expert's bias rises in a step in which the expert has fewer picks than
+    the mean of its layer."""
 
     def __post_init__(self):
         _check(self)
@@ -302,27 +303,29 @@ class MethodSettings:
     all layers that route; damc has one for the medium's tokens and another for text. blocks: layers between the
     pretrained ones. connector: nothing, finetune trains the medium's projector. Only moextend probes and chooses."""
     blocks: Count = 2
-    """Of blocks: how many, evenly spread; they must divide the layers that route."""
+    """Of blocks: number of layers put in, evenly spread; it must divide the number of layers that route."""
     guidance: NotNegative = 0.0
     """Of moextend, in training alone: tau of LLaVA-DyMoE's token guidance (theirs is 0.2), which keeps tokens from new
     experts that do not clearly lead; 0: without. A copied column never leads: set grow.column."""
     drift: NotNegative = 0.0
     """Of moextend: coefficient of LLaVA-DyMoE's losses, which make old and new experts each other's opposites."""
     rank: Count = 128
-    """Of one low-rank update."""
+    """Rank of one low-rank update."""
     alpha: Positive = 256.0
-    """What an update is multiplied by is alpha/rank."""
+    """A low-rank update is multiplied by alpha/rank."""
     attention: bool = True
-    """Attention's four maps have one."""
+    """Whether attention's four maps have a low-rank update."""
     experts: AdaptedExperts = "shared"
-    """The three maps of pretrained experts have none, one that all experts of a layer share, or each its own."""
+    """Low-rank updates of the pretrained experts' three maps: none, one that all experts of a layer share, or one per
+    expert."""
     router: bool = False
-    """The pretrained router has one; it then chooses other experts, for text too unless text_isolation is strict."""
+    """Whether the pretrained router has a low-rank update. It then chooses other experts, for text too unless
+    text_isolation is strict."""
     lora_experts: Count = 3
     """Of mole: low-rank experts of a layer."""
     gating: Gating = "top1"
-    """Of mole: the likeliest one; that one weighed by its probability, without which the task's loss never reaches the
-    router over them; or all of them by theirs."""
+    """Of mole, how its experts are weighted. top1: the likeliest alone. top1_prob: that one times its probability,
+    without which the task's loss never reaches their router. dense: all of them by their probabilities."""
     balance: NotNegative = 0.01
     """Of mole: coefficient of the loss that balances them."""
     top_k: Count = 8
@@ -412,9 +415,9 @@ class ProjectorSettings:
     cross_every: Count = 1
     """Every how many of a resampler's blocks look at the tower's features (cross-attention); 1: all of them."""
     rank: Count = 8
-    """Of weave's adapters and crema's updates."""
+    """Rank of weave's adapters and of crema's updates."""
     trunk: str = IMAGE
-    """Of weave and crema: the medium whose projector it is."""
+    """Of weave and crema: the medium to whose projector they add."""
     inner: Literal["identity", "random"] = "identity"
     """Of weave: its maps inside the adapters of earlier media start as the identity, or at random as released."""
     fusion: bool = False
@@ -439,7 +442,7 @@ class MediumSettings:
     projector: ProjectorSettings = dataclasses.field(default_factory=ProjectorSettings)
     """Between its tower and the decoder."""
     seconds: Count = 2
-    """Of a sound: the longest that is heard."""
+    """Length in seconds of the longest sound that is heard."""
     frames: Count = 8
     """Pictures of a video."""
     join: Literal["each", "mean"] = "each"
@@ -550,7 +553,7 @@ class RunSettings(ExtensionGroups):
     """Folder of the pretrained vision tower; embedded: the small real one of the package; "": the one that the base
     brings; none: the run has no pictures."""
     seed: Amount = 0
-    """Of new parameters, the order of data, and what is held out."""
+    """Seed of new parameters, of the order of data, and of what is held out."""
     data_dir: str = ""
     """Where prepared data sets go; "" is WORKDIR/data."""
     manual_dir: str = ""
@@ -569,9 +572,9 @@ class RunSettings(ExtensionGroups):
     """Weight of the load-balancing loss."""
     # The next nine are those of `config.ModelConfig`.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of frozen parameters and of the computation."""
+    """Element type of frozen parameters and of the computation."""
     train_dtype: Literal["bfloat16", "float32"] = "float32"
-    """Of the parameters that a stage trains."""
+    """Element type of the parameters that a stage trains."""
     remat: Literal["none", "attention", "layer"] = "layer"
     """What the backward pass computes again: nothing, attention, or whole layers, which takes least memory."""
     saved: tuple[Saved, ...] = ()
@@ -585,10 +588,10 @@ class RunSettings(ExtensionGroups):
     """Where several extensions are open to a token: it chooses among all, or the tokens of a medium's span have their
     own extension alone."""
     expert_storage: ExpertStorage = "as_is"
-    """Of the frozen pretrained experts: as `dtype` says, or in 8 or 4 bits with a scale for each group of weights;
-    mxfp4 is how gpt-oss is published, in groups of 32."""
+    """How the frozen pretrained experts are stored: in `dtype`, or in 8 or 4 bits with a scale for each group of
+    weights; mxfp4 is how gpt-oss is published, in groups of 32."""
     expert_group: Count = 64
-    """Weights that share a scale there."""
+    """Weights of experts that share a scale, where they are stored in few bits."""
     mesh: Mapping[str, Annotated[int, Range(least=1, also=(-1,))]] = dataclasses.field(default_factory=MESH.copy)
     """Devices along each axis of the mesh; -1: as many as are left."""
     checkpoint_every: Count = 500
@@ -616,8 +619,9 @@ class RunSettings(ExtensionGroups):
     """A last stage that trains the router columns, calibrators and projectors of all extensions together, on data that
     may have several media in a conversation (Uni-MoE's third phase); None: there is none."""
     chains: tuple[Literal["strict", "open", "full"], ...] = ()
-    """`moextend run` makes the chain of extensions so often: WORKDIR/strict with text isolation strict, WORKDIR/open
-    without, and full fine-tuning on one after another in the last of them; none: once, as `text_isolation` says."""
+    """Chains of all extensions that `moextend run` makes. strict, open: in WORKDIR/strict and WORKDIR/open, with and
+    without text isolation. full: full fine-tuning on one data set after another, in the last of these folders. None:
+    a single chain, as `text_isolation` says."""
     study: StudySettings | None = None
     """What `moextend study` varies."""
     baseline: bool = False
