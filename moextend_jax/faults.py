@@ -6,6 +6,7 @@ skipped, `counts_G`: conversations read, then those skipped by kind (G = 1 + kin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -100,10 +101,15 @@ def restored(saved: Sequence[int]) -> np.ndarray:
     return np.pad(np.asarray(saved, np.int64), (0, 1 + len(KINDS) - len(saved)))
 
 
+def _by_kind(counts_G: Any) -> Counter[str]:
+    """How many were skipped, of the kinds that occurred."""
+    return Counter({kind: int(count) for kind, count in zip(KINDS, counts_G[1:], strict=True) if count})
+
+
 def named(counts_G: Any) -> dict[str, int]:
     """What a metrics file says: `skipped`, and `skipped/KIND` of the kinds that occurred."""
-    by_kind = {kind: int(count) for kind, count in zip(KINDS, counts_G[1:], strict=True) if count}
-    return {"skipped": sum(by_kind.values()), **{f"skipped/{kind}": count for kind, count in by_kind.items()}}
+    by_kind = _by_kind(counts_G)
+    return {"skipped": by_kind.total(), **{f"skipped/{kind}": count for kind, count in by_kind.items()}}
 
 
 def too_many(skipped: float, read: float, settings: FaultSettings) -> bool:
@@ -125,8 +131,7 @@ def check_share(counts_G: Any, settings: FaultSettings, *, conversations: int = 
 
 def described(counts_G: Any) -> str:
     """How many were skipped of each kind, the most frequent first: "3 missing, 1 marks"."""
-    by_kind = {kind: int(count) for kind, count in zip(KINDS, counts_G[1:], strict=True) if count}
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(by_kind.items(), key=lambda pair: -pair[1])) or "none"
+    return ", ".join(f"{count} {kind}" for kind, count in _by_kind(counts_G).most_common()) or "none"
 
 
 def refuse(faults: Iterable[Fault], settings: FaultSettings, *, where: str, hint: str = "") -> None:
