@@ -65,9 +65,8 @@ def spec(axes: str, shape: tuple[int, ...] | None = None, mesh: Any = None) -> P
     it: 2 key heads on a tensor axis of 4 stay whole on every device.
     """
     entries = [entry or None for entry in _split(axes, shape, mesh)]
-    while (
-        entries and entries[-1] is None
-    ):  # results of programs have no trailing None; with another sharding, programs would be compiled again
+    # Results of programs have no trailing None; with another sharding, programs would be compiled again.
+    while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
 

@@ -287,14 +287,12 @@ def compare_command(options: CompareOptions) -> None:
     rows = distances(a, on_first_columns(b, a.columns) if new else b, tie=options.tie)
     why = why_no_agreement(a, b)
     chosen: dict[str, list[Choice] | None] = {}
-    if new:
-        pass  # there is nothing to choose: it has been chosen
-    elif options.after:
+    if options.after:
         after = [read_stats(path) for path in options.after]
         for before, probed, *of in zip((a, b), after, names, map(str, options.after), strict=True):
             check_same_shape(before, probed, names=(of[0], of[1]))
         chosen = {"a": choices(a, after[0], share=options.share), "b": choices(b, after[1], share=options.share)}
-    else:
+    elif not new:  # else layers have been chosen already
         chosen = {"a_to_b": choices(a, b, share=options.share)}
     record = {
         "a": names[0],
